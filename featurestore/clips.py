@@ -1,0 +1,116 @@
+"""Clips: the unit that is encoded. A media file with a span or an end frame, or a still image.
+
+Comes in: what a dataset lists. Goes out: `Clip` values and the Parquet columns of `clips/part-N.parquet`.
+A clip's id is made from what names it (dataset, path, span), not from its bytes: ids must exist before any
+media is read. Equality of content is the receipt's `media_sha256`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Literal
+
+import pyarrow as pa
+
+from featurestore.errors import UserError
+
+Kind = Literal["video", "image"]
+KINDS: tuple[Kind, ...] = ("video", "image")
+MAX_PATH_LENGTH = 1024  # characters; POSIX PATH_MAX is 4096 bytes
+
+CLIP_SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("clip_id", pa.string(), nullable=False),
+        pa.field("dataset", pa.string(), nullable=False),
+        pa.field("path", pa.string(), nullable=False),
+        pa.field("start_s", pa.float64()),
+        pa.field("end_s", pa.float64()),
+        pa.field("end_frame", pa.int64()),
+        pa.field("kind", pa.string(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Clip:
+    """One thing to encode; hashable, checked at birth."""
+
+    dataset: str  # name of the dataset that lists it
+    path: str  # POSIX path relative to the dataset's root; a tar member is "shard.tar/member"
+    kind: Kind
+    start_s: float | None = None  # span in seconds; None is the start of the file
+    end_s: float | None = None  # None is the end of the file
+    end_frame: int | None = None  # last frame index + 1 by count; overrides the span (MERV_SPEC 1.1 rule 2)
+
+    def __post_init__(self) -> None:
+        check_relative_path(self.path)
+        if self.kind not in KINDS:
+            raise UserError(f"clip kind must be one of {', '.join(KINDS)}, got {self.kind!r} for {self.path}")
+        if not self.dataset or "/" in self.dataset:
+            raise UserError(f"dataset name must be non-empty and without '/', got {self.dataset!r}")
+        for name, seconds in (("start_s", self.start_s), ("end_s", self.end_s)):
+            if seconds is not None and not (math.isfinite(seconds) and seconds >= 0):
+                raise UserError(f"{name} must be a finite number of seconds >= 0, got {seconds} for {self.path}")
+        if self.start_s is not None and self.end_s is not None and self.end_s <= self.start_s:
+            raise UserError(f"span must end after it starts, got {self.start_s}..{self.end_s} s for {self.path}")
+        if self.end_frame is not None and self.end_frame < 0:
+            raise UserError(f"end_frame must be >= 0, got {self.end_frame} for {self.path}")
+
+    @property
+    def clip_id(self) -> str:
+        """`dataset/path`, then a fragment for the span: unique in a store and readable.
+
+        >>> Clip(dataset="eval", path="tvqa/a.mp4", kind="video", start_s=1.5, end_s=4.0).clip_id
+        'eval/tvqa/a.mp4#t=1.5,4.0'
+        """
+        quoted = self.path.replace("%", "%25").replace("#", "%23")
+        return f"{self.dataset}/{quoted}{self._fragment()}"
+
+    def _fragment(self) -> str:
+        if self.end_frame is not None:
+            return f"#end_frame={self.end_frame}"
+        if self.start_s is None and self.end_s is None:
+            return ""
+        start, end = ("" if s is None else repr(float(s)) for s in (self.start_s, self.end_s))
+        return f"#t={start},{end}"
+
+
+def check_relative_path(path: str) -> None:
+    """Refuse a path that is absolute, climbs out of its root, or could mean two things."""
+    problem = None
+    if not path or len(path) > MAX_PATH_LENGTH:
+        problem = f"its length must be 1..{MAX_PATH_LENGTH} characters"
+    elif any(ord(c) < 32 or c == "\\" for c in path):
+        problem = "it holds a control character or a backslash"
+    elif path.startswith("/") or PurePosixPath(path).is_absolute() or path[1:3] == ":/":
+        problem = "it is absolute"
+    elif any(part in ("", ".", "..") for part in path.split("/")):
+        problem = "it holds an empty, '.' or '..' part"
+    if problem:
+        raise UserError(f"media path {path[:200]!r} is refused: {problem}; paths are relative to the dataset's root")
+
+
+def clips_to_table(rows: Iterable[tuple[int, Clip]]) -> pa.Table:
+    """(row, clip) pairs -> a table of `CLIP_SCHEMA`."""
+    records = [
+        {"row": row, "clip_id": clip.clip_id} | {name: getattr(clip, name) for name in CLIP_SCHEMA.names[2:]}
+        for row, clip in rows
+    ]
+    return pa.Table.from_pylist(records, schema=CLIP_SCHEMA)
+
+
+def table_to_clips(table: pa.Table) -> list[tuple[int, Clip]]:
+    """A table of `CLIP_SCHEMA` -> (row, clip) pairs, every clip checked anew."""
+    return [(record.pop("row"), _clip_from_record(record)) for record in table.to_pylist()]
+
+
+def _clip_from_record(record: dict) -> Clip:
+    clip_id = record.pop("clip_id")
+    clip = Clip(**record)
+    if clip.clip_id != clip_id:
+        raise UserError(f"clip id {clip_id!r} does not belong to its own path and span, expected {clip.clip_id!r}")
+    return clip

@@ -1,0 +1,82 @@
+"""Identity: what decides the bytes of an encoder's tokens, and nothing else.
+
+No path, time, host or library version is in it: those are provenance and go to the journal. Two stores whose
+identities agree hold the same features, up to the device's rounding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from featurestore.errors import StoreFormatError, UserError
+
+StorageDtype = Literal["float16", "bfloat16", "uint8"]
+STORAGE_DTYPES: tuple[StorageDtype, ...] = ("float16", "bfloat16", "uint8")
+IDENTITY_LENGTH = 12  # hex digits in a group's name
+
+
+def canonical_json(value: Any) -> str:
+    """The one text of a JSON value: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureIdentity:
+    """One encoder's features by contract; its digest names the group in the store."""
+
+    encoder: str  # "dinov2": lower case letters, digits, "_" and "."
+    architecture: Mapping[str, Any]  # class and every size that shapes the computation
+    weights_sha256: str  # of the loaded weights: sorted names, dtypes, shapes, bytes
+    layer: str  # which output, in words: "output of block 23 of 24, no final norm"
+    num_frames: int  # frames the encoder sees
+    frame_rule: str  # "linspace-32/2": 32 indices by the reference's expression, every 2nd taken
+    decode: str  # decode contract: "frames/1", or "decord", "ffmpeg" by request
+    preprocessing: Mapping[str, Any]  # resize rule, filter, crop, mean, std
+    still_period: int  # time steps after which a still image's tokens repeat
+    grid: tuple[int, int, int]  # stored T, H, W of a video
+    pooling: str  # "adaptive-avg" to the grid, or "none" for the encoder's own grid
+    width: int  # D
+    prefix_tokens: int = 0  # class and register tokens stored beside, K
+    compute_dtype: str = "float32"  # "float32" or "bfloat16": the forward's arithmetic
+    storage_dtype: StorageDtype = "float16"
+
+    def __post_init__(self) -> None:
+        if self.storage_dtype not in STORAGE_DTYPES:
+            raise UserError(f"storage dtype must be one of {', '.join(STORAGE_DTYPES)}, got {self.storage_dtype!r}")
+        if not self.encoder or not all(c.islower() or c.isdigit() or c in "_." for c in self.encoder):
+            raise UserError(f"encoder names are lower case letters, digits, '_' and '.', got {self.encoder!r}")
+        object.__setattr__(self, "grid", tuple(self.grid))
+
+    @property
+    def id(self) -> str:
+        """First 12 hex digits of the sha256 of the canonical JSON."""
+        return hashlib.sha256(canonical_json(self.to_dict()).encode()).hexdigest()[:IDENTITY_LENGTH]
+
+    @property
+    def group_name(self) -> str:
+        """`ENCODER-IDENTITY12`, the folder of this encoder in a store."""
+        return f"{self.encoder}-{self.id}"
+
+    def grid_of(self, kind: str) -> tuple[int, int, int]:
+        """Stored T, H, W: a still holds one period of the time axis only, the reader repeats it."""
+        time, height, width = self.grid
+        return (time if kind == "video" else min(self.still_period, time), height, width)
+
+    def to_dict(self) -> dict[str, Any]:
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> FeatureIdentity:
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(record) - known):
+            raise StoreFormatError(f"identity has unknown fields {', '.join(unknown)}; a newer version wrote it")
+        return cls(**record)
+
+    def differences(self, other: FeatureIdentity) -> dict[str, tuple[Any, Any]]:
+        """Fields that differ: name -> (ours, theirs)."""
+        ours, theirs = self.to_dict(), other.to_dict()
+        return {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
