@@ -44,7 +44,7 @@ class Clip:
     kind: Kind
     start_s: float | None = None  # span in seconds; None is the start of the file
     end_s: float | None = None  # None is the end of the file
-    end_frame: int | None = None  # last frame index + 1 by count; overrides the span , as in princetonvisualai/merv
+    end_frame: int | None = None  # last frame index; overrides the span (as in princetonvisualai/merv)
 
     def __post_init__(self) -> None:
         check_relative_path(self.path)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from featurestore.errors import UserError
 
-BASE_FRAMES = 32  # frames sampled per clip; an encoder with n frames takes every (32 // n)-th (princetonvisualai/merv)
+BASE_FRAMES = 32  # sampled per clip; an encoder with n frames takes every (32 // n)-th (princetonvisualai/merv)
 
 
 @dataclass(frozen=True, kw_only=True)
