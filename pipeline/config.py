@@ -30,7 +30,7 @@ class EncoderSettings:
     architecture: Mapping[str, Any] = field(default_factory=dict)  # sizes other than the published ones
     grid: tuple[int, int, int] | None = (16, 8, 8)  # T, H, W of the stored tokens; None: the encoder's own grid
     prefix_tokens: bool = False  # store class and register tokens beside
-    compute_dtype: str = "float32"
+    compute_dtype: str = "bfloat16"  # as princetonvisualai/merv runs them
     storage_dtype: str = "float16"
     base_frames: int = BASE_FRAMES
     decoder: str = "frames/1"
@@ -53,7 +53,7 @@ class ExtractConfig:
     architecture: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     grid: tuple[int, int, int] | None = (16, 8, 8)
     prefix_tokens: bool = False
-    compute_dtype: str = "float32"
+    compute_dtype: str = "bfloat16"  # as princetonvisualai/merv runs them
     storage_dtype: str = "float16"
     base_frames: int = BASE_FRAMES
     decoder: str = "frames/1"
@@ -129,12 +129,6 @@ def read_config(path: str | Path | None, overrides: Mapping[str, Any]) -> Extrac
     if "dataset" not in settings:
         raise UserError("which dataset? give --dataset NAME; `merv-pipeline datasets` lists them")
     return ExtractConfig(**settings)
-
-
-def parse_weights(specs: tuple[str, ...]) -> dict[str, str]:
-    """`("random:0", "dinov2=weights/dino")` -> encoder -> SPEC, with "" for all the others."""
-    pairs = [spec.split("=", 1) if "=" in spec else ["", spec] for spec in specs]
-    return {name.strip(): spec.strip() for name, spec in pairs}
 
 
 def _read_yaml(path: str | Path) -> Mapping[str, Any]:

@@ -1,0 +1,204 @@
+"""One block: decode ahead, encode, write behind, commit. The task that Dask runs.
+
+Comes in: a `BlockTask` of paths and rows. Goes out: receipts in the store, and a small dict of counts and seconds. The
+three stages overlap: decode processes work on the next clips while the device encodes this batch and a thread
+compresses the last one. Batches are cut by row, not by what happened to decode: a broken neighbour is a zeroed slot,
+and a clip's bits never depend on who sat beside it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from featurestore.clips import Clip
+from featurestore.errors import MediaError, RunStoppedError
+from featurestore.writer import BlockWriter, StoreWriter
+from pipeline.decode.job import Decoded, DecodeJob
+from pipeline.engine import Engine, EngineSettings, encode_batch, engine_for
+
+WRITES_IN_FLIGHT = 2  # batches compressed behind the encoder; bounds the memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockTask:
+    """Everything a worker needs to compute one block of one kind."""
+
+    store: str
+    run: str  # names this run's temporary files
+    root: str  # folder of the media
+    kind: str
+    block: int
+    rows: tuple[tuple[int, Clip], ...]  # the block's planned rows, in order
+    wanted: Mapping[str, frozenset[int]]  # encoder -> rows to compute; the block's other rows are skipped
+    groups: Mapping[str, str]  # encoder -> group name, ENCODER-IDENTITY12
+    batch: int  # clips per forward
+    accept_damaged: bool
+    engine: EngineSettings
+
+
+def extract_block(task: BlockTask) -> dict:
+    """Compute and commit one block; returns counts, seconds per stage and reasons of failure."""
+    started = time.monotonic()
+    engine = engine_for(task.engine)
+    _check_identities(engine, task)
+    work = _BlockWork(task, engine)
+    try:
+        for batch in _batches(task.rows, task.batch):
+            work.encode(batch)
+        return work.finish(time.monotonic() - started)
+    finally:
+        work.close()
+
+
+class _BlockWork:
+    """The state of one block in the making."""
+
+    def __init__(self, task: BlockTask, engine: Engine) -> None:
+        self.task, self.engine = task, engine
+        self.seconds: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+        store = StoreWriter.open(task.store, run=task.run)
+        self.writers: dict[str, BlockWriter] = {
+            name: store.group(task.kind, task.groups[name]).begin(task.block) for name in task.wanted
+        }
+        self._behind = ThreadPoolExecutor(1, thread_name_prefix="write-behind")
+        self._writes: deque[Future] = deque()
+        self._clips = dict(task.rows)
+        self._needed = frozenset().union(*task.wanted.values())
+        self._decoding = _decode_ahead(task, engine, self._needed)
+
+    def encode(self, rows: Sequence[int]) -> None:
+        """Encode one batch of rows with every encoder that wants any of them."""
+        decoded = {row: result for row in rows if row in self._needed and (result := self._decoded(row)) is not None}
+        for name, wanted in self.task.wanted.items():
+            run, writer = self.engine.encoders[name], self.writers[name]
+            frames = {row: decoded[row].frames[run.view] for row in rows if row in wanted and row in decoded}
+            for row in rows:
+                if row in self._clips and row not in wanted:
+                    writer.skip(row)
+            if not frames:
+                continue
+            began = time.monotonic()
+            slots = [*rows, *[None] * (self.task.batch - len(rows))]
+            arrays, halvings = encode_batch(run, frames, slots, self.task.kind)
+            self.seconds[f"encode:{name}"] += time.monotonic() - began
+            self.counts["batch halvings"] += halvings
+            kept = {row: (slot, decoded[row]) for slot, row in enumerate(slots) if row in frames}
+            self._write_behind(writer, arrays, kept)
+
+    def finish(self, seconds: float) -> dict:
+        """Commit every encoder's shard and say what was done."""
+        self._drain(0)
+        began = time.monotonic()
+        receipts = {name: writer.commit() for name, writer in self.writers.items()}
+        self.seconds["commit"] += time.monotonic() - began
+        return {
+            "kind": self.task.kind,
+            "block": self.task.block,
+            "clips": len(self._needed),
+            "failed": self.counts["failed"],
+            "frames": self.counts["frames"],
+            "bytes": sum(receipt.total_bytes for receipt in receipts.values()),
+            "halvings": self.counts["batch halvings"],
+            "reasons": dict(self.reasons),
+            "seconds": {**self.seconds, "total": seconds},
+        }
+
+    def close(self) -> None:
+        self._behind.shutdown(wait=True, cancel_futures=True)
+        self._decoding.close()
+
+    def _decoded(self, row: int) -> Decoded | None:
+        """The clip's frames, or None after its failure is noted with every encoder that wanted it."""
+        began = time.monotonic()
+        got, result = next(self._decoding)
+        self.seconds["decode wait"] += time.monotonic() - began
+        assert got == row, f"decoded rows come in order, got {got} for {row}"
+        if isinstance(result, Decoded):
+            self.counts["frames"] += max(len(frames) for frames in result.frames.values())
+            self.seconds["decode (in its processes)"] += result.seconds
+            return result
+        self.counts["failed"] += 1
+        self.reasons[str(result)] += 1
+        for name, wanted in self.task.wanted.items():
+            if row in wanted:
+                self.writers[name].fail(row, str(result), scope="clip")
+        return None
+
+    def _write_behind(self, writer: BlockWriter, arrays: Mapping, kept: Mapping[int, tuple[int, Decoded]]) -> None:
+        def write() -> None:
+            for row, (slot, decoded) in kept.items():
+                parts = {name: array[slot] for name, array in arrays.items()}
+                writer.add(row, parts, media_sha256=decoded.media_sha256, decoder=decoded.decoder)
+
+        self._writes.append(self._behind.submit(write))
+        self._drain(WRITES_IN_FLIGHT)
+
+    def _drain(self, keep: int) -> None:
+        began = time.monotonic()
+        while len(self._writes) > keep:
+            self._writes.popleft().result()
+        self.seconds["write wait"] += time.monotonic() - began
+
+
+def _batches(rows: Sequence[tuple[int, Clip]], size: int) -> Iterator[list[int]]:
+    numbers = [row for row, _ in rows]
+    return (numbers[start : start + size] for start in range(0, len(numbers), size))
+
+
+def _decode_ahead(
+    task: BlockTask, engine: Engine, needed: frozenset[int]
+) -> Iterator[tuple[int, Decoded | MediaError]]:
+    """Decode the needed rows in order, a bounded number ahead of the one asked for."""
+    views = tuple(dict.fromkeys(engine.encoders[name].view for name in task.wanted))
+    settings = task.engine.encoders[0]
+    jobs = (
+        (
+            row,
+            DecodeJob(
+                root=task.root,
+                clip=clip,
+                views=views,
+                base_frames=settings.base_frames,
+                decoder=settings.decoder,
+                accept_damaged=task.accept_damaged,
+            ),
+        )
+        for row, clip in task.rows
+        if row in needed
+    )
+    ahead: deque[tuple[int, Future]] = deque()
+    lookahead = 2 * task.batch + engine.pool.num_processes
+    try:
+        for row, job in jobs:
+            ahead.append((row, engine.pool.submit(job)))
+            if len(ahead) > lookahead:
+                yield _result(*ahead.popleft())
+        while ahead:
+            yield _result(*ahead.popleft())
+    finally:
+        for _, future in ahead:
+            future.cancel()
+
+
+def _result(row: int, future: Future) -> tuple[int, Decoded | MediaError]:
+    try:
+        return row, future.result()
+    except MediaError as reason:
+        return row, reason
+
+
+def _check_identities(engine: Engine, task: BlockTask) -> None:
+    """A worker that loads other weights than the driver planned must not write a byte."""
+    for name in task.wanted:
+        ours = engine.encoders[name].identity.group_name
+        if ours != task.groups[name]:
+            raise RunStoppedError(
+                f"this worker loads {name} as {ours}, the plan says {task.groups[name]}: "
+                "give every worker the same weights folder and version"
+            )

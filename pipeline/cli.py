@@ -1,0 +1,195 @@
+"""`merv-pipeline`: thin commands. Parse, call one library function, print.
+
+Results go to stdout, as a table for a person or as JSON for a program; progress goes to stderr. Nothing heavy is
+imported before a command needs it: `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from featurestore.errors import MervCacheError
+from jobs.clusters import ClusterError
+from pipeline.options import config_from_options, extraction_options
+
+
+@contextmanager
+def friendly_errors() -> Iterator[None]:
+    """Errors that carry a message for a person are printed without a traceback; exit code 1."""
+    try:
+        yield
+    except (MervCacheError, ClusterError) as error:
+        raise click.ClickException(str(error)) from error
+    except KeyboardInterrupt:
+        click.echo("\nInterrupted. What was committed is kept; run the same command again to go on.", err=True)
+        sys.exit(130)
+
+
+@click.group(context_settings={"show_default": True, "help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="merv-pipeline")
+def main() -> None:
+    """Run the frozen encoders of a multi-encoder VideoLLM once, into a feature store that training reads."""
+
+
+@main.command()
+@extraction_options
+@click.option("--retry-quarantine", is_flag=True, help="Try the clips again that failed before.")
+@click.option("--accept-damaged", is_flag=True, default=None, help="Take what can be decoded of damaged files.")
+@click.option("--new-identity", is_flag=True, default=None, help="Keep changed features beside the stored ones.")
+@click.option("--no-samples", "samples", flag_value=False, default=None, help="Leave the annotations out of the store.")
+@click.option(
+    "--max-failed", type=click.FloatRange(0, 1), help="Stop when more than this share failed.  [default: 0.5]"
+)
+@click.option("--dashboard", is_flag=True, default=None, help="Start Dask's dashboard and print its address.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def extract(config_file: str | None, as_json: bool, **options: Any) -> None:
+    """Encode a dataset's clips into a feature store; run it again to go on or to add clips and encoders."""
+    from pipeline import tables
+    from pipeline.extract import extract as run_extraction
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a person's Ctrl-C
+    with friendly_errors():
+        config = config_from_options(config_file, options)
+        summary = run_extraction(config, say=lambda line: click.echo(line, err=True))
+        _show(summary.to_dict(), as_json, lambda: tables.summary(summary))
+
+
+@main.command()
+@extraction_options
+@click.option("--probe", type=click.IntRange(0), default=4, help="Clips to really encode, for the forecast of time.")
+@click.option("--json", "as_json", is_flag=True, help="Print the forecast as JSON.")
+def plan(config_file: str | None, probe: int, as_json: bool, **options: Any) -> None:
+    """Say what an extraction would cost: clips, bytes, files and hours, by stage, kind and encoder."""
+    from pipeline import tables
+    from pipeline.forecast import forecast
+
+    with friendly_errors():
+        result = forecast(config_from_options(config_file, options), probe=probe)
+        _show(result.to_dict(), as_json, lambda: tables.forecast(result))
+
+
+STORE_ARGUMENT = click.argument("store", type=click.Path(), required=False)
+STORE_OPTION = click.option(
+    "--store",
+    "store_option",
+    type=click.Path(),
+    show_default="the only one under features/",
+    help="The store, as for extract.",
+)
+
+
+def find_store(given: str | None, option: str | None) -> Path:
+    """The store named, or the only one under features/."""
+    if given or option:
+        return Path(given or option)
+    found = sorted(Path("features").glob("*.zarr"))
+    if len(found) == 1:
+        return found[0]
+    listed = ", ".join(str(path) for path in found) or "none"
+    raise click.UsageError(f"which store? found under features/: {listed}; give its path")
+
+
+@main.command()
+@STORE_ARGUMENT
+@STORE_OPTION
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def status(store: str | None, store_option: str | None, as_json: bool) -> None:
+    """Say what is committed, what is missing and what is quarantined, per encoder."""
+    from pipeline import tables
+    from pipeline.status import store_status
+
+    with friendly_errors():
+        result = store_status(find_store(store, store_option))
+        _show(result, as_json, lambda: tables.status(result))
+
+
+@main.command()
+@click.argument("what")
+@STORE_OPTION
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(what: str, store_option: str | None, as_json: bool) -> None:
+    """Show what the store holds of one clip (by id or path) or of one encoder (by name)."""
+    from pipeline import tables
+    from pipeline.status import inspect_store
+
+    with friendly_errors():
+        result = inspect_store(find_store(None, store_option), what)
+        _show(result, as_json, lambda: tables.details(result))
+
+
+@main.command()
+@STORE_ARGUMENT
+@STORE_OPTION
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False),
+    show_default="NAME-report.html beside the store",
+    help="HTML file to write.",
+)
+@click.option(
+    "--root",
+    type=click.Path(file_okay=False),
+    show_default="as at extraction",
+    help="Folder of the media, for thumbnails.",
+)
+@click.option("--clips", type=click.IntRange(1, 64), default=8, help="Clips to picture.")
+def report(store: str | None, store_option: str | None, out: str | None, root: str | None, clips: int) -> None:
+    """Write one HTML page: what each encoder sees in some clips, sizes, rates and failures."""
+    from pipeline.report import write_report
+
+    with friendly_errors():
+        click.echo(write_report(find_store(store, store_option), out=out, root=root, num_clips=clips))
+
+
+@main.command()
+@STORE_ARGUMENT
+@STORE_OPTION
+@click.option("--full", is_flag=True, help="Read every byte; quick checks names, sizes and digests of metadata.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def verify(store: str | None, store_option: str | None, full: bool, as_json: bool) -> None:
+    """Check the store's promises; exit code 1 where anything is damaged."""
+    from featurestore.verify import verify_store
+    from pipeline import tables
+
+    with friendly_errors():
+        findings = verify_store(find_store(store, store_option), level="full" if full else "quick")
+        _show([vars(finding) for finding in findings], as_json, lambda: tables.findings(findings, full))
+        if findings:
+            click.get_current_context().exit(1)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def encoders(as_json: bool) -> None:
+    """List the encoders: the four of MERV, the others that come along, and plug-ins."""
+    from pipeline import tables
+    from pipeline.encoders import all_encoders
+
+    with friendly_errors():
+        found = all_encoders()
+        _show([tables.encoder_row(spec) for spec in found.values()], as_json, lambda: tables.encoders(found))
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def datasets(as_json: bool) -> None:
+    """List the datasets that --dataset knows."""
+    from pipeline import tables
+    from pipeline.datasets import DATASETS
+
+    _show([tables.dataset_row(spec) for spec in DATASETS.values()], as_json, lambda: tables.datasets(DATASETS))
+
+
+def _show(result: Any, as_json: bool, show: Callable[[], None]) -> None:
+    if as_json:
+        click.echo(json.dumps(result, indent=2, default=str))
+    else:
+        show()

@@ -1,0 +1,142 @@
+"""The engine of one worker: encoders loaded once, decode processes started once, kept between blocks.
+
+Comes in: `EngineSettings`, small and picklable. Goes out: per encoder and batch, the aligned tokens of the clips. Only
+workers import this room: torch and the models live behind it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from featurestore.identity import FeatureIdentity
+from pipeline.align import align
+from pipeline.config import AUTO, EncoderSettings
+from pipeline.decode.pool import DecodePool
+from pipeline.encoders import find_encoder, load_encoder
+from pipeline.views import View
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """What one worker loads and starts."""
+
+    encoders: tuple[EncoderSettings, ...]
+    device: str = "auto"
+    threads: int = AUTO  # torch threads; decides the last bits of a sum, so it is fixed for a store
+    decode_processes: int = AUTO
+    decode_timeout_s: float = 60.0
+
+
+class Engine:
+    """Frozen encoders and a decode pool, ready for blocks."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self.settings = settings
+        self.device = _device(settings.device)
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        self.encoders = {s.name: EncoderRun(s, self.device) for s in settings.encoders}
+        self.pool = DecodePool(settings.decode_processes or _free_cores(), timeout_s=settings.decode_timeout_s)
+
+    def close(self) -> None:
+        self.pool.close()
+
+
+class EncoderRun:
+    """One loaded encoder with the settings it runs under: uint8 frames in, aligned tokens out."""
+
+    def __init__(self, settings: EncoderSettings, device: str) -> None:
+        spec = find_encoder(settings.name).with_architecture(dict(settings.architecture))
+        self.settings = settings
+        self.loaded = load_encoder(spec, settings.weights, device=device, compute_dtype=settings.compute_dtype)
+        self.view: View = self.loaded.spec.view
+        self.label: str = self.loaded.weights_label
+        self.identity: FeatureIdentity = self.loaded.identity(
+            grid=settings.grid,
+            decode=settings.decoder,
+            base_frames=settings.base_frames,
+            prefix_tokens=settings.prefix_tokens,
+            storage_dtype=settings.storage_dtype,
+        )
+
+    def tokens(self, frames_BTHWC: np.ndarray, kind: str) -> dict[str, np.ndarray]:
+        """uint8 frames of a batch -> arrays to store: "tokens" float32 [B, T, H, W, D], maybe "prefix" [B, T, K, D]."""
+        features_BTHWD, prefix_BTKD = self.loaded.encode(frames_BTHWC)
+        arrays = {"tokens": align(features_BTHWD, self.identity.grid_of(kind)).cpu().numpy()}
+        if self.settings.prefix_tokens and prefix_BTKD is not None:
+            arrays["prefix"] = prefix_BTKD.float().cpu().numpy()
+        return arrays
+
+
+def encode_batch(
+    run: EncoderRun, frames_by_row: Mapping[int, np.ndarray], rows: Sequence[int | None], kind: str
+) -> tuple[dict[str, np.ndarray], int]:
+    """Encode a batch of fixed shape: rows without frames are zeroed, so that neighbours never change a clip's bits.
+
+    Returns the arrays, first axis in the order of `rows`, and how often the batch was halved for lack of memory.
+    """
+    shape = next(iter(frames_by_row.values())).shape
+    batch = np.zeros((len(rows), *shape), np.uint8)
+    for slot, row in enumerate(rows):
+        if row in frames_by_row:
+            batch[slot] = frames_by_row[row]
+    return _halve_until_it_fits(run, batch, kind)
+
+
+def _halve_until_it_fits(run: EncoderRun, batch: np.ndarray, kind: str) -> tuple[dict[str, np.ndarray], int]:
+    try:
+        return run.tokens(batch, kind), 0
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+    half = len(batch) // 2
+    parts = [_halve_until_it_fits(run, part, kind) for part in (batch[:half], batch[half:])]
+    arrays = {name: np.concatenate([part[0][name] for part in parts]) for name in parts[0][0]}
+    return arrays, 1 + sum(part[1] for part in parts)
+
+
+_engines: dict[str, Engine] = {}  # one per process in practice: a run has one setting
+_lock = threading.Lock()
+
+
+def engine_for(settings: EngineSettings) -> Engine:
+    """This process's engine for the settings, made on first use; another run's engine is closed first."""
+    with _lock:
+        key = repr(settings)
+        if key not in _engines:
+            close_engines()
+            _engines[key] = Engine(settings)
+        return _engines[key]
+
+
+def close_engines() -> None:
+    """Stop the decode processes and forget the models."""
+    while _engines:
+        _engines.popitem()[1].close()
+
+
+def describe_encoders(settings: EngineSettings) -> list[dict[str, Any]]:
+    """What the driver must know of each loaded encoder, as plain values: it never imports torch itself."""
+    engine = engine_for(settings)
+    return [
+        {"name": name, "identity": run.identity.to_dict(), "weights": run.label, "device": engine.device}
+        for name, run in engine.encoders.items()
+    ]
+
+
+def _device(device: str) -> str:
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _free_cores() -> int:
+    """Decode processes by default: the cores this process may use, one kept for the encoders' own thread."""
+    return max(1, min(8, len(os.sched_getaffinity(0)) - 1))

@@ -1,0 +1,287 @@
+"""Extraction, from the driver's chair: list, give out rows, hand blocks to the cluster, publish snapshots.
+
+Comes in: an `ExtractConfig`. Goes out: a store with every block committed that could be, and a summary. The driver
+moves no frames and no tokens and loads no model; it may be killed at any moment, and the same command goes on.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from featurestore.clips import KINDS
+from featurestore.errors import IdentityConflictError, RunStoppedError
+from featurestore.identity import FeatureIdentity
+from featurestore.writer import StoreWriter
+from jobs.clusters import ClusterRequest, connect
+from jobs.progress import RunProgress
+from jobs.run import Outcome, Task, run_tasks
+from pipeline.config import ExtractConfig
+from pipeline.datasets import DatasetListing, load_dataset
+from pipeline.plan import PlannedBlock, plan_blocks
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+SNAPSHOT_INTERVAL_S = 180.0
+MIN_FAILED = 32  # clips; below this a share of failures says nothing
+DEFAULT_BATCH = {"cpu": {"video": 2, "image": 8}, "cuda": {"video": 8, "image": 64}}  # clips per forward
+
+
+@dataclass(kw_only=True)
+class ExtractSummary:
+    """What a run did; amounts are of this run, not of the store."""
+
+    store: str
+    run: str
+    snapshot: str | None = None
+    clips: int = 0  # computed or failed in this run
+    failed: int = 0
+    missing: dict[str, int] = field(default_factory=dict)  # folder -> media listed but absent
+    reasons: dict[str, int] = field(default_factory=dict)  # why clips were quarantined
+    frames: int = 0
+    bytes: int = 0
+    blocks: int = 0
+    halvings: int = 0  # batches cut for lack of device memory
+    elapsed_s: float = 0.0
+    stage_s: dict[str, float] = field(default_factory=dict)  # summed over workers
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderDescription:
+    """What a worker told of an encoder that it loaded."""
+
+    identity: FeatureIdentity
+    weights: str  # label: "pretrained" or "random:SEED"
+    device: str
+
+
+def extract(
+    config: ExtractConfig, *, quiet: bool = False, say: Callable[[str], None] = lambda line: None
+) -> ExtractSummary:
+    """Bring the store up to the config: compute what is missing, touch nothing that is there.
+
+    Raises `IdentityConflictError` where an encoder is stored under another identity, and `RunStoppedError` where the
+    environment failed; in both cases everything committed so far stays.
+    """
+    listing = load_dataset(
+        config.dataset,
+        config.root,
+        stage=config.stage,
+        kind=config.kind,
+        limit=config.limit,
+        **config.options,
+    )
+    request = ClusterRequest(scheduler=config.scheduler, num_workers=config.workers, dashboard=config.dashboard)
+    run = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:8]}"
+    summary = ExtractSummary(store=str(config.store_path), run=run, missing=dict(listing.missing))
+    with connect(request) as client:
+        if config.dashboard:
+            say(f"dashboard: {client.dashboard_link}")
+        encoders = _describe(client, config)
+        with StoreWriter.open_or_create(config.store_path, block_rows=dict(config.block_rows), run=run) as store:
+            _register(store, config, listing, encoders)
+            blocks = plan_blocks(
+                store,
+                {name: encoder.identity for name, encoder in encoders.items()},
+                clip_ids={clip.clip_id for clip in listing.clips},
+            )
+            _check_space(config, blocks, encoders)
+            tasks = _tasks(config, store, listing, encoders, blocks, run)
+            with _summed_up(store, config, encoders, summary):
+                _run_blocks(client, store, tasks, blocks, summary, config, quiet)
+    return summary
+
+
+def _describe(client: Client, config: ExtractConfig) -> dict[str, EncoderDescription]:
+    """Identities are told by a worker that loaded the encoders: the driver has no torch and no weights."""
+    from pipeline.engine import describe_encoders  # only here and in workers: it imports torch
+
+    described = client.submit(describe_encoders, _engine_settings(config), pure=False).result()
+    return {
+        entry["name"]: EncoderDescription(
+            identity=FeatureIdentity.from_dict(entry["identity"]), weights=entry["weights"], device=entry["device"]
+        )
+        for entry in described
+    }
+
+
+def _engine_settings(config: ExtractConfig):
+    from pipeline.engine import EngineSettings
+
+    return EngineSettings(
+        encoders=config.encoder_settings,
+        device=config.device,
+        threads=config.threads,
+        decode_processes=config.decode_processes,
+        decode_timeout_s=config.decode_timeout_s,
+    )
+
+
+def _register(
+    store: StoreWriter, config: ExtractConfig, listing: DatasetListing, encoders: dict[str, EncoderDescription]
+) -> None:
+    """Give out rows, write samples and make the encoders' groups: all that must stand before the first block."""
+    if not config.new_identity:
+        for name, encoder in encoders.items():
+            _refuse_silent_change(store, name, encoder.identity)
+    store.add_clips(listing.clips)
+    if config.retry_quarantine:
+        store.add_clips(_quarantined(store, listing, encoders), retry=True)
+    if config.samples:
+        for name, samples in listing.samples.items():
+            store.add_samples(name, samples)
+    for kind in (kind for kind in KINDS if any(clip.kind == kind for clip in listing.clips)):
+        for encoder in encoders.values():
+            batch = config.batch.get(kind) or DEFAULT_BATCH[encoder.device.split(":")[0]][kind]
+            store.ensure_group(kind, encoder.identity, batch_shape=batch, weights_label=encoder.weights)
+
+
+def _refuse_silent_change(store: StoreWriter, name: str, identity: FeatureIdentity) -> None:
+    stored = [other for other in store.identities() if other.encoder == name]
+    if not stored or identity.id in {other.id for other in stored}:
+        return
+    changed = stored[-1].differences(identity)
+    lines = "\n".join(f"  {field}: stored {old!r}, asked for {new!r}" for field, (old, new) in changed.items())
+    raise IdentityConflictError(
+        f"the store holds {name} as {stored[-1].group_name}, this run would make {identity.group_name}:\n{lines}\n"
+        "Give the stored settings to add clips to it, or --new-identity to keep both side by side."
+    )
+
+
+def _quarantined(store: StoreWriter, listing: DatasetListing, encoders: dict[str, EncoderDescription]):
+    failed = store.failed_clip_ids([encoder.identity.group_name for encoder in encoders.values()])
+    return [clip for clip in listing.clips if clip.clip_id in failed]
+
+
+def _check_space(config: ExtractConfig, blocks: list[PlannedBlock], encoders: dict[str, EncoderDescription]) -> None:
+    """Refuse to start what cannot end: 16-bit tokens shrink by a seventh at most, so the raw size is the forecast."""
+    needed = sum(
+        len(rows) * clip_bytes(encoders[name].identity, block.kind)
+        for block in blocks
+        for name, rows in block.wanted.items()
+    )
+    free = shutil.disk_usage(config.store_path).free
+    if needed > free:
+        raise RunStoppedError(
+            f"the run needs about {needed / 1e9:.1f} GB and {config.store_path} has {free / 1e9:.1f} GB free; "
+            "choose another disk with --store, fewer clips with --limit, or --storage-dtype uint8"
+        )
+
+
+def clip_bytes(identity: FeatureIdentity, kind: str) -> int:
+    """Stored bytes of one clip before compression."""
+    time_steps, height, width = identity.grid_of(kind)
+    per_value = 1 if identity.storage_dtype == "uint8" else 2
+    scales = 8 * identity.width if identity.storage_dtype == "uint8" else 0
+    return time_steps * (height * width + identity.prefix_tokens) * identity.width * per_value + scales
+
+
+def _tasks(config, store, listing, encoders, blocks: list[PlannedBlock], run: str) -> Iterator[Task]:
+    from pipeline.block import BlockTask
+
+    groups = {name: encoder.identity.group_name for name, encoder in encoders.items()}
+    engine = _engine_settings(config)
+    for block in blocks:
+        batch = {store.group(block.kind, groups[name]).batch_shape for name in block.wanted}
+        task = BlockTask(
+            store=str(config.store_path),
+            run=run,
+            root=str(listing.root),
+            kind=block.kind,
+            block=block.block,
+            rows=block.rows,
+            wanted=block.wanted,
+            groups=groups,
+            batch=min(batch),
+            accept_damaged=config.accept_damaged,
+            engine=engine,
+        )
+        yield Task(key=f"{block.kind}-{block.block:08d}-{run}", arguments=(task,))
+
+
+def _run_blocks(client, store, tasks, blocks: list[PlannedBlock], summary: ExtractSummary, config, quiet: bool) -> None:
+    from pipeline.block import extract_block
+
+    total = sum(block.num_clips for block in blocks)
+    last_snapshot = time.monotonic()
+    outcomes = run_tasks(client, extract_block, tasks, is_final=lambda error: isinstance(error, RunStoppedError))
+    with RunProgress("extract", total=total, unit="clips", quiet=quiet) as progress:
+        for outcome in outcomes:
+            _count(outcome, summary, progress)
+            if summary.failed >= MIN_FAILED and summary.failed > config.max_failed * summary.clips:
+                raise RunStoppedError(
+                    f"{summary.failed} of {summary.clips} clips failed, more than --max-failed {config.max_failed:g}: "
+                    f"{_worst(summary.reasons)}; mend the cause, or raise --max-failed, and run again"
+                )
+            if time.monotonic() - last_snapshot > SNAPSHOT_INTERVAL_S:
+                store.publish_snapshot()
+                last_snapshot = time.monotonic()
+
+
+def _count(outcome: Outcome, summary: ExtractSummary, progress: RunProgress) -> None:
+    if outcome.error is not None:
+        if isinstance(outcome.error, RunStoppedError):
+            raise outcome.error
+        raise RunStoppedError(
+            f"block {outcome.task.key} failed twice: {type(outcome.error).__name__}: {outcome.error}; "
+            "everything committed so far is kept, run the same command again after mending the cause"
+        ) from outcome.error
+    result = outcome.result
+    summary.blocks += 1
+    summary.clips += result["clips"]
+    summary.failed += result["failed"]
+    summary.frames += result["frames"]
+    summary.bytes += result["bytes"]
+    summary.halvings += result["halvings"]
+    summary.reasons = dict(Counter(summary.reasons) + Counter(result["reasons"]))
+    summary.stage_s = dict(Counter(summary.stage_s) + Counter(result["seconds"]))
+    progress.advance(result["clips"], failed=result["failed"], frames=result["frames"], MB=result["bytes"] / 1e6)
+
+
+def _worst(reasons: dict[str, int]) -> str:
+    return ", ".join(f"{count} x {reason}" for reason, count in Counter(reasons).most_common(3))
+
+
+@contextmanager
+def _summed_up(store, config: ExtractConfig, encoders, summary: ExtractSummary) -> Iterator[None]:
+    """However the run ends, readers see what was committed and the journal tells what happened."""
+    started = time.time()
+    try:
+        yield
+    finally:
+        summary.elapsed_s = time.time() - started
+        summary.snapshot = store.publish_snapshot()
+        store.journal(
+            f"{summary.run}/driver",
+            {
+                "started": started,
+                "host": socket.gethostname(),
+                "config": config.to_dict(),
+                "versions": _versions(),
+                "encoders": {name: encoder.identity.group_name for name, encoder in encoders.items()},
+                "summary": summary.to_dict(),
+            },
+        )
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    def found(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "absent"
+
+    return {name: found(name) for name in ("merv-pipeline", "torch", "transformers", "av", "pillow", "numpy", "zarr")}

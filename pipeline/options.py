@@ -1,0 +1,103 @@
+"""The command line's options for what is extracted, shared by `extract` and `plan`.
+
+Comes in: words typed by a person. Goes out: an `ExtractConfig`. Every option is None when it is not given, so that the
+config file's value, or the default of `ExtractConfig`, stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from featurestore.clips import KINDS
+from featurestore.identity import STORAGE_DTYPES
+from pipeline.config import COMPUTE_DTYPES, MERV_ENCODERS, ExtractConfig, read_config
+
+STAGES = ("align", "finetune")
+DECODER_NAMES = ("frames/1", "decord", "ffmpeg")
+
+_OPTIONS = [
+    click.option("--dataset", help="Dataset by name; `merv-pipeline datasets` lists them."),
+    click.option(
+        "--root",
+        type=click.Path(file_okay=False),
+        show_default="the dataset's own, e.g. data/videollava",
+        help="Folder of media and annotations.",
+    ),
+    click.option("--store", type=click.Path(), show_default="features/DATASET.zarr", help="Feature store to write."),
+    click.option("--encoders", metavar="LIST", show_default=",".join(MERV_ENCODERS), help="Encoders, comma separated."),
+    click.option(
+        "--weights",
+        metavar="SPEC",
+        multiple=True,
+        show_default="hub",
+        help="hub, a folder, or random:SEED; NAME=SPEC sets one encoder. Repeatable.",
+    ),
+    click.option(
+        "--config",
+        "config_file",
+        type=click.Path(dir_okay=False),
+        help="YAML file with any setting; options given here win over it.",
+    ),
+    click.option("--stage", type=click.Choice(STAGES), show_default="all", help="Records of this training stage only."),
+    click.option("--kind", type=click.Choice(KINDS), show_default="both", help="Clips of this kind only."),
+    click.option("--limit", type=click.IntRange(1), show_default="all", help="Only the first so many clips."),
+    click.option(
+        "--decoder",
+        type=click.Choice(DECODER_NAMES),
+        show_default="frames/1",
+        help="frames/1 is frame-exact; the others are for parity with published work.",
+    ),
+    click.option(
+        "--compute-dtype",
+        type=click.Choice(COMPUTE_DTYPES),
+        show_default="bfloat16",
+        help="Arithmetic of the encoders.",
+    ),
+    click.option("--storage-dtype", type=click.Choice(STORAGE_DTYPES), show_default="float16", help="Stored numbers."),
+    click.option(
+        "--grid",
+        metavar="T,H,W",
+        show_default="16,8,8",
+        help="Stored tokens per clip, or raw: each encoder's own grid.",
+    ),
+    click.option(
+        "--scheduler", metavar="NAME|ADDRESS", show_default="local", help="local, tcp://HOST:PORT, or a scheduler file."
+    ),
+    click.option("--workers", type=click.IntRange(1), show_default="1", help="Worker processes, one per device."),
+    click.option("--device", show_default="cuda where there is one, else cpu", help="cpu, cuda, cuda:1, ..."),
+]
+
+
+def extraction_options(command: Callable) -> Callable:
+    """Decorator: the options that say what would be extracted, from where, with what, and where it runs."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def config_from_options(config_file: str | None, options: dict[str, Any]) -> ExtractConfig:
+    """Options as click gives them, over the config file."""
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    if "encoders" in given:
+        given["encoders"] = tuple(name.strip() for name in given["encoders"].split(",") if name.strip())
+    if "weights" in given:
+        given["weights"] = parse_weights(given["weights"])
+    if given.get("grid", "raw") != "raw":
+        given["grid"] = _grid(given["grid"])
+    return read_config(config_file, given)
+
+
+def parse_weights(specs: tuple[str, ...]) -> dict[str, str]:
+    """`("random:0", "dinov2=weights/dino")` -> encoder -> SPEC, with "" for all the others."""
+    pairs = [spec.split("=", 1) if "=" in spec else ["", spec] for spec in specs]
+    return {name.strip(): spec.strip() for name, spec in pairs}
+
+
+def _grid(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(n) for n in text.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"--grid is T,H,W such as 16,8,8, or raw; got {text!r}") from error
