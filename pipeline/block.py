@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from featurestore.clips import Clip
 from featurestore.errors import MediaError, RunStoppedError
-from featurestore.writer import BlockWriter, StoreWriter
+from featurestore.blocks import BlockWriter
+from featurestore.writer import StoreWriter
 from pipeline.decode.job import Decoded, DecodeJob
 from pipeline.engine import Engine, EngineSettings, encode_batch, engine_for
 
@@ -28,7 +29,6 @@ class BlockTask:
     """Everything a worker needs to compute one block of one kind."""
 
     store: str
-    run: str  # names this run's temporary files
     root: str  # folder of the media
     kind: str
     block: int
@@ -62,9 +62,10 @@ class _BlockWork:
         self.seconds: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
-        store = StoreWriter.open(task.store, run=task.run)
+        store = StoreWriter.open_or_create(task.store)
+        rows = [row for row, _ in task.rows]
         self.writers: dict[str, BlockWriter] = {
-            name: store.group(task.kind, task.groups[name]).begin(task.block) for name in task.wanted
+            name: store.open_group(task.kind, task.groups[name]).begin(task.block, rows) for name in task.wanted
         }
         self._behind = ThreadPoolExecutor(1, thread_name_prefix="write-behind")
         self._writes: deque[Future] = deque()
@@ -103,7 +104,7 @@ class _BlockWork:
             "clips": len(self._needed),
             "failed": self.counts["failed"],
             "frames": self.counts["frames"],
-            "bytes": sum(receipt.total_bytes for receipt in receipts.values()),
+            "bytes": sum(receipt.stored_bytes for receipt in receipts.values()),
             "halvings": self.counts["batch halvings"],
             "reasons": dict(self.reasons),
             "seconds": {**self.seconds, "total": seconds},
@@ -123,11 +124,12 @@ class _BlockWork:
             self.counts["frames"] += max(len(frames) for frames in result.frames.values())
             self.seconds["decode (in its processes)"] += result.seconds
             return result
+        sha256 = getattr(result, "media_sha256", None)  # of a FailedClipError: the bytes that failed
         self.counts["failed"] += 1
         self.reasons[str(result)] += 1
         for name, wanted in self.task.wanted.items():
             if row in wanted:
-                self.writers[name].fail(row, str(result), scope="clip")
+                self.writers[name].fail(row, str(result), scope="clip", media_sha256=sha256)
         return None
 
     def _write_behind(self, writer: BlockWriter, arrays: Mapping, kept: Mapping[int, tuple[int, Decoded]]) -> None:

@@ -16,9 +16,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from featurestore.clips import KINDS
-from featurestore.errors import IdentityConflictError, RunStoppedError
+from featurestore.clips import KINDS, Clip
+from featurestore.errors import RunStoppedError
 from featurestore.identity import FeatureIdentity
+from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
 from jobs.clusters import ClusterRequest, connect
 from jobs.progress import RunProgress
@@ -89,17 +90,14 @@ def extract(
         if config.dashboard:
             say(f"dashboard: {client.dashboard_link}")
         encoders = _describe(client, config)
-        with StoreWriter.open_or_create(config.store_path, block_rows=dict(config.block_rows), run=run) as store:
-            _register(store, config, listing, encoders)
-            blocks = plan_blocks(
-                store,
-                {name: encoder.identity for name, encoder in encoders.items()},
-                clip_ids={clip.clip_id for clip in listing.clips},
-            )
-            _check_space(config, blocks, encoders)
-            tasks = _tasks(config, store, listing, encoders, blocks, run)
-            with _summed_up(store, config, encoders, summary):
-                _run_blocks(client, store, tasks, blocks, summary, config, quiet)
+        store = StoreWriter.open_or_create(config.store_path, block_rows=dict(config.block_rows) or None)
+        _register(store, config, listing, encoders)
+        identities = {name: encoder.identity for name, encoder in encoders.items()}
+        blocks = plan_blocks(store, identities, clip_ids={clip.clip_id for clip in listing.clips})
+        _check_space(config, blocks, encoders)
+        tasks = _tasks(config, store, listing, encoders, blocks, run)
+        with _summed_up(store, config, encoders, summary):
+            _run_blocks(client, store, tasks, blocks, summary, config, quiet)
     return summary
 
 
@@ -132,35 +130,41 @@ def _register(
     store: StoreWriter, config: ExtractConfig, listing: DatasetListing, encoders: dict[str, EncoderDescription]
 ) -> None:
     """Give out rows, write samples and make the encoders' groups: all that must stand before the first block."""
-    if not config.new_identity:
-        for name, encoder in encoders.items():
-            _refuse_silent_change(store, name, encoder.identity)
     store.add_clips(listing.clips)
     if config.retry_quarantine:
-        store.add_clips(_quarantined(store, listing, encoders), retry=True)
+        store.add_clips(_quarantined(store, config, listing, encoders), retry=True)
     if config.samples:
         for name, samples in listing.samples.items():
             store.add_samples(name, samples)
     for kind in (kind for kind in KINDS if any(clip.kind == kind for clip in listing.clips)):
         for encoder in encoders.values():
-            batch = config.batch.get(kind) or DEFAULT_BATCH[encoder.device.split(":")[0]][kind]
-            store.ensure_group(kind, encoder.identity, batch_shape=batch, weights_label=encoder.weights)
+            store.ensure_group(
+                kind,
+                encoder.identity,
+                batch_shape=_batch_shape(store, config, kind, encoder),
+                weights_label=encoder.weights,
+                new_identity=config.new_identity,
+            )
 
 
-def _refuse_silent_change(store: StoreWriter, name: str, identity: FeatureIdentity) -> None:
-    stored = [other for other in store.identities() if other.encoder == name]
-    if not stored or identity.id in {other.id for other in stored}:
-        return
-    changed = stored[-1].differences(identity)
-    lines = "\n".join(f"  {field}: stored {old!r}, asked for {new!r}" for field, (old, new) in changed.items())
-    raise IdentityConflictError(
-        f"the store holds {name} as {stored[-1].group_name}, this run would make {identity.group_name}:\n{lines}\n"
-        "Give the stored settings to add clips to it, or --new-identity to keep both side by side."
-    )
+def _batch_shape(store: StoreWriter, config: ExtractConfig, kind: str, encoder: EncoderDescription) -> int:
+    """Clips per forward: as asked, else as the store was begun with, else what suits the device."""
+    if asked := config.batch.get(kind):
+        return asked
+    if encoder.identity.group_name in store.encoder_groups(kind):
+        return store.open_group(kind, encoder.identity.group_name).batch_shape
+    return DEFAULT_BATCH[encoder.device.split(":")[0]][kind]
 
 
-def _quarantined(store: StoreWriter, listing: DatasetListing, encoders: dict[str, EncoderDescription]):
-    failed = store.failed_clip_ids([encoder.identity.group_name for encoder in encoders.values()])
+def _quarantined(
+    store: StoreWriter, config: ExtractConfig, listing: DatasetListing, encoders: dict[str, EncoderDescription]
+) -> list[Clip]:
+    """Listed clips that failed with any of the encoders and succeeded in no later row."""
+    store.publish_snapshot()
+    reader = FeatureStore.open(config.store_path)
+    groups = {encoder.identity.group_name for encoder in encoders.values()}
+    keys = {key for key, identity in reader.encoders.items() if identity.group_name in groups}
+    failed = {row["clip_id"] for row in reader.quarantine.to_pylist() if row["encoder"] in keys}
     return [clip for clip in listing.clips if clip.clip_id in failed]
 
 
@@ -193,10 +197,9 @@ def _tasks(config, store, listing, encoders, blocks: list[PlannedBlock], run: st
     groups = {name: encoder.identity.group_name for name, encoder in encoders.items()}
     engine = _engine_settings(config)
     for block in blocks:
-        batch = {store.group(block.kind, groups[name]).batch_shape for name in block.wanted}
+        batch = {store.open_group(block.kind, groups[name]).batch_shape for name in block.wanted}
         task = BlockTask(
             store=str(config.store_path),
-            run=run,
             root=str(listing.root),
             kind=block.kind,
             block=block.block,
@@ -263,7 +266,7 @@ def _summed_up(store, config: ExtractConfig, encoders, summary: ExtractSummary) 
         summary.elapsed_s = time.time() - started
         summary.snapshot = store.publish_snapshot()
         store.journal(
-            f"{summary.run}/driver",
+            f"{summary.run}-driver",
             {
                 "started": started,
                 "host": socket.gethostname(),

@@ -12,9 +12,11 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from featurestore.clips import Clip
+from featurestore.clips import Clip, table_to_clips
+from featurestore.groups import GroupWriter
 from featurestore.identity import FeatureIdentity
-from featurestore.writer import GroupWriter, StoreWriter
+from featurestore.receipts import Receipt
+from featurestore.writer import StoreWriter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,7 @@ def plan_blocks(
         by_block = _by_block(rows, store.block_rows[kind])
         asked = [b for b, block in by_block.items() if any(clip.clip_id in clip_ids for _, clip in block)]
         for name, identity in identities.items():
-            group = store.group(kind, identity.group_name)
+            group = store.open_group(kind, identity.group_name)
             committed = group.committed_blocks()
             done = _clips_done_earlier(group, older, committed, store.block_rows[kind])
             for block in asked:
@@ -62,7 +64,7 @@ def plan_blocks(
 
 def _rows_by_kind(store: StoreWriter) -> dict[str, list[tuple[int, Clip]]]:
     rows: dict[str, list[tuple[int, Clip]]] = defaultdict(list)
-    for row, clip in store.clips():
+    for row, clip in table_to_clips(store.clips()):
         rows[clip.kind].append((row, clip))
     return {kind: sorted(found, key=lambda pair: pair[0]) for kind, found in sorted(rows.items(), reverse=True)}
 
@@ -89,15 +91,15 @@ def _clips_done_earlier(
     group: GroupWriter, older: Mapping[str, list[int]], committed: Collection[int], block_rows: int
 ) -> set[str]:
     """Clips whose tokens of this encoder stand in a row before their newest one."""
-    states: dict[int, list[str]] = {}
+    receipts: dict[int, Receipt] = {}
     done = set()
     for clip_id, rows in older.items():
         for row in rows:
             block = row // block_rows
             if block not in committed:
                 continue
-            if block not in states:
-                states[block] = list(group.receipt(block).state)
-            if states[block][row % block_rows] == "ok":
+            if block not in receipts:
+                receipts[block] = group.receipt(block)
+            if receipts[block].rows[row % block_rows].state == "ok":
                 done.add(clip_id)
     return done

@@ -1,0 +1,160 @@
+"""Results as tables for a person, on stdout. Values come from the library; no command computes here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def _console() -> Console:
+    return Console(soft_wrap=True, highlight=False)
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Sequence[str] = ()) -> None:
+    """Print a plain table; columns named in `right` hold numbers."""
+    drawn = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        drawn.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*[str(cell) for cell in row])
+    _console().print(drawn)
+
+
+def size(num_bytes: float) -> str:
+    """Decimal units, as disks are sold: `7.3 MB`."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(num_bytes) < 1000 or unit == "TB":
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    raise AssertionError("unreachable")
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def summary(result) -> None:
+    """What an extraction did: counts, rates, seconds per stage, quarantine by reason."""
+    out = _console()
+    ok, seconds = result.clips - result.failed, max(result.elapsed_s, 1e-9)
+    out.print(f"[bold]{result.store}[/bold]  snapshot {result.snapshot}")
+    if not result.clips:
+        out.print("nothing to do: every clip listed is committed or quarantined")
+    else:
+        out.print(
+            f"{ok} clips committed, {result.failed} quarantined, {result.blocks} blocks, {size(result.bytes)} "
+            f"in {duration(seconds)}: {result.clips / seconds:.2f} clips/s, {result.frames / seconds:.0f} frames/s, "
+            f"{size(result.bytes / seconds)}/s"
+        )
+    stages = {name: s for name, s in sorted(result.stage_s.items(), key=lambda item: -item[1]) if name != "total"}
+    if stages:
+        total = result.stage_s["total"]
+        rows = [(name, f"{s:.1f}", f"{s / total:.0%}") for name, s in stages.items()]
+        table("", ("stage", "seconds", "of block time"), rows, right=("seconds", "of block time"))
+    counted("quarantined", "clips", result.reasons)
+    counted("listed but absent", "media", result.missing)
+    if result.halvings:
+        out.print(f"{result.halvings} batches were halved for lack of device memory: give a smaller batch")
+
+
+def counted(title: str, unit: str, counts: Mapping[str, int]) -> None:
+    """A table of counts, largest first; nothing where there are none."""
+    if counts:
+        rows = sorted(counts.items(), key=lambda item: -item[1])
+        table("", (title, unit), rows, right=(unit,))
+
+
+def status(result: Mapping[str, Any]) -> None:
+    out = _console()
+    out.print(f"[bold]{result['store']}[/bold]  snapshot {result['snapshot']}, {size(result['bytes'])}")
+    out.print(", ".join(f"{n} {kind} clips" for kind, n in result["clips"].items()) or "no clips")
+    columns = ("encoder", "identity", "weights", "grid", "width", "storage", "committed", "failed", "to do")
+    rows = [[_cell(entry[name]) for name in columns] for entry in result["encoders"]]
+    table("", columns, rows, right=("width", "committed", "failed", "to do"))
+    counted("samples", "count", result["samples"])
+    counted("quarantined", "clips", result["quarantine"])
+
+
+def details(result: Mapping[str, Any]) -> None:
+    table("", ("", ""), [(name, _cell(value)) for name, value in result.items()])
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_cell(entry)}" for name, entry in value.items())
+    if isinstance(value, list | tuple):
+        short = all(isinstance(entry, int) for entry in value)
+        return ("x" if short else "\n").join(_cell(entry) for entry in value)
+    return str(value)
+
+
+def forecast(result) -> None:
+    """What an extraction would cost."""
+    out = _console()
+    columns = ("stage", "kind", "encoder", "clips", "to do", "bytes", "files", "time")
+    rows = [
+        (
+            r.stage,
+            r.kind,
+            r.encoder,
+            r.clips,
+            r.to_do,
+            size(r.bytes),
+            r.files,
+            duration(r.seconds) if r.seconds else "-",
+        )
+        for r in result.rows
+    ]
+    table("", columns, rows, right=columns[3:])
+    out.print(f"[bold]{size(result.bytes)}[/bold] to write, {size(result.free_bytes)} free at {result.store}")
+    if result.seconds:
+        low, high = (duration(s) for s in result.interval_s)
+        out.print(
+            f"[bold]{duration(result.seconds)}[/bold] with {result.workers} workers like this one ({low} to {high})"
+        )
+        out.print(
+            f"from a probe of {result.probed} clips on {result.device}; decoding {result.decode_s:.3f} s per clip"
+        )
+    counted("listed but absent", "media", result.missing)
+
+
+def findings(found: Sequence, full: bool) -> None:
+    out = _console()
+    level = "every byte read" if full else "quick: names, sizes and digests of metadata; --full reads every byte"
+    if not found:
+        out.print(f"no damage found ({level})")
+        return
+    table("", ("object", "problem"), [(finding.key, finding.problem) for finding in found])
+    out.print(f"[bold]{len(found)} findings[/bold] ({level})")
+
+
+def encoder_row(spec) -> dict[str, Any]:
+    return {
+        "encoder": spec.name,
+        "weights": spec.hub_id,
+        "frames": spec.num_frames,
+        "grid": list(spec.grid),
+        "width": spec.width,
+        "layer": spec.layer,
+        "summary": spec.summary,
+    }
+
+
+def encoders(found: Mapping[str, Any]) -> None:
+    rows = [encoder_row(spec) for spec in found.values()]
+    columns = tuple(rows[0])
+    table("", columns, [[_cell(row[name]) for name in columns] for row in rows], right=("frames", "width"))
+
+
+def dataset_row(spec) -> dict[str, Any]:
+    return {"dataset": spec.name, "default root": spec.default_root, "summary": spec.summary}
+
+
+def datasets(found: Mapping[str, Any]) -> None:
+    rows = [dataset_row(spec) for spec in found.values()]
+    table("", tuple(rows[0]), [[_cell(value) for value in row.values()] for row in rows])
