@@ -1,0 +1,29 @@
+"""Frozen encoders: uint8 frames in, features on each encoder's own grid out.
+
+    spec = encoder_spec("dinov2")
+    encoder = load_encoder(spec, "random:0", compute_dtype="bfloat16")
+    features_BTHWD, _ = encoder.encode(frames_BTHWC)
+
+Importing this room is cheap; torch and transformers come in with `load_encoder`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipeline.encoders.base import EncoderSpec
+from pipeline.encoders.registry import ENCODERS, MERV_ENCODERS, encoder_spec
+
+if TYPE_CHECKING:
+    from pipeline.encoders.loaded import LoadedEncoder
+
+__all__ = ["ENCODERS", "MERV_ENCODERS", "EncoderSpec", "encoder_spec", "load_encoder"]
+
+
+def load_encoder(
+    spec: EncoderSpec, weights: str, *, device: str = "cpu", compute_dtype: str = "float32"
+) -> LoadedEncoder:
+    """An encoder ready to run; `weights` is `hub`, a folder or `random:SEED`, compute dtype float32 or bfloat16."""
+    from pipeline.encoders.loaded import LoadedEncoder  # torch
+
+    return LoadedEncoder.load(spec, weights, device=device, compute_dtype=compute_dtype)

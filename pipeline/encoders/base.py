@@ -1,0 +1,199 @@
+"""What an encoder is, before any weights are loaded.
+
+A spec declares which frames an encoder wants, which grid of features it gives and where its published weights are.
+The sizes live in one dict, `architecture`; grid, width, view and layer follow from it, so a toy or a larger model of
+the same family is one `with_architecture` away. No torch here: plan, status and the decode processes read specs.
+
+T time steps, H W patch rows and columns, D width, K prefix tokens (class and register tokens).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from featurestore.errors import UserError
+from pipeline.views import BASE_FRAMES, ResizeRule, View
+
+Grid = tuple[int, int, int]
+TemporalReach = Literal["frame", "chunk", "clip"]
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+
+ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "gelu_fast", "quick_gelu")
+_SIZES = (
+    "image_size",
+    "patch_size",
+    "num_frames",
+    "tubelet_frames",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "mlp_size",
+)
+_REQUIRED = (*_SIZES, "activation", "norm_eps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSpec:
+    """One frozen encoder: what it wants, what it gives, where its weights are."""
+
+    name: str  # "dinov2"
+    summary: str  # one line for lists
+    model: str  # the network's kind, part of the identity: "dinov2-with-registers"
+    hub_id: str  # where `hub` weights come from
+    builder: str  # "module:function", EncoderSpec -> EncoderNetwork; resolved only when weights are loaded
+    architecture: Mapping[str, Any] = field(hash=False)
+    # image_size, patch_size in pixels; num_frames seen; tubelet_frames per time step; hidden_size D; num_layers as
+    # published; num_heads; mlp_size; activation (one of ACTIVATIONS); norm_eps; and what else a family needs
+    temporal_reach: TemporalReach  # which frames see each other: one, architecture["frames_per_chunk"], or all
+    resize: ResizeRule  # its size follows image_size
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    prefix_tokens: int = 0  # K, in front of the patches
+    skipped_blocks: int = 0  # blocks at the end that are never run (1: features are the second to last block's)
+    final_norm: bool = False  # whether the network's last LayerNorm is applied
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "architecture", dict(self.architecture))
+        _check_architecture(self)
+        object.__setattr__(self, "resize", replace(self.resize, size=self.architecture["image_size"]))
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.architecture["hidden_size"]
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of a video that the encoder sees."""
+        return self.architecture["num_frames"]
+
+    @property
+    def grid(self) -> Grid:
+        """Native T, H, W of a video."""
+        side = self.architecture["image_size"] // self.architecture["patch_size"]
+        return (self.num_frames // self.architecture["tubelet_frames"], side, side)
+
+    @property
+    def still_period(self) -> int:
+        """Time steps after which a still image's features repeat: only these are computed."""
+        if self.temporal_reach == "frame":
+            return 1
+        frames = self.architecture["frames_per_chunk"] if self.temporal_reach == "chunk" else self.num_frames
+        return frames // self.architecture["tubelet_frames"]
+
+    @property
+    def still_frames(self) -> int:
+        """How often a still image is repeated to give one period."""
+        return 1 if self.temporal_reach == "frame" else self.still_period * self.architecture["tubelet_frames"]
+
+    @property
+    def used_layers(self) -> int:
+        """Blocks that are run."""
+        return self.architecture["num_layers"] - self.skipped_blocks
+
+    @property
+    def layer(self) -> str:
+        """Which output the features are, in words."""
+        norm = "then the final norm" if self.final_norm else "no final norm"
+        return f"output of block {self.used_layers} of {self.architecture['num_layers']}, {norm}"
+
+    @property
+    def view(self) -> View:
+        """The frames to ask of the decoder."""
+        return View(rule=self.resize, num_frames=self.num_frames)
+
+    @property
+    def frame_rule(self) -> str:
+        """How the frames are chosen among the clip's 32, in the words of the identity."""
+        return f"linspace-{BASE_FRAMES}/{BASE_FRAMES // self.num_frames}"
+
+    def preprocessing(self) -> dict[str, Any]:
+        """Resize rule, mean and std, as they stand in the identity."""
+        return self.resize.to_dict() | {"mean": list(self.mean), "std": list(self.std)}
+
+    def with_architecture(self, overrides: Mapping[str, Any]) -> EncoderSpec:
+        """The same family at other sizes; grid, width, view and layer follow, and mlp_size follows hidden_size.
+
+        >>> from pipeline.encoders import ENCODERS
+        >>> toy = ENCODERS["vivit"].with_architecture({"image_size": 64, "hidden_size": 48, "num_layers": 2})
+        >>> toy.grid, toy.width, toy.architecture["mlp_size"]
+        ((16, 4, 4), 48, 192)
+        """
+        for key in overrides:
+            if key not in self.architecture:
+                raise UserError(_unknown_key(self, key))
+        merged = {**self.architecture, **overrides}
+        if "hidden_size" in overrides and "mlp_size" not in overrides and _is_size(merged["hidden_size"]):
+            ratio = self.architecture["mlp_size"] / self.architecture["hidden_size"]
+            merged["mlp_size"] = round(merged["hidden_size"] * ratio)
+        return replace(self, architecture=merged)
+
+    def with_crop(self, fit: Literal["squash", "centre-crop"]) -> EncoderSpec:
+        """The same encoder with another way to make frames square; `squash` makes grids cover the same pixels."""
+        if fit not in ("squash", "centre-crop"):
+            raise UserError(f"crop of {self.name} must be squash or centre-crop, got {fit!r}")
+        return replace(self, resize=replace(self.resize, fit=fit))
+
+
+def _check_architecture(spec: EncoderSpec) -> None:
+    """Refuse sizes that the network cannot have, in the words of who wrote them."""
+    sizes = spec.architecture
+    if missing := [key for key in _REQUIRED if key not in sizes]:
+        raise UserError(f"architecture of {spec.name} lacks {', '.join(missing)}")
+    for key in (*_SIZES, *(key for key in ("frames_per_chunk", "position_grid") if key in sizes)):
+        if not _is_size(sizes[key]):
+            raise UserError(f"{key} of {spec.name} must be a whole number >= 1, got {sizes[key]!r}")
+    if not isinstance(sizes["norm_eps"], float) or not (math.isfinite(sizes["norm_eps"]) and sizes["norm_eps"] > 0):
+        raise UserError(f"norm_eps of {spec.name} must be a number > 0 such as 1e-6, got {sizes['norm_eps']!r}")
+    if sizes["activation"] not in ACTIVATIONS:
+        raise UserError(
+            f"activation of {spec.name} must be one of {', '.join(ACTIVATIONS)}, got {sizes['activation']!r}"
+        )
+    _check_multiple(spec, "image_size", "patch_size", "so that patches tile the image")
+    _check_multiple(spec, "hidden_size", "num_heads", "so that heads have equal width")
+    _check_frames(spec)
+    if sizes["num_layers"] <= spec.skipped_blocks:
+        raise UserError(
+            f"num_layers of {spec.name} must be at least {spec.skipped_blocks + 1}, got {sizes['num_layers']}: its "
+            f"last {spec.skipped_blocks} are never run"
+        )
+
+
+def _check_frames(spec: EncoderSpec) -> None:
+    num_frames = spec.architecture["num_frames"]
+    if num_frames > BASE_FRAMES or BASE_FRAMES % num_frames:
+        raise UserError(
+            f"num_frames of {spec.name} must divide the {BASE_FRAMES} frames sampled per clip, got {num_frames}; "
+            "use 1, 2, 4, 8, 16 or 32"
+        )
+    _check_multiple(spec, "num_frames", "tubelet_frames", "so that every time step is whole")
+    if spec.temporal_reach == "chunk":
+        reason = "because it attends within chunks of that many frames; a partial chunk has no meaning"
+        _check_multiple(spec, "num_frames", "frames_per_chunk", reason)
+
+
+def _check_multiple(spec: EncoderSpec, whole: str, part: str, reason: str) -> None:
+    value, divisor = spec.architecture[whole], spec.architecture[part]
+    if value % divisor:
+        below = max(value // divisor, 1) * divisor
+        raise UserError(
+            f"{whole} of {spec.name} must be a multiple of {part} {reason}, got {whole}={value}, {part}={divisor}; "
+            f"use {whole}={below} or {below + divisor}"
+        )
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _unknown_key(spec: EncoderSpec, key: str) -> str:
+    near = difflib.get_close_matches(key, spec.architecture, n=1)
+    hint = f", did you mean {near[0]}" if near else ""
+    return f"{spec.name} has no architecture key {key!r}{hint}; known keys: {', '.join(sorted(spec.architecture))}"

@@ -1,0 +1,145 @@
+"""Vision models of transformers as encoders: the part that all families share.
+
+A family passes its model class and its sizes in that class's own words; this room cuts the blocks whose output nobody
+reads, loads checkpoints, and sorts tokens into a grid. A checkpoint is refused if one of our weights is missing in it
+or if its config.json says another architecture: heads, activation and epsilon do not show in shapes.
+
+B batch, T time steps, H W patch rows and columns, N all tokens, K prefix tokens, D width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from featurestore.errors import UserError
+from pipeline.encoders.base import EncoderSpec
+from pipeline.encoders.network import EncoderNetwork
+
+
+class HuggingFaceNetwork(EncoderNetwork):
+    """A transformers vision model whose `last_hidden_state` holds the features."""
+
+    def __init__(
+        self,
+        spec: EncoderSpec,
+        model_class: type,
+        config_class: type,
+        sizes: Mapping[str, Any],  # config values that a checkpoint's config.json must agree with
+        *,
+        choices: Mapping[str, Any] | None = None,  # config values that are ours to choose
+        model_options: Mapping[str, Any] | None = None,  # keyword arguments of the model class
+        final_norm: str | None = "layernorm",  # attribute of the last LayerNorm
+        unused: tuple[str, ...] = (),  # parameters that the forward pass never reads
+        published_names: Mapping[str, str] | None = None,  # regular expressions: library's name -> checkpoint's
+        finish: Callable[[nn.Module], None] | None = None,
+    ) -> None:
+        super().__init__(spec)
+        self._model_class, self._options = model_class, dict(model_options or {})
+        self._sizes = {
+            "hidden_size": spec.width,
+            "num_attention_heads": spec.architecture["num_heads"],
+            "hidden_act": spec.architecture["activation"],
+            "layer_norm_eps": spec.architecture["norm_eps"],
+            **sizes,
+        }
+        self._choices = dict(choices or {})
+        values = {**self._sizes, **self._choices, "num_hidden_layers": spec.used_layers}
+        self._config = config_class(**values, attn_implementation="sdpa")
+        self._final_norm, self._unused = final_norm, unused
+        self._published_names, self._finish = dict(published_names or {}), finish
+        self.model = self._trim(model_class(self._config, **self._options))
+
+    def forward(self, pixels_BTCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch, num_frames = pixels_BTCHW.shape[:2]
+        _, height, width = self.spec.grid
+        if self.spec.temporal_reach == "frame":
+            tokens_XND = self.model(pixels_BTCHW.flatten(0, 1)).last_hidden_state
+            tokens_BTND = tokens_XND.unflatten(0, (batch, num_frames))  # [(B T), K + H W, D]
+            prefix_BTKD, patches_BTPD = tokens_BTND.tensor_split([self.spec.prefix_tokens], dim=2)
+            features_BTHWD = patches_BTPD.unflatten(2, (height, width))
+        else:
+            tokens_BND = self.model(pixels_BTCHW).last_hidden_state  # [B, K + T H W, D]
+            prefix_BKD, patches_BPD = tokens_BND.tensor_split([self.spec.prefix_tokens], dim=1)
+            features_BTHWD = patches_BPD.unflatten(1, (-1, height, width))
+            prefix_BTKD = prefix_BKD.unsqueeze(1).expand(-1, features_BTHWD.shape[1], -1, -1)
+        return features_BTHWD, prefix_BTKD if self.spec.prefix_tokens else None
+
+    def load_published(self, folder: Path) -> None:
+        self._check_config(folder)
+        with _quiet_transformers():
+            model, report = self._model_class.from_pretrained(
+                folder,
+                config=self._config,
+                dtype=torch.float32,
+                attn_implementation="sdpa",
+                local_files_only=True,
+                output_loading_info=True,
+                **self._options,
+            )
+        self.model = self._trim(model)
+        if missing := sorted(set(report["missing_keys"]) & set(self.model.state_dict())):
+            raise UserError(
+                f"weights of {self.spec.name} in {folder} are incomplete: {len(missing)} missing, {missing[0]} first; "
+                f"the published checkpoint is {self.spec.hub_id}"
+            )
+
+    def weight_name(self, name: str) -> str:
+        published = name.removeprefix("model.")
+        for pattern, replacement in self._published_names.items():
+            published = re.sub(pattern, replacement, published)
+        return published
+
+    def finish(self) -> None:
+        if self._finish:
+            self._finish(self.model)
+
+    def _trim(self, model: nn.Module) -> nn.Module:
+        """Drop what is not computed, so that it is neither hashed nor moved to the device."""
+        if self._final_norm and not self.spec.final_norm:
+            setattr(model, self._final_norm, nn.Identity())
+        for name in self._unused:
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, None)
+        return model
+
+    def _check_config(self, folder: Path) -> None:
+        published = type(self._config).from_pretrained(folder, local_files_only=True)
+        expected = {**self._sizes, "num_hidden_layers": self.spec.architecture["num_layers"]}
+        found = {key: getattr(published, key, None) for key in expected if key not in self._choices}
+        check_same_architecture(self.spec, folder, {key: expected[key] for key in found}, found)
+
+
+def check_same_architecture(
+    spec: EncoderSpec, folder: Path, expected: Mapping[str, Any], found: Mapping[str, Any]
+) -> None:
+    """Refuse a checkpoint whose config.json differs from the spec; the error lists every difference."""
+    plain = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+    if differing := [key for key in expected if plain[key] != expected[key]]:
+        listed = "; ".join(f"{key} is {plain[key]!r} there, {expected[key]!r} here" for key in differing)
+        raise UserError(
+            f"{folder} holds another architecture than {spec.name}: {listed}. Set the encoder's architecture to the "
+            f"checkpoint's, or use the weights of {spec.hub_id}"
+        )
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hide the table of unused weights (text towers, cut blocks) and the progress bar: we check what is missing."""
+    from transformers.utils import logging
+
+    verbosity, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bar:
+            logging.enable_progress_bar()

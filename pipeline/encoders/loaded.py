@@ -1,0 +1,166 @@
+"""An encoder with weights: uint8 frames in, features out, and the identity of what comes out.
+
+Precision, exactly: pixels are (x / 255 - mean) / std in float32 on the device, then cast to the compute dtype;
+with bfloat16 all weights and activations are bfloat16 (as in MERV), norms and softmax accumulate in float32 inside
+their kernels, position embeddings are resampled in float32 before the cast. Features leave in the compute dtype.
+
+With one batch shape the features of a clip do not depend on its neighbours. Other shapes may pick other kernels and
+round differently, so whoever wants the same bytes encodes in one fixed batch shape; `encode_padded` does that.
+
+B batch, T frames or time steps, H W C rows, columns and channels, K prefix tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from featurestore.errors import UserError
+from featurestore.identity import FeatureIdentity
+from pipeline.align import DEFAULT_GRID, Grid, align, align_time
+from pipeline.encoders.base import EncoderSpec
+from pipeline.encoders.identity import feature_identity
+from pipeline.encoders.network import EncoderNetwork, build_network
+from pipeline.encoders.weights import fill_weights, parse_weights, weights_sha256
+
+COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Frames = np.ndarray | torch.Tensor
+
+
+class LoadedEncoder:
+    """A frozen encoder on a device; make one with `load`."""
+
+    def __init__(
+        self, network: EncoderNetwork, *, sha256: str, label: str, device: torch.device, compute_dtype: str
+    ) -> None:
+        self.spec: EncoderSpec = network.spec
+        self.weights_sha256, self.weights_label = sha256, label
+        self.device, self.compute_dtype = device, compute_dtype
+        self._network = network.to(device=device, dtype=COMPUTE_DTYPES[compute_dtype]).eval().requires_grad_(False)
+        self._mean_C11, self._std_C11 = (
+            torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)
+            for values in (self.spec.mean, self.spec.std)
+        )
+
+    @classmethod
+    def load(
+        cls, spec: EncoderSpec, weights: str, *, device: str = "cpu", compute_dtype: str = "float32"
+    ) -> LoadedEncoder:
+        """Build, fill and hash in float32 on the CPU, then cast and move."""
+        if compute_dtype not in COMPUTE_DTYPES:
+            raise UserError(f"compute dtype must be one of {', '.join(COMPUTE_DTYPES)}, got {compute_dtype!r}")
+        source = parse_weights(weights)
+        network = build_network(spec)
+        fill_weights(network, source)
+        sha256 = weights_sha256({network.weight_name(name): w for name, w in network.state_dict().items()})
+        network.finish()
+        return cls(network, sha256=sha256, label=source.label, device=torch.device(device), compute_dtype=compute_dtype)
+
+    @property
+    def architecture(self) -> dict:
+        """Model kind and sizes, as they stand in the identity."""
+        return {"model": self.spec.model, **self.spec.architecture}
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters that are really used."""
+        return sum(parameter.numel() for parameter in self._network.parameters())
+
+    def encode(self, frames_BTHWC: Frames, *, prefix_tokens: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """uint8 RGB frames -> (features_BTHWD, prefix_BTKD or None) on the device, in the compute dtype.
+
+        T is the spec's num_frames for videos. T = 1 is a still image: it is repeated to one period, and the features
+        have the spec's still_period time steps.
+        """
+        frames_BTHWC = self._check_frames(frames_BTHWC)
+        # cudnn would run float32 convolutions in TF32 and choose kernels by timing them
+        deterministic = torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=False)
+        with torch.inference_mode(), deterministic:
+            features_BTHWD, prefix_BTKD = self._network(self._normalise(frames_BTHWC.to(self.device)))
+        return features_BTHWD, prefix_BTKD if prefix_tokens else None
+
+    def encode_padded(
+        self, clips_THWC: Sequence[Frames | None], batch_size: int, *, prefix_tokens: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Encode at most `batch_size` clips of one kind in the fixed batch shape; None is a failed clip.
+
+        Failed clips and the missing tail are black frames; rows of the tail are cut off again.
+        """
+        given = [clip for clip in clips_THWC if clip is not None]
+        if not given or len(clips_THWC) > batch_size:
+            raise UserError(
+                f"need 1 to {batch_size} clips with frames, got {len(clips_THWC)}, {len(given)} with frames"
+            )
+        batch = torch.zeros(batch_size, *given[0].shape, dtype=torch.uint8)
+        for row, clip in enumerate(clips_THWC):
+            if clip is not None:
+                batch[row] = torch.as_tensor(np.asarray(clip).copy())
+        features, prefix = self.encode(batch, prefix_tokens=prefix_tokens)
+        return features[: len(clips_THWC)], None if prefix is None else prefix[: len(clips_THWC)]
+
+    def encode_tokens(
+        self, frames_BTHWC: Frames, *, grid: Grid | None = DEFAULT_GRID, prefix_tokens: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`encode`, then `align`, for videos and stills alike: float32 (tokens_BTHWD, prefix_BTKD or None).
+
+        Time steps are those that `identity(grid=grid).grid_of(kind)` says are stored.
+        """
+        features_BTHWD, prefix_BTKD = self.encode(frames_BTHWC, prefix_tokens=prefix_tokens)
+        native_time = self.spec.grid[0]
+        with torch.inference_mode():
+            tokens_BTHWD = align(features_BTHWD, grid, native_time=native_time)
+            if prefix_BTKD is not None:
+                time = native_time if grid is None else grid[0]
+                prefix_BTKD = align_time(prefix_BTKD, time, native_time=native_time)
+        return tokens_BTHWD, prefix_BTKD
+
+    def identity(
+        self,
+        *,
+        decode: str,
+        grid: Grid | None = DEFAULT_GRID,
+        pooling: str | None = None,
+        frame_rule: str | None = None,
+        prefix_tokens: bool = False,
+        storage_dtype: str = "float16",
+    ) -> FeatureIdentity:
+        """What decides the bytes of this encoder's tokens; see `feature_identity`."""
+        return feature_identity(
+            self.spec,
+            weights_sha256=self.weights_sha256,
+            compute_dtype=self.compute_dtype,
+            decode=decode,
+            grid=grid,
+            pooling=pooling,
+            frame_rule=frame_rule,
+            prefix_tokens=prefix_tokens,
+            storage_dtype=storage_dtype,
+        )
+
+    def _check_frames(self, frames: Frames) -> torch.Tensor:
+        if isinstance(frames, np.ndarray):  # which may be read-only (shared memory): torch would warn
+            frames = torch.from_numpy(np.require(frames, requirements=["C", "W"]))
+            torch.from_numpy(np.require(frames, requirements=["C", "W"])) if isinstance(frames, np.ndarray) else frames
+        )
+        size = self.spec.resize.size
+        if frames.dtype != torch.uint8 or frames.ndim != 5 or tuple(frames.shape[2:]) != (size, size, 3):
+            raise UserError(
+                f"{self.spec.name} wants uint8 frames [batch, time, {size}, {size}, 3], got "
+                f"{str(frames.dtype).removeprefix('torch.')} {list(frames.shape)}"
+            )
+        if frames.shape[1] not in (1, self.spec.num_frames):
+            raise UserError(
+                f"{self.spec.name} wants {self.spec.num_frames} frames of a video or 1 of a still, "
+                f"got {frames.shape[1]}"
+            )
+        return frames
+
+    def _normalise(self, frames_BTHWC: torch.Tensor) -> torch.Tensor:
+        """uint8 0..255 -> float32 normalised -> compute dtype; a still is repeated to one period."""
+        scaled_BTCHW = frames_BTHWC.permute(0, 1, 4, 2, 3).contiguous().float() / 255
+        pixels_BTCHW = ((scaled_BTCHW - self._mean_C11) / self._std_C11).to(COMPUTE_DTYPES[self.compute_dtype])
+        if frames_BTHWC.shape[1] == 1:
+            pixels_BTCHW = pixels_BTCHW.expand(-1, self.spec.still_frames, -1, -1, -1).contiguous()
+        return pixels_BTCHW

@@ -1,0 +1,62 @@
+"""What a loaded encoder runs: a module from normalised pixels to features, and how its published weights get in.
+
+A builder (named by a spec) returns an `EncoderNetwork` whose parameters are still empty. Weights come either from
+`load_published` or from a seed; `finish` then does once what the forward pass should not do every time.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from featurestore.errors import UserError
+from pipeline.encoders.base import EncoderSpec
+
+
+class EncoderNetwork(nn.Module, ABC):
+    """Pixels to features; a family implements the two abstract methods."""
+
+    def __init__(self, spec: EncoderSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    @abstractmethod
+    def forward(self, pixels_BTCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Normalised pixels in the compute dtype -> (features_BTHWD, prefix_BTKD or None), time-major token order.
+
+        T is the encoder's num_frames, or its still_frames; a prefix token of a whole clip stands at every step.
+        """
+
+    @abstractmethod
+    def load_published(self, folder: Path) -> None:
+        """Fill every parameter in float32 from a checkpoint folder; refuse missing weights and other architectures."""
+
+    def weight_name(self, name: str) -> str:
+        """A parameter's name in the published checkpoint: what is hashed, so that no library's renaming matters."""
+        return name
+
+    def finish(self) -> None:
+        """Called once, after weights are in place and hashed; most families have nothing to prepare."""
+
+
+def build_network(spec: EncoderSpec) -> EncoderNetwork:
+    """Call the spec's builder: parameters without storage, buffers real, the global random state untouched."""
+    from accelerate import init_empty_weights
+
+    with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
+        network = _resolve(spec)(spec)
+    if not isinstance(network, EncoderNetwork):
+        raise UserError(f"builder {spec.builder} of {spec.name} must return an EncoderNetwork, got {type(network)}")
+    return network
+
+
+def _resolve(spec: EncoderSpec):
+    module_name, _, function_name = spec.builder.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"builder {spec.builder!r} of {spec.name} is not a module:function: {error}") from error

@@ -1,0 +1,154 @@
+"""Weights of an encoder: where they come from, and the hash that names them.
+
+`hub` is the spec's published checkpoint, a path is a folder of the same layout (config.json beside model.safetensors
+or pytorch_model.bin), `random:SEED` fills the right architecture from a seed. Pickles are read with weights_only.
+All are held in float32 and hashed there, under the names of the published checkpoint, over the weights that are
+really used: the same numbers have the same hash, whatever file, dtype on disk or library version they came through.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from featurestore.errors import UserError
+from pipeline.encoders.base import EncoderSpec
+
+if TYPE_CHECKING:  # torch comes in with the workers; the command line only parses
+    import torch
+
+    from pipeline.encoders.network import EncoderNetwork
+
+THREE_CHOICES = "weights are `hub`, a folder with config.json and model.safetensors, or `random:SEED`"
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in order of preference
+EMBEDDING_STD = 0.1  # of random class, register, position and time embeddings; patches have about 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSource:
+    """A parsed weights argument."""
+
+    kind: Literal["hub", "folder", "random"]
+    folder: Path | None = None
+    seed: int | None = None
+
+    @property
+    def label(self) -> str:
+        """How runs are marked everywhere: random weights never pass for trained ones."""
+        return f"random:{self.seed}" if self.kind == "random" else "pretrained"
+
+
+def parse_weights(text: str) -> WeightSource:
+    """`hub`, a folder that exists, or `random:SEED`."""
+    if text == "hub":
+        return WeightSource(kind="hub")
+    if text == "random" or text.startswith("random:"):
+        if not re.fullmatch(r"random:\d{1,18}", text):
+            raise UserError(f"random weights are random:SEED with a whole number >= 0, got {text!r}, e.g. random:0")
+        return WeightSource(kind="random", seed=int(text.removeprefix("random:")))
+    folder = Path(text).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"no folder of weights at {text!r}; {THREE_CHOICES}")
+    return WeightSource(kind="folder", folder=folder)
+
+
+def fill_weights(network: EncoderNetwork, source: WeightSource) -> None:
+    """Give every parameter of a freshly built network its float32 values."""
+    spec = network.spec
+    if source.kind == "random":
+        fill_random(network, source.seed)
+        return
+    folder = source.folder if source.kind == "folder" else download(spec)
+    if not any((folder / name).is_file() for name in WEIGHT_FILES):
+        raise UserError(f"{folder} holds none of {', '.join(WEIGHT_FILES)} for {spec.name}; {THREE_CHOICES}")
+    try:
+        network.load_published(folder)
+    except (OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(f"weights of {spec.name} in {folder} cannot be loaded: {error}") from error
+
+
+def download(spec: EncoderSpec) -> Path:
+    """The folder of the Hub's cache that holds the published checkpoint; downloads config and one weights file."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    def fetch(name: str) -> Path:
+        return Path(hf_hub_download(spec.hub_id, name))
+
+    try:
+        folder = fetch("config.json").parent
+        try:
+            fetch(WEIGHT_FILES[0])
+        except EntryNotFoundError:  # LocalEntryNotFoundError too: an offline cache may hold the .bin only
+            fetch(WEIGHT_FILES[1])
+    except (LocalEntryNotFoundError, EntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"cannot get {spec.hub_id} for {spec.name} from the Hugging Face Hub, nor from its cache: {error}. "
+            f"Instead name a local folder or random weights: {THREE_CHOICES}"
+        ) from error
+    return folder
+
+
+def read_checkpoint(folder: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Those of the named tensors that a checkpoint holds; nothing else of it is read into memory."""
+    wanted = set(names)
+    if (path := folder / WEIGHT_FILES[0]).is_file():
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as tensors:
+            return {name: tensors.get_tensor(name) for name in tensors.keys() & wanted}
+    import torch
+
+    tensors = torch.load(folder / WEIGHT_FILES[1], map_location="cpu", weights_only=True, mmap=True)
+    return {name: tensors[name] for name in wanted & tensors.keys()}
+
+
+def fill_random(network: EncoderNetwork, seed: int) -> None:
+    """Seeded weights that keep activations of order one at any width, the same on every machine.
+
+    Each tensor has its own stream, keyed by seed and published name, so that a cut block, an added one or a thread
+    count changes nothing else. Values are uniform: integers scaled by one multiplication, hence exact everywhere,
+    which Gaussian kernels are not. Matrices have variance 1 / fan-in; norms and layer scales are 1, biases 0.
+    """
+    import torch
+    from torch import nn
+
+    for module_name, module in network.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            full_name = network.weight_name(f"{module_name}.{name}")
+            shape = tuple(parameter.shape)
+            if isinstance(module, nn.LayerNorm) or name == "bias" or name.startswith("lambda"):
+                values = torch.full(shape, 0.0 if name == "bias" else 1.0)
+            else:
+                is_matrix = isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d)
+                std = math.prod(shape[1:]) ** -0.5 if is_matrix else EMBEDDING_STD
+                values = _uniform(shape, std, f"{seed}/{full_name}")
+            setattr(module, name, nn.Parameter(values, requires_grad=False))
+
+
+def _uniform(shape: tuple[int, ...], std: float, key: str) -> torch.Tensor:
+    import numpy as np
+    import torch
+
+    count = math.prod(shape)
+    stream = np.random.PCG64(int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "little"))
+    bits = stream.random_raw((count + 1) // 2).view(np.int32)[:count] >> 8  # -2**23 .. 2**23 - 1
+    return torch.from_numpy(bits.astype(np.float32) * np.float32(std * 3**0.5 / 2**23)).reshape(shape)
+
+
+def weights_sha256(weights: Mapping[str, torch.Tensor]) -> str:
+    """64 hex digits over names, dtypes, shapes and little-endian bytes, in order of names."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{list(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
