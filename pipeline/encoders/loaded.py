@@ -142,8 +142,6 @@ class LoadedEncoder:
     def _check_frames(self, frames: Frames) -> torch.Tensor:
         if isinstance(frames, np.ndarray):  # which may be read-only (shared memory): torch would warn
             frames = torch.from_numpy(np.require(frames, requirements=["C", "W"]))
-            torch.from_numpy(np.require(frames, requirements=["C", "W"])) if isinstance(frames, np.ndarray) else frames
-        )
         size = self.spec.resize.size
         if frames.dtype != torch.uint8 or frames.ndim != 5 or tuple(frames.shape[2:]) != (size, size, 3):
             raise UserError(
