@@ -1,0 +1,85 @@
+"""Container: opening a video file through FFmpeg's libraries (PyAV), with the guards every reader needs.
+
+Files are data from strangers. Only real media formats are opened: a playlist or a concat script named clip.mp4 could
+otherwise make FFmpeg read other files or the network. Sizes are checked before anything is decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import av
+import numpy as np
+from av.stream import Disposition
+
+from featurestore.errors import MediaError
+from pipeline.decode.source import Source
+from pipeline.media import LocalFile
+
+MAX_PIXELS = 1 << 26  # per frame or image, 8192 x 8192: 201 MB as RGB
+FORMATS = (
+    *("mov", "matroska", "avi", "flv", "mpegts", "mpeg", "mpegvideo", "asf", "ogg", "rm", "ivf", "nut", "mxf", "dv"),
+    *("h264", "hevc", "vvc", "m4v", "h263", "obu", "av1", "mjpeg", "wtv", "ea", "bink", "smk", "swf", "mpegtsraw"),
+    *("png_pipe", "jpeg_pipe", "webp_pipe", "bmp_pipe", "tiff_pipe", "gif_pipe", "mp3", "wav", "flac", "aac"),
+)  # the last line is opened to be refused with a better reason
+
+
+@contextmanager
+def open_video(source: Source) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """An opened container and its best video stream, decoding in one thread; closed on leaving.
+
+    One thread per process: many processes decode side by side, and skipping single packets is defined only without
+    frame threads.
+    """
+    file = str(source.media.path) if isinstance(source.media, LocalFile) else source.open()
+    options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "file"}
+    try:
+        container = av.open(file, container_options=options, metadata_errors="ignore")
+    except av.error.FFmpegError as error:
+        raise MediaError(f"not a video: {reason(error)}") from error
+    with container:
+        if container.format.name.endswith("_pipe"):
+            raise MediaError("not a video: the file is a still image")
+        stream = _best_video(container)
+        codec = stream.codec_context
+        codec.thread_type, codec.thread_count = "NONE", 1
+        codec.options = {"max_pixels": str(MAX_PIXELS)}  # again inside: a stream may change its size midway
+        check_pixels(codec.width, codec.height)
+        yield container, stream
+
+
+def check_pixels(width: int, height: int) -> None:
+    """Refuse a picture too large to hold; called before any of it is decoded."""
+    if width * height > MAX_PIXELS:
+        raise MediaError(f"frames are larger than {MAX_PIXELS} pixels")
+
+
+def average_fps(stream: av.VideoStream) -> float:
+    """Frames per second of the whole stream, as the reference's reader reports it; 0.0 if the file has no clock."""
+    return float(stream.average_rate or stream.guessed_rate or 0)
+
+
+def to_rgb(frame: av.VideoFrame) -> np.ndarray:
+    """uint8 [H, W, 3] as it is shown: converted by the frame's own colour tags, turned by its rotation."""
+    check_pixels(frame.width, frame.height)
+    frame_HWC = frame.to_ndarray(format="rgb24")
+    if frame.rotation % 360 and frame.rotation % 90 == 0:
+        frame_HWC = np.rot90(frame_HWC, k=frame.rotation // 90)
+    return frame_HWC
+
+
+def reason(error: av.error.FFmpegError) -> str:
+    """FFmpeg's message without the file's path, so that a reason is the same on every machine."""
+    if isinstance(error, MemoryError):
+        raise error
+    return error.strerror or type(error).__name__
+
+
+def _best_video(container: av.container.InputContainer) -> av.VideoStream:
+    """FFmpeg's choice among real video streams; cover art of a song is a video stream to FFmpeg, not to us."""
+    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    if not streams:
+        raise MediaError("file has no video stream")
+    best = container.streams.best("video")
+    return best if best in streams else streams[0]

@@ -1,0 +1,105 @@
+"""Resize: one native RGB frame to one small square frame, as each encoder's own preprocessing does it.
+
+Two families exist in the encoders: Pillow's filters, which average over what they shrink, and torch's `interpolate`
+(align_corners=False, no antialias), which reads four pixels whatever the scale. The second is written in numpy,
+because importing torch would make every decode process 200 MB larger and a second slower to replace. It works on the
+crop alone: 4 x S x S pixels are read, however large or long the frame.
+
+Legend: H W height and width of the frame, S side of the small frame, C = 3 channels RGB, uint8 throughout.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from PIL import Image
+
+from featurestore.errors import UserError
+from pipeline.views import ResizeRule
+
+PILLOW_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+def resize(frame_HWC: np.ndarray, rule: ResizeRule) -> np.ndarray:
+    """uint8 [H, W, 3] -> uint8 [S, S, 3] by the rule."""
+    family = FAMILIES.get((rule.fit, rule.antialias))
+    if family is None:
+        known = "; ".join(f"fit={fit}, antialias={antialias}" for fit, antialias in FAMILIES)
+        raise UserError(f"no resize with fit={rule.fit!r}, antialias={rule.antialias}; known: {known}")
+    return family(frame_HWC, rule)
+
+
+def _squash_pillow(frame_HWC: np.ndarray, rule: ResizeRule) -> np.ndarray:
+    """The whole frame to S x S, aspect ratio ignored: torchvision's Resize((S, S)) on a PIL image."""
+    image = Image.fromarray(np.ascontiguousarray(frame_HWC))
+    return np.asarray(image.resize((rule.size, rule.size), PILLOW_FILTERS[rule.filter]))
+
+
+def _crop_pillow(frame_HWC: np.ndarray, rule: ResizeRule) -> np.ndarray:
+    """Short side to S, centre S x S: torchvision's Resize(S) and CenterCrop(S), without making the cut-off part."""
+    height, width = frame_HWC.shape[:2]
+    long_height, long_width = scaled_size(height, width, rule.size)
+    top, left = crop_corner(long_height, long_width, rule.size)
+    y_scale, x_scale = height / long_height, width / long_width
+    box = (left * x_scale, top * y_scale, (left + rule.size) * x_scale, (top + rule.size) * y_scale)
+    image = Image.fromarray(np.ascontiguousarray(frame_HWC))
+    return np.asarray(image.resize((rule.size, rule.size), PILLOW_FILTERS[rule.filter], box=box))
+
+
+def _squash_torch(frame_HWC: np.ndarray, rule: ResizeRule) -> np.ndarray:
+    height, width = frame_HWC.shape[:2]
+    rows, columns = _taps(height, rule.size, 0, rule.size), _taps(width, rule.size, 0, rule.size)
+    return _interpolate(frame_HWC, rows, columns, rule)
+
+
+def _crop_torch(frame_HWC: np.ndarray, rule: ResizeRule) -> np.ndarray:
+    """Short side to S, long side to floor(ratio * S), centre crop: LanguageBind's video transform, on uint8."""
+    height, width = frame_HWC.shape[:2]
+    long_height, long_width = scaled_size(height, width, rule.size)
+    top, left = crop_corner(long_height, long_width, rule.size)
+    rows, columns = _taps(height, long_height, top, rule.size), _taps(width, long_width, left, rule.size)
+    return _interpolate(frame_HWC, rows, columns, rule)
+
+
+FAMILIES = {
+    ("squash", True): _squash_pillow,
+    ("centre-crop", True): _crop_pillow,
+    ("squash", False): _squash_torch,
+    ("centre-crop", False): _crop_torch,
+}
+
+
+def scaled_size(height: int, width: int, size: int) -> tuple[int, int]:
+    """Height and width with the short side at `size` (pytorchvideo's ShortSideScale)."""
+    if width < height:
+        return math.floor(height / width * size), size
+    return size, math.floor(width / height * size)
+
+
+def crop_corner(height: int, width: int, size: int) -> tuple[int, int]:
+    """Top left corner of the centre crop (torchvision's CenterCropVideo; halves round to even)."""
+    return round((height - size) / 2.0), round((width - size) / 2.0)
+
+
+def _taps(length: int, scaled_length: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For `count` output positions from `first`: the two source positions and the weight of the second.
+
+    Source position of output i: max(0, (i + 0.5) * length / scaled_length - 0.5), as in torch's interpolate.
+    """
+    position = np.maximum((np.arange(first, first + count) + 0.5) * (length / scaled_length) - 0.5, 0.0)
+    low = np.minimum(position.astype(np.int64), length - 1)
+    return low, np.minimum(low + 1, length - 1), (position - low).astype(np.float32)
+
+
+def _interpolate(frame_HWC: np.ndarray, rows: tuple, columns: tuple, rule: ResizeRule) -> np.ndarray:
+    """Bilinear reading at rows x columns, rounded to uint8: half a grey level from the float result at most."""
+    if rule.filter != "bilinear":
+        raise UserError(f"without antialias only filter='bilinear' is known, got {rule.filter!r}")
+    (top, bottom, down), (left, right, along) = rows, columns
+    along, down = along[None, :, None], down[:, None, None]
+    upper, lower = frame_HWC[top], frame_HWC[bottom]  # [S, W, C] rows of the crop only
+    upper = upper[:, left] * (1 - along) + upper[:, right] * along
+    lower = lower[:, left] * (1 - along) + lower[:, right] * along
+    small_SSC = upper * (1 - down) + lower * down
+    return np.rint(small_SSC).clip(0, 255).astype(np.uint8)
