@@ -1,0 +1,284 @@
+"""What every dataset hands over, and what all of them share on the way there.
+
+Comes in: annotation records, one at a time. Goes out: a `DatasetListing` of clips made unique, in annotation order, and
+the samples that speak of them. A dataset is a `DatasetSpec` whose `collect` fills a `ListingBuilder`; filters, the
+search for missing media and the count of refused records are written once, here.
+
+Annotations are data from strangers: a record that is malformed is refused, counted and shown by example, and never
+ends the listing. Media that are annotated but not there are counted by folder and left out together with their samples,
+so that a later listing picks them up when they have appeared.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from featurestore.clips import Clip, Kind, check_relative_path
+from featurestore.errors import UserError
+from featurestore.samples import Sample, Turn
+
+EXAMPLES_KEPT = 5  # of refused records, per reason
+ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rejected:
+    """Records of one kind of fault."""
+
+    count: int
+    examples: tuple[str, ...]  # ids or positions of the first few, for a person to look up
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetListing:
+    """A dataset as extraction reads it: what to encode and what is said about it."""
+
+    name: str
+    root: str  # absolute folder that clip paths are relative to
+    clips: tuple[Clip, ...]  # unique, present, in annotation order
+    samples: Mapping[
+        str, tuple[Sample, ...]
+    ]  # NAME of samples/NAME.parquet -> samples, each of a listed clip or of none
+    missing: Mapping[str, int] = field(default_factory=dict)  # folder -> clips whose media are not there
+    rejected: Mapping[str, Rejected] = field(default_factory=dict)  # reason -> records refused for it
+    notes: tuple[str, ...] = ()  # what was chosen on the user's behalf
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """A setting of one dataset."""
+
+    default: Any
+    help: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSpec:
+    """A dataset by name: how to describe it, and how to list it."""
+
+    name: str
+    summary: str
+    default_root: str
+    download: str  # what to get and where it goes, for the person whose root is missing
+    collect: Callable[[ListingBuilder, Mapping[str, Any]], None]
+    stages: tuple[str, ...] = ()  # of its samples; empty: it has no samples
+    options: Mapping[str, Option] = field(default_factory=dict)
+    makes_root: bool = False  # renders its own media
+
+
+class RecordError(Exception):
+    """One annotation record is refused; the text is the reason that records are counted under."""
+
+
+class ListingBuilder:
+    """Gathers clips and samples in annotation order; `finish` filters them and looks for their media."""
+
+    def __init__(self, name: str, root: Path, stage: str | None = None) -> None:
+        self.name = name
+        self.root = root
+        self.stage = stage  # None: all
+        self.notes: list[str] = []
+        self.missing: dict[str, int] = {}
+        self._clips: dict[str, Clip] = {}  # clip id -> clip
+        self._known: dict[tuple, str] = {}  # what names a clip -> clip id: building a Clip costs ten times a look-up
+        self._samples: dict[str, list[Sample]] = {}
+        self._sample_ids: set[str] = set()
+        self._rejected: dict[str, list] = {}
+
+    def wants(self, stage: str) -> bool:
+        """True if samples of this stage were asked for."""
+        return self.stage in (None, stage)
+
+    def add_clip(
+        self,
+        path: str,
+        kind: Kind,
+        *,
+        start_s: float | None = None,
+        end_s: float | None = None,
+        end_frame: int | None = None,
+    ) -> str:
+        """The id of the clip, listed once however often it is named; `RecordError` for an unsafe path or span."""
+        key = (path, start_s, end_s, end_frame, kind)
+        if key in self._known:
+            return self._known[key]
+        check_text(path)
+        try:
+            clip = Clip(dataset=self.name, path=path, kind=kind, start_s=start_s, end_s=end_s, end_frame=end_frame)
+        except UserError:
+            raise RecordError("span is not possible" if _is_safe(path) else "media path is unsafe") from None
+        clip_id = clip.clip_id
+        if self._clips.setdefault(clip_id, clip).kind != kind:
+            raise RecordError("media is named as a video and as an image")
+        self._known[key] = clip_id
+        return clip_id
+
+    def add_sample(
+        self, name: str, record_id: str, clip_id: str | None, turns: tuple[Turn, ...], **fields: Any
+    ) -> None:
+        """Add to samples/NAME; the id is `STAGE/RECORD_ID`, with `#2`, `#3`, ... where records share one."""
+        sample_id = self._unique_id(f"{fields['stage']}/{record_id}")
+        self._samples.setdefault(name, []).append(Sample(sample_id=sample_id, clip_id=clip_id, turns=turns, **fields))
+
+    def declare_samples(self, name: str) -> None:
+        """Let samples/NAME exist even if no record survives."""
+        self._samples.setdefault(name, [])
+
+    def reject(self, reason: str, example: object) -> None:
+        """Count a refused record."""
+        entry = self._rejected.setdefault(reason, [0, []])
+        entry[0] += 1
+        if len(entry[1]) < EXAMPLES_KEPT:
+            entry[1].append(str(example)[:200].encode("utf-8", "replace").decode())
+
+    def miss(self, folder: str, count: int = 1) -> None:
+        """Count clips whose media are not there and whose very names are unknown."""
+        self.missing[folder] = self.missing.get(folder, 0) + count
+
+    def finish(self, *, kind: str | None = None, limit: int | None = None, look: bool = True) -> DatasetListing:
+        """Filter, drop what has no media on disk (`look`), and freeze."""
+        clips = [clip for clip in self._clips.values() if kind in (None, clip.kind)]
+        if look:
+            absent = find_missing(self.root, clips)
+            for folder, paths in absent.items():
+                self.miss(folder or ".", sum(paths.values()))
+            clips = [clip for clip in clips if clip.path not in absent.get(clip.path.rpartition("/")[0], ())]
+        clips = clips[:limit]
+        return DatasetListing(
+            name=self.name,
+            root=str(self.root),
+            clips=tuple(clips),
+            samples=self._kept_samples({clip.clip_id for clip in clips}, kind, limit),
+            missing=dict(sorted(self.missing.items())),
+            rejected={why: Rejected(count=n, examples=tuple(seen)) for why, (n, seen) in self._rejected.items()},
+            notes=tuple(self.notes),
+        )
+
+    def _kept_samples(self, clip_ids: set[str], kind: str | None, limit: int | None) -> dict[str, tuple[Sample, ...]]:
+        """Samples of kept clips; text-only ones where no kind was asked for, at most `limit` of them per name."""
+        kept = {}
+        for name, samples in self._samples.items():
+            texts_left = 0 if kind else len(samples) if limit is None else limit
+            chosen = []
+            for sample in samples:
+                if sample.clip_id is None:
+                    texts_left -= 1
+                    if texts_left >= 0:
+                        chosen.append(sample)
+                elif sample.clip_id in clip_ids:
+                    chosen.append(sample)
+            kept[name] = tuple(chosen)
+        return kept
+
+    def _unique_id(self, wanted: str) -> str:
+        sample_id, number = wanted, 1
+        while sample_id in self._sample_ids:
+            number += 1
+            sample_id = f"{wanted}#{number}"
+        self._sample_ids.add(sample_id)
+        return sample_id
+
+
+def _is_safe(path: str) -> bool:
+    try:
+        check_relative_path(path)
+    except UserError:
+        return False
+    return True
+
+
+def find_missing(root: Path, clips: Iterable[Clip]) -> dict[str, dict[str, int]]:
+    """Folder -> media path -> clips of it, for media that are not on disk.
+
+    One scandir per folder and no stat per file: on a network share a stat costs a round trip, and the whole training
+    set has 0.4 million files. Members of tar archives are not for here: their datasets list them from the archives.
+    """
+    wanted: dict[str, dict[str, int]] = {}
+    for clip in clips:
+        paths = wanted.setdefault(clip.path.rpartition("/")[0], {})
+        paths[clip.path] = paths.get(clip.path, 0) + 1
+    missing = {}
+    for folder, paths in wanted.items():
+        names = _names_in(root, folder)
+        if absent := {path: n for path, n in paths.items() if path.rpartition("/")[2] not in names}:
+            missing[folder] = absent
+    return missing
+
+
+def _names_in(root: Path, folder: str) -> frozenset[str]:
+    """Names in one folder, none where it does not exist; refuses a folder that a link leads out of the root."""
+    path = root / folder
+    try:
+        with os.scandir(path) as entries:
+            names = frozenset(entry.name for entry in entries)
+    except (FileNotFoundError, NotADirectoryError):
+        return frozenset()
+    except OSError as error:
+        raise UserError(f"media folder {path} cannot be listed: {error.strerror}") from error
+    real_root = os.path.realpath(root)
+    if os.path.commonpath((real_root, os.path.realpath(path))) != real_root:
+        raise UserError(
+            f"media folder {path} is a link out of the dataset root, and nothing outside the root is read; "
+            f"bind-mount {os.path.realpath(path)} there, or make the root a folder that holds both"
+        )
+    return names
+
+
+def parse_turns(conversation: object) -> tuple[Turn, ...]:
+    """`[{"from": "human", "value": "..."}, {"from": "gpt", ...}]` -> turns, texts exactly as found, tokens included.
+
+    >>> parse_turns([{"from": "user", "value": "<video>\\nWhat?"}, {"from": "assistant", "value": "A dog."}])
+    (Turn(role='human', text='<video>\\nWhat?'), Turn(role='gpt', text='A dog.'))
+    """
+    if not isinstance(conversation, list) or not conversation:
+        raise RecordError("conversation is not a list of turns")
+    turns = tuple([_parse_turn(turn, i) for i, turn in enumerate(conversation)])
+    if len(turns) % 2:
+        raise RecordError("last question has no answer")
+    return turns
+
+
+def _parse_turn(turn: object, position: int) -> Turn:
+    if not isinstance(turn, dict):
+        raise RecordError("turn is not an object")
+    name, text = turn.get("from"), turn.get("value")
+    role = ROLES.get(name) if isinstance(name, str) else None
+    if role is None:
+        raise RecordError(f"turn is from nobody known ({', '.join(ROLES)})")
+    if role != ("gpt" if position % 2 else "human"):
+        raise RecordError("turns do not alternate human, gpt")
+    return Turn(role=role, text=check_text(text))
+
+
+def check_text(text: object) -> str:
+    """The text, if it is one and can be written as UTF-8 (JSON can hold half a surrogate pair, Parquet cannot)."""
+    if not isinstance(text, str):
+        raise RecordError("text is not a string")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise RecordError("text is not valid Unicode") from None
+    return text
+
+
+def record_id(value: object) -> str:
+    """A record's own id as text, "" where it has none; ids are names here, never numbers."""
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise RecordError("id is neither text nor a number")
+    return check_text(str(value))
+
+
+def each_record(builder: ListingBuilder, records: Iterable[object], origin: str) -> Iterator[tuple[int, dict]]:
+    """(position, record) of those that are objects; the others are refused."""
+    for position, record in enumerate(records):
+        if isinstance(record, dict):
+            yield position, record
+        else:
+            builder.reject("record is not an object", f"{origin} record {position}")
