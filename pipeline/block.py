@@ -14,12 +14,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+from featurestore.blocks import BlockWriter
 from featurestore.clips import Clip
 from featurestore.errors import MediaError, RunStoppedError
-from featurestore.blocks import BlockWriter
+from featurestore.receipts import Receipt
 from featurestore.writer import StoreWriter
+from pipeline.config import EngineSettings
 from pipeline.decode.job import Decoded, DecodeJob
-from pipeline.engine import Engine, EngineSettings, encode_batch, engine_for
+from pipeline.engine import Engine, encode_batch, engine_for
+from pipeline.media import MISSING_REASON
 
 WRITES_IN_FLIGHT = 2  # batches compressed behind the encoder; bounds the memory
 
@@ -61,7 +64,6 @@ class _BlockWork:
         self.task, self.engine = task, engine
         self.seconds: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
-        self.reasons: Counter[str] = Counter()
         store = StoreWriter.open_or_create(task.store)
         rows = [row for row, _ in task.rows]
         self.writers: dict[str, BlockWriter] = {
@@ -86,7 +88,7 @@ class _BlockWork:
                 continue
             began = time.monotonic()
             slots = [*rows, *[None] * (self.task.batch - len(rows))]
-            arrays, halvings = encode_batch(run, frames, slots, self.task.kind)
+            arrays, halvings = encode_batch(run, frames, slots)
             self.seconds[f"encode:{name}"] += time.monotonic() - began
             self.counts["batch halvings"] += halvings
             kept = {row: (slot, decoded[row]) for slot, row in enumerate(slots) if row in frames}
@@ -95,18 +97,20 @@ class _BlockWork:
     def finish(self, seconds: float) -> dict:
         """Commit every encoder's shard and say what was done."""
         self._drain(0)
+        self._refuse_vanished_media()
         began = time.monotonic()
         receipts = {name: writer.commit() for name, writer in self.writers.items()}
         self.seconds["commit"] += time.monotonic() - began
+        reasons = _failures(receipts, self.task.wanted)
         return {
             "kind": self.task.kind,
             "block": self.task.block,
             "clips": len(self._needed),
-            "failed": self.counts["failed"],
+            "failed": len(reasons),
             "frames": self.counts["frames"],
             "bytes": sum(receipt.stored_bytes for receipt in receipts.values()),
             "halvings": self.counts["batch halvings"],
-            "reasons": dict(self.reasons),
+            "reasons": dict(Counter(reasons.values())),
             "seconds": {**self.seconds, "total": seconds},
         }
 
@@ -125,8 +129,7 @@ class _BlockWork:
             self.seconds["decode (in its processes)"] += result.seconds
             return result
         sha256 = getattr(result, "media_sha256", None)  # of a FailedClipError: the bytes that failed
-        self.counts["failed"] += 1
-        self.reasons[str(result)] += 1
+        self.counts["missing"] += str(result) == MISSING_REASON
         for name, wanted in self.task.wanted.items():
             if row in wanted:
                 self.writers[name].fail(row, str(result), scope="clip", media_sha256=sha256)
@@ -141,11 +144,30 @@ class _BlockWork:
         self._writes.append(self._behind.submit(write))
         self._drain(WRITES_IN_FLIGHT)
 
+    def _refuse_vanished_media(self) -> None:
+        """Media were there when the block was planned: if all are gone, a share was unmounted, no clip is broken."""
+        if len(self._needed) > 1 and self.counts["missing"] == len(self._needed):
+            raise RunStoppedError(
+                f"all {len(self._needed)} media files of a block have vanished from {self.task.root} since they were "
+                "listed: mount the share again and run the same command again; nothing was quarantined"
+            )
+
     def _drain(self, keep: int) -> None:
         began = time.monotonic()
         while len(self._writes) > keep:
             self._writes.popleft().result()
         self.seconds["write wait"] += time.monotonic() - began
+
+
+def _failures(receipts: Mapping[str, Receipt], wanted: Mapping[str, frozenset[int]]) -> dict[int, str]:
+    """Row -> reason, for rows that failed with any encoder."""
+    reasons = {}
+    for name, receipt in receipts.items():
+        for row in sorted(wanted[name]):
+            outcome = receipt.rows[row % len(receipt.rows)]
+            if outcome.state == "failed":
+                reasons[row] = outcome.reason if outcome.scope == "clip" else f"{name}: {outcome.reason}"
+    return reasons
 
 
 def _batches(rows: Sequence[tuple[int, Clip]], size: int) -> Iterator[list[int]]:
@@ -166,7 +188,6 @@ def _decode_ahead(
                 root=task.root,
                 clip=clip,
                 views=views,
-                base_frames=settings.base_frames,
                 decoder=settings.decoder,
                 accept_damaged=task.accept_damaged,
             ),

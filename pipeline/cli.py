@@ -171,11 +171,10 @@ def verify(store: str | None, store_option: str | None, full: bool, as_json: boo
 def encoders(as_json: bool) -> None:
     """List the encoders: the four of MERV, the others that come along, and plug-ins."""
     from pipeline import tables
-    from pipeline.encoders import all_encoders
+    from pipeline.encoders import ENCODERS
 
     with friendly_errors():
-        found = all_encoders()
-        _show([tables.encoder_row(spec) for spec in found.values()], as_json, lambda: tables.encoders(found))
+        _show([tables.encoder_row(spec) for spec in ENCODERS.values()], as_json, lambda: tables.encoders(ENCODERS))
 
 
 @main.command()

@@ -14,9 +14,8 @@ from typing import Any
 
 from featurestore.errors import UserError
 from featurestore.identity import STORAGE_DTYPES
-from pipeline.views import BASE_FRAMES
+from pipeline.encoders.registry import MERV_ENCODERS
 
-MERV_ENCODERS = ("languagebind", "dinov2", "vivit", "siglip")  # the order of princetonvisualai/merv
 COMPUTE_DTYPES = ("float32", "bfloat16")
 AUTO = 0  # "choose for the device": resolved before work starts and recorded in the store
 
@@ -28,12 +27,23 @@ class EncoderSettings:
     name: str
     weights: str = "hub"  # hub | a folder | random:SEED
     architecture: Mapping[str, Any] = field(default_factory=dict)  # sizes other than the published ones
+    crop: str | None = None  # squash | centre-crop; None: the encoder's own, as published
     grid: tuple[int, int, int] | None = (16, 8, 8)  # T, H, W of the stored tokens; None: the encoder's own grid
     prefix_tokens: bool = False  # store class and register tokens beside
     compute_dtype: str = "bfloat16"  # as princetonvisualai/merv runs them
     storage_dtype: str = "float16"
-    base_frames: int = BASE_FRAMES
     decoder: str = "frames/1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """What one worker loads and starts; small and picklable."""
+
+    encoders: tuple[EncoderSettings, ...]
+    device: str = "auto"
+    threads: int = AUTO  # torch threads; decides the last bits of a sum, so it is fixed for a store
+    decode_processes: int = AUTO
+    decode_timeout_s: float = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +60,12 @@ class ExtractConfig:
     samples: bool = True  # False where a licence forbids copying the annotations
     encoders: tuple[str, ...] = MERV_ENCODERS
     weights: Mapping[str, str] = field(default_factory=dict)  # encoder -> SPEC; "" is the default of all
-    architecture: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    architecture: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # encoder -> sizes
+    crop: Mapping[str, str] = field(default_factory=dict)  # encoder -> squash | centre-crop; "" is for all
     grid: tuple[int, int, int] | None = (16, 8, 8)
     prefix_tokens: bool = False
     compute_dtype: str = "bfloat16"  # as princetonvisualai/merv runs them
     storage_dtype: str = "float16"
-    base_frames: int = BASE_FRAMES
     decoder: str = "frames/1"
     accept_damaged: bool = False
     block_rows: Mapping[str, int] = field(default_factory=dict)  # kind -> clips per block, fixed at creation
@@ -81,7 +91,7 @@ class ExtractConfig:
         object.__setattr__(self, "encoders", tuple(self.encoders))
         if not self.encoders or len(set(self.encoders)) < len(self.encoders):
             raise UserError(f"encoders must be a list of different names, got {', '.join(self.encoders) or 'none'}")
-        for setting in ("weights", "architecture"):
+        for setting in ("weights", "architecture", "crop"):
             if stray := sorted(set(getattr(self, setting)) - set(self.encoders) - {""}):
                 raise UserError(f"{setting} is set for {', '.join(stray)}, which is not among the encoders asked for")
         if not 0 <= self.max_failed <= 1:
@@ -99,14 +109,25 @@ class ExtractConfig:
                 name=name,
                 weights=self.weights.get(name, self.weights.get("", "hub")),
                 architecture=self.architecture.get(name, {}),
+                crop=self.crop.get(name, self.crop.get("")),
                 grid=self.grid,
                 prefix_tokens=self.prefix_tokens,
                 compute_dtype=self.compute_dtype,
                 storage_dtype=self.storage_dtype,
-                base_frames=self.base_frames,
                 decoder=self.decoder,
             )
             for name in self.encoders
+        )
+
+    @property
+    def engine_settings(self) -> EngineSettings:
+        """What every worker of the run loads."""
+        return EngineSettings(
+            encoders=self.encoder_settings,
+            device=self.device,
+            threads=self.threads,
+            decode_processes=self.decode_processes,
+            decode_timeout_s=self.decode_timeout_s,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -122,8 +143,9 @@ def read_config(path: str | Path | None, overrides: Mapping[str, Any]) -> Extrac
         merges = isinstance(value, Mapping) and isinstance(settings.get(name), Mapping)
         settings[name] = {**settings[name], **value} if merges else value
     _check_known(settings, path)
-    if isinstance(weights := settings.get("weights"), str):
-        settings["weights"] = {"": weights}
+    for name in ("weights", "crop"):
+        if isinstance(settings.get(name), str):
+            settings[name] = {"": settings[name]}
     if settings.get("grid") == "raw":
         settings["grid"] = None
     if "dataset" not in settings:

@@ -9,29 +9,16 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from featurestore.identity import FeatureIdentity
-from pipeline.align import align
-from pipeline.config import AUTO, EncoderSettings
+from pipeline.config import EncoderSettings, EngineSettings
 from pipeline.decode.pool import DecodePool
-from pipeline.encoders import find_encoder, load_encoder
+from pipeline.encoders import encoder_spec, load_encoder
 from pipeline.views import View
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineSettings:
-    """What one worker loads and starts."""
-
-    encoders: tuple[EncoderSettings, ...]
-    device: str = "auto"
-    threads: int = AUTO  # torch threads; decides the last bits of a sum, so it is fixed for a store
-    decode_processes: int = AUTO
-    decode_timeout_s: float = 60.0
 
 
 class Engine:
@@ -53,30 +40,34 @@ class EncoderRun:
     """One loaded encoder with the settings it runs under: uint8 frames in, aligned tokens out."""
 
     def __init__(self, settings: EncoderSettings, device: str) -> None:
-        spec = find_encoder(settings.name).with_architecture(dict(settings.architecture))
+        spec = encoder_spec(settings.name).with_architecture(settings.architecture)
+        if settings.crop:
+            spec = spec.with_crop(settings.crop)
         self.settings = settings
+        self._prefix = settings.prefix_tokens and spec.prefix_tokens > 0  # SigLIP, for one, has none
         self.loaded = load_encoder(spec, settings.weights, device=device, compute_dtype=settings.compute_dtype)
         self.view: View = self.loaded.spec.view
         self.label: str = self.loaded.weights_label
         self.identity: FeatureIdentity = self.loaded.identity(
             grid=settings.grid,
             decode=settings.decoder,
-            base_frames=settings.base_frames,
-            prefix_tokens=settings.prefix_tokens,
+            prefix_tokens=self._prefix,
             storage_dtype=settings.storage_dtype,
         )
 
-    def tokens(self, frames_BTHWC: np.ndarray, kind: str) -> dict[str, np.ndarray]:
+    def tokens(self, frames_BTHWC: np.ndarray) -> dict[str, np.ndarray]:
         """uint8 frames of a batch -> arrays to store: "tokens" float32 [B, T, H, W, D], maybe "prefix" [B, T, K, D]."""
-        features_BTHWD, prefix_BTKD = self.loaded.encode(frames_BTHWC)
-        arrays = {"tokens": align(features_BTHWD, self.identity.grid_of(kind)).cpu().numpy()}
-        if self.settings.prefix_tokens and prefix_BTKD is not None:
-            arrays["prefix"] = prefix_BTKD.float().cpu().numpy()
+        tokens_BTHWD, prefix_BTKD = self.loaded.encode_tokens(
+            frames_BTHWC, grid=self.settings.grid, prefix_tokens=self._prefix
+        )
+        arrays = {"tokens": tokens_BTHWD.cpu().numpy()}
+        if prefix_BTKD is not None:
+            arrays["prefix"] = prefix_BTKD.cpu().numpy()
         return arrays
 
 
 def encode_batch(
-    run: EncoderRun, frames_by_row: Mapping[int, np.ndarray], rows: Sequence[int | None], kind: str
+    run: EncoderRun, frames_by_row: Mapping[int, np.ndarray], rows: Sequence[int | None]
 ) -> tuple[dict[str, np.ndarray], int]:
     """Encode a batch of fixed shape: rows without frames are zeroed, so that neighbours never change a clip's bits.
 
@@ -87,17 +78,17 @@ def encode_batch(
     for slot, row in enumerate(rows):
         if row in frames_by_row:
             batch[slot] = frames_by_row[row]
-    return _halve_until_it_fits(run, batch, kind)
+    return _halve_until_it_fits(run, batch)
 
 
-def _halve_until_it_fits(run: EncoderRun, batch: np.ndarray, kind: str) -> tuple[dict[str, np.ndarray], int]:
+def _halve_until_it_fits(run: EncoderRun, batch: np.ndarray) -> tuple[dict[str, np.ndarray], int]:
     try:
-        return run.tokens(batch, kind), 0
+        return run.tokens(batch), 0
     except torch.OutOfMemoryError:
         if len(batch) == 1:
             raise
     half = len(batch) // 2
-    parts = [_halve_until_it_fits(run, part, kind) for part in (batch[:half], batch[half:])]
+    parts = [_halve_until_it_fits(run, part) for part in (batch[:half], batch[half:])]
     arrays = {name: np.concatenate([part[0][name] for part in parts]) for name in parts[0][0]}
     return arrays, 1 + sum(part[1] for part in parts)
 

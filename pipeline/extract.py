@@ -46,6 +46,7 @@ class ExtractSummary:
     clips: int = 0  # computed or failed in this run
     failed: int = 0
     missing: dict[str, int] = field(default_factory=dict)  # folder -> media listed but absent
+    rejected: dict[str, int] = field(default_factory=dict)  # reason -> annotation records refused
     reasons: dict[str, int] = field(default_factory=dict)  # why clips were quarantined
     frames: int = 0
     bytes: int = 0
@@ -85,7 +86,14 @@ def extract(
     )
     request = ClusterRequest(scheduler=config.scheduler, num_workers=config.workers, dashboard=config.dashboard)
     run = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:8]}"
-    summary = ExtractSummary(store=str(config.store_path), run=run, missing=dict(listing.missing))
+    summary = ExtractSummary(
+        store=str(config.store_path),
+        run=run,
+        missing=dict(listing.missing),
+        rejected={reason: found.count for reason, found in listing.rejected.items()},
+    )
+    for note in listing.notes:
+        say(note)
     with connect(request) as client:
         if config.dashboard:
             say(f"dashboard: {client.dashboard_link}")
@@ -96,7 +104,7 @@ def extract(
         blocks = plan_blocks(store, identities, clip_ids={clip.clip_id for clip in listing.clips})
         _check_space(config, blocks, encoders)
         tasks = _tasks(config, store, listing, encoders, blocks, run)
-        with _summed_up(store, config, encoders, summary):
+        with _summed_up(store, config, listing, encoders, summary):
             _run_blocks(client, store, tasks, blocks, summary, config, quiet)
     return summary
 
@@ -105,25 +113,13 @@ def _describe(client: Client, config: ExtractConfig) -> dict[str, EncoderDescrip
     """Identities are told by a worker that loaded the encoders: the driver has no torch and no weights."""
     from pipeline.engine import describe_encoders  # only here and in workers: it imports torch
 
-    described = client.submit(describe_encoders, _engine_settings(config), pure=False).result()
+    described = client.submit(describe_encoders, config.engine_settings, pure=False).result()
     return {
         entry["name"]: EncoderDescription(
             identity=FeatureIdentity.from_dict(entry["identity"]), weights=entry["weights"], device=entry["device"]
         )
         for entry in described
     }
-
-
-def _engine_settings(config: ExtractConfig):
-    from pipeline.engine import EngineSettings
-
-    return EngineSettings(
-        encoders=config.encoder_settings,
-        device=config.device,
-        threads=config.threads,
-        decode_processes=config.decode_processes,
-        decode_timeout_s=config.decode_timeout_s,
-    )
 
 
 def _register(
@@ -195,7 +191,7 @@ def _tasks(config, store, listing, encoders, blocks: list[PlannedBlock], run: st
     from pipeline.block import BlockTask
 
     groups = {name: encoder.identity.group_name for name, encoder in encoders.items()}
-    engine = _engine_settings(config)
+    engine = config.engine_settings
     for block in blocks:
         batch = {store.open_group(block.kind, groups[name]).batch_shape for name in block.wanted}
         task = BlockTask(
@@ -257,7 +253,9 @@ def _worst(reasons: dict[str, int]) -> str:
 
 
 @contextmanager
-def _summed_up(store, config: ExtractConfig, encoders, summary: ExtractSummary) -> Iterator[None]:
+def _summed_up(
+    store, config: ExtractConfig, listing: DatasetListing, encoders, summary: ExtractSummary
+) -> Iterator[None]:
     """However the run ends, readers see what was committed and the journal tells what happened."""
     started = time.time()
     try:
@@ -270,6 +268,7 @@ def _summed_up(store, config: ExtractConfig, encoders, summary: ExtractSummary) 
             {
                 "started": started,
                 "host": socket.gethostname(),
+                "root": listing.root,
                 "config": config.to_dict(),
                 "versions": _versions(),
                 "encoders": {name: encoder.identity.group_name for name, encoder in encoders.items()},

@@ -32,6 +32,7 @@ VIDEO_EXTENSIONS = frozenset(
 IMAGE_EXTENSIONS = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
 
 _REFUSED_PATH = "media path is refused: it is absolute, climbs out of the root or cannot be a file name"
+MISSING_REASON = "media file is missing"
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
@@ -158,7 +159,7 @@ def _explain(error: OSError, root: Path | str) -> MediaError | RunStoppedError:
     if error.errno == errno.ELOOP:
         return MediaError("media path is a loop of symbolic links")
     if error.errno in _MISSING:
-        return _check_root(root) or MediaError("media file is missing")
+        return _check_root(root) or MediaError(MISSING_REASON)
     if error.errno in (errno.EACCES, errno.EPERM):
         return _check_root(root) or MediaError("media file may not be read: permission denied")
     return RunStoppedError(f"dataset root {root} cannot be read: {error.strerror}; check that its disk is there")

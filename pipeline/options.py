@@ -13,7 +13,8 @@ import click
 
 from featurestore.clips import KINDS
 from featurestore.identity import STORAGE_DTYPES
-from pipeline.config import COMPUTE_DTYPES, MERV_ENCODERS, ExtractConfig, read_config
+from pipeline.config import COMPUTE_DTYPES, ExtractConfig, read_config
+from pipeline.encoders.registry import MERV_ENCODERS
 
 STAGES = ("align", "finetune")
 DECODER_NAMES = ("frames/1", "decord", "ffmpeg")

@@ -58,6 +58,7 @@ def summary(result) -> None:
         table("", ("stage", "seconds", "of block time"), rows, right=("seconds", "of block time"))
     counted("quarantined", "clips", result.reasons)
     counted("listed but absent", "media", result.missing)
+    counted("refused annotation records", "records", result.rejected)
     if result.halvings:
         out.print(f"{result.halvings} batches were halved for lack of device memory: give a smaller batch")
 

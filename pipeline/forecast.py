@@ -1,0 +1,171 @@
+"""The forecast: what an extraction would cost before it is started.
+
+Comes in: an `ExtractConfig`. Goes out: clips, bytes, files and hours by stage, kind and encoder. Bytes follow from the
+layout and the compression of a few clips; hours from really decoding and encoding those clips on a worker. Nothing
+is written.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from featurestore.clips import KINDS, Clip
+from featurestore.identity import FeatureIdentity
+from featurestore.layout import DEFAULT_BLOCK_ROWS
+from featurestore.store import FeatureStore
+from jobs.clusters import ClusterRequest, connect
+from pipeline.config import ExtractConfig
+from pipeline.datasets import DatasetListing, load_dataset
+from pipeline.extract import DEFAULT_BATCH, clip_bytes
+
+FILES_PER_BLOCK = 2  # a shard and its receipt
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForecastRow:
+    """One kind of clip of one stage, with one encoder."""
+
+    stage: str  # stages whose samples use the clips, joined by "+"; "-" for clips without samples
+    kind: str
+    encoder: str
+    clips: int
+    to_do: int  # not committed in the store yet
+    bytes: int  # of what is to do
+    files: int
+    seconds: float | None  # on one worker; None without a probe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What an extraction would cost."""
+
+    store: str
+    rows: tuple[ForecastRow, ...]
+    free_bytes: int
+    workers: int
+    probed: int = 0  # clips really encoded
+    device: str = ""
+    decode_s: float = 0.0  # per clip, in a decode process
+    seconds: float | None = None  # wall time of the whole run
+    interval_s: tuple[float, float] | None = None  # two standard errors of the probe to each side
+    missing: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        return sum(row.bytes for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "bytes": self.bytes}
+
+
+def forecast(config: ExtractConfig, *, probe: int = 4) -> Forecast:
+    """Predict bytes, files and time of what is left to do; `probe` clips of each kind are really encoded."""
+    listing = load_dataset(
+        config.dataset, config.root, stage=config.stage, kind=config.kind, limit=config.limit, **config.options
+    )
+    request = ClusterRequest(scheduler=config.scheduler, num_workers=config.workers)
+    with connect(request) as client:
+        from pipeline.probe import probe_clips  # imports torch
+
+        chosen = {kind: _spread([c for c in listing.clips if c.kind == kind], probe) for kind in KINDS}
+        result = client.submit(probe_clips, config.engine_settings, listing.root, chosen, DEFAULT_BATCH).result()
+    identities = {name: FeatureIdentity.from_dict(record) for name, record in result["identities"].items()}
+    done = _committed(config.store_path, identities)
+    rows = tuple(_rows(config, listing, identities, done, result["clips"]))
+    total, spread = _total_seconds(rows, result["clips"])
+    return Forecast(
+        store=str(config.store_path),
+        rows=rows,
+        free_bytes=shutil.disk_usage(_existing(config.store_path)).free,
+        workers=config.workers,
+        probed=sum(len(clips) for clips in result["clips"].values()),
+        device=result["device"],
+        decode_s=statistics.fmean([c["decode_s"] for clips in result["clips"].values() for c in clips] or [0.0]),
+        seconds=total / config.workers if total else None,
+        interval_s=((total - spread) / config.workers, (total + spread) / config.workers) if total else None,
+        missing=dict(listing.missing),
+    )
+
+
+def _spread(clips: Sequence[Clip], number: int) -> list[Clip]:
+    """`number` clips at even distances: neighbours in a listing are often alike."""
+    if len(clips) <= number:
+        return list(clips)
+    return [clips[round(i * (len(clips) - 1) / max(1, number - 1))] for i in range(number)]
+
+
+def _committed(path: Path, identities: dict[str, FeatureIdentity]) -> dict[str, set[str]]:
+    """Encoder -> clip ids that an existing store already holds under the same identity."""
+    if not (path / "snapshots").is_dir():
+        return {name: set() for name in identities}
+    store = FeatureStore.open(path)
+    keys = {identity.id: key for key, identity in store.encoders.items()}
+    done = {}
+    for name, identity in identities.items():
+        key = keys.get(identity.id)
+        flags = store.clips.column(key).to_pylist() if key else [False] * store.clips.num_rows
+        ids = store.clips.column("clip_id").to_pylist()
+        done[name] = {clip_id for clip_id, flag in zip(ids, flags, strict=True) if flag}
+    return done
+
+
+def _rows(
+    config: ExtractConfig, listing: DatasetListing, identities: dict, done: dict, probed: dict[str, list[dict]]
+) -> Iterable[ForecastRow]:
+    stages = _stages(listing)
+    for stage, kind in sorted({(stages.get(clip.clip_id, "-"), clip.kind) for clip in listing.clips}):
+        ids = {c.clip_id for c in listing.clips if c.kind == kind and stages.get(c.clip_id, "-") == stage}
+        for name, identity in identities.items():
+            to_do = len(ids - done[name])
+            samples = [clip["encoders"][name] for clip in probed[kind]]
+            ratio = statistics.fmean([s["stored_bytes"] for s in samples]) if samples else clip_bytes(identity, kind)
+            blocks = math.ceil(to_do / (config.block_rows.get(kind) or DEFAULT_BLOCK_ROWS[kind]))
+            yield ForecastRow(
+                stage=stage,
+                kind=kind,
+                encoder=name,
+                clips=len(ids),
+                to_do=to_do,
+                bytes=round(to_do * ratio),
+                files=FILES_PER_BLOCK * blocks,
+                seconds=to_do * statistics.fmean([s["seconds"] for s in samples]) if samples else None,
+            )
+
+
+def _stages(listing: DatasetListing) -> dict[str, str]:
+    """Clip id -> the stages whose samples use it."""
+    found: dict[str, set[str]] = {}
+    for samples in listing.samples.values():
+        for sample in samples:
+            if sample.clip_id:
+                found.setdefault(sample.clip_id, set()).add(sample.stage)
+    return {clip_id: "+".join(sorted(stages)) for clip_id, stages in found.items()}
+
+
+def _total_seconds(rows: Sequence[ForecastRow], probed: dict[str, list[dict]]) -> tuple[float, float]:
+    """Encoder seconds, plus decode seconds that do not hide behind them, and two standard errors of the whole."""
+    total = variance = 0.0
+    for kind, clips in probed.items():
+        to_do = Counter()
+        for row in (row for row in rows if row.kind == kind):
+            to_do[row.encoder] += row.to_do
+        if not clips or not to_do:
+            continue
+        per_clip = [c["wall_s"] for c in clips]
+        number = max(to_do.values())
+        total += number * statistics.fmean(per_clip)
+        if len(per_clip) > 1:
+            variance += (number * statistics.stdev(per_clip)) ** 2 / len(per_clip)
+    return total, 2 * math.sqrt(variance)
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above that is there."""
+    return next(parent for parent in [path.resolve(), *path.resolve().parents] if parent.exists())

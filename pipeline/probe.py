@@ -1,0 +1,83 @@
+"""The probe: a few real clips decoded, encoded and compressed on a worker, for the forecast.
+
+Comes in: engine settings and some clips per kind. Goes out: seconds and bytes per clip and encoder. Clips that cannot
+be decoded are left out: what they cost is their share of failures, not of time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from featurestore.clips import Clip
+from featurestore.errors import MediaError
+from featurestore.identity import FeatureIdentity
+from featurestore.metadata import array_specs
+from featurestore.quantise import to_stored
+from featurestore.shards import encode_row
+from pipeline.config import EngineSettings
+from pipeline.decode.job import Decoded, DecodeJob
+from pipeline.engine import EncoderRun, Engine, encode_batch, engine_for
+
+
+def probe_clips(
+    settings: EngineSettings,
+    root: str,
+    chosen: Mapping[str, Sequence[Clip]],
+    batch: Mapping[str, Mapping[str, int]],
+) -> dict[str, Any]:
+    """Identities, and per kind one record per clip: decode_s, wall_s, and per encoder seconds and stored_bytes."""
+    engine = engine_for(settings)
+    sizes = batch[engine.device.split(":")[0]]
+    return {
+        "device": engine.device,
+        "identities": {name: run.identity.to_dict() for name, run in engine.encoders.items()},
+        "clips": {kind: _probe_kind(engine, root, kind, clips, sizes[kind]) for kind, clips in chosen.items()},
+    }
+
+
+def _probe_kind(engine: Engine, root: str, kind: str, clips: Sequence[Clip], batch: int) -> list[dict[str, Any]]:
+    records = []
+    for clip in clips:
+        decoded = _decode(engine, root, clip)
+        if decoded is not None:
+            records.append(_probe_clip(engine, kind, decoded, batch, warm=not records))
+    return records
+
+
+def _decode(engine: Engine, root: str, clip: Clip) -> Decoded | None:
+    views = tuple(dict.fromkeys(run.view for run in engine.encoders.values()))
+    job = DecodeJob(root=root, clip=clip, views=views, decoder=engine.settings.encoders[0].decoder)
+    try:
+        return engine.pool.submit(job).result()
+    except MediaError:
+        return None
+
+
+def _probe_clip(engine: Engine, kind: str, decoded: Decoded, batch: int, *, warm: bool) -> dict[str, Any]:
+    encoders = {name: _probe_encoder(run, kind, decoded, batch, warm) for name, run in engine.encoders.items()}
+    encode_s = sum(entry["seconds"] for entry in encoders.values())
+    # Decoding runs beside the encoders: it costs wall time only where it is the slower of the two.
+    wall_s = max(encode_s, decoded.seconds / engine.pool.num_processes)
+    return {"decode_s": decoded.seconds, "wall_s": wall_s, "encoders": encoders}
+
+
+def _probe_encoder(run: EncoderRun, kind: str, decoded: Decoded, batch: int, warm: bool) -> dict[str, Any]:
+    frames = dict.fromkeys(range(batch), decoded.frames[run.view])
+    if warm:
+        encode_batch(run, frames, range(batch))  # the first forward allocates and picks kernels
+    started = time.perf_counter()
+    arrays, _ = encode_batch(run, frames, range(batch))
+    seconds = (time.perf_counter() - started) / batch
+    one = {name: np.asarray(array[0]) for name, array in arrays.items()}
+    return {"seconds": seconds, "stored_bytes": _stored_bytes(run.identity, kind, one)}
+
+
+def _stored_bytes(identity: FeatureIdentity, kind: str, arrays: Mapping[str, np.ndarray]) -> int:
+    """Bytes of one clip as it would stand in a shard."""
+    specs = array_specs(identity, kind, blocks=1, block_rows=1)
+    stored = to_stored(arrays, identity.storage_dtype)
+    return sum(len(encode_row(specs[name], array)) for name, array in stored.items())

@@ -1,0 +1,217 @@
+"""One self-contained HTML page about a store: what each encoder sees, sizes, rates, failures.
+
+Comes in: a store, and the media where they are at hand. Goes out: the path of a page without scripts or links, to be
+mailed or put beside the store. Token maps are principal components of the stored tokens themselves.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import numpy as np
+
+from featurestore.clips import Clip
+from featurestore.errors import MervCacheError
+from featurestore.store import FeatureStore
+from pipeline.status import store_status
+from pipeline.tables import duration, size
+from pipeline.token_maps import principal_maps
+
+STEPS = 8  # time steps pictured per clip
+THUMBNAIL = 96  # pixels per side
+
+
+def write_report(
+    path: str | Path, *, out: str | Path | None = None, root: str | None = None, num_clips: int = 8
+) -> Path:
+    """Write the page; media that cannot be read are left out of the pictures, never an error."""
+    path = Path(path)
+    store = FeatureStore.open(path)
+    status = store_status(path)
+    runs = [record for name, record in store.journal() if name.endswith("-driver")]
+    clips = _pictured(store, num_clips)
+    page = Template((files("pipeline") / "report.html").read_text()).substitute(
+        title=html.escape(path.name),
+        subtitle=html.escape(f"snapshot {status['snapshot']} · datasets {', '.join(status['datasets'])}"),
+        notice=_notice(status),
+        steps=STEPS,
+        cards=_cards(status),
+        encoders=_encoder_table(store, status),
+        clips=_clips_html(store, clips, _roots(root, runs)),
+        runs=_runs_table(runs),
+        quarantine=_quarantine_table(store),
+    )
+    target = Path(out) if out else path.with_name(f"{path.name.removesuffix('.zarr')}-report.html")
+    target.write_text(page)
+    return target
+
+
+def _pictured(store: FeatureStore, num_clips: int) -> list[dict[str, Any]]:
+    """Clips committed for every encoder, spread evenly over the store."""
+    rows = [row for row in store.clips.to_pylist() if all(row[key] for key in store.encoders)]
+    rows.sort(key=lambda row: row["kind"] != "video")  # stills repeat themselves: videos first
+    if len(rows) <= num_clips:
+        return rows
+    return [rows[i] for i in np.linspace(0, len(rows) - 1, num_clips).astype(int)]
+
+
+def _roots(root: str | None, runs: Sequence[dict]) -> dict[str, str]:
+    """Dataset -> folder of its media: as given, else as the newest run says."""
+    known = {run["config"]["dataset"]: run["root"] for run in runs}
+    return dict.fromkeys(known, root) if root else known
+
+
+def _notice(status: dict[str, Any]) -> str:
+    seeded = sorted({entry["encoder"] for entry in status["encoders"] if entry["weights"].startswith("random")})
+    if not seeded:
+        return ""
+    return f"<p class='warn'>Seeded random weights, not trained ones: {html.escape(', '.join(seeded))}.</p>"
+
+
+def _cards(status: dict[str, Any]) -> str:
+    clips = sum(status["clips"].values())
+    samples = sum(status["samples"].values())
+    failed = sum(status["quarantine"].values())
+    values = {
+        "clips": f"{clips:,}",
+        "samples": f"{samples:,}",
+        "on disk": size(status["bytes"]),
+        "per clip": size(status["bytes"] / clips) if clips else "-",
+        "quarantined": f"{failed:,}",
+    }
+    return "".join(f"<div class='card'><b>{html.escape(v)}</b><span>{k}</span></div>" for k, v in values.items())
+
+
+def _encoder_table(store: FeatureStore, status: dict[str, Any]) -> str:
+    info = store.info()["encoders"]
+    largest = max((entry["bytes"] for entry in info.values()), default=1) or 1
+    rows = []
+    for entry in status["encoders"]:
+        stored = info[entry["encoder"]]["bytes"]
+        bar = f"<div class='bar'><i style='width:{100 * stored / largest:.0f}%'></i></div>"
+        rows.append(
+            [
+                entry["encoder"],
+                entry["identity"],
+                entry["weights"],
+                "x".join(map(str, [*entry["grid"], entry["width"]])),
+                entry["storage"],
+                entry["committed"],
+                entry["failed"],
+                entry["to do"],
+                size(stored),
+                _Raw(bar),
+            ]
+        )
+    columns = ("encoder", "identity", "weights", "tokens", "stored as", "committed", "failed", "to do", "bytes", "")
+    return _table(columns, rows)
+
+
+def _clips_html(store: FeatureStore, clips: Sequence[dict], roots: dict[str, str]) -> str:
+    if not clips:
+        return "<p>No clip is committed for every encoder yet.</p>"
+    ids = [clip["clip_id"] for clip in clips]
+    maps = {key: principal_maps(store.read(ids, encoder=key)) for key in store.encoders}
+    return "".join(
+        _clip_html(clip, {key: maps[key][i] for key in maps}, _thumbnails(clip, roots)) for i, clip in enumerate(clips)
+    )
+
+
+def _clip_html(clip: dict, maps_THWC: dict[str, np.ndarray], thumbnails: np.ndarray | None) -> str:
+    cells = []
+    steps = np.linspace(0, len(next(iter(maps_THWC.values()))) - 1, STEPS).round().astype(int)
+    cells += ["<div></div>", *(f"<div class='t'>step {step}</div>" for step in steps)]
+    if thumbnails is not None:
+        shown = [thumbnails[min(len(thumbnails) - 1, i)] for i in range(STEPS)]
+        cells += ["<div>frames</div>", *(f"<img src='{_png(frame)}' alt='frame'>" for frame in shown)]
+    for key, maps in maps_THWC.items():
+        cells.append(f"<div>{html.escape(key)}</div>")
+        at = np.linspace(0, len(maps) - 1, STEPS).round().astype(int)
+        cells += [f"<img class='map' src='{_png(maps[step])}' alt='tokens of {html.escape(key)}'>" for step in at]
+    film = f"<div class='scroll'><div class='film'>{''.join(cells)}</div></div>"
+    return f"<div class='clip'><h3>{html.escape(clip['clip_id'])}</h3>{film}</div>"
+
+
+def _thumbnails(clip: dict, roots: dict[str, str]) -> np.ndarray | None:
+    """uint8 [STEPS or 1, S, S, 3], or None where the media are not at hand."""
+    from pipeline.decode.decoders import decode_clip
+    from pipeline.decode.job import DecodeJob
+    from pipeline.views import ResizeRule, View
+
+    if clip["dataset"] not in roots:
+        return None
+    view = View(rule=ResizeRule(size=THUMBNAIL), num_frames=STEPS)
+    fields = ("dataset", "path", "kind", "start_s", "end_s", "end_frame")
+    job = DecodeJob(
+        root=roots[clip["dataset"]], clip=Clip(**{f: clip[f] for f in fields}), views=(view,), accept_damaged=True
+    )
+    try:
+        return decode_clip(job).frames[view]
+    except MervCacheError:
+        return None
+
+
+def _runs_table(runs: Sequence[dict]) -> str:
+    rows = []
+    for run in runs:
+        summary = run["summary"]
+        seconds = max(summary["elapsed_s"], 1e-9)
+        stages = Counter(summary["stage_s"])
+        total = stages.pop("total", 0) or 1
+        shares = ", ".join(f"{name} {s / total:.0%}" for name, s in stages.most_common())
+        rows.append(
+            [
+                summary["run"],
+                summary["clips"],
+                summary["failed"],
+                duration(seconds),
+                f"{summary['clips'] / seconds:.2f}",
+                f"{size(summary['bytes'] / seconds)}/s",
+                shares,
+            ]
+        )
+    columns = ("run", "clips", "failed", "time", "clips/s", "written", "share of block time")
+    return _table(columns, rows) if rows else "<p>No run has finished yet.</p>"
+
+
+def _quarantine_table(store: FeatureStore) -> str:
+    rows = store.quarantine.to_pylist()
+    if not rows:
+        return "<p>Empty: every clip that was tried is committed.</p>"
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        grouped.setdefault((row["clip_id"], row["reason"]), []).append(row["encoder"])
+    listed = [(clip, ", ".join(encoders), reason) for (clip, reason), encoders in list(grouped.items())[:200]]
+    more = f"<p class='quiet'>and {len(grouped) - 200} more</p>" if len(grouped) > 200 else ""
+    return _table(("clip", "encoders", "reason"), listed) + more
+
+
+class _Raw(str):
+    """Markup of our own making, not to be escaped."""
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    body = "".join(f"<tr>{''.join(_cell(value) for value in row)}</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _cell(value: Any) -> str:
+    text = value if isinstance(value, _Raw) else html.escape(str(value))
+    return f"<td class='n'>{text}</td>" if isinstance(value, int | float) else f"<td>{text}</td>"
+
+
+def _png(image_HWC: np.ndarray) -> str:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image_HWC).save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
