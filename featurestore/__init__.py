@@ -1,0 +1,44 @@
+"""What is stored: clips, samples, tokens, and the record that they are committed.
+
+`FeatureStore` reads, `StoreWriter` writes. Both are loaded on first use, so that `import featurestore` costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from featurestore.clips import Clip
+    from featurestore.dataset import FeatureDataset
+    from featurestore.identity import FeatureIdentity
+    from featurestore.samples import Sample
+    from featurestore.store import FeatureStore
+    from featurestore.verify import verify_store
+    from featurestore.writer import StoreWriter
+
+_ROOMS = {
+    "Clip": "featurestore.clips",
+    "FeatureDataset": "featurestore.dataset",
+    "FeatureIdentity": "featurestore.identity",
+    "FeatureStore": "featurestore.store",
+    "Sample": "featurestore.samples",
+    "StoreWriter": "featurestore.writer",
+    "verify_store": "featurestore.verify",
+}
+__all__ = [
+    "Clip",
+    "FeatureDataset",
+    "FeatureIdentity",
+    "FeatureStore",
+    "Sample",
+    "StoreWriter",
+    "verify_store",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'featurestore' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_ROOMS[name]), name)

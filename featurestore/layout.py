@@ -1,0 +1,144 @@
+"""Names inside a store, and the arithmetic between rows and blocks: pure functions, no I/O.
+
+A store is plain Zarr v3, Parquet and JSON. Every file has one of the names below, so listing names answers most
+questions ("which blocks are committed?") without opening anything, and whatever has another name is a stray.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from featurestore.clips import KINDS
+from featurestore.errors import StoreFormatError, UserError
+
+FORMAT_VERSION = 1
+DEFAULT_BLOCK_ROWS: dict[str, int] = {"video": 64, "image": 256}
+MAX_BLOCK_ROWS = 65_536  # a shard's index is 16 bytes a row and must stay small
+
+ROOT_METADATA = "zarr.json"
+PARTS, SAMPLES, RECEIPTS, SNAPSHOTS, JOURNAL, TEMPORARY = (
+    "clips",
+    "samples",
+    "receipts",
+    "snapshots",
+    "journal",
+    "tmp",
+)
+# Arrays of a group, in the order in which their shards are put and their rows digested: tokens last, see blocks.py.
+ARRAYS: tuple[str, ...] = ("prefix", "scale", "offset", "tokens")
+TRAILING_AXES: dict[str, int] = {"prefix": 3, "scale": 1, "offset": 1, "tokens": 4}  # axes after "row"
+
+GROUP_NAME = re.compile(r"[a-z0-9_.]+-[0-9a-f]{12}")
+SAMPLES_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
+JOURNAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
+SNAPSHOT_ID = re.compile(r"(\d{8})-([0-9a-f]{12})")
+
+_PART_FILE = re.compile(r"part-(\d{5,9})\.parquet")
+_SAMPLES_FILE = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]{0,99})(?:\.([1-9]\d{0,5}))?\.parquet")
+_RECEIPT_FILE = re.compile(r"(\d{8})\.json")
+_SNAPSHOT_FILE = re.compile(r"(\d{8}-[0-9a-f]{12})\.json")
+
+
+def sealed_blocks(max_row: int, block_rows: int) -> int:
+    """Blocks that hold rows 0..max_row; max_row = -1 is no row at all."""
+    return -(-(max_row + 1) // block_rows)
+
+
+def next_batch_row(max_row: int, block_rows: int) -> int:
+    """First row of the next batch: a batch starts a new block, the tail of the last one stays unused."""
+    return sealed_blocks(max_row, block_rows) * block_rows
+
+
+def block_of(row: int, block_rows: int) -> int:
+    return row // block_rows
+
+
+def rows_of(block: int, block_rows: int) -> range:
+    return range(block * block_rows, (block + 1) * block_rows)
+
+
+def part_key(number: int) -> str:
+    return f"{PARTS}/part-{number:05d}.parquet"
+
+
+def samples_key(name: str, version: int = 1) -> str:
+    """`samples/NAME.parquet`; later versions of the same name are NAME.2.parquet and so on."""
+    if not SAMPLES_NAME.fullmatch(name):
+        raise UserError(f"samples name must be letters, digits, '_' and '-', at most 100, got {name!r}")
+    return f"{SAMPLES}/{name}.parquet" if version == 1 else f"{SAMPLES}/{name}.{version}.parquet"
+
+
+def group_prefix(kind: str, group: str) -> str:
+    """The Zarr group of one encoder and kind, checked: names reach us from metadata of strangers."""
+    if kind not in KINDS or not GROUP_NAME.fullmatch(group):
+        raise StoreFormatError(f"{kind!r}/{group!r} does not name a feature group; expected KIND/ENCODER-IDENTITY12")
+    return f"{kind}/{group}"
+
+
+def group_metadata_key(kind: str, group: str) -> str:
+    return f"{group_prefix(kind, group)}/zarr.json"
+
+
+def array_metadata_key(kind: str, group: str, array: str) -> str:
+    return f"{group_prefix(kind, group)}/{array}/zarr.json"
+
+
+def shard_key(kind: str, group: str, array: str, block: int) -> str:
+    """Zarr's default key of the shard: one shard holds whole rows, so every other index is 0."""
+    zeros = "/0" * TRAILING_AXES[array]
+    return f"{group_prefix(kind, group)}/{array}/c/{block}{zeros}"
+
+
+def receipts_prefix(kind: str, group: str) -> str:
+    return f"{RECEIPTS}/{group_prefix(kind, group)}"
+
+
+def receipt_key(kind: str, group: str, block: int) -> str:
+    return f"{receipts_prefix(kind, group)}/{block:08d}.json"
+
+
+def snapshot_keys(snapshot_id: str) -> tuple[str, str]:
+    """(table, record) of a snapshot; the record is put last and commits it."""
+    if not SNAPSHOT_ID.fullmatch(snapshot_id):
+        raise UserError(f"snapshot ids look like 00000003-0123456789ab, got {snapshot_id!r}")
+    return f"{SNAPSHOTS}/{snapshot_id}.parquet", f"{SNAPSHOTS}/{snapshot_id}.json"
+
+
+def part_numbers(names: list[str]) -> list[int]:
+    """Numbers of the clip parts among file names, ascending; a gap means that a part is lost."""
+    numbers = sorted(int(match[1]) for name in names if (match := _PART_FILE.fullmatch(name)))
+    if numbers != list(range(len(numbers))):
+        missing = sorted(set(range(len(numbers))) - set(numbers))
+        raise StoreFormatError(f"clip part {missing[0]} of {len(numbers)} is missing: rows cannot be told apart")
+    return numbers
+
+
+def samples_versions(names: list[str]) -> dict[str, int]:
+    """Newest version by samples name."""
+    newest: dict[str, int] = {}
+    for name in names:
+        if match := _SAMPLES_FILE.fullmatch(name):
+            newest[match[1]] = max(newest.get(match[1], 0), int(match[2] or 1))
+    return newest
+
+
+def receipt_blocks(names: list[str]) -> set[int]:
+    return {int(match[1]) for name in names if (match := _RECEIPT_FILE.fullmatch(name))}
+
+
+def snapshot_ids(names: list[str]) -> list[str]:
+    """Ids of the committed snapshots, oldest first; ties of racing publishers in the order of their digests."""
+    return sorted(match[1] for name in names if (match := _SNAPSHOT_FILE.fullmatch(name)))
+
+
+def check_block_rows(block_rows: Mapping[str, int] | None) -> dict[str, int]:
+    """Defaults filled in, values checked."""
+    given = dict(block_rows or {})
+    if unknown := sorted(set(given) - set(KINDS)):
+        raise UserError(f"block rows are given per kind ({', '.join(KINDS)}), got {', '.join(map(str, unknown))}")
+    rows = DEFAULT_BLOCK_ROWS | given
+    for kind, count in rows.items():
+        if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MAX_BLOCK_ROWS:
+            raise UserError(f"block rows of {kind} must be 1..{MAX_BLOCK_ROWS}, got {count!r}")
+    return rows

@@ -1,0 +1,205 @@
+"""`zarr.json` documents: what an array or a group says about itself, in the standard's own words.
+
+Bytes are a pure function of what is described, so a document can be verified by making it again. Plain JSON, no zarr
+import: tests prove that zarr-python, tensorstore and xarray read the result.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from featurestore.errors import StoreFormatError, UserError
+from featurestore.identity import FeatureIdentity
+from featurestore.layout import FORMAT_VERSION, MAX_BLOCK_ROWS, check_block_rows
+
+DIMENSIONS: dict[str, tuple[str, ...]] = {
+    "tokens": ("row", "time", "height", "width", "channel"),
+    "prefix": ("row", "time", "token", "channel"),
+    "scale": ("row", "channel"),
+    "offset": ("row", "channel"),
+}
+# Stored bfloat16 is its bits: zarr-python 3.1 has no such type. 0x7fc1 is a NaN with a payload that no encoder makes,
+# so a missing row never looks like a value.
+FILL_VALUES: dict[str, Any] = {"float16": "NaN", "float32": "NaN", "uint16": 0x7FC1, "uint8": 0}
+ITEM_SIZES: dict[str, int] = {"float16": 2, "float32": 4, "uint16": 2, "uint8": 1}
+CODECS: tuple[str, ...] = ("blosc", "none")
+BLOSC_BLOCK_BYTES = 1 << 20  # automatic blocks at level 1 compress 1.27x where this gives 1.45x
+MAX_CHUNK_BYTES = 512 << 20  # a clip's raw grid is under 20 MiB; a larger claim is hostile
+_INDEX_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArraySpec:
+    """One array whose chunk is a clip's row and whose shard is a block."""
+
+    name: str  # "tokens", "prefix", "scale" or "offset"
+    rows: int  # length of axis 0
+    row_shape: tuple[int, ...]
+    block_rows: int
+    dtype: str  # of the stored items: a key of FILL_VALUES
+    codec: str = "blosc"  # a name in CODECS
+    logical_dtype: str | None = None  # "bfloat16" where uint16 holds its bits
+
+    def __post_init__(self) -> None:
+        if self.codec not in CODECS:
+            raise UserError(f"codec must be one of {', '.join(CODECS)}, got {self.codec!r}")
+        if self.row_bytes > MAX_CHUNK_BYTES or self.row_bytes < 1:
+            raise StoreFormatError(
+                f"{self.name}: one row of shape {self.row_shape} {self.dtype} takes {self.row_bytes} bytes, "
+                f"outside 1..{MAX_CHUNK_BYTES}"
+            )
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.row_shape) * ITEM_SIZES[self.dtype]
+
+    @property
+    def index_bytes(self) -> int:
+        """Size of a shard's index: offset and length of each row, uint64, and a crc32c."""
+        return self.block_rows * 16 + 4
+
+    def with_rows(self, rows: int) -> ArraySpec:
+        return replace(self, rows=rows)
+
+    def document(self) -> bytes:
+        """The array's zarr.json."""
+        inner: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}]
+        if self.codec == "blosc":
+            blosc = {"cname": "zstd", "clevel": 1, "shuffle": "shuffle", "typesize": ITEM_SIZES[self.dtype]}
+            inner.append({"name": "blosc", "configuration": blosc | {"blocksize": BLOSC_BLOCK_BYTES}})
+        inner.append({"name": "crc32c"})
+        sharding = {
+            "chunk_shape": [1, *self.row_shape],
+            "codecs": inner,
+            "index_codecs": _INDEX_CODECS,
+            "index_location": "end",
+        }
+        return document_bytes(
+            {
+                "zarr_format": 3,
+                "node_type": "array",
+                "shape": [self.rows, *self.row_shape],
+                "data_type": self.dtype,
+                "chunk_grid": {
+                    "name": "regular",
+                    "configuration": {"chunk_shape": [self.block_rows, *self.row_shape]},
+                },
+                "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+                "fill_value": FILL_VALUES[self.dtype],
+                "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+                "attributes": {"logical_dtype": self.logical_dtype} if self.logical_dtype else {},
+                "dimension_names": list(DIMENSIONS[self.name]),
+                "storage_transformers": [],
+            }
+        )
+
+
+def array_specs(
+    identity: FeatureIdentity, kind: str, *, blocks: int, block_rows: int, codec: str = "blosc"
+) -> dict[str, ArraySpec]:
+    """The arrays of an encoder's group, by name, in the order of layout.ARRAYS."""
+    time, height, width = identity.grid_of(kind)
+    dtype, logical = {
+        "float16": ("float16", None),
+        "bfloat16": ("uint16", "bfloat16"),
+        "uint8": ("uint8", None),
+    }[identity.storage_dtype]
+    small, small_logical = (dtype, logical) if dtype != "uint8" else ("float16", None)  # prefix tokens are few
+
+    def spec(name: str, shape: tuple[int, ...], dtype: str, logical: str | None) -> ArraySpec:
+        return ArraySpec(
+            name=name,
+            rows=blocks * block_rows,
+            row_shape=shape,
+            block_rows=block_rows,
+            dtype=dtype,
+            codec=codec,
+            logical_dtype=logical,
+        )
+
+    specs: dict[str, ArraySpec] = {}
+    if identity.prefix_tokens:
+        shape = (time, identity.prefix_tokens, identity.width)
+        specs["prefix"] = spec("prefix", shape, small, small_logical)
+    if dtype == "uint8":
+        specs |= {name: spec(name, (identity.width,), "float32", None) for name in ("scale", "offset")}
+    specs["tokens"] = spec("tokens", (time, height, width, identity.width), dtype, logical)
+    return specs
+
+
+def group_document(identity: FeatureIdentity, *, weights_label: str, batch_shape: int) -> bytes:
+    """The zarr.json of an encoder's group: the whole identity, and what shaped the bits beside it."""
+    return _group({"identity": identity.to_dict(), "weights": weights_label, "batch_shape": batch_shape})
+
+
+def root_document(*, datasets: list[str], block_rows: Mapping[str, int]) -> bytes:
+    """The zarr.json at the top of a store."""
+    record = {"format": FORMAT_VERSION, "datasets": sorted(datasets), "block_rows": dict(block_rows)}
+    return _group({"merv_cache": record})
+
+
+def _group(attributes: dict[str, Any]) -> bytes:
+    return document_bytes({"zarr_format": 3, "node_type": "group", "attributes": attributes})
+
+
+def document_bytes(value: Any) -> bytes:
+    """The one text of a zarr.json: sorted keys, indented for people."""
+    return (json.dumps(value, sort_keys=True, indent=2, allow_nan=False) + "\n").encode()
+
+
+def load_json(data: bytes, what: str) -> Any:
+    """Parse JSON that may be hostile: too deep or broken input is a StoreFormatError."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise StoreFormatError(
+            f"{what} is not readable JSON ({type(error).__name__}); restore it from a copy"
+        ) from error
+
+
+def parse_root(data: bytes) -> dict[str, Any]:
+    """{"datasets": [...], "block_rows": {...}} of a store's own zarr.json, checked."""
+    document = load_json(data, "the store's zarr.json")
+    attributes = document.get("attributes") if isinstance(document, dict) else None
+    record = attributes.get("merv_cache") if isinstance(attributes, dict) else None
+    if not isinstance(record, dict):
+        raise StoreFormatError("zarr.json has no merv_cache attribute: this Zarr group is not a feature store")
+    version = record.get("format")
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise StoreFormatError(
+            f"the store has format {version!r}, this version reads format {FORMAT_VERSION}; update merv-pipeline"
+        )
+    datasets, block_rows = record.get("datasets"), record.get("block_rows")
+    if not isinstance(datasets, list) or not all(isinstance(name, str) for name in datasets):
+        raise StoreFormatError("merv_cache.datasets in zarr.json must be a list of names")
+    try:
+        return {"datasets": datasets, "block_rows": check_block_rows(block_rows)}
+    except (UserError, TypeError, ValueError) as error:
+        raise StoreFormatError(f"merv_cache.block_rows in zarr.json is not usable: {error}") from error
+
+
+def parse_array(name: str, data: bytes) -> ArraySpec | None:
+    """The spec of an array that we can read directly, or None for any other valid Zarr array."""
+    document = load_json(data, f"zarr.json of {name}")
+    try:
+        sharding = document["codecs"][0]["configuration"]
+        chunk, shard = sharding["chunk_shape"], document["chunk_grid"]["configuration"]["chunk_shape"]
+        spec = ArraySpec(
+            name=name,
+            rows=int(document["shape"][0]),
+            row_shape=tuple(int(n) for n in document["shape"][1:]),
+            block_rows=int(shard[0]),
+            dtype=document["data_type"],
+            codec="blosc" if any(codec["name"] == "blosc" for codec in sharding["codecs"]) else "none",
+            logical_dtype=document.get("attributes", {}).get("logical_dtype"),
+        )
+        ours = json.loads(spec.document())
+        bounded = 1 <= spec.block_rows <= MAX_BLOCK_ROWS and chunk[0] == 1
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, UserError):
+        return None
+    decides = ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "codecs")
+    return spec if bounded and all(ours[key] == document.get(key) for key in decides) else None

@@ -1,0 +1,111 @@
+"""Clip parts: the append-only `clips/part-N.parquet` files that say which clip each row is.
+
+Creating a part exclusively is how rows are given out. Parts are cheap to list and never change, so a `ClipIndex` reads
+each once. Parquet bytes depend on the content alone (fixed writer options, no time).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from featurestore.clips import CLIP_SCHEMA, KINDS, Clip, clips_to_table
+from featurestore.errors import StoreFormatError
+from featurestore.layout import PARTS, part_key, part_numbers
+from featurestore.objects import Objects
+
+_ROW_GROUP_ROWS = 1 << 16
+
+
+def table_bytes(table: pa.Table) -> bytes:
+    """Parquet with fixed options: the same table gives the same bytes."""
+    sink = io.BytesIO()
+    pq.write_table(
+        table,
+        sink,
+        row_group_size=_ROW_GROUP_ROWS,
+        compression="zstd",
+        compression_level=3,
+        version="2.6",
+        data_page_version="1.0",
+        use_dictionary=True,
+        write_statistics=True,
+    )
+    return sink.getvalue()
+
+
+def read_table(data: bytes, schema: pa.Schema, what: str) -> pa.Table:
+    """A Parquet file of exactly that schema."""
+    try:
+        table = pq.read_table(io.BytesIO(data))
+    except (pa.ArrowException, OSError) as error:
+        raise StoreFormatError(f"{what} is not readable Parquet; restore it from a copy ({error})") from error
+    if not table.schema.equals(schema, check_metadata=False):
+        raise StoreFormatError(f"{what} has columns {table.schema.names}, expected {schema.names}")
+    return table
+
+
+class ClipIndex:
+    """All clip parts of a store, read as they appear."""
+
+    def __init__(self, objects: Objects) -> None:
+        self._objects = objects
+        self.tables: list[pa.Table] = []
+        self._rows: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
+
+    def refresh(self) -> ClipIndex:
+        """Read the parts that are new since the last call."""
+        for number in part_numbers(self._objects.list_names(PARTS))[len(self.tables) :]:
+            key = part_key(number)
+            table = read_table(self._objects.get(key), CLIP_SCHEMA, key)
+            rows, kinds = table["row"].to_numpy(), table["kind"].to_numpy(zero_copy_only=False)
+            for kind in KINDS:
+                mine = rows[kinds == kind]
+                if len(mine) and (mine.min() <= self.max_row(kind) or (np.diff(mine) <= 0).any()):
+                    raise StoreFormatError(f"{key}: rows of {kind} must rise from {self.max_row(kind) + 1}")
+                self._rows[kind].append(mine)
+            if sum(len(rows[kinds == kind]) for kind in KINDS) != len(rows):
+                raise StoreFormatError(f"{key}: kinds must be {' or '.join(KINDS)}")
+            self.tables.append(table)
+        return self
+
+    @property
+    def table(self) -> pa.Table:
+        """Every part, in order: `CLIP_SCHEMA`."""
+        return pa.concat_tables(self.tables) if self.tables else CLIP_SCHEMA.empty_table()
+
+    def max_row(self, kind: str) -> int:
+        """Highest row given out; -1 if none."""
+        return max((int(rows[-1]) for rows in self._rows[kind] if len(rows)), default=-1)
+
+    def rows_between(self, kind: str, first: int, stop: int) -> list[int]:
+        """Rows given out in [first, stop)."""
+        found: list[int] = []
+        for rows in self._rows[kind]:
+            low, high = np.searchsorted(rows, (first, stop))
+            found.extend(rows[low:high].tolist())
+        return found
+
+    def clip_ids(self, *, from_part: int = 0) -> set[str]:
+        return {clip_id for table in self.tables[from_part:] for clip_id in table["clip_id"].to_pylist()}
+
+    def datasets(self) -> list[str]:
+        return sorted(set(self.table["dataset"].unique().to_pylist()))
+
+
+def allocate(clips: Iterable[Clip], first_rows: dict[str, int]) -> list[tuple[int, Clip]]:
+    """Rows for clips, per kind from its first row on, in the order given."""
+    following = dict(first_rows)
+    rows: list[tuple[int, Clip]] = []
+    for clip in clips:
+        rows.append((following[clip.kind], clip))
+        following[clip.kind] += 1
+    return rows
+
+
+def part_bytes(rows: Sequence[tuple[int, Clip]]) -> bytes:
+    return table_bytes(clips_to_table(rows))

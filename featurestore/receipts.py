@@ -1,0 +1,173 @@
+"""Receipts: the record that a block is committed, written last and from the bytes on disk.
+
+A receipt is canonical JSON without times, hosts or measured values: the same block gives the same receipt. Fields of
+rows are columns, so that a receipt stays small. What is read back may be a stranger's: `parse` checks every type,
+length and value before anything is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from featurestore.errors import StoreDamagedError, StoreFormatError
+from featurestore.identity import canonical_json
+from featurestore.layout import ARRAYS, MAX_BLOCK_ROWS
+from featurestore.metadata import load_json
+
+State = Literal["ok", "failed", "skipped", "empty"]
+STATES: tuple[State, ...] = ("ok", "failed", "skipped", "empty")
+SCOPES: tuple[str, ...] = ("clip", "encoder")  # who is to blame: the media, or one encoder on it
+LOST = "lost in an interrupted attempt"
+DIGEST_LENGTH = 32  # hex digits
+MAX_REASON_LENGTH = 500  # characters
+MAX_RECEIPT_BYTES = 64 << 20
+
+_DIGEST = re.compile(r"[0-9a-f]{32}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowOutcome:
+    """What became of one row."""
+
+    state: State
+    scope: str | None = None  # of a failure: "clip" or "encoder"
+    reason: str | None = None  # of a failure: no measured values, hosts or absolute paths
+    digest: str | None = None  # of the stored arrays, where ok
+    media_sha256: str | None = None
+    decoder: str | None = None  # what made the pixels
+
+    def __post_init__(self) -> None:
+        problem = None
+        if self.state not in STATES:
+            problem = f"state {self.state!r}"
+        elif (self.state == "failed") != (self.reason is not None) or (self.state == "failed") != (
+            self.scope is not None
+        ):
+            problem = f"a reason and scope that do not fit state {self.state!r}"
+        elif (self.state == "ok") != (self.digest is not None):
+            problem = f"a digest that does not fit state {self.state!r}"
+        elif self.scope is not None and self.scope not in SCOPES:
+            problem = f"scope {self.scope!r}"
+        elif self.reason is not None and not 0 < len(self.reason) <= MAX_REASON_LENGTH:
+            problem = f"a reason of {len(self.reason)} characters"
+        elif self.digest is not None and not _DIGEST.fullmatch(self.digest):
+            problem = "a malformed digest"
+        elif self.media_sha256 is not None and not _SHA256.fullmatch(self.media_sha256):
+            problem = "a malformed media sha256"
+        elif self.decoder is not None and not 0 < len(self.decoder) <= 100:
+            problem = "a malformed decoder name"
+        if problem:
+            raise StoreFormatError(f"a receipt's row has {problem}")
+
+
+COLUMNS: tuple[str, ...] = tuple(RowOutcome.__dataclass_fields__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """One committed block of one encoder."""
+
+    kind: str
+    group: str  # ENCODER-IDENTITY12
+    block: int
+    rows: tuple[RowOutcome, ...]  # one per row of the block
+    shards: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # array -> {"sha256": hex, "bytes": int}
+
+    @property
+    def digest(self) -> str:
+        """64 hex digits over everything else in the receipt."""
+        return hashlib.sha256(canonical_json(self._content()).encode()).hexdigest()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows by state."""
+        found = Counter(row.state for row in self.rows)
+        return {state: found[state] for state in STATES}
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(shard["bytes"] for shard in self.shards.values())
+
+    def first_row(self) -> int:
+        return self.block * len(self.rows)
+
+    def to_bytes(self) -> bytes:
+        return (canonical_json(self._content() | {"digest": self.digest}) + "\n").encode()
+
+    def _content(self) -> dict[str, Any]:
+        records = [asdict(row) for row in self.rows]
+        return {
+            "format": _VERSION,
+            "kind": self.kind,
+            "group": self.group,
+            "block": self.block,
+            "rows": {name: [record[name] for record in records] for name in COLUMNS},
+            "shards": {name: dict(shard) for name, shard in self.shards.items()},
+        }
+
+    @classmethod
+    def parse(cls, data: bytes, *, kind: str, group: str, block: int, block_rows: int) -> Receipt:
+        """A receipt from its file; raises unless it is exactly the receipt of that block, whole and undamaged."""
+        what = f"receipt {kind}/{group} block {block}"
+        if len(data) > MAX_RECEIPT_BYTES:
+            raise StoreFormatError(f"{what} has {len(data)} bytes, more than any receipt needs")
+        record = load_json(data, what)
+        receipt = cls(
+            kind=kind,
+            group=group,
+            block=block,
+            rows=_parse_rows(record, what, block_rows),
+            shards=_parse_shards(record, what),
+        )
+        # The writer's bytes are canonical: comparing them covers every field, the digest, and even white space.
+        if receipt.to_bytes() != data:
+            raise StoreDamagedError(f"{what} does not match its own digest; run `merv-pipeline verify`")
+        return receipt
+
+
+def _parse_rows(record: Any, what: str, block_rows: int) -> tuple[RowOutcome, ...]:
+    columns = record.get("rows") if isinstance(record, dict) else None
+    if record is None or not isinstance(columns, dict) or set(columns) != set(COLUMNS):
+        raise StoreFormatError(f"{what} lacks its columns {', '.join(COLUMNS)}")
+    for name, values in columns.items():
+        if not isinstance(values, list) or len(values) != min(block_rows, MAX_BLOCK_ROWS):
+            raise StoreFormatError(f"{what}: column {name} must list {block_rows} rows")
+        if not all(value is None or isinstance(value, str) for value in values):
+            raise StoreFormatError(f"{what}: column {name} must hold text or null")
+    ordered = [columns[name] for name in COLUMNS]
+    return tuple(RowOutcome(**dict(zip(COLUMNS, values, strict=True))) for values in zip(*ordered, strict=True))
+
+
+def _parse_shards(record: dict, what: str) -> dict[str, dict[str, Any]]:
+    shards = record.get("shards")
+    if not isinstance(shards, dict) or not set(shards) <= set(ARRAYS) or "tokens" not in shards:
+        raise StoreFormatError(f"{what} must list the shards of its arrays ({', '.join(ARRAYS)})")
+    for name, shard in shards.items():
+        if not isinstance(shard, dict) or set(shard) != {"sha256", "bytes"}:
+            raise StoreFormatError(f"{what}: shard {name} must have sha256 and bytes")
+        size = shard["bytes"]
+        if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < 1 << 48:
+            raise StoreFormatError(f"{what}: shard {name} has size {size!r}")
+        if not isinstance(shard["sha256"], str) or not _SHA256.fullmatch(shard["sha256"]):
+            raise StoreFormatError(f"{what}: shard {name} has a malformed sha256")
+    return shards
+
+
+def row_digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """32 hex digits over one row's stored items, little-endian, arrays in the order of layout.ARRAYS."""
+    total = hashlib.sha256()
+    for name in ARRAYS:
+        if name in arrays:
+            items = np.ascontiguousarray(arrays[name])
+            total.update(f"{name} {items.dtype.name} {items.shape}\n".encode())
+            total.update(items.astype(items.dtype.newbyteorder("<"), copy=False).data)
+    return total.hexdigest()[:DIGEST_LENGTH]

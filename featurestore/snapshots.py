@@ -1,0 +1,272 @@
+"""Snapshots: an immutable, digested view of everything that is committed.
+
+A snapshot is a table (one line per clip: the row and digest of its tokens for each encoder, or why it failed) and a
+JSON record that names every clip part, samples file and receipt by digest. The record is put last and commits it. A
+publisher starts from the newest snapshot and reads only the receipts that are new.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from featurestore.clips import KINDS
+from featurestore.errors import StoreDamagedError, StoreError, StoreFormatError
+from featurestore.groups import encoder_groups, parse_identity, read_group
+from featurestore.identity import FeatureIdentity, canonical_json
+from featurestore.layout import (
+    GROUP_NAME,
+    PARTS,
+    SAMPLES,
+    SNAPSHOTS,
+    part_key,
+    part_numbers,
+    receipt_blocks,
+    receipt_key,
+    receipts_prefix,
+    samples_key,
+    samples_versions,
+    snapshot_ids,
+    snapshot_keys,
+)
+from featurestore.metadata import load_json
+from featurestore.objects import Objects, put_if_absent
+from featurestore.parts import ClipIndex, table_bytes
+from featurestore.receipts import STATES, Receipt
+from featurestore.snapshot_table import SnapshotTable
+
+_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSummary:
+    """What a snapshot knows of one kind/group: its receipts, and their sums."""
+
+    identity: FeatureIdentity
+    weights: str
+    receipts: Mapping[str, str] = field(default_factory=dict)  # block number as text -> receipt digest
+    counts: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(STATES, 0))  # rows by state
+    stored_bytes: int = 0  # of all shards
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """The record of a snapshot."""
+
+    sequence: int
+    parent: str | None
+    parts: Mapping[str, str]  # clip part key -> sha256
+    samples: Mapping[str, Mapping[str, str]]  # samples name -> {"key", "sha256"}
+    groups: Mapping[str, GroupSummary]  # "kind/group"
+    table_sha256: str
+
+    @property
+    def digest(self) -> str:
+        """64 hex digits over the whole record, and through it over everything that it names."""
+        return hashlib.sha256(canonical_json(self._content()).encode()).hexdigest()
+
+    @property
+    def id(self) -> str:
+        return f"{self.sequence:08d}-{self.digest[:12]}"
+
+    def says_the_same_as(self, other: Snapshot) -> bool:
+        """Equal but for their place in the history."""
+        mine, theirs = self._content(), other._content()
+        return all(mine[name] == theirs[name] for name in mine if name not in ("sequence", "parent"))
+
+    def to_bytes(self) -> bytes:
+        return (canonical_json(self._content() | {"digest": self.digest}) + "\n").encode()
+
+    def _content(self) -> dict[str, Any]:
+        groups = {
+            name: {
+                "identity": group.identity.to_dict(),
+                "weights": group.weights,
+                "receipts": dict(group.receipts),
+                "counts": dict(group.counts),
+                "stored_bytes": group.stored_bytes,
+            }
+            for name, group in self.groups.items()
+        }
+        return {
+            "format": _VERSION,
+            "sequence": self.sequence,
+            "parent": self.parent,
+            "parts": dict(self.parts),
+            "samples": {name: dict(entry) for name, entry in self.samples.items()},
+            "groups": groups,
+            "table_sha256": self.table_sha256,
+        }
+
+    @classmethod
+    def parse(cls, data: bytes, snapshot_id: str) -> Snapshot:
+        """A snapshot's record, whole and undamaged."""
+        what = f"snapshot {snapshot_id}"
+        record = load_json(data, what)
+        try:
+            groups = {name: _parse_group(name, entry) for name, entry in record["groups"].items()}
+            snapshot = cls(
+                sequence=record["sequence"],
+                parent=record["parent"],
+                parts={str(key): str(value) for key, value in record["parts"].items()},
+                samples={name: {k: str(v) for k, v in entry.items()} for name, entry in record["samples"].items()},
+                groups=groups,
+                table_sha256=str(record["table_sha256"]),
+            )
+            same = snapshot.to_bytes() == data and snapshot.id == snapshot_id
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StoreFormatError(f"{what} lacks fields or has malformed ones ({error})") from error
+        if not same:
+            raise StoreDamagedError(f"{what} does not match its own digest; open an older one or publish a new one")
+        _check_keys(snapshot, what)
+        return snapshot
+
+
+def _parse_group(name: str, entry: Mapping[str, Any]) -> GroupSummary:
+    kind, _, group = name.partition("/")
+    if kind not in KINDS or not GROUP_NAME.fullmatch(group):
+        raise ValueError(f"group {name!r}")
+    identity = parse_identity(entry["identity"], name)
+    if identity.group_name != group:
+        raise ValueError(f"group {name!r} has the identity of {identity.group_name}")
+    return GroupSummary(
+        identity=identity,
+        weights=str(entry["weights"]),
+        receipts={str(int(block)): str(digest) for block, digest in entry["receipts"].items()},
+        counts={state: int(entry["counts"][state]) for state in STATES},
+        stored_bytes=int(entry["stored_bytes"]),
+    )
+
+
+def _check_keys(snapshot: Snapshot, what: str) -> None:
+    """Keys reach the file system: only names that this store could have made are allowed."""
+    if list(snapshot.parts) != [part_key(number) for number in range(len(snapshot.parts))]:
+        raise StoreFormatError(f"{what} names clip parts that are not part-00000..{len(snapshot.parts) - 1:05d}")
+    for name, entry in snapshot.samples.items():
+        folder, _, file = entry.get("key", "").partition("/")
+        if folder != SAMPLES or name not in samples_versions([file]) or "sha256" not in entry:
+            raise StoreFormatError(f"{what} names samples {name!r} at {entry.get('key')!r}")
+
+
+def newest_snapshot_id(objects: Objects) -> str | None:
+    ids = snapshot_ids(objects.list_names(SNAPSHOTS))
+    return ids[-1] if ids else None
+
+
+def load_snapshot(objects: Objects, snapshot_id: str) -> Snapshot:
+    try:
+        data = objects.get(snapshot_keys(snapshot_id)[1])
+    except FileNotFoundError:
+        known = ", ".join(snapshot_ids(objects.list_names(SNAPSHOTS))[-5:]) or "none"
+        raise StoreError(f"there is no snapshot {snapshot_id}; the newest are: {known}") from None
+    return Snapshot.parse(data, snapshot_id)
+
+
+def publish(objects: Objects, block_rows: Mapping[str, int]) -> str:
+    """Put a snapshot of all that is committed, if it says anything new; returns the newest snapshot's id.
+
+    Two publishers may race: both snapshots stand, and the slower one publishes again from the newest.
+    """
+    while True:
+        newest = newest_snapshot_id(objects)
+        parent = load_snapshot(objects, newest) if newest else None
+        snapshot, table = _build(objects, block_rows, parent)
+        if parent is not None and snapshot.says_the_same_as(parent):
+            return parent.id
+        table_key, record_key = snapshot_keys(snapshot.id)
+        for key, data in ((table_key, table), (record_key, snapshot.to_bytes())):
+            put_if_absent(objects, key, data)  # the name holds the digest: who was first put the same bytes
+        rivals = [other for other in snapshot_ids(objects.list_names(SNAPSHOTS)) if other >= f"{snapshot.sequence:08d}"]
+        if rivals == [snapshot.id]:
+            return snapshot.id
+
+
+def _build(objects: Objects, block_rows: Mapping[str, int], parent: Snapshot | None) -> tuple[Snapshot, bytes]:
+    found = {
+        f"{kind}/{group}": receipt_blocks(objects.list_names(receipts_prefix(kind, group)))
+        for kind in KINDS
+        for group in encoder_groups(objects, kind)
+    }
+    index = ClipIndex(objects).refresh()  # after the receipts: every row that they speak of is there
+    state = SnapshotTable.extend(_parent_table(objects, parent), index.table)
+    groups: dict[str, GroupSummary] = {}
+    for name, blocks in sorted(found.items()):
+        old = parent.groups.get(name) if parent else None
+        groups[name] = _extend_group(objects, block_rows, name, blocks, old, state)
+    data = table_bytes(state.to_arrow())
+    return Snapshot(
+        sequence=parent.sequence + 1 if parent else 1,
+        parent=parent.id if parent else None,
+        parts=_part_digests(objects, len(index.tables), parent),
+        samples=_samples_digests(objects, parent),
+        groups=groups,
+        table_sha256=hashlib.sha256(data).hexdigest(),
+    ), data
+
+
+def _parent_table(objects: Objects, parent: Snapshot | None) -> pa.Table | None:
+    return None if parent is None else read_snapshot_table(objects, parent)
+
+
+def read_snapshot_table(objects: Objects, snapshot: Snapshot, columns: list[str] | None = None) -> pa.Table:
+    """The snapshot's table, its bytes checked."""
+    import io
+
+    import pyarrow.parquet as pq
+
+    key = snapshot_keys(snapshot.id)[0]
+    try:
+        data = objects.get(key)
+    except FileNotFoundError:
+        raise StoreDamagedError(f"{key} is missing; open an older snapshot or publish a new one") from None
+    if hashlib.sha256(data).hexdigest() != snapshot.table_sha256:
+        raise StoreDamagedError(f"{key} does not match its digest; open an older snapshot or publish a new one")
+    return pq.read_table(io.BytesIO(data), columns=columns)
+
+
+def _extend_group(
+    objects: Objects,
+    block_rows: Mapping[str, int],
+    name: str,
+    blocks: set[int],
+    old: GroupSummary | None,
+    state: SnapshotTable,
+) -> GroupSummary:
+    kind, group = name.split("/")
+    record = read_group(objects, kind, group)
+    old = old or GroupSummary(identity=record.identity, weights=record.weights)
+    receipts, counts, stored_bytes = dict(old.receipts), dict(old.counts), old.stored_bytes
+    for block in sorted(blocks - {int(number) for number in old.receipts}):
+        data = objects.get(receipt_key(kind, group, block))
+        receipt = Receipt.parse(data, kind=kind, group=group, block=block, block_rows=block_rows[kind])
+        state.apply(receipt)
+        receipts[str(block)] = receipt.digest
+        counts = {name: counts[name] + receipt.counts[name] for name in STATES}
+        stored_bytes += receipt.stored_bytes
+    state.ensure_columns(group)
+    return GroupSummary(
+        identity=record.identity, weights=record.weights, receipts=receipts, counts=counts, stored_bytes=stored_bytes
+    )
+
+
+def _part_digests(objects: Objects, count: int, parent: Snapshot | None) -> dict[str, str]:
+    known = dict(parent.parts) if parent else {}
+    for number in part_numbers(objects.list_names(PARTS))[:count]:
+        key = part_key(number)
+        if key not in known:
+            known[key] = hashlib.sha256(objects.get(key)).hexdigest()
+    return known
+
+
+def _samples_digests(objects: Objects, parent: Snapshot | None) -> dict[str, dict[str, str]]:
+    entries: dict[str, dict[str, str]] = {}
+    for name, version in sorted(samples_versions(objects.list_names(SAMPLES)).items()):
+        key = samples_key(name, version)
+        old = parent.samples.get(name) if parent else None
+        sha256 = old["sha256"] if old and old["key"] == key else hashlib.sha256(objects.get(key)).hexdigest()
+        entries[name] = {"key": key, "sha256": sha256}
+    return entries

@@ -1,0 +1,309 @@
+"""`FeatureStore`: what is committed, as a reader sees it.
+
+    from featurestore import FeatureStore
+    store = FeatureStore.open("features/demo.zarr")
+    tokens_BTHWD = store.read(store.clips["clip_id"].to_pylist()[:8], encoder="dinov2")
+
+A store is opened at a snapshot and stays there, so what it says never changes while it is open. It pickles as its path
+and snapshot: loader workers open it anew, on first use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from featurestore.clips import CLIP_SCHEMA
+from featurestore.errors import (
+    ClipUnavailableError,
+    StoreDamagedError,
+    StoreError,
+    StoreFormatError,
+    StoreNotFoundError,
+    UserError,
+)
+from featurestore.identity import FeatureIdentity
+from featurestore.layout import ROOT_METADATA
+from featurestore.metadata import parse_root
+from featurestore.objects import LocalObjects
+from featurestore.parts import read_table
+from featurestore.reader import GroupReader, ShardCache
+from featurestore.samples import SAMPLE_SCHEMA, Sample, table_to_samples
+from featurestore.snapshot_table import column
+from featurestore.snapshots import load_snapshot, newest_snapshot_id, read_snapshot_table
+
+Frames = slice | Sequence[int] | np.ndarray | None
+
+
+class FeatureStore:
+    """A read-only store at one snapshot; make one with `FeatureStore.open`."""
+
+    def __init__(self, path: str, snapshot: str) -> None:
+        self.path = path
+        self.snapshot = snapshot  # id: SEQUENCE-DIGEST12
+        self._objects = LocalObjects(path)
+        self._record = load_snapshot(self._objects, snapshot)
+        self._cache = ShardCache(self._objects)
+        self._readers: dict[tuple[str, str], GroupReader] = {}
+        self._groups = _encoder_keys(self._record.groups)
+        names = [column(group, "row") for group in self._groups.values()]
+        table = read_snapshot_table(self._objects, self._record, ["clip_id", "kind", *names])
+        self._clip_ids = table["clip_id"].combine_chunks()
+        self._is_image = table["kind"].to_numpy(zero_copy_only=False) == "image"
+        self._rows = {group: table[column(group, "row")].to_numpy() for group in self._groups.values()}
+        self._line_of: _LineIndex | None = None
+
+    @classmethod
+    def open(cls, path: str | Path, *, snapshot: str | None = None) -> FeatureStore:
+        """Open a store's newest snapshot, or the one named."""
+        if "://" in str(path):
+            raise UserError(f"{path}: stores are read from a folder; copy or mount it first")
+        objects = LocalObjects(path)
+        if not objects.exists(ROOT_METADATA):
+            raise StoreNotFoundError(
+                f"there is no feature store at {path}; make one with `merv-pipeline extract --store {path}`"
+            )
+        parse_root(objects.get(ROOT_METADATA))
+        snapshot = snapshot or newest_snapshot_id(objects)
+        if snapshot is None:
+            raise StoreError(
+                f"{path} has no snapshot yet: extraction makes one every few minutes and at its end; wait for it, or "
+                "run the same `merv-pipeline extract` again to finish it"
+            )
+        return cls(str(path), snapshot)
+
+    def __reduce__(self) -> tuple:
+        return (FeatureStore, (self.path, self.snapshot))
+
+    def __repr__(self) -> str:
+        return (
+            f"FeatureStore({self.path!r}, snapshot={self.snapshot!r}, clips={len(self)}, encoders={list(self._groups)})"
+        )
+
+    def __len__(self) -> int:
+        return len(self._clip_ids)
+
+    @property
+    def encoders(self) -> dict[str, FeatureIdentity]:
+        """Identities by key: the encoder's name where unique, else `name@id6`."""
+        by_group = {name.split("/")[1]: group.identity for name, group in self._record.groups.items()}
+        return {key: by_group[group] for key, group in self._groups.items()}
+
+    @property
+    def clips(self) -> pa.Table:
+        """clip_id, dataset, path, start_s, end_s, end_frame, kind, and per encoder key: are its tokens committed."""
+        table = self._clip_columns().drop_columns(["row"])
+        for key, group in self._groups.items():
+            table = table.append_column(key, pa.array(self._rows[group] >= 0))
+        return table
+
+    @property
+    def quarantine(self) -> pa.Table:
+        """clip_id, path, encoder, reason, scope of every clip whose newest attempt failed and that has no tokens."""
+        paths = self._clip_columns()["path"]
+        tables = []
+        for key, group in self._groups.items():
+            names = [column(group, suffix) for suffix in ("failed_row", "failed_reason", "failed_scope")]
+            table = read_snapshot_table(self._objects, self._record, names)
+            failed = (table[names[0]].to_numpy() >= 0) & (self._rows[group] < 0)
+            lines = pa.array(np.flatnonzero(failed))
+            columns = [self._clip_ids.take(lines), paths.take(lines), pa.array([key] * len(lines), pa.string())]
+            columns += [table[names[1]].take(lines), table[names[2]].take(lines)]
+            tables.append(pa.table(columns, names=["clip_id", "path", "encoder", "reason", "scope"]))
+        return pa.concat_tables(tables) if tables else _EMPTY_QUARANTINE
+
+    @property
+    def sample_names(self) -> list[str]:
+        return sorted(self._record.samples)
+
+    def samples(self, name: str | None = None) -> list[Sample]:
+        """Conversations of one name, or of all names in order."""
+        if name is not None and name not in self._record.samples:
+            raise UserError(f"samples {name!r} are not in this store; it has: {', '.join(self.sample_names) or 'none'}")
+        found: list[Sample] = []
+        for each in self.sample_names if name is None else [name]:
+            entry = self._record.samples[each]
+            data = self._read_digested(entry["key"], entry["sha256"])
+            found.extend(table_to_samples(read_table(data, SAMPLE_SCHEMA, entry["key"])))
+        return found
+
+    def rows(self, clip_ids: Sequence[str], *, encoder: str) -> np.ndarray:
+        """int64 [B]: the row of each clip's tokens, -1 where there are none."""
+        return self._rows[self._group(encoder)][self._lines(clip_ids)]
+
+    def read(self, clip_ids: Sequence[str], *, encoder: str, frames: Frames = None) -> np.ndarray:
+        """Tokens as floats [B, T, H, W, D]; `frames` picks time steps (a slice or indices), a still's steps repeat."""
+        return self._read("tokens", clip_ids, encoder, frames)
+
+    def read_prefix(self, clip_ids: Sequence[str], *, encoder: str, frames: Frames = None) -> np.ndarray:
+        """Class and register tokens as floats [B, T, K, D], for encoders that store them."""
+        if not self.encoders[self._key(encoder)].prefix_tokens:
+            raise UserError(f"{encoder} was stored without prefix tokens; extract it with prefix tokens to have them")
+        return self._read("prefix", clip_ids, encoder, frames)
+
+    def data_digest(self, clip_ids: Iterable[str], encoders: Sequence[str], samples: Iterable[Sample] = ()) -> str:
+        """64 hex digits over the (clip, identity, row digest) and samples that a run reads, whatever their order.
+
+        Copies, pulls and unions of the same data have the same one.
+        """
+        distinct = sorted(set(clip_ids))
+        lines = self._lines(distinct)
+        parts: list[str] = []
+        for key in encoders:
+            group = self._group(key)
+            names = [column(group, "digest")]
+            digests = (
+                read_snapshot_table(self._objects, self._record, names)[names[0]].take(pa.array(lines)).to_pylist()
+            )
+            identity = self.encoders[self._key(key)].id
+            parts += [f"clip\t{c}\t{identity}\t{d}" for c, d in zip(distinct, digests, strict=True)]
+        parts += [f"sample\t{sample.digest}" for sample in samples]
+        return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()
+
+    def info(self) -> dict[str, Any]:
+        """Sizes: clips by kind, samples files, and per encoder and kind rows by state and bytes stored."""
+        kinds = Counter("image" if image else "video" for image in self._is_image.tolist())
+        groups = {
+            name: {"rows": dict(group.counts), "stored_bytes": group.stored_bytes, "weights": group.weights}
+            for name, group in self._record.groups.items()
+        }
+        return {
+            "path": self.path,
+            "snapshot": self.snapshot,
+            "clips": dict(kinds),
+            "samples": self.sample_names,
+            "groups": groups,
+            "stored_bytes": sum(group.stored_bytes for group in self._record.groups.values()),
+        }
+
+    def _read(self, array: str, clip_ids: Sequence[str], encoder: str, frames: Frames) -> np.ndarray:
+        group, lines = self._group(encoder), self._lines(clip_ids)
+        rows = self._rows[group][lines]
+        if (rows < 0).any():
+            first = clip_ids[int(np.flatnonzero(rows < 0)[0])]
+            raise ClipUnavailableError(
+                f"{int((rows < 0).sum())} of {len(rows)} clips have no committed tokens of {encoder}, the first is "
+                f"{first!r}; see store.clips for what is committed and store.quarantine for why not"
+            )
+        identity = self.encoders[self._key(encoder)]
+        steps = _time_steps(identity.grid[0], frames)
+        is_image = self._is_image[lines]
+        readers = {image: self._reader("image" if image else "video", group) for image in set(is_image.tolist())}
+        shape_reader = next(iter(readers.values()), None)
+        inner = identity.grid[1:] if array == "tokens" else (identity.prefix_tokens,)
+        dtype = shape_reader.output_dtype(array) if shape_reader else np.dtype("float32")
+        out = np.empty((len(lines), len(steps), *inner, identity.width), dtype=dtype)
+        whole = np.array_equal(steps, np.arange(identity.grid[0]))
+        for place in np.lexsort((rows, is_image)):  # in the order on disk
+            reader = readers[bool(is_image[place])]
+            stored_time = reader.specs[array].row_shape[0]
+            picked = None if whole and stored_time == identity.grid[0] else steps % stored_time
+            reader.read_row(array, int(rows[place]), out[place], picked)
+        return out
+
+    def _reader(self, kind: str, group: str) -> GroupReader:
+        if (kind, group) not in self._readers:
+            self._readers[kind, group] = GroupReader(self._objects, kind, group, self._cache)
+        return self._readers[kind, group]
+
+    def _key(self, encoder: str) -> str:
+        """The key of an encoder; ambiguous and unknown names are errors that list what there is."""
+        if encoder in self._groups:
+            return encoder
+        same = [key for key in self._groups if key.split("@")[0] == encoder]
+        if same:
+            raise UserError(f"encoder {encoder!r} is stored under several identities; name one of: {', '.join(same)}")
+        raise UserError(f"encoder {encoder!r} is not in this store; it has: {', '.join(self._groups) or 'none'}")
+
+    def _group(self, encoder: str) -> str:
+        return self._groups[self._key(encoder)]
+
+    def _lines(self, clip_ids: Sequence[str]) -> np.ndarray:
+        if isinstance(clip_ids, str):
+            raise UserError(f"clip_ids must be a list of clip ids, got the one text {clip_ids!r}")
+        if self._line_of is None:
+            self._line_of = _LineIndex(self._clip_ids)
+        return self._line_of.find(list(clip_ids))
+
+    def _clip_columns(self) -> pa.Table:
+        """`CLIP_SCHEMA` lines in the snapshot's order: each clip as it was first listed."""
+        tables = []
+        for key, sha256 in self._record.parts.items():
+            tables.append(read_table(self._read_digested(key, sha256), CLIP_SCHEMA, key))
+        table = pa.concat_tables(tables) if tables else CLIP_SCHEMA.empty_table()
+        ids = table["clip_id"].combine_chunks().dictionary_encode()
+        _, first = np.unique(ids.indices.to_numpy(), return_index=True)
+        table = table.take(pa.array(np.sort(first)))
+        if not table["clip_id"].combine_chunks().equals(self._clip_ids):
+            raise StoreDamagedError(
+                "the snapshot's table and the clip parts list different clips; publish a new snapshot"
+            )
+        return table
+
+    def _read_digested(self, key: str, sha256: str) -> bytes:
+        try:
+            data = self._objects.get(key)
+        except FileNotFoundError:
+            raise StoreDamagedError(f"{key} is missing though the snapshot names it; restore it from a copy") from None
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise StoreDamagedError(f"{key} does not match the snapshot's digest; run `merv-pipeline verify`")
+        return data
+
+
+_EMPTY_QUARANTINE = pa.schema(
+    [(name, pa.string()) for name in ("clip_id", "path", "encoder", "reason", "scope")]
+).empty_table()
+
+
+class _LineIndex:
+    """Clip id -> line, as sorted hashes: 16 bytes a clip where a dict of texts takes 150."""
+
+    def __init__(self, clip_ids: pa.Array) -> None:
+        self._clip_ids = clip_ids
+        hashes = np.fromiter(map(hash, clip_ids.to_pylist()), dtype=np.int64, count=len(clip_ids))
+        self._lines = np.argsort(hashes, kind="stable")
+        self._hashes = hashes[self._lines]
+
+    def find(self, wanted: list[str]) -> np.ndarray:
+        return np.fromiter(map(self._find_one, wanted), dtype=np.int64, count=len(wanted))
+
+    def _find_one(self, clip_id: str) -> int:
+        place = int(np.searchsorted(self._hashes, hash(clip_id)))
+        while place < len(self._hashes) and self._hashes[place] == hash(clip_id):
+            line = int(self._lines[place])
+            if self._clip_ids[line].as_py() == clip_id:
+                return line
+            place += 1
+        raise ClipUnavailableError(
+            f"clip {clip_id!r} is not in this store's snapshot; see store.clips for those that are"
+        )
+
+
+def _encoder_keys(groups: Iterable[str]) -> dict[str, str]:
+    """Key -> group name."""
+    names = sorted({name.split("/")[1] for name in groups})
+    count = Counter(name.rsplit("-", 1)[0] for name in names)
+    keys: dict[str, str] = {}
+    for name in names:
+        encoder, identity = name.rsplit("-", 1)
+        keys[encoder if count[encoder] == 1 else f"{encoder}@{identity[:6]}"] = name
+    if len(keys) != len(names):
+        raise StoreFormatError("two identities of one encoder share their first six digits; keep one of them per store")
+    return keys
+
+
+def _time_steps(time: int, frames: Frames) -> np.ndarray:
+    steps = np.arange(time)
+    if frames is None:
+        return steps
+    try:
+        picked = steps[frames if isinstance(frames, slice) else np.asarray(frames, dtype=np.int64)]
+    except IndexError:
+        raise UserError(f"frames must be 0..{time - 1}, got {list(frames)}") from None
+    return np.atleast_1d(picked)

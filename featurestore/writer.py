@@ -1,0 +1,202 @@
+"""The driver's side of a store: make it, give out rows, make room for encoders, publish.
+
+Nothing here needs a lock to be right. Rows are given out by creating a clip part that did not exist; groups are created
+by putting a document that only depends on what it describes; whoever loses a race reads what the winner wrote.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from featurestore.clips import KINDS, Clip
+from featurestore.errors import IdentityConflictError, UserError
+from featurestore.groups import GroupWriter, create_or_open_group, encoder_groups
+from featurestore.identity import FeatureIdentity, canonical_json
+from featurestore.layout import (
+    JOURNAL,
+    JOURNAL_NAME,
+    ROOT_METADATA,
+    SAMPLES,
+    check_block_rows,
+    next_batch_row,
+    part_key,
+    samples_key,
+    samples_versions,
+    sealed_blocks,
+)
+from featurestore.metadata import parse_root, root_document
+from featurestore.objects import LocalObjects, Objects, put_if_absent
+from featurestore.parts import ClipIndex, allocate, part_bytes, table_bytes
+from featurestore.samples import Sample, samples_to_table
+
+
+class StoreWriter:
+    """A store that may be extended. Cheap to open; safe to use from several processes at once."""
+
+    def __init__(self, objects: Objects, block_rows: dict[str, int]) -> None:
+        self.objects = objects
+        self.block_rows = block_rows
+        self._index = ClipIndex(objects)
+
+    @classmethod
+    def open_or_create(cls, path: str | Path, *, block_rows: Mapping[str, int] | None = None) -> StoreWriter:
+        """Open the store in a folder, or make one; block rows are fixed when it is made."""
+        wanted = check_block_rows(block_rows)
+        Path(path).mkdir(parents=True, exist_ok=True)
+        objects = LocalObjects(path)
+        if not objects.exists(ROOT_METADATA):
+            _refuse_foreign_folder(objects, path)
+            put_if_absent(objects, ROOT_METADATA, root_document(datasets=[], block_rows=wanted))
+        stored = parse_root(objects.get(ROOT_METADATA))["block_rows"]
+        for kind in block_rows or ():
+            if stored[kind] != wanted[kind]:
+                raise UserError(
+                    f"this store has blocks of {stored[kind]} {kind} rows, got {wanted[kind]}; "
+                    "block rows are fixed when a store is made: leave the option out or choose another --store"
+                )
+        return cls(objects, stored)
+
+    def clips(self) -> pa.Table:
+        """Every row given out, `CLIP_SCHEMA`, as of now."""
+        return self._index.refresh().table
+
+    def add_clips(self, clips: Iterable[Clip], *, retry: bool = False) -> list[tuple[int, Clip]]:
+        """Give out rows: returns (row, clip) of what this call added, in order; rows count per kind.
+
+        A clip that has a row already gets none, unless `retry` asks for a new one. Each call starts new blocks.
+        """
+        distinct = list({clip.clip_id: clip for clip in clips}.values())
+        seen = len(self._index.refresh().tables) if retry else 0  # a retry only yields to rows given out meanwhile
+        while True:
+            index = self._index.refresh()
+            known = index.clip_ids(from_part=seen)
+            new = [clip for clip in distinct if clip.clip_id not in known]
+            if not new:
+                self._refresh_root()
+                return []
+            first = {kind: next_batch_row(index.max_row(kind), self.block_rows[kind]) for kind in KINDS}
+            rows = allocate(new, first)
+            if put_if_absent(self.objects, part_key(len(index.tables)), part_bytes(rows)):
+                self._refresh_root()
+                return rows
+            # Another driver took this number: read its rows and allocate what is left.
+
+    def add_samples(self, name: str, samples: Iterable[Sample]) -> str:
+        """Keep conversations as `samples/NAME.parquet`; returns the key.
+
+        Files never change: the same content again is a no-op, other content becomes NAME.2.parquet and so on, and
+        readers take the newest.
+        """
+        samples_key(name)  # checks the name
+        data = table_bytes(samples_to_table(samples))
+        while True:
+            newest = samples_versions(self.objects.list_names(SAMPLES)).get(name, 0)
+            if newest and self.objects.get(samples_key(name, newest)) == data:
+                return samples_key(name, newest)
+            key = samples_key(name, newest + 1)
+            if put_if_absent(self.objects, key, data):
+                return key
+
+    def sealed_blocks(self, kind: str) -> int:
+        """Blocks given out so far: work exists for 0..n-1."""
+        return sealed_blocks(self._index.refresh().max_row(kind), self.block_rows[kind])
+
+    def planned_rows(self, kind: str, block: int) -> list[int]:
+        """Rows of a block that belong to a clip; the rest of the block is unused."""
+        size = self.block_rows[kind]
+        if block * size > self._index.max_row(kind):
+            self._index.refresh()
+        return self._index.rows_between(kind, block * size, (block + 1) * size)
+
+    def encoder_groups(self, kind: str) -> dict[str, FeatureIdentity]:
+        """Identities by group name."""
+        return encoder_groups(self.objects, kind)
+
+    def ensure_group(
+        self,
+        kind: str,
+        identity: FeatureIdentity,
+        *,
+        batch_shape: int,
+        weights_label: str,
+        codec: str | None = None,
+        new_identity: bool = False,
+    ) -> GroupWriter:
+        """The group of an encoder, created if need be, with room for every row given out.
+
+        Raises IdentityConflictError if the store holds this encoder under another identity, unless `new_identity`.
+        """
+        if not new_identity:
+            self._refuse_other_identity(identity)
+        return create_or_open_group(
+            self,
+            kind,
+            identity,
+            batch_shape=batch_shape,
+            weights_label=weights_label,
+            codec=codec,
+        )
+
+    def open_group(self, kind: str, group: str) -> GroupWriter:
+        """A group that exists, by its name: what a worker needs to write a block."""
+        return GroupWriter.open(self, kind, group)
+
+    def grow_groups(self) -> None:
+        """Make room in every group for every row given out."""
+        for kind in KINDS:
+            for group in self.encoder_groups(kind):
+                self.open_group(kind, group).grow()
+
+    def publish_snapshot(self) -> str:
+        """Make what is committed visible to readers; returns the snapshot's id (the old one if nothing is new)."""
+        from featurestore.snapshots import publish  # readers of snapshots import this room's neighbours too
+
+        self.grow_groups()
+        return publish(self.objects, self.block_rows)
+
+    def journal(self, name: str, record: Mapping[str, Any]) -> str:
+        """Keep provenance (times, hosts, versions, rates) with its own digest; returns the key."""
+        if not JOURNAL_NAME.fullmatch(name):
+            raise UserError(f"journal names are letters, digits, '_', '-' and '.', got {name!r}")
+        digest = hashlib.sha256(canonical_json(record).encode()).hexdigest()
+        data = (canonical_json({"record": record, "digest": digest}) + "\n").encode()
+        attempt = 1
+        while True:
+            key = f"{JOURNAL}/{name}.json" if attempt == 1 else f"{JOURNAL}/{name}.{attempt}.json"
+            if put_if_absent(self.objects, key, data):
+                return key
+            attempt += 1
+
+    def _refuse_other_identity(self, identity: FeatureIdentity) -> None:
+        for kind in KINDS:
+            for other in self.encoder_groups(kind).values():
+                if other.encoder == identity.encoder and other.id != identity.id:
+                    lines = [
+                        f"  {name}: stored {theirs!r}, asked {ours!r}"
+                        for name, (ours, theirs) in identity.differences(other).items()
+                    ]
+                    raise IdentityConflictError(
+                        f"this store holds {identity.encoder} as {other.group_name}, asked for "
+                        f"{identity.group_name}:\n"
+                        + "\n".join(lines)
+                        + "\nuse the same settings, or --new-identity to keep both"
+                    )
+
+    def _refresh_root(self) -> None:
+        """Name every dataset in zarr.json; a later clip part is seen by the loop, so no name is ever lost."""
+        while True:
+            wanted = root_document(datasets=self._index.refresh().datasets(), block_rows=self.block_rows)
+            if self.objects.get(ROOT_METADATA) == wanted:
+                return
+            self.objects.replace(ROOT_METADATA, wanted)
+
+
+def _refuse_foreign_folder(objects: Objects, path: str | Path) -> None:
+    names = [name for name in objects.list_names("") if name != "tmp" and not name.startswith(".")]
+    if names:
+        raise UserError(f"{path} is not empty and not a feature store (it holds {names[0]!r}); choose another --store")
