@@ -1,0 +1,158 @@
+"""Build: a config and the shapes of the tokens -> the model and its renderer; and back from a run's folder.
+
+A run's folder is enough to use its model: config.yaml (settings), run.json (what the data was), llm/ (tokenizer, and
+sizes of a fresh LLM), checkpoints/. A pretrained LLM that was not trained is loaded again from where it came from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from featurestore.errors import UserError
+from featurestore.samples import Sample
+from trainer import checkpoint
+from trainer.config import RECORD_FILE, TrainConfig, read_config, unknown_name
+from trainer.fusion import build_fusion
+from trainer.llm import FRESH_PREFIX, LoadedLLM, load_llm, load_saved_shape
+from trainer.order import derive_seed
+from trainer.projectors import Projector
+from trainer.prompts import PROMPTS, Renderer
+from trainer.tokens import TokenShape
+from trainer.video_llm import VideoLLM
+
+LLM_FOLDER = "llm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """A model ready to train or to use."""
+
+    model: VideoLLM
+    llm: LoadedLLM
+    renderer: Renderer
+    config: TrainConfig
+
+    @property
+    def saves_llm(self) -> bool:
+        """Whether the LLM's weights exist only in this run."""
+        return self.llm.is_fresh or self.config.train_llm == "full"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What a run says about its data and its size, beside its settings."""
+
+    store: str  # where the tokens were read from
+    data_digest: str
+    num_samples: int
+    dropped: Mapping[str, int]
+    shapes: Mapping[str, TokenShape]  # of the encoders used
+    parameters: Mapping[str, Mapping[str, int]]  # part -> total, trained
+    num_visual_tokens: int
+    num_steps: int
+
+    def write(self, run: Path) -> None:
+        (run / RECORD_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def read(cls, run: Path) -> RunRecord:
+        record = json.loads((run / RECORD_FILE).read_text())
+        shapes = {
+            encoder: TokenShape(**{**shape, "grid": tuple(shape["grid"])})
+            for encoder, shape in record["shapes"].items()
+        }
+        return cls(**{**record, "shapes": shapes})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedRun:
+    """A trained model with what it was trained on."""
+
+    built: Built
+    record: RunRecord
+    step: int  # steps done
+
+
+def build(config: TrainConfig, shapes: Mapping[str, TokenShape], llm: LoadedLLM) -> Built:
+    """Projectors, fusion and LLM with seeded weights, and only what is trained wanting a gradient."""
+    torch.manual_seed(derive_seed("weights", config.seed))
+    width = llm.model.get_input_embeddings().weight.shape[1]
+    projectors, fusion = {}, None
+    if config.mode != "text-only":
+        used = used_encoders(config, list(shapes))
+        projectors = {encoder: Projector(config.projector, shapes[encoder], width) for encoder in used}
+        check_equal_lengths(projectors)
+        fusion = build_fusion(config.fusion, len(used), width)
+    llm.model.requires_grad_(config.train_llm == "full")
+    renderer = Renderer(
+        config.prompt, llm.tokenizer, position=config.visual_position, max_tokens=config.max_text_tokens
+    )
+    return Built(model=VideoLLM(llm.model, projectors, fusion), llm=llm, renderer=renderer, config=config)
+
+
+def new_llm(config: TrainConfig, samples: Iterable[Sample]) -> LoadedLLM:
+    """The LLM a run starts from."""
+    torch.manual_seed(derive_seed("llm", config.seed))
+    dtype = torch.bfloat16 if config.precision == "bf16" and config.train_llm == "none" else torch.float32
+    texts = _texts(config, samples) if config.llm.startswith(FRESH_PREFIX) else ()
+    return load_llm(config.llm, texts=texts, dtype=dtype)
+
+
+def used_encoders(config: TrainConfig, available: list[str]) -> list[str]:
+    """The encoders a run reads, in order: those asked for, or all; only one where the fusion reads only one."""
+    for encoder in config.encoders:
+        if encoder not in available:
+            raise UserError(unknown_name("encoder", encoder, available))
+    chosen = list(config.encoders or available)
+    return chosen[:1] if config.fusion.name == "first" else chosen
+
+
+def check_equal_lengths(projectors: Mapping[str, Projector]) -> None:
+    """All encoders must bring the same number of visual tokens."""
+    if len({projector.num_tokens for projector in projectors.values()}) > 1:
+        grids = ", ".join(f"{encoder} {'x'.join(map(str, p.grid))}" for encoder, p in projectors.items())
+        raise UserError(f"encoders must share one grid to be fused, got {grids}; set projector.grid to one they share")
+
+
+def count_parameters(model: VideoLLM) -> dict[str, dict[str, int]]:
+    """Part -> total and trained parameters."""
+    parts = {"projectors": model.projectors, "fusion": model.fusion, "llm": model.llm}
+    return {
+        name: {
+            "total": sum(p.numel() for p in part.parameters()),
+            "trained": sum(p.numel() for p in part.parameters() if p.requires_grad),
+        }
+        for name, part in parts.items()
+        if part is not None
+    }
+
+
+def load_run(run: Path) -> LoadedRun:
+    """The newest checkpoint of a run as a model in evaluation mode."""
+    run = Path(run)
+    folder = checkpoint.newest(run)
+    if folder is None:
+        raise UserError(f"{run} holds no checkpoint; give the folder that merv-train wrote with --out")
+    config = read_config(run)
+    record = RunRecord.read(run)
+    is_fresh = config.llm.startswith(FRESH_PREFIX)
+    llm = load_saved_shape(run / LLM_FOLDER) if is_fresh else new_llm(config, ())
+    built = build(config, record.shapes, llm)
+    state = checkpoint.load_state(folder)
+    checkpoint.load_model(folder, built.model, with_llm=built.saves_llm)
+    built.model.eval()
+    return LoadedRun(built=built, record=record, step=state.step)
+
+
+def _texts(config: TrainConfig, samples: Iterable[Sample]) -> Iterable[str]:
+    """All that a fresh tokenizer must know: rendered turns, and the options of the questions."""
+    if config.prompt == "chat_template":
+        raise UserError(f"{config.llm} has no chat template; choose another prompt")
+    for sample in samples:
+        yield from (piece.text for piece in PROMPTS[config.prompt](sample.turns, None))
+        yield from sample.options

@@ -1,0 +1,134 @@
+"""Evaluate: multiple choice by likelihood, by category, beside chance and beside a text-only model.
+
+Comes in: a trained run, samples with options, a token source. Goes out: `Score` per category and overall. An option's
+score is the mean log-likelihood of its tokens with the end token, in the prompt the model was trained with; the best
+one is the answer. Chance is the mean of 1 / number of options. The text-only model is one that was trained the same
+way without visual tokens (`merv-train --mode text-only`): what it gets right, the words alone give away.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from featurestore.errors import UserError
+from featurestore.samples import Sample, Turn
+from trainer.build import Built, LoadedRun
+from trainer.data import make_batch
+from trainer.tokens import TokenSource
+
+OVERALL = "all"  # category of the line over all samples
+UNNAMED = "(none)"  # category of samples that name none
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One question answered."""
+
+    sample_id: str
+    category: str
+    num_options: int
+    predicted: int  # index of the option with the best score
+    correct: int
+    scores: tuple[float, ...]  # mean log-likelihood of each option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Accuracy on the questions of one category."""
+
+    category: str
+    questions: int
+    accuracy: float
+    chance: float
+
+
+def questions(samples: Sequence[Sample], source: TokenSource, *, split: str, has_visual: bool) -> list[Sample]:
+    """Samples of that split that have options and, where clips are shown, tokens."""
+    asked = [sample for sample in samples if sample.options and sample.split == split]
+    if has_visual:
+        known = source.available({sample.clip_id for sample in asked if sample.clip_id is not None})
+        asked = [sample for sample in asked if sample.clip_id is None or sample.clip_id in known]
+    if not asked:
+        raise UserError(f"no sample of split {split!r} has options and tokens of every encoder")
+    return asked
+
+
+def check_identities(run: LoadedRun, source: TokenSource) -> None:
+    """A model only understands tokens of the identities it was trained on."""
+    for encoder, shape in run.record.shapes.items():
+        found = source.shapes.get(encoder)
+        if found is None or found.identity != shape.identity:
+            raise UserError(
+                f"the run was trained on {encoder} tokens of identity {shape.identity}, this source has"
+                f" {found.identity if found else 'none'}; use the store it was trained on, or extract that identity"
+            )
+
+
+def answer_all(
+    built: Built, samples: Sequence[Sample], source: TokenSource, *, batch_size: int = 16, device: str = "cpu"
+) -> Iterator[Answer]:
+    """Answer questions, `batch_size` at a time with all their options."""
+    model = built.model.to(device).eval()
+    has_visual = built.model.fusion is not None
+    for start in range(0, len(samples), batch_size):
+        part = samples[start : start + batch_size]
+        pairs = [(sample, option) for sample in part for option in sample.options]
+        batch = make_batch(
+            [built.renderer(with_answer(sample, option).turns) for sample, option in pairs],
+            [sample.clip_id if has_visual else None for sample, _ in pairs],
+            source,
+            model.num_visual_tokens,
+            model.context,
+        )
+        scores = iter(model.score(batch.to(device)).tolist())
+        for sample in part:
+            yield _answer(sample, tuple(next(scores) for _ in sample.options))
+
+
+def with_answer(sample: Sample, option: str) -> Sample:
+    """The sample with `option` as its last answer."""
+    return replace(sample, turns=(*sample.turns[:-1], Turn(role="gpt", text=option)))
+
+
+def summarise(answers: Sequence[Answer]) -> list[Score]:
+    """Overall first, then by category in alphabetical order."""
+    groups: dict[str, list[Answer]] = defaultdict(list)
+    for answer in answers:
+        groups[answer.category].append(answer)
+    return [_score(OVERALL, answers), *(_score(name, groups[name]) for name in sorted(groups))]
+
+
+def report(run: LoadedRun, answers: Sequence[Answer], beside: Mapping[str, Sequence[Answer]]) -> dict[str, Any]:
+    """JSON of an evaluation; `beside` holds the answers of other runs to the same questions, by name."""
+    return {
+        "data_digest": run.record.data_digest,
+        "step": run.step,
+        "scores": [asdict(score) for score in summarise(answers)],
+        "beside": {name: [asdict(score) for score in summarise(other)] for name, other in beside.items()},
+        "answers": [asdict(answer) for answer in answers],
+    }
+
+
+def _answer(sample: Sample, scores: tuple[float, ...]) -> Answer:
+    return Answer(
+        sample_id=sample.sample_id,
+        category=sample.category or UNNAMED,
+        num_options=len(sample.options),
+        predicted=int(torch.tensor(scores).argmax()),
+        correct=sample.answer_index,
+        scores=scores,
+    )
+
+
+def _score(category: str, answers: Sequence[Answer]) -> Score:
+    return Score(
+        category=category,
+        questions=len(answers),
+        accuracy=sum(answer.predicted == answer.correct for answer in answers) / len(answers),
+        chance=sum(1 / answer.num_options for answer in answers) / len(answers),
+    )

@@ -1,0 +1,162 @@
+"""Fusion: the visual tokens of several encoders -> one sequence, and what weight each encoder got.
+
+Comes in: one embeddings_BNM per encoder, in the order of the encoders. Goes out: fused_BNM (concat_sequence: E x N
+tokens) and weights_BE, or None where the formula has no weights. Definitions from arXiv 2501.01426, section 3.3 and
+its ablation tables; `cross_attention_released` as princetonvisualai/merv computes it. No fusion holds a parameter
+that cannot change its output.
+
+B batch, E encoders, N visual tokens, M LLM width, Q query width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import sqrt
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config import FusionConfig, FusionName
+
+Fused = tuple[Tensor, Tensor | None]
+
+
+class Fusion(nn.Module):
+    """What all fusions share: sizes, and how many encoders and tokens they use and give."""
+
+    uses_first_only = False  # then only the first encoder is read and gets a projector
+
+    def __init__(self, num_encoders: int, width: int) -> None:
+        super().__init__()
+        self.num_encoders, self.width = num_encoders, width
+
+    def num_tokens(self, num_tokens: int) -> int:
+        """Visual tokens that come out when each encoder brings `num_tokens`."""
+        return num_tokens
+
+    def forward(self, embeddings: Sequence[Tensor]) -> Fused:
+        raise NotImplementedError
+
+
+class CrossAttention(Fusion):
+    """a = softmax(Q xbar^T / sqrt(M)), O = sum_e a_e X_e; xbar_e is the mean over encoder e's tokens.
+
+    One learned query Q of the LLM's width, so one weight per encoder and sample, the same for all tokens.
+    """
+
+    def __init__(self, num_encoders: int, width: int) -> None:
+        super().__init__(num_encoders, width)
+        self.query_M = nn.Parameter(_xavier_row(width))
+
+    def forward(self, embeddings: Sequence[Tensor]) -> Fused:
+        mean_BEM = torch.stack([embeddings_BNM.mean(1) for embeddings_BNM in embeddings], dim=1)
+        return _mix(embeddings, (mean_BEM @ self.query_M / sqrt(self.width)).float().softmax(-1))
+
+
+class CrossAttentionReleased(Fusion):
+    """a = softmax((W_q Q + b_q) . (W_k xbar_e) / sqrt(Q width)), O = sum_e a_e X_e.
+
+    The released code takes the weights of a `torch.nn.MultiheadAttention` with one head and throws its output away.
+    What cannot change the weights is left out here: the value and output projections, and the bias of the keys,
+    which adds the same to every encoder's score and cancels in the softmax.
+    """
+
+    def __init__(self, num_encoders: int, width: int, query_width: int) -> None:
+        super().__init__(num_encoders, width)
+        self.query_Q = nn.Parameter(_xavier_row(query_width))
+        self.query_projection = nn.Linear(query_width, query_width)
+        self.key_projection = nn.Linear(width, query_width, bias=False)
+        nn.init.xavier_uniform_(self.query_projection.weight)
+        nn.init.zeros_(self.query_projection.bias)
+        nn.init.xavier_uniform_(self.key_projection.weight)
+
+    def forward(self, embeddings: Sequence[Tensor]) -> Fused:
+        mean_BEM = torch.stack([embeddings_BNM.mean(1) for embeddings_BNM in embeddings], dim=1)
+        keys_BEQ = self.key_projection(mean_BEM)
+        query_Q = self.query_projection(self.query_Q)
+        return _mix(embeddings, (keys_BEQ @ query_Q / sqrt(len(query_Q))).float().softmax(-1))
+
+
+class ConcatSequence(Fusion):
+    """All encoders' tokens one after the other: E times the visual length."""
+
+    def num_tokens(self, num_tokens: int) -> int:
+        return self.num_encoders * num_tokens
+
+    def forward(self, embeddings: Sequence[Tensor]) -> Fused:
+        return torch.cat(list(embeddings), dim=1), None
+
+
+class ConcatChannel(Fusion):
+    """Channels side by side, optionally normed, then Linear(E x M -> M)."""
+
+    def __init__(self, num_encoders: int, width: int, has_norm: bool) -> None:
+        super().__init__(num_encoders, width)
+        self.norm = nn.LayerNorm(num_encoders * width) if has_norm else None
+        self.linear = nn.Linear(num_encoders * width, width)
+
+    def forward(self, embeddings: Sequence[Tensor]) -> Fused:
+        joined_BNC = torch.cat(list(embeddings), dim=-1)
+        return self.linear(joined_BNC if self.norm is None else self.norm(joined_BNC)), None
+
+
+class LearnableWeights(Fusion):
+    """O = sum_e softmax(s)_e X_e; s ~ N(0, 1) at the start, the same for every sample."""
+
+    def __init__(self, num_encoders: int, width: int) -> None:
+        super().__init__(num_encoders, width)
+        self.scores_E = nn.Parameter(torch.randn(num_encoders))
+
+    def forward(self, embeddings: Sequence[Tensor]) -> Fused:
+        weights_E = self.scores_E.float().softmax(-1)
+        return _mix(embeddings, weights_E.expand(len(embeddings[0]), -1))
+
+
+class EqualMix(Fusion):
+    """O = mean of X_e: the paper's "25%-Mixed" of four encoders."""
+
+    def forward(self, embeddings: Sequence[Tensor]) -> Fused:
+        first_BNM = embeddings[0]
+        return _mix(embeddings, first_BNM.new_full((len(first_BNM), self.num_encoders), 1 / self.num_encoders))
+
+
+class First(Fusion):
+    """The first encoder alone; the others are not even read."""
+
+    uses_first_only = True
+
+    def forward(self, embeddings: Sequence[Tensor]) -> Fused:
+        return embeddings[0], embeddings[0].new_ones(len(embeddings[0]), 1)
+
+
+def _mix(embeddings: Sequence[Tensor], weights_BE: Tensor) -> Fused:
+    """sum_e a_e X_e, one encoder at a time: stacking them would hold E x N x M once more."""
+    scale_BE = weights_BE.to(embeddings[0].dtype)
+    fused_BNM = scale_BE[:, 0, None, None] * embeddings[0]
+    for index, embeddings_BNM in enumerate(embeddings[1:], start=1):
+        fused_BNM = fused_BNM + scale_BE[:, index, None, None] * embeddings_BNM
+    return fused_BNM, weights_BE
+
+
+def _xavier_row(width: int) -> Tensor:
+    """Xavier-uniform on shape (1, width), as the released code starts its query: bound sqrt(6 / (1 + width))."""
+    return nn.init.xavier_uniform_(torch.empty(1, width))[0]
+
+
+FUSIONS: dict[FusionName, Callable[[int, int, FusionConfig], Fusion]] = {
+    "cross_attention": lambda encoders, width, config: CrossAttention(encoders, width),
+    "cross_attention_released": lambda encoders, width, config: CrossAttentionReleased(
+        encoders, width, config.query_width
+    ),
+    "concat_sequence": lambda encoders, width, config: ConcatSequence(encoders, width),
+    "concat_channel": lambda encoders, width, config: ConcatChannel(encoders, width, has_norm=False),
+    "concat_channel_ln": lambda encoders, width, config: ConcatChannel(encoders, width, has_norm=True),
+    "learnable_weights": lambda encoders, width, config: LearnableWeights(encoders, width),
+    "equal_mix": lambda encoders, width, config: EqualMix(encoders, width),
+    "first": lambda encoders, width, config: First(encoders, width),
+}
+
+
+def build_fusion(config: FusionConfig, num_encoders: int, width: int) -> Fusion:
+    """The fusion of that name for these sizes."""
+    return FUSIONS[config.name](num_encoders, width, config)

@@ -1,0 +1,45 @@
+"""Optimizer: AdamW with a group per part and decay, and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+from math import cos, pi
+
+import torch
+
+from featurestore.errors import UserError
+from trainer.config import OptimizerConfig
+from trainer.video_llm import VideoLLM
+
+PARTS = {"projectors": "projector_lr", "fusion": "fusion_lr", "llm": "llm_lr"}  # module of VideoLLM -> its setting
+
+
+def build_optimizer(model: VideoLLM, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Groups by part; tensors with fewer than two axes never decay. Rates are set by `set_rates` before each step."""
+    groups = []
+    for part, setting in PARTS.items():
+        trained = [(n, p) for n, p in model.named_parameters() if n.startswith(f"{part}.") and p.requires_grad]
+        for decays in (True, False):
+            members = [p for n, p in trained if (p.ndim > 1 and not n.endswith(".bias")) == decays]
+            if members:
+                decay = config.weight_decay if decays else 0.0
+                groups.append({"params": members, "weight_decay": decay, "peak": getattr(config, setting), "lr": 0.0})
+    if not groups:
+        raise UserError("nothing is trained: the fusion and the projectors have no parameters and the LLM is frozen")
+    return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, step: int, num_steps: int, config: OptimizerConfig) -> None:
+    """Every group's rate for step 0, 1, ..."""
+    factor = rate_factor(step, num_steps, int(config.warmup_ratio * num_steps))
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+
+
+def rate_factor(step: int, num_steps: int, num_warmup: int) -> float:
+    """Share of the peak rate: linear up over `num_warmup` steps, then half a cosine to zero.
+
+    As `get_cosine_schedule_with_warmup` of transformers, but warming up from the first step, which has rate 0 there.
+    """
+    if step < num_warmup:
+        return (step + 1) / num_warmup
+    return 0.5 * (1 + cos(pi * (step - num_warmup) / max(1, num_steps - num_warmup)))

@@ -1,0 +1,120 @@
+"""Plan: everything that is decided before the first step.
+
+Comes in: settings, samples, a token source. Goes out: a `Plan` with the data selected, the model built with seeded
+weights, and the batches of every step known. A dry run stops here and prints it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from featurestore.samples import Sample
+from trainer.build import LLM_FOLDER, Built, RunRecord, build, count_parameters, new_llm
+from trainer.config import TrainConfig
+from trainer.data import Batches, TrainingData, select
+from trainer.llm import FRESH_PREFIX, load_saved_shape
+from trainer.standardise import Moments
+from trainer.tokens import TokenSource
+
+STANDARDISE_CLIPS = 512  # clips whose tokens give the standardisation's constants
+STANDARDISE_BATCH = 32  # clips in memory at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All that is decided before the first step."""
+
+    config: TrainConfig
+    data: TrainingData
+    built: Built
+    batches: Batches
+    record: RunRecord
+
+
+def make_plan(
+    config: TrainConfig,
+    samples: Sequence[Sample],
+    source: TokenSource,
+    *,
+    store: str = "",
+    run: Path | None = None,
+    rank: int = 0,
+    num_ranks: int = 1,
+) -> Plan:
+    """Select the data and build the model; `run` is a folder that is being resumed."""
+    data = select(samples, source, config)
+    is_resumed_fresh = run is not None and config.llm.startswith(FRESH_PREFIX)
+    llm = load_saved_shape(run / LLM_FOLDER) if is_resumed_fresh else new_llm(config, data.samples)
+    built = build(config, source.shapes, llm)
+    batches = Batches(
+        data,
+        source,
+        built.renderer,
+        config,
+        num_visual_tokens=built.model.num_visual_tokens,
+        context=built.model.context,
+        rank=rank,
+        num_ranks=num_ranks,
+    )
+    record = RunRecord(
+        store=store,
+        data_digest=data.digest,
+        num_samples=len(data.samples),
+        dropped=data.dropped,
+        shapes={encoder: source.shapes[encoder] for encoder in built.model.encoders},
+        parameters=count_parameters(built.model),
+        num_visual_tokens=built.model.num_visual_tokens,
+        num_steps=batches.num_steps,
+    )
+    return Plan(config=config, data=data, built=built, batches=batches, record=record)
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """What a dry run tells: sizes, lengths and counts, after rendering every sample."""
+    rendered = [plan.batches.rendered(index) for index in range(len(plan.data.samples))]
+    lengths = sorted(len(sample.input_ids) for sample in rendered)
+    return {
+        "samples": len(rendered),
+        "dropped": dict(plan.data.dropped),
+        "without_answer": sum(sample.num_supervised == 0 for sample in rendered),  # behind the cut: they train nothing
+        "steps": plan.batches.num_steps,
+        "batch_size": plan.config.batch_size,
+        "visual_tokens": plan.record.num_visual_tokens,
+        "text_tokens": {"median": lengths[len(lengths) // 2], "longest": lengths[-1]},
+        "longest_sequence": lengths[-1] + plan.record.num_visual_tokens,
+        "context": plan.built.model.context,
+        "parameters": plan.record.parameters,
+        "encoders": {encoder: [*shape.grid, shape.width] for encoder, shape in plan.record.shapes.items()},
+        "data_digest": plan.data.digest,
+    }
+
+
+@torch.no_grad()
+def fit_standardisation(plan: Plan, source: TokenSource) -> None:
+    """Measure the constants of every standardising projector on the first clips of epoch 0."""
+    model = plan.built.model
+    if not any(projector.standardise for projector in model.projectors):
+        return
+    moments = [Moments() for _ in model.projectors]
+    clips = _first_clips(plan)
+    for start in range(0, len(clips), STANDARDISE_BATCH):
+        tokens = source.fetch(clips[start : start + STANDARDISE_BATCH])
+        for encoder, projector, sums in zip(model.encoders, model.projectors, moments, strict=True):
+            sums.add(projector.resample(tokens[encoder]))
+    for projector, sums in zip(model.projectors, moments, strict=True):
+        projector.standardise.fit(sums)
+
+
+def _first_clips(plan: Plan) -> list[str]:
+    """Distinct clips in the order of the first epoch, so a run's constants follow from its seed and data."""
+    order = plan.batches.order
+    steps = range(-(-order.num_samples // order.batch_size))
+    samples = (plan.data.samples[index] for step in steps for index in order.batch(step))
+    clips = (sample.clip_id for sample in samples if sample.clip_id is not None)
+    return list(dict.fromkeys(islice(clips, 8 * STANDARDISE_CLIPS)))[:STANDARDISE_CLIPS]

@@ -1,0 +1,187 @@
+"""Prompts: a conversation -> token ids, and labels that supervise the answers and their end token, nothing else.
+
+Comes in: a sample's turns and a Hugging Face tokenizer. Goes out: `Rendered` ids, or the ids of an open question.
+A format cuts a conversation into pieces of text; every piece is tokenised by itself, as princetonvisualai/merv does,
+so that an answer has the same ids in training as behind a prompt at inference. Placeholders of the media
+("<video>", "<image>") are removed: visual tokens have their own place, and evaluation questions hold no placeholder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from featurestore.errors import UserError
+from featurestore.samples import Turn
+from trainer.config import PromptName, VisualPosition, unknown_name
+
+IGNORE_INDEX = -100  # label of a position without supervision, torch's default
+PLACEHOLDERS = ("<video>", "<image>")
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+LLAMA2_SYSTEM = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """Text that is tokenised in one go."""
+
+    text: str
+    is_answer: bool = False  # supervised
+    opens: bool = False  # the tokenizer's own BOS stands before it, where it has that habit
+    closes: bool = False  # EOS stands after it
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rendered:
+    """One conversation in tokens; labels are `IGNORE_INDEX` or the id at the same place."""
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    visual_at: int  # visual tokens stand before this text position: 0, or 1 behind a BOS
+
+    @property
+    def num_supervised(self) -> int:
+        return sum(label != IGNORE_INDEX for label in self.labels)
+
+
+def pure(turns: Sequence[Turn], tokenizer: Any) -> list[Piece]:
+    """`In: question`, newline, `Out: answer</s>`."""
+    return _pieces(turns, lambda index, text: Piece(text=f"In: {text}\nOut:", opens=index == 0))
+
+
+def vicuna(turns: Sequence[Turn], tokenizer: Any) -> list[Piece]:
+    """Vicuna v1.5: system sentence, then `USER: question ASSISTANT: answer</s>`."""
+
+    def question(index: int, text: str) -> Piece:
+        system = f"{VICUNA_SYSTEM} " if index == 0 else ""
+        return Piece(text=f"{system}USER: {text} ASSISTANT:", opens=index == 0)
+
+    return _pieces(turns, question)
+
+
+def llama2_chat(turns: Sequence[Turn], tokenizer: Any) -> list[Piece]:
+    """LLaMA-2 chat: `<s>[INST] question [/INST] answer</s>`, the system text inside the first instruction.
+
+    Every instruction has its own BOS, as the model was tuned; the released MERV code has one, and `<<SYS>`.
+    """
+
+    def question(index: int, text: str) -> Piece:
+        system = f"<<SYS>>\n{LLAMA2_SYSTEM}\n<</SYS>>\n\n" if index == 0 else ""
+        return Piece(text=f"[INST] {system}{text} [/INST]", opens=True)
+
+    return _pieces(turns, question)
+
+
+def chat_template(turns: Sequence[Turn], tokenizer: Any) -> list[Piece]:
+    """The tokenizer's own template, cut where each answer begins and behind its end token."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(f"tokenizer {tokenizer.name_or_path!r} has no chat template; choose another prompt")
+    roles = {"human": "user", "gpt": "assistant"}
+    messages = [{"role": roles[turn.role], "content": clean(turn.text)} for turn in turns]
+    pieces: list[Piece] = []
+    seen = ""
+    for end in range(1, len(messages) + 1):
+        is_answer = end % 2 == 0
+        text = tokenizer.apply_chat_template(messages[:end], tokenize=False, add_generation_prompt=not is_answer)
+        if not text.startswith(seen):
+            raise UserError(
+                f"the chat template of {tokenizer.name_or_path!r} rewrites earlier turns, so an answer cannot be told"
+                " from its prompt; choose another prompt"
+            )
+        new = text[len(seen) :]
+        pieces += _split_answer(new, messages[end - 1]["content"], tokenizer) if is_answer else [Piece(text=new)]
+        seen = text
+    return pieces
+
+
+PROMPTS: dict[PromptName, Callable[[Sequence[Turn], Any], list[Piece]]] = {
+    "pure": pure,
+    "vicuna": vicuna,
+    "llama2_chat": llama2_chat,
+    "chat_template": chat_template,
+}
+
+
+class Renderer:
+    """A prompt format bound to a tokenizer: what the collator and the evaluation call."""
+
+    def __init__(
+        self, prompt: PromptName, tokenizer: Any, *, position: VisualPosition = "after_bos", max_tokens: int = 2048
+    ) -> None:
+        if prompt not in PROMPTS:
+            raise UserError(unknown_name("prompt", prompt, list(PROMPTS)))
+        self.format, self.tokenizer = PROMPTS[prompt], tokenizer
+        self.position, self.max_tokens = position, max_tokens
+        self.bos_id = tokenizer.bos_token_id if adds_bos(tokenizer) else None
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"tokenizer {tokenizer.name_or_path!r} has no end token, so answers could not end")
+
+    def __call__(self, turns: Sequence[Turn]) -> Rendered:
+        """Ids and labels of a whole conversation, cut at `max_tokens`."""
+        ids: list[int] = []
+        labels: list[int] = []
+        for piece in self.format(turns, self.tokenizer):
+            piece_ids = self._tokenise(piece)
+            ids += piece_ids
+            labels += piece_ids if piece.is_answer else [IGNORE_INDEX] * len(piece_ids)
+        ids, labels = ids[: self.max_tokens], labels[: self.max_tokens]
+        return Rendered(input_ids=tuple(ids), labels=tuple(labels), visual_at=self._visual_at(ids))
+
+    def question(self, turns: Sequence[Turn]) -> Rendered:
+        """Ids up to where the last answer begins; nothing is supervised. The last turn's text is not read."""
+        pieces = self.format([*turns[:-1], Turn(role="gpt", text="")], self.tokenizer)
+        last = max(index for index, piece in enumerate(pieces) if piece.is_answer)
+        ids = [token for piece in pieces[:last] for token in self._tokenise(piece)]
+        return Rendered(input_ids=tuple(ids), labels=(IGNORE_INDEX,) * len(ids), visual_at=self._visual_at(ids))
+
+    def _tokenise(self, piece: Piece) -> list[int]:
+        ids = self.tokenizer(piece.text, add_special_tokens=False)["input_ids"]
+        before = [self.bos_id] if piece.opens and self.bos_id is not None else []
+        return [*before, *ids, *([self.tokenizer.eos_token_id] if piece.closes else [])]
+
+    def _visual_at(self, ids: Sequence[int]) -> int:
+        """Behind a BOS that stands alone. Where the tokenizer does not add its BOS to plain text, a BOS at the start is
+        the head of a chat header (SmolLM2: "<|im_start|>user") and must not be torn from it."""
+        has_bos = self.bos_id is not None and bool(ids) and ids[0] == self.bos_id
+        return int(self.position == "after_bos" and has_bos)
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer begins plain text with its BOS."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def clean(text: str) -> str:
+    """Text without media placeholders and without blank at either end."""
+    for placeholder in PLACEHOLDERS:
+        text = text.replace(placeholder, "")
+    return text.strip()
+
+
+def _pieces(turns: Iterable[Turn], question: Callable[[int, str], Piece]) -> list[Piece]:
+    return [
+        question(index, clean(turn.text)) if turn.role == "human" else _answer(clean(turn.text))
+        for index, turn in enumerate(turns)
+    ]
+
+
+def _answer(text: str) -> Piece:
+    return Piece(text=text, is_answer=True, closes=True)
+
+
+def _split_answer(segment: str, answer: str, tokenizer: Any) -> list[Piece]:
+    """Answer with its end token, supervised, and what the template writes behind it, not supervised."""
+    start = max(segment.find(answer), 0) + len(answer)
+    special = [token for token in tokenizer.all_special_tokens if token in segment[start:]]
+    ends = [segment.find(token, start) + len(token) for token in special]
+    if not ends:
+        raise UserError(f"the chat template of {tokenizer.name_or_path!r} writes no end token behind an answer")
+    head = Piece(text=segment[: min(ends)], is_answer=True)
+    return [head, Piece(text=segment[min(ends) :])] if segment[min(ends) :] else [head]

@@ -1,0 +1,88 @@
+"""Runs from a store: what the commands call. Opens the store, joins samples and tokens, trains or evaluates.
+
+Everything heavy is imported here, so that the command line can be read without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from featurestore import FeatureStore
+from featurestore.errors import UserError
+from featurestore.samples import Sample
+from trainer.build import load_run, used_encoders
+from trainer.config import TrainConfig, unknown_name
+from trainer.evaluate import Answer, answer_all, check_identities, questions, report
+from trainer.plan import describe, make_plan
+from trainer.tokens import StoreTokens, TokenSource
+from trainer.train import train
+
+
+def dry_run(config: TrainConfig, store: str) -> dict[str, Any]:
+    """All that is known before the first step."""
+    samples, source = open_store(store, config)
+    return describe(make_plan(config, samples, source, store=store))
+
+
+def train_from_store(config: TrainConfig, store: str, out: Path, *, resume: bool) -> dict[str, Any]:
+    """Train a run to its end."""
+    samples, source = open_store(store, config)
+    return asdict(train(config, samples, source, out, store=store, resume=resume))
+
+
+def evaluate_run(
+    run: Path,
+    store: str | None,
+    *,
+    beside: Sequence[Path] = (),
+    split: str = "heldout",
+    limit: int | None = None,
+    batch_size: int = 16,
+) -> dict[str, Any]:
+    """Answer the held-out questions with a run, and the same questions with every run beside it."""
+    loaded = load_run(run)
+    samples, source = open_store(store or loaded.record.store, loaded.built.config)
+    check_identities(loaded, source)
+    asked = questions(samples, source, split=split, has_visual=loaded.built.model.fusion is not None)[:limit]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    answers = list(answer_all(loaded.built, asked, source, batch_size=batch_size, device=device))
+    others = {str(path): _other(path, asked, store, source, batch_size, device) for path in beside}
+    return report(loaded, answers, others)
+
+
+def open_store(path: str, config: TrainConfig) -> tuple[list[Sample], TokenSource]:
+    """The samples the config asks for, and a source of the encoders it uses."""
+    store = FeatureStore.open(path)
+    available = store.sample_names
+    for name in config.samples:
+        if name not in available:
+            raise UserError(unknown_name("sample set", name, available))
+    samples = [sample for name in config.samples or available for sample in store.samples(name)]
+    return samples, StoreTokens(store, used_encoders(config, list(store.encoders)))
+
+
+def print_scores(result: dict[str, Any]) -> None:
+    """A table on stdout: a line per category."""
+    table = Table("questions about", "number", "accuracy", "chance", *result["beside"])
+    others = [{row["category"]: row for row in rows} for rows in result["beside"].values()]
+    for row in result["scores"]:
+        cells = [f"{other[row['category']]['accuracy']:.2f}" for other in others]
+        table.add_row(row["category"], str(row["questions"]), f"{row['accuracy']:.2f}", f"{row['chance']:.2f}", *cells)
+    Console().print(table)
+
+
+def _other(
+    path: Path, asked: Sequence[Sample], store: str | None, source: TokenSource, batch_size: int, device: str
+) -> list[Answer]:
+    loaded = load_run(path)
+    if loaded.built.model.fusion is not None:
+        _, source = open_store(store or loaded.record.store, loaded.built.config)
+        check_identities(loaded, source)
+    return list(answer_all(loaded.built, asked, source, batch_size=batch_size, device=device))

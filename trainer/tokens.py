@@ -1,0 +1,115 @@
+"""Token sources: where training gets the tokens of a clip from.
+
+A source is asked for clips and answers with one tensor per encoder; the model and the loop do not know whether the
+tokens were read from a store or made on the spot. `StoreTokens` reads a feature store; `MemoryTokens` holds tensors
+that are there already (a feature study, a benchmark's floor).
+
+B clips, T time, H W height width, D encoder width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from featurestore import FeatureStore, Sample
+from featurestore.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenShape:
+    """What a source gives for one encoder."""
+
+    grid: tuple[int, int, int]  # T, H, W of every clip
+    width: int  # D
+    is_pooled: bool  # the grid is an average of the encoder's own
+    identity: str  # names what made the tokens; a checkpoint is only used with equal identities
+
+
+class TokenSource(Protocol):
+    """Tokens by clip id."""
+
+    shapes: Mapping[str, TokenShape]  # encoder -> shape, in the order of the encoders
+
+    def fetch(self, clip_ids: Sequence[str]) -> dict[str, Tensor]:
+        """encoder -> tokens_BTHWD on the CPU, B in the order asked; safe to call from several threads."""
+
+    def available(self, clip_ids: Iterable[str]) -> set[str]:
+        """Those of the clips that have tokens of every encoder."""
+
+    def data_digest(self, clip_ids: Iterable[str], samples: Iterable[Sample]) -> str:
+        """64 hex digits over the clips' tokens of every encoder and the samples, whatever their order."""
+
+
+class StoreTokens:
+    """Tokens that a feature store holds, of some of its encoders."""
+
+    def __init__(self, store: FeatureStore, encoders: Sequence[str]) -> None:
+        self._store = store
+        identities = {encoder: store.encoders[encoder] for encoder in encoders}
+        self.shapes = {
+            encoder: TokenShape(
+                grid=identity.grid, width=identity.width, is_pooled=identity.pooling != "none", identity=identity.id
+            )
+            for encoder, identity in identities.items()
+        }
+        clips = store.clips
+        has_all = np.logical_and.reduce([clips[encoder].to_numpy(zero_copy_only=False) for encoder in encoders])
+        self._available = set(clips["clip_id"].filter(pa.array(has_all)).to_pylist())
+
+    def fetch(self, clip_ids: Sequence[str]) -> dict[str, Tensor]:
+        return {encoder: torch.from_numpy(self._store.read(clip_ids, encoder=encoder)) for encoder in self.shapes}
+
+    def available(self, clip_ids: Iterable[str]) -> set[str]:
+        return self._available.intersection(clip_ids)
+
+    def data_digest(self, clip_ids: Iterable[str], samples: Iterable[Sample]) -> str:
+        return self._store.data_digest(clip_ids, list(self.shapes), samples)
+
+
+class MemoryTokens:
+    """Tokens that lie in memory."""
+
+    def __init__(self, clip_ids: Sequence[str], tokens: Mapping[str, Tensor], *, is_pooled: bool = True) -> None:
+        """`tokens`: encoder -> tokens_BTHWD, B in the order of `clip_ids`."""
+        for encoder, tokens_BTHWD in tokens.items():
+            if tokens_BTHWD.ndim != 5 or len(tokens_BTHWD) != len(clip_ids):
+                raise UserError(
+                    f"tokens of {encoder} must have shape [{len(clip_ids)}, T, H, W, D], got {list(tokens_BTHWD.shape)}"
+                )
+        self._rows = {clip_id: row for row, clip_id in enumerate(clip_ids)}
+        self._tokens = dict(tokens)
+        self.shapes = {
+            encoder: TokenShape(
+                grid=tuple(tokens_BTHWD.shape[1:4]),
+                width=tokens_BTHWD.shape[4],
+                is_pooled=is_pooled,
+                identity=f"memory:{encoder}",
+            )
+            for encoder, tokens_BTHWD in tokens.items()
+        }
+
+    def fetch(self, clip_ids: Sequence[str]) -> dict[str, Tensor]:
+        rows = torch.tensor([self._rows[clip_id] for clip_id in clip_ids])
+        return {encoder: tokens_BTHWD[rows] for encoder, tokens_BTHWD in self._tokens.items()}
+
+    def available(self, clip_ids: Iterable[str]) -> set[str]:
+        return {clip_id for clip_id in clip_ids if clip_id in self._rows}
+
+    def data_digest(self, clip_ids: Iterable[str], samples: Iterable[Sample]) -> str:
+        state = hashlib.sha256()
+        for clip_id in sorted(set(clip_ids)):
+            state.update(clip_id.encode())
+            for encoder, tokens_BTHWD in sorted(self._tokens.items()):
+                values = tokens_BTHWD[self._rows[clip_id]].contiguous().view(torch.uint8)
+                state.update(encoder.encode() + values.numpy().tobytes())
+        for digest in sorted(sample.digest for sample in samples):
+            state.update(digest.encode())
+        return state.hexdigest()
