@@ -80,7 +80,7 @@ def _local(request: ClusterRequest) -> Iterator[Client]:
             processes=request.num_workers > 1,
             memory_limit=None,
             dashboard_address=":0" if request.dashboard else None,
-            silence_logs=40,  # errors only: a closing worker's chatter is not for the user
+            silence_logs=50,  # a task's error reaches its outcome; the worker need not print it as well
         ) as cluster,
         Client(cluster) as client,
     ):

@@ -196,7 +196,7 @@ def _decode_ahead(
         if row in needed
     )
     ahead: deque[tuple[int, Future]] = deque()
-    lookahead = 2 * task.batch + engine.pool.num_processes
+    lookahead = 2 * task.batch + engine.num_decoders
     try:
         for row, job in jobs:
             ahead.append((row, engine.pool.submit(job)))

@@ -30,7 +30,8 @@ class Engine:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self.encoders = {s.name: EncoderRun(s, self.device) for s in settings.encoders}
-        self.pool = DecodePool(settings.decode_processes or _free_cores(), timeout_s=settings.decode_timeout_s)
+        self.num_decoders = settings.decode_processes or _free_cores()
+        self.pool = DecodePool(self.num_decoders, timeout_s=settings.decode_timeout_s)
 
     def close(self) -> None:
         self.pool.close()

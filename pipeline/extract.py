@@ -9,11 +9,13 @@ from __future__ import annotations
 import shutil
 import socket
 import time
+import traceback
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featurestore.clips import KINDS, Clip
@@ -215,7 +217,7 @@ def _run_blocks(client, store, tasks, blocks: list[PlannedBlock], summary: Extra
     total = sum(block.num_clips for block in blocks)
     last_snapshot = time.monotonic()
     outcomes = run_tasks(client, extract_block, tasks, is_final=lambda error: isinstance(error, RunStoppedError))
-    with RunProgress("extract", total=total, unit="clips", quiet=quiet) as progress:
+    with closing(outcomes), RunProgress("extract", total=total, unit="clips", quiet=quiet) as progress:
         for outcome in outcomes:
             _count(outcome, summary, progress)
             if summary.failed >= MIN_FAILED and summary.failed > config.max_failed * summary.clips:
@@ -233,7 +235,8 @@ def _count(outcome: Outcome, summary: ExtractSummary, progress: RunProgress) -> 
         if isinstance(outcome.error, RunStoppedError):
             raise outcome.error
         raise RunStoppedError(
-            f"block {outcome.task.key} failed twice: {type(outcome.error).__name__}: {outcome.error}; "
+            f"block {outcome.task.key} failed twice: {type(outcome.error).__name__}: {outcome.error}"
+            f"{_where(outcome.error)}; "
             "everything committed so far is kept, run the same command again after mending the cause"
         ) from outcome.error
     result = outcome.result
@@ -246,6 +249,12 @@ def _count(outcome: Outcome, summary: ExtractSummary, progress: RunProgress) -> 
     summary.reasons = dict(Counter(summary.reasons) + Counter(result["reasons"]))
     summary.stage_s = dict(Counter(summary.stage_s) + Counter(result["seconds"]))
     progress.advance(result["clips"], failed=result["failed"], frames=result["frames"], MB=result["bytes"] / 1e6)
+
+
+def _where(error: BaseException) -> str:
+    """File and line that raised: what a bug report needs."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
 
 
 def _worst(reasons: dict[str, int]) -> str:

@@ -61,7 +61,7 @@ def _probe_clip(engine: Engine, kind: str, decoded: Decoded, batch: int, *, warm
     encoders = {name: _probe_encoder(run, kind, decoded, batch, warm) for name, run in engine.encoders.items()}
     encode_s = sum(entry["seconds"] for entry in encoders.values())
     # Decoding runs beside the encoders: it costs wall time only where it is the slower of the two.
-    wall_s = max(encode_s, decoded.seconds / engine.pool.num_processes)
+    wall_s = max(encode_s, decoded.seconds / engine.num_decoders)
     return {"decode_s": decoded.seconds, "wall_s": wall_s, "encoders": encoders}
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from featurestore.clips import KINDS
 from featurestore.errors import UserError
-from pipeline.datasets import videollava
+from pipeline.datasets import demo, videollava
 from pipeline.datasets.base import DatasetListing, DatasetSpec, ListingBuilder, Option, Rejected
 
-DATASETS: dict[str, DatasetSpec] = {spec.name: spec for spec in (videollava.SPEC,)}
+DATASETS: dict[str, DatasetSpec] = {spec.name: spec for spec in (videollava.SPEC, demo.SPEC)}
 
 __all__ = ["DATASETS", "DatasetListing", "DatasetSpec", "Option", "Rejected", "load_dataset"]
 

@@ -24,7 +24,10 @@ class FrameCollector:
         self._missing: set[int] = set()
 
     def choose(self, num_frames: int, fps: float) -> list[int]:
-        """Frame indices wanted of media with `num_frames` frames: distinct, ascending. Starts anew when called again."""
+        """Frame indices wanted of media with `num_frames` frames: distinct, ascending.
+
+        Called again, with a better count, it starts anew.
+        """
         job = self._job
         if job.clip.kind == "image":
             return self._expect({view: np.zeros(1, dtype=int) for view in job.views})

@@ -65,8 +65,8 @@ class PacketIndex:
         stretches: list[tuple[int, int]] = []
         for position in sorted(wanted):
             key = self._keyframe_for(position)
-            if stretches and key <= stretches[-1][1]:
-                key = stretches.pop()[0]
+            while stretches and key <= stretches[-1][1]:  # leading frames of an open group begin before its keyframe
+                key = min(key, stretches.pop()[0])
             stretches.append((key, position))
         return stretches
 

@@ -22,8 +22,10 @@ READ_BYTES = 1 << 20
 # A clip cannot cause these: the disk, the share, the account or this process is at fault.
 MACHINE_ERRNOS = frozenset(
     getattr(errno, name)
-    for name in ("EIO", "ESTALE", "ENOSPC", "ENODEV", "ENXIO", "ENOTCONN", "EHOSTDOWN", "EHOSTUNREACH", "ETIMEDOUT")
-    + ("ECONNRESET", "EMFILE", "ENFILE", "EKEYEXPIRED", "EDQUOT", "EREMOTEIO")
+    for name in (
+        *("EIO", "EREMOTEIO", "ESTALE", "ENOSPC", "EDQUOT", "ENODEV", "ENXIO", "EMFILE", "ENFILE", "EKEYEXPIRED"),
+        *("ENOTCONN", "ECONNRESET", "EHOSTDOWN", "EHOSTUNREACH", "ETIMEDOUT"),
+    )
     if hasattr(errno, name)
 )
 
@@ -38,7 +40,7 @@ class Source:
 
     @classmethod
     def find(cls, root: str, path: str) -> Source:
-        """Resolve a clip's path; `MediaError` where it names nothing readable, `RunStoppedError` if the root is gone."""
+        """Resolve a clip's path; `MediaError` if nothing readable is there, `RunStoppedError` if the root is gone."""
         return cls(root, path, resolve_media(root, path))
 
     @property
@@ -63,7 +65,7 @@ class Source:
             return file.read(num_bytes)
 
     def sha256(self) -> str:
-        """Digest of the bytes: a file's or tar member's own; a folder's over sorted "name, NUL, size, NUL, sha256" lines."""
+        """Digest of a file's or tar member's bytes; of a folder's sorted "name NUL size NUL sha256" lines."""
         if isinstance(self.media, TarMember):
             with self.open() as file:
                 return _digest(file)

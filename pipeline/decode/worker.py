@@ -66,7 +66,7 @@ def _serve(record: dict[str, Any], answers: int) -> None:
 
 
 def _error_record(error: Exception) -> dict[str, Any]:
-    """The answer for a clip that did not decode; what no reader foresaw is told by its type, its traceback goes to stderr."""
+    """The answer for a clip that did not decode; what no reader foresaw is named by type, its traceback on stderr."""
     if isinstance(error, MediaError):
         return {"error": "media", "message": str(error), "media_sha256": getattr(error, "media_sha256", None)}
     if isinstance(error, UserError):
