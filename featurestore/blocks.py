@@ -16,7 +16,7 @@ import numpy as np
 from featurestore.errors import UserError
 from featurestore.layout import receipt_key, rows_of, shard_key
 from featurestore.objects import put_if_absent
-from featurestore.quantise import OverflowedTokens, quantise
+from featurestore.quantise import OverflowedTokens, to_stored
 from featurestore.receipts import LOST, MAX_REASON_LENGTH, Receipt, RowOutcome, row_digest
 from featurestore.shards import Shard, build_shard, encode_row
 
@@ -34,12 +34,12 @@ class BlockWriter:
         self._objects = group.store.objects
         self.block = block
         self.rows = rows_of(block, group.block_rows)
-        self.planned = tuple(planned)
+        self.planned = frozenset(planned)
         self._outcomes: dict[int, RowOutcome] = {}
         self._chunks: dict[str, dict[int, bytes]] = {name: {} for name in group.specs}  # by row within the block
         if not self.planned:
             raise UserError(f"block {block} of {group.kind}/{group.name} holds no clip: give out rows first")
-        if outside := [row for row in self.planned if row not in self.rows]:
+        if outside := sorted(self.planned - set(self.rows)):
             raise UserError(f"row {outside[0]} is not in block {block} ({self.rows.start}..{self.rows.stop - 1})")
 
     def add(self, row: int, arrays: Mapping[str, np.ndarray], *, media_sha256: str | None, decoder: str | None) -> None:
@@ -50,7 +50,7 @@ class BlockWriter:
         self._check_free(row)
         self._check_shapes(row, arrays)
         try:
-            stored = quantise(arrays, self._group.identity.storage_dtype)
+            stored = to_stored(arrays, self._group.identity.storage_dtype)
         except OverflowedTokens as error:
             self.fail(row, str(error), media_sha256=media_sha256, decoder=decoder, scope="encoder")
             return
@@ -87,10 +87,8 @@ class BlockWriter:
         """
         if existing := self._read_receipt():
             return existing
-        if missing := [row for row in self.planned if row not in self._outcomes]:
-            raise UserError(
-                f"block {self.block}: {len(missing)} planned rows have no outcome, first is row {missing[0]}"
-            )
+        if missing := sorted(self.planned - set(self._outcomes)):
+            raise UserError(f"block {self.block}: {len(missing)} planned rows have no outcome, one is row {missing[0]}")
         *sidecars, tokens = self._group.specs
         for name in sidecars:
             self._put_shard(name)
@@ -118,12 +116,7 @@ class BlockWriter:
             raise UserError(f"row {row} of {self._group.name} must have arrays {wanted}, got {given}")
 
     def _read_receipt(self) -> Receipt | None:
-        try:
-            data = self._objects.get(self._receipt_key)
-        except FileNotFoundError:
-            return None
-        group = self._group
-        return Receipt.parse(data, kind=group.kind, group=group.name, block=self.block, block_rows=group.block_rows)
+        return self._group.receipt(self.block) if self._objects.exists(self._receipt_key) else None
 
     def _put_shard(self, name: str) -> None:
         pieces = build_shard(self._group.specs[name], self._chunks[name])

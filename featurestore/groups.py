@@ -19,10 +19,12 @@ from featurestore.layout import (
     array_metadata_key,
     group_metadata_key,
     receipt_blocks,
+    receipt_key,
     receipts_prefix,
 )
 from featurestore.metadata import ArraySpec, array_specs, document_bytes, group_document, load_json, parse_array
 from featurestore.objects import Objects, put_if_absent
+from featurestore.receipts import Receipt
 
 if TYPE_CHECKING:
     from featurestore.blocks import BlockWriter
@@ -69,6 +71,11 @@ class GroupWriter:
     def missing_blocks(self) -> list[int]:
         """Blocks given out and not committed, ascending: what is left to do."""
         return sorted(set(range(self.store.sealed_blocks(self.kind))) - self.committed_blocks())
+
+    def receipt(self, block: int) -> Receipt:
+        """The receipt of a committed block, checked."""
+        data = self.store.objects.get(receipt_key(self.kind, self.name, block))
+        return Receipt.parse(data, kind=self.kind, group=self.name, block=block, block_rows=self.block_rows)
 
     def begin(self, block: int, rows: Iterable[int] | None = None) -> BlockWriter:
         """Start a block; `rows` are its planned rows where the caller knows them (saves reading the clip parts)."""

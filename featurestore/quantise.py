@@ -79,7 +79,7 @@ _PREFIX: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def quantise(arrays: Mapping[str, np.ndarray], storage_dtype: str) -> Arrays:
+def to_stored(arrays: Mapping[str, np.ndarray], storage_dtype: str) -> Arrays:
     """{"tokens": float [T, H, W, D], "prefix": float [T, K, D]} -> what is stored, by array name."""
     if storage_dtype not in _TO_STORED:
         raise UserError(f"storage dtype must be one of {', '.join(_TO_STORED)}, got {storage_dtype!r}")
@@ -89,7 +89,7 @@ def quantise(arrays: Mapping[str, np.ndarray], storage_dtype: str) -> Arrays:
     return stored
 
 
-def dequantise(
+def from_stored(
     stored: np.ndarray, *, logical_dtype: str | None, scale: np.ndarray | None = None, offset: np.ndarray | None = None
 ) -> np.ndarray:
     """Stored items of one clip -> floats: float16 stays float16, all others become float32."""

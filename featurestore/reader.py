@@ -19,7 +19,7 @@ from featurestore.identity import FeatureIdentity
 from featurestore.layout import array_metadata_key, block_of, group_prefix, shard_key
 from featurestore.metadata import ArraySpec, array_specs, parse_array
 from featurestore.objects import Objects
-from featurestore.quantise import dequantise, from_bfloat16_bits
+from featurestore.quantise import from_bfloat16_bits, from_stored
 from featurestore.shards import Scratch, Shard
 
 MAX_OPEN_SHARDS = 256  # indexes and files held open by a reader
@@ -89,9 +89,9 @@ class GroupReader:
         if spec.logical_dtype == "bfloat16" and out.flags.c_contiguous:
             from_bfloat16_bits(picked, out)
         elif spec.dtype == "uint8":
-            out[...] = dequantise(picked, logical_dtype=None, **self._affine(row))
+            out[...] = from_stored(picked, logical_dtype=None, **self._affine(row))
         else:
-            out[...] = dequantise(picked, logical_dtype=spec.logical_dtype)
+            out[...] = from_stored(picked, logical_dtype=spec.logical_dtype)
 
     def read_stored(self, array: str, row: int, out: np.ndarray) -> None:
         """Row `row` as it is stored, into a contiguous array of the stored dtype."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,8 @@ class FeatureStore:
 
     def __init__(self, path: str, snapshot: str) -> None:
         self.path = path
-        self.snapshot = snapshot  # id: SEQUENCE-DIGEST12
         self._objects = LocalObjects(path)
+        self.snapshot = snapshot  # id: SEQUENCE-DIGEST12
         self._record = load_snapshot(self._objects, snapshot)
         self._cache = ShardCache(self._objects)
         self._readers: dict[tuple[str, str], GroupReader] = {}
@@ -82,20 +83,18 @@ class FeatureStore:
         return (FeatureStore, (self.path, self.snapshot))
 
     def __repr__(self) -> str:
-        return (
-            f"FeatureStore({self.path!r}, snapshot={self.snapshot!r}, clips={len(self)}, encoders={list(self._groups)})"
-        )
+        return f"<FeatureStore {self.path} at {self.snapshot}: {len(self)} clips of {', '.join(self._groups)}>"
 
     def __len__(self) -> int:
         return len(self._clip_ids)
 
-    @property
+    @cached_property
     def encoders(self) -> dict[str, FeatureIdentity]:
         """Identities by key: the encoder's name where unique, else `name@id6`."""
         by_group = {name.split("/")[1]: group.identity for name, group in self._record.groups.items()}
         return {key: by_group[group] for key, group in self._groups.items()}
 
-    @property
+    @cached_property
     def clips(self) -> pa.Table:
         """clip_id, dataset, path, start_s, end_s, end_frame, kind, and per encoder key: are its tokens committed."""
         table = self._clip_columns().drop_columns(["row"])
@@ -167,19 +166,21 @@ class FeatureStore:
         return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()
 
     def info(self) -> dict[str, Any]:
-        """Sizes: clips by kind, samples files, and per encoder and kind rows by state and bytes stored."""
-        kinds = Counter("image" if image else "video" for image in self._is_image.tolist())
-        groups = {
-            name: {"rows": dict(group.counts), "stored_bytes": group.stored_bytes, "weights": group.weights}
-            for name, group in self._record.groups.items()
-        }
+        """Clips by kind, and by group name: weights label, rows by kind and state, bytes stored."""
+        groups: dict[str, dict[str, Any]] = {}
+        for name, summary in self._record.groups.items():
+            kind, group = name.split("/")
+            entry = groups.setdefault(group, {"weights": summary.weights, "rows": {}, "stored_bytes": 0})
+            entry["rows"][kind] = dict(summary.counts)
+            entry["stored_bytes"] += summary.stored_bytes
+        num_images = int(self._is_image.sum())
         return {
             "path": self.path,
             "snapshot": self.snapshot,
-            "clips": dict(kinds),
+            "clips": {"video": len(self) - num_images, "image": num_images},
             "samples": self.sample_names,
             "groups": groups,
-            "stored_bytes": sum(group.stored_bytes for group in self._record.groups.values()),
+            "stored_bytes": sum(entry["stored_bytes"] for entry in groups.values()),
         }
 
     def _read(self, array: str, clip_ids: Sequence[str], encoder: str, frames: Frames) -> np.ndarray:
