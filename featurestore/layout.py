@@ -37,6 +37,7 @@ SNAPSHOT_ID = re.compile(r"(\d{8})-([0-9a-f]{12})")
 _PART_FILE = re.compile(r"part-(\d{5,9})\.parquet")
 _SAMPLES_FILE = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]{0,99})(?:\.([1-9]\d{0,5}))?\.parquet")
 _RECEIPT_FILE = re.compile(r"(\d{8})\.json")
+_JOURNAL_FILE = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]{0,209})\.json")
 _SNAPSHOT_FILE = re.compile(r"(\d{8}-[0-9a-f]{12})\.json")
 
 
@@ -94,6 +95,10 @@ def receipts_prefix(kind: str, group: str) -> str:
     return f"{RECEIPTS}/{group_prefix(kind, group)}"
 
 
+def journal_key(name: str) -> str:
+    return f"{JOURNAL}/{name}.json"
+
+
 def receipt_key(kind: str, group: str, block: int) -> str:
     return f"{receipts_prefix(kind, group)}/{block:08d}.json"
 
@@ -125,6 +130,10 @@ def samples_versions(names: list[str]) -> dict[str, int]:
 
 def receipt_blocks(names: list[str]) -> set[int]:
     return {int(match[1]) for name in names if (match := _RECEIPT_FILE.fullmatch(name))}
+
+
+def journal_names(names: list[str]) -> list[str]:
+    return sorted(match[1] for name in names if (match := _JOURNAL_FILE.fullmatch(name)))
 
 
 def snapshot_ids(names: list[str]) -> list[str]:

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import socket
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -34,6 +37,7 @@ _MACHINE_FAULTS = {
     "ETIMEDOUT": "the file server does not answer: wait for it, then run the same command again",
 }
 _NEXT_STEP = {getattr(errno, name): step for name, step in _MACHINE_FAULTS.items() if hasattr(errno, name)}
+_ABANDONED_AFTER_S = 86_400
 _NO_LINK = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 
 
@@ -91,7 +95,7 @@ class LocalObjects:
 
     def __init__(self, root: str | Path) -> None:
         self.root = os.path.realpath(root)
-        self._run = f"{socket.gethostname().split('.')[0]}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._run = f"{_process_space()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._count = 0
         self._checked_folders: set[str] = set()
 
@@ -149,10 +153,32 @@ class LocalObjects:
             with _file_lock(path):
                 yield
 
-    def close(self) -> None:
-        """Remove our temporary folder, if nothing is left in it."""
-        with suppress(OSError):
-            os.rmdir(os.path.join(self.root, TEMPORARY, self._run))
+    def sweep(self) -> None:
+        """Remove temporary folders whose process is dead for certain, or that are a day old."""
+        for name in self.abandoned():
+            shutil.rmtree(os.path.join(self.root, TEMPORARY, name), ignore_errors=True)
+
+    def abandoned(self) -> list[str]:
+        """Names in tmp/ that no living process owns."""
+        return [name for name in self.list_names(TEMPORARY) if self._is_abandoned(name)]
+
+    def _is_abandoned(self, name: str) -> bool:
+        path = os.path.join(self.root, TEMPORARY, name)
+        if name == self._run or not os.path.isdir(path):
+            return False
+        with suppress(FileNotFoundError):
+            if time.time() - os.stat(path).st_mtime > _ABANDONED_AFTER_S:
+                return True
+        space, _, owner = name.rpartition("-")[0].rpartition("-")
+        if space != _process_space() or not owner.isdigit():
+            return False  # another machine's: only age can tell
+        try:
+            os.kill(int(owner), 0)
+        except ProcessLookupError:
+            return True
+        except OSError:
+            pass
+        return False
 
     def _path(self, key: str) -> str:
         """The file of a key; refuses keys and links that lead out of the root (a store may be a stranger's)."""
@@ -212,6 +238,18 @@ class LocalObject:
 
     def __del__(self) -> None:
         self.close()
+
+
+@cache
+def _process_space() -> str:
+    """Names the host, its boot and its process namespace: within one, a process id is alive or it is not."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        boot, namespace = "0", 0
+    host = "".join(c for c in socket.gethostname().split(".")[0] if c.isalnum()) or "host"
+    return f"{host}-{boot}-{namespace}"
 
 
 def _link_exclusively(temporary: str, path: str, lock: str) -> None:

@@ -78,9 +78,9 @@ class ClipIndex:
         """Every part, in order: `CLIP_SCHEMA`."""
         return pa.concat_tables(self.tables) if self.tables else CLIP_SCHEMA.empty_table()
 
-    def max_row(self, kind: str) -> int:
-        """Highest row given out; -1 if none."""
-        return max((int(rows[-1]) for rows in self._rows[kind] if len(rows)), default=-1)
+    def max_row(self, kind: str, *, parts: int | None = None) -> int:
+        """Highest row given out (by the first `parts` parts); -1 if none."""
+        return max((int(rows[-1]) for rows in self._rows[kind][:parts] if len(rows)), default=-1)
 
     def rows_between(self, kind: str, first: int, stop: int) -> list[int]:
         """Rows given out in [first, stop)."""

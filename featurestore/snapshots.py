@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
 
 from featurestore.clips import KINDS
-from featurestore.errors import StoreDamagedError, StoreError, StoreFormatError
+from featurestore.errors import StoreDamagedError, StoreError, StoreFormatError, UserError
 from featurestore.groups import encoder_groups, parse_identity, read_group
 from featurestore.identity import FeatureIdentity, canonical_json
 from featurestore.layout import (
@@ -23,6 +23,7 @@ from featurestore.layout import (
     PARTS,
     SAMPLES,
     SNAPSHOTS,
+    check_block_rows,
     part_key,
     part_numbers,
     receipt_blocks,
@@ -48,6 +49,7 @@ class GroupSummary:
 
     identity: FeatureIdentity
     weights: str
+    batch_shape: int
     receipts: Mapping[str, str] = field(default_factory=dict)  # block number as text -> receipt digest
     counts: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(STATES, 0))  # rows by state
     stored_bytes: int = 0  # of all shards
@@ -62,6 +64,7 @@ class Snapshot:
     parts: Mapping[str, str]  # clip part key -> sha256
     samples: Mapping[str, Mapping[str, str]]  # samples name -> {"key", "sha256"}
     groups: Mapping[str, GroupSummary]  # "kind/group"
+    block_rows: Mapping[str, int]  # kind -> rows, as in the root's zarr.json
     table_sha256: str
 
     @property
@@ -86,6 +89,7 @@ class Snapshot:
             name: {
                 "identity": group.identity.to_dict(),
                 "weights": group.weights,
+                "batch_shape": group.batch_shape,
                 "receipts": dict(group.receipts),
                 "counts": dict(group.counts),
                 "stored_bytes": group.stored_bytes,
@@ -99,6 +103,7 @@ class Snapshot:
             "parts": dict(self.parts),
             "samples": {name: dict(entry) for name, entry in self.samples.items()},
             "groups": groups,
+            "block_rows": dict(self.block_rows),
             "table_sha256": self.table_sha256,
         }
 
@@ -115,10 +120,11 @@ class Snapshot:
                 parts={str(key): str(value) for key, value in record["parts"].items()},
                 samples={name: {k: str(v) for k, v in entry.items()} for name, entry in record["samples"].items()},
                 groups=groups,
+                block_rows=check_block_rows(record["block_rows"]),
                 table_sha256=str(record["table_sha256"]),
             )
             same = snapshot.to_bytes() == data and snapshot.id == snapshot_id
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
             raise StoreFormatError(f"{what} lacks fields or has malformed ones ({error})") from error
         if not same:
             raise StoreDamagedError(f"{what} does not match its own digest; open an older one or publish a new one")
@@ -136,6 +142,7 @@ def _parse_group(name: str, entry: Mapping[str, Any]) -> GroupSummary:
     return GroupSummary(
         identity=identity,
         weights=str(entry["weights"]),
+        batch_shape=int(entry["batch_shape"]),
         receipts={str(int(block)): str(digest) for block, digest in entry["receipts"].items()},
         counts={state: int(entry["counts"][state]) for state in STATES},
         stored_bytes=int(entry["stored_bytes"]),
@@ -204,6 +211,7 @@ def _build(objects: Objects, block_rows: Mapping[str, int], parent: Snapshot | N
         parts=_part_digests(objects, len(index.tables), parent),
         samples=_samples_digests(objects, parent),
         groups=groups,
+        block_rows=dict(block_rows),
         table_sha256=hashlib.sha256(data).hexdigest(),
     ), data
 
@@ -238,7 +246,7 @@ def _extend_group(
 ) -> GroupSummary:
     kind, group = name.split("/")
     record = read_group(objects, kind, group)
-    old = old or GroupSummary(identity=record.identity, weights=record.weights)
+    old = old or GroupSummary(identity=record.identity, weights=record.weights, batch_shape=record.batch_shape)
     receipts, counts, stored_bytes = dict(old.receipts), dict(old.counts), old.stored_bytes
     for block in sorted(blocks - {int(number) for number in old.receipts}):
         data = objects.get(receipt_key(kind, group, block))
@@ -248,9 +256,7 @@ def _extend_group(
         counts = {name: counts[name] + receipt.counts[name] for name in STATES}
         stored_bytes += receipt.stored_bytes
     state.ensure_columns(group)
-    return GroupSummary(
-        identity=record.identity, weights=record.weights, receipts=receipts, counts=counts, stored_bytes=stored_bytes
-    )
+    return replace(old, receipts=receipts, counts=counts, stored_bytes=stored_bytes)
 
 
 def _part_digests(objects: Objects, count: int, parent: Snapshot | None) -> dict[str, str]:

@@ -30,7 +30,8 @@ from featurestore.errors import (
     UserError,
 )
 from featurestore.identity import FeatureIdentity
-from featurestore.layout import ROOT_METADATA
+from featurestore.journal import parse_journal
+from featurestore.layout import JOURNAL, ROOT_METADATA, journal_key, journal_names
 from featurestore.metadata import parse_root
 from featurestore.objects import LocalObjects
 from featurestore.parts import read_table
@@ -131,6 +132,11 @@ class FeatureStore:
             data = self._read_digested(entry["key"], entry["sha256"])
             found.extend(table_to_samples(read_table(data, SAMPLE_SCHEMA, entry["key"])))
         return found
+
+    def journal(self) -> list[tuple[str, dict[str, Any]]]:
+        """(name, record) of every run and worker that left one; provenance, never part of a digest."""
+        names = journal_names(self._objects.list_names(JOURNAL))
+        return [(name, parse_journal(self._objects.get(journal_key(name)), name)) for name in names]
 
     def rows(self, clip_ids: Sequence[str], *, encoder: str) -> np.ndarray:
         """int64 [B]: the row of each clip's tokens, -1 where there are none."""

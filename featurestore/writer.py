@@ -6,7 +6,6 @@ by putting a document that only depends on what it describes; whoever loses a ra
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,14 @@ import pyarrow as pa
 from featurestore.clips import KINDS, Clip
 from featurestore.errors import IdentityConflictError, UserError
 from featurestore.groups import GroupWriter, create_or_open_group, encoder_groups
-from featurestore.identity import FeatureIdentity, canonical_json
+from featurestore.identity import FeatureIdentity
+from featurestore.journal import journal_bytes
 from featurestore.layout import (
-    JOURNAL,
     JOURNAL_NAME,
     ROOT_METADATA,
     SAMPLES,
     check_block_rows,
+    journal_key,
     next_batch_row,
     part_key,
     samples_key,
@@ -30,7 +30,7 @@ from featurestore.layout import (
     sealed_blocks,
 )
 from featurestore.metadata import parse_root, root_document
-from featurestore.objects import LocalObjects, Objects, put_if_absent
+from featurestore.objects import LocalObjects, Objects, machine_faults, put_if_absent
 from featurestore.parts import ClipIndex, allocate, part_bytes, table_bytes
 from featurestore.samples import Sample, samples_to_table
 
@@ -47,8 +47,10 @@ class StoreWriter:
     def open_or_create(cls, path: str | Path, *, block_rows: Mapping[str, int] | None = None) -> StoreWriter:
         """Open the store in a folder, or make one; block rows are fixed when it is made."""
         wanted = check_block_rows(block_rows)
-        Path(path).mkdir(parents=True, exist_ok=True)
+        with machine_faults(f"make {path}"):
+            Path(path).mkdir(parents=True, exist_ok=True)
         objects = LocalObjects(path)
+        objects.sweep()
         if not objects.exists(ROOT_METADATA):
             _refuse_foreign_folder(objects, path)
             put_if_absent(objects, ROOT_METADATA, root_document(datasets=[], block_rows=wanted))
@@ -163,11 +165,10 @@ class StoreWriter:
         """Keep provenance (times, hosts, versions, rates) with its own digest; returns the key."""
         if not JOURNAL_NAME.fullmatch(name):
             raise UserError(f"journal names are letters, digits, '_', '-' and '.', got {name!r}")
-        digest = hashlib.sha256(canonical_json(record).encode()).hexdigest()
-        data = (canonical_json({"record": record, "digest": digest}) + "\n").encode()
+        data = journal_bytes(record)
         attempt = 1
         while True:
-            key = f"{JOURNAL}/{name}.json" if attempt == 1 else f"{JOURNAL}/{name}.{attempt}.json"
+            key = journal_key(name if attempt == 1 else f"{name}.{attempt}")
             if put_if_absent(self.objects, key, data):
                 return key
             attempt += 1

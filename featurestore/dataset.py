@@ -1,0 +1,64 @@
+"""A torch dataset over a store: clips or samples in, tokens per encoder out.
+
+The store is opened where it is read: in a loader worker, on first use. Start workers by spawn or forkserver
+(`multiprocessing_context="spawn"`); a dataset pickles as its store's path, snapshot and the list of items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from featurestore.errors import UserError
+from featurestore.samples import Sample
+from featurestore.store import FeatureStore
+
+
+class FeatureDataset(Dataset):
+    """Item i is {"clip_id": str, ENCODER: tokens_THWD, ...}, and "sample" where samples were given.
+
+    Tokens are float16, or float32 for stores of bfloat16 and uint8. Text-only samples carry no tokens.
+    """
+
+    def __init__(self, store: FeatureStore, items: Sequence[str] | Sequence[Sample], encoders: Sequence[str]) -> None:
+        unknown = [name for name in encoders if name not in store.encoders]
+        if unknown or not encoders:
+            raise UserError(f"encoders {unknown or '[]'} are not in this store; it has: {', '.join(store.encoders)}")
+        self._place = (store.path, store.snapshot)
+        self._store: FeatureStore | None = store
+        self._items = list(items)
+        self._encoders = tuple(encoders)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_store": None}
+
+    @property
+    def store(self) -> FeatureStore:
+        if self._store is None:
+            self._store = FeatureStore(*self._place)
+        return self._store
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """A loader's whole batch: each encoder's rows are read in the order on disk."""
+        records: list[dict[str, Any]] = []
+        for index in indices:
+            item = self._items[index]
+            is_sample = isinstance(item, Sample)
+            records.append({"clip_id": item.clip_id, "sample": item} if is_sample else {"clip_id": item})
+        with_clip = [record for record in records if record["clip_id"] is not None]
+        for encoder in self._encoders if with_clip else ():
+            tokens_BTHWD = torch.from_numpy(
+                self.store.read([record["clip_id"] for record in with_clip], encoder=encoder)
+            )
+            for record, tokens_THWD in zip(with_clip, tokens_BTHWD, strict=True):
+                record[encoder] = tokens_THWD
+        return records

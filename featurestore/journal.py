@@ -1,0 +1,28 @@
+"""Journal records: provenance that must not change bytes (times, hosts, versions, rates); one per run and worker."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from featurestore.errors import StoreDamagedError
+from featurestore.identity import canonical_json
+from featurestore.metadata import load_json
+
+
+def journal_bytes(record: Mapping[str, Any]) -> bytes:
+    """A record with its own digest beside it."""
+    digest = hashlib.sha256(canonical_json(record).encode()).hexdigest()
+    return (canonical_json({"record": dict(record), "digest": digest}) + "\n").encode()
+
+
+def parse_journal(data: bytes, name: str) -> dict[str, Any]:
+    """The record, if it is whole."""
+    document = load_json(data, f"journal {name}")
+    record = document.get("record") if isinstance(document, dict) else None
+    if not isinstance(record, dict) or journal_bytes(record) != data:
+        raise StoreDamagedError(
+            f"journal {name} does not match its own digest; it tells of a run, no tokens depend on it"
+        )
+    return record
