@@ -25,9 +25,49 @@ FORMATS = (
 )  # the last line is opened to be refused with a better reason
 
 
+class OpenVideo:
+    """An opened file: its container, the one video stream we read, and the conversion of that stream's frames."""
+
+    def __init__(self, container: av.container.InputContainer, stream: av.VideoStream) -> None:
+        self.container, self.stream, self.codec = container, stream, stream.codec_context
+        self._graphs: dict[tuple, av.filter.Graph] = {}  # frame size and pixel format -> conversion
+
+    @property
+    def fps(self) -> float:
+        """Average frames per second, as the reference's reader reports it; 0.0 if the file has no clock."""
+        return float(self.stream.average_rate or self.stream.guessed_rate or 0)
+
+    def packets(self) -> Iterator[av.Packet]:
+        """The stream's packets from where the file stands, in decode order."""
+        return self.container.demux(self.stream)
+
+    def to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
+        """uint8 [H, W, 3] as it is shown: converted by the frame's own colour tags, turned by its rotation.
+
+        Through a filter graph, because its conversion is the one of the ffmpeg program and of decord to the bit;
+        `frame.to_ndarray` chooses another chroma filter for 10-bit and odd-sized video.
+        """
+        check_pixels(frame.width, frame.height)
+        key = (frame.width, frame.height, frame.format.name)
+        graph = self._graphs.get(key) or self._graphs.setdefault(key, self._conversion(frame))
+        graph.push(frame)
+        frame_HWC = graph.pull().to_ndarray()
+        if frame.rotation % 360 and frame.rotation % 90 == 0:
+            frame_HWC = np.rot90(frame_HWC, k=frame.rotation // 90)
+        return frame_HWC
+
+    def _conversion(self, frame: av.VideoFrame) -> av.filter.Graph:
+        graph = av.filter.Graph()
+        graph.threads = 1
+        size = {"width": frame.width, "height": frame.height}
+        begin = graph.add_buffer(**size, format=frame.format, time_base=self.stream.time_base)
+        graph.link_nodes(begin, graph.add("format", "pix_fmts=rgb24"), graph.add("buffersink")).configure()
+        return graph
+
+
 @contextmanager
-def open_video(source: Source) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """An opened container and its best video stream, decoding in one thread; closed on leaving.
+def open_video(source: Source) -> Iterator[OpenVideo]:
+    """The best video stream of a file, decoding in one thread; closed on leaving.
 
     One thread per process: many processes decode side by side, and skipping single packets is defined only without
     frame threads.
@@ -46,27 +86,13 @@ def open_video(source: Source) -> Iterator[tuple[av.container.InputContainer, av
         codec.thread_type, codec.thread_count = "NONE", 1
         codec.options = {"max_pixels": str(MAX_PIXELS)}  # again inside: a stream may change its size midway
         check_pixels(codec.width, codec.height)
-        yield container, stream
+        yield OpenVideo(container, stream)
 
 
 def check_pixels(width: int, height: int) -> None:
     """Refuse a picture too large to hold; called before any of it is decoded."""
     if width * height > MAX_PIXELS:
         raise MediaError(f"frames are larger than {MAX_PIXELS} pixels")
-
-
-def average_fps(stream: av.VideoStream) -> float:
-    """Frames per second of the whole stream, as the reference's reader reports it; 0.0 if the file has no clock."""
-    return float(stream.average_rate or stream.guessed_rate or 0)
-
-
-def to_rgb(frame: av.VideoFrame) -> np.ndarray:
-    """uint8 [H, W, 3] as it is shown: converted by the frame's own colour tags, turned by its rotation."""
-    check_pixels(frame.width, frame.height)
-    frame_HWC = frame.to_ndarray(format="rgb24")
-    if frame.rotation % 360 and frame.rotation % 90 == 0:
-        frame_HWC = np.rot90(frame_HWC, k=frame.rotation // 90)
-    return frame_HWC
 
 
 def reason(error: av.error.FFmpegError) -> str:

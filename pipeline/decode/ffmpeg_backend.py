@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -17,7 +16,7 @@ import numpy as np
 
 from featurestore.errors import MediaError, UserError
 from pipeline.decode.collector import FrameCollector
-from pipeline.decode.container import FORMATS, average_fps, check_pixels, open_video
+from pipeline.decode.container import FORMATS, check_pixels, open_video
 from pipeline.decode.job import Reading
 from pipeline.decode.source import Source
 from pipeline.media import TarMember
@@ -33,8 +32,8 @@ def read_frames(source: Source, collector: FrameCollector, *, accept_damaged: bo
         raise UserError("decoder 'ffmpeg' needs the ffmpeg program on the PATH; install it, or use --decoder frames/1")
     if accept_damaged:
         raise UserError("decoder 'ffmpeg' cannot accept damaged files; use --decoder frames/1")
-    with open_video(source) as (_, stream):
-        fps, stream_index = average_fps(stream), stream.index
+    with open_video(source) as video:
+        fps, stream_index = video.fps, video.stream.index
     command = [program, *_input_arguments(source), "-map", f"0:{stream_index}", "-fps_mode", "passthrough"]
     num_frames = _count_frames(command)
     wanted = collector.choose(num_frames, fps)
@@ -70,10 +69,7 @@ def _selected_frames(command: list[str], wanted: list[int]) -> Iterator[np.ndarr
     """RGB frames, uint8 [H, W, 3], in ascending order of their numbers."""
     chosen = "select='" + "+".join(f"eq(n,{number})" for number in wanted) + "'"
     arguments = [*command, "-vf", chosen, "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-"]
-    with (
-        tempfile.TemporaryFile() as words,
-        subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=words) as process,
-    ):
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         try:
             while (frame_HWC := _read_ppm(process.stdout)) is not None:
                 yield frame_HWC

@@ -15,7 +15,7 @@ import av
 
 from featurestore.errors import MediaError
 from pipeline.decode.collector import FrameCollector
-from pipeline.decode.container import average_fps, open_video, reason, to_rgb
+from pipeline.decode.container import OpenVideo, open_video, reason
 from pipeline.decode.job import Reading
 from pipeline.decode.source import Source
 
@@ -61,25 +61,24 @@ def _read_intact(source: Source, index: PacketIndex, collector: FrameCollector) 
 
 def _take(source: Source, collector: FrameCollector | None, num_frames: int) -> tuple[int, float]:
     """One pass that believes in `num_frames`; returns how many there were, and the frame rate."""
-    with open_video(source) as (container, stream):
-        fps = average_fps(stream)
-        wanted = set(collector.choose(num_frames, fps)) if collector else ()
+    with open_video(source) as video:
+        wanted = set(collector.choose(num_frames, video.fps)) if collector else ()
         count = 0
-        for frame in container.decode(stream):
+        for frame in video.container.decode(video.stream):
             if count in wanted:
                 if frame.is_corrupt:
                     raise CorruptFrameError
-                collector.add(count, to_rgb(frame))
+                collector.add(count, video.to_rgb(frame))
             count += 1
-        return count, fps
+        return count, video.fps
 
 
 def _read_damaged(source: Source, index: PacketIndex, collector: FrameCollector) -> Reading:
     """Every wanted frame that decodes, the nearest one that does in place of the others."""
     numbers = _frame_numbers(index)
-    with open_video(source) as (container, stream):
-        fps = average_fps(stream)
-        good = [number for number, frame in _numbered(container, stream, numbers) if not frame.is_corrupt]
+    with open_video(source) as video:
+        fps = video.fps
+        good = [number for number, frame in _numbered(video, numbers) if not frame.is_corrupt]
     num_frames = len(numbers) if numbers else len(good)
     wanted = collector.choose(num_frames, fps)
     good = sorted(set(good))
@@ -89,10 +88,10 @@ def _read_damaged(source: Source, index: PacketIndex, collector: FrameCollector)
     substituted = sum(number not in sources.get(number, ()) for number in wanted)
     if substituted > MAX_SUBSTITUTED * len(wanted):
         raise MediaError("damaged file: more than half of the wanted frames cannot be decoded")
-    with open_video(source) as (container, stream):
-        for number, frame in _numbered(container, stream, numbers):
+    with open_video(source) as video:
+        for number, frame in _numbered(video, numbers):
             if number in sources and not frame.is_corrupt:
-                frame_HWC = to_rgb(frame)
+                frame_HWC = video.to_rgb(frame)
                 for wanted_number in sources.pop(number):
                     collector.add(wanted_number, frame_HWC)
     return Reading(num_frames=num_frames, fps=fps, decoder=f"{NAME}+damaged:{substituted}-substituted")
@@ -106,27 +105,24 @@ def _frame_numbers(index: PacketIndex) -> dict[int, int]:
     return {time: number for number, time in enumerate(sorted(times))}
 
 
-def _numbered(
-    container: av.container.InputContainer, stream: av.VideoStream, numbers: dict[int, int]
-) -> Iterator[tuple[int, av.VideoFrame]]:
+def _numbered(video: OpenVideo, numbers: dict[int, int]) -> Iterator[tuple[int, av.VideoFrame]]:
     """(frame number, frame) of all that can be decoded; a packet that cannot is passed over."""
-    for count, frame in enumerate(_surviving(container, stream)):
+    for count, frame in enumerate(_surviving(video)):
         number = numbers.get(frame.pts, -1) if numbers else count
         if number >= 0:
             yield number, frame
 
 
-def _surviving(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
-    codec = stream.codec_context
-    packets = container.demux(stream)
+def _surviving(video: OpenVideo) -> Iterator[av.VideoFrame]:
+    packets = video.packets()
     while True:
         try:
             packet = next(packets)
         except (StopIteration, av.error.FFmpegError):
             break  # the end, or where the file is cut off
         if packet.size:
-            yield from _decode_or_nothing(codec, packet)
-    yield from _decode_or_nothing(codec, None)
+            yield from _decode_or_nothing(video.codec, packet)
+    yield from _decode_or_nothing(video.codec, None)
 
 
 def _decode_or_nothing(codec: av.VideoCodecContext, packet: av.Packet | None) -> list[av.VideoFrame]:

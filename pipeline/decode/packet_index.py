@@ -20,7 +20,7 @@ import av
 from featurestore.errors import MediaError
 from pipeline.decode import in_order
 from pipeline.decode.collector import FrameCollector
-from pipeline.decode.container import average_fps, open_video, reason, to_rgb
+from pipeline.decode.container import OpenVideo, open_video, reason
 from pipeline.decode.job import Reading
 from pipeline.decode.source import Source
 
@@ -80,24 +80,24 @@ class PacketIndex:
 
 def read_frames(source: Source, collector: FrameCollector, *, accept_damaged: bool) -> Reading:
     """Fill the collector with exact frames, by the index or in order."""
-    with open_video(source) as (container, stream):
-        index = scan_packets(container, stream)
+    with open_video(source) as video:
+        index = scan_packets(video)
         if index.damage and not accept_damaged:
             raise MediaError(f"damaged file: {index.damage}")
         try:
             if not index.damage:
-                return _read_indexed(container, stream, index, collector)
+                return _read_indexed(video, index, collector)
         except (UntrustedIndexError, av.error.InvalidDataError):
             pass  # in order it may still decode; if it does not, that error is the one to tell
     return in_order.read_frames(source, index, collector, accept_damaged=accept_damaged)
 
 
-def scan_packets(container: av.container.InputContainer, stream: av.VideoStream) -> PacketIndex:
+def scan_packets(video: OpenVideo) -> PacketIndex:
     """Read every packet's times and flags, up to the end or to where the file breaks."""
     rows: list[tuple] = []
     damage = None
     try:
-        for packet in container.demux(stream):
+        for packet in video.packets():
             if packet.size == 0 and packet.dts is None:
                 continue  # the mark for the end of the stream, not a packet of the file
             if packet.is_corrupt:
@@ -109,48 +109,40 @@ def scan_packets(container: av.container.InputContainer, stream: av.VideoStream)
     return PacketIndex(pts, dts, is_key, is_shown, damage)
 
 
-def _read_indexed(
-    container: av.container.InputContainer, stream: av.VideoStream, index: PacketIndex, collector: FrameCollector
-) -> Reading:
-    if not container.format.name.startswith(TRUSTED_FORMATS) or stream.codec_context.name in UNTRUSTED_CODECS:
+def _read_indexed(video: OpenVideo, index: PacketIndex, collector: FrameCollector) -> Reading:
+    if not video.container.format.name.startswith(TRUSTED_FORMATS) or video.codec.name in UNTRUSTED_CODECS:
         raise UntrustedIndexError("times of this format are not reliable")
     index.check_trust()
-    fps = average_fps(stream)
-    wanted = {index.shown[i]: i for i in collector.choose(len(index.shown), fps)}  # position -> frame number
+    wanted = {index.shown[i]: i for i in collector.choose(len(index.shown), video.fps)}  # position -> frame number
     for first, last in index.segments(list(wanted)):
-        for frame in _decode_segment(container, stream, index, range(first, last + 1), wanted):
+        for frame in _decode_segment(video, index, range(first, last + 1), wanted):
             number = wanted.get(index.position.get(frame.pts, -1))
             if number is not None and not frame.is_corrupt:
-                collector.add(number, to_rgb(frame))
+                collector.add(number, video.to_rgb(frame))
     if collector.missing():
         raise UntrustedIndexError("a frame did not come at its time")
-    return Reading(num_frames=len(index.shown), fps=fps, decoder=NAME)
+    return Reading(num_frames=len(index.shown), fps=video.fps, decoder=NAME)
 
 
-def _decode_segment(
-    container: av.container.InputContainer, stream: av.VideoStream, index: PacketIndex, stretch: range, wanted: dict
-) -> Iterator[av.VideoFrame]:
+def _decode_segment(video: OpenVideo, index: PacketIndex, stretch: range, wanted: dict) -> Iterator[av.VideoFrame]:
     """Decode one stretch of packets; frames no other frame refers to are skipped unless wanted."""
-    codec = stream.codec_context
-    packets = _packets_from(container, stream, index, stretch.start)
+    packets = _packets_from(video, index, stretch.start)
     for position, packet in zip(stretch, packets, strict=False):
         if index.position.get(packet.pts) != position:
             raise UntrustedIndexError("packets come in another order after a seek")
-        codec.skip_frame = "DEFAULT" if position in wanted else "NONREF"
-        yield from codec.decode(packet)
-    yield from codec.decode(None)  # no more packets needed: what is held back for reordering comes out
+        video.codec.skip_frame = "DEFAULT" if position in wanted else "NONREF"
+        yield from video.codec.decode(packet)
+    yield from video.codec.decode(None)  # no more packets needed: what is held back for reordering comes out
 
 
-def _packets_from(
-    container: av.container.InputContainer, stream: av.VideoStream, index: PacketIndex, first: int
-) -> Iterator[av.Packet]:
+def _packets_from(video: OpenVideo, index: PacketIndex, first: int) -> Iterator[av.Packet]:
     """Packets in decode order from position `first` on; some formats seek by decode time, some by presentation time."""
     start = min(time for time in (*index.pts[:1], *index.dts[:1]) if time is not None)
     for target in (index.pts[first], index.dts[first], start):
         if target is None:
             continue
-        container.seek(target, stream=stream, backward=True)  # also empties the decoder
-        packets = container.demux(stream)
+        video.container.seek(target, stream=video.stream, backward=True)  # also empties the decoder
+        packets = video.packets()
         for packet in packets:
             position = index.position.get(packet.pts, -1)
             if position > first:
