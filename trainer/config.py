@@ -179,7 +179,7 @@ def unknown_name(what: str, name: str, known: list[str]) -> str:
     """The message for a name that is not in a table: nearest first, then all."""
     nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
-    return f"unknown {what} {name!r}{hint}  Known: {', '.join(known)}"
+    return f"unknown {what} {name!r}{hint} Known: {', '.join(known)}"
 
 
 def _typed(value: Any, hint: Any, name: str) -> Any:

@@ -1,0 +1,94 @@
+import subprocess
+import sys
+import typing
+
+import pytest
+
+from featurestore.errors import UserError
+from trainer import config as room
+from trainer.config import ProjectorConfig, TrainConfig, load_yaml, overlay
+from trainer.fusion import FUSIONS
+from trainer.projectors import HEADS, RESAMPLERS
+from trainer.prompts import PROMPTS
+from trainer.recipes import RECIPES, get_recipe
+
+
+def test_a_config_survives_its_own_yaml(tmp_path, config):
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert overlay(TrainConfig(), load_yaml(tmp_path / "config.yaml")) == config
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_survives_its_own_yaml(tmp_path, name):
+    (tmp_path / "config.yaml").write_text(RECIPES[name].to_yaml())
+    assert overlay(TrainConfig(), load_yaml(tmp_path / "config.yaml")) == RECIPES[name]
+
+
+def test_an_unknown_setting_names_the_nearest_known_one():
+    with pytest.raises(UserError, match=r"unknown setting 'batchsize'; did you mean 'batch_size'\?"):
+        overlay(TrainConfig(), {"batchsize": 4})
+
+
+def test_an_unknown_nested_setting_is_named_with_its_path():
+    with pytest.raises(UserError, match=r"'optimizer.lr_projector'; did you mean 'optimizer.projector_lr'\?"):
+        overlay(TrainConfig(), {"optimizer": {"lr_projector": 1.0}})
+
+
+def test_a_value_of_the_wrong_type_is_refused():
+    with pytest.raises(UserError, match="setting batch_size is int, got 'many'"):
+        overlay(TrainConfig(), {"batch_size": "many"})
+    with pytest.raises(UserError, match="setting batch_size is int, got True"):
+        overlay(TrainConfig(), {"batch_size": True})
+
+
+def test_an_unknown_choice_lists_the_known_ones():
+    with pytest.raises(UserError, match=r"did you mean 'equal_mix'.*Known: cross_attention, "):
+        overlay(TrainConfig(), {"fusion": {"name": "equalmix"}})
+
+
+def test_yaml_may_write_a_rate_without_a_dot(tmp_path):
+    (tmp_path / "c.yaml").write_text("optimizer: {projector_lr: 2e-3, betas: [0.9, 1e-1]}\n")
+    optimizer = overlay(TrainConfig(), load_yaml(tmp_path / "c.yaml")).optimizer
+    assert (optimizer.projector_lr, optimizer.betas) == (0.002, (0.9, 0.1))
+
+
+def test_a_grid_is_three_numbers_or_none():
+    assert overlay(ProjectorConfig(), {"grid": [8, 4, 4]}).grid == (8, 4, 4)
+    assert overlay(ProjectorConfig(grid=(8, 4, 4)), {"grid": None}).grid is None
+    with pytest.raises(UserError, match="grid has 3 entries"):
+        overlay(ProjectorConfig(), {"grid": [8, 4]})
+
+
+def test_a_frozen_fresh_llm_is_an_error_unless_forced():
+    with pytest.raises(UserError, match="frozen random LLM"):
+        TrainConfig(llm="fresh:tiny")
+    assert TrainConfig(llm="fresh:tiny", allow_fresh_frozen=True).train_llm == "none"
+
+
+def test_text_only_training_needs_a_trained_llm():
+    with pytest.raises(UserError, match="trains nothing"):
+        TrainConfig(mode="text-only")
+
+
+def test_the_paper_recipe_has_the_paper_numbers():
+    recipe = get_recipe("merv-frozen")
+    assert (recipe.batch_size, recipe.optimizer.projector_lr, recipe.optimizer.fusion_lr) == (128, 2e-5, 2e-5)
+    assert (recipe.train_llm, recipe.fusion.name, recipe.projector.head) == ("none", "cross_attention", "linear")
+
+
+def test_an_unknown_recipe_lists_the_known_ones():
+    with pytest.raises(UserError, match=r"unknown recipe 'merv'.*Known: merv-frozen"):
+        get_recipe("merv")
+
+
+@pytest.mark.parametrize(
+    ("table", "names"),
+    [(FUSIONS, "FusionName"), (HEADS, "HeadName"), (RESAMPLERS, "ResamplerName"), (PROMPTS, "PromptName")],
+)
+def test_a_table_offers_exactly_the_names_that_a_config_may_say(table, names):
+    assert tuple(table) == typing.get_args(getattr(room, names))
+
+
+def test_config_recipes_and_command_line_import_no_torch():
+    code = "import sys, trainer.cli, trainer.recipes; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
