@@ -56,5 +56,6 @@ def build(spec: EncoderSpec) -> EncoderNetwork:
             "patch_size": sizes["patch_size"],
             "intermediate_size": sizes["mlp_size"],
         },
-        final_norm="post_layernorm",  # transformers applies it to the pooled class token only
+        final_norm=None,
+        unused=("post_layernorm",),  # applied to the class token only
     )

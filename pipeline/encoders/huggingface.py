@@ -35,12 +35,14 @@ class HuggingFaceNetwork(EncoderNetwork):
         *,
         choices: Mapping[str, Any] | None = None,  # config values that are ours to choose
         model_options: Mapping[str, Any] | None = None,  # keyword arguments of the model class
-        final_norm: str | None = "layernorm",  # attribute of the last LayerNorm
-        unused: tuple[str, ...] = (),  # parameters that the forward pass never reads
+        final_norm: str | None = "layernorm",  # attribute of the last LayerNorm, if it takes all tokens
+        unused: tuple[str, ...] = (),  # parameters and modules that do not touch the features
         published_names: Mapping[str, str] | None = None,  # regular expressions: library's name -> checkpoint's
         finish: Callable[[nn.Module], None] | None = None,
     ) -> None:
         super().__init__(spec)
+        if final_norm is None:
+            refuse_final_norm(spec)
         self._model_class, self._options = model_class, dict(model_options or {})
         self._sizes = {
             "hidden_size": spec.width,
@@ -102,11 +104,11 @@ class HuggingFaceNetwork(EncoderNetwork):
 
     def _trim(self, model: nn.Module) -> nn.Module:
         """Drop what is not computed, so that it is neither hashed nor moved to the device."""
-        if self._final_norm and not self.spec.final_norm:
-            setattr(model, self._final_norm, nn.Identity())
-        for name in self._unused:
-            owner, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, None)
+        norm = () if self.spec.final_norm or self._final_norm is None else (self._final_norm,)
+        for name in (*self._unused, *norm):
+            owner_name, _, attribute = name.rpartition(".")
+            owner = model.get_submodule(owner_name)
+            setattr(owner, attribute, nn.Identity() if isinstance(getattr(owner, attribute), nn.Module) else None)
         return model
 
     def _check_config(self, folder: Path) -> None:
@@ -114,6 +116,12 @@ class HuggingFaceNetwork(EncoderNetwork):
         expected = {**self._sizes, "num_hidden_layers": self.spec.architecture["num_layers"]}
         found = {key: getattr(published, key, None) for key in expected if key not in self._choices}
         check_same_architecture(self.spec, folder, {key: expected[key] for key in found}, found)
+
+
+def refuse_final_norm(spec: EncoderSpec) -> None:
+    """For families whose last LayerNorm only ever saw a class token or a mean: on patches it was not trained."""
+    if spec.final_norm:
+        raise UserError(f"{spec.name} has no final norm over its patch tokens; leave final_norm out")
 
 
 def check_same_architecture(

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from featurestore.errors import UserError
 from pipeline.encoders.base import EncoderSpec
-from pipeline.encoders.huggingface import check_same_architecture
+from pipeline.encoders.huggingface import check_same_architecture, refuse_final_norm
 from pipeline.encoders.network import EncoderNetwork
 from pipeline.encoders.weights import read_checkpoint
 
@@ -33,6 +33,7 @@ class LanguageBindTower(EncoderNetwork):
 
     def __init__(self, spec: EncoderSpec) -> None:
         super().__init__(spec)
+        refuse_final_norm(spec)
         if spec.architecture["activation"] not in _ACTIVATIONS:
             raise UserError(f"activation of {spec.name} must be one of {', '.join(_ACTIVATIONS)}")
         self.vision_model = _VisionTower(spec)

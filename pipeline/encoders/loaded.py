@@ -5,14 +5,12 @@ with bfloat16 all weights and activations are bfloat16 (as in MERV), norms and s
 their kernels, position embeddings are resampled in float32 before the cast. Features leave in the compute dtype.
 
 With one batch shape the features of a clip do not depend on its neighbours. Other shapes may pick other kernels and
-round differently, so whoever wants the same bytes encodes in one fixed batch shape; `encode_padded` does that.
+round differently, so whoever wants the same bytes encodes in one fixed batch shape.
 
 B batch, T frames or time steps, H W C rows, columns and channels, K prefix tokens, D width.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -80,25 +78,6 @@ class LoadedEncoder:
         with torch.inference_mode(), deterministic:
             features_BTHWD, prefix_BTKD = self._network(self._normalise(frames_BTHWC.to(self.device)))
         return features_BTHWD, prefix_BTKD if prefix_tokens else None
-
-    def encode_padded(
-        self, clips_THWC: Sequence[Frames | None], batch_size: int, *, prefix_tokens: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Encode at most `batch_size` clips of one kind in the fixed batch shape; None is a failed clip.
-
-        Failed clips and the missing tail are black frames; rows of the tail are cut off again.
-        """
-        given = [clip for clip in clips_THWC if clip is not None]
-        if not given or len(clips_THWC) > batch_size:
-            raise UserError(
-                f"need 1 to {batch_size} clips with frames, got {len(clips_THWC)}, {len(given)} with frames"
-            )
-        batch = torch.zeros(batch_size, *given[0].shape, dtype=torch.uint8)
-        for row, clip in enumerate(clips_THWC):
-            if clip is not None:
-                batch[row] = torch.as_tensor(np.asarray(clip).copy())
-        features, prefix = self.encode(batch, prefix_tokens=prefix_tokens)
-        return features[: len(clips_THWC)], None if prefix is None else prefix[: len(clips_THWC)]
 
     def encode_tokens(
         self, frames_BTHWC: Frames, *, grid: Grid | None = DEFAULT_GRID, prefix_tokens: bool = False

@@ -57,6 +57,7 @@ def build(spec: EncoderSpec) -> EncoderNetwork:
             "intermediate_size": sizes["mlp_size"],
             "use_mean_pooling": True,  # no norm of the last block's tokens
         },
+        final_norm=None,
         choices={"num_frames": sizes["num_frames"]},
         published_names={r"query\.bias": "q_bias", r"value\.bias": "v_bias"},
     )

@@ -12,6 +12,7 @@ import hashlib
 import math
 import pickle
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,10 +68,15 @@ def fill_weights(network: EncoderNetwork, source: WeightSource) -> None:
     folder = source.folder if source.kind == "folder" else download(spec)
     if not any((folder / name).is_file() for name in WEIGHT_FILES):
         raise UserError(f"{folder} holds none of {', '.join(WEIGHT_FILES)} for {spec.name}; {THREE_CHOICES}")
+    from safetensors import SafetensorError
+
     try:
         network.load_published(folder)
-    except (OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
         raise UserError(f"weights of {spec.name} in {folder} cannot be loaded: {error}") from error
+    # both readers map the file: were it replaced or truncated later, a running worker would change or die
+    for parameter in network.parameters():
+        parameter.data = parameter.data.clone()
 
 
 def download(spec: EncoderSpec) -> Path:
@@ -96,17 +102,19 @@ def download(spec: EncoderSpec) -> Path:
 
 
 def read_checkpoint(folder: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """Those of the named tensors that a checkpoint holds; nothing else of it is read into memory."""
+    """Those of the named tensors that a checkpoint holds, mapped from the file; nothing else of it is read."""
     wanted = set(names)
     if (path := folder / WEIGHT_FILES[0]).is_file():
         from safetensors import safe_open
 
         with safe_open(path, framework="pt") as tensors:
-            return {name: tensors.get_tensor(name) for name in tensors.keys() & wanted}
+            return {name: tensors.get_tensor(name) for name in wanted.intersection(tensors.keys())}
     import torch
 
-    tensors = torch.load(folder / WEIGHT_FILES[1], map_location="cpu", weights_only=True, mmap=True)
-    return {name: tensors[name] for name in wanted & tensors.keys()}
+    path = folder / WEIGHT_FILES[1]
+    is_mappable = zipfile.is_zipfile(path)  # files of torch before 1.6 are not
+    tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mappable)
+    return {name: tensors[name] for name in wanted.intersection(tensors)}
 
 
 def fill_random(network: EncoderNetwork, seed: int) -> None:
