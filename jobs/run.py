@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from jobs.clusters import ClusterError
+
 if TYPE_CHECKING:
     from distributed import Client, Future
 
@@ -73,6 +75,24 @@ def run_tasks(
             yield outcome
     finally:
         client.cancel(list(window.futures), force=True)
+
+
+def check_workers(client: Client, distribution: str) -> None:
+    """Raise `ClusterError` unless every worker has the distribution in the driver's version.
+
+    A worker that cannot import a task's function never answers: distributed loses the task and the driver would wait
+    for ever (seen with 2026.8). Only the standard library is asked here, which every worker can import.
+    """
+    from importlib.metadata import version
+
+    ours = version(distribution)
+    for worker, theirs in client.run(version, distribution, on_error="return").items():
+        if theirs != ours:
+            found = f"has version {theirs}" if isinstance(theirs, str) else "does not have it"
+            raise ClusterError(
+                f"the driver runs {distribution} {ours}, the worker {worker} {found}: "
+                "start the workers from the same environment"
+            )
 
 
 def _outcome(task: Task, future: Future) -> Outcome:

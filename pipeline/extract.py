@@ -25,7 +25,7 @@ from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
 from jobs.clusters import ClusterRequest, connect
 from jobs.progress import RunProgress
-from jobs.run import Outcome, Task, run_tasks
+from jobs.run import Outcome, Task, check_workers, run_tasks
 from pipeline.config import ExtractConfig
 from pipeline.datasets import DatasetListing, load_dataset
 from pipeline.plan import PlannedBlock, plan_blocks
@@ -97,6 +97,7 @@ def extract(
     for note in listing.notes:
         say(note)
     with connect(request) as client:
+        check_workers(client, "merv-pipeline")
         if config.dashboard:
             say(f"dashboard: {client.dashboard_link}")
         encoders = _describe(client, config)

@@ -1,0 +1,123 @@
+"""The window of tasks, over a real embedded cluster and over worker processes."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import cloudpickle
+import pytest
+
+from jobs.clusters import CLUSTERS, ClusterError, ClusterRequest, connect
+from jobs.run import WINDOW_PER_WORKER, Task, check_workers, run_tasks
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # worker processes cannot import the tests
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+def fail_on_three(number: int, marks: str) -> int:
+    (Path(marks) / f"{number}-{time.monotonic_ns()}").touch()
+    if number == 3:
+        raise ValueError("three is refused")
+    return number
+
+
+def kill_own_worker_once(marks: str) -> str:
+    mark = Path(marks) / "died"
+    if not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "second life"
+
+
+@pytest.fixture(scope="module")
+def client():
+    with connect(ClusterRequest()) as client:
+        yield client
+
+
+def test_every_task_gives_one_outcome_with_its_own_result(client):
+    tasks = [Task(key=f"square-{n}", arguments=(n,)) for n in range(20)]
+    outcomes = list(run_tasks(client, square, tasks))
+    assert {o.task.key: o.result for o in outcomes} == {f"square-{n}": n * n for n in range(20)}
+    assert all(o.error is None for o in outcomes)
+
+
+def test_no_task_is_no_outcome(client):
+    assert list(run_tasks(client, square, [])) == []
+
+
+def test_a_task_that_fails_is_tried_again_and_then_reported_beside_the_others(client, tmp_path):
+    tasks = [Task(key=f"fail-{n}", arguments=(n, str(tmp_path))) for n in range(6)]
+    outcomes = {o.task.key: o for o in run_tasks(client, fail_on_three, tasks, attempts=3)}
+    assert str(outcomes["fail-3"].error) == "three is refused"
+    assert len(list(tmp_path.glob("3-*"))) == 3
+    assert sorted(o.result for o in outcomes.values() if o.error is None) == [0, 1, 2, 4, 5]
+
+
+def test_a_final_error_is_not_tried_again(client, tmp_path):
+    task = Task(key="final-3", arguments=(3, str(tmp_path)))
+    (outcome,) = run_tasks(client, fail_on_three, [task], attempts=5, is_final=lambda e: isinstance(e, ValueError))
+    assert isinstance(outcome.error, ValueError)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_tasks_are_taken_as_workers_become_free_and_not_all_at_once(client):
+    taken = []
+
+    def tasks():
+        for n in range(50):
+            taken.append(n)
+            yield Task(key=f"lazy-{n}", arguments=(n,))
+
+    outcomes = run_tasks(client, square, tasks())
+    next(outcomes)
+    assert len(taken) <= WINDOW_PER_WORKER + 1
+    outcomes.close()
+
+
+def test_a_worker_killed_at_work_costs_no_task(tmp_path):
+    with connect(ClusterRequest(num_workers=2)) as client:
+        tasks = [Task(key="killer", arguments=(str(tmp_path),))]
+        (outcome,) = run_tasks(client, kill_own_worker_once, tasks)
+    assert outcome.result == "second life"
+
+
+def test_a_scheduler_that_others_run_is_joined_by_address():
+    from distributed import LocalCluster
+
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
+        with connect(ClusterRequest(scheduler=cluster.scheduler_address)) as client:
+            (outcome,) = run_tasks(client, square, [Task(key="joined", arguments=(7,))])
+        assert outcome.result == 49
+        assert len(cluster.workers) == 1  # leaving does not stop what we did not start
+
+
+def test_an_unknown_scheduler_lists_the_known_ones():
+    with pytest.raises(ClusterError, match=f"unknown scheduler 'slrum': give one of {', '.join(CLUSTERS)}"):
+        connect(ClusterRequest(scheduler="slrum")).__enter__()
+
+
+def test_a_scheduler_that_does_not_answer_is_an_error_with_its_address():
+    with pytest.raises(ClusterError, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:9"):
+        connect(ClusterRequest(scheduler="tcp://127.0.0.1:9")).__enter__()
+
+
+def test_workers_of_another_version_are_refused_before_any_task_is_lost(client):
+    check_workers(client, "distributed")
+    with pytest.raises(ClusterError, match="the driver runs pytest .* does not have it"):
+        check_workers(_WorkersWithout(client), "pytest")
+
+
+class _WorkersWithout:
+    """A client whose workers answer as those of an environment without the distribution do."""
+
+    def __init__(self, client):
+        self._client = client
+
+    def run(self, function, distribution, **options):
+        return self._client.run(function, f"{distribution}-absent", **options)
