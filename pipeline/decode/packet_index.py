@@ -21,6 +21,7 @@ from featurestore.errors import MediaError
 from pipeline.decode import in_order
 from pipeline.decode.collector import FrameCollector
 from pipeline.decode.container import OpenVideo, open_video, reason
+from pipeline.decode.cut_short import ends_early
 from pipeline.decode.job import Reading
 from pipeline.decode.source import Source
 
@@ -82,14 +83,22 @@ def read_frames(source: Source, collector: FrameCollector, *, accept_damaged: bo
     """Fill the collector with exact frames, by the index or in order."""
     with open_video(source) as video:
         index = scan_packets(video)
-        if index.damage and not accept_damaged:
-            raise MediaError(f"damaged file: {index.damage}")
+        if not accept_damaged:
+            _refuse_damage(source, index)
         try:
             if not index.damage:
                 return _read_indexed(video, index, collector)
         except (UntrustedIndexError, av.error.InvalidDataError):
             pass  # in order it may still decode; if it does not, that error is the one to tell
     return in_order.read_frames(source, index, collector, accept_damaged=accept_damaged)
+
+
+def _refuse_damage(source: Source, index: PacketIndex) -> None:
+    if index.damage:
+        raise MediaError(f"damaged file: {index.damage}")
+    with source.open() as file:
+        if ends_early(file):
+            raise MediaError("damaged file: it is shorter than it says")
 
 
 def scan_packets(video: OpenVideo) -> PacketIndex:

@@ -1,18 +1,13 @@
 """The window of tasks, over a real embedded cluster and over worker processes."""
 
-import os
-import signal
-import sys
+import importlib
 import time
 from pathlib import Path
 
-import cloudpickle
 import pytest
 
 from jobs.clusters import CLUSTERS, ClusterError, ClusterRequest, connect
 from jobs.run import WINDOW_PER_WORKER, Task, check_workers, run_tasks
-
-cloudpickle.register_pickle_by_value(sys.modules[__name__])  # worker processes cannot import the tests
 
 
 def square(number: int) -> int:
@@ -26,12 +21,15 @@ def fail_on_three(number: int, marks: str) -> int:
     return number
 
 
-def kill_own_worker_once(marks: str) -> str:
-    mark = Path(marks) / "died"
-    if not mark.exists():
-        mark.touch()
+KILLER = """
+import os, pathlib, signal
+
+def kill_own_worker_once(mark):
+    if not pathlib.Path(mark).exists():
+        pathlib.Path(mark).touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return "second life"
+"""
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +78,13 @@ def test_tasks_are_taken_as_workers_become_free_and_not_all_at_once(client):
     outcomes.close()
 
 
-def test_a_worker_killed_at_work_costs_no_task(tmp_path):
+def test_a_worker_killed_at_work_costs_no_task(tmp_path, monkeypatch):
+    (tmp_path / "killer_of_workers.py").write_text(KILLER)  # worker processes cannot import the tests
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    kill_own_worker_once = importlib.import_module("killer_of_workers").kill_own_worker_once
     with connect(ClusterRequest(num_workers=2)) as client:
-        tasks = [Task(key="killer", arguments=(str(tmp_path),))]
+        tasks = [Task(key="killer", arguments=(str(tmp_path / "died"),))]
         (outcome,) = run_tasks(client, kill_own_worker_once, tasks)
     assert outcome.result == "second life"
 
@@ -109,7 +111,7 @@ def test_a_scheduler_that_does_not_answer_is_an_error_with_its_address():
 
 def test_workers_of_another_version_are_refused_before_any_task_is_lost(client):
     check_workers(client, "distributed")
-    with pytest.raises(ClusterError, match="the driver runs pytest .* does not have it"):
+    with pytest.raises(ClusterError, match=r"the driver runs pytest .* does not have it"):
         check_workers(_WorkersWithout(client), "pytest")
 
 
