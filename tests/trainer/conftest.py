@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from featurestore import Clip, FeatureIdentity, FeatureStore, StoreWriter
 from featurestore.samples import Sample, Turn
 from trainer.config import OptimizerConfig, ProjectorConfig, TrainConfig
 from trainer.llm import FRESH_LLMS, FreshLLM
 from trainer.tokens import MemoryTokens
 
 COLOURS = ("red", "green", "blue")
+GRIDS = {"dinov2": ((4, 2, 2), 8, 1), "vivit": ((4, 2, 2), 6, 4)}  # grid, width, still period
 
 
 @pytest.fixture(autouse=True)
@@ -83,3 +86,84 @@ def config():
         checkpoint_every=2,
         keep_checkpoints=5,
     )
+
+
+@pytest.fixture
+def clips():
+    videos = [Clip(dataset="set", path=f"clip{index}.mp4", kind="video") for index in range(6)]
+    return [*videos, Clip(dataset="set", path="still.jpg", kind="image")]
+
+
+@pytest.fixture
+def tokens_of(clips):
+    random = np.random.default_rng(0)
+    return {
+        encoder: {
+            clip.clip_id: random.standard_normal((*identity(encoder).grid_of(clip.kind), width)).astype(np.float16)
+            for clip in clips
+        }
+        for encoder, (_, width, _) in GRIDS.items()
+    }
+
+
+@pytest.fixture
+def store(tmp_path, clips, tokens_of):
+    """Six videos and a still, two encoders; one clip failed for one of them."""
+    failed = [("vivit", clips[1].clip_id)]
+    write_store(tmp_path / "toy.zarr", clips, tokens_of, failed=failed).publish_snapshot()
+    return FeatureStore.open(tmp_path / "toy.zarr")
+
+
+@pytest.fixture
+def question_store(tmp_path, make_sample):
+    """18 training questions and 3 held-out ones about 21 videos, as a folder on disk."""
+    samples = [make_sample(index, split="train" if index < 18 else "heldout") for index in range(21)]
+    videos = [Clip(dataset="set", path=f"clip{index}.mp4", kind="video") for index in range(21)]
+    random = np.random.default_rng(1)
+    tokens = {
+        encoder: {c.clip_id: random.standard_normal((*grid, width)).astype(np.float16) for c in videos}
+        for encoder, (grid, width, _) in GRIDS.items()
+    }
+    path = tmp_path / "features" / "toy.zarr"
+    writer = write_store(path, videos, tokens)
+    writer.add_samples("toy-finetune", samples)
+    writer.publish_snapshot()
+    return path
+
+
+def identity(encoder):
+    grid, width, still_period = GRIDS[encoder]
+    return FeatureIdentity(
+        encoder=encoder,
+        architecture={"class": "Toy"},
+        weights_sha256="0" * 64,
+        layer="last",
+        num_frames=4,
+        frame_rule="linspace-32/8",
+        decode="frames/1",
+        preprocessing={},
+        still_period=still_period,
+        grid=grid,
+        pooling="adaptive-avg",
+        width=width,
+    )
+
+
+def write_store(path, clips, tokens, *, failed=()):
+    """A real store; `tokens`: encoder -> clip id -> float16 [T, H, W, D]; `failed` pairs are quarantined."""
+    writer = StoreWriter.open_or_create(path, block_rows={"video": 4, "image": 4})
+    rows = writer.add_clips(clips)
+    for encoder in GRIDS:
+        for kind in sorted({clip.kind for clip in clips}):
+            group = writer.ensure_group(kind, identity(encoder), batch_shape=1, weights_label="random:0")
+            mine = {row: clip for row, clip in rows if clip.kind == kind}
+            for block in sorted({row // 4 for row in mine}):
+                task = group.begin(block)
+                for row in range(block * 4, block * 4 + 4):
+                    if row in mine and (encoder, mine[row].clip_id) in failed:
+                        task.fail(row, "cannot be decoded")
+                    elif row in mine:
+                        values = {"tokens": tokens[encoder][mine[row].clip_id]}
+                        task.add(row, values, media_sha256="0" * 64, decoder="frames/1")
+                task.commit()
+    return writer

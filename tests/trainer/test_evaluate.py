@@ -10,8 +10,15 @@ from trainer.train import train
 
 
 @pytest.fixture
+def brief(tmp_path, config, samples, tokens):
+    """A run of one step: knows nothing, but is whole."""
+    train(replace(config, max_steps=1), samples, tokens, tmp_path / "run", is_quiet=True)
+    return load_run(tmp_path / "run")
+
+
+@pytest.fixture
 def trained(tmp_path, config, samples, tokens):
-    train(replace(config, max_steps=100, checkpoint_every=100), samples, tokens, tmp_path / "run", is_quiet=True)
+    train(replace(config, max_steps=60, checkpoint_every=60), samples, tokens, tmp_path / "run", is_quiet=True)
     return load_run(tmp_path / "run")
 
 
@@ -24,9 +31,9 @@ def test_a_model_that_knows_its_samples_answers_them(trained, samples, tokens):
     assert overall.chance == pytest.approx(1 / 3)
 
 
-def test_scores_do_not_depend_on_the_batch(trained, samples, tokens):
-    one_by_one = [a.scores for a in answer_all(trained.built, samples[:4], tokens, batch_size=1)]
-    together = [a.scores for a in answer_all(trained.built, samples[:4], tokens, batch_size=4)]
+def test_scores_do_not_depend_on_the_batch(brief, samples, tokens):
+    one_by_one = [a.scores for a in answer_all(brief.built, samples[:4], tokens, batch_size=1)]
+    together = [a.scores for a in answer_all(brief.built, samples[:4], tokens, batch_size=4)]
     for alone, batched in zip(one_by_one, together, strict=True):
         assert alone == pytest.approx(batched, abs=1e-4)
 
@@ -57,18 +64,18 @@ def test_an_option_replaces_the_last_answer_only(make_sample):
     assert [turn.text for turn in changed.turns] == ["<video>\nWhat colour is it?", "blue"]
 
 
-def test_tokens_of_another_identity_are_refused(trained, samples, tokens):
+def test_tokens_of_another_identity_are_refused(brief, samples, tokens):
     ids = [sample.clip_id for sample in samples]
-    check_identities(trained, tokens)
+    check_identities(brief, tokens)
     other = MemoryTokens(ids, {"dinov2": tokens.fetch(ids)["dinov2"]})
     with pytest.raises(UserError, match="trained on vivit tokens of identity memory:vivit, this source has none"):
-        check_identities(trained, other)
+        check_identities(brief, other)
 
 
-def test_a_report_holds_every_run_and_its_answers(trained, samples, tokens):
-    answers = list(answer_all(trained.built, samples[:3], tokens))
-    told = report(trained, answers, {"text": answers[:2]})
+def test_a_report_holds_every_run_and_its_answers(brief, samples, tokens):
+    answers = list(answer_all(brief.built, samples[:3], tokens))
+    told = report(brief, answers, {"text": answers[:2]})
     assert told["scores"][0]["questions"] == 3
     assert told["beside"]["text"][0]["questions"] == 2
     assert [row["sample_id"] for row in told["answers"]] == ["s000", "s001", "s002"]
-    assert told["data_digest"] == trained.record.data_digest
+    assert told["data_digest"] == brief.record.data_digest

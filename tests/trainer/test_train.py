@@ -35,11 +35,11 @@ def finished(tmp_path, config, samples, tokens):
 
 
 def test_a_small_model_learns_its_samples_by_heart(tmp_path, config, samples, tokens):
-    result = run_to_end(replace(config, max_steps=120, checkpoint_every=120), samples, tokens, tmp_path / "run")
+    result = run_to_end(replace(config, max_steps=100, checkpoint_every=100), samples, tokens, tmp_path / "run")
     found = losses(tmp_path / "run")
-    assert len(found) == result.steps == 120
+    assert len(found) == result.steps == 100
     assert found[0] > 1.5
-    assert found[-1] < 0.05
+    assert found[-1] < 0.1
 
 
 def test_the_first_loss_equals_a_hand_computation(finished, config, samples, tokens):

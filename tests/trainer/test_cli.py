@@ -1,0 +1,127 @@
+import json
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from trainer.cli import eval_main, train_main
+from trainer.config import overlay
+from trainer.recipes import RECIPES
+
+SMALL = {
+    "llm": "fresh:mini",
+    "projector": {"grid": [2, 2, 2]},
+    "max_steps": 3,
+    "batch_size": 6,
+    "micro_batch_size": 6,
+    "checkpoint_every": 2,
+}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, question_store):
+    """A working folder with features/toy.zarr and a config of some seconds."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(SMALL))
+    return tmp_path
+
+
+def call(command, *arguments):
+    return CliRunner().invoke(command, [str(argument) for argument in arguments])
+
+
+def train(*arguments):
+    return call(train_main, "--from-cache", "--recipe", "demo", "--config", "small.yaml", *arguments)
+
+
+def test_the_only_store_is_trained_from_and_the_run_answers_held_out_questions(here):
+    result = train("--out", "run", "--json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert (told["run"], told["steps"], told["num_steps"]) == ("run", 3, 3)
+    assert "train" in result.stderr  # progress is not among the results
+    assert train("--mode", "text-only", "--out", "words").exit_code == 0
+
+    result = call(eval_main, "run", "--checkpoint", "run", "--beside", "words", "--json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told["scores"][0]["questions"] == told["beside"]["words"][0]["questions"] == 3
+    assert told["scores"][0]["chance"] == pytest.approx(1 / 3)
+
+    result = call(eval_main, "run", "--checkpoint", "run", "--beside", "words")
+    assert "colour" in result.stdout
+    assert "chance" in result.stdout
+
+
+def test_resume_auto_is_one_command_for_the_first_start_and_the_next(here):
+    assert json.loads(train("--out", "run", "--resume", "auto", "--json").stdout)["steps"] == 3
+    assert train("--out", "run").exit_code == 1
+    assert json.loads(train("--out", "run", "--resume", "auto", "--json").stdout)["steps"] == 3
+
+
+def test_resume_run_needs_nothing_but_the_run(here):
+    train("--out", "run")
+    result = call(train_main, "--resume", "run", "--json")
+    assert json.loads(result.stdout)["run"] == "run", result.output
+
+
+def test_a_dry_run_writes_nothing(here):
+    result = train("--out", "run", "--dry-run", "--json")
+    told = json.loads(result.stdout)
+    assert (told["samples"], told["visual_tokens"], told["steps"]) == (18, 8, 3)
+    assert set(told["parameters"]) == {"projectors", "fusion", "llm"}
+    assert not (here / "run").exists()
+
+
+def test_options_win_over_the_file_and_the_file_over_the_recipe(here):
+    result = train("--out", "run", "--fusion", "equal_mix", "--projector", "gelu-mlp")
+    assert result.exit_code == 0, result.output
+    written = overlay(RECIPES["demo"], yaml.safe_load((here / "run/config.yaml").read_text()))
+    assert (written.fusion.name, written.projector.head) == ("equal_mix", "gelu-mlp")
+    assert (written.projector.grid, written.max_steps) == ((2, 2, 2), 3)
+    assert written.projector.standardise == RECIPES["demo"].projector.standardise
+
+
+def error_of(result):
+    assert result.exit_code == 1, result.output
+    assert "Traceback" not in result.output
+    return result.stderr
+
+
+def test_two_stores_are_an_error_that_lists_them(here):
+    (here / "features/other.zarr").mkdir()
+    assert "2 stores under features/: features/other.zarr, features/toy.zarr" in error_of(train())
+
+
+def test_no_store_is_an_error_that_says_how_to_make_one(here, monkeypatch):
+    (here / "empty").mkdir()
+    monkeypatch.chdir(here / "empty")
+    assert "merv-pipeline extract" in error_of(call(train_main, "--from-cache", "--recipe", "demo"))
+    assert "give --from-cache STORE" in error_of(call(train_main, "--recipe", "demo")).replace("Give", "give")
+    assert "no feature store at nowhere" in error_of(call(train_main, "--from-cache", "nowhere", "--recipe", "demo"))
+
+
+def test_an_unknown_setting_in_the_file_names_the_nearest(here):
+    (here / "small.yaml").write_text("fusion: {nmae: first}\n")
+    assert "unknown setting 'fusion.nmae'; did you mean 'fusion.name'?" in error_of(train())
+
+
+def test_an_unknown_encoder_lists_those_of_the_store(here):
+    (here / "small.yaml").write_text(yaml.safe_dump({**SMALL, "encoders": ["siglip"]}))
+    assert "unknown encoder 'siglip'. Known: dinov2, vivit" in error_of(train())
+
+
+def test_an_llm_that_is_nowhere_says_what_can_be_given(here):
+    assert "LLM './nowhere' cannot be loaded" in error_of(train("--llm", "./nowhere"))
+
+
+def test_a_folder_that_is_no_run_is_an_error(here):
+    assert "nothing holds no checkpoint" in error_of(call(eval_main, "run", "--checkpoint", "nothing"))
+    assert "nothing is not a run" in error_of(call(train_main, "--resume", "nothing"))
+
+
+@pytest.mark.parametrize("command", [train_main, eval_main])
+def test_help_says_what_the_command_does(command):
+    result = call(command, "--help")
+    assert result.exit_code == 0
+    assert "Options:" in result.stdout
