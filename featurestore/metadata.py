@@ -29,7 +29,8 @@ ITEM_SIZES: dict[str, int] = {"float16": 2, "float32": 4, "uint16": 2, "uint8": 
 CODECS: tuple[str, ...] = ("blosc", "none")
 BLOSC_BLOCK_BYTES = 1 << 20  # automatic blocks at level 1 compress 1.27x where this gives 1.45x
 MAX_CHUNK_BYTES = 512 << 20  # a clip's raw grid is under 20 MiB; a larger claim is hostile
-_INDEX_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+_LITTLE_ENDIAN: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
+_INDEX_CODECS = [_LITTLE_ENDIAN, {"name": "crc32c"}]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,8 @@ class ArraySpec:
 
     def document(self) -> bytes:
         """The array's zarr.json."""
-        inner: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}]
+        # Single bytes have no order, and zarr-python names none.
+        inner: list[dict[str, Any]] = [_LITTLE_ENDIAN if ITEM_SIZES[self.dtype] > 1 else {"name": "bytes"}]
         if self.codec == "blosc":
             blosc = {"cname": "zstd", "clevel": 1, "shuffle": "shuffle", "typesize": ITEM_SIZES[self.dtype]}
             inner.append({"name": "blosc", "configuration": blosc | {"blocksize": BLOSC_BLOCK_BYTES}})

@@ -13,6 +13,7 @@ import shutil
 import socket
 import time
 import uuid
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -97,6 +98,7 @@ class LocalObjects:
         self.root = os.path.realpath(root)
         self._run = f"{_process_space()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._count = 0
+        weakref.finalize(self, _remove_if_empty, os.path.join(self.root, TEMPORARY, self._run))
         self._checked_folders: set[str] = set()
 
     def __reduce__(self) -> tuple:
@@ -159,7 +161,7 @@ class LocalObjects:
             shutil.rmtree(os.path.join(self.root, TEMPORARY, name), ignore_errors=True)
 
     def abandoned(self) -> list[str]:
-        """Names in tmp/ that no living process owns."""
+        """Names of temporary folders that no living process owns."""
         return [name for name in self.list_names(TEMPORARY) if self._is_abandoned(name)]
 
     def _is_abandoned(self, name: str) -> bool:
@@ -213,6 +215,8 @@ class LocalObjects:
 class LocalObject:
     """An open file of a `LocalObjects`."""
 
+    _file = -1  # until it is open
+
     def __init__(self, path: str) -> None:
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self.size = os.fstat(self._file).st_size
@@ -238,6 +242,11 @@ class LocalObject:
 
     def __del__(self) -> None:
         self.close()
+
+
+def _remove_if_empty(folder: str) -> None:
+    with suppress(OSError):
+        os.rmdir(folder)
 
 
 @cache

@@ -290,7 +290,8 @@ class _Verification:
 
     def _strays(self) -> None:
         for name in self.objects.abandoned():
-            self.found(f"{TEMPORARY}/{name}", "was left by an interrupted run; the next extract sweeps it")
+            if self.objects.list_names(f"{TEMPORARY}/{name}"):
+                self.found(f"{TEMPORARY}/{name}", "was left by an interrupted run; the next extract sweeps it")
         root = Path(self.objects.root)
         for folder in ("", PARTS, SAMPLES, SNAPSHOTS, JOURNAL):
             for name in self.objects.list_names(folder):

@@ -1,0 +1,123 @@
+"""Small real stores for the tests of this room."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from featurestore.clips import Clip
+from featurestore.identity import FeatureIdentity
+from featurestore.store import FeatureStore
+from featurestore.writer import StoreWriter
+
+SHA256 = "b" * 64
+BASE = FeatureIdentity(
+    encoder="dinov2",
+    architecture={"class": "Tiny", "hidden_size": 8},
+    weights_sha256="a" * 64,
+    layer="output of block 1 of 2",
+    num_frames=16,
+    frame_rule="linspace-32/2",
+    decode="frames/1",
+    preprocessing={"size": 28},
+    still_period=2,
+    grid=(4, 2, 2),
+    pooling="adaptive-avg",
+    width=8,
+)
+
+
+def tiny_identity(**changes) -> FeatureIdentity:
+    return replace(BASE, **changes)
+
+
+def video(number: int, dataset: str = "tiny") -> Clip:
+    return Clip(dataset=dataset, path=f"videos/{number}.mp4", kind="video")
+
+
+def image(number: int, dataset: str = "tiny") -> Clip:
+    return Clip(dataset=dataset, path=f"images/{number}.jpg", kind="image")
+
+
+def floats_of(clip: Clip, identity: FeatureIdentity, noise: int = 0) -> dict[str, np.ndarray]:
+    """The float32 arrays of a clip: a pure function of clip and identity, as an encoder is."""
+    time, height, width = identity.grid_of(clip.kind)
+    rng = np.random.default_rng(zlib.crc32(f"{clip.clip_id} {identity.encoder} {noise}".encode()))
+    arrays = {"tokens": rng.standard_normal((time, height, width, identity.width)).astype(np.float32)}
+    if identity.prefix_tokens:
+        shape = (time, identity.prefix_tokens, identity.width)
+        arrays["prefix"] = rng.standard_normal(shape).astype(np.float32)
+    return arrays
+
+
+@dataclass
+class Kit:
+    """A store in the making and what was put into it."""
+
+    path: Path
+    block_rows: dict[str, int] = field(default_factory=lambda: {"video": 4, "image": 3})
+
+    def writer(self) -> StoreWriter:
+        return StoreWriter.open_or_create(self.path, block_rows=self.block_rows)
+
+    def group(self, identity: FeatureIdentity, kind: str = "video", **options):
+        options = {"batch_shape": 2, "weights_label": "random:0"} | options
+        return self.writer().ensure_group(kind, identity, **options)
+
+    def fill(self, identity: FeatureIdentity = BASE, *, broken: tuple[str, ...] = (), noise: int = 0, **options) -> str:
+        """Commit every missing block of both kinds; clips whose path is in `broken` fail. Returns the snapshot."""
+        writer = self.writer()
+        rows = clips_by_row(writer)
+        for kind in ("video", "image"):
+            if writer.sealed_blocks(kind):
+                group = self.group(identity, kind, **options)
+                for block in group.missing_blocks():
+                    fill_block(group.begin(block), rows[kind], identity, broken, noise).commit()
+        return writer.publish_snapshot()
+
+    def open(self) -> FeatureStore:
+        return FeatureStore.open(self.path)
+
+
+def clips_by_row(writer: StoreWriter) -> dict[str, dict[int, Clip]]:
+    from featurestore.clips import table_to_clips
+
+    rows: dict[str, dict[int, Clip]] = {"video": {}, "image": {}}
+    for row, clip in table_to_clips(writer.clips()):
+        rows[clip.kind][row] = clip
+    return rows
+
+
+def fill_block(block_writer, clips, identity, broken=(), noise=0):
+    for row in sorted(block_writer.planned):
+        if clips[row].path in broken:
+            block_writer.fail(row, "the file is cut off")
+        else:
+            arrays = floats_of(clips[row], identity, noise)
+            block_writer.add(row, arrays, media_sha256=SHA256, decoder="frames/1")
+    return block_writer
+
+
+@pytest.fixture
+def kit(tmp_path) -> Kit:
+    return Kit(tmp_path / "store.zarr")
+
+
+@pytest.fixture(scope="session")
+def make():
+    """The plain functions above, for tests that need them (test folders are not packages)."""
+
+    class Make:
+        identity = staticmethod(tiny_identity)
+        video = staticmethod(video)
+        image = staticmethod(image)
+        floats = staticmethod(floats_of)
+        fill_block = staticmethod(fill_block)
+        clips_by_row = staticmethod(clips_by_row)
+        kit = Kit
+
+    return Make

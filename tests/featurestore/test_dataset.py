@@ -1,0 +1,66 @@
+"""The torch dataset: lazily opened, the same from any worker."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from featurestore import FeatureDataset
+from featurestore.errors import UserError
+from featurestore.samples import Sample, Turn
+
+IDS = [f"tiny/videos/{n}.mp4" for n in range(4)]
+
+
+@pytest.fixture
+def store(kit, make):
+    kit.writer().add_clips([make.video(n) for n in range(4)])
+    kit.fill()
+    kit.fill(make.identity(encoder="vivit", storage_dtype="bfloat16"))
+    return kit.open()
+
+
+def test_items_are_tokens_per_encoder(store):
+    item = FeatureDataset(store, IDS, ["dinov2", "vivit"])[2]
+    assert item["clip_id"] == IDS[2]
+    assert torch.equal(item["dinov2"], torch.from_numpy(store.read(IDS, encoder="dinov2")[2]))
+    assert item["dinov2"].dtype == torch.float16
+    assert item["vivit"].dtype == torch.float32
+
+
+def test_samples_come_along_and_text_has_no_tokens(store):
+    turns = (Turn(role="human", text="what?"), Turn(role="gpt", text="that"))
+    samples = [
+        Sample(sample_id=str(n), clip_id=clip_id, turns=turns, stage="align", source="x")
+        for n, clip_id in enumerate([IDS[3], None])
+    ]
+    batch = FeatureDataset(store, samples, ["dinov2"]).__getitems__([1, 0])
+    assert [record["sample"] for record in batch] == [samples[1], samples[0]]
+    assert ["dinov2" in record for record in batch] == [False, True]
+
+
+def test_a_pickled_dataset_opens_its_store_anew(store):
+    dataset = FeatureDataset(store, IDS, ["dinov2"])
+    again = pickle.loads(pickle.dumps(dataset))
+    assert again._store is None
+    assert torch.equal(again[1]["dinov2"], dataset[1]["dinov2"])
+    assert again.store.snapshot == store.snapshot
+
+
+def test_a_spawned_loader_worker_reads_what_the_process_itself_reads(store):
+    dataset = FeatureDataset(store, IDS, ["dinov2"])
+    loader = DataLoader(dataset, batch_size=2, num_workers=1, multiprocessing_context="spawn", collate_fn=list)
+    records = [record for batch in loader for record in batch]
+    assert [record["clip_id"] for record in records] == IDS
+    assert torch.equal(
+        torch.stack([record["dinov2"] for record in records]),
+        torch.from_numpy(store.read(IDS, encoder="dinov2")),
+    )
+
+
+def test_unknown_encoders_are_refused_at_once(store):
+    with pytest.raises(UserError, match=r"\['clip'\] are not in this store; it has: dinov2, vivit"):
+        FeatureDataset(store, IDS, ["clip"])

@@ -1,0 +1,51 @@
+"""The lease tells drivers of each other and never stands in the way for long."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+from featurestore.errors import UserError
+from featurestore.lease import StoreLease
+
+
+def test_a_second_driver_is_told_who_works_and_may_start_when_the_first_is_done(tmp_path):
+    with (
+        StoreLease(tmp_path, "run-1") as first,
+        pytest.raises(UserError, match=f"run-1 on .*, process {os.getpid()}"),
+        StoreLease(tmp_path, "run-2"),
+    ):
+        pass
+    assert first.holder() is None
+    with StoreLease(tmp_path, "run-2") as second:
+        assert second.holder()["run"] == "run-2"
+
+
+def test_a_lease_whose_holder_stopped_touching_it_is_taken_over(tmp_path):
+    abandoned = StoreLease(tmp_path, "killed")
+    (tmp_path / "tmp").mkdir()
+    assert abandoned._try_create()
+    os.utime(tmp_path / "tmp" / "driver.lease", (time.time() - 300,) * 2)
+    with StoreLease(tmp_path, "next") as lease:
+        assert lease.holder()["run"] == "next"
+
+
+def test_the_holder_keeps_its_lease_fresh(tmp_path):
+    file = tmp_path / "tmp" / "driver.lease"
+    with StoreLease(tmp_path, "run", stale_after_s=0.2):
+        os.utime(file, (0, 0))
+        deadline = time.monotonic() + 10
+        while file.stat().st_mtime < 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert file.stat().st_mtime > 1
+
+
+def test_a_lease_that_somebody_else_took_is_left_to_them(tmp_path):
+    lease = StoreLease(tmp_path, "old")
+    with lease:
+        (tmp_path / "tmp" / "driver.lease").write_text('{"host": "other", "pid": 1, "run": "new"}')
+    assert lease.holder()["run"] == "new"
+    (tmp_path / "tmp" / "driver.lease").write_text("not json")
+    assert lease.holder() is None

@@ -1,0 +1,263 @@
+"""FeatureStore: what outside readers rely on, for every storage dtype and codec."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+
+from featurestore import FeatureStore
+from featurestore.errors import (
+    ClipUnavailableError,
+    StoreDamagedError,
+    StoreError,
+    StoreFormatError,
+    StoreNotFoundError,
+    UserError,
+)
+from featurestore.samples import Sample, Turn
+
+BOUNDS = {"float16": 2e-3, "bfloat16": 1.6e-2, "uint8": 1.5e-2}  # of normal values within 4.5
+VIDEOS = [f"tiny/videos/{n}.mp4" for n in range(6)]
+IMAGES = [f"tiny/images/{n}.jpg" for n in range(4)]
+
+
+@pytest.fixture(params=list(BOUNDS))
+def storage_dtype(request):
+    return request.param
+
+
+@pytest.fixture
+def filled(kit, make):
+    """A store with 6 videos and 4 stills of one encoder."""
+
+    def fill(broken=(), codec=None, **identity):
+        kit.writer().add_clips([*(make.video(n) for n in range(6)), *(make.image(n) for n in range(4))])
+        kit.fill(make.identity(**identity), broken=broken, codec=codec)
+        return kit.open()
+
+    return fill
+
+
+def expected(make, store, clip_id):
+    """The floats that went in, with the time steps of a still repeated."""
+    number = int(clip_id.split("/")[-1].split(".")[0])
+    clip = make.video(number) if "videos" in clip_id else make.image(number)
+    tokens = make.floats(clip, store.encoders["dinov2"])["tokens"]
+    return tokens[np.arange(4) % len(tokens)]
+
+
+@pytest.mark.parametrize("codec", ["blosc", "none"])
+def test_every_clip_reads_back_within_its_dtypes_bound(filled, make, storage_dtype, codec):
+    store = filled(storage_dtype=storage_dtype, codec=codec)
+    ids = [VIDEOS[5], IMAGES[3], VIDEOS[0], IMAGES[0], VIDEOS[0]]
+    tokens_BTHWD = store.read(ids, encoder="dinov2")
+    assert tokens_BTHWD.shape == (5, 4, 2, 2, 8)
+    assert tokens_BTHWD.dtype == (np.float16 if storage_dtype == "float16" else np.float32)
+    for clip_id, tokens_THWD in zip(ids, tokens_BTHWD, strict=True):
+        assert np.abs(tokens_THWD - expected(make, store, clip_id)).max() <= BOUNDS[storage_dtype]
+
+
+@pytest.mark.parametrize("frames", [slice(1, 3), slice(None, None, 2), [3, 0], np.array([2]), slice(0, 0)])
+def test_frames_pick_time_steps_of_videos_and_stills_alike(filled, storage_dtype, frames):
+    store = filled(storage_dtype=storage_dtype)
+    ids = [VIDEOS[1], IMAGES[1]]
+    whole = store.read(ids, encoder="dinov2")
+    assert np.array_equal(store.read(ids, encoder="dinov2", frames=frames), whole[:, frames])
+
+
+def test_frames_outside_the_grid_are_an_error(filled):
+    with pytest.raises(UserError, match=r"frames must be 0\.\.3, got \[4\]"):
+        filled().read(VIDEOS[:1], encoder="dinov2", frames=[4])
+
+
+def test_prefix_tokens_are_read_beside(filled, make, storage_dtype):
+    store = filled(storage_dtype=storage_dtype, prefix_tokens=3)
+    prefix_BTKD = store.read_prefix([VIDEOS[2], IMAGES[2]], encoder="dinov2")
+    assert prefix_BTKD.shape == (2, 4, 3, 8)
+    exact = make.floats(make.video(2), store.encoders["dinov2"])["prefix"]
+    assert np.abs(prefix_BTKD[0] - exact).max() <= BOUNDS[storage_dtype]
+    assert np.array_equal(prefix_BTKD[1, 2:], prefix_BTKD[1, :2])
+
+
+def test_a_store_without_prefix_tokens_says_so(filled):
+    with pytest.raises(UserError, match="stored without prefix tokens"):
+        filled().read_prefix(VIDEOS[:1], encoder="dinov2")
+
+
+def test_no_clips_give_an_empty_batch(filled):
+    assert filled().read([], encoder="dinov2").shape == (0, 4, 2, 2, 8)
+
+
+def test_clips_tell_what_is_committed(filled, make):
+    table = filled(broken=("videos/2.mp4",)).clips
+    names = ["clip_id", "dataset", "path", "start_s", "end_s", "end_frame", "kind", "dinov2"]
+    assert table.column_names == names
+    assert table["clip_id"].to_pylist() == VIDEOS + IMAGES
+    assert table["dinov2"].to_pylist() == [True, True, False] + [True] * 7
+    assert table["kind"].to_pylist() == ["video"] * 6 + ["image"] * 4
+
+
+def test_what_cannot_be_read_is_named(filled):
+    store = filled(broken=("videos/2.mp4",))
+    with pytest.raises(ClipUnavailableError, match=r"1 of 2 clips have no committed tokens of dinov2.*'tiny/videos/2"):
+        store.read(VIDEOS[1:3], encoder="dinov2")
+    with pytest.raises(ClipUnavailableError, match=r"'tiny/videos/99\.mp4' is not in this store's snapshot"):
+        store.read(["tiny/videos/99.mp4"], encoder="dinov2")
+    with pytest.raises(UserError, match="encoder 'vivit' is not in this store; it has: dinov2"):
+        store.read(VIDEOS[:1], encoder="vivit")
+    with pytest.raises(UserError, match="clip_ids must be a list"):
+        store.read(VIDEOS[0], encoder="dinov2")
+
+
+def test_two_identities_of_an_encoder_get_keys_with_their_id(filled, kit, make):
+    filled()
+    raw = make.identity(pooling="none")
+    kit.fill(raw, new_identity=True)
+    kit.fill(make.identity(encoder="vivit"))
+    store = kit.open()
+    keys = sorted(f"dinov2@{identity.id[:6]}" for identity in (raw, make.identity()))
+    assert list(store.encoders) == [*keys, "vivit"]
+    assert store.encoders[f"dinov2@{raw.id[:6]}"] == raw
+    with pytest.raises(UserError, match=f"several identities; name one of: {keys[0]}, {keys[1]}"):
+        store.read(VIDEOS[:1], encoder="dinov2")
+    assert store.read(VIDEOS[:1], encoder=keys[0]).shape == (1, 4, 2, 2, 8)
+    assert set(keys) <= set(store.clips.column_names)
+
+
+def test_quarantine_lists_failures_of_clips_and_of_one_encoder(filled, kit, make):
+    filled(broken=("videos/2.mp4",))
+    vivit = make.identity(encoder="vivit")
+    writer = kit.writer()
+    group = kit.group(vivit)
+    clips = make.clips_by_row(writer)["video"]
+    for block in group.missing_blocks():
+        block_writer = group.begin(block)
+        for row in sorted(block_writer.planned):
+            arrays = make.floats(clips[row], vivit)
+            arrays["tokens"] *= 1e6 if row == 4 else 1
+            block_writer.add(row, arrays, media_sha256=None, decoder=None)
+        block_writer.commit()
+    writer.publish_snapshot()
+    found = [(row["clip_id"], row["encoder"], row["scope"], row["reason"]) for row in kit.open().quarantine.to_pylist()]
+    assert found == [
+        (VIDEOS[2], "dinov2", "clip", "the file is cut off"),
+        (VIDEOS[4], "vivit", "encoder", "tokens overflow float16; store it as bfloat16 (--storage-dtype bfloat16)"),
+    ]
+
+
+def test_samples_come_back_by_name_and_all_together(kit, make):
+    def sample(number):
+        turns = (Turn(role="human", text="what?"), Turn(role="gpt", text="that"))
+        return Sample(sample_id=str(number), clip_id=None, turns=turns, stage="align", source="x")
+
+    writer = kit.writer()
+    writer.add_samples("b", [sample(1)])
+    writer.add_samples("a", [sample(2)])
+    writer.add_samples("b", [sample(3), sample(1)])
+    writer.publish_snapshot()
+    store = kit.open()
+    assert store.sample_names == ["a", "b"]
+    assert [s.sample_id for s in store.samples("b")] == ["3", "1"]
+    assert [s.sample_id for s in store.samples()] == ["2", "3", "1"]
+    with pytest.raises(UserError, match="samples 'c' are not in this store; it has: a, b"):
+        store.samples("c")
+
+
+def test_the_data_digest_follows_the_data_and_not_the_store(filled, kit, make, tmp_path):
+    store = filled()
+    digest = store.data_digest(VIDEOS[:3], ["dinov2"])
+    assert digest == store.data_digest(reversed(VIDEOS[:3]), ["dinov2"])
+    shutil.copytree(kit.path, tmp_path / "copy")
+    assert FeatureStore.open(tmp_path / "copy").data_digest(VIDEOS[:3], ["dinov2"]) == digest
+    union = make.kit(tmp_path / "union", block_rows={"video": 2, "image": 2})
+    union.writer().add_clips([make.video(n) for n in (9, 2, 1, 0)])
+    union.fill(make.identity())
+    assert union.open().data_digest(VIDEOS[:3], ["dinov2"]) == digest
+    other = make.kit(tmp_path / "other")
+    other.writer().add_clips([make.video(n) for n in range(3)])
+    other.fill(make.identity(), noise=1)
+    digests = {digest, other.open().data_digest(VIDEOS[:3], ["dinov2"]), store.data_digest(VIDEOS[:2], ["dinov2"])}
+    assert len(digests) == 3
+
+
+def test_info_sums_rows_and_bytes(filled, kit):
+    info = filled(broken=("videos/2.mp4",)).info()
+    (group,) = info["groups"].values()
+    assert info["clips"] == {"video": 6, "image": 4}
+    assert group["rows"]["video"] == {"ok": 5, "failed": 1, "skipped": 0, "empty": 2}
+    assert group["weights"] == "random:0"
+    shards = [path for kind in ("video", "image") for path in (kit.path / kind).rglob("c/*/*/*/*/*")]
+    assert info["stored_bytes"] == group["stored_bytes"] == sum(path.stat().st_size for path in shards)
+
+
+def test_a_store_pickles_as_its_place_and_snapshot(filled, kit, make):
+    store = filled()
+    store.read(VIDEOS, encoder="dinov2")
+    data = pickle.dumps(store)
+    assert len(data) < 500
+    kit.writer().add_clips([make.video(7)])
+    kit.fill()
+    again = pickle.loads(data)
+    assert again.snapshot == store.snapshot
+    assert np.array_equal(again.read(VIDEOS, encoder="dinov2"), store.read(VIDEOS, encoder="dinov2"))
+
+
+def test_a_path_without_a_store_says_how_to_make_one(tmp_path):
+    for path in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(StoreNotFoundError, match="make one with `merv-pipeline extract --store"):
+            FeatureStore.open(path)
+    with pytest.raises(UserError, match="stores are read from a folder"):
+        FeatureStore.open("s3://bucket/store.zarr")
+
+
+def test_a_store_without_a_snapshot_says_how_to_get_one(kit):
+    kit.writer()
+    with pytest.raises(StoreError, match="has no snapshot yet"):
+        kit.open()
+
+
+def test_a_newer_format_is_refused_with_its_number(filled, kit):
+    filled()
+    document = json.loads((kit.path / "zarr.json").read_text())
+    document["attributes"]["merv_cache"]["format"] = 2
+    (kit.path / "zarr.json").write_text(json.dumps(document))
+    with pytest.raises(StoreFormatError, match="format 2, this version reads format 1; update merv-pipeline"):
+        kit.open()
+
+
+def test_a_flipped_bit_in_a_row_is_an_error_not_a_wrong_number(filled, kit):
+    store = filled()
+    file = next((kit.path / "video").rglob("tokens/c/0/0/0/0/0"))
+    data = bytearray(file.read_bytes())
+    data[3] ^= 64
+    file.write_bytes(data)
+    with pytest.raises(StoreDamagedError, match=r"checksum; run `merv-pipeline verify`"):
+        store.read(VIDEOS[:1], encoder="dinov2")
+    file.unlink()
+    with pytest.raises(StoreDamagedError, match="is missing though its receipt is there"):
+        kit.open().read(VIDEOS[:1], encoder="dinov2")
+
+
+def test_arrays_that_somebody_wrote_with_other_codecs_are_read_through_zarr(filled, kit):
+    import zarr
+
+    store = filled()
+    before = store.read(VIDEOS, encoder="dinov2")
+    place = next((kit.path / "video").glob("dinov2-*")) / "tokens"
+    values = zarr.open_array(place, mode="r")[:]
+    shutil.rmtree(place)
+    zarr.create_array(place, data=values, chunks=(2, 4, 2, 2, 8), compressors=zarr.codecs.GzipCodec())
+    assert np.array_equal(kit.open().read(VIDEOS, encoder="dinov2"), before)
+
+
+def test_importing_the_room_loads_nothing_heavy():
+    import subprocess
+    import sys
+
+    program = "import sys, featurestore; print([m for m in ('torch', 'zarr', 'pyarrow', 'numpy') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,138 @@
+"""Damage is found: any flipped bit, any missing or foreign file."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from featurestore.errors import StoreNotFoundError, UserError
+from featurestore.samples import Sample, Turn
+from featurestore.verify import verify_store
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory, make):
+    """A store with both kinds, every array, failures, a retry, samples, journals and two snapshots."""
+    kit = make.kit(tmp_path_factory.mktemp("sound") / "store.zarr")
+    writer = kit.writer()
+    turns = (Turn(role="human", text="what?"), Turn(role="gpt", text="that"))
+    writer.add_clips([*(make.video(n) for n in range(6)), *(make.image(n) for n in range(2))])
+    writer.add_samples("mix", [Sample(sample_id="1", clip_id=None, turns=turns, stage="align", source="x")])
+    kit.fill(broken=("videos/1.mp4",))
+    writer.add_clips([make.video(1)], retry=True)
+    writer.add_samples("mix", [Sample(sample_id="2", clip_id=None, turns=turns, stage="align", source="x")])
+    kit.fill(make.identity(encoder="vivit", storage_dtype="uint8", prefix_tokens=2))
+    kit.fill()
+    writer.journal("run-1-driver", {"host": "h", "seconds": 1.5})
+    return kit
+
+
+@pytest.fixture
+def store(sound, tmp_path):
+    shutil.copytree(sound.path, tmp_path / "copy.zarr")
+    return tmp_path / "copy.zarr"
+
+
+def files_of(path):
+    return sorted(file for file in path.rglob("*") if file.is_file() and "tmp" not in file.parts[-3:])
+
+
+def test_a_sound_store_has_no_findings(sound):
+    assert verify_store(sound.path) == []
+    assert verify_store(sound.path, "full") == []
+
+
+def test_every_one_of_300_random_flipped_bits_is_found(store):
+    rng, files = random.Random(0), files_of(store)
+    for _ in range(300):
+        file = rng.choice(files)
+        data = bytearray(file.read_bytes())
+        bit = rng.randrange(len(data) * 8)
+        data[bit // 8] ^= 1 << bit % 8
+        original = file.read_bytes()
+        file.write_bytes(data)
+        assert verify_store(store, "full") != [], f"bit {bit} of {file.relative_to(store)}"
+        file.write_bytes(original)
+
+
+def test_every_missing_file_is_found_and_named(store):
+    optional = ("journal/", "snapshots/")  # no digest names the last of these
+    for file in files_of(store):
+        key, data = file.relative_to(store).as_posix(), file.read_bytes()
+        if key.startswith(optional) or key == "zarr.json":
+            continue
+        file.unlink()
+        found = verify_store(store, "full")
+        assert found, f"{key} is missing and nobody noticed"
+        file.write_bytes(data)
+
+
+def test_quick_finds_what_is_cut_short_without_reading_it(store):
+    shard = next((store / "video").rglob("tokens/c/0/0/0/0/0"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    (finding,) = verify_store(store)
+    assert finding.key == shard.relative_to(store).as_posix()
+    assert "its receipt says" in finding.problem
+
+
+def test_a_flipped_bit_in_a_shard_is_full_work(store):
+    shard = next((store / "video").rglob("tokens/c/0/0/0/0/0"))
+    data = bytearray(shard.read_bytes())
+    data[10] ^= 1
+    shard.write_bytes(data)
+    assert verify_store(store) == []
+    assert [finding.problem for finding in verify_store(store, "full")] == ["does not match its receipt's sha256"]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "notes.txt",
+        "clips/part-00000.parquet.partial",
+        "samples/x.tmp",
+        "journal/a b",
+        "video/readme",
+        "receipts/x.json",
+    ],
+)
+def test_strays_are_found(store, key):
+    (store / key).write_text("x")
+    assert [(finding.key, finding.problem) for finding in verify_store(store)] == [
+        (key, "is no file of a feature store")
+    ]
+
+
+def test_a_shard_without_a_receipt_is_work_in_progress(store):
+    group = next((store / "video").glob("vivit-*"))
+    shutil.copy(group / "tokens/c/0/0/0/0/0", group / "tokens/c/1/0/0/0/new")
+    (group / "tokens/c/9/0/0/0").mkdir(parents=True)
+    shutil.copy(group / "tokens/c/0/0/0/0/0", group / "tokens/c/9/0/0/0/0")
+    assert [finding.key.split("/")[-1] for finding in verify_store(store, "full")] == ["new"]
+
+
+def test_files_of_a_killed_run_are_found_and_swept_by_the_next(store, sound):
+    program = (
+        "import os, signal, sys; from featurestore.objects import LocalObjects;"
+        "place = LocalObjects(sys.argv[1]); place._write_temporary(b'half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", program, str(store)], check=False)
+    (finding,) = verify_store(store)
+    assert "was left by an interrupted run" in finding.problem
+    type(sound)(store).writer()
+    assert verify_store(store) == []
+
+
+def test_rows_given_out_after_the_last_snapshot_are_not_damage(store, make, sound):
+    type(sound)(store).writer().add_clips([make.video(20)])
+    assert verify_store(store, "full") == []
+
+
+def test_a_path_without_a_store_and_an_unknown_level_are_mistakes(tmp_path, sound):
+    with pytest.raises(StoreNotFoundError, match="give the folder that holds its zarr"):
+        verify_store(tmp_path)
+    with pytest.raises(UserError, match="level must be one of quick, full"):
+        verify_store(sound.path, "deep")
