@@ -24,7 +24,7 @@ from pipeline.media import FrameFolder, frame_order
 
 NAME = "pillow"
 FOLDER_FPS = 3.0
-IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")  # Pillow's others include scripts (EPS)
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow's others include scripts (EPS)
 
 
 def read_image(source: Source, collector: FrameCollector) -> Reading:
