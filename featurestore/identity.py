@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any, Literal
 
 from featurestore.errors import StoreFormatError, UserError
@@ -51,7 +52,7 @@ class FeatureIdentity:
             raise UserError(f"encoder names are lower case letters, digits, '_' and '.', got {self.encoder!r}")
         object.__setattr__(self, "grid", tuple(self.grid))
 
-    @property
+    @cached_property
     def id(self) -> str:
         """First 12 hex digits of the sha256 of the canonical JSON."""
         return hashlib.sha256(canonical_json(self.to_dict()).encode()).hexdigest()[:IDENTITY_LENGTH]

@@ -11,7 +11,6 @@ and snapshot: loader workers open it anew, on first use.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -25,22 +24,20 @@ from featurestore.errors import (
     ClipUnavailableError,
     StoreDamagedError,
     StoreError,
-    StoreFormatError,
     StoreNotFoundError,
     UserError,
 )
 from featurestore.identity import FeatureIdentity
 from featurestore.journal import parse_journal
 from featurestore.layout import JOURNAL, ROOT_METADATA, journal_key, journal_names
+from featurestore.local_objects import LocalObjects
+from featurestore.lookup import ClipLines, Frames, encoder_keys, time_steps
 from featurestore.metadata import parse_root
-from featurestore.objects import LocalObjects
 from featurestore.parts import read_table
 from featurestore.reader import GroupReader, ShardCache
 from featurestore.samples import SAMPLE_SCHEMA, Sample, table_to_samples
 from featurestore.snapshot_table import column
 from featurestore.snapshots import load_snapshot, newest_snapshot_id, read_snapshot_table
-
-Frames = slice | Sequence[int] | np.ndarray | None
 
 
 class FeatureStore:
@@ -53,13 +50,13 @@ class FeatureStore:
         self._record = load_snapshot(self._objects, snapshot)
         self._cache = ShardCache(self._objects)
         self._readers: dict[tuple[str, str], GroupReader] = {}
-        self._groups = _encoder_keys(self._record.groups)
+        self._groups = encoder_keys(self._record.groups)
         names = [column(group, "row") for group in self._groups.values()]
         table = read_snapshot_table(self._objects, self._record, ["clip_id", "kind", *names])
         self._clip_ids = table["clip_id"].combine_chunks()
         self._is_image = table["kind"].to_numpy(zero_copy_only=False) == "image"
         self._rows = {group: table[column(group, "row")].to_numpy() for group in self._groups.values()}
-        self._line_of: _LineIndex | None = None
+        self._line_of: ClipLines | None = None
 
     @classmethod
     def open(cls, path: str | Path, *, snapshot: str | None = None) -> FeatureStore:
@@ -199,7 +196,7 @@ class FeatureStore:
                 f"{first!r}; see store.clips for what is committed and store.quarantine for why not"
             )
         identity = self.encoders[self._key(encoder)]
-        steps = _time_steps(identity.grid[0], frames)
+        steps = time_steps(identity.grid[0], frames)
         is_image = self._is_image[lines]
         readers = {image: self._reader("image" if image else "video", group) for image in set(is_image.tolist())}
         shape_reader = next(iter(readers.values()), None)
@@ -235,7 +232,7 @@ class FeatureStore:
         if isinstance(clip_ids, str):
             raise UserError(f"clip_ids must be a list of clip ids, got the one text {clip_ids!r}")
         if self._line_of is None:
-            self._line_of = _LineIndex(self._clip_ids)
+            self._line_of = ClipLines(self._clip_ids)
         return self._line_of.find(list(clip_ids))
 
     def _clip_columns(self) -> pa.Table:
@@ -266,51 +263,3 @@ class FeatureStore:
 _EMPTY_QUARANTINE = pa.schema(
     [(name, pa.string()) for name in ("clip_id", "path", "encoder", "reason", "scope")]
 ).empty_table()
-
-
-class _LineIndex:
-    """Clip id -> line, as sorted hashes: 16 bytes a clip where a dict of texts takes 150."""
-
-    def __init__(self, clip_ids: pa.Array) -> None:
-        self._clip_ids = clip_ids
-        hashes = np.fromiter(map(hash, clip_ids.to_pylist()), dtype=np.int64, count=len(clip_ids))
-        self._lines = np.argsort(hashes, kind="stable")
-        self._hashes = hashes[self._lines]
-
-    def find(self, wanted: list[str]) -> np.ndarray:
-        return np.fromiter(map(self._find_one, wanted), dtype=np.int64, count=len(wanted))
-
-    def _find_one(self, clip_id: str) -> int:
-        place = int(np.searchsorted(self._hashes, hash(clip_id)))
-        while place < len(self._hashes) and self._hashes[place] == hash(clip_id):
-            line = int(self._lines[place])
-            if self._clip_ids[line].as_py() == clip_id:
-                return line
-            place += 1
-        raise ClipUnavailableError(
-            f"clip {clip_id!r} is not in this store's snapshot; see store.clips for those that are"
-        )
-
-
-def _encoder_keys(groups: Iterable[str]) -> dict[str, str]:
-    """Key -> group name."""
-    names = sorted({name.split("/")[1] for name in groups})
-    count = Counter(name.rsplit("-", 1)[0] for name in names)
-    keys: dict[str, str] = {}
-    for name in names:
-        encoder, identity = name.rsplit("-", 1)
-        keys[encoder if count[encoder] == 1 else f"{encoder}@{identity[:6]}"] = name
-    if len(keys) != len(names):
-        raise StoreFormatError("two identities of one encoder share their first six digits; keep one of them per store")
-    return keys
-
-
-def _time_steps(time: int, frames: Frames) -> np.ndarray:
-    steps = np.arange(time)
-    if frames is None:
-        return steps
-    try:
-        picked = steps[frames if isinstance(frames, slice) else np.asarray(frames, dtype=np.int64)]
-    except IndexError:
-        raise UserError(f"frames must be 0..{time - 1}, got {list(frames)}") from None
-    return np.atleast_1d(picked)

@@ -29,8 +29,9 @@ from featurestore.layout import (
     samples_versions,
     sealed_blocks,
 )
+from featurestore.local_objects import LocalObjects
 from featurestore.metadata import parse_root, root_document
-from featurestore.objects import LocalObjects, Objects, machine_faults, put_if_absent
+from featurestore.objects import Objects, machine_faults, put_if_absent
 from featurestore.parts import ClipIndex, allocate, part_bytes, table_bytes
 from featurestore.samples import Sample, samples_to_table
 

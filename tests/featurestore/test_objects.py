@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from featurestore.errors import AlreadyExistsError, RunStoppedError, StoreFormatError
-from featurestore.objects import LocalObjects, put_if_absent
+from featurestore.local_objects import LocalObjects
+from featurestore.objects import put_if_absent
 
 
 @pytest.fixture
@@ -112,7 +113,7 @@ def test_temporary_folders_of_dead_processes_are_swept_and_those_of_living_ones_
     ours = LocalObjects(tmp_path)
     ours.put_new("key", b"data")
     program = (
-        "import os, signal; from featurestore.objects import LocalObjects;"
+        "import os, signal; from featurestore.local_objects import LocalObjects;"
         f"place = LocalObjects({str(tmp_path)!r}); place.put_new('other', b'data');"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
