@@ -4,7 +4,10 @@
     indices       which frames of the clip are sampled
     resize        one native frame -> one small frame
     collector     native frames, one at a time -> the arrays of all views
-    packet_index  the default reader: exact frames by presentation time
+    source        a clip's bytes and their digest; cut_short: files that end before they say
+    container     a video file opened with guards, frames to RGB
+    packet_index  the default reader: exact frames by presentation time; in_order: where times cannot be trusted
+    stills        images, GIFs, folders of frames
     decoders      the readers by name, and `decode_clip`, which runs one
     worker, pool  the same in killable child processes
 

@@ -7,7 +7,8 @@ otherwise make FFmpeg read other files or the network. Sizes are checked before 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -72,13 +73,8 @@ def open_video(source: Source) -> Iterator[OpenVideo]:
     One thread per process: many processes decode side by side, and skipping single packets is defined only without
     frame threads.
     """
-    file = str(source.media.path) if isinstance(source.media, LocalFile) else source.open()
-    options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "file"}
-    try:
-        container = av.open(file, container_options=options, metadata_errors="ignore")
-    except av.error.FFmpegError as error:
-        raise MediaError(f"not a video: {reason(error)}") from error
-    with container:
+    is_local = isinstance(source.media, LocalFile)
+    with nullcontext(str(source.media.path)) if is_local else source.open() as file, _opened(file) as container:
         if container.format.name.endswith("_pipe"):
             raise MediaError("not a video: the file is a still image")
         stream = _best_video(container)
@@ -87,6 +83,14 @@ def open_video(source: Source) -> Iterator[OpenVideo]:
         codec.options = {"max_pixels": str(MAX_PIXELS)}  # again inside: a stream may change its size midway
         check_pixels(codec.width, codec.height)
         yield OpenVideo(container, stream)
+
+
+def _opened(file: str | BinaryIO) -> av.container.InputContainer:
+    options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "file"}
+    try:
+        return av.open(file, container_options=options, metadata_errors="ignore")
+    except av.error.FFmpegError as error:
+        raise MediaError(f"not a video: {reason(error)}") from error
 
 
 def check_pixels(width: int, height: int) -> None:

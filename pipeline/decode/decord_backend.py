@@ -7,6 +7,8 @@ import) is what is tested. Indices, resizing and everything after are those of e
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from featurestore.errors import MediaError, UserError
 from pipeline.decode.collector import FrameCollector
 from pipeline.decode.container import open_video
@@ -29,9 +31,10 @@ def read_frames(source: Source, collector: FrameCollector, *, accept_damaged: bo
         pass  # the guards: a real video format, of a size that can be held
     decord.logging.set_level(decord.logging.QUIET)
     decord.bridge.set_bridge("native")
-    file = str(source.media.path) if isinstance(source.media, LocalFile) else source.open()
+    is_local = isinstance(source.media, LocalFile)
     try:
-        reader = decord.VideoReader(file, ctx=decord.cpu(0), num_threads=1)
+        with nullcontext(str(source.media.path)) if is_local else source.open() as file:  # a file object is read whole
+            reader = decord.VideoReader(file, ctx=decord.cpu(0), num_threads=1)
         fps = float(reader.get_avg_fps())
         for number in collector.choose(len(reader), fps):
             # get_batch, as in the reference: `reader[number]` seeks anew each time and can give other frames

@@ -88,8 +88,10 @@ def read_frames(source: Source, collector: FrameCollector, *, accept_damaged: bo
         try:
             if not index.damage:
                 return _read_indexed(video, index, collector)
-        except (UntrustedIndexError, av.error.InvalidDataError):
-            pass  # in order it may still decode; if it does not, that error is the one to tell
+        except (UntrustedIndexError, av.error.FFmpegError) as error:
+            if isinstance(error, MemoryError):
+                raise
+            # in order it may still decode; if it does not, that error is the one to tell
     return in_order.read_frames(source, index, collector, accept_damaged=accept_damaged)
 
 
