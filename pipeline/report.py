@@ -91,11 +91,11 @@ def _cards(status: dict[str, Any]) -> str:
 
 
 def _encoder_table(store: FeatureStore, status: dict[str, Any]) -> str:
-    info = store.info()["encoders"]
-    largest = max((entry["bytes"] for entry in info.values()), default=1) or 1
+    stored_bytes = {key: store.info()["groups"][i.group_name]["stored_bytes"] for key, i in store.encoders.items()}
+    largest = max(stored_bytes.values(), default=0) or 1
     rows = []
     for entry in status["encoders"]:
-        stored = info[entry["encoder"]]["bytes"]
+        stored = stored_bytes[entry["encoder"]]
         bar = f"<div class='bar'><i style='width:{100 * stored / largest:.0f}%'></i></div>"
         rows.append(
             [

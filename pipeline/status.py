@@ -24,13 +24,13 @@ def store_status(path: str | Path) -> dict[str, Any]:
     quarantine = store.quarantine.to_pylist()
     return {
         "store": str(path),
-        "snapshot": store.snapshot.id,
+        "snapshot": store.snapshot,
         "clips": dict(kinds),
         "datasets": dict(Counter(clips.column("dataset").to_pylist())),
         "samples": {name: len(store.samples(name)) for name in store.sample_names},
         "encoders": [_encoder_status(store, key, quarantine, sum(kinds.values())) for key in store.encoders],
         "quarantine": dict(Counter(f"{row['encoder']}: {row['reason']}" for row in quarantine).most_common()),
-        "bytes": store.info()["bytes"],
+        "bytes": store.info()["stored_bytes"],
     }
 
 
@@ -41,7 +41,7 @@ def _encoder_status(store: FeatureStore, key: str, quarantine: list[dict], num_c
     return {
         "encoder": key,
         "identity": identity.id,
-        "weights": store.weights_label(key),
+        "weights": store.info()["groups"][identity.group_name]["weights"],
         "grid": list(identity.grid),
         "width": identity.width,
         "storage": identity.storage_dtype,
@@ -61,7 +61,7 @@ def inspect_store(path: str | Path, what: str) -> dict[str, Any]:
 
 def _encoder_details(store: FeatureStore, key: str) -> dict[str, Any]:
     identity = store.encoders[key]
-    return {"encoder": key, "id": identity.id, "weights": store.weights_label(key), **identity.to_dict()}
+    return {"encoder": key, "id": identity.id, "weights": store.info()["groups"][identity.group_name]["weights"], **identity.to_dict()}
 
 
 def _find_clip(store: FeatureStore, what: str) -> dict[str, Any]:
@@ -95,5 +95,5 @@ def _tokens_summary(store: FeatureStore, clip_id: str, key: str) -> dict[str, An
         "std": round(float(tokens.std()), 5),
         "min": round(float(tokens.min()), 4),
         "max": round(float(tokens.max()), 4),
-        "digest": store.row_digest(clip_id, key),
+        "row": int(store.rows([clip_id], encoder=key)[0]),
     }
