@@ -127,14 +127,13 @@ def _clips_html(store: FeatureStore, clips: Sequence[dict], roots: dict[str, str
 
 def _clip_html(clip: dict, maps_THWC: dict[str, np.ndarray], thumbnails: np.ndarray | None) -> str:
     cells = []
-    steps = np.linspace(0, len(next(iter(maps_THWC.values()))) - 1, STEPS).round().astype(int)
-    cells += ["<div></div>", *(f"<div class='t'>step {step}</div>" for step in steps)]
+    cells += ["<div></div>", *(f"<div class='t'>{number / STEPS:.0%}</div>" for number in range(STEPS))]
     if thumbnails is not None:
         shown = [thumbnails[min(len(thumbnails) - 1, i)] for i in range(STEPS)]
         cells += ["<div>frames</div>", *(f"<img src='{_png(frame)}' alt='frame'>" for frame in shown)]
     for key, maps in maps_THWC.items():
         cells.append(f"<div>{html.escape(key)}</div>")
-        at = np.linspace(0, len(maps) - 1, STEPS).round().astype(int)
+        at = [number * len(maps) // STEPS for number in range(STEPS)]  # the instants of the frames above
         cells += [f"<img class='map' src='{_png(maps[step])}' alt='tokens of {html.escape(key)}'>" for step in at]
     film = f"<div class='scroll'><div class='film'>{''.join(cells)}</div></div>"
     return f"<div class='clip'><h3>{html.escape(clip['clip_id'])}</h3>{film}</div>"
