@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEMO_CONFIG := pipeline/demo.yaml
 
 .PHONY: setup demo test lint bench
 setup: $(STAMP)
@@ -14,8 +15,14 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
+# The main job on synthetic clips: extract, look, train with and without the visual tokens, score what was held out.
 demo: setup
-	$(BIN)/python -P -m demo
+	$(BIN)/merv-pipeline extract --dataset demo --config $(DEMO_CONFIG) --store features/demo.zarr --workers 2
+	$(BIN)/merv-pipeline report features/demo.zarr
+	$(BIN)/merv-train --from-cache features/demo.zarr --recipe demo --out runs/demo --resume auto
+	$(BIN)/merv-train --from-cache features/demo.zarr --recipe demo --mode text-only --out runs/demo-text-only --resume auto
+	$(BIN)/merv-eval run --checkpoint runs/demo --beside runs/demo-text-only
+	@echo "Look at features/demo-report.html: what each encoder sees."
 
 test: setup lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
