@@ -11,7 +11,8 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -82,12 +83,12 @@ class Receipt:
     rows: tuple[RowOutcome, ...]  # one per row of the block
     shards: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # array -> {"sha256": hex, "bytes": int}
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """64 hex digits over everything else in the receipt."""
         return hashlib.sha256(canonical_json(self._content()).encode()).hexdigest()
 
-    @property
+    @cached_property
     def counts(self) -> dict[str, int]:
         """Rows by state."""
         found = Counter(row.state for row in self.rows)
@@ -104,13 +105,12 @@ class Receipt:
         return (canonical_json(self._content() | {"digest": self.digest}) + "\n").encode()
 
     def _content(self) -> dict[str, Any]:
-        records = [asdict(row) for row in self.rows]
         return {
             "format": _VERSION,
             "kind": self.kind,
             "group": self.group,
             "block": self.block,
-            "rows": {name: [record[name] for record in records] for name in COLUMNS},
+            "rows": {name: [getattr(row, name) for row in self.rows] for name in COLUMNS},
             "shards": {name: dict(shard) for name, shard in self.shards.items()},
         }
 

@@ -69,6 +69,18 @@ def test_frames_pick_time_steps_of_videos_and_stills_alike(filled, storage_dtype
     assert np.array_equal(store.read(ids, encoder="dinov2", frames=frames), whole[:, frames])
 
 
+def test_a_batch_can_be_read_into_memory_that_is_there(filled, storage_dtype):
+    store = filled(storage_dtype=storage_dtype)
+    ids = [VIDEOS[4], IMAGES[1]]
+    expected_BTHWD = store.read(ids, encoder="dinov2")
+    wide = np.zeros((2, 4, 2, 2, 2, 8), dtype=expected_BTHWD.dtype)
+    for out in (np.empty_like(expected_BTHWD), wide[:, :, :, :, 1]):  # the second is not contiguous
+        assert store.read(ids, encoder="dinov2", out=out) is out
+        assert np.array_equal(out, expected_BTHWD)
+    with pytest.raises(UserError, match=r"out must be \(2, 4, 2, 2, 8\)"):
+        store.read(ids, encoder="dinov2", out=np.empty((1, 4, 2, 2, 8), dtype=expected_BTHWD.dtype))
+
+
 def test_frames_outside_the_grid_are_an_error(filled):
     with pytest.raises(UserError, match=r"frames must be 0\.\.3, got \[4\]"):
         filled().read(VIDEOS[:1], encoder="dinov2", frames=[4])
