@@ -1,0 +1,131 @@
+"""Extraction beside its limit: pipeline time over bare decode and resize + bare encoder forward of the same frames.
+
+    python benchmarks/extraction.py --dataset videollava --root DATA --out /tmp/extraction.json
+
+Same cores, same torch threads, same batch shape, seeded weights. Bare decode: every clip through `decode_clip` in one
+process per core, nothing else running. Bare forward: every batch of those frames through each encoder, tokens thrown
+away. Pipeline: `extract_block` over all blocks, decoding, encoding, compressing and committing, models loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import click
+import numpy as np
+
+from featurestore.clips import KINDS, Clip
+from featurestore.errors import MediaError
+from pipeline.config import ExtractConfig
+from pipeline.datasets import DatasetListing, load_dataset
+from pipeline.decode.decoders import decode_clip
+from pipeline.decode.job import DecodeJob
+from pipeline.extract import DEFAULT_BATCH, extract
+
+CORES = len(os.sched_getaffinity(0))
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--dataset", default="videollava", help="Dataset by name.")
+@click.option("--root", required=True, type=click.Path(exists=True), help="Folder of its media.")
+@click.option("--encoders", default="languagebind,dinov2,vivit,siglip", help="Encoders, comma separated.")
+@click.option("--limit", type=int, help="Only the first so many clips.")
+@click.option("--kind", type=click.Choice(KINDS), help="Only this kind.")
+@click.option("--decoders", default=CORES - 1 or 1, help="Decode processes of the pipeline.")
+@click.option("--out", type=click.Path(), help="JSON file to write.")
+def main(dataset: str, root: str, encoders: str, limit: int, kind: str, decoders: int, out: str | None) -> None:
+    """Print clips/s, the share of each stage, and the ratio to the limit."""
+    config = ExtractConfig(
+        dataset=dataset,
+        root=root,
+        limit=limit,
+        kind=kind,
+        encoders=tuple(encoders.split(",")),
+        weights={"": "random:0"},
+        threads=CORES,
+        decode_processes=decoders,
+    )
+    listing = load_dataset(dataset, root, kind=kind, limit=limit)
+    figures = bare(config, listing)
+    figures |= through_the_pipeline(config)
+    limit_s = figures["bare decode and resize"] + sum(figures["bare forward"].values())
+    figures["ratio"] = figures["pipeline"] / limit_s
+    figures |= {"clips": len(listing.clips), "cores": CORES, "clips/s": len(listing.clips) / figures["pipeline"]}
+    if out:
+        Path(out).write_text(json.dumps(figures, indent=2))
+    click.echo(json.dumps(figures, indent=2))
+
+
+def bare(config: ExtractConfig, listing: DatasetListing) -> dict:
+    """Seconds of decoding alone on all cores, then of the forwards alone."""
+    from pipeline.engine import close_engines, engine_for
+
+    engine = engine_for(replace(config.engine_settings, decode_processes=1))
+    views = tuple(dict.fromkeys(run.view for run in engine.encoders.values()))
+    jobs = [DecodeJob(root=listing.root, clip=clip, views=views) for clip in listing.clips]
+    with ProcessPoolExecutor(CORES, mp_context=get_context("spawn")) as pool:
+        list(pool.map(_warm, range(CORES)))
+        started = time.perf_counter()
+        decoded = list(pool.map(_decode, jobs))
+        decode_s = time.perf_counter() - started
+    forward_s = {name: _forward(run, listing.clips, decoded) for name, run in engine.encoders.items()}
+    close_engines()
+    return {"bare decode and resize": decode_s, "bare forward": forward_s}
+
+
+def _warm(number: int) -> int:
+    time.sleep(1)  # keep this process busy, so that every process of the pool starts
+    return number
+
+
+def _decode(job: DecodeJob) -> dict | None:
+    try:
+        return decode_clip(job).frames
+    except MediaError:
+        return None
+
+
+def _forward(run, clips: Sequence[Clip], decoded: Sequence[dict | None]) -> float:
+    seconds = 0.0
+    for kind in KINDS:
+        frames = [d[run.view] for clip, d in zip(clips, decoded, strict=True) if d and clip.kind == kind]
+        size = DEFAULT_BATCH["cpu"][kind]
+        for start in range(0, len(frames), size):
+            batch = np.zeros((size, *frames[0].shape), np.uint8)
+            batch[: len(frames[start : start + size])] = frames[start : start + size]
+            if start == 0:
+                run.tokens(batch)  # the first forward of a shape picks kernels
+            began = time.perf_counter()
+            run.tokens(batch)
+            seconds += time.perf_counter() - began
+    return seconds
+
+
+def through_the_pipeline(config: ExtractConfig) -> dict:
+    """Seconds of all blocks, models loaded, and what the run tells of its stages."""
+    from pipeline.engine import engine_for
+
+    engine_for(config.engine_settings)  # loading weights is not extraction
+    with tempfile.TemporaryDirectory() as folder:
+        summary = extract(replace(config, store=f"{folder}/bench.zarr"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return {
+        "pipeline": summary.stage_s["total"],
+        "stages": {name: seconds for name, seconds in summary.stage_s.items() if name != "total"},
+        "bytes per clip": summary.bytes / max(1, summary.clips),
+        "failed": summary.failed,
+        "peak memory, this process and its largest child (GB)": peak * 1024 / 1e9,
+    }
+
+
+if __name__ == "__main__":
+    main()
