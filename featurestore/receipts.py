@@ -136,7 +136,9 @@ class Receipt:
 
 def _parse_rows(record: Any, what: str, block_rows: int) -> tuple[RowOutcome, ...]:
     columns = record.get("rows") if isinstance(record, dict) else None
-    if record is None or not isinstance(columns, dict) or set(columns) != set(COLUMNS):
+    if isinstance(record, dict) and record.get("format") != _VERSION:
+        raise StoreFormatError(f"{what} has format {record.get('format')!r}, this version reads {_VERSION}; update")
+    if not isinstance(columns, dict) or set(columns) != set(COLUMNS):
         raise StoreFormatError(f"{what} lacks its columns {', '.join(COLUMNS)}")
     for name, values in columns.items():
         if not isinstance(values, list) or len(values) != min(block_rows, MAX_BLOCK_ROWS):

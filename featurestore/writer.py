@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from featurestore.clips import KINDS, Clip
-from featurestore.errors import IdentityConflictError, UserError
+from featurestore.errors import IdentityConflictError, StoreNotFoundError, UserError
 from featurestore.groups import GroupWriter, create_or_open_group, encoder_groups
 from featurestore.identity import FeatureIdentity
 from featurestore.journal import journal_bytes
@@ -63,6 +63,16 @@ class StoreWriter:
                     "block rows are fixed when a store is made: leave the option out or choose another --store"
                 )
         return cls(objects, stored)
+
+    @classmethod
+    def open(cls, path: str | Path) -> StoreWriter:
+        """Open a store that is there: what a worker does, lest it makes a new one where a share was unmounted."""
+        objects = LocalObjects(path)
+        if not objects.exists(ROOT_METADATA):
+            raise StoreNotFoundError(
+                f"there is no feature store at {path}; mount the share that holds it, or extract one"
+            )
+        return cls(objects, parse_root(objects.get(ROOT_METADATA))["block_rows"])
 
     def clips(self) -> pa.Table:
         """Every row given out, `CLIP_SCHEMA`, as of now."""

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from featurestore.errors import IdentityConflictError, StoreFormatError, UserError
+from featurestore.errors import IdentityConflictError, StoreFormatError, StoreNotFoundError, UserError
 from featurestore.samples import Sample, Turn
 from featurestore.writer import StoreWriter
 
@@ -185,9 +185,15 @@ def test_journal_records_keep_their_digest_and_never_replace_one_another(kit):
     assert stored["digest"] == hashlib.sha256(b'{"rate":1.5}').hexdigest()
 
 
+def test_a_worker_makes_no_store_where_there_is_none(tmp_path):
+    with pytest.raises(StoreNotFoundError, match="mount the share"):
+        StoreWriter.open(tmp_path / "mount" / "store.zarr")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_workers_open_groups_that_the_driver_made(kit, make):
     kit.writer().add_clips([make.video(0)])
     kit.group(make.identity())
     identity = replace(make.identity())
-    group = StoreWriter.open_or_create(kit.path).open_group("video", identity.group_name)
+    group = StoreWriter.open(kit.path).open_group("video", identity.group_name)
     assert (group.identity, group.missing_blocks(), group.batch_shape) == (identity, [0], 2)
