@@ -65,6 +65,7 @@ def train(
     out = Path(out)
     accelerator = _accelerator(config)
     folder = _starting_point(out, config, resume)
+    accelerator.wait_for_everyone()  # before the first rank writes what the others look for
     plan = make_plan(
         config,
         samples,
