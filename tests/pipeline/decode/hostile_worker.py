@@ -21,6 +21,11 @@ def ignore_signals_and_spin(source, collector, *, accept_damaged):
     spin(source, collector, accept_damaged=accept_damaged)
 
 
+def burn(source, collector, *, accept_damaged):
+    while True:
+        pass
+
+
 def stop_itself(source, collector, *, accept_damaged):
     os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -75,7 +80,7 @@ def lose_the_share(source, collector, *, accept_damaged):
 
 
 for decoder in (
-    *(spin, ignore_signals_and_spin, stop_itself, crash, exit_quietly, crash_once, talk, start_a_program),
+    *(spin, ignore_signals_and_spin, burn, stop_itself, crash, exit_quietly, crash_once, talk, start_a_program),
     *(eat_memory, write_pid_and_spin, bug, lose_the_share),
 ):
     DECODERS[decoder.__name__] = decoder

@@ -1,0 +1,64 @@
+"""A decode process on its own, without a pool to mind it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.decode import protocol
+
+HOSTILE = [sys.executable, "-P", str(Path(__file__).with_name("hostile_worker.py"))]
+
+
+@pytest.fixture
+def worker():
+    process = subprocess.Popen(HOSTILE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    yield process
+    process.kill()
+    process.wait()
+    process.stdin.close()
+    process.stdout.close()
+
+
+def receive(process) -> dict:
+    header, _ = protocol.receive(process.stdout.fileno(), time.monotonic() + 60)
+    return header
+
+
+def ask(process, job, timeout_s: float = 60.0) -> None:
+    protocol.send(process.stdin.fileno(), {"job": job.to_record(), "timeout_s": timeout_s})
+
+
+def test_worker_says_it_is_ready_then_the_size_of_the_media_then_the_answer(worker, studio) -> None:
+    path = studio.film("a.mp4")
+    assert receive(worker) == {"ready": worker.pid}
+    ask(worker, studio.job(path))
+    assert receive(worker) == {"started": path.stat().st_size}
+    answer = receive(worker)
+    assert answer["shapes"] == [[32, 48, 48, 3]]
+    assert answer["decoded"]["num_frames"] == 60
+
+
+def test_worker_ends_when_its_pipe_closes(worker) -> None:
+    receive(worker)
+    worker.stdin.close()
+    assert worker.wait(timeout=30) == 0
+
+
+def test_worker_that_spins_ends_by_its_own_processor_limit(worker, studio) -> None:
+    """What protects a machine whose driver is gone: nobody else is there to kill it."""
+    receive(worker)
+    ask(worker, studio.job(studio.film("a.mp4"), decoder="burn"), timeout_s=0.1)
+    assert worker.wait(timeout=60) == -signal.SIGXCPU
+
+
+def test_worker_ends_if_its_parent_is_another_than_it_was_told() -> None:
+    done = subprocess.run(
+        [*HOSTILE, "--parent", "1"], stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
