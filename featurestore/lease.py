@@ -1,7 +1,8 @@
 """A courtesy between drivers: who is working on this store just now.
 
 Two drivers on one store are safe (puts are exclusive) but waste work, so a driver takes the lease and others are told.
-The holder touches the file; a lease untouched for `stale_after_s` is nobody's. Correctness never depends on it.
+The holder touches the file; a lease untouched for `stale_after_s`, or whose process on this host is gone, is nobody's.
+Correctness never depends on it.
 """
 
 from __future__ import annotations
@@ -67,14 +68,25 @@ class StoreLease:
         return True
 
     def _refuse_if_fresh(self) -> None:
-        age_s = self._age_s()
-        if age_s is not None and age_s < self._stale_after_s:
-            holder = self.holder() or {}
+        age_s, holder = self._age_s(), self.holder() or {}
+        if age_s is not None and age_s < self._stale_after_s and not self._is_dead(holder):
             raise UserError(
                 f"another run works on this store: {holder.get('run')} on {holder.get('host')}, process "
                 f"{holder.get('pid')}, last seen {age_s:.0f} s ago; wait for it, or for {self._stale_after_s:.0f} s "
                 "after it was killed"
             )
+
+    def _is_dead(self, holder: dict) -> bool:
+        """True if the holder was a process of this host that is gone: the same command again need not wait."""
+        if holder.get("host") != self._owner["host"] or not isinstance(holder.get("pid"), int) or holder["pid"] < 1:
+            return False
+        try:
+            os.kill(holder["pid"], 0)
+        except ProcessLookupError:
+            return True
+        except OSError:
+            pass  # alive, and somebody else's
+        return False
 
     def _age_s(self) -> float | None:
         """Age by the file system's own clock: the clocks of two hosts may differ by minutes."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -49,3 +52,14 @@ def test_a_lease_that_somebody_else_took_is_left_to_them(tmp_path):
     assert lease.holder()["run"] == "new"
     (tmp_path / "tmp" / "driver.lease").write_text("not json")
     assert lease.holder() is None
+
+
+def test_a_lease_whose_process_on_this_host_is_gone_is_taken_over_at_once(tmp_path):
+    child = subprocess.run(
+        [sys.executable, "-c", f"import os; from featurestore.lease import StoreLease as L; "
+         f"L({str(tmp_path)!r}, 'killed').__enter__(); os.kill(os.getpid(), 9)"],
+        check=False,
+    )  # fmt: skip
+    assert child.returncode == -signal.SIGKILL
+    with StoreLease(tmp_path, "next") as lease:
+        assert lease.holder()["run"] == "next"
