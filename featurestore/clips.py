@@ -1,6 +1,6 @@
 """Clips: the unit that is encoded. A media file with a span or an end frame, or a still image.
 
-Comes in: what a dataset lists. Goes out: `Clip` values and the Parquet columns of `clips/part-N.parquet`.
+Comes in: what a dataset lists. Goes out: `Clip` values; their Parquet columns stand in `columns.py`.
 A clip's id is made from what names it (dataset, path, span), not from its bytes: ids must exist before any
 media is read. Equality of content is the receipt's `media_sha256`.
 """
@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
-
-import pyarrow as pa
 
 from featurestore.errors import UserError
 
@@ -23,19 +20,6 @@ MAX_PATH_LENGTH = 1024  # characters; POSIX PATH_MAX is 4096 bytes
 # Patterns, not loops over characters: a million clips are checked when a store is planned (3 s instead of 12).
 _FORBIDDEN_CHARACTER = re.compile(r"[\x00-\x1f\\]")
 _AMBIGUOUS_PART = re.compile(r"(?:^|/)\.{0,2}(?:/|\Z)")
-
-CLIP_SCHEMA = pa.schema(
-    [
-        pa.field("row", pa.int64(), nullable=False),
-        pa.field("clip_id", pa.string(), nullable=False),
-        pa.field("dataset", pa.string(), nullable=False),
-        pa.field("path", pa.string(), nullable=False),
-        pa.field("start_s", pa.float64()),
-        pa.field("end_s", pa.float64()),
-        pa.field("end_frame", pa.int64()),
-        pa.field("kind", pa.string(), nullable=False),
-    ]
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,25 +79,3 @@ def check_relative_path(path: str) -> None:
         problem = "it holds an empty, '.' or '..' part"
     if problem:
         raise UserError(f"media path {path[:200]!r} is refused: {problem}; paths are relative to the dataset's root")
-
-
-def clips_to_table(rows: Iterable[tuple[int, Clip]]) -> pa.Table:
-    """(row, clip) pairs -> a table of `CLIP_SCHEMA`."""
-    records = [
-        {"row": row, "clip_id": clip.clip_id} | {name: getattr(clip, name) for name in CLIP_SCHEMA.names[2:]}
-        for row, clip in rows
-    ]
-    return pa.Table.from_pylist(records, schema=CLIP_SCHEMA)
-
-
-def table_to_clips(table: pa.Table) -> list[tuple[int, Clip]]:
-    """A table of `CLIP_SCHEMA` -> (row, clip) pairs, every clip checked anew."""
-    return [(record.pop("row"), _clip_from_record(record)) for record in table.to_pylist()]
-
-
-def _clip_from_record(record: dict) -> Clip:
-    clip_id = record.pop("clip_id")
-    clip = Clip(**record)
-    if clip.clip_id != clip_id:
-        raise UserError(f"clip id {clip_id!r} does not belong to its own path and span, expected {clip.clip_id!r}")
-    return clip

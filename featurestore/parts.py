@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from featurestore.clips import CLIP_SCHEMA, KINDS, Clip, clips_to_table
+from featurestore.clips import KINDS, Clip
+from featurestore.columns import CLIP_SCHEMA, clips_to_table
 from featurestore.errors import StoreFormatError
 from featurestore.layout import PARTS, part_key, part_numbers
 from featurestore.objects import Objects

@@ -1,40 +1,19 @@
 """Samples: a conversation about a clip (or about nothing, for text-only records), as training reads it.
 
-Comes in: annotation records, already parsed by a dataset. Goes out: `Sample` values and the Parquet columns of
-`samples/NAME.parquet`. Evaluation questions are samples too: one human turn, one gpt turn, and options.
+Comes in: annotation records, already parsed by a dataset. Goes out: `Sample` values; the Parquet columns of
+`samples/NAME.parquet` stand in `columns.py`. Evaluation questions are samples too: one human turn, one gpt turn, and options.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
-
-import pyarrow as pa
 
 from featurestore.errors import UserError
 
 Role = Literal["human", "gpt"]
-
-SAMPLE_SCHEMA = pa.schema(
-    [
-        pa.field("sample_id", pa.string(), nullable=False),
-        pa.field("clip_id", pa.string()),
-        pa.field("stage", pa.string(), nullable=False),
-        pa.field("split", pa.string(), nullable=False),
-        pa.field("source", pa.string(), nullable=False),
-        pa.field("category", pa.string()),
-        pa.field(
-            "turns",
-            pa.list_(pa.struct([pa.field("role", pa.string()), pa.field("text", pa.string())])),
-            nullable=False,
-        ),
-        pa.field("options", pa.list_(pa.string()), nullable=False),
-        pa.field("answer_index", pa.int64()),
-    ]
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,8 +55,8 @@ class Sample:
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def to_record(self) -> dict:
-        """The row of `SAMPLE_SCHEMA`."""
-        record = {name: getattr(self, name) for name in SAMPLE_SCHEMA.names}
+        """Plain values by column."""
+        record = {name: getattr(self, name) for name in self.__dataclass_fields__}
         record["turns"] = [{"role": turn.role, "text": turn.text} for turn in self.turns]
         record["options"] = list(self.options)
         return record
@@ -87,13 +66,3 @@ class Sample:
         """Inverse of `to_record`; every sample is checked anew."""
         turns = tuple(Turn(**turn) for turn in record["turns"])
         return cls(**{**record, "turns": turns, "options": tuple(record["options"] or ())})
-
-
-def samples_to_table(samples: Iterable[Sample]) -> pa.Table:
-    """Samples -> a table of `SAMPLE_SCHEMA`, in the order given."""
-    return pa.Table.from_pylist([sample.to_record() for sample in samples], schema=SAMPLE_SCHEMA)
-
-
-def table_to_samples(table: pa.Table) -> list[Sample]:
-    """A table of `SAMPLE_SCHEMA` -> samples."""
-    return [Sample.from_record(record) for record in table.to_pylist()]

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from featurestore.clips import CLIP_SCHEMA
+from featurestore.columns import CLIP_SCHEMA, SAMPLE_SCHEMA, table_to_samples
 from featurestore.errors import (
     ClipUnavailableError,
     StoreDamagedError,
@@ -35,7 +35,7 @@ from featurestore.lookup import ClipLines, Frames, encoder_keys, time_steps
 from featurestore.metadata import parse_root
 from featurestore.parts import read_table
 from featurestore.reader import GroupReader, ShardCache
-from featurestore.samples import SAMPLE_SCHEMA, Sample, table_to_samples
+from featurestore.samples import Sample
 from featurestore.snapshot_table import column
 from featurestore.snapshots import load_snapshot, newest_snapshot_id, read_snapshot_table
 

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from featurestore.clips import KINDS, Clip
+from featurestore.columns import samples_to_table
 from featurestore.errors import IdentityConflictError, StoreNotFoundError, UserError
 from featurestore.groups import GroupWriter, create_or_open_group, encoder_groups
 from featurestore.identity import FeatureIdentity
@@ -33,7 +34,7 @@ from featurestore.local_objects import LocalObjects
 from featurestore.metadata import parse_root, root_document
 from featurestore.objects import Objects, machine_faults, put_if_absent
 from featurestore.parts import ClipIndex, allocate, part_bytes, table_bytes
-from featurestore.samples import Sample, samples_to_table
+from featurestore.samples import Sample
 
 
 class StoreWriter:

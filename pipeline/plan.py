@@ -12,7 +12,8 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from featurestore.clips import Clip, table_to_clips
+from featurestore.clips import Clip
+from featurestore.columns import table_to_clips
 from featurestore.groups import GroupWriter
 from featurestore.identity import FeatureIdentity
 from featurestore.receipts import Receipt

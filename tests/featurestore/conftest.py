@@ -84,7 +84,7 @@ class Kit:
 
 
 def clips_by_row(writer: StoreWriter) -> dict[str, dict[int, Clip]]:
-    from featurestore.clips import table_to_clips
+    from featurestore.columns import table_to_clips
 
     rows: dict[str, dict[int, Clip]] = {"video": {}, "image": {}}
     for row, clip in table_to_clips(writer.clips()):

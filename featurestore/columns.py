@@ -1,0 +1,78 @@
+"""Columns: clips and samples as the rows of Parquet tables.
+
+Comes in: `Clip` and `Sample` values, or tables read from a store. Goes out: the other of the two; what is read is
+checked anew. Apart from the values because pyarrow takes half a second to load and a command line's help needs none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pyarrow as pa
+
+from featurestore.clips import Clip
+from featurestore.errors import UserError
+from featurestore.samples import Sample
+
+CLIP_SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("clip_id", pa.string(), nullable=False),
+        pa.field("dataset", pa.string(), nullable=False),
+        pa.field("path", pa.string(), nullable=False),
+        pa.field("start_s", pa.float64()),
+        pa.field("end_s", pa.float64()),
+        pa.field("end_frame", pa.int64()),
+        pa.field("kind", pa.string(), nullable=False),
+    ]
+)
+
+SAMPLE_SCHEMA = pa.schema(
+    [
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("clip_id", pa.string()),
+        pa.field("stage", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("category", pa.string()),
+        pa.field(
+            "turns",
+            pa.list_(pa.struct([pa.field("role", pa.string()), pa.field("text", pa.string())])),
+            nullable=False,
+        ),
+        pa.field("options", pa.list_(pa.string()), nullable=False),
+        pa.field("answer_index", pa.int64()),
+    ]
+)
+
+
+def clips_to_table(rows: Iterable[tuple[int, Clip]]) -> pa.Table:
+    """(row, clip) pairs -> a table of `CLIP_SCHEMA`."""
+    records = [
+        {"row": row, "clip_id": clip.clip_id} | {name: getattr(clip, name) for name in CLIP_SCHEMA.names[2:]}
+        for row, clip in rows
+    ]
+    return pa.Table.from_pylist(records, schema=CLIP_SCHEMA)
+
+
+def table_to_clips(table: pa.Table) -> list[tuple[int, Clip]]:
+    """A table of `CLIP_SCHEMA` -> (row, clip) pairs, every clip checked anew."""
+    return [(record.pop("row"), _clip_from_record(record)) for record in table.to_pylist()]
+
+
+def _clip_from_record(record: dict) -> Clip:
+    clip_id = record.pop("clip_id")
+    clip = Clip(**record)
+    if clip.clip_id != clip_id:
+        raise UserError(f"clip id {clip_id!r} does not belong to its own path and span, expected {clip.clip_id!r}")
+    return clip
+
+
+def samples_to_table(samples: Iterable[Sample]) -> pa.Table:
+    """Samples -> a table of `SAMPLE_SCHEMA`, in the order given."""
+    return pa.Table.from_pylist([sample.to_record() for sample in samples], schema=SAMPLE_SCHEMA)
+
+
+def table_to_samples(table: pa.Table) -> list[Sample]:
+    """A table of `SAMPLE_SCHEMA` -> samples."""
+    return [Sample.from_record(record) for record in table.to_pylist()]
