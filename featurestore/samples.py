@@ -1,7 +1,7 @@
 """Samples: a conversation about a clip (or about nothing, for text-only records), as training reads it.
 
-Comes in: annotation records, already parsed by a dataset. Goes out: `Sample` values; the Parquet columns of
-`samples/NAME.parquet` stand in `columns.py`. Evaluation questions are samples too: one human turn, one gpt turn, and options.
+Comes in: annotation records, already parsed by a dataset. Goes out: `Sample` values; their Parquet columns stand in
+`columns.py`. Evaluation questions are samples too: one human turn, one gpt turn, and options.
 """
 
 from __future__ import annotations
