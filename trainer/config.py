@@ -29,7 +29,6 @@ PromptName = Literal["pure", "vicuna", "llama2_chat", "chat_template"]
 VisualPosition = Literal["after_bos", "first"]
 ResamplerName = Literal["average"]
 HeadName = Literal["linear", "gelu-mlp", "fused-gelu-mlp"]
-Standardise = Literal["none", "channel", "position"]
 FusionName = Literal[
     "cross_attention",
     "cross_attention_released",
@@ -50,7 +49,7 @@ class ProjectorConfig:
     grid: tuple[int, int, int] | None = None  # T, H, W after the resampler; None keeps the stored grid
     head: HeadName = "linear"
     pre_layer_norm: bool = False  # LayerNorm(D) before the head
-    standardise: Standardise = "none"  # see trainer/standardise.py: for small runs with encoders of unlike scale
+    standardise: bool = False  # see trainer/standardise.py: for small runs with encoders of unlike scale
 
 
 PROJECTORS: dict[str, ProjectorConfig] = {

@@ -34,7 +34,7 @@ class FreshLLM:
 
 
 FRESH_LLMS: dict[str, FreshLLM] = {
-    "tiny": FreshLLM(hidden_size=128, num_layers=3, num_heads=4, context=2048),
+    "tiny": FreshLLM(hidden_size=128, num_layers=2, num_heads=4, context=2048),
     "small": FreshLLM(hidden_size=192, num_layers=4, num_heads=6, context=4096),
 }
 

@@ -33,9 +33,7 @@ class Projector(nn.Module):
         width = stored.width
         self.grid = config.grid or stored.grid
         self.resampler = RESAMPLERS[config.resampler](stored, self.grid)
-        self.standardise = (
-            Standardise(self.grid, width, config.standardise == "position") if config.standardise != "none" else None
-        )
+        self.standardise = Standardise(width) if config.standardise else None
         self.norm = nn.LayerNorm(width) if config.pre_layer_norm else None
         self.head = HEADS[config.head](width, llm_width)
 

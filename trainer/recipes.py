@@ -14,7 +14,7 @@ RECIPES: dict[str, TrainConfig] = {
     "demo": TrainConfig(
         llm="fresh:tiny",
         train_llm="full",
-        projector=ProjectorConfig(grid=(8, 4, 4), standardise="channel"),
+        projector=ProjectorConfig(grid=(8, 4, 4), standardise=True),
         optimizer=OptimizerConfig(projector_lr=2e-3, fusion_lr=2e-3, llm_lr=2e-3, warmup_ratio=0.05),
         batch_size=32,
         micro_batch_size=32,

@@ -76,7 +76,7 @@ def config():
     return TrainConfig(
         llm="fresh:mini",
         train_llm="full",
-        projector=ProjectorConfig(grid=(2, 2, 2), standardise="channel"),
+        projector=ProjectorConfig(grid=(2, 2, 2), standardise=True),
         optimizer=OptimizerConfig(projector_lr=3e-3, fusion_lr=3e-3, llm_lr=3e-3, warmup_ratio=0.1),
         batch_size=6,
         micro_batch_size=4,

@@ -46,7 +46,7 @@ def test_the_first_loss_equals_a_hand_computation(finished, config, samples, tok
     plan = make_plan(config, samples, tokens)
     for encoder, projector in zip(plan.built.model.encoders, plan.built.model.projectors, strict=True):
         values_BTHWD = projector.resample(tokens.fetch([sample.clip_id for sample in samples])[encoder])
-        projector.standardise.mean_THWD.copy_(values_BTHWD.mean((0, 1, 2, 3)))
+        projector.standardise.mean_D.copy_(values_BTHWD.mean((0, 1, 2, 3)))
         projector.standardise.std_D.copy_(values_BTHWD.std((0, 1, 2, 3), correction=0))
     model, total, count = plan.built.model.eval(), 0.0, 0
     for index in plan.batches.order.batch(0):
