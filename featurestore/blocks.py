@@ -8,30 +8,43 @@ shard is whole, whoever wrote it, and an orphan shard (its writer was killed bef
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from featurestore.errors import UserError
+from featurestore.identity import FeatureIdentity
 from featurestore.layout import receipt_key, rows_of, shard_key
-from featurestore.objects import put_if_absent
+from featurestore.metadata import ArraySpec
+from featurestore.objects import Objects, put_if_absent
 from featurestore.quantise import OverflowedTokens, to_stored
-from featurestore.receipts import LOST, MAX_REASON_LENGTH, Receipt, RowOutcome, row_digest
+from featurestore.receipts import LOST, MAX_REASON_LENGTH, Receipt, RowOutcome, read_receipt, row_digest
 from featurestore.shards import Shard, build_shard, encode_row
 
-if TYPE_CHECKING:
-    from featurestore.groups import GroupWriter
-
 _PENDING = "0" * 32  # digest of an added row until the bytes on disk are digested
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockTarget:
+    """The encoder's group that blocks go to."""
+
+    objects: Objects
+    kind: str
+    identity: FeatureIdentity
+    specs: Mapping[str, ArraySpec]  # in the order of layout.ARRAYS
+    block_rows: int
+
+    @property
+    def name(self) -> str:
+        return self.identity.group_name
 
 
 class BlockWriter:
     """Collects the outcome of every planned row of one block; memory is bounded by the block's encoded bytes."""
 
-    def __init__(self, group: GroupWriter, block: int, planned: Iterable[int]) -> None:
+    def __init__(self, group: BlockTarget, block: int, planned: Iterable[int]) -> None:
         self._group = group
-        self._objects = group.store.objects
+        self._objects = group.objects
         self.block = block
         self.rows = rows_of(block, group.block_rows)
         self.planned = frozenset(planned)
@@ -116,7 +129,10 @@ class BlockWriter:
             raise UserError(f"row {row} of {self._group.name} must have arrays {wanted}, got {given}")
 
     def _read_receipt(self) -> Receipt | None:
-        return self._group.receipt(self.block) if self._objects.exists(self._receipt_key) else None
+        group = self._group
+        if not self._objects.exists(self._receipt_key):
+            return None
+        return read_receipt(self._objects, group.kind, group.name, self.block, group.block_rows)
 
     def _put_shard(self, name: str) -> None:
         pieces = build_shard(self._group.specs[name], self._chunks[name])

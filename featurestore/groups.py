@@ -10,8 +10,9 @@ import math
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from featurestore.blocks import BlockTarget, BlockWriter
 from featurestore.errors import StoreFormatError, UserError
 from featurestore.identity import FeatureIdentity
 from featurestore.layout import (
@@ -19,16 +20,12 @@ from featurestore.layout import (
     array_metadata_key,
     group_metadata_key,
     receipt_blocks,
-    receipt_key,
     receipts_prefix,
 )
 from featurestore.metadata import ArraySpec, array_specs, document_bytes, group_document, load_json, parse_array
 from featurestore.objects import Objects, put_if_absent
-from featurestore.receipts import Receipt
-
-if TYPE_CHECKING:
-    from featurestore.blocks import BlockWriter
-    from featurestore.writer import StoreWriter
+from featurestore.parts import ClipIndex
+from featurestore.receipts import Receipt, read_receipt
 
 MAX_AXIS = 1 << 20  # of any axis in an identity from a stranger
 
@@ -45,9 +42,13 @@ class GroupRecord:
 class GroupWriter:
     """One encoder's arrays of one kind, open for committing blocks."""
 
-    def __init__(self, store: StoreWriter, kind: str, record: GroupRecord, specs: dict[str, ArraySpec]) -> None:
-        self.store = store
+    def __init__(
+        self, objects: Objects, index: ClipIndex, kind: str, record: GroupRecord, specs: dict[str, ArraySpec]
+    ) -> None:
+        self.objects = objects
         self.kind = kind
+        self.block_rows = index.block_rows[kind]
+        self._index = index
         self.identity = record.identity
         self.batch_shape = record.batch_shape
         self.weights_label = record.weights
@@ -55,42 +56,42 @@ class GroupWriter:
         self.specs = specs
 
     @classmethod
-    def open(cls, store: StoreWriter, kind: str, group: str) -> GroupWriter:
-        record = read_group(store.objects, kind, group)
-        specs = read_arrays(store.objects, kind, record.identity, store.block_rows[kind])
-        return cls(store, kind, record, specs)
-
-    @property
-    def block_rows(self) -> int:
-        return self.store.block_rows[self.kind]
+    def open(cls, objects: Objects, index: ClipIndex, kind: str, group: str) -> GroupWriter:
+        """A group that exists; `index` knows which rows are given out."""
+        record = read_group(objects, kind, group)
+        return cls(objects, index, kind, record, read_arrays(objects, kind, record.identity, index.block_rows[kind]))
 
     def committed_blocks(self) -> set[int]:
         """Blocks that have a receipt, by listing names."""
-        return receipt_blocks(self.store.objects.list_names(receipts_prefix(self.kind, self.name)))
+        return receipt_blocks(self.objects.list_names(receipts_prefix(self.kind, self.name)))
 
     def missing_blocks(self) -> list[int]:
         """Blocks given out and not committed, ascending: what is left to do."""
-        return sorted(set(range(self.store.sealed_blocks(self.kind))) - self.committed_blocks())
+        return sorted(set(range(self._index.sealed_blocks(self.kind))) - self.committed_blocks())
 
     def receipt(self, block: int) -> Receipt:
         """The receipt of a committed block, checked."""
-        data = self.store.objects.get(receipt_key(self.kind, self.name, block))
-        return Receipt.parse(data, kind=self.kind, group=self.name, block=block, block_rows=self.block_rows)
+        return read_receipt(self.objects, self.kind, self.name, block, self.block_rows)
 
     def begin(self, block: int, rows: Iterable[int] | None = None) -> BlockWriter:
         """Start a block; `rows` are its planned rows where the caller knows them (saves reading the clip parts)."""
-        from featurestore.blocks import BlockWriter
-
-        planned = self.store.planned_rows(self.kind, block) if rows is None else rows
-        return BlockWriter(self, block, planned)
+        target = BlockTarget(
+            objects=self.objects,
+            kind=self.kind,
+            identity=self.identity,
+            specs=self.specs,
+            block_rows=self.block_rows,
+        )
+        planned = self._index.planned_rows(self.kind, block) if rows is None else rows
+        return BlockWriter(target, block, planned)
 
     def grow(self) -> None:
         """Make the arrays' shape cover every row given out; a shape never shrinks, whoever races."""
-        objects = self.store.objects
+        objects = self.objects
         lock = objects.locked("metadata") if hasattr(objects, "locked") else nullcontext()
         with lock:
             while True:
-                rows = self.store.sealed_blocks(self.kind) * self.block_rows
+                rows = self._index.sealed_blocks(self.kind) * self.block_rows
                 stale = [spec for spec in self._read_specs().values() if spec.rows < rows]
                 # tokens last in ARRAYS: where tokens have room, the other arrays have.
                 for spec in stale:
@@ -100,12 +101,13 @@ class GroupWriter:
                     return
 
     def _read_specs(self) -> dict[str, ArraySpec]:
-        self.specs = read_arrays(self.store.objects, self.kind, self.identity, self.block_rows)
+        self.specs = read_arrays(self.objects, self.kind, self.identity, self.block_rows)
         return self.specs
 
 
 def create_or_open_group(
-    store: StoreWriter,
+    objects: Objects,
+    index: ClipIndex,
     kind: str,
     identity: FeatureIdentity,
     *,
@@ -117,16 +119,16 @@ def create_or_open_group(
     if not isinstance(batch_shape, int) or batch_shape < 1:
         raise UserError(f"batch shape must be at least 1 clip, got {batch_shape!r}")
     name = identity.group_name
-    specs = array_specs(identity, kind, blocks=0, block_rows=store.block_rows[kind], codec=codec or "blosc")
+    specs = array_specs(identity, kind, blocks=0, block_rows=index.block_rows[kind], codec=codec or "blosc")
     documents = {f"{kind}/zarr.json": document_bytes({"zarr_format": 3, "node_type": "group", "attributes": {}})}
     documents |= {array_metadata_key(kind, name, array): spec.document() for array, spec in specs.items()}
     documents[group_metadata_key(kind, name)] = group_document(
         identity, weights_label=weights_label, batch_shape=batch_shape
     )  # last: a group that has its zarr.json has its arrays
     for key, data in documents.items():
-        if not store.objects.exists(key):
-            put_if_absent(store.objects, key, data)  # what another driver made meanwhile is compared below
-    group = GroupWriter.open(store, kind, name)
+        if not objects.exists(key):
+            put_if_absent(objects, key, data)  # what another driver made meanwhile is compared below
+    group = GroupWriter.open(objects, index, kind, name)
     if group.batch_shape != batch_shape:
         raise UserError(
             f"{kind}/{name} was made with batches of {group.batch_shape} clips, got {batch_shape}; "

@@ -7,7 +7,7 @@ each once. Parquet bytes depend on the content alone (fixed writer options, no t
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from featurestore.clips import KINDS, Clip
 from featurestore.columns import CLIP_SCHEMA, clips_to_table
 from featurestore.errors import StoreFormatError
-from featurestore.layout import PARTS, part_key, part_numbers
+from featurestore.layout import PARTS, part_key, part_numbers, sealed_blocks
 from featurestore.objects import Objects
 
 _ROW_GROUP_ROWS = 1 << 16
@@ -51,10 +51,11 @@ def read_table(data: bytes, schema: pa.Schema, what: str) -> pa.Table:
 
 
 class ClipIndex:
-    """All clip parts of a store, read as they appear."""
+    """All clip parts of a store, read as they appear: which rows are given out, and so which blocks."""
 
-    def __init__(self, objects: Objects) -> None:
+    def __init__(self, objects: Objects, block_rows: Mapping[str, int]) -> None:
         self._objects = objects
+        self.block_rows = block_rows
         self.tables: list[pa.Table] = []
         self._rows: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
 
@@ -82,6 +83,17 @@ class ClipIndex:
     def max_row(self, kind: str, *, parts: int | None = None) -> int:
         """Highest row given out (by the first `parts` parts); -1 if none."""
         return max((int(rows[-1]) for rows in self._rows[kind][:parts] if len(rows)), default=-1)
+
+    def sealed_blocks(self, kind: str) -> int:
+        """Blocks given out so far: work exists for 0..n-1."""
+        return sealed_blocks(self.refresh().max_row(kind), self.block_rows[kind])
+
+    def planned_rows(self, kind: str, block: int) -> list[int]:
+        """Rows of a block that belong to a clip; the rest of the block is unused."""
+        size = self.block_rows[kind]
+        if block * size > self.max_row(kind):
+            self.refresh()
+        return self.rows_between(kind, block * size, (block + 1) * size)
 
     def rows_between(self, kind: str, first: int, stop: int) -> list[int]:
         """Rows given out in [first, stop)."""

@@ -19,8 +19,9 @@ import numpy as np
 
 from featurestore.errors import StoreDamagedError, StoreFormatError
 from featurestore.identity import canonical_json
-from featurestore.layout import ARRAYS, MAX_BLOCK_ROWS
+from featurestore.layout import ARRAYS, MAX_BLOCK_ROWS, receipt_key
 from featurestore.metadata import load_json
+from featurestore.objects import Objects
 
 State = Literal["ok", "failed", "skipped", "empty"]
 STATES: tuple[State, ...] = ("ok", "failed", "skipped", "empty")
@@ -162,6 +163,12 @@ def _parse_shards(record: dict, what: str) -> dict[str, dict[str, Any]]:
         if not isinstance(shard["sha256"], str) or not _SHA256.fullmatch(shard["sha256"]):
             raise StoreFormatError(f"{what}: shard {name} has a malformed sha256")
     return shards
+
+
+def read_receipt(objects: Objects, kind: str, group: str, block: int, block_rows: int) -> Receipt:
+    """The receipt of a committed block, checked; FileNotFoundError if there is none."""
+    data = objects.get(receipt_key(kind, group, block))
+    return Receipt.parse(data, kind=kind, group=group, block=block, block_rows=block_rows)
 
 
 def row_digest(arrays: Mapping[str, np.ndarray]) -> str:

@@ -198,7 +198,7 @@ def _build(objects: Objects, block_rows: Mapping[str, int], parent: Snapshot | N
         for kind in KINDS
         for group in encoder_groups(objects, kind)
     }
-    index = ClipIndex(objects).refresh()  # after the receipts: every row that they speak of is there
+    index = ClipIndex(objects, block_rows).refresh()  # after the receipts: every row that they speak of is there
     state = SnapshotTable.extend(_parent_table(objects, parent), index.table)
     groups: dict[str, GroupSummary] = {}
     for name, blocks in sorted(found.items()):

@@ -116,7 +116,7 @@ class _Verification:
         with self.findings.reading(PARTS):
             for number in part_numbers(self.objects.list_names(PARTS)):
                 self.findings.looked_at.add(part_key(number))
-            self.index = ClipIndex(self.objects).refresh()
+            self.index = ClipIndex(self.objects, {}).refresh()  # asked for rows only, never for blocks
         for key, sha256 in self.digests.items():
             self._digest(key, sha256, read=self.is_full)
         for key in self.newest.parts if self.newest else ():

@@ -28,13 +28,13 @@ from featurestore.layout import (
     part_key,
     samples_key,
     samples_versions,
-    sealed_blocks,
 )
 from featurestore.local_objects import LocalObjects
 from featurestore.metadata import parse_root, root_document
 from featurestore.objects import Objects, machine_faults, put_if_absent
 from featurestore.parts import ClipIndex, allocate, part_bytes, table_bytes
 from featurestore.samples import Sample
+from featurestore.snapshots import publish
 
 
 class StoreWriter:
@@ -43,7 +43,7 @@ class StoreWriter:
     def __init__(self, objects: Objects, block_rows: dict[str, int]) -> None:
         self.objects = objects
         self.block_rows = block_rows
-        self._index = ClipIndex(objects)
+        self._index = ClipIndex(objects, block_rows)
 
     @classmethod
     def open_or_create(cls, path: str | Path, *, block_rows: Mapping[str, int] | None = None) -> StoreWriter:
@@ -118,14 +118,11 @@ class StoreWriter:
 
     def sealed_blocks(self, kind: str) -> int:
         """Blocks given out so far: work exists for 0..n-1."""
-        return sealed_blocks(self._index.refresh().max_row(kind), self.block_rows[kind])
+        return self._index.sealed_blocks(kind)
 
     def planned_rows(self, kind: str, block: int) -> list[int]:
         """Rows of a block that belong to a clip; the rest of the block is unused."""
-        size = self.block_rows[kind]
-        if block * size > self._index.max_row(kind):
-            self._index.refresh()
-        return self._index.rows_between(kind, block * size, (block + 1) * size)
+        return self._index.planned_rows(kind, block)
 
     def encoder_groups(self, kind: str) -> dict[str, FeatureIdentity]:
         """Identities by group name."""
@@ -148,7 +145,8 @@ class StoreWriter:
         if not new_identity:
             self._refuse_other_identity(identity)
         return create_or_open_group(
-            self,
+            self.objects,
+            self._index,
             kind,
             identity,
             batch_shape=batch_shape,
@@ -158,7 +156,7 @@ class StoreWriter:
 
     def open_group(self, kind: str, group: str) -> GroupWriter:
         """A group that exists, by its name: what a worker needs to write a block."""
-        return GroupWriter.open(self, kind, group)
+        return GroupWriter.open(self.objects, self._index, kind, group)
 
     def grow_groups(self) -> None:
         """Make room in every group for every row given out."""
@@ -168,8 +166,6 @@ class StoreWriter:
 
     def publish_snapshot(self) -> str:
         """Make what is committed visible to readers; returns the snapshot's id (the old one if nothing is new)."""
-        from featurestore.snapshots import publish  # readers of snapshots import this room's neighbours too
-
         self.grow_groups()
         return publish(self.objects, self.block_rows)
 

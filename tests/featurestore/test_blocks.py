@@ -135,7 +135,7 @@ def orphan(kit, group, clips, make, rows, noise, arrays) -> None:
     for name in arrays:
         spec = group.specs[name]
         pieces = build_shard(spec, {row: encode_row(spec, stored[row][name]) for row in rows})
-        group.store.objects.put_new(shard_key("video", group.name, name, 0), pieces)
+        group.objects.put_new(shard_key("video", group.name, name, 0), pieces)
 
 
 @pytest.mark.parametrize("identity", [{}, FULL], ids=["float16", "uint8+prefix"])
@@ -159,7 +159,7 @@ def test_an_orphan_with_other_bytes_is_the_truth_and_rows_that_it_lacks_are_lost
     assert (receipt.rows[1].reason, receipt.rows[1].scope) == (LOST, "encoder")
     key = shard_key("video", group.name, "tokens", 0)
     assert committed_files(kit)[key] == before[key]
-    shard = Shard(group.specs["tokens"], group.store.objects.open(key))
+    shard = Shard(group.specs["tokens"], group.objects.open(key))
     assert receipt.rows[0].digest == row_digest({"tokens": shard.decode(0)})
     assert np.array_equal(shard.decode(0), make.floats(clips[0], group.identity, 7)["tokens"].astype(np.float16))
 
