@@ -6,6 +6,7 @@
     collector     native frames, one at a time -> the arrays of all views
     source        a clip's bytes and their digest; cut_short: files that end before they say
     container     a video file opened with guards, frames to RGB
+    packets       what a file says of its frames before any is decoded
     packet_index  the default reader: exact frames by presentation time; in_order: where times cannot be trusted
     stills        images, GIFs, folders of frames
     decoders      the readers by name, and `decode_clip`, which runs one

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import av
 
@@ -17,10 +16,8 @@ from featurestore.errors import MediaError
 from pipeline.decode.collector import FrameCollector
 from pipeline.decode.container import OpenVideo, open_video, reason
 from pipeline.decode.job import Reading
+from pipeline.decode.packets import PacketIndex
 from pipeline.decode.source import Source
-
-if TYPE_CHECKING:
-    from pipeline.decode.packet_index import PacketIndex
 
 NAME = "frames/1+sequential"
 MAX_SUBSTITUTED = 0.5  # of the frames wanted; past that the clip is not what it says

@@ -12,7 +12,7 @@ from pipeline.decode import in_order, packet_index
 from pipeline.decode.collector import FrameCollector
 from pipeline.decode.container import open_video
 from pipeline.decode.decoders import decode_clip
-from pipeline.decode.packet_index import PacketIndex, UntrustedIndexError, scan_packets
+from pipeline.decode.packets import PacketIndex, UntrustedIndexError, scan_packets
 from pipeline.decode.source import Source
 from pipeline.views import ResizeRule, View
 
