@@ -25,11 +25,11 @@ import numpy as np
 
 from featurestore.clips import KINDS, Clip
 from featurestore.errors import MediaError
-from pipeline.config import ExtractConfig
+from pipeline.config import DEFAULT_BATCH, ExtractConfig
 from pipeline.datasets import DatasetListing, load_dataset
 from pipeline.decode.decoders import decode_clip
 from pipeline.decode.job import DecodeJob
-from pipeline.extract import DEFAULT_BATCH, extract
+from pipeline.extract import extract
 
 CORES = len(os.sched_getaffinity(0))
 

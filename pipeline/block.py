@@ -64,7 +64,7 @@ class _BlockWork:
         self.task, self.engine = task, engine
         self.seconds: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
-        store = StoreWriter.open_or_create(task.store)
+        store = StoreWriter.open(task.store)
         rows = [row for row, _ in task.rows]
         self.writers: dict[str, BlockWriter] = {
             name: store.open_group(task.kind, task.groups[name]).begin(task.block, rows) for name in task.wanted

@@ -41,7 +41,7 @@ def main() -> None:
 
 @main.command()
 @extraction_options
-@click.option("--retry-quarantine", is_flag=True, help="Try the clips again that failed before.")
+@click.option("--retry-quarantine", is_flag=True, default=None, help="Try the clips again that failed before.")
 @click.option("--accept-damaged", is_flag=True, default=None, help="Take what can be decoded of damaged files.")
 @click.option("--new-identity", is_flag=True, default=None, help="Keep changed features beside the stored ones.")
 @click.option("--no-samples", "samples", flag_value=False, default=None, help="Leave the annotations out of the store.")

@@ -14,10 +14,20 @@ from typing import Any
 
 from featurestore.errors import UserError
 from featurestore.identity import STORAGE_DTYPES
-from pipeline.encoders.registry import MERV_ENCODERS
+from pipeline.encoders.registry import ENCODERS, MERV_ENCODERS
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
-AUTO = 0  # "choose for the device": resolved before work starts and recorded in the store
+DECODER_NAMES = ("frames/1", "decord", "ffmpeg")  # of `decode.decoders.DECODERS`, which loads too much for --help
+AUTO = 0  # "choose for the machine"
+DEFAULT_BATCH = {"cpu": {"video": 2, "image": 8}, "cuda": {"video": 8, "image": 64}}  # clips per forward
+
+_WORDS = {  # a setting's type, as annotated -> what it accepts, in words
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": (bool, "true or false"),
+    "str": (str, "text"),
+    "Mapping": (Mapping, "`name: value` pairs"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,15 +92,12 @@ class ExtractConfig:
     dashboard: bool = False
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _check_choice("storage_dtype", self.storage_dtype, STORAGE_DTYPES)
         _check_choice("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
-        if self.grid is not None:
-            if len(tuple(self.grid)) != 3 or any(int(n) < 1 for n in self.grid):
-                raise UserError(f"grid is three numbers T, H, W of at least 1, or raw, got {self.grid!r}")
-            object.__setattr__(self, "grid", tuple(int(n) for n in self.grid))
-        object.__setattr__(self, "encoders", tuple(self.encoders))
-        if not self.encoders or len(set(self.encoders)) < len(self.encoders):
-            raise UserError(f"encoders must be a list of different names, got {', '.join(self.encoders) or 'none'}")
+        _check_choice("decoder", self.decoder, DECODER_NAMES)
+        object.__setattr__(self, "grid", _checked_grid(self.grid))
+        object.__setattr__(self, "encoders", _checked_encoders(self.encoders))
         for setting in ("weights", "architecture", "crop"):
             if stray := sorted(set(getattr(self, setting)) - set(self.encoders) - {""}):
                 raise UserError(f"{setting} is set for {', '.join(stray)}, which is not among the encoders asked for")
@@ -136,21 +143,33 @@ class ExtractConfig:
 
 def read_config(path: str | Path | None, overrides: Mapping[str, Any]) -> ExtractConfig:
     """The YAML file's settings with the command line's laid over them; `None` on the command line means not given."""
-    settings = dict(_read_yaml(path)) if path else {}
-    for name, value in overrides.items():
-        if value is None:
-            continue
+    settings = _spelled_out(_read_yaml(path)) if path else {}
+    given = {name: value for name, value in overrides.items() if value is not None}
+    for name, value in _spelled_out(given).items():
         merges = isinstance(value, Mapping) and isinstance(settings.get(name), Mapping)
         settings[name] = {**settings[name], **value} if merges else value
     _check_known(settings, path)
-    for name in ("weights", "crop"):
-        if isinstance(settings.get(name), str):
-            settings[name] = {"": settings[name]}
-    if settings.get("grid") == "raw":
-        settings["grid"] = None
     if "dataset" not in settings:
         raise UserError("which dataset? give --dataset NAME; `merv-pipeline datasets` lists them")
     return ExtractConfig(**settings)
+
+
+def default_batch(device: str, kind: str) -> int:
+    """Clips per forward that suit a device such as "cuda:1"."""
+    return DEFAULT_BATCH.get(device.split(":")[0], DEFAULT_BATCH["cpu"])[kind]
+
+
+def _spelled_out(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Short spellings as the values they stand for: one SPEC for all encoders, names with commas, `raw`."""
+    long = dict(settings)
+    for name in ("weights", "crop"):
+        if isinstance(long.get(name), str):
+            long[name] = {"": long[name]}
+    if isinstance(long.get("encoders"), str):
+        long["encoders"] = [name.strip() for name in long["encoders"].split(",") if name.strip()]
+    if long.get("grid") == "raw":
+        long["grid"] = None
+    return long
 
 
 def _read_yaml(path: str | Path) -> Mapping[str, Any]:
@@ -173,6 +192,35 @@ def _check_known(settings: Mapping[str, Any], path: str | Path | None) -> None:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1, cutoff=0)
             raise UserError(f"{path or 'settings'}: unknown setting {name!r}, the nearest known one is {near[0]!r}")
+
+
+def _check_types(config: ExtractConfig) -> None:
+    """A file may hold anything: say which setting has a wrong value before somebody calculates with it."""
+    for setting in fields(config):
+        value, annotated = getattr(config, setting.name), str(setting.type)
+        accepted, words = _WORDS.get(annotated.split("[")[0].removesuffix(" | None"), (object, ""))
+        is_bool_elsewhere = isinstance(value, bool) and accepted not in (bool, object)
+        if (value is None and "None" in annotated) or (isinstance(value, accepted) and not is_bool_elsewhere):
+            continue
+        raise UserError(f"{setting.name} must be {words}, got {value!r}")
+
+
+def _checked_grid(grid: Any) -> tuple[int, int, int] | None:
+    if grid is None:
+        return None
+    numbers = tuple(grid) if isinstance(grid, list | tuple) else ()
+    if len(numbers) != 3 or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in numbers):
+        raise UserError(f"grid is three whole numbers T, H, W of at least 1, or raw, got {grid!r}")
+    return numbers
+
+
+def _checked_encoders(names: Any) -> tuple[str, ...]:
+    listed = tuple(names) if isinstance(names, list | tuple) else ()
+    if not listed or len(set(map(str, listed))) < len(listed):
+        raise UserError(f"encoders must be a list of different names, got {names!r}")
+    if unknown := [str(name) for name in listed if name not in ENCODERS]:
+        raise UserError(f"unknown encoder {', '.join(unknown)}; known: {', '.join(ENCODERS)}")
+    return listed
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

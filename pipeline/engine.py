@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from featurestore.errors import UserError
 from featurestore.identity import FeatureIdentity
 from pipeline.config import EncoderSettings, EngineSettings
 from pipeline.decode.pool import DecodePool
@@ -124,9 +125,13 @@ def describe_encoders(settings: EngineSettings) -> list[dict[str, Any]]:
 
 
 def _device(device: str) -> str:
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise UserError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def _free_cores() -> int:

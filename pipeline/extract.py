@@ -7,58 +7,34 @@ moves no frames and no tokens and loads no model; it may be killed at any moment
 from __future__ import annotations
 
 import shutil
-import socket
 import time
 import traceback
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from featurestore.clips import KINDS, Clip
-from featurestore.errors import RunStoppedError
+from featurestore.errors import MervCacheError, RunStoppedError
 from featurestore.identity import FeatureIdentity
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
 from jobs.clusters import ClusterRequest, connect
 from jobs.progress import RunProgress
 from jobs.run import Outcome, Task, check_workers, run_tasks
-from pipeline.config import ExtractConfig
+from pipeline.config import ExtractConfig, default_batch
 from pipeline.datasets import DatasetListing, load_dataset
 from pipeline.plan import PlannedBlock, plan_blocks
+from pipeline.summary import ExtractSummary, run_record
 
 if TYPE_CHECKING:
     from distributed import Client
 
 SNAPSHOT_INTERVAL_S = 180.0
 MIN_FAILED = 32  # clips; below this a share of failures says nothing
-DEFAULT_BATCH = {"cpu": {"video": 2, "image": 8}, "cuda": {"video": 8, "image": 64}}  # clips per forward
-
-
-@dataclass(kw_only=True)
-class ExtractSummary:
-    """What a run did; amounts are of this run, not of the store."""
-
-    store: str
-    run: str
-    snapshot: str | None = None
-    clips: int = 0  # computed or failed in this run
-    failed: int = 0
-    missing: dict[str, int] = field(default_factory=dict)  # folder -> media listed but absent
-    rejected: dict[str, int] = field(default_factory=dict)  # reason -> annotation records refused
-    reasons: dict[str, int] = field(default_factory=dict)  # why clips were quarantined
-    frames: int = 0
-    bytes: int = 0
-    blocks: int = 0
-    halvings: int = 0  # batches cut for lack of device memory
-    elapsed_s: float = 0.0
-    stage_s: dict[str, float] = field(default_factory=dict)  # summed over workers
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +82,7 @@ def extract(
         identities = {name: encoder.identity for name, encoder in encoders.items()}
         blocks = plan_blocks(store, identities, clip_ids={clip.clip_id for clip in listing.clips})
         _check_space(config, blocks, encoders)
-        tasks = _tasks(config, store, listing, encoders, blocks, run)
+        tasks = _tasks(config, listing, encoders, blocks, run)
         with _summed_up(store, config, listing, encoders, summary):
             _run_blocks(client, store, tasks, blocks, summary, config, quiet)
     return summary
@@ -130,8 +106,6 @@ def _register(
 ) -> None:
     """Give out rows, write samples and make the encoders' groups: all that must stand before the first block."""
     store.add_clips(listing.clips)
-    if config.retry_quarantine:
-        store.add_clips(_quarantined(store, config, listing, encoders), retry=True)
     if config.samples:
         for name, samples in listing.samples.items():
             store.add_samples(name, samples)
@@ -144,6 +118,8 @@ def _register(
                 weights_label=encoder.weights,
                 new_identity=config.new_identity,
             )
+    if config.retry_quarantine:
+        store.add_clips(_quarantined(store, config, listing, encoders), retry=True)
 
 
 def _batch_shape(store: StoreWriter, config: ExtractConfig, kind: str, encoder: EncoderDescription) -> int:
@@ -152,18 +128,21 @@ def _batch_shape(store: StoreWriter, config: ExtractConfig, kind: str, encoder: 
         return asked
     if encoder.identity.group_name in store.encoder_groups(kind):
         return store.open_group(kind, encoder.identity.group_name).batch_shape
-    return DEFAULT_BATCH[encoder.device.split(":")[0]][kind]
+    return default_batch(encoder.device, kind)
 
 
 def _quarantined(
     store: StoreWriter, config: ExtractConfig, listing: DatasetListing, encoders: dict[str, EncoderDescription]
 ) -> list[Clip]:
-    """Listed clips that failed with any of the encoders and succeeded in no later row."""
+    """Listed clips that failed with any of the encoders, and that wait in no later row of a retry cut short."""
     store.publish_snapshot()
     reader = FeatureStore.open(config.store_path)
-    groups = {encoder.identity.group_name for encoder in encoders.values()}
+    identities = {name: encoder.identity for name, encoder in encoders.items()}
+    groups = {identity.group_name for identity in identities.values()}
     keys = {key for key, identity in reader.encoders.items() if identity.group_name in groups}
     failed = {row["clip_id"] for row in reader.quarantine.to_pylist() if row["encoder"] in keys}
+    for block in plan_blocks(store, identities, clip_ids=failed):
+        failed -= block.clip_ids
     return [clip for clip in listing.clips if clip.clip_id in failed]
 
 
@@ -190,13 +169,12 @@ def clip_bytes(identity: FeatureIdentity, kind: str) -> int:
     return time_steps * (height * width + identity.prefix_tokens) * identity.width * per_value + scales
 
 
-def _tasks(config, store, listing, encoders, blocks: list[PlannedBlock], run: str) -> Iterator[Task]:
+def _tasks(config, listing, encoders, blocks: list[PlannedBlock], run: str) -> Iterator[Task]:
     from pipeline.block import BlockTask
 
     groups = {name: encoder.identity.group_name for name, encoder in encoders.items()}
     engine = config.engine_settings
     for block in blocks:
-        batch = {store.open_group(block.kind, groups[name]).batch_shape for name in block.wanted}
         task = BlockTask(
             store=str(config.store_path),
             root=str(listing.root),
@@ -205,11 +183,11 @@ def _tasks(config, store, listing, encoders, blocks: list[PlannedBlock], run: st
             rows=block.rows,
             wanted=block.wanted,
             groups=groups,
-            batch=min(batch),
+            batch=block.batch,
             accept_damaged=config.accept_damaged,
             engine=engine,
         )
-        yield Task(key=f"{block.kind}-{block.block:08d}-{run}", arguments=(task,))
+        yield Task(key=f"{block.kind}-{block.block:08d}-of-{block.batch}-{run}", arguments=(task,))
 
 
 def _run_blocks(client, store, tasks, blocks: list[PlannedBlock], summary: ExtractSummary, config, quiet: bool) -> None:
@@ -241,14 +219,7 @@ def _count(outcome: Outcome, summary: ExtractSummary, progress: RunProgress) -> 
             "everything committed so far is kept, run the same command again after mending the cause"
         ) from outcome.error
     result = outcome.result
-    summary.blocks += 1
-    summary.clips += result["clips"]
-    summary.failed += result["failed"]
-    summary.frames += result["frames"]
-    summary.bytes += result["bytes"]
-    summary.halvings += result["halvings"]
-    summary.reasons = dict(Counter(summary.reasons) + Counter(result["reasons"]))
-    summary.stage_s = dict(Counter(summary.stage_s) + Counter(result["seconds"]))
+    summary.add(result)
     progress.advance(result["clips"], failed=result["failed"], frames=result["frames"], MB=result["bytes"] / 1e6)
 
 
@@ -264,36 +235,21 @@ def _worst(reasons: dict[str, int]) -> str:
 
 @contextmanager
 def _summed_up(
-    store, config: ExtractConfig, listing: DatasetListing, encoders, summary: ExtractSummary
+    store: StoreWriter, config: ExtractConfig, listing: DatasetListing, encoders, summary: ExtractSummary
 ) -> Iterator[None]:
     """However the run ends, readers see what was committed and the journal tells what happened."""
     started = time.time()
     try:
         yield
-    finally:
-        summary.elapsed_s = time.time() - started
-        summary.snapshot = store.publish_snapshot()
-        store.journal(
-            f"{summary.run}-driver",
-            {
-                "started": started,
-                "host": socket.gethostname(),
-                "root": listing.root,
-                "config": config.to_dict(),
-                "versions": _versions(),
-                "encoders": {name: encoder.identity.group_name for name, encoder in encoders.items()},
-                "summary": summary.to_dict(),
-            },
-        )
+    except BaseException:
+        with suppress(MervCacheError):  # the first error is the one to tell: on a full disk this fails as well
+            _sum_up(store, config, listing, encoders, summary, started)
+        raise
+    _sum_up(store, config, listing, encoders, summary, started)
 
 
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    def found(name: str) -> str:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return "absent"
-
-    return {name: found(name) for name in ("merv-pipeline", "torch", "transformers", "av", "pillow", "numpy", "zarr")}
+def _sum_up(store, config: ExtractConfig, listing: DatasetListing, encoders, summary, started: float) -> None:
+    summary.elapsed_s = time.time() - started
+    summary.snapshot = store.publish_snapshot()
+    groups = {name: encoder.identity.group_name for name, encoder in encoders.items()}
+    store.journal(f"{summary.run}-driver", run_record(config, listing, groups, summary, started))

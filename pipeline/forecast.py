@@ -23,7 +23,7 @@ from featurestore.store import FeatureStore
 from jobs.clusters import ClusterRequest, connect
 from pipeline.config import ExtractConfig
 from pipeline.datasets import DatasetListing, load_dataset
-from pipeline.extract import DEFAULT_BATCH, clip_bytes
+from pipeline.extract import clip_bytes
 
 FILES_PER_BLOCK = 2  # a shard and its receipt
 
@@ -75,7 +75,7 @@ def forecast(config: ExtractConfig, *, probe: int = 4) -> Forecast:
         from pipeline.probe import probe_clips  # imports torch
 
         chosen = {kind: _spread([c for c in listing.clips if c.kind == kind], probe) for kind in KINDS}
-        result = client.submit(probe_clips, config.engine_settings, listing.root, chosen, DEFAULT_BATCH).result()
+        result = client.submit(probe_clips, config.engine_settings, listing.root, chosen, config.batch).result()
     identities = {name: FeatureIdentity.from_dict(record) for name, record in result["identities"].items()}
     done = _committed(config.store_path, identities)
     rows = tuple(_rows(config, listing, identities, done, result["clips"]))

@@ -13,11 +13,10 @@ import click
 
 from featurestore.clips import KINDS
 from featurestore.identity import STORAGE_DTYPES
-from pipeline.config import COMPUTE_DTYPES, ExtractConfig, read_config
+from pipeline.config import COMPUTE_DTYPES, DECODER_NAMES, ExtractConfig, read_config
 from pipeline.encoders.registry import MERV_ENCODERS
 
 STAGES = ("align", "finetune")
-DECODER_NAMES = ("frames/1", "decord", "ffmpeg")
 
 _OPTIONS = [
     click.option("--dataset", help="Dataset by name; `merv-pipeline datasets` lists them."),
@@ -82,8 +81,6 @@ def extraction_options(command: Callable) -> Callable:
 def config_from_options(config_file: str | None, options: dict[str, Any]) -> ExtractConfig:
     """Options as click gives them, over the config file."""
     given = {name: value for name, value in options.items() if value not in (None, ())}
-    if "encoders" in given:
-        given["encoders"] = tuple(name.strip() for name in given["encoders"].split(",") if name.strip())
     if "weights" in given:
         given["weights"] = parse_weights(given["weights"])
     if given.get("grid", "raw") != "raw":

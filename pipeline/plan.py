@@ -28,22 +28,34 @@ class PlannedBlock:
     block: int
     rows: tuple[tuple[int, Clip], ...]  # every planned row of the block
     wanted: Mapping[str, frozenset[int]]  # encoder -> rows to compute
+    batch: int  # clips per forward, of every encoder wanted
 
     @property
     def num_clips(self) -> int:
         return len(frozenset().union(*self.wanted.values()))
 
+    @property
+    def clip_ids(self) -> set[str]:
+        """Clips that some encoder has to compute here."""
+        wanted = frozenset().union(*self.wanted.values())
+        return {clip.clip_id for row, clip in self.rows if row in wanted}
+
 
 def plan_blocks(
     store: StoreWriter, identities: Mapping[str, FeatureIdentity], *, clip_ids: Collection[str]
 ) -> list[PlannedBlock]:
-    """Blocks that hold any of `clip_ids` and miss tokens of an encoder, in the order of their rows."""
+    """Blocks that hold any of `clip_ids` and miss tokens of an encoder, in the order of their rows.
+
+    Encoders whose groups were made with different batch shapes get a block each: one shape gives one set of bytes.
+    """
     planned = []
     for kind, rows in _rows_by_kind(store).items():
-        newest, older = _newest_rows(rows)
-        missing: dict[int, dict[str, frozenset[int]]] = defaultdict(dict)
         by_block = _by_block(rows, store.block_rows[kind])
         asked = [b for b, block in by_block.items() if any(clip.clip_id in clip_ids for _, clip in block)]
+        if not asked:
+            continue
+        newest, older = _newest_rows(rows)
+        missing: dict[tuple[int, int], dict[str, frozenset[int]]] = defaultdict(dict)  # by block and batch shape
         for name, identity in identities.items():
             group = store.open_group(kind, identity.group_name)
             committed = group.committed_blocks()
@@ -55,10 +67,10 @@ def plan_blocks(
                     row for row, clip in by_block[block] if newest[clip.clip_id] == row and clip.clip_id not in done
                 )
                 if wanted := frozenset(live):
-                    missing[block][name] = wanted
+                    missing[block, group.batch_shape][name] = wanted
         planned += [
-            PlannedBlock(kind=kind, block=block, rows=tuple(by_block[block]), wanted=missing[block])
-            for block in sorted(missing)
+            PlannedBlock(kind=kind, block=block, rows=tuple(by_block[block]), wanted=wanted, batch=batch)
+            for (block, batch), wanted in sorted(missing.items(), key=lambda item: item[0])
         ]
     return planned
 

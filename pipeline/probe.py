@@ -18,7 +18,7 @@ from featurestore.identity import FeatureIdentity
 from featurestore.metadata import array_specs
 from featurestore.quantise import to_stored
 from featurestore.shards import encode_row
-from pipeline.config import EngineSettings
+from pipeline.config import EngineSettings, default_batch
 from pipeline.decode.job import Decoded, DecodeJob
 from pipeline.engine import EncoderRun, Engine, encode_batch, engine_for
 
@@ -27,11 +27,11 @@ def probe_clips(
     settings: EngineSettings,
     root: str,
     chosen: Mapping[str, Sequence[Clip]],
-    batch: Mapping[str, Mapping[str, int]],
+    batch: Mapping[str, int],
 ) -> dict[str, Any]:
     """Identities, and per kind one record per clip: decode_s, wall_s, and per encoder seconds and stored_bytes."""
     engine = engine_for(settings)
-    sizes = batch[engine.device.split(":")[0]]
+    sizes = {kind: batch.get(kind) or default_batch(engine.device, kind) for kind in chosen}
     return {
         "device": engine.device,
         "identities": {name: run.identity.to_dict() for name, run in engine.encoders.items()},

@@ -61,7 +61,12 @@ def inspect_store(path: str | Path, what: str) -> dict[str, Any]:
 
 def _encoder_details(store: FeatureStore, key: str) -> dict[str, Any]:
     identity = store.encoders[key]
-    return {"encoder": key, "id": identity.id, "weights": store.info()["groups"][identity.group_name]["weights"], **identity.to_dict()}
+    return {
+        "encoder": key,
+        "id": identity.id,
+        "weights": store.info()["groups"][identity.group_name]["weights"],
+        **identity.to_dict(),
+    }
 
 
 def _find_clip(store: FeatureStore, what: str) -> dict[str, Any]:

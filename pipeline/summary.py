@@ -1,0 +1,74 @@
+"""The summary of an extraction: what the run did, for the person who waits and for the store's journal.
+
+Comes in: what blocks report as they are committed. Goes out: counts, and a record of how they came about (settings,
+host, versions), which is provenance: it decides no bytes.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pipeline.config import ExtractConfig
+from pipeline.datasets import DatasetListing
+
+
+@dataclass(kw_only=True)
+class ExtractSummary:
+    """What a run did; amounts are of this run, not of the store."""
+
+    store: str
+    run: str
+    snapshot: str | None = None
+    clips: int = 0  # computed or failed in this run
+    failed: int = 0
+    missing: dict[str, int] = field(default_factory=dict)  # folder -> media listed but absent
+    rejected: dict[str, int] = field(default_factory=dict)  # reason -> annotation records refused
+    reasons: dict[str, int] = field(default_factory=dict)  # why clips were quarantined
+    frames: int = 0
+    bytes: int = 0
+    blocks: int = 0
+    halvings: int = 0  # batches cut for lack of device memory
+    elapsed_s: float = 0.0
+    stage_s: dict[str, float] = field(default_factory=dict)  # summed over workers
+
+    def add(self, block: Mapping[str, Any]) -> None:
+        """Count what `pipeline.block.extract_block` says of a block."""
+        self.blocks += 1
+        for name in ("clips", "failed", "frames", "bytes", "halvings"):
+            setattr(self, name, getattr(self, name) + block[name])
+        self.reasons = dict(Counter(self.reasons) + Counter(block["reasons"]))
+        self.stage_s = dict(Counter(self.stage_s) + Counter(block["seconds"]))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def run_record(
+    config: ExtractConfig, listing: DatasetListing, groups: Mapping[str, str], summary: ExtractSummary, started: float
+) -> dict[str, Any]:
+    """A run for the journal; `groups` are encoder -> group name, `started` is seconds since the epoch."""
+    return {
+        "started": started,
+        "host": socket.gethostname(),
+        "root": listing.root,
+        "config": config.to_dict(),
+        "versions": _versions(),
+        "encoders": dict(groups),
+        "summary": summary.to_dict(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    def found(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "absent"
+
+    return {name: found(name) for name in ("merv-pipeline", "torch", "transformers", "av", "pillow", "numpy", "zarr")}
