@@ -7,6 +7,7 @@ imported: the command line's help reads this table.
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +15,12 @@ from typing import Any
 
 from featurestore.clips import KINDS
 from featurestore.errors import UserError
-from pipeline.datasets import demo, videollava
+from pipeline.datasets import demo, evaluation, folder, videollava, webdataset
 from pipeline.datasets.base import DatasetListing, DatasetSpec, ListingBuilder, Option, Rejected
 
-DATASETS: dict[str, DatasetSpec] = {spec.name: spec for spec in (videollava.SPEC, demo.SPEC)}
+DATASETS: dict[str, DatasetSpec] = {
+    spec.name: spec for spec in (demo.SPEC, videollava.SPEC, webdataset.SPEC, folder.SPEC, evaluation.SPEC)
+}
 
 __all__ = ["DATASETS", "DatasetListing", "DatasetSpec", "Option", "Rejected", "load_dataset"]
 
@@ -41,13 +44,13 @@ def load_dataset(
     _check_choice("kind", kind, KINDS)
     if limit is not None and limit < 1:
         raise UserError(f"limit is a number of clips of at least 1, got {limit}")
-    folder = Path(root if root is not None else spec.default_root).absolute()
+    folder = Path(os.path.abspath(root if root is not None else spec.default_root))
     if not spec.makes_root and not folder.is_dir():
         raise UserError(_missing_root(spec, folder))
     builder = ListingBuilder(name, folder, stage)
     with _without_collector():
         spec.collect(builder, settings)
-        return builder.finish(kind=kind, limit=limit)
+        return builder.finish(kind=kind, limit=limit, look=not spec.lists_media)
 
 
 def _spec(name: str) -> DatasetSpec:

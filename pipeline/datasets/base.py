@@ -68,6 +68,7 @@ class DatasetSpec:
     stages: tuple[str, ...] = ()  # of its samples; empty: it has no samples
     options: Mapping[str, Option] = field(default_factory=dict)
     makes_root: bool = False  # renders its own media
+    lists_media: bool = False  # clips come from listing the media: none of them can be missing
 
 
 class RecordError(Exception):
@@ -110,7 +111,7 @@ class ListingBuilder:
         try:
             clip = Clip(dataset=self.name, path=path, kind=kind, start_s=start_s, end_s=end_s, end_frame=end_frame)
         except UserError:
-            raise RecordError("span is not possible" if _is_safe(path) else "media path is unsafe") from None
+            raise RecordError("span is not possible" if is_safe(path) else "media path is unsafe") from None
         clip_id = clip.clip_id
         if self._clips.setdefault(clip_id, clip).kind != kind:
             raise RecordError("media is named as a video and as an image")
@@ -183,7 +184,8 @@ class ListingBuilder:
         return sample_id
 
 
-def _is_safe(path: str) -> bool:
+def is_safe(path: str) -> bool:
+    """True for a path that a clip may have."""
     try:
         check_relative_path(path)
     except UserError:

@@ -1,0 +1,258 @@
+"""Evaluation sets in the layout of princetonvisualai/merv: one folder per benchmark.
+
+Comes in: `BENCHMARK/test_q.json`, `BENCHMARK/test_a.json` and the videos, under `BENCHMARK/videos/NAME.*` (a file, or a
+folder of frames) or wherever `BENCHMARK/videos.txt` says (NAME, TAB, path). Goes out: one set of held-out samples per
+benchmark, with its span or end frame in the clip, and options and answer index where it is multiple choice.
+
+A span of the reference may hold NaN: at the start it means 0, at the end the end of the file. An `end_frame` of 0 or
+more replaces the span.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from featurestore.errors import UserError
+from featurestore.samples import Turn
+from pipeline.datasets.base import (
+    DatasetSpec,
+    ListingBuilder,
+    Option,
+    RecordError,
+    check_text,
+    each_record,
+    is_safe,
+    record_id,
+)
+from pipeline.datasets.json_array import read_json_array
+from pipeline.media import kind_of_path
+
+MAX_FRAME = 2**31  # 2 years of video at 30 frames per second; columns of stores hold 64 bits
+QUESTIONS, ANSWERS, VIDEOS, VIDEO_TABLE = "test_q.json", "test_a.json", "videos", "videos.txt"
+
+DOWNLOAD = f"""\
+Per benchmark one folder under the root, for example MSVD/, with {QUESTIONS}, {ANSWERS} and {VIDEOS}/. The links are in
+the evaluation part of the README of princetonvisualai/merv and in TRAIN_AND_VALIDATE.md of Video-LLaVA."""
+
+
+def collect(builder: ListingBuilder, options: Mapping[str, Any]) -> None:
+    """Read every benchmark under the root, in the order of their names; the root may itself be one benchmark."""
+    annotations = builder.root
+    folders = _benchmarks(annotations, str(options["benchmarks"]))
+    builder.root = _media_root(annotations, str(options["media_root"]), folders)
+    for folder in folders:
+        _collect_benchmark(builder, folder)
+
+
+def _benchmarks(root: Path, wanted: str) -> list[Path]:
+    is_benchmark = (root / QUESTIONS).is_file()
+    found = [root] if is_benchmark else sorted(path.parent for path in root.glob(f"*/{QUESTIONS}"))
+    if not found:
+        raise UserError(f"no benchmark under {root}: expected BENCHMARK/{QUESTIONS}\n{DOWNLOAD}")
+    names = [name.strip() for name in wanted.split(",") if name.strip()]
+    known = [path.name for path in found]
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"no benchmark {', '.join(unknown)} under {root}; there are {', '.join(known)}")
+    return [path for path in found if not names or path.name in names]
+
+
+def _media_root(root: Path, option: str, folders: list[Path]) -> Path:
+    """The folder that clip paths are relative to: the root, or a folder above it."""
+    if not option:
+        option = ".." if any((folder / VIDEO_TABLE).is_file() for folder in folders) else "."
+    media_root = Path(os.path.normpath(root / option))
+    if not media_root.is_dir() or not root.is_relative_to(media_root):
+        raise UserError(f"media_root must be the root {root} or a folder above it, got {media_root}")
+    return media_root
+
+
+def _collect_benchmark(builder: ListingBuilder, folder: Path) -> None:
+    name = f"{builder.name}-{folder.name}"
+    if not (folder / ANSWERS).is_file():
+        raise UserError(f"benchmark {folder.name} has {QUESTIONS} but no {ANSWERS} beside it in {folder}")
+    builder.declare_samples(name)
+    answers = _read_answers(builder, folder)
+    videos = _Videos.of(builder.root, folder)
+    for position, row in each_record(builder, read_json_array(folder / QUESTIONS), f"{folder.name}/{QUESTIONS}"):
+        try:
+            question_id = record_id(row.get("question_id"))
+            if question_id not in answers:
+                raise RecordError("question has no answer")
+            fields = _question_fields(row, answers[question_id])
+            clip_id = _clip_of(builder, row, videos)
+            if clip_id is not None:
+                builder.add_sample(name, f"{folder.name}/{question_id}", clip_id, source=folder.name, **fields)
+        except RecordError as error:
+            builder.reject(str(error), f"{folder.name}/{QUESTIONS} record {position} (id {row.get('question_id')!r})")
+    for place, names in videos.unknown.items():
+        builder.miss(place, len(names))
+
+
+def _read_answers(builder: ListingBuilder, folder: Path) -> dict[str, dict]:
+    """Question id -> answer row; a second answer to one question is refused, whatever it says."""
+    answers: dict[str, dict] = {}
+    for position, row in each_record(builder, read_json_array(folder / ANSWERS), f"{folder.name}/{ANSWERS}"):
+        try:
+            question_id = record_id(row.get("question_id"))
+            if answers.setdefault(question_id, row) is not row:
+                raise RecordError("question has two answers")
+        except RecordError as error:
+            builder.reject(str(error), f"{folder.name}/{ANSWERS} record {position} (id {row.get('question_id')!r})")
+    return answers
+
+
+def _question_fields(row: dict, answer: dict) -> dict[str, Any]:
+    """Turns, options and answer index of one question; the prompt around them is the evaluator's business."""
+    options = _options(row)
+    index = answer.get("answer_id") if options else None
+    if options and (isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(options)):
+        raise RecordError("answer_id is not one of the options")
+    text = options[index] if options else check_text(answer.get("answer"))
+    category = row.get("category") or row.get("type")
+    return {
+        "turns": (Turn(role="human", text=check_text(row.get("question"))), Turn(role="gpt", text=text)),
+        "stage": "eval",
+        "split": "heldout",
+        "category": check_text(category) if isinstance(category, str) else None,
+        "options": options,
+        "answer_index": index,
+    }
+
+
+def _options(row: dict) -> tuple[str, ...]:
+    """The first `num_option` of the options, all of them where no number is given, () for an open question."""
+    options = row.get("options")
+    if options is None:
+        return ()
+    if not isinstance(options, list) or not options:
+        raise RecordError("options are not a list of texts")
+    number = row.get("num_option", len(options))
+    if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= len(options):
+        raise RecordError("num_option is not a number of the options")
+    return tuple(check_text(option) for option in options[:number])
+
+
+def _clip_of(builder: ListingBuilder, row: dict, videos: _Videos) -> str | None:
+    """The clip's id, or None for a video that is not there under any extension."""
+    path = videos.find(check_text(row.get("video_name")))
+    span = _span(row)
+    return None if path is None else builder.add_clip(path, kind_of_path(path) or "video", **span)
+
+
+def _span(row: dict) -> dict[str, float | int | None]:
+    end_frame = row.get("end_frame")
+    if end_frame is not None:
+        is_whole = isinstance(end_frame, int) or (isinstance(end_frame, float) and end_frame.is_integer())
+        if isinstance(end_frame, bool) or not is_whole or end_frame > MAX_FRAME:
+            raise RecordError("end_frame is not a frame's number")
+        if end_frame >= 0:
+            return {"end_frame": int(end_frame)}
+    time = row.get("time")
+    if time is None:
+        return {}
+    if not isinstance(time, list) or len(time) != 2:
+        raise RecordError("time is not [start, end] in seconds")
+    start, end = (_seconds(value) for value in time)
+    return {"start_s": 0.0 if start is None else start, "end_s": end}
+
+
+def _seconds(value: object) -> float | None:
+    """Seconds; None for NaN and null."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RecordError("time is not [start, end] in seconds")
+    try:
+        return None if math.isnan(value) else float(value)
+    except OverflowError:  # a whole number of more than 308 digits
+        raise RecordError("span is not possible") from None
+
+
+@dataclass
+class _Videos:
+    """Where a benchmark's videos lie: by table, else by listing each folder once."""
+
+    root: Path  # that paths are relative to
+    folder: str  # of the videos, relative to the root
+    table: dict[str, str] | None
+    listed: dict[str, dict[str, str]] = field(default_factory=dict)  # folder -> name without extension -> file name
+    unknown: dict[str, set[str]] = field(default_factory=dict)  # folder -> names that no file has
+
+    @classmethod
+    def of(cls, root: Path, benchmark: Path) -> _Videos:
+        folder = "/".join((*benchmark.relative_to(root).parts, VIDEOS))
+        table = benchmark / VIDEO_TABLE
+        return cls(root, folder, _read_table(table) if table.is_file() else None)
+
+    def find(self, name: str) -> str | None:
+        """The path of the video called `name`, relative to the root; None (and remembered) where there is none."""
+        if self.table is not None:
+            if name not in self.table:
+                raise RecordError(f"video is not in {VIDEO_TABLE}")
+            return self.table[name]
+        inner, _, stem = name.rpartition("/")
+        folder = f"{self.folder}/{inner}" if inner else self.folder
+        if not is_safe(f"{folder}/{stem}"):
+            raise RecordError("media path is unsafe")
+        if folder not in self.listed:
+            self.listed[folder] = _by_stem(self.root / folder)
+        file_name = self.listed[folder].get(stem)
+        if file_name is None:
+            self.unknown.setdefault(folder, set()).add(stem)
+            return None
+        return f"{folder}/{file_name}"
+
+
+def _by_stem(folder: Path) -> dict[str, str]:
+    """Name without extension -> entry; of several, a video file before a folder of frames before anything else."""
+    ranked: dict[str, tuple[int, str]] = {}
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                is_folder = entry.is_dir()
+                stem = entry.name if is_folder else entry.name.rpartition(".")[0] or entry.name
+                rank = 1 if is_folder else 0 if kind_of_path(entry.name) == "video" else 2
+                ranked[stem] = min(ranked.get(stem, (3, "")), (rank, entry.name))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise UserError(f"media folder {folder} cannot be listed: {error.strerror}") from error
+    return {stem: name for stem, (_, name) in ranked.items()}
+
+
+def _read_table(path: Path) -> dict[str, str]:
+    """`NAME TAB path` lines."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    pairs = [line.split("\t") for line in lines if line.strip()]
+    for number, pair in enumerate(pairs, start=1):
+        if len(pair) != 2:
+            raise UserError(f"{path}, entry {number}: expected NAME, one tab, path; got {'<TAB>'.join(pair)[:200]!r}")
+    return dict(pairs)
+
+
+SPEC = DatasetSpec(
+    name="eval",
+    summary="evaluation benchmarks in MERV's layout: questions, answers, videos; open-ended and multiple choice",
+    default_root="data/eval",
+    download=DOWNLOAD,
+    collect=collect,
+    stages=("eval",),
+    options={
+        "benchmarks": Option(default="", help="folders to read, separated by commas; empty: all"),
+        "media_root": Option(
+            default="",
+            help=f"folder that paths are relative to: the root, or one above it as in '..'; "
+            f"empty: the folder above the root where a benchmark has {VIDEO_TABLE}, else the root",
+        ),
+    },
+)

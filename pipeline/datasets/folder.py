@@ -1,0 +1,49 @@
+"""Folder: every video and image under a root, without annotations.
+
+Comes in: any folder. Goes out: one clip per file with a known extension, sorted by path; no samples. Hidden files and
+folders are skipped, links to folders are not followed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from featurestore.errors import UserError
+from pipeline.datasets.base import DatasetSpec, ListingBuilder, RecordError
+from pipeline.media import kind_of_path
+
+
+def collect(builder: ListingBuilder, options: Mapping[str, Any]) -> None:
+    """Add every media file; a name that cannot be a clip's path is refused and counted."""
+    del options
+    for path in sorted(_media_paths(builder.root)):
+        try:
+            builder.add_clip(path, kind_of_path(path))
+        except RecordError as error:
+            builder.reject(str(error), path)
+
+
+def _media_paths(root: Path) -> Iterator[str]:
+    """POSIX paths relative to the root, in the order of the disk."""
+    for folder, folders, files in os.walk(root, onerror=_cannot_list):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = os.path.relpath(folder, root)
+        prefix = "" if inside == "." else inside + "/"
+        yield from (prefix + name for name in files if not name.startswith(".") and kind_of_path(name))
+
+
+def _cannot_list(error: OSError) -> None:
+    raise UserError(f"media folder {error.filename} cannot be listed: {error.strerror}") from error
+
+
+SPEC = DatasetSpec(
+    name="folder",
+    summary="every video and image under a folder, without annotations",
+    default_root="data/folder",
+    download="Put videos and images there, in folders as you like.",
+    collect=collect,
+    lists_media=True,
+)
