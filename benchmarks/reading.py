@@ -1,0 +1,159 @@
+"""Reading beside its limit: shuffled whole-clip reads from a store, against the same bytes without it.
+
+    python benchmarks/reading.py            # 0.3 GB in a temporary folder, one thread, warm page cache
+
+Tokens are synthetic: float16 [16, 8, 8, 1024], smooth in time, of uneven channel scale. What is read is checked
+against its crc32c everywhere, except in the first row of each half; so the second row is the limit at equal checks.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import google_crc32c
+import numpy as np
+from numcodecs import blosc
+
+from featurestore.clips import Clip
+from featurestore.identity import FeatureIdentity
+from featurestore.shards import Shard
+from featurestore.store import FeatureStore
+from featurestore.writer import StoreWriter
+
+GRID, WIDTH = (16, 8, 8), 1024
+BATCH = 16  # clips per read
+IDENTITY = FeatureIdentity(
+    encoder="synthetic",
+    architecture={},
+    weights_sha256="0" * 64,
+    layer="none",
+    num_frames=16,
+    frame_rule="none",
+    decode="none",
+    preprocessing={},
+    still_period=1,
+    grid=GRID,
+    pooling="none",
+    width=WIDTH,
+)
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--clips", default=128, help="Clips in the store.")
+@click.option("--repeats", default=5, help="Passes over all clips; the best counts.")
+def main(clips: int, repeats: int) -> None:
+    """Print MB/s of delivered float16 tokens, and the ratio to the limit."""
+    for codec in ("none", "blosc"):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "bench.zarr"
+            make_store(path, clips, codec)
+            compare(path, codec, repeats)
+
+
+def make_store(path: Path, num_clips: int, codec: str) -> None:
+    writer = StoreWriter.open_or_create(path)
+    rows = writer.add_clips([Clip(dataset="bench", path=f"{i}.mp4", kind="video") for i in range(num_clips)])
+    group = writer.ensure_group("video", IDENTITY, batch_shape=1, weights_label="random:0", codec=codec)
+    rng = np.random.default_rng(0)
+    gain = rng.lognormal(size=WIDTH)
+    for block in group.missing_blocks():
+        block_writer = group.begin(block)
+        for row in (row for row, _ in rows if row in block_writer.rows):
+            smooth = rng.normal(size=(1, 1, 1, WIDTH)) + 0.3 * rng.normal(size=(*GRID, WIDTH)).cumsum(axis=0)
+            tokens = (smooth * gain).astype(np.float32)
+            block_writer.add(row, {"tokens": tokens}, media_sha256=None, decoder=None)
+        block_writer.commit()
+    writer.publish_snapshot()
+
+
+def compare(path: Path, codec: str, repeats: int) -> None:
+    store = FeatureStore.open(path)
+    ids = store.clips["clip_id"].to_pylist()
+    np.random.default_rng(1).shuffle(ids)
+    out = np.empty((BATCH, *GRID, WIDTH), np.float16)
+    chunks = encoded_chunks(store, path, ids)
+    readers = {
+        "bare, unchecked": lambda batch: bare(chunks, batch, out, codec, check=False),
+        "bare, checked": lambda batch: bare(chunks, batch, out, codec, check=True),
+        "FeatureStore.read(out=)": lambda batch: store.read(batch, encoder="synthetic", out=out),
+        "FeatureStore.read": lambda batch: store.read(batch, encoder="synthetic"),
+        "zarr-python, array[i]": zarr_reader(path, store, out),
+        "tensorstore": tensorstore_reader(path, store),
+    }
+    best = {name: min(seconds(reader, ids) for _ in range(repeats)) for name, reader in readers.items()}
+    megabytes = len(ids) * out[0].nbytes / 1e6
+    click.echo(f"codec {codec}: {'reader':<26}{'MB/s':>8}{'of bare, checked':>18}")
+    for name, taken in best.items():
+        click.echo(f"{'':<{len(codec) + 8}}{name:<26}{megabytes / taken:>8.0f}{best['bare, checked'] / taken:>18.2f}")
+
+
+def seconds(reader: Callable, ids: list[str]) -> float:
+    started = time.perf_counter()
+    for start in range(0, len(ids) - BATCH + 1, BATCH):
+        reader(ids[start : start + BATCH])
+    return time.perf_counter() - started
+
+
+def encoded_chunks(store: FeatureStore, path: Path, ids: list[str]) -> dict[str, tuple[int, int, int]]:
+    """Clip id -> (open file, offset, length) of its chunk: where a reader with no store around it would look."""
+    writer = StoreWriter.open(path)
+    group = writer.open_group("video", IDENTITY.group_name)
+    spec, places, files = group.specs["tokens"], {}, {}
+    for clip_id, row in zip(ids, store.rows(ids, encoder="synthetic"), strict=True):
+        block, inside = divmod(int(row), group.block_rows)
+        if block not in files:
+            key = f"video/{IDENTITY.group_name}/tokens/c/{block}/0/0/0/0"
+            files[block] = (os.open(path / key, os.O_RDONLY), Shard(spec, writer.objects.open(key)))
+        file, shard = files[block]
+        offset, length = (int(n) for n in shard._index[inside])
+        places[clip_id] = (file, offset, length)
+    return places
+
+
+_scratch = np.empty(4 << 20, np.uint8)
+
+
+def bare(places: dict, batch: list[str], out: np.ndarray, codec: str, *, check: bool) -> None:
+    """One pread per clip and, for blosc, one decompression."""
+    for slot, clip_id in enumerate(batch):
+        file, offset, length = places[clip_id]
+        raw = codec == "none"
+        target = out[slot].reshape(-1).view(np.uint8) if raw else _scratch[: length - 4]
+        os.preadv(file, [memoryview(target)], offset)
+        if check:
+            google_crc32c.value(target)
+        if not raw:
+            blosc.decompress(target, out[slot])
+
+
+def zarr_reader(path: Path, store: FeatureStore, out: np.ndarray) -> Callable:
+    import zarr
+
+    array = zarr.open_array(path / "video" / IDENTITY.group_name / "tokens", mode="r")
+
+    def read(batch: list[str]) -> None:
+        for slot, row in enumerate(store.rows(batch, encoder="synthetic")):
+            out[slot] = array[int(row)]
+
+    return read
+
+
+def tensorstore_reader(path: Path, store: FeatureStore) -> Callable:
+    import tensorstore
+
+    folder = str(path / "video" / IDENTITY.group_name / "tokens")
+    array = tensorstore.open({"driver": "zarr3", "kvstore": {"driver": "file", "path": folder}}).result()
+
+    def read(batch: list[str]) -> None:
+        array.oindex[store.rows(batch, encoder="synthetic").tolist()].read().result()
+
+    return read
+
+
+if __name__ == "__main__":
+    main()
