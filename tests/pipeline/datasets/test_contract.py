@@ -1,0 +1,156 @@
+"""What every dataset promises, whatever its layout."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from featurestore.clips import KINDS, check_relative_path
+from featurestore.errors import UserError
+from pipeline.datasets import DATASETS, DatasetListing, load_dataset
+from pipeline.media import resolve_media
+
+spec = importlib.util.spec_from_file_location("layouts", Path(__file__).with_name("conftest.py"))
+layouts = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(layouts)
+
+OPTIONS = {"demo": {"train": 12, "heldout": 3, "size": 32, "num_frames": 4}}
+
+
+@pytest.fixture(scope="module", params=list(DATASETS))
+def dataset(request, tmp_path_factory) -> tuple[str, Path]:
+    root = layouts.MAKERS[request.param](tmp_path_factory.mktemp(request.param) / "root")
+    load_dataset(request.param, root, **OPTIONS.get(request.param, {}))
+    return request.param, root
+
+
+def listing_of(dataset: tuple[str, Path], **filters) -> DatasetListing:
+    name, root = dataset
+    return load_dataset(name, root, **filters, **OPTIONS.get(name, {}))
+
+
+def test_clips_are_unique_safe_and_there(dataset):
+    listing = listing_of(dataset)
+    assert len(listing.clips) >= 3
+    assert len({clip.clip_id for clip in listing.clips}) == len(listing.clips)
+    for clip in listing.clips:
+        check_relative_path(clip.path)
+        assert clip.dataset == listing.name
+        resolve_media(listing.root, clip.path)
+    assert listing.missing == {}
+    assert listing.rejected == {}
+
+
+def test_samples_have_unique_ids_and_speak_of_listed_clips(dataset):
+    listing = listing_of(dataset)
+    clip_ids = {clip.clip_id for clip in listing.clips}
+    ids = [sample.sample_id for samples in listing.samples.values() for sample in samples]
+    assert len(set(ids)) == len(ids)
+    for samples in listing.samples.values():
+        assert all(sample.clip_id is None or sample.clip_id in clip_ids for sample in samples)
+        assert all(sample.sample_id.startswith(f"{sample.stage}/") for sample in samples)
+    assert bool(listing.samples) == bool(DATASETS[listing.name].stages)
+
+
+def test_listing_twice_gives_the_same_in_the_same_order(dataset):
+    assert listing_of(dataset) == listing_of(dataset)
+
+
+def test_a_limit_keeps_the_first_clips_and_what_is_said_of_them(dataset):
+    whole, limited = listing_of(dataset), listing_of(dataset, limit=2)
+    assert limited.clips == whole.clips[:2]
+    kept = {clip.clip_id for clip in limited.clips}
+    for name, samples in whole.samples.items():
+        expected = [sample for sample in samples if sample.clip_id in kept or sample.clip_id is None]
+        assert list(limited.samples[name]) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_leaves_clips_of_that_kind_and_no_text_only_samples(dataset, kind):
+    whole, chosen = listing_of(dataset), listing_of(dataset, kind=kind)
+    assert chosen.clips == tuple(clip for clip in whole.clips if clip.kind == kind)
+    kept = {clip.clip_id for clip in chosen.clips}
+    assert all(sample.clip_id in kept for samples in chosen.samples.values() for sample in samples)
+
+
+def test_a_stage_leaves_samples_of_that_stage(dataset):
+    whole = listing_of(dataset)
+    for stage in DATASETS[whole.name].stages:
+        chosen = listing_of(dataset, stage=stage)
+        assert {sample.stage for samples in chosen.samples.values() for sample in samples} == {stage}
+        assert dict(chosen.samples).items() <= dict(whole.samples).items()
+
+
+def test_filters_that_are_unknown_list_the_known(dataset):
+    name, root = dataset
+    with pytest.raises(UserError, match="kind must be one of video, image"):
+        load_dataset(name, root, kind="sound")
+    with pytest.raises(UserError, match=f"stage of {name} must be one of"):
+        load_dataset(name, root, stage="pretraining")
+    with pytest.raises(UserError, match="at least 1"):
+        load_dataset(name, root, limit=0)
+    with pytest.raises(UserError, match="has no option colour; its options are"):
+        load_dataset(name, root, colour="blue")
+
+
+def test_a_missing_root_says_what_to_get_and_offers_the_demo(dataset, tmp_path):
+    name, _ = dataset
+    if DATASETS[name].makes_root:
+        return
+    with pytest.raises(UserError) as caught:
+        load_dataset(name, tmp_path / "nothing")
+    assert "does not exist" in str(caught.value)
+    assert DATASETS[name].download in str(caught.value)
+    assert "--dataset demo" in str(caught.value)
+
+
+def test_an_unknown_dataset_lists_the_known():
+    with pytest.raises(UserError, match="known are demo, videollava, webdataset, folder, eval"):
+        load_dataset("imagenet")
+
+
+@pytest.mark.parametrize(("name", "path", "folder"), [
+    ("videollava", "videochatgpt_tune/c.mp4", "videochatgpt_tune"),
+    ("eval", "Open/videos/c.mkv", "Open/videos"),
+])  # fmt: skip
+def test_media_that_are_not_there_are_counted_and_listed_once_they_appear(tmp_path, name, path, folder):
+    root = layouts.MAKERS[name](tmp_path / "root")
+    whole = load_dataset(name, root)
+    (root / path).unlink()
+    partial = load_dataset(name, root)
+    assert partial.missing == {folder: 1}
+    assert partial.clips == tuple(clip for clip in whole.clips if clip.path != path)
+    assert not any(s.clip_id and s.clip_id.endswith(path) for samples in partial.samples.values() for s in samples)
+    layouts.write(root / path)
+    assert load_dataset(name, root) == whole
+
+
+def test_a_whole_folder_that_is_not_there_is_counted_as_one(tmp_path):
+    root = layouts.make_videollava(tmp_path / "root")
+    (root / "videochatgpt_tune").rename(tmp_path / "elsewhere")
+    assert load_dataset("videollava", root).missing == {"videochatgpt_tune": 2}
+
+
+def test_a_media_folder_that_links_out_of_the_root_is_refused_before_any_work(tmp_path):
+    root = layouts.make_videollava(tmp_path / "root")
+    (root / "videochatgpt_tune").rename(tmp_path / "elsewhere")
+    (root / "videochatgpt_tune").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="link out of the dataset root"):
+        load_dataset("videollava", root)
+
+
+def test_the_table_of_datasets_loads_nothing_heavy():
+    code = "import sys, pipeline.datasets; print([m for m in ('torch', 'av', 'PIL', 'webdataset') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_dataset_describes_itself():
+    for name, spec in DATASETS.items():
+        assert name == spec.name
+        assert spec.summary
+        assert spec.download
+        assert spec.default_root == f"data/{name}"
+        assert all(option.help for option in spec.options.values())

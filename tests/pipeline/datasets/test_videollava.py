@@ -1,0 +1,213 @@
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from featurestore.errors import UserError
+from featurestore.samples import Turn
+from pipeline.datasets import load_dataset
+from pipeline.datasets.videollava import source_of
+
+FINETUNE = "videollava-finetune"
+ANSWERED = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
+
+
+def write_records(root: Path, records: object, name: str = "videochatgpt_llavaimage_tune.json") -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    (root / name).write_text(json.dumps(records))
+    return root
+
+
+def text_record(record_id: object = "t", **fields) -> dict:
+    return {"id": record_id, "conversations": ANSWERED, **fields}
+
+
+def reasons(root: Path) -> dict[str, int]:
+    return {reason: rejected.count for reason, rejected in load_dataset("videollava", root).rejected.items()}
+
+
+def test_the_real_small_set_has_the_counts_of_its_readme(mini):
+    listing = load_dataset("videollava", mini)
+    finetune, align = listing.samples[FINETUNE], listing.samples["videollava-align"]
+    kinds = {clip.clip_id: clip.kind for clip in listing.clips}
+    assert Counter(kinds.values()) == {"video": 27, "image": 11}
+    assert len(finetune) == 124
+    assert Counter(kinds.get(sample.clip_id, "text") for sample in finetune) == {"video": 108, "image": 11, "text": 5}
+    assert Counter(kinds[sample.clip_id] for sample in align) == {"video": 27, "image": 11}
+    assert Counter(sample.source for sample in finetune) == {"videochatgpt": 108, "coco": 11, "text": 5}
+    several = [sample for sample in finetune if len(sample.turns) > 2]
+    assert Counter(kinds.get(sample.clip_id, "text") for sample in several) == {"image": 7, "text": 3}
+    assert listing.missing == {}
+    assert listing.rejected == {}
+
+
+def test_the_token_stands_once_in_the_first_human_turn_of_the_real_small_set(mini):
+    listing = load_dataset("videollava", mini)
+    kinds = {clip.clip_id: clip.kind for clip in listing.clips}
+    for samples in listing.samples.values():
+        for sample in samples:
+            token = f"<{kinds[sample.clip_id]}>" if sample.clip_id else ""
+            first, *rest = [turn.text for turn in sample.turns]
+            assert first.count("<video>") + first.count("<image>") == bool(token)
+            assert token in first
+            assert not any("<video>" in text or "<image>" in text for text in rest)
+
+
+def test_texts_and_roles_are_kept_as_found(tmp_path):
+    turns = [{"from": "user", "value": " <video>\nWhat? "}, {"from": "assistant", "value": "是的"}]
+    write_records(tmp_path, [text_record(conversations=turns)])
+    (sample,) = load_dataset("videollava", tmp_path).samples[FINETUNE]
+    assert sample.turns == (Turn(role="human", text=" <video>\nWhat? "), Turn(role="gpt", text="是的"))
+
+
+def test_the_newer_packaging_of_one_file_per_source_is_read_in_its_order(tmp_path):
+    write_records(tmp_path, [text_record("n")], "nlp_tune.json")
+    write_records(tmp_path, [text_record("i")], "llava_image_tune_.json")
+    write_records(tmp_path, [text_record("v")], "videochatgpt_tune_.json")
+    listing = load_dataset("videollava", tmp_path, stage="finetune")
+    assert [sample.sample_id for sample in listing.samples[FINETUNE]] == ["finetune/i", "finetune/v", "finetune/n"]
+    assert listing.notes == ()
+
+
+def test_a_packaging_that_is_there_in_part_is_read_and_said(tmp_path):
+    write_records(tmp_path, [text_record("v")], "videochatgpt_tune_.json")
+    listing = load_dataset("videollava", tmp_path, stage="finetune")
+    assert len(listing.samples[FINETUNE]) == 1
+    assert listing.notes == (
+        "finetune: llava_image_tune_.json, nlp_tune.json is not there, only videochatgpt_tune_.json is read",
+    )
+
+
+def test_the_merged_packaging_is_preferred_and_said(tmp_path):
+    write_records(tmp_path, [text_record("merged")])
+    write_records(tmp_path, [text_record("n")], "nlp_tune.json")
+    listing = load_dataset("videollava", tmp_path, stage="finetune")
+    assert [sample.sample_id for sample in listing.samples[FINETUNE]] == ["finetune/merged"]
+    assert listing.notes == (
+        "finetune: nlp_tune.json passed over, videochatgpt_llavaimage_tune.json holds the same records",
+    )
+
+
+def test_a_root_without_annotations_says_what_is_expected(tmp_path):
+    with pytest.raises(UserError, match=r"expected valley_llavaimage.json or videochatgpt_llavaimage_tune.json"):
+        load_dataset("videollava", tmp_path)
+
+
+def test_one_id_in_many_records_gets_running_numbers(tmp_path):
+    records = [
+        text_record("a"),
+        text_record("a"),
+        text_record("a#2"),
+        text_record("a"),
+        text_record(7),
+        text_record(None),
+    ]
+    write_records(tmp_path, records)
+    ids = [sample.sample_id for sample in load_dataset("videollava", tmp_path).samples[FINETUNE]]
+    assert ids == ["finetune/a", "finetune/a#2", "finetune/a#2#2", "finetune/a#3", "finetune/7", "finetune/text"]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ("text", "record is not an object"),
+        (None, "record is not an object"),
+        ({"id": "a"}, "conversation is not a list of turns"),
+        (text_record(conversations=[]), "conversation is not a list of turns"),
+        (text_record(conversations={"from": "human"}), "conversation is not a list of turns"),
+        (text_record(conversations=["hello"]), "turn is not an object"),
+        (text_record(conversations=[{"from": "human", "value": 3}]), "text is not a string"),
+        (text_record(conversations=[{"from": "human"}]), "text is not a string"),
+        (text_record(conversations=[{"from": "human", "value": "\ud800"}]), "text is not valid Unicode"),
+        (text_record(conversations=[{"from": ["human"], "value": "x"}]), "turn is from nobody known"),
+        (text_record(conversations=[{"from": "system", "value": "x"}]), "turn is from nobody known"),
+        (text_record(conversations=ANSWERED[::-1]), "turns do not alternate human, gpt"),
+        (text_record(conversations=ANSWERED[:1] * 2), "turns do not alternate human, gpt"),
+        (text_record(conversations=ANSWERED + ANSWERED[:1]), "last question has no answer"),
+        (text_record(["a"]), "id is neither text nor a number"),
+        (text_record(True), "id is neither text nor a number"),
+        (text_record("\udfff"), "text is not valid Unicode"),
+        (text_record(video="a.mp4", image="a.jpg"), "record names a video and an image"),
+        (text_record(video=["a.mp4", "b.mp4"]), "text is not a string"),
+        (text_record(video=None), "text is not a string"),
+        (text_record(video="../../etc/passwd"), "media path is unsafe"),
+        (text_record(video="/etc/passwd"), "media path is unsafe"),
+        (text_record(image="C:/a.jpg"), "media path is unsafe"),
+        (text_record(image="a/../../b.jpg"), "media path is unsafe"),
+        (text_record(image="a\nb.jpg"), "media path is unsafe"),
+        (text_record(image=""), "media path is unsafe"),
+        (text_record(image="x" * 5000), "media path is unsafe"),
+        (text_record(image="\ud83d.jpg"), "text is not valid Unicode"),
+    ],
+)
+def test_a_malformed_record_is_refused_with_its_reason_and_the_others_stay(tmp_path, record, reason):
+    write_records(tmp_path, [text_record("before"), record, text_record("after")])
+    listing = load_dataset("videollava", tmp_path)
+    assert [sample.sample_id for sample in listing.samples[FINETUNE]] == ["finetune/before", "finetune/after"]
+    ((found, rejected),) = listing.rejected.items()
+    assert found.startswith(reason)
+    assert rejected.count == 1
+    assert "videochatgpt_llavaimage_tune.json record 1" in rejected.examples[0]
+    rejected.examples[0].encode()
+
+
+def test_refused_records_are_counted_and_only_a_few_are_shown(tmp_path):
+    write_records(tmp_path, [text_record(i, conversations=[]) for i in range(100)])
+    (rejected,) = load_dataset("videollava", tmp_path).rejected.values()
+    assert rejected.count == 100
+    assert len(rejected.examples) == 5
+
+
+def test_a_medium_that_is_named_as_video_and_as_image_is_refused_the_second_time(tmp_path):
+    (tmp_path / "a.gif").write_bytes(b"x")
+    write_records(tmp_path, [text_record("a", video="a.gif"), text_record("b", image="a.gif")])
+    assert reasons(tmp_path) == {"media is named as a video and as an image": 1}
+
+
+junk = st.recursive(
+    st.sampled_from([None, True, 3, 0.5, float("nan"), "human", "gpt", "a/b.mp4", "../a"]) | st.text(max_size=10),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(["id", "video", "image", "conversations", "from", "value"]), inner)
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(records=st.lists(junk, max_size=5))
+def test_whatever_the_records_every_one_becomes_a_sample_or_is_counted(tmp_path_factory, records):
+    root = write_records(tmp_path_factory.getbasetemp() / "junk", records)
+    listing = load_dataset("videollava", root)
+    without_media = sum(listing.missing.values())
+    counted = len(listing.samples[FINETUNE]) + sum(rejected.count for rejected in listing.rejected.values())
+    assert counted <= len(records) <= counted + without_media * len(records)
+
+
+def test_broken_json_is_an_error_with_file_and_position(tmp_path):
+    (tmp_path / "valley_llavaimage.json").write_text('[\n{"id": "a"},\n{"id": }\n]')
+    with pytest.raises(UserError, match=r"valley_llavaimage\.json is broken at line 3, column 8"):
+        load_dataset("videollava", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("valley/000001_000050/1.mp4", "valley"),
+        ("llava_image/00453/1.jpg", "llava_image"),
+        ("videochatgpt_tune/v_1.mp4", "videochatgpt"),
+        ("llava_image_tune/coco/train2017/1.jpg", "coco"),
+        ("llava_image_tune/ocr_vqa/images/1.jpg", "ocr_vqa"),
+        ("llava_image_tune/textvqa/train_images/1.jpg", "textvqa"),
+        ("llava_image_tune/vg/VG_100K/1.jpg", "vg"),
+        ("llava_image_tune/1.jpg", "llava_image_tune"),
+        ("mine/1.jpg", "mine"),
+        ("1.jpg", "other"),
+        (None, "text"),
+    ],
+)
+def test_the_source_follows_from_the_leading_folders(path, source):
+    assert source_of(path) == source
