@@ -1,0 +1,45 @@
+import os
+
+from pipeline.datasets import load_dataset
+
+
+def test_videos_and_images_are_listed_by_path_and_hidden_ones_are_not(tmp_path):
+    for name in ("b/2.mp4", "b/1.MOV", "a.jpg", ".hidden.mp4", ".git/c.mp4", "notes.txt", "b.c/3.webm"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    listing = load_dataset("folder", tmp_path)
+    assert [(clip.path, clip.kind) for clip in listing.clips] == [
+        ("a.jpg", "image"),
+        ("b.c/3.webm", "video"),
+        ("b/1.MOV", "video"),
+        ("b/2.mp4", "video"),
+    ]
+    assert listing.samples == {}
+
+
+def test_links_to_folders_are_not_followed(tmp_path):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "a.mp4").write_bytes(b"x")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "b.mp4").write_bytes(b"x")
+    (tmp_path / "root" / "link").symlink_to(tmp_path / "outside")
+    (tmp_path / "root" / "loop").symlink_to(tmp_path / "root")
+    assert [clip.path for clip in load_dataset("folder", tmp_path / "root").clips] == ["a.mp4"]
+
+
+def test_a_name_that_no_clip_can_have_is_counted(tmp_path):
+    (tmp_path / "good.mp4").write_bytes(b"x")
+    (tmp_path / "new\nline.mp4").write_bytes(b"x")
+    with open(os.fsencode(tmp_path) + b"/\xff.mp4", "wb") as file:
+        file.write(b"x")
+    listing = load_dataset("folder", tmp_path)
+    assert [clip.path for clip in listing.clips] == ["good.mp4"]
+    assert {why: found.count for why, found in listing.rejected.items()} == {
+        "media path is unsafe": 1,
+        "text is not valid Unicode": 1,
+    }
+
+
+def test_the_real_small_set_holds_27_videos_and_11_images(mini):
+    kinds = [clip.kind for clip in load_dataset("folder", mini).clips]
+    assert (kinds.count("video"), kinds.count("image")) == (27, 11)

@@ -1,0 +1,271 @@
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import webdataset
+
+from featurestore.errors import RunStoppedError, UserError
+from featurestore.samples import Turn
+from pipeline.datasets import load_dataset, spool
+from pipeline.media import TarMember, resolve_media
+
+ALIGN = "webdataset-align"
+
+
+def write_shard(path: Path, samples: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with webdataset.TarWriter(str(path), encoder=False) as writer:
+        for sample in samples:
+            writer.write(sample)
+    return path
+
+
+def sample(key: str, caption: str | None = "A dog.", **extra: bytes) -> dict:
+    media = extra or {"mp4": f"media of {key}".encode()}
+    return {"__key__": key, **media} | ({"txt": caption.encode()} if caption is not None else {})
+
+
+def captions(root: Path, **options) -> dict[str, str]:
+    samples = load_dataset("webdataset", root, **options).samples[ALIGN]
+    return {s.sample_id: s.turns[1].text for s in samples}
+
+
+def test_members_are_clips_in_place_and_captions_are_samples(tmp_path):
+    write_shard(tmp_path / "shards" / "00000.tar", [sample("000000001"), sample("000000002", "Two cats. ")])
+    listing = load_dataset("webdataset", tmp_path)
+    assert [clip.path for clip in listing.clips] == ["shards/00000.tar/000000001.mp4", "shards/00000.tar/000000002.mp4"]
+    assert {clip.kind for clip in listing.clips} == {"video"}
+    first, second = listing.samples[ALIGN]
+    assert first.clip_id == listing.clips[0].clip_id == "webdataset/shards/00000.tar/000000001.mp4"
+    assert first.turns == (Turn(role="human", text="<video>\nDescribe the video."), Turn(role="gpt", text="A dog."))
+    assert second.sample_id == "align/shards/00000/000000002"
+    media = resolve_media(listing.root, listing.clips[1].path)
+    assert isinstance(media, TarMember)
+    with open(media.tar_path, "rb") as file:
+        file.seek(media.offset)
+        assert file.read(media.size) == b"media of 000000002"
+
+
+def test_a_caption_is_looked_for_in_json_then_text_then_parquet(tmp_path):
+    by_json = json.dumps({"caption": "from json", "url": "x"}).encode()
+    without = json.dumps({"caption": None, "status": "success"}).encode()
+    write_shard(
+        tmp_path / "a.tar",
+        [
+            sample("1", "from text", mp4=b"m", json=by_json),
+            sample("2", "from text", mp4=b"m", json=without),
+            sample("3", None, mp4=b"m", json=without),
+            sample("4", None),
+        ],
+    )
+    pq.write_table(pa.table({"key": ["3", "9"], "caption": ["from parquet", "of nobody"]}), tmp_path / "a.parquet")
+    assert captions(tmp_path) == {"align/a/1": "from json", "align/a/2": "from text", "align/a/3": "from parquet"}
+    assert len(load_dataset("webdataset", tmp_path).clips) == 4
+
+
+def test_prompt_and_caption_key_are_options(tmp_path):
+    write_shard(tmp_path / "a.tar", [sample("1", None, mp4=b"m", json=b'{"title": "A film"}')])
+    (found,) = load_dataset("webdataset", tmp_path, caption_key="title", prompt="What is its title?").samples[ALIGN]
+    assert [turn.text for turn in found.turns] == ["What is its title?", "A film"]
+
+
+def test_a_conversation_in_the_json_is_taken_whole(tmp_path):
+    talk = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "That."}]
+    write_shard(tmp_path / "a.tar", [sample("1", "no", mp4=b"m", json=json.dumps({"conversations": talk}).encode())])
+    (found,) = load_dataset("webdataset", tmp_path).samples[ALIGN]
+    assert [turn.text for turn in found.turns] == ["<video>\nWhat?", "That."]
+
+
+def test_images_are_clips_but_a_thumbnail_beside_a_video_is_not(tmp_path):
+    write_shard(tmp_path / "a.tar", [sample("1", jpg=b"j", mp4=b"m"), sample("2", jpg=b"j"), sample("3", wav=b"w")])
+    listing = load_dataset("webdataset", tmp_path)
+    assert [(clip.path, clip.kind) for clip in listing.clips] == [("a.tar/1.mp4", "video"), ("a.tar/2.jpg", "image")]
+    assert listing.samples[ALIGN][1].turns[0].text == "<image>\nDescribe the image."
+
+
+@pytest.mark.parametrize(
+    ("json_text", "reason"),
+    [
+        (b"{broken", "json beside the media is broken"),
+        (b"[" * 100_000, "json beside the media is broken"),
+        (b"[1]", "json beside the media is not an object"),
+        (b"\xff", "text beside the media is not UTF-8"),
+        (b" " * (2 << 20), "text beside the media is larger than 1 MiB"),
+        (b'{"caption": 3}', "text is not a string"),
+        (b'{"conversations": "hello"}', "conversation is not a list of turns"),
+    ],
+)
+def test_a_member_with_hostile_text_is_refused_and_the_others_stay(tmp_path, json_text, reason):
+    write_shard(tmp_path / "a.tar", [sample("1", "x", mp4=b"m", json=json_text), sample("2")])
+    listing = load_dataset("webdataset", tmp_path)
+    assert {why: found.examples for why, found in listing.rejected.items()} == {reason: ("a.tar/1",)}
+    assert [clip.path for clip in listing.clips] == ["a.tar/2.mp4"]
+
+
+def test_links_in_a_shard_are_counted_and_not_listed(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        link = tarfile.TarInfo("1.mp4")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+        info = tarfile.TarInfo("2.mp4")
+        info.size = 1
+        tar.addfile(info, io.BytesIO(b"m"))
+    listing = load_dataset("webdataset", tmp_path)
+    assert [clip.path for clip in listing.clips] == ["a.tar/2.mp4"]
+    assert listing.rejected["tar member is a link"].examples == ("a.tar/1.mp4",)
+
+
+def test_a_broken_shard_is_counted_and_the_others_are_listed(tmp_path):
+    whole = write_shard(tmp_path / "a.tar", [sample("1"), sample("2")])
+    (tmp_path / "b.tar").write_bytes(b"not a tar" * 1000)
+    (tmp_path / "c.tar").write_bytes(whole.read_bytes()[:2048])  # two members of a block and a header each
+    listing = load_dataset("webdataset", tmp_path)
+    assert {clip.path.split("/")[0] for clip in listing.clips} == {"a.tar", "c.tar"}
+    assert listing.rejected["tar archive is not a plain, readable tar"].examples == ("b.tar",)
+
+
+def test_shards_can_be_named_by_a_brace_pattern_and_missing_ones_are_counted(tmp_path):
+    for number in range(3):
+        write_shard(tmp_path / "s" / f"{number:03d}.tar", [sample(f"{number}")])
+    listing = load_dataset("webdataset", tmp_path, shards="s/{001..004}.tar")
+    assert [clip.path for clip in listing.clips] == ["s/001.tar/1.mp4", "s/002.tar/2.mp4"]
+    assert listing.missing == {"s": 2}
+
+
+def test_shards_outside_the_root_are_refused(tmp_path):
+    write_shard(tmp_path / "out.tar", [sample("1")])
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "x").touch()
+    for pattern in ("../out.tar", str(tmp_path / "out.tar")):
+        listing = load_dataset("webdataset", tmp_path / "root", shards=pattern)
+        assert listing.clips == ()
+        assert sum(found.count for found in listing.rejected.values()) == 1
+
+
+def test_a_parquet_that_is_broken_is_an_error_that_says_what_to_do(tmp_path):
+    write_shard(tmp_path / "a.tar", [sample("1", None)])
+    (tmp_path / "a.parquet").write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"a\.parquet cannot be read .*remove it"):
+        load_dataset("webdataset", tmp_path)
+
+
+def test_a_root_without_shards_says_what_to_get(tmp_path):
+    with pytest.raises(UserError, match=r"no \*\.tar under .*\n.*video2dataset"):
+        load_dataset("webdataset", tmp_path)
+
+
+@pytest.fixture
+def remote():
+    """A folder in memory behind the address memory://shards."""
+    files = fsspec.filesystem("memory")
+    files.makedirs("/shards", exist_ok=True)
+    yield files
+    files.rm("/shards", recursive=True)
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    (tmp_path / "root").mkdir()
+    return tmp_path / "root"
+
+
+def put(remote, tmp_path: Path, name: str, key: str) -> bytes:
+    data = write_shard(tmp_path / name, [sample(key)]).read_bytes()
+    remote.pipe(f"/shards/{name}", data)
+    return data
+
+
+def test_remote_shards_need_room_that_is_stated(remote, tmp_path, root):
+    put(remote, tmp_path, "0.tar", "a")
+    with pytest.raises(UserError, match="spool_gb=NUMBER"):
+        load_dataset("webdataset", root, shards="memory://shards/0.tar")
+    with pytest.raises(UserError, match="1 remote shards take 0.0 GB, spool_gb allows 1e-09"):
+        load_dataset("webdataset", root, shards="memory://shards/0.tar", spool_gb=1e-9)
+    assert list(root.iterdir()) == []
+
+
+def test_remote_shards_are_copied_once_and_listed_like_local_ones(remote, tmp_path, root, monkeypatch):
+    data = put(remote, tmp_path, "0.tar", "a")
+    put(remote, tmp_path, "1.tar", "b")
+    options = {"shards": "memory://shards/{0..1}.tar", "spool_gb": "1"}
+    listing = load_dataset("webdataset", root, **options)
+    assert [clip.path.split("/")[-1] for clip in listing.clips] == ["a.mp4", "b.mp4"]
+    copy = root / Path(listing.clips[0].path).parent
+    assert copy.read_bytes() == data
+    assert copy.parent.name == "spool"
+    monkeypatch.setattr(spool, "_look_up", lambda *_: pytest.fail("a shard that is there was asked for again"))
+    assert load_dataset("webdataset", root, **options) == listing
+
+
+def test_an_interrupted_copy_goes_on_where_it_stopped(remote, tmp_path, root, monkeypatch):
+    data = put(remote, tmp_path, "0.tar", "a")
+    options = {"shards": "memory://shards/0.tar", "spool_gb": 1}
+    monkeypatch.setattr(spool, "READ_BYTES", 1000)
+    real_open, opened = type(remote).open, []
+
+    class Broken:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def seek(self, position):
+            opened.append(position)
+            self.file.seek(position)
+
+        def read(self, size):
+            if self.file.tell() - opened[-1] >= 3000:
+                raise OSError("connection lost")
+            return self.file.read(size)
+
+    monkeypatch.setattr(type(remote), "open", lambda self, *a, **k: Broken(real_open(self, *a, **k)))
+    for _ in range(len(data) // 3000):
+        with pytest.raises(RunStoppedError, match="connection lost"):
+            load_dataset("webdataset", root, **options)
+        assert [path.suffix for path in (root / "spool").iterdir()] == [".part"]
+    listing = load_dataset("webdataset", root, **options)
+    assert opened == [3000 * i for i in range(len(opened))]
+    assert (root / Path(listing.clips[0].path).parent).read_bytes() == data
+
+
+def test_a_part_that_is_longer_than_the_shard_is_fetched_anew(remote, tmp_path, root):
+    data = put(remote, tmp_path, "0.tar", "a")
+    options = {"shards": "memory://shards/0.tar", "spool_gb": 1}
+    copy = root / Path(load_dataset("webdataset", root, **options).clips[0].path).parent
+    copy.rename(copy.with_name(copy.name + ".part")).write_bytes(b"x" * (len(data) + 1))
+    load_dataset("webdataset", root, **options)
+    assert copy.read_bytes() == data
+
+
+def test_a_remote_shard_that_is_not_there_is_an_error(remote, root):
+    with pytest.raises(UserError, match="does not exist"):
+        load_dataset("webdataset", root, shards="memory://shards/9.tar", spool_gb=1)
+    with pytest.raises(UserError, match="cannot be reached"):
+        load_dataset("webdataset", root, shards="nonsense://shards/9.tar", spool_gb=1)
+    with pytest.raises(UserError, match=r"must be called NAME\.tar"):
+        load_dataset("webdataset", root, shards="memory://shards/..", spool_gb=1)
+    with pytest.raises(UserError, match="spool_gb must be a number"):
+        load_dataset("webdataset", root, shards="memory://shards/9.tar", spool_gb="lots")
+
+
+def test_shards_of_one_name_in_two_places_are_two_copies(remote, tmp_path, root):
+    for place, key in (("x", "a"), ("y", "b")):
+        remote.pipe(f"/shards/{place}/0.tar", write_shard(tmp_path / place / "0.tar", [sample(key)]).read_bytes())
+    listing = load_dataset("webdataset", root, shards="memory://shards/{x,y}/0.tar", spool_gb=1)
+    assert [clip.path.split("/")[-1] for clip in listing.clips] == ["a.mp4", "b.mp4"]
+
+
+def test_a_token_in_the_address_does_not_name_another_copy():
+    assert spool._local_name("https://host/a/0.tar?token=1") == spool._local_name("https://host/a/0.tar?token=2")
+    assert spool._local_name("https://host/a/0.tar") != spool._local_name("https://host/b/0.tar")
+    with pytest.raises(UserError, match=r"must be called NAME\.tar"):
+        spool._local_name("https://host/a/%2e%2e%2f.tar")
