@@ -61,12 +61,11 @@ def turn(media: str, question: str, answer: str) -> list[dict]:
 
 
 def annotate(root: Path, videos: Iterable[str], images: Iterable[str]) -> None:
-    """Both stages' annotation files: captions of the first three of each, a question about every clip, one text."""
+    """Both stages' annotation files: captions of the first three clips, a question about every clip, one text."""
     media = [("video", path) for path in videos] + [("image", path) for path in images]
     captions = [
         {"id": f"c{n}", kind: path, "conversations": turn(kind, "Describe it.", "A block.")}
-        for n, (kind, path) in enumerate(media)
-        if n < 3 or n >= len(media) - 2
+        for n, (kind, path) in enumerate(media[:3])
     ]
     questions = [
         {"id": f"q{n}", kind: path, "conversations": turn(kind, "What moves?", "A block.")}
@@ -122,9 +121,7 @@ class Lab:
         return self.folder / "store.zarr"
 
     def settings(self, **changes) -> dict:
-        return settings(
-            self.root, **{"store": self.store, **changes} | {"store": str(changes.get("store", self.store))}
-        )
+        return settings(changes.pop("root", self.root), changes.pop("store", self.store), **changes)
 
     def config(self, **changes) -> ExtractConfig:
         return read_config(None, self.settings(**changes))
