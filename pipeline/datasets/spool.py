@@ -80,7 +80,9 @@ def _look_up(address: str, copy: Path) -> _Shard:
         num_bytes = file_system.info(remote_path)["size"]
     except FileNotFoundError as error:
         raise UserError(f"remote shard {address} does not exist") from error
-    except (ImportError, ValueError) as error:
+    except ImportError as error:
+        raise UserError(f"remote shard {address}: {error}; pip install 'merv-pipeline[remote]' has most") from error
+    except ValueError as error:
         raise UserError(f"remote shard {address} cannot be reached: {error}") from error
     except Exception as error:  # every scheme's library has errors of its own; the address names the item
         raise RunStoppedError(f"remote shard {address} cannot be reached: {error}") from error

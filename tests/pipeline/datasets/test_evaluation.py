@@ -48,7 +48,7 @@ def test_the_real_small_benchmarks_have_the_counts_of_their_readme(mini):
 def test_the_media_root_and_the_benchmarks_can_be_named(mini):
     listing = load_dataset("eval", mini / "eval", media_root="..", benchmarks="mini_mcq")
     assert list(listing.samples) == ["eval-mini_mcq"]
-    with pytest.raises(UserError, match="no benchmark MSVD under .*there are mini_mcq, mini_openended"):
+    with pytest.raises(UserError, match=r"no benchmark MSVD under .*there are mini_mcq, mini_openended"):
         load_dataset("eval", mini / "eval", benchmarks="MSVD")
 
 
