@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, get_args
 
 import click
@@ -93,8 +95,7 @@ def train_main(
         start, store = read_config(out), store or json.loads((out / RECORD_FILE).read_text())["store"]
     config = resolve_config(start, config_file, options)
     path = find_store(store)
-    from trainer import run  # torch and transformers
-
+    run = _heavy_rooms()
     if dry_run:
         click.echo(json.dumps(run.dry_run(config, path), indent=None if as_json else 1))
         return
@@ -125,13 +126,24 @@ def eval_main() -> None:
 def eval_run(checkpoint: Path, store: str | None, beside: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     """Multiple-choice accuracy by category, beside chance and beside other runs."""
     path = find_store(store) if store else None
-    from trainer import run  # torch and transformers
-
+    run = _heavy_rooms()
     result = run.evaluate_run(checkpoint, path, beside=beside, **options)
     if as_json:
         click.echo(json.dumps(result))
     else:
         run.print_scores(result)
+
+
+def _heavy_rooms() -> ModuleType:
+    """`trainer.run` with torch and transformers.
+
+    OpenMP threads that spin while they wait take each other's cores away: on two cores beside other work, training the
+    demo fell from 185 to 20 samples/s, and to 115 where they sleep. Read once, when torch is loaded.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from trainer import run
+
+    return run
 
 
 def resolve_config(config: TrainConfig, config_file: Path | None, options: dict[str, str | None]) -> TrainConfig:

@@ -14,14 +14,14 @@ RECIPES: dict[str, TrainConfig] = {
     "demo": TrainConfig(
         llm="fresh:tiny",
         train_llm="full",
-        projector=ProjectorConfig(grid=(8, 4, 4), standardise=True),
+        projector=ProjectorConfig(grid=(4, 4, 4), standardise=True),
         optimizer=OptimizerConfig(projector_lr=2e-3, fusion_lr=2e-3, llm_lr=2e-3, warmup_ratio=0.05),
         batch_size=32,
         micro_batch_size=32,
-        max_steps=800,
+        max_steps=600,
         precision="fp32",
         log_every=20,
-        checkpoint_every=400,
+        checkpoint_every=300,
     ),
 }
 
