@@ -40,11 +40,16 @@ def probe_clips(
 
 
 def _probe_kind(engine: Engine, root: str, kind: str, clips: Sequence[Clip], batch: int) -> list[dict[str, Any]]:
+    """One forward of each encoder per batch: at full size on a CPU a forward is half a minute, so none is repeated."""
+    decoded = [result for clip in clips if (result := _decode(engine, root, clip)) is not None]
+    if engine.device != "cpu" and decoded:
+        for run in engine.encoders.values():
+            _probe_encoder(run, kind, decoded[:1], batch)  # the first forward on a device picks kernels
     records = []
-    for clip in clips:
-        decoded = _decode(engine, root, clip)
-        if decoded is not None:
-            records.append(_probe_clip(engine, kind, decoded, batch, warm=not records))
+    for start in range(0, len(decoded), batch):
+        together = decoded[start : start + batch]
+        encoders = {name: _probe_encoder(run, kind, together, batch) for name, run in engine.encoders.items()}
+        records += [_record(engine, clip, encoders) for clip in together]
     return records
 
 
@@ -57,23 +62,21 @@ def _decode(engine: Engine, root: str, clip: Clip) -> Decoded | None:
         return None
 
 
-def _probe_clip(engine: Engine, kind: str, decoded: Decoded, batch: int, *, warm: bool) -> dict[str, Any]:
-    encoders = {name: _probe_encoder(run, kind, decoded, batch, warm) for name, run in engine.encoders.items()}
+def _record(engine: Engine, decoded: Decoded, encoders: dict[str, dict[str, Any]]) -> dict[str, Any]:
     encode_s = sum(entry["seconds"] for entry in encoders.values())
     # Decoding runs beside the encoders: it costs wall time only where it is the slower of the two.
     wall_s = max(encode_s, decoded.seconds / engine.num_decoders)
     return {"decode_s": decoded.seconds, "wall_s": wall_s, "encoders": encoders}
 
 
-def _probe_encoder(run: EncoderRun, kind: str, decoded: Decoded, batch: int, warm: bool) -> dict[str, Any]:
-    frames = dict.fromkeys(range(batch), decoded.frames[run.view])
-    if warm:
-        encode_batch(run, frames, range(batch))  # the first forward allocates and picks kernels
+def _probe_encoder(run: EncoderRun, kind: str, together: Sequence[Decoded], batch: int) -> dict[str, Any]:
+    """Seconds per clip of a full batch, and stored bytes of a clip: the mean over the clips given."""
+    frames = {slot: decoded.frames[run.view] for slot, decoded in enumerate(together)}
     started = time.perf_counter()
     arrays, _ = encode_batch(run, frames, range(batch))
     seconds = (time.perf_counter() - started) / batch
-    one = {name: np.asarray(array[0]) for name, array in arrays.items()}
-    return {"seconds": seconds, "stored_bytes": _stored_bytes(run.identity, kind, one)}
+    sizes = [_stored_bytes(run.identity, kind, {name: a[slot] for name, a in arrays.items()}) for slot in frames]
+    return {"seconds": seconds, "stored_bytes": sum(sizes) / len(sizes)}
 
 
 def _stored_bytes(identity: FeatureIdentity, kind: str, arrays: Mapping[str, np.ndarray]) -> int:
