@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from featurestore.clips import KINDS, Clip
 from featurestore.errors import MervCacheError, RunStoppedError
 from featurestore.identity import FeatureIdentity
+from featurestore.lease import StoreLease
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
 from jobs.clusters import ClusterRequest, connect
@@ -72,20 +73,35 @@ def extract(
     )
     for note in listing.notes:
         say(note)
+    say(f"{config.dataset}: {len(listing.clips)} clips listed; loading {', '.join(config.encoders)}")
     with connect(request) as client:
         check_workers(client, "merv-pipeline")
         if config.dashboard:
             say(f"dashboard: {client.dashboard_link}")
         encoders = _describe(client, config)
         store = StoreWriter.open_or_create(config.store_path, block_rows=dict(config.block_rows) or None)
-        _register(store, config, listing, encoders)
-        identities = {name: encoder.identity for name, encoder in encoders.items()}
-        blocks = plan_blocks(store, identities, clip_ids={clip.clip_id for clip in listing.clips})
-        _check_space(config, blocks, encoders)
-        tasks = _tasks(config, listing, encoders, blocks, run)
-        with _summed_up(store, config, listing, encoders, summary):
-            _run_blocks(client, store, tasks, blocks, summary, config, quiet)
+        with StoreLease(config.store_path, run):  # a second driver would be safe, and waste its work
+            _fill(client, store, config, listing, encoders, summary, quiet)
     return summary
+
+
+def _fill(
+    client: Client,
+    store: StoreWriter,
+    config: ExtractConfig,
+    listing: DatasetListing,
+    encoders: dict[str, EncoderDescription],
+    summary: ExtractSummary,
+    quiet: bool,
+) -> None:
+    """Give out rows, plan what is missing, and run it."""
+    _register(store, config, listing, encoders)
+    identities = {name: encoder.identity for name, encoder in encoders.items()}
+    blocks = plan_blocks(store, identities, clip_ids={clip.clip_id for clip in listing.clips})
+    _check_space(config, blocks, encoders)
+    tasks = _tasks(config, listing, encoders, blocks, summary.run)
+    with _summed_up(store, config, listing, encoders, summary):
+        _run_blocks(client, store, tasks, blocks, summary, config, quiet)
 
 
 def _describe(client: Client, config: ExtractConfig) -> dict[str, EncoderDescription]:
