@@ -79,8 +79,8 @@ def _local(request: ClusterRequest) -> Iterator[Client]:
             threads_per_worker=1,
             processes=request.num_workers > 1,
             memory_limit=None,
-            # any free port: two runs on one machine must not quarrel over 8787; None spares a second of bokeh
-            dashboard_address=":0" if request.dashboard else None,
+            dashboard_address=":0",  # any free port: two runs on one machine must not quarrel over 8787
+            scheduler_kwargs={"dashboard": request.dashboard},  # without it bokeh is not loaded: a second less
             silence_logs=50,  # a task's error reaches its outcome; the worker need not print it as well
         ) as cluster,
         Client(cluster) as client,
