@@ -1,0 +1,239 @@
+"""Killed, interrupted, out of disk: the next run ends with the bytes of an undisturbed one."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import yaml
+
+from featurestore import FeatureStore, verify_store
+from featurestore.errors import RunStoppedError
+
+SERVER = Path(__file__).with_name("extract_server.py")
+KILLS = int(os.environ.get("MERV_KILLS", "8"))
+NUM_BLOCKS = 5
+
+
+class Server:
+    """Runs `merv-pipeline` in processes that start at once; see the program."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        command = [sys.executable, "-P", str(SERVER)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout.readline() == "ready\n"
+
+    def start(self, settings: dict) -> int:
+        """Start an extraction; returns the id of its process."""
+        config = self.folder / "config.yaml"
+        config.write_text(yaml.safe_dump(settings))
+        request = {"arguments": ["extract", "--config", str(config)], "output": str(self.folder / "output")}
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def wait(self) -> int:
+        """The exit code, or minus the signal."""
+        return int(self.process.stdout.readline())
+
+    def run(self, settings: dict) -> None:
+        self.start(settings)
+        assert self.wait() == 0, self.output
+
+    @property
+    def output(self) -> str:
+        return (self.folder / "output").read_text()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.process.stdin.close()
+    server.process.wait()
+
+
+@pytest.fixture(scope="module")
+def spoilt_root(media_root, tmp_path_factory) -> Path:
+    """The media with one broken film among them: failures must be deterministic as well."""
+    root = tmp_path_factory.mktemp("spoilt") / "media"
+    shutil.copytree(media_root, root)
+    (root / "valley/v6.mp4").write_bytes(b"not a film")
+    return root
+
+
+@pytest.fixture(scope="module")
+def undisturbed(spoilt_root, extracted, server, tmp_path_factory) -> tuple[dict, float]:
+    """Hashes of a store that nobody disturbed, and how long its making took [s]."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    began = time.monotonic()
+    server.run(extracted.settings(root=spoilt_root, store=folder / "store.zarr"))
+    return extracted.hashes(folder / "store.zarr"), time.monotonic() - began
+
+
+def receipts(store: Path) -> int:
+    return len(list(store.glob("receipts/*/*/*.json")))
+
+
+def until(condition: Callable[[], bool], within_s: float = 60.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, "what the test waits for did not happen"
+        time.sleep(0.002)
+
+
+def test_killed_at_any_moment_a_store_ends_with_the_bytes_of_an_undisturbed_one(lab, server, spoilt_root, undisturbed):
+    expected, duration_s = undisturbed
+    rng, killed, finished = random.Random(0), 0, 0
+    while killed < KILLS:
+        store = lab.folder / f"{finished}.zarr"
+        pid, had = server.start(lab.settings(root=spoilt_root, store=store)), receipts(store)
+        if killed % 2:  # while it commits: the moments that matter most
+            with suppress(AssertionError):
+                until(lambda: receipts(store) > had, within_s=duration_s)  # noqa: B023 - called at once
+            time.sleep(rng.uniform(0, 0.1))
+        else:
+            time.sleep(rng.uniform(0, duration_s))
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        code = server.wait()
+        killed += code == -signal.SIGKILL
+        if code == 0:  # it was done before: this store is judged, and another one begun
+            check_finished(lab, store, expected)
+            finished += 1
+            assert finished < 2 * KILLS
+    server.run(lab.settings(root=spoilt_root, store=store))
+    check_finished(lab, store, expected)
+
+
+def check_finished(lab, store: Path, expected: dict) -> None:
+    assert lab.hashes(store) == expected
+    assert verify_store(store, "full") == []
+    assert not [path for path in (store / "tmp").rglob("*") if path.is_file() and path.suffix != ".lock"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_with_130_and_a_store_that_opens_and_can_be_gone_on_with(
+    number, lab, server, spoilt_root, undisturbed
+):
+    settings = lab.settings(root=spoilt_root)
+    pid = server.start(settings)
+    until(lambda: receipts(lab.store) > 0)
+    os.kill(pid, number)
+    assert server.wait() == 130
+    assert "What was committed is kept; run the same command again to go on." in server.output
+    assert "Traceback" not in server.output
+    committed = FeatureStore.open(lab.store).clips
+    assert any(any(committed[name].to_pylist()) for name in lab.ENCODERS)
+    server.run(settings)
+    assert lab.hashes(lab.store) == undisturbed[0]
+
+
+def children(pid: int, word: str) -> list[int]:
+    """Processes started by `pid` whose command line holds `word`."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        with suppress(OSError, IndexError):
+            if folder.name.isdigit() and word in (folder / "cmdline").read_text():
+                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                found += [int(folder.name)] * (parent == pid)
+    return found
+
+
+def test_a_decode_process_that_is_killed_costs_a_second_try_and_nothing_else(lab, extracted):
+    killed = []
+
+    def kill_one_per_block() -> None:
+        for count in (0, 4, 8, 12):  # receipts: once before each of four blocks, never twice on one clip
+            until(lambda count=count: receipts(lab.store) >= count and children(os.getpid(), "pipeline.decode.worker"))
+            pid = children(os.getpid(), "pipeline.decode.worker")[0]
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+
+    killer = threading.Thread(target=kill_one_per_block)
+    killer.start()
+    summary = lab.extract()
+    killer.join()
+    assert (summary.clips, summary.failed) == (14, 0)
+    assert len(set(killed)) == 4
+    assert lab.hashes(lab.store) == extracted.hashes(extracted.store)
+
+
+def test_with_two_workers_one_of_them_killed_the_bytes_are_those_of_one(lab, tmp_path):
+    """From a folder with rooms of the project's names: neither the script nor what it starts may import those."""
+    for name in ("featurestore", "jobs", "pipeline", "trainer"):
+        (tmp_path / "here" / name).mkdir(parents=True)
+        (tmp_path / "here" / name / "__init__.py").write_text("raise ImportError('not the installed one')")
+    config = tmp_path / "config.yaml"
+    settings = lab.settings(encoders=["languagebind"], workers=2)  # the encoder that loads fastest
+    config.write_text(yaml.safe_dump(settings))
+    script = Path(sys.executable).with_name("merv-pipeline")
+    command = [str(script), "extract", "--config", str(config), "--json"]
+    with subprocess.Popen(
+        command, cwd=tmp_path / "here", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        until(lambda: receipts(lab.store) > 0 or run.poll() is not None)
+        worker = next((pid for pid in children(run.pid, "spawn_main") if children(pid, "pipeline.decode.worker")), 0)
+        assert worker, run.communicate()
+        os.kill(worker, signal.SIGKILL)
+        assert receipts(lab.store) < NUM_BLOCKS
+        output, errors = run.communicate()
+    assert run.returncode == 0, errors
+    assert json.loads(output)["clips"] <= 14  # what the killed one had committed is not reported
+    single = lab.folder / "single.zarr"
+    lab.extract(encoders=["languagebind"], store=single)
+    assert lab.hashes(lab.store) == lab.hashes(single)
+
+
+@contextmanager
+def small_disk(folder: Path, num_bytes: int) -> Iterator[tuple[str, Callable[[], None]]]:
+    """A place that runs full: a RAM disk where we may mount one, else a limit on the size of files.
+
+    Yields the reason that a person must be told, and what makes room.
+    """
+
+    def mount(options: str) -> bool:
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+    folder.mkdir()
+    if mount(f"size={num_bytes}"):
+        try:
+            yield "the disk is full: free space and run the same command again", lambda: mount("remount,size=9m")
+        finally:
+            subprocess.run(["umount", "-l", folder], check=True)
+        return
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5 * 4096, before[1]))
+    try:
+        yield "File too large", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_stops_the_run_with_the_next_step_and_quarantines_nothing(lab):
+    place = lab.folder / "small"
+    changes = {"encoders": ("siglip",), "store": place / "store.zarr", "block_rows": {"video": 16, "image": 16}}
+    with small_disk(place, 100 << 10) as (reason, make_room):
+        with pytest.raises(RunStoppedError) as stopped:
+            lab.extract(**changes)
+        assert reason in str(stopped.value)
+        assert "again" in str(stopped.value)
+        make_room()
+        assert lab.extract(**changes).failed == 0
+        store = FeatureStore.open(place / "store.zarr")
+        assert (store.clips["siglip"].to_pylist(), store.quarantine.num_rows) == ([True] * 14, 0)
+        assert verify_store(place / "store.zarr", "full") == []
