@@ -11,15 +11,16 @@ import math
 import shutil
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from featurestore.clips import KINDS, Clip
 from featurestore.identity import FeatureIdentity
-from featurestore.layout import DEFAULT_BLOCK_ROWS
+from featurestore.layout import ROOT_METADATA, check_block_rows
 from featurestore.store import FeatureStore
+from featurestore.writer import StoreWriter
 from jobs.clusters import ClusterRequest, connect
 from pipeline.config import ExtractConfig
 from pipeline.datasets import DatasetListing, load_dataset
@@ -77,7 +78,7 @@ def forecast(config: ExtractConfig, *, probe: int = 4) -> Forecast:
         chosen = {kind: _spread([c for c in listing.clips if c.kind == kind], probe) for kind in KINDS}
         result = client.submit(probe_clips, config.engine_settings, listing.root, chosen, config.batch).result()
     identities = {name: FeatureIdentity.from_dict(record) for name, record in result["identities"].items()}
-    done = _committed(config.store_path, identities)
+    done = _settled(config, identities)
     rows = tuple(_rows(config, listing, identities, done, result["clips"]))
     total, spread = _total_seconds(rows, result["clips"])
     return Forecast(
@@ -101,32 +102,38 @@ def _spread(clips: Sequence[Clip], number: int) -> list[Clip]:
     return [clips[round(i * (len(clips) - 1) / max(1, number - 1))] for i in range(number)]
 
 
-def _committed(path: Path, identities: dict[str, FeatureIdentity]) -> dict[str, set[str]]:
-    """Encoder -> clip ids that an existing store already holds under the same identity."""
-    if not (path / "snapshots").is_dir():
+def _settled(config: ExtractConfig, identities: dict[str, FeatureIdentity]) -> dict[str, set[str]]:
+    """Encoder -> clip ids that an existing store holds under the same identity, or will not try again."""
+    if not any((config.store_path / "snapshots").glob("*.json")):
         return {name: set() for name in identities}
-    store = FeatureStore.open(path)
-    keys = {identity.id: key for key, identity in store.encoders.items()}
-    done = {}
+    store = FeatureStore.open(config.store_path)
+    clips, quarantine = store.clips, [] if config.retry_quarantine else store.quarantine.to_pylist()
+    settled = {}
     for name, identity in identities.items():
-        key = keys.get(identity.id)
-        flags = store.clips.column(key).to_pylist() if key else [False] * store.clips.num_rows
-        ids = store.clips.column("clip_id").to_pylist()
-        done[name] = {clip_id for clip_id, flag in zip(ids, flags, strict=True) if flag}
-    return done
+        key = next((key for key, stored in store.encoders.items() if stored.id == identity.id), None)
+        committed = clips.filter(clips[key])["clip_id"].to_pylist() if key else []
+        settled[name] = set(committed) | {row["clip_id"] for row in quarantine if row["encoder"] == key}
+    return settled
+
+
+def _block_rows(config: ExtractConfig) -> Mapping[str, int]:
+    """Clips per block by kind: as the store was made with, else as it would be."""
+    if (config.store_path / ROOT_METADATA).exists():
+        return StoreWriter.open(config.store_path).block_rows
+    return check_block_rows(config.block_rows)
 
 
 def _rows(
     config: ExtractConfig, listing: DatasetListing, identities: dict, done: dict, probed: dict[str, list[dict]]
 ) -> Iterable[ForecastRow]:
-    stages = _stages(listing)
+    stages, block_rows = _stages(listing), _block_rows(config)
     for stage, kind in sorted({(stages.get(clip.clip_id, "-"), clip.kind) for clip in listing.clips}):
         ids = {c.clip_id for c in listing.clips if c.kind == kind and stages.get(c.clip_id, "-") == stage}
         for name, identity in identities.items():
             to_do = len(ids - done[name])
             samples = [clip["encoders"][name] for clip in probed[kind]]
             ratio = statistics.fmean([s["stored_bytes"] for s in samples]) if samples else clip_bytes(identity, kind)
-            blocks = math.ceil(to_do / (config.block_rows.get(kind) or DEFAULT_BLOCK_ROWS[kind]))
+            blocks = math.ceil(to_do / block_rows[kind])
             yield ForecastRow(
                 stage=stage,
                 kind=kind,

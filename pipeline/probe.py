@@ -16,7 +16,7 @@ from featurestore.clips import Clip
 from featurestore.errors import MediaError
 from featurestore.identity import FeatureIdentity
 from featurestore.metadata import array_specs
-from featurestore.quantise import to_stored
+from featurestore.quantise import OverflowedTokens, to_stored
 from featurestore.shards import encode_row
 from pipeline.config import EngineSettings, default_batch
 from pipeline.decode.job import Decoded, DecodeJob
@@ -80,7 +80,10 @@ def _probe_encoder(run: EncoderRun, kind: str, together: Sequence[Decoded], batc
 
 
 def _stored_bytes(identity: FeatureIdentity, kind: str, arrays: Mapping[str, np.ndarray]) -> int:
-    """Bytes of one clip as it would stand in a shard."""
+    """Bytes of one clip as it would stand in a shard; none where it would be quarantined."""
     specs = array_specs(identity, kind, blocks=1, block_rows=1)
-    stored = to_stored(arrays, identity.storage_dtype)
+    try:
+        stored = to_stored(arrays, identity.storage_dtype)
+    except OverflowedTokens:
+        return 0
     return sum(len(encode_row(specs[name], array)) for name, array in stored.items())

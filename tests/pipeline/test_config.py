@@ -1,0 +1,113 @@
+"""Settings from a file and the command line: what is accepted, what is refused, and in which words."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from featurestore.errors import UserError
+from pipeline.config import DECODER_NAMES, DEFAULT_BATCH, ExtractConfig, default_batch, read_config
+from pipeline.options import config_from_options
+
+
+def test_defaults_are_the_published_four_encoders_on_the_published_grid():
+    config = read_config(None, {"dataset": "videollava"})
+    assert config.encoders == ("languagebind", "dinov2", "vivit", "siglip")
+    assert (config.grid, config.compute_dtype, config.storage_dtype) == ((16, 8, 8), "bfloat16", "float16")
+    assert str(config.store_path) == "features/videollava.zarr"
+
+
+def test_what_is_given_on_the_command_line_wins_over_the_file(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("dataset: demo\nlimit: 5\nweights: random:0\nencoders: dinov2, siglip\nretry_quarantine: true\n")
+    options = {"dataset": None, "limit": 7, "weights": ("siglip=random:3",), "retry_quarantine": None, "grid": "8,4,4"}
+    config = config_from_options(str(file), options)
+    assert (config.dataset, config.limit, config.grid) == ("demo", 7, (8, 4, 4))
+    assert config.retry_quarantine is True
+    assert [(s.name, s.weights) for s in config.encoder_settings] == [("dinov2", "random:0"), ("siglip", "random:3")]
+
+
+def test_raw_means_each_encoders_own_grid_from_both_sides(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("dataset: demo\ngrid: raw\n")
+    assert read_config(file, {}).grid is None
+    assert config_from_options(None, {"dataset": "demo", "grid": "raw"}).grid is None
+    file.write_text("dataset: demo\ngrid: [8, 4, 4]\n")
+    assert config_from_options(str(file), {"grid": "raw"}).grid is None
+
+
+def test_one_crop_or_weights_spec_is_for_every_encoder_without_its_own():
+    config = read_config(None, {"dataset": "demo", "crop": "squash", "weights": {"": "random:1", "vivit": "hub"}})
+    assert {settings.crop for settings in config.encoder_settings} == {"squash"}
+    assert [s.weights for s in config.encoder_settings] == ["random:1", "random:1", "hub", "random:1"]
+
+
+REFUSED = [
+    ({"storrage_dtype": "uint8"}, "unknown setting 'storrage_dtype', the nearest known one is 'storage_dtype'"),
+    ({"storage_dtype": "int4"}, "storage_dtype must be one of float16, bfloat16, uint8, got 'int4'"),
+    ({"compute_dtype": "float16"}, "compute_dtype must be one of float32, bfloat16, got 'float16'"),
+    ({"decoder": "opencv"}, "decoder must be one of frames/1, decord, ffmpeg, got 'opencv'"),
+    ({"grid": [16, 8]}, "grid is three whole numbers T, H, W of at least 1, or raw, got [16, 8]"),
+    ({"grid": [16, 8, 0]}, "grid is three whole numbers"),
+    ({"grid": [16, 8, "x"]}, "grid is three whole numbers"),
+    ({"grid": "coarse"}, "grid is three whole numbers T, H, W of at least 1, or raw, got 'coarse'"),
+    ({"encoders": []}, "encoders must be a list of different names, got []"),
+    ({"encoders": ["dinov2", "dinov2"]}, "encoders must be a list of different names"),
+    ({"encoders": 4}, "encoders must be a list of different names, got 4"),
+    ({"encoders": "dinov3"}, "unknown encoder dinov3; known: languagebind, dinov2, vivit, siglip, clip, videomae"),
+    ({"weights": {"clip": "hub"}}, "weights is set for clip, which is not among the encoders asked for"),
+    ({"architecture": {"clip": {}}}, "architecture is set for clip, which is not among"),
+    ({"weights": 3}, "weights must be `name: value` pairs, got 3"),
+    ({"workers": "two"}, "workers must be a whole number, got 'two'"),
+    ({"limit": 2.5}, "limit must be a whole number, got 2.5"),
+    ({"threads": True}, "threads must be a whole number, got True"),
+    ({"samples": "no"}, "samples must be true or false, got 'no'"),
+    ({"root": 7}, "root must be text, got 7"),
+    ({"max_failed": 1.5}, "max_failed is a share between 0 and 1, got 1.5"),
+    ({"max_failed": "half"}, "max_failed must be a number, got 'half'"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSED, ids=lambda value: str(value)[:40])
+def test_a_wrong_setting_is_named_with_its_value_and_what_is_possible(settings, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        read_config(None, {"dataset": "demo", **settings})
+
+
+def test_a_file_that_is_no_list_of_settings_is_refused_with_its_path(tmp_path):
+    file = tmp_path / "a.yaml"
+    with pytest.raises(UserError, match=r"a.yaml cannot be read: No such file"):
+        read_config(file, {})
+    file.write_text("- dinov2\n- siglip\n")
+    with pytest.raises(UserError, match=r"a.yaml must hold `setting: value` lines, got list"):
+        read_config(file, {})
+    file.write_text("dataset: [demo\n")
+    with pytest.raises(UserError, match=r"a.yaml is not YAML"):
+        read_config(file, {})
+    file.write_text("dataset: demo\nlimmit: 3\n")
+    with pytest.raises(UserError, match=r"a.yaml: unknown setting 'limmit', the nearest known one is 'limit'"):
+        read_config(file, {})
+
+
+def test_a_dataset_must_be_named():
+    with pytest.raises(UserError, match="which dataset\\? give --dataset NAME; `merv-pipeline datasets` lists them"):
+        read_config(None, {})
+
+
+def test_decoder_names_are_those_of_the_decoders():
+    from pipeline.decode.decoders import DECODERS
+
+    assert tuple(DECODERS) == DECODER_NAMES
+
+
+def test_every_device_has_a_batch_of_its_own_or_the_processors():
+    assert default_batch("cuda:1", "image") == DEFAULT_BATCH["cuda"]["image"]
+    assert default_batch("mps", "video") == default_batch("cpu", "video") == DEFAULT_BATCH["cpu"]["video"]
+
+
+def test_settings_survive_the_journal():
+    import json
+
+    config = read_config(None, {"dataset": "demo", "grid": [8, 4, 4], "architecture": {"dinov2": {"num_layers": 3}}})
+    assert ExtractConfig(**json.loads(json.dumps(config.to_dict()))) == config
