@@ -132,6 +132,25 @@ class Lab:
 
         return extract(self.config(**changes), quiet=True)
 
+    def plan(self, **changes):
+        """What a run does before its first block: (encoders, listing, blocks, tasks); rows are given out."""
+        from featurestore.writer import StoreWriter
+        from jobs.clusters import ClusterRequest, connect
+        from pipeline.datasets import load_dataset
+        from pipeline.extract import _describe, _register, _tasks
+        from pipeline.plan import plan_blocks
+
+        config = self.config(**changes)
+        with connect(ClusterRequest()) as client:
+            encoders = _describe(client, config)
+        listing = load_dataset(config.dataset, config.root, kind=config.kind, limit=config.limit)
+        store = StoreWriter.open_or_create(config.store_path, block_rows=dict(config.block_rows))
+        _register(store, config, listing, encoders)
+        identities = {name: encoder.identity for name, encoder in encoders.items()}
+        blocks = plan_blocks(store, identities, clip_ids={clip.clip_id for clip in listing.clips})
+        tasks = [task.arguments[0] for task in _tasks(config, listing, encoders, blocks, "test")]
+        return encoders, listing, blocks, tasks
+
     def copy_of_root(self, name: str = "media") -> Path:
         """A copy of the media that a test may spoil; the lab reads it from now on."""
         import shutil

@@ -12,25 +12,10 @@ import zarr
 
 from featurestore import FeatureStore, verify_store
 from featurestore.errors import IdentityConflictError, RunStoppedError, UserError
-from featurestore.writer import StoreWriter
-from jobs.clusters import ClusterRequest, connect
 from pipeline.block import extract_block
-from pipeline.datasets import load_dataset
-from pipeline.extract import _check_space, _describe, _register, _tasks
-from pipeline.plan import plan_blocks
+from pipeline.extract import _check_space
 
 TWO = ("languagebind", "siglip")
-
-
-def plan_of(config):
-    """What a run does before its first block: encoders, listing, blocks."""
-    with connect(ClusterRequest()) as client:
-        encoders = _describe(client, config)
-    listing = load_dataset(config.dataset, config.root, kind=config.kind, limit=config.limit)
-    store = StoreWriter.open_or_create(config.store_path, block_rows=dict(config.block_rows))
-    _register(store, config, listing, encoders)
-    identities = {name: encoder.identity for name, encoder in encoders.items()}
-    return encoders, listing, plan_blocks(store, identities, clip_ids={clip.clip_id for clip in listing.clips})
 
 
 def changed(before: dict, after: dict) -> set[str]:
@@ -154,8 +139,7 @@ def test_a_retry_that_was_cut_short_is_gone_on_with_in_the_rows_it_had(lab):
     broken.write_bytes(b"not a film")
     lab.extract(encoders=TWO)
     broken.write_bytes(whole)
-    retry = lab.config(encoders=TWO, retry_quarantine=True)
-    plan_of(retry)  # and no more: killed here
+    lab.plan(encoders=TWO, retry_quarantine=True)  # and no more: killed here
     summary = lab.extract(encoders=TWO, retry_quarantine=True)
     store = FeatureStore.open(lab.store)
     assert summary.clips == 1
@@ -202,9 +186,7 @@ def test_encoders_begun_with_different_batch_shapes_keep_their_own(lab):
 
 def test_the_order_in_which_blocks_are_finished_does_not_change_a_byte(lab, extracted):
     """The blocks of a plan, shuffled and computed one by one as a worker does, make the store that a run makes."""
-    config = lab.config()
-    encoders, listing, blocks = plan_of(config)
-    tasks = [task.arguments[0] for task in _tasks(config, listing, encoders, blocks, "test")]
+    *_, tasks = lab.plan()
     assert len(tasks) == 5
     random.Random(1).shuffle(tasks)
     for task in tasks:
@@ -231,7 +213,7 @@ def test_annotations_stay_out_of_the_store_where_a_licence_forbids_them(lab):
 
 def test_a_store_that_would_not_fit_the_disk_is_refused_before_the_first_block(lab):
     config = lab.config(encoders=("siglip",), kind="video", limit=1)
-    encoders, _, (block,) = plan_of(config)
+    encoders, _, (block,), _ = lab.plan(encoders=("siglip",), kind="video", limit=1)
     far_more = replace(block, wanted={"siglip": range(10**12)})  # 4,608 bytes each
     with pytest.raises(RunStoppedError, match=r"the run needs about 4608000.0 GB and .* GB free; choose another disk"):
         _check_space(config, [far_more], encoders)
