@@ -65,7 +65,7 @@ def too_many_samples(lab, path: Path) -> None:
 
 
 def huge_frames(lab, path: Path) -> None:
-    """Motion JPEG whose pictures say that they are 65,500 pixels wide and high."""
+    """Motion JPEG whose pictures say that they are 16,000 pixels wide and high."""
     with av.open(str(path), "w", format="avi") as output:
         stream = output.add_stream("mjpeg", rate=5)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
@@ -75,9 +75,12 @@ def huge_frames(lab, path: Path) -> None:
     data = bytearray(path.read_bytes())
     at, patched = data.find(b"\xff\xc0\x00\x11"), 0
     while at >= 0:
-        data[at + 5 : at + 9] = struct.pack(">HH", 65500, 65500)
+        data[at + 5 : at + 9] = struct.pack(">HH", 16000, 16000)
         at, patched = data.find(b"\xff\xc0\x00\x11", at + 1), patched + 1
     assert patched == 6
+    at = data.index(b"strf") + 12  # behind its name, its size, and the size of the picture's header
+    assert struct.unpack("<ii", data[at : at + 8]) == (64, 48)
+    data[at : at + 8] = struct.pack("<ii", 16000, 16000)
     path.write_bytes(data)
 
 
