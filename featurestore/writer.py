@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from featurestore.clips import KINDS, Clip
-from featurestore.columns import samples_to_table
+from featurestore.columns import SAMPLE_SCHEMA, samples_to_table, table_to_samples
 from featurestore.errors import IdentityConflictError, StoreNotFoundError, UserError
 from featurestore.groups import GroupWriter, create_or_open_group, encoder_groups
 from featurestore.identity import FeatureIdentity
@@ -32,7 +32,7 @@ from featurestore.layout import (
 from featurestore.local_objects import LocalObjects
 from featurestore.metadata import parse_root, root_document
 from featurestore.objects import Objects, machine_faults, put_if_absent
-from featurestore.parts import ClipIndex, allocate, part_bytes, table_bytes
+from featurestore.parts import ClipIndex, allocate, part_bytes, read_table, table_bytes
 from featurestore.samples import Sample
 from featurestore.snapshots import publish
 
@@ -115,6 +115,14 @@ class StoreWriter:
             key = samples_key(name, newest + 1)
             if put_if_absent(self.objects, key, data):
                 return key
+
+    def samples(self, name: str) -> list[Sample]:
+        """The newest conversations of a name; none if there are none yet."""
+        newest = samples_versions(self.objects.list_names(SAMPLES)).get(name, 0)
+        if not newest:
+            return []
+        key = samples_key(name, newest)
+        return table_to_samples(read_table(self.objects.get(key), SAMPLE_SCHEMA, key))
 
     def sealed_blocks(self, kind: str) -> int:
         """Blocks given out so far: work exists for 0..n-1."""

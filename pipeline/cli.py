@@ -52,11 +52,11 @@ def main() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def extract(config_file: str | None, as_json: bool, **options: Any) -> None:
     """Encode a dataset's clips into a feature store; run it again to go on or to add clips and encoders."""
-    from pipeline import tables
-    from pipeline.extract import extract as run_extraction
-
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a person's Ctrl-C
     with friendly_errors():
+        from pipeline import tables
+        from pipeline.extract import extract as run_extraction
+
         config = config_from_options(config_file, options)
         summary = run_extraction(config, say=lambda line: click.echo(line, err=True))
         _show(summary.to_dict(), as_json, lambda: tables.summary(summary))

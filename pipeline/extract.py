@@ -28,6 +28,7 @@ from jobs.progress import RunProgress
 from jobs.run import Outcome, Task, check_workers, run_tasks
 from pipeline.config import ExtractConfig, default_batch
 from pipeline.datasets import DatasetListing, load_dataset
+from pipeline.keep_samples import add_listed_samples
 from pipeline.plan import PlannedBlock, plan_blocks
 from pipeline.summary import ExtractSummary, run_record
 
@@ -120,11 +121,10 @@ def _describe(client: Client, config: ExtractConfig) -> dict[str, EncoderDescrip
 def _register(
     store: StoreWriter, config: ExtractConfig, listing: DatasetListing, encoders: dict[str, EncoderDescription]
 ) -> None:
-    """Give out rows, write samples and make the encoders' groups: all that must stand before the first block."""
-    store.add_clips(listing.clips)
-    if config.samples:
-        for name, samples in listing.samples.items():
-            store.add_samples(name, samples)
+    """Make the encoders' groups, give out rows and write samples: all that must stand before the first block.
+
+    Groups come first: where they are refused, nothing has been written.
+    """
     for kind in (kind for kind in KINDS if any(clip.kind == kind for clip in listing.clips)):
         for encoder in encoders.values():
             store.ensure_group(
@@ -134,6 +134,9 @@ def _register(
                 weights_label=encoder.weights,
                 new_identity=config.new_identity,
             )
+    store.add_clips(listing.clips)
+    if config.samples:
+        add_listed_samples(store, listing, is_whole=config.kind is None and config.limit is None)
     if config.retry_quarantine:
         store.add_clips(_quarantined(store, config, listing, encoders), retry=True)
 

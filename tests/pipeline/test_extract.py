@@ -205,6 +205,28 @@ def test_raw_grids_and_prefix_tokens_are_stored_on_request(lab):
         store.read_prefix(ids, encoder="siglip")
 
 
+def test_a_narrower_run_takes_no_sample_of_another_clip_away(lab):
+    def ids(name="videollava-finetune"):
+        return [sample.sample_id for sample in FeatureStore.open(lab.store).samples(name)]
+
+    lab.extract(encoders=("siglip",))
+    whole = ids()
+    assert len(whole) == 15
+    files = sorted(path.name for path in (lab.store / "samples").iterdir())
+    for narrow in ({"kind": "image"}, {"limit": 2}, {"stage": "align"}):
+        lab.extract(encoders=("siglip",), **narrow)
+        assert ids() == whole
+    assert sorted(path.name for path in (lab.store / "samples").iterdir()) == files  # the same content is no new file
+    lab.copy_of_root()
+    lab.annotate(lab.root, list(lab.VIDEOS)[1:], [])  # today one film has no annotation, and no still is listed
+    lab.extract(encoders=("siglip",))
+    assert len(ids()) == 15
+    assert {sample.clip_id for sample in FeatureStore.open(lab.store).samples("videollava-finetune")} == {
+        None,
+        *FeatureStore.open(lab.store).clips["clip_id"].to_pylist(),
+    }
+
+
 def test_annotations_stay_out_of_the_store_where_a_licence_forbids_them(lab):
     lab.extract(encoders=("siglip",), limit=2, samples=False)
     assert FeatureStore.open(lab.store).sample_names == []

@@ -1,0 +1,102 @@
+"""The HTML page: self-contained, with pictures of the tokens that the store holds."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from featurestore import FeatureStore
+from pipeline.report import STEPS, write_report
+from pipeline.token_maps import principal_maps
+
+
+class Page(HTMLParser):
+    """Open tags, images and text of a page; a tag left open is an error."""
+
+    VOID = frozenset(("meta", "img", "br", "link", "input", "hr"))
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.images: list[dict] = []
+        self.text = ""
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.images += [dict(attributes)] * (tag == "img")
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> closes another tag"
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def pixels(image: dict) -> np.ndarray:
+    data = base64.b64decode(image["src"].removeprefix("data:image/png;base64,"))
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+@pytest.fixture(scope="module")
+def page(extracted, tmp_path_factory) -> tuple[Path, Page]:
+    path = write_report(extracted.store, out=tmp_path_factory.mktemp("report") / "page.html", num_clips=3)
+    return path, Page(path)
+
+
+def test_the_page_needs_nothing_from_elsewhere(page):
+    path, parsed = page
+    assert parsed.open == []
+    assert not {"script", "link", "iframe"} & set(parsed.tags)
+    assert not re.findall(r"https?://|src='(?!data:)|url\((?!data:)", path.read_text())
+
+
+def test_each_clip_has_frames_and_a_map_per_encoder_and_instant(page, extracted):
+    maps = [image for image in page[1].images if image["alt"].startswith("tokens of")]
+    frames = [image for image in page[1].images if image["alt"] == "frame"]
+    assert len(maps) == 3 * 4 * STEPS
+    assert len(frames) == 3 * STEPS
+    store = FeatureStore.open(extracted.store)
+    videos = store.clips.filter(np.array(store.clips["kind"].to_pylist()) == "video")["clip_id"].to_pylist()
+    shown = [clip for clip in store.clips["clip_id"].to_pylist() if clip in page[1].text]
+    assert shown[0] == videos[0]
+    expected = principal_maps(store.read(shown, encoder="dinov2"))
+    drawn = [pixels(image) for image in maps if image["alt"] == "tokens of dinov2"]
+    assert all(np.array_equal(drawn[i * STEPS + t], expected[i][t]) for i in range(3) for t in range(STEPS))
+
+
+def test_the_page_warns_of_random_weights_and_tells_sizes_and_runs(page, extracted):
+    text = page[1].text
+    assert "Seeded random weights, not trained ones: dinov2, languagebind, siglip, vivit." in text
+    assert extracted.summary.run in text
+    assert "Empty: every clip that was tried is committed." in text
+    assert "8x3x3x32" in text
+
+
+def test_without_the_media_the_frames_are_left_out_and_the_maps_stay(extracted, tmp_path):
+    path = write_report(extracted.store, out=tmp_path / "page.html", root=str(tmp_path), num_clips=2)
+    images = Page(path).images
+    assert [image for image in images if image["alt"] == "frame"] == []
+    assert len(images) == 2 * 4 * STEPS
+
+
+def test_by_default_the_page_lies_beside_the_store_and_lists_the_quarantine_escaped(lab):
+    lab.copy_of_root()
+    (lab.root / "valley/a<b>&.mp4").write_bytes(b"not a film")
+    lab.annotate(lab.root, ["valley/a<b>&.mp4", "valley/v5.mp4"], [])
+    lab.extract(encoders=("siglip",))
+    path = write_report(lab.store)
+    assert path == lab.folder / "store-report.html"
+    assert "videollava/valley/a<b>&.mp4" in Page(path).text
+    assert "a<b>" not in path.read_text()
+    assert "not a video" in Page(path).text
