@@ -1,0 +1,207 @@
+"""The commands: results on stdout, JSON that parses, messages that help, exit codes that programs can read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from pipeline.cli import main
+
+COMMANDS = ("extract", "plan", "status", "inspect", "report", "verify", "encoders", "datasets")
+HEAVY = {"torch", "pyarrow", "transformers", "distributed", "dask", "zarr", "av", "accelerate", "PIL", "rich"}
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """`extract` listens to SIGTERM; the tests' process must not go on doing so."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def succeed(*arguments: object) -> str:
+    result = call(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def fail(*arguments: object, code: int = 1) -> str:
+    """What a person reads on stderr; nothing may be on stdout."""
+    result = call(*arguments)
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+@pytest.fixture
+def config_file(lab) -> Path:
+    path = lab.folder / "config.yaml"
+    path.write_text(yaml.safe_dump(lab.settings(encoders=["siglip"], limit=3)))
+    return path
+
+
+def test_every_command_has_help():
+    assert set(COMMANDS) <= set(main.commands)
+    for name in main.commands:
+        text = succeed(name, "--help")
+        assert text.startswith(f"Usage: main {name}")
+        assert main.commands[name].help.split(";")[0].split(":")[0] in " ".join(text.split())
+
+
+def test_help_imports_nothing_heavy():
+    """It is asked for often, and torch alone takes seconds to load."""
+    program = (
+        "import sys; from pipeline.cli import main\n"
+        f"for command in ([], *([name] for name in {COMMANDS})):\n"
+        "    main([*command, '--help'], standalone_mode=False)\n"
+        f"print('LOADED', sorted({HEAVY} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "LOADED []"
+
+
+def test_extract_prints_a_summary_for_a_person_and_progress_elsewhere(lab, config_file):
+    result = call("extract", "--config", config_file)
+    assert result.exit_code == 0, result.output
+    assert "3 clips committed, 0 quarantined, 1 blocks" in result.stdout
+    assert "encode:siglip" in result.stdout
+    assert "extract: 3/3 clips" in result.stderr
+    assert "extract: " not in result.stdout
+    again = succeed("extract", "--config", config_file)
+    assert "nothing to do: every clip listed is committed or quarantined" in again
+
+
+def test_json_of_every_command_parses_and_says_what_the_store_holds(lab, config_file):
+    planned = json.loads(succeed("plan", "--config", config_file, "--probe", 1, "--json"))
+    assert (planned["probed"], [row["to_do"] for row in planned["rows"]]) == (1, [3])
+    summary = json.loads(succeed("extract", "--config", config_file, "--json"))
+    assert (summary["clips"], summary["failed"]) == (3, 0)
+    status = json.loads(succeed("status", lab.store, "--json"))
+    assert [row["committed"] for row in status["encoders"]] == [3]
+    clip = json.loads(succeed("inspect", "v0.mp4", "--store", lab.store, "--json"))
+    assert clip["siglip"]["shape"] == [8, 3, 3, 32]
+    assert json.loads(succeed("inspect", "siglip", "--store", lab.store, "--json"))["weights"] == "random:0"
+    assert json.loads(succeed("verify", lab.store, "--full", "--json")) == []
+    names = [row["encoder"] for row in json.loads(succeed("encoders", "--json"))]
+    assert names[:4] == ["languagebind", "dinov2", "vivit", "siglip"]
+    assert {"videollava", "demo"} <= {row["dataset"] for row in json.loads(succeed("datasets", "--json"))}
+
+
+def test_tables_name_what_json_names(extracted, tmp_path):
+    status = succeed("status", extracted.store)
+    assert "9 video clips, 5 image clips" in status
+    assert all(name in status for name in extracted.ENCODERS)
+    assert "8x3x3" in status
+    assert "videollava/videochatgpt_tune/v0.mp4" in succeed("inspect", "v0.mp4", "--store", extracted.store)
+    assert "no damage found (every byte read)" in succeed("verify", extracted.store, "--full")
+    page = tmp_path / "page.html"
+    assert succeed("report", extracted.store, "--out", page, "--clips", 1).strip() == str(page)
+    assert page.exists()
+    assert "siglip" in succeed("encoders")
+    assert "data/videollava" in succeed("datasets")
+
+
+def test_options_given_win_over_the_file(lab, config_file):
+    other = lab.folder / "other.zarr"
+    summary = json.loads(succeed("extract", "--config", config_file, "--store", other, "--limit", 1, "--json"))
+    assert (summary["clips"], summary["store"]) == (1, str(other))
+
+
+def test_a_changed_setting_is_explained_and_exits_with_1(config_file):
+    succeed("extract", "--config", config_file)
+    message = fail("extract", "--config", config_file, "--weights", "random:1")
+    assert "Error: this store holds siglip as siglip-" in message
+    assert "weights_sha256: stored" in message
+    assert "use the same settings, or --new-identity to keep both" in message
+
+
+def test_verify_exits_with_1_and_names_the_damaged_object(lab, extracted):
+    shutil.copytree(extracted.store, lab.store)
+    shard = next(lab.store.glob("video/vivit-*/tokens/c/0/*/*/*/*"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    result = call("verify", lab.store, "--full", "--json")
+    assert result.exit_code == 1
+    assert [finding["key"] for finding in json.loads(result.stdout)] == [shard.relative_to(lab.store).as_posix()]
+    assert call("verify", lab.store, "--full").exit_code == 1
+    assert call("verify", lab.store).exit_code == 0  # the size is right: quick does not read it
+
+
+MISTAKES = [
+    (["extract"], "which dataset? give --dataset NAME; `merv-pipeline datasets` lists them"),
+    (["extract", "--dataset", "videolava"], "unknown dataset 'videolava'; known are demo, videollava"),
+    (["extract", "--dataset", "demo", "--encoders", "dinov3"], "unknown encoder dinov3; known: languagebind, dinov2,"),
+    (["extract", "--dataset", "demo", "--config", "none.yaml"], "config file none.yaml cannot be read: No such file"),
+    (["extract", "--dataset", "videollava"], "the root of dataset videollava, "),
+    (["plan", "--dataset", "videollava"], "or try everything without a download: --dataset demo"),
+    (["status", "none.zarr"], "there is no feature store at none.zarr; make one with `merv-pipeline extract --store"),
+    (["verify", "none.zarr"], "none.zarr"),
+    (["report", "none.zarr"], "there is no feature store at none.zarr"),
+    (["inspect", "siglip", "--store", "none.zarr"], "there is no feature store at none.zarr"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=lambda value: " ".join(value)[:50])
+def test_a_mistake_is_told_with_the_next_step_and_exits_with_1(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in fail(*arguments)
+    assert list(tmp_path.iterdir()) == []  # and leaves nothing behind
+
+
+USAGE = [
+    (["extract", "--decoder", "opencv"], "'opencv' is not one of 'frames/1', 'decord', 'ffmpeg'"),
+    (["extract", "--storage-dtype", "int4"], "'int4' is not one of"),
+    (["extract", "--grid", "16x8x8"], "--grid is T,H,W such as 16,8,8, or raw; got '16x8x8'"),
+    (["extract", "--workers", "0"], "0 is not in the range x>=1"),
+    (["extract", "--max-failed", "2"], "2.0 is not in the range"),
+    (["extrakt"], "No such command 'extrakt'"),
+    (["status"], "which store? found under features/: none; give its path"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), USAGE, ids=lambda value: " ".join(value)[:50])
+def test_a_wrong_word_on_the_command_line_exits_with_2(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in fail(*arguments, code=2)
+
+
+def test_an_unknown_key_of_the_config_names_the_nearest_known_one(config_file):
+    config_file.write_text(config_file.read_text() + "storrage_dtype: uint8\n")
+    message = fail("extract", "--config", config_file)
+    assert f"{config_file}: unknown setting 'storrage_dtype', the nearest known one is 'storage_dtype'" in message
+
+
+def test_an_unknown_scheduler_lists_the_known_ones(config_file):
+    message = fail("extract", "--config", config_file, "--scheduler", "pbs")
+    assert "unknown scheduler 'pbs': give one of local," in message
+
+
+def test_the_only_store_under_features_need_not_be_named(extracted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "features").mkdir()
+    (tmp_path / "features/one.zarr").symlink_to(extracted.store)
+    assert "features/one.zarr" in succeed("status")
+    (tmp_path / "features/two.zarr").symlink_to(extracted.store)
+    message = fail("status", code=2)
+    assert "which store? found under features/: features/one.zarr, features/two.zarr; give its path" in message
+
+
+def test_the_version_is_that_of_the_distribution():
+    from importlib.metadata import version
+
+    assert succeed("--version").strip().endswith(version("merv-pipeline"))
