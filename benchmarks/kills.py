@@ -22,11 +22,13 @@ from importlib.resources import files
 from pathlib import Path
 
 import click
+import yaml
 
 from featurestore.verify import verify_store
+from pipeline.datasets import load_dataset
 
 DETERMINISTIC = ("zarr.json", "clips", "samples", "video", "image", "receipts")
-CLIPS = 96
+CLIPS = {"train": 80, "heldout": 16}
 
 
 @click.command()
@@ -47,10 +49,11 @@ def main(kills: int, seed: int, workers: int) -> None:
 
 
 def extraction(folder: Path, workers: int) -> list[str]:
-    """The command without its store: the demo at toy size, in small blocks, one thread so that bytes can be compared."""
-    config = (files("pipeline") / "demo.yaml").read_text()
-    config += f"root: {folder}/media\nlimit: {CLIPS}\nblock_rows: {{video: 8, image: 8}}\nthreads: 1\n"
-    (folder / "config.yaml").write_text(config)
+    """The command without its store: toy encoders, small blocks, one thread so that bytes can be compared."""
+    load_dataset("demo", folder / "media", **CLIPS)  # drawn beforehand: drawing is not what is killed here
+    settings = yaml.safe_load((files("pipeline") / "demo.yaml").read_text())
+    settings |= {"root": f"{folder}/media", "options": CLIPS, "block_rows": {"video": 8, "image": 8}, "threads": 1}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     script = Path(sys.executable).with_name("merv-pipeline")
     return [str(script), "extract", "--config", f"{folder}/config.yaml", "--workers", str(workers)]
 
