@@ -49,7 +49,7 @@ class DecodeChild:
         Raises what the job's error is, `protocol.DeadlineError` when time is up and `protocol.PipeClosedError` when the
         process died of it. The clock starts when the process is up, and is set anew when it knows the media's size.
         """
-        self._wait_until_ready()
+        self.wait_until_ready()
         if os.fstat(self._stderr.fileno()).st_size > STDERR_BYTES:
             self._stderr.truncate(0)
         deadline = time.monotonic() + timeout_s
@@ -78,8 +78,8 @@ class DecodeChild:
             stream.close()
         return f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
 
-    def _wait_until_ready(self) -> None:
-        """A process that cannot even start says nothing about a clip."""
+    def wait_until_ready(self) -> None:
+        """Return when it can be asked; `RunStoppedError` if it does not come up, which says nothing about a clip."""
         if self._is_ready:
             return
         try:

@@ -130,7 +130,7 @@ class _Minder(threading.Thread):
         """Ask the child; twice, if it hangs or dies."""
         reason = ""
         for _ in range(TRIES):
-            child = self._running_child()
+            child = self._ready_child()
             try:
                 return child.ask(job, self._timeout_s)
             except protocol.DeadlineError:
@@ -139,6 +139,20 @@ class _Minder(threading.Thread):
             except protocol.PipeClosedError:
                 reason = f"decoder crashed: {self._end_child(hangs=False)}"
         raise MediaError(reason)
+
+    def _ready_child(self) -> DecodeChild:
+        """The child, up and waiting; one that dies while it starts says nothing about the clip and is started again."""
+        starts = 0
+        while True:
+            child = self._running_child()
+            try:
+                child.wait_until_ready()
+                return child
+            except RunStoppedError:
+                self._end_child(hangs=False)
+                starts += 1
+                if starts == TRIES:
+                    raise
 
     def _running_child(self) -> DecodeChild:
         with self._lock:
