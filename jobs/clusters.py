@@ -8,6 +8,7 @@ no tokens, and its state is never the truth about what is done.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from distributed import Client, WorkerPlugin
 
 DASK_SETTINGS = {
     "distributed.scheduler.allowed-failures": 2,  # worker deaths before a task is given up
@@ -85,7 +86,20 @@ def _local(request: ClusterRequest) -> Iterator[Client]:
         ) as cluster,
         Client(cluster) as client,
     ):
+        if request.num_workers > 1:
+            client.register_plugin(_deaf_to_interrupts())
         yield client
+
+
+def _deaf_to_interrupts() -> WorkerPlugin:
+    """Ctrl-C reaches every process of the terminal; the driver stops its workers, they need not print how they die."""
+    from distributed import WorkerPlugin
+
+    class DeafToInterrupts(WorkerPlugin):
+        def setup(self, worker: object) -> None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    return DeafToInterrupts()
 
 
 @contextmanager
