@@ -18,7 +18,7 @@ Buffer = bytes | bytearray | memoryview
 
 _MACHINE_FAULTS = {
     "ENOSPC": "the disk is full: free space and run the same command again, committed blocks are kept",
-    "EFBIG": "the file system or a limit refuses files that large: choose another --store, or smaller block_rows in the config of a new one",
+    "EFBIG": "a limit refuses files that large: choose another --store, or smaller block_rows for a new one",
     "EDQUOT": "the disk quota is used up: raise it or free space and run the same command again",
     "EIO": "the disk or share reports an I/O error: check it, then run the same command again",
     "ESTALE": "the share was unmounted or replaced: mount it again, then run the same command again",
