@@ -15,6 +15,11 @@
 Command lines print the message of a ``MervCacheError`` without a traceback; anything else is our bug.
 """
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class MervCacheError(Exception):
     """Root of all errors that carry a message for a person: what is wrong, the values, what to do next."""
@@ -62,3 +67,15 @@ class MediaError(MervCacheError):
 
 class RunStoppedError(MervCacheError):
     """The environment failed, not a clip: stop the run and quarantine nothing."""
+
+
+def unknown_name(what: str, name: object, known: Iterable[str]) -> str:
+    """The message for a name that is in no table: the nearest known one, then all of them.
+
+    >>> unknown_name("dataset", "videolava", ["demo", "videollava"])
+    "unknown dataset 'videolava', the nearest known one is 'videollava'; known: demo, videollava"
+    """
+    listed = [str(entry) for entry in known]
+    nearest = difflib.get_close_matches(str(name), listed, n=1, cutoff=0.5)
+    hint = f", the nearest known one is {nearest[0]!r}" if nearest else ""
+    return f"unknown {what} {name!r}{hint}; known: {', '.join(listed) or 'none'}"

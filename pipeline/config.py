@@ -6,15 +6,16 @@ known one: a misspelt setting that is silently ignored costs a night on a cluste
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from featurestore.errors import UserError
+from featurestore.clips import KINDS
+from featurestore.errors import UserError, unknown_name
 from featurestore.identity import STORAGE_DTYPES
-from pipeline.encoders.registry import ENCODERS, MERV_ENCODERS
+from featurestore.layout import check_block_rows
+from pipeline.encoders.registry import ENCODERS, MERV_ENCODERS, encoder_spec
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 DECODER_NAMES = ("frames/1", "decord", "ffmpeg")  # of `decode.decoders.DECODERS`, which loads too much for --help
@@ -98,9 +99,10 @@ class ExtractConfig:
         _check_choice("decoder", self.decoder, DECODER_NAMES)
         object.__setattr__(self, "grid", _checked_grid(self.grid))
         object.__setattr__(self, "encoders", _checked_encoders(self.encoders))
-        for setting in ("weights", "architecture", "crop"):
-            if stray := sorted(set(getattr(self, setting)) - set(self.encoders) - {""}):
-                raise UserError(f"{setting} is set for {', '.join(stray)}, which is not among the encoders asked for")
+        _check_keys(self)
+        for settings in self.encoder_settings:  # a misspelt size is told now, not after a listing of a million clips
+            encoder_spec(settings.name).with_architecture(settings.architecture)
+        check_block_rows(self.block_rows)
         if not 0 <= self.max_failed <= 1:
             raise UserError(f"max_failed is a share between 0 and 1, got {self.max_failed}")
 
@@ -190,8 +192,7 @@ def _check_known(settings: Mapping[str, Any], path: str | Path | None) -> None:
     known = [f.name for f in fields(ExtractConfig)]
     for name in settings:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0)
-            raise UserError(f"{path or 'settings'}: unknown setting {name!r}, the nearest known one is {near[0]!r}")
+            raise UserError(f"{path or 'settings'}: {unknown_name('setting', name, known)}")
 
 
 def _check_types(config: ExtractConfig) -> None:
@@ -203,6 +204,21 @@ def _check_types(config: ExtractConfig) -> None:
         if (value is None and "None" in annotated) or (isinstance(value, accepted) and not is_bool_elsewhere):
             continue
         raise UserError(f"{setting.name} must be {words}, got {value!r}")
+
+
+def _check_keys(config: ExtractConfig) -> None:
+    """Settings per encoder may name encoders that this run leaves aside: one file serves several runs."""
+    for setting in ("weights", "architecture", "crop"):
+        for name in getattr(config, setting):
+            if name != "" and name not in ENCODERS:
+                raise UserError(f"{setting}: {unknown_name('encoder', name, ENCODERS)}")
+    for setting in ("batch", "block_rows"):
+        for kind in getattr(config, setting):
+            if kind not in KINDS:
+                raise UserError(f"{setting}: {unknown_name('kind', kind, KINDS)}")
+    for kind, clips in config.batch.items():
+        if not isinstance(clips, int) or isinstance(clips, bool) or clips < 1:
+            raise UserError(f"batch of {kind} must be a whole number of clips of at least 1, got {clips!r}")
 
 
 def _checked_grid(grid: Any) -> tuple[int, int, int] | None:
@@ -218,8 +234,9 @@ def _checked_encoders(names: Any) -> tuple[str, ...]:
     listed = tuple(names) if isinstance(names, list | tuple) else ()
     if not listed or len(set(map(str, listed))) < len(listed):
         raise UserError(f"encoders must be a list of different names, got {names!r}")
-    if unknown := [str(name) for name in listed if name not in ENCODERS]:
-        raise UserError(f"unknown encoder {', '.join(unknown)}; known: {', '.join(ENCODERS)}")
+    for name in listed:
+        if name not in ENCODERS:
+            raise UserError(unknown_name("encoder", name, ENCODERS))
     return listed
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from featurestore.errors import UserError
+from featurestore.errors import UserError, unknown_name
 from featurestore.samples import Sample
 from trainer import checkpoint
-from trainer.config import RECORD_FILE, TrainConfig, read_config, unknown_name
+from trainer.config import RECORD_FILE, TrainConfig, read_config
 from trainer.fusion import build_fusion
 from trainer.llm import FRESH_PREFIX, LoadedLLM, load_llm, load_saved_shape
 from trainer.order import derive_seed

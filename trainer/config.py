@@ -8,7 +8,6 @@ names of heads and fusions are therefore listed here, and the rooms that build t
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from typing import Any, Literal
 
 import yaml
 
-from featurestore.errors import UserError
+from featurestore.errors import UserError, unknown_name
 
 CONFIG_FILE, RECORD_FILE = "config.yaml", "run.json"  # in a run's folder
 
@@ -172,13 +171,6 @@ def read_config(run: Path) -> TrainConfig:
             f"{run} is not a run: it has no {CONFIG_FILE}; give the folder that merv-train wrote with --out"
         )
     return overlay(TrainConfig(), load_yaml(Path(run) / CONFIG_FILE))
-
-
-def unknown_name(what: str, name: str, known: list[str]) -> str:
-    """The message for a name that is not in a table: nearest first, then all."""
-    nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
-    return f"unknown {what} {name!r}{hint} Known: {', '.join(known)}"
 
 
 def _typed(value: Any, hint: Any, name: str) -> Any:

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from featurestore.errors import UserError
-from trainer.config import unknown_name
+from featurestore.errors import UserError, unknown_name
 
 FRESH_PREFIX = "fresh:"
 SPECIAL_WORDS = ("<unk>", "<s>", "</s>")

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from featurestore.errors import UserError
+from featurestore.errors import UserError, unknown_name
 from featurestore.samples import Turn
-from trainer.config import PromptName, VisualPosition, unknown_name
+from trainer.config import PromptName, VisualPosition
 
 IGNORE_INDEX = -100  # label of a position without supervision, torch's default
 PLACEHOLDERS = ("<video>", "<image>")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from featurestore.errors import UserError
-from trainer.config import OptimizerConfig, ProjectorConfig, TrainConfig, unknown_name
+from featurestore.errors import UserError, unknown_name
+from trainer.config import OptimizerConfig, ProjectorConfig, TrainConfig
 
 RECIPES: dict[str, TrainConfig] = {
     # Projectors and fusion trained under a frozen LLM, with the batch and rate of arXiv 2501.01426's second stage.

@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from featurestore import FeatureStore
-from featurestore.errors import UserError
+from featurestore.errors import UserError, unknown_name
 from featurestore.samples import Sample
 from trainer.build import load_run, used_encoders
-from trainer.config import TrainConfig, unknown_name
+from trainer.config import TrainConfig
 from trainer.evaluate import Answer, answer_all, check_identities, questions, report
 from trainer.plan import describe, make_plan
 from trainer.tokens import StoreTokens, TokenSource

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from featurestore.clips import KINDS
-from featurestore.errors import UserError
+from featurestore.errors import UserError, unknown_name
 from pipeline.datasets import demo, evaluation, folder, videollava, webdataset
 from pipeline.datasets.base import DatasetListing, DatasetSpec, ListingBuilder, Option, Rejected
 
@@ -46,7 +46,7 @@ def load_dataset(
         raise UserError(f"limit is a number of clips of at least 1, got {limit}")
     folder = Path(os.path.abspath(root if root is not None else spec.default_root))
     if not spec.makes_root and not folder.is_dir():
-        raise UserError(_missing_root(spec, folder))
+        raise UserError(_missing_root(spec, folder, is_default=root is None))
     builder = ListingBuilder(name, folder, stage)
     with _without_collector():
         spec.collect(builder, settings)
@@ -55,7 +55,7 @@ def load_dataset(
 
 def _spec(name: str) -> DatasetSpec:
     if name not in DATASETS:
-        raise UserError(f"unknown dataset {name!r}; known are {', '.join(DATASETS)}")
+        raise UserError(unknown_name("dataset", name, DATASETS))
     return DATASETS[name]
 
 
@@ -72,8 +72,13 @@ def _check_choice(what: str, value: str | None, known: tuple[str, ...]) -> None:
         raise UserError(f"{what} must be one of {', '.join(known) or '(none: it has no samples)'}, got {value!r}")
 
 
-def _missing_root(spec: DatasetSpec, folder: Path) -> str:
+def _missing_root(spec: DatasetSpec, folder: Path, *, is_default: bool) -> str:
     state = "is not a folder" if folder.exists() else "does not exist"
+    if not is_default:  # who names a folder has the data: a typing mistake wants one line, not a guide
+        return (
+            f"--root {folder} {state}; name the folder of dataset {spec.name}, or leave --root out to be told what to "
+            "download and where it goes"
+        )
     return (
         f"the root of dataset {spec.name}, {folder}, {state}.\n{spec.download}\n"
         "Give another place with --root DIR, or try everything without a download: --dataset demo"

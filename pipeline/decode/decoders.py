@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from featurestore.errors import MediaError, UserError
+from featurestore.errors import MediaError, UserError, unknown_name
 from pipeline.decode import stills
 from pipeline.decode.collector import FrameCollector
 from pipeline.decode.job import DEFAULT_DECODER, Decoded, DecodeJob, FailedClipError, Reading
@@ -74,7 +74,7 @@ def decode_clip(job: DecodeJob) -> Decoded:
 
 def _reader_for(name: str) -> VideoReader:
     if name not in DECODERS:
-        raise UserError(f"unknown decoder {name!r}; known: {', '.join(DECODERS)}")
+        raise UserError(unknown_name("decoder", name, DECODERS))
     return DECODERS[name]
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 
-from featurestore.errors import UserError
+from featurestore.errors import UserError, unknown_name
 from pipeline.encoders.base import EncoderSpec
 from pipeline.encoders.clip import CLIP
 from pipeline.encoders.dinov2 import DINOV2
@@ -63,7 +63,7 @@ ENCODERS = EncoderTable((LANGUAGEBIND, DINOV2, VIVIT, SIGLIP, CLIP, VIDEOMAE))
 def encoder_spec(name: str, encoders: Mapping[str, EncoderSpec] = ENCODERS) -> EncoderSpec:
     """The spec of a name that a person gave."""
     if name not in encoders:
-        raise UserError(f"unknown encoder {name!r}; known: {', '.join(encoders)}")
+        raise UserError(unknown_name("encoder", name, encoders))
     return encoders[name]
 
 

@@ -144,8 +144,11 @@ def test_verify_exits_with_1_and_names_the_damaged_object(lab, extracted):
 
 MISTAKES = [
     (["extract"], "which dataset? give --dataset NAME; `merv-pipeline datasets` lists them"),
-    (["extract", "--dataset", "videolava"], "unknown dataset 'videolava'; known are demo, videollava"),
-    (["extract", "--dataset", "demo", "--encoders", "dinov3"], "unknown encoder dinov3; known: languagebind, dinov2,"),
+    (["extract", "--dataset", "videolava"], "unknown dataset 'videolava', the nearest known one is 'videollava'"),
+    (
+        ["extract", "--dataset", "demo", "--encoders", "dinov3"],
+        "unknown encoder 'dinov3', the nearest known one is 'dinov2'",
+    ),
     (["extract", "--dataset", "demo", "--config", "none.yaml"], "config file none.yaml cannot be read: No such file"),
     (["extract", "--dataset", "videollava"], "the root of dataset videollava, "),
     (["plan", "--dataset", "videollava"], "or try everything without a download: --dataset demo"),

@@ -55,9 +55,17 @@ REFUSED = [
     ({"encoders": []}, "encoders must be a list of different names, got []"),
     ({"encoders": ["dinov2", "dinov2"]}, "encoders must be a list of different names"),
     ({"encoders": 4}, "encoders must be a list of different names, got 4"),
-    ({"encoders": "dinov3"}, "unknown encoder dinov3; known: languagebind, dinov2, vivit, siglip, clip, videomae"),
-    ({"weights": {"clip": "hub"}}, "weights is set for clip, which is not among the encoders asked for"),
-    ({"architecture": {"clip": {}}}, "architecture is set for clip, which is not among"),
+    (
+        {"encoders": "dinov3"},
+        "unknown encoder 'dinov3', the nearest known one is 'dinov2'; known: ",
+    ),
+    ({"weights": {"dino": "hub"}}, "weights: unknown encoder 'dino', the nearest known one is 'dinov2'"),
+    ({"architecture": {"clipp": {}}}, "architecture: unknown encoder 'clipp', the nearest known one is 'clip'"),
+    ({"encoders": ["siglip"], "architecture": {"siglip": {"num_layer": 3}}}, "did you mean num_layers"),
+    ({"batch": {"vidio": 3}}, "batch: unknown kind 'vidio', the nearest known one is 'video'"),
+    ({"batch": {"video": 0}}, "batch of video must be a whole number of clips of at least 1, got 0"),
+    ({"block_rows": {"vidio": 8}}, "block_rows: unknown kind 'vidio', the nearest known one is 'video'"),
+    ({"block_rows": {"video": 0}}, "block rows of video must be 1"),
     ({"weights": 3}, "weights must be `name: value` pairs, got 3"),
     ({"workers": "two"}, "workers must be a whole number, got 'two'"),
     ({"limit": 2.5}, "limit must be a whole number, got 2.5"),
@@ -111,3 +119,12 @@ def test_settings_survive_the_journal():
 
     config = read_config(None, {"dataset": "demo", "grid": [8, 4, 4], "architecture": {"dinov2": {"num_layers": 3}}})
     assert ExtractConfig(**json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_settings_of_encoders_that_this_run_leaves_aside_are_kept_out_of_it():
+    config = ExtractConfig(
+        dataset="demo",
+        encoders=("siglip",),
+        architecture={"dinov2": {"num_layers": 3}, "siglip": {"num_layers": 4}},
+    )
+    assert [(s.name, s.architecture) for s in config.encoder_settings] == [("siglip", {"num_layers": 4})]

@@ -103,12 +103,12 @@ def test_no_store_is_an_error_that_says_how_to_make_one(here, monkeypatch):
 
 def test_an_unknown_setting_in_the_file_names_the_nearest(here):
     (here / "small.yaml").write_text("fusion: {nmae: first}\n")
-    assert "unknown setting 'fusion.nmae'; did you mean 'fusion.name'?" in error_of(train())
+    assert "unknown setting 'fusion.nmae', the nearest known one is 'fusion.name'" in error_of(train())
 
 
 def test_an_unknown_encoder_lists_those_of_the_store(here):
     (here / "small.yaml").write_text(yaml.safe_dump({**SMALL, "encoders": ["siglip"]}))
-    assert "unknown encoder 'siglip'. Known: dinov2, vivit" in error_of(train())
+    assert "unknown encoder 'siglip'; known: dinov2, vivit" in error_of(train())
 
 
 def test_an_llm_that_is_nowhere_says_what_can_be_given(here):

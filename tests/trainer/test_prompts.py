@@ -205,5 +205,5 @@ def test_a_tokenizer_without_template_is_refused():
 
 
 def test_an_unknown_prompt_lists_the_known_ones():
-    with pytest.raises(UserError, match=r"unknown prompt 'purse'; did you mean 'pure'\? Known: pure, vicuna"):
+    with pytest.raises(UserError, match=r"unknown prompt 'purse', the nearest known one is 'pure'; known: pure"):
         Renderer("purse", words("a"))

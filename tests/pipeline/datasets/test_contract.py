@@ -95,19 +95,29 @@ def test_filters_that_are_unknown_list_the_known(dataset):
         load_dataset(name, root, colour="blue")
 
 
-def test_a_missing_root_says_what_to_get_and_offers_the_demo(dataset, tmp_path):
+def test_a_missing_root_says_what_to_get_and_offers_the_demo(dataset, tmp_path, monkeypatch):
     name, _ = dataset
     if DATASETS[name].makes_root:
         return
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
-        load_dataset(name, tmp_path / "nothing")
+        load_dataset(name)
     assert "does not exist" in str(caught.value)
     assert DATASETS[name].download in str(caught.value)
     assert "--dataset demo" in str(caught.value)
 
 
+def test_a_root_that_was_mistyped_is_told_in_one_line(dataset, tmp_path):
+    name, _ = dataset
+    if DATASETS[name].makes_root:
+        return
+    with pytest.raises(UserError, match=r"--root .*nothing does not exist") as caught:
+        load_dataset(name, tmp_path / "nothing")
+    assert "\n" not in str(caught.value)
+
+
 def test_an_unknown_dataset_lists_the_known():
-    with pytest.raises(UserError, match="known are demo, videollava, webdataset, folder, eval"):
+    with pytest.raises(UserError, match="known: demo, videollava, webdataset, folder, eval"):
         load_dataset("imagenet")
 
 

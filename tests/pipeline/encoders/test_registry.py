@@ -40,7 +40,10 @@ def test_the_four_of_merv_come_first_in_its_order():
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(UserError, match="unknown encoder 'dino'; known: languagebind, dinov2, vivit, siglip, clip"):
+    with pytest.raises(
+        UserError,
+        match="unknown encoder 'dino', the nearest known one is 'dinov2'; known: languagebind",
+    ):
         encoder_spec("dino")
 
 
