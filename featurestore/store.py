@@ -27,9 +27,10 @@ from featurestore.errors import (
     StoreNotFoundError,
     UserError,
 )
+from featurestore.find import no_store_at
 from featurestore.identity import FeatureIdentity
 from featurestore.journal import parse_journal
-from featurestore.layout import JOURNAL, ROOT_METADATA, journal_key, journal_names
+from featurestore.layout import JOURNAL, ROOT_METADATA, journal_key, journal_names, receipt_blocks, receipts_prefix
 from featurestore.local_objects import LocalObjects
 from featurestore.lookup import ClipLines, Frames, encoder_keys, time_steps
 from featurestore.metadata import parse_root
@@ -65,9 +66,7 @@ class FeatureStore:
             raise UserError(f"{path}: stores are read from a folder; copy or mount it first")
         objects = LocalObjects(path)
         if not objects.exists(ROOT_METADATA):
-            raise StoreNotFoundError(
-                f"there is no feature store at {path}; make one with `merv-pipeline extract --store {path}`"
-            )
+            raise StoreNotFoundError(no_store_at(path))
         parse_root(objects.get(ROOT_METADATA))
         snapshot = snapshot or newest_snapshot_id(objects)
         if snapshot is None:
@@ -190,6 +189,14 @@ class FeatureStore:
             "groups": groups,
             "stored_bytes": sum(entry["stored_bytes"] for entry in groups.values()),
         }
+
+    def unpublished_blocks(self) -> int:
+        """Blocks committed since this snapshot: a run that was killed may leave some, its next run publishes them."""
+        count = 0
+        for name, group in self._record.groups.items():
+            committed = receipt_blocks(self._objects.list_names(receipts_prefix(*name.split("/"))))
+            count += len(committed - {int(block) for block in group.receipts})
+        return count
 
     def _read(
         self, array: str, clip_ids: Sequence[str], encoder: str, frames: Frames, out: np.ndarray | None = None

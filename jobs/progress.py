@@ -25,13 +25,13 @@ class RunProgress:
         self.label, self.total, self.unit = label, total, unit
         self.done = self.failed = 0
         self.amounts: Counter[str] = Counter()  # what rates are made of, by name
-        self._quiet = quiet
+        self._is_shown = not quiet and total > 0  # no work, no line
         self._stream = stream or sys.stderr
         self._started = self._last_line = time.monotonic()
         self._live = None
 
     def __enter__(self) -> RunProgress:
-        if not self._quiet and self._stream.isatty():
+        if self._is_shown and self._stream.isatty():
             self._live = _live_line(self._stream)
             self._live.start()
             self._bar = self._live.add_task(self.label, total=self.total, text="")
@@ -40,7 +40,7 @@ class RunProgress:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._live is not None:
             self._live.stop()
-        elif not self._quiet:
+        elif self._is_shown:
             self._write_line()
 
     def advance(self, done: int, *, failed: int = 0, **amounts: float) -> None:
@@ -50,7 +50,7 @@ class RunProgress:
         self.amounts.update(amounts)
         if self._live is not None:
             self._live.update(self._bar, completed=self.done, text=self.text())
-        elif not self._quiet and time.monotonic() - self._last_line >= LOG_INTERVAL_S:
+        elif self._is_shown and time.monotonic() - self._last_line >= LOG_INTERVAL_S:
             self._write_line()
 
     @property

@@ -23,6 +23,7 @@ from pipeline.config import EngineSettings
 from pipeline.decode.job import Decoded, DecodeJob
 from pipeline.engine import Engine, encode_batch, engine_for
 from pipeline.media import MISSING_REASON
+from pipeline.summary import DECODING
 
 WRITES_IN_FLIGHT = 2  # batches compressed behind the encoder; bounds the memory
 
@@ -126,7 +127,7 @@ class _BlockWork:
         assert got == row, f"decoded rows come in order, got {got} for {row}"
         if isinstance(result, Decoded):
             self.counts["frames"] += max(len(frames) for frames in result.frames.values())
-            self.seconds["decode (in its processes)"] += result.seconds
+            self.seconds[DECODING] += result.seconds
             return result
         sha256 = getattr(result, "media_sha256", None)  # of a FailedClipError: the bytes that failed
         self.counts["missing"] += str(result) == MISSING_REASON

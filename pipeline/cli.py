@@ -11,12 +11,12 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import click
 
 from featurestore.errors import MervCacheError
+from featurestore.find import find_store
 from jobs.clusters import ClusterError
 from pipeline.options import config_from_options, extraction_options
 
@@ -49,8 +49,11 @@ def main() -> None:
     "--max-failed", type=click.FloatRange(0, 1), help="Stop when more than this share failed.  [default: 0.5]"
 )
 @click.option("--dashboard", is_flag=True, default=None, help="Start Dask's dashboard and print its address.")
+@click.option(
+    "--print-config", is_flag=True, help="Print every setting of this command as YAML for --config; do nothing."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def extract(config_file: str | None, as_json: bool, **options: Any) -> None:
+def extract(config_file: str | None, print_config: bool, as_json: bool, **options: Any) -> None:
     """Encode a dataset's clips into a feature store; run it again to go on or to add clips and encoders."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a person's Ctrl-C
     with friendly_errors():
@@ -58,13 +61,16 @@ def extract(config_file: str | None, as_json: bool, **options: Any) -> None:
         from pipeline.extract import extract as run_extraction
 
         config = config_from_options(config_file, options)
+        if print_config:
+            click.echo(config.to_yaml(), nl=False)
+            return
         summary = run_extraction(config, say=lambda line: click.echo(line, err=True))
         _show(summary.to_dict(), as_json, lambda: tables.summary(summary))
 
 
 @main.command()
 @extraction_options
-@click.option("--probe", type=click.IntRange(0), default=4, help="Clips to really encode, for the forecast of time.")
+@click.option("--probe", type=click.IntRange(0), default=4, help="Clips of each kind to really encode.")
 @click.option("--json", "as_json", is_flag=True, help="Print the forecast as JSON.")
 def plan(config_file: str | None, probe: int, as_json: bool, **options: Any) -> None:
     """Say what an extraction would cost: clips, bytes, files and hours, by stage, kind and encoder."""
@@ -86,17 +92,6 @@ STORE_OPTION = click.option(
 )
 
 
-def find_store(given: str | None, option: str | None) -> Path:
-    """The store named, or the only one under features/."""
-    if given or option:
-        return Path(given or option)
-    found = sorted(Path("features").glob("*.zarr"))
-    if len(found) == 1:
-        return found[0]
-    listed = ", ".join(str(path) for path in found) or "none"
-    raise click.UsageError(f"which store? found under features/: {listed}; give its path")
-
-
 @main.command()
 @STORE_ARGUMENT
 @STORE_OPTION
@@ -107,7 +102,7 @@ def status(store: str | None, store_option: str | None, as_json: bool) -> None:
     from pipeline.status import store_status
 
     with friendly_errors():
-        result = store_status(find_store(store, store_option))
+        result = store_status(find_store(store or store_option))
         _show(result, as_json, lambda: tables.status(result))
 
 
@@ -121,7 +116,7 @@ def inspect(what: str, store_option: str | None, as_json: bool) -> None:
     from pipeline.status import inspect_store
 
     with friendly_errors():
-        result = inspect_store(find_store(None, store_option), what)
+        result = inspect_store(find_store(store_option), what)
         _show(result, as_json, lambda: tables.details(result))
 
 
@@ -146,7 +141,7 @@ def report(store: str | None, store_option: str | None, out: str | None, root: s
     from pipeline.report import write_report
 
     with friendly_errors():
-        click.echo(write_report(find_store(store, store_option), out=out, root=root, num_clips=clips))
+        click.echo(write_report(find_store(store or store_option), out=out, root=root, num_clips=clips))
 
 
 @main.command()
@@ -160,7 +155,7 @@ def verify(store: str | None, store_option: str | None, full: bool, as_json: boo
     from pipeline import tables
 
     with friendly_errors():
-        findings = verify_store(find_store(store, store_option), level="full" if full else "quick")
+        findings = verify_store(find_store(store or store_option), level="full" if full else "quick")
         _show([vars(finding) for finding in findings], as_json, lambda: tables.findings(findings, full))
         if findings:
             click.get_current_context().exit(1)
@@ -178,13 +173,19 @@ def encoders(as_json: bool) -> None:
 
 
 @main.command()
+@click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def datasets(as_json: bool) -> None:
-    """List the datasets that --dataset knows."""
+def datasets(name: str | None, as_json: bool) -> None:
+    """List the datasets that --dataset knows, or tell one's layout and options by NAME."""
     from pipeline import tables
-    from pipeline.datasets import DATASETS
+    from pipeline.datasets import DATASETS, dataset_spec
 
-    _show([tables.dataset_row(spec) for spec in DATASETS.values()], as_json, lambda: tables.datasets(DATASETS))
+    with friendly_errors():
+        if name:
+            row = tables.dataset_details(dataset_spec(name))
+            _show(row, as_json, lambda: tables.details(row))
+        else:
+            _show([tables.dataset_row(spec) for spec in DATASETS.values()], as_json, lambda: tables.datasets(DATASETS))
 
 
 def _show(result: Any, as_json: bool, show: Callable[[], None]) -> None:

@@ -142,6 +142,15 @@ class ExtractConfig:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def to_yaml(self) -> str:
+        """Every setting, as `read_config` takes it back."""
+        import yaml
+
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in self.to_dict().items()}
+        if self.grid is None:
+            plain["grid"] = "raw"
+        return yaml.safe_dump(plain, sort_keys=False)
+
 
 def read_config(path: str | Path | None, overrides: Mapping[str, Any]) -> ExtractConfig:
     """The YAML file's settings with the command line's laid over them; `None` on the command line means not given."""

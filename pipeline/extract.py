@@ -69,6 +69,7 @@ def extract(
     summary = ExtractSummary(
         store=str(config.store_path),
         run=run,
+        listed=len(listing.clips),
         missing=dict(listing.missing),
         rejected={reason: found.count for reason, found in listing.rejected.items()},
     )
@@ -188,7 +189,13 @@ def clip_bytes(identity: FeatureIdentity, kind: str) -> int:
     return time_steps * (height * width + identity.prefix_tokens) * identity.width * per_value + scales
 
 
-def _tasks(config, listing, encoders, blocks: list[PlannedBlock], run: str) -> Iterator[Task]:
+def _tasks(
+    config: ExtractConfig,
+    listing: DatasetListing,
+    encoders: dict[str, EncoderDescription],
+    blocks: list[PlannedBlock],
+    run: str,
+) -> Iterator[Task]:
     from pipeline.block import BlockTask
 
     groups = {name: encoder.identity.group_name for name, encoder in encoders.items()}
@@ -209,7 +216,15 @@ def _tasks(config, listing, encoders, blocks: list[PlannedBlock], run: str) -> I
         yield Task(key=f"{block.kind}-{block.block:08d}-of-{block.batch}-{run}", arguments=(task,))
 
 
-def _run_blocks(client, store, tasks, blocks: list[PlannedBlock], summary: ExtractSummary, config, quiet: bool) -> None:
+def _run_blocks(
+    client: Client,
+    store: StoreWriter,
+    tasks: Iterator[Task],
+    blocks: list[PlannedBlock],
+    summary: ExtractSummary,
+    config: ExtractConfig,
+    quiet: bool,
+) -> None:
     from pipeline.block import extract_block
 
     total = sum(block.num_clips for block in blocks)

@@ -22,6 +22,7 @@ from featurestore.clips import Clip
 from featurestore.errors import MervCacheError
 from featurestore.store import FeatureStore
 from pipeline.status import store_status
+from pipeline.summary import DECODING
 from pipeline.tables import duration, size
 from pipeline.token_maps import principal_maps
 
@@ -37,16 +38,16 @@ def write_report(
     store = FeatureStore.open(path)
     status = store_status(path)
     runs = [record for name, record in store.journal() if name.endswith("-driver")]
+    busy = [run for run in runs if run["summary"]["clips"]]
     clips = _pictured(store, num_clips)
     page = Template((files("pipeline") / "report.html").read_text()).substitute(
-        title=html.escape(path.name),
+        title=html.escape(f"MERV Cache: {path.name}"),
         subtitle=html.escape(f"snapshot {status['snapshot']} · datasets {', '.join(status['datasets'])}"),
         notice=_notice(status),
-        steps=STEPS,
         cards=_cards(status),
         encoders=_encoder_table(store, status),
         clips=_clips_html(store, clips, _roots(root, runs)),
-        runs=_runs_table(runs),
+        runs=_runs_table(busy),
         quarantine=_quarantine_table(store),
     )
     target = Path(out) if out else path.with_name(f"{path.name.removesuffix('.zarr')}-report.html")
@@ -111,8 +112,8 @@ def _encoder_table(store: FeatureStore, status: dict[str, Any]) -> str:
                 _Raw(bar),
             ]
         )
-    columns = ("encoder", "identity", "weights", "tokens", "stored as", "committed", "failed", "to do", "bytes", "")
-    return _table(columns, rows)
+    columns = ("encoder", "identity", "weights", "tokens", "stored as", "committed", "failed", "to do", "bytes")
+    return _table((*columns, "bytes beside the largest"), rows)
 
 
 def _clips_html(store: FeatureStore, clips: Sequence[dict], roots: dict[str, str]) -> str:
@@ -127,15 +128,16 @@ def _clips_html(store: FeatureStore, clips: Sequence[dict], roots: dict[str, str
 
 def _clip_html(clip: dict, maps_THWC: dict[str, np.ndarray], thumbnails: np.ndarray | None) -> str:
     cells = []
-    cells += ["<div></div>", *(f"<div class='t'>{number / STEPS:.0%}</div>" for number in range(STEPS))]
+    shown_steps = STEPS if clip["kind"] == "video" else 1  # a still's tokens repeat
+    cells += ["<div></div>", *(f"<div class='t'>{number / STEPS:.0%}</div>" for number in range(shown_steps))]
     if thumbnails is not None:
-        shown = [thumbnails[min(len(thumbnails) - 1, i)] for i in range(STEPS)]
+        shown = thumbnails[:shown_steps]
         cells += ["<div>frames</div>", *(f"<img src='{_png(frame)}' alt='frame'>" for frame in shown)]
     for key, maps in maps_THWC.items():
         cells.append(f"<div>{html.escape(key)}</div>")
-        at = [number * len(maps) // STEPS for number in range(STEPS)]  # the instants of the frames above
+        at = [number * len(maps) // STEPS for number in range(shown_steps)]  # the instants of the frames above
         cells += [f"<img class='map' src='{_png(maps[step])}' alt='tokens of {html.escape(key)}'>" for step in at]
-    film = f"<div class='scroll'><div class='film'>{''.join(cells)}</div></div>"
+    film = f"<div class='scroll'><div class='film' style='--steps: {shown_steps}'>{''.join(cells)}</div></div>"
     return f"<div class='clip'><h3>{html.escape(clip['clip_id'])}</h3>{film}</div>"
 
 
@@ -165,6 +167,7 @@ def _runs_table(runs: Sequence[dict]) -> str:
         seconds = max(summary["elapsed_s"], 1e-9)
         stages = Counter(summary["stage_s"])
         total = stages.pop("total", 0) or 1
+        stages.pop(DECODING, None)  # in processes of its own, beside these
         shares = ", ".join(f"{name} {s / total:.0%}" for name, s in stages.most_common())
         rows.append(
             [

@@ -31,6 +31,7 @@ def store_status(path: str | Path) -> dict[str, Any]:
         "encoders": [_encoder_status(store, key, quarantine, sum(kinds.values())) for key in store.encoders],
         "quarantine": dict(Counter(f"{row['encoder']}: {row['reason']}" for row in quarantine).most_common()),
         "bytes": store.info()["stored_bytes"],
+        "unpublished blocks": store.unpublished_blocks(),
     }
 
 
@@ -71,6 +72,9 @@ def _encoder_details(store: FeatureStore, key: str) -> dict[str, Any]:
 
 def _find_clip(store: FeatureStore, what: str) -> dict[str, Any]:
     rows = store.clips.to_pylist()
+    twins = [key for key in store.encoders if key.split("@")[0] == what]
+    if twins:
+        raise UserError(f"{what} is stored under several identities, give one: {', '.join(twins)}")
     found = [row for row in rows if row["clip_id"] == what] or [row for row in rows if row["path"] == what]
     found = found or [row for row in rows if what in row["clip_id"]]
     if len(found) == 1:
@@ -82,7 +86,8 @@ def _find_clip(store: FeatureStore, what: str) -> dict[str, Any]:
 
 
 def _clip_details(store: FeatureStore, clip: dict[str, Any]) -> dict[str, Any]:
-    details: dict[str, Any] = {name: value for name, value in clip.items() if name not in store.encoders}
+    known = {name: value for name, value in clip.items() if name not in store.encoders and value is not None}
+    details: dict[str, Any] = known  # a span that is absent is the whole file
     for key in store.encoders:
         details[key] = _tokens_summary(store, clip["clip_id"], key) if clip[key] else "not committed"
     failures = [row for row in store.quarantine.to_pylist() if row["clip_id"] == clip["clip_id"]]

@@ -15,6 +15,8 @@ from typing import Any
 from pipeline.config import ExtractConfig
 from pipeline.datasets import DatasetListing
 
+DECODING = "decode (in its processes)"  # a stage that runs beside the others
+
 
 @dataclass(kw_only=True)
 class ExtractSummary:
@@ -23,6 +25,7 @@ class ExtractSummary:
     store: str
     run: str
     snapshot: str | None = None
+    listed: int = 0  # clips that the dataset lists
     clips: int = 0  # computed or failed in this run
     failed: int = 0
     missing: dict[str, int] = field(default_factory=dict)  # folder -> media listed but absent

@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.summary import DECODING
+
 PIPED_WIDTH = 160  # characters: rich would fold tables at 80 where stdout is not a terminal
 
 
@@ -47,23 +49,38 @@ def summary(result) -> None:
     ok, seconds = result.clips - result.failed, max(result.elapsed_s, 1e-9)
     out.print(f"[bold]{result.store}[/bold]  snapshot {result.snapshot}")
     if not result.clips:
-        out.print("nothing to do: every clip listed is committed or quarantined")
+        out.print(f"nothing to do: all {result.listed} clips listed are committed or quarantined, `status` counts them")
     else:
         out.print(
-            f"{ok} clips committed, {result.failed} quarantined, {result.blocks} blocks, {size(result.bytes)} "
-            f"in {duration(seconds)}: {result.clips / seconds:.2f} clips/s, {result.frames / seconds:.0f} frames/s, "
+            f"{ok} clips committed, {result.failed} quarantined, {plural(result.blocks, 'block')}, "
+            f"{size(result.bytes)} in {duration(seconds)}: {result.clips / seconds:.2f} clips/s, "
+            f"{result.frames / seconds:.0f} frames/s, "
             f"{size(result.bytes / seconds)}/s"
         )
-    stages = {name: s for name, s in sorted(result.stage_s.items(), key=lambda item: -item[1]) if name != "total"}
-    if stages:
-        total = result.stage_s["total"]
-        rows = [(name, f"{s:.1f}", f"{s / total:.0%}") for name, s in stages.items()]
-        table("", ("stage", "seconds", "of block time"), rows, right=("seconds", "of block time"))
+        _stages(result.stage_s)
     counted("quarantined", "clips", result.reasons)
     counted("listed but absent", "media", result.missing)
-    counted("refused annotation records", "records", result.rejected)
+    counted("refused at listing", "records", result.rejected)
     if result.halvings:
         out.print(f"{result.halvings} batches were halved for lack of device memory: give a smaller batch")
+    if result.reasons:
+        out.print("after mending the cause: the same command with --retry-quarantine")
+    out.print(f"look: merv-pipeline report {result.store}    train: merv-train --from-cache {result.store}")
+
+
+def _stages(stage_s: Mapping[str, float]) -> None:
+    """Where the blocks' time went: shares of the worker's own time, and decoding, which runs beside it."""
+    beside = stage_s.get(DECODING, 0.0)
+    stages = {name: s for name, s in stage_s.items() if name not in ("total", DECODING)}
+    total = stage_s["total"]
+    stages["rest"] = max(0.0, total - sum(stages.values()))
+    rows = [(name, f"{s:.1f}", f"{s / total:.0%}") for name, s in sorted(stages.items(), key=lambda item: -item[1])]
+    table("", ("stage", "seconds", "share"), rows, right=("seconds", "share"))
+    _console().print(f"decoding took {beside:.1f} s in processes of its own, beside these stages")
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def counted(title: str, unit: str, counts: Mapping[str, int]) -> None:
@@ -80,20 +97,32 @@ def status(result: Mapping[str, Any]) -> None:
     columns = ("encoder", "identity", "weights", "grid", "width", "storage", "committed", "failed", "to do")
     rows = [[_cell(entry[name]) for name in columns] for entry in result["encoders"]]
     table("", columns, rows, right=("width", "committed", "failed", "to do"))
+    if result["unpublished blocks"]:
+        out.print(
+            f"{plural(result['unpublished blocks'], 'block')} committed after this snapshot, by a run that goes on or "
+            "was interrupted: the next snapshot shows them"
+        )
     counted("samples", "count", result["samples"])
     counted("quarantined", "clips", result["quarantine"])
 
 
 def details(result: Mapping[str, Any]) -> None:
-    table("", ("", ""), [(name, _cell(value)) for name, value in result.items()])
+    drawn = Table(box=None, pad_edge=False, show_header=False)
+    drawn.add_column(style="bold")
+    drawn.add_column(overflow="fold")
+    for name, value in result.items():
+        drawn.add_row(name, _cell(value))
+    _console().print(drawn)
 
 
 def _cell(value: Any) -> str:
+    """Sizes as 16x8x8, other numbers with commas, texts a line each."""
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_cell(entry)}" for name, entry in value.items())
     if isinstance(value, list | tuple):
-        short = all(isinstance(entry, int) for entry in value)
-        return ("x" if short else "\n").join(_cell(entry) for entry in value)
+        if all(isinstance(entry, int) for entry in value):
+            return "x".join(map(str, value))
+        return (", " if all(isinstance(entry, int | float) for entry in value) else "\n").join(map(_cell, value))
     return str(value)
 
 
@@ -118,11 +147,11 @@ def forecast(result) -> None:
     out.print(f"[bold]{size(result.bytes)}[/bold] to write, {size(result.free_bytes)} free at {result.store}")
     if result.seconds:
         low, high = (duration(s) for s in result.interval_s)
+        workers = plural(result.workers, "worker")
+        out.print(f"[bold]{duration(result.seconds)}[/bold] with {workers} like this one ({low} to {high})")
         out.print(
-            f"[bold]{duration(result.seconds)}[/bold] with {result.workers} workers like this one ({low} to {high})"
-        )
-        out.print(
-            f"from a probe of {result.probed} clips on {result.device}; decoding {result.decode_s:.3f} s per clip"
+            f"from a probe of {plural(result.probed, 'clip')} on {result.device}. The rows tell the encoders alone; "
+            f"decoding, {result.decode_s:.3f} s per clip, runs beside them and counts where it is the slower."
         )
     counted("listed but absent", "media", result.missing)
 
@@ -157,6 +186,12 @@ def encoders(found: Mapping[str, Any]) -> None:
 
 def dataset_row(spec) -> dict[str, Any]:
     return {"dataset": spec.name, "default root": spec.default_root, "summary": spec.summary}
+
+
+def dataset_details(spec) -> dict[str, Any]:
+    options = {f"options: {name}": f"{o.help} (default: {o.default})" for name, o in spec.options.items()}
+    stages = ", ".join(spec.stages) or "none: it has no samples"
+    return {**dataset_row(spec), "stages": stages, "what to get": spec.download, **options}
 
 
 def datasets(found: Mapping[str, Any]) -> None:

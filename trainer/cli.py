@@ -1,54 +1,39 @@
-"""Command lines of training and evaluation: `merv-train` and `merv-eval`.
+"""Command line of training: `merv-train`.
 
 Thin: parse, call one function of the house, print. Results go to stdout (`--json` for programs), progress to stderr,
-and an error that a person can act on is its message without a traceback. torch is imported inside the commands, so
-that `--help` answers at once.
+and an error that a person can act on is its message without a traceback.
 """
 
 from __future__ import annotations
 
-import functools
 import json
-import os
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any, get_args
 
 import click
 
-from featurestore.errors import MervCacheError, UserError
+from featurestore.errors import UserError
+from featurestore.find import FEATURES, find_store
+from trainer.command import CONTEXT, heavy_rooms, says_errors
 from trainer.config import (
     PROJECTORS,
     RECORD_FILE,
     FusionName,
+    HeadName,
     Mode,
     TrainConfig,
+    Tracker,
     TrainLLM,
-    load_yaml,
-    overlay,
     read_config,
 )
+from trainer.overlay import load_yaml, overlay
 from trainer.recipes import RECIPES, get_recipe
 
 ONLY_STORE = "-"  # --from-cache without a path: the only store under features/
-FEATURES = Path("features")
 
 
-def _says_errors(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Print the message of our own errors and leave with code 1; everything else is a bug and keeps its traceback."""
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return command(*args, **kwargs)
-        except MervCacheError as error:
-            raise click.ClickException(str(error)) from error
-
-    return wrapped
-
-
-@click.command(context_settings={"show_default": True})
+@click.command(context_settings=CONTEXT)
 @click.option(
     "--from-cache",
     "store",
@@ -66,9 +51,16 @@ def _says_errors(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--llm", help="Hub id, local folder, or fresh:NAME.  [default: the recipe's]")
 @click.option("--mode", type=click.Choice(get_args(Mode)), help="text-only drops the visual tokens: the baseline.")
-@click.option("--projector", type=click.Choice(list(PROJECTORS)), help="Head between tokens and LLM.")
+@click.option("--projector", type=click.Choice(list(PROJECTORS)), help="Resampler of each encoder's tokens.")
+@click.option("--head", type=click.Choice(get_args(HeadName)), help="Trained head behind the resampler.")
 @click.option("--fusion", type=click.Choice(get_args(FusionName)), help="How the encoders' tokens are mixed.")
 @click.option("--train-llm", type=click.Choice(get_args(TrainLLM)), help="How much of the LLM is trained.")
+@click.option("--stage", help="Train on the samples of this stage, such as pretrain or finetune.")
+@click.option("--fraction", type=click.FloatRange(0, 1, min_open=True), help="Train on this share of the samples.")
+@click.option("--limit", type=click.IntRange(min=1), help="Train on at most so many samples.")
+@click.option("--init", metavar="RUN", help="Start from the weights of this run.")
+@click.option("--eval-every", type=click.IntRange(min=1), help="Validate on held-out samples every so many steps.")
+@click.option("--track", "trackers", multiple=True, type=click.Choice(get_args(Tracker)), help="Also log to; repeat.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/merv"), help="Folder of the run.")
 @click.option(
     "--resume",
@@ -77,7 +69,7 @@ def _says_errors(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--dry-run", is_flag=True, help="Print parameters, steps, lengths and dropped samples; train nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@_says_errors
+@says_errors
 def train_main(
     store: str | None,
     recipe: str,
@@ -86,7 +78,7 @@ def train_main(
     resume: str | None,
     dry_run: bool,
     as_json: bool,
-    **options: str | None,
+    **options: Any,
 ) -> None:
     """Train projectors and fusion, and the LLM if asked, from the tokens of a feature store."""
     start = get_recipe(recipe)
@@ -94,8 +86,8 @@ def train_main(
         out = Path(resume)
         start, store = read_config(out), store or json.loads((out / RECORD_FILE).read_text())["store"]
     config = resolve_config(start, config_file, options)
-    path = find_store(store)
-    run = _heavy_rooms()
+    path = asked_store(store)
+    run = heavy_rooms()
     if dry_run:
         click.echo(json.dumps(run.dry_run(config, path), indent=None if as_json else 1))
         return
@@ -104,75 +96,29 @@ def train_main(
     click.echo(json.dumps(result) if as_json else words)
 
 
-@click.group(context_settings={"show_default": True})
-def eval_main() -> None:
-    """Measure and use trained runs."""
+def resolve_config(config: TrainConfig, config_file: Path | None, options: Mapping[str, Any]) -> TrainConfig:
+    """A recipe, then the file, then the options, each over what came before.
 
-
-@eval_main.command("run")
-@click.option("--checkpoint", "checkpoint", type=click.Path(path_type=Path), required=True, help="Folder of a run.")
-@click.option("--store", help="Store of the questions' clips.  [default: the one the run was trained on]")
-@click.option("--split", default="heldout", help="Split whose questions are asked.")
-@click.option(
-    "--beside",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="Another run that answers the same questions, such as a text-only one; may be repeated.",
-)
-@click.option("--limit", type=click.IntRange(min=1), help="Ask at most so many questions.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=16, help="Questions at once, with all their options.")
-@click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON, answers included.")
-@_says_errors
-def eval_run(checkpoint: Path, store: str | None, beside: tuple[Path, ...], as_json: bool, **options: Any) -> None:
-    """Multiple-choice accuracy by category, beside chance and beside other runs."""
-    path = find_store(store) if store else None
-    run = _heavy_rooms()
-    result = run.evaluate_run(checkpoint, path, beside=beside, **options)
-    if as_json:
-        click.echo(json.dumps(result))
-    else:
-        run.print_scores(result)
-
-
-def _heavy_rooms() -> ModuleType:
-    """`trainer.run` with torch and transformers.
-
-    OpenMP threads that spin while they wait take each other's cores away: on two cores beside other work, training the
-    demo fell from 185 to 20 samples/s, and to 115 where they sleep. Read once, when torch is loaded.
+    One overlay for both: a file may name a frozen LLM that only `--train-llm full` makes sense of.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from trainer import run
-
-    return run
-
-
-def resolve_config(config: TrainConfig, config_file: Path | None, options: dict[str, str | None]) -> TrainConfig:
-    """A recipe, then the file, then the options, each over what came before."""
     changes = load_yaml(config_file) if config_file else {}
-    given = {name: value for name, value in options.items() if value is not None}
-    # One overlay: a file may name a frozen LLM that only --train-llm full makes sense of.
-    changes |= {name: given[name] for name in ("llm", "mode", "train_llm") if name in given}
-    if "fusion" in given:
-        changes["fusion"] = {**changes.get("fusion", {}), "name": given["fusion"]}
+    given = {name: value for name, value in options.items() if value not in (None, ())}
     if "projector" in given:
-        preset = PROJECTORS[given["projector"]]
-        changes["projector"] = {
-            **changes.get("projector", {}),
-            "head": preset.head,
-            "pre_layer_norm": preset.pre_layer_norm,
-        }
-    return overlay(config, changes)
+        preset = PROJECTORS[given.pop("projector")]
+        _change(changes, "projector", resampler=preset.resampler, frame_divisor=preset.frame_divisor)
+    if "head" in given:
+        _change(changes, "projector", head=given.pop("head"))
+    if "fusion" in given:
+        _change(changes, "fusion", name=given.pop("fusion"))
+    return overlay(config, changes | given)
 
 
-def find_store(store: str | None) -> str:
-    """The store asked for, or the only one under features/."""
+def _change(changes: dict[str, Any], part: str, **values: Any) -> None:
+    changes[part] = {**changes.get(part, {}), **values}
+
+
+def asked_store(store: str | None) -> str:
+    """The store of --from-cache, with or without a path."""
     if store is None:
         raise UserError(f"where are the tokens? Give --from-cache STORE, or --from-cache alone for {FEATURES}/*.zarr")
-    if store != ONLY_STORE:
-        return store
-    found = sorted(str(path) for path in FEATURES.glob("*.zarr"))
-    if len(found) == 1:
-        return found[0]
-    if not found:
-        raise UserError(f"no store under {FEATURES.resolve()}: make one with merv-pipeline extract, or give its path")
-    raise UserError(f"{len(found)} stores under {FEATURES}/: {', '.join(found)}; give one with --from-cache STORE")
+    return str(find_store(None if store == ONLY_STORE else store))

@@ -8,25 +8,27 @@ names of heads and fusions are therefore listed here, and the rooms that build t
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 
-from featurestore.errors import UserError, unknown_name
+from featurestore.errors import UserError
+from trainer.overlay import load_yaml, overlay, plain
 
 CONFIG_FILE, RECORD_FILE = "config.yaml", "run.json"  # in a run's folder
 
 Mode = Literal["frozen", "text-only"]
-TrainLLM = Literal["none", "full"]
+TrainLLM = Literal["none", "lora", "full"]
+Sampler = Literal["shuffled", "split_modality"]
+LossName = Literal["per_token", "micro_batch_means"]
+Tracker = Literal["tensorboard", "wandb"]
 Precision = Literal["fp32", "bf16"]
-PromptName = Literal["pure", "vicuna", "llama2_chat", "chat_template"]
+PromptName = Literal["pure", "vicuna", "llama2_chat", "chat_template", "caption"]
 VisualPosition = Literal["after_bos", "first"]
-ResamplerName = Literal["average"]
+ResamplerName = Literal["average", "attention", "convolution", "convolution_3d", "class_token", "all_tokens"]
 HeadName = Literal["linear", "gelu-mlp", "fused-gelu-mlp"]
 FusionName = Literal[
     "cross_attention",
@@ -45,17 +47,22 @@ class ProjectorConfig:
     """One encoder's way from stored tokens to the LLM's width; every encoder gets its own weights."""
 
     resampler: ResamplerName = "average"
-    grid: tuple[int, int, int] | None = None  # T, H, W after the resampler; None keeps the stored grid
+    grid: tuple[int, int, int] | None = None  # T, H, W after the resampler; None: the resampler's own default
+    frame_divisor: int = 1  # T after the resampler = stored T / this, where grid is None: "3D" in the ablation
     head: HeadName = "linear"
     pre_layer_norm: bool = False  # LayerNorm(D) before the head
     standardise: bool = False  # see trainer/standardise.py: for small runs with encoders of unlike scale
 
 
+# The rows of the projector ablation (arXiv 2501.01426): any head of `HeadName` goes with each of them.
 PROJECTORS: dict[str, ProjectorConfig] = {
-    "linear": ProjectorConfig(),  # the paper's default: 2D average to 8 x 8, then Linear
-    "linear-ln": ProjectorConfig(pre_layer_norm=True),
-    "gelu-mlp": ProjectorConfig(head="gelu-mlp"),
-    "fused-gelu-mlp": ProjectorConfig(head="fused-gelu-mlp"),
+    "2d-average": ProjectorConfig(),  # the paper's default: each frame to 8 x 8
+    "2d-attention": ProjectorConfig(resampler="attention"),
+    "2d-convolution": ProjectorConfig(resampler="convolution"),
+    "3d-average": ProjectorConfig(frame_divisor=2),
+    "3d-convolution": ProjectorConfig(resampler="convolution_3d"),
+    "class-token": ProjectorConfig(resampler="class_token"),
+    "all-tokens": ProjectorConfig(resampler="all_tokens"),
 }
 
 
@@ -68,12 +75,24 @@ class FusionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank updates of the LLM's linear layers (arXiv 2106.09685), for train_llm: lora."""
+
+    rank: int = 16
+    alpha: float = 32.0  # updates are scaled by alpha / rank
+    dropout: float = 0.05
+    targets: tuple[str, ...] = ()  # names of linear layers; empty: all of the decoder, not the output layer
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW with one learning rate per part, linear warm-up, cosine to zero."""
 
     projector_lr: float = 2e-5
     fusion_lr: float = 2e-5
     llm_lr: float = 2e-5
+    lora_lr: float = 2e-4
+    encoder_lr: float = 2e-6  # end to end only
     weight_decay: float = 0.0  # of tensors with two axes or more; biases, norms and queries never decay
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -83,7 +102,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.warmup_ratio < 1:
             raise UserError(f"warmup_ratio is a share of all steps in [0, 1), got {self.warmup_ratio}")
-        if min(self.projector_lr, self.fusion_lr, self.llm_lr) < 0:
+        if min(self.projector_lr, self.fusion_lr, self.llm_lr, self.lora_lr, self.encoder_lr) < 0:
             raise UserError("learning rates must not be negative")
 
 
@@ -94,12 +113,19 @@ class TrainConfig:
     mode: Mode = "frozen"  # text-only: the same run without visual tokens, the baseline a score stands beside
     llm: str = "meta-llama/Llama-2-7b-hf"  # Hub id, local folder, or fresh:NAME
     train_llm: TrainLLM = "none"
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    llm_quant: Literal["int8", "nf4"] | None = None  # of a frozen or LoRA LLM; needs the extra `quant` and CUDA
+    train_encoders: tuple[str, ...] = ()  # end to end only
     allow_fresh_frozen: bool = False  # a frozen LLM with fresh weights is an error otherwise
     encoders: tuple[str, ...] = ()  # order matters for concat and first; empty: all of the store
     samples: tuple[str, ...] = ()  # sample sets of the store; empty: all
     stage: str = "finetune"  # samples of this stage only
     split: str = "train"
+    fraction: float = 1.0  # share of the samples, chosen by their ids: a smaller share lies inside a larger one
     limit: int | None = None  # at most so many samples, the first by sample id
+    source_weights: Mapping[str, float] = field(default_factory=dict)  # samples of a source per epoch, 1: each once
+    sampler: Sampler = "shuffled"  # split_modality: batches of one modality, ranks of like length
+    init: str | None = None  # run whose weights this one starts from: all of them, or the parts that both have
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
     prompt: PromptName = "pure"
@@ -112,9 +138,17 @@ class TrainConfig:
     max_steps: int | None = None  # instead of epochs
     seed: int = 7
     precision: Precision = "bf16"  # matrix products; trained weights stay in fp32
+    activation_checkpointing: bool = False  # of the LLM's layers: less memory for a second forward
+    deterministic: bool = False  # torch's deterministic algorithms: the same losses to the bit on the same ranks
+    loss: LossName = "per_token"  # micro_batch_means: as princetonvisualai/merv, depends on the micro-batch size
     log_every: int = 10  # steps between lines of metrics
     checkpoint_every: int = 500  # steps; the last step always has one
-    keep_checkpoints: int = 2
+    checkpoint_minutes: float | None = None  # and whenever so much time has passed
+    keep_checkpoints: int = 2  # the last ones; the best by validation is kept besides
+    eval_every: int | None = None  # steps between validations on held-out samples
+    eval_split: str = "heldout"
+    eval_limit: int = 256  # held-out samples per validation
+    trackers: tuple[Tracker, ...] = ()  # besides the JSON lines that are always written
     prefetch_batches: int = 4  # global batches read ahead
 
     def __post_init__(self) -> None:
@@ -132,36 +166,7 @@ class TrainConfig:
 
     def to_yaml(self) -> str:
         """Text that `TrainConfig` reads back to the same value."""
-        return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False)
-
-
-def load_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a config file."""
-    try:
-        loaded = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {path} cannot be read: {error}") from error
-    if not isinstance(loaded or {}, dict):
-        raise UserError(f"config file {path} must hold a mapping of settings, got a {type(loaded).__name__}")
-    return loaded or {}
-
-
-def overlay(config: Any, changes: Mapping[str, Any], where: str = "") -> Any:
-    """`config` with `changes` laid over it; nested mappings change nested values, unknown keys are errors."""
-    hints = typing.get_type_hints(type(config))
-    values = {}
-    for key, value in changes.items():
-        name = f"{where}{key}"
-        if key not in hints:
-            raise UserError(unknown_name("setting", name, [f"{where}{known}" for known in hints]))
-        current = getattr(config, key)
-        if dataclasses.is_dataclass(current):
-            if not isinstance(value, Mapping):
-                raise UserError(f"setting {name} is a mapping, got {value!r}")
-            values[key] = overlay(current, value, where=f"{name}.")
-        else:
-            values[key] = _typed(value, hints[key], name)
-    return dataclasses.replace(config, **values)
+        return yaml.safe_dump(plain(dataclasses.asdict(self)), sort_keys=False)
 
 
 def read_config(run: Path) -> TrainConfig:
@@ -171,43 +176,3 @@ def read_config(run: Path) -> TrainConfig:
             f"{run} is not a run: it has no {CONFIG_FILE}; give the folder that merv-train wrote with --out"
         )
     return overlay(TrainConfig(), load_yaml(Path(run) / CONFIG_FILE))
-
-
-def _typed(value: Any, hint: Any, name: str) -> Any:
-    """`value` as the field's type, or an error that says what is expected."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return None if value is None else _typed(value, next(a for a in arguments if a is not type(None)), name)
-    if origin is Literal:
-        if value not in arguments:
-            raise UserError(unknown_name(f"value of {name}", value, list(arguments)))
-        return value
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise UserError(f"setting {name} is a list, got {value!r}")
-        inner = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
-        if len(inner) != len(value):
-            raise UserError(f"setting {name} has {len(inner)} entries, got {value!r}")
-        return tuple(_typed(item, kind, name) for item, kind in zip(value, inner, strict=True))
-    return _scalar(value, hint, name)
-
-
-def _scalar(value: Any, hint: type, name: str) -> Any:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is float and isinstance(value, str):
-        try:
-            return float(value)  # YAML 1.1 reads 2e-5 as text: it wants 2.0e-5
-        except ValueError:
-            pass
-    if hint is float and is_number:
-        return float(value)
-    if type(value) is hint:
-        return value
-    raise UserError(f"setting {name} is {hint.__name__}, got {value!r}")
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, which is all that YAML has."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -8,7 +8,7 @@ way without visual tokens (`merv-train --mode text-only`): what it gets right, t
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -54,8 +54,19 @@ def questions(samples: Sequence[Sample], source: TokenSource, *, split: str, has
         known = source.available({sample.clip_id for sample in asked if sample.clip_id is not None})
         asked = [sample for sample in asked if sample.clip_id is None or sample.clip_id in known]
     if not asked:
-        raise UserError(f"no sample of split {split!r} has options and tokens of every encoder")
+        raise UserError(_no_question(samples, split))
     return asked
+
+
+def _no_question(samples: Sequence[Sample], split: str) -> str:
+    """Which questions there are, so that the next command is the right one."""
+    counts = Counter(sample.split for sample in samples if sample.options)
+    held = ", ".join(f"{count} of split {name!r}" for name, count in counts.items()) or "none"
+    return (
+        f"no multiple-choice question of split {split!r} has tokens of every encoder; the store holds {held}. Training "
+        "data has none: add questions with `merv-pipeline extract --dataset eval --root DIR --store STORE` and the "
+        "settings the store was made with"
+    )
 
 
 def check_identities(run: LoadedRun, source: TokenSource) -> None:

@@ -22,7 +22,7 @@ DATASETS: dict[str, DatasetSpec] = {
     spec.name: spec for spec in (demo.SPEC, videollava.SPEC, webdataset.SPEC, folder.SPEC, evaluation.SPEC)
 }
 
-__all__ = ["DATASETS", "DatasetListing", "DatasetSpec", "Option", "Rejected", "load_dataset"]
+__all__ = ["DATASETS", "DatasetListing", "DatasetSpec", "Option", "Rejected", "dataset_spec", "load_dataset"]
 
 
 def load_dataset(
@@ -38,7 +38,7 @@ def load_dataset(
 
     Raises `UserError` for a request that cannot be met; a record that is malformed is counted in `rejected` instead.
     """
-    spec = _spec(name)
+    spec = dataset_spec(name)
     settings = _settings(spec, options)
     _check_choice(f"stage of {name}", stage, spec.stages)
     _check_choice("kind", kind, KINDS)
@@ -53,7 +53,8 @@ def load_dataset(
         return builder.finish(kind=kind, limit=limit, look=not spec.lists_media)
 
 
-def _spec(name: str) -> DatasetSpec:
+def dataset_spec(name: str) -> DatasetSpec:
+    """The dataset of a name that a person gave."""
     if name not in DATASETS:
         raise UserError(unknown_name("dataset", name, DATASETS))
     return DATASETS[name]

@@ -198,3 +198,17 @@ def test_a_forged_snapshot_cannot_name_what_is_not_the_stores(kit, make, change)
     data = (canonical_json(content | {"digest": digest}) + "\n").encode()
     with pytest.raises((StoreFormatError, StoreDamagedError)):
         Snapshot.parse(data, f"00000001-{digest[:12]}")
+
+
+def test_blocks_committed_after_the_snapshot_are_counted_until_the_next_one(kit, make):
+    writer = kit.writer()
+    writer.add_clips([make.video(number) for number in range(8)])
+    group = kit.group(make.identity())
+    rows = clips_by_row(writer)["video"]
+    fill_block(group.begin(0), rows, make.identity()).commit()
+    writer.publish_snapshot()
+    assert kit.open().unpublished_blocks() == 0
+    fill_block(group.begin(1), rows, make.identity()).commit()
+    assert kit.open().unpublished_blocks() == 1
+    writer.publish_snapshot()
+    assert kit.open().unpublished_blocks() == 0

@@ -220,7 +220,9 @@ def test_a_store_pickles_as_its_place_and_snapshot(filled, kit, make):
 
 def test_a_path_without_a_store_says_how_to_make_one(tmp_path):
     for path in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(StoreNotFoundError, match="make one with `merv-pipeline extract --store"):
+        with pytest.raises(
+            StoreNotFoundError, match="make one with `merv-pipeline extract --dataset NAME --store PATH`"
+        ):
             FeatureStore.open(path)
     with pytest.raises(UserError, match="stores are read from a folder"):
         FeatureStore.open("s3://bucket/store.zarr")

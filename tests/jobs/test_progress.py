@@ -44,6 +44,13 @@ def test_quiet_writes_nothing():
     assert log.getvalue() == ""
 
 
+def test_without_work_there_is_no_line():
+    log = io.StringIO()
+    with RunProgress("extract", total=0, unit="clips", stream=log):
+        pass
+    assert log.getvalue() == ""
+
+
 def test_on_a_terminal_one_live_line_is_drawn():
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

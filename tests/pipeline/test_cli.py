@@ -77,12 +77,12 @@ def test_help_imports_nothing_heavy():
 def test_extract_prints_a_summary_for_a_person_and_progress_elsewhere(lab, config_file):
     result = call("extract", "--config", config_file)
     assert result.exit_code == 0, result.output
-    assert "3 clips committed, 0 quarantined, 1 blocks" in result.stdout
+    assert "3 clips committed, 0 quarantined, 1 block," in result.stdout
     assert "encode:siglip" in result.stdout
     assert "extract: 3/3 clips" in result.stderr
     assert "extract: " not in result.stdout
     again = succeed("extract", "--config", config_file)
-    assert "nothing to do: every clip listed is committed or quarantined" in again
+    assert "nothing to do: all 3 clips listed are committed or quarantined" in again
 
 
 def test_json_of_every_command_parses_and_says_what_the_store_holds(lab, config_file):
@@ -152,8 +152,13 @@ MISTAKES = [
     (["extract", "--dataset", "demo", "--config", "none.yaml"], "config file none.yaml cannot be read: No such file"),
     (["extract", "--dataset", "videollava"], "the root of dataset videollava, "),
     (["plan", "--dataset", "videollava"], "or try everything without a download: --dataset demo"),
-    (["status", "none.zarr"], "there is no feature store at none.zarr; make one with `merv-pipeline extract --store"),
+    (
+        ["status", "none.zarr"],
+        "there is no feature store at none.zarr; make one with `merv-pipeline extract --dataset NAME --store PATH`",
+    ),
     (["verify", "none.zarr"], "none.zarr"),
+    (["status"], "/features: make one with `merv-pipeline extract`, or give its path"),
+    (["datasets", "videolava"], "unknown dataset 'videolava', the nearest known one is 'videollava'"),
     (["report", "none.zarr"], "there is no feature store at none.zarr"),
     (["inspect", "siglip", "--store", "none.zarr"], "there is no feature store at none.zarr"),
 ]
@@ -173,7 +178,6 @@ USAGE = [
     (["extract", "--workers", "0"], "0 is not in the range x>=1"),
     (["extract", "--max-failed", "2"], "2.0 is not in the range"),
     (["extrakt"], "No such command 'extrakt'"),
-    (["status"], "which store? found under features/: none; give its path"),
 ]
 
 
@@ -200,8 +204,22 @@ def test_the_only_store_under_features_need_not_be_named(extracted, tmp_path, mo
     (tmp_path / "features/one.zarr").symlink_to(extracted.store)
     assert "features/one.zarr" in succeed("status")
     (tmp_path / "features/two.zarr").symlink_to(extracted.store)
-    message = fail("status", code=2)
-    assert "which store? found under features/: features/one.zarr, features/two.zarr; give its path" in message
+    assert "2 stores under features/, give the path of one: features/one.zarr, features/two.zarr" in fail("status")
+    assert "no feature store at features/onne.zarr; nearby: features/one.zarr, " in fail("status", "features/onne.zarr")
+
+
+def test_the_config_printed_is_the_config_that_runs(lab, config_file, tmp_path):
+    printed = succeed("extract", "--config", config_file, "--limit", 2, "--print-config")
+    assert not lab.store.exists()
+    (tmp_path / "again.yaml").write_text(printed)
+    assert succeed("extract", "--config", tmp_path / "again.yaml", "--print-config") == printed
+    assert json.loads(succeed("extract", "--config", tmp_path / "again.yaml", "--json"))["clips"] == 2
+
+
+def test_one_dataset_is_told_with_what_to_get_and_its_options():
+    told = succeed("datasets", "videollava")
+    assert all(word in told for word in ("pretrain, finetune", "data/videollava", "what to get"))
+    assert json.loads(succeed("datasets", "videollava", "--json"))["dataset"] == "videollava"
 
 
 def test_the_version_is_that_of_the_distribution():

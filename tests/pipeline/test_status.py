@@ -77,7 +77,7 @@ def test_a_name_that_fits_many_clips_or_none_says_which_there_are(extracted):
 def test_a_place_without_a_store_or_without_a_snapshot_says_what_to_do(tmp_path):
     from featurestore.writer import StoreWriter
 
-    with pytest.raises(StoreNotFoundError, match="make one with `merv-pipeline extract --store"):
+    with pytest.raises(StoreNotFoundError, match="make one with `merv-pipeline extract --dataset NAME --store PATH`"):
         store_status(tmp_path / "nothing.zarr")
     StoreWriter.open_or_create(tmp_path / "young.zarr")
     with pytest.raises(StoreError, match="has no snapshot yet"):

@@ -4,8 +4,9 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from trainer.cli import eval_main, train_main
-from trainer.config import overlay
+from trainer.cli import train_main
+from trainer.eval_cli import eval_main
+from trainer.overlay import overlay
 from trainer.recipes import RECIPES
 
 SMALL = {
@@ -74,7 +75,7 @@ def test_a_dry_run_writes_nothing(here):
 
 
 def test_options_win_over_the_file_and_the_file_over_the_recipe(here):
-    result = train("--out", "run", "--fusion", "equal_mix", "--projector", "gelu-mlp")
+    result = train("--out", "run", "--fusion", "equal_mix", "--head", "gelu-mlp")
     assert result.exit_code == 0, result.output
     written = overlay(RECIPES["demo"], yaml.safe_load((here / "run/config.yaml").read_text()))
     assert (written.fusion.name, written.projector.head) == ("equal_mix", "gelu-mlp")
@@ -89,8 +90,9 @@ def error_of(result):
 
 
 def test_two_stores_are_an_error_that_lists_them(here):
-    (here / "features/other.zarr").mkdir()
-    assert "2 stores under features/: features/other.zarr, features/toy.zarr" in error_of(train())
+    (here / "features/other.zarr").symlink_to((here / "features/toy.zarr").resolve())
+    message = error_of(train())
+    assert "2 stores under features/, give the path of one: features/other.zarr, features/toy.zarr" in message
 
 
 def test_no_store_is_an_error_that_says_how_to_make_one(here, monkeypatch):

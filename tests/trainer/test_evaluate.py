@@ -55,7 +55,7 @@ def test_questions_are_those_of_the_split_with_options_and_tokens(samples, token
     everything = [*samples, *heldout, open_ended]
     assert questions(everything, tokens, split="heldout", has_visual=True) == heldout[:1]
     assert questions(everything, tokens, split="heldout", has_visual=False) == heldout
-    with pytest.raises(UserError, match="no sample of split 'test'"):
+    with pytest.raises(UserError, match="no multiple-choice question of split 'test'"):
         questions(everything, tokens, split="test", has_visual=True)
 
 

@@ -13,7 +13,7 @@ import sys
 import torch
 
 from featurestore.samples import Sample, Turn
-from trainer.config import overlay
+from trainer.overlay import overlay
 from trainer.recipes import RECIPES
 from trainer.tokens import MemoryTokens
 from trainer.train import train

@@ -24,7 +24,20 @@ def test_links_to_folders_are_not_followed(tmp_path):
     (tmp_path / "outside" / "b.mp4").write_bytes(b"x")
     (tmp_path / "root" / "link").symlink_to(tmp_path / "outside")
     (tmp_path / "root" / "loop").symlink_to(tmp_path / "root")
-    assert [clip.path for clip in load_dataset("folder", tmp_path / "root").clips] == ["a.mp4"]
+    listing = load_dataset("folder", tmp_path / "root")
+    assert [clip.path for clip in listing.clips] == ["a.mp4"]
+    assert listing.rejected["a linked folder is not followed"].examples == ("link", "loop")
+
+
+def test_a_linked_file_counts_where_its_target_lies_under_the_root(tmp_path):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/a.mp4").write_bytes(b"x")
+    (tmp_path / "b.mp4").write_bytes(b"x")
+    (tmp_path / "root/inside.mp4").symlink_to("a.mp4")
+    (tmp_path / "root/outside.mp4").symlink_to(tmp_path / "b.mp4")
+    listing = load_dataset("folder", tmp_path / "root")
+    assert [clip.path for clip in listing.clips] == ["a.mp4", "inside.mp4"]
+    assert listing.rejected["a linked file whose target is outside the root"].examples == ("outside.mp4",)
 
 
 def test_a_name_that_no_clip_can_have_is_counted(tmp_path):

@@ -1,0 +1,46 @@
+"""Which store a command means when its path is left out or mistyped."""
+
+from __future__ import annotations
+
+import pytest
+
+from featurestore.errors import UserError
+from featurestore.find import find_store, no_store_at, stores_under
+from featurestore.writer import StoreWriter
+
+
+@pytest.fixture
+def features(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    StoreWriter.open_or_create(tmp_path / "features/one.zarr")
+    (tmp_path / "features/not-a-store.zarr").mkdir()
+    return tmp_path / "features"
+
+
+def test_a_path_given_is_taken_as_it_is(features):
+    assert str(find_store("elsewhere/any.zarr")) == "elsewhere/any.zarr"
+
+
+def test_the_only_store_is_found_and_folders_without_metadata_are_none(features):
+    assert str(find_store(None)) == "features/one.zarr"
+    assert stores_under(features) == [features / "one.zarr"]
+
+
+def test_two_stores_are_listed_and_none_says_how_to_make_one(features, tmp_path, monkeypatch):
+    StoreWriter.open_or_create(features / "two.zarr")
+    with pytest.raises(
+        UserError, match="2 stores under features/, give the path of one: features/one.zarr, features/t"
+    ):
+        find_store(None)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(UserError, match=r"no store under .*/empty/features: make one with `merv-pipeline extract`"):
+        find_store(None)
+
+
+def test_a_mistyped_path_is_answered_with_the_stores_nearby(features):
+    assert (
+        no_store_at("features/onne.zarr")
+        == "there is no feature store at features/onne.zarr; nearby: features/one.zarr"
+    )
+    assert no_store_at("onne.zarr").endswith("nearby: features/one.zarr")
