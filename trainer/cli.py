@@ -22,8 +22,8 @@ from trainer.config import (
     FusionName,
     HeadName,
     Mode,
-    TrainConfig,
     Tracker,
+    TrainConfig,
     TrainLLM,
     read_config,
 )

@@ -7,8 +7,8 @@ import pytest
 from featurestore.errors import UserError
 from trainer import config as room
 from trainer.config import ProjectorConfig, TrainConfig
-from trainer.overlay import load_yaml, overlay
 from trainer.fusion import FUSIONS
+from trainer.overlay import load_yaml, overlay
 from trainer.projectors import HEADS, RESAMPLERS
 from trainer.prompts import PROMPTS
 from trainer.recipes import RECIPES, get_recipe
