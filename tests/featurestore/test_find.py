@@ -29,7 +29,7 @@ def test_the_only_store_is_found_and_folders_without_metadata_are_none(features)
 def test_two_stores_are_listed_and_none_says_how_to_make_one(features, tmp_path, monkeypatch):
     StoreWriter.open_or_create(features / "two.zarr")
     with pytest.raises(
-        UserError, match="2 stores under features/, give the path of one: features/one.zarr, features/t"
+        UserError, match=r"2 stores under features/, give the path of one: features/one\.zarr, features/t"
     ):
         find_store(None)
     (tmp_path / "empty").mkdir()
