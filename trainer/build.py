@@ -7,9 +7,12 @@ sizes of a fresh LLM), checkpoints/. A pretrained LLM that was not trained is lo
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,6 +29,7 @@ from trainer.tokens import TokenShape
 from trainer.video_llm import VideoLLM
 
 LLM_FOLDER = "llm"
+PACKAGES = ("merv-pipeline", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "peft")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +59,8 @@ class RunRecord:
     parameters: Mapping[str, Mapping[str, int]]  # part -> total, trained
     num_visual_tokens: int
     num_steps: int
+    encoders: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # identity fields and weights label
+    software: Mapping[str, str] = field(default_factory=dict)  # package -> version the run was started with
 
     def write(self, run: Path) -> None:
         (run / RECORD_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n")
@@ -76,6 +82,12 @@ class LoadedRun:
     built: Built
     record: RunRecord
     step: int  # steps done
+
+
+def software_versions() -> dict[str, str]:
+    """Installed versions of what computes, and of Python."""
+    installed = {d.metadata["Name"]: d.version for d in metadata.distributions()}
+    return {"python": platform.python_version(), **{name: installed[name] for name in PACKAGES if name in installed}}
 
 
 def build(config: TrainConfig, shapes: Mapping[str, TokenShape], llm: LoadedLLM) -> Built:

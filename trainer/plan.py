@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from featurestore.samples import Sample
-from trainer.build import LLM_FOLDER, Built, RunRecord, build, count_parameters, new_llm
+from trainer.build import LLM_FOLDER, Built, RunRecord, build, count_parameters, new_llm, software_versions
 from trainer.config import TrainConfig
 from trainer.data import Batches, TrainingData, select
 from trainer.llm import FRESH_PREFIX, load_saved_shape
@@ -62,6 +62,7 @@ def make_plan(
         rank=rank,
         num_ranks=num_ranks,
     )
+    facts = getattr(source, "facts", {})
     record = RunRecord(
         store=store,
         data_digest=data.digest,
@@ -71,6 +72,8 @@ def make_plan(
         parameters=count_parameters(built.model),
         num_visual_tokens=built.model.num_visual_tokens,
         num_steps=batches.num_steps,
+        encoders={encoder: facts[encoder] for encoder in built.model.encoders if encoder in facts},
+        software=software_versions(),
     )
     return Plan(config=config, data=data, built=built, batches=batches, record=record)
 

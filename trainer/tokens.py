@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +37,7 @@ class TokenSource(Protocol):
     """Tokens by clip id."""
 
     shapes: Mapping[str, TokenShape]  # encoder -> shape, in the order of the encoders
+    facts: Mapping[str, Mapping[str, Any]]  # encoder -> `identity` fields and `weights` label, where known
 
     def fetch(self, clip_ids: Sequence[str]) -> dict[str, Tensor]:
         """encoder -> tokens_BTHWD on the CPU, B in the order asked; safe to call from several threads."""
@@ -58,6 +59,11 @@ class StoreTokens:
             encoder: TokenShape(
                 grid=identity.grid, width=identity.width, is_pooled=identity.pooling != "none", identity=identity.id
             )
+            for encoder, identity in identities.items()
+        }
+        labels = store.info()["groups"]
+        self.facts = {
+            encoder: {"weights": labels[identity.group_name]["weights"], "identity": identity.to_dict()}
             for encoder, identity in identities.items()
         }
         clips = store.clips
@@ -86,6 +92,7 @@ class MemoryTokens:
                 )
         self._rows = {clip_id: row for row, clip_id in enumerate(clip_ids)}
         self._tokens = dict(tokens)
+        self.facts = {}
         self.shapes = {
             encoder: TokenShape(
                 grid=tuple(tokens_BTHWD.shape[1:4]),
