@@ -7,6 +7,7 @@ alone. Samples are never replaced: a clip without tokens drops its samples, and 
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -72,7 +73,10 @@ class Batches:
         self.num_visual_tokens, self.context = num_visual_tokens, context
         self.rank, self.num_ranks = rank, num_ranks
         self.order = Order(
-            num_samples=len(data.samples), batch_size=config.batch_size, seed=config.seed, digest=data.digest
+            num_samples=len(data.samples),
+            batch_size=config.batch_size,
+            seed=config.seed,
+            digest=order_digest(data.samples),
         )
         self.rendered = lru_cache(maxsize=1 << 20)(lambda index: renderer(data.samples[index].turns))
 
@@ -88,6 +92,7 @@ class Batches:
         # Samples of like length share a micro-batch; the sum over the batch does not depend on it.
         share.sort(key=lambda index: len(self.rendered(index).input_ids))
         size = self.config.micro_batch_size
+        self.source.expect(clip for index in share if (clip := self._clip_id(index)) is not None)
         return Step(
             micro_batches=[self._collate(share[start : start + size]) for start in range(0, len(share), size)],
             num_supervised=sum(self.rendered(index).num_supervised for index in batch),
@@ -111,6 +116,12 @@ class Step:
     micro_batches: list[Batch]  # of this rank
     num_supervised: int  # tokens over all ranks: the loss is a sum divided by it; 0 where all answers were cut off
     num_text_tokens: int  # over all ranks
+
+
+def order_digest(samples: Sequence[Sample]) -> str:
+    """Names the samples and not their tokens: a cache, live encoders and another encoder have the same batches."""
+    lines = (f"{sample.sample_id}\t{sample.clip_id}\n" for sample in samples)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def make_batch(

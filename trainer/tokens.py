@@ -12,12 +12,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from featurestore import FeatureStore, Sample
 from featurestore.errors import UserError
@@ -37,10 +38,14 @@ class TokenSource(Protocol):
     """Tokens by clip id."""
 
     shapes: Mapping[str, TokenShape]  # encoder -> shape, in the order of the encoders
+    trained: Mapping[str, nn.Module] = MappingProxyType({})  # encoders that join the model; `fetch` gives their frames
     facts: Mapping[str, Mapping[str, Any]]  # encoder -> `identity` fields and `weights` label, where known
 
     def fetch(self, clip_ids: Sequence[str]) -> dict[str, Tensor]:
         """encoder -> tokens_BTHWD on the CPU, B in the order asked; safe to call from several threads."""
+
+    def expect(self, clip_ids: Iterable[str]) -> None:
+        """Told what will be fetched soon, in that order; a source that has work to do for it starts."""
 
     def available(self, clip_ids: Iterable[str]) -> set[str]:
         """Those of the clips that have tokens of every encoder."""
@@ -49,7 +54,7 @@ class TokenSource(Protocol):
         """64 hex digits over the clips' tokens of every encoder and the samples, whatever their order."""
 
 
-class StoreTokens:
+class StoreTokens(TokenSource):
     """Tokens that a feature store holds, of some of its encoders."""
 
     def __init__(self, store: FeatureStore, encoders: Sequence[str]) -> None:
@@ -80,7 +85,7 @@ class StoreTokens:
         return self._store.data_digest(clip_ids, list(self.shapes), samples)
 
 
-class MemoryTokens:
+class MemoryTokens(TokenSource):
     """Tokens that lie in memory."""
 
     def __init__(self, clip_ids: Sequence[str], tokens: Mapping[str, Tensor], *, is_pooled: bool = True) -> None:
