@@ -87,17 +87,22 @@ class Batches:
 
     def step(self, step: int) -> Step:
         """This rank's part of a step; needs no word from other ranks, since every rank knows the order."""
-        batch = self.order.batch(step)
-        share = rank_share(batch, self.rank, self.num_ranks)
-        # Samples of like length share a micro-batch; the sum over the batch does not depend on it.
-        share.sort(key=lambda index: len(self.rendered(index).input_ids))
+        batch, share = self.order.batch(step), self._share(step)
         size = self.config.micro_batch_size
-        self.source.expect(clip for index in share if (clip := self._clip_id(index)) is not None)
+        self.source.expect(self._clips([*share, *self._share(step + 1)]))
         return Step(
             micro_batches=[self._collate(share[start : start + size]) for start in range(0, len(share), size)],
             num_supervised=sum(self.rendered(index).num_supervised for index in batch),
             num_text_tokens=sum(len(self.rendered(index).input_ids) for index in batch),
         )
+
+    def _share(self, step: int) -> list[int]:
+        """This rank's samples of a step. Those of like length share a micro-batch; the step's sum does not change."""
+        share = rank_share(self.order.batch(step), self.rank, self.num_ranks)
+        return sorted(share, key=lambda index: len(self.rendered(index).input_ids))
+
+    def _clips(self, indices: Sequence[int]) -> list[str]:
+        return [clip for index in indices if (clip := self._clip_id(index)) is not None]
 
     def _collate(self, indices: Sequence[int]) -> Batch:
         clips = [self._clip_id(index) for index in indices]
