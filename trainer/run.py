@@ -21,6 +21,7 @@ from trainer.build import load_run, used_encoders
 from trainer.config import TrainConfig
 from trainer.evaluate import Answer, answer_all, check_identities, questions, report
 from trainer.plan import describe, make_plan
+from trainer.scores import ScoreSource, write_scores
 from trainer.tokens import StoreTokens, TokenSource
 from trainer.train import train
 
@@ -48,16 +49,21 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Answer the held-out questions with a run, and the same questions with every run beside it."""
     loaded = load_run(run)
-    samples, source = open_store(store or loaded.record.store, loaded.built.config)
+    path = store or loaded.record.store
+    if not path:
+        raise UserError(f"{run} names no store of its own; give the one that holds the questions with --store")
+    samples, source = open_store(path, loaded.built.config)
     check_identities(loaded, source)
     asked = questions(samples, source, split=split, has_visual=loaded.built.model.fusion is not None)[:limit]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     answers = list(answer_all(loaded.built, asked, source, batch_size=batch_size, device=device))
     others = {str(path): _other(path, asked, store, source, batch_size, device) for path in beside}
-    return report(loaded, answers, others)
+    result = report(loaded, answers, others)
+    _keep_scores(run, result, ScoreSource(split=split, limit=limit, store=path, snapshot=source.snapshot))
+    return result
 
 
-def open_store(path: str, config: TrainConfig) -> tuple[list[Sample], TokenSource]:
+def open_store(path: str, config: TrainConfig) -> tuple[list[Sample], StoreTokens]:
     """The samples the config asks for, and a source of the encoders it uses."""
     store = FeatureStore.open(path)
     available = store.sample_names
@@ -76,6 +82,13 @@ def print_scores(result: dict[str, Any]) -> None:
         cells = [f"{other[row['category']]['accuracy']:.2f}" for other in others]
         table.add_row(row["category"], str(row["questions"]), f"{row['accuracy']:.2f}", f"{row['chance']:.2f}", *cells)
     Console().print(table)
+
+
+def _keep_scores(run: Path, result: dict[str, Any], source: ScoreSource) -> None:
+    try:
+        write_scores(run, result, source)
+    except OSError as error:
+        Console(stderr=True).print(f"the scores were not kept in {run}: {error.strerror}", markup=False)
 
 
 def _other(

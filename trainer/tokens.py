@@ -59,6 +59,7 @@ class StoreTokens(TokenSource):
 
     def __init__(self, store: FeatureStore, encoders: Sequence[str]) -> None:
         self._store = store
+        self.snapshot = store.snapshot
         identities = {encoder: store.encoders[encoder] for encoder in encoders}
         self.shapes = {
             encoder: TokenShape(
