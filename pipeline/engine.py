@@ -119,7 +119,13 @@ def describe_encoders(settings: EngineSettings) -> list[dict[str, Any]]:
     """What the driver must know of each loaded encoder, as plain values: it never imports torch itself."""
     engine = engine_for(settings)
     return [
-        {"name": name, "identity": run.identity.to_dict(), "weights": run.label, "device": engine.device}
+        {
+            "name": name,
+            "identity": run.identity.to_dict(),
+            "weights": run.label,
+            "device": engine.device,
+            "threads": torch.get_num_threads(),
+        }
         for name, run in engine.encoders.items()
     ]
 

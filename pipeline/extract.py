@@ -46,6 +46,12 @@ class EncoderDescription:
     identity: FeatureIdentity
     weights: str  # label: "pretrained" or "random:SEED"
     device: str
+    threads: int  # of torch on the worker: part of what decides the last bits
+
+    @property
+    def journal_entry(self) -> dict[str, str | int]:
+        """What a run's record says of the encoder: where its tokens went, and what they were made on."""
+        return {"group": self.identity.group_name, "device": self.device, "threads": self.threads}
 
 
 def extract(
@@ -112,9 +118,7 @@ def _describe(client: Client, config: ExtractConfig) -> dict[str, EncoderDescrip
 
     described = client.submit(describe_encoders, config.engine_settings, pure=False).result()
     return {
-        entry["name"]: EncoderDescription(
-            identity=FeatureIdentity.from_dict(entry["identity"]), weights=entry["weights"], device=entry["device"]
-        )
+        entry.pop("name"): EncoderDescription(identity=FeatureIdentity.from_dict(entry.pop("identity")), **entry)
         for entry in described
     }
 
@@ -285,5 +289,5 @@ def _summed_up(
 def _sum_up(store, config: ExtractConfig, listing: DatasetListing, encoders, summary, started: float) -> None:
     summary.elapsed_s = time.time() - started
     summary.snapshot = store.publish_snapshot()
-    groups = {name: encoder.identity.group_name for name, encoder in encoders.items()}
-    store.journal(f"{summary.run}-driver", run_record(config, listing, groups, summary, started))
+    ran_as = {name: encoder.journal_entry for name, encoder in encoders.items()}
+    store.journal(f"{summary.run}-driver", run_record(config, listing, ran_as, summary, started))

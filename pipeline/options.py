@@ -41,6 +41,13 @@ _OPTIONS = [
         type=click.Path(dir_okay=False),
         help="YAML file with any setting; options given here win over it.",
     ),
+    click.option(
+        "--option",
+        "options",
+        metavar="KEY=VALUE",
+        multiple=True,
+        help="An option of the dataset; `merv-pipeline datasets NAME` tells them. Repeatable.",
+    ),
     click.option("--stage", type=click.Choice(STAGES), show_default="all", help="Records of this training stage only."),
     click.option("--kind", type=click.Choice(KINDS), show_default="both", help="Clips of this kind only."),
     click.option("--limit", type=click.IntRange(1), show_default="all", help="Only the first so many clips."),
@@ -83,6 +90,8 @@ def config_from_options(config_file: str | None, options: dict[str, Any]) -> Ext
     given = {name: value for name, value in options.items() if value not in (None, ())}
     if "weights" in given:
         given["weights"] = parse_weights(given["weights"])
+    if "options" in given:
+        given["options"] = _dataset_options(given["options"])
     if given.get("grid", "raw") != "raw":
         given["grid"] = _grid(given["grid"])
     return read_config(config_file, given)
@@ -92,6 +101,15 @@ def parse_weights(specs: tuple[str, ...]) -> dict[str, str]:
     """`("random:0", "dinov2=weights/dino")` -> encoder -> SPEC, with "" for all the others."""
     pairs = [spec.split("=", 1) if "=" in spec else ["", spec] for spec in specs]
     return {name.strip(): spec.strip() for name, spec in pairs}
+
+
+def _dataset_options(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """`("spool_gb=100",)` -> name -> value, numbers and booleans as YAML reads them."""
+    import yaml  # only where it is needed: --help reads this room
+
+    if wrong := [pair for pair in pairs if "=" not in pair]:
+        raise click.BadParameter(f"--option is KEY=VALUE, got {wrong[0]!r}")
+    return {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in pairs)}
 
 
 def _grid(text: str) -> tuple[int, ...]:

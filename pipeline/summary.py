@@ -51,16 +51,20 @@ class ExtractSummary:
 
 
 def run_record(
-    config: ExtractConfig, listing: DatasetListing, groups: Mapping[str, str], summary: ExtractSummary, started: float
+    config: ExtractConfig,
+    listing: DatasetListing,
+    encoders: Mapping[str, Mapping[str, str | int]],
+    summary: ExtractSummary,
+    started: float,
 ) -> dict[str, Any]:
-    """A run for the journal; `groups` are encoder -> group name, `started` is seconds since the epoch."""
+    """A run for the journal; `encoders` tells each one's group, device and threads, `started` is a Unix time."""
     return {
         "started": started,
         "host": socket.gethostname(),
         "root": listing.root,
         "config": config.to_dict(),
         "versions": _versions(),
-        "encoders": dict(groups),
+        "encoders": {name: dict(entry) for name, entry in encoders.items()},
         "summary": summary.to_dict(),
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import click
 import pytest
 
 from featurestore.errors import UserError
@@ -26,6 +27,14 @@ def test_what_is_given_on_the_command_line_wins_over_the_file(tmp_path):
     assert (config.dataset, config.limit, config.grid) == ("demo", 7, (8, 4, 4))
     assert config.retry_quarantine is True
     assert [(s.name, s.weights) for s in config.encoder_settings] == [("dinov2", "random:0"), ("siglip", "random:3")]
+
+
+def test_options_of_the_dataset_are_pairs_with_values_as_yaml_reads_them():
+    options = ("shards=https://host/{00..99}.tar", "spool_gb=1.5", "captions=false")
+    config = config_from_options(None, {"dataset": "webdataset", "options": options})
+    assert config.options == {"shards": "https://host/{00..99}.tar", "spool_gb": 1.5, "captions": False}
+    with pytest.raises(click.BadParameter, match="--option is KEY=VALUE, got 'spool_gb'"):
+        config_from_options(None, {"dataset": "webdataset", "options": ("spool_gb",)})
 
 
 def test_raw_means_each_encoders_own_grid_from_both_sides(tmp_path):

@@ -73,6 +73,7 @@ def test_what_the_driver_is_told_of_an_encoder_is_plain_and_whole(extracted):
     config = extracted.config(encoders=["dinov2", "siglip"], prefix_tokens=True, crop={"siglip": "centre-crop"})
     dinov2, siglip = describe_encoders(config.engine_settings)
     assert (dinov2["name"], dinov2["weights"], dinov2["device"]) == ("dinov2", "random:0", "cpu")
+    assert dinov2["threads"] == torch.get_num_threads()
     assert (dinov2["identity"]["prefix_tokens"], siglip["identity"]["prefix_tokens"]) == (5, 0)  # SigLIP has none
     assert siglip["identity"]["preprocessing"]["fit"] == "centre-crop"
     assert dinov2["identity"]["preprocessing"]["fit"] == "squash"

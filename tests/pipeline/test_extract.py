@@ -50,6 +50,8 @@ def test_the_journal_tells_how_the_run_came_about_and_no_deterministic_file_does
     assert name == f"{extracted.summary.run}-driver"
     assert record["config"]["weights"] == {"": "random:0"}
     assert record["summary"]["clips"] == 14
+    assert {entry["device"] for entry in record["encoders"].values()} == {"cpu"}
+    assert all(entry["threads"] >= 1 for entry in record["encoders"].values())
     assert {"torch", "av", "transformers"} <= set(record["versions"])
     host, root = record["host"].encode(), str(extracted.root).encode()
     for file in extracted.hashes(extracted.store):

@@ -1,7 +1,11 @@
+import http.server
 import io
 import json
+import re
 import tarfile
+import threading
 from pathlib import Path
+from typing import ClassVar
 
 import fsspec
 import pyarrow as pa
@@ -269,3 +273,69 @@ def test_a_token_in_the_address_does_not_name_another_copy():
     assert spool._local_name("https://host/a/0.tar") != spool._local_name("https://host/b/0.tar")
     with pytest.raises(UserError, match=r"must be called NAME\.tar"):
         spool._local_name("https://host/a/%2e%2e%2f.tar")
+
+
+class RangeServer(http.server.BaseHTTPRequestHandler):
+    """A web server as those in front of archives: HEAD, GET, and ranges."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+
+    def do_HEAD(self):
+        self._answer(with_body=False)
+
+    def do_GET(self):
+        self._answer(with_body=True)
+
+    def _answer(self, with_body):
+        data = self.files.get(self.path)
+        if data is None:
+            self.send_error(404)
+            return
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        start, end = (int(wanted[1]), int(wanted[2] or len(data) - 1)) if wanted else (0, len(data) - 1)
+        body = data[start : end + 1]
+        self.send_response(206 if wanted else 200)
+        if wanted:
+            self.send_header("Content-Range", f"bytes {start}-{start + len(body) - 1}/{len(data)}")
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Last-Modified", "Sun, 01 Nov 2026 00:00:00 GMT")
+        self.end_headers()
+        if with_body:
+            self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        """Silence."""
+
+
+@pytest.fixture
+def web():
+    """A web server on this machine: its address, and the files it serves."""
+    RangeServer.files = {}
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), RangeServer)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", RangeServer.files
+    server.shutdown()
+    thread.join()
+
+
+def test_shards_are_read_over_http(web, tmp_path, root):
+    address, files = web
+    files["/cc/0.tar"] = write_shard(tmp_path / "0.tar", [sample("a"), sample("b")]).read_bytes()
+    listing = load_dataset("webdataset", root, shards=f"{address}/cc/0.tar", spool_gb=1)
+    assert [clip.path.split("/")[-1] for clip in listing.clips] == ["a.mp4", "b.mp4"]
+    assert (root / Path(listing.clips[0].path).parent).read_bytes() == files["/cc/0.tar"]
+    with pytest.raises(UserError, match=r"cc/9\.tar does not exist"):
+        load_dataset("webdataset", root, shards=f"{address}/cc/9.tar", spool_gb=1)
+
+
+def test_a_download_that_was_cut_goes_on_over_http(web, tmp_path, root):
+    address, files = web
+    files["/0.tar"] = write_shard(tmp_path / "0.tar", [sample("a")]).read_bytes()
+    load_dataset("webdataset", root, shards=f"{address}/0.tar", spool_gb=1)
+    (copy,) = root.rglob("*.tar")
+    copy.with_name(copy.name + ".part").write_bytes(copy.read_bytes()[:100])
+    copy.unlink()
+    load_dataset("webdataset", root, shards=f"{address}/0.tar", spool_gb=1)
+    assert copy.read_bytes() == files["/0.tar"]
