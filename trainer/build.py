@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from featurestore.errors import UserError, unknown_name
 from featurestore.samples import Sample
@@ -124,6 +125,16 @@ def used_encoders(config: TrainConfig, available: list[str]) -> list[str]:
     return chosen[:1] if config.fusion.name == "first" else chosen
 
 
+def trained_encoders(config: TrainConfig, trained: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
+    """The encoders that join the model: those the config names, which only a source that runs them can give."""
+    if missing := [encoder for encoder in config.train_encoders if encoder not in trained]:
+        raise UserError(
+            f"train_encoders names {', '.join(missing)}, but a store holds tokens, not frames: train with --end-to-end,"
+            " or leave train_encoders empty; with frozen encoders the cache is exact"
+        )
+    return {encoder: trained[encoder] for encoder in config.train_encoders}
+
+
 def check_equal_lengths(projectors: Mapping[str, Projector]) -> None:
     """All encoders must bring the same number of visual tokens."""
     if len({projector.num_tokens for projector in projectors.values()}) > 1:
@@ -134,6 +145,8 @@ def check_equal_lengths(projectors: Mapping[str, Projector]) -> None:
 def count_parameters(model: VideoLLM) -> dict[str, dict[str, int]]:
     """Part -> total and trained parameters."""
     parts = {"projectors": model.projectors, "fusion": model.fusion, "llm": model.llm}
+    if model.trained_names:
+        parts["encoders"] = model.trained_encoders
     return {
         name: {
             "total": sum(p.numel() for p in part.parameters()),
@@ -155,6 +168,10 @@ def load_run(run: Path) -> LoadedRun:
     is_fresh = config.llm.startswith(FRESH_PREFIX)
     llm = load_saved_shape(run / LLM_FOLDER) if is_fresh else new_llm(config, ())
     built = build(config, record.shapes, llm)
+    if config.train_encoders:
+        from trainer.end_to_end import empty_encoders  # the pipeline's encoders: only where a run has trained some
+
+        built.model.join(empty_encoders(record.encoders, config.train_encoders))
     state = checkpoint.load_state(folder)
     checkpoint.load_model(folder, built.model, with_llm=built.saves_llm)
     built.model.eval()

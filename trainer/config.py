@@ -15,7 +15,7 @@ from typing import Literal
 
 import yaml
 
-from featurestore.errors import UserError
+from featurestore.errors import UserError, unknown_name
 from trainer.overlay import load_yaml, overlay, plain
 
 CONFIG_FILE, RECORD_FILE = "config.yaml", "run.json"  # in a run's folder
@@ -115,7 +115,7 @@ class TrainConfig:
     train_llm: TrainLLM = "none"
     lora: LoraConfig = field(default_factory=LoraConfig)
     llm_quant: Literal["int8", "nf4"] | None = None  # of a frozen or LoRA LLM; needs the extra `quant` and CUDA
-    train_encoders: tuple[str, ...] = ()  # end to end only
+    train_encoders: tuple[str, ...] = ()  # end to end only: these learn too, at optimizer.encoder_lr
     allow_fresh_frozen: bool = False  # a frozen LLM with fresh weights is an error otherwise
     encoders: tuple[str, ...] = ()  # order matters for concat and first; empty: all of the store
     samples: tuple[str, ...] = ()  # sample sets of the store; empty: all
@@ -157,6 +157,10 @@ class TrainConfig:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.mode == "text-only" and self.train_llm == "none":
             raise UserError("text-only training of a frozen LLM trains nothing; set train_llm: full")
+        if self.train_encoders and self.mode == "text-only":
+            raise UserError("text-only training has no encoders to train; leave train_encoders empty")
+        if odd := [encoder for encoder in self.train_encoders if self.encoders and encoder not in self.encoders]:
+            raise UserError(unknown_name("encoder in train_encoders", odd[0], self.encoders))
         is_fresh = self.llm.startswith("fresh:")
         if is_fresh and self.train_llm == "none" and not self.allow_fresh_frozen:
             raise UserError(

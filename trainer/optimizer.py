@@ -10,7 +10,12 @@ from featurestore.errors import UserError
 from trainer.config import OptimizerConfig
 from trainer.video_llm import VideoLLM
 
-PARTS = {"projectors": "projector_lr", "fusion": "fusion_lr", "llm": "llm_lr"}  # module of VideoLLM -> its setting
+PARTS = {  # module of VideoLLM -> its setting
+    "projectors": "projector_lr",
+    "fusion": "fusion_lr",
+    "llm": "llm_lr",
+    "trained_encoders": "encoder_lr",
+}
 
 
 def build_optimizer(model: VideoLLM, config: OptimizerConfig) -> torch.optim.AdamW:

@@ -15,7 +15,16 @@ from typing import Any
 import torch
 
 from featurestore.samples import Sample
-from trainer.build import LLM_FOLDER, Built, RunRecord, build, count_parameters, new_llm, software_versions
+from trainer.build import (
+    LLM_FOLDER,
+    Built,
+    RunRecord,
+    build,
+    count_parameters,
+    new_llm,
+    software_versions,
+    trained_encoders,
+)
 from trainer.config import TrainConfig
 from trainer.data import Batches, TrainingData, select
 from trainer.llm import FRESH_PREFIX, load_saved_shape
@@ -52,6 +61,7 @@ def make_plan(
     is_resumed_fresh = run is not None and config.llm.startswith(FRESH_PREFIX)
     llm = load_saved_shape(run / LLM_FOLDER) if is_resumed_fresh else new_llm(config, data.samples)
     built = build(config, source.shapes, llm)
+    built.model.join(trained_encoders(config, source.trained))
     batches = Batches(
         data,
         source,
@@ -107,7 +117,7 @@ def fit_standardisation(plan: Plan, source: TokenSource) -> None:
     moments = [Moments() for _ in model.projectors]
     clips = _first_clips(plan)
     for start in range(0, len(clips), STANDARDISE_BATCH):
-        tokens = source.fetch(clips[start : start + STANDARDISE_BATCH])
+        tokens = model.encode(source.fetch(clips[start : start + STANDARDISE_BATCH]))
         for encoder, projector, sums in zip(model.encoders, model.projectors, moments, strict=True):
             sums.add(projector.resample(tokens[encoder]))
     for projector, sums in zip(model.projectors, moments, strict=True):

@@ -33,7 +33,14 @@ class VideoLLM(nn.Module):
         self.encoders = tuple(projectors)  # module names may not hold a dot, encoder names may
         self.projectors = nn.ModuleList(projectors.values())
         self.fusion = fusion
+        self.trained_names: tuple[str, ...] = ()
+        self.trained_encoders = nn.ModuleList()  # end to end only, see `join`
         self._keeps_logits = "logits_to_keep" in inspect.signature(llm.forward).parameters
+
+    def join(self, encoders: Mapping[str, nn.Module]) -> None:
+        """Train these encoders with the rest: batches hold their frames, and `encode` makes tokens of them."""
+        self.trained_names = tuple(encoders)
+        self.trained_encoders = nn.ModuleList(encoders.values())
 
     @property
     def num_visual_tokens(self) -> int:
@@ -52,8 +59,14 @@ class VideoLLM(nn.Module):
             self.llm.eval()
         return self
 
+    def encode(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Frames of the trained encoders -> their tokens_CTHWD; tokens of the frozen ones stay as they are."""
+        networks = zip(self.trained_names, self.trained_encoders, strict=True)
+        return {**tokens, **{name: network(tokens[name]) for name, network in networks}}
+
     def visual_tokens(self, tokens: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """encoder -> tokens_CTHWD to fused_CNM and the encoders' weights_CE."""
+        tokens = self.encode(tokens)
         projected = [
             projector(tokens[encoder]) for encoder, projector in zip(self.encoders, self.projectors, strict=True)
         ]
@@ -95,7 +108,9 @@ class VideoLLM(nn.Module):
 
     def _nothing(self, dtype: torch.dtype) -> Tensor:
         """Zero that depends on every visual parameter: ranks whose batch is all text still join the gradient sum."""
-        visual = nn.ModuleList([*self.projectors, *([self.fusion] if self.fusion is not None else [])])
+        visual = nn.ModuleList(
+            [*self.projectors, *self.trained_encoders, *([self.fusion] if self.fusion is not None else [])]
+        )
         parts = [parameter.sum() * 0.0 for parameter in visual.parameters() if parameter.requires_grad]
         return sum(parts, start=torch.zeros((), device=self.llm.device)).to(dtype)
 
