@@ -17,6 +17,7 @@ from torch import Tensor
 
 from featurestore.errors import UserError
 from trainer.prompts import IGNORE_INDEX, Rendered
+from trainer.tokens import ClipTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class Batch:
     lengths: tuple[int, ...]  # text tokens of each sample
     visual_at: tuple[int, ...]  # text position before which a sample's visual tokens stand
     clip_rows: tuple[int, ...]  # row of the sample's clip in `tokens`; -1 for text only
-    tokens: Mapping[str, Tensor]  # encoder -> tokens_CTHWD; empty if no sample has a clip
+    tokens: Mapping[str, ClipTokens]  # encoder -> tokens_CTHWD, maybe with prefix; empty if no sample has a clip
     first_label: int  # smallest labelled position, S if there is none: no logits are needed before
 
     @property
@@ -49,7 +50,7 @@ class Batch:
 def collate(
     rendered: Sequence[Rendered],
     clip_rows: Sequence[int],
-    tokens: Mapping[str, Tensor],
+    tokens: Mapping[str, ClipTokens],
     *,
     num_visual_tokens: int,
     context: int | None = None,

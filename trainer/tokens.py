@@ -2,18 +2,19 @@
 
 A source is asked for clips and answers with one tensor per encoder; the model and the loop do not know whether the
 tokens were read from a store or made on the spot. `StoreTokens` reads a feature store; `MemoryTokens` holds tensors
-that are there already (a feature study, a benchmark's floor).
+that are there already (a feature study, a benchmark's floor). Where a resampler reads class tokens the answer is a
+`PrefixedTokens`, which batches carry as they carry a tensor.
 
-B clips, T time, H W height width, D encoder width.
+B clips, T time, H W height width, K prefix tokens, D encoder width.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,25 @@ from torch import Tensor, nn
 
 from featurestore import FeatureStore, Sample
 from featurestore.errors import UserError
+
+Part = Literal["tokens", "prefix"]  # of what a store holds of an encoder: its grid, or class and register tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixedTokens:
+    """Class and register tokens of clips, the class token first, with or without the tokens of the grid."""
+
+    tokens_BTHWD: Tensor | None  # None where only the prefix is read
+    prefix_BTKD: Tensor
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PrefixedTokens:
+        """The same on `device`, as of a tensor."""
+        held = {"tokens_BTHWD": self.tokens_BTHWD, "prefix_BTKD": self.prefix_BTKD}
+        moved = {name: value.to(device, non_blocking=non_blocking) for name, value in held.items() if value is not None}
+        return replace(self, **moved)
+
+
+ClipTokens = Tensor | PrefixedTokens  # a tensor is tokens_BTHWD
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +52,7 @@ class TokenShape:
     width: int  # D
     is_pooled: bool  # the grid is an average of the encoder's own
     identity: str  # names what made the tokens; a checkpoint is only used with equal identities
+    num_prefix: int = 0  # K that the source can give; 0: none is stored, or the encoder has none
 
 
 class TokenSource(Protocol):
@@ -41,7 +62,7 @@ class TokenSource(Protocol):
     trained: Mapping[str, nn.Module] = MappingProxyType({})  # encoders that join the model; `fetch` gives their frames
     facts: Mapping[str, Mapping[str, Any]]  # encoder -> `identity` fields and `weights` label, where known
 
-    def fetch(self, clip_ids: Sequence[str]) -> dict[str, Tensor]:
+    def fetch(self, clip_ids: Sequence[str]) -> dict[str, ClipTokens]:
         """encoder -> tokens_BTHWD on the CPU, B in the order asked; safe to call from several threads."""
 
     def expect(self, clip_ids: Iterable[str]) -> None:
@@ -55,15 +76,23 @@ class TokenSource(Protocol):
 
 
 class StoreTokens(TokenSource):
-    """Tokens that a feature store holds, of some of its encoders."""
+    """Tokens that a feature store holds, of some of its encoders.
 
-    def __init__(self, store: FeatureStore, encoders: Sequence[str]) -> None:
-        self._store = store
+    `parts` is what is read of each clip, `RESAMPLERS[name].reads`: one class token per frame is a small fraction of a
+    raw grid's bytes.
+    """
+
+    def __init__(self, store: FeatureStore, encoders: Sequence[str], *, parts: Sequence[Part] = ("tokens",)) -> None:
+        self._store, self._parts = store, parts
         self.snapshot = store.snapshot
         identities = {encoder: store.encoders[encoder] for encoder in encoders}
         self.shapes = {
             encoder: TokenShape(
-                grid=identity.grid, width=identity.width, is_pooled=identity.pooling != "none", identity=identity.id
+                grid=identity.grid,
+                width=identity.width,
+                is_pooled=identity.pooling != "none",
+                identity=identity.id,
+                num_prefix=identity.prefix_tokens,
             )
             for encoder, identity in identities.items()
         }
@@ -76,8 +105,8 @@ class StoreTokens(TokenSource):
         has_all = np.logical_and.reduce([clips[encoder].to_numpy(zero_copy_only=False) for encoder in encoders])
         self._available = set(clips["clip_id"].filter(pa.array(has_all)).to_pylist())
 
-    def fetch(self, clip_ids: Sequence[str]) -> dict[str, Tensor]:
-        return {encoder: torch.from_numpy(self._store.read(clip_ids, encoder=encoder)) for encoder in self.shapes}
+    def fetch(self, clip_ids: Sequence[str]) -> dict[str, ClipTokens]:
+        return {encoder: self._read(clip_ids, encoder) for encoder in self.shapes}
 
     def available(self, clip_ids: Iterable[str]) -> set[str]:
         return self._available.intersection(clip_ids)
@@ -85,19 +114,42 @@ class StoreTokens(TokenSource):
     def data_digest(self, clip_ids: Iterable[str], samples: Iterable[Sample]) -> str:
         return self._store.data_digest(clip_ids, list(self.shapes), samples)
 
+    def _read(self, clip_ids: Sequence[str], encoder: str) -> ClipTokens:
+        tokens_BTHWD = None
+        if "tokens" in self._parts:
+            tokens_BTHWD = torch.from_numpy(self._store.read(clip_ids, encoder=encoder))
+        if "prefix" not in self._parts:
+            return tokens_BTHWD
+        prefix_BTKD = torch.from_numpy(self._store.read_prefix(clip_ids, encoder=encoder))
+        return PrefixedTokens(tokens_BTHWD=tokens_BTHWD, prefix_BTKD=prefix_BTKD)
+
 
 class MemoryTokens(TokenSource):
     """Tokens that lie in memory."""
 
-    def __init__(self, clip_ids: Sequence[str], tokens: Mapping[str, Tensor], *, is_pooled: bool = True) -> None:
-        """`tokens`: encoder -> tokens_BTHWD, B in the order of `clip_ids`."""
+    def __init__(
+        self,
+        clip_ids: Sequence[str],
+        tokens: Mapping[str, Tensor],
+        *,
+        prefix: Mapping[str, Tensor] = MappingProxyType({}),
+        is_pooled: bool = True,
+    ) -> None:
+        """encoder -> tokens_BTHWD, B in the order of `clip_ids`, and prefix_BTKD of those that have prefix tokens."""
         for encoder, tokens_BTHWD in tokens.items():
             if tokens_BTHWD.ndim != 5 or len(tokens_BTHWD) != len(clip_ids):
                 raise UserError(
                     f"tokens of {encoder} must have shape [{len(clip_ids)}, T, H, W, D], got {list(tokens_BTHWD.shape)}"
                 )
+        for encoder, prefix_BTKD in prefix.items():
+            batch, time, _, _, width = tokens[encoder].shape
+            if prefix_BTKD.ndim != 4 or (*prefix_BTKD.shape[:2], prefix_BTKD.shape[3]) != (batch, time, width):
+                raise UserError(
+                    f"prefix tokens of {encoder} must have shape [{batch}, {time}, K, {width}],"
+                    f" got {list(prefix_BTKD.shape)}"
+                )
         self._rows = {clip_id: row for row, clip_id in enumerate(clip_ids)}
-        self._tokens = dict(tokens)
+        self._tokens, self._prefix = dict(tokens), dict(prefix)
         self.facts = {}
         self.shapes = {
             encoder: TokenShape(
@@ -105,13 +157,17 @@ class MemoryTokens(TokenSource):
                 width=tokens_BTHWD.shape[4],
                 is_pooled=is_pooled,
                 identity=f"memory:{encoder}",
+                num_prefix=prefix[encoder].shape[2] if encoder in prefix else 0,
             )
             for encoder, tokens_BTHWD in tokens.items()
         }
 
-    def fetch(self, clip_ids: Sequence[str]) -> dict[str, Tensor]:
+    def fetch(self, clip_ids: Sequence[str]) -> dict[str, ClipTokens]:
         rows = torch.tensor([self._rows[clip_id] for clip_id in clip_ids])
-        return {encoder: tokens_BTHWD[rows] for encoder, tokens_BTHWD in self._tokens.items()}
+        found: dict[str, ClipTokens] = {encoder: values[rows] for encoder, values in self._tokens.items()}
+        for encoder, prefix_BTKD in self._prefix.items():
+            found[encoder] = PrefixedTokens(tokens_BTHWD=found[encoder], prefix_BTKD=prefix_BTKD[rows])
+        return found
 
     def available(self, clip_ids: Iterable[str]) -> set[str]:
         return {clip_id for clip_id in clip_ids if clip_id in self._rows}
@@ -120,8 +176,8 @@ class MemoryTokens(TokenSource):
         state = hashlib.sha256()
         for clip_id in sorted(set(clip_ids)):
             state.update(clip_id.encode())
-            for encoder, tokens_BTHWD in sorted(self._tokens.items()):
-                values = tokens_BTHWD[self._rows[clip_id]].contiguous().view(torch.uint8)
+            for encoder, held in [*sorted(self._tokens.items()), *sorted(self._prefix.items())]:
+                values = held[self._rows[clip_id]].contiguous().view(torch.uint8)
                 state.update(encoder.encode() + values.numpy().tobytes())
         for digest in sorted(sample.digest for sample in samples):
             state.update(digest.encode())
