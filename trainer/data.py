@@ -2,24 +2,30 @@
 
 Comes in: the samples of a store and a token source. Goes out: `TrainingData` (kept samples in a canonical order, what
 was dropped and why, the data digest) and `Batches`, which makes the micro-batches of any step from the step's number
-alone. Samples are never replaced: a clip without tokens drops its samples, and the count is reported.
+alone. Samples are never replaced: a clip without tokens drops its samples, and the count is reported. Lengths are
+known from the samples of a step alone, so nothing is tokenised before it is read.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from featurestore.errors import UserError
+import numpy as np
+
+from featurestore.errors import UserError, unknown_name
 from featurestore.samples import Sample
 from trainer.collate import Batch, collate, distinct_clips
 from trainer.config import TrainConfig
-from trainer.order import Order, rank_share
-from trainer.prompts import Rendered, Renderer
+from trainer.order import Group, Order, Stream, balanced_share, rank_share
+from trainer.prompts import Rendered, Renderer, reason_to_refuse
 from trainer.tokens import TokenSource
+
+STAGE_NAMES = {"align": "pretrain"}  # what stores call the captions of stage 1 -> its name here
+VISUAL, TEXT = "visual", "text"  # streams of the split_modality sampler: a cached image costs what a cached video costs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,26 +38,58 @@ class TrainingData:
 
 
 def select(samples: Sequence[Sample], source: TokenSource, config: TrainConfig) -> TrainingData:
-    """Samples of the config's split and stage whose clips have tokens of every encoder."""
-    wanted = [sample for sample in samples if sample.split == config.split and sample.stage == config.stage]
+    """Samples of the config's split and stage that can be trained on, in the order of their ids."""
+    check_source_weights(samples, config)
+    wanted = [sample for sample in samples if sample.split == config.split and is_stage(sample.stage, config.stage)]
     if not wanted:
-        found = sorted({f"{sample.split}/{sample.stage}" for sample in samples})
-        raise UserError(
-            f"no samples of split {config.split!r} and stage {config.stage!r}; found {', '.join(found) or 'none'}"
-        )
+        raise UserError(_nothing_there(samples, config))
     wanted.sort(key=lambda sample: (sample.sample_id, sample.digest))
     available = source.available({sample.clip_id for sample in wanted if sample.clip_id is not None})
     dropped: Counter[str] = Counter()
     kept = []
     for sample in wanted:
         reason = _reason_to_drop(sample, available, config)
+        if reason is None and len(kept) == config.limit:
+            reason = f"beyond the limit of {config.limit}"
         dropped.update([reason] if reason else [])
         kept += [] if reason else [sample]
     if not kept:
         raise UserError(f"no sample is left to train on: {dict(dropped)}")
-    kept = kept[: config.limit]
     digest = source.data_digest({sample.clip_id for sample in kept if sample.clip_id is not None}, kept)
     return TrainingData(samples=tuple(kept), digest=digest, dropped=dict(dropped))
+
+
+def is_stage(name: str, wanted: str) -> bool:
+    """Whether two names are of one stage: stage 1 has two."""
+    return STAGE_NAMES.get(name, name) == STAGE_NAMES.get(wanted, wanted)
+
+
+def check_source_weights(samples: Sequence[Sample], config: TrainConfig) -> None:
+    """A weight for a source that no sample has, of whatever stage, is a typing mistake."""
+    known = {sample.source for sample in samples} if config.source_weights else set()
+    for name in config.source_weights:
+        if name not in known:
+            raise UserError(unknown_name("source in source_weights", name, sorted(known)))
+
+
+def streams(samples: Sequence[Sample], config: TrainConfig) -> list[Stream]:
+    """One stream of all samples, or one per modality; sources with a weight of their own are groups."""
+    members: dict[str, dict[tuple[str, float], list[int]]] = defaultdict(lambda: defaultdict(list))
+    for index, sample in enumerate(samples):
+        modality = VISUAL if sample.clip_id is not None else TEXT
+        weight = config.source_weights.get(sample.source, 1.0)
+        group = (sample.source if weight != 1 else "", weight)
+        members[modality if config.sampler == "split_modality" else ""][group].append(index)
+    return [
+        Stream(
+            name=name,
+            groups=tuple(
+                Group(name=source, weight=weight, indices=np.array(indices))
+                for (source, weight), indices in sorted(groups.items())
+            ),
+        )
+        for name, groups in sorted(members.items())
+    ]
 
 
 class Batches:
@@ -73,7 +111,7 @@ class Batches:
         self.num_visual_tokens, self.context = num_visual_tokens, context
         self.rank, self.num_ranks = rank, num_ranks
         self.order = Order(
-            num_samples=len(data.samples),
+            streams(data.samples, config),
             batch_size=config.batch_size,
             seed=config.seed,
             digest=order_digest(data.samples),
@@ -88,18 +126,36 @@ class Batches:
     def step(self, step: int) -> Step:
         """This rank's part of a step; needs no word from other ranks, since every rank knows the order."""
         batch, share = self.order.batch(step), self._share(step)
-        size = self.config.micro_batch_size
         self.source.expect(self._clips([*share, *self._share(step + 1)]))
+        size = self.config.micro_batch_size
+        parts = [share[start : start + size] for start in range(0, len(share), size)]
+        num_supervised = self._num_supervised(batch)
         return Step(
-            micro_batches=[self._collate(share[start : start + size]) for start in range(0, len(share), size)],
-            num_supervised=sum(self.rendered(index).num_supervised for index in batch),
-            num_text_tokens=sum(len(self.rendered(index).input_ids) for index in batch),
+            micro_batches=[self._collate(part) for part in parts],
+            divisors=tuple(self._divisor(part, num_supervised, len(parts)) for part in parts),
+            num_supervised=num_supervised,
+            num_tokens=sum(len(self.rendered(index).input_ids) for index in batch)
+            + self.num_visual_tokens * len(self._clips(batch)),
         )
 
+    def _divisor(self, part: Sequence[int], num_supervised: int, num_parts: int) -> int:
+        """What the summed loss of a micro-batch is divided by, so that all of a step's add up to its loss."""
+        if self.config.loss == "micro_batch_means":
+            return max(self._num_supervised(part), 1) * num_parts * self.num_ranks
+        return max(num_supervised, 1)
+
+    def _num_supervised(self, indices: Sequence[int]) -> int:
+        return sum(self.rendered(index).num_supervised for index in indices)
+
     def _share(self, step: int) -> list[int]:
-        """This rank's samples of a step. Those of like length share a micro-batch; the step's sum does not change."""
-        share = rank_share(self.order.batch(step), self.rank, self.num_ranks)
-        return sorted(share, key=lambda index: len(self.rendered(index).input_ids))
+        """This rank's samples of a step, the shortest first: those of like length share a micro-batch."""
+        batch = self.order.batch(step)
+        lengths = {index: len(self.rendered(index).input_ids) for index in batch}
+        if self.config.sampler == "split_modality":
+            share = balanced_share(batch, [lengths[index] for index in batch], self.rank, self.num_ranks)
+        else:
+            share = rank_share(batch, self.rank, self.num_ranks)
+        return sorted(share, key=lengths.__getitem__)
 
     def _clips(self, indices: Sequence[int]) -> list[str]:
         return [clip for index in indices if (clip := self._clip_id(index)) is not None]
@@ -119,8 +175,9 @@ class Step:
     """One optimizer step's reading."""
 
     micro_batches: list[Batch]  # of this rank
-    num_supervised: int  # tokens over all ranks: the loss is a sum divided by it; 0 where all answers were cut off
-    num_text_tokens: int  # over all ranks
+    divisors: tuple[int, ...]  # of each micro-batch's summed loss; over all ranks the quotients add up to the loss
+    num_supervised: int  # tokens over all ranks; 0 where all answers were cut off
+    num_tokens: int  # of text and visual, over all ranks
 
 
 def order_digest(samples: Sequence[Sample]) -> str:
@@ -143,6 +200,35 @@ def make_batch(
 
 
 def _reason_to_drop(sample: Sample, available: set[str], config: TrainConfig) -> str | None:
+    if config.source_weights.get(sample.source, 1.0) == 0:
+        return "its source has weight 0"
+    if not lies_in_fraction(sample.sample_id, config.fraction):
+        return f"outside the fraction of {config.fraction:g}"
     if sample.clip_id is None:
+        if config.prompt == "caption":
+            return "caption prompt: nothing to describe"
         return "text only under a frozen LLM: no gradient" if config.train_llm == "none" else None
-    return None if sample.clip_id in available else "clip without tokens of every encoder"
+    if sample.clip_id not in available:
+        return "clip without tokens of every encoder"
+    return reason_to_refuse(config.prompt, sample.turns)
+
+
+def lies_in_fraction(sample_id: str, fraction: float) -> bool:
+    """Whether a share of the samples holds this one: by its id alone, so shares nest and stay when a store grows."""
+    place = int.from_bytes(hashlib.sha256(sample_id.encode()).digest()[:8], "big")
+    return place < fraction * 2**64
+
+
+def _nothing_there(samples: Sequence[Sample], config: TrainConfig) -> str:
+    """What there is instead, and the setting that takes it."""
+    counts = Counter((STAGE_NAMES.get(sample.stage, sample.stage), sample.split) for sample in samples)
+    listed = ", ".join(f"{count} of {stage}/{split}" for (stage, split), count in sorted(counts.items()))
+    same_split = sorted({stage for stage, split in counts if split == config.split})
+    same_stage = sorted({split for stage, split in counts if is_stage(stage, config.stage)})
+    if same_stage:
+        advice = f"set `split: {same_stage[0]}` in a config file"
+    elif same_split:
+        advice = "type " + " or ".join(f"--stage {stage}" for stage in same_split)
+    else:
+        advice = "add some with `merv-pipeline extract --dataset NAME --root DIR --store STORE`"
+    return f"no samples of stage {config.stage!r} and split {config.split!r}; there are {listed or 'none at all'}; {advice}"

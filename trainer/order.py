@@ -1,14 +1,18 @@
 """Order: which samples make up each step's global batch.
 
 A pure function of (seed, epoch, data digest): the only state of a run's reading is its step number, resuming costs
-the same at any step, and the number of ranks changes nothing but who computes which part of a batch. Epochs follow each
-other without a gap: a batch may hold the end of one and the start of the next, so every sample is read exactly once
-per epoch and none is repeated to fill a batch.
+the same at any step, and the number of ranks changes nothing but who computes which part of a batch.
+
+Samples flow in streams. With one stream a batch is whatever comes next; with one per modality a batch is all of one.
+Every stream goes from epoch to epoch without a gap: a batch may hold the end of one and the start of the next. So no
+batch is short or filled with repeated samples, and every sample is read exactly as often as its weight says. What does
+not fill a batch when a run ends stays unread, and `Order.unread` counts it.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,45 +22,154 @@ from featurestore.errors import UserError
 from featurestore.identity import canonical_json
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Group:
+    """Samples that are read equally often."""
+
+    indices: np.ndarray  # int64, into the samples of the run
+    name: str = ""  # part of the seed
+    weight: float = 1.0  # times per epoch
+
+    @property
+    def num_extra(self) -> int:
+        """Samples of an epoch beyond its whole passes, at least one where the weight is not whole."""
+        rest = self.weight % 1
+        return max(1, round(rest * len(self.indices))) if rest and len(self.indices) else 0
+
+    @property
+    def num_per_epoch(self) -> int:
+        return int(self.weight) * len(self.indices) + self.num_extra
+
+    def of_epoch(self, epoch: int, seed: int, digest: str) -> np.ndarray:
+        """Indices to read in this epoch, in no meaningful order.
+
+        The part of a pass is a window that moves round one permutation: no sample comes twice in it, the next epoch
+        reads the samples behind it, and after any number of epochs no two samples differ by more than one reading.
+        """
+        whole = np.tile(self.indices, int(self.weight))
+        if not self.num_extra:
+            return whole
+        places = np.arange(epoch * self.num_extra, (epoch + 1) * self.num_extra) % len(self.indices)
+        window = permutation(len(self.indices), "extra", self.name, seed, digest)[places]
+        return np.concatenate([whole, self.indices[window]])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stream:
+    """Samples that may stand in one batch."""
+
+    groups: tuple[Group, ...]
+    name: str = ""  # part of the seed
+
+    @property
+    def num_per_epoch(self) -> int:
+        return sum(group.num_per_epoch for group in self.groups)
+
+    def of_epoch(self, epoch: int, seed: int, digest: str) -> np.ndarray:
+        """Indices in the order of this epoch."""
+        indices = np.concatenate([group.of_epoch(epoch, seed, digest) for group in self.groups])
+        purpose = f"order/{self.name}" if self.name else "order"
+        return indices[permutation(len(indices), purpose, seed, epoch, digest)]
+
+
 class Order:
     """The batches of a run, by step."""
 
-    num_samples: int
-    batch_size: int  # over all ranks
-    seed: int
-    digest: str  # of the data: another selection of samples is another order
-
-    def __post_init__(self) -> None:
-        if self.num_samples < 1 or self.batch_size < 1:
-            raise UserError(f"nothing to order: {self.num_samples} samples in batches of {self.batch_size}")
+    def __init__(self, streams: Sequence[Stream], *, batch_size: int, seed: int, digest: str) -> None:
+        """`batch_size` over all ranks; `digest` of the data: another selection of samples is another order."""
+        self.streams = tuple(stream for stream in streams if stream.num_per_epoch)
+        self.batch_size, self.seed, self.digest = batch_size, seed, digest
+        self.num_per_epoch = sum(stream.num_per_epoch for stream in self.streams)
+        if not self.streams or batch_size < 1:
+            raise UserError(f"nothing to order: {self.num_per_epoch} samples in batches of {batch_size}")
+        # A batch touches at most two neighbouring epochs of a stream that is larger than the batch.
+        self._epoch = lru_cache(maxsize=2 * len(self.streams))(self._read_epoch)
+        self._turns = lru_cache(maxsize=2)(self._shuffle_turns)
 
     def batch(self, step: int) -> list[int]:
         """Indices of the samples of step 0, 1, ..."""
-        positions = range(step * self.batch_size, (step + 1) * self.batch_size)
-        places = [divmod(position, self.num_samples) for position in positions]
-        return [int(permutation(self.num_samples, self.seed, epoch, self.digest)[place]) for epoch, place in places]
+        epoch, place = self._place(step)
+        stream = int(self._turns(epoch)[place])
+        first = self.batches_before(step)[stream] * self.batch_size
+        size = self.streams[stream].num_per_epoch
+        places = [divmod(position, size) for position in range(first, first + self.batch_size)]
+        return [int(self._epoch(stream, epoch)[place]) for epoch, place in places]
 
     def num_steps(self, epochs: float) -> int:
-        """Whole batches in so many epochs, at least one."""
-        return max(1, int(epochs * self.num_samples) // self.batch_size)
+        """Whole batches of every stream in so many epochs, at least one."""
+        return max(1, sum(int(epochs * stream.num_per_epoch) // self.batch_size for stream in self.streams))
+
+    def unread(self, epochs: float) -> dict[str, int]:
+        """stream -> readings of these epochs that fill no batch any more before the run ends."""
+        done = self.batches_before(self.num_steps(epochs))
+        rest = [int(epochs * s.num_per_epoch) - n * self.batch_size for s, n in zip(self.streams, done, strict=True)]
+        return {stream.name or "all": max(0, count) for stream, count in zip(self.streams, rest, strict=True)}
+
+    def batches_before(self, step: int) -> list[int]:
+        """How many batches each stream has given before this step."""
+        epoch, place = self._place(step)
+        turns = self._turns(epoch)[:place]
+        return [self._num_whole(i, epoch) + int((turns == i).sum()) for i in range(len(self.streams))]
+
+    def _place(self, step: int) -> tuple[int, int]:
+        """The epoch in which a step's batch ends, and the batch's place among those."""
+        epoch = step * self.batch_size // self.num_per_epoch  # or a later one: every stream ends its last batch in it
+        while self._first_step(epoch + 1) <= step:
+            epoch += 1
+        return epoch, step - self._first_step(epoch)
+
+    def _first_step(self, epoch: int) -> int:
+        return sum(self._num_whole(stream, epoch) for stream in range(len(self.streams)))
+
+    def _num_whole(self, stream: int, epoch: int) -> int:
+        """Whole batches of a stream in the epochs before this one."""
+        return epoch * self.streams[stream].num_per_epoch // self.batch_size
+
+    def _read_epoch(self, stream: int, epoch: int) -> np.ndarray:
+        return self.streams[stream].of_epoch(epoch, self.seed, self.digest)
+
+    def _shuffle_turns(self, epoch: int) -> np.ndarray:
+        """Which stream gives the first, second, ... batch of an epoch."""
+        counts = [self._num_whole(i, epoch + 1) - self._num_whole(i, epoch) for i in range(len(self.streams))]
+        turns = np.repeat(np.arange(len(counts)), counts)
+        return turns[permutation(len(turns), "turns", self.seed, epoch, self.digest)]
 
 
-def rank_share(batch: list[int], rank: int, num_ranks: int) -> list[int]:
+def rank_share(batch: Sequence[int], rank: int, num_ranks: int) -> list[int]:
     """A rank's contiguous part of a global batch."""
+    size = share_size(batch, num_ranks)
+    return list(batch[rank * size : (rank + 1) * size])
+
+
+def balanced_share(batch: Sequence[int], lengths: Sequence[int], rank: int, num_ranks: int) -> list[int]:
+    """A rank's part of a global batch, so that ranks get equal counts and like sums of length.
+
+    The longest first, each to the rank with the least work that has room, as princetonvisualai/merv.
+    """
+    size = share_size(batch, num_ranks)
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    work = [0] * num_ranks
+    for place in sorted(range(len(batch)), key=lambda place: (-lengths[place], place)):
+        with_room = (number for number in range(num_ranks) if len(shares[number]) < size)
+        least = min(with_room, key=lambda number: (work[number], number))
+        shares[least].append(batch[place])
+        work[least] += lengths[place]
+    return shares[rank]
+
+
+def share_size(batch: Sequence[int], num_ranks: int) -> int:
+    """Samples of a global batch for each rank."""
     if len(batch) % num_ranks:
         raise UserError(f"batch_size {len(batch)} must be a multiple of the number of ranks, {num_ranks}")
-    share = len(batch) // num_ranks
-    return batch[rank * share : (rank + 1) * share]
+    return len(batch) // num_ranks
 
 
-@lru_cache(maxsize=2)  # a batch touches at most two neighbouring epochs of a set larger than the batch
-def permutation(num_samples: int, seed: int, epoch: int, digest: str) -> np.ndarray:
-    """Indices 0..num_samples-1 in the order of this epoch.
+def permutation(num_entries: int, *key: str | int) -> np.ndarray:
+    """Numbers 0..num_entries-1 in an order that follows from the key.
 
     Philox's raw stream is fixed by its definition, unlike `Generator.permutation`, which numpy may change (NEP 19).
     """
-    words = np.random.Philox(key=derive_seed("order", seed, epoch, digest)).random_raw(num_samples)
+    words = np.random.Philox(key=derive_seed(*key)).random_raw(num_entries)
     return np.argsort(words, kind="stable")
 
 

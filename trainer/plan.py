@@ -127,7 +127,7 @@ def fit_standardisation(plan: Plan, source: TokenSource) -> None:
 def _first_clips(plan: Plan) -> list[str]:
     """Distinct clips in the order of the first epoch, so a run's constants follow from its seed and data."""
     order = plan.batches.order
-    steps = range(-(-order.num_samples // order.batch_size))
+    steps = range(-(-order.num_per_epoch // order.batch_size))
     samples = (plan.data.samples[index] for step in steps for index in order.batch(step))
     clips = (sample.clip_id for sample in samples if sample.clip_id is not None)
     return list(dict.fromkeys(islice(clips, 8 * STANDARDISE_CLIPS)))[:STANDARDISE_CLIPS]

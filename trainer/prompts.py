@@ -101,11 +101,19 @@ def chat_template(turns: Sequence[Turn], tokenizer: Any) -> list[Piece]:
     return pieces
 
 
+def caption(turns: Sequence[Turn], tokenizer: Any) -> list[Piece]:
+    """Stage 1 of princetonvisualai/merv: `caption</s>` behind the visual tokens; the question is not read."""
+    if reason := reason_to_refuse("caption", turns):
+        raise UserError(f"{reason}; choose another prompt for conversations")
+    return [Piece(text="", opens=True), _answer(clean(turns[1].text))]
+
+
 PROMPTS: dict[PromptName, Callable[[Sequence[Turn], Any], list[Piece]]] = {
     "pure": pure,
     "vicuna": vicuna,
     "llama2_chat": llama2_chat,
     "chat_template": chat_template,
+    "caption": caption,
 }
 
 
@@ -151,6 +159,17 @@ class Renderer:
         the head of a chat header (SmolLM2: "<|im_start|>user") and must not be torn from it."""
         has_bos = self.bos_id is not None and bool(ids) and ids[0] == self.bos_id
         return int(self.position == "after_bos" and has_bos)
+
+
+def reason_to_refuse(prompt: PromptName, turns: Sequence[Turn]) -> str | None:
+    """Why a conversation cannot be rendered in this format; None if it can."""
+    if prompt != "caption":
+        return None
+    if len(turns) != 2:
+        return "caption prompt: not one question and one answer"
+    if any(placeholder in turns[1].text for placeholder in PLACEHOLDERS):
+        return "caption prompt: the answer holds a media placeholder"
+    return None
 
 
 def adds_bos(tokenizer: Any) -> bool:

@@ -131,9 +131,8 @@ class _Loop:
         torch.manual_seed(derive_seed("step", config.seed, number, accelerator.process_index))
         set_rates(self.optimizer, number, self.plan.batches.num_steps, config.optimizer)
         model.train()
-        divisor = max(step.num_supervised, 1)
         total = torch.zeros((), device=accelerator.device)
-        for index, batch in enumerate(step.micro_batches):
+        for index, (batch, divisor) in enumerate(zip(step.micro_batches, step.divisors, strict=True)):
             is_last = index == len(step.micro_batches) - 1
             with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
                 loss = model(batch.to(accelerator.device)) / divisor
@@ -153,7 +152,7 @@ class _Loop:
             "fusion_lr": config.optimizer.fusion_lr * factor,
             "llm_lr": config.optimizer.llm_lr * factor if config.train_llm != "none" else 0.0,
             "samples": samples,
-            "tokens": step.num_text_tokens + samples * self.plan.record.num_visual_tokens,
+            "tokens": step.num_tokens,
             "supervised_tokens": step.num_supervised,
         }
 
