@@ -15,6 +15,7 @@ from featurestore.clips import KINDS
 from featurestore.errors import UserError, unknown_name
 from featurestore.identity import STORAGE_DTYPES
 from featurestore.layout import check_block_rows
+from pipeline.encoders.base import EncoderSpec
 from pipeline.encoders.registry import ENCODERS, MERV_ENCODERS, encoder_spec
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
@@ -44,6 +45,12 @@ class EncoderSettings:
     compute_dtype: str = "bfloat16"  # as princetonvisualai/merv runs them
     storage_dtype: str = "float16"
     decoder: str = "frames/1"
+
+    @property
+    def spec(self) -> EncoderSpec:
+        """The encoder's declaration at these sizes and with this crop."""
+        spec = encoder_spec(self.name).with_architecture(self.architecture)
+        return spec.with_crop(self.crop) if self.crop else spec
 
 
 @dataclass(frozen=True, kw_only=True)

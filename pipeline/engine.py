@@ -18,7 +18,7 @@ from featurestore.errors import UserError
 from featurestore.identity import FeatureIdentity
 from pipeline.config import EncoderSettings, EngineSettings
 from pipeline.decode.pool import DecodePool
-from pipeline.encoders import encoder_spec, load_encoder
+from pipeline.encoders import load_encoder
 from pipeline.views import View
 
 
@@ -42,9 +42,7 @@ class EncoderRun:
     """One loaded encoder with the settings it runs under: uint8 frames in, aligned tokens out."""
 
     def __init__(self, settings: EncoderSettings, device: str) -> None:
-        spec = encoder_spec(settings.name).with_architecture(settings.architecture)
-        if settings.crop:
-            spec = spec.with_crop(settings.crop)
+        spec = settings.spec
         self.settings = settings
         self._prefix = settings.prefix_tokens and spec.prefix_tokens > 0  # SigLIP, for one, has none
         self.loaded = load_encoder(spec, settings.weights, device=device, compute_dtype=settings.compute_dtype)

@@ -62,6 +62,11 @@ class LoadedEncoder:
         return {"model": self.spec.model, **self.spec.architecture}
 
     @property
+    def network(self) -> EncoderNetwork:
+        """The module itself, for whoever trains it further."""
+        return self._network
+
+    @property
     def num_parameters(self) -> int:
         """Parameters that are really used."""
         return sum(parameter.numel() for parameter in self._network.parameters())
