@@ -231,4 +231,5 @@ def _nothing_there(samples: Sequence[Sample], config: TrainConfig) -> str:
         advice = "type " + " or ".join(f"--stage {stage}" for stage in same_split)
     else:
         advice = "add some with `merv-pipeline extract --dataset NAME --root DIR --store STORE`"
-    return f"no samples of stage {config.stage!r} and split {config.split!r}; there are {listed or 'none at all'}; {advice}"
+    asked = f"stage {config.stage!r} and split {config.split!r}"
+    return f"no samples of {asked}; there are {listed or 'none at all'}; {advice}"

@@ -7,7 +7,7 @@ from click.testing import CliRunner
 from trainer.cli import train_main
 from trainer.eval_cli import eval_main
 from trainer.overlay import overlay
-from trainer.recipes import RECIPES
+from trainer.recipes import get_recipe
 
 SMALL = {
     "llm": "fresh:mini",
@@ -77,10 +77,10 @@ def test_a_dry_run_writes_nothing(here):
 def test_options_win_over_the_file_and_the_file_over_the_recipe(here):
     result = train("--out", "run", "--fusion", "equal_mix", "--head", "gelu-mlp")
     assert result.exit_code == 0, result.output
-    written = overlay(RECIPES["demo"], yaml.safe_load((here / "run/config.yaml").read_text()))
+    written = overlay(get_recipe("demo"), yaml.safe_load((here / "run/config.yaml").read_text()))
     assert (written.fusion.name, written.projector.head) == ("equal_mix", "gelu-mlp")
     assert (written.projector.grid, written.max_steps) == ((2, 2, 2), 3)
-    assert written.projector.standardise == RECIPES["demo"].projector.standardise
+    assert written.projector.standardise == get_recipe("demo").projector.standardise
 
 
 def error_of(result):

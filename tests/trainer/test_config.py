@@ -20,9 +20,10 @@ def test_a_config_survives_its_own_yaml(tmp_path, config):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_survives_its_own_yaml(tmp_path, name):
-    (tmp_path / "config.yaml").write_text(RECIPES[name].to_yaml())
-    assert overlay(TrainConfig(), load_yaml(tmp_path / "config.yaml")) == RECIPES[name]
+def test_every_stage_of_a_recipe_survives_its_own_yaml(tmp_path, name):
+    for stage in RECIPES[name]:
+        (tmp_path / "config.yaml").write_text(stage.config.to_yaml())
+        assert overlay(TrainConfig(), load_yaml(tmp_path / "config.yaml")) == stage.config
 
 
 def test_an_unknown_setting_names_the_nearest_known_one():

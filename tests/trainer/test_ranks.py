@@ -14,7 +14,7 @@ import torch
 
 from featurestore.samples import Sample, Turn
 from trainer.overlay import overlay
-from trainer.recipes import RECIPES
+from trainer.recipes import get_recipe
 from trainer.tokens import MemoryTokens
 from trainer.train import train
 
@@ -33,7 +33,7 @@ samples = [
     for index, clip in enumerate(clips)
 ]
 changes = {"projector": {"grid": [1, 2, 2]}, "max_steps": 6, "batch_size": 4, "micro_batch_size": 1}
-train(overlay(RECIPES["demo"], changes), samples, tokens, sys.argv[1], is_quiet=True)
+train(overlay(get_recipe("demo"), changes), samples, tokens, sys.argv[1], is_quiet=True)
 """
 
 
