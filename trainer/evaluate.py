@@ -19,10 +19,11 @@ from featurestore.errors import UserError
 from featurestore.samples import Sample, Turn
 from trainer.build import Built, LoadedRun
 from trainer.data import make_batch
-from trainer.tokens import TokenSource
+from trainer.tokens import TokenShape, TokenSource
 
 OVERALL = "all"  # category of the line over all samples
 UNNAMED = "(none)"  # category of samples that name none
+UNBOUND = "unbound:"  # begins the identity in an imported run, whose weights do not say what made their tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +71,22 @@ def _no_question(samples: Sequence[Sample], split: str) -> str:
 
 
 def check_identities(run: LoadedRun, source: TokenSource) -> None:
-    """A model only understands tokens of the identities it was trained on."""
+    """A model only understands tokens of the identities it was trained on; an unbound one asks for their sizes."""
     for encoder, shape in run.record.shapes.items():
         found = source.shapes.get(encoder)
-        if found is None or found.identity != shape.identity:
+        if found is not None and shape.identity.startswith(UNBOUND):
+            _check_sizes(encoder, shape, found)
+        elif found is None or found.identity != shape.identity:
             raise UserError(
                 f"the run was trained on {encoder} tokens of identity {shape.identity}, this source has"
                 f" {found.identity if found else 'none'}; use the store it was trained on, or extract that identity"
             )
+
+
+def _check_sizes(encoder: str, wanted: TokenShape, found: TokenShape) -> None:
+    if (found.grid, found.width) != (wanted.grid, wanted.width):
+        sizes = [f"{'x'.join(map(str, shape.grid))} of width {shape.width}" for shape in (wanted, found)]
+        raise UserError(f"the imported run reads {encoder} tokens of {sizes[0]}, this source has {sizes[1]}")
 
 
 def answer_all(
