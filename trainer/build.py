@@ -62,6 +62,8 @@ class RunRecord:
     num_steps: int
     encoders: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # identity fields and weights label
     software: Mapping[str, str] = field(default_factory=dict)  # package -> version the run was started with
+    tokens: str = "from cache"  # or "end to end"
+    live: Mapping[str, Any] | None = None  # of an end-to-end run: the extraction's settings, a resumed run reads them
 
     def write(self, run: Path) -> None:
         (run / RECORD_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n")
@@ -171,7 +173,7 @@ def load_run(run: Path) -> LoadedRun:
     if config.train_encoders:
         from trainer.end_to_end import empty_encoders  # the pipeline's encoders: only where a run has trained some
 
-        built.model.join(empty_encoders(record.encoders, config.train_encoders))
+        built.model.join(empty_encoders(config, record.encoders))
     state = checkpoint.load_state(folder)
     checkpoint.load_model(folder, built.model, with_llm=built.saves_llm)
     built.model.eval()

@@ -72,6 +72,10 @@ def _no_question(samples: Sequence[Sample], split: str) -> str:
 
 def check_identities(run: LoadedRun, source: TokenSource) -> None:
     """A model only understands tokens of the identities it was trained on; an unbound one asks for their sizes."""
+    if trained := run.built.config.train_encoders:
+        raise UserError(
+            f"the run has trained {', '.join(trained)} along: no store holds their tokens; ask it with `merv-eval ask`"
+        )
     for encoder, shape in run.record.shapes.items():
         found = source.shapes.get(encoder)
         if found is not None and shape.identity.startswith(UNBOUND):

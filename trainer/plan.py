@@ -84,6 +84,8 @@ def make_plan(
         num_steps=batches.num_steps,
         encoders={encoder: facts[encoder] for encoder in built.model.encoders if encoder in facts},
         software=software_versions(),
+        tokens="from cache" if source.live is None else "end to end",
+        live=source.live,
     )
     return Plan(config=config, data=data, built=built, batches=batches, record=record)
 

@@ -60,6 +60,7 @@ class TokenSource(Protocol):
 
     shapes: Mapping[str, TokenShape]  # encoder -> shape, in the order of the encoders
     trained: Mapping[str, nn.Module] = MappingProxyType({})  # encoders that join the model; `fetch` gives their frames
+    live: Mapping[str, Any] | None = None  # settings of the extraction that runs on the spot; None: tokens are there
     facts: Mapping[str, Mapping[str, Any]]  # encoder -> `identity` fields and `weights` label, where known
 
     def fetch(self, clip_ids: Sequence[str]) -> dict[str, ClipTokens]:
