@@ -24,7 +24,7 @@ from trainer.config import RECORD_FILE, TrainConfig, read_config
 from trainer.fusion import build_fusion
 from trainer.llm import FRESH_PREFIX, LoadedLLM, load_llm, load_saved_shape
 from trainer.order import derive_seed
-from trainer.projectors import Projector
+from trainer.projectors import build_projectors
 from trainer.prompts import PROMPTS, Renderer
 from trainer.tokens import TokenShape
 from trainer.video_llm import VideoLLM
@@ -100,8 +100,7 @@ def build(config: TrainConfig, shapes: Mapping[str, TokenShape], llm: LoadedLLM)
     projectors, fusion = {}, None
     if config.mode != "text-only":
         used = used_encoders(config, list(shapes))
-        projectors = {encoder: Projector(config.projector, shapes[encoder], width) for encoder in used}
-        check_equal_lengths(projectors)
+        projectors = build_projectors(config.projector, {encoder: shapes[encoder] for encoder in used}, width)
         fusion = build_fusion(config.fusion, len(used), width)
     llm.model.requires_grad_(config.train_llm == "full")
     renderer = Renderer(
@@ -135,13 +134,6 @@ def trained_encoders(config: TrainConfig, trained: Mapping[str, nn.Module]) -> M
             " or leave train_encoders empty; with frozen encoders the cache is exact"
         )
     return {encoder: trained[encoder] for encoder in config.train_encoders}
-
-
-def check_equal_lengths(projectors: Mapping[str, Projector]) -> None:
-    """All encoders must bring the same number of visual tokens."""
-    if len({projector.num_tokens for projector in projectors.values()}) > 1:
-        grids = ", ".join(f"{encoder} {'x'.join(map(str, p.grid))}" for encoder, p in projectors.items())
-        raise UserError(f"encoders must share one grid to be fused, got {grids}; set projector.grid to one they share")
 
 
 def count_parameters(model: VideoLLM) -> dict[str, dict[str, int]]:

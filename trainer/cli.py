@@ -106,6 +106,8 @@ def resolve_config(config: TrainConfig, config_file: Path | None, options: Mappi
     if "projector" in given:
         preset = PROJECTORS[given.pop("projector")]
         _change(changes, "projector", resampler=preset.resampler, frame_divisor=preset.frame_divisor)
+        if not preset.takes_grid:
+            changes["projector"].setdefault("grid", None)  # the recipe's gives way
     if "head" in given:
         _change(changes, "projector", head=given.pop("head"))
     if "fusion" in given:

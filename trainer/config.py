@@ -29,6 +29,7 @@ Precision = Literal["fp32", "bf16"]
 PromptName = Literal["pure", "vicuna", "llama2_chat", "chat_template", "caption"]
 VisualPosition = Literal["after_bos", "first"]
 ResamplerName = Literal["average", "attention", "convolution", "convolution_3d", "class_token", "all_tokens"]
+TIME_RESAMPLERS: tuple[ResamplerName, ...] = ("average", "convolution_3d")  # may merge time steps
 HeadName = Literal["linear", "gelu-mlp", "fused-gelu-mlp"]
 FusionName = Literal[
     "cross_attention",
@@ -47,16 +48,33 @@ class ProjectorConfig:
     """One encoder's way from stored tokens to the LLM's width; every encoder gets its own weights."""
 
     resampler: ResamplerName = "average"
-    grid: tuple[int, int, int] | None = None  # T, H, W after the resampler; None: the resampler's own default
+    grid: tuple[int, int, int] | None = None  # T, H, W after the resampler; None: stored T and, trained, 8 x 8
     frame_divisor: int = 1  # T after the resampler = stored T / this, where grid is None: "3D" in the ablation
     head: HeadName = "linear"
-    pre_layer_norm: bool = False  # LayerNorm(D) before the head
+    pre_layer_norm: bool = False  # layer norm before the head
     standardise: bool = False  # see trainer/standardise.py: for small runs with encoders of unlike scale
+
+    def __post_init__(self) -> None:
+        if self.frame_divisor < 1 or min(self.grid or (1,)) < 1:
+            raise UserError(f"projector grid and frame_divisor are at least 1, got {self.grid}, {self.frame_divisor}")
+        if self.frame_divisor > 1 and self.resampler not in TIME_RESAMPLERS:
+            raise UserError(
+                f"resampler {self.resampler} keeps every time step, so frame_divisor must be 1, got"
+                f" {self.frame_divisor}; {' and '.join(TIME_RESAMPLERS)} can merge them"
+            )
+        if self.grid is not None and not self.takes_grid:
+            setting = f"frame_divisor {self.frame_divisor}" if self.frame_divisor > 1 else f"resampler {self.resampler}"
+            raise UserError(f"{setting} decides the grid, got projector.grid {list(self.grid)} too; set it to null")
+
+    @property
+    def takes_grid(self) -> bool:
+        """Whether the grid is free to choose."""
+        return self.frame_divisor == 1 and self.resampler not in ("class_token", "all_tokens")
 
 
 # The rows of the projector ablation (arXiv 2501.01426): any head of `HeadName` goes with each of them.
 PROJECTORS: dict[str, ProjectorConfig] = {
-    "2d-average": ProjectorConfig(),  # the paper's default: each frame to 8 x 8
+    "2d-average": ProjectorConfig(),  # the paper's default; its 8 x 8 is the store's grid, of a raw one set grid
     "2d-attention": ProjectorConfig(resampler="attention"),
     "2d-convolution": ProjectorConfig(resampler="convolution"),
     "3d-average": ProjectorConfig(frame_divisor=2),
@@ -93,7 +111,7 @@ class OptimizerConfig:
     llm_lr: float = 2e-5
     lora_lr: float = 2e-4
     encoder_lr: float = 2e-6  # end to end only
-    weight_decay: float = 0.0  # of tensors with two axes or more; biases, norms and queries never decay
+    weight_decay: float = 0.0  # of tensors with two axes or more: no biases, no norms, not the fusion's query
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     warmup_ratio: float = 0.03  # share of all steps

@@ -21,6 +21,7 @@ from trainer.build import load_run, used_encoders
 from trainer.config import TrainConfig
 from trainer.evaluate import Answer, answer_all, check_identities, questions, report
 from trainer.plan import describe, make_plan
+from trainer.resamplers import RESAMPLERS
 from trainer.scores import ScoreSource, write_scores
 from trainer.tokens import StoreTokens, TokenSource
 from trainer.train import train
@@ -71,7 +72,8 @@ def open_store(path: str, config: TrainConfig) -> tuple[list[Sample], StoreToken
         if name not in available:
             raise UserError(unknown_name("sample set", name, available))
     samples = [sample for name in config.samples or available for sample in store.samples(name)]
-    return samples, StoreTokens(store, used_encoders(config, list(store.encoders)))
+    parts = RESAMPLERS[config.projector.resampler].reads
+    return samples, StoreTokens(store, used_encoders(config, list(store.encoders)), parts=parts)
 
 
 def print_scores(result: dict[str, Any]) -> None:

@@ -3,7 +3,8 @@
 Encoders differ in scale by orders of magnitude (a last layer after its norm beside un-normed inner layers), and a
 channel's constant part can be far larger than what differs between clips. Large runs learn their way round this; a run
 of some hundred steps does not, so small recipes turn it on. It is off by default, as in arXiv 2501.01426. The constants
-are buffers: a checkpoint carries them, and nothing is measured again when it is used.
+are buffers: a checkpoint carries them, and nothing is measured again when it is used. They stand in front of the first
+trained layer: what is behind it changes while it learns, and constants measured there would be wrong after a step.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Moments:
         self.total_D = self.square_D = torch.zeros((), dtype=torch.float64)
 
     def add(self, tokens_BTHWD: Tensor) -> None:
-        exact_PD = tokens_BTHWD.double().flatten(0, 3)  # P: all positions of all clips
-        self.count += len(exact_PD)
-        self.total_D = self.total_D + exact_PD.sum(0)
-        self.square_D = self.square_D + exact_PD.square().sum(0)
+        for tokens_PD in tokens_BTHWD.flatten(1, 3):  # a clip at a time: a raw grid is 32 MiB in float64
+            exact_PD = tokens_PD.double()
+            self.count += len(exact_PD)
+            self.total_D = self.total_D + exact_PD.sum(0)
+            self.square_D = self.square_D + exact_PD.square().sum(0)
