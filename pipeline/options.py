@@ -71,6 +71,12 @@ _OPTIONS = [
         help="Stored tokens per clip, or raw: each encoder's own grid.",
     ),
     click.option(
+        "--prefix-tokens",
+        is_flag=True,
+        default=None,
+        help="Store class and register tokens beside, of the encoders that have them.",
+    ),
+    click.option(
         "--scheduler", metavar="NAME|ADDRESS", show_default="local", help="local, tcp://HOST:PORT, or a scheduler file."
     ),
     click.option("--workers", type=click.IntRange(1), show_default="1", help="Worker processes, one per device."),
