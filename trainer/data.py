@@ -44,7 +44,7 @@ def select(samples: Sequence[Sample], source: TokenSource, config: TrainConfig) 
     if not wanted:
         raise UserError(_nothing_there(samples, config))
     wanted.sort(key=lambda sample: (sample.sample_id, sample.digest))
-    available = source.available({sample.clip_id for sample in wanted if sample.clip_id is not None})
+    available = _available(wanted, source, config)
     dropped: Counter[str] = Counter()
     kept = []
     for sample in wanted:
@@ -57,6 +57,21 @@ def select(samples: Sequence[Sample], source: TokenSource, config: TrainConfig) 
         raise UserError(f"no sample is left to train on: {dict(dropped)}")
     digest = source.data_digest({sample.clip_id for sample in kept if sample.clip_id is not None}, kept)
     return TrainingData(samples=tuple(kept), digest=digest, dropped=dict(dropped))
+
+
+def _available(wanted: Sequence[Sample], source: TokenSource, config: TrainConfig) -> set[str]:
+    """All clips but those found without tokens; a live source decodes what it is asked for, so no more is asked for
+    than the samples need that could be kept."""
+    clips = {sample.clip_id for sample in wanted if sample.clip_id is not None}
+    could = [sample.clip_id for sample in wanted if _reason_to_drop(sample, clips, config) is None]
+    limit = config.limit or len(could)
+    num_kept = 0
+    while could and num_kept < limit:
+        part, could = could[: limit - num_kept], could[limit - num_kept :]
+        asked = {clip_id for clip_id in part if clip_id is not None}
+        clips -= asked - source.available(asked)
+        num_kept += sum(clip_id is None or clip_id in clips for clip_id in part)
+    return clips
 
 
 def is_stage(name: str, wanted: str) -> bool:

@@ -1,0 +1,274 @@
+"""End to end: tokens made on the spot, through the code that extraction runs. The trainer's one door to the pipeline.
+
+Comes in: a training config and the settings of an extraction. Goes out: samples and `LiveTokens`, a source like a
+store's; model, loop and order of the batches do not know the difference. Decode processes, views, encoders, batch
+shape, alignment and storage dtype are extraction's own. **Tolerance**: on one machine, with the batch shape and torch
+threads of the extraction, live tokens have the bits of stored ones, and a run on the CPU has the same losses to the
+bit. With another shape, thread count or device they differ by rounding.
+
+What cannot be decoded must be known before the first step, as it is in a store: every clip is decoded once up front,
+see `media_check.py`. `is_trusted` leaves that out, and a clip that then fails ends the run. So does a clip whose tokens
+overflow the storage dtype, with the advice to take bfloat16: to find it early would cost a pass of all encoders.
+
+Encoders named in `train_encoders` join the model with weights in float32; their tokens are cast to no storage dtype:
+nothing is stored, and the cast has no gradient. Their first tokens are those of a store to the rounding of that cast.
+
+B clips, T time, H W height width, C colours, K prefix tokens, D encoder width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor, nn
+
+from featurestore import FeatureIdentity, Sample
+from featurestore.clips import KINDS, Clip
+from featurestore.errors import UserError, unknown_name
+from featurestore.identity import canonical_json
+from pipeline.align import align, align_time
+from pipeline.config import EncoderSettings, EngineSettings, ExtractConfig, default_batch, read_config
+from pipeline.datasets import load_dataset
+from pipeline.decode.job import Decoded, DecodeJob
+from pipeline.encoders.network import EncoderNetwork, build_network
+from pipeline.encoders.weights import fill_random
+from pipeline.engine import EncoderRun, Engine, encode_batch
+from pipeline.options import parse_weights
+from trainer.build import used_encoders
+from trainer.config import TrainConfig
+from trainer.live_tokens import Arrays, LiveTokens, chosen
+from trainer.media_check import MediaCheck
+from trainer.resamplers import RESAMPLERS
+from trainer.tokens import ClipTokens, Part
+
+
+class FixedBatch:
+    """A frozen encoder as extraction runs it: batches of one shape, so that neighbours never change a clip's bits."""
+
+    def __init__(self, run: EncoderRun, batch: Mapping[str, int]) -> None:
+        self._run, self.batch = run, batch
+        self.identity, self.label, self.view = run.identity, run.label, run.view
+        self.weights_from = run.settings.weights
+
+    def tokens(self, kind: str, frames: Sequence[np.ndarray]) -> list[Arrays]:
+        """Of at most `batch[kind]` clips; the rest of the batch is padding."""
+        slots = [*range(len(frames)), *[None] * (self.batch[kind] - len(frames))]
+        arrays, _ = encode_batch(self._run, dict(enumerate(frames)), slots)
+        return [{part: values[slot] for part, values in arrays.items()} for slot in range(len(frames))]
+
+
+class TrainedEncoder(nn.Module):
+    """An encoder inside the model that is trained: uint8 frames in, aligned tokens out, gradients all the way.
+
+    Without dropout, like a frozen one; under a run's bf16 its matrix products are bfloat16, its weights stay float32.
+    """
+
+    def __init__(
+        self,
+        network: EncoderNetwork,
+        identity: FeatureIdentity,
+        parts: Sequence[Part],
+        *,
+        label: str,  # of the weights that training starts from
+        weights_from: str,
+    ) -> None:
+        super().__init__()
+        self.network = network.requires_grad_(True)
+        self.identity, self.view, self._parts = identity, network.spec.view, parts
+        self.label, self.weights_from = label, weights_from
+        for name, values in (("mean_C", network.spec.mean), ("std_C", network.spec.std)):
+            self.register_buffer(name, torch.tensor(values), persistent=False)
+
+    def train(self, mode: bool = True) -> TrainedEncoder:
+        return super().train(False)
+
+    def forward(self, frames_BTHWC: Tensor) -> ClipTokens:
+        pixels_BTHWC = (frames_BTHWC.float() / 255 - self.mean_C) / self.std_C
+        features_BTHWD, prefix_BTKD = self.network(pixels_BTHWC.permute(0, 1, 4, 2, 3).contiguous())
+        tokens_BTHWD = align(features_BTHWD, None if self.identity.pooling == "none" else self.identity.grid)
+        if prefix_BTKD is not None and "prefix" in self._parts:
+            prefix_BTKD = align_time(prefix_BTKD, self.identity.grid[0])
+        return chosen(tokens_BTHWD, prefix_BTKD, parts=self._parts)
+
+
+@contextmanager
+def live_source(
+    config: TrainConfig,
+    settings: Mapping[str, Any],
+    config_file: Path | None = None,
+    *,
+    out: Path | None = None,  # the run's folder, which keeps what the look at the media has found
+    is_trusted: bool = False,
+) -> Iterator[tuple[list[Sample], LiveTokens]]:
+    """Samples and tokens of a dataset; `settings` and `config_file` are those of `merv-pipeline extract`."""
+    extract = _extraction(config, settings, config_file)
+    listing = load_dataset(
+        extract.dataset, extract.root, stage=extract.stage, kind=extract.kind, limit=extract.limit, **extract.options
+    )
+    for name in config.samples:
+        if name not in listing.samples:
+            raise UserError(unknown_name("sample set", name, listing.samples))
+    samples = [sample for name in config.samples or sorted(listing.samples) for sample in listing.samples[name]]
+    extract = replace(extract, root=listing.root)
+    with closing(Engine(_of_this_rank(replace(extract.engine_settings, encoders=())))) as engine:
+        source = _open(config, extract, engine, None if is_trusted else _check_in(out, extract))
+        source.include(listing.root, listing.clips)
+        yield samples, source
+
+
+@contextmanager
+def source_like(
+    config: TrainConfig,
+    encoders: Mapping[str, Mapping[str, Any]],
+    *,
+    trained: Mapping[str, TrainedEncoder],
+    weights: Sequence[str] = (),
+    device: str = "auto",
+) -> Iterator[LiveTokens]:
+    """Tokens for a finished run, made as those it was trained on; `encoders` is what its record says of them.
+
+    `weights` are SPEC or NAME=SPEC, where the weights are now; by default where the record says they were.
+    """
+    given = parse_weights(tuple(weights))
+    with closing(Engine(EngineSettings(encoders=(), device=device, decode_processes=1))) as engine:
+        frozen = {}
+        for name, fact in encoders.items():
+            if name not in trained:
+                spec = given.get(name, given.get("", fact.get("weights_from", fact["weights"])))
+                recorded = FeatureIdentity.from_dict(fact["identity"])
+                run = EncoderRun(settings_of(recorded, "hub" if spec == "pretrained" else spec), engine.device)
+                _check_same(name, recorded, run.identity)
+                frozen[name] = FixedBatch(run, dict.fromkeys(KINDS, 1))
+        yield _live_tokens(engine, frozen, trained, parts=parts_of(config))
+
+
+def empty_encoders(config: TrainConfig, encoders: Mapping[str, Mapping[str, Any]]) -> dict[str, TrainedEncoder]:
+    """The encoders a run has trained, by its record, in shape only: their weights are in its checkpoints."""
+    made = {}
+    for name in config.train_encoders:
+        fact = encoders[name]
+        identity = FeatureIdentity.from_dict(fact["identity"])
+        network = build_network(settings_of(identity, "random:0").spec)
+        fill_random(network, 0)
+        network.finish()
+        made[name] = TrainedEncoder(
+            network, identity, parts_of(config), label=fact["weights"], weights_from=fact["weights_from"]
+        )
+    return made
+
+
+def settings_of(identity: FeatureIdentity, weights: str) -> EncoderSettings:
+    """Settings that give this identity, if the weights are the same."""
+    return EncoderSettings(
+        name=identity.encoder,
+        weights=weights,
+        architecture={key: value for key, value in identity.architecture.items() if key != "model"},
+        crop=identity.preprocessing.get("fit"),
+        grid=None if identity.pooling == "none" else identity.grid,
+        prefix_tokens=identity.prefix_tokens > 0,
+        compute_dtype=identity.compute_dtype,
+        storage_dtype=identity.storage_dtype,
+        decoder=identity.decode,
+    )
+
+
+def parts_of(config: TrainConfig) -> Sequence[Part]:
+    """What the config's resampler reads of a clip."""
+    return RESAMPLERS[config.projector.resampler].reads
+
+
+def _extraction(config: TrainConfig, settings: Mapping[str, Any], config_file: Path | None) -> ExtractConfig:
+    """The extraction whose tokens are made: its encoders are those that the run uses, in a store's order."""
+    given = {name: value for name, value in settings.items() if value not in (None, ())}
+    if isinstance(given.get("weights"), tuple):
+        given["weights"] = parse_weights(given["weights"])
+    extract = read_config(config_file, given)
+    names = used_encoders(config, list(config.encoders) or sorted(extract.encoders))
+    for name in config.train_encoders:
+        if name not in names:
+            raise UserError(unknown_name("encoder in train_encoders", name, names))
+    return replace(extract, encoders=tuple(names), prefix_tokens=extract.prefix_tokens or "prefix" in parts_of(config))
+
+
+def _open(config: TrainConfig, extract: ExtractConfig, engine: Engine, check: MediaCheck | None) -> LiveTokens:
+    """Encoders loaded: frozen ones on the device, trained ones as modules that the model takes along."""
+    frozen, trained, parts = {}, {}, parts_of(config)
+    batch = {kind: extract.batch.get(kind) or default_batch(engine.device, kind) for kind in KINDS}
+    for settings in extract.encoder_settings:
+        if settings.name in config.train_encoders:
+            run = EncoderRun(replace(settings, compute_dtype="float32"), "cpu")
+            trained[settings.name] = TrainedEncoder(
+                run.loaded.network, run.identity, parts, label=run.label, weights_from=settings.weights
+            )
+        else:
+            frozen[settings.name] = FixedBatch(EncoderRun(settings, engine.device), batch)
+    return _live_tokens(
+        engine,
+        frozen,
+        trained,
+        num_ahead=2 * batch["video"],
+        accept_damaged=extract.accept_damaged,
+        parts=parts,
+        check=check,
+        live=yaml.safe_load(extract.to_yaml()),
+    )
+
+
+def _live_tokens(
+    engine: Engine,
+    frozen: Mapping[str, FixedBatch],
+    trained: Mapping[str, TrainedEncoder],
+    *,
+    num_ahead: int = 0,
+    accept_damaged: bool = False,
+    **options: Any,
+) -> LiveTokens:
+    """A source whose clips the engine's processes decode, once for all encoders."""
+    encoders = [*frozen.values(), *trained.values()]
+    views = tuple(dict.fromkeys(encoder.view for encoder in encoders))
+    decoders = sorted({encoder.identity.decode for encoder in encoders})
+    if len(decoders) != 1:
+        raise UserError(f"encoders must agree on one decoder, got {', '.join(decoders) or 'no encoder'}")
+
+    def decode(root: str, clip: Clip) -> Future[Decoded]:
+        job = DecodeJob(root=root, clip=clip, views=views, decoder=decoders[0], accept_damaged=accept_damaged)
+        return engine.pool.submit(job)
+
+    return LiveTokens(decode, frozen, trained, num_ahead=num_ahead + engine.num_decoders, **options)
+
+
+def _check_in(out: Path | None, extract: ExtractConfig) -> MediaCheck:
+    """The look's record in the run's folder; another root or way of decoding is another record."""
+    asked = {"root": extract.root, "decoder": extract.decoder, "accept_damaged": extract.accept_damaged}
+    name = f"media-{hashlib.sha256(canonical_json(asked).encode()).hexdigest()[:12]}.jsonl"
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    return MediaCheck(out / name if out is not None else None, is_first_rank=is_first)
+
+
+def _of_this_rank(settings: EngineSettings) -> EngineSettings:
+    """Ranks of one machine each take their device and their share of the cores."""
+    rank, ranks = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if settings.device == "auto" and torch.cuda.is_available():
+        settings = replace(settings, device=f"cuda:{rank}")
+    if ranks > 1 and not settings.decode_processes:
+        settings = replace(settings, decode_processes=max(1, min(8, len(os.sched_getaffinity(0)) // ranks - 1)))
+    return settings
+
+
+def _check_same(name: str, recorded: FeatureIdentity, ours: FeatureIdentity) -> None:
+    if odd := recorded.differences(ours):
+        values = "; ".join(f"{field}: {before!r} then, {now!r} now" for field, (before, now) in odd.items())
+        raise UserError(
+            f"{name} is not the encoder that the run was trained on ({values}); say where its weights are with"
+            f" --weights {name}=FOLDER"
+        )
