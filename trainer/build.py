@@ -11,6 +11,7 @@ import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from featurestore.samples import Sample
 from trainer import checkpoint
 from trainer.config import RECORD_FILE, TrainConfig, read_config
 from trainer.fusion import build_fusion
-from trainer.llm import FRESH_PREFIX, LoadedLLM, load_llm, load_saved_shape
+from trainer.llm import FRESH_PREFIX, LoadedLLM, holds_shape, load_llm, load_saved_shape
 from trainer.order import derive_seed
 from trainer.projectors import build_projectors
 from trainer.prompts import PROMPTS, Renderer
+from trainer.stages import last_stage
 from trainer.tokens import TokenShape
 from trainer.video_llm import VideoLLM
 
@@ -60,6 +62,7 @@ class RunRecord:
     parameters: Mapping[str, Mapping[str, int]]  # part -> total, trained
     num_visual_tokens: int
     num_steps: int
+    started_from: str = ""  # with `init`: what was loaded of which run, and what was not
     encoders: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # identity fields and weights label
     software: Mapping[str, str] = field(default_factory=dict)  # package -> version the run was started with
     tokens: str = "from cache"  # or "end to end"
@@ -109,12 +112,22 @@ def build(config: TrainConfig, shapes: Mapping[str, TokenShape], llm: LoadedLLM)
     return Built(model=VideoLLM(llm.model, projectors, fusion), llm=llm, renderer=renderer, config=config)
 
 
-def new_llm(config: TrainConfig, samples: Iterable[Sample]) -> LoadedLLM:
-    """The LLM a run starts from."""
+def new_llm(config: TrainConfig, samples: Iterable[Sample], words: Iterable[str] = ()) -> LoadedLLM:
+    """The LLM a run starts from; a fresh one knows the words of the samples, and `words`."""
     torch.manual_seed(derive_seed("llm", config.seed))
-    dtype = torch.bfloat16 if config.precision == "bf16" and config.train_llm == "none" else torch.float32
-    texts = _texts(config, samples) if config.llm.startswith(FRESH_PREFIX) else ()
-    return load_llm(config.llm, texts=texts, dtype=dtype)
+    texts = chain(texts_of(config, samples), words) if config.llm.startswith(FRESH_PREFIX) else ()
+    return load_llm(config.llm, texts=texts, dtype=_llm_dtype(config))
+
+
+def resumed_llm(config: TrainConfig, run: Path) -> LoadedLLM:
+    """The LLM of a run that has begun: its shape alone where the run's checkpoints hold all of its weights."""
+    if holds_shape(run / LLM_FOLDER):
+        return load_saved_shape(run / LLM_FOLDER, _llm_dtype(config))
+    return new_llm(config, ())
+
+
+def _llm_dtype(config: TrainConfig) -> torch.dtype:
+    return torch.bfloat16 if config.precision == "bf16" and config.train_llm == "none" else torch.float32
 
 
 def used_encoders(config: TrainConfig, available: list[str]) -> list[str]:
@@ -152,16 +165,14 @@ def count_parameters(model: VideoLLM) -> dict[str, dict[str, int]]:
 
 
 def load_run(run: Path) -> LoadedRun:
-    """The newest checkpoint of a run as a model in evaluation mode."""
-    run = Path(run)
+    """The newest checkpoint of a run, or of a chain's last stage, as a model in evaluation mode."""
+    run = last_stage(Path(run))
     folder = checkpoint.newest(run)
     if folder is None:
         raise UserError(f"{run} holds no checkpoint; give the folder that merv-train wrote with --out")
     config = read_config(run)
     record = RunRecord.read(run)
-    is_fresh = config.llm.startswith(FRESH_PREFIX)
-    llm = load_saved_shape(run / LLM_FOLDER) if is_fresh else new_llm(config, ())
-    built = build(config, record.shapes, llm)
+    built = build(config, record.shapes, resumed_llm(config, run))
     if config.train_encoders:
         from trainer.end_to_end import empty_encoders  # the pipeline's encoders: only where a run has trained some
 
@@ -172,7 +183,7 @@ def load_run(run: Path) -> LoadedRun:
     return LoadedRun(built=built, record=record, step=state.step)
 
 
-def _texts(config: TrainConfig, samples: Iterable[Sample]) -> Iterable[str]:
+def texts_of(config: TrainConfig, samples: Iterable[Sample]) -> Iterable[str]:
     """All that a fresh tokenizer must know: rendered turns, and the options of the questions."""
     if config.prompt == "chat_template":
         raise UserError(f"{config.llm} has no chat template; choose another prompt")

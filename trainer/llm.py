@@ -68,12 +68,17 @@ def load_llm(name: str, *, texts: Iterable[str] = (), dtype: torch.dtype = torch
     return LoadedLLM(model=model, tokenizer=tokenizer, is_fresh=False)
 
 
-def load_saved_shape(folder: Path) -> LoadedLLM:
-    """A fresh LLM as a run's folder keeps it: tokenizer and sizes; its weights come from the checkpoint."""
+def holds_shape(folder: Path) -> bool:
+    """Whether `save_shape` has written the sizes of an LLM there, besides its tokenizer."""
+    return (folder / "config.json").is_file()
+
+
+def load_saved_shape(folder: Path, dtype: torch.dtype = torch.float32) -> LoadedLLM:
+    """An LLM of which only a run has the weights: tokenizer and sizes; its weights come from the checkpoint."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
     return LoadedLLM(model=model, tokenizer=tokenizer, is_fresh=True)
 
 

@@ -13,21 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from featurestore.samples import Sample
 from trainer.build import (
-    LLM_FOLDER,
     Built,
     RunRecord,
     build,
     count_parameters,
     new_llm,
+    resumed_llm,
     software_versions,
     trained_encoders,
 )
 from trainer.config import TrainConfig
 from trainer.data import Batches, TrainingData, select
-from trainer.llm import FRESH_PREFIX, load_saved_shape
+from trainer.initialise import Loaded, load_parts, read_origin, starting_llm
 from trainer.standardise import Moments
 from trainer.tokens import TokenSource
 
@@ -44,6 +45,7 @@ class Plan:
     built: Built
     batches: Batches
     record: RunRecord
+    loaded: Loaded | None = None  # what was taken over from another run
 
 
 def make_plan(
@@ -53,15 +55,18 @@ def make_plan(
     *,
     store: str = "",
     run: Path | None = None,
+    words: Sequence[str] = (),
     rank: int = 0,
     num_ranks: int = 1,
 ) -> Plan:
-    """Select the data and build the model; `run` is a folder that is being resumed."""
+    """Select the data and build the model.
+
+    `run` is a folder that is being resumed; a fresh LLM knows `words` besides those of the samples.
+    """
     data = select(samples, source, config)
-    is_resumed_fresh = run is not None and config.llm.startswith(FRESH_PREFIX)
-    llm = load_saved_shape(run / LLM_FOLDER) if is_resumed_fresh else new_llm(config, data.samples)
-    built = build(config, source.shapes, llm)
-    built.model.join(trained_encoders(config, source.trained))
+    built, loaded = _build(config, data, source, run, words)
+    if loaded and rank == 0:
+        Console(stderr=True).print(loaded.message, markup=False, highlight=False, soft_wrap=True)
     batches = Batches(
         data,
         source,
@@ -82,12 +87,29 @@ def make_plan(
         parameters=count_parameters(built.model),
         num_visual_tokens=built.model.num_visual_tokens,
         num_steps=batches.num_steps,
+        started_from=loaded.message if loaded else "",
         encoders={encoder: facts[encoder] for encoder in built.model.encoders if encoder in facts},
         software=software_versions(),
         tokens="from cache" if source.live is None else "end to end",
         live=source.live,
     )
-    return Plan(config=config, data=data, built=built, batches=batches, record=record)
+    return Plan(config=config, data=data, built=built, batches=batches, record=record, loaded=loaded)
+
+
+def _build(
+    config: TrainConfig, data: TrainingData, source: TokenSource, run: Path | None, words: Sequence[str]
+) -> tuple[Built, Loaded | None]:
+    """The model with seeded weights, or with those of another run; a resumed run's come from its checkpoint later."""
+    origin = read_origin(config.init) if config.init and run is None else None
+    if run is not None:
+        llm = resumed_llm(config, run)
+    elif origin is not None:
+        llm = starting_llm(origin, config, data.samples, words)
+    else:
+        llm = new_llm(config, data.samples, words)
+    built = build(config, source.shapes, llm)
+    built.model.join(trained_encoders(config, source.trained))
+    return built, load_parts(origin, built, source.shapes) if origin else None
 
 
 def describe(plan: Plan) -> dict[str, Any]:
@@ -112,17 +134,26 @@ def describe(plan: Plan) -> dict[str, Any]:
 
 @torch.no_grad()
 def fit_standardisation(plan: Plan, source: TokenSource) -> None:
-    """Measure the constants of every standardising projector on the first clips of epoch 0."""
+    """Measure the constants of every standardising projector on the first clips of epoch 0.
+
+    Projectors of another run keep the constants that their weights were trained with.
+    """
     model = plan.built.model
-    if not any(projector.standardise for projector in model.projectors):
+    known = plan.loaded.names if plan.loaded else set()
+    standardised = [
+        (encoder, projector)
+        for index, (encoder, projector) in enumerate(zip(model.encoders, model.projectors, strict=True))
+        if projector.standardise and f"projectors.{index}.standardise.mean_D" not in known
+    ]
+    if not standardised:
         return
-    moments = [Moments() for _ in model.projectors]
+    moments = [Moments() for _ in standardised]
     clips = _first_clips(plan)
     for start in range(0, len(clips), STANDARDISE_BATCH):
         tokens = model.encode(source.fetch(clips[start : start + STANDARDISE_BATCH]))
-        for encoder, projector, sums in zip(model.encoders, model.projectors, moments, strict=True):
+        for (encoder, projector), sums in zip(standardised, moments, strict=True):
             sums.add(projector.resample(tokens[encoder]))
-    for projector, sums in zip(model.projectors, moments, strict=True):
+    for (_, projector), sums in zip(standardised, moments, strict=True):
         projector.standardise.fit(sums)
 
 

@@ -59,6 +59,7 @@ def train(
     store: str = "",
     resume: bool = False,
     stop_at: int | None = None,
+    words: Sequence[str] = (),
     is_quiet: bool = False,
 ) -> TrainResult:
     """Train to the end, or to step `stop_at`; `resume` goes on from the newest checkpoint in `out`, if there is one."""
@@ -72,6 +73,7 @@ def train(
         source,
         store=store,
         run=out if folder else None,
+        words=words,
         rank=accelerator.process_index,
         num_ranks=accelerator.num_processes,
     )
