@@ -21,6 +21,7 @@ from torch import nn
 from featurestore.errors import UserError, unknown_name
 from featurestore.samples import Sample
 from trainer import checkpoint
+from trainer.adapt import adapt
 from trainer.config import RECORD_FILE, TrainConfig, read_config
 from trainer.fusion import build_fusion
 from trainer.llm import FRESH_PREFIX, LoadedLLM, holds_shape, load_llm, load_saved_shape
@@ -32,6 +33,7 @@ from trainer.tokens import TokenShape
 from trainer.video_llm import VideoLLM
 
 LLM_FOLDER = "llm"
+EXPORT_FILE = "export.json"  # in an exported folder, see trainer/export.py
 PACKAGES = ("merv-pipeline", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "peft")
 
 
@@ -105,7 +107,8 @@ def build(config: TrainConfig, shapes: Mapping[str, TokenShape], llm: LoadedLLM)
         used = used_encoders(config, list(shapes))
         projectors = build_projectors(config.projector, {encoder: shapes[encoder] for encoder in used}, width)
         fusion = build_fusion(config.fusion, len(used), width)
-    llm.model.requires_grad_(config.train_llm == "full")
+    torch.manual_seed(derive_seed("adapters", config.seed))
+    adapt(llm.model, config)
     renderer = Renderer(
         config.prompt, llm.tokenizer, position=config.visual_position, max_tokens=config.max_text_tokens
     )
@@ -165,22 +168,32 @@ def count_parameters(model: VideoLLM) -> dict[str, dict[str, int]]:
 
 
 def load_run(run: Path) -> LoadedRun:
-    """The newest checkpoint of a run, or of a chain's last stage, as a model in evaluation mode."""
+    """The newest checkpoint of a run, or of a chain's last stage, or an export, as a model in evaluation mode."""
     run = last_stage(Path(run))
+    if (run / EXPORT_FILE).is_file():
+        from trainer.export import load_export  # which is built on this room
+
+        return load_export(run)
     folder = checkpoint.newest(run)
     if folder is None:
         raise UserError(f"{run} holds no checkpoint; give the folder that merv-train wrote with --out")
     config = read_config(run)
     record = RunRecord.read(run)
-    built = build(config, record.shapes, resumed_llm(config, run))
-    if config.train_encoders:
-        from trainer.end_to_end import empty_encoders  # the pipeline's encoders: only where a run has trained some
-
-        built.model.join(empty_encoders(config, record.encoders))
+    built = rebuild(config, record, resumed_llm(config, run))
     state = checkpoint.load_state(folder)
     checkpoint.load_model(folder, built.model, with_llm=built.saves_llm)
     built.model.eval()
     return LoadedRun(built=built, record=record, step=state.step)
+
+
+def rebuild(config: TrainConfig, record: RunRecord, llm: LoadedLLM) -> Built:
+    """The model of a run as it was trained, before its weights are put in."""
+    built = build(config, record.shapes, llm)
+    if config.train_encoders:
+        from trainer.end_to_end import empty_encoders  # the pipeline's encoders: only where a run has trained some
+
+        built.model.join(empty_encoders(config, record.encoders))
+    return built
 
 
 def texts_of(config: TrainConfig, samples: Iterable[Sample]) -> Iterable[str]:

@@ -23,6 +23,7 @@ from trainer.evaluate import Answer, answer_all, check_identities, questions, re
 from trainer.plan import describe, make_plan
 from trainer.resamplers import RESAMPLERS
 from trainer.scores import ScoreSource, write_scores
+from trainer.stages import last_stage
 from trainer.tokens import StoreTokens, TokenSource
 from trainer.train import train
 
@@ -88,7 +89,7 @@ def print_scores(result: dict[str, Any]) -> None:
 
 def _keep_scores(run: Path, result: dict[str, Any], source: ScoreSource) -> None:
     try:
-        write_scores(run, result, source)
+        write_scores(last_stage(run), result, source)
     except OSError as error:
         Console(stderr=True).print(f"the scores were not kept in {run}: {error.strerror}", markup=False)
 
