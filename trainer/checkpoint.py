@@ -3,9 +3,10 @@
     RUN/checkpoints/step-00000400/
         model.safetensors       trained weights and measured constants; all of the LLM where its weights are fresh
         optimizer.safetensors   AdamW's two moments by parameter name
-        state.json              step, data digest, encoder identities, sha256 of the two files
+        state.json              step, data digest, encoder identities, validation, sha256 of the two files
 
 Nothing else is state: order and random numbers are functions of the seed and the step, the learning rate of the step.
+Which checkpoint is the best is written nowhere: it follows from what the checkpoints say about their validation.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from featurestore.errors import StoreDamagedError, UserError
+from trainer.shards import placed_like
 
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -36,6 +38,7 @@ class CheckpointState:
     data_digest: str
     identities: Mapping[str, str]  # encoder -> identity of the tokens it was trained on
     sha256: Mapping[str, str]  # file -> digest
+    validation: Mapping[str, float] = field(default_factory=dict)  # metrics of this step; empty: not validated
 
 
 def save(
@@ -47,8 +50,9 @@ def save(
     data_digest: str,
     identities: Mapping[str, str],
     keep: int,
+    validation: Mapping[str, float] | None = None,
 ) -> Path:
-    """Write one checkpoint, then remove all but the newest `keep`."""
+    """Write one checkpoint, then remove all but the newest `keep` and the best by validation."""
     folder = _checkpoints(run) / f"step-{step:08d}"
     temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -56,14 +60,20 @@ def save(
     save_file(_on_cpu(weights), temporary / MODEL_FILE)
     save_file(_on_cpu(optimizer), temporary / OPTIMIZER_FILE)
     digests = {name: _sha256(temporary / name) for name in (MODEL_FILE, OPTIMIZER_FILE)}
-    state = CheckpointState(step=step, data_digest=data_digest, identities=dict(identities), sha256=digests)
+    state = CheckpointState(
+        step=step,
+        data_digest=data_digest,
+        identities=dict(identities),
+        sha256=digests,
+        validation=dict(validation or {}),
+    )
     (temporary / STATE_FILE).write_text(json.dumps(asdict(state), indent=1, sort_keys=True))
     for name in (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE):
         _sync(temporary / name)
     shutil.rmtree(folder, ignore_errors=True)  # the same step, written by a run that was resumed from before it
     temporary.rename(folder)
     _sync(folder.parent)
-    for old in checkpoints(run)[:-keep]:
+    for old in set(checkpoints(run)[:-keep]) - {best(run)}:
         shutil.rmtree(old)
     return folder
 
@@ -78,18 +88,39 @@ def newest(run: Path) -> Path | None:
     return (checkpoints(run) or [None])[-1]
 
 
+def best(run: Path) -> Path | None:
+    """The whole checkpoint with the best validation, the earlier one of equals; None if none was validated."""
+    validated = [folder for folder in checkpoints(run) if _read_state(folder).validation]
+    return max(validated, key=lambda folder: goodness(_read_state(folder).validation), default=None)
+
+
+def best_goodness(run: Path) -> tuple[float, float] | None:
+    """That of the best checkpoint."""
+    folder = best(run)
+    return goodness(_read_state(folder).validation) if folder is not None else None
+
+
+def goodness(validation: Mapping[str, float]) -> tuple[float, float]:
+    """What checkpoints are compared by: accuracy where questions were asked, then the smaller loss."""
+    return validation.get("val_accuracy", -1.0), -validation["val_loss"]
+
+
 def load_state(folder: Path) -> CheckpointState:
     """What the checkpoint says, after its files have been compared with their digests."""
-    try:
-        state = CheckpointState(**json.loads((folder / STATE_FILE).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder} is not a checkpoint of this version: {error}") from error
+    state = _read_state(folder)
     for name in (MODEL_FILE, OPTIMIZER_FILE):
         if state.sha256.get(name) != _sha256(folder / name):
             raise StoreDamagedError(
                 f"{folder / name} differs from its digest; remove {folder} to use an older checkpoint"
             )
     return state
+
+
+def _read_state(folder: Path) -> CheckpointState:
+    try:
+        return CheckpointState(**json.loads((folder / STATE_FILE).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder} is not a checkpoint of this version: {error}") from error
 
 
 def model_weights(model: nn.Module, *, with_llm: bool) -> dict[str, Tensor]:
@@ -122,13 +153,13 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[int, str]
 
 
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, names: Mapping[int, str], step: int) -> None:
-    """The moments of the checkpoint into `optimizer`."""
+    """The moments of the checkpoint into `optimizer`, cut up among the ranks as its parameters are."""
     moments = load_file(folder / OPTIMIZER_FILE)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             name = names[id(parameter)]
             if f"{name}/{MOMENTS[0]}" in moments:  # absent where no gradient has reached it yet
-                state = {moment: moments[f"{name}/{moment}"].to(parameter.device) for moment in MOMENTS}
+                state = {moment: placed_like(moments[f"{name}/{moment}"], parameter) for moment in MOMENTS}
                 optimizer.state[parameter] = {"step": torch.tensor(float(step)), **state}
 
 

@@ -10,7 +10,7 @@ B samples, C distinct clips, L padded text length, S padded length with visual t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from torch import Tensor
 from featurestore.errors import UserError
 from trainer.prompts import IGNORE_INDEX, Rendered
 from trainer.tokens import ClipTokens
+
+MOVED = ("input_ids_BL", "labels_BS", "attention_mask_BS")  # what a batch has on the device, besides its tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,17 +36,25 @@ class Batch:
     first_label: int  # smallest labelled position, S if there is none: no logits are needed before
 
     @property
+    def supervised_B(self) -> Tensor:
+        """Supervised tokens of each sample."""
+        return (self.labels_BS != IGNORE_INDEX).sum(1)
+
+    @property
     def num_supervised(self) -> int:
-        return int((self.labels_BS != IGNORE_INDEX).sum())
+        return int(self.supervised_B.sum())
+
+    def pinned(self) -> Batch:
+        """The same batch in page-locked memory: a GPU copies from it while it computes."""
+        moved = {name: getattr(self, name).pin_memory() for name in MOVED}
+        tokens = {encoder: value.pin_memory() for encoder, value in self.tokens.items()}
+        return replace(self, **moved, tokens=tokens)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("input_ids_BL", "labels_BS", "attention_mask_BS")
-        }
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in MOVED}
         tokens = {encoder: value.to(device, non_blocking=True) for encoder, value in self.tokens.items()}
-        return Batch(**{**self.__dict__, **moved, "tokens": tokens})
+        return replace(self, **moved, tokens=tokens)
 
 
 def collate(

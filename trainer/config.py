@@ -101,6 +101,13 @@ class LoraConfig:
     dropout: float = 0.05
     targets: tuple[str, ...] = ()  # names of linear layers; empty: all of the decoder, not the output layer
 
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+            raise UserError(
+                "lora wants rank >= 1, alpha > 0 and dropout in [0, 1), got"
+                f" {self.rank}, {self.alpha} and {self.dropout}"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -132,7 +139,7 @@ class TrainConfig:
     llm: str = "meta-llama/Llama-2-7b-hf"  # Hub id, local folder, or fresh:NAME
     train_llm: TrainLLM = "none"
     lora: LoraConfig = field(default_factory=LoraConfig)
-    llm_quant: Literal["int8", "nf4"] | None = None  # of a frozen or LoRA LLM; needs the extra `quant` and CUDA
+    llm_quant: Literal["int8", "nf4"] | None = None  # of an LLM that is not trained itself; untested: needs CUDA
     train_encoders: tuple[str, ...] = ()  # end to end only: these learn too, at optimizer.encoder_lr
     allow_fresh_frozen: bool = False  # a frozen LLM with fresh weights is an error otherwise
     encoders: tuple[str, ...] = ()  # order matters for concat and first; empty: all of the store
@@ -166,13 +173,20 @@ class TrainConfig:
     eval_every: int | None = None  # steps between validations on held-out samples
     eval_split: str = "heldout"
     eval_limit: int = 256  # held-out samples per validation
-    trackers: tuple[Tracker, ...] = ()  # besides the JSON lines that are always written
+    trackers: tuple[Tracker, ...] = ()  # besides the JSON lines that are always written; needs the extra `track`
     prefetch_batches: int = 4  # global batches read ahead
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "micro_batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("eval_every", "eval_limit"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+        if self.checkpoint_minutes is not None and self.checkpoint_minutes <= 0:
+            raise UserError(f"checkpoint_minutes must be more than 0, got {self.checkpoint_minutes}")
+        if self.eval_every is not None and self.eval_split == self.split:
+            raise UserError(f"eval_split must not be what is trained on, split {self.split!r}")
         if self.mode == "text-only" and self.train_llm == "none":
             raise UserError("text-only training of a frozen LLM trains nothing; set train_llm: full")
         if self.train_encoders and self.mode == "text-only":
@@ -180,10 +194,15 @@ class TrainConfig:
         if odd := [encoder for encoder in self.train_encoders if self.encoders and encoder not in self.encoders]:
             raise UserError(unknown_name("encoder in train_encoders", odd[0], self.encoders))
         is_fresh = self.llm.startswith("fresh:")
-        if is_fresh and self.train_llm == "none" and not self.allow_fresh_frozen:
+        if is_fresh and self.train_llm != "full" and not self.allow_fresh_frozen:
             raise UserError(
-                f"llm {self.llm!r} has fresh weights and train_llm is none: a frozen random LLM cannot learn to answer;"
-                " set train_llm: full, or allow_fresh_frozen: true to do it all the same"
+                f"llm {self.llm!r} has fresh weights and train_llm is {self.train_llm}: a frozen random LLM cannot"
+                " learn to answer; set train_llm: full, or allow_fresh_frozen: true to do it all the same"
+            )
+        if self.llm_quant is not None and (is_fresh or self.train_llm == "full"):
+            raise UserError(
+                f"llm_quant {self.llm_quant} is for a pretrained LLM that is not trained itself, got llm {self.llm!r}"
+                f" and train_llm {self.train_llm}; set train_llm: lora or none, or leave llm_quant out"
             )
 
     def to_yaml(self) -> str:

@@ -97,21 +97,26 @@ def answer_all(
     built: Built, samples: Sequence[Sample], source: TokenSource, *, batch_size: int = 16, device: str = "cpu"
 ) -> Iterator[Answer]:
     """Answer questions, `batch_size` at a time with all their options."""
-    model = built.model.to(device).eval()
-    has_visual = built.model.fusion is not None
+    built.model.to(device).eval()
     for start in range(0, len(samples), batch_size):
-        part = samples[start : start + batch_size]
-        pairs = [(sample, option) for sample in part for option in sample.options]
-        batch = make_batch(
-            [built.renderer(with_answer(sample, option).turns) for sample, option in pairs],
-            [sample.clip_id if has_visual else None for sample, _ in pairs],
-            source,
-            model.num_visual_tokens,
-            model.context,
-        )
-        scores = iter(model.score(batch.to(device)).tolist())
-        for sample in part:
-            yield _answer(sample, tuple(next(scores) for _ in sample.options))
+        yield from answer_batch(built, samples[start : start + batch_size], source, device)
+
+
+def answer_batch(
+    built: Built, samples: Sequence[Sample], source: TokenSource, device: torch.device | str
+) -> list[Answer]:
+    """Answer questions in one forward, with the model as it stands."""
+    has_visual = built.model.fusion is not None
+    pairs = [(sample, option) for sample in samples for option in sample.options]
+    batch = make_batch(
+        [built.renderer(with_answer(sample, option).turns) for sample, option in pairs],
+        [sample.clip_id if has_visual else None for sample, _ in pairs],
+        source,
+        built.model.num_visual_tokens,
+        built.model.context,
+    )
+    scores = iter(built.model.score(batch.to(device)).tolist())
+    return [_answer(sample, tuple(next(scores) for _ in sample.options)) for sample in samples]
 
 
 def with_answer(sample: Sample, option: str) -> Sample:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from featurestore.errors import UserError, unknown_name
+from trainer.quantise import quantised_loading
 
 FRESH_PREFIX = "fresh:"
 SPECIAL_WORDS = ("<unk>", "<s>", "</s>")
@@ -47,8 +48,13 @@ class LoadedLLM:
     is_fresh: bool  # its weights are nowhere but in this run
 
 
-def load_llm(name: str, *, texts: Iterable[str] = (), dtype: torch.dtype = torch.float32) -> LoadedLLM:
-    """Load `name`; `texts` is what a fresh tokenizer learns its words from, fresh weights follow torch's seed."""
+def load_llm(
+    name: str, *, texts: Iterable[str] = (), dtype: torch.dtype = torch.float32, quant: str | None = None
+) -> LoadedLLM:
+    """Load `name`, its weights as `dtype` or quantised.
+
+    `texts` is what a fresh tokenizer learns its words from; fresh weights are fp32 and follow torch's seed.
+    """
     if name.startswith(FRESH_PREFIX):
         size = name.removeprefix(FRESH_PREFIX)
         if size not in FRESH_LLMS:
@@ -57,9 +63,10 @@ def load_llm(name: str, *, texts: Iterable[str] = (), dtype: torch.dtype = torch
         return LoadedLLM(model=_fresh_llama(FRESH_LLMS[size], len(tokenizer)), tokenizer=tokenizer, is_fresh=True)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    options = quantised_loading(quant) if quant is not None else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
     except (OSError, ValueError) as error:
         raise UserError(
             f"LLM {name!r} cannot be loaded: {str(error).splitlines()[0]}; give a Hub id, a local folder of a causal LM"

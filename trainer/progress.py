@@ -1,13 +1,16 @@
 """Progress: what a person sees of a run on stderr, and what a program reads of it in metrics.jsonl.
 
 Every step has its line in metrics.jsonl (loss, gradient norm, learning rates, tokens), written every `log_every` steps
-together with the speed of these steps. A resumed run drops the lines behind its checkpoint, so the file is one curve.
+together with the speed of these steps; a step that was followed by a validation has its metrics too, as `val_...`.
+A resumed run drops the lines behind its checkpoint, so the file is one curve.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,19 @@ METRICS_FILE = "metrics.jsonl"
 class RunProgress:
     """A bar on stderr and the metrics file; silent on ranks that are not the first."""
 
-    def __init__(self, run: Path, *, start: int, stop: int, is_first_rank: bool, is_quiet: bool = False) -> None:
-        self._file = None
+    def __init__(
+        self,
+        run: Path,
+        *,
+        start: int,
+        stop: int,
+        is_first_rank: bool,
+        is_quiet: bool = False,
+        log: Callable[[Mapping[str, Any]], None] | None = None,
+    ) -> None:
+        """`log` is told every row that is written: the door to other trackers."""
+        self._file, self._log = None, log
+        self._seen = ""  # of the last validation
         self._rows: list[dict[str, Any]] = []
         self._began = time.perf_counter()
         self._waited_s = 0.0
@@ -52,6 +66,13 @@ class RunProgress:
         self._rows.append(row)
         self._bar.advance(self._task)
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside counts as no step's."""
+        began = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - began
+
     def flush(self, *, waited_s: float) -> None:
         """Write the rows since the last flush; `waited_s` is all the time the loop has waited for data."""
         if not self._rows:
@@ -63,16 +84,28 @@ class RunProgress:
             "tokens_per_s": sum(row["tokens"] for row in rows) / seconds,
             "wait_share": min((waited_s - self._waited_s) / seconds, 1.0),
         }
+        rows = [{**row, **speed} for row in rows]
         if self._file is not None:
-            self._file.writelines(json.dumps({**row, **speed}) + "\n" for row in rows)
+            self._file.writelines(json.dumps(row) + "\n" for row in rows)
             self._file.flush()
-        last = rows[-1]
-        facts = (
-            f"loss {last['loss']:.4f}  lr {last['projector_lr']:.1e}  {speed['samples_per_s']:.1f} samples/s"
-            f"  {speed['tokens_per_s']:.0f} tokens/s  waits {speed['wait_share']:.0%}"
-        )
-        self._bar.update(self._task, facts=facts)
+        for row in rows if self._log is not None else ():
+            self._log(row)
+        self._seen = next((_validation(row) for row in reversed(rows) if "val_loss" in row), self._seen)
+        self._bar.update(self._task, facts=_facts(rows[-1]) + self._seen)
         self._rows, self._waited_s, self._began = [], waited_s, time.perf_counter()
+
+
+def _facts(row: Mapping[str, Any]) -> str:
+    rate = max((value for name, value in row.items() if name.endswith("_lr")), default=0.0)
+    return (
+        f"loss {row['loss']:.4f}  lr {rate:.1e}  {row['samples_per_s']:.1f} samples/s"
+        f"  {row['tokens_per_s']:.0f} tokens/s  waits {row['wait_share']:.0%}"
+    )
+
+
+def _validation(row: Mapping[str, Any]) -> str:
+    accuracy = f", accuracy {row['val_accuracy']:.2f} (chance {row['val_chance']:.2f})" if "val_accuracy" in row else ""
+    return f"  held out: loss {row['val_loss']:.4f}{accuracy}"
 
 
 def open_metrics(path: Path, start: int) -> Any:

@@ -11,13 +11,14 @@ B clips, T time, H W height width, K prefix tokens, D encoder width.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 
@@ -36,9 +37,15 @@ class PrefixedTokens:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PrefixedTokens:
         """The same on `device`, as of a tensor."""
-        held = {"tokens_BTHWD": self.tokens_BTHWD, "prefix_BTKD": self.prefix_BTKD}
-        moved = {name: value.to(device, non_blocking=non_blocking) for name, value in held.items() if value is not None}
-        return replace(self, **moved)
+        return self._each(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PrefixedTokens:
+        """The same in page-locked memory, as of a tensor."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> PrefixedTokens:
+        tokens_BTHWD = None if self.tokens_BTHWD is None else change(self.tokens_BTHWD)
+        return replace(self, tokens_BTHWD=tokens_BTHWD, prefix_BTKD=change(self.prefix_BTKD))
 
 
 ClipTokens = Tensor | PrefixedTokens  # a tensor is tokens_BTHWD
@@ -71,6 +78,10 @@ class TokenSource(Protocol):
 
     def available(self, clip_ids: Iterable[str]) -> set[str]:
         """Those of the clips that have tokens of every encoder."""
+
+    def stills(self, clip_ids: Iterable[str]) -> set[str]:
+        """Those of the clips that are images, where the source knows; validation tells their loss apart."""
+        return set()
 
     def data_digest(self, clip_ids: Iterable[str], samples: Iterable[Sample]) -> str:
         """64 hex digits over the clips' tokens of every encoder and the samples, whatever their order."""
@@ -111,6 +122,10 @@ class StoreTokens(TokenSource):
 
     def available(self, clip_ids: Iterable[str]) -> set[str]:
         return self._available.intersection(clip_ids)
+
+    def stills(self, clip_ids: Iterable[str]) -> set[str]:
+        clips = self._store.clips
+        return set(clips.filter(pc.equal(clips["kind"], "image"))["clip_id"].to_pylist()).intersection(clip_ids)
 
     def data_digest(self, clip_ids: Iterable[str], samples: Iterable[Sample]) -> str:
         return self._store.data_digest(clip_ids, list(self.shapes), samples)

@@ -114,11 +114,14 @@ class VideoLLM(nn.Module):
         parts = [parameter.sum() * 0.0 for parameter in visual.parameters() if parameter.requires_grad]
         return sum(parts, start=torch.zeros((), device=self.llm.device)).to(dtype)
 
+    def sample_losses(self, batch: Batch) -> Tensor:
+        """Cross-entropy summed over each sample's supervised tokens, float32 [B]."""
+        return self.token_losses(batch).sum(1)
+
     @torch.no_grad()
     def score(self, batch: Batch) -> Tensor:
         """Mean log-likelihood of each sample's supervised tokens, float32 [B]: scores options of unlike length."""
-        supervised_B = (batch.labels_BS != IGNORE_INDEX).sum(1)
-        return -self.token_losses(batch).sum(1) / supervised_B
+        return -self.sample_losses(batch) / batch.supervised_B
 
     @torch.no_grad()
     def generate(self, batch: Batch, **options: Any) -> Tensor:
