@@ -7,7 +7,7 @@ and an error that a person can act on is its message without a traceback.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,7 +15,7 @@ import click
 
 from featurestore.errors import UserError
 from featurestore.find import FEATURES, find_store
-from trainer.command import CONTEXT, heavy_rooms, says_errors
+from trainer.command import CONTEXT, LiveRequest, heavy_rooms, says_errors
 from trainer.config import (
     PROJECTORS,
     RECORD_FILE,
@@ -32,6 +32,36 @@ from trainer.recipes import RECIPES, get_recipe
 
 ONLY_STORE = "-"  # --from-cache without a path: the only store under features/
 
+_LIVE_OPTIONS = [
+    click.option("--end-to-end", is_flag=True, help="Decode and encode while training, instead of --from-cache."),
+    click.option("--dataset", help="End to end: dataset by name; `merv-pipeline datasets` lists them."),
+    click.option("--root", type=click.Path(file_okay=False), help="End to end: folder of media and annotations."),
+    click.option(
+        "--encoders", metavar="LIST", help="Encoders that the run uses, comma separated; their order matters."
+    ),
+    click.option(
+        "--weights",
+        metavar="SPEC",
+        multiple=True,
+        help="End to end: hub, a folder or random:SEED; or NAME=SPEC. Repeat.",
+    ),
+    click.option(
+        "--extract-config",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="End to end: YAML of an extraction, as `merv-pipeline extract --print-config` prints it.",
+    ),
+    click.option(
+        "--trust-media", is_flag=True, help="End to end: do not decode every clip once before the first step."
+    ),
+]
+
+
+def live_options(command: Callable) -> Callable:
+    """Decorator: what is encoded on the spot, in the words of `merv-pipeline extract`."""
+    for option in reversed(_LIVE_OPTIONS):
+        command = option(command)
+    return command
+
 
 @click.command(context_settings=CONTEXT)
 @click.option(
@@ -42,6 +72,7 @@ ONLY_STORE = "-"  # --from-cache without a path: the only store under features/
     metavar="[STORE]",
     help=f"Read tokens from this store; without a path, from the only one under {FEATURES}/.",
 )
+@live_options
 @click.option("--recipe", type=click.Choice(list(RECIPES)), default="merv-frozen", help="Settings to start from.")
 @click.option(
     "--config",
@@ -80,18 +111,18 @@ def train_main(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Train projectors and fusion, and the LLM if asked, from the tokens of a feature store."""
-    start = get_recipe(recipe)
+    """Train projectors and fusion, and the LLM if asked, from the tokens of a feature store or end to end."""
+    start, earlier = get_recipe(recipe), None
     if resume not in (None, "auto"):
         out = Path(resume)
-        start, store = read_config(out), store or json.loads((out / RECORD_FILE).read_text())["store"]
+        start, earlier = read_config(out), json.loads((out / RECORD_FILE).read_text())
+    place = asked_place(store, options, earlier)
     config = resolve_config(start, config_file, options)
-    path = asked_store(store)
     run = heavy_rooms()
     if dry_run:
-        click.echo(json.dumps(run.dry_run(config, path), indent=None if as_json else 1))
+        click.echo(json.dumps(run.dry_run(config, place), indent=None if as_json else 1))
         return
-    result = run.train_from_store(config, path, out, resume=resume is not None)
+    result = run.train_run(config, place, out, resume=resume is not None)
     words = f"{result['run']}: step {result['steps']} of {result['num_steps']}, loss {result['loss']:.4f}"
     click.echo(json.dumps(result) if as_json else words)
 
@@ -119,8 +150,31 @@ def _change(changes: dict[str, Any], part: str, **values: Any) -> None:
     changes[part] = {**changes.get(part, {}), **values}
 
 
-def asked_store(store: str | None) -> str:
-    """The store of --from-cache, with or without a path."""
+def asked_place(
+    store: str | None, options: dict[str, Any], earlier: Mapping[str, Any] | None = None
+) -> str | LiveRequest:
+    """Where tokens come from, as asked or as the record of the run that is resumed says.
+
+    Takes the options of `live_options` out of `options`; `--encoders` says what the run uses either way and stays.
+    """
+    live = {name: options.pop(name) for name in ("dataset", "root", "weights")}
+    file, is_trusted = options.pop("extract_config"), options.pop("trust_media")
+    is_live = options.pop("end_to_end")
+    if options.get("encoders"):
+        options["encoders"] = [name.strip() for name in options["encoders"].split(",") if name.strip()]
+    if is_live and store is not None:
+        raise UserError("tokens are read from a store or made on the spot: give --from-cache or --end-to-end, not both")
+    if store is None and earlier is not None and not is_live:
+        store, is_live = earlier["store"] or None, earlier.get("live") is not None
+    if is_live:
+        recorded = (earlier or {}).get("live") or {}
+        given = {name: value for name, value in live.items() if value not in (None, ())}
+        return LiveRequest(settings={**recorded, **given}, config_file=file, is_trusted=is_trusted)
+    if given := [f"--{name.replace('_', '-')}" for name, value in {**live, "extract_config": file}.items() if value]:
+        raise UserError(f"{', '.join(given)} say what is encoded on the spot: give --end-to-end too")
     if store is None:
-        raise UserError(f"where are the tokens? Give --from-cache STORE, or --from-cache alone for {FEATURES}/*.zarr")
+        raise UserError(
+            f"where are the tokens? Give --from-cache STORE, --from-cache alone for the only store under {FEATURES}/,"
+            " or --end-to-end --dataset NAME to decode and encode while training"
+        )
     return str(find_store(None if store == ONLY_STORE else store))

@@ -1,11 +1,12 @@
-"""Runs from a store: what the commands call. Opens the store, joins samples and tokens, trains or evaluates.
+"""Runs: what the commands call. Opens a store or a live source, joins samples and tokens, trains or evaluates.
 
 Everything heavy is imported here, so that the command line can be read without it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from featurestore import FeatureStore
 from featurestore.errors import UserError, unknown_name
 from featurestore.samples import Sample
 from trainer.build import load_run, used_encoders
+from trainer.command import LiveRequest
 from trainer.config import TrainConfig
 from trainer.evaluate import Answer, answer_all, check_identities, questions, report
 from trainer.plan import describe, make_plan
@@ -27,17 +29,48 @@ from trainer.stages import last_stage
 from trainer.tokens import StoreTokens, TokenSource
 from trainer.train import train
 
+Place = str | LiveRequest  # where tokens come from: a store's path, or what is encoded on the spot
+OpenTokens = Callable[[TrainConfig], tuple[list[Sample], TokenSource]]
 
-def dry_run(config: TrainConfig, store: str) -> dict[str, Any]:
+
+def dry_run(config: TrainConfig, place: Place) -> dict[str, Any]:
     """All that is known before the first step."""
-    samples, source = open_store(store, config)
-    return describe(make_plan(config, samples, source, store=store))
+    with opened(place) as open_tokens:
+        samples, source = open_tokens(config)
+        return describe(make_plan(config, samples, source, store=store_of(place)))
 
 
-def train_from_store(config: TrainConfig, store: str, out: Path, *, resume: bool) -> dict[str, Any]:
+def train_run(config: TrainConfig, place: Place, out: Path, *, resume: bool) -> dict[str, Any]:
     """Train a run to its end."""
-    samples, source = open_store(store, config)
-    return asdict(train(config, samples, source, out, store=store, resume=resume))
+    with opened(place, out) as open_tokens:
+        samples, source = open_tokens(config)
+        return asdict(train(config, samples, source, out, store=store_of(place), resume=resume))
+
+
+@contextmanager
+def opened(place: Place, out: Path | None = None) -> Iterator[OpenTokens]:
+    """What gives samples and tokens for a config; processes it has started end with the block.
+
+    `out` is the run's folder: it keeps what a live source has found out about the media.
+    """
+    if isinstance(place, str):
+        yield lambda config: open_store(place, config)
+        return
+    from trainer.end_to_end import live_source  # the pipeline, only where it runs
+
+    with ExitStack() as stack:
+
+        def open_live(config: TrainConfig) -> tuple[list[Sample], TokenSource]:
+            stack.close()  # the encoders of one stage go before those of the next come
+            source = live_source(config, place.settings, place.config_file, out=out, is_trusted=place.is_trusted)
+            return stack.enter_context(source)
+
+        yield open_live
+
+
+def store_of(place: Place) -> str:
+    """The path that a run's record keeps."""
+    return place if isinstance(place, str) else ""
 
 
 def evaluate_run(
