@@ -13,7 +13,7 @@ from trainer.command import CONTEXT, heavy_rooms, says_errors
 
 @click.group(context_settings=CONTEXT)
 def eval_main() -> None:
-    """Measure trained runs."""
+    """Measure trained runs, give them away, take in others."""
 
 
 @eval_main.command("run")
@@ -38,3 +38,46 @@ def eval_run(checkpoint: Path, store: str | None, beside: tuple[Path, ...], as_j
         click.echo(json.dumps(result))
     else:
         run.print_scores(result)
+
+
+@eval_main.command("export")
+@click.option("--checkpoint", "run", type=click.Path(path_type=Path), required=True, help="Folder of a run.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to make; it must not exist.")
+@click.option("--name", help="Title of the model card.  [default: the folder's name]")
+@click.option("--license", default="unknown", help="Licence in the card's head, such as apache-2.0.")
+@click.option("--with-llm", is_flag=True, help="Copy a frozen LLM's weights too, instead of naming the LLM.")
+@click.option("--merge-lora", is_flag=True, help="Add LoRA adapters to the LLM's weights, instead of a peft folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+@says_errors
+def eval_export(run: Path, out: Path, as_json: bool, **options: Any) -> None:
+    """Write a run as a folder to give away: safetensors, settings, tokenizer, model card."""
+    heavy_rooms()
+    from trainer.export import export_run
+
+    result = export_run(run, out, **options)
+    words = f"{result['out']}: step {result['step']}, {result['bytes'] / 1e6:.1f} MB; fill in the licence in README.md"
+    click.echo(json.dumps(result) if as_json else words)
+
+
+@eval_main.command("import-official")
+@click.argument("checkpoint_file", metavar="CHECKPOINT.pt", type=click.Path(path_type=Path))
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The config.json that lies beside the checkpoint; YAML is read too.",
+)
+@click.option("--llm", required=True, help="Hub id or folder of the LLM it was trained from: tokenizer and sizes.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run to make.")
+@click.option("--store", help="Store whose tokens the run will read.  [default: any with tokens of its sizes]")
+@click.option("--json", "as_json", is_flag=True, help="Print what was imported as JSON.")
+@says_errors
+def eval_import_official(checkpoint_file: Path, config_file: Path, as_json: bool, **options: Any) -> None:
+    """Make a run of a checkpoint of princetonvisualai/merv; only tensors are read from it, no code is run."""
+    heavy_rooms()
+    from trainer.official import import_official
+
+    result = import_official(checkpoint_file, config_file, **options)
+    words = f"{result['run']}: step {result['step']}, encoders {', '.join(result['encoders'])}"
+    click.echo(json.dumps(result) if as_json else words)
