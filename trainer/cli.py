@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import click
+from click.core import ParameterSource
 
 from featurestore.errors import UserError
 from featurestore.find import FEATURES, find_store
@@ -23,12 +24,11 @@ from trainer.config import (
     HeadName,
     Mode,
     Tracker,
-    TrainConfig,
     TrainLLM,
-    read_config,
 )
-from trainer.overlay import load_yaml, overlay
-from trainer.recipes import RECIPES, get_recipe
+from trainer.overlay import load_yaml
+from trainer.recipes import FULL_RECIPE, MODE_FULL, RECIPES, Stages, get_stages
+from trainer.stages import lay_over, read_stages, stage_folder
 
 ONLY_STORE = "-"  # --from-cache without a path: the only store under features/
 
@@ -81,12 +81,16 @@ def live_options(command: Callable) -> Callable:
     help="YAML of settings that differ from the recipe's; unknown ones are errors.",
 )
 @click.option("--llm", help="Hub id, local folder, or fresh:NAME.  [default: the recipe's]")
-@click.option("--mode", type=click.Choice(get_args(Mode)), help="text-only drops the visual tokens: the baseline.")
+@click.option(
+    "--mode",
+    type=click.Choice([*get_args(Mode), MODE_FULL]),
+    help=f"{MODE_FULL} is the recipe {FULL_RECIPE}; text-only drops the visual tokens: the baseline.",
+)
 @click.option("--projector", type=click.Choice(list(PROJECTORS)), help="Resampler of each encoder's tokens.")
 @click.option("--head", type=click.Choice(get_args(HeadName)), help="Trained head behind the resampler.")
 @click.option("--fusion", type=click.Choice(get_args(FusionName)), help="How the encoders' tokens are mixed.")
 @click.option("--train-llm", type=click.Choice(get_args(TrainLLM)), help="How much of the LLM is trained.")
-@click.option("--stage", help="Train on the samples of this stage, such as pretrain or finetune.")
+@click.option("--stage", help="Train on the samples of this stage, pretrain or finetune; of two stages, only this one.")
 @click.option("--fraction", type=click.FloatRange(0, 1, min_open=True), help="Train on this share of the samples.")
 @click.option("--limit", type=click.IntRange(min=1), help="Train on at most so many samples.")
 @click.option("--init", metavar="RUN", help="Start from the weights of this run.")
@@ -112,38 +116,57 @@ def train_main(
     **options: Any,
 ) -> None:
     """Train projectors and fusion, and the LLM if asked, from the tokens of a feature store or end to end."""
-    start, earlier = get_recipe(recipe), None
+    start, earlier = asked_recipe(recipe, options), None
     if resume not in (None, "auto"):
         out = Path(resume)
-        start, earlier = read_config(out), json.loads((out / RECORD_FILE).read_text())
+        start, earlier = read_stages(out), earlier_record(out)
     place = asked_place(store, options, earlier)
-    config = resolve_config(start, config_file, options)
+    only = options.pop("stage") if len(start) > 1 else None
+    stages = resolve_stages(start, config_file, options)
     run = heavy_rooms()
     if dry_run:
-        click.echo(json.dumps(run.dry_run(config, place), indent=None if as_json else 1))
+        click.echo(json.dumps(run.dry_run_stages(stages, place), indent=None if as_json else 1))
         return
-    result = run.train_run(config, place, out, resume=resume is not None)
-    words = f"{result['run']}: step {result['steps']} of {result['num_steps']}, loss {result['loss']:.4f}"
-    click.echo(json.dumps(result) if as_json else words)
+    results = run.train_in_stages(stages, place, out, resume=resume is not None, only=only)
+    if as_json:
+        click.echo(json.dumps({**results[-1], **({"stages": results} if len(stages) > 1 else {})}))
+        return
+    for result in results:
+        click.echo(f"{result['run']}: step {result['steps']} of {result['num_steps']}, loss {result['loss']:.4f}")
 
 
-def resolve_config(config: TrainConfig, config_file: Path | None, options: Mapping[str, Any]) -> TrainConfig:
-    """A recipe, then the file, then the options, each over what came before.
+def asked_recipe(name: str, options: dict[str, Any]) -> Stages:
+    """The recipe of --recipe, or of --mode full."""
+    if options["mode"] != MODE_FULL:
+        return get_stages(name)
+    options["mode"] = None
+    is_default = click.get_current_context().get_parameter_source("recipe") is ParameterSource.DEFAULT
+    if not is_default and name != FULL_RECIPE:
+        raise UserError(f"--mode {MODE_FULL} is the recipe {FULL_RECIPE}; leave out --recipe {name}, or --mode")
+    return get_stages(FULL_RECIPE)
 
-    One overlay for both: a file may name a frozen LLM that only `--train-llm full` makes sense of.
-    """
-    changes = load_yaml(config_file) if config_file else {}
+
+def resolve_stages(stages: Stages, config_file: Path | None, options: Mapping[str, Any]) -> Stages:
+    """A recipe, then the file, then the options, each over what came before."""
+    settings = load_yaml(config_file) if config_file else {}
     given = {name: value for name, value in options.items() if value not in (None, ())}
     if "projector" in given:
         preset = PROJECTORS[given.pop("projector")]
-        _change(changes, "projector", resampler=preset.resampler, frame_divisor=preset.frame_divisor)
-        if not preset.takes_grid:
-            changes["projector"].setdefault("grid", None)  # the recipe's gives way
+        _change(given, "projector", resampler=preset.resampler, frame_divisor=preset.frame_divisor)
+        if not preset.takes_grid and "grid" not in (settings.get("projector") or {}):
+            _change(given, "projector", grid=None)  # the recipe's gives way
     if "head" in given:
-        _change(changes, "projector", head=given.pop("head"))
+        _change(given, "projector", head=given.pop("head"))
     if "fusion" in given:
-        _change(changes, "fusion", name=given.pop("fusion"))
-    return overlay(config, changes | given)
+        given["fusion"] = {"name": given["fusion"]}
+    return lay_over(stages, settings, given)
+
+
+def earlier_record(run: Path) -> dict[str, Any] | None:
+    """What a run, or the first stage of a chain, says about its tokens; None if nothing has begun."""
+    stages = read_stages(run)
+    record = stage_folder(run, stages, stages[0]) / RECORD_FILE
+    return json.loads(record.read_text()) if record.is_file() else None
 
 
 def _change(changes: dict[str, Any], part: str, **values: Any) -> None:

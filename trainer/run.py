@@ -24,8 +24,9 @@ from trainer.config import TrainConfig
 from trainer.evaluate import Answer, answer_all, check_identities, questions, report
 from trainer.plan import describe, make_plan
 from trainer.resamplers import RESAMPLERS
+from trainer.recipes import Stages
 from trainer.scores import ScoreSource, write_scores
-from trainer.stages import last_stage
+from trainer.stages import describe_stages, last_stage, train_stages
 from trainer.tokens import StoreTokens, TokenSource
 from trainer.train import train
 
@@ -45,6 +46,21 @@ def train_run(config: TrainConfig, place: Place, out: Path, *, resume: bool) -> 
     with opened(place, out) as open_tokens:
         samples, source = open_tokens(config)
         return asdict(train(config, samples, source, out, store=store_of(place), resume=resume))
+
+
+def dry_run_stages(stages: Stages, place: Place) -> dict[str, Any]:
+    """All that is known before the first step of every stage."""
+    with opened(place) as open_tokens:
+        return describe_stages(stages, open_tokens, store=store_of(place))
+
+
+def train_in_stages(
+    stages: Stages, place: Place, out: Path, *, resume: bool, only: str | None = None
+) -> list[dict[str, Any]]:
+    """Train a recipe's stages to their end, or `only` the one that is named."""
+    with opened(place, out) as open_tokens:
+        results = train_stages(stages, open_tokens, out, store=store_of(place), resume=resume, only=only)
+    return [asdict(result) for result in results]
 
 
 @contextmanager
