@@ -7,6 +7,7 @@ and an error that a person can act on is its message without a traceback.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -23,9 +24,11 @@ from trainer.config import (
     FusionName,
     HeadName,
     Mode,
+    Quantisation,
     Tracker,
     TrainLLM,
 )
+from trainer.launch import Launch, is_first_rank, is_launched, relaunch
 from trainer.overlay import load_yaml
 from trainer.recipes import FULL_RECIPE, MODE_FULL, RECIPES, Stages, get_stages
 from trainer.stages import lay_over, read_stages, stage_folder
@@ -90,6 +93,11 @@ def live_options(command: Callable) -> Callable:
 @click.option("--head", type=click.Choice(get_args(HeadName)), help="Trained head behind the resampler.")
 @click.option("--fusion", type=click.Choice(get_args(FusionName)), help="How the encoders' tokens are mixed.")
 @click.option("--train-llm", type=click.Choice(get_args(TrainLLM)), help="How much of the LLM is trained.")
+@click.option(
+    "--llm-quant",
+    type=click.Choice(get_args(Quantisation)),
+    help="Hold the untrained weights of the LLM so. Untested without a GPU: needs CUDA and the extra `quant`.",
+)
 @click.option("--stage", help="Train on the samples of this stage, pretrain or finetune; of two stages, only this one.")
 @click.option("--fraction", type=click.FloatRange(0, 1, min_open=True), help="Train on this share of the samples.")
 @click.option("--limit", type=click.IntRange(min=1), help="Train on at most so many samples.")
@@ -102,6 +110,12 @@ def live_options(command: Callable) -> Callable:
     metavar="auto|RUN",
     help="auto: go on with --out if it has a checkpoint, else start; RUN: go on with that run.",
 )
+@click.option(
+    "--launch",
+    type=click.Choice(get_args(Launch)),
+    help="Train on several processes through accelerate: ddp, or fsdp for models too large for one GPU.",
+)
+@click.option("--processes", type=click.IntRange(min=1), help="Of --launch.  [default: one per GPU]")
 @click.option("--dry-run", is_flag=True, help="Print parameters, steps, lengths and dropped samples; train nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @says_errors
@@ -111,6 +125,8 @@ def train_main(
     config_file: Path | None,
     out: Path,
     resume: str | None,
+    launch: Launch | None,
+    processes: int | None,
     dry_run: bool,
     as_json: bool,
     **options: Any,
@@ -201,3 +217,7 @@ def asked_place(
             " or --end-to-end --dataset NAME to decode and encode while training"
         )
     return str(find_store(None if store == ONLY_STORE else store))
+
+
+if __name__ == "__main__":
+    train_main(prog_name="merv-train")  # as launched processes are started

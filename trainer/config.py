@@ -22,6 +22,7 @@ CONFIG_FILE, RECORD_FILE = "config.yaml", "run.json"  # in a run's folder
 
 Mode = Literal["frozen", "text-only"]
 TrainLLM = Literal["none", "lora", "full"]
+Quantisation = Literal["int8", "nf4"]
 Sampler = Literal["shuffled", "split_modality"]
 LossName = Literal["per_token", "micro_batch_means"]
 Tracker = Literal["tensorboard", "wandb"]
@@ -139,7 +140,7 @@ class TrainConfig:
     llm: str = "meta-llama/Llama-2-7b-hf"  # Hub id, local folder, or fresh:NAME
     train_llm: TrainLLM = "none"
     lora: LoraConfig = field(default_factory=LoraConfig)
-    llm_quant: Literal["int8", "nf4"] | None = None  # of an LLM that is not trained itself; untested: needs CUDA
+    llm_quant: Quantisation | None = None  # of an LLM that is not trained itself; untested: needs CUDA
     train_encoders: tuple[str, ...] = ()  # end to end only: these learn too, at optimizer.encoder_lr
     allow_fresh_frozen: bool = False  # a frozen LLM with fresh weights is an error otherwise
     encoders: tuple[str, ...] = ()  # order matters for concat and first; empty: all of the store

@@ -1,0 +1,71 @@
+"""Launch: the same command on several processes, one per GPU, through `accelerate launch`.
+
+`merv-train --launch ddp --processes 8 ...` replaces itself by accelerate's launcher, which starts `merv-train ...` that
+many times. Files and modules are named so that it works from any folder, also from one that has a `trainer/` of its
+own. More than one machine needs accelerate's own options: run the command that is printed with them added.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from featurestore.errors import UserError
+
+Launch = Literal["ddp", "fsdp"]
+LAUNCH_FILES: dict[Launch, Path] = {
+    "ddp": Path(__file__).with_name("launch_ddp.yaml"),
+    "fsdp": Path(__file__).with_name("launch_fsdp.yaml"),
+}
+# -P: Python does not look for modules in the folder it is started from.
+THIS_COMMAND = (sys.executable, "-P", "-m", "trainer.cli")
+
+
+def is_launched() -> bool:
+    """Whether this process is one of several already."""
+    return "LOCAL_RANK" in os.environ
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that speaks."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def relaunch(launch: Launch, processes: int | None, arguments: Sequence[str]) -> None:
+    """Replace this process by the launcher; `arguments` are those of this command."""
+    import torch  # seconds, but the processes will need longer
+
+    num_gpus = torch.cuda.device_count()
+    command = launch_command(launch, num_processes(launch, processes, num_gpus), arguments)
+    click.echo(f"running {shlex.join(command)}", err=True)
+    os.execve(command[0], command, launch_environment(os.environ, num_gpus))
+
+
+def num_processes(launch: Launch, asked: int | None, num_gpus: int) -> int:
+    """One per GPU, if nothing else is asked; without a GPU only what can be done without."""
+    if num_gpus == 0 and launch == "fsdp":
+        raise UserError("--launch fsdp spreads a model over GPUs, and none is visible; on CPUs use --launch ddp")
+    if num_gpus == 0 and asked is None:
+        raise UserError(f"no GPU is visible: say with --processes how many CPU processes --launch {launch} starts")
+    if num_gpus and asked is not None and asked > num_gpus:
+        raise UserError(f"--processes is {asked} and {num_gpus} GPUs are visible: each process needs one of its own")
+    return asked or num_gpus
+
+
+def launch_command(launch: Launch, processes: int, arguments: Sequence[str]) -> list[str]:
+    """What is run; the processes read `--launch` too, and know that they are launched."""
+    launcher = [sys.executable, "-P", "-m", "accelerate.commands.launch"]
+    options = ["--config_file", str(LAUNCH_FILES[launch]), "--num_processes", str(processes)]
+    # Port 0: a free one, so that several runs fit on one machine.
+    return [*launcher, *options, "--main_process_port", "0", "--no_python", *THIS_COMMAND, *arguments]
+
+
+def launch_environment(environment: Mapping[str, str], num_gpus: int) -> dict[str, str]:
+    """Without a GPU, ranks meet over gloo: accelerate must be told, or each would train a run of its own."""
+    return {**environment, **({} if num_gpus else {"ACCELERATE_USE_CPU": "true"})}
