@@ -23,8 +23,8 @@ from trainer.command import LiveRequest
 from trainer.config import TrainConfig
 from trainer.evaluate import Answer, answer_all, check_identities, questions, report
 from trainer.plan import describe, make_plan
-from trainer.resamplers import RESAMPLERS
 from trainer.recipes import Stages
+from trainer.resamplers import RESAMPLERS
 from trainer.scores import ScoreSource, write_scores
 from trainer.stages import describe_stages, last_stage, train_stages
 from trainer.tokens import StoreTokens, TokenSource
