@@ -1,0 +1,24 @@
+"""From committed features to an answer: training, evaluation, and the use of what was trained.
+
+    from trainer import Asker, load_run
+    run = load_run("runs/demo")             # the model of a run's newest checkpoint, with what it was trained on
+    with Asker(run) as asker:
+        print(asker.answer("What colour is the shape?", video="clip.mp4"))
+
+The two names are imported when they are used: torch takes seconds, and the command lines have to answer at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_PUBLIC = {"Asker": "trainer.ask", "load_run": "trainer.build"}
+
+__all__ = ["Asker", "load_run"]  # noqa: F822 - found by `__getattr__`
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)

@@ -44,7 +44,7 @@ from pipeline.encoders.network import EncoderNetwork, build_network
 from pipeline.encoders.weights import fill_random
 from pipeline.engine import EncoderRun, Engine, encode_batch
 from pipeline.options import parse_weights
-from trainer.build import used_encoders
+from trainer.build import RunRecord, used_encoders
 from trainer.config import TrainConfig
 from trainer.live_tokens import Arrays, LiveTokens, chosen
 from trainer.media_check import MediaCheck
@@ -129,26 +129,24 @@ def live_source(
 @contextmanager
 def source_like(
     config: TrainConfig,
-    encoders: Mapping[str, Mapping[str, Any]],
+    record: RunRecord,
     *,
     trained: Mapping[str, TrainedEncoder],
     weights: Sequence[str] = (),
     device: str = "auto",
 ) -> Iterator[LiveTokens]:
-    """Tokens for a finished run, made as those it was trained on; `encoders` is what its record says of them.
+    """Tokens for a finished run, made as those it was trained on, one clip at a time.
 
-    `weights` are SPEC or NAME=SPEC, where the weights are now; by default where the record says they were.
+    `weights` are SPEC or NAME=SPEC, where the weights are now; by default where the record says they were. An encoder
+    that the record does not describe (an imported model's) is taken as published.
     """
     given = parse_weights(tuple(weights))
     with closing(Engine(EngineSettings(encoders=(), device=device, decode_processes=1))) as engine:
         frozen = {}
-        for name, fact in encoders.items():
+        for name in record.shapes:
             if name not in trained:
-                spec = given.get(name, given.get("", fact.get("weights_from", fact["weights"])))
-                recorded = FeatureIdentity.from_dict(fact["identity"])
-                run = EncoderRun(settings_of(recorded, "hub" if spec == "pretrained" else spec), engine.device)
-                _check_same(name, recorded, run.identity)
-                frozen[name] = FixedBatch(run, dict.fromkeys(KINDS, 1))
+                spec = given.get(name, given.get(""))
+                frozen[name] = FixedBatch(_encoder_of(record, name, spec, engine.device), dict.fromkeys(KINDS, 1))
         yield _live_tokens(engine, frozen, trained, parts=parts_of(config))
 
 
@@ -265,10 +263,25 @@ def _of_this_rank(settings: EngineSettings) -> EngineSettings:
     return settings
 
 
-def _check_same(name: str, recorded: FeatureIdentity, ours: FeatureIdentity) -> None:
-    if odd := recorded.differences(ours):
+def _encoder_of(record: RunRecord, name: str, weights: str | None, device: str) -> EncoderRun:
+    """The encoder whose tokens the run was trained on, or an error that names what differs."""
+    if name not in record.encoders:
+        run = EncoderRun(EncoderSettings(name=name, weights=weights or "hub"), device)
+        wanted, made = record.shapes[name], run.identity
+        if (wanted.grid, wanted.width) != (made.grid, made.width):
+            raise UserError(
+                f"{name} as published gives tokens {(*made.grid, made.width)}, the run takes"
+                f" {(*wanted.grid, wanted.width)}, and its record does not say what made them"
+            )
+        return run
+    fact = record.encoders[name]
+    spec = weights or fact.get("weights_from", fact["weights"])
+    recorded = FeatureIdentity.from_dict(fact["identity"])
+    run = EncoderRun(settings_of(recorded, "hub" if spec == "pretrained" else spec), device)
+    if odd := recorded.differences(run.identity):
         values = "; ".join(f"{field}: {before!r} then, {now!r} now" for field, (before, now) in odd.items())
         raise UserError(
             f"{name} is not the encoder that the run was trained on ({values}); say where its weights are with"
             f" --weights {name}=FOLDER"
         )
+    return run

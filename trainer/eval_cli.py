@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
+from featurestore.errors import UserError
 from trainer.command import CONTEXT, heavy_rooms, says_errors
 
 
@@ -81,3 +83,63 @@ def eval_import_official(checkpoint_file: Path, config_file: Path, as_json: bool
     result = import_official(checkpoint_file, config_file, **options)
     words = f"{result['run']}: step {result['step']}, encoders {', '.join(result['encoders'])}"
     click.echo(json.dumps(result) if as_json else words)
+
+
+@eval_main.command("ask")
+@click.argument("questions", nargs=-1)
+@click.option("--checkpoint", type=click.Path(path_type=Path), required=True, help="Folder of a run.")
+@click.option("--video", type=click.Path(path_type=Path), help="Video file, or a folder of frames.")
+@click.option("--image", type=click.Path(path_type=Path), help="Image file.")
+@click.option("--span", metavar="START,END", help="Part of the video, in seconds; either may be left out.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, help="Longest answer, in tokens.")
+@click.option(
+    "--weights",
+    metavar="SPEC",
+    multiple=True,
+    help="Where encoders' weights are: hub, a folder or random:SEED; or NAME=SPEC. Repeat.  [default: as in training]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print questions and answers as JSON.")
+@says_errors
+def eval_ask(questions: tuple[str, ...], checkpoint: Path, as_json: bool, **options: Any) -> None:
+    """Answer QUESTIONS about a video or an image; without any, ask at the terminal, one a line."""
+    is_terminal = sys.stdin.isatty()
+    if not questions and not is_terminal:
+        raise UserError('what is the question? Give it behind the options: merv-eval ask ... "What happens?"')
+    options["span"] = parse_span(options["span"])
+    weights = options.pop("weights")
+    heavy_rooms()
+    from trainer.ask import Asker  # torch
+
+    with Asker(checkpoint, weights=weights) as asker:
+        for note in asker.notes:
+            click.echo(note, err=True)
+        asked = [questions] if questions else ([line] for line in iter(_next_question, ""))
+        for part in asked:
+            answers = asker.answers(part, **options)
+            if as_json:
+                pairs = [{"question": q, "answer": a} for q, a in zip(part, answers, strict=True)]
+                click.echo(json.dumps({"answers": pairs, "looked": asker.looks, "notes": asker.notes}))
+            else:
+                click.echo("\n".join(answers))
+
+
+def _next_question() -> str:
+    """A line from the terminal; "" ends."""
+    try:
+        return click.prompt("?", prompt_suffix=" ", default="", show_default=False, err=True).strip()
+    except click.Abort:
+        return ""
+
+
+def parse_span(text: str | None) -> tuple[float | None, float | None]:
+    """`"1.5,4"`, `",4"` or `"1.5,"` in seconds."""
+    if text is None:
+        return None, None
+    parts = text.split(",")
+    try:
+        if len(parts) != 2:
+            raise ValueError
+        start, end = (float(part) if part.strip() else None for part in parts)
+    except ValueError:
+        raise UserError(f"--span is START,END in seconds, such as 1.5,4 or ,4; got {text!r}") from None
+    return start, end

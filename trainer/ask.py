@@ -1,0 +1,152 @@
+"""Ask: questions about a media file, answered by a trained run.
+
+Comes in: a run's folder, a video or an image, questions. Goes out: text, generated greedily. The file is decoded and
+encoded on the spot by encoders that are rebuilt from the run's own record, and refused if they are not the ones whose
+tokens the run was trained on. From Python:
+
+    from trainer import Asker
+    with Asker("runs/demo") as asker:
+        print(asker.answer("What colour is the shape?", video="clip.mp4"))
+
+A text-only run answers without looking; `looks` says which kind a run is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from featurestore.clips import Clip
+from featurestore.errors import UserError
+from featurestore.samples import Turn
+from trainer.build import LoadedRun, load_run
+from trainer.data import make_batch
+from trainer.tokens import MemoryTokens, TokenSource
+
+Span = tuple[float | None, float | None]  # seconds; None: the file's start or end
+WHOLE: Span = (None, None)
+DATASET = "asked"  # of the clips that are asked about
+MAX_NEW_TOKENS = 64
+
+
+class Asker:
+    """A run ready to answer; its encoders and a decode process are there from the first look until `close`."""
+
+    def __init__(self, run: LoadedRun | Path | str, *, weights: Sequence[str] = (), device: str = "auto") -> None:
+        """`weights`: SPEC or NAME=SPEC, where encoders' weights are now, if not where the run's record says."""
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.run = run if isinstance(run, LoadedRun) else load_run(Path(run))
+        self.model = self.run.built.model.to(device).eval()
+        self._weights, self._device = tuple(weights), device
+        self._opened = ExitStack()
+        self._source: TokenSource | None = None
+
+    @property
+    def looks(self) -> bool:
+        """Whether the run was trained to see, or on text alone."""
+        return self.model.fusion is not None
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the answers has to know."""
+        if not self.looks:
+            return ["this run was trained on text alone: it answers without looking"]
+        facts = self.run.record.encoders
+        seeded = [name for name in self.model.encoders if facts.get(name, {}).get("weights", "").startswith("random:")]
+        return [f"encoders with random weights: {', '.join(seeded)}"] if seeded else []
+
+    def answer(self, question: str, **media: Any) -> str:
+        """One answer; see `answers`."""
+        return self.answers([question], **media)[0]
+
+    def answers(
+        self,
+        questions: Sequence[str],
+        *,
+        video: Path | str | None = None,  # a file, or a folder of frames
+        image: Path | str | None = None,
+        span: Span = WHOLE,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+    ) -> list[str]:
+        """An answer to each question about one video or image, which is decoded and encoded once."""
+        clip_id, source = None, MemoryTokens([], {})
+        if self.looks:
+            root, clip = asked_clip(video, image, span)
+            source = self._opened_source()
+            source.include(root, [clip])
+            clip_id = clip.clip_id
+        renderer = self.run.built.renderer
+        rendered = [renderer.question(_turns(question)) for question in questions]
+        model = self.model
+        batch = make_batch(rendered, [clip_id] * len(rendered), source, model.num_visual_tokens, model.context)
+        tokenizer = renderer.tokenizer
+        ids = model.generate(
+            batch.to(self._device),
+            max_new_tokens=self._room(max_new_tokens, batch.attention_mask_BS.shape[1]),
+            do_sample=False,
+            eos_token_id=self._end_ids(),
+            pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        )
+        return [text.strip() for text in tokenizer.batch_decode(ids.tolist(), skip_special_tokens=True)]
+
+    def close(self) -> None:
+        """End the decode process and let the encoders go."""
+        self._opened.close()
+        self._source = None
+
+    def __enter__(self) -> Asker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _opened_source(self) -> TokenSource:
+        if self._source is None:
+            from trainer.end_to_end import source_like  # the pipeline, only where it runs
+
+            trained = dict(zip(self.model.trained_names, self.model.trained_encoders, strict=True))
+            source = source_like(
+                self.run.built.config, self.run.record, trained=trained, weights=self._weights, device=self._device
+            )
+            self._source = self._opened.enter_context(source)
+        return self._source
+
+    def _room(self, wanted: int, used: int) -> int:
+        """New tokens that still fit behind the prompt."""
+        context = self.model.context
+        if context is not None and used >= context:
+            raise UserError(
+                f"the question and the visual tokens fill the LLM's context of {context}; ask a shorter one"
+            )
+        return wanted if context is None else min(wanted, context - used)
+
+    def _end_ids(self) -> list[int]:
+        """The tokenizer's end token, and those that a chat model ends its turns with."""
+        settings = getattr(self.model.llm, "generation_config", None)
+        told = getattr(settings, "eos_token_id", None)
+        told = told if isinstance(told, list) else [told]
+        return sorted({self.run.built.renderer.tokenizer.eos_token_id, *(end for end in told if end is not None)})
+
+
+def asked_clip(video: Path | str | None, image: Path | str | None, span: Span = WHOLE) -> tuple[str, Clip]:
+    """Root folder and clip of a file that a person names."""
+    if (video is None) == (image is None):
+        raise UserError("this run looks at what it is asked about: give one video or one image")
+    path = Path(video if image is None else image).resolve()
+    if not path.exists():
+        raise UserError(f"there is no file {path}")
+    if image is not None and span != WHOLE:
+        raise UserError("a span is a part of a video; an image has none")
+    kind = "video" if image is None else "image"
+    return str(path.parent), Clip(dataset=DATASET, path=path.name, kind=kind, start_s=span[0], end_s=span[1])
+
+
+def _turns(question: str) -> tuple[Turn, Turn]:
+    if not question.strip():
+        raise UserError("the question is empty")
+    return Turn(role="human", text=question), Turn(role="gpt", text="")
