@@ -119,18 +119,21 @@ def new_llm(config: TrainConfig, samples: Iterable[Sample], words: Iterable[str]
     """The LLM a run starts from; a fresh one knows the words of the samples, and `words`."""
     torch.manual_seed(derive_seed("llm", config.seed))
     texts = chain(texts_of(config, samples), words) if config.llm.startswith(FRESH_PREFIX) else ()
-    return load_llm(config.llm, texts=texts, dtype=_llm_dtype(config))
+    return load_llm(config.llm, texts=texts, dtype=_llm_dtype(config), quant=config.llm_quant)
 
 
 def resumed_llm(config: TrainConfig, run: Path) -> LoadedLLM:
     """The LLM of a run that has begun: its shape alone where the run's checkpoints hold all of its weights."""
     if holds_shape(run / LLM_FOLDER):
+        if config.llm_quant is not None:
+            raise UserError(f"llm_quant is for an LLM as it is published, and {run} holds one that was trained")
         return load_saved_shape(run / LLM_FOLDER, _llm_dtype(config))
     return new_llm(config, ())
 
 
 def _llm_dtype(config: TrainConfig) -> torch.dtype:
-    return torch.bfloat16 if config.precision == "bf16" and config.train_llm == "none" else torch.float32
+    """Weights that are not trained need no fp32 master copy; LoRA adapters are fp32 beside them."""
+    return torch.bfloat16 if config.precision == "bf16" and config.train_llm != "full" else torch.float32
 
 
 def used_encoders(config: TrainConfig, available: list[str]) -> list[str]:
@@ -167,14 +170,21 @@ def count_parameters(model: VideoLLM) -> dict[str, dict[str, int]]:
     }
 
 
-def load_run(run: Path) -> LoadedRun:
-    """The newest checkpoint of a run, or of a chain's last stage, or an export, as a model in evaluation mode."""
+def load_run(run: Path, *, best: bool = False) -> LoadedRun:
+    """The newest checkpoint of a run, or of a chain's last stage, or an export, as a model in evaluation mode.
+
+    `best`: instead of the newest, the one with the best validation.
+    """
     run = last_stage(Path(run))
     if (run / EXPORT_FILE).is_file():
         from trainer.export import load_export  # which is built on this room
 
         return load_export(run)
     folder = checkpoint.newest(run)
+    if best and folder is not None:
+        folder = checkpoint.best(run)
+        if folder is None:
+            raise UserError(f"no checkpoint of {run} was validated: train with --eval-every, or leave out --best")
     if folder is None:
         raise UserError(f"{run} holds no checkpoint; give the folder that merv-train wrote with --out")
     config = read_config(run)

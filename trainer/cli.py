@@ -139,11 +139,15 @@ def train_main(
     place = asked_place(store, options, earlier)
     only = options.pop("stage") if len(start) > 1 else None
     stages = resolve_stages(start, config_file, options)
+    if launch is not None and not dry_run and not is_launched():
+        relaunch(launch, processes, sys.argv[1:])
     run = heavy_rooms()
     if dry_run:
         click.echo(json.dumps(run.dry_run_stages(stages, place), indent=None if as_json else 1))
         return
     results = run.train_in_stages(stages, place, out, resume=resume is not None, only=only)
+    if not is_first_rank():
+        return
     if as_json:
         click.echo(json.dumps({**results[-1], **({"stages": results} if len(stages) > 1 else {})}))
         return

@@ -28,6 +28,7 @@ def eval_main() -> None:
     type=click.Path(path_type=Path),
     help="Another run that answers the same questions, such as a text-only one; may be repeated.",
 )
+@click.option("--best", is_flag=True, help="Of every run, the best checkpoint by validation instead of the newest.")
 @click.option("--limit", type=click.IntRange(min=1), help="Ask at most so many questions.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, help="Questions at once, with all their options.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON, answers included.")

@@ -97,9 +97,10 @@ def evaluate_run(
     split: str = "heldout",
     limit: int | None = None,
     batch_size: int = 16,
+    best: bool = False,
 ) -> dict[str, Any]:
     """Answer the held-out questions with a run, and the same questions with every run beside it."""
-    loaded = load_run(run)
+    loaded = load_run(run, best=best)
     path = store or loaded.record.store
     if not path:
         raise UserError(f"{run} names no store of its own; give the one that holds the questions with --store")
@@ -108,7 +109,7 @@ def evaluate_run(
     asked = questions(samples, source, split=split, has_visual=loaded.built.model.fusion is not None)[:limit]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     answers = list(answer_all(loaded.built, asked, source, batch_size=batch_size, device=device))
-    others = {str(path): _other(path, asked, store, source, batch_size, device) for path in beside}
+    others = {str(path): _other(path, asked, store, source, batch_size, device, best) for path in beside}
     result = report(loaded, answers, others)
     _keep_scores(run, result, ScoreSource(split=split, limit=limit, store=path, snapshot=source.snapshot))
     return result
@@ -144,9 +145,15 @@ def _keep_scores(run: Path, result: dict[str, Any], source: ScoreSource) -> None
 
 
 def _other(
-    path: Path, asked: Sequence[Sample], store: str | None, source: TokenSource, batch_size: int, device: str
+    path: Path,
+    asked: Sequence[Sample],
+    store: str | None,
+    source: TokenSource,
+    batch_size: int,
+    device: str,
+    best: bool,
 ) -> list[Answer]:
-    loaded = load_run(path)
+    loaded = load_run(path, best=best)
     if loaded.built.model.fusion is not None:
         _, source = open_store(store or loaded.record.store, loaded.built.config)
         check_identities(loaded, source)
