@@ -149,7 +149,7 @@ class TrainConfig:
     split: str = "train"
     fraction: float = 1.0  # share of the samples, chosen by their ids: a smaller share lies inside a larger one
     limit: int | None = None  # at most so many samples, the first by sample id
-    source_weights: Mapping[str, float] = field(default_factory=dict)  # samples of a source per epoch, 1: each once
+    source_weights: Mapping[str, float] = field(default_factory=dict)  # source -> times per epoch; 0.5: half, in turn
     sampler: Sampler = "shuffled"  # split_modality: batches of one modality, ranks of like length
     init: str | None = None  # run whose weights this one starts from: all of them, or the parts that both have
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
@@ -188,6 +188,12 @@ class TrainConfig:
             raise UserError(f"checkpoint_minutes must be more than 0, got {self.checkpoint_minutes}")
         if self.eval_every is not None and self.eval_split == self.split:
             raise UserError(f"eval_split must not be what is trained on, split {self.split!r}")
+        if not 0 < self.fraction <= 1:
+            raise UserError(f"fraction is a share of the samples in (0, 1], got {self.fraction}")
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"limit is at least 1, or null for all samples, got {self.limit}")
+        if odd := {name: weight for name, weight in self.source_weights.items() if not 0 <= weight < 1000}:
+            raise UserError(f"source_weights are times per epoch, 0 leaves a source out; got {odd}")
         if self.mode == "text-only" and self.train_llm == "none":
             raise UserError("text-only training of a frozen LLM trains nothing; set train_llm: full")
         if self.train_encoders and self.mode == "text-only":

@@ -29,6 +29,7 @@ from trainer.build import (
 from trainer.config import TrainConfig
 from trainer.data import Batches, TrainingData, select
 from trainer.initialise import Loaded, load_parts, read_origin, starting_llm
+from trainer.memory import memory_by_part
 from trainer.standardise import Moments
 from trainer.tokens import TokenSource
 
@@ -113,20 +114,24 @@ def _build(
 
 
 def describe(plan: Plan) -> dict[str, Any]:
-    """What a dry run tells: sizes, lengths and counts, after rendering every sample."""
+    """What a dry run tells: sizes, lengths, counts and bytes, after rendering every sample."""
+    order, config = plan.batches.order, plan.config
     rendered = [plan.batches.rendered(index) for index in range(len(plan.data.samples))]
     lengths = sorted(len(sample.input_ids) for sample in rendered)
     return {
         "samples": len(rendered),
         "dropped": dict(plan.data.dropped),
         "without_answer": sum(sample.num_supervised == 0 for sample in rendered),  # behind the cut: they train nothing
+        "samples_per_epoch": order.num_per_epoch,  # by the sources' weights
         "steps": plan.batches.num_steps,
-        "batch_size": plan.config.batch_size,
+        "unread": order.unread(config.epochs) if config.max_steps is None else {},  # at the end they fill no batch
+        "batch_size": config.batch_size,
         "visual_tokens": plan.record.num_visual_tokens,
         "text_tokens": {"median": lengths[len(lengths) // 2], "longest": lengths[-1]},
         "longest_sequence": lengths[-1] + plan.record.num_visual_tokens,
         "context": plan.built.model.context,
         "parameters": plan.record.parameters,
+        "memory_bytes": memory_by_part(plan, lengths[-1]),
         "encoders": {encoder: [*shape.grid, shape.width] for encoder, shape in plan.record.shapes.items()},
         "data_digest": plan.data.digest,
     }

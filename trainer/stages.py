@@ -23,6 +23,7 @@ import yaml
 from featurestore.errors import UserError, unknown_name
 from featurestore.samples import Sample
 from trainer.config import CONFIG_FILE, TrainConfig, read_config
+from trainer.launch import is_first_rank
 from trainer.overlay import load_yaml, overlay, plain
 from trainer.recipes import Stage, Stages
 
@@ -162,7 +163,7 @@ def _prepare_folder(out: Path, stages: Stages, chosen: Stages, resume: bool) -> 
     if (out / other).exists():
         held = "a chain of stages" if len(stages) == 1 else "a run of one stage"
         raise UserError(f"{out} holds {held}, which this recipe is not; choose another --out")
-    if len(stages) == 1 or int(os.environ.get("RANK", 0)) != 0:
+    if len(stages) == 1 or not is_first_rank():
         return
     begun = [stage.name for stage in chosen if (out / stage.name / CONFIG_FILE).exists()]
     if begun and not resume:
@@ -202,6 +203,7 @@ def _with_start(stages: Stages, stage: Stage, out: Path) -> TrainConfig:
 def _finished(folder: Path, config: TrainConfig) -> TrainResult | None:
     """The result of a run that is at its end, so that nothing is loaded for it; None if there is more to train."""
     from trainer.build import RunRecord
+    from trainer.checkpoint import best
     from trainer.folder import starting_point
     from trainer.progress import read_metrics
     from trainer.train import TrainResult
@@ -219,4 +221,5 @@ def _finished(folder: Path, config: TrainConfig) -> TrainResult | None:
         loss=read_metrics(folder)[-1]["loss"],
         data_digest=record.data_digest,
         checkpoint=str(checkpoint),
+        best=str(best(folder) or ""),
     )
