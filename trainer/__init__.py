@@ -15,7 +15,7 @@ from typing import Any
 
 _PUBLIC = {"Asker": "trainer.ask", "load_run": "trainer.build"}
 
-__all__ = ["Asker", "load_run"]  # noqa: F822 - found by `__getattr__`
+__all__ = ["Asker", "load_run"]
 
 
 def __getattr__(name: str) -> Any:
