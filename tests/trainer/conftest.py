@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -167,3 +170,33 @@ def write_store(path, clips, tokens, *, failed=()):
                         task.add(row, values, media_sha256="0" * 64, decoder="frames/1")
                 task.commit()
     return writer
+
+
+@pytest.fixture(scope="session")
+def media_lab():
+    """The module of coloured films and toy encoders beside this file."""
+    path = Path(__file__).with_name("media_lab.py")
+    spec = importlib.util.spec_from_file_location("trainer_media_lab", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def media_root(media_lab, tmp_path_factory):
+    """Films and pictures, one of them broken; nobody changes them."""
+    return media_lab.make_media(tmp_path_factory.mktemp("media"))
+
+
+@pytest.fixture(scope="session")
+def extracted(media_lab, media_root, tmp_path_factory):
+    """A store of all four toy encoders, by the pipeline itself."""
+    from pipeline.config import read_config as read_extract_config
+    from pipeline.extract import extract
+
+    path = tmp_path_factory.mktemp("stores") / "colours.zarr"
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    extract(read_extract_config(None, media_lab.settings(media_root, store=str(path))), quiet=True)
+    torch.set_num_threads(before)
+    return path
