@@ -46,6 +46,7 @@ def eval_run(checkpoint: Path, store: str | None, beside: tuple[Path, ...], as_j
 @eval_main.command("export")
 @click.option("--checkpoint", "run", type=click.Path(path_type=Path), required=True, help="Folder of a run.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to make; it must not exist.")
+@click.option("--best", is_flag=True, help="The best checkpoint by validation instead of the newest.")
 @click.option("--name", help="Title of the model card.  [default: the folder's name]")
 @click.option("--license", default="unknown", help="Licence in the card's head, such as apache-2.0.")
 @click.option("--with-llm", is_flag=True, help="Copy a frozen LLM's weights too, instead of naming the LLM.")
@@ -103,8 +104,7 @@ def eval_import_official(checkpoint_file: Path, config_file: Path, as_json: bool
 @says_errors
 def eval_ask(questions: tuple[str, ...], checkpoint: Path, as_json: bool, **options: Any) -> None:
     """Answer QUESTIONS about a video or an image; without any, ask at the terminal, one a line."""
-    is_terminal = sys.stdin.isatty()
-    if not questions and not is_terminal:
+    if not questions and not is_terminal():
         raise UserError('what is the question? Give it behind the options: merv-eval ask ... "What happens?"')
     options["span"] = parse_span(options["span"])
     weights = options.pop("weights")
@@ -124,12 +124,15 @@ def eval_ask(questions: tuple[str, ...], checkpoint: Path, as_json: bool, **opti
                 click.echo("\n".join(answers))
 
 
+def is_terminal() -> bool:
+    """Whether a person sits at standard input."""
+    return sys.stdin.isatty()
+
+
 def _next_question() -> str:
-    """A line from the terminal; "" ends."""
-    try:
-        return click.prompt("?", prompt_suffix=" ", default="", show_default=False, err=True).strip()
-    except click.Abort:
-        return ""
+    """A line from the terminal; "" ends, and so does the end of input."""
+    click.echo("? ", nl=False, err=True)  # answers alone go to stdout
+    return sys.stdin.readline().strip()
 
 
 def parse_span(text: str | None) -> tuple[float | None, float | None]:

@@ -1,4 +1,4 @@
-"""Coloured films and pictures in Video-LLaVA's layout, toy encoders, and a store of them: for tests that encode live."""
+"""Coloured films and pictures in Video-LLaVA's layout, and toy encoders: for tests that encode live."""
 
 from __future__ import annotations
 

@@ -1,0 +1,210 @@
+"""A run that has learned the colours of films by heart is asked about files it is given by name."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+
+import trainer
+from featurestore.errors import UserError
+from trainer import eval_cli
+from trainer.ask import Asker, asked_clip
+from trainer.build import RunRecord
+from trainer.config import OptimizerConfig, ProjectorConfig, TrainConfig
+from trainer.eval_cli import eval_main, parse_span
+from trainer.llm import FRESH_LLMS, FreshLLM
+from trainer.run import open_store
+from trainer.train import train
+
+QUESTION = "What colour is it?"
+CONFIG = TrainConfig(
+    llm="fresh:mini",
+    train_llm="full",
+    projector=ProjectorConfig(standardise=True),
+    optimizer=OptimizerConfig(projector_lr=3e-3, fusion_lr=3e-3, llm_lr=3e-3, warmup_ratio=0.1),
+    batch_size=7,
+    micro_batch_size=7,
+    max_steps=60,
+    precision="fp32",
+    checkpoint_every=100,
+)
+
+
+def trained(config, store, out):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FRESH_LLMS, "mini", FreshLLM(hidden_size=32, num_layers=1, num_heads=2, context=64))
+        samples, source = open_store(str(store), config)
+        train(config, samples, source, out, store=str(store), is_quiet=True)
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(extracted, tmp_path_factory):
+    """Trained from the store, which the run is asked without."""
+    torch.set_num_threads(1)
+    return trained(CONFIG, extracted, tmp_path_factory.mktemp("runs") / "colours")
+
+
+@pytest.fixture(scope="module")
+def asker(run):
+    with Asker(run) as opened:
+        yield opened
+
+
+def ask(*arguments, **options):
+    return CliRunner().invoke(eval_main, ["ask", *map(str, arguments)], **options)
+
+
+def test_a_run_says_the_colours_of_videos_and_images(asker, media_lab, media_root):
+    assert asker.looks
+    for path, colour in media_lab.VIDEOS.items():
+        assert asker.answer(QUESTION, video=media_root / path) == colour
+    for path, colour in media_lab.IMAGES.items():
+        assert asker.answer(QUESTION, image=str(media_root / path)) == colour
+
+
+def test_a_file_with_a_known_name_in_another_folder_is_another_file(asker, media_root, tmp_path):
+    shutil.copy(media_root / "films/blue.mp4", tmp_path / "red.mp4")
+    assert asker.answer(QUESTION, video=media_root / "films/red.mp4") == "red"
+    assert asker.answer(QUESTION, video=tmp_path / "red.mp4") == "blue"
+
+
+def test_a_span_and_a_folder_of_frames_are_videos_too(asker, media_root, media_lab, tmp_path):
+    assert asker.answer(QUESTION, video=media_root / "films/green.mp4", span=(1.0, None)) == "green"
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    for number in range(4):
+        shutil.copy(media_root / "pictures/blue.png", frames / f"frame_{number}.png")
+    assert asker.answer(QUESTION, video=frames) == "blue"
+
+
+def test_several_questions_look_once(asker, media_root, monkeypatch):
+    video = media_root / "films/white.mp4"
+    asker.answer(QUESTION, video=video)
+    fetched = []
+    fetch = asker._source.fetch
+    monkeypatch.setattr(asker._source, "fetch", lambda clip_ids: fetched.append(clip_ids) or fetch(clip_ids))
+    assert asker.answers([QUESTION, QUESTION], video=video) == ["white", "white"]
+    assert fetched == [["asked/white.mp4"]]
+    assert asker.answers([QUESTION], video=video, max_new_tokens=1) == ["white"]
+
+
+def test_what_cannot_be_asked_is_said(asker, media_root, media_lab):
+    video = media_root / "films/red.mp4"
+    with pytest.raises(UserError, match="give one video or one image"):
+        asker.answer(QUESTION)
+    with pytest.raises(UserError, match="give one video or one image"):
+        asker.answer(QUESTION, video=video, image=video)
+    with pytest.raises(UserError, match="there is no file"):
+        asker.answer(QUESTION, video="nowhere.mp4")
+    with pytest.raises(UserError, match=r"asked/broken\.mp4 cannot be decoded: "):
+        asker.answer(QUESTION, video=media_root / media_lab.BROKEN)
+    with pytest.raises(UserError, match="the question is empty"):
+        asker.answer("  ", video=video)
+    with pytest.raises(UserError, match="context of 64"):
+        asker.answer("colour " * 80, video=video)
+    with pytest.raises(UserError, match="an image has none"):
+        asked_clip(None, media_root / "pictures/red.png", (1.0, None))
+
+
+def test_other_weights_are_refused_with_the_field_that_differs(run, media_root):
+    with (
+        Asker(run, weights=["dinov2=random:1"]) as other,
+        pytest.raises(UserError, match=r"dinov2 is not the encoder .*weights_sha256: .*--weights dinov2=FOLDER"),
+    ):
+        other.answer(QUESTION, video=media_root / "films/red.mp4")
+
+
+def test_a_text_only_run_answers_without_looking_and_says_so(extracted, tmp_path):
+    words = trained(replace(CONFIG, mode="text-only", max_steps=20), extracted, tmp_path / "words")
+    result = ask("--checkpoint", words, "--json", QUESTION)
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told["looked"] is False
+    assert told["answers"][0]["question"] == QUESTION
+    assert told["answers"][0]["answer"] in ("red", "green", "blue", "white")
+    assert "answers without looking" in result.stderr
+
+
+def test_the_command_answers_and_labels_random_weights(run, media_root):
+    result = ask("--checkpoint", run, "--video", media_root / "films/green.mp4", QUESTION, QUESTION)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "green\ngreen\n"
+    assert "random weights: dinov2, languagebind, siglip, vivit" in result.stderr
+    result = ask("--checkpoint", run, "--image", media_root / "pictures/red.png", "--json", QUESTION)
+    told = json.loads(result.stdout)
+    assert told["answers"] == [{"question": QUESTION, "answer": "red"}]
+    assert told["looked"] is True
+
+
+def test_without_a_question_a_terminal_is_asked_and_a_pipe_is_an_error(run, media_root, monkeypatch):
+    command = ("--checkpoint", run, "--video", media_root / "films/red.mp4")
+    refused = ask(*command)
+    assert refused.exit_code == 1
+    assert "what is the question?" in refused.stderr
+
+    monkeypatch.setattr(eval_cli, "is_terminal", lambda: True)
+    answered = ask(*command, input=f"{QUESTION}\n{QUESTION}\n\n")
+    assert answered.exit_code == 0, answered.output
+    assert answered.stdout == "red\nred\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "span"), [(None, (None, None)), ("1.5,4", (1.5, 4.0)), (",4", (None, 4.0)), ("2, ", (2.0, None))]
+)
+def test_spans_are_seconds(text, span):
+    assert parse_span(text) == span
+
+
+@pytest.mark.parametrize("text", ["1", "a,b", "1,2,3"])
+def test_a_span_that_is_none_says_how_one_looks(text):
+    with pytest.raises(UserError, match=r"such as 1\.5,4"):
+        parse_span(text)
+
+
+def test_the_two_names_of_the_room_are_found_and_no_other():
+    assert trainer.Asker is Asker
+    assert callable(trainer.load_run)
+    with pytest.raises(AttributeError, match="no attribute 'ask_me'"):
+        trainer.ask_me  # noqa: B018
+
+
+def test_a_run_that_trained_an_encoder_end_to_end_answers(tmp_path, media_lab, media_root, extracted):
+    """From the first command to the answer: the settings of the extraction stand in a file."""
+    from trainer.cli import train_main
+
+    (tmp_path / "extract.yaml").write_text(yaml.safe_dump(media_lab.settings(media_root)))
+    (tmp_path / "train.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "llm": "fresh:tiny",
+                "train_llm": "full",
+                "train_encoders": ["siglip"],
+                "precision": "fp32",
+                "batch_size": 7,
+                "micro_batch_size": 7,
+                "max_steps": 40,
+                "projector": {"standardise": True},
+                "optimizer": {"projector_lr": 2e-3, "fusion_lr": 2e-3, "llm_lr": 2e-3, "encoder_lr": 1e-4},
+            }
+        )
+    )
+    out = tmp_path / "run"
+    command = [
+        *("--end-to-end", "--extract-config", tmp_path / "extract.yaml", "--encoders", "siglip,dinov2"),
+        *("--config", tmp_path / "train.yaml", "--out", out, "--json"),
+    ]
+    result = CliRunner().invoke(train_main, [str(word) for word in command])
+    assert result.exit_code == 0, result.output
+    record = RunRecord.read(out)
+    assert (record.tokens, record.live["encoders"]) == ("end to end", ["siglip", "dinov2"])
+    result = CliRunner().invoke(train_main, ["--resume", str(out), "--json"])  # needs nothing but the run
+    assert json.loads(result.stdout)["steps"] == 40, result.output
+    result = ask("--checkpoint", out, "--image", media_root / "pictures/blue.png", QUESTION)
+    assert result.stdout == "blue\n", result.output
+    refused = CliRunner().invoke(eval_main, ["run", "--checkpoint", str(out), "--store", str(extracted)])
+    assert "has trained siglip along: no store holds their tokens" in refused.stderr

@@ -1,0 +1,301 @@
+"""Tokens made on the spot beside tokens of a store: the same bits, the same losses; and what only the former can do."""
+
+import json
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from featurestore import FeatureIdentity, FeatureStore, StoreWriter
+from featurestore.clips import Clip
+from featurestore.errors import UserError
+from trainer.build import RunRecord, load_run
+from trainer.config import PROJECTORS, FusionConfig, OptimizerConfig, ProjectorConfig, TrainConfig
+from trainer.end_to_end import live_source
+from trainer.fusion import FUSIONS
+from trainer.live_tokens import through_storage
+from trainer.llm import FRESH_LLMS, FreshLLM
+from trainer.plan import make_plan
+from trainer.progress import read_metrics
+from trainer.run import open_store
+from trainer.tokens import PrefixedTokens
+from trainer.train import train
+
+ENCODERS = ["dinov2", "languagebind", "siglip", "vivit"]  # in the order of a store
+
+
+@pytest.fixture(autouse=True)
+def longer_mini_llm(monkeypatch):
+    """`fresh:mini` with room for the visual tokens of four encoders in a row."""
+    monkeypatch.setitem(FRESH_LLMS, "mini", FreshLLM(hidden_size=32, num_layers=1, num_heads=2, context=256))
+
+
+def toy_config(**changes):
+    settings = {
+        "llm": "fresh:mini",
+        "train_llm": "full",
+        "optimizer": OptimizerConfig(projector_lr=3e-3, fusion_lr=3e-3, llm_lr=3e-3, encoder_lr=3e-3, warmup_ratio=0.0),
+        "batch_size": 6,
+        "micro_batch_size": 4,
+        "max_steps": 3,
+        "precision": "fp32",
+        "checkpoint_every": 100,
+    }
+    return TrainConfig(**{**settings, **changes})
+
+
+@pytest.fixture
+def opened_live(media_lab, media_root):
+    @contextmanager
+    def opened(config=None, *, out=None, is_trusted=False, root=None, **changes):
+        settings = media_lab.settings(root or media_root, **changes)
+        with live_source(config or toy_config(), settings, out=out, is_trusted=is_trusted) as found:
+            yield found
+
+    return opened
+
+
+@pytest.fixture(scope="module")
+def live(media_lab, media_root):
+    """Samples and a live source of all four encoders, looked at once for all tests of this file."""
+    torch.set_num_threads(1)
+    with live_source(toy_config(), media_lab.settings(media_root)) as found:
+        yield found
+
+
+@pytest.fixture
+def cached(extracted):
+    return open_store(str(extracted), toy_config())
+
+
+def losses(run):
+    return [row["loss"] for row in read_metrics(run)]
+
+
+def train_quietly(config, samples, source, out, **options):
+    train(config, samples, source, out, is_quiet=True, **options)
+    return losses(out)
+
+
+def test_live_tokens_have_the_bits_of_stored_ones_whoever_sits_beside(live, extracted):
+    _, source = live
+    store = FeatureStore.open(extracted)
+    clip_ids = sorted(source.available(store.clips["clip_id"].to_pylist()))
+    assert list(source.shapes) == ENCODERS == list(store.encoders)
+    assert {name: shape.identity for name, shape in source.shapes.items()} == {
+        name: identity.id for name, identity in store.encoders.items()
+    }
+    for asked in (clip_ids, clip_ids[::-1], clip_ids[3:6], clip_ids[-1:]):
+        source.expect(asked)
+        for encoder, tokens in source.fetch(asked).items():
+            assert tokens.dtype == torch.float16
+            np.testing.assert_array_equal(tokens.numpy(), store.read(asked, encoder=encoder), err_msg=encoder)
+
+
+@pytest.mark.parametrize("projector", ["2d-average", "3d-average"])
+@pytest.mark.parametrize("fusion", list(FUSIONS))
+def test_every_loss_equals_the_one_from_the_cache_to_the_bit(tmp_path, live, cached, fusion, projector):
+    preset = PROJECTORS[projector]
+    config = toy_config(
+        fusion=FusionConfig(name=fusion, query_width=64),
+        projector=ProjectorConfig(resampler=preset.resampler, frame_divisor=preset.frame_divisor),
+    )
+    from_cache = train_quietly(config, *cached, tmp_path / "cache", store="s")
+    end_to_end = train_quietly(config, *live, tmp_path / "live")
+    assert len(end_to_end) == 3
+    assert len(set(end_to_end)) == 3
+    assert end_to_end == from_cache  # the stated tolerance: none
+
+
+def test_class_tokens_and_a_standardised_grid_are_the_same_live(tmp_path, opened_live, extracted):
+    for name, projector in {
+        "class": ProjectorConfig(resampler="class_token"),
+        "grid": ProjectorConfig(grid=(2, 2, 2), standardise=True, head="gelu-mlp", pre_layer_norm=True),
+    }.items():
+        config = toy_config(encoders=("vivit", "dinov2"), projector=projector, max_steps=2)
+        samples, stored = open_store(str(extracted), config)
+        from_cache = train_quietly(config, samples, stored, tmp_path / name / "cache")
+        with opened_live(config) as (live_samples, source):
+            assert list(source.shapes) == ["dinov2", "vivit"]
+            fetched = source.fetch([live_samples[0].clip_id])["vivit"]
+            assert isinstance(fetched, PrefixedTokens) == (name == "class")
+            assert train_quietly(config, live_samples, source, tmp_path / name / "live") == from_cache
+
+
+@pytest.mark.parametrize("storage_dtype", ["float16", "bfloat16", "uint8"])
+@pytest.mark.parametrize("kind", ["video", "image"])
+def test_the_cast_is_the_one_that_a_store_makes(tmp_path, storage_dtype, kind):
+    identity = FeatureIdentity(
+        encoder="toy",
+        architecture={"class": "Toy"},
+        weights_sha256="0" * 64,
+        layer="last",
+        num_frames=4,
+        frame_rule="linspace-32/8",
+        decode="frames/1",
+        preprocessing={},
+        still_period=2,
+        grid=(4, 2, 2),
+        pooling="adaptive-avg",
+        width=3,
+        prefix_tokens=1,
+        storage_dtype=storage_dtype,
+    )
+    random = np.random.default_rng(5)
+    grid = identity.grid_of(kind)
+    arrays = {
+        "tokens": random.standard_normal((*grid, 3)).astype(np.float32),
+        "prefix": random.standard_normal((grid[0], 1, 3)).astype(np.float32),
+    }
+    clip = Clip(dataset="set", path="a", kind=kind)
+    writer = StoreWriter.open_or_create(tmp_path / "toy.zarr", block_rows={"video": 1, "image": 1})
+    writer.add_clips([clip])
+    block = writer.ensure_group(kind, identity, batch_shape=1, weights_label="random:0").begin(0)
+    block.add(0, arrays, media_sha256="0" * 64, decoder="frames/1")
+    block.commit()
+    writer.publish_snapshot()
+    store = FeatureStore.open(tmp_path / "toy.zarr")
+    cast = through_storage(arrays, identity)
+    for part, read in {"tokens": store.read, "prefix": store.read_prefix}.items():
+        expected = read([clip.clip_id], encoder="toy")[0]
+        assert cast[part].dtype == expected.dtype
+        np.testing.assert_array_equal(cast[part], expected)
+
+
+def test_tokens_that_overflow_the_storage_dtype_end_the_run_with_advice():
+    identity = FeatureIdentity(
+        **{
+            **dict.fromkeys(("layer", "frame_rule", "decode", "weights_sha256"), ""),
+            "encoder": "toy",
+            "architecture": {},
+            "num_frames": 1,
+            "preprocessing": {},
+            "still_period": 1,
+            "grid": (1, 1, 1),
+            "pooling": "none",
+            "width": 1,
+        }
+    )
+    with pytest.raises(UserError, match=r"toy: tokens overflow float16.*storage_dtype: bfloat16"):
+        through_storage({"tokens": np.full((1, 1, 1, 1), 1e6, np.float32)}, identity)
+
+
+def test_a_broken_clip_is_dropped_before_the_first_step_as_from_a_cache(tmp_path, opened_live, cached, media_lab):
+    config = toy_config()
+    out = tmp_path / "run"
+    with opened_live(out=out) as (samples, source):
+        plan = make_plan(config, samples, source)
+        assert plan.data.dropped == make_plan(config, *cached).data.dropped
+        assert sum(plan.data.dropped.values()) == 1
+        assert plan.batches.order.batch(0) == make_plan(config, *cached).batches.order.batch(0)
+    (kept,) = out.glob("media-*.jsonl")
+    lines = [json.loads(line) for line in kept.read_text().splitlines() if line]
+    assert len(lines) == 8
+    (broken,) = [line for line in lines if "reason" in line]
+    assert broken["clip_id"] == f"videollava/{media_lab.BROKEN}"
+    assert broken["reason"]
+
+
+def test_a_resumed_run_looks_at_nothing_twice_and_has_the_losses_of_a_whole_one(tmp_path, opened_live, monkeypatch):
+    config = toy_config(max_steps=4)
+    with opened_live(out=tmp_path / "whole") as (samples, source):
+        whole = train_quietly(config, samples, source, tmp_path / "whole")
+    with opened_live(out=tmp_path / "cut") as (samples, source):
+        train_quietly(config, samples, source, tmp_path / "cut", stop_at=2)
+    with opened_live(out=tmp_path / "cut") as (samples, source):
+        decoded = []
+        submit = source._decode
+        monkeypatch.setattr(source, "_decode", lambda root, clip: decoded.append(clip) or submit(root, clip))
+        source.available(sample.clip_id for sample in samples)
+        assert decoded == []
+        assert train_quietly(config, samples, source, tmp_path / "cut", resume=True) == whole
+
+
+def test_trusted_media_are_not_looked_at_and_a_broken_clip_ends_the_run(tmp_path, opened_live):
+    with (
+        opened_live(out=tmp_path / "run", is_trusted=True) as (samples, source),
+        pytest.raises(UserError, match=r"films/broken\.mp4 cannot be decoded: .*without --trust-media"),
+    ):
+        train_quietly(toy_config(max_steps=2), samples, source, tmp_path / "run")
+    assert not list((tmp_path / "run").glob("media-*"))
+
+
+def test_media_that_change_behind_a_run_are_noticed(tmp_path, opened_live, media_lab):
+    root = media_lab.make_media(tmp_path / "media")
+    with opened_live(root=root, encoders=["siglip"]) as (_, source):
+        clip_id = "videollava/pictures/red.png"
+        assert source.available([clip_id]) == {clip_id}
+        (root / "pictures/red.png").write_bytes((root / "pictures/blue.png").read_bytes())
+        with pytest.raises(UserError, match=r"the media of videollava/pictures/red\.png have changed"):
+            source.fetch([clip_id])
+
+
+def test_the_record_says_where_tokens_came_from(tmp_path, live, cached):
+    config = toy_config(max_steps=1)
+    train_quietly(config, *cached, tmp_path / "cache", store="features/s.zarr")
+    train_quietly(config, *live, tmp_path / "live")
+    from_cache, end_to_end = RunRecord.read(tmp_path / "cache"), RunRecord.read(tmp_path / "live")
+    assert (from_cache.tokens, from_cache.live, from_cache.store) == ("from cache", None, "features/s.zarr")
+    assert (end_to_end.tokens, end_to_end.store) == ("end to end", "")
+    assert (end_to_end.live["dataset"], end_to_end.live["batch"]) == ("videollava", {"video": 2, "image": 3})
+    assert end_to_end.encoders["dinov2"]["weights_from"] == "random:0"
+    assert end_to_end.encoders["dinov2"]["identity"] == from_cache.encoders["dinov2"]["identity"]
+
+
+def test_an_encoder_that_is_trained_learns_and_the_others_keep_their_bytes(tmp_path, opened_live):
+    """A frozen LLM, projectors and fusion with rate 0: whatever the loss gains comes from the encoder."""
+    rates = OptimizerConfig(projector_lr=0.0, fusion_lr=0.0, encoder_lr=3e-3, warmup_ratio=0.0)
+    config = toy_config(
+        encoders=("dinov2", "siglip"),
+        train_encoders=("siglip",),
+        train_llm="none",
+        allow_fresh_frozen=True,
+        optimizer=rates,
+        max_steps=12,
+    )
+    out = tmp_path / "run"
+    with opened_live(config) as (samples, source):
+        frozen = {n: w.clone() for n, w in source._frozen["dinov2"]._run.loaded.network.state_dict().items()}
+        before = {name: weight.clone() for name, weight in source.trained["siglip"].state_dict().items()}
+        fetched = source.fetch([sample.clip_id for sample in samples if "broken" not in sample.clip_id])
+        assert (fetched["siglip"].dtype, tuple(fetched["siglip"].shape[1:])) == (torch.uint8, (16, 32, 32, 3))
+        found = train_quietly(config, samples, source, out)
+        after = dict(source._frozen["dinov2"]._run.loaded.network.state_dict())
+        assert all(torch.equal(frozen[name], after[name]) for name in frozen)
+        trained = dict(source.trained["siglip"].state_dict())
+    assert min(found[-3:]) < 0.9 * found[0]
+    unchanged = [name for name in before if torch.equal(before[name], trained[name])]
+    assert unchanged == []
+
+    loaded = load_run(out)  # which has no weights but those of the checkpoint
+    assert loaded.built.model.trained_names == ("siglip",)
+    state = loaded.built.model.trained_encoders[0].state_dict()
+    assert all(torch.equal(state[name], trained[name].cpu()) for name in trained)
+    assert loaded.record.parameters["encoders"]["trained"] == sum(weight.numel() for weight in trained.values())
+    assert loaded.record.shapes["siglip"].identity.endswith("+trained")
+
+
+def test_a_trained_encoder_starts_where_the_frozen_one_stands(tmp_path, opened_live):
+    """To the rounding of the storage cast, which trained tokens do not go through: 2**-11 relative, 5e-4."""
+    config = toy_config(max_steps=1)
+    with opened_live(config) as (samples, source):
+        (frozen,) = train_quietly(config, samples, source, tmp_path / "frozen")
+    every = replace(config, train_encoders=tuple(ENCODERS))
+    with opened_live(every) as (samples, source):
+        (trained,) = train_quietly(every, samples, source, tmp_path / "trained")
+    assert trained == pytest.approx(frozen, rel=5e-4)
+    assert trained != frozen
+
+
+def test_encoders_cannot_be_trained_from_a_cache(tmp_path, cached):
+    config = toy_config(train_encoders=("siglip",))
+    with pytest.raises(UserError, match="siglip, but a store holds tokens, not frames: train with --end-to-end"):
+        train_quietly(config, *cached, tmp_path / "run")
+
+
+def test_a_trained_encoder_must_be_one_of_the_run(opened_live):
+    config = toy_config(train_encoders=("vivit",), fusion=FusionConfig(name="first"))
+    with pytest.raises(UserError, match="unknown encoder in train_encoders 'vivit'"), opened_live(config):
+        pass
