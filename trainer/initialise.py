@@ -61,9 +61,10 @@ class Loaded:
 def read_origin(init: str) -> Origin:
     """The newest checkpoint of the run that `init` names."""
     run = last_stage(Path(init))
-    config, folder = read_config(run), checkpoint.newest(run)
+    folder = checkpoint.newest(run)
     if folder is None:
         raise UserError(f"init: {run} has no checkpoint yet; train it first, or name another run")
+    config = read_config(run)
     state = checkpoint.load_state(folder)  # compares the files with their digests
     weights = load_file(folder / checkpoint.MODEL_FILE)
     return Origin(run=run, step=state.step, config=config, record=RunRecord.read(run), weights=weights)
@@ -141,15 +142,15 @@ def _load_llm(loaded: Loaded, built: Built) -> None:
         loaded.names |= {
             name for name in built.model.state_dict() if name.startswith(LLM_PREFIX) and ADAPTER not in name
         }
+    if not adapters:
+        return  # new ones begin as no change at all
     here = {name: v.shape for name, v in built.model.state_dict().items() if ADAPTER in name}
-    if not adapters and not here:
-        return
-    if adapters and here == {name: origin.weights[name].shape for name in adapters}:
+    if here == {name: origin.weights[name].shape for name in adapters}:
         built.model.load_state_dict({name: origin.weights[name] for name in adapters}, strict=False)
         loaded.parts.append("LoRA adapters")
         loaded.names |= adapters
     else:
-        loaded.missing["LoRA adapters"] = "only one of the two runs has them, or theirs differ in shape"
+        loaded.missing["LoRA adapters"] = "here there are none, or of other shapes"
 
 
 def _unlike_tokens(origin: Origin, built: Built, encoder: str, identity: str) -> str | None:

@@ -7,10 +7,13 @@ from transformers import PreTrainedTokenizerFast
 from featurestore.errors import UserError
 from featurestore.samples import Turn
 from trainer.llm import word_tokenizer
-from trainer.prompts import IGNORE_INDEX, LLAMA2_SYSTEM, PROMPTS, VICUNA_SYSTEM, Renderer, clean
+from trainer.prompts import IGNORE_INDEX, LLAMA2_SYSTEM, PROMPTS, VICUNA_SYSTEM, Renderer, clean, reason_to_refuse
 
 ONE = (Turn(role="human", text="<video>\nWhat is it?"), Turn(role="gpt", text="A cat."))
 TWO = (*ONE, Turn(role="human", text="Where?"), Turn(role="gpt", text="On a mat."))
+STILL = (Turn(role="human", text="What is it?\n<image>"), Turn(role="gpt", text="A cat."))
+PLAIN = (Turn(role="human", text="What is it?"), Turn(role="gpt", text="A cat."))  # text only
+CONVERSATIONS = [name for name in PROMPTS if name != "caption"]
 IM_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -134,6 +137,46 @@ def test_chat_template_golden_where_bos_stands_alone(header_tokenizer):
     assert rendered.visual_at == 1
 
 
+def test_caption_golden(header_tokenizer, im_tokenizer):
+    rendered = Renderer("caption", header_tokenizer)(ONE)
+    assert header_tokenizer.decode(list(rendered.input_ids)) == "<|begin|>A cat.<|end|>"
+    assert supervised(rendered, header_tokenizer) == "A cat.<|end|>"
+    assert rendered.visual_at == 1
+    check_labels(rendered)
+    bare = Renderer("caption", im_tokenizer)(ONE)  # its BOS belongs to chat headers
+    assert im_tokenizer.decode(list(bare.input_ids)) == supervised(bare, im_tokenizer) == "A cat.<|im_end|>"
+    assert bare.visual_at == 0
+
+
+def test_a_caption_is_asked_for_by_the_visual_tokens_alone(header_tokenizer):
+    question = Renderer("caption", header_tokenizer).question(ONE)
+    assert question.input_ids == (header_tokenizer.bos_token_id,)
+    assert (question.visual_at, question.num_supervised) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("turns", "reason"),
+    [
+        (ONE, None),
+        (TWO, "caption prompt: not one question and one answer"),
+        ((ONE[0], Turn(role="gpt", text="a <video>")), "caption prompt: the answer holds a media placeholder"),
+        ((ONE[0], Turn(role="gpt", text="an <image>")), "caption prompt: the answer holds a media placeholder"),
+    ],
+)
+def test_a_caption_is_one_plain_answer(turns, reason):
+    assert reason_to_refuse("caption", turns) == reason
+    assert reason_to_refuse("pure", turns) is None
+    if reason:
+        with pytest.raises(UserError, match=reason):
+            Renderer("caption", words("a"))(turns)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_videos_images_and_plain_texts_have_the_same_ids(prompt, header_tokenizer):
+    renderer = Renderer(prompt, header_tokenizer)
+    assert renderer(ONE) == renderer(STILL) == renderer(PLAIN)
+
+
 @pytest.mark.parametrize("fixture", ["im_tokenizer", "header_tokenizer"])
 def test_a_chat_template_has_the_ids_of_transformers(fixture, request):
     tokenizer = request.getfixturevalue(fixture)
@@ -142,7 +185,7 @@ def test_a_chat_template_has_the_ids_of_transformers(fixture, request):
     assert list(Renderer("chat_template", tokenizer)(ONE).input_ids) == expected
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("prompt", CONVERSATIONS)
 def test_no_format_doubles_the_bos(prompt, header_tokenizer):
     ids = Renderer(prompt, header_tokenizer)(TWO).input_ids
     bos = header_tokenizer.bos_token_id
@@ -150,7 +193,7 @@ def test_no_format_doubles_the_bos(prompt, header_tokenizer):
     assert all((left, right) != (bos, bos) for left, right in itertools.pairwise(ids))
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("prompt", CONVERSATIONS)
 def test_a_question_is_the_conversation_up_to_its_last_answer(prompt, header_tokenizer):
     renderer = Renderer(prompt, header_tokenizer)
     whole, question = renderer(TWO), renderer.question(TWO)
@@ -161,7 +204,7 @@ def test_a_question_is_the_conversation_up_to_its_last_answer(prompt, header_tok
     assert sum(label != IGNORE_INDEX for label in whole.labels[: len(question.input_ids)]) == len("A cat.") + 1
 
 
-@pytest.mark.parametrize("prompt", ["pure", "vicuna", "llama2_chat"])
+@pytest.mark.parametrize("prompt", ["pure", "vicuna", "llama2_chat", "caption"])
 def test_the_end_token_is_supervised_although_it_is_the_pad(prompt):
     tokenizer = words("a")
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
