@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import nn
 
 from featurestore.errors import UserError
@@ -25,12 +27,24 @@ from trainer.video_llm import VideoLLM
 
 def make_accelerator(config: TrainConfig, run: Path) -> Accelerator:
     """This process among its ranks, as the launcher's environment says."""
+    precision = "bf16" if config.precision == "bf16" else "no"
+    _forget_other_precision(precision)
     return Accelerator(
-        mixed_precision="bf16" if config.precision == "bf16" else "no",
+        mixed_precision=precision,
         fsdp_plugin=_sharding(config),
         log_with=list(config.trackers) or None,
         project_dir=str(run / TRACKERS_FOLDER),
     )
+
+
+def _forget_other_precision(precision: str) -> None:
+    """accelerate remembers the first precision of a process; a later run or stage of it may have another."""
+    known = AcceleratorState._shared_state.get("_mixed_precision", precision)
+    if known == precision:
+        return
+    if AcceleratorState._shared_state.get("distributed_type") == DistributedType.FSDP:
+        raise UserError("under FSDP one command has one precision: train stages of unlike precision one by one")
+    AcceleratorState._reset_state()
 
 
 def _sharding(config: TrainConfig) -> Any:
