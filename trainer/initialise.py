@@ -41,9 +41,17 @@ class Origin:
     weights: Mapping[str, Tensor]
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """What was taken over from an origin."""
+    """What was taken over from another run; its weights themselves are let go."""
+
+    names: frozenset[str]  # tensors of the new model
+    message: str  # for a person
+
+
+@dataclass(kw_only=True)
+class _Loading:
+    """What is being taken over."""
 
     origin: Origin
     names: set[str] = field(default_factory=set)  # tensors of the new model
@@ -94,7 +102,7 @@ def starting_llm(
 @torch.no_grad()
 def load_parts(origin: Origin, built: Built, shapes: Mapping[str, TokenShape]) -> Loaded:
     """Every part of the origin that fits into the model; an error if none does."""
-    loaded = Loaded(origin=origin)
+    loaded = _Loading(origin=origin)
     before = list(origin.record.shapes)
     for index, encoder in enumerate(built.model.encoders):
         reason = _unlike_tokens(origin, built, encoder, shapes[encoder].identity)
@@ -110,10 +118,10 @@ def load_parts(origin: Origin, built: Built, shapes: Mapping[str, TokenShape]) -
     _load_llm(loaded, built)
     if not loaded.parts:
         raise UserError(f"nothing of {origin.run} fits: {'; '.join(f'{p}: {r}' for p, r in loaded.missing.items())}")
-    return loaded
+    return Loaded(names=frozenset(loaded.names), message=loaded.message)
 
 
-def _load(loaded: Loaded, built: Built, part: str, prefix: str, old_prefix: str, reason: str | None) -> None:
+def _load(loaded: _Loading, built: Built, part: str, prefix: str, old_prefix: str, reason: str | None) -> None:
     """Tensors under one prefix from those under another, if there is no reason not to."""
     wanted = {name: value for name, value in built.model.state_dict().items() if name.startswith(prefix)}
     found = {
@@ -129,7 +137,7 @@ def _load(loaded: Loaded, built: Built, part: str, prefix: str, old_prefix: str,
     loaded.names |= set(found)
 
 
-def _load_llm(loaded: Loaded, built: Built) -> None:
+def _load_llm(loaded: _Loading, built: Built) -> None:
     """Adapters, where both have the same ones, and a word on the LLM's own weights, which are in already."""
     origin, config = loaded.origin, built.config
     if origin.config.llm != config.llm:

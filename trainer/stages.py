@@ -184,7 +184,10 @@ def _look_ahead(stages: Stages, open_tokens: OpenTokens) -> list[str]:
     texts: list[str] = []
     for stage in stages:
         samples, source = open_tokens(stage.config)
-        data = select(samples, source, stage.config)
+        try:
+            data = select(samples, source, stage.config)
+        except UserError as error:
+            raise UserError(f"stage {stage.name} of this recipe: {error}") from error
         texts += texts_of(stage.config, data.samples) if stage.config.llm.startswith(FRESH_PREFIX) else ()
     return texts
 
