@@ -43,7 +43,7 @@ from trainer.build import (
     software_versions,
 )
 from trainer.config import CONFIG_FILE, TrainConfig, read_config
-from trainer.llm import FRESH_PREFIX, LoadedLLM, load_llm
+from trainer.llm import LoadedLLM, load_llm
 from trainer.model_card import UNKNOWN_LICENSE, CardFacts, model_card
 from trainer.official import IMPORT_FILE
 from trainer.progress import METRICS_FILE, read_metrics
@@ -84,13 +84,14 @@ def export_run(
     name: str | None = None,
     with_llm: bool = False,
     merge_lora: bool = False,
+    best: bool = False,
     license: str = UNKNOWN_LICENSE,
 ) -> dict[str, Any]:
-    """Write the newest checkpoint of `run` to the folder `out`, whole or not at all."""
+    """Write the newest (or best) checkpoint of `run` to the folder `out`, whole or not at all."""
     run, out = last_stage(Path(run)), Path(out)
     if out.exists():
         raise UserError(f"{out} exists already; choose another --out")
-    loaded = load_run(run)
+    loaded = load_run(run, best=best)
     kind = _llm_weights(loaded.built, with_llm=with_llm, merge_lora=merge_lora)
     temporary = out.with_name(f".tmp-{out.name}-{os.getpid()}")
     temporary.mkdir(parents=True)
@@ -149,7 +150,6 @@ def load_export(folder: str | Path) -> LoadedRun:
 
 def card_facts(run: Path, loaded: LoadedRun, record: ExportRecord, *, name: str, license: str) -> CardFacts:
     """What the run's folder says about itself; what an imported or older run does not hold is left out."""
-    folder = checkpoint.newest(run)
     metrics = read_metrics(run) if (run / METRICS_FILE).is_file() else []
     at_step = [row for row in metrics if row["step"] == loaded.step - 1]
     return CardFacts(
@@ -162,10 +162,16 @@ def card_facts(run: Path, loaded: LoadedRun, record: ExportRecord, *, name: str,
         license=license,
         scores=read_scores(run),
         metrics=at_step[-1] if at_step else None,
-        validation=checkpoint.load_state(folder).validation if folder else None,
+        validation=_validation(run, loaded.step),
         origin=json.loads((run / IMPORT_FILE).read_text()) if (run / IMPORT_FILE).is_file() else None,
         software=software_versions(),
     )
+
+
+def _validation(run: Path, step: int) -> Mapping[str, float] | None:
+    """What the checkpoint of that step says; its weights are not read for it."""
+    states = [json.loads((folder / checkpoint.STATE_FILE).read_text()) for folder in checkpoint.checkpoints(run)]
+    return next((state.get("validation") for state in states if state["step"] == step), None)
 
 
 def _llm_weights(built: Built, *, with_llm: bool, merge_lora: bool) -> LLMWeights:
@@ -188,9 +194,10 @@ def _llm_weights(built: Built, *, with_llm: bool, merge_lora: bool) -> LLMWeight
 def _write_weights(out: Path, built: Built, kind: LLMWeights, *, merge_lora: bool) -> None:
     parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, value in built.model.state_dict().items():
-        parts[name.partition(".")[0]][name] = value.detach().cpu().contiguous()
-    for part in parts.keys() - {"llm"}:
-        save_file(parts[part], out / f"{part}.safetensors", metadata={"format": "pt"})
+        if not name.startswith("llm."):
+            parts[name.partition(".")[0]][name] = value.detach().cpu().contiguous()
+    for part, weights in parts.items():
+        save_file(weights, out / f"{part}.safetensors", metadata={"format": "pt"})
     built.llm.tokenizer.save_pretrained(out / LLM_FOLDER)
     if kind == "adapter":
         write_adapter(out / ADAPTER_FOLDER, built.llm.model, built.config.llm)
@@ -258,7 +265,7 @@ def _load_llm(folder: Path, record: ExportRecord, config: TrainConfig) -> Loaded
     if record.llm != "whole":
         return new_llm(config, ())
     llm = load_llm(str(folder / LLM_FOLDER), dtype=getattr(torch, record.llm_dtype))
-    return replace(llm, is_fresh=config.llm.startswith(FRESH_PREFIX))
+    return replace(llm, is_fresh=True)  # what it was before is not known here: to export it again is to copy it
 
 
 def _read_record(folder: Path) -> ExportRecord:

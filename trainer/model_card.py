@@ -80,7 +80,7 @@ def random_parts(facts: CardFacts) -> list[str]:
             f"**The LLM (`{config.llm}`) started from fresh weights, seed {config.seed}, and knows only the words of"
             " its training samples.**"
         )
-    if facts.origin is None:
+    if facts.origin is None and facts.record.shapes:
         start = f"from the run `{_plain(config.init)}`" if config.init else f"from seed {config.seed}"
         told.append(f"Projectors and fusion started {start} and were trained; the order of the data follows the seed.")
     return told or ["Nothing that is recorded."]
@@ -187,6 +187,8 @@ def _training(facts: CardFacts) -> str:
         f"Loss of the last step: {metrics['loss']:.4f}" if "loss" in metrics else "Loss of the last step: not recorded",
         *(f"Validation of this checkpoint, {name}: {value:.4f}" for name, value in (facts.validation or {}).items()),
     ]
+    if facts.record.started_from:
+        lines.append(f"Started from: {_plain(facts.record.started_from)}")
     if facts.origin:
         lines.append(f"Imported file: `{_plain(facts.origin['file'])}`, sha256 `{_plain(facts.origin['sha256'])}`")
     return _bullets(lines)

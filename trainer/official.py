@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -92,15 +93,22 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"checkpoint {path} cannot be read: {error.strerror or error}") from error
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"checkpoint {path} is refused, and nothing in it was run: {reason}; only tensors in plain containers are"
-            " read, as torch.save writes them since version 1.6"
+            f"checkpoint {path} is refused, and nothing in it was run: {_reason(error)}; only tensors in plain"
+            " containers are read, as torch.save writes them since version 1.6"
         ) from error
     model = saved.get("model") if isinstance(saved, dict) else None
     if not isinstance(model, dict) or not all(_is_state_dict(weights) for weights in model.values()):
         raise UserError(f'checkpoint {path} holds no {{"model": {{PART: {{NAME: tensor}}}}}} as {SOURCE} writes it')
     return saved
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, without torch's advice to load the file with code and all."""
+    if not isinstance(error, pickle.UnpicklingError):
+        return str(error).strip().partition("\n")[0]
+    named = re.search(r"GLOBAL ([\w.]+)", str(error))
+    return f"it asks for {named[1]}" if named else "it is no plain data"
 
 
 def _is_state_dict(weights: Any) -> bool:
