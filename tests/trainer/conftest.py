@@ -12,7 +12,7 @@ import torch
 from featurestore import Clip, FeatureIdentity, FeatureStore, StoreWriter
 from featurestore.samples import Sample, Turn
 from trainer.config import OptimizerConfig, ProjectorConfig, TrainConfig
-from trainer.llm import FRESH_LLMS, FreshLLM
+from trainer.llm import FRESH_LLMS, FreshLLM, load_llm
 from trainer.tokens import MemoryTokens
 
 COLOURS = ("red", "green", "blue")
@@ -89,6 +89,16 @@ def config():
         checkpoint_every=2,
         keep_checkpoints=5,
     )
+
+
+@pytest.fixture
+def pretrained(tmp_path):
+    """A folder with a causal LM that knows the words of `samples`: what a Hub id stands for."""
+    torch.manual_seed(11)
+    llm = load_llm("fresh:mini", texts=["In: What colour is it? Out: red green blue"])
+    llm.model.save_pretrained(tmp_path / "llm")
+    llm.tokenizer.save_pretrained(tmp_path / "llm")
+    return str(tmp_path / "llm")
 
 
 @pytest.fixture
