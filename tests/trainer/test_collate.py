@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -6,6 +8,7 @@ from hypothesis import strategies as st
 from featurestore.errors import UserError
 from trainer.collate import collate, distinct_clips
 from trainer.prompts import IGNORE_INDEX, Rendered
+from trainer.tokens import PrefixedTokens
 
 X = IGNORE_INDEX
 LONG = Rendered(input_ids=(1, 5, 6, 7, 2), labels=(X, X, X, 7, 2), visual_at=1)
@@ -54,6 +57,11 @@ def test_a_clip_that_samples_share_is_read_once():
 
 
 def test_a_batch_moves_with_its_tokens():
-    batch = collate([LONG], [0], {"dinov2": torch.zeros(1, 1, 1, 1, 2)}, num_visual_tokens=1).to("meta")
+    both = PrefixedTokens(tokens_BTHWD=torch.zeros(1, 1, 1, 1, 2), prefix_BTKD=torch.zeros(1, 1, 1, 2))
+    tokens = {"dinov2": torch.zeros(1, 1, 1, 1, 2), "clip": both, "vivit": replace(both, tokens_BTHWD=None)}
+    batch = collate([LONG], [0], tokens, num_visual_tokens=1).to("meta")
     assert {batch.input_ids_BL.device.type, batch.tokens["dinov2"].device.type} == {"meta"}
+    assert {batch.tokens["clip"].tokens_BTHWD.device.type, batch.tokens["clip"].prefix_BTKD.device.type} == {"meta"}
+    assert batch.tokens["vivit"].prefix_BTKD.device.type == "meta"
+    assert batch.tokens["vivit"].tokens_BTHWD is None
     assert batch.lengths == (5,)

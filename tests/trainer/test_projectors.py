@@ -1,60 +1,32 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from featurestore.errors import UserError
-from trainer.config import PROJECTORS, ProjectorConfig
-from trainer.projectors import Projector
+from trainer.cli import resolve_stages
+from trainer.config import ProjectorConfig
+from trainer.projectors import HEADS, Projector, build_projectors
+from trainer.recipes import get_stages
 from trainer.standardise import Moments
-from trainer.tokens import TokenShape
-
-WIDTHS = (1024, 1024, 768, 768)  # LanguageBind, DINOv2, ViViT, SigLIP
+from trainer.tokens import PrefixedTokens, TokenShape
 
 
-def shape(grid, width, is_pooled=True):
-    return TokenShape(grid=grid, width=width, is_pooled=is_pooled, identity="test")
+def shape(grid, width, is_pooled=True, num_prefix=0):
+    return TokenShape(grid=grid, width=width, is_pooled=is_pooled, identity="test", num_prefix=num_prefix)
 
 
-def projectors_at_real_size(config):
-    with torch.device("meta"):
-        return [Projector(config, shape((16, 8, 8), width), 4096) for width in WIDTHS]
-
-
-@pytest.mark.parametrize(
-    ("name", "parameters"),
-    [
-        ("linear", 14_696_448),  # 4096 x (1024 + 1024 + 768 + 768) weights, 4 x 4096 biases
-        ("linear-ln", 14_696_448 + 2 * sum(WIDTHS)),
-        ("gelu-mlp", 14_696_448 + 4 * (4096 * 4096 + 4096)),
-        (
-            "fused-gelu-mlp",
-            sum(w * 4 * w + 4 * w + 4 * w * 4096 + 4096 + 4096 * 4096 + 4096 for w in WIDTHS),
-        ),
-    ],
-)
-def test_parameters_at_the_real_size(name, parameters):
-    found = projectors_at_real_size(PROJECTORS[name])
-    assert sum(p.numel() for projector in found for p in projector.parameters()) == parameters
-
-
-def test_multiply_adds_of_the_paper_projectors_at_the_real_size():
-    with FlopCounterMode(display=False) as counter:
-        for projector, width in zip(projectors_at_real_size(PROJECTORS["linear"]), WIDTHS, strict=True):
-            projector(torch.empty(1, 16, 8, 8, width, device="meta"))
-    assert counter.get_total_flops() == 2 * 1024 * 4096 * sum(WIDTHS)  # 0.015 T multiply-adds
-
-
-@pytest.mark.parametrize("name", PROJECTORS)
-def test_tokens_become_embeddings_in_time_row_column_order(name):
-    projector = Projector(PROJECTORS[name], shape((2, 3, 4), 5), 7)
-    tokens_BTHWD = torch.randn(2, 2, 3, 4, 5, dtype=torch.float32)
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize("head", HEADS)
+def test_tokens_become_embeddings_in_time_row_column_order(head, has_norm):
+    projector = Projector(ProjectorConfig(head=head, pre_layer_norm=has_norm), shape((2, 3, 4), 5), 7)
+    tokens_BTHWD = torch.randn(2, 2, 3, 4, 5)
     embeddings_BNM = projector(tokens_BTHWD)
     assert embeddings_BNM.shape == (2, 24, 7) == (2, projector.num_tokens, 7)
-    alone = projector.head(
-        tokens_BTHWD[1, 1, 2, 3] if projector.norm is None else projector.norm(tokens_BTHWD)[1, 1, 2, 3]
-    )
-    torch.testing.assert_close(embeddings_BNM[1, 1 * 12 + 2 * 4 + 3], alone)
+    token_D = tokens_BTHWD[1, 1, 2, 3]
+    alone_M = projector.head(F.layer_norm(token_D, (5,)) if has_norm else token_D)
+    torch.testing.assert_close(embeddings_BNM[1, 1 * 12 + 2 * 4 + 3], alone_M)
 
 
 def test_stored_half_floats_are_read_as_they_are():
@@ -66,7 +38,7 @@ def test_stored_half_floats_are_read_as_they_are():
 def test_equal_grids_are_left_alone():
     projector = Projector(ProjectorConfig(grid=(2, 8, 8)), shape((2, 8, 8), 4), 3)
     tokens_BTHWD = torch.randn(1, 2, 8, 8, 4)
-    assert projector.resampler(tokens_BTHWD) is tokens_BTHWD
+    assert projector.resample(tokens_BTHWD) is tokens_BTHWD
 
 
 def test_nested_windows_are_plain_means():
@@ -91,25 +63,91 @@ def test_pooling_commutes_with_the_linear_head():
 
 
 def test_pooled_grids_that_do_not_nest_are_refused():
-    with pytest.raises(UserError, match="1x3x8 does not nest in the stored grid 1x8x8"):
+    with pytest.raises(UserError, match=r"1x3x8 does not nest in the stored grid 1x8x8.*--grid raw"):
         Projector(ProjectorConfig(grid=(1, 3, 8)), shape((1, 8, 8), 2), 3)
 
 
-def test_a_grid_finer_than_the_store_is_refused():
-    with pytest.raises(UserError, match="16x8x8 is finer than the stored grid 16x4x4"):
-        Projector(ProjectorConfig(grid=(16, 8, 8)), shape((16, 4, 4), 2, is_pooled=False), 3)
+def test_a_source_may_give_more_than_a_resampler_reads():
+    projector = Projector(ProjectorConfig(), shape((1, 2, 2), 4), 3)
+    tokens_BTHWD = torch.randn(1, 1, 2, 2, 4)
+    both = PrefixedTokens(tokens_BTHWD=tokens_BTHWD, prefix_BTKD=torch.randn(1, 1, 1, 4))
+    assert torch.equal(projector(both), projector(tokens_BTHWD))
 
 
-def test_standardised_channels_have_mean_zero_and_deviation_one():
-    projector = Projector(ProjectorConfig(standardise=True), shape((2, 2, 2), 3), 3)
+def test_an_error_names_its_encoder():
+    stored = {
+        "dinov2": shape((4, 8, 8), 16, num_prefix=5),
+        "siglip": shape((4, 8, 8), 16),
+    }
+    with pytest.raises(UserError, match=r"siglip: no class token is stored of it.*if it has none, as SigLIP"):
+        build_projectors(ProjectorConfig(resampler="class_token"), stored, 12)
+    with pytest.raises(UserError, match=r"dinov2: resampler attention reads the encoder's own grid"):
+        build_projectors(ProjectorConfig(resampler="attention"), stored, 12)
+
+
+def test_encoders_of_unlike_grids_cannot_be_fused():
+    stored = {
+        "dinov2": shape((2, 16, 16), 16, is_pooled=False, num_prefix=5),
+        "vivit": shape((2, 14, 14), 16, is_pooled=False, num_prefix=1),
+    }
+    with pytest.raises(UserError, match=r"share one grid to be fused, got dinov2 2x257x1, vivit 2x197x1"):
+        build_projectors(ProjectorConfig(resampler="all_tokens"), stored, 12)
+    built = build_projectors(ProjectorConfig(resampler="attention"), stored, 12)
+    assert {projector.num_tokens for projector in built.values()} == {128}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"frame_divisor": 0}, "at least 1"),
+        ({"grid": (0, 8, 8)}, "at least 1"),
+        ({"resampler": "attention", "frame_divisor": 2}, "keeps every time step.*average and convolution_3d can merge"),
+        (
+            {"grid": (4, 4, 4), "frame_divisor": 2},
+            r"frame_divisor 2 decides the grid.*\[4, 4, 4\] too; set it to null",
+        ),
+        ({"resampler": "class_token", "grid": (4, 1, 1)}, "resampler class_token decides the grid"),
+        ({"resampler": "all_tokens", "grid": (4, 4, 4)}, "resampler all_tokens decides the grid"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        ProjectorConfig(**settings)
+
+
+def chosen(row, config_file=None):
+    """What `merv-train --recipe demo --projector ROW` trains."""
+    (stage,) = resolve_stages(get_stages("demo"), config_file, {"projector": row})
+    return stage.config.projector
+
+
+def test_a_row_by_name_takes_the_recipe_s_grid_where_it_can(tmp_path):
+    assert chosen("2d-attention").grid == get_stages("demo")[0].config.projector.grid == (4, 4, 4)
+    for row in ("3d-average", "class-token", "all-tokens"):
+        assert chosen(row).grid is None
+    (tmp_path / "grid.yaml").write_text("projector: {grid: [2, 2, 2]}\n")
+    with pytest.raises(UserError, match="frame_divisor 2 decides the grid"):
+        chosen("3d-average", tmp_path / "grid.yaml")
+
+
+@pytest.mark.parametrize("resampler", ["average", "convolution_3d"])
+def test_what_enters_the_first_trained_layer_has_mean_zero_and_deviation_one(resampler):
+    config = ProjectorConfig(resampler=resampler, grid=(1, 2, 2), standardise=True)
+    projector = Projector(config, shape((2, 2, 2), 3, is_pooled=False), 3)
     tokens_BTHWD = torch.randn(50, 2, 2, 2, 3) * torch.tensor([1.0, 30.0, 0.01]) + torch.tensor([100.0, -3.0, 0.5])
+    before = projector(tokens_BTHWD)
     moments = Moments()
     for part in tokens_BTHWD.split(16):
-        moments.add(part)
+        moments.add(projector.resample(part))
     projector.standardise.fit(moments)
-    found = projector.standardise(tokens_BTHWD).flatten(0, 3)
+    found = projector.standardise(projector.resample(tokens_BTHWD)).flatten(0, 3)
     assert found.mean(0).abs().max() < 1e-3
     torch.testing.assert_close(found.std(0, correction=0), torch.ones(3), rtol=1e-3, atol=0)
+    by_hand = (tokens_BTHWD - projector.standardise.mean_D) / projector.standardise.std_D
+    plain = Projector(replace(config, standardise=False), shape((2, 2, 2), 3, is_pooled=False), 3)
+    plain.load_state_dict({k: v for k, v in projector.state_dict().items() if not k.startswith("standardise")})
+    torch.testing.assert_close(projector(tokens_BTHWD), plain(by_hand), rtol=1e-3, atol=1e-3)
+    assert (projector(tokens_BTHWD) - before).abs().max() > 1
 
 
 def test_a_constant_channel_does_not_become_infinite():

@@ -57,3 +57,24 @@ def test_memory_digests_see_every_bit(tokens, samples):
 def test_memory_tokens_refuse_other_shapes():
     with pytest.raises(UserError, match=r"must have shape \[2, T, H, W, D\], got \[1, 4, 2, 2, 8\]"):
         MemoryTokens(["a", "b"], {"dinov2": torch.zeros(1, 4, 2, 2, 8)})
+
+
+def test_memory_tokens_give_their_prefix_and_digest_it(tokens, samples):
+    ids = [sample.clip_id for sample in samples]
+    held = tokens.fetch(ids)
+    prefix = {"dinov2": torch.randn(len(ids), 4, 5, 8)}
+    source = MemoryTokens(ids, held, prefix=prefix)
+    assert (source.shapes["dinov2"].num_prefix, source.shapes["vivit"].num_prefix) == (5, 0)
+    found = source.fetch([ids[3], ids[1]])
+    assert torch.equal(found["dinov2"].prefix_BTKD, prefix["dinov2"][[3, 1]])
+    assert torch.equal(found["dinov2"].tokens_BTHWD, held["dinov2"][[3, 1]])
+    assert torch.equal(found["vivit"], held["vivit"][[3, 1]])
+    changed = {"dinov2": prefix["dinov2"].clone()}
+    changed["dinov2"][0, 0, 0, 0] += 1e-3
+    digests = {MemoryTokens(ids, held, prefix=each).data_digest(ids, samples) for each in (prefix, changed, {})}
+    assert len(digests) == 3
+
+
+def test_memory_prefixes_refuse_other_shapes():
+    with pytest.raises(UserError, match=r"must have shape \[1, 4, K, 8\], got \[1, 3, 5, 8\]"):
+        MemoryTokens(["a"], {"dinov2": torch.zeros(1, 4, 2, 2, 8)}, prefix={"dinov2": torch.zeros(1, 3, 5, 8)})
