@@ -216,6 +216,12 @@ def test_the_config_printed_is_the_config_that_runs(lab, config_file, tmp_path):
     assert json.loads(succeed("extract", "--config", tmp_path / "again.yaml", "--json"))["clips"] == 2
 
 
+def test_the_command_that_projectors_name_asks_for_raw_grids_and_class_tokens(config_file):
+    command = "extract --grid raw --prefix-tokens --store features/toy-raw.zarr --print-config".split()
+    printed = yaml.safe_load(succeed(*command, "--config", config_file))
+    assert (printed["grid"], printed["prefix_tokens"], printed["store"]) == ("raw", True, "features/toy-raw.zarr")
+
+
 def test_one_dataset_is_told_with_what_to_get_and_its_options():
     told = succeed("datasets", "videollava")
     assert all(word in told for word in ("pretrain, finetune", "data/videollava", "what to get"))
