@@ -198,8 +198,9 @@ class AllTokens(Resampler):
         _check_class_token(stored, "--grid raw --prefix-tokens")
 
     def forward(self, tokens: PrefixedTokens) -> Tensor:
-        class_BT1D, patches_BTPD = tokens.prefix_BTKD[:, :, :1], tokens.tokens_BTHWD.flatten(2, 3)
-        return torch.cat([class_BT1D, patches_BTPD], dim=2).unsqueeze(3).float()
+        # float32 first: under autocast the CPU cannot join halves
+        class_BT1D, patches_BTPD = tokens.prefix_BTKD[:, :, :1].float(), tokens.tokens_BTHWD.flatten(2, 3).float()
+        return torch.cat([class_BT1D, patches_BTPD], dim=2).unsqueeze(3)
 
 
 def average_windows(tokens_BTHWD: Tensor, grid: Grid) -> Tensor:

@@ -67,8 +67,21 @@ def test_every_row_of_the_ablation_with_every_head(row, head):
     singles = PrefixedTokens(tokens_BTHWD=halves.tokens_BTHWD.float(), prefix_BTKD=halves.prefix_BTKD.float())
     torch.testing.assert_close(embeddings_BNM, projector(singles), rtol=0, atol=0)
     (embeddings_BNM * torch.randn(embeddings_BNM.shape)).sum().backward()
-    for name, parameter in projector.named_parameters():
-        assert parameter.grad.abs().max() > 1e-6, f"{name} cannot change the output"
+    gradients = {name: parameter.grad.abs().max() for name, parameter in projector.named_parameters()}
+    for name, gradient in gradients.items():  # what cancels leaves 1e-8 of the largest, by rounding
+        assert gradient > 1e-5 * max(gradients.values()), f"{name} cannot change the output"
+
+
+@pytest.mark.parametrize("row", PROJECTORS)
+def test_stored_halves_pass_through_bfloat16_arithmetic(row):
+    torch.manual_seed(6)
+    projector = Projector(PROJECTORS[row], RAW, LLM_WIDTH)
+    tokens = prefixed(RAW)
+    exact_BNM = projector(tokens)
+    halves = PrefixedTokens(tokens_BTHWD=tokens.tokens_BTHWD.half(), prefix_BTKD=tokens.prefix_BTKD.half())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found_BNM = projector(halves)
+    assert (found_BNM.float() - exact_BNM).norm() < 0.03 * exact_BNM.norm()
 
 
 @pytest.mark.parametrize("name", RESAMPLERS)
