@@ -58,7 +58,7 @@ def test_adapters_begin_as_nothing_and_then_add_their_product(llm):
 
 
 def test_a_target_that_is_no_layer_lists_those_that_are(llm):
-    with pytest.raises(UserError, match="linear layer in lora.targets 'q_prj', the nearest known one is 'q_proj'"):
+    with pytest.raises(UserError, match=r"linear layer in lora.targets 'q_prj', the nearest known one is 'q_proj'"):
         add_adapters(llm, LoraConfig(targets=("q_prj",)))
 
 
@@ -133,7 +133,7 @@ def test_an_llm_without_layers_to_checkpoint_is_refused():
 
 
 def test_quantisation_says_what_it_needs(monkeypatch):
-    with pytest.raises(UserError, match="unknown llm_quant 'int3', .*known: int8, nf4"):
+    with pytest.raises(UserError, match=r"unknown llm_quant 'int3', .*known: int8, nf4"):
         quantised_loading("int3")
     monkeypatch.setattr("trainer.quantise.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs bitsandbytes: pip install 'merv-pipeline\[quant\]' \(untested"):

@@ -10,7 +10,7 @@ import torch
 from featurestore.errors import StoreDamagedError, UserError
 from trainer import checkpoint
 from trainer.build import load_run
-from trainer.config import FusionConfig
+from trainer.config import FusionConfig, read_config
 from trainer.fusion import FUSIONS
 from trainer.optimizer import build_optimizer, rate_factor
 from trainer.plan import describe, make_plan
@@ -237,3 +237,58 @@ def test_encoders_of_unlike_grids_are_refused_with_both(config, samples, tokens)
     config = replace(config, projector=replace(config.projector, grid=None))
     with pytest.raises(UserError, match="dinov2 4x2x2, vivit 2x2x2"):
         make_plan(config, samples, source)
+
+
+def test_checkpoints_are_written_by_the_clock_too(tmp_path, config, samples, tokens):
+    settings = replace(config, checkpoint_every=100, checkpoint_minutes=1e-9, max_steps=3)
+    run_to_end(settings, samples, tokens, tmp_path / "run")
+    assert [path.name[-1] for path in checkpoint.checkpoints(tmp_path / "run")] == ["1", "2", "3"]
+
+
+def test_settings_that_change_no_loss_may_change_on_resume_and_are_kept(tmp_path, config, samples, tokens, finished):
+    out = tmp_path / "parts"
+    run_to_end(config, samples, tokens, out, stop_at=2)
+    other = replace(
+        config, log_every=1, checkpoint_every=3, activation_checkpointing=True, micro_batch_size=2, deterministic=True
+    )
+    run_to_end(other, samples, tokens, out, resume=True)
+    assert losses(out) == pytest.approx(losses(finished[0]), rel=1e-4)
+    assert read_config(out) == other
+
+
+def test_the_mean_of_micro_batches_fixes_their_size(tmp_path, config, samples, tokens):
+    released = replace(config, loss="micro_batch_means")
+    run_to_end(released, samples, tokens, tmp_path / "run", stop_at=1)
+    with pytest.raises(UserError, match="micro_batch_size was 4, is 2"):
+        run_to_end(replace(released, micro_batch_size=2), samples, tokens, tmp_path / "run", resume=True)
+
+
+def test_a_deterministic_run_says_so_to_torch_and_takes_it_back(tmp_path, config, samples, tokens, finished):
+    seen = []
+
+    class Watching(MemoryTokens):
+        def fetch(self, clip_ids):
+            seen.append(torch.are_deterministic_algorithms_enabled())
+            return super().fetch(clip_ids)
+
+    ids = [sample.clip_id for sample in samples]
+    source = Watching(ids, tokens.fetch(ids))
+    run_to_end(replace(config, deterministic=True), samples, source, tmp_path / "run")
+    assert seen
+    assert all(seen)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert losses(tmp_path / "run") == losses(finished[0])
+
+
+def test_runs_of_unlike_precision_follow_each_other_in_one_process(tmp_path, config, samples, tokens, finished):
+    run_to_end(replace(config, precision="bf16"), samples, tokens, tmp_path / "half")
+    run_to_end(config, samples, tokens, tmp_path / "again")
+    assert losses(tmp_path / "again") == losses(finished[0])
+    assert losses(tmp_path / "half") == pytest.approx(losses(finished[0]), rel=5e-2)
+    assert losses(tmp_path / "half") != losses(finished[0])
+
+
+@pytest.mark.parametrize("changes", [{"eval_every": 0}, {"eval_limit": 0}, {"checkpoint_minutes": 0.0}])
+def test_counts_of_nothing_are_refused(config, changes):
+    with pytest.raises(UserError, match=next(iter(changes))):
+        replace(config, **changes)
