@@ -168,8 +168,15 @@ def _checkpoints(run: Path) -> Path:
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous copies that share no memory: safetensors refuses tied weights."""
-    return {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+    """Contiguous tensors that share no memory (safetensors refuses tied weights), copied only where they must be."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in tensors.items():
+        value = value.detach().cpu().contiguous()
+        start = value.untyped_storage().data_ptr()
+        found[name] = value.clone() if start in seen else value
+        seen.add(start)
+    return found
 
 
 def _sha256(path: Path) -> str:
