@@ -52,7 +52,8 @@ def make_media(root: Path) -> Path:
         for number, (kind, path) in enumerate(media)
     ]
     (root / "videochatgpt_llavaimage_tune.json").write_text(json.dumps(records))
-    (root / "valley_llavaimage.json").write_text("[]")
+    caption = {"id": "c0", "video": next(iter(VIDEOS)), "conversations": turns("video", "A red film.")}
+    (root / "valley_llavaimage.json").write_text(json.dumps([caption]))
     return root
 
 

@@ -94,8 +94,14 @@ def test_live_tokens_have_the_bits_of_stored_ones_whoever_sits_beside(live, extr
             np.testing.assert_array_equal(tokens.numpy(), store.read(asked, encoder=encoder), err_msg=encoder)
 
 
-@pytest.mark.parametrize("projector", ["2d-average", "3d-average"])
-@pytest.mark.parametrize("fusion", list(FUSIONS))
+@pytest.mark.parametrize(
+    ("fusion", "projector"),
+    [
+        *((fusion, "2d-average") for fusion in FUSIONS),
+        ("cross_attention", "3d-average"),
+        ("concat_channel", "3d-average"),
+    ],
+)
 def test_every_loss_equals_the_one_from_the_cache_to_the_bit(tmp_path, live, cached, fusion, projector):
     preset = PROJECTORS[projector]
     config = toy_config(
@@ -199,12 +205,12 @@ def test_a_broken_clip_is_dropped_before_the_first_step_as_from_a_cache(tmp_path
 
 
 def test_a_resumed_run_looks_at_nothing_twice_and_has_the_losses_of_a_whole_one(tmp_path, opened_live, monkeypatch):
-    config = toy_config(max_steps=4)
-    with opened_live(out=tmp_path / "whole") as (samples, source):
+    config = toy_config(max_steps=4, encoders=("siglip",))
+    with opened_live(config, out=tmp_path / "whole") as (samples, source):
         whole = train_quietly(config, samples, source, tmp_path / "whole")
-    with opened_live(out=tmp_path / "cut") as (samples, source):
+    with opened_live(config, out=tmp_path / "cut") as (samples, source):
         train_quietly(config, samples, source, tmp_path / "cut", stop_at=2)
-    with opened_live(out=tmp_path / "cut") as (samples, source):
+    with opened_live(config, out=tmp_path / "cut") as (samples, source):
         decoded = []
         submit = source._decode
         monkeypatch.setattr(source, "_decode", lambda root, clip: decoded.append(clip) or submit(root, clip))
@@ -245,14 +251,19 @@ def test_the_record_says_where_tokens_came_from(tmp_path, live, cached):
 
 
 def test_an_encoder_that_is_trained_learns_and_the_others_keep_their_bytes(tmp_path, opened_live):
-    """A frozen LLM, projectors and fusion with rate 0: whatever the loss gains comes from the encoder."""
-    rates = OptimizerConfig(projector_lr=0.0, fusion_lr=0.0, encoder_lr=3e-3, warmup_ratio=0.0)
+    """A frozen LLM, projectors and fusion with rate 0: whatever the loss gains comes from the encoder.
+
+    How much it can gain is little, through layers that stay random; with rate 0 for the encoder too it gains nothing.
+    """
+    rates = OptimizerConfig(projector_lr=0.0, fusion_lr=0.0, encoder_lr=1e-2, warmup_ratio=0.0)
     config = toy_config(
         encoders=("dinov2", "siglip"),
         train_encoders=("siglip",),
         train_llm="none",
         allow_fresh_frozen=True,
         optimizer=rates,
+        batch_size=7,  # all samples in every step: losses can be compared
+        micro_batch_size=7,
         max_steps=12,
     )
     out = tmp_path / "run"
@@ -261,11 +272,14 @@ def test_an_encoder_that_is_trained_learns_and_the_others_keep_their_bytes(tmp_p
         before = {name: weight.clone() for name, weight in source.trained["siglip"].state_dict().items()}
         fetched = source.fetch([sample.clip_id for sample in samples if "broken" not in sample.clip_id])
         assert (fetched["siglip"].dtype, tuple(fetched["siglip"].shape[1:])) == (torch.uint8, (16, 32, 32, 3))
+        still = replace(config, optimizer=replace(rates, encoder_lr=0.0))
+        assert np.ptp(train_quietly(still, samples, source, tmp_path / "still")) < 1e-5
+        assert all(torch.equal(before[name], w) for name, w in source.trained["siglip"].state_dict().items())
         found = train_quietly(config, samples, source, out)
         after = dict(source._frozen["dinov2"]._run.loaded.network.state_dict())
         assert all(torch.equal(frozen[name], after[name]) for name in frozen)
         trained = dict(source.trained["siglip"].state_dict())
-    assert min(found[-3:]) < 0.9 * found[0]
+    assert found[-1] < found[0] - 0.05
     unchanged = [name for name in before if torch.equal(before[name], trained[name])]
     assert unchanged == []
 
@@ -277,16 +291,19 @@ def test_an_encoder_that_is_trained_learns_and_the_others_keep_their_bytes(tmp_p
     assert loaded.record.shapes["siglip"].identity.endswith("+trained")
 
 
-def test_a_trained_encoder_starts_where_the_frozen_one_stands(tmp_path, opened_live):
-    """To the rounding of the storage cast, which trained tokens do not go through: 2**-11 relative, 5e-4."""
-    config = toy_config(max_steps=1)
+def test_a_trained_encoder_starts_where_the_frozen_one_stands(opened_live, extracted):
+    """To the rounding of the storage cast, which trained tokens do not go through; stills as clips of equal frames."""
+    store = FeatureStore.open(extracted)
+    config = toy_config(train_encoders=tuple(ENCODERS))
     with opened_live(config) as (samples, source):
-        (frozen,) = train_quietly(config, samples, source, tmp_path / "frozen")
-    every = replace(config, train_encoders=tuple(ENCODERS))
-    with opened_live(every) as (samples, source):
-        (trained,) = train_quietly(every, samples, source, tmp_path / "trained")
-    assert trained == pytest.approx(frozen, rel=5e-4)
-    assert trained != frozen
+        clip_ids = sorted(source.available(sample.clip_id for sample in samples))
+        assert len(clip_ids) == 7
+        frames = source.fetch(clip_ids)
+        for name, encoder in source.trained.items():
+            with torch.no_grad():
+                tokens_BTHWD = encoder(frames[name]).numpy()
+            stored_BTHWD = store.read(clip_ids, encoder=name).astype(np.float32)
+            np.testing.assert_allclose(tokens_BTHWD, stored_BTHWD, rtol=2**-11, atol=1e-5, err_msg=name)
 
 
 def test_encoders_cannot_be_trained_from_a_cache(tmp_path, cached):
