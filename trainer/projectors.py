@@ -72,10 +72,8 @@ def build_projectors(config: ProjectorConfig, shapes: Mapping[str, TokenShape], 
             raise UserError(f"{encoder}: {error}") from error
     if len({projector.num_tokens for projector in projectors.values()}) > 1:
         grids = ", ".join(f"{encoder} {'x'.join(map(str, p.grid))}" for encoder, p in projectors.items())
-        raise UserError(
-            f"encoders must share one grid to be fused, got {grids}; set projector.grid to one they share, or encoders"
-            " to those that share one"
-        )
+        remedy = "projector.grid to one they share" if config.takes_grid else "encoders to those that share one"
+        raise UserError(f"encoders must share one grid to be fused, got {grids}; set {remedy}")
     return projectors
 
 

@@ -90,8 +90,10 @@ def test_encoders_of_unlike_grids_cannot_be_fused():
         "dinov2": shape((2, 16, 16), 16, is_pooled=False, num_prefix=5),
         "vivit": shape((2, 14, 14), 16, is_pooled=False, num_prefix=1),
     }
-    with pytest.raises(UserError, match=r"share one grid to be fused, got dinov2 2x257x1, vivit 2x197x1"):
+    with pytest.raises(UserError, match=r"got dinov2 2x257x1, vivit 2x197x1; set encoders to those that share one"):
         build_projectors(ProjectorConfig(resampler="all_tokens"), stored, 12)
+    with pytest.raises(UserError, match=r"got dinov2 2x16x16, vivit 2x14x14; set projector.grid to one they share"):
+        build_projectors(ProjectorConfig(), stored, 12)
     built = build_projectors(ProjectorConfig(resampler="attention"), stored, 12)
     assert {projector.num_tokens for projector in built.values()} == {128}
 
