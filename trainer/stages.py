@@ -74,13 +74,14 @@ def train_stages(
 
     `open_tokens` gives the samples and the token source of a stage's settings.
     """
+    from trainer.checkpoint import newest
     from trainer.train import train
 
     out = Path(out)
     chosen = _chosen(stages, only)
     _prepare_folder(out, stages, chosen, resume)
-    has_begun = (stage_folder(out, stages, stages[0]) / CONFIG_FILE).exists()
-    words = _look_ahead(stages, open_tokens) if len(stages) > 1 and not has_begun else ()
+    is_new = newest(stage_folder(out, stages, stages[0])) is None  # a stage without checkpoint starts over
+    words = _look_ahead(stages, open_tokens) if len(stages) > 1 and is_new else ()
     results: list[TrainResult] = []
     for stage in chosen:
         config, folder = _with_start(stages, stage, out), stage_folder(out, stages, stage)

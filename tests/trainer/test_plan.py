@@ -54,5 +54,5 @@ def test_what_fills_no_batch_is_told(config, samples, tokens, make_sample, sampl
 
 def test_adapters_learn_from_text_too(config, samples, tokens, make_sample):
     mixed = [*samples, make_sample(50, clip_id=None)]
-    lora = replace(config, train_llm="lora", lora=LoraConfig(rank=2))
+    lora = replace(config, train_llm="lora", lora=LoraConfig(rank=2), allow_fresh_frozen=True)
     assert describe(make_plan(lora, mixed, tokens))["samples"] == 19
