@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import pyarrow as pa
 
 from featurestore.clips import Clip
-from featurestore.errors import UserError
+from featurestore.errors import StoreFormatError, UserError
 from featurestore.samples import Sample
 
 CLIP_SCHEMA = pa.schema(
@@ -57,7 +57,10 @@ def clips_to_table(rows: Iterable[tuple[int, Clip]]) -> pa.Table:
 
 def table_to_clips(table: pa.Table) -> list[tuple[int, Clip]]:
     """A table of `CLIP_SCHEMA` -> (row, clip) pairs, every clip checked anew."""
-    return [(record.pop("row"), _clip_from_record(record)) for record in table.to_pylist()]
+    try:
+        return [(record.pop("row"), _clip_from_record(record)) for record in table.to_pylist()]
+    except (TypeError, KeyError, UserError) as error:
+        raise StoreFormatError(f"clip parts hold something that is no clip: {error}") from error
 
 
 def _clip_from_record(record: dict) -> Clip:
@@ -75,4 +78,7 @@ def samples_to_table(samples: Iterable[Sample]) -> pa.Table:
 
 def table_to_samples(table: pa.Table) -> list[Sample]:
     """A table of `SAMPLE_SCHEMA` -> samples."""
-    return [Sample.from_record(record) for record in table.to_pylist()]
+    try:
+        return [Sample.from_record(record) for record in table.to_pylist()]
+    except (TypeError, KeyError, AttributeError, UserError) as error:
+        raise StoreFormatError(f"samples hold something that is no conversation: {error}") from error

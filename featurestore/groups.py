@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +21,32 @@ from featurestore.layout import (
     receipt_blocks,
     receipts_prefix,
 )
-from featurestore.metadata import ArraySpec, array_specs, document_bytes, group_document, load_json, parse_array
+from featurestore.metadata import (
+    ArraySpec,
+    array_specs,
+    document_bytes,
+    group_document,
+    load_json,
+    parse_array,
+    read_document,
+)
 from featurestore.objects import Objects, put_if_absent
 from featurestore.parts import ClipIndex
 from featurestore.receipts import Receipt, read_receipt
 
 MAX_AXIS = 1 << 20  # of any axis in an identity from a stranger
+MAX_ITEMS = 1 << 26  # numbers of one clip: 256 MiB of float32, where MERV's raw grids have 3.2 million
+MAX_TEXT = 2000  # characters of a text in an identity
+_TEXTS = (
+    "encoder",
+    "weights_sha256",
+    "layer",
+    "frame_rule",
+    "decode",
+    "pooling",
+    "compute_dtype",
+    "storage_dtype",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,18 +106,21 @@ class GroupWriter:
 
     def grow(self) -> None:
         """Make the arrays' shape cover every row given out; a shape never shrinks, whoever races."""
-        objects = self.objects
-        lock = objects.locked("metadata") if hasattr(objects, "locked") else nullcontext()
-        with lock:
-            while True:
-                rows = self._index.sealed_blocks(self.kind) * self.block_rows
-                stale = [spec for spec in self._read_specs().values() if spec.rows < rows]
-                # tokens last in ARRAYS: where tokens have room, the other arrays have.
-                for spec in stale:
-                    key = array_metadata_key(self.kind, self.name, spec.name)
-                    objects.replace(key, spec.with_rows(rows).document())
-                if not stale:
-                    return
+        while True:
+            rows = self._index.sealed_blocks(self.kind) * self.block_rows
+            stale = [spec for spec in self._read_specs().values() if spec.rows < rows]
+            for spec in stale:  # tokens last in ARRAYS: where tokens have room, the other arrays have.
+                self._lengthen(spec.name, rows)
+            if not stale:
+                return
+
+    def _lengthen(self, array: str, rows: int) -> None:
+        """One try; who is overtaken looks again."""
+        key = array_metadata_key(self.kind, self.name, array)
+        before = self.objects.get(key)
+        spec = parse_array(array, before)
+        if spec is not None and spec.rows < rows:
+            self.objects.swap(key, before, spec.with_rows(rows).document())
 
     def _read_specs(self) -> dict[str, ArraySpec]:
         self.specs = read_arrays(self.objects, self.kind, self.identity, self.block_rows)
@@ -151,7 +173,7 @@ def read_group(objects: Objects, kind: str, group: str) -> GroupRecord:
     """A group's attributes, every field checked: they may be a stranger's."""
     key = group_metadata_key(kind, group)
     try:
-        data = objects.get(key)
+        data = read_document(objects, key)
     except FileNotFoundError:
         raise StoreFormatError(f"{kind}/{group} has no zarr.json: it is not a group of this store") from None
     document = load_json(data, key)
@@ -162,7 +184,7 @@ def read_group(objects: Objects, kind: str, group: str) -> GroupRecord:
     if identity.group_name != group:
         raise StoreFormatError(f"{key} holds the identity of {identity.group_name}, not of its own folder")
     weights, batch_shape = attributes.get("weights"), attributes.get("batch_shape")
-    if not isinstance(weights, str) or not isinstance(batch_shape, int) or isinstance(batch_shape, bool):
+    if not isinstance(weights, str) or not isinstance(batch_shape, int) or not 1 <= int(batch_shape) <= MAX_AXIS:
         raise StoreFormatError(f"{key} must name its weights and batch_shape")
     return GroupRecord(identity=identity, weights=weights, batch_shape=batch_shape)
 
@@ -174,11 +196,19 @@ def parse_identity(record: Any, what: str) -> FeatureIdentity:
         sizes = [*identity.grid, identity.width, identity.num_frames, identity.still_period]
         good = len(identity.grid) == 3 and all(type(n) is int and 1 <= n <= MAX_AXIS for n in sizes)
         good = good and type(identity.prefix_tokens) is int and 0 <= identity.prefix_tokens <= MAX_AXIS
-        good = good and math.prod(sizes[:4]) < 1 << 40
-    except (TypeError, ValueError, AttributeError, UserError) as error:
-        raise StoreFormatError(f"{what} holds no usable identity: {error}") from error
+        good = good and math.prod(sizes[:4]) <= MAX_ITEMS
+        good = good and identity.grid[0] * max(1, identity.prefix_tokens) * identity.width <= MAX_ITEMS
+        texts = [getattr(identity, name) for name in _TEXTS]
+        good = good and all(type(text) is str and len(text) <= MAX_TEXT for text in texts)
+        good = good and isinstance(identity.architecture, dict) and isinstance(identity.preprocessing, dict)
+        good = good and bool(identity.id)  # it is made of canonical JSON, which has no NaN and an end
+    except (TypeError, ValueError, AttributeError, OverflowError, RecursionError, UserError) as error:
+        raise StoreFormatError(f"{what} holds no usable identity: {type(error).__name__}: {error}") from error
     if not good:
-        raise StoreFormatError(f"{what}: grid, width, num_frames and still_period must be positive integers")
+        raise StoreFormatError(
+            f"{what}: grid, width, num_frames and still_period must be positive integers of at most {MAX_ITEMS} tokens "
+            "values a clip, all other fields of the types that they have here"
+        )
     return identity
 
 
@@ -188,7 +218,7 @@ def read_arrays(objects: Objects, kind: str, identity: FeatureIdentity, block_ro
     for name, expected in array_specs(identity, kind, blocks=0, block_rows=block_rows).items():
         key = array_metadata_key(kind, identity.group_name, name)
         try:
-            stored = parse_array(name, objects.get(key))
+            stored = parse_array(name, read_document(objects, key))
         except FileNotFoundError:
             raise StoreFormatError(f"{key} is missing; run `merv-pipeline verify`") from None
         if stored is None or (stored.row_shape, stored.dtype, stored.block_rows) != (

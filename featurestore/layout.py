@@ -17,14 +17,16 @@ DEFAULT_BLOCK_ROWS: dict[str, int] = {"video": 64, "image": 256}
 MAX_BLOCK_ROWS = 65_536  # a shard's index is 16 bytes a row and must stay small
 
 ROOT_METADATA = "zarr.json"
-PARTS, SAMPLES, RECEIPTS, SNAPSHOTS, JOURNAL, TEMPORARY = (
+PARTS, SAMPLES, RECEIPTS, SNAPSHOTS, JOURNAL, TOMBSTONES, TEMPORARY = (
     "clips",
     "samples",
     "receipts",
     "snapshots",
     "journal",
+    "tombstones",
     "tmp",
 )
+CARD, LISTING = "README.md", "listing.json"  # left by `push` beside the data: for people, and for web servers
 # Arrays of a group, in the order in which their shards are put and their rows digested: tokens last, see blocks.py.
 ARRAYS: tuple[str, ...] = ("prefix", "scale", "offset", "tokens")
 TRAILING_AXES: dict[str, int] = {"prefix": 3, "scale": 1, "offset": 1, "tokens": 4}  # axes after "row"
@@ -38,6 +40,7 @@ _PART_FILE = re.compile(r"part-(\d{5,9})\.parquet")
 _SAMPLES_FILE = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]{0,99})(?:\.([1-9]\d{0,5}))?\.parquet")
 _RECEIPT_FILE = re.compile(r"(\d{8})\.json")
 _JOURNAL_FILE = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]{0,209})\.json")
+_TOMBSTONE_FILE = re.compile(r"([0-9a-f]{16})\.json")
 _SNAPSHOT_FILE = re.compile(r"(\d{8}-[0-9a-f]{12})\.json")
 
 
@@ -126,6 +129,28 @@ def samples_versions(names: list[str]) -> dict[str, int]:
         if match := _SAMPLES_FILE.fullmatch(name):
             newest[match[1]] = max(newest.get(match[1], 0), int(match[2] or 1))
     return newest
+
+
+def samples_files(names: list[str]) -> dict[str, tuple[str, int]]:
+    """Every version of every samples file among file names: name of the file -> (samples name, version)."""
+    matches = ((name, _SAMPLES_FILE.fullmatch(name)) for name in names)
+    return {name: (match[1], int(match[2] or 1)) for name, match in matches if match}
+
+
+def tombstone_key(tombstone_id: str) -> str:
+    return f"{TOMBSTONES}/{tombstone_id}.json"
+
+
+def tombstone_names(names: list[str]) -> list[str]:
+    return sorted(match[1] for name in names if (match := _TOMBSTONE_FILE.fullmatch(name)))
+
+
+def block_number(text: object) -> int:
+    """A block's number from metadata; a ValueError where it could not be the name of a receipt."""
+    number = int(str(text)) if len(str(text)) <= 8 else -1
+    if not 0 <= number < 10**8:
+        raise ValueError(f"block {str(text)[:20]!r}")
+    return number
 
 
 def receipt_blocks(names: list[str]) -> set[int]:

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import socket
+import stat
 import time
 import uuid
 import weakref
@@ -24,6 +25,8 @@ _NO_LINK = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXD
 
 class LocalObjects:
     """A folder. Puts are exclusive and survive a power cut: temporary file, fsync, link, fsync of the folder."""
+
+    parallel_reads = 1  # a disk's queue is filled by the loader's workers
 
     def __init__(self, root: str | Path) -> None:
         self.root = os.path.realpath(root)
@@ -54,17 +57,28 @@ class LocalObjects:
             os.rename(self._write_temporary(data), path)
             _sync_folder(os.path.dirname(path))
 
+    def swap(self, key: str, old: bytes, new: bytes) -> bool:
+        with self.locked("metadata"):
+            if self.get(key) != old:
+                return False
+            self.replace(key, new)
+        return True
+
     def get(self, key: str) -> bytes:
-        with machine_faults(f"read {key}"), open(self._path(key), "rb") as file:
+        with machine_faults(f"read {key}"), os.fdopen(_open_plain(self._path(key), key), "rb") as file:
             return file.read()
 
     def open(self, key: str) -> LocalObject:
         with machine_faults(f"read {key}"):
-            return LocalObject(self._path(key))
+            return LocalObject(self._path(key), key)
 
     def size(self, key: str) -> int:
         with machine_faults(f"read {key}"):
-            return os.stat(self._path(key)).st_size
+            handle = _open_plain(self._path(key), key)
+            try:
+                return os.fstat(handle).st_size
+            finally:
+                os.close(handle)
 
     def exists(self, key: str) -> bool:
         with machine_faults(f"read {key}"):
@@ -76,6 +90,36 @@ class LocalObjects:
                 return sorted(os.listdir(self._path(prefix) if prefix else self.root))
             except (FileNotFoundError, NotADirectoryError):
                 return []
+
+    def list_tree(self, prefix: str = "") -> dict[str, int]:
+        """Files only, links and temporary ones left aside."""
+        sizes: dict[str, int] = {}
+        with machine_faults(f"list {prefix or 'the store'}"):
+            for folder, _, names in os.walk(self._path(prefix) if prefix else self.root):
+                for path in (os.path.join(folder, name) for name in names):
+                    key = os.path.relpath(path, self.root).replace(os.sep, "/")
+                    if not os.path.islink(path) and not key.startswith(f"{TEMPORARY}/"):
+                        sizes[key] = os.stat(path).st_size
+        return sizes
+
+    def as_zarr(self) -> str:
+        """For zarr-python, where an array has codecs of somebody else's."""
+        return self.root
+
+    def delete(self, key: str) -> None:
+        path = self._path(key)
+        with machine_faults(f"delete {key}"), suppress(FileNotFoundError):
+            os.unlink(path)
+            _sync_folder(os.path.dirname(path))
+
+    def strange(self) -> list[str]:
+        """Keys of what is neither a plain file nor a folder: links, pipes, devices."""
+        found = []
+        for folder, folders, names in os.walk(self.root):
+            for path in (os.path.join(folder, name) for name in (*folders, *names)):
+                if not stat.S_ISREG(mode := os.lstat(path).st_mode) and not stat.S_ISDIR(mode):
+                    found.append(os.path.relpath(path, self.root).replace(os.sep, "/"))
+        return sorted(found)
 
     @contextmanager
     def locked(self, name: str) -> Iterator[None]:
@@ -122,8 +166,11 @@ class LocalObjects:
         folder = os.path.dirname(path)
         if folder not in self._checked_folders or os.path.islink(path):
             for place in (folder, path):
-                if not (os.path.realpath(place) + os.sep).startswith(self.root.rstrip(os.sep) + os.sep):
+                real = os.path.realpath(place)
+                if not (real + os.sep).startswith(self.root.rstrip(os.sep) + os.sep):
                     raise StoreFormatError(f"{key} is refused: a symbolic link leads out of the store")
+                if real != place:
+                    raise StoreFormatError(f"{key} is refused: a store holds no symbolic links, put the file there")
             if len(self._checked_folders) < 100_000 and os.path.isdir(folder):
                 self._checked_folders.add(folder)
         return path
@@ -148,8 +195,8 @@ class LocalObject:
 
     _file = -1  # until it is open
 
-    def __init__(self, path: str) -> None:
-        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    def __init__(self, path: str, key: str) -> None:
+        self._file = _open_plain(path, key)
         self.size = os.fstat(self._file).st_size
 
     def read_into(self, offset: int, buffers: Sequence[memoryview]) -> int:
@@ -173,6 +220,18 @@ class LocalObject:
 
     def __del__(self) -> None:
         self.close()
+
+
+def _open_plain(path: str, key: str) -> int:
+    """A handle of a plain file: a pipe or device in a stranger's store would be waited for without end."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except NotADirectoryError as error:
+        raise FileNotFoundError(error.errno, error.strerror, path) from None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise StoreFormatError(f"{key} is refused: it is no plain file")
+    return handle
 
 
 def _remove_if_empty(folder: str) -> None:

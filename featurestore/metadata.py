@@ -6,6 +6,7 @@ import: tests prove that zarr-python, tensorstore and xarray read the result.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -13,8 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from featurestore.errors import StoreFormatError, UserError
-from featurestore.identity import FeatureIdentity
+from featurestore.identity import FeatureIdentity, canonical_json
 from featurestore.layout import FORMAT_VERSION, MAX_BLOCK_ROWS, check_block_rows
+from featurestore.objects import Objects, get_bounded
 
 DIMENSIONS: dict[str, tuple[str, ...]] = {
     "tokens": ("row", "time", "height", "width", "channel"),
@@ -28,7 +30,8 @@ FILL_VALUES: dict[str, Any] = {"float16": "NaN", "float32": "NaN", "uint16": 0x7
 ITEM_SIZES: dict[str, int] = {"float16": 2, "float32": 4, "uint16": 2, "uint8": 1}
 CODECS: tuple[str, ...] = ("blosc", "none")
 BLOSC_BLOCK_BYTES = 1 << 20  # automatic blocks at level 1 compress 1.27x where this gives 1.45x
-MAX_CHUNK_BYTES = 512 << 20  # a clip's raw grid is under 20 MiB; a larger claim is hostile
+MAX_CHUNK_BYTES = 128 << 20  # a clip's raw grid is under 20 MiB; a larger claim is hostile
+MAX_DOCUMENT_BYTES = 4 << 20  # of a zarr.json
 _LITTLE_ENDIAN: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
 _INDEX_CODECS = [_LITTLE_ENDIAN, {"name": "crc32c"}]
 
@@ -135,13 +138,26 @@ def array_specs(
 
 def group_document(identity: FeatureIdentity, *, weights_label: str, batch_shape: int) -> bytes:
     """The zarr.json of an encoder's group: the whole identity, and what shaped the bits beside it."""
-    return _group({"identity": identity.to_dict(), "weights": weights_label, "batch_shape": batch_shape})
+    return _group(digested({"identity": identity.to_dict(), "weights": weights_label, "batch_shape": batch_shape}))
 
 
 def root_document(*, datasets: list[str], block_rows: Mapping[str, int]) -> bytes:
     """The zarr.json at the top of a store."""
     record = {"format": FORMAT_VERSION, "datasets": sorted(datasets), "block_rows": dict(block_rows)}
-    return _group({"merv_cache": record})
+    return _group({"merv_cache": digested(record)})
+
+
+def digested(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with a digest of its own: what cannot be made again from elsewhere is covered all the same."""
+    return record | {"digest": hashlib.sha256(canonical_json(record).encode()).hexdigest()[:32]}
+
+
+def without_digest(data: bytes) -> bytes:
+    """A root's or group's document as older versions wrote it, without its digest."""
+    document = load_json(data, "a zarr.json")
+    attributes = document["attributes"]
+    attributes.get("merv_cache", attributes).pop("digest", None)
+    return document_bytes(document)
 
 
 def _group(attributes: dict[str, Any]) -> bytes:
@@ -151,6 +167,11 @@ def _group(attributes: dict[str, Any]) -> bytes:
 def document_bytes(value: Any) -> bytes:
     """The one text of a zarr.json: sorted keys, indented for people."""
     return (json.dumps(value, sort_keys=True, indent=2, allow_nan=False) + "\n").encode()
+
+
+def read_document(objects: Objects, key: str) -> bytes:
+    """A zarr.json of believable size."""
+    return get_bounded(objects, key, MAX_DOCUMENT_BYTES)
 
 
 def load_json(data: bytes, what: str) -> Any:
@@ -180,7 +201,7 @@ def parse_root(data: bytes) -> dict[str, Any]:
         raise StoreFormatError("merv_cache.datasets in zarr.json must be a list of names")
     try:
         return {"datasets": datasets, "block_rows": check_block_rows(block_rows)}
-    except (UserError, TypeError, ValueError) as error:
+    except (UserError, TypeError, ValueError, AttributeError) as error:
         raise StoreFormatError(f"merv_cache.block_rows in zarr.json is not usable: {error}") from error
 
 
@@ -201,7 +222,7 @@ def parse_array(name: str, data: bytes) -> ArraySpec | None:
         )
         ours = json.loads(spec.document())
         bounded = 1 <= spec.block_rows <= MAX_BLOCK_ROWS and chunk[0] == 1
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, UserError):
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RecursionError, UserError):
         return None
     decides = ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "codecs")
     return spec if bounded and all(ours[key] == document.get(key) for key in decides) else None

@@ -1,8 +1,8 @@
 """The one door to bytes: named objects that are put once, whole and durably.
 
-`Objects` is what the store asks of a place to keep bytes; `LocalObjects` (next door) is a folder. An object store can
-stand beside it: `put_new` is one conditional put there. Every failure of the machine (disk full, share gone) becomes a
-`RunStoppedError` here, so that no caller mistakes it for a broken clip.
+`Objects` is what the store asks of a place to keep bytes: `LocalObjects` is a folder, `RemoteObjects` a bucket, where
+`put_new` is one conditional put. Every failure of the machine (disk full, share gone) becomes a `RunStoppedError` here,
+so that no caller mistakes it for a broken clip.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
-from featurestore.errors import AlreadyExistsError, RunStoppedError
+from featurestore.errors import AlreadyExistsError, RunStoppedError, StoreFormatError
 
 Buffer = bytes | bytearray | memoryview
 
@@ -29,6 +29,8 @@ _MACHINE_FAULTS = {
     "EHOSTDOWN": "the file server does not answer: wait for it, then run the same command again",
     "ETIMEDOUT": "the file server does not answer: wait for it, then run the same command again",
 }
+# What only a crafted store does: loops of links, names longer than any of ours, sockets.
+_CRAFTED = {errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.EINVAL}
 _NEXT_STEP = {getattr(errno, name): step for name, step in _MACHINE_FAULTS.items() if hasattr(errno, name)}
 
 
@@ -45,9 +47,13 @@ class OpenObject(Protocol):
 class Objects(Protocol):
     """Named bytes. Keys are relative POSIX paths; a missing key raises FileNotFoundError."""
 
+    parallel_reads: int  # requests that are worth having in flight at once
+
     def put_new(self, key: str, data: Buffer | Sequence[Buffer]) -> None: ...  # AlreadyExistsError if taken
 
     def replace(self, key: str, data: bytes) -> None: ...  # only for metadata that grows
+
+    def swap(self, key: str, old: bytes, new: bytes) -> bool: ...  # replace if it still is `old`; False if it is not
 
     def get(self, key: str) -> bytes: ...
 
@@ -59,6 +65,19 @@ class Objects(Protocol):
 
     def list_names(self, prefix: str) -> list[str]: ...  # direct children, sorted; [] if there is none
 
+    def list_tree(self, prefix: str = "") -> dict[str, int]: ...  # key -> bytes of everything below
+
+    def delete(self, key: str) -> None: ...  # a missing key is no error
+
+
+def scatter(data: memoryview, buffers: Sequence[memoryview]) -> None:
+    """Spread bytes over buffers, one after the other, until they are used up."""
+    done = 0
+    for buffer in buffers:
+        part = data[done : done + len(buffer)]
+        buffer[: len(part)] = part
+        done += len(part)
+
 
 def put_if_absent(objects: Objects, key: str, data: Buffer | Sequence[Buffer]) -> bool:
     """Put unless the name is taken; False if somebody was first, whose bytes then stand."""
@@ -69,12 +88,22 @@ def put_if_absent(objects: Objects, key: str, data: Buffer | Sequence[Buffer]) -
     return True
 
 
+def get_bounded(objects: Objects, key: str, max_bytes: int) -> bytes:
+    """The bytes of an object that may be a stranger's: what claims to be larger than it can be is not loaded."""
+    size = objects.size(key)
+    if size > max_bytes:
+        raise StoreFormatError(f"{key} has {size} bytes, more than the {max_bytes} that such a file can need")
+    return objects.get(key)
+
+
 @contextmanager
 def machine_faults(what: str) -> Iterator[None]:
     """Turn errors of the machine into RunStoppedError with a next step; let the others pass."""
     try:
         yield
     except OSError as error:
+        if error.errno in _CRAFTED:
+            raise StoreFormatError(f"cannot {what}: {error.strerror}; no store of ours holds such a file") from error
         step = _NEXT_STEP.get(error.errno or 0)
         if step is None:
             raise

@@ -6,48 +6,20 @@ each once. Parquet bytes depend on the content alone (fixed writer options, no t
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
 from featurestore.clips import KINDS, Clip
 from featurestore.columns import CLIP_SCHEMA, clips_to_table
 from featurestore.errors import StoreFormatError
-from featurestore.layout import PARTS, part_key, part_numbers, sealed_blocks
+from featurestore.layout import MAX_BLOCK_ROWS, PARTS, part_key, part_numbers, sealed_blocks
 from featurestore.objects import Objects
+from featurestore.parquet import read_table, table_bytes, table_file
 
-_ROW_GROUP_ROWS = 1 << 16
-
-
-def table_bytes(table: pa.Table) -> bytes:
-    """Parquet with fixed options: the same table gives the same bytes."""
-    sink = io.BytesIO()
-    pq.write_table(
-        table,
-        sink,
-        row_group_size=_ROW_GROUP_ROWS,
-        compression="zstd",
-        compression_level=3,
-        version="2.6",
-        data_page_version="1.0",
-        use_dictionary=True,
-        write_statistics=True,
-    )
-    return sink.getvalue()
-
-
-def read_table(data: bytes, schema: pa.Schema, what: str) -> pa.Table:
-    """A Parquet file of exactly that schema."""
-    try:
-        table = pq.read_table(io.BytesIO(data))
-    except (pa.ArrowException, OSError) as error:
-        raise StoreFormatError(f"{what} is not readable Parquet; restore it from a copy ({error})") from error
-    if not table.schema.equals(schema, check_metadata=False):
-        raise StoreFormatError(f"{what} has columns {table.schema.names}, expected {schema.names}")
-    return table
+__all__ = ["ClipIndex", "allocate", "part_bytes", "read_table", "table_bytes"]
 
 
 class ClipIndex:
@@ -63,12 +35,14 @@ class ClipIndex:
         """Read the parts that are new since the last call."""
         for number in part_numbers(self._objects.list_names(PARTS))[len(self.tables) :]:
             key = part_key(number)
-            table = read_table(self._objects.get(key), CLIP_SCHEMA, key)
+            table = read_table(table_file(self._objects, key), CLIP_SCHEMA, key)
             rows, kinds = table["row"].to_numpy(), table["kind"].to_numpy(zero_copy_only=False)
             for kind in KINDS:
                 mine = rows[kinds == kind]
-                if len(mine) and (mine.min() <= self.max_row(kind) or (np.diff(mine) <= 0).any()):
-                    raise StoreFormatError(f"{key}: rows of {kind} must rise from {self.max_row(kind) + 1}")
+                # No gap within a part and less than a block before it: rows decide how long the snapshot's tables are.
+                first = self.max_row(kind) + 1
+                if len(mine) and (not first <= mine[0] < first + MAX_BLOCK_ROWS or (np.diff(mine) != 1).any()):
+                    raise StoreFormatError(f"{key}: rows of {kind} must follow one another from {first} on")
                 self._rows[kind].append(mine)
             if sum(len(rows[kinds == kind]) for kind in KINDS) != len(rows):
                 raise StoreFormatError(f"{key}: kinds must be {' or '.join(KINDS)}")
@@ -101,6 +75,15 @@ class ClipIndex:
         for rows in self._rows[kind]:
             low, high = np.searchsorted(rows, (first, stop))
             found.extend(rows[low:high].tolist())
+        return found
+
+    def rows_of_clips(self, kind: str, clip_ids: Collection[str]) -> set[int]:
+        """Every row of these clips."""
+        wanted = pa.array(sorted(clip_ids), pa.string())
+        found: set[int] = set()
+        for table in self.tables:
+            mine = table.filter(pc.and_(pc.equal(table["kind"], kind), pc.is_in(table["clip_id"], wanted)))
+            found.update(mine["row"].to_pylist())
         return found
 
     def clip_ids(self, *, from_part: int = 0) -> set[str]:

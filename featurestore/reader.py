@@ -14,15 +14,17 @@ from collections.abc import Callable
 import numpy as np
 
 from featurestore.errors import StoreDamagedError
+from featurestore.foreign import foreign_reader
 from featurestore.groups import read_group
 from featurestore.identity import FeatureIdentity
 from featurestore.layout import array_metadata_key, block_of, group_prefix, shard_key
-from featurestore.metadata import ArraySpec, array_specs, parse_array
+from featurestore.metadata import ArraySpec, array_specs, parse_array, read_document
 from featurestore.objects import Objects
 from featurestore.quantise import from_bfloat16_bits, from_stored
 from featurestore.shards import Scratch, Shard
 
 MAX_OPEN_SHARDS = 256  # indexes and files held open by a reader
+MAX_REMOTE_SHARDS = 16_384  # indexes of 1 kB where nothing is held open, and opening one anew costs a request
 
 
 class ShardCache:
@@ -30,7 +32,7 @@ class ShardCache:
 
     def __init__(self, objects: Objects, max_open: int = MAX_OPEN_SHARDS) -> None:
         self._objects = objects
-        self._max_open = max_open
+        self._max_open = max_open if objects.parallel_reads == 1 else max(max_open, MAX_REMOTE_SHARDS)
         self._shards: OrderedDict[str, Shard] = OrderedDict()
         self._lock = threading.Lock()
         self.scratch = threading.local()
@@ -108,11 +110,12 @@ class GroupReader:
     def _make_row_reader(self, array: str) -> Callable[[int, np.ndarray], None]:
         key, expected = array_metadata_key(self.kind, self.group, array), self.specs[array]
         try:
-            stored = parse_array(array, self._objects.get(key))
+            stored = parse_array(array, read_document(self._objects, key))
         except FileNotFoundError:
             raise StoreDamagedError(f"{key} is missing; run `merv-pipeline verify`") from None
         if stored is None:
-            return self._zarr_reader(array)
+            path = f"{group_prefix(self.kind, self.group)}/{array}"
+            return foreign_reader(self._objects, path, expected)
         if (stored.row_shape, stored.dtype) != (expected.row_shape, expected.dtype):
             raise StoreDamagedError(
                 f"{key} describes {stored.row_shape} {stored.dtype}, which is not its identity's shape"
@@ -126,20 +129,5 @@ class GroupReader:
             shard = self._cache.get(key, spec)
             if not shard.read_row(row - block * spec.block_rows, out, self._cache.take_scratch()):
                 raise StoreDamagedError(f"{key} lacks row {row} though its receipt has it; run `merv-pipeline verify`")
-
-        return read
-
-    def _zarr_reader(self, array: str) -> Callable[[int, np.ndarray], None]:
-        import zarr  # heavy, and only needed for arrays that somebody rewrote with other codecs
-
-        root, expected = getattr(self._objects, "root", None), self.specs[array]
-        source = zarr.open_array(f"{root}/{group_prefix(self.kind, self.group)}/{array}", mode="r")
-        if source.shape[1:] != expected.row_shape or source.dtype != np.dtype(expected.dtype):
-            raise StoreDamagedError(
-                f"{self.group}/{array} has {source.shape[1:]} {source.dtype}, not its identity's shape"
-            )
-
-        def read(row: int, out: np.ndarray) -> None:
-            out[...] = source[row]
 
         return read

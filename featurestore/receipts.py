@@ -21,7 +21,7 @@ from featurestore.errors import StoreDamagedError, StoreFormatError
 from featurestore.identity import canonical_json
 from featurestore.layout import ARRAYS, MAX_BLOCK_ROWS, receipt_key
 from featurestore.metadata import load_json
-from featurestore.objects import Objects
+from featurestore.objects import Objects, get_bounded
 
 State = Literal["ok", "failed", "skipped", "empty"]
 STATES: tuple[State, ...] = ("ok", "failed", "skipped", "empty")
@@ -29,7 +29,8 @@ SCOPES: tuple[str, ...] = ("clip", "encoder")  # who is to blame: the media, or 
 LOST = "lost in an interrupted attempt"
 DIGEST_LENGTH = 32  # hex digits
 MAX_REASON_LENGTH = 500  # characters
-MAX_RECEIPT_BYTES = 64 << 20
+MAX_ROW_BYTES = 4096  # of one row in a receipt: a reason of 500 characters, all escaped, and three digests
+MAX_NUMBER = 1_000_000  # times that a block was replaced
 
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -83,6 +84,8 @@ class Receipt:
     block: int
     rows: tuple[RowOutcome, ...]  # one per row of the block
     shards: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # array -> {"sha256": hex, "bytes": int}
+    number: int = 1  # counts the receipts of this block: only `repair` and `tombstone` replace one
+    replaces: str | None = None  # digest of the receipt before, where number > 1
 
     @cached_property
     def digest(self) -> str:
@@ -106,7 +109,8 @@ class Receipt:
         return (canonical_json(self._content() | {"digest": self.digest}) + "\n").encode()
 
     def _content(self) -> dict[str, Any]:
-        return {
+        history = {"number": self.number, "replaces": self.replaces} if self.number > 1 else {}
+        return history | {
             "format": _VERSION,
             "kind": self.kind,
             "group": self.group,
@@ -119,7 +123,7 @@ class Receipt:
     def parse(cls, data: bytes, *, kind: str, group: str, block: int, block_rows: int) -> Receipt:
         """A receipt from its file; raises unless it is exactly the receipt of that block, whole and undamaged."""
         what = f"receipt {kind}/{group} block {block}"
-        if len(data) > MAX_RECEIPT_BYTES:
+        if len(data) > max_receipt_bytes(block_rows):
             raise StoreFormatError(f"{what} has {len(data)} bytes, more than any receipt needs")
         record = load_json(data, what)
         receipt = cls(
@@ -128,6 +132,7 @@ class Receipt:
             block=block,
             rows=_parse_rows(record, what, block_rows),
             shards=_parse_shards(record, what),
+            **_parse_history(record, what),
         )
         # The writer's bytes are canonical: comparing them covers every field, the digest, and even white space.
         if receipt.to_bytes() != data:
@@ -165,9 +170,20 @@ def _parse_shards(record: dict, what: str) -> dict[str, dict[str, Any]]:
     return shards
 
 
+def _parse_history(record: dict, what: str) -> dict[str, Any]:
+    number, replaces = record.get("number", 1), record.get("replaces")
+    if type(number) is not int or not 1 <= number <= MAX_NUMBER or (number > 1) != isinstance(replaces, str):
+        raise StoreFormatError(f"{what} has number {number!r}, replacing {str(replaces)[:80]!r}")
+    return {"number": number, "replaces": replaces}
+
+
+def max_receipt_bytes(block_rows: int) -> int:
+    return 65_536 + block_rows * MAX_ROW_BYTES
+
+
 def read_receipt(objects: Objects, kind: str, group: str, block: int, block_rows: int) -> Receipt:
     """The receipt of a committed block, checked; FileNotFoundError if there is none."""
-    data = objects.get(receipt_key(kind, group, block))
+    data = get_bounded(objects, receipt_key(kind, group, block), max_receipt_bytes(block_rows))
     return Receipt.parse(data, kind=kind, group=group, block=block, block_rows=block_rows)
 
 

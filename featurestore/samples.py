@@ -43,6 +43,8 @@ class Sample:
         roles = tuple(turn.role for turn in self.turns)
         if not roles or len(roles) % 2 or any(role != expected[i % 2] for i, role in enumerate(roles)):
             raise UserError(f"sample {self.sample_id!r}: turns must alternate human, gpt, got {list(roles)}")
+        if not all(isinstance(turn.text, str) for turn in self.turns):
+            raise UserError(f"sample {self.sample_id!r} has a turn without text")
         if self.options and not (self.answer_index is not None and 0 <= self.answer_index < len(self.options)):
             raise UserError(
                 f"sample {self.sample_id!r}: answer_index {self.answer_index} is not one of {len(self.options)} options"

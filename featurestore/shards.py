@@ -53,6 +53,8 @@ def decode_row(spec: ArraySpec, chunk: np.ndarray, out: np.ndarray) -> None:
     claimed = int(payload[4:8].view("<u4")[0]) if len(payload) >= BLOSC_HEADER_BYTES else -1
     if claimed != spec.row_bytes:
         raise StoreDamagedError(f"{spec.name}: a row claims {claimed} bytes instead of {spec.row_bytes}")
+    if int(payload[12:16].view("<u4")[0]) != len(payload):  # or blosc would read past the end
+        raise StoreDamagedError(f"{spec.name}: a row claims to be compressed to another length than it has")
     try:
         blosc.decompress(payload, out)
     except RuntimeError as error:

@@ -6,6 +6,8 @@ and .failed_reason tell of its newest failure. Columns are numpy while receipts 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import pyarrow as pa
 
@@ -21,6 +23,22 @@ GROUP_COLUMNS: dict[str, tuple[pa.DataType, int | None]] = {
     "failed_scope": (pa.string(), None),
     "failed_reason": (pa.string(), None),
 }
+
+
+def snapshot_schema(groups: Iterable[str]) -> pa.Schema:
+    """Columns of a snapshot of these groups."""
+    fields = [("clip_id", pa.string()), ("kind", pa.string())]
+    for group in sorted(groups):
+        fields += [(column(group, suffix), arrow_type) for suffix, (arrow_type, _) in GROUP_COLUMNS.items()]
+    return pa.schema(fields)
+
+
+def complete(table: pa.Table, what: str) -> pa.Table:
+    """The table, if every clip has an id and a kind and every row is a number, as a snapshot's writer leaves it."""
+    for name in table.column_names:
+        if (name in ("clip_id", "kind") or name.endswith("row")) and table[name].null_count:
+            raise StoreFormatError(f"{what} has clips without {name}; open an older snapshot or publish a new one")
+    return table
 
 
 def column(group: str, suffix: str) -> str:

@@ -23,11 +23,11 @@ from featurestore.layout import (
     PARTS,
     SAMPLES,
     SNAPSHOTS,
+    block_number,
     check_block_rows,
     part_key,
     part_numbers,
     receipt_blocks,
-    receipt_key,
     receipts_prefix,
     samples_key,
     samples_versions,
@@ -35,12 +35,15 @@ from featurestore.layout import (
     snapshot_keys,
 )
 from featurestore.metadata import load_json
-from featurestore.objects import Objects, put_if_absent
-from featurestore.parts import ClipIndex, table_bytes
-from featurestore.receipts import STATES, Receipt
-from featurestore.snapshot_table import SnapshotTable
+from featurestore.objects import Objects, get_bounded, put_if_absent
+from featurestore.parquet import read_table, table_bytes, table_file
+from featurestore.parts import ClipIndex
+from featurestore.receipts import STATES, read_receipt
+from featurestore.snapshot_table import SnapshotTable, complete, snapshot_schema
+from featurestore.tombstones import tombstone_ids
 
 _VERSION = 1
+MAX_RECORD_BYTES = 256 << 20  # a million clips of four encoders have a record of 6 MB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,7 @@ class Snapshot:
     groups: Mapping[str, GroupSummary]  # "kind/group"
     block_rows: Mapping[str, int]  # kind -> rows, as in the root's zarr.json
     table_sha256: str
+    tombstones: tuple[str, ...] = ()  # ids of the removals that it knows of
 
     @property
     def digest(self) -> str:
@@ -79,7 +83,9 @@ class Snapshot:
     def says_the_same_as(self, other: Snapshot) -> bool:
         """Equal but for their place in the history."""
         mine, theirs = self._content(), other._content()
-        return all(mine[name] == theirs[name] for name in mine if name not in ("sequence", "parent"))
+        mine |= dict.fromkeys(("sequence", "parent"))
+        theirs |= dict.fromkeys(("sequence", "parent"))
+        return mine == theirs
 
     def to_bytes(self) -> bytes:
         return (canonical_json(self._content() | {"digest": self.digest}) + "\n").encode()
@@ -96,7 +102,8 @@ class Snapshot:
             }
             for name, group in self.groups.items()
         }
-        return {
+        removals = {"tombstones": list(self.tombstones)} if self.tombstones else {}
+        return removals | {
             "format": _VERSION,
             "sequence": self.sequence,
             "parent": self.parent,
@@ -122,9 +129,10 @@ class Snapshot:
                 groups=groups,
                 block_rows=check_block_rows(record["block_rows"]),
                 table_sha256=str(record["table_sha256"]),
+                tombstones=tuple(map(str, record.get("tombstones", ()))),
             )
             same = snapshot.to_bytes() == data and snapshot.id == snapshot_id
-        except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, UserError) as error:
             raise StoreFormatError(f"{what} lacks fields or has malformed ones ({error})") from error
         if not same:
             raise StoreDamagedError(f"{what} does not match its own digest; open an older one or publish a new one")
@@ -143,7 +151,7 @@ def _parse_group(name: str, entry: Mapping[str, Any]) -> GroupSummary:
         identity=identity,
         weights=str(entry["weights"]),
         batch_shape=int(entry["batch_shape"]),
-        receipts={str(int(block)): str(digest) for block, digest in entry["receipts"].items()},
+        receipts={str(block_number(block)): str(digest) for block, digest in entry["receipts"].items()},
         counts={state: int(entry["counts"][state]) for state in STATES},
         stored_bytes=int(entry["stored_bytes"]),
     )
@@ -166,22 +174,23 @@ def newest_snapshot_id(objects: Objects) -> str | None:
 
 def load_snapshot(objects: Objects, snapshot_id: str) -> Snapshot:
     try:
-        data = objects.get(snapshot_keys(snapshot_id)[1])
+        data = get_bounded(objects, snapshot_keys(snapshot_id)[1], MAX_RECORD_BYTES)
     except FileNotFoundError:
         known = ", ".join(snapshot_ids(objects.list_names(SNAPSHOTS))[-5:]) or "none"
         raise StoreError(f"there is no snapshot {snapshot_id}; the newest are: {known}") from None
     return Snapshot.parse(data, snapshot_id)
 
 
-def publish(objects: Objects, block_rows: Mapping[str, int]) -> str:
+def publish(objects: Objects, block_rows: Mapping[str, int], *, anew: bool = False) -> str:
     """Put a snapshot of all that is committed, if it says anything new; returns the newest snapshot's id.
 
-    Two publishers may race: both snapshots stand, and the slower one publishes again from the newest.
+    Two publishers may race: both snapshots stand, and the slower one publishes again from the newest. `anew` reads
+    every receipt, as is done after a removal: receipts that the newest snapshot knows may have been replaced.
     """
     while True:
         newest = newest_snapshot_id(objects)
         parent = load_snapshot(objects, newest) if newest else None
-        snapshot, table = _build(objects, block_rows, parent)
+        snapshot, table = _build(objects, block_rows, parent, anew)
         if parent is not None and snapshot.says_the_same_as(parent):
             return parent.id
         table_key, record_key = snapshot_keys(snapshot.id)
@@ -192,17 +201,21 @@ def publish(objects: Objects, block_rows: Mapping[str, int]) -> str:
             return snapshot.id
 
 
-def _build(objects: Objects, block_rows: Mapping[str, int], parent: Snapshot | None) -> tuple[Snapshot, bytes]:
+def _build(
+    objects: Objects, block_rows: Mapping[str, int], parent: Snapshot | None, anew: bool
+) -> tuple[Snapshot, bytes]:
+    tombstones = tuple(tombstone_ids(objects))
+    base = None if anew or (parent and parent.tombstones != tombstones) else parent  # what is taken over unread
     found = {
         f"{kind}/{group}": receipt_blocks(objects.list_names(receipts_prefix(kind, group)))
         for kind in KINDS
         for group in encoder_groups(objects, kind)
     }
     index = ClipIndex(objects, block_rows).refresh()  # after the receipts: every row that they speak of is there
-    state = SnapshotTable.extend(_parent_table(objects, parent), index.table)
+    state = SnapshotTable.extend(_parent_table(objects, base), index.table)
     groups: dict[str, GroupSummary] = {}
     for name, blocks in sorted(found.items()):
-        old = parent.groups.get(name) if parent else None
+        old = base.groups.get(name) if base else None
         groups[name] = _extend_group(objects, block_rows, name, blocks, old, state)
     data = table_bytes(state.to_arrow())
     return Snapshot(
@@ -213,6 +226,7 @@ def _build(objects: Objects, block_rows: Mapping[str, int], parent: Snapshot | N
         groups=groups,
         block_rows=dict(block_rows),
         table_sha256=hashlib.sha256(data).hexdigest(),
+        tombstones=tombstones,
     ), data
 
 
@@ -222,18 +236,15 @@ def _parent_table(objects: Objects, parent: Snapshot | None) -> pa.Table | None:
 
 def read_snapshot_table(objects: Objects, snapshot: Snapshot, columns: list[str] | None = None) -> pa.Table:
     """The snapshot's table, its bytes checked."""
-    import io
-
-    import pyarrow.parquet as pq
-
     key = snapshot_keys(snapshot.id)[0]
     try:
-        data = objects.get(key)
+        data = table_file(objects, key)
     except FileNotFoundError:
         raise StoreDamagedError(f"{key} is missing; open an older snapshot or publish a new one") from None
     if hashlib.sha256(data).hexdigest() != snapshot.table_sha256:
         raise StoreDamagedError(f"{key} does not match its digest; open an older snapshot or publish a new one")
-    return pq.read_table(io.BytesIO(data), columns=columns)
+    schema = snapshot_schema({name.split("/")[1] for name in snapshot.groups})
+    return complete(read_table(data, schema, key, columns=columns, exactly=False), key)
 
 
 def _extend_group(
@@ -249,8 +260,7 @@ def _extend_group(
     old = old or GroupSummary(identity=record.identity, weights=record.weights, batch_shape=record.batch_shape)
     receipts, counts, stored_bytes = dict(old.receipts), dict(old.counts), old.stored_bytes
     for block in sorted(blocks - {int(number) for number in old.receipts}):
-        data = objects.get(receipt_key(kind, group, block))
-        receipt = Receipt.parse(data, kind=kind, group=group, block=block, block_rows=block_rows[kind])
+        receipt = read_receipt(objects, kind, group, block, block_rows[kind])
         state.apply(receipt)
         receipts[str(block)] = receipt.digest
         counts = {name: counts[name] + receipt.counts[name] for name in STATES}
@@ -264,7 +274,7 @@ def _part_digests(objects: Objects, count: int, parent: Snapshot | None) -> dict
     for number in part_numbers(objects.list_names(PARTS))[:count]:
         key = part_key(number)
         if key not in known:
-            known[key] = hashlib.sha256(objects.get(key)).hexdigest()
+            known[key] = hashlib.sha256(table_file(objects, key)).hexdigest()
     return known
 
 
@@ -273,6 +283,6 @@ def _samples_digests(objects: Objects, parent: Snapshot | None) -> dict[str, dic
     for name, version in sorted(samples_versions(objects.list_names(SAMPLES)).items()):
         key = samples_key(name, version)
         old = parent.samples.get(name) if parent else None
-        sha256 = old["sha256"] if old and old["key"] == key else hashlib.sha256(objects.get(key)).hexdigest()
+        sha256 = old["sha256"] if old and old["key"] == key else hashlib.sha256(table_file(objects, key)).hexdigest()
         entries[name] = {"key": key, "sha256": sha256}
     return entries

@@ -13,11 +13,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from featurestore.columns import CLIP_SCHEMA, SAMPLE_SCHEMA, table_to_samples
 from featurestore.errors import (
@@ -27,26 +27,29 @@ from featurestore.errors import (
     StoreNotFoundError,
     UserError,
 )
-from featurestore.find import no_store_at
+from featurestore.find import Place, no_store_at, place_of
 from featurestore.identity import FeatureIdentity
-from featurestore.journal import parse_journal
+from featurestore.journal import MAX_JOURNAL_BYTES, parse_journal
 from featurestore.layout import JOURNAL, ROOT_METADATA, journal_key, journal_names, receipt_blocks, receipts_prefix
-from featurestore.local_objects import LocalObjects
 from featurestore.lookup import ClipLines, Frames, encoder_keys, time_steps
-from featurestore.metadata import parse_root
-from featurestore.parts import read_table
+from featurestore.metadata import parse_root, read_document
+from featurestore.objects import get_bounded
+from featurestore.parquet import read_table, table_file
+from featurestore.places import in_parallel, open_cached, open_objects
 from featurestore.reader import GroupReader, ShardCache
 from featurestore.samples import Sample
 from featurestore.snapshot_table import column
 from featurestore.snapshots import load_snapshot, newest_snapshot_id, read_snapshot_table
+from featurestore.tombstones import Tombstone, read_tombstones
 
 
 class FeatureStore:
     """A read-only store at one snapshot; make one with `FeatureStore.open`."""
 
-    def __init__(self, path: str, snapshot: str) -> None:
+    def __init__(self, path: str, snapshot: str, cache: Place | bool = True, cache_bytes: int | None = None) -> None:
         self.path = path
-        self._objects = LocalObjects(path)
+        self._cache_settings = (cache, cache_bytes)
+        self._objects = open_cached(path, cache, cache_bytes)
         self.snapshot = snapshot  # id: SEQUENCE-DIGEST12
         self._record = load_snapshot(self._objects, snapshot)
         self._cache = ShardCache(self._objects)
@@ -58,32 +61,54 @@ class FeatureStore:
         self._is_image = table["kind"].to_numpy(zero_copy_only=False) == "image"
         self._rows = {group: table[column(group, "row")].to_numpy() for group in self._groups.values()}
         self._line_of: ClipLines | None = None
+        self._is_hidden = np.zeros(len(self._clip_ids), dtype=bool)
+        # Removals hold at every snapshot, also those that were made before.
+        self.tombstones: dict[str, Tombstone] = read_tombstones(self._objects)  # by id
+        self._removed = {clip: stone for stone in self.tombstones.values() for clip in stone.clips}
+        if self._removed:
+            self._hide(pc.is_in(self._clip_ids, pa.array(sorted(self._removed), pa.string())))
+
+    def _hide(self, is_removed: pa.BooleanArray) -> None:
+        """Leave removed clips out of whatever this store says; lines keep their place."""
+        self._is_hidden = is_removed.to_numpy(zero_copy_only=False)
+        for group, rows in self._rows.items():
+            self._rows[group] = np.where(self._is_hidden, -1, rows)
 
     @classmethod
-    def open(cls, path: str | Path, *, snapshot: str | None = None) -> FeatureStore:
-        """Open a store's newest snapshot, or the one named."""
-        if "://" in str(path):
-            raise UserError(f"{path}: stores are read from a folder; copy or mount it first")
-        objects = LocalObjects(path)
+    def open(
+        cls,
+        path: Place,
+        *,
+        snapshot: str | None = None,
+        cache: Place | bool = True,
+        cache_bytes: int | None = None,
+    ) -> FeatureStore:
+        """Open a store's newest snapshot, or the one named; `path` is a folder or a URL (s3, gs, az, https, hf).
+
+        What is read from a URL is kept on this machine: in the folder `cache` (default: MERV_CACHE_DIR, else
+        ~/.cache/merv-cache), bounded to `cache_bytes` (default: MERV_CACHE_BYTES, else 50 GB); False keeps nothing.
+        """
+        path = place_of(path)
+        objects = open_objects(path)
         if not objects.exists(ROOT_METADATA):
             raise StoreNotFoundError(no_store_at(path))
-        parse_root(objects.get(ROOT_METADATA))
+        parse_root(read_document(objects, ROOT_METADATA))
         snapshot = snapshot or newest_snapshot_id(objects)
         if snapshot is None:
             raise StoreError(
                 f"{path} has no snapshot yet: extraction makes one every few minutes and at its end; wait for it, or "
                 "run the same `merv-pipeline extract` again to finish it"
             )
-        return cls(str(path), snapshot)
+        return cls(str(path), snapshot, cache, cache_bytes)
 
     def __reduce__(self) -> tuple:
-        return (FeatureStore, (self.path, self.snapshot))
+        return (FeatureStore, (self.path, self.snapshot, *self._cache_settings))
 
     def __repr__(self) -> str:
         return f"<FeatureStore {self.path} at {self.snapshot}: {len(self)} clips of {', '.join(self._groups)}>"
 
     def __len__(self) -> int:
-        return len(self._clip_ids)
+        return len(self._clip_ids) - int(np.count_nonzero(self._is_hidden))
 
     @cached_property
     def encoders(self) -> dict[str, FeatureIdentity]:
@@ -97,7 +122,7 @@ class FeatureStore:
         table = self._clip_columns().drop_columns(["row"])
         for key, group in self._groups.items():
             table = table.append_column(key, pa.array(self._rows[group] >= 0))
-        return table
+        return table.filter(pa.array(~self._is_hidden)) if self._removed else table
 
     @property
     def quarantine(self) -> pa.Table:
@@ -107,7 +132,7 @@ class FeatureStore:
         for key, group in self._groups.items():
             names = [column(group, suffix) for suffix in ("failed_row", "failed_reason", "failed_scope")]
             table = read_snapshot_table(self._objects, self._record, names)
-            failed = (table[names[0]].to_numpy() >= 0) & (self._rows[group] < 0)
+            failed = (table[names[0]].to_numpy() >= 0) & (self._rows[group] < 0) & ~self._is_hidden
             lines = pa.array(np.flatnonzero(failed))
             columns = [self._clip_ids.take(lines), paths.take(lines), pa.array([key] * len(lines), pa.string())]
             columns += [table[names[1]].take(lines), table[names[2]].take(lines)]
@@ -125,14 +150,24 @@ class FeatureStore:
         found: list[Sample] = []
         for each in self.sample_names if name is None else [name]:
             entry = self._record.samples[each]
+            self._refuse_erased(each, entry["sha256"])
             data = self._read_digested(entry["key"], entry["sha256"])
             found.extend(table_to_samples(read_table(data, SAMPLE_SCHEMA, entry["key"])))
-        return found
+        return [sample for sample in found if sample.clip_id not in self._removed]
+
+    def _refuse_erased(self, name: str, sha256: str) -> None:
+        for stone in self.tombstones.values():
+            if sha256 in stone.erased:
+                raise StoreError(
+                    f"the samples {name!r} of snapshot {self.snapshot} held conversations about clips removed on "
+                    f"{stone.date} ({stone.reason}); open the newest snapshot, which has the others"
+                )
 
     def journal(self) -> list[tuple[str, dict[str, Any]]]:
         """(name, record) of every run and worker that left one; provenance, never part of a digest."""
         names = journal_names(self._objects.list_names(JOURNAL))
-        return [(name, parse_journal(self._objects.get(journal_key(name)), name)) for name in names]
+        texts = ((name, get_bounded(self._objects, journal_key(name), MAX_JOURNAL_BYTES)) for name in names)
+        return [(name, parse_journal(text, name)) for name, text in texts]
 
     def rows(self, clip_ids: Sequence[str], *, encoder: str) -> np.ndarray:
         """int64 [B]: the row of each clip's tokens, -1 where there are none."""
@@ -180,7 +215,7 @@ class FeatureStore:
             entry = groups.setdefault(group, {"weights": summary.weights, "rows": {}, "stored_bytes": 0})
             entry["rows"][kind] = dict(summary.counts)
             entry["stored_bytes"] += summary.stored_bytes
-        num_images = int(self._is_image.sum())
+        num_images = int((self._is_image & ~self._is_hidden).sum())
         return {
             "path": self.path,
             "snapshot": self.snapshot,
@@ -222,11 +257,14 @@ class FeatureStore:
         elif out.shape != shape or out.dtype != dtype:
             raise UserError(f"out must be {shape} {dtype}, got {out.shape} {out.dtype}")
         whole = np.array_equal(steps, np.arange(identity.grid[0]))
-        for place in np.lexsort((rows, is_image)):  # in the order on disk
+
+        def read_row(place: int) -> None:
             reader = readers[bool(is_image[place])]
             stored_time = reader.specs[array].row_shape[0]
             picked = None if whole and stored_time == identity.grid[0] else steps % stored_time
             reader.read_row(array, int(rows[place]), out[place], picked)
+
+        in_parallel(read_row, np.lexsort((rows, is_image)), self._objects.parallel_reads)  # in the order on disk
         return out
 
     def _reader(self, kind: str, group: str) -> GroupReader:
@@ -251,7 +289,14 @@ class FeatureStore:
             raise UserError(f"clip_ids must be a list of clip ids, got the one text {clip_ids!r}")
         if self._line_of is None:
             self._line_of = ClipLines(self._clip_ids)
-        return self._line_of.find(list(clip_ids))
+        lines = self._line_of.find(list(clip_ids))
+        if self._removed and self._is_hidden[lines].any():
+            gone = clip_ids[int(np.flatnonzero(self._is_hidden[lines])[0])]
+            stone = self._removed[gone]
+            raise ClipUnavailableError(
+                f"clip {gone!r} was removed from this store on {stone.date}: {stone.reason}; leave it out"
+            )
+        return lines
 
     def _clip_columns(self) -> pa.Table:
         """`CLIP_SCHEMA` lines in the snapshot's order: each clip as it was first listed."""
@@ -270,7 +315,7 @@ class FeatureStore:
 
     def _read_digested(self, key: str, sha256: str) -> bytes:
         try:
-            data = self._objects.get(key)
+            data = table_file(self._objects, key)
         except FileNotFoundError:
             raise StoreDamagedError(f"{key} is missing though the snapshot names it; restore it from a copy") from None
         if hashlib.sha256(data).hexdigest() != sha256:

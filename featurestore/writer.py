@@ -14,14 +14,17 @@ import pyarrow as pa
 
 from featurestore.clips import KINDS, Clip
 from featurestore.columns import SAMPLE_SCHEMA, samples_to_table, table_to_samples
-from featurestore.errors import IdentityConflictError, StoreNotFoundError, UserError
+from featurestore.errors import IdentityConflictError, StoreFormatError, StoreNotFoundError, UserError
+from featurestore.find import Place, is_url, place_of
 from featurestore.groups import GroupWriter, create_or_open_group, encoder_groups
 from featurestore.identity import FeatureIdentity
 from featurestore.journal import journal_bytes
 from featurestore.layout import (
+    CARD,
     JOURNAL_NAME,
     ROOT_METADATA,
     SAMPLES,
+    TEMPORARY,
     check_block_rows,
     journal_key,
     next_batch_row,
@@ -29,12 +32,13 @@ from featurestore.layout import (
     samples_key,
     samples_versions,
 )
-from featurestore.local_objects import LocalObjects
 from featurestore.metadata import parse_root, root_document
 from featurestore.objects import Objects, machine_faults, put_if_absent
 from featurestore.parts import ClipIndex, allocate, part_bytes, read_table, table_bytes
+from featurestore.places import open_objects
 from featurestore.samples import Sample
 from featurestore.snapshots import publish
+from featurestore.tombstones import tombstoned_clips
 
 
 class StoreWriter:
@@ -46,12 +50,13 @@ class StoreWriter:
         self._index = ClipIndex(objects, block_rows)
 
     @classmethod
-    def open_or_create(cls, path: str | Path, *, block_rows: Mapping[str, int] | None = None) -> StoreWriter:
-        """Open the store in a folder, or make one; block rows are fixed when it is made."""
-        wanted = check_block_rows(block_rows)
-        with machine_faults(f"make {path}"):
-            Path(path).mkdir(parents=True, exist_ok=True)
-        objects = LocalObjects(path)
+    def open_or_create(cls, path: Place, *, block_rows: Mapping[str, int] | None = None) -> StoreWriter:
+        """Open the store in a folder or bucket, or make one; block rows are fixed when it is made."""
+        wanted, path = check_block_rows(block_rows), place_of(path)
+        if not is_url(path):
+            with machine_faults(f"make {path}"):
+                Path(path).mkdir(parents=True, exist_ok=True)
+        objects = open_objects(path)
         objects.sweep()
         if not objects.exists(ROOT_METADATA):
             _refuse_foreign_folder(objects, path)
@@ -66,9 +71,9 @@ class StoreWriter:
         return cls(objects, stored)
 
     @classmethod
-    def open(cls, path: str | Path) -> StoreWriter:
+    def open(cls, path: Place) -> StoreWriter:
         """Open a store that is there: what a worker does, lest it makes a new one where a share was unmounted."""
-        objects = LocalObjects(path)
+        objects = open_objects(path)
         if not objects.exists(ROOT_METADATA):
             raise StoreNotFoundError(
                 f"there is no feature store at {path}; mount the share that holds it, or extract one"
@@ -84,7 +89,8 @@ class StoreWriter:
 
         A clip that has a row already gets none, unless `retry` asks for a new one. Each call starts new blocks.
         """
-        distinct = list({clip.clip_id: clip for clip in clips}.values())
+        removed = tombstoned_clips(self.objects)
+        distinct = list({clip.clip_id: clip for clip in clips if clip.clip_id not in removed}.values())
         seen = len(self._index.refresh().tables) if retry else 0  # a retry only yields to rows given out meanwhile
         while True:
             index = self._index.refresh()
@@ -107,14 +113,26 @@ class StoreWriter:
         readers take the newest.
         """
         samples_key(name)  # checks the name
-        data = table_bytes(samples_to_table(samples))
+        removed = tombstoned_clips(self.objects)
+        table = samples_to_table(sample for sample in samples if sample.clip_id not in removed)
+        data = table_bytes(table)
         while True:
             newest = samples_versions(self.objects.list_names(SAMPLES)).get(name, 0)
-            if newest and self.objects.get(samples_key(name, newest)) == data:
+            if newest and self._holds(samples_key(name, newest), data, table):
                 return samples_key(name, newest)
             key = samples_key(name, newest + 1)
             if put_if_absent(self.objects, key, data):
                 return key
+
+    def _holds(self, key: str, data: bytes, table: pa.Table) -> bool:
+        """Are these the samples? Another version's Parquet may say the same in other bytes."""
+        stored = self.objects.get(key)
+        if stored == data:
+            return True
+        try:
+            return read_table(stored, SAMPLE_SCHEMA, key).equals(table)
+        except StoreFormatError:
+            return False  # damaged: a new version is written beside it
 
     def samples(self, name: str) -> list[Sample]:
         """The newest conversations of a name; none if there are none yet."""
@@ -172,10 +190,13 @@ class StoreWriter:
             for group in self.encoder_groups(kind):
                 self.open_group(kind, group).grow()
 
-    def publish_snapshot(self) -> str:
-        """Make what is committed visible to readers; returns the snapshot's id (the old one if nothing is new)."""
+    def publish_snapshot(self, *, anew: bool = False) -> str:
+        """Make what is committed visible to readers; returns the snapshot's id (the old one if nothing is new).
+
+        `anew` reads every receipt, also those that the newest snapshot knows: they may have been replaced.
+        """
         self.grow_groups()
-        return publish(self.objects, self.block_rows)
+        return publish(self.objects, self.block_rows, anew=anew)
 
     def journal(self, name: str, record: Mapping[str, Any]) -> str:
         """Keep provenance (times, hosts, versions, rates) with its own digest; returns the key."""
@@ -213,7 +234,7 @@ class StoreWriter:
             self.objects.replace(ROOT_METADATA, wanted)
 
 
-def _refuse_foreign_folder(objects: Objects, path: str | Path) -> None:
-    names = [name for name in objects.list_names("") if name != "tmp" and not name.startswith(".")]
+def _refuse_foreign_folder(objects: Objects, path: Place) -> None:
+    names = [name for name in objects.list_names("") if name not in (TEMPORARY, CARD) and not name.startswith(".")]
     if names:
         raise UserError(f"{path} is not empty and not a feature store (it holds {names[0]!r}); choose another --store")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
@@ -104,9 +105,10 @@ def test_broken_or_endless_json_is_a_format_error(data):
 
 def test_the_root_names_its_format_datasets_and_block_rows():
     data = root_document(datasets=["b", "a"], block_rows={"video": 4, "image": 3})
-    assert json.loads(data)["attributes"] == {
-        "merv_cache": {"format": 1, "datasets": ["a", "b"], "block_rows": {"video": 4, "image": 3}}
-    }
+    record = {"format": 1, "datasets": ["a", "b"], "block_rows": {"video": 4, "image": 3}}
+    text = '{"block_rows":{"image":3,"video":4},"datasets":["a","b"],"format":1}'
+    digest = hashlib.sha256(text.encode()).hexdigest()[:32]
+    assert json.loads(data)["attributes"] == {"merv_cache": record | {"digest": digest}}
     assert parse_root(data) == {"datasets": ["a", "b"], "block_rows": {"video": 4, "image": 3}}
 
 

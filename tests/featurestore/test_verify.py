@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import random
 import shutil
 import subprocess
 import sys
 
+import pyarrow.parquet as pq
 import pytest
 
 from featurestore.errors import StoreNotFoundError, UserError
+from featurestore.findings import is_damaged
 from featurestore.samples import Sample, Turn
 from featurestore.verify import verify_store
+
+TURNS = (Turn(role="human", text="what?"), Turn(role="gpt", text="that"))
 
 
 @pytest.fixture(scope="module")
@@ -19,12 +24,11 @@ def sound(tmp_path_factory, make):
     """A store with both kinds, every array, failures, a retry, samples, journals and two snapshots."""
     kit = make.kit(tmp_path_factory.mktemp("sound") / "store.zarr")
     writer = kit.writer()
-    turns = (Turn(role="human", text="what?"), Turn(role="gpt", text="that"))
     writer.add_clips([*(make.video(n) for n in range(6)), *(make.image(n) for n in range(2))])
-    writer.add_samples("mix", [Sample(sample_id="1", clip_id=None, turns=turns, stage="align", source="x")])
+    writer.add_samples("mix", [Sample(sample_id="1", clip_id=None, turns=TURNS, stage="align", source="x")])
     kit.fill(broken=("videos/1.mp4",))
     writer.add_clips([make.video(1)], retry=True)
-    writer.add_samples("mix", [Sample(sample_id="2", clip_id=None, turns=turns, stage="align", source="x")])
+    writer.add_samples("mix", [Sample(sample_id="2", clip_id=None, turns=TURNS, stage="align", source="x")])
     kit.fill(make.identity(encoder="vivit", storage_dtype="uint8", prefix_tokens=2))
     kit.fill()
     writer.journal("run-1-driver", {"host": "h", "seconds": 1.5})
@@ -118,8 +122,8 @@ def test_a_flipped_bit_in_a_shard_is_full_work(store):
 )
 def test_strays_are_found(store, key):
     (store / key).write_text("x")
-    assert [(finding.key, finding.problem) for finding in verify_store(store)] == [
-        (key, "is no file of a feature store")
+    assert [(finding.key, finding.problem, finding.severity) for finding in verify_store(store)] == [
+        (key, "is no file of a feature store", "stray")
     ]
 
 
@@ -128,7 +132,10 @@ def test_a_shard_without_a_receipt_is_work_in_progress(store):
     shutil.copy(group / "tokens/c/0/0/0/0/0", group / "tokens/c/1/0/0/0/new")
     (group / "tokens/c/9/0/0/0").mkdir(parents=True)
     shutil.copy(group / "tokens/c/0/0/0/0/0", group / "tokens/c/9/0/0/0/0")
-    assert [finding.key.split("/")[-1] for finding in verify_store(store, "full")] == ["new"]
+    found = {finding.key.split("/")[-1]: finding for finding in verify_store(store, "full")}
+    assert {name: finding.severity for name, finding in found.items()} == {"new": "stray", "0": "stray"}
+    assert "without a receipt" in found["0"].problem
+    assert "run the same extract again" in found["0"].advice
 
 
 def test_files_of_a_killed_run_are_found_and_swept_by_the_next(store, sound):
@@ -139,17 +146,75 @@ def test_files_of_a_killed_run_are_found_and_swept_by_the_next(store, sound):
     subprocess.run([sys.executable, "-c", program, str(store)], check=False)
     (finding,) = verify_store(store)
     assert "was left by an interrupted run" in finding.problem
+    assert (finding.severity, finding.advice) == ("stray", "the next extract sweeps it; or delete it")
     type(sound)(store).writer()
     assert verify_store(store) == []
 
 
 def test_rows_given_out_after_the_last_snapshot_are_not_damage(store, make, sound):
     type(sound)(store).writer().add_clips([make.video(20)])
-    assert verify_store(store, "full") == []
+    findings = verify_store(store, "full")
+    assert not is_damaged(findings)
+    assert {finding.problem for finding in findings} == {"has 12 rows, the clip parts give out 16"}  # of each array
+
+
+def test_a_flipped_bit_in_what_no_snapshot_names_yet_is_found_by_the_files_own_digest(store, make, sound):
+    writer = type(sound)(store).writer()
+    writer.add_clips([make.video(20)])
+    writer.add_samples("late", [Sample(sample_id="9", clip_id=None, turns=TURNS, stage="align", source="x")])
+    rng = random.Random(0)
+    for file in (store / "clips/part-00002.parquet", store / "samples/late.parquet"):
+        data = file.read_bytes()
+        for _ in range(60):
+            damaged = bytearray(data)
+            damaged[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            file.write_bytes(damaged)
+            assert is_damaged(verify_store(store, "full"))
+        file.write_bytes(data)
+
+
+def test_a_table_of_an_older_version_has_no_digest_and_is_covered_by_its_snapshot(store):
+    file = store / "samples/mix.2.parquet"
+    file.write_bytes(_without_digest(file))
+    (finding,) = verify_store(store, "full")  # another file than the snapshot names
+    assert finding.problem == "does not match its snapshot's"
+    new = store / "samples/new.parquet"
+    new.write_bytes(file.read_bytes())
+    assert "no digest of its own, and no snapshot names it" in str(verify_store(store, "full"))
+
+
+def _without_digest(file):
+    sink = io.BytesIO()
+    pq.write_table(pq.read_table(file), sink)
+    return sink.getvalue()
+
+
+def test_a_root_that_is_lost_is_a_finding(store):
+    (store / "zarr.json").unlink()
+    assert ("zarr.json", "is missing") in {(finding.key, finding.problem) for finding in verify_store(store)}
+
+
+def test_a_link_is_damage_wherever_it_leads(store):
+    shard = next((store / "video").rglob("tokens/c/0/0/0/0/0"))
+    shard.rename(store / "elsewhere")
+    shard.symlink_to(store / "elsewhere")
+    found = {finding.key: finding.severity for finding in verify_store(store, "full")}
+    assert found[shard.relative_to(store).as_posix()] == "damage"
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_blocks_are_checked_side_by_side_with_the_same_findings(store, workers):
+    told: list[int] = []
+    for shard in (store / "video").rglob("tokens/c/*/0/0/0/0"):
+        shard.write_bytes(shard.read_bytes()[:-1])
+    found = verify_store(store, "full", workers=workers, on_blocks=told.append, on_block=told.append)
+    shards = [finding for finding in found if "/tokens/c/" in finding.key]
+    assert len(shards) == 12  # three blocks of two encoders: a size and a digest each
+    assert told[0] == len(told) - 1 == 8
 
 
 def test_a_path_without_a_store_and_an_unknown_level_are_mistakes(tmp_path, sound):
-    with pytest.raises(StoreNotFoundError, match="give the folder that holds its zarr"):
+    with pytest.raises(StoreNotFoundError, match="there is no feature store at"):
         verify_store(tmp_path)
     with pytest.raises(UserError, match="level must be one of quick, full"):
         verify_store(sound.path, "deep")

@@ -1,0 +1,199 @@
+"""A clip removed on request is gone: from every listing, every reading, and from the bytes on disk."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from featurestore.erase import erase_tombstoned, tombstone
+from featurestore.errors import ClipUnavailableError, StoreDamagedError, StoreError, UserError
+from featurestore.samples import Sample, Turn
+from featurestore.store import FeatureStore
+from featurestore.tombstones import read_tombstones
+from featurestore.verify import verify_store
+
+GONE = "tiny/videos/2.mp4"
+TURNS = (Turn(role="human", text="what?"), Turn(role="gpt", text="a secret"))
+
+
+def sample(number: int, clip_id: str | None) -> Sample:
+    return Sample(sample_id=str(number), clip_id=clip_id, turns=TURNS, stage="align", source="x")
+
+
+@pytest.fixture
+def filled(kit, make):
+    writer = kit.writer()
+    writer.add_clips([*(make.video(n) for n in range(6)), make.image(0)])
+    writer.add_samples("mix", [sample(1, GONE), sample(2, "tiny/videos/0.mp4"), sample(3, None)])
+    kit.fill()
+    kit.fill(make.identity(encoder="vivit", storage_dtype="uint8", prefix_tokens=2))
+    return kit
+
+
+def bytes_of_row(kit, make) -> bytes:
+    tokens = make.floats(make.video(2), make.identity())["tokens"].astype(np.float16)
+    group = kit.group(make.identity())
+    from featurestore.shards import encode_row
+
+    return encode_row(group.specs["tokens"], tokens)
+
+
+def test_readers_no_longer_list_or_read_it_and_say_why(filled):
+    before = filled.open()
+    tombstone(filled.path, [GONE], reason="the consent was withdrawn", date="2026-11-20")
+    for store in (filled.open(), FeatureStore.open(filled.path, snapshot=before.snapshot)):
+        assert GONE not in store.clips["clip_id"].to_pylist()
+        assert len(store) == store.clips.num_rows == 6
+        assert store.info()["clips"] == {"video": 5, "image": 1}
+        assert GONE not in store.quarantine["clip_id"].to_pylist()
+        with pytest.raises(ClipUnavailableError, match=r"was removed .* on 2026-11-20: the consent was withdrawn"):
+            store.read([GONE], encoder="dinov2")
+        with pytest.raises(ClipUnavailableError, match="was removed"):
+            store.data_digest([GONE], ["dinov2"])
+    (stone,) = filled.open().tombstones.values()
+    assert (stone.clips, stone.reason) == ((GONE,), "the consent was withdrawn")
+
+
+def test_its_bytes_are_in_no_file_and_all_others_read_as_before(filled, make):
+    before, needle = filled.open(), bytes_of_row(filled, make)
+    others = [clip for clip in before.clips["clip_id"].to_pylist() if clip != GONE]
+    expected = {key: before.read(others, encoder=key) for key in before.encoders}
+    files = lambda: [file for file in filled.path.rglob("*") if file.is_file()]  # noqa: E731
+    assert any(needle in file.read_bytes() for file in files())
+    tombstone(filled.path, [GONE], reason="licence")
+    assert not any(needle in file.read_bytes() for file in files())
+    after = filled.open()
+    for key, tokens in expected.items():
+        np.testing.assert_array_equal(after.read(others, encoder=key), tokens)
+    assert verify_store(filled.path, "full") == []
+
+
+def test_its_conversations_are_in_no_version_of_the_samples(filled):
+    old = filled.open()
+    tombstone(filled.path, [GONE], reason="licence")
+    assert [s.sample_id for s in filled.open().samples("mix")] == ["2", "3"]
+    assert [file.name for file in (filled.path / "samples").iterdir()] == ["mix.2.parquet"]
+    with pytest.raises(StoreError, match=r"removed on .*; open the newest snapshot"):
+        FeatureStore.open(filled.path, snapshot=old.snapshot).samples()
+    filled.writer().add_samples("mix", [sample(1, GONE), sample(2, "tiny/videos/0.mp4"), sample(3, None)])
+    assert [file.name for file in (filled.path / "samples").iterdir()] == ["mix.2.parquet"]  # the same as it is
+
+
+def test_the_receipt_counts_and_names_the_one_before(filled, make):
+    before = filled.group(make.identity()).receipt(0)
+    other = filled.group(make.identity()).receipt(1)
+    tombstone(filled.path, [GONE], reason="licence")
+    group = filled.group(make.identity())
+    after = group.receipt(0)
+    assert (after.number, after.replaces) == (2, before.digest)
+    assert [row.state for row in after.rows] == ["ok", "ok", "skipped", "ok"]
+    assert after.rows[:2] == before.rows[:2]
+    assert group.receipt(1) == other  # a block without the clip is not touched
+
+
+def test_it_gets_no_row_again_and_is_never_computed_again(filled, make):
+    tombstone(filled.path, [GONE], reason="licence")
+    writer = filled.writer()
+    assert writer.add_clips([make.video(2)], retry=True) == []
+    assert [clip.clip_id for _, clip in writer.add_clips([make.video(2), make.video(30)])] == ["tiny/videos/30.mp4"]
+
+
+def test_a_clip_with_several_rows_is_erased_from_all_of_them(kit, make):
+    kit.writer().add_clips([make.video(n) for n in range(3)])
+    kit.fill(broken=("videos/2.mp4",))
+    kit.writer().add_clips([make.video(2)], retry=True)
+    kit.fill()
+    tombstone(kit.path, [GONE], reason="licence")
+    group = kit.group(make.identity())
+    assert [group.receipt(block).rows[place].state for block, place in ((0, 2), (1, 0))] == ["skipped", "skipped"]
+    assert verify_store(kit.path, "full") == []
+
+
+def test_the_row_of_a_shard_without_a_receipt_is_erased_too(filled, make):
+    group = filled.group(make.identity())
+    (filled.path / "receipts" / "video" / group.name / "00000000.json").unlink()
+    needle = bytes_of_row(filled, make)
+    tombstone(filled.path, [GONE], reason="licence")
+    shard = filled.path / "video" / group.name / "tokens/c/0/0/0/0/0"
+    assert needle not in shard.read_bytes()
+
+
+def test_another_store_takes_the_removal_over_with_the_record(filled, make, tmp_path):
+    import shutil
+
+    shutil.copytree(filled.path, tmp_path / "copy.zarr")
+    tombstone(filled.path, [GONE], reason="licence")
+    shutil.copytree(filled.path / "tombstones", tmp_path / "copy.zarr/tombstones")
+    copy = type(filled)(tmp_path / "copy.zarr")
+    assert GONE not in copy.open().clips["clip_id"].to_pylist()  # from the record on
+    assert erase_tombstoned(copy.writer()) == 2
+    copy.writer().publish_snapshot()
+    assert verify_store(copy.path, "full") == []
+    assert erase_tombstoned(copy.writer()) == 0
+    same = lambda path: {  # noqa: E731
+        file.relative_to(path): file.read_bytes()
+        for top in ("video", "receipts", "clips", "samples", "tombstones")
+        for file in (path / top).rglob("*")
+        if file.is_file()
+    }
+    assert same(copy.path) == same(filled.path)
+
+
+def test_a_removal_that_was_killed_is_finished_by_the_same_command(filled, make, tmp_path):
+    program = (
+        "import os, signal, sys; from featurestore import local_objects, erase\n"
+        "left = int(sys.argv[2]); real = local_objects.LocalObjects.replace\n"
+        "def replace(self, key, data):\n"
+        "    global left\n"
+        "    if left == 0: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    left -= 1; real(self, key, data)\n"
+        "local_objects.LocalObjects.replace = replace\n"
+        f"erase.tombstone(sys.argv[1], [{GONE!r}], reason='licence', date='2026-11-20')\n"
+    )
+    for left in range(6):
+        done = subprocess.run([sys.executable, "-c", program, str(filled.path), str(left)], check=False)
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL
+        assert GONE not in filled.open().clips["clip_id"].to_pylist()
+    assert left > 1
+    tombstone(filled.path, [GONE], reason="licence", date="2026-11-20")
+    assert verify_store(filled.path, "full") == []
+    assert len(read_tombstones(filled.writer().objects)) == 1
+
+
+def test_damage_is_not_put_under_a_new_receipt(filled, make):
+    group = filled.group(make.identity())
+    shard = filled.path / "video" / group.name / "tokens/c/0/0/0/0/0"
+    data = bytearray(shard.read_bytes())
+    data[10] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(StoreDamagedError, match="does not match its checksum; run `merv-pipeline verify`"):
+        tombstone(filled.path, [GONE], reason="licence")
+    assert shard.read_bytes() == bytes(data)
+    assert GONE not in filled.open().clips["clip_id"].to_pylist()
+
+
+def test_a_damaged_record_opens_no_store(filled):
+    tombstone(filled.path, [GONE], reason="licence")
+    (file,) = (filled.path / "tombstones").iterdir()
+    file.write_bytes(file.read_bytes().replace(b"videos/2", b"videos/3"))
+    with pytest.raises(StoreDamagedError, match="must not be lost"):
+        filled.open()
+    assert any(finding.key == f"tombstones/{file.name}" for finding in verify_store(filled.path))
+    os.unlink(file)
+    assert ("is missing though the newest snapshot names it") in str(verify_store(filled.path))
+
+
+def test_mistakes_are_told(filled):
+    with pytest.raises(UserError, match=r"nearest known one is 'tiny/videos/2\.mp4'"):
+        tombstone(filled.path, ["tiny/videos/2.mpg"], reason="x")
+    with pytest.raises(UserError, match="needs a reason"):
+        tombstone(filled.path, [GONE], reason=" ")
+    with pytest.raises(UserError, match="at least one clip"):
+        tombstone(filled.path, [], reason="x")
