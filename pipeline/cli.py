@@ -6,31 +6,17 @@ imported before a command needs it: `--help` answers at once.
 
 from __future__ import annotations
 
-import json
 import signal
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import click
 
-from featurestore.errors import MervCacheError
 from featurestore.find import find_store
-from jobs.clusters import ClusterError
 from pipeline.options import config_from_options, extraction_options
-
-
-@contextmanager
-def friendly_errors() -> Iterator[None]:
-    """Errors that carry a message for a person are printed without a traceback; exit code 1."""
-    try:
-        yield
-    except (MervCacheError, ClusterError) as error:
-        raise click.ClickException(str(error)) from error
-    except KeyboardInterrupt:
-        click.echo("\nInterrupted. What was committed is kept; run the same command again to go on.", err=True)
-        sys.exit(130)
+from pipeline.share_cli import SHARE_COMMANDS
+from pipeline.show import friendly_errors
+from pipeline.show import show_result as _show
+from pipeline.store_cli import STORE_COMMANDS
 
 
 @click.group(context_settings={"show_default": True, "help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -145,23 +131,6 @@ def report(store: str | None, store_option: str | None, out: str | None, root: s
 
 
 @main.command()
-@STORE_ARGUMENT
-@STORE_OPTION
-@click.option("--full", is_flag=True, help="Read every byte; quick checks names, sizes and digests of metadata.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def verify(store: str | None, store_option: str | None, full: bool, as_json: bool) -> None:
-    """Check the store's promises; exit code 1 where anything is damaged."""
-    from featurestore.verify import verify_store
-    from pipeline import tables
-
-    with friendly_errors():
-        findings = verify_store(find_store(store or store_option), level="full" if full else "quick")
-        _show([vars(finding) for finding in findings], as_json, lambda: tables.findings(findings, full))
-        if findings:
-            click.get_current_context().exit(1)
-
-
-@main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def encoders(as_json: bool) -> None:
     """List the encoders: the four of MERV, the others that come along, and plug-ins."""
@@ -188,8 +157,5 @@ def datasets(name: str | None, as_json: bool) -> None:
             _show([tables.dataset_row(spec) for spec in DATASETS.values()], as_json, lambda: tables.datasets(DATASETS))
 
 
-def _show(result: Any, as_json: bool, show: Callable[[], None]) -> None:
-    if as_json:
-        click.echo(json.dumps(result, indent=2, default=str))
-    else:
-        show()
+for command in (*STORE_COMMANDS, *SHARE_COMMANDS):
+    main.add_command(command)

@@ -13,6 +13,7 @@ from typing import Any
 
 from featurestore.clips import KINDS
 from featurestore.errors import UserError, unknown_name
+from featurestore.find import Place, place_of
 from featurestore.identity import STORAGE_DTYPES
 from featurestore.layout import check_block_rows
 from pipeline.encoders.base import EncoderSpec
@@ -88,8 +89,10 @@ class ExtractConfig:
     accept_damaged: bool = False
     block_rows: Mapping[str, int] = field(default_factory=dict)  # kind -> clips per block, fixed at creation
     batch: Mapping[str, int] = field(default_factory=dict)  # kind -> clips per forward; absent: chosen for the device
+    reuse: str | None = None  # another store: what it holds of the same media is copied instead of computed
     new_identity: bool = False
     retry_quarantine: bool = False
+    retry_reason: str | None = None  # of the quarantine, only clips whose reason holds this text
     scheduler: str = "local"
     workers: int = 1
     device: str = "auto"  # auto: cuda where torch sees one, else cpu
@@ -114,8 +117,8 @@ class ExtractConfig:
             raise UserError(f"max_failed is a share between 0 and 1, got {self.max_failed}")
 
     @property
-    def store_path(self) -> Path:
-        return Path(self.store or f"features/{self.dataset}.zarr")
+    def store_path(self) -> Place:
+        return place_of(self.store or f"features/{self.dataset}.zarr")
 
     @property
     def encoder_settings(self) -> tuple[EncoderSettings, ...]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from featurestore.clips import KINDS, Clip
 from featurestore.errors import MervCacheError, RunStoppedError
+from featurestore.find import is_url
 from featurestore.identity import FeatureIdentity
 from featurestore.lease import StoreLease
 from featurestore.store import FeatureStore
@@ -30,6 +31,7 @@ from pipeline.config import ExtractConfig, default_batch
 from pipeline.datasets import DatasetListing, load_dataset
 from pipeline.keep_samples import add_listed_samples
 from pipeline.plan import PlannedBlock, plan_blocks
+from pipeline.reuse import OtherStore
 from pipeline.summary import ExtractSummary, run_record
 
 if TYPE_CHECKING:
@@ -164,7 +166,9 @@ def _quarantined(
     identities = {name: encoder.identity for name, encoder in encoders.items()}
     groups = {identity.group_name for identity in identities.values()}
     keys = {key for key, identity in reader.encoders.items() if identity.group_name in groups}
-    failed = {row["clip_id"] for row in reader.quarantine.to_pylist() if row["encoder"] in keys}
+    text = (config.retry_reason or "").lower()
+    quarantine = [row for row in reader.quarantine.to_pylist() if text in row["reason"].lower()]
+    failed = {row["clip_id"] for row in quarantine if row["encoder"] in keys}
     for block in plan_blocks(store, identities, clip_ids=failed):
         failed -= block.clip_ids
     return [clip for clip in listing.clips if clip.clip_id in failed]
@@ -172,6 +176,8 @@ def _quarantined(
 
 def _check_space(config: ExtractConfig, blocks: list[PlannedBlock], encoders: dict[str, EncoderDescription]) -> None:
     """Refuse to start what cannot end: 16-bit tokens shrink by a seventh at most, so the raw size is the forecast."""
+    if is_url(config.store_path):
+        return  # a bucket has no end that it tells
     needed = sum(
         len(rows) * clip_bytes(encoders[name].identity, block.kind)
         for block in blocks
@@ -203,6 +209,8 @@ def _tasks(
     from pipeline.block import BlockTask
 
     groups = {name: encoder.identity.group_name for name, encoder in encoders.items()}
+    identities = {name: encoder.identity for name, encoder in encoders.items()}
+    other = OtherStore(config.reuse) if config.reuse and blocks else None
     engine = config.engine_settings
     for block in blocks:
         task = BlockTask(
@@ -216,6 +224,7 @@ def _tasks(
             batch=block.batch,
             accept_damaged=config.accept_damaged,
             engine=engine,
+            reuse=other and other.task(block, identities),
         )
         yield Task(key=f"{block.kind}-{block.block:08d}-of-{block.batch}-{run}", arguments=(task,))
 

@@ -17,6 +17,7 @@ from featurestore.columns import table_to_clips
 from featurestore.groups import GroupWriter
 from featurestore.identity import FeatureIdentity
 from featurestore.receipts import Receipt
+from featurestore.tombstones import tombstoned_clips
 from featurestore.writer import StoreWriter
 
 
@@ -48,7 +49,7 @@ def plan_blocks(
 
     Encoders whose groups were made with different batch shapes get a block each: one shape gives one set of bytes.
     """
-    planned = []
+    planned, removed = [], tombstoned_clips(store.objects)
     for kind, rows in _rows_by_kind(store).items():
         by_block = _by_block(rows, store.block_rows[kind])
         asked = [b for b, block in by_block.items() if any(clip.clip_id in clip_ids for _, clip in block)]
@@ -59,7 +60,7 @@ def plan_blocks(
         for name, identity in identities.items():
             group = store.open_group(kind, identity.group_name)
             committed = group.committed_blocks()
-            done = _clips_done_earlier(group, older, committed, store.block_rows[kind])
+            done = _clips_done_earlier(group, older, committed, store.block_rows[kind]) | removed.keys()
             for block in asked:
                 if block in committed:
                     continue

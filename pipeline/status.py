@@ -31,6 +31,10 @@ def store_status(path: str | Path) -> dict[str, Any]:
         "encoders": [_encoder_status(store, key, quarantine, sum(kinds.values())) for key in store.encoders],
         "quarantine": dict(Counter(f"{row['encoder']}: {row['reason']}" for row in quarantine).most_common()),
         "bytes": store.info()["stored_bytes"],
+        "tombstones": [
+            {"id": name, "date": stone.date, "reason": stone.reason, "clips": len(stone.clips)}
+            for name, stone in sorted(store.tombstones.items(), key=lambda item: (item[1].date, item[0]))
+        ],
         "unpublished blocks": store.unpublished_blocks(),
     }
 

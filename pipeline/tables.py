@@ -14,7 +14,7 @@ from pipeline.summary import DECODING
 PIPED_WIDTH = 160  # characters: rich would fold tables at 80 where stdout is not a terminal
 
 
-def _console() -> Console:
+def console() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
 
 
@@ -25,7 +25,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, 
         drawn.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*[str(cell) for cell in row])
-    _console().print(drawn)
+    console().print(drawn)
 
 
 def size(num_bytes: float) -> str:
@@ -45,7 +45,7 @@ def duration(seconds: float) -> str:
 
 def summary(result) -> None:
     """What an extraction did: counts, rates, seconds per stage, quarantine by reason."""
-    out = _console()
+    out = console()
     ok, seconds = result.clips - result.failed, max(result.elapsed_s, 1e-9)
     out.print(f"[bold]{result.store}[/bold]  snapshot {result.snapshot}")
     if not result.clips:
@@ -61,6 +61,8 @@ def summary(result) -> None:
     counted("quarantined", "clips", result.reasons)
     counted("listed but absent", "media", result.missing)
     counted("refused at listing", "records", result.rejected)
+    if result.reused:
+        out.print(f"{result.reused} cells (clip and encoder) were copied from another store")
     if result.halvings:
         out.print(f"{result.halvings} batches were halved for lack of device memory: give a smaller batch")
     if result.reasons:
@@ -76,7 +78,7 @@ def _stages(stage_s: Mapping[str, float]) -> None:
     stages["rest"] = max(0.0, total - sum(stages.values()))
     rows = [(name, f"{s:.1f}", f"{s / total:.0%}") for name, s in sorted(stages.items(), key=lambda item: -item[1])]
     table("", ("stage", "seconds", "share"), rows, right=("seconds", "share"))
-    _console().print(f"decoding took {beside:.1f} s in processes of its own, beside these stages")
+    console().print(f"decoding took {beside:.1f} s in processes of its own, beside these stages")
 
 
 def plural(count: int, noun: str) -> str:
@@ -91,7 +93,7 @@ def counted(title: str, unit: str, counts: Mapping[str, int]) -> None:
 
 
 def status(result: Mapping[str, Any]) -> None:
-    out = _console()
+    out = console()
     out.print(f"[bold]{result['store']}[/bold]  snapshot {result['snapshot']}, {size(result['bytes'])}")
     out.print(", ".join(f"{n} {kind} clips" for kind, n in result["clips"].items()) or "no clips")
     columns = ("encoder", "identity", "weights", "grid", "width", "storage", "committed", "failed", "to do")
@@ -104,6 +106,8 @@ def status(result: Mapping[str, Any]) -> None:
         )
     counted("samples", "count", result["samples"])
     counted("quarantined", "clips", result["quarantine"])
+    for stone in result["tombstones"]:
+        out.print(f"{plural(stone['clips'], 'clip')} removed on {stone['date']}: {stone['reason']}")
 
 
 def details(result: Mapping[str, Any]) -> None:
@@ -112,7 +116,7 @@ def details(result: Mapping[str, Any]) -> None:
     drawn.add_column(overflow="fold")
     for name, value in result.items():
         drawn.add_row(name, _cell(value))
-    _console().print(drawn)
+    console().print(drawn)
 
 
 def _cell(value: Any) -> str:
@@ -128,8 +132,8 @@ def _cell(value: Any) -> str:
 
 def forecast(result) -> None:
     """What an extraction would cost."""
-    out = _console()
-    columns = ("stage", "kind", "encoder", "clips", "to do", "bytes", "files", "time")
+    out = console()
+    columns = ("stage", "kind", "encoder", "clips", "to do", "reusable", "bytes", "files", "time")
     rows = [
         (
             r.stage,
@@ -137,6 +141,7 @@ def forecast(result) -> None:
             r.encoder,
             r.clips,
             r.to_do,
+            r.reusable,
             size(r.bytes),
             r.files,
             duration(r.seconds) if r.seconds else "-",
@@ -144,7 +149,13 @@ def forecast(result) -> None:
         for r in result.rows
     ]
     table("", columns, rows, right=columns[3:])
-    out.print(f"[bold]{size(result.bytes)}[/bold] to write, {size(result.free_bytes)} free at {result.store}")
+    if reusable := sum(r.reusable for r in result.rows):
+        to_do = sum(r.to_do for r in result.rows)
+        out.print(
+            f"the other store saves {reusable} of {to_do} cells ({reusable / to_do:.0%}), where the media are the same"
+        )
+    free = "" if result.free_bytes is None else f", {size(result.free_bytes)} free"
+    out.print(f"[bold]{size(result.bytes)}[/bold] to write at {result.store}{free}")
     if result.seconds:
         low, high = (duration(s) for s in result.interval_s)
         workers = plural(result.workers, "worker")
@@ -154,16 +165,6 @@ def forecast(result) -> None:
             f"decoding, {result.decode_s:.3f} s per clip, runs beside them and counts where it is the slower."
         )
     counted("listed but absent", "media", result.missing)
-
-
-def findings(found: Sequence, full: bool) -> None:
-    out = _console()
-    level = "every byte read" if full else "quick: names, sizes and digests of metadata; --full reads every byte"
-    if not found:
-        out.print(f"no damage found ({level})")
-        return
-    table("", ("object", "problem"), [(finding.key, finding.problem) for finding in found])
-    out.print(f"[bold]{len(found)} findings[/bold] ({level})")
 
 
 def encoder_row(spec) -> dict[str, Any]:

@@ -1,0 +1,122 @@
+"""A committed block computed once more, for `repair`: that block and that encoder only, into a folder of its own.
+
+Comes in: a group and the receipt of one of its blocks. Goes out: the shards and the receipt that this machine makes of
+the same media, for the caller to compare. Settings are those of the newest run in the store's journal that wrote to the
+group; the media's folder, the weights and the device may be given, since they decide no bytes by contract.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from featurestore.columns import table_to_clips
+from featurestore.errors import StoreError, UserError
+from featurestore.find import Place
+from featurestore.groups import GroupWriter
+from featurestore.journal import parse_journal
+from featurestore.layout import (
+    JOURNAL,
+    ROOT_METADATA,
+    array_metadata_key,
+    group_metadata_key,
+    journal_key,
+    journal_names,
+    receipt_key,
+    rows_of,
+    shard_key,
+)
+from featurestore.objects import Objects
+from featurestore.places import open_objects
+from featurestore.receipts import Receipt
+from featurestore.repair_shards import Recomputed
+from featurestore.writer import StoreWriter
+from pipeline.config import ExtractConfig, read_config
+
+
+class Recompute:
+    """Computes blocks of one store again; encoders stay loaded between blocks."""
+
+    def __init__(self, path: Place, *, root: str | None, weights: Mapping[str, str] | None, device: str | None) -> None:
+        self._path, self._root = path, root
+        self._overrides = {"weights": dict(weights) if weights else None, "device": device}
+
+    def __call__(self, group: GroupWriter, receipt: Receipt) -> Recomputed:
+        from pipeline.block import BlockTask, extract_block  # torch and the models
+
+        runs = driver_runs(group.objects)
+        run = next((run for run in reversed(runs) if _wrote_to(run, group.name)), None)
+        if run is None:
+            raise UserError(f"no journal tells how {group.name} was made: fetch the block with --from OTHER_STORE")
+        name = group.identity.encoder
+        config = self._config(run)
+        settings = next(entry for entry in config.encoder_settings if entry.name == name)
+        threads = next(entry["threads"] for entry in run["encoders"].values() if entry["group"] == group.name)
+        ok = [row for row, outcome in enumerate(receipt.rows, start=receipt.first_row()) if outcome.state == "ok"]
+        with tempfile.TemporaryDirectory(prefix="merv-repair-") as folder:
+            _copy_documents(group, folder)
+            task = BlockTask(
+                store=folder,
+                root=self._root or run["root"],
+                kind=group.kind,
+                block=receipt.block,
+                rows=_rows(self._path, group, receipt),
+                wanted={name: frozenset(ok)},
+                groups={name: group.name},
+                batch=group.batch_shape,
+                accept_damaged=config.accept_damaged,
+                engine=replace(config.engine_settings, encoders=(settings,), threads=threads),
+            )
+            extract_block(task)
+            return _made(group, receipt.block, folder)
+
+    def _config(self, run: Mapping[str, Any]) -> ExtractConfig:
+        settings = dict(run["config"])
+        if settings.get("grid") is None:
+            settings["grid"] = "raw"
+        given = {name: value for name, value in self._overrides.items() if value is not None}
+        return read_config(None, settings | given)
+
+
+def driver_runs(objects: Objects) -> list[dict[str, Any]]:
+    """Records of the store's extractions, oldest first; damaged ones are left aside."""
+    runs = []
+    for name in journal_names(objects.list_names(JOURNAL)):
+        if name.endswith("-driver"):
+            try:
+                runs.append(parse_journal(objects.get(journal_key(name)), name))
+            except StoreError:
+                continue
+    return sorted(runs, key=lambda run: run["started"])
+
+
+def _wrote_to(run: Mapping[str, Any], group: str) -> bool:
+    return any(entry.get("group") == group for entry in run["encoders"].values())
+
+
+def _copy_documents(group: GroupWriter, folder: str) -> None:
+    """A store that has room for the block and nothing in it."""
+    target, kind = open_objects(folder), group.kind
+    arrays = [array_metadata_key(kind, group.name, array) for array in group.specs]
+    for key in (ROOT_METADATA, f"{kind}/{ROOT_METADATA}", group_metadata_key(kind, group.name), *arrays):
+        target.put_new(key, group.objects.get(key))
+
+
+def _rows(path: Place, group: GroupWriter, receipt: Receipt) -> tuple:
+    wanted = rows_of(receipt.block, group.block_rows)
+    pairs = table_to_clips(StoreWriter.open(path).clips())
+    return tuple(sorted((pair for pair in pairs if pair[1].kind == group.kind and pair[0] in wanted), key=_row))
+
+
+def _row(pair: tuple[int, object]) -> int:
+    return pair[0]
+
+
+def _made(group: GroupWriter, block: int, folder: str) -> Recomputed:
+    made = open_objects(folder)
+    data = made.get(receipt_key(group.kind, group.name, block))
+    receipt = Receipt.parse(data, kind=group.kind, group=group.name, block=block, block_rows=group.block_rows)
+    keys = {name: shard_key(group.kind, group.name, name, block) for name in group.specs}
+    return Recomputed(receipt=receipt, shards={name: made.get(key) for name, key in keys.items()})

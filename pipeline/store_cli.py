@@ -1,0 +1,219 @@
+"""Commands that keep a store in order: verify, repair, quarantine, tombstone."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import click
+
+from featurestore.find import find_store
+from pipeline.show import friendly_errors, show_result
+
+_ROOT_HELP = "Folder of the media."
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_STORE = click.argument("store", type=click.Path(), required=False)
+_STORE_OPTION = click.option(
+    "--store",
+    "store_option",
+    type=click.Path(),
+    show_default="the only one under features/",
+    help="The store, as for extract.",
+)
+_ROOT = click.option("--root", type=click.Path(file_okay=False), show_default="as at extraction", help=_ROOT_HELP)
+
+
+@click.command()
+@_STORE
+@_STORE_OPTION
+@click.option("--full", is_flag=True, help="Read every byte; quick checks names, sizes and digests of metadata.")
+@click.option(
+    "--media",
+    type=click.Choice(["quick", "full"]),
+    show_default="not looked at",
+    help="Look for media that changed since: quick hashes those touched since the first run, full hashes all.",
+)
+@_ROOT
+@click.option("--workers", type=click.IntRange(1), default=2, help="Blocks, or media, checked at once.")
+@_JSON
+def verify(
+    store: str | None,
+    store_option: str | None,
+    full: bool,
+    media: str | None,
+    root: str | None,
+    workers: int,
+    as_json: bool,
+) -> None:
+    """Check the store's promises; exit code 1 where anything is damaged, 0 where only strays lie about."""
+    from featurestore.findings import is_damaged
+    from featurestore.verify import verify_store
+    from pipeline import store_tables
+
+    with friendly_errors():
+        place = find_store(store or store_option)
+        with _progress("verify", "blocks") as (total, done):
+            findings = verify_store(place, "full" if full else "quick", workers=workers, on_blocks=total, on_block=done)
+        if media:
+            from pipeline.verify_media import verify_media
+
+            with _progress("media", "clips") as (total, done):
+                findings += verify_media(place, media, root=root, workers=workers, on_clips=total, on_clip=done)
+        show_result(
+            [vars(finding) for finding in findings], as_json, lambda: store_tables.findings(findings, full, media)
+        )
+        if is_damaged(findings):
+            click.get_current_context().exit(1)
+
+
+@click.command()
+@_STORE
+@_STORE_OPTION
+@click.option("--from", "other", type=click.Path(), help="Another copy of the store: a folder or URL.")
+@click.option("--recompute", is_flag=True, help="Compute what no copy has from the media.")
+@_ROOT
+@click.option("--weights", metavar="SPEC", multiple=True, show_default="as at extraction", help="As for extract.")
+@click.option("--device", show_default="as at extraction", help="cpu, cuda, cuda:1, ...")
+@click.option(
+    "--new-bytes", is_flag=True, help="Take what this machine computes though its bytes differ: a numbered receipt."
+)
+@_JSON
+def repair(
+    store: str | None,
+    store_option: str | None,
+    other: str | None,
+    recompute: bool,
+    root: str | None,
+    weights: tuple[str, ...],
+    device: str | None,
+    new_bytes: bool,
+    as_json: bool,
+) -> None:
+    """Mend what `verify --full` finds damaged; whatever is whole is not touched. Exit code 1 if something is left."""
+    from featurestore.repair import repair_store
+    from pipeline import store_tables
+    from pipeline.options import parse_weights
+
+    with friendly_errors():
+        place = find_store(store or store_option)
+        again = None
+        if recompute or root or new_bytes:
+            from pipeline.recompute import Recompute
+
+            again = Recompute(place, root=root, weights=parse_weights(weights), device=device)
+        done = repair_store(
+            place,
+            other=find_store(other) if other else None,
+            recompute=again,
+            new_bytes=new_bytes,
+            say=lambda each: click.echo(f"{each.key}: {each.done}", err=True),
+        )
+        show_result([vars(each) for each in done], as_json, lambda: store_tables.repaired(done))
+        if not all(each.is_mended for each in done):
+            click.get_current_context().exit(1)
+
+
+@click.group()
+def quarantine() -> None:
+    """Clips that failed, with the reason: list them, or try some of them again."""
+
+
+_ENCODER = click.option("--encoder", show_default="all", help="Failures of this encoder only.")
+_REASON = click.option("--reason", metavar="TEXT", show_default="any", help="Failures whose reason holds this text.")
+
+
+@quarantine.command("list")
+@_STORE
+@_STORE_OPTION
+@_ENCODER
+@_REASON
+@_JSON
+def list_quarantine(
+    store: str | None, store_option: str | None, encoder: str | None, reason: str | None, as_json: bool
+) -> None:
+    """List what failed: clip, encoder and reason."""
+    from pipeline import store_tables
+    from pipeline.quarantine import quarantined
+
+    with friendly_errors():
+        rows = quarantined(find_store(store or store_option), encoder=encoder, reason=reason)
+        show_result(rows, as_json, lambda: store_tables.quarantined(rows))
+
+
+@quarantine.command()
+@_STORE
+@_STORE_OPTION
+@_ENCODER
+@_REASON
+@click.option("--decoder", show_default="as at extraction", help="Another decoder: another identity of the features.")
+@click.option("--accept-damaged", is_flag=True, default=None, help="Take what can be decoded of damaged files.")
+@click.option("--new-identity", is_flag=True, default=None, help="Keep changed features beside the stored ones.")
+@_ROOT
+@click.option("--device", show_default="as at extraction", help="cpu, cuda, cuda:1, ...")
+@click.option("--scheduler", show_default="local", help="As for extract.")
+@_JSON
+def retry(
+    store: str | None,
+    store_option: str | None,
+    encoder: str | None,
+    reason: str | None,
+    as_json: bool,
+    **overrides: Any,
+) -> None:
+    """Extract quarantined clips again, with the settings that the store's journal tells."""
+    from pipeline import tables
+    from pipeline.quarantine import retry as retry_quarantine
+
+    with friendly_errors():
+        summaries = retry_quarantine(
+            find_store(store or store_option),
+            encoder=encoder,
+            reason=reason,
+            overrides=overrides,
+            say=lambda line: click.echo(line, err=True),
+        )
+        show_result(
+            [summary.to_dict() for summary in summaries], as_json, lambda: [tables.summary(each) for each in summaries]
+        )
+
+
+@click.command()
+@click.argument("clips", nargs=-1, required=True)
+@click.option("--reason", required=True, help="Why, for whoever reads the store later: a licence, a consent withdrawn.")
+@_STORE_OPTION
+@_JSON
+def tombstone(clips: tuple[str, ...], reason: str, store_option: str | None, as_json: bool) -> None:
+    """Remove CLIPS (ids) for good: readers no longer have them, tokens and conversations are erased from the files.
+
+    Their ids stay, in the clip parts and in the tombstone, so that they are never computed again. Other copies of the
+    store take the removal over when they are pushed to or pull from it.
+    """
+    from featurestore.erase import tombstone as remove
+    from pipeline import tables
+
+    with friendly_errors():
+        result = remove(find_store(store_option), clips, reason=reason)
+        show_result(result, as_json, lambda: tables.details(result))
+
+
+@contextlib.contextmanager
+def _progress(label: str, unit: str):
+    """Two functions for a library call: one is told the total, the other is called for each item done."""
+    from jobs.progress import RunProgress
+
+    bars: list[RunProgress] = []
+
+    def total(count: int) -> None:
+        bars.append(RunProgress(label, total=count, unit=unit).__enter__())
+
+    def done(num_bytes: int | None = None) -> None:
+        bars[0].advance(1, **({} if num_bytes is None else {"MB": num_bytes / 1e6}))
+
+    try:
+        yield total, done
+    finally:
+        for bar in bars:
+            bar.__exit__(None, None, None)
+
+
+STORE_COMMANDS: tuple[click.Command, ...] = (verify, repair, quarantine, tombstone)

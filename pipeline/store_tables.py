@@ -1,0 +1,53 @@
+"""What keeping a store in order has to say, as tables for a person."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.tables import console, counted, plural, table
+
+_MEDIA = {
+    "quick": "media that were touched since the first run are compared, --media full compares all",
+    "full": "all media compared",
+}
+
+
+def findings(found: Sequence, full: bool, media: str | None = None) -> None:
+    """Damage first, then strays, each with what to do."""
+    out = console()
+    level = "every byte read" if full else "quick: names, sizes and digests of metadata; --full reads every byte"
+    if media:
+        level += f"; {_MEDIA[media]}"
+    damage = sum(finding.severity == "damage" for finding in found)
+    if found:
+        rows = [(finding.severity, finding.key, finding.problem, finding.advice) for finding in found]
+        table("", ("severity", "object", "problem", "what to do"), rows)
+    if damage:
+        out.print(f"[bold]damage: {plural(damage, 'finding')}[/bold], {len(found) - damage} strays ({level})")
+    else:
+        strays = f", {plural(len(found), 'stray')}" if found else ""
+        out.print(f"no damage found{strays} ({level})")
+
+
+def repaired(done: Sequence) -> None:
+    """What was mended, and what was not."""
+    out = console()
+    if not done:
+        out.print("no damage found: nothing was touched")
+        return
+    rows = [("mended" if each.is_mended else "NOT MENDED", each.key, each.done) for each in done]
+    table("", ("", "object", "what was done"), rows)
+    left = sum(not each.is_mended for each in done)
+    out.print(f"[bold]{len(done) - left} mended, {left} not[/bold]; `merv-pipeline verify --full` reads every byte")
+
+
+def quarantined(rows: Sequence[Mapping[str, Any]]) -> None:
+    """One line per clip and encoder, and the reasons counted."""
+    if not rows:
+        console().print("no clip is quarantined (of those asked for)")
+        return
+    columns = ("clip_id", "encoder", "scope", "reason")
+    table("", columns, [[row[name] for name in columns] for row in rows])
+    counted("reason", "clips", Counter(row["reason"] for row in rows))

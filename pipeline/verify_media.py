@@ -1,0 +1,111 @@
+"""Have the media changed since they were encoded? Receipts hold the sha256 of what each clip was made from.
+
+Comes in: a store and the folders of its media. Goes out: findings. "full" hashes every file. "quick" hashes only files
+that were modified, or moved into their place, after the store's first run began (the later of mtime and ctime), and
+finds those that are gone. It cannot see what was exchanged on a file system whose clock was set back, bits that rotted
+under an old date, or a store whose journal is lost; a folder that was copied since is hashed whole, as full would.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+from featurestore.clips import Clip
+from featurestore.columns import table_to_clips
+from featurestore.errors import MervCacheError, UserError
+from featurestore.find import Place
+from featurestore.findings import Finding
+from featurestore.store import FeatureStore
+from featurestore.writer import StoreWriter
+from pipeline.decode.source import Source
+from pipeline.media import FrameFolder, TarMember
+
+MediaLevel = Literal["quick", "full"]
+MEDIA_LEVELS: tuple[MediaLevel, ...] = ("quick", "full")
+_RESTORE = "restore the file it was made from; or give the clip's new content another path and extract that"
+
+
+def verify_media(
+    path: Place,
+    level: MediaLevel,
+    *,
+    root: str | None = None,
+    workers: int = 2,
+    on_clips: Callable[[int], None] = lambda total: None,
+    on_clip: Callable[[], None] = lambda: None,
+) -> list[Finding]:
+    """Media that are gone or whose bytes are no longer those that the receipts name; keys are clip ids."""
+    if level not in MEDIA_LEVELS:
+        raise UserError(f"media are checked {' or '.join(MEDIA_LEVELS)}, got {level!r}")
+    store = FeatureStore.open(path)
+    runs = [record for name, record in store.journal() if name.endswith("-driver")]
+    roots = media_roots(runs, root)
+    since = min((run["started"] for run in runs), default=0.0) if level == "quick" else 0.0
+    known = _media_digests(path, set(store.tombstones) and {c for s in store.tombstones.values() for c in s.clips})
+    on_clips(len(known))
+
+    def check(entry: tuple[Clip, set[str]]) -> Finding | None:
+        on_clip()
+        return _check(*entry, roots, since)
+
+    with ThreadPoolExecutor(workers) as pool:
+        found = [finding for finding in pool.map(check, known.values()) if finding is not None]
+    return sorted(found, key=lambda finding: finding.key)
+
+
+def media_roots(runs: Iterable[Mapping], root: str | None) -> dict[str, str]:
+    """Dataset -> folder of its media: as given, else as its newest run says; "" stands for every other dataset."""
+    known = {run["config"]["dataset"]: run["root"] for run in runs}
+    return {"": root} if root else known
+
+
+def _media_digests(path: Place, removed: Iterable[str]) -> dict[str, tuple[Clip, set[str]]]:
+    """Clip id -> the clip, and the sha256 of every medium that committed tokens of it were made from."""
+    writer, removed = StoreWriter.open(path), set(removed)
+    found: dict[str, tuple[Clip, set[str]]] = {}
+    clips = {(clip.kind, row): clip for row, clip in table_to_clips(writer.clips())}
+    for kind in {kind for kind, _ in clips}:
+        for name in writer.encoder_groups(kind):
+            group = writer.open_group(kind, name)
+            for block in sorted(group.committed_blocks()):
+                receipt = group.receipt(block)
+                for row, outcome in enumerate(receipt.rows, start=receipt.first_row()):
+                    clip = clips.get((kind, row))
+                    if outcome.state == "ok" and outcome.media_sha256 and clip and clip.clip_id not in removed:
+                        found.setdefault(clip.clip_id, (clip, set()))[1].add(outcome.media_sha256)
+    return found
+
+
+def _check(clip: Clip, digests: set[str], roots: Mapping[str, str], since: float) -> Finding | None:
+    root = roots.get(clip.dataset, roots.get(""))
+    if root is None:
+        return Finding(clip.clip_id, f"no run says where the media of {clip.dataset} are", "stray", "give --root DIR")
+    try:
+        source = Source.find(root, clip.path)
+        if _touched(source) < since:
+            return None
+        now = source.sha256()
+    except MervCacheError as error:
+        return Finding(clip.clip_id, str(error), "stray", "its tokens stay good; restore the file to compute it again")
+    except OSError as error:
+        return Finding(clip.clip_id, f"cannot be read: {error.strerror}", "stray", "check the disk")
+    if digests == {now}:
+        return None
+    if len(digests) > 1:
+        words = "encoders saw different content of its media"
+    else:
+        words = "its media are not those that its tokens were made from"
+    return Finding(clip.clip_id, words, "damage", _RESTORE)
+
+
+def _touched(source: Source) -> float:
+    """When the newest of a clip's files was last written or put in its place, in Unix seconds."""
+    if isinstance(source.media, FrameFolder):
+        paths = [*source.media.paths, *{Path(path).parent for path in source.media.paths}]
+    else:
+        paths = [source.media.tar_path if isinstance(source.media, TarMember) else source.media.path]
+    return max(max(status.st_mtime, status.st_ctime) for status in map(os.stat, paths))
