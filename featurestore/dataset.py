@@ -27,7 +27,7 @@ class FeatureDataset(Dataset):
         unknown = [name for name in encoders if name not in store.encoders]
         if unknown or not encoders:
             raise UserError(f"encoders {unknown or '[]'} are not in this store; it has: {', '.join(store.encoders)}")
-        self._place = (store.path, store.snapshot)
+        self._place = store.__reduce__()[1]
         self._store: FeatureStore | None = store
         self._items = list(items)
         self._encoders = tuple(encoders)

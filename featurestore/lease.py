@@ -1,8 +1,8 @@
 """A courtesy between drivers: who is working on this store just now.
 
 Two drivers on one store are safe (puts are exclusive) but waste work, so a driver takes the lease and others are told.
-The holder touches the file; a lease untouched for `stale_after_s`, or whose process on this host is gone, is nobody's.
-Correctness never depends on it.
+The holder touches it, a file in a folder and an object in a bucket; a lease untouched for `stale_after_s`, or whose
+process on this host is gone, is nobody's. Correctness never depends on it.
 """
 
 from __future__ import annotations
@@ -11,22 +11,40 @@ import json
 import os
 import socket
 import threading
+import uuid
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
-from featurestore.errors import UserError
+from featurestore.errors import MervCacheError, UserError
+from featurestore.find import Place, is_url, place_of
 from featurestore.layout import TEMPORARY
-from featurestore.objects import machine_faults
+from featurestore.objects import machine_faults, put_if_absent
 
 STALE_AFTER_S = 120.0
 LEASE_NAME = "driver.lease"
 
 
+class _Paper(Protocol):
+    """What a lease is written on."""
+
+    def create(self, text: str) -> bool: ...  # False if there is one
+
+    def read(self) -> str: ...  # FileNotFoundError if there is none
+
+    def touch(self, text: str) -> None: ...
+
+    def remove(self) -> None: ...
+
+    def age_s(self) -> float | None: ...  # since it was touched, by one clock; None if there is none
+
+
 class StoreLease:
     """`with StoreLease(path, run_id): ...` raises UserError if another driver is at work."""
 
-    def __init__(self, path: str | Path, run_id: str, *, stale_after_s: float = STALE_AFTER_S) -> None:
-        self._file = Path(path) / TEMPORARY / LEASE_NAME
+    def __init__(self, path: Place, run_id: str, *, stale_after_s: float = STALE_AFTER_S) -> None:
+        place = place_of(path)
+        self._paper: _Paper = _LeaseObject(str(place)) if is_url(place) else _LeaseFile(Path(place))
         self._owner = {"host": socket.gethostname(), "pid": os.getpid(), "run": run_id}
         self._stale_after_s = stale_after_s
         self._stop = threading.Event()
@@ -34,11 +52,10 @@ class StoreLease:
 
     def __enter__(self) -> StoreLease:
         with machine_faults("take the store's lease"):
-            self._file.parent.mkdir(parents=True, exist_ok=True)
             while not self._try_create():
                 self._refuse_if_fresh()
                 with suppress(FileNotFoundError):
-                    self._file.unlink()
+                    self._paper.remove()
         self._heart = threading.Thread(target=self._beat, name="store-lease", daemon=True)
         self._heart.start()
         return self
@@ -47,28 +64,22 @@ class StoreLease:
         self._stop.set()
         if self._heart:
             self._heart.join()
-        if self.holder() == self._owner:
-            with suppress(OSError):
-                self._file.unlink()
+        with suppress(OSError, MervCacheError):
+            if self.holder() == self._owner:
+                self._paper.remove()
 
     def holder(self) -> dict | None:
-        """{"host", "pid", "run"} of the lease file, or None."""
+        """{"host", "pid", "run"} of the lease, or None."""
         try:
-            return json.loads(self._file.read_text())
+            return json.loads(self._paper.read())
         except (OSError, ValueError):
             return None
 
     def _try_create(self) -> bool:
-        try:
-            handle = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        except FileExistsError:
-            return False
-        with os.fdopen(handle, "w") as file:
-            json.dump(self._owner, file)
-        return True
+        return self._paper.create(json.dumps(self._owner))
 
     def _refuse_if_fresh(self) -> None:
-        age_s, holder = self._age_s(), self.holder() or {}
+        age_s, holder = self._paper.age_s(), self.holder() or {}
         if age_s is not None and age_s < self._stale_after_s and not self._is_dead(holder):
             raise UserError(
                 f"another run works on this store: {holder.get('run')} on {holder.get('host')}, process "
@@ -88,8 +99,39 @@ class StoreLease:
             pass  # alive, and somebody else's
         return False
 
-    def _age_s(self) -> float | None:
-        """Age by the file system's own clock: the clocks of two hosts may differ by minutes."""
+    def _beat(self) -> None:
+        while not self._stop.wait(self._stale_after_s / 4):
+            with suppress(OSError, MervCacheError):  # a missed beat is harmless, see above
+                self._paper.touch(json.dumps(self._owner))
+
+
+class _LeaseFile:
+    """A lease in a folder; its age is the file's, by the file system's own clock."""
+
+    def __init__(self, store: Path) -> None:
+        self._file = store / TEMPORARY / LEASE_NAME
+
+    def create(self, text: str) -> bool:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileExistsError:
+            return False
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        return True
+
+    def read(self) -> str:
+        return self._file.read_text()
+
+    def touch(self, text: str) -> None:
+        os.utime(self._file)
+
+    def remove(self) -> None:
+        self._file.unlink()
+
+    def age_s(self) -> float | None:
+        """The clocks of two hosts may differ by minutes: a probe is dated by the same clock."""
         probe = self._file.with_name(f"clock-{os.getpid()}-{threading.get_ident()}")
         try:
             probe.touch()
@@ -100,7 +142,35 @@ class StoreLease:
             with suppress(OSError):
                 probe.unlink()
 
-    def _beat(self) -> None:
-        while not self._stop.wait(self._stale_after_s / 4):
-            with suppress(OSError):  # a missed beat is harmless, see above
-                os.utime(self._file)
+
+class _LeaseObject:
+    """A lease in a bucket; its age is the object's, by the server's clock."""
+
+    def __init__(self, url: str) -> None:
+        from featurestore.remote_objects import open_remote  # needs obstore, which a folder does not
+
+        self._objects = open_remote(url)
+        self._key = f"{TEMPORARY}/{LEASE_NAME}"
+
+    def create(self, text: str) -> bool:
+        return put_if_absent(self._objects, self._key, text.encode())
+
+    def read(self) -> str:
+        return self._objects.get(self._key).decode()
+
+    def touch(self, text: str) -> None:
+        """Put it anew, unless somebody took it over."""
+        self._objects.swap(self._key, text.encode(), text.encode())
+
+    def remove(self) -> None:
+        self._objects.delete(self._key)
+
+    def age_s(self) -> float | None:
+        probe = f"{TEMPORARY}/clock-{uuid.uuid4().hex}"
+        self._objects.put_new(probe, b"")
+        try:
+            return (self._objects.modified(probe) - self._objects.modified(self._key)).total_seconds()
+        except FileNotFoundError:
+            return None
+        finally:
+            self._objects.delete(probe)

@@ -20,6 +20,7 @@ import numpy as np
 
 from featurestore.clips import Clip
 from featurestore.errors import MervCacheError
+from featurestore.find import Place, is_url, place_of
 from featurestore.store import FeatureStore
 from pipeline.status import store_status
 from pipeline.summary import DECODING
@@ -30,13 +31,12 @@ STEPS = 8  # time steps pictured per clip
 THUMBNAIL = 96  # pixels per side
 
 
-def write_report(
-    path: str | Path, *, out: str | Path | None = None, root: str | None = None, num_clips: int = 8
-) -> Path:
+def write_report(path: Place, *, out: str | Path | None = None, root: str | None = None, num_clips: int = 8) -> Path:
     """Write the page; media that cannot be read are left out of the pictures, never an error."""
-    path = Path(path)
-    store = FeatureStore.open(path)
-    status = store_status(path)
+    place = place_of(path)
+    path = Path(str(place).rpartition("/")[2]) if is_url(place) else Path(place)  # beside the store, or here
+    store = FeatureStore.open(place)
+    status = store_status(place)
     runs = [record for name, record in store.journal() if name.endswith("-driver")]
     busy = [run for run in runs if run["summary"]["clips"]]
     clips = _pictured(store, num_clips)
