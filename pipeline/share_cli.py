@@ -1,0 +1,203 @@
+"""Commands that move stores and make new ones of them. Thin: parse, call one library function, print."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from featurestore.clips import KINDS
+from featurestore.find import find_store
+from pipeline.show import friendly_errors, show_result
+
+URLS = """URLs: s3://BUCKET/FOLDER, gs://, az:// and file:// to read and write; https:// and hf://datasets/USER/REPO to
+read. Endpoint, region and credentials come from the environment: AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, ...,
+GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_..., HF_TOKEN. gs://, az:// and the Hub itself were not tried.
+"""
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+ENCODERS = click.option("--encoders", metavar="LIST", show_default="all", help="Only these, comma separated.")
+DATASETS = click.option("--datasets", metavar="LIST", show_default="all", help="Only clips of these, comma separated.")
+CLIPS = click.option(
+    "--clips", type=click.Path(exists=True, dir_okay=False), show_default="all", help="File of clip ids, one a line."
+)
+KIND = click.option("--kind", type=click.Choice(KINDS), show_default="both", help="Clips of this kind only.")
+TRANSFER_OPTIONS = (
+    ENCODERS,
+    DATASETS,
+    CLIPS,
+    click.option("--workers", type=click.IntRange(1, 64), default=4, help="Blocks in flight, each about 100 MB."),
+    click.option("--check", is_flag=True, help="Read everything back at the destination and compare digests."),
+    click.option("--journal/--no-journal", default=True, help="Send the journals too: they name hosts and paths."),
+    AS_JSON,
+)
+
+
+def _with(*options: Callable) -> Callable:
+    def decorate(command: Callable) -> Callable:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+@click.command(epilog=URLS)
+@click.argument("store")
+@click.argument("url")
+@_with(*TRANSFER_OPTIONS)
+@click.option(
+    "--license", show_default="as before, else unknown", help="Of the data, for the card: cc-by-4.0, other, ..."
+)
+def push(store: str, url: str, license: str | None, as_json: bool, **options: Any) -> None:
+    """Send a store to a bucket or folder, with a card; run again to go on, or to send what is new.
+
+    Clips and datasets are sent as the whole blocks that hold them; the answer tells what that costs. To cut instead,
+    make a `subset` first.
+    """
+    with friendly_errors():
+        from featurestore.share import push as run_push
+
+        with _progress("push") as hooks:
+            done = run_push(find_store(store), url, license=license, **_transfer_options(options), **hooks)
+        _show_transferred(done, as_json)
+
+
+@click.command(epilog=URLS)
+@click.argument("url")
+@click.argument("store")
+@_with(*TRANSFER_OPTIONS)
+def pull(url: str, store: str, as_json: bool, **options: Any) -> None:
+    """Fetch a store, or some encoders of it, into a folder; run again to go on, or to fetch what is new."""
+    with friendly_errors():
+        from featurestore.transfer import transfer
+
+        with _progress("pull") as hooks:
+            done = transfer(url, store, **_transfer_options(options), **hooks)
+        _show_transferred(done, as_json)
+
+
+def _transfer_options(options: dict[str, Any]) -> dict[str, Any]:
+    names = {name: options.pop(name) for name in ("encoders", "datasets", "clips")}
+    return {
+        "selection": selection(**names),
+        "workers": options["workers"],
+        "check": options["check"],
+        "with_journal": options["journal"],
+    }
+
+
+def selection(encoders: str | None, datasets: str | None, clips: str | None, kind: str | None = None) -> Any:
+    """Options as typed -> a `Selection`."""
+    from featurestore.selection import Selection, read_clip_list
+
+    return Selection(
+        encoders=_names(encoders), datasets=_names(datasets), clips=read_clip_list(clips) if clips else None, kind=kind
+    )
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return tuple(name.strip() for name in text.split(",") if name.strip()) if text else None
+
+
+@contextmanager
+def _progress(label: str, unit: str = "MB") -> Iterator[dict[str, Callable[[int], None]]]:
+    """Hooks that are told a total and then amounts (bytes, shown as MB): done, rate and ETA on stderr."""
+    from jobs.progress import RunProgress
+
+    bars: list[RunProgress] = []
+    done, scale = 0, 1e6 if unit == "MB" else 1
+
+    def start(total: int) -> None:
+        bars.append(RunProgress(label, total=math.ceil(total / scale), unit=unit).__enter__())
+
+    def sent(amount: int) -> None:
+        nonlocal done
+        done += amount
+        bars[0].advance(math.ceil(done / scale) - bars[0].done)
+
+    try:
+        yield {"on_start": start, "on_sent": sent}
+    finally:
+        for bar in bars:
+            bar.__exit__(None, None, None)
+
+
+def _show_transferred(done: Any, as_json: bool) -> None:
+    from pipeline import tables
+
+    show_result(vars(done), as_json, lambda: tables.transferred(done))
+
+
+@click.command()
+@click.argument("store")
+@click.argument("out")
+@_with(DATASETS, ENCODERS, CLIPS, KIND, AS_JSON)
+def subset(store: str, out: str, as_json: bool, **names: Any) -> None:
+    """Make a new store of some clips and encoders of one; nothing is computed, every row is checked."""
+    _combine([store], out, as_json, names)
+
+
+@click.command()
+@click.argument("stores", nargs=-1, required=True, metavar="STORE... OUT")
+@_with(DATASETS, ENCODERS, CLIPS, KIND, AS_JSON)
+def union(stores: tuple[str, ...], as_json: bool, **names: Any) -> None:
+    """Make a new store OUT of several; where two hold a clip of one encoder, the first one's tokens are taken."""
+    if len(stores) < 3:
+        raise click.UsageError("give two stores or more, and the new one: union STORE STORE OUT")
+    _combine(stores[:-1], stores[-1], as_json, names)
+
+
+@click.command("export")
+@click.argument("store")
+@click.argument("out", type=click.Path(file_okay=False))
+@click.option("--format", type=click.Choice(("webdataset", "safetensors")), default="webdataset", help="Kind of files.")
+@_with(DATASETS, ENCODERS, CLIPS, KIND, AS_JSON)
+def export_store(store: str, out: str, format: str, as_json: bool, **names: Any) -> None:
+    """Write a store as plain files: tars of .npy, one per block, or safetensors, one per clip; with SHA256SUMS."""
+    with friendly_errors():
+        from featurestore.cells import StoreCells
+        from featurestore.export import export
+        from pipeline import tables
+
+        with _progress("export", "clips") as hooks:
+            source = StoreCells(find_store(store))
+            done = export(source, out, format=format, selection=selection(**names), **_cell_hooks(hooks))
+        show_result(vars(done), as_json, lambda: tables.details(vars(done)))
+
+
+@click.command("import")
+@click.argument("folder", type=click.Path(exists=True, file_okay=False))
+@click.argument("out")
+@AS_JSON
+def import_store(folder: str, out: str, as_json: bool) -> None:
+    """Make a store of an exported folder, checked as a stranger's: paths, sizes, digests."""
+    with friendly_errors():
+        from featurestore.exported import ExportCells
+
+        _lay(lambda: [ExportCells(folder)], out, as_json, None)
+
+
+def _combine(stores: Sequence[str], out: str, as_json: bool, names: dict[str, Any]) -> None:
+    with friendly_errors():
+        from featurestore.cells import StoreCells
+
+        _lay(lambda: [StoreCells(find_store(store)) for store in stores], out, as_json, selection(**names))
+
+
+def _lay(sources: Callable[[], list], out: str, as_json: bool, chosen: Any) -> None:
+    from featurestore.combine import combine
+    from pipeline import tables
+
+    with _progress("copy", "cells") as hooks:
+        done = combine(sources(), find_store(out), selection=chosen, **_cell_hooks(hooks))
+    show_result(vars(done), as_json, lambda: tables.combined(done))
+
+
+def _cell_hooks(hooks: dict[str, Callable[[int], None]]) -> dict[str, Callable[[int], None]]:
+    return {"on_start": hooks["on_start"], "on_copied": hooks["on_sent"]}
+
+
+SHARE_COMMANDS = (push, pull, subset, union, export_store, import_store)

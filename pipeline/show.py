@@ -1,0 +1,34 @@
+"""What every command does around its one library call: friendly errors, and results as a table or as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from featurestore.errors import MervCacheError
+from jobs.clusters import ClusterError
+
+
+@contextmanager
+def friendly_errors() -> Iterator[None]:
+    """Errors that carry a message for a person are printed without a traceback; exit code 1."""
+    try:
+        yield
+    except (MervCacheError, ClusterError) as error:
+        raise click.ClickException(str(error)) from error
+    except KeyboardInterrupt:
+        click.echo("\nInterrupted. What was committed is kept; run the same command again to go on.", err=True)
+        sys.exit(130)
+
+
+def show_result(result: Any, as_json: bool, show: Callable[[], None]) -> None:
+    """JSON on stdout for a program, else what `show` prints for a person."""
+    if as_json:
+        click.echo(json.dumps(result, indent=2, default=str))
+    else:
+        show()
