@@ -55,6 +55,11 @@ class BlockWriter:
         if outside := sorted(self.planned - set(self.rows)):
             raise UserError(f"row {outside[0]} is not in block {block} ({self.rows.start}..{self.rows.stop - 1})")
 
+    @property
+    def specs(self) -> Mapping[str, ArraySpec]:
+        """The arrays of the group."""
+        return self._group.specs
+
     def add(self, row: int, arrays: Mapping[str, np.ndarray], *, media_sha256: str | None, decoder: str | None) -> None:
         """Keep a clip's floats {"tokens": [T, H, W, D], "prefix": [T, K, D] if the identity has prefix tokens}.
 
@@ -69,6 +74,19 @@ class BlockWriter:
             return
         for name, spec in self._group.specs.items():
             self._chunks[name][row - self.rows.start] = encode_row(spec, stored[name])
+        self._outcomes[row] = RowOutcome(state="ok", digest=_PENDING, media_sha256=media_sha256, decoder=decoder)
+
+    def add_chunks(
+        self, row: int, chunks: Mapping[str, bytes], *, media_sha256: str | None, decoder: str | None
+    ) -> None:
+        """Keep a clip's rows as another store encoded them, of every array, in this group's codec."""
+        self._check_free(row)
+        if set(chunks) != set(self._group.specs):
+            raise UserError(
+                f"row {row} of {self._group.name} must have {sorted(self._group.specs)}, got {sorted(chunks)}"
+            )
+        for name, chunk in chunks.items():
+            self._chunks[name][row - self.rows.start] = chunk
         self._outcomes[row] = RowOutcome(state="ok", digest=_PENDING, media_sha256=media_sha256, decoder=decoder)
 
     def fail(

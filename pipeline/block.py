@@ -23,6 +23,7 @@ from pipeline.config import EngineSettings
 from pipeline.decode.job import Decoded, DecodeJob
 from pipeline.engine import Engine, encode_batch, engine_for
 from pipeline.media import MISSING_REASON
+from pipeline.reuse import ReuseTask, copy_cells
 from pipeline.summary import DECODING
 
 WRITES_IN_FLIGHT = 2  # batches compressed behind the encoder; bounds the memory
@@ -42,6 +43,7 @@ class BlockTask:
     batch: int  # clips per forward
     accept_damaged: bool
     engine: EngineSettings
+    reuse: ReuseTask | None = None  # cells of another store that may be copied
 
 
 def extract_block(task: BlockTask) -> dict:
@@ -73,17 +75,18 @@ class _BlockWork:
         self._behind = ThreadPoolExecutor(1, thread_name_prefix="write-behind")
         self._writes: deque[Future] = deque()
         self._clips = dict(task.rows)
-        self._needed = frozenset().union(*task.wanted.values())
+        self._copy_from_other_store()
+        self._needed = frozenset().union(*self._wanted.values())
         self._decoding = _decode_ahead(task, engine, self._needed)
 
     def encode(self, rows: Sequence[int]) -> None:
         """Encode one batch of rows with every encoder that wants any of them."""
         decoded = {row: result for row in rows if row in self._needed and (result := self._decoded(row)) is not None}
-        for name, wanted in self.task.wanted.items():
+        for name, wanted in self._wanted.items():
             run, writer = self.engine.encoders[name], self.writers[name]
             frames = {row: decoded[row].frames[run.view] for row in rows if row in wanted and row in decoded}
             for row in rows:
-                if row in self._clips and row not in wanted:
+                if row in self._clips and row not in self.task.wanted[name]:
                     writer.skip(row)
             if not frames:
                 continue
@@ -106,7 +109,8 @@ class _BlockWork:
         return {
             "kind": self.task.kind,
             "block": self.task.block,
-            "clips": len(self._needed),
+            "clips": len(frozenset().union(*self.task.wanted.values())),
+            "reused": self.counts["reused"],
             "failed": len(reasons),
             "frames": self.counts["frames"],
             "bytes": sum(receipt.stored_bytes for receipt in receipts.values()),
@@ -118,6 +122,18 @@ class _BlockWork:
     def close(self) -> None:
         self._behind.shutdown(wait=True, cancel_futures=True)
         self._decoding.close()
+
+    def _copy_from_other_store(self) -> None:
+        """What another store holds of the same media is left out of what is to be computed."""
+        self._wanted = dict(self.task.wanted)
+        if self.task.reuse is None:
+            return
+        began, task = time.monotonic(), self.task
+        copied = copy_cells(task.reuse, task.root, self._clips, task.kind, self.writers, task.groups)
+        for name, rows in copied.items():
+            self._wanted[name] = self._wanted[name] - rows
+            self.counts["reused"] += len(rows)
+        self.seconds["copy from another store"] += time.monotonic() - began
 
     def _decoded(self, row: int) -> Decoded | None:
         """The clip's frames, or None after its failure is noted with every encoder that wanted it."""
@@ -131,7 +147,7 @@ class _BlockWork:
             return result
         sha256 = getattr(result, "media_sha256", None)  # of a FailedClipError: the bytes that failed
         self.counts["missing"] += str(result) == MISSING_REASON
-        for name, wanted in self.task.wanted.items():
+        for name, wanted in self._wanted.items():
             if row in wanted:
                 self.writers[name].fail(row, str(result), scope="clip", media_sha256=sha256)
         return None

@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from featurestore.clips import KINDS, Clip
+from featurestore.find import Place, is_url
 from featurestore.identity import FeatureIdentity
 from featurestore.layout import ROOT_METADATA, check_block_rows
+from featurestore.places import open_objects
+from featurestore.snapshots import newest_snapshot_id
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
 from jobs.clusters import ClusterRequest, connect
@@ -38,6 +41,7 @@ class ForecastRow:
     encoder: str
     clips: int
     to_do: int  # not committed in the store yet
+    reusable: int  # of these, clips whose tokens --reuse seems to hold; the media's bytes are compared at extraction
     bytes: int  # of what is to do
     files: int
     seconds: float | None  # on one worker; None without a probe
@@ -49,7 +53,7 @@ class Forecast:
 
     store: str
     rows: tuple[ForecastRow, ...]
-    free_bytes: int
+    free_bytes: int | None  # None in a bucket, which does not tell
     workers: int
     probed: int = 0  # clips really encoded
     device: str = ""
@@ -79,12 +83,13 @@ def forecast(config: ExtractConfig, *, probe: int = 4) -> Forecast:
         result = client.submit(probe_clips, config.engine_settings, listing.root, chosen, config.batch).result()
     identities = {name: FeatureIdentity.from_dict(record) for name, record in result["identities"].items()}
     done = _settled(config, identities)
-    rows = tuple(_rows(config, listing, identities, done, result["clips"]))
+    reusable = _reusable(config, listing, identities)
+    rows = tuple(_rows(config, listing, identities, done, reusable, result["clips"]))
     total, spread = _total_seconds(rows, result["clips"])
     return Forecast(
         store=str(config.store_path),
         rows=rows,
-        free_bytes=shutil.disk_usage(_existing(config.store_path)).free,
+        free_bytes=_free_bytes(config.store_path),
         workers=config.workers,
         probed=sum(len(clips) for clips in result["clips"].values()),
         device=result["device"],
@@ -104,7 +109,7 @@ def _spread(clips: Sequence[Clip], number: int) -> list[Clip]:
 
 def _settled(config: ExtractConfig, identities: dict[str, FeatureIdentity]) -> dict[str, set[str]]:
     """Encoder -> clip ids that an existing store holds under the same identity, or will not try again."""
-    if not any((config.store_path / "snapshots").glob("*.json")):
+    if newest_snapshot_id(open_objects(config.store_path)) is None:
         return {name: set() for name in identities}
     store = FeatureStore.open(config.store_path)
     clips, quarantine = store.clips, [] if config.retry_quarantine else store.quarantine.to_pylist()
@@ -116,21 +121,38 @@ def _settled(config: ExtractConfig, identities: dict[str, FeatureIdentity]) -> d
     return settled
 
 
+def _reusable(
+    config: ExtractConfig, listing: DatasetListing, identities: dict[str, FeatureIdentity]
+) -> dict[str, set[str]]:
+    """Encoder -> clip ids that the store of --reuse seems to hold."""
+    if config.reuse is None:
+        return {name: set() for name in identities}
+    from pipeline.reuse import OtherStore  # only where it is asked for
+
+    other = OtherStore(config.reuse)
+    return {name: set(other.proposals(identity, listing.clips)) for name, identity in identities.items()}
+
+
 def _block_rows(config: ExtractConfig) -> Mapping[str, int]:
     """Clips per block by kind: as the store was made with, else as it would be."""
-    if (config.store_path / ROOT_METADATA).exists():
+    if open_objects(config.store_path).exists(ROOT_METADATA):
         return StoreWriter.open(config.store_path).block_rows
     return check_block_rows(config.block_rows)
 
 
 def _rows(
-    config: ExtractConfig, listing: DatasetListing, identities: dict, done: dict, probed: dict[str, list[dict]]
+    config: ExtractConfig,
+    listing: DatasetListing,
+    identities: dict,
+    done: dict,
+    reusable: dict,
+    probed: dict[str, list[dict]],
 ) -> Iterable[ForecastRow]:
     stages, block_rows = _stages(listing), _block_rows(config)
     for stage, kind in sorted({(stages.get(clip.clip_id, "-"), clip.kind) for clip in listing.clips}):
         ids = {c.clip_id for c in listing.clips if c.kind == kind and stages.get(c.clip_id, "-") == stage}
         for name, identity in identities.items():
-            to_do = len(ids - done[name])
+            to_do, reused = len(ids - done[name]), len((ids - done[name]) & reusable[name])
             samples = [clip["encoders"][name] for clip in probed[kind]]
             ratio = statistics.fmean([s["stored_bytes"] for s in samples]) if samples else clip_bytes(identity, kind)
             blocks = math.ceil(to_do / block_rows[kind])
@@ -140,9 +162,10 @@ def _rows(
                 encoder=name,
                 clips=len(ids),
                 to_do=to_do,
+                reusable=reused,
                 bytes=round(to_do * ratio),
                 files=FILES_PER_BLOCK * blocks,
-                seconds=to_do * statistics.fmean([s["seconds"] for s in samples]) if samples else None,
+                seconds=(to_do - reused) * statistics.fmean([s["seconds"] for s in samples]) if samples else None,
             )
 
 
@@ -162,7 +185,7 @@ def _total_seconds(rows: Sequence[ForecastRow], probed: dict[str, list[dict]]) -
     for kind, clips in probed.items():
         to_do = Counter()
         for row in (row for row in rows if row.kind == kind):
-            to_do[row.encoder] += row.to_do
+            to_do[row.encoder] += row.to_do - row.reusable
         if not clips or not to_do:
             continue
         per_clip = [c["wall_s"] for c in clips]
@@ -173,6 +196,9 @@ def _total_seconds(rows: Sequence[ForecastRow], probed: dict[str, list[dict]]) -
     return total, 2 * math.sqrt(variance)
 
 
-def _existing(path: Path) -> Path:
-    """The nearest folder above that is there."""
-    return next(parent for parent in [path.resolve(), *path.resolve().parents] if parent.exists())
+def _free_bytes(place: Place) -> int | None:
+    """Of the disk that holds the nearest folder above that is there."""
+    if is_url(place):
+        return None
+    path = Path(place).resolve()
+    return shutil.disk_usage(next(parent for parent in [path, *path.parents] if parent.exists())).free

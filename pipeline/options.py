@@ -27,6 +27,7 @@ _OPTIONS = [
         help="Folder of media and annotations.",
     ),
     click.option("--store", type=click.Path(), show_default="features/DATASET.zarr", help="Feature store to write."),
+    click.option("--reuse", metavar="STORE", help="Copy what this other store holds of the same media; folder or URL."),
     click.option("--encoders", metavar="LIST", show_default=",".join(MERV_ENCODERS), help="Encoders, comma separated."),
     click.option(
         "--weights",

@@ -34,6 +34,7 @@ class ExtractSummary:
     frames: int = 0
     bytes: int = 0
     blocks: int = 0
+    reused: int = 0  # cells (clip and encoder) copied from another store
     halvings: int = 0  # batches cut for lack of device memory
     elapsed_s: float = 0.0
     stage_s: dict[str, float] = field(default_factory=dict)  # summed over workers
@@ -41,7 +42,7 @@ class ExtractSummary:
     def add(self, block: Mapping[str, Any]) -> None:
         """Count what `pipeline.block.extract_block` says of a block."""
         self.blocks += 1
-        for name in ("clips", "failed", "frames", "bytes", "halvings"):
+        for name in ("clips", "failed", "frames", "bytes", "reused", "halvings"):
             setattr(self, name, getattr(self, name) + block[name])
         self.reasons = dict(Counter(self.reasons) + Counter(block["reasons"]))
         self.stage_s = dict(Counter(self.stage_s) + Counter(block["seconds"]))
