@@ -210,10 +210,12 @@ def asked_place(
     if store is None and earlier is not None and not is_live:
         store, is_live = earlier["store"] or None, earlier.get("live") is not None
     if is_live:
-        recorded = (earlier or {}).get("live") or {}
+        recorded = dict((earlier or {}).get("live") or {})
+        is_trusted = recorded.pop("trust_media", False) or is_trusted
         given = {name: value for name, value in live.items() if value not in (None, ())}
         return LiveRequest(settings={**recorded, **given}, config_file=file, is_trusted=is_trusted)
-    if given := [f"--{name.replace('_', '-')}" for name, value in {**live, "extract_config": file}.items() if value]:
+    words = {**live, "extract_config": file, "trust_media": is_trusted}
+    if given := [f"--{name.replace('_', '-')}" for name, value in words.items() if value]:
         raise UserError(f"{', '.join(given)} say what is encoded on the spot: give --end-to-end too")
     if store is None:
         raise UserError(

@@ -218,7 +218,7 @@ def _open(config: TrainConfig, extract: ExtractConfig, engine: Engine, check: Me
         accept_damaged=extract.accept_damaged,
         parts=parts,
         check=check,
-        live=yaml.safe_load(extract.to_yaml()),
+        live=yaml.safe_load(extract.to_yaml()) | {"trust_media": check is None},
     )
 
 

@@ -1,0 +1,78 @@
+"""Which words of `merv-train` go together when tokens are made on the spot."""
+
+import json
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from featurestore.errors import UserError
+from trainer.cli import asked_place, train_main
+from trainer.command import LiveRequest
+
+NOTHING = {
+    "end_to_end": False,
+    "dataset": None,
+    "root": None,
+    "encoders": None,
+    "weights": (),
+    "extract_config": None,
+    "trust_media": False,
+}
+
+
+def train(*arguments):
+    return CliRunner().invoke(train_main, [str(argument) for argument in arguments])
+
+
+def test_the_words_of_an_extraction_become_a_request():
+    options = {**NOTHING, "end_to_end": True, "dataset": "demo", "weights": ("random:0",), "encoders": "siglip, dinov2"}
+    place = asked_place(None, options)
+    assert place == LiveRequest(settings={"dataset": "demo", "weights": ("random:0",)})
+    assert options == {"encoders": ["siglip", "dinov2"]}  # what a run from a store may say too
+
+
+def test_a_resumed_run_goes_on_where_its_record_says():
+    settings = {"dataset": "demo", "root": "/old", "decoder": "frames/1"}
+    recorded = {"store": "", "live": {**settings, "trust_media": True}}
+    assert asked_place(None, {**NOTHING}, recorded) == LiveRequest(settings=settings, is_trusted=True)
+    moved = asked_place(None, {**NOTHING, "end_to_end": True, "root": "/new"}, recorded)
+    assert moved.settings == {**settings, "root": "/new"}
+
+
+@pytest.mark.parametrize(
+    ("store", "given", "message"),
+    [
+        (None, {}, "where are the tokens.*or --end-to-end --dataset NAME"),
+        ("features/a.zarr", {"end_to_end": True}, "give --from-cache or --end-to-end, not both"),
+        (
+            "features/a.zarr",
+            {"dataset": "demo", "weights": ("hub",)},
+            "--dataset, --weights say .* give --end-to-end",
+        ),
+        (None, {"trust_media": True}, "--trust-media say"),
+    ],
+)
+def test_words_that_do_not_go_together_are_errors(store, given, message):
+    with pytest.raises(UserError, match=message):
+        asked_place(store, {**NOTHING, **given})
+
+
+def test_end_to_end_without_a_dataset_asks_for_one():
+    result = train("--end-to-end", "--recipe", "demo")
+    assert result.exit_code == 1
+    assert "which dataset? give --dataset NAME" in result.stderr
+
+
+def test_a_dry_run_counts_what_cannot_be_decoded_and_writes_nothing(tmp_path, media_lab, media_root):
+    file = tmp_path / "extract.yaml"
+    file.write_text(yaml.safe_dump(media_lab.settings(media_root)))
+    result = train(
+        *("--end-to-end", "--extract-config", file, "--encoders", "siglip", "--recipe", "demo"),
+        *("--projector", "3d-average", "--out", tmp_path / "run", "--dry-run", "--json"),
+    )
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert (told["samples"], told["dropped"]) == (7, {"clip without tokens of every encoder": 1})
+    assert told["encoders"] == {"siglip": [4, 2, 2, 32]}
+    assert not (tmp_path / "run").exists()
