@@ -14,22 +14,27 @@ import os
 import resource
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import numpy as np
 
 from featurestore.clips import KINDS, Clip
 from featurestore.errors import MediaError
-from pipeline.config import DEFAULT_BATCH, ExtractConfig
+from pipeline.config import ExtractConfig, default_batch
 from pipeline.datasets import DatasetListing, load_dataset
 from pipeline.decode.decoders import decode_clip
 from pipeline.decode.job import DecodeJob
 from pipeline.extract import extract
+from pipeline.views import View
+
+if TYPE_CHECKING:
+    from pipeline.engine import EncoderRun
 
 CORES = len(os.sched_getaffinity(0))
 
@@ -78,14 +83,23 @@ def bare(config: ExtractConfig, listing: DatasetListing) -> dict:
 
     engine = engine_for(config.engine_settings)
     views = tuple(dict.fromkeys(run.view for run in engine.encoders.values()))
-    jobs = [DecodeJob(root=listing.root, clip=clip, views=views) for clip in listing.clips]
     with ProcessPoolExecutor(CORES, mp_context=get_context("spawn")) as pool:
         list(pool.map(_warm, range(CORES)))
         started = time.perf_counter()
-        decoded = list(pool.map(_decode, jobs))
+        decoded = list(pool.map(_decode, _jobs(listing, views)))
         decode_s = time.perf_counter() - started
-    forward_s = {name: _forward(run, listing.clips, decoded) for name, run in engine.encoders.items()}
+    batch = {kind: config.batch.get(kind) or default_batch(engine.device, kind) for kind in KINDS}
+    forward_s = {name: _forward(run, listing.clips, decoded, batch) for name, run in engine.encoders.items()}
     return {"bare decode and resize": decode_s, "bare forward": forward_s}
+
+
+def decode_all(listing: DatasetListing, views: tuple[View, ...]) -> list[dict[View, np.ndarray] | None]:
+    """Frames of every clip by view, None where it cannot be decoded."""
+    return [_decode(job) for job in _jobs(listing, views)]
+
+
+def _jobs(listing: DatasetListing, views: tuple[View, ...]) -> list[DecodeJob]:
+    return [DecodeJob(root=listing.root, clip=clip, views=views) for clip in listing.clips]
 
 
 def _warm(number: int) -> int:
@@ -100,11 +114,13 @@ def _decode(job: DecodeJob) -> dict | None:
         return None
 
 
-def _forward(run, clips: Sequence[Clip], decoded: Sequence[dict | None]) -> float:
+def _forward(
+    run: EncoderRun, clips: Sequence[Clip], decoded: Sequence[dict | None], batch_sizes: Mapping[str, int]
+) -> float:
     seconds = 0.0
     for kind in KINDS:
         frames = [d[run.view] for clip, d in zip(clips, decoded, strict=True) if d and clip.kind == kind]
-        size = DEFAULT_BATCH["cpu"][kind]
+        size = batch_sizes[kind]
         for start in range(0, len(frames), size):
             batch = np.zeros((size, *frames[0].shape), np.uint8)
             batch[: len(frames[start : start + size])] = frames[start : start + size]
