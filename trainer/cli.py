@@ -98,7 +98,7 @@ def live_options(command: Callable) -> Callable:
     type=click.Choice(get_args(Quantisation)),
     help="Hold the untrained weights of the LLM so. Untested without a GPU: needs CUDA and the extra `quant`.",
 )
-@click.option("--stage", help="Train on the samples of this stage, pretrain or finetune; of two stages, only this one.")
+@click.option("--stage", help="Train on the samples of this stage, align or finetune; of two stages, only this one.")
 @click.option("--fraction", type=click.FloatRange(0, 1, min_open=True), help="Train on this share of the samples.")
 @click.option("--limit", type=click.IntRange(min=1), help="Train on at most so many samples.")
 @click.option("--init", metavar="RUN", help="Start from the weights of this run.")

@@ -24,7 +24,6 @@ from trainer.order import Group, Order, Stream, balanced_share, rank_share
 from trainer.prompts import Rendered, Renderer, reason_to_refuse
 from trainer.tokens import TokenSource
 
-STAGE_NAMES = {"align": "pretrain"}  # what stores call the captions of stage 1 -> its name here
 VISUAL, TEXT = "visual", "text"  # streams of the split_modality sampler: a cached image costs what a cached video costs
 
 
@@ -40,7 +39,7 @@ class TrainingData:
 def select(samples: Sequence[Sample], source: TokenSource, config: TrainConfig) -> TrainingData:
     """Samples of the config's split and stage that can be trained on, in the order of their ids."""
     check_source_weights(samples, config)
-    wanted = [sample for sample in samples if sample.split == config.split and is_stage(sample.stage, config.stage)]
+    wanted = [sample for sample in samples if sample.split == config.split and sample.stage == config.stage]
     if not wanted:
         raise UserError(_nothing_there(samples, config))
     wanted.sort(key=lambda sample: (sample.sample_id, sample.digest))
@@ -72,11 +71,6 @@ def _available(wanted: Sequence[Sample], source: TokenSource, config: TrainConfi
         clips -= asked - source.available(asked)
         num_kept += sum(clip_id is None or clip_id in clips for clip_id in part)
     return clips
-
-
-def is_stage(name: str, wanted: str) -> bool:
-    """Whether two names are of one stage: stage 1 has two."""
-    return STAGE_NAMES.get(name, name) == STAGE_NAMES.get(wanted, wanted)
 
 
 def check_source_weights(samples: Sequence[Sample], config: TrainConfig) -> None:
@@ -236,10 +230,10 @@ def lies_in_fraction(sample_id: str, fraction: float) -> bool:
 
 def _nothing_there(samples: Sequence[Sample], config: TrainConfig) -> str:
     """What there is instead, and the setting that takes it."""
-    counts = Counter((STAGE_NAMES.get(sample.stage, sample.stage), sample.split) for sample in samples)
+    counts = Counter((sample.stage, sample.split) for sample in samples)
     listed = ", ".join(f"{count} of {stage}/{split}" for (stage, split), count in sorted(counts.items()))
     same_split = sorted({stage for stage, split in counts if split == config.split})
-    same_stage = sorted({split for stage, split in counts if is_stage(stage, config.stage)})
+    same_stage = sorted({split for stage, split in counts if stage == config.stage})
     if same_stage:
         advice = f"set `split: {same_stage[0]}` in a config file"
     elif same_split:

@@ -42,9 +42,9 @@ RECIPES: dict[str, Stages] = {
     # Both stages with the LLM trained: captions first, then instructions from all weights of the first stage.
     "merv-full": (
         Stage(
-            name="pretrain",
+            name="align",
             config=TrainConfig(
-                stage="pretrain",
+                stage="align",
                 prompt="caption",
                 train_llm="full",
                 optimizer=OptimizerConfig(projector_lr=1e-4, fusion_lr=1e-4, llm_lr=1e-4),

@@ -1,7 +1,7 @@
 """Stages: settings laid over a recipe, and its stages trained one after another.
 
     RUN/stages.yaml     of a recipe with several stages: name -> settings, in order
-    RUN/pretrain/       each stage is a complete run; a later one has `init:` the one before
+    RUN/align/       each stage is a complete run; a later one has `init:` the one before
     RUN/finetune/
 
 Comes in: a recipe, a config file, options. Goes out: finished runs. A recipe of one stage is RUN itself. What a chain

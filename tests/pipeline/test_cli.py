@@ -224,7 +224,7 @@ def test_the_command_that_projectors_name_asks_for_raw_grids_and_class_tokens(co
 
 def test_one_dataset_is_told_with_what_to_get_and_its_options():
     told = succeed("datasets", "videollava")
-    assert all(word in told for word in ("pretrain, finetune", "data/videollava", "what to get"))
+    assert all(word in told for word in ("align, finetune", "data/videollava", "what to get"))
     assert json.loads(succeed("datasets", "videollava", "--json"))["dataset"] == "videollava"
 
 

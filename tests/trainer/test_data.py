@@ -48,18 +48,12 @@ def test_a_limit_takes_the_first_by_id(samples, tokens, config):
 def test_no_samples_of_that_stage_is_an_error_that_says_what_to_type(samples, tokens, config, make_sample):
     mixed = [*samples, make_sample(50, split="heldout")]
     there = "there are 1 of finetune/heldout, 18 of finetune/train"
-    with pytest.raises(UserError, match=f"stage 'pretrain' and split 'train'; {there}; type --stage finetune"):
-        select(mixed, tokens, replace(config, stage="pretrain"))
+    with pytest.raises(UserError, match=f"stage 'align' and split 'train'; {there}; type --stage finetune"):
+        select(mixed, tokens, replace(config, stage="align"))
     with pytest.raises(UserError, match=r"split 'test'; .*; set `split: heldout` in a config file"):
         select(mixed, tokens, replace(config, split="test"))
     with pytest.raises(UserError, match="there are none at all; add some with `merv-pipeline extract"):
         select([], tokens, config)
-
-
-@pytest.mark.parametrize("stored", ["align", "pretrain"])
-def test_stage_one_is_found_under_both_of_its_names(samples, tokens, config, stored):
-    captions = [replace(sample, stage=stored) for sample in samples[:3]]
-    assert len(select([*captions, *samples[3:]], tokens, replace(config, stage="pretrain")).samples) == 3
 
 
 def test_a_source_is_read_as_often_as_its_weight_says(samples, tokens, config, make_sample):

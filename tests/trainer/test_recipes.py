@@ -5,10 +5,10 @@ from trainer.recipes import FULL_RECIPE, MODE_FULL, RECIPES, get_recipe, get_sta
 
 
 def test_the_full_recipe_trains_captions_and_then_instructions_with_the_paper_numbers():
-    pretrain, finetune = get_stages("merv-full")
-    assert (pretrain.name, finetune.name) == ("pretrain", "finetune")
-    first, second = pretrain.config, finetune.config
-    assert (first.stage, first.prompt, first.train_llm) == ("pretrain", "caption", "full")
+    align, finetune = get_stages("merv-full")
+    assert (align.name, finetune.name) == ("align", "finetune")
+    first, second = align.config, finetune.config
+    assert (first.stage, first.prompt, first.train_llm) == ("align", "caption", "full")
     assert (second.stage, second.prompt, second.train_llm) == ("finetune", "pure", "full")
     for config, rate, batch in ((first, 1e-4, 256), (second, 2e-5, 128)):
         optimizer = config.optimizer
@@ -28,7 +28,7 @@ def test_only_released_recipes_have_the_released_loss():
 
 
 def test_a_chain_is_not_one_config():
-    with pytest.raises(UserError, match="recipe merv-full has stages pretrain, finetune"):
+    with pytest.raises(UserError, match="recipe merv-full has stages align, finetune"):
         get_recipe("merv-full")
 
 

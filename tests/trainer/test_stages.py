@@ -18,7 +18,7 @@ from trainer.recipes import Stage, get_stages
 from trainer.stages import STAGES_FILE, describe_stages, last_stage, lay_over, read_stages, train_stages
 from trainer.tokens import MemoryTokens
 
-NAMES = ("pretrain", "finetune")
+NAMES = ("align", "finetune")
 
 
 def losses(run):
@@ -41,8 +41,8 @@ def both(samples):
 
 @pytest.fixture
 def stages(config):
-    first = replace(config, stage="pretrain", prompt="caption", max_steps=4)
-    return (Stage(name="pretrain", config=first), Stage(name="finetune", config=config))
+    first = replace(config, stage="align", prompt="caption", max_steps=4)
+    return (Stage(name="align", config=first), Stage(name="finetune", config=config))
 
 
 @pytest.fixture
@@ -76,13 +76,13 @@ def test_the_second_stage_starts_from_all_weights_of_the_first(train_chain, tmp_
     first, second = (RunRecord.read(tmp_path / "whole" / name) for name in NAMES)
     assert first.started_from == ""
     assert second.started_from.endswith("(step 4 of 4): loaded projector dinov2, projector vivit, fusion, LLM")
-    assert read_config(tmp_path / "whole/finetune").init == str(tmp_path / "whole/pretrain")
+    assert read_config(tmp_path / "whole/finetune").init == str(tmp_path / "whole/align")
 
 
 def test_a_fresh_llm_knows_the_words_of_all_stages_from_the_first_on(train_chain, tmp_path):
     train_chain()
-    pretrain, finetune = (load_run(tmp_path / "whole" / name).built for name in NAMES)
-    vocabulary = pretrain.llm.tokenizer.get_vocab()
+    align, finetune = (load_run(tmp_path / "whole" / name).built for name in NAMES)
+    vocabulary = align.llm.tokenizer.get_vocab()
     assert vocabulary == finetune.llm.tokenizer.get_vocab()
     assert {"ball", "In", "colour", "green"} <= set(vocabulary)
 
@@ -127,7 +127,7 @@ def test_a_finished_stage_is_not_passed_over_under_other_settings(train_chain, s
 
 def test_a_chain_is_not_overwritten(train_chain):
     train_chain()
-    with pytest.raises(UserError, match="holds pretrain, finetune already; go on with --resume auto"):
+    with pytest.raises(UserError, match="holds align, finetune already; go on with --resume auto"):
         train_chain()
 
 
@@ -141,15 +141,15 @@ def test_chains_and_single_runs_do_not_share_a_folder(train_chain, stages):
 
 
 def test_samples_missing_for_a_later_stage_are_noticed_before_the_first_step(train_chain, both, tmp_path):
-    with pytest.raises(UserError, match=r"no samples of stage 'finetune'.*type --stage pretrain"):
+    with pytest.raises(UserError, match=r"no samples of stage 'finetune'.*type --stage align"):
         train_chain(samples=both[18:])
-    assert not (tmp_path / "whole/pretrain").exists()
+    assert not (tmp_path / "whole/align").exists()
 
 
 def test_one_stage_of_a_chain_can_be_trained_at_a_time(train_chain, tmp_path):
-    with pytest.raises(UserError, match=r"init: .*pretrain has no checkpoint yet; train it first"):
+    with pytest.raises(UserError, match=r"init: .*align has no checkpoint yet; train it first"):
         train_chain(only="finetune")
-    assert [result.steps for result in train_chain(only="pretrain", resume=True)] == [4]
+    assert [result.steps for result in train_chain(only="align", resume=True)] == [4]
     assert [result.steps for result in train_chain(only="finetune", resume=True)] == [6]
     train_chain("at-once")
     assert losses(tmp_path / "whole") == losses(tmp_path / "at-once")
@@ -160,9 +160,9 @@ def test_one_stage_of_a_chain_can_be_trained_at_a_time(train_chain, tmp_path):
 def test_a_dry_run_describes_every_stage_and_writes_nothing(both, tokens, stages, tmp_path):
     told = describe_stages(stages, lambda config: (both, tokens))["stages"]
     assert list(told) == list(NAMES)
-    assert (told["pretrain"]["steps"], told["finetune"]["steps"]) == (4, 6)
-    assert told["finetune"]["init"] == "all weights of stage pretrain"
-    assert told["pretrain"]["parameters"] == told["finetune"]["parameters"]
+    assert (told["align"]["steps"], told["finetune"]["steps"]) == (4, 6)
+    assert told["finetune"]["init"] == "all weights of stage align"
+    assert told["align"]["parameters"] == told["finetune"]["parameters"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -170,8 +170,8 @@ def test_stages_are_read_back_as_they_were_laid_over(train_chain, stages, tmp_pa
     train_chain()
     assert read_stages(tmp_path / "whole") == stages
     assert last_stage(tmp_path / "whole") == tmp_path / "whole/finetune"
-    assert last_stage(tmp_path / "whole/pretrain") == tmp_path / "whole/pretrain"
-    assert read_stages(tmp_path / "whole/pretrain")[0].config == stages[0].config
+    assert last_stage(tmp_path / "whole/align") == tmp_path / "whole/align"
+    assert read_stages(tmp_path / "whole/align")[0].config == stages[0].config
 
 
 def test_stage_names_that_leave_the_folder_are_refused(tmp_path):
@@ -184,7 +184,7 @@ def test_options_win_over_a_stage_of_the_file_and_that_over_the_whole_file():
     settings = {
         "batch_size": 32,
         "optimizer": {"llm_lr": 1e-3, "fusion_lr": 1e-3},
-        "stages": {"pretrain": {"batch_size": 64, "seed": 3, "optimizer": {"llm_lr": 5e-4}}},
+        "stages": {"align": {"batch_size": 64, "seed": 3, "optimizer": {"llm_lr": 5e-4}}},
     }
     first, second = (stage.config for stage in lay_over(get_stages("merv-full"), settings, {"seed": 9}))
     assert (first.batch_size, second.batch_size) == (64, 32)
@@ -197,25 +197,25 @@ def test_a_prompt_for_a_whole_chain_leaves_captions_alone_and_a_start_is_that_of
     first, second = lay_over(get_stages("merv-full"), {"prompt": "vicuna"}, {"init": "runs/before"})
     assert (first.config.prompt, second.config.prompt) == ("caption", "vicuna")
     assert (first.config.init, second.config.init) == ("runs/before", None)
-    own = lay_over(get_stages("merv-full"), {"stages": {"pretrain": {"prompt": "pure"}}}, {})
+    own = lay_over(get_stages("merv-full"), {"stages": {"align": {"prompt": "pure"}}}, {})
     assert own[0].config.prompt == "pure"
 
 
 def test_settings_of_one_stage_are_those_of_a_recipe_of_one():
-    (stage,) = lay_over(get_stages("merv-frozen"), {"prompt": "vicuna", "stage": "pretrain"}, {"init": "runs/a"})
-    assert stage.config == TrainConfig(prompt="vicuna", stage="pretrain", init="runs/a")
+    (stage,) = lay_over(get_stages("merv-frozen"), {"prompt": "vicuna", "stage": "align"}, {"init": "runs/a"})
+    assert stage.config == TrainConfig(prompt="vicuna", stage="align", init="runs/a")
 
 
 def test_odd_stages_in_a_file_are_errors():
     full = get_stages("merv-full")
-    with pytest.raises(UserError, match="unknown stage in stages 'pretrian', the nearest known one is 'pretrain'"):
-        lay_over(full, {"stages": {"pretrian": {}}}, {})
+    with pytest.raises(UserError, match="unknown stage in stages 'algin', the nearest known one is 'align'"):
+        lay_over(full, {"stages": {"algin": {}}}, {})
     with pytest.raises(UserError, match="setting stages is a mapping"):
-        lay_over(full, {"stages": ["pretrain"]}, {})
-    with pytest.raises(UserError, match="this recipe has its own stages, pretrain, finetune"):
+        lay_over(full, {"stages": ["align"]}, {})
+    with pytest.raises(UserError, match="this recipe has its own stages, align, finetune"):
         lay_over(full, {"stage": "align"}, {})
     with pytest.raises(UserError, match="unknown setting 'batchsize'"):
-        lay_over(full, {"stages": {"pretrain": {"batchsize": 2}}}, {})
+        lay_over(full, {"stages": {"align": {"batchsize": 2}}}, {})
 
 
 @pytest.fixture
@@ -227,7 +227,7 @@ def here(tmp_path, monkeypatch, question_store, make_sample):
     monkeypatch.chdir(tmp_path)
     small = {
         "llm": "fresh:mini", "projector": {"grid": [2, 2, 2]}, "precision": "fp32", "max_steps": 2, "batch_size": 6,
-        "micro_batch_size": 6, "stages": {"pretrain": {"max_steps": 3}},
+        "micro_batch_size": 6, "stages": {"align": {"max_steps": 3}},
     }  # fmt: skip
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
     return tmp_path
@@ -245,7 +245,7 @@ def train_full(*arguments):
 
 def test_mode_full_is_one_command_from_captions_to_an_answer(here):
     told = json.loads(train_full("--out", "run", "--resume", "auto").stdout)
-    assert [(result["run"], result["steps"]) for result in told["stages"]] == [("run/pretrain", 3), ("run/finetune", 2)]
+    assert [(result["run"], result["steps"]) for result in told["stages"]] == [("run/align", 3), ("run/finetune", 2)]
     assert told["run"] == "run/finetune"
     again = json.loads(call(train_main, "--resume", "run", "--json").stdout)
     assert again == told
@@ -254,10 +254,10 @@ def test_mode_full_is_one_command_from_captions_to_an_answer(here):
 
 
 def test_a_stage_of_the_full_mode_and_the_same_samples_of_a_single_recipe(here):
-    told = json.loads(train_full("--out", "run", "--stage", "pretrain").stdout)
-    assert [result["run"] for result in told["stages"]] == ["run/pretrain"]
+    told = json.loads(train_full("--out", "run", "--stage", "align").stdout)
+    assert [result["run"] for result in told["stages"]] == ["run/align"]
     (here / "plain.yaml").write_text("{llm: 'fresh:mini', projector: {grid: [2, 2, 2]}}")
-    options = ("--recipe", "demo", "--config", "plain.yaml", "--stage", "pretrain", "--dry-run")
+    options = ("--recipe", "demo", "--config", "plain.yaml", "--stage", "align", "--dry-run")
     single = call(train_main, "--from-cache", *options)
     assert json.loads(single.stdout)["samples"] == 18, single.output
     assert call(eval_main, "run", "--checkpoint", "run").exit_code == 1
@@ -265,8 +265,8 @@ def test_a_stage_of_the_full_mode_and_the_same_samples_of_a_single_recipe(here):
 
 def test_a_dry_run_of_the_full_mode_prints_both_stages(here):
     told = json.loads(train_full("--dry-run").stdout)["stages"]
-    assert (told["pretrain"]["steps"], told["finetune"]["steps"]) == (3, 2)
-    assert told["pretrain"]["memory_bytes"]["moments"] == 2 * told["pretrain"]["memory_bytes"]["gradients"]
+    assert (told["align"]["steps"], told["finetune"]["steps"]) == (3, 2)
+    assert told["align"]["memory_bytes"]["moments"] == 2 * told["align"]["memory_bytes"]["gradients"]
 
 
 def test_mode_full_beside_another_recipe_is_an_error(here):
