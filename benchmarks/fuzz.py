@@ -1,11 +1,11 @@
 """Change stores on purpose, as a stranger could, and do everything a reader does: nothing may come of it but an error.
 
-    python benchmarks/fuzz.py [--minutes 10] [--seed 0] [--corpus DIR] [--changes 3]
+    python benchmarks/fuzz.py [--minutes 10] [--seed 0] [--corpus DIR]
 
 A change is of bytes or of structure (JSON, identities, arrays, Parquet tables and pages, shards, names); digests and
-checksums are made right again. A finding is whatever is not a `MervCacheError`, takes more than 2 s of processor time or 500 MB, or ends
-the process; changes that led to one are kept in the corpus as (seed, words), and the corpus is run first. Cases run in
-a child process, so that a crash of a decoder is a finding and not the end.
+checksums are made right again. A finding is whatever is not a `MervCacheError`, takes more than 2 s of processor time
+or 500 MB, or ends the process; changes that led to one are kept in the corpus as (seed, words), and the corpus is run
+first. Cases run in a child process, so that a crash of a decoder is a finding and not the end.
 """
 
 from __future__ import annotations

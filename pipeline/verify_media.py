@@ -54,7 +54,7 @@ def verify_media(
 
     with ThreadPoolExecutor(workers) as pool:
         found = [finding for finding in pool.map(check, known.values()) if finding is not None]
-    return sorted(found, key=lambda finding: finding.key)
+    return sorted(found, key=lambda finding: (finding.severity, finding.key))
 
 
 def media_roots(runs: Iterable[Mapping], root: str | None) -> dict[str, str]:

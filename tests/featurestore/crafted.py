@@ -264,7 +264,8 @@ def change_identity(path: Path, choices: Choices) -> str:
     write_table(table_file, table, choices, plain=True)
     record["table_sha256"] = hashlib.sha256(table_file.read_bytes()).hexdigest()
     write_json(record_file, record, "snapshots")
-    return f"{name}: {field} = {str(value)[:80]}"
+    is_deep = isinstance(value, list) and value and isinstance(value[0], list)
+    return f"{name}: {field} = {'lists in lists' if is_deep else str(value)[:80]}"
 
 
 def change_array(path: Path, choices: Choices) -> str:

@@ -1,0 +1,160 @@
+"""Keeping a store in order from the command line: media that changed, blocks computed again, retries, removals."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from featurestore.store import FeatureStore
+from featurestore.verify import verify_store
+from pipeline.cli import main
+from pipeline.quarantine import quarantined, retry
+from pipeline.verify_media import verify_media
+
+BROKEN = "videochatgpt_tune/v1.mp4"
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def result_of(*arguments: object, code: int = 0):
+    result = call(*arguments, "--json")
+    assert result.exit_code == code, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.fixture
+def store(extracted, tmp_path) -> Path:
+    shutil.copytree(extracted.store, tmp_path / "store.zarr")
+    return tmp_path / "store.zarr"
+
+
+@pytest.fixture
+def media(media_root, tmp_path) -> Path:
+    shutil.copytree(media_root, tmp_path / "media", symlinks=True)
+    return tmp_path / "media"
+
+
+def shard_of(store: Path, encoder: str = "siglip") -> Path:
+    return next((store / "video").glob(f"{encoder}-*/tokens/c/0/0/0/0/0"))
+
+
+def wreck(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    for place in (len(data) // 3, len(data) // 2, len(data) - 9):
+        data[place] ^= 0x55
+    file.write_bytes(data)
+
+
+def overwrite(file: Path, data: bytes, mtime: float = 0.0) -> None:
+    file.write_bytes(data)
+    os.utime(file, (mtime, mtime))
+
+
+def test_media_that_changed_are_found_by_quick_and_full(store, media):
+    assert result_of("verify", store, "--media", "full", "--root", media) == []
+    changed, gone = media / "videochatgpt_tune/v0.mp4", media / "valley/v5.mp4"
+    overwrite(changed, changed.read_bytes() + b"x")  # under an old date: the file system's change time tells
+    gone.unlink()
+    for level in ("quick", "full"):
+        found = result_of("verify", store, "--media", level, "--root", media, code=1)
+        assert {(entry["key"], entry["severity"]) for entry in found} == {
+            ("videollava/videochatgpt_tune/v0.mp4", "damage"),
+            ("videollava/valley/v5.mp4", "stray"),
+        }
+    assert "its media are not those that its tokens were made from" in found[0]["problem"]
+
+
+def test_quick_reads_no_file_that_is_older_than_the_first_run(store, media, monkeypatch):
+    from pipeline.decode.source import Source
+
+    read: list[str] = []
+    monkeypatch.setattr(Source, "sha256", lambda self: read.append(self.path) or "0" * 64)
+    monkeypatch.setattr("pipeline.verify_media._touched", lambda source: 1.0 if "v0" in source.path else 9e9)
+    verify_media(store, "quick", root=str(media))
+    assert "videochatgpt_tune/v0.mp4" not in read
+    assert "videochatgpt_tune/v1.mp4" in read
+
+
+def test_a_damaged_block_is_computed_again_to_the_byte_that_block_and_encoder_only(store, media):
+    before = shard_of(store).read_bytes()
+    wreck(shard_of(store))
+    left = result_of("repair", store, code=1)
+    assert "--from OTHER_STORE, or --root DIR to compute it" in left[0]["done"]
+    done = result_of("repair", store, "--recompute", "--root", media)
+    assert [entry["done"] for entry in done] == ["computed again from the media, the same bytes"]
+    assert shard_of(store).read_bytes() == before
+    assert verify_store(store, "full") == []
+
+
+def test_a_block_whose_media_changed_is_not_put_back(store, media):
+    wreck(shard_of(store))
+    damaged = shard_of(store).read_bytes()
+    shutil.copy(media / "valley/v6.mp4", media / "videochatgpt_tune/v0.mp4")
+    (left,) = result_of("repair", store, "--root", media, "--new-bytes", code=1)
+    assert "1 of its media changed since: not put back" in left["done"]
+    assert shard_of(store).read_bytes() == damaged
+
+
+def test_a_store_without_a_journal_says_what_to_do(store, media):
+    wreck(shard_of(store))
+    shutil.rmtree(store / "journal")
+    (left,) = result_of("repair", store, "--root", media, code=1)
+    assert "fetch the block with --from OTHER_STORE" in left["done"]
+
+
+def test_the_quarantine_is_listed_and_tried_again_by_reason(lab):
+    media = lab.copy_of_root()
+    good = (media / BROKEN).read_bytes()
+    (media / BROKEN).write_bytes(good[: len(good) // 2])
+    (media / "valley/v5.mp4").write_bytes(b"")
+    lab.extract(encoders=["siglip"])
+    rows = result_of("quarantine", "list", lab.store)
+    assert {row["path"] for row in rows} == {BROKEN, "valley/v5.mp4"}
+    reason = next(row["reason"] for row in rows if row["path"] == BROKEN)
+    assert [row["path"] for row in quarantined(lab.store, reason=reason.upper())] == [BROKEN]
+    assert quarantined(lab.store, encoder="siglip", reason="no such reason") == []
+    (media / BROKEN).write_bytes(good)
+    (media / "valley/v5.mp4").write_bytes(good)  # mended as well, and not asked for
+    (summary,) = retry(lab.store, reason=reason, quiet=True)
+    assert (summary.clips, summary.failed) == (1, 0)
+    assert [row["path"] for row in quarantined(lab.store)] == ["valley/v5.mp4"]
+    assert retry(lab.store, reason="no such reason", quiet=True) == []
+    assert (
+        "encoder 'vivit' is not in this store; it has: siglip"
+        in call("quarantine", "list", lab.store, "--encoder", "vivit").stderr
+    )
+
+
+def test_a_removed_clip_stays_away_from_every_later_run(lab):
+    lab.extract(encoders=["siglip"], limit=4)
+    gone = "videollava/videochatgpt_tune/v1.mp4"
+    result = result_of("tombstone", gone, "--reason", "the licence was withdrawn", "--store", lab.store)
+    assert (result["clips"], result["blocks rewritten"]) == ([gone], 1)
+    lab.extract(encoders=["siglip", "dinov2"], limit=5, retry_quarantine=True)
+    store = FeatureStore.open(lab.store)
+    assert gone not in store.clips["clip_id"].to_pylist()
+    assert len(store) == 4
+    assert all(all(store.clips[key].to_pylist()) for key in store.encoders)
+    assert gone not in {sample.clip_id for sample in store.samples()}
+    assert verify_store(lab.store, "full") == []
+    status = result_of("status", lab.store)
+    assert [(stone["clips"], stone["reason"]) for stone in status["tombstones"]] == [(1, "the licence was withdrawn")]
+    assert "1 clip removed on" in call("status", lab.store).stdout
+
+
+def test_strays_alone_are_no_failure(store):
+    (store / "notes.txt").write_text("x")
+    (found,) = result_of("verify", store)
+    assert (found["key"], found["severity"], found["advice"]) == (
+        "notes.txt",
+        "stray",
+        "delete it, or keep it elsewhere",
+    )
+    assert "no damage found, 1 stray" in call("verify", store).stdout
