@@ -126,9 +126,9 @@ def _progress(label: str, unit: str = "MB") -> Iterator[dict[str, Callable[[int]
 
 
 def _show_transferred(done: Any, as_json: bool) -> None:
-    from pipeline import tables
+    from pipeline.share_tables import transferred
 
-    show_result(vars(done), as_json, lambda: tables.transferred(done))
+    show_result(vars(done), as_json, lambda: transferred(done))
 
 
 @click.command()
@@ -189,11 +189,11 @@ def _combine(stores: Sequence[str], out: str, as_json: bool, names: dict[str, An
 
 def _lay(sources: Callable[[], list], out: str, as_json: bool, chosen: Any) -> None:
     from featurestore.combine import combine
-    from pipeline import tables
+    from pipeline.share_tables import combined
 
     with _progress("copy", "cells") as hooks:
         done = combine(sources(), find_store(out), selection=chosen, **_cell_hooks(hooks))
-    show_result(vars(done), as_json, lambda: tables.combined(done))
+    show_result(vars(done), as_json, lambda: combined(done))
 
 
 def _cell_hooks(hooks: dict[str, Callable[[int], None]]) -> dict[str, Callable[[int], None]]:

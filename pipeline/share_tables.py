@@ -1,0 +1,33 @@
+"""What moving and joining stores did, for a person, on stdout."""
+
+from __future__ import annotations
+
+from featurestore.combine import Combined
+from featurestore.transfer import Transferred
+from pipeline.tables import console, counted, plural, size
+
+
+def transferred(done: Transferred) -> None:
+    """What a push or pull did."""
+    out = console()
+    out.print(f"[bold]{done.destination}[/bold]  snapshot {done.snapshot}, {', '.join(done.encoders) or 'no encoders'}")
+    out.print(
+        f"{plural(done.sent_blocks, 'block')} of {done.blocks} sent, {size(done.sent_bytes)} of {size(done.bytes)}; "
+        "the rest was there"
+    )
+    if done.overhead > 1:
+        out.print(
+            f"whole blocks hold {done.overhead:.2f} times the clips asked for: `merv-pipeline subset` cuts them out"
+        )
+
+
+def combined(done: Combined) -> None:
+    """What a union, subset or import laid out."""
+    out = console()
+    out.print(f"[bold]{done.store}[/bold]  snapshot {done.snapshot}")
+    out.print(f"{done.clips} clips, {done.cells} cells (clip and encoder), {done.copied} of them copied in this run")
+    if done.shared:
+        out.print(
+            f"{done.shared} cells are in several stores, {done.differing} with other bits: the first store's stand"
+        )
+    counted("samples", "count", done.samples)
