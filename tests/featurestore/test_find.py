@@ -21,6 +21,12 @@ def test_a_path_given_is_taken_as_it_is(features):
     assert str(find_store("elsewhere/any.zarr")) == "elsewhere/any.zarr"
 
 
+def test_a_url_stays_a_url_and_a_file_url_is_a_folder(features):
+    assert find_store("s3://bucket/any.zarr/") == "s3://bucket/any.zarr"
+    assert str(find_store("file:///data/any%20one.zarr")) == "/data/any one.zarr"
+    assert "merv-pipeline push" in no_store_at("s3://bucket/any.zarr")
+
+
 def test_the_only_store_is_found_and_folders_without_metadata_are_none(features):
     assert str(find_store(None)) == "features/one.zarr"
     assert stores_under(features) == [features / "one.zarr"]

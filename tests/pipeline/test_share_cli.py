@@ -1,0 +1,66 @@
+"""The commands that move stores, from the words typed to the words printed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from featurestore import FeatureStore
+from pipeline.cli import main
+
+
+def run(*words) -> tuple[int, str]:
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    return result.exit_code, result.output
+
+
+def answer(*words) -> dict:
+    result = CliRunner().invoke(main, [*(str(word) for word in words), "--json"])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_a_store_goes_to_a_bucket_and_back_and_every_reading_command_takes_the_url(extracted, s3, tmp_path):
+    pushed = answer("push", extracted.store, s3, "--license", "cc-by-4.0", "--no-journal")
+    assert pushed["sent_bytes"] == pushed["bytes"] > 0
+    pulled = answer("pull", s3, tmp_path / "back.zarr", "--encoders", "siglip,vivit", "--check")
+    assert [name.split("-")[0] for name in pulled["encoders"]] == ["siglip", "vivit"]
+    assert answer("status", s3)["clips"] == answer("status", extracted.store)["clips"]
+    assert answer("verify", s3, "--full") == []
+    code, printed = run("push", extracted.store, s3)
+    assert code == 0
+    assert "0 blocks of" in printed
+
+
+def test_subset_union_export_and_import(extracted, tmp_path):
+    a, b = tmp_path / "a.zarr", tmp_path / "b.zarr"
+    assert answer("subset", extracted.store, a, "--encoders", "siglip", "--kind", "video")["cells"] == 9
+    assert answer("subset", extracted.store, b, "--encoders", "siglip", "--kind", "image")["cells"] == 5
+    assert answer("union", a, b, tmp_path / "both.zarr")["clips"] == 14
+    assert answer("export", tmp_path / "both.zarr", tmp_path / "tars", "--format", "webdataset")["cells"] == 14
+    assert answer("import", tmp_path / "tars", tmp_path / "again.zarr")["cells"] == 14
+    ids = FeatureStore.open(a).clips["clip_id"].to_pylist()
+    digests = {FeatureStore.open(s).data_digest(ids, ["siglip"]) for s in (extracted.store, a, tmp_path / "again.zarr")}
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("union", "one.zarr", "out.zarr"), "two stores or more"),
+        (("push", "nowhere.zarr", "out.zarr"), "there is no feature store at nowhere.zarr"),
+        (("pull", "ftp://host/a", "out.zarr"), "unknown kind of URL 'ftp'"),
+        (("subset", "nowhere.zarr", "out.zarr"), "there is no feature store"),
+    ],
+)
+def test_mistakes_are_told_without_a_traceback(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, printed = run(*words)
+    assert code in (1, 2)
+    assert message in printed
+
+
+def test_the_help_says_what_was_not_tried():
+    assert "the Hub itself were not tried" in " ".join(run("push", "--help")[1].split())
