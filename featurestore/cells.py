@@ -28,6 +28,7 @@ from featurestore.shards import encode_row
 from featurestore.snapshot_table import column
 from featurestore.snapshots import load_snapshot, read_snapshot_table
 from featurestore.store import FeatureStore
+from featurestore.tombstones import Tombstone
 
 MAX_RECEIPTS = 512  # kept at hand
 
@@ -79,6 +80,8 @@ class CellSource(Protocol):
 
     def provenance(self) -> dict[str, Any]: ...
 
+    def tombstones(self) -> Iterable[Tombstone]: ...  # removals that hold wherever its clips go
+
 
 class StoreCells:
     """The cells of a store at its newest snapshot, or the one named."""
@@ -95,6 +98,9 @@ class StoreCells:
         self._specs: dict[str, dict[str, ArraySpec]] = {}
         self._receipt = lru_cache(MAX_RECEIPTS)(self._read_receipt)
         self._kinds = {clip.clip_id: clip.kind for clip in self.clips()}
+
+    def tombstones(self) -> list[Tombstone]:
+        return list(self._store.tombstones.values())
 
     def clips(self) -> list[Clip]:
         names = ("dataset", "path", "kind", "start_s", "end_s", "end_frame")

@@ -10,7 +10,7 @@ on where it was: rows are given out in the same order.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from featurestore.find import Place
 from featurestore.groups import GroupWriter
 from featurestore.identity import canonical_json
 from featurestore.journal import journal_bytes
-from featurestore.layout import block_of, journal_key
+from featurestore.layout import block_of, journal_key, tombstone_key
 from featurestore.lookup import encoder_keys
 from featurestore.objects import put_if_absent
 from featurestore.places import in_parallel
@@ -61,10 +61,13 @@ def combine(
     """Lay the selected cells of the sources into `out`, a new store or one that an interrupted run left."""
     selection = selection or Selection()
     done = Combined(store=str(out), sources=[source.name for source in sources])
-    clips = _clips(sources, selection)
+    stones = [stone for source in sources for stone in source.tombstones()]
+    clips = _clips(sources, selection, {clip for stone in stones for clip in stone.clips})
     groups = _groups(sources, selection)
     chosen = {name: _choose(sources, name, clips, done) for name in groups}
     writer = StoreWriter.open_or_create(out, block_rows=dict(sources[0].block_rows))
+    for stone in stones:  # first: what one source took back is in none of the others' cells either
+        put_if_absent(writer.objects, tombstone_key(stone.id), stone.to_bytes())
     _refuse_other_clips(writer, clips, out)
     for together in _tried_alike(clips, chosen):
         writer.add_clips(together)
@@ -79,13 +82,13 @@ def combine(
     return done
 
 
-def _clips(sources: Sequence[CellSource], selection: Selection) -> dict[str, Clip]:
+def _clips(sources: Sequence[CellSource], selection: Selection, removed: Collection[str]) -> dict[str, Clip]:
     listed: dict[str, Clip] = {}
     for source in sources:
         for clip in source.clips():
             listed.setdefault(clip.clip_id, clip)
     selection.check(listed.values())
-    return {clip_id: clip for clip_id, clip in listed.items() if selection.takes(clip)}
+    return {c: clip for c, clip in listed.items() if c not in removed and selection.takes(clip)}
 
 
 def _groups(sources: Sequence[CellSource], selection: Selection) -> dict[str, CellGroup]:

@@ -32,6 +32,7 @@ from featurestore.parts import read_table
 from featurestore.receipts import RowOutcome
 from featurestore.samples import Sample
 from featurestore.shards import encode_row
+from featurestore.tombstones import Tombstone
 
 MAX_TABLE_BYTES = 2 << 30
 MAX_RECORD_BYTES = 64 << 20
@@ -62,6 +63,9 @@ class ExportCells:
         self._numbers = {clip.clip_id: number for number, clip in enumerate(self._clips)}
         self._outcomes: dict[str, dict[int, tuple[int, RowOutcome]]] = {}  # group -> number -> place, outcome
         self._tar = lru_cache(4)(self._open_tar)
+
+    def tombstones(self) -> list[Tombstone]:
+        return []  # an export holds no clip that was removed
 
     def clips(self) -> list[Clip]:
         return self._clips

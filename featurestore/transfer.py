@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from featurestore.columns import CLIP_SCHEMA, table_to_clips
+from featurestore.erase import erase_tombstoned
 from featurestore.errors import StoreDamagedError, StoreError, StoreNotFoundError, UserError
 from featurestore.find import Place, no_store_at, place_of
 from featurestore.groups import create_or_open_group, read_arrays
@@ -121,6 +122,7 @@ def transfer(
         for name in journal_names(origin.list_names(JOURNAL)):
             if name not in there:
                 put_if_absent(writer.objects, journal_key(name), origin.get(journal_key(name)))
+    erase_tombstoned(writer)  # what earlier transfers brought of clips that were removed since
     done.snapshot = _finish(origin, writer, snapshot, selection)
     return done
 

@@ -10,11 +10,14 @@ import sys
 import numpy as np
 import pytest
 
+from featurestore.cells import StoreCells
+from featurestore.combine import combine
 from featurestore.erase import erase_tombstoned, tombstone
 from featurestore.errors import ClipUnavailableError, StoreDamagedError, StoreError, UserError
 from featurestore.samples import Sample, Turn
 from featurestore.store import FeatureStore
 from featurestore.tombstones import read_tombstones
+from featurestore.transfer import transfer
 from featurestore.verify import verify_store
 
 GONE = "tiny/videos/2.mp4"
@@ -197,3 +200,36 @@ def test_mistakes_are_told(filled):
         tombstone(filled.path, [GONE], reason=" ")
     with pytest.raises(UserError, match="at least one clip"):
         tombstone(filled.path, [], reason="x")
+
+
+def test_a_push_brings_the_removal_and_what_came_before_it_is_erased_there(filled, tmp_path):
+    there = type(filled)(tmp_path / "there.zarr")
+    transfer(filled.path, there.path)
+    assert GONE in there.open().clips["clip_id"].to_pylist()
+    tombstone(filled.path, [GONE], reason="licence")
+    transfer(filled.path, there.path)
+    assert GONE not in there.open().clips["clip_id"].to_pylist()
+    assert there.open().snapshot == filled.open().snapshot
+    assert [file.name for file in (there.path / "samples").iterdir()] == ["mix.2.parquet"]
+    assert verify_store(there.path, "full") == []
+    tombstone(filled.path, ["tiny/videos/0.mp4"], reason="another one")  # in the same block
+    transfer(filled.path, there.path)
+    assert verify_store(there.path, "full") == []
+    assert len(there.open().tombstones) == 2
+
+
+def test_a_union_leaves_out_what_any_of_its_sources_removed(filled, make, tmp_path):
+    other = make.kit(tmp_path / "other.zarr")
+    other.writer().add_clips([make.video(2), make.video(9)])
+    other.writer().add_samples("mix", [sample(7, GONE), sample(8, "tiny/videos/9.mp4")])
+    other.fill()
+    tombstone(filled.path, [GONE], reason="licence")
+    out = type(filled)(tmp_path / "union.zarr")
+    combine([StoreCells(other.path), StoreCells(filled.path)], out.path)
+    store = out.open()
+    assert GONE not in store.clips["clip_id"].to_pylist()
+    assert "tiny/videos/9.mp4" in store.clips["clip_id"].to_pylist()
+    assert GONE not in {s.clip_id for s in store.samples()}
+    assert [stone.reason for stone in store.tombstones.values()] == ["licence"]
+    assert out.writer().add_clips([make.video(2)]) == []
+    assert verify_store(out.path, "full") == []
