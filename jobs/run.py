@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from jobs.clusters import ClusterError
+from jobs.request import ClusterError
 
 if TYPE_CHECKING:
     from distributed import Client, Future

@@ -19,6 +19,7 @@ from featurestore.clips import Clip
 from featurestore.errors import MediaError, RunStoppedError
 from featurestore.receipts import Receipt
 from featurestore.writer import StoreWriter
+from jobs import metrics
 from pipeline.config import EngineSettings
 from pipeline.decode.job import Decoded, DecodeJob
 from pipeline.engine import Engine, encode_batch, engine_for
@@ -55,9 +56,21 @@ def extract_block(task: BlockTask) -> dict:
     try:
         for batch in _batches(task.rows, task.batch):
             work.encode(batch)
-        return work.finish(time.monotonic() - started)
+        done = work.finish(time.monotonic() - started)
     finally:
         work.close()
+    _count(done)
+    return done
+
+
+def _count(done: Mapping) -> None:
+    """Tell whoever watches this worker."""
+    metrics.count("blocks", "Blocks committed")
+    metrics.count("clips", "Clips computed or failed", done["clips"])
+    metrics.count("clips_failed", "Clips quarantined", done["failed"])
+    metrics.count("stored_bytes", "Bytes of the committed shards", done["bytes"])
+    for stage, seconds in done["seconds"].items():
+        metrics.count("stage_seconds", "Seconds of blocks, by stage", seconds, stage=stage)
 
 
 class _BlockWork:

@@ -34,7 +34,13 @@ def main() -> None:
 @click.option(
     "--max-failed", type=click.FloatRange(0, 1), help="Stop when more than this share failed.  [default: 0.5]"
 )
-@click.option("--dashboard", is_flag=True, default=None, help="Start Dask's dashboard and print its address.")
+@click.option("--dashboard", is_flag=True, default=None, help="Start Dask's dashboard; tell how to reach it over ssh.")
+@click.option(
+    "--performance-report",
+    type=click.Path(dir_okay=False),
+    show_default="with --dashboard: NAME-dask-RUN.html beside the store",
+    help="HTML file for Dask's report of the run.",
+)
 @click.option(
     "--print-config", is_flag=True, help="Print every setting of this command as YAML for --config; do nothing."
 )

@@ -16,6 +16,7 @@ from featurestore.errors import UserError, unknown_name
 from featurestore.find import Place, place_of
 from featurestore.identity import STORAGE_DTYPES
 from featurestore.layout import check_block_rows
+from jobs.request import ClusterError, ClusterRequest, ClusterSettings
 from pipeline.encoders.base import EncoderSpec
 from pipeline.encoders.registry import ENCODERS, MERV_ENCODERS, encoder_spec
 
@@ -94,13 +95,15 @@ class ExtractConfig:
     retry_quarantine: bool = False
     retry_reason: str | None = None  # of the quarantine, only clips whose reason holds this text
     scheduler: str = "local"
-    workers: int = 1
+    workers: int = AUTO  # one; with cuda, or jobs of several GPUs, one per GPU
+    cluster: Mapping[str, Any] = field(default_factory=dict)  # jobs.request.ClusterSettings, for cuda and slurm
     device: str = "auto"  # auto: cuda where torch sees one, else cpu
     threads: int = AUTO  # torch threads per worker
     decode_processes: int = AUTO  # per worker
     decode_timeout_s: float = 60.0
     max_failed: float = 0.5  # stop when more than this share of at least one block's worth of clips failed
     dashboard: bool = False
+    performance_report: str | None = None  # HTML file; None: with a dashboard beside the store, else none
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -113,6 +116,7 @@ class ExtractConfig:
         for settings in self.encoder_settings:  # a misspelt size is told now, not after a listing of a million clips
             encoder_spec(settings.name).with_architecture(settings.architecture)
         check_block_rows(self.block_rows)
+        _ = self.cluster_request
         if not 0 <= self.max_failed <= 1:
             raise UserError(f"max_failed is a share between 0 and 1, got {self.max_failed}")
 
@@ -148,6 +152,20 @@ class ExtractConfig:
             decode_processes=self.decode_processes,
             decode_timeout_s=self.decode_timeout_s,
         )
+
+    @property
+    def cluster_request(self) -> ClusterRequest:
+        """Where the run is to happen."""
+        try:
+            return ClusterRequest(
+                scheduler=self.scheduler,
+                num_workers=self.workers,
+                device=self.device,
+                dashboard=self.dashboard or self.performance_report is not None,
+                settings=ClusterSettings.from_mapping(self.cluster),
+            )
+        except ClusterError as error:
+            raise UserError(str(error)) from error
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

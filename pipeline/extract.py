@@ -24,9 +24,10 @@ from featurestore.identity import FeatureIdentity
 from featurestore.lease import StoreLease
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
-from jobs.clusters import ClusterRequest, connect
+from jobs.clusters import connect
+from jobs.dashboard import dashboard_lines, performance_report
 from jobs.progress import RunProgress
-from jobs.run import Outcome, Task, check_workers, run_tasks
+from jobs.run import Outcome, Task, run_tasks
 from pipeline.config import ExtractConfig, default_batch
 from pipeline.datasets import DatasetListing, load_dataset
 from pipeline.keep_samples import add_listed_samples
@@ -72,7 +73,6 @@ def extract(
         limit=config.limit,
         **config.options,
     )
-    request = ClusterRequest(scheduler=config.scheduler, num_workers=config.workers, dashboard=config.dashboard)
     run = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:8]}"
     summary = ExtractSummary(
         store=str(config.store_path),
@@ -84,15 +84,25 @@ def extract(
     for note in listing.notes:
         say(note)
     say(f"{config.dataset}: {len(listing.clips)} clips listed; loading {', '.join(config.encoders)}")
-    with connect(request) as client:
-        check_workers(client, "merv-pipeline")
-        if config.dashboard:
-            say(f"dashboard: {client.dashboard_link}")
+    with connect(config.cluster_request, say=say) as client, performance_report(_report_path(config, run, say), say):
+        for line in dashboard_lines(client) if config.dashboard else ():
+            say(line)
         encoders = _describe(client, config)
         store = StoreWriter.open_or_create(config.store_path, block_rows=dict(config.block_rows) or None)
         with StoreLease(config.store_path, run):  # a second driver would be safe, and waste its work
             _fill(client, store, config, listing, encoders, summary, quiet)
     return summary
+
+
+def _report_path(config: ExtractConfig, run: str, say: Callable[[str], None]) -> Path | None:
+    """Where Dask's report of the run goes; beside the store, not in it: a store holds what somebody depends on."""
+    if config.performance_report is None and not config.dashboard:
+        return None
+    place = config.store_path
+    beside = Path(str(place).rpartition("/")[2]) if is_url(place) else Path(place)
+    path = Path(config.performance_report or beside.with_name(f"{beside.stem}-dask-{run}.html"))
+    say(f"performance report, at the end: {path}")
+    return path
 
 
 def _fill(

@@ -24,7 +24,7 @@ from featurestore.places import open_objects
 from featurestore.snapshots import newest_snapshot_id
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
-from jobs.clusters import ClusterRequest, connect
+from jobs.clusters import connect
 from pipeline.config import ExtractConfig
 from pipeline.datasets import DatasetListing, load_dataset
 from pipeline.extract import clip_bytes
@@ -75,8 +75,8 @@ def forecast(config: ExtractConfig, *, probe: int = 4) -> Forecast:
     listing = load_dataset(
         config.dataset, config.root, stage=config.stage, kind=config.kind, limit=config.limit, **config.options
     )
-    request = ClusterRequest(scheduler=config.scheduler, num_workers=config.workers)
-    with connect(request) as client:
+    with connect(config.cluster_request) as client:
+        workers = max(len(client.scheduler_info(n_workers=-1)["workers"]), config.workers)
         from pipeline.probe import probe_clips  # imports torch
 
         chosen = {kind: _spread([c for c in listing.clips if c.kind == kind], probe) for kind in KINDS}
@@ -90,12 +90,12 @@ def forecast(config: ExtractConfig, *, probe: int = 4) -> Forecast:
         store=str(config.store_path),
         rows=rows,
         free_bytes=_free_bytes(config.store_path),
-        workers=config.workers,
+        workers=workers,
         probed=sum(len(clips) for clips in result["clips"].values()),
         device=result["device"],
         decode_s=statistics.fmean([c["decode_s"] for clips in result["clips"].values() for c in clips] or [0.0]),
-        seconds=total / config.workers if total else None,
-        interval_s=((total - spread) / config.workers, (total + spread) / config.workers) if total else None,
+        seconds=total / workers if total else None,
+        interval_s=((total - spread) / workers, (total + spread) / workers) if total else None,
         missing=dict(listing.missing),
     )
 

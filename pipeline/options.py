@@ -78,9 +78,20 @@ _OPTIONS = [
         help="Store class and register tokens beside, of the encoders that have them.",
     ),
     click.option(
-        "--scheduler", metavar="NAME|ADDRESS", show_default="local", help="local, tcp://HOST:PORT, or a scheduler file."
+        "--scheduler",
+        metavar="NAME|ADDRESS",
+        show_default="local",
+        help="local, cuda (this machine's GPUs), slurm, tcp://HOST:PORT, or a scheduler file.",
     ),
-    click.option("--workers", type=click.IntRange(1), show_default="1", help="Worker processes, one per device."),
+    click.option(
+        "--workers", type=click.IntRange(1), show_default="1, with cuda one per GPU", help="Worker processes."
+    ),
+    click.option(
+        "--cluster",
+        metavar="KEY=VALUE",
+        multiple=True,
+        help="A setting of cuda or slurm, such as partition=gpu or walltime=8:00:00; see jobs/README.md. Repeatable.",
+    ),
     click.option("--device", show_default="cuda where there is one, else cpu", help="cpu, cuda, cuda:1, ..."),
 ]
 
@@ -98,7 +109,9 @@ def config_from_options(config_file: str | None, options: dict[str, Any]) -> Ext
     if "weights" in given:
         given["weights"] = parse_weights(given["weights"])
     if "options" in given:
-        given["options"] = _dataset_options(given["options"])
+        given["options"] = _pairs("--option", given["options"])
+    if "cluster" in given:
+        given["cluster"] = _pairs("--cluster", given["cluster"])
     if given.get("grid", "raw") != "raw":
         given["grid"] = _grid(given["grid"])
     return read_config(config_file, given)
@@ -110,12 +123,12 @@ def parse_weights(specs: tuple[str, ...]) -> dict[str, str]:
     return {name.strip(): spec.strip() for name, spec in pairs}
 
 
-def _dataset_options(pairs: tuple[str, ...]) -> dict[str, Any]:
+def _pairs(option: str, pairs: tuple[str, ...]) -> dict[str, Any]:
     """`("spool_gb=100",)` -> name -> value, numbers and booleans as YAML reads them."""
     import yaml  # only where it is needed: --help reads this room
 
     if wrong := [pair for pair in pairs if "=" not in pair]:
-        raise click.BadParameter(f"--option is KEY=VALUE, got {wrong[0]!r}")
+        raise click.BadParameter(f"{option} is KEY=VALUE, got {wrong[0]!r}")
     return {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in pairs)}
 
 

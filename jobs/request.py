@@ -1,0 +1,120 @@
+"""What a run wants of a cluster, and what every cluster is told: the words that all openers share.
+
+Comes in: settings of a config file. Goes out: checked values. One flat set of settings serves all clusters, so that a
+file may be used with several; each reads what concerns it. An unknown one is an error that names the nearest.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+DASK_SETTINGS = {
+    "distributed.scheduler.allowed-failures": 2,  # worker deaths before a task is given up
+    "distributed.scheduler.worker-ttl": "30 minutes",  # a long native call must not look like a dead worker
+    "distributed.scheduler.work-stealing": False,  # a window of two or three tasks leaves nothing worth stealing
+    "distributed.worker.memory.target": False,  # results are small: spilling would only hide a leak
+    "distributed.worker.memory.spill": False,
+    "distributed.worker.memory.pause": False,
+    "distributed.worker.memory.terminate": False,
+    "distributed.worker.daemon": False,  # workers start decode processes
+    "distributed.admin.tick.limit": "30 s",  # loading weights holds the loop; a warning each time teaches nobody
+}
+AUTO_WORKERS = 0  # as many as the cluster suggests: one, or one per GPU
+
+
+class ClusterError(Exception):
+    """The cluster asked for cannot be started or reached; the message says what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterSettings:
+    """What a config file says of clusters, under `cluster:`; sizes are per job, which holds one worker per GPU."""
+
+    devices: str | None = None  # cuda: GPUs as in CUDA_VISIBLE_DEVICES, "0,2"; None: all that are visible
+    local_directory: str | None = None  # cuda, slurm: a fast local folder for what Dask's workers leave on disk
+    walltime: str = "12:00:00"  # slurm: [D-]HH:MM:SS
+    partition: str | None = None  # slurm
+    account: str | None = None  # slurm
+    gpus: int = 1  # slurm: GPUs of a job, 0 for none; a job runs one worker per GPU
+    cpus: int = 8  # slurm: cores of a job; decoding wants about eight per GPU
+    memory: str | None = None  # slurm: "64GB"; None: what the partition gives
+    exclusive: bool = False  # slurm: whole nodes
+    directives: tuple[str, ...] = ()  # slurm: further #SBATCH options, such as "--constraint=a100"
+    prologue: tuple[str, ...] = ()  # slurm: shell lines before the workers start, such as "module load cuda"
+    python: str | None = None  # slurm: None: the driver's own
+    interface: str | None = None  # slurm: network interface that workers reach the driver by, such as "ib0"
+    log_directory: str = "slurm-logs"  # slurm: standard output and error of the jobs
+
+    def __post_init__(self) -> None:
+        parse_walltime(self.walltime)
+        if self.gpus < 0 or self.cpus < 1:
+            raise ClusterError(f"cluster: gpus must be at least 0 and cpus at least 1, got {self.gpus} and {self.cpus}")
+
+    @classmethod
+    def from_mapping(cls, given: Mapping[str, Any]) -> ClusterSettings:
+        """Settings as YAML or a command line gives them, every name and type checked."""
+        known = {setting.name: str(setting.type) for setting in fields(cls)}
+        for name in given:
+            if name not in known:
+                nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+                hint = f", the nearest known one is {nearest[0]!r}" if nearest else ""
+                raise ClusterError(f"unknown cluster setting {name!r}{hint}; known: {', '.join(known)}")
+        return cls(**{name: _checked(name, value, known[name]) for name, value in given.items() if value is not None})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterRequest:
+    """What a run wants of a cluster."""
+
+    scheduler: str = "local"  # name in CLUSTERS, tcp://HOST:PORT, or the path of a scheduler file
+    num_workers: int = AUTO_WORKERS
+    device: str = "auto"  # what the tasks compute on: cpu, auto, cuda, cuda:1
+    dashboard: bool = False  # starting it costs about a second and needs bokeh
+    settings: ClusterSettings = field(default_factory=ClusterSettings)
+
+
+def parse_walltime(walltime: str) -> int:
+    """Seconds of `[D-]HH:MM:SS`.
+
+    >>> parse_walltime("1-02:00:30")
+    93630
+    """
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", walltime)
+    seconds = 0
+    if found:
+        days, hours, minutes, rest = (int(part or 0) for part in found.groups())
+        seconds = ((days * 24 + hours) * 60 + minutes) * 60 + rest
+    if not seconds:
+        raise ClusterError(f"cluster: walltime must be [D-]HH:MM:SS, such as 12:00:00, got {walltime!r}")
+    return seconds
+
+
+def worker_environment() -> dict[str, str]:
+    """`DASK_SETTINGS` as environment variables, for workers whose command line we write."""
+
+    def variable(name: str) -> str:
+        return "DASK_" + name.replace(".", "__").replace("-", "_").upper()
+
+    return {variable(name): str(value) for name, value in DASK_SETTINGS.items()} | {
+        "PYTHONSAFEPATH": "1"  # a folder `pipeline` where the job was submitted must not stand before ours
+    }
+
+
+def _checked(name: str, value: Any, annotated: str) -> Any:
+    if name == "walltime" and type(value) is int:  # YAML reads 12:00:00 as a number in base 60: seconds
+        value = f"{value // 3600:02}:{value // 60 % 60:02}:{value % 60:02}"
+    if name == "devices" and isinstance(value, list | int) and not isinstance(value, bool):
+        value = ",".join(map(str, value if isinstance(value, list) else [value]))
+    if annotated.startswith("tuple"):
+        lines = [value] if isinstance(value, str) else value
+        if isinstance(lines, list | tuple) and all(isinstance(line, str) for line in lines):
+            return tuple(lines)
+        raise ClusterError(f"cluster: {name} must be a list of texts, got {value!r}")
+    accepted, words = {"bool": (bool, "true or false"), "int": (int, "a whole number")}.get(annotated, (str, "text"))
+    if type(value) is not accepted:
+        raise ClusterError(f"cluster: {name} must be {words}, got {value!r}")
+    return value

@@ -1,0 +1,165 @@
+"""The cluster of a SLURM site: every worker lives in a job that the driver submits (dask-jobqueue).
+
+The number of jobs is fixed: scaling by load stops workers that are loading weights and starts ones that find no work.
+Jobs end with their walltime, so workers retire before it (their tasks go to others) and a keeper submits new jobs in
+their place until the run is done. All jobs are cancelled when the driver leaves.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.request import ClusterError, ClusterRequest, ClusterSettings, parse_walltime, worker_environment
+
+if TYPE_CHECKING:
+    from dask_jobqueue import SLURMCluster
+    from distributed import Client
+
+INSTALL = "pip install 'merv-pipeline[slurm]'"
+MARGIN_S = 600  # before the walltime: time to finish a block and hand over the rest
+CHECK_S = 5.0  # between looks at the queue while no worker has come
+KEEP_S = 30.0  # between looks at jobs that ended
+TAIL_LINES = 15  # of a job's log, in an error
+
+
+@contextmanager
+def slurm(request: ClusterRequest, say: Callable[[str], None]) -> Iterator[Client]:
+    """Submit `num_workers` / `gpus` jobs, go on when the first worker is there; later ones join as the queue lets."""
+    try:
+        from dask_jobqueue import SLURMCluster  # optional
+    except ImportError as error:
+        raise ClusterError(f"--scheduler slurm needs dask-jobqueue: {INSTALL}") from error
+    from distributed import Client
+
+    settings = request.settings
+    per_job = max(1, settings.gpus)
+    num_jobs = math.ceil((request.num_workers or per_job) / per_job)
+    with SLURMCluster(**job_options(settings, dashboard=request.dashboard)) as cluster, Client(cluster) as client:
+        keeper = _Keeper(cluster, num_jobs, say)
+        cluster.scale(jobs=num_jobs)
+        say(f"slurm: submitted {num_jobs} x {per_job} (jobs x workers), waiting for the first; logs: {_logs(settings)}")
+        _wait_for_first(client, keeper, settings)
+        with keeper:
+            yield client
+
+
+def job_options(settings: ClusterSettings, *, dashboard: bool = False) -> dict[str, Any]:
+    """The settings in dask-jobqueue's words; what is None there is read from its own configuration files."""
+    workers = max(1, settings.gpus)
+    directives = [f"--gres=gpu:{settings.gpus}"] if settings.gpus else []
+    directives += ["--exclusive"] if settings.exclusive else []
+    return {
+        "queue": settings.partition,
+        "account": settings.account,
+        "walltime": settings.walltime,
+        "cores": workers,  # Dask's threads: one task at a time and worker
+        "processes": workers,
+        "job_cpu": settings.cpus,
+        "memory": settings.memory or "1GB",  # a word that jobqueue wants; workers have no limit of their own
+        "job_mem": settings.memory,
+        "job_directives_skip": [] if settings.memory else ["--mem="],
+        "job_extra_directives": [*directives, *settings.directives],
+        "job_script_prologue": [*prologue(settings), *settings.prologue],
+        "worker_extra_args": ["--memory-limit", "0", "--preload", "jobs.pin", *lifetime(settings.walltime)],
+        "python": settings.python or sys.executable,
+        "interface": settings.interface,
+        "local_directory": settings.local_directory,
+        "log_directory": str(_logs(settings)),
+        "job_name": "merv-worker",
+        "scheduler_options": {"dashboard_address": ":0", "dashboard": dashboard},
+        "silence_logs": "critical",
+    }
+
+
+def lifetime(walltime: str) -> list[str]:
+    """Workers retire ten minutes before their job ends, half of it for short jobs, not all in one moment."""
+    seconds = parse_walltime(walltime)
+    margin = min(MARGIN_S, seconds // 2)
+    return ["--lifetime", f"{seconds - margin}s", "--lifetime-stagger", f"{margin * 2 // 5}s"]
+
+
+def prologue(settings: ClusterSettings) -> list[str]:
+    """Shell lines that every job starts with."""
+    threads = max(1, settings.cpus // max(1, settings.gpus))
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    environment = worker_environment() | dict.fromkeys(names, str(threads))
+    return [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
+
+
+def _logs(settings: ClusterSettings) -> Path:
+    return Path(settings.log_directory).absolute()
+
+
+def _wait_for_first(client: Client, keeper: _Keeper, settings: ClusterSettings) -> None:
+    """A queue may take hours, so there is no limit; but jobs that all ended without a worker will bring none."""
+    while True:
+        try:
+            return client.wait_for_workers(1, timeout=CHECK_S)
+        except TimeoutError as error:
+            if not (keeper.job_ids and keeper.live_jobs() == set()):
+                continue
+            if client.scheduler_info(n_workers=-1)["workers"]:
+                return None
+            raise ClusterError(
+                f"all {len(keeper.job_ids)} SLURM jobs ended before a worker reached the driver; "
+                f"the last lines in {_logs(settings)}:\n{_tail(_logs(settings), keeper.job_ids)}\n"
+                "mend the cluster settings (prologue, partition, interface), and run again"
+            ) from error
+
+
+def _tail(folder: Path, job_ids: set[str]) -> str:
+    """The last lines that a job said."""
+    logs = [path for job in job_ids for path in folder.glob(f"*-{job}.*") if path.stat().st_size]
+    newest = max(logs, key=lambda path: path.stat().st_mtime, default=None)
+    if newest is None:
+        return "  (no job wrote any)"
+    return "\n".join(f"  {line}" for line in newest.read_text(errors="replace").splitlines()[-TAIL_LINES:])
+
+
+class _Keeper(threading.Thread):
+    """Keeps the number of jobs: those that ended, by walltime or by accident, are submitted anew."""
+
+    def __init__(self, cluster: SLURMCluster, num_jobs: int, say: Callable[[str], None]) -> None:
+        super().__init__(name="slurm-keeper", daemon=True)
+        self._cluster, self._num_jobs, self._say = cluster, num_jobs, say
+        self._is_over = threading.Event()
+
+    @property
+    def job_ids(self) -> set[str]:
+        return {str(job.job_id) for job in list(self._cluster.workers.values()) if job.job_id}
+
+    def live_jobs(self) -> set[str] | None:
+        """Our jobs that wait or run; None where the queue does not answer."""
+        command = ["squeue", "--noheader", "--format=%i", f"--jobs={','.join(sorted(self.job_ids))}"]
+        answer = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
+        if answer.returncode == 0:
+            return set(answer.stdout.split()) & self.job_ids
+        return set() if "Invalid job id" in answer.stderr else None  # SLURM forgets jobs that ended long ago
+
+    def run(self) -> None:
+        while not self._is_over.wait(KEEP_S):
+            live = self.live_jobs() if self.job_ids else set()
+            if live is None:
+                continue
+            ended = [name for name, job in list(self._cluster.workers.items()) if job.job_id not in live]
+            for name in ended:
+                job = self._cluster.workers.pop(name, None)
+                self._say(f"slurm: job {job and job.job_id} has ended and the run has not: another one is submitted")
+            self._cluster.scale(jobs=self._num_jobs)  # submits what its list lacks; no more than the number
+
+    def __enter__(self) -> _Keeper:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self.join()
