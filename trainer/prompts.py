@@ -36,6 +36,7 @@ class Piece:
     is_answer: bool = False  # supervised
     opens: bool = False  # the tokenizer's own BOS stands before it, where it has that habit
     closes: bool = False  # EOS stands after it
+    begins_word: bool = False  # a blank parts it from the text before, where the tokenizer writes none by itself
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,6 +129,7 @@ class Renderer:
         self.format, self.tokenizer = PROMPTS[prompt], tokenizer
         self.position, self.max_tokens = position, max_tokens
         self.bos_id = tokenizer.bos_token_id if adds_bos(tokenizer) else None
+        self.blank = " " if words_hold_blanks(tokenizer) else ""
         if tokenizer.eos_token_id is None:
             raise UserError(f"tokenizer {tokenizer.name_or_path!r} has no end token, so answers could not end")
 
@@ -150,7 +152,8 @@ class Renderer:
         return Rendered(input_ids=tuple(ids), labels=(IGNORE_INDEX,) * len(ids), visual_at=self._visual_at(ids))
 
     def _tokenise(self, piece: Piece) -> list[int]:
-        ids = self.tokenizer(piece.text, add_special_tokens=False)["input_ids"]
+        blank = self.blank if piece.begins_word and piece.text else ""
+        ids = self.tokenizer(blank + piece.text, add_special_tokens=False)["input_ids"]
         before = [self.bos_id] if piece.opens and self.bos_id is not None else []
         return [*before, *ids, *([self.tokenizer.eos_token_id] if piece.closes else [])]
 
@@ -177,6 +180,17 @@ def adds_bos(tokenizer: Any) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
+def words_hold_blanks(tokenizer: Any) -> bool:
+    """Whether a word behind a blank is another token than at the start of a text: so in byte-level BPE.
+
+    "Out:" and "red" tokenised apart are then "Out:red", which such an LLM has hardly ever read; with "Out:" and " red"
+    the answers of videollava_mini cost SmolLM2-135M 3.39 per token instead of 3.78. LLaMA's tokenizer writes the blank
+    itself.
+    """
+    bare, behind_blank = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", " a"))
+    return len(bare) == len(behind_blank) and bare != behind_blank
+
+
 def clean(text: str) -> str:
     """Text without media placeholders and without blank at either end."""
     for placeholder in PLACEHOLDERS:
@@ -186,13 +200,13 @@ def clean(text: str) -> str:
 
 def _pieces(turns: Iterable[Turn], question: Callable[[int, str], Piece]) -> list[Piece]:
     return [
-        question(index, clean(turn.text)) if turn.role == "human" else _answer(clean(turn.text))
+        question(index, clean(turn.text)) if turn.role == "human" else _answer(clean(turn.text), begins_word=True)
         for index, turn in enumerate(turns)
     ]
 
 
-def _answer(text: str) -> Piece:
-    return Piece(text=text, is_answer=True, closes=True)
+def _answer(text: str, *, begins_word: bool = False) -> Piece:
+    return Piece(text=text, is_answer=True, closes=True, begins_word=begins_word)
 
 
 def _split_answer(segment: str, answer: str, tokenizer: Any) -> list[Piece]:

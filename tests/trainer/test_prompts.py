@@ -220,6 +220,23 @@ def test_visual_tokens_come_first_on_request_and_where_there_is_no_bos(im_tokeni
     assert im_tokenizer.decode(list(plain.input_ids)) == "In: What is it?\nOut:A cat.<|im_end|>"
 
 
+@pytest.mark.parametrize("prompt", ["pure", "vicuna", "llama2_chat"])
+def test_an_answer_is_a_word_of_its_own_where_words_hold_their_blank(prompt):
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*alphabet, "Ġa", "Ġas", "as"])}
+    backend = Tokenizer(models.BPE(vocabulary, [("Ġ", "a"), ("Ġa", "s"), ("a", "s")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+    turns = (Turn(role="human", text="How?"), Turn(role="gpt", text="as"))
+    rendered = Renderer(prompt, tokenizer)(turns)
+    assert read(rendered, tokenizer)[-2:] == ["Ġas", "<|end|>"]
+    assert supervised(rendered, tokenizer) == " as<|end|>"
+    asked = Renderer(prompt, tokenizer).question(turns)
+    assert asked.input_ids == rendered.input_ids[:-2]  # what is generated begins with the blank
+    assert read(Renderer("caption", tokenizer)((turns[0], turns[1])), tokenizer) == ["as", "<|end|>"]
+
+
 def test_long_texts_are_cut_at_the_right():
     tokenizer = words("In: What is it? Out: A cat.")
     cut = Renderer("pure", tokenizer, max_tokens=10)(ONE)
