@@ -38,6 +38,7 @@ from featurestore.parts import ClipIndex
 from featurestore.places import open_objects
 from featurestore.receipts import Receipt
 from featurestore.repair_documents import derived_document
+from featurestore.repair_parts import rebuild_part
 from featurestore.repair_receipts import rebuild_receipt
 from featurestore.repair_shards import Recompute, Repaired, mend_block
 from featurestore.snapshots import Snapshot, load_snapshot
@@ -161,6 +162,9 @@ class _Repair:
             return self._put(key, mended, "one flipped bit was undone")
         if (fetched := self._fetch(key)) is not None and is_whole(fetched):
             return self._put(key, fetched, "fetched from the other copy")
+        named = check.newest if check.newest and key in check.newest.parts else None
+        if named and (made := rebuild_part(self.objects, named, key)):
+            return self._put(key, made, "made again from the snapshot, to the digest that it had")
         if key.startswith(SAMPLES):
             return self._drop_newer_samples(key, sha256)
         words = "no copy of it is known; give one with --from: without it rows and clips cannot be told apart"

@@ -16,8 +16,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from sound_store import build
 
+from featurestore.clips import Clip
 from featurestore.findings import is_damaged
 from featurestore.repair import repair_store
+from featurestore.repair_parts import clip_of
 from featurestore.repair_shards import Recomputed
 from featurestore.store import FeatureStore
 from featurestore.verify import verify_store
@@ -150,7 +152,7 @@ def test_a_receipt_that_is_lost_is_made_again_with_a_number(store, sound):
 
 def test_a_clip_part_and_a_tombstone_are_fetched_or_said_to_be_lost(store, sound):
     before = only_bytes(store)
-    part, stone = store / "clips/part-00000.parquet", next((store / "tombstones").iterdir())
+    part, stone = store / "clips/part-00001.parquet", next((store / "tombstones").iterdir())  # a retry's part
     wreck(part)
     wreck(stone)
     words = {each.key.split("/")[0]: each for each in repair_store(store)}
@@ -159,6 +161,33 @@ def test_a_clip_part_and_a_tombstone_are_fetched_or_said_to_be_lost(store, sound
     assert "must not be lost" in words["tombstones"].done
     repair_store(store, other=sound)
     assert only_bytes(store) == before
+
+
+@pytest.mark.parametrize("how", [wreck, Path.unlink])
+def test_a_clip_part_is_made_again_from_the_snapshot_to_the_byte(store, how):
+    before = only_bytes(store)
+    how(store / "clips/part-00000.parquet")
+    (done, *_) = repair_store(store)
+    assert (done.key, done.done) == (
+        "clips/part-00000.parquet",
+        "made again from the snapshot, to the digest that it had",
+    )
+    assert only_bytes(store) == before
+
+
+@pytest.mark.parametrize(
+    "clip",
+    [
+        Clip(dataset="d", path="a/b%25#c.mp4", kind="video"),
+        Clip(dataset="d", path="a#t=1,2", kind="video", start_s=0.1, end_s=2.5),
+        Clip(dataset="d", path="a%23.mp4", kind="video", start_s=3.0),
+        Clip(dataset="d", path="a.mp4", kind="video", end_s=1e-7),
+        Clip(dataset="d", path="a.jpg", kind="image"),
+        Clip(dataset="d", path="a.mp4", kind="video", end_frame=0),
+    ],
+)
+def test_a_clips_id_says_all_of_it(clip):
+    assert clip_of(clip.clip_id, clip.kind) == clip
 
 
 def test_a_block_computed_again_is_put_back_only_if_its_bytes_are_the_receipts(store, sound):
