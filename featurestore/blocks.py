@@ -60,6 +60,11 @@ class BlockWriter:
         """The arrays of the group."""
         return self._group.specs
 
+    @property
+    def encoded_bytes(self) -> int:
+        """Of the rows added so far; a thread may be adding while another asks."""
+        return sum(len(chunk) for chunks in self._chunks.values() for chunk in list(chunks.values()))
+
     def add(self, row: int, arrays: Mapping[str, np.ndarray], *, media_sha256: str | None, decoder: str | None) -> None:
         """Keep a clip's floats {"tokens": [T, H, W, D], "prefix": [T, K, D] if the identity has prefix tokens}.
 

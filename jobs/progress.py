@@ -7,24 +7,51 @@ whatever comes after it share one line. stdout is never touched: it belongs to r
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TextIO
 
 LOG_INTERVAL_S = 10.0  # between lines where stderr is not a terminal
+LOG_WIDTH = 400  # characters of a line in a log
+BAR_WIDTH = 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What was done of a part of the run, or of the whole of it."""
+
+    done: int = 0
+    failed: int = 0
+    amounts: Mapping[str, float] = field(default_factory=dict)  # what rates are made of, by name
+    seconds: Mapping[str, float] = field(default_factory=dict)  # where workers' time went, by stage
+    notes: Mapping[str, int] = field(default_factory=dict)  # what is worth a word if it happened at all
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            done=self.done + other.done,
+            failed=self.failed + other.failed,
+            **{name: _added(getattr(self, name), getattr(other, name)) for name in ("amounts", "seconds", "notes")},
+        )
 
 
 class RunProgress:
     """Counts items against a total and rates of named amounts, such as frames or MB, per second.
 
     `with RunProgress("extract", total=120, unit="clips") as progress: progress.advance(8, failed=1, frames=256)`
+
+    Work in parts, told while it goes on: `report(part, attempt, counts)` replaces what was known of a running part, and
+    `finish(part, counts)` settles it, so that a part counts once however often it was tried. Safe among threads.
     """
 
     def __init__(self, label: str, *, total: int, unit: str, quiet: bool = False, stream: TextIO | None = None) -> None:
         self.label, self.total, self.unit = label, total, unit
-        self.done = self.failed = 0
-        self.amounts: Counter[str] = Counter()  # what rates are made of, by name
+        self._settled = Counts()
+        self._running: dict[str, tuple[str, Counts]] = {}  # part -> its newest attempt, and what that has done
+        self._over: set[str] = set()  # parts, and attempts that a newer one replaced
+        self._lock = threading.Lock()
         self._is_shown = not quiet and total > 0  # no work, no line
         self._stream = stream or sys.stderr
         self._started = self._last_line = time.monotonic()
@@ -45,30 +72,78 @@ class RunProgress:
 
     def advance(self, done: int, *, failed: int = 0, **amounts: float) -> None:
         """Count `done` more items, `failed` of them, and what they amounted to."""
-        self.done += done
-        self.failed += failed
-        self.amounts.update(amounts)
-        if self._live is not None:
-            self._live.update(self._bar, completed=self.done, text=self.text())
-        elif self._is_shown and time.monotonic() - self._last_line >= LOG_INTERVAL_S:
-            self._write_line()
+        with self._lock:
+            self._settled += Counts(done=done, failed=failed, amounts=amounts)
+        self._show()
+
+    def report(self, part: str, attempt: str, counts: Counts) -> None:
+        """What an attempt at a running part has done so far; late and given up ones are not listened to."""
+        with self._lock:
+            if part in self._over or attempt in self._over:
+                return
+            before, _ = self._running.get(part, (attempt, None))
+            if before != attempt:
+                self._over.add(before)
+            self._running[part] = (attempt, counts)
+        self._show()
+
+    def finish(self, part: str, counts: Counts) -> None:
+        """A part is over: what it came to stands in place of what was reported."""
+        with self._lock:
+            self._running.pop(part, None)
+            self._over.add(part)
+            self._settled += counts
+        self._show()
+
+    @property
+    def counts(self) -> Counts:
+        """Of parts that are over, and of those that run."""
+        with self._lock:
+            return sum((counts for _, counts in self._running.values()), start=self._settled)
+
+    @property
+    def done(self) -> int:
+        return self.counts.done
 
     @property
     def elapsed_s(self) -> float:
         return time.monotonic() - self._started
 
-    def text(self) -> str:
-        """`84/120 clips, 1 failed, 3.1 clips/s, 99 frames/s, ETA 0:00:12`."""
-        seconds = max(self.elapsed_s, 1e-9)
-        rates = [f"{_short(self.done / seconds)} {self.unit}/s"]
-        rates += [f"{_short(amount / seconds)} {name}/s" for name, amount in self.amounts.items()]
-        left_s = (self.total - self.done) * seconds / self.done if self.done else None
+    def text(self, width: int = 0) -> str:
+        """`84/120 clips, 1 failed, 3.1 clips/s, 99 frames/s, ETA 0:00:12`, and shares of stages if they have room."""
+        counts, seconds = self.counts, max(self.elapsed_s, 1e-9)
+        rates = [f"{_short(counts.done / seconds)} {self.unit}/s"]
+        rates += [f"{_short(amount / seconds)} {name}/s" for name, amount in counts.amounts.items()]
+        notes = [f"{count} {name}" for name, count in counts.notes.items() if count]
+        left_s = (self.total - counts.done) * seconds / counts.done if counts.done else None
         eta = f"ETA {_clock(left_s)}" if left_s is not None else "ETA unknown"
-        return ", ".join([f"{self.done}/{self.total} {self.unit}", f"{self.failed} failed", *rates, eta])
+        told = [f"{counts.done}/{self.total} {self.unit}", f"{counts.failed} failed", *notes, *rates, eta]
+        line, shares = ", ".join(told), _shares(counts.seconds)
+        return f"{line}; {shares}" if shares and len(line) + len(shares) + 2 <= width else line
+
+    def _show(self) -> None:
+        if self._live is not None:
+            room = self._live.console.width - BAR_WIDTH - len(self.label) - 6
+            self._live.update(self._bar, completed=self.done, text=self.text(room))
+        elif self._is_shown and time.monotonic() - self._last_line >= LOG_INTERVAL_S:
+            self._write_line()
 
     def _write_line(self) -> None:
         self._last_line = time.monotonic()
-        print(f"{self.label}: {self.text()}", file=self._stream, flush=True)
+        print(f"{self.label}: {self.text(LOG_WIDTH)}", file=self._stream, flush=True)
+
+
+def _added(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+    return {name: one.get(name, 0) + other.get(name, 0) for name in {**one, **other}}
+
+
+def _shares(seconds: Mapping[str, float]) -> str:
+    """`dinov2 61%, write 3%`: the largest first, nothing below a percent."""
+    total = sum(seconds.values())
+    if not total:
+        return ""
+    listed = sorted(seconds.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {s / total:.0%}" for name, s in listed if s / total >= 0.01)
 
 
 def _live_line(stream: TextIO):
@@ -78,7 +153,7 @@ def _live_line(stream: TextIO):
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=BAR_WIDTH),
         TextColumn("{task.fields[text]}"),
     )
     return Progress(*columns, console=Console(file=stream))

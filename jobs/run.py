@@ -2,22 +2,27 @@
 
 Comes in: a function, and tasks with a stable key. Goes out: one `Outcome` per task, in the order of finishing. The room
 knows nothing of what a task does. A window of a few tasks per worker instead of all at once: when a worker dies, Dask
-blames every task assigned to it, so few should be; and a million tasks must not live in the scheduler.
+blames every task assigned to it, so few should be; and a million tasks must not live in the scheduler. The window
+follows the number of workers, which may join and leave.
 """
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from jobs.reports import Report, listening
 from jobs.request import ClusterError
 
 if TYPE_CHECKING:
     from distributed import Client, Future
 
 WINDOW_PER_WORKER = 2  # one that runs, one that waits beside it
+RECOUNT_S = 5.0  # between two looks at how many workers there are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +42,16 @@ class Outcome:
     error: BaseException | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Attempt:
+    """A task that a worker has, or will have soon."""
+
+    task: Task
+    function: Callable[..., Any]
+    number: int  # 1 for the first
+    future: Future
+
+
 def run_tasks(
     client: Client,
     function: Callable[..., Any],
@@ -44,37 +59,86 @@ def run_tasks(
     *,
     attempts: int = 2,
     is_final: Callable[[BaseException], bool] = lambda error: False,
+    after_deaths: Callable[..., Any] | None = None,
+    on_report: Callable[[Task, str, Report], None] | None = None,
 ) -> Iterator[Outcome]:
     """Yield every task's outcome as it finishes; a failed one is tried again unless `is_final` says not to.
 
-    Closing the generator cancels what has not started, so that an interrupted driver leaves no work behind.
+    A task that Dask gave up because workers died under it is run once more by `after_deaths`, with the same arguments,
+    when all the others are done: one at a time, so that nobody else is blamed for what it does. `on_report` is told
+    (task, attempt, counts) what running tasks report, on another thread. Closing the generator cancels what has not
+    started, so that an interrupted driver leaves no work behind.
     """
-    from distributed import as_completed
-
-    remaining = iter(tasks)
-    running: dict[str, tuple[Task, int]] = {}  # future key -> task and attempt
-    window = as_completed(with_results=False)
-
-    def submit(task: Task, attempt: int) -> None:
-        future = client.submit(function, *task.arguments, key=f"{task.key}-try{attempt}", pure=False)
-        running[future.key] = (task, attempt)
-        window.add(future)
-
-    try:
-        for task in islice(remaining, WINDOW_PER_WORKER * max(1, _num_workers(client))):
-            submit(task, 1)
-        while running:
-            future = next(window)
-            task, attempt = running.pop(future.key)
-            outcome = _outcome(task, future)
-            if outcome.error is not None and attempt < attempts and not is_final(outcome.error):
-                submit(task, attempt + 1)
+    remaining, deadly = iter(tasks), deque[Task]()
+    with _Window(client, on_report) as window:
+        while True:
+            window.fill(function, remaining)
+            if not window.running:
+                if not deadly:
+                    return
+                window.submit(after_deaths, deadly.popleft(), attempts)
+            done = window.next()
+            if done is None:
                 continue
-            for following in islice(remaining, 1):
-                submit(following, 1)
+            outcome = _outcome(done)
+            if outcome.error is None or is_final(outcome.error):
+                pass
+            elif after_deaths not in (None, done.function) and _killed_workers(outcome.error):
+                deadly.append(done.task)
+                continue
+            elif done.number < attempts:
+                window.submit(done.function, done.task, done.number + 1)
+                continue
+            window.fill(function, remaining)  # before the caller takes its time over the outcome
             yield outcome
-    finally:
-        client.cancel(list(window.futures), force=True)
+
+
+class _Window:
+    """The tasks that the cluster has just now."""
+
+    def __init__(self, client: Client, on_report: Callable[[Task, str, Report], None] | None) -> None:
+        self._client = client
+        self._finished: SimpleQueue[Future] = SimpleQueue()
+        self._size = WINDOW_PER_WORKER * max(1, _num_workers(client))
+        self._counted = time.monotonic()
+        self.running: dict[str, _Attempt] = {}  # by the future's key
+        self._listening = listening(client, on_report and (lambda *report: self._pass_on(on_report, *report)))
+
+    def __enter__(self) -> _Window:
+        self._listening.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listening.__exit__(None, None, None)
+        if self._client.status == "running":
+            self._client.cancel([attempt.future for attempt in self.running.values()], force=True)
+
+    def fill(self, function: Callable[..., Any], remaining: Iterator[Task]) -> None:
+        """Submit tasks until the window is full or none is left."""
+        while len(self.running) < self._size and (task := next(remaining, None)) is not None:
+            self.submit(function, task, 1)
+
+    def submit(self, function: Callable[..., Any], task: Task, number: int) -> None:
+        key = f"{task.key}-{function.__name__}-try{number}"
+        future = self._client.submit(function, *task.arguments, key=key, pure=False)
+        self.running[key] = _Attempt(task=task, function=function, number=number, future=future)
+        future.add_done_callback(self._finished.put)
+
+    def next(self) -> _Attempt | None:
+        """An attempt that has ended; None now and then, when there may be room for more."""
+        try:
+            future = self._finished.get(timeout=RECOUNT_S)
+        except Empty:
+            future = None
+        if time.monotonic() - self._counted > RECOUNT_S:
+            self._size = WINDOW_PER_WORKER * max(1, _num_workers(self._client))
+            self._counted = time.monotonic()
+        return self.running.pop(future.key) if future else None
+
+    def _pass_on(self, on_report: Callable[[Task, str, Report], None], key: str, attempt: str, counts: Report) -> None:
+        """Reports of other drivers' tasks come by as well."""
+        if found := self.running.get(key):
+            on_report(found.task, attempt, counts)
 
 
 def check_workers(client: Client, distribution: str) -> None:
@@ -95,11 +159,24 @@ def check_workers(client: Client, distribution: str) -> None:
             )
 
 
-def _outcome(task: Task, future: Future) -> Outcome:
+def _outcome(attempt: _Attempt) -> Outcome:
+    future = attempt.future
+    if future.cancelled():  # not by us: we do not ask for what we cancelled
+        raise ClusterError(
+            "the scheduler is gone, or forgot this run's tasks; what was committed is kept: start the cluster again "
+            "and run the same command again"
+        )
     error = future.exception()
     result = None if error is not None else future.result()
     future.release()
-    return Outcome(task=task, result=result, error=error)
+    return Outcome(task=attempt.task, result=result, error=error)
+
+
+def _killed_workers(error: BaseException) -> bool:
+    """Did Dask give the task up because too many workers died while they had it?"""
+    from distributed import KilledWorker
+
+    return isinstance(error, KilledWorker)
 
 
 def _num_workers(client: Client) -> int:

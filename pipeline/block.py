@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from featurestore.blocks import BlockWriter
 from featurestore.clips import Clip
-from featurestore.errors import MediaError, RunStoppedError
+from featurestore.errors import RunStoppedError
 from featurestore.receipts import Receipt
 from featurestore.writer import StoreWriter
 from jobs import metrics
+from jobs.reports import TaskReporter, metered
 from pipeline.config import EngineSettings
+from pipeline.decode.ahead import decode_ahead
 from pipeline.decode.job import Decoded, DecodeJob
 from pipeline.engine import Engine, encode_batch, engine_for
 from pipeline.media import MISSING_REASON
@@ -47,12 +51,23 @@ class BlockTask:
     reuse: ReuseTask | None = None  # cells of another store that may be copied
 
 
-def extract_block(task: BlockTask) -> dict:
-    """Compute and commit one block; returns counts, seconds per stage and reasons of failure."""
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """A block under suspicion: each forward holds one clip, and is announced before it is dared."""
+
+    announce: Callable[[str, int, dict[str, Any]], None]  # encoder, row, counts so far
+    crashed: Mapping[tuple[str, int], str]  # encoder and row that brought a process down -> why; not tried again
+
+
+def extract_block(task: BlockTask, *, watch: Watch | None = None) -> dict:
+    """Compute and commit one block; returns counts, seconds per stage and reasons of failure.
+
+    While it runs it reports the same counts to the driver, now and then.
+    """
     started = time.monotonic()
     engine = engine_for(task.engine)
     _check_identities(engine, task)
-    work = _BlockWork(task, engine)
+    work = _BlockWork(task, engine, watch)
     try:
         for batch in _batches(task.rows, task.batch):
             work.encode(batch)
@@ -76,8 +91,8 @@ def _count(done: Mapping) -> None:
 class _BlockWork:
     """The state of one block in the making."""
 
-    def __init__(self, task: BlockTask, engine: Engine) -> None:
-        self.task, self.engine = task, engine
+    def __init__(self, task: BlockTask, engine: Engine, watch: Watch | None) -> None:
+        self.task, self.engine, self._watch = task, engine, watch
         self.seconds: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
         store = StoreWriter.open(task.store)
@@ -87,50 +102,88 @@ class _BlockWork:
         }
         self._behind = ThreadPoolExecutor(1, thread_name_prefix="write-behind")
         self._writes: deque[Future] = deque()
+        self._reporter = TaskReporter()
         self._clips = dict(task.rows)
         self._copy_from_other_store()
         self._needed = frozenset().union(*self._wanted.values())
-        self._decoding = _decode_ahead(task, engine, self._needed)
+        self._decoding = decode_ahead(self._decode_jobs(), engine.pool, 2 * task.batch + engine.num_decoders)
 
     def encode(self, rows: Sequence[int]) -> None:
         """Encode one batch of rows with every encoder that wants any of them."""
         decoded = {row: result for row in rows if row in self._needed and (result := self._decoded(row)) is not None}
         for name, wanted in self._wanted.items():
-            run, writer = self.engine.encoders[name], self.writers[name]
-            frames = {row: decoded[row].frames[run.view] for row in rows if row in wanted and row in decoded}
             for row in rows:
                 if row in self._clips and row not in self.task.wanted[name]:
-                    writer.skip(row)
-            if not frames:
-                continue
-            began = time.monotonic()
-            slots = [*rows, *[None] * (self.task.batch - len(rows))]
+                    self.writers[name].skip(row)
+            ready = {row: decoded[row] for row in rows if row in wanted and row in decoded}
+            for together in [ready] if self._watch is None else self._one_by_one(name, ready):
+                if together:
+                    self._encode_together(name, rows, together)
+            self.counts["cells"] += len(self.task.wanted[name].intersection(rows))
+            self._reporter.tell(self._so_far)
+
+    def _encode_together(self, name: str, rows: Sequence[int], decoded: Mapping[int, Decoded]) -> None:
+        """One forward; every row keeps its own slot, whoever is there."""
+        run, writer = self.engine.encoders[name], self.writers[name]
+        frames = {row: clip.frames[run.view] for row, clip in decoded.items()}
+        slots = [*rows, *[None] * (self.task.batch - len(rows))]
+        with self._stage(f"encode:{name}"):
             arrays, halvings = encode_batch(run, frames, slots)
-            self.seconds[f"encode:{name}"] += time.monotonic() - began
-            self.counts["batch halvings"] += halvings
-            kept = {row: (slot, decoded[row]) for slot, row in enumerate(slots) if row in frames}
-            self._write_behind(writer, arrays, kept)
+        self.counts["batch halvings"] += halvings
+        self._write_behind(writer, arrays, {row: (slots.index(row), clip) for row, clip in decoded.items()})
+
+    def _one_by_one(self, name: str, ready: Mapping[int, Decoded]) -> Iterator[dict[int, Decoded]]:
+        """Clips alone, each announced; one that brought a process down fails with this encoder."""
+        for row, clip in ready.items():
+            if reason := self._watch.crashed.get((name, row)):
+                self.writers[name].fail(
+                    row, reason, scope="encoder", media_sha256=clip.media_sha256, decoder=clip.decoder
+                )
+                continue
+            self._watch.announce(name, row, self._so_far())
+            yield {row: clip}
+            self._drain(0)  # a crash while it is compressed is this clip's as well
 
     def finish(self, seconds: float) -> dict:
         """Commit every encoder's shard and say what was done."""
         self._drain(0)
         self._refuse_vanished_media()
-        began = time.monotonic()
-        receipts = {name: writer.commit() for name, writer in self.writers.items()}
-        self.seconds["commit"] += time.monotonic() - began
+        with self._stage("commit"):
+            receipts = {name: writer.commit() for name, writer in self.writers.items()}
         reasons = _failures(receipts, self.task.wanted)
-        return {
+        return self._so_far() | {
             "kind": self.task.kind,
             "block": self.task.block,
-            "clips": len(frozenset().union(*self.task.wanted.values())),
+            "clips": len(self._all_wanted),
             "reused": self.counts["reused"],
             "failed": len(reasons),
-            "frames": self.counts["frames"],
             "bytes": sum(receipt.stored_bytes for receipt in receipts.values()),
-            "halvings": self.counts["batch halvings"],
             "reasons": dict(Counter(reasons.values())),
             "seconds": {**self.seconds, "total": seconds},
         }
+
+    def _so_far(self) -> dict[str, Any]:
+        """What is done of the block, counted as its end is; clips are as many as their share of all forwards."""
+        cells = sum(map(len, self.task.wanted.values()))
+        return {
+            "clips": self.counts["cells"] * len(self._all_wanted) // max(1, cells),
+            "failed": self.counts["failed"],
+            "frames": self.counts["frames"],
+            "bytes": sum(writer.encoded_bytes for writer in self.writers.values()),
+            "halvings": self.counts["batch halvings"],
+            "seconds": dict(self.seconds),
+        }
+
+    @property
+    def _all_wanted(self) -> frozenset[int]:
+        return frozenset().union(*self.task.wanted.values())
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        with metered(name):
+            yield
+        self.seconds[name] += time.monotonic() - began
 
     def close(self) -> None:
         self._behind.shutdown(wait=True, cancel_futures=True)
@@ -141,18 +194,33 @@ class _BlockWork:
         self._wanted = dict(self.task.wanted)
         if self.task.reuse is None:
             return
-        began, task = time.monotonic(), self.task
-        copied = copy_cells(task.reuse, task.root, self._clips, task.kind, self.writers, task.groups)
+        task = self.task
+        with self._stage("copy from another store"):
+            copied = copy_cells(task.reuse, task.root, self._clips, task.kind, self.writers, task.groups)
         for name, rows in copied.items():
             self._wanted[name] = self._wanted[name] - rows
             self.counts["reused"] += len(rows)
-        self.seconds["copy from another store"] += time.monotonic() - began
+
+    def _decode_jobs(self) -> Iterator[tuple[int, DecodeJob]]:
+        task = self.task
+        views = tuple(dict.fromkeys(self.engine.encoders[name].view for name in task.wanted))
+        for row, clip in task.rows:
+            if row in self._needed:
+                yield (
+                    row,
+                    DecodeJob(
+                        root=task.root,
+                        clip=clip,
+                        views=views,
+                        decoder=task.engine.encoders[0].decoder,
+                        accept_damaged=task.accept_damaged,
+                    ),
+                )
 
     def _decoded(self, row: int) -> Decoded | None:
         """The clip's frames, or None after its failure is noted with every encoder that wanted it."""
-        began = time.monotonic()
-        got, result = next(self._decoding)
-        self.seconds["decode wait"] += time.monotonic() - began
+        with self._stage("decode wait"):
+            got, result = next(self._decoding)
         assert got == row, f"decoded rows come in order, got {got} for {row}"
         if isinstance(result, Decoded):
             self.counts["frames"] += max(len(frames) for frames in result.frames.values())
@@ -160,6 +228,7 @@ class _BlockWork:
             return result
         sha256 = getattr(result, "media_sha256", None)  # of a FailedClipError: the bytes that failed
         self.counts["missing"] += str(result) == MISSING_REASON
+        self.counts["failed"] += 1
         for name, wanted in self._wanted.items():
             if row in wanted:
                 self.writers[name].fail(row, str(result), scope="clip", media_sha256=sha256)
@@ -183,10 +252,9 @@ class _BlockWork:
             )
 
     def _drain(self, keep: int) -> None:
-        began = time.monotonic()
-        while len(self._writes) > keep:
-            self._writes.popleft().result()
-        self.seconds["write wait"] += time.monotonic() - began
+        with self._stage("write wait"):
+            while len(self._writes) > keep:
+                self._writes.popleft().result()
 
 
 def _failures(receipts: Mapping[str, Receipt], wanted: Mapping[str, frozenset[int]]) -> dict[int, str]:
@@ -203,47 +271,6 @@ def _failures(receipts: Mapping[str, Receipt], wanted: Mapping[str, frozenset[in
 def _batches(rows: Sequence[tuple[int, Clip]], size: int) -> Iterator[list[int]]:
     numbers = [row for row, _ in rows]
     return (numbers[start : start + size] for start in range(0, len(numbers), size))
-
-
-def _decode_ahead(
-    task: BlockTask, engine: Engine, needed: frozenset[int]
-) -> Iterator[tuple[int, Decoded | MediaError]]:
-    """Decode the needed rows in order, a bounded number ahead of the one asked for."""
-    views = tuple(dict.fromkeys(engine.encoders[name].view for name in task.wanted))
-    settings = task.engine.encoders[0]
-    jobs = (
-        (
-            row,
-            DecodeJob(
-                root=task.root,
-                clip=clip,
-                views=views,
-                decoder=settings.decoder,
-                accept_damaged=task.accept_damaged,
-            ),
-        )
-        for row, clip in task.rows
-        if row in needed
-    )
-    ahead: deque[tuple[int, Future]] = deque()
-    lookahead = 2 * task.batch + engine.num_decoders
-    try:
-        for row, job in jobs:
-            ahead.append((row, engine.pool.submit(job)))
-            if len(ahead) > lookahead:
-                yield _result(*ahead.popleft())
-        while ahead:
-            yield _result(*ahead.popleft())
-    finally:
-        for _, future in ahead:
-            future.cancel()
-
-
-def _result(row: int, future: Future) -> tuple[int, Decoded | MediaError]:
-    try:
-        return row, future.result()
-    except MediaError as reason:
-        return row, reason
 
 
 def _check_identities(engine: Engine, task: BlockTask) -> None:

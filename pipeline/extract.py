@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import shutil
 import time
-import traceback
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,20 +24,17 @@ from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
 from jobs.clusters import connect
 from jobs.dashboard import dashboard_lines, performance_report
-from jobs.progress import RunProgress
-from jobs.run import Outcome, Task, run_tasks
+from jobs.run import Task
 from pipeline.config import ExtractConfig, default_batch
 from pipeline.datasets import DatasetListing, load_dataset
 from pipeline.keep_samples import add_listed_samples
 from pipeline.plan import PlannedBlock, plan_blocks
 from pipeline.reuse import OtherStore
+from pipeline.run_blocks import run_blocks
 from pipeline.summary import ExtractSummary, run_record
 
 if TYPE_CHECKING:
     from distributed import Client
-
-SNAPSHOT_INTERVAL_S = 180.0
-MIN_FAILED = 32  # clips; below this a share of failures says nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +116,7 @@ def _fill(
     _check_space(config, blocks, encoders)
     tasks = _tasks(config, listing, encoders, blocks, summary.run)
     with _summed_up(store, config, listing, encoders, summary):
-        _run_blocks(client, store, tasks, blocks, summary, config, quiet)
+        run_blocks(client, store, tasks, blocks, summary, config, quiet=quiet)
 
 
 def _describe(client: Client, config: ExtractConfig) -> dict[str, EncoderDescription]:
@@ -237,57 +232,6 @@ def _tasks(
             reuse=other and other.task(block, identities),
         )
         yield Task(key=f"{block.kind}-{block.block:08d}-of-{block.batch}-{run}", arguments=(task,))
-
-
-def _run_blocks(
-    client: Client,
-    store: StoreWriter,
-    tasks: Iterator[Task],
-    blocks: list[PlannedBlock],
-    summary: ExtractSummary,
-    config: ExtractConfig,
-    quiet: bool,
-) -> None:
-    from pipeline.block import extract_block
-
-    total = sum(block.num_clips for block in blocks)
-    last_snapshot = time.monotonic()
-    outcomes = run_tasks(client, extract_block, tasks, is_final=lambda error: isinstance(error, RunStoppedError))
-    with closing(outcomes), RunProgress("extract", total=total, unit="clips", quiet=quiet) as progress:
-        for outcome in outcomes:
-            _count(outcome, summary, progress)
-            if summary.failed >= MIN_FAILED and summary.failed > config.max_failed * summary.clips:
-                raise RunStoppedError(
-                    f"{summary.failed} of {summary.clips} clips failed, more than --max-failed {config.max_failed:g}: "
-                    f"{_worst(summary.reasons)}; mend the cause, or raise --max-failed, and run again"
-                )
-            if time.monotonic() - last_snapshot > SNAPSHOT_INTERVAL_S:
-                store.publish_snapshot()
-                last_snapshot = time.monotonic()
-
-
-def _count(outcome: Outcome, summary: ExtractSummary, progress: RunProgress) -> None:
-    if outcome.error is not None:
-        if isinstance(outcome.error, RunStoppedError):
-            raise outcome.error
-        raise RunStoppedError(
-            f"block {outcome.task.key} failed twice: {type(outcome.error).__name__}: {outcome.error}"
-            f"{_where(outcome.error)}; "
-            "everything committed so far is kept, run the same command again after mending the cause"
-        ) from outcome.error
-    result = outcome.result
-    summary.add(result)
-    progress.advance(result["clips"], failed=result["failed"], frames=result["frames"], MB=result["bytes"] / 1e6)
-
-
-def _where(error: BaseException) -> str:
-    """File and line that raised: what a bug report needs."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-
-
-def _worst(reasons: dict[str, int]) -> str:
-    return ", ".join(f"{count} x {reason}" for reason, count in Counter(reasons).most_common(3))
 
 
 @contextmanager

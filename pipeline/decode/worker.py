@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--memory-bytes", type=int, default=0, help="limit of the address space [bytes]; 0: none")
     parser.add_argument("--parent", type=int, default=0, help="process id of the parent")
     arguments = parser.parse_args()
-    _die_with(arguments.parent)
+    die_with_parent(arguments.parent)
     if arguments.memory_bytes:
         resource.setrlimit(resource.RLIMIT_AS, (arguments.memory_bytes, arguments.memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash is an answer, not a file of 4 GB
@@ -105,7 +105,7 @@ def _limit_processor_time(cpu_s: float) -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
 
 
-def _die_with(parent: int) -> None:
+def die_with_parent(parent: int) -> None:
     """Have the kernel end this process when its parent dies, even while it spins in native code (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -1,8 +1,9 @@
 """The progress line: counts, rates and what is left."""
 
 import io
+import threading
 
-from jobs.progress import RunProgress
+from jobs.progress import Counts, RunProgress
 
 
 class SteppedClock:
@@ -60,3 +61,49 @@ def test_on_a_terminal_one_live_line_is_drawn():
     with RunProgress("extract", total=2, unit="clips", stream=terminal) as progress:
         progress.advance(2, failed=1)
     assert "2/2 clips, 1 failed" in terminal.getvalue()
+
+
+def counts(done: int, **seconds: float) -> Counts:
+    return Counts(done=done, failed=done // 4, amounts={"frames": 32 * done}, seconds=seconds)
+
+
+def test_a_part_counts_once_however_often_it_is_reported_tried_again_and_told_late():
+    progress = RunProgress("extract", total=40, unit="clips", stream=io.StringIO())
+    progress.report("a", "first", counts(3))
+    progress.report("b", "other", counts(2))
+    progress.report("a", "first", counts(8))
+    assert (progress.done, progress.counts.failed, progress.counts.amounts) == (10, 2, {"frames": 320})
+    progress.report("a", "second", counts(1))  # its worker died, another one begins anew
+    progress.report("a", "first", counts(9))  # the dead one's last words
+    assert progress.done == 3
+    progress.finish("a", counts(12))
+    progress.report("a", "second", counts(11))
+    assert progress.done == 14
+    progress.finish("b", counts(4))
+    assert (progress.done, progress.counts.amounts["frames"]) == (16, 16 * 32)
+
+
+def test_shares_of_stages_are_told_where_there_is_room_and_notes_where_there_is_reason():
+    progress = RunProgress("extract", total=8, unit="clips", stream=io.StringIO())
+    progress.report("a", "1", counts(4, dinov2=6.0, commit=0.01) + Counts(seconds={"decode wait": 4.0}))
+    assert progress.text(400).endswith("; dinov2 60%, decode wait 40%")
+    assert "dinov2" not in progress.text(60)
+    progress.finish("a", Counts(done=8, notes={"batches halved": 2, "batches lost": 0}))
+    assert progress.text().startswith("8/8 clips, 0 failed, 2 batches halved, ")
+    assert "lost" not in progress.text()
+
+
+def test_threads_may_report_while_others_finish():
+    progress = RunProgress("extract", total=800, unit="clips", stream=io.StringIO())
+
+    def work(number: int) -> None:
+        for done in range(100):
+            progress.report(f"part-{number}", "1", counts(done))
+        progress.finish(f"part-{number}", counts(100))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (progress.done, progress.counts.failed) == (800, 200)

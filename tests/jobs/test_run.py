@@ -1,6 +1,8 @@
 """The window of tasks, over a real embedded cluster and over worker processes."""
 
 import importlib
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -29,6 +31,13 @@ def kill_own_worker_once(mark):
         pathlib.Path(mark).touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return "second life"
+
+def always_die(mark):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def bear_it(mark):
+    (pathlib.Path(mark).parent / "alone").touch()
+    return "borne"
 """
 
 
@@ -87,6 +96,46 @@ def test_a_worker_killed_at_work_costs_no_task(tmp_path, monkeypatch):
         tasks = [Task(key="killer", arguments=(str(tmp_path / "died"),))]
         (outcome,) = run_tasks(client, kill_own_worker_once, tasks)
     assert outcome.result == "second life"
+
+
+def test_a_task_that_kills_every_worker_is_left_for_last_and_then_run_by_another_function(tmp_path, monkeypatch):
+    (tmp_path / "killer_for_good.py").write_text(KILLER)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    killer = importlib.import_module("killer_for_good")
+    with connect(ClusterRequest(num_workers=2)) as client:
+        client.run_on_scheduler(lambda dask_scheduler: setattr(dask_scheduler, "allowed_failures", 0))
+        task = Task(key="deadly", arguments=(str(tmp_path / "mark"),))
+        (outcome,) = run_tasks(client, killer.always_die, [task], after_deaths=killer.bear_it)
+        assert (outcome.result, outcome.task.key) == ("borne", "deadly")
+        (outcome,) = run_tasks(client, killer.always_die, [task], attempts=1)
+        assert type(outcome.error).__name__ == "KilledWorker"
+
+
+def test_a_scheduler_that_dies_ends_the_run_with_the_next_step(tmp_path):
+    command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--port", "0", "--no-dashboard"]
+    file = tmp_path / "scheduler.json"
+    scheduler = subprocess.Popen([*command, "--scheduler-file", str(file)], stderr=subprocess.DEVNULL)
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "distributed.cli.dask_worker", "--scheduler-file", str(file), "--no-nanny"],
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not file.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        with connect(ClusterRequest(scheduler=str(file))) as client:
+            outcomes = run_tasks(client, time.sleep, [Task(key=f"nap-{n}", arguments=(0.2 * n,)) for n in range(50)])
+            next(outcomes)
+            scheduler.kill()
+            with pytest.raises(ClusterError, match=r"the scheduler is gone.*run the same command again"):
+                list(outcomes)
+    finally:
+        scheduler.kill()
+        worker.kill()
+        scheduler.wait()
+        worker.wait()
 
 
 def test_a_scheduler_that_others_run_is_joined_by_address():

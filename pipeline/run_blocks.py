@@ -1,0 +1,107 @@
+"""Blocks on the cluster: handed out, watched, counted.
+
+Comes in: tasks, a store and a summary to fill. Goes out: nothing but the summary's counts; blocks are committed by the
+workers, and what a worker reports while it computes moves the progress line alone. A block that workers died of is
+computed once more under suspicion, alone.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featurestore.errors import RunStoppedError
+from featurestore.writer import StoreWriter
+from jobs.progress import Counts, RunProgress
+from jobs.run import Outcome, Task, run_tasks
+from pipeline.config import ExtractConfig
+from pipeline.plan import PlannedBlock
+from pipeline.summary import DECODING, ExtractSummary
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+BESIDE = ("total", DECODING)  # seconds that are no stage of the worker's own
+SNAPSHOT_INTERVAL_S = 180.0
+MIN_FAILED = 32  # clips; below this a share of failures says nothing
+
+
+def run_blocks(
+    client: Client,
+    store: StoreWriter,
+    tasks: Iterator[Task],
+    blocks: list[PlannedBlock],
+    summary: ExtractSummary,
+    config: ExtractConfig,
+    *,
+    quiet: bool,
+) -> None:
+    """Hand out the tasks of the planned blocks and count what comes back; readers see the store grow meanwhile."""
+    from pipeline.block import extract_block
+    from pipeline.suspect import extract_suspect
+
+    total = sum(block.num_clips for block in blocks)
+    last_snapshot = time.monotonic()
+    with (
+        RunProgress("extract", total=total, unit="clips", quiet=quiet) as progress,
+        closing(
+            run_tasks(
+                client,
+                extract_block,
+                tasks,
+                is_final=lambda error: isinstance(error, RunStoppedError),
+                after_deaths=extract_suspect,
+                on_report=lambda task, attempt, report: progress.report(task.key, attempt, _counts(report)),
+            )
+        ) as outcomes,
+    ):
+        for outcome in outcomes:
+            _count(outcome, summary, progress)
+            if summary.failed >= MIN_FAILED and summary.failed > config.max_failed * summary.clips:
+                raise RunStoppedError(
+                    f"{summary.failed} of {summary.clips} clips failed, more than --max-failed {config.max_failed:g}: "
+                    f"{_worst(summary.reasons)}; mend the cause, or raise --max-failed, and run again"
+                )
+            if time.monotonic() - last_snapshot > SNAPSHOT_INTERVAL_S:
+                store.publish_snapshot()
+                last_snapshot = time.monotonic()
+
+
+def _count(outcome: Outcome, summary: ExtractSummary, progress: RunProgress) -> None:
+    if outcome.error is not None:
+        if isinstance(outcome.error, RunStoppedError):
+            raise outcome.error
+        raise RunStoppedError(
+            f"block {outcome.task.key} failed twice: {type(outcome.error).__name__}: {outcome.error}"
+            f"{_where(outcome.error)}; "
+            "everything committed so far is kept, run the same command again after mending the cause"
+        ) from outcome.error
+    result = outcome.result
+    summary.add(result)
+    progress.finish(outcome.task.key, _counts(result))
+
+
+def _counts(report: Mapping[str, Any]) -> Counts:
+    """What a block says of itself, while it runs or at its end, as the progress line tells it."""
+    return Counts(
+        done=report["clips"],
+        failed=report["failed"],
+        amounts={"frames": report["frames"], "MB": report["bytes"] / 1e6},
+        seconds={name.removeprefix("encode:"): s for name, s in report["seconds"].items() if name not in BESIDE},
+        notes={"batches halved": report["halvings"]},
+    )
+
+
+def _where(error: BaseException) -> str:
+    """File and line that raised: what a bug report needs."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+
+
+def _worst(reasons: dict[str, int]) -> str:
+    return ", ".join(f"{count} x {reason}" for reason, count in Counter(reasons).most_common(3))
