@@ -70,7 +70,8 @@ def load_llm(
     except (OSError, ValueError) as error:
         raise UserError(
             f"LLM {name!r} cannot be loaded: {str(error).splitlines()[0]}; give a Hub id, a local folder of a causal LM"
-            f" with safetensors, or {FRESH_PREFIX}NAME with NAME one of {', '.join(FRESH_LLMS)}"
+            f" with safetensors (`make smollm2` makes one without the Hub), or {FRESH_PREFIX}NAME with NAME one of"
+            f" {', '.join(FRESH_LLMS)}"
         ) from error
     return LoadedLLM(model=model, tokenizer=tokenizer, is_fresh=False)
 
