@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import pickle
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 
 from featurestore import FeatureStore
 from featurestore.errors import RunStoppedError, StoreNotFoundError
 from featurestore.writer import StoreWriter
 from pipeline.block import extract_block
 from pipeline.engine import close_engines, engine_for
+from pipeline.extract import extract
 
 TWO = ("languagebind", "siglip")
 
@@ -123,3 +127,47 @@ def test_tokens_too_large_for_half_precision_fail_that_encoder_alone(lab):
     assert "bfloat16" in found["siglip"].rows[0].reason
     lab.extract(encoders=TWO)
     assert set(FeatureStore.open(lab.store).quarantine["encoder"].to_pylist()) == {"siglip"}
+
+
+def test_a_block_reports_what_it_has_done_in_the_words_of_its_end(lab, monkeypatch):
+    """Clips are their share of all forwards; counts only grow, and end as the receipts say."""
+    told = []
+    monkeypatch.setattr("pipeline.block.TaskReporter.tell", lambda self, counts: told.append(counts()))
+    *_, tasks = lab.plan(encoders=TWO)
+    end = extract_block(tasks[0])
+    assert [report["clips"] for report in told] == [1, 2, 3, 4]  # two batches of two clips, two encoders
+    assert [report["frames"] for report in told] == [32, 32, 64, 64]
+    assert all(set(report) <= set(end) and report["failed"] == 0 for report in told)
+    assert told[0]["bytes"] < told[-1]["bytes"] < end["bytes"]  # a shard has an index besides
+    assert set(told[-1]["seconds"]) | {"commit", "total"} == set(end["seconds"])
+
+
+def test_an_encoder_short_of_device_memory_halves_its_batches_and_every_account_says_so(lab, extracted, monkeypatch):
+    """The network itself refuses more than one clip, as CUDA's allocator would."""
+    from pipeline import tables
+    from pipeline.encoders.loaded import LoadedEncoder
+
+    whole = LoadedEncoder.encode_tokens
+
+    def short_of_memory(self, frames_BTHWC, **settings):
+        if len(frames_BTHWC) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return whole(self, frames_BTHWC, **settings)
+
+    monkeypatch.setattr(LoadedEncoder, "encode_tokens", short_of_memory)
+    lines = io.StringIO()
+    monkeypatch.setattr("sys.stderr", lines)
+    summary = extract(lab.config(encoders=["siglip"]))
+    monkeypatch.undo()
+    assert (summary.clips, summary.failed, summary.halvings) == (14, 0, 8)  # batches of two: five videos', three stills'
+    assert "14/14 clips, 0 failed, 8 batches halved" in lines.getvalue()
+    store = FeatureStore.open(lab.store)
+    (_, record), *_ = store.journal()
+    assert record["summary"]["halvings"] == 8
+    printed = io.StringIO()
+    monkeypatch.setattr("sys.stdout", printed)
+    tables.summary(summary)
+    assert "8 batches were halved for lack of device memory: give a smaller batch" in printed.getvalue()
+    ids = store.clips["clip_id"].to_pylist()
+    ours, theirs = (FeatureStore.open(place).read(ids, encoder="siglip") for place in (lab.store, extracted.store))
+    np.testing.assert_allclose(ours, theirs, atol=2e-3)
