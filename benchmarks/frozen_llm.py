@@ -18,10 +18,11 @@ import click
 import torch
 
 from featurestore.samples import Sample
-from trainer.build import Built, load_run, new_llm
+from trainer.build import Built, new_llm
 from trainer.collate import Batch, collate
 from trainer.config import TrainConfig
 from trainer.data import make_batch, select
+from trainer.load import load_run
 from trainer.progress import read_metrics
 from trainer.prompts import Renderer
 from trainer.run import open_store

@@ -23,8 +23,9 @@ import torch
 from featurestore.clips import Clip
 from featurestore.errors import UserError
 from featurestore.samples import Turn
-from trainer.build import LoadedRun, load_run
+from trainer.build import LoadedRun
 from trainer.data import make_batch
+from trainer.load import load_run
 from trainer.tokens import MemoryTokens, TokenSource
 
 Span = tuple[float | None, float | None]  # seconds; None: the file's start or end

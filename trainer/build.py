@@ -1,40 +1,30 @@
-"""Build: a config and the shapes of the tokens -> the model and its renderer; and back from a run's folder.
+"""Build: a config and the shapes of the tokens -> the model and its renderer, with seeded weights.
 
-A run's folder is enough to use its model: config.yaml (settings), run.json (what the data was), llm/ (tokenizer, and
-sizes of a fresh LLM), checkpoints/. A pretrained LLM that was not trained is loaded again from where it came from.
+A pretrained LLM that a run does not train is always loaded from where it came from.
 """
 
 from __future__ import annotations
 
-import json
-import platform
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
-from importlib import metadata
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from featurestore.errors import UserError, unknown_name
+from featurestore.errors import UserError
 from featurestore.samples import Sample
-from trainer import checkpoint
 from trainer.adapt import adapt
-from trainer.config import RECORD_FILE, TrainConfig, read_config
+from trainer.config import TrainConfig, used_encoders
 from trainer.fusion import build_fusion
 from trainer.llm import FRESH_PREFIX, LoadedLLM, holds_shape, load_llm, load_saved_shape
 from trainer.order import derive_seed
 from trainer.projectors import build_projectors
 from trainer.prompts import PROMPTS, Renderer
-from trainer.stages import last_stage
+from trainer.record import LLM_FOLDER, RunRecord
 from trainer.tokens import TokenShape
 from trainer.video_llm import VideoLLM
-
-LLM_FOLDER = "llm"
-EXPORT_FILE = "export.json"  # in an exported folder, see trainer/export.py
-PACKAGES = ("merv-pipeline", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "peft")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,49 +43,12 @@ class Built:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunRecord:
-    """What a run says about its data and its size, beside its settings."""
-
-    store: str  # where the tokens were read from
-    data_digest: str
-    num_samples: int
-    dropped: Mapping[str, int]
-    shapes: Mapping[str, TokenShape]  # of the encoders used
-    parameters: Mapping[str, Mapping[str, int]]  # part -> total, trained
-    num_visual_tokens: int
-    num_steps: int
-    started_from: str = ""  # with `init`: what was loaded of which run, and what was not
-    encoders: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # identity fields and weights label
-    software: Mapping[str, str] = field(default_factory=dict)  # package -> version the run was started with
-    tokens: str = "from cache"  # or "end to end"
-    live: Mapping[str, Any] | None = None  # of an end-to-end run: the extraction's settings, a resumed run reads them
-
-    def write(self, run: Path) -> None:
-        (run / RECORD_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n")
-
-    @classmethod
-    def read(cls, run: Path) -> RunRecord:
-        record = json.loads((run / RECORD_FILE).read_text())
-        shapes = {
-            encoder: TokenShape(**{**shape, "grid": tuple(shape["grid"])})
-            for encoder, shape in record["shapes"].items()
-        }
-        return cls(**{**record, "shapes": shapes})
-
-
-@dataclass(frozen=True, kw_only=True)
 class LoadedRun:
     """A trained model with what it was trained on."""
 
     built: Built
     record: RunRecord
     step: int  # steps done
-
-
-def software_versions() -> dict[str, str]:
-    """Installed versions of what computes, and of Python."""
-    installed = {d.metadata["Name"]: d.version for d in metadata.distributions()}
-    return {"python": platform.python_version(), **{name: installed[name] for name in PACKAGES if name in installed}}
 
 
 def build(config: TrainConfig, shapes: Mapping[str, TokenShape], llm: LoadedLLM) -> Built:
@@ -136,15 +89,6 @@ def _llm_dtype(config: TrainConfig) -> torch.dtype:
     return torch.bfloat16 if config.precision == "bf16" and config.train_llm != "full" else torch.float32
 
 
-def used_encoders(config: TrainConfig, available: list[str]) -> list[str]:
-    """The encoders a run reads, in order: those asked for, or all; only one where the fusion reads only one."""
-    for encoder in config.encoders:
-        if encoder not in available:
-            raise UserError(unknown_name("encoder", encoder, available))
-    chosen = list(config.encoders or available)
-    return chosen[:1] if config.fusion.name == "first" else chosen
-
-
 def trained_encoders(config: TrainConfig, trained: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
     """The encoders that join the model: those the config names, which only a source that runs them can give."""
     if missing := [encoder for encoder in config.train_encoders if encoder not in trained]:
@@ -168,32 +112,6 @@ def count_parameters(model: VideoLLM) -> dict[str, dict[str, int]]:
         for name, part in parts.items()
         if part is not None
     }
-
-
-def load_run(run: Path, *, best: bool = False) -> LoadedRun:
-    """The newest checkpoint of a run, or of a chain's last stage, or an export, as a model in evaluation mode.
-
-    `best`: instead of the newest, the one with the best validation.
-    """
-    run = last_stage(Path(run))
-    if (run / EXPORT_FILE).is_file():
-        from trainer.export import load_export  # which is built on this room
-
-        return load_export(run)
-    folder = checkpoint.newest(run)
-    if best and folder is not None:
-        folder = checkpoint.best(run)
-        if folder is None:
-            raise UserError(f"no checkpoint of {run} was validated: train with --eval-every, or leave out --best")
-    if folder is None:
-        raise UserError(f"{run} holds no checkpoint; give the folder that merv-train wrote with --out")
-    config = read_config(run)
-    record = RunRecord.read(run)
-    built = rebuild(config, record, resumed_llm(config, run))
-    state = checkpoint.load_state(folder)
-    checkpoint.load_model(folder, built.model, with_llm=built.saves_llm)
-    built.model.eval()
-    return LoadedRun(built=built, record=record, step=state.step)
 
 
 def rebuild(config: TrainConfig, record: RunRecord, llm: LoadedLLM) -> Built:

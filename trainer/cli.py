@@ -17,12 +17,14 @@ from click.core import ParameterSource
 
 from featurestore.errors import UserError
 from featurestore.find import FEATURES, find_store
-from trainer.command import CONTEXT, LiveRequest, heavy_rooms, says_errors
+from trainer.chain import read_stages, stage_folder
+from trainer.command import CONTEXT, heavy_rooms, says_errors
 from trainer.config import (
     PROJECTORS,
     RECORD_FILE,
     FusionName,
     HeadName,
+    LiveRequest,
     Mode,
     Quantisation,
     Tracker,
@@ -31,7 +33,7 @@ from trainer.config import (
 from trainer.launch import Launch, is_first_rank, is_launched, relaunch
 from trainer.overlay import load_yaml
 from trainer.recipes import FULL_RECIPE, MODE_FULL, RECIPES, Stages, get_stages
-from trainer.stages import lay_over, read_stages, stage_folder
+from trainer.stages import lay_over
 
 ONLY_STORE = "-"  # --from-cache without a path: the only store under features/
 

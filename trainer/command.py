@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -18,15 +16,6 @@ import click
 from featurestore.errors import MervCacheError
 
 CONTEXT = {"show_default": True, "help_option_names": ["-h", "--help"], "max_content_width": 110}
-
-
-@dataclass(frozen=True, kw_only=True)
-class LiveRequest:
-    """Tokens to be made on the spot: what `merv-pipeline extract` would be told, in its own words."""
-
-    settings: Mapping[str, Any]  # such as dataset, root, weights; they win over the file
-    config_file: Path | None = None
-    is_trusted: bool = False  # media are not looked at before the first step
 
 
 def says_errors(command: Callable[..., Any]) -> Callable[..., Any]:

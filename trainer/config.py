@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -217,6 +217,15 @@ class TrainConfig:
         return yaml.safe_dump(plain(dataclasses.asdict(self)), sort_keys=False)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LiveRequest:
+    """Tokens to be made on the spot: what `merv-pipeline extract` would be told, in its own words."""
+
+    settings: Mapping[str, Any]  # such as dataset, root, weights; they win over the file
+    config_file: Path | None = None
+    is_trusted: bool = False  # media are not looked at before the first step
+
+
 def read_config(run: Path) -> TrainConfig:
     """The settings a run was started with."""
     if not (Path(run) / CONFIG_FILE).is_file():
@@ -224,3 +233,12 @@ def read_config(run: Path) -> TrainConfig:
             f"{run} is not a run: it has no {CONFIG_FILE}; give the folder that merv-train wrote with --out"
         )
     return overlay(TrainConfig(), load_yaml(Path(run) / CONFIG_FILE))
+
+
+def used_encoders(config: TrainConfig, available: list[str]) -> list[str]:
+    """The encoders a run reads, in order: those asked for, or all; only one where the fusion reads only one."""
+    for encoder in config.encoders:
+        if encoder not in available:
+            raise UserError(unknown_name("encoder", encoder, available))
+    chosen = list(config.encoders or available)
+    return chosen[:1] if config.fusion.name == "first" else chosen

@@ -44,10 +44,10 @@ from pipeline.encoders.network import EncoderNetwork, build_network
 from pipeline.encoders.weights import fill_random
 from pipeline.engine import EncoderRun, Engine, encode_batch
 from pipeline.options import parse_weights
-from trainer.build import RunRecord, used_encoders
-from trainer.config import TrainConfig
+from trainer.config import TrainConfig, used_encoders
 from trainer.live_tokens import Arrays, LiveTokens, chosen
 from trainer.media_check import MediaCheck
+from trainer.record import RunRecord
 from trainer.resamplers import RESAMPLERS
 from trainer.tokens import ClipTokens, Part
 

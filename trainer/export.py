@@ -1,4 +1,4 @@
-"""Export: a run -> a folder that can be given away, and that folder -> the run's model again.
+"""Export: a run -> a folder that can be given away; `trainer/exported.py` reads it.
 
     OUT/README.md                 model card
     OUT/config.yaml, run.json     settings and record of the run
@@ -8,73 +8,50 @@
     OUT/adapter/                  LoRA weights as peft reads them, where they are not merged
     OUT/export.json               step, data digest, sha256 of every file of weights
 
-A frozen LLM is named and not copied: its weights are its publisher's to give. Nothing in the folder is a pickle, and
-every weight is compared with its digest before use.
+A frozen LLM is named and not copied: its weights are its publisher's to give.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from featurestore.errors import StoreDamagedError, UserError
+from featurestore.errors import UserError
 from trainer import checkpoint
 from trainer.adapt import is_adapter
-from trainer.build import (
+from trainer.build import Built, LoadedRun
+from trainer.chain import last_stage
+from trainer.config import CONFIG_FILE
+from trainer.exported import (
+    ADAPTER_FILE,
+    ADAPTER_FOLDER,
+    ADAPTER_PREFIX,
     EXPORT_FILE,
-    LLM_FOLDER,
-    Built,
-    LoadedRun,
-    RunRecord,
-    load_run,
-    new_llm,
-    rebuild,
-    software_versions,
+    FORMAT,
+    WORDS,
+    ExportRecord,
+    LLMWeights,
+    weight_digests,
 )
-from trainer.config import CONFIG_FILE, TrainConfig, read_config
-from trainer.llm import LoadedLLM, load_llm
+from trainer.load import load_run
 from trainer.model_card import UNKNOWN_LICENSE, CardFacts, model_card
 from trainer.official import IMPORT_FILE
 from trainer.progress import METRICS_FILE, read_metrics
+from trainer.record import LLM_FOLDER, software_versions
 from trainer.scores import read_scores
-from trainer.stages import last_stage
 
-FORMAT = 1
-CARD_FILE, ENCODERS_FILE, ADAPTER_FOLDER = "README.md", "encoders.json", "adapter"
-ADAPTER_FILE, ADAPTER_PREFIX = "adapter_model.safetensors", "base_model.model."  # peft's names
+CARD_FILE, ENCODERS_FILE = "README.md", "encoders.json"
 MAX_SHARD = "5GB"
-LLMWeights = Literal["named", "whole", "adapter"]
-WORDS: dict[LLMWeights, str] = {
-    "named": "The LLM was frozen; its weights are not in this folder and are loaded from where they are published.",
-    "whole": "The LLM's weights are in `llm/`.",
-    "adapter": "The LLM's LoRA adapters are in `adapter/`; the weights they change are loaded from where they are"
-    " published.",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportRecord:
-    """What an exported folder says about itself."""
-
-    format: int
-    step: int
-    data_digest: str
-    llm: LLMWeights
-    llm_dtype: str
-    is_merged: bool  # LoRA adapters were added to the weights
-    llm_revision: str | None  # commit of the Hub's LLM
-    sha256: Mapping[str, str]  # file of weights -> digest
 
 
 def export_run(
@@ -108,7 +85,7 @@ def export_run(
             llm_dtype=dtype,
             is_merged=merge_lora,
             llm_revision=revision,
-            sha256=_digests(temporary),
+            sha256=weight_digests(temporary),
         )
         (temporary / EXPORT_FILE).write_text(json.dumps(asdict(record), indent=1) + "\n")
         facts = card_facts(run, loaded, record, name=name or out.name, license=license)
@@ -120,32 +97,6 @@ def export_run(
     files = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
     size = sum((out / file).stat().st_size for file in files)
     return {"out": str(out), "step": record.step, "llm": kind, "bytes": size, "files": files}
-
-
-def load_export(folder: str | Path) -> LoadedRun:
-    """The model in an exported folder, in evaluation mode: what `load_run` gives for the run it was made from."""
-    folder = Path(folder)
-    record = _read_record(folder)
-    if _digests(folder) != dict(record.sha256):
-        odd = {file for file, _ in _digests(folder).items() ^ record.sha256.items()}
-        raise StoreDamagedError(
-            f"weights in {folder} differ from their digests: {', '.join(sorted(odd))}; copy it again"
-        )
-    config, run_record = read_config(folder), RunRecord.read(folder)
-    # Adapters that were merged are part of a whole LLM; to build it as LoRA would put fresh ones beside them.
-    built_as = replace(config, train_llm="full") if record.is_merged else config
-    built = rebuild(built_as, run_record, _load_llm(folder, record, config))
-    files = sorted(folder.glob("*.safetensors"))
-    weights = {name: tensor for path in files for name, tensor in load_file(path).items()}
-    if record.llm == "adapter":
-        weights |= read_adapter(folder / ADAPTER_FOLDER)
-    expected = {name for name in built.model.state_dict() if not name.startswith("llm.") or is_adapter(name)}
-    if set(weights) != expected:
-        odd = sorted(set(weights) ^ expected)
-        raise UserError(f"{folder} holds another model than its config builds; differing tensors: {', '.join(odd[:5])}")
-    built.model.load_state_dict(weights, strict=False)
-    built.model.eval()
-    return LoadedRun(built=built, record=run_record, step=record.step)
 
 
 def card_facts(run: Path, loaded: LoadedRun, record: ExportRecord, *, name: str, license: str) -> CardFacts:
@@ -239,15 +190,6 @@ def write_adapter(folder: Path, llm: nn.Module, base: str) -> None:
     save_file(weights, folder / ADAPTER_FILE, metadata={"format": "pt"})
 
 
-def read_adapter(folder: Path) -> dict[str, Tensor]:
-    """The adapters under the names that our model has for them."""
-    names = {}
-    for name, value in load_file(folder / ADAPTER_FILE).items():
-        stem, _, kind = name.removeprefix(ADAPTER_PREFIX).rpartition(".")
-        names[f"llm.{stem}.default.{kind}"] = value
-    return names
-
-
 @torch.no_grad()
 def merge_adapters(llm: nn.Module) -> None:
     """Add every adapter to the weights it stands beside, in their type, and take it out of the LLM."""
@@ -259,33 +201,3 @@ def merge_adapters(llm: nn.Module) -> None:
             parent, _, child = name.rpartition(".")
             setattr(llm.get_submodule(parent), child, module.get_base_layer())
     del llm.peft_config
-
-
-def _load_llm(folder: Path, record: ExportRecord, config: TrainConfig) -> LoadedLLM:
-    if record.llm != "whole":
-        return new_llm(config, ())
-    llm = load_llm(str(folder / LLM_FOLDER), dtype=getattr(torch, record.llm_dtype))
-    return replace(llm, is_fresh=True)  # what it was before is not known here: to export it again is to copy it
-
-
-def _read_record(folder: Path) -> ExportRecord:
-    try:
-        record = ExportRecord(**json.loads((folder / EXPORT_FILE).read_text()))
-        if (
-            record.format != FORMAT
-            or record.llm not in WORDS
-            or record.llm_dtype not in ("float32", "bfloat16", "float16")
-        ):
-            raise ValueError(f"format {record.format}, llm {record.llm!r} of {record.llm_dtype!r}")
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder} is no export of this version: {error}; export the run again") from error
-    return record
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    """Every file of weights in the folder, by its path in it."""
-    found = {}
-    for path in sorted(folder.rglob("*.safetensors")):
-        with path.open("rb") as file:
-            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found

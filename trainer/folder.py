@@ -12,10 +12,10 @@ from pathlib import Path
 
 from featurestore.errors import UserError
 from trainer import checkpoint
-from trainer.build import LLM_FOLDER
 from trainer.config import CONFIG_FILE, TrainConfig, read_config
 from trainer.llm import save_shape
 from trainer.plan import Plan
+from trainer.record import LLM_FOLDER
 
 # Settings that change neither weights nor losses beyond the rounding of sums: a resumed run may have others.
 FREE_ON_RESUME = {

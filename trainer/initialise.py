@@ -20,10 +20,11 @@ from torch import Tensor
 from featurestore.errors import UserError
 from featurestore.samples import Sample
 from trainer import checkpoint
-from trainer.build import Built, RunRecord, new_llm, resumed_llm
+from trainer.build import Built, new_llm, resumed_llm
+from trainer.chain import last_stage
 from trainer.config import TrainConfig, read_config
 from trainer.llm import LoadedLLM
-from trainer.stages import last_stage
+from trainer.record import RunRecord
 from trainer.tokens import TokenShape
 
 LLM_PREFIX, FUSION_PREFIX = "llm.", "fusion."

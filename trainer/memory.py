@@ -1,21 +1,24 @@
 """Memory: what one process of a run will hold on its device, by part, before anything is trained.
 
-Comes in: a plan and its longest text. Goes out: bytes by part. Parameters, gradients and moments are counted, tokens
-follow from the grids, activations are a rough formula that is said beside the number: it is there to tell 10 GB from
-100 GB, not 10 from 11. Under FSDP parameters, gradients and moments are divided by the number of processes.
+Comes in: a model, the shapes of its tokens and the longest text. Goes out: bytes by part. Parameters, gradients and
+moments are counted, tokens follow from the grids, activations are a rough formula that is said beside the number: it is
+there to tell 10 GB from 100 GB, not 10 from 11. Under FSDP parameters, gradients and moments are divided by the number
+of processes.
 
 B samples of a micro-batch, S sequence length, N visual tokens, M LLM width, L text length, V vocabulary, E encoders.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from trainer.plan import Plan
+from trainer.build import Built
+from trainer.config import TrainConfig
+from trainer.tokens import TokenShape
 
 NUM_MOMENTS = 2  # AdamW's
 FLOAT_BYTES = 4
@@ -28,16 +31,16 @@ FORMULA = (
 )
 
 
-def memory_by_part(plan: Plan, longest_text: int) -> dict[str, Any]:
+def memory_by_part(built: Built, shapes: Mapping[str, TokenShape], longest_text: int) -> dict[str, Any]:
     """Bytes by part, their sum, and the formula of the activations."""
-    model = plan.built.model
+    model = built.model
     trained = [p for p in model.parameters() if p.requires_grad]
-    activations, formula = _activations(plan, longest_text)
+    activations, formula = _activations(built, longest_text)
     parts = {
         "parameters": sum(_bytes(p) for p in model.parameters()),
         "gradients": sum(_bytes(p) for p in trained),
         "moments": NUM_MOMENTS * sum(_bytes(p) for p in trained),
-        "tokens": _tokens(plan),
+        "tokens": _tokens(built.config, shapes),
         "activations": activations,
     }
     return {**parts, "total": sum(parts.values()), "activations_formula": formula}
@@ -47,23 +50,22 @@ def _bytes(parameter: nn.Parameter) -> int:
     return parameter.numel() * parameter.element_size()
 
 
-def _tokens(plan: Plan) -> int:
+def _tokens(config: TrainConfig, shapes: Mapping[str, TokenShape]) -> int:
     """Tokens of a micro-batch in which every sample has a clip of its own; projectors read them in float32."""
-    shapes = plan.record.shapes.values()
-    per_clip = sum((prod(shape.grid) + shape.grid[0] * shape.num_prefix) * shape.width for shape in shapes)
-    return plan.config.micro_batch_size * per_clip * FLOAT_BYTES
+    per_clip = sum((prod(shape.grid) + shape.grid[0] * shape.num_prefix) * shape.width for shape in shapes.values())
+    return config.micro_batch_size * per_clip * FLOAT_BYTES
 
 
-def _activations(plan: Plan, longest_text: int) -> tuple[int, str]:
-    config, llm = plan.config, plan.built.model.llm
+def _activations(built: Built, longest_text: int) -> tuple[int, str]:
+    config, llm = built.config, built.model.llm
     size = {
         "B": config.micro_batch_size,
-        "S": longest_text + plan.record.num_visual_tokens,
+        "S": longest_text + built.model.num_visual_tokens,
         "M": llm.get_input_embeddings().weight.shape[1],
         "L": longest_text,
         "V": llm.config.vocab_size,
-        "E": len(plan.record.shapes),
-        "N": plan.record.num_visual_tokens,
+        "E": len(built.model.projectors),
+        "N": built.model.num_visual_tokens,
     }
     scale = 1 if config.precision == "bf16" else 2  # the paper's figures are for 16 bits
     num_layers = llm.config.num_hidden_layers

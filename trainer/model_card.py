@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml
 
-from trainer.build import RunRecord
 from trainer.config import TrainConfig
 from trainer.llm import FRESH_PREFIX
+from trainer.record import RunRecord
 
 LIBRARY = "merv-pipeline"
 UNKNOWN_LICENSE = "unknown"  # a value that model hubs know

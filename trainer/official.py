@@ -27,8 +27,8 @@ import torch
 from featurestore import FeatureStore
 from featurestore.errors import UserError
 from trainer import checkpoint
-from trainer.build import LLM_FOLDER, RunRecord, build, count_parameters, software_versions, used_encoders
-from trainer.config import CONFIG_FILE, TrainConfig
+from trainer.build import build, count_parameters
+from trainer.config import CONFIG_FILE, TrainConfig, used_encoders
 from trainer.evaluate import UNBOUND
 from trainer.llm import LoadedLLM, save_shape
 from trainer.official_config import OfficialConfig, parse_settings, read_settings, run_config
@@ -42,6 +42,7 @@ from trainer.official_names import (
     projector_rules,
     split_parts,
 )
+from trainer.record import LLM_FOLDER, RunRecord, software_versions
 from trainer.tokens import StoreTokens, TokenShape
 
 IMPORT_FILE = "imported.json"

@@ -16,20 +16,12 @@ import torch
 from rich.console import Console
 
 from featurestore.samples import Sample
-from trainer.build import (
-    Built,
-    RunRecord,
-    build,
-    count_parameters,
-    new_llm,
-    resumed_llm,
-    software_versions,
-    trained_encoders,
-)
+from trainer.build import Built, build, count_parameters, new_llm, resumed_llm, trained_encoders
 from trainer.config import TrainConfig
 from trainer.data import Batches, TrainingData, select
 from trainer.initialise import Loaded, load_parts, read_origin, starting_llm
 from trainer.memory import memory_by_part
+from trainer.record import RunRecord, software_versions
 from trainer.standardise import Moments
 from trainer.tokens import TokenSource
 
@@ -131,7 +123,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "longest_sequence": lengths[-1] + plan.record.num_visual_tokens,
         "context": plan.built.model.context,
         "parameters": plan.record.parameters,
-        "memory_bytes": memory_by_part(plan, lengths[-1]),
+        "memory_bytes": memory_by_part(plan.built, plan.record.shapes, lengths[-1]),
         "encoders": {encoder: [*shape.grid, shape.width] for encoder, shape in plan.record.shapes.items()},
         "data_digest": plan.data.digest,
     }

@@ -18,15 +18,15 @@ from rich.table import Table
 from featurestore import FeatureStore
 from featurestore.errors import UserError, unknown_name
 from featurestore.samples import Sample
-from trainer.build import load_run, used_encoders
-from trainer.command import LiveRequest
-from trainer.config import TrainConfig
+from trainer.chain import last_stage
+from trainer.config import LiveRequest, TrainConfig, used_encoders
 from trainer.evaluate import Answer, answer_all, check_identities, questions, report
+from trainer.load import load_run
 from trainer.plan import describe, make_plan
 from trainer.recipes import Stages
 from trainer.resamplers import RESAMPLERS
 from trainer.scores import ScoreSource, write_scores
-from trainer.stages import describe_stages, last_stage, train_stages
+from trainer.stages import describe_stages, train_stages
 from trainer.tokens import StoreTokens, TokenSource
 from trainer.train import train
 

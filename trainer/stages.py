@@ -1,10 +1,6 @@
 """Stages: settings laid over a recipe, and its stages trained one after another.
 
-    RUN/stages.yaml     of a recipe with several stages: name -> settings, in order
-    RUN/align/       each stage is a complete run; a later one has `init:` the one before
-    RUN/finetune/
-
-Comes in: a recipe, a config file, options. Goes out: finished runs. A recipe of one stage is RUN itself. What a chain
+Comes in: a recipe, a config file, options. Goes out: finished runs. What a chain
 has done is read from its folders, so resuming it is calling it again. torch is imported where training begins: the
 command line reads this room for `--help`.
 """
@@ -12,7 +8,6 @@ command line reads this room for `--help`.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,16 +17,16 @@ import yaml
 
 from featurestore.errors import UserError, unknown_name
 from featurestore.samples import Sample
+from trainer.chain import STAGES_FILE, stage_folder
 from trainer.config import CONFIG_FILE, TrainConfig, read_config
 from trainer.launch import is_first_rank
-from trainer.overlay import load_yaml, overlay, plain
+from trainer.overlay import overlay, plain
 from trainer.recipes import Stage, Stages
 
 if TYPE_CHECKING:
     from trainer.tokens import TokenSource
     from trainer.train import TrainResult
 
-STAGES_FILE = "stages.yaml"  # in the folder of a chain
 OWN = "stages"  # key of a config file that holds the settings of single stages
 
 OpenTokens = Callable[[TrainConfig], "tuple[Sequence[Sample], TokenSource]"]
@@ -107,28 +102,6 @@ def describe_stages(stages: Stages, open_tokens: OpenTokens, *, store: str = "")
         if index and stage.config.init is None:
             told[stage.name]["init"] = f"all weights of stage {stages[index - 1].name}"
     return {OWN: told} if len(stages) > 1 else told[stages[0].name]
-
-
-def stage_folder(out: Path, stages: Stages, stage: Stage) -> Path:
-    """Where a stage's run lies."""
-    return Path(out) / stage.name if len(stages) > 1 else Path(out)
-
-
-def read_stages(run: Path) -> Stages:
-    """The stages a run was started with; those of a single run are itself."""
-    path = Path(run) / STAGES_FILE
-    if not path.is_file():
-        return (Stage(name=Path(run).name, config=read_config(run)),)
-    stages = load_yaml(path)
-    if not stages or not all(re.fullmatch(r"[\w-]+", str(name)) for name in stages):
-        raise UserError(f"{path} must hold the settings of stages by plain names, got {list(stages)}")
-    return tuple(Stage(name=name, config=overlay(TrainConfig(), settings)) for name, settings in stages.items())
-
-
-def last_stage(run: Path) -> Path:
-    """The folder of the run that a folder stands for: of a chain, its last stage."""
-    stages = read_stages(run) if (Path(run) / STAGES_FILE).is_file() else ()
-    return stage_folder(run, stages, stages[-1]) if stages else Path(run)
 
 
 def _kept(stage: Stage, index: int) -> set[str]:

@@ -7,9 +7,9 @@ from safetensors.torch import load_file
 from featurestore.errors import UserError
 from trainer import checkpoint
 from trainer.adapt import add_adapters, checkpoint_layers, decoder_layers
-from trainer.build import load_run
 from trainer.config import LoraConfig, TrainConfig
 from trainer.llm import load_llm
+from trainer.load import load_run
 from trainer.optimizer import build_optimizer, current_rates, set_rates
 from trainer.plan import make_plan
 from trainer.progress import read_metrics

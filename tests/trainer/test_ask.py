@@ -13,10 +13,10 @@ import trainer
 from featurestore.errors import UserError
 from trainer import eval_cli
 from trainer.ask import Asker, asked_clip
-from trainer.build import RunRecord
 from trainer.config import OptimizerConfig, ProjectorConfig, TrainConfig
 from trainer.eval_cli import eval_main, parse_span
 from trainer.llm import FRESH_LLMS, FreshLLM
+from trainer.record import RunRecord
 from trainer.run import open_store
 from trainer.train import train
 

@@ -11,14 +11,15 @@ import torch
 from featurestore import FeatureIdentity, FeatureStore, StoreWriter
 from featurestore.clips import Clip
 from featurestore.errors import UserError
-from trainer.build import RunRecord, load_run
 from trainer.config import PROJECTORS, FusionConfig, OptimizerConfig, ProjectorConfig, TrainConfig
 from trainer.end_to_end import live_source
 from trainer.fusion import FUSIONS
 from trainer.live_tokens import through_storage
 from trainer.llm import FRESH_LLMS, FreshLLM
+from trainer.load import load_run
 from trainer.plan import make_plan
 from trainer.progress import read_metrics
+from trainer.record import RunRecord
 from trainer.run import open_store
 from trainer.tokens import PrefixedTokens
 from trainer.train import train

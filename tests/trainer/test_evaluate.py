@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 
 from featurestore.errors import UserError
-from trainer.build import load_run
 from trainer.evaluate import Answer, answer_all, check_identities, questions, report, summarise, with_answer
+from trainer.load import load_run
 from trainer.tokens import MemoryTokens
 from trainer.train import train
 

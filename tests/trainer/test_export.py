@@ -10,12 +10,13 @@ from safetensors import safe_open
 
 from featurestore.errors import StoreDamagedError, UserError
 from trainer import checkpoint
-from trainer.build import load_run
 from trainer.config import FusionConfig, LoraConfig
 from trainer.data import make_batch
 from trainer.eval_cli import eval_main
-from trainer.export import export_run, load_export
+from trainer.export import export_run
+from trainer.exported import load_export
 from trainer.llm import load_llm
+from trainer.load import load_run
 from trainer.progress import read_metrics
 from trainer.run import evaluate_run, open_store
 from trainer.train import train

@@ -6,10 +6,11 @@ import torch
 
 from featurestore.errors import StoreDamagedError, UserError
 from trainer import checkpoint
-from trainer.build import RunRecord, load_run
 from trainer.config import FusionConfig, LoraConfig
 from trainer.llm import FRESH_LLMS, FreshLLM
+from trainer.load import load_run
 from trainer.plan import fit_standardisation, make_plan
+from trainer.record import RunRecord
 from trainer.tokens import MemoryTokens
 from trainer.train import train
 

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from featurestore.errors import UserError
 from trainer.cli import asked_place, train_main
-from trainer.command import LiveRequest
+from trainer.config import LiveRequest
 
 NOTHING = {
     "end_to_end": False,

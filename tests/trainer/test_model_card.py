@@ -4,9 +4,9 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from trainer.build import RunRecord
 from trainer.config import TrainConfig
 from trainer.model_card import CardFacts, hub_id, model_card, random_parts
+from trainer.record import RunRecord
 from trainer.tokens import TokenShape
 
 

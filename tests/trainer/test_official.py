@@ -9,12 +9,12 @@ from click.testing import CliRunner
 from torch import nn
 
 from featurestore.errors import UserError
-from trainer.build import load_run
 from trainer.config import FusionConfig
 from trainer.data import make_batch
 from trainer.eval_cli import eval_main
 from trainer.evaluate import check_identities
 from trainer.llm import load_llm
+from trainer.load import load_run
 from trainer.official import import_official
 from trainer.official_names import MAX_LISTED, check_names
 from trainer.run import evaluate_run, open_store

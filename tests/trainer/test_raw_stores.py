@@ -9,10 +9,10 @@ import torch
 
 from featurestore import Clip, FeatureIdentity, FeatureStore, StoreWriter
 from featurestore.errors import UserError
-from trainer.build import load_run
 from trainer.config import PROJECTORS
 from trainer.data import make_batch
 from trainer.llm import FRESH_LLMS, FreshLLM
+from trainer.load import load_run
 from trainer.progress import read_metrics
 from trainer.run import open_store
 from trainer.tokens import PrefixedTokens, StoreTokens

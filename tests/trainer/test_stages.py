@@ -9,13 +9,15 @@ from click.testing import CliRunner
 from featurestore import StoreWriter
 from featurestore.errors import UserError
 from featurestore.samples import Turn
-from trainer.build import RunRecord, load_run
+from trainer.chain import STAGES_FILE, last_stage, read_stages
 from trainer.cli import train_main
 from trainer.config import OptimizerConfig, TrainConfig, read_config
 from trainer.eval_cli import eval_main
+from trainer.load import load_run
 from trainer.progress import read_metrics
 from trainer.recipes import Stage, get_stages
-from trainer.stages import STAGES_FILE, describe_stages, last_stage, lay_over, read_stages, train_stages
+from trainer.record import RunRecord
+from trainer.stages import describe_stages, lay_over, train_stages
 from trainer.tokens import MemoryTokens
 
 NAMES = ("align", "finetune")

@@ -9,9 +9,9 @@ import torch
 
 from featurestore.errors import StoreDamagedError, UserError
 from trainer import checkpoint
-from trainer.build import load_run
 from trainer.config import FusionConfig, read_config
 from trainer.fusion import FUSIONS
+from trainer.load import load_run
 from trainer.optimizer import build_optimizer, rate_factor
 from trainer.plan import describe, make_plan
 from trainer.progress import METRICS_FILE, read_metrics

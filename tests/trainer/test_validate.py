@@ -6,8 +6,8 @@ import torch
 from featurestore import FeatureStore
 from featurestore.errors import UserError
 from trainer import checkpoint
-from trainer.build import load_run
 from trainer.evaluate import answer_all, summarise
+from trainer.load import load_run
 from trainer.plan import make_plan
 from trainer.progress import read_metrics
 from trainer.ranks import make_accelerator

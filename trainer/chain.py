@@ -1,0 +1,42 @@
+"""Chain: the folder of a run of several stages.
+
+    RUN/stages.yaml    name -> settings, in order
+    RUN/align/         each stage is a complete run; a later one has `init:` the one before
+    RUN/finetune/
+
+A recipe of one stage is RUN itself.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from featurestore.errors import UserError
+from trainer.config import TrainConfig, read_config
+from trainer.overlay import load_yaml, overlay
+from trainer.recipes import Stage, Stages
+
+STAGES_FILE = "stages.yaml"  # in the folder of a chain
+
+
+def stage_folder(out: Path, stages: Stages, stage: Stage) -> Path:
+    """Where a stage's run lies."""
+    return Path(out) / stage.name if len(stages) > 1 else Path(out)
+
+
+def read_stages(run: Path) -> Stages:
+    """The stages a run was started with; those of a single run are itself."""
+    path = Path(run) / STAGES_FILE
+    if not path.is_file():
+        return (Stage(name=Path(run).name, config=read_config(run)),)
+    stages = load_yaml(path)
+    if not stages or not all(re.fullmatch(r"[\w-]+", str(name)) for name in stages):
+        raise UserError(f"{path} must hold the settings of stages by plain names, got {list(stages)}")
+    return tuple(Stage(name=name, config=overlay(TrainConfig(), settings)) for name, settings in stages.items())
+
+
+def last_stage(run: Path) -> Path:
+    """The folder of the run that a folder stands for: of a chain, its last stage."""
+    stages = read_stages(run) if (Path(run) / STAGES_FILE).is_file() else ()
+    return stage_folder(run, stages, stages[-1]) if stages else Path(run)
