@@ -46,8 +46,8 @@ def main(store: str, seeds: str, recipe: str, steps: int | None, grid: str | Non
 
 def scores_of(config: TrainConfig, store: str, out: Path) -> tuple[Scores, Scores]:
     """Train with and without visual tokens; the scores of both on the held-out questions."""
+    from trainer.loop.train import train
     from trainer.run import evaluate_run, open_store
-    from trainer.train import train
 
     seen, read = out / f"{config.seed}", out / f"{config.seed}-text-only"
     for each, folder in ((config, seen), (replace(config, mode="text-only"), read)):

@@ -18,16 +18,16 @@ import click
 import torch
 
 from featurestore.samples import Sample
-from trainer.build import Built, new_llm
-from trainer.collate import Batch, collate
 from trainer.config import TrainConfig
-from trainer.data import make_batch, select
-from trainer.load import load_run
-from trainer.progress import read_metrics
-from trainer.prompts import Renderer
+from trainer.data.batches import make_batch, select
+from trainer.data.collate import Batch, collate
+from trainer.data.prompts import Renderer
+from trainer.data.tokens import TokenSource
+from trainer.loop.progress import read_metrics
+from trainer.model.build import Built, new_llm
+from trainer.model.video_llm import VideoLLM
 from trainer.run import open_store
-from trainer.tokens import TokenSource
-from trainer.video_llm import VideoLLM
+from trainer.runs.load import load_run
 
 BATCH = 8  # samples per forward
 EDGE = 5  # steps whose losses are averaged at either end of a run

@@ -102,9 +102,9 @@ def measure(task: Task) -> dict[str, Any]:
     """Train one run and ask it the held-out questions; what it said is kept beside it."""
     import torch
 
-    from trainer.progress import read_metrics
+    from trainer.loop.progress import read_metrics
+    from trainer.loop.train import train
     from trainer.run import evaluate_run, open_store
-    from trainer.train import train
 
     torch.set_num_threads(1)
     out = Path(task.out)

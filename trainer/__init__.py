@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_PUBLIC = {"Asker": "trainer.ask", "load_run": "trainer.load"}
+_PUBLIC = {"Asker": "trainer.ask", "load_run": "trainer.runs.load"}
 
 __all__ = ["Asker", "load_run"]
 

@@ -23,10 +23,10 @@ import torch
 from featurestore.clips import Clip
 from featurestore.errors import UserError
 from featurestore.samples import Turn
-from trainer.build import LoadedRun
-from trainer.data import make_batch
-from trainer.load import load_run
-from trainer.tokens import MemoryTokens, TokenSource
+from trainer.data.batches import make_batch
+from trainer.data.tokens import MemoryTokens, TokenSource
+from trainer.model.build import LoadedRun
+from trainer.runs.load import load_run
 
 Span = tuple[float | None, float | None]  # seconds; None: the file's start or end
 WHOLE: Span = (None, None)

@@ -17,7 +17,6 @@ from click.core import ParameterSource
 
 from featurestore.errors import UserError
 from featurestore.find import FEATURES, find_store
-from trainer.chain import read_stages, stage_folder
 from trainer.command import CONTEXT, heavy_rooms, says_errors
 from trainer.config import (
     PROJECTORS,
@@ -30,10 +29,11 @@ from trainer.config import (
     Tracker,
     TrainLLM,
 )
-from trainer.launch import Launch, is_first_rank, is_launched, relaunch
+from trainer.loop.launch import Launch, is_first_rank, is_launched, relaunch
+from trainer.loop.stages import lay_over
 from trainer.overlay import load_yaml
 from trainer.recipes import FULL_RECIPE, MODE_FULL, RECIPES, Stages, get_stages
-from trainer.stages import lay_over
+from trainer.runs.chain import read_stages, stage_folder
 
 ONLY_STORE = "-"  # --from-cache without a path: the only store under features/
 

@@ -53,7 +53,7 @@ class ProjectorConfig:
     frame_divisor: int = 1  # T after the resampler = stored T / this, where grid is None: "3D" in the ablation
     head: HeadName = "linear"
     pre_layer_norm: bool = False  # layer norm before the head
-    standardise: bool = False  # see trainer/standardise.py: for small runs with encoders of unlike scale
+    standardise: bool = False  # see trainer/model/standardise.py: for small runs with encoders of unlike scale
 
     def __post_init__(self) -> None:
         if self.frame_divisor < 1 or min(self.grid or (1,)) < 1:

@@ -107,8 +107,8 @@ def ask(folder: Path, question: str) -> str:
     """The greedy answer of the LLM in `folder`, loaded and prompted the way a run does it."""
     import torch
 
-    from trainer.llm import load_llm
-    from trainer.prompts import Renderer
+    from trainer.data.prompts import Renderer
+    from trainer.model.llm import load_llm
 
     llm = load_llm(str(folder))
     renderer = Renderer("chat_template" if llm.tokenizer.chat_template else "pure", llm.tokenizer)

@@ -45,11 +45,11 @@ from pipeline.encoders.weights import fill_random
 from pipeline.engine import EncoderRun, Engine, encode_batch
 from pipeline.options import parse_weights
 from trainer.config import TrainConfig, used_encoders
-from trainer.live_tokens import Arrays, LiveTokens, chosen
-from trainer.media_check import MediaCheck
-from trainer.record import RunRecord
-from trainer.resamplers import RESAMPLERS
-from trainer.tokens import ClipTokens, Part
+from trainer.data.tokens import ClipTokens, Part
+from trainer.live.media_check import MediaCheck
+from trainer.live.tokens import Arrays, LiveTokens, chosen
+from trainer.model.resamplers import RESAMPLERS
+from trainer.runs.record import RunRecord
 
 
 class FixedBatch:

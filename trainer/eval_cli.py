@@ -56,7 +56,7 @@ def eval_run(checkpoint: Path, store: str | None, beside: tuple[Path, ...], as_j
 def eval_export(run: Path, out: Path, as_json: bool, **options: Any) -> None:
     """Write a run as a folder to give away: safetensors, settings, tokenizer, model card."""
     heavy_rooms()
-    from trainer.export import export_run
+    from trainer.give.export import export_run
 
     result = export_run(run, out, **options)
     words = f"{result['out']}: step {result['step']}, {result['bytes'] / 1e6:.1f} MB; fill in the licence in README.md"
@@ -80,7 +80,7 @@ def eval_export(run: Path, out: Path, as_json: bool, **options: Any) -> None:
 def eval_import_official(checkpoint_file: Path, config_file: Path, as_json: bool, **options: Any) -> None:
     """Make a run of a checkpoint of princetonvisualai/merv; only tensors are read from it, no code is run."""
     heavy_rooms()
-    from trainer.official import import_official
+    from trainer.give.official import import_official
 
     result = import_official(checkpoint_file, config_file, **options)
     words = f"{result['run']}: step {result['step']}, encoders {', '.join(result['encoders'])}"

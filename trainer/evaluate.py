@@ -17,9 +17,9 @@ import torch
 
 from featurestore.errors import UserError
 from featurestore.samples import Sample, Turn
-from trainer.build import Built, LoadedRun
-from trainer.data import make_batch
-from trainer.tokens import TokenShape, TokenSource
+from trainer.data.batches import make_batch
+from trainer.data.tokens import TokenShape, TokenSource
+from trainer.model.build import Built, LoadedRun
 
 OVERALL = "all"  # category of the line over all samples
 UNNAMED = "(none)"  # category of samples that name none

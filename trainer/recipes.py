@@ -1,7 +1,7 @@
 """Recipes: whole training configurations by name; a config file or options may change any of their settings.
 
 A recipe is a tuple of named stages, each a whole run: most have one, `merv-full` has two of which the second starts
-from all weights of the first. `trainer/stages.py` lays settings over a recipe and trains it.
+from all weights of the first. `trainer/loop/stages.py` lays settings over a recipe and trains it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ RECIPES: dict[str, Stages] = {
             config=TrainConfig(train_llm="full", sampler="split_modality", activation_checkpointing=True),
         ),
     ),
-    # A small fresh LLM that learns synthetic clips on two CPU cores; see the docstring of trainer/standardise.py.
+    # A small fresh LLM that learns synthetic clips on two CPU cores; see the docstring of trainer/model/standardise.py.
     "demo": (
         Stage(
             name="finetune",

@@ -18,17 +18,17 @@ from rich.table import Table
 from featurestore import FeatureStore
 from featurestore.errors import UserError, unknown_name
 from featurestore.samples import Sample
-from trainer.chain import last_stage
 from trainer.config import LiveRequest, TrainConfig, used_encoders
+from trainer.data.tokens import StoreTokens, TokenSource
 from trainer.evaluate import Answer, answer_all, check_identities, questions, report
-from trainer.load import load_run
-from trainer.plan import describe, make_plan
+from trainer.loop.plan import describe, make_plan
+from trainer.loop.stages import describe_stages, train_stages
+from trainer.loop.train import train
+from trainer.model.resamplers import RESAMPLERS
 from trainer.recipes import Stages
-from trainer.resamplers import RESAMPLERS
-from trainer.scores import ScoreSource, write_scores
-from trainer.stages import describe_stages, train_stages
-from trainer.tokens import StoreTokens, TokenSource
-from trainer.train import train
+from trainer.runs.chain import last_stage
+from trainer.runs.load import load_run
+from trainer.runs.scores import ScoreSource, write_scores
 
 Place = str | LiveRequest  # where tokens come from: a store's path, or what is encoded on the spot
 OpenTokens = Callable[[TrainConfig], tuple[list[Sample], TokenSource]]

@@ -83,7 +83,7 @@ def identity(encoder, width):
 @pytest.fixture
 def llm_folder(tmp_path):
     """A pretrained LLM as far as loading goes: a folder with weights and tokenizer."""
-    from trainer.llm import load_llm
+    from trainer.model.llm import load_llm
 
     torch.manual_seed(0)
     llm = load_llm("fresh:tiny", texts=["In: What colour is it?\nOut: red green blue"])

@@ -12,8 +12,8 @@ import torch
 from featurestore import Clip, FeatureIdentity, FeatureStore, StoreWriter
 from featurestore.samples import Sample, Turn
 from trainer.config import OptimizerConfig, ProjectorConfig, TrainConfig
-from trainer.llm import FRESH_LLMS, FreshLLM, load_llm
-from trainer.tokens import MemoryTokens
+from trainer.data.tokens import MemoryTokens
+from trainer.model.llm import FRESH_LLMS, FreshLLM, load_llm
 
 COLOURS = ("red", "green", "blue")
 GRIDS = {"dinov2": ((4, 2, 2), 8, 1), "vivit": ((4, 2, 2), 6, 4)}  # grid, width, still period

@@ -15,10 +15,10 @@ from trainer import eval_cli
 from trainer.ask import Asker, asked_clip
 from trainer.config import OptimizerConfig, ProjectorConfig, TrainConfig
 from trainer.eval_cli import eval_main, parse_span
-from trainer.llm import FRESH_LLMS, FreshLLM
-from trainer.record import RunRecord
+from trainer.loop.train import train
+from trainer.model.llm import FRESH_LLMS, FreshLLM
 from trainer.run import open_store
-from trainer.train import train
+from trainer.runs.record import RunRecord
 
 QUESTION = "What colour is it?"
 CONFIG = TrainConfig(

@@ -7,10 +7,10 @@ import pytest
 from featurestore.errors import UserError
 from trainer import config as room
 from trainer.config import ProjectorConfig, TrainConfig
-from trainer.fusion import FUSIONS
+from trainer.data.prompts import PROMPTS
+from trainer.model.fusion import FUSIONS
+from trainer.model.projectors import HEADS, RESAMPLERS
 from trainer.overlay import load_yaml, overlay
-from trainer.projectors import HEADS, RESAMPLERS
-from trainer.prompts import PROMPTS
 from trainer.recipes import RECIPES, get_recipe
 
 

@@ -10,8 +10,8 @@ from click.testing import CliRunner
 from featurestore.errors import UserError
 from featurestore.samples import Turn
 from trainer.convert_gguf import convert, file_of_package, main
-from trainer.llm import load_llm
-from trainer.prompts import IGNORE_INDEX, Renderer
+from trainer.data.prompts import IGNORE_INDEX, Renderer
+from trainer.model.llm import load_llm
 
 gguf = pytest.importorskip("gguf", reason="the extra `gguf` is not installed")
 

@@ -12,17 +12,17 @@ from featurestore import FeatureIdentity, FeatureStore, StoreWriter
 from featurestore.clips import Clip
 from featurestore.errors import UserError
 from trainer.config import PROJECTORS, FusionConfig, OptimizerConfig, ProjectorConfig, TrainConfig
+from trainer.data.tokens import PrefixedTokens
 from trainer.end_to_end import live_source
-from trainer.fusion import FUSIONS
-from trainer.live_tokens import through_storage
-from trainer.llm import FRESH_LLMS, FreshLLM
-from trainer.load import load_run
-from trainer.plan import make_plan
-from trainer.progress import read_metrics
-from trainer.record import RunRecord
+from trainer.live.tokens import through_storage
+from trainer.loop.plan import make_plan
+from trainer.loop.progress import read_metrics
+from trainer.loop.train import train
+from trainer.model.fusion import FUSIONS
+from trainer.model.llm import FRESH_LLMS, FreshLLM
 from trainer.run import open_store
-from trainer.tokens import PrefixedTokens
-from trainer.train import train
+from trainer.runs.load import load_run
+from trainer.runs.record import RunRecord
 
 ENCODERS = ["dinov2", "languagebind", "siglip", "vivit"]  # in the order of a store
 

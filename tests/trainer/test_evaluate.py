@@ -3,10 +3,10 @@ from dataclasses import replace
 import pytest
 
 from featurestore.errors import UserError
+from trainer.data.tokens import MemoryTokens
 from trainer.evaluate import Answer, answer_all, check_identities, questions, report, summarise, with_answer
-from trainer.load import load_run
-from trainer.tokens import MemoryTokens
-from trainer.train import train
+from trainer.loop.train import train
+from trainer.runs.load import load_run
 
 
 @pytest.fixture

@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+import torch
+
+from featurestore.errors import UserError
+from trainer.data.tokens import MemoryTokens, StoreTokens
+
+
+def test_what_is_fetched_is_what_was_stored_bit_for_bit(store, clips, tokens_of):
+    source = StoreTokens(store, ["vivit", "dinov2"])
+    ids = [clips[index].clip_id for index in (4, 0, 2, 0)]
+    fetched = source.fetch(ids)
+    assert list(fetched) == ["vivit", "dinov2"]
+    for encoder, tokens_BTHWD in fetched.items():
+        expected = torch.from_numpy(np.stack([tokens_of[encoder][clip_id] for clip_id in ids]))
+        assert torch.equal(tokens_BTHWD, expected)
+
+
+def test_a_still_is_repeated_to_the_length_of_a_video(store, clips, tokens_of):
+    still = clips[-1].clip_id
+    fetched = StoreTokens(store, ["dinov2", "vivit"]).fetch([still])
+    assert torch.equal(fetched["dinov2"][0], torch.from_numpy(tokens_of["dinov2"][still]).expand(4, 2, 2, 8))
+    assert torch.equal(fetched["vivit"][0], torch.from_numpy(tokens_of["vivit"][still]))
+
+
+def test_a_clip_is_available_only_with_every_encoder(store, clips):
+    ids = [clip.clip_id for clip in clips]
+    assert StoreTokens(store, ["dinov2"]).available([*ids, "set/none.mp4"]) == set(ids)
+    assert StoreTokens(store, ["dinov2", "vivit"]).available(ids) == set(ids) - {ids[1]}
+
+
+def test_shapes_and_identities_come_from_the_store(store):
+    shape = StoreTokens(store, ["vivit"]).shapes["vivit"]
+    assert (shape.grid, shape.width, shape.is_pooled) == ((4, 2, 2), 6, True)
+    assert shape.identity == store.encoders["vivit"].id
+
+
+def test_the_data_digest_ignores_order_and_sees_clips_and_samples(store, clips, make_sample):
+    source = StoreTokens(store, ["dinov2"])
+    ids, samples = [clips[0].clip_id, clips[2].clip_id], [make_sample(0), make_sample(2)]
+    digest = source.data_digest(ids, samples)
+    assert source.data_digest(ids[::-1], samples[::-1]) == digest
+    assert source.data_digest(ids[:1], samples) != digest
+    assert source.data_digest(ids, samples[:1]) != digest
+    assert StoreTokens(store, ["vivit"]).data_digest(ids, samples) != digest
+
+
+def test_memory_digests_see_every_bit(tokens, samples):
+    ids = [sample.clip_id for sample in samples]
+    digest = tokens.data_digest(ids, samples)
+    assert tokens.data_digest(ids[::-1], samples[::-1]) == digest
+    changed = tokens.fetch(ids)
+    changed["vivit"][3, 0, 0, 0, 0] += 1e-3
+    assert MemoryTokens(ids, changed).data_digest(ids, samples) != digest
+
+
+def test_memory_tokens_refuse_other_shapes():
+    with pytest.raises(UserError, match=r"must have shape \[2, T, H, W, D\], got \[1, 4, 2, 2, 8\]"):
+        MemoryTokens(["a", "b"], {"dinov2": torch.zeros(1, 4, 2, 2, 8)})
+
+
+def test_memory_tokens_give_their_prefix_and_digest_it(tokens, samples):
+    ids = [sample.clip_id for sample in samples]
+    held = tokens.fetch(ids)
+    prefix = {"dinov2": torch.randn(len(ids), 4, 5, 8)}
+    source = MemoryTokens(ids, held, prefix=prefix)
+    assert (source.shapes["dinov2"].num_prefix, source.shapes["vivit"].num_prefix) == (5, 0)
+    found = source.fetch([ids[3], ids[1]])
+    assert torch.equal(found["dinov2"].prefix_BTKD, prefix["dinov2"][[3, 1]])
+    assert torch.equal(found["dinov2"].tokens_BTHWD, held["dinov2"][[3, 1]])
+    assert torch.equal(found["vivit"], held["vivit"][[3, 1]])
+    changed = {"dinov2": prefix["dinov2"].clone()}
+    changed["dinov2"][0, 0, 0, 0] += 1e-3
+    digests = {MemoryTokens(ids, held, prefix=each).data_digest(ids, samples) for each in (prefix, changed, {})}
+    assert len(digests) == 3
+
+
+def test_memory_prefixes_refuse_other_shapes():
+    with pytest.raises(UserError, match=r"must have shape \[1, 4, K, 8\], got \[1, 3, 5, 8\]"):
+        MemoryTokens(["a"], {"dinov2": torch.zeros(1, 4, 2, 2, 8)}, prefix={"dinov2": torch.zeros(1, 3, 5, 8)})

@@ -1,0 +1,111 @@
+from dataclasses import replace
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from trainer.config import TrainConfig
+from trainer.data.tokens import TokenShape
+from trainer.give.model_card import CardFacts, hub_id, model_card, random_parts
+from trainer.runs.record import RunRecord
+
+
+@pytest.fixture
+def facts():
+    shape = TokenShape(grid=(16, 8, 8), width=1024, is_pooled=True, identity="abc123")
+    record = RunRecord(
+        store="features/demo.zarr",
+        data_digest="d" * 64,
+        num_samples=1234,
+        dropped={"text only": 3},
+        shapes={"dinov2": shape},
+        parameters={"projectors": {"total": 5000, "trained": 5000}, "llm": {"total": 70000, "trained": 0}},
+        num_visual_tokens=1024,
+        num_steps=10,
+        encoders={"dinov2": {"weights": "pretrained", "identity": {"weights_sha256": "e" * 64, "layer": "block 23"}}},
+        software={"torch": "1"},
+    )
+    return CardFacts(
+        name="model",
+        config=TrainConfig(),
+        record=record,
+        step=10,
+        llm_weights="Named.",
+        llm_revision="1f2e",
+        software={"torch": "2", "python": "3"},
+    )
+
+
+def front_matter(text):
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_a_hub_s_llm_is_the_base_model(facts):
+    text = model_card(facts)
+    assert front_matter(text) == {
+        "license": "unknown",
+        "library_name": "merv-pipeline",
+        "pipeline_tag": "video-text-to-text",
+        "tags": ["video", "multi-encoder", "merv", "cross_attention", "dinov2"],
+        "base_model": ["meta-llama/Llama-2-7b-hf"],
+    }
+    assert "license: unknown  # fill in before you publish it\n" in text
+    assert "`meta-llama/Llama-2-7b-hf` at revision `1f2e`" in text
+    assert ModelCard(text).data.base_model == ["meta-llama/Llama-2-7b-hf"]
+
+
+def test_a_hub_id_is_neither_a_folder_nor_fresh(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    assert [hub_id(llm) for llm in ("org/name-1.5", "gpt2", "models/mine", "./x", "/abs/x", "fresh:tiny", "a/b/c")] == [
+        "org/name-1.5",
+        "gpt2",
+        None,
+        None,
+        None,
+        None,
+        None,
+    ]
+
+
+def test_nothing_is_called_random_that_was_trained(facts):
+    assert random_parts(facts) == [
+        "Projectors and fusion started from seed 7 and were trained; the order of the data follows the seed."
+    ]
+    odd = replace(facts, record=replace(facts.record, encoders={}))
+    assert random_parts(odd)[0] == "Encoder dinov2: not recorded whether its weights were trained."
+    imported = replace(facts, origin={"source": "elsewhere", "file": "a.pt", "sha256": "f" * 64})
+    assert random_parts(imported) == ["Nothing that is recorded."]
+    assert "Imported from a checkpoint of elsewhere." in model_card(imported)
+    assert "f" * 64 in model_card(imported)
+
+
+def test_sizes_versions_and_what_was_dropped_are_told(facts):
+    text = model_card(facts)
+    assert "projectors 5,000 (5,000 trained); llm 70,000 (0 trained)" in text
+    assert "Samples: 1,234; dropped: 3 text only" in text
+    assert "| torch | 1 | 2 |" in text
+    assert "| python | not recorded | 3 |" in text
+    assert "| dinov2 | `abc123` | block 23 | pretrained, sha256 eeeeeeeeeeee | 16x8x8 of width 1024 |" in text
+    assert "Not evaluated" in text
+    assert "Loss of the last step: not recorded" in text
+
+
+def test_text_from_data_opens_neither_cells_nor_html(facts):
+    row = {"category": "a|b\n<script>", "questions": 1, "accuracy": 1.0, "chance": 0.5}
+    record = {
+        "split": "held\nout<b>",
+        "limit": None,
+        "store": "a<b>.zarr",
+        "snapshot": "1-a",
+        "step": 10,
+        "scores": [row],
+        "beside": {"runs/words": [row]},
+    }
+    text = model_card(replace(facts, scores=[record]))
+    body = text.split("---\n", 2)[2]
+    assert "| a\\|b &lt;script> | 1 | 1.000 | 0.500 | 1.000 |" in body
+    assert "| questions about | number | accuracy | chance | words |" in body
+    assert "<script" not in body
+    assert "<b>" not in body
+    assert ModelCard(text).data.eval_results[0].metric_value == 1.0

@@ -1,0 +1,73 @@
+import pytest
+
+from featurestore.errors import UserError
+from trainer.give.official_config import parse_settings, read_settings, run_config
+
+RELEASED = {  # config.json of the released merv-frozen, as far as it is read
+    "arch_specifier": "no-align+3davg+linear",
+    "feature_fusion": "cross_attention_avg_lq",
+    "video_backbone_ids": [
+        "languagebind-video-noclass",
+        "dinov2-video-all-tokens",
+        "vivit-google-b-all-no-cls-16frames",
+        "siglip-vit-b16-224px-all-no-cls",
+    ],
+    "llm_backbone_id": "llama2-7b-pure",
+    "llm_max_length": 2048,
+    "num_frames": [16, 16, 32, 16],
+    "projector_token_length": 64,
+    "visual_feature_length": 1024,
+    "finetune_learning_rate": 2e-5,
+    "finetune_weight_decay": 0.1,
+    "finetune_global_batch_size": 128,
+    "finetune_per_device_batch_size": 8,
+}
+
+
+def test_the_released_model_has_16_by_8_by_8_tokens_of_four_encoders():
+    official = parse_settings(RELEASED)
+    assert official.encoders == ("languagebind", "dinov2", "vivit", "siglip")
+    assert [official.grid(index) for index in range(4)] == [(16, 8, 8)] * 4
+    config = run_config(official, RELEASED, llm="meta-llama/Llama-2-7b-hf", query_width=3072)
+    assert (config.train_llm, config.prompt, config.projector.grid) == ("full", "pure", (16, 8, 8))
+    assert (config.fusion.name, config.fusion.query_width) == ("cross_attention_released", 3072)
+    assert (config.batch_size, config.micro_batch_size, config.optimizer.weight_decay) == (128, 8, 0.1)
+
+
+def test_frames_are_divided_by_the_3d_average_only():
+    assert parse_settings({**RELEASED, "arch_specifier": "3davg+frame4+linear"}).frame_divisor == 4
+    assert parse_settings({**RELEASED, "arch_specifier": "avg+frame4+linear"}).frame_divisor == 1
+    assert parse_settings(RELEASED).frame_divisor == 1
+
+
+def test_one_number_of_frames_is_that_of_every_encoder():
+    assert parse_settings({**RELEASED, "num_frames": 16}).num_frames == (16,) * 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"video_backbone_ids": ["dinov2-video"], "num_frames": 16}, "nearest known one is 'dinov2-video-all-tokens'"),
+        ({"feature_fusion": "query_mlp"}, "unknown feature_fusion 'query_mlp'"),
+        ({"arch_specifier": "no-align+conv+linear"}, "only projectors that average"),
+        ({"llm_backbone_id": "mistral"}, "unknown llm_backbone_id 'mistral'"),
+        ({"num_frames": [16]}, "4 video_backbone_ids need as many num_frames, got 1"),
+        ({"projector_token_length": 60}, "must be a square, got 60"),
+        ({"video_backbone_ids": None}, "has no video_backbone_ids"),
+        ({"llm_max_length": "long"}, "llm_max_length is int, got 'long'"),
+    ],
+)
+def test_a_config_that_cannot_be_imported_says_why(change, message):
+    with pytest.raises(UserError, match=message):
+        parse_settings({**RELEASED, **change})
+
+
+def test_a_head_that_is_not_ours_is_named():
+    with pytest.raises(UserError, match="unknown head in arch_specifier 'none'"):
+        parse_settings({**RELEASED, "arch_specifier": "3davg+none"}).head  # noqa: B018
+
+
+def test_a_file_that_is_no_mapping_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError):
+        parse_settings(read_settings(tmp_path / "config.json"))

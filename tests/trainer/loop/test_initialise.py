@@ -1,0 +1,149 @@
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from featurestore.errors import StoreDamagedError, UserError
+from trainer.config import FusionConfig, LoraConfig
+from trainer.data.tokens import MemoryTokens
+from trainer.loop.plan import fit_standardisation, make_plan
+from trainer.loop.train import train
+from trainer.model.llm import FRESH_LLMS, FreshLLM
+from trainer.runs import checkpoint
+from trainer.runs.load import load_run
+from trainer.runs.record import RunRecord
+
+
+def weights_of(run):
+    return load_run(run).built.model.state_dict()
+
+
+def run_to_end(config, samples, tokens, out, **options):
+    return train(config, samples, tokens, out, is_quiet=True, **options)
+
+
+@pytest.fixture
+def short(config):
+    return replace(config, max_steps=2)
+
+
+@pytest.fixture
+def origin(tmp_path, short, samples, tokens):
+    """A finished run of two steps."""
+    run_to_end(short, samples, tokens, tmp_path / "origin")
+    return tmp_path / "origin"
+
+
+def test_a_run_starts_from_all_weights_and_constants_of_the_same_model(origin, short, samples, tokens, capsys):
+    plan = make_plan(replace(short, init=str(origin)), samples, tokens)
+    fit_standardisation(plan, tokens)
+    before = weights_of(origin)
+    assert set(plan.built.model.state_dict()) == set(before)
+    assert all(torch.equal(value, before[name]) for name, value in plan.built.model.state_dict().items())
+    said = f"weights of {origin} (step 2 of 2): loaded projector dinov2, projector vivit, fusion, LLM"
+    assert plan.record.started_from == said
+    assert said in capsys.readouterr().err.replace("\n", "")
+
+
+def test_a_run_that_has_begun_does_not_need_its_start_again(tmp_path, origin, short, samples, tokens):
+    config = replace(short, init=str(origin))
+    run_to_end(config, samples, tokens, tmp_path / "whole")
+    run_to_end(config, samples, tokens, tmp_path / "parts", stop_at=1)
+    shutil.rmtree(origin)
+    run_to_end(config, samples, tokens, tmp_path / "parts", resume=True)
+    whole, parts = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+def test_projectors_are_known_by_their_encoder_and_a_fusion_by_its_encoders(origin, short, samples, tokens):
+    turned = replace(short, init=str(origin), encoders=("vivit", "dinov2"))
+    found = tokens.fetch([sample.clip_id for sample in samples])
+    source = MemoryTokens([sample.clip_id for sample in samples], dict(reversed(found.items())))
+    plan, before = make_plan(turned, samples, source), weights_of(origin)
+    for new, old in ((0, 1), (1, 0)):
+        loaded = plan.built.model.projectors[new].head.weight
+        assert torch.equal(loaded, before[f"projectors.{old}.head.weight"])
+    assert "not fusion: there it mixes dinov2, vivit" in plan.record.started_from
+
+
+def test_what_does_not_fit_is_named_with_the_reason(origin, short, samples, tokens, monkeypatch):
+    monkeypatch.setitem(FRESH_LLMS, "other", FreshLLM(hidden_size=32, num_layers=1, num_heads=2, context=128))
+    other = replace(short, init=str(origin), llm="fresh:other", fusion=FusionConfig(name="learnable_weights"))
+    said = make_plan(other, samples, tokens).record.started_from
+    assert "loaded projector dinov2, projector vivit; " in said
+    assert "not fusion: there it is cross_attention" in said
+    assert "not LLM: there it is fresh:mini, here fresh:other" in said
+
+
+def test_tokens_of_another_identity_are_not_what_a_projector_was_trained_on(origin, short, samples, tokens):
+    ids = [sample.clip_id for sample in samples]
+    source = MemoryTokens(ids, tokens.fetch(ids))
+    source.shapes["dinov2"] = replace(source.shapes["dinov2"], identity="another")
+    said = make_plan(replace(short, init=str(origin)), samples, source).record.started_from
+    assert "not projector dinov2: it was trained on tokens of identity memory:dinov2" in said
+    assert "loaded projector vivit, fusion, LLM" in said
+
+
+def test_a_start_of_which_nothing_fits_is_an_error(origin, short, samples, tokens, monkeypatch):
+    monkeypatch.setitem(FRESH_LLMS, "wide", FreshLLM(hidden_size=48, num_layers=1, num_heads=2, context=128))
+    with pytest.raises(UserError, match=r"nothing of .*origin fits: projector dinov2: its shapes are others there"):
+        make_plan(replace(short, init=str(origin), llm="fresh:wide"), samples, tokens)
+
+
+def test_a_start_without_checkpoint_or_with_a_flipped_bit_is_an_error(origin, short, samples, tokens):
+    config = replace(short, init=str(origin))
+    path = checkpoint.newest(origin) / checkpoint.MODEL_FILE
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(StoreDamagedError, match="differs from its digest"):
+        make_plan(config, samples, tokens)
+    shutil.rmtree(origin)
+    with pytest.raises(UserError, match=r"init: .*origin has no checkpoint yet; train it first"):
+        make_plan(config, samples, tokens)
+
+
+@pytest.mark.parametrize("train_llm", ["none", "full"])
+def test_an_llm_that_another_run_has_trained_is_used_and_kept(tmp_path, pretrained, short, samples, tokens, train_llm):
+    first = replace(short, llm=pretrained)
+    run_to_end(first, samples, tokens, tmp_path / "first")
+    trained = weights_of(tmp_path / "first")
+    second = replace(first, train_llm=train_llm, init=str(tmp_path / "first"), max_steps=1)
+    started = make_plan(second, samples, tokens).built.model.state_dict()
+    assert all(torch.equal(value, started[name]) for name, value in trained.items())
+
+    run_to_end(second, samples, tokens, tmp_path / "second")
+    shutil.rmtree(pretrained)  # the second run holds its LLM, trained there or not
+    shutil.rmtree(tmp_path / "first")
+    found = weights_of(tmp_path / "second")
+    changed = {name for name in trained if name.startswith("llm.") and not torch.equal(found[name], trained[name])}
+    assert bool(changed) == (train_llm == "full")
+
+
+def test_an_llm_that_was_not_trained_is_taken_from_where_it_came_from(tmp_path, pretrained, short, samples, tokens):
+    frozen = replace(short, llm=pretrained, train_llm="none")
+    run_to_end(frozen, samples, tokens, tmp_path / "first")
+    plan = make_plan(replace(frozen, init=str(tmp_path / "first")), samples, tokens)
+    assert plan.record.started_from.endswith("loaded projector dinov2, projector vivit, fusion")
+    assert not plan.built.saves_llm
+
+
+def test_adapters_come_on_top_of_the_llm_that_a_run_has_trained(tmp_path, pretrained, short, samples, tokens):
+    first = replace(short, llm=pretrained)
+    run_to_end(first, samples, tokens, tmp_path / "first")
+    second = replace(first, train_llm="lora", lora=LoraConfig(rank=2), init=str(tmp_path / "first"))
+    run_to_end(second, samples, tokens, tmp_path / "second")
+    trained, adapted = weights_of(tmp_path / "first"), weights_of(tmp_path / "second")
+    layer = "llm.model.layers.0.self_attn.q_proj"
+    assert torch.equal(adapted[f"{layer}.base_layer.weight"], trained[f"{layer}.weight"])
+    assert any(".lora_" in name for name in adapted)
+
+    third = replace(second, init=str(tmp_path / "second"))
+    plan = make_plan(third, samples, tokens)
+    assert "loaded projector dinov2, projector vivit, fusion, LLM, LoRA adapters" in plan.record.started_from
+    assert all(torch.equal(value, adapted[name]) for name, value in plan.built.model.state_dict().items())
+
+
+def test_the_record_of_a_run_from_fresh_weights_names_no_start(origin):
+    assert RunRecord.read(origin).started_from == ""

@@ -1,0 +1,47 @@
+import os
+import signal
+import threading
+
+from trainer.loop.interrupt import Alarm, terminated
+
+
+def test_an_alarm_rings_after_its_minutes_and_is_set_again():
+    now = [100.0]
+    alarm = Alarm(2.0, clock=lambda: now[0])
+    assert not alarm.rings()
+    now[0] = 219.9
+    assert not alarm.rings()
+    now[0] = 220.0
+    assert alarm.rings()
+    alarm.set()
+    assert not alarm.rings()
+
+
+def test_no_minutes_never_ring():
+    now = [0.0]
+    alarm = Alarm(None, clock=lambda: now[0])
+    now[0] = 1e9
+    assert not alarm.rings()
+
+
+def test_sigterm_is_remembered_and_the_handler_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with terminated() as is_terminated:
+        assert not is_terminated()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert is_terminated()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_outside_the_main_thread_signals_are_left_alone():
+    found = []
+
+    def ask():
+        with terminated() as is_terminated:
+            found.append((is_terminated(), signal.getsignal(signal.SIGTERM)))
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert found == [(False, before)]

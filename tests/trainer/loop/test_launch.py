@@ -1,0 +1,110 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from featurestore import StoreWriter
+from featurestore.errors import UserError
+from trainer.cli import train_main
+from trainer.loop.launch import LAUNCH_FILES, launch_command, launch_environment, num_processes
+
+ROOT = Path(__file__).resolve().parents[3]
+SETTINGS = {
+    "llm": "fresh:tiny",
+    "projector": {"grid": [2, 2, 2]},
+    "max_steps": 4,
+    "batch_size": 4,
+    "micro_batch_size": 1,
+    "eval_every": 2,
+    "log_every": 1,
+}
+
+
+@pytest.fixture
+def here(tmp_path, question_store, make_sample):
+    """A working folder with a store, a third of its samples text only, and a `trainer` folder of its own."""
+    writer = StoreWriter.open_or_create(question_store, block_rows={"video": 4, "image": 4})
+    writer.add_samples("toy-text", [make_sample(index, clip_id=None) for index in range(30, 39)])
+    writer.publish_snapshot()
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(SETTINGS))
+    (tmp_path / "trainer").mkdir()
+    (tmp_path / "trainer/__init__.py").write_text("raise RuntimeError('not this one')\n")
+    return tmp_path
+
+
+def merv_train(folder, *arguments):
+    """The installed command, as typed in that folder."""
+    program = Path(sys.executable).with_name("merv-train")
+    command = [str(program), "--from-cache", "--recipe", "demo", "--config", "settings.yaml", *arguments]
+    threads = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, **threads}, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def rows(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_launched_processes_have_the_losses_of_one_and_speak_with_one_voice(here):
+    merv_train(here, "--out", "alone")
+    done = merv_train(here, "--out", "together", "--json", "--launch", "ddp", "--processes", "2")
+    assert json.loads(done.stdout)["steps"] == 4
+    assert "running " in done.stderr
+    alone, together = rows(here / "alone"), rows(here / "together")
+    assert [row["step"] for row in together] == list(range(4))
+    for name in ("loss", "grad_norm", "tokens"):
+        assert [row[name] for row in together] == pytest.approx([row[name] for row in alone], rel=1e-4), name
+    for name in ("val_loss", "val_accuracy"):
+        assert together[-1][name] == pytest.approx(alone[-1][name], rel=1e-4), name
+
+
+def test_the_command_names_files_and_modules_so_that_it_works_anywhere():
+    command = launch_command("fsdp", 8, ["--from-cache", "x", "--launch", "fsdp"])
+    assert command[:4] == [sys.executable, "-P", "-m", "accelerate.commands.launch"]
+    assert command[command.index("--config_file") + 1] == str(ROOT / "trainer/loop/launch_fsdp.yaml")
+    assert command[command.index("--num_processes") + 1] == "8"
+    assert command[-8:] == [sys.executable, "-P", "-m", "trainer.cli", "--from-cache", "x", "--launch", "fsdp"]
+
+
+def test_launch_files_belong_to_the_package():
+    import tomllib
+
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["*"]
+    for path in LAUNCH_FILES.values():
+        assert path.is_file()
+        assert path.parent == ROOT / "trainer"
+        assert any(path.match(pattern) for pattern in patterns)
+
+
+def test_there_is_one_process_per_gpu_unless_told_otherwise():
+    assert num_processes("ddp", None, 4) == num_processes("fsdp", None, 4) == 4
+    assert num_processes("fsdp", 2, 4) == num_processes("ddp", 2, 0) == 2
+    with pytest.raises(UserError, match="--processes is 8 and 4 GPUs are visible"):
+        num_processes("ddp", 8, 4)
+    with pytest.raises(UserError, match="say with --processes how many CPU processes"):
+        num_processes("ddp", None, 0)
+    with pytest.raises(UserError, match="none is visible; on CPUs use --launch ddp"):
+        num_processes("fsdp", 2, 0)
+
+
+def test_without_a_gpu_the_ranks_are_told_to_meet_on_the_cpu():
+    assert launch_environment({"A": "1"}, 2) == {"A": "1"}
+    assert launch_environment({"A": "1"}, 0) == {"A": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def test_settings_are_checked_once_before_anything_is_launched(here, monkeypatch):
+    monkeypatch.chdir(here)
+    (here / "settings.yaml").write_text("fusion: {nmae: first}\n")
+    arguments = ["--from-cache", "--recipe", "demo", "--config", "settings.yaml", "--launch", "ddp"]
+    result = CliRunner().invoke(train_main, arguments)
+    assert result.exit_code == 1
+    assert "unknown setting 'fusion.nmae'" in result.stderr
+    assert "running" not in result.stderr

@@ -1,0 +1,72 @@
+import json
+import time
+
+import pytest
+import torch
+
+from trainer.loop.progress import METRICS_FILE, RunProgress, read_metrics
+
+
+def row(step, **more):
+    return {
+        "step": step,
+        "loss": torch.tensor(0.5),
+        "llm_lr": 1e-3,
+        "lora_lr": 2e-3,
+        "samples": 4,
+        "tokens": 40,
+        **more,
+    }
+
+
+def progress(run, **options):
+    return RunProgress(run, start=0, stop=4, is_first_rank=True, **options)
+
+
+def test_a_person_sees_loss_rate_speed_waiting_and_the_last_validation(tmp_path, capsys):
+    with progress(tmp_path) as shown:
+        shown.advance(row(0, val_loss=0.25, val_accuracy=0.75, val_chance=0.5))
+        shown.advance(row(1))
+        shown.flush(waited_s=0.0)
+        shown.advance(row(2))
+        shown.flush(waited_s=0.0)
+        facts = shown._bar.tasks[0].fields["facts"]
+    for words in ("loss 0.5000", "lr 2.0e-03", "samples/s", "tokens/s", "waits 0%"):
+        assert words in facts
+    assert "held out: loss 0.2500, accuracy 0.75 (chance 0.50)" in facts
+    assert capsys.readouterr().out == ""
+
+
+def test_a_pause_is_no_steps_time(tmp_path):
+    with progress(tmp_path, is_quiet=True) as shown:
+        shown.advance(row(0))
+        with shown.paused():
+            time.sleep(0.3)
+        shown.flush(waited_s=0.0)
+    assert read_metrics(tmp_path)[0]["samples_per_s"] > 4 / 0.3
+
+
+def test_every_written_row_is_told_to_the_log(tmp_path):
+    told = []
+    with progress(tmp_path, is_quiet=True, log=told.append) as shown:
+        shown.advance(row(0))
+        shown.advance(row(1))
+        assert told == []
+        shown.flush(waited_s=0.0)
+    assert told == read_metrics(tmp_path)
+    assert told[1]["loss"] == pytest.approx(0.5)
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    with RunProgress(tmp_path, start=0, stop=2, is_first_rank=False) as shown:
+        shown.advance(row(0))
+        shown.flush(waited_s=0.0)
+    assert not (tmp_path / METRICS_FILE).exists()
+
+
+def test_a_resumed_curve_keeps_the_lines_before_its_start(tmp_path):
+    lines = [json.dumps({"step": step}) for step in range(4)]
+    (tmp_path / METRICS_FILE).write_text("\n".join([*lines, '{"step": 4, "lo']))
+    with RunProgress(tmp_path, start=2, stop=4, is_first_rank=True, is_quiet=True):
+        pass
+    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1]

@@ -1,0 +1,212 @@
+"""FSDP on two CPU processes.
+
+accelerate shards on GPUs only: on CPUs it takes the environment of its own launcher for plain data parallelism. So the
+script below tells accelerate's state that it shards; everything else is what a GPU run does, over gloo.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env
+from safetensors.torch import load_file
+
+from featurestore.errors import UserError
+from trainer.config import TrainConfig
+from trainer.loop.launch import LAUNCH_FILES
+from trainer.loop.progress import read_metrics
+from trainer.loop.ranks import make_accelerator
+from trainer.loop.shards import placed_like, plain, whole
+from trainer.runs import checkpoint
+
+SCRIPT = """
+import json
+import sys
+
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+
+import trainer.loop.train
+from featurestore.samples import Sample, Turn
+from trainer.loop import ranks
+from trainer.overlay import overlay
+from trainer.recipes import get_recipe
+from trainer.data.tokens import MemoryTokens
+
+held = []  # share of the elements of the model's parameters that this process holds
+
+
+def sharding(config, run):
+    AcceleratorState._reset_state()
+    if PartialState._shared_state:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+    accelerator = ranks.make_accelerator(config, run)
+    for state in (AcceleratorState._shared_state, PartialState._shared_state):
+        state["distributed_type"] = DistributedType.FSDP
+    AcceleratorState._shared_state["fsdp_plugin"] = ranks._sharding(config)
+    assert accelerator.is_fsdp2
+    return accelerator
+
+
+def weighing(accelerator, model, optimizer):
+    prepared = ranks.prepare(accelerator, model, optimizer)
+    local = sum(p.to_local().numel() for p in model.parameters())
+    held.append(local / sum(p.numel() for p in model.parameters()))
+    return prepared
+
+
+def go(out, changes, resume=False, stop_at=None):
+    random = torch.Generator().manual_seed(0)
+    clips = [f"set/clip{index}.mp4" for index in range(16)]
+    tokens = MemoryTokens(clips, {"dinov2": torch.randn(16, 2, 2, 2, 8, generator=random)})
+    samples = [
+        Sample(
+            sample_id=f"s{index:02d}",
+            clip_id=clip if index % 3 else None,  # every third is text only
+            turns=(Turn(role="human", text="What?"), Turn(role="gpt", text="red green blue"[: 3 + index % 2 * 6])),
+            stage="finetune",
+            split="train" if index < 12 else "heldout",
+            source="toy",
+            options=("red", "red green"),
+            answer_index=index % 2,
+        )
+        for index, clip in enumerate(clips)
+    ]
+    common = {"projector": {"grid": [1, 2, 2]}, "max_steps": 4, "batch_size": 4, "micro_batch_size": 1}
+    checkpoints = {"eval_every": 2, "checkpoint_every": 2, "keep_checkpoints": 5}
+    config = overlay(get_recipe("demo"), common | checkpoints | changes)
+    trainer.loop.train.train(config, samples, tokens, out, resume=resume, stop_at=stop_at, is_quiet=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    trainer.loop.train.make_accelerator, trainer.loop.train.prepare = sharding, weighing
+    for options in json.loads(sys.argv[1]):
+        go(**options)
+    print(json.dumps(held))
+"""
+FULL = {}
+PARTLY = {"train_llm": "lora", "activation_checkpointing": True, "precision": "bf16"}  # and frozen weights in bfloat16
+
+
+@pytest.fixture(scope="module")
+def go():
+    """The script's runs, in this process alone."""
+    names = {"__name__": "script"}
+    exec(compile(SCRIPT, "script", "exec"), names)
+    return names["go"]
+
+
+def launcher_environment(launch, processes):
+    """What accelerate's launcher sets for one of our files."""
+    options = ["--config_file", str(LAUNCH_FILES[launch]), "--num_processes", str(processes), "script.py"]
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(options))
+    return prepare_multi_gpu_env(arguments)
+
+
+def run_sharded(folder, runs):
+    """Those runs, one after the other, by two processes that share each model; the share that each has held."""
+    (folder / "script.py").write_text(SCRIPT)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shared = {
+        **launcher_environment("fsdp", 2),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).resolve().parents[3]),
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(folder / "script.py"), json.dumps(runs)],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    held = []
+    for process in started:
+        output, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+        held += json.loads(output)
+    return held
+
+
+def shapes(path):
+    return {name: (value.shape, value.dtype) for name, value in load_file(path).items()}
+
+
+def column(run, name):
+    return [row[name] for row in read_metrics(run) if name in row]
+
+
+def test_two_sharded_ranks_train_validate_save_and_resume_as_one(tmp_path, go, pretrained):
+    partly = {**PARTLY, "llm": pretrained}
+    runs = [
+        {"out": str(tmp_path / "full"), "changes": FULL, "stop_at": 2},
+        {"out": str(tmp_path / "full"), "changes": FULL, "resume": True},
+        {"out": str(tmp_path / "partly"), "changes": partly},
+    ]
+    held = run_sharded(tmp_path, runs)
+    assert len(held) == 6
+    assert all(0.4 < share < 0.6 for share in held)
+
+    for name, changes, tolerance in [("full", FULL, 1e-3), ("partly", partly, 3e-2)]:
+        alone = tmp_path / f"{name}-alone"
+        go(alone, changes)
+        for metric in ("loss", "grad_norm", "val_loss", "val_loss_text", "val_accuracy"):
+            assert column(tmp_path / name, metric) == pytest.approx(column(alone, metric), rel=tolerance), metric
+        for file in (checkpoint.MODEL_FILE, checkpoint.OPTIMIZER_FILE):
+            found, wanted = (load_file(checkpoint.newest(run) / file) for run in (tmp_path / name, alone))
+            assert {n: (v.shape, v.dtype) for n, v in found.items()} == {
+                n: (v.shape, v.dtype) for n, v in wanted.items()
+            }
+
+    # What two ranks saved, one goes on with; it then writes what it would have written without them.
+    shutil.copytree(tmp_path / "full", tmp_path / "one")
+    shutil.rmtree(checkpoint.newest(tmp_path / "one"))
+    go(tmp_path / "one", FULL, resume=True)
+    assert column(tmp_path / "one", "loss") == pytest.approx(column(tmp_path / "full", "loss"), rel=1e-3)
+
+
+def test_the_launch_file_is_what_the_plugin_reads(monkeypatch):
+    for name, value in launcher_environment("fsdp", 2).items():
+        monkeypatch.setenv(name, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert (plugin.fsdp_version, plugin.reshard_after_forward, plugin.cpu_ram_efficient_loading) == (2, True, False)
+    assert (plugin.auto_wrap_policy.__name__, plugin.activation_checkpointing) == (
+        "transformer_auto_wrap_policy",
+        False,
+    )
+
+
+def test_the_ddp_file_asks_for_nothing_but_processes():
+    assert "ACCELERATE_USE_FSDP" not in launcher_environment("ddp", 2)
+
+
+def test_other_ways_to_shard_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(UserError, match="FSDP must be version 2"):
+        make_accelerator(TrainConfig(), tmp_path)
+
+
+def test_whole_tensors_stay_what_they_are():
+    value = torch.arange(3.0)
+    assert plain(value) is value
+    assert torch.equal(placed_like(value, torch.zeros(3)), value)
+    assert list(whole({"a": value}, keep=True)) == ["a"]
+    assert whole({"a": value}, keep=False) == {}

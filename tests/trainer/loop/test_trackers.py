@@ -1,0 +1,48 @@
+from dataclasses import replace
+
+import pytest
+
+from featurestore.errors import UserError
+from trainer.config import TrainConfig
+from trainer.loop.progress import read_metrics
+from trainer.loop.trackers import flat
+from trainer.loop.train import train
+
+
+def logged(run):
+    """Tag -> step -> value of everything in a run's event files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "trackers" / "merv-train"))
+    events.Reload()
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_holds_every_row(tmp_path, config, samples, tokens):
+    run = tmp_path / "run"
+    train(replace(config, trackers=("tensorboard",)), samples, tokens, run, is_quiet=True)
+    found, rows = logged(run), read_metrics(run)
+    for name in ("loss", "grad_norm", "projector_lr", "tokens_per_s", "wait_share"):
+        assert found[name] == pytest.approx({row["step"]: row[name] for row in rows}, rel=1e-5), name
+
+
+def test_a_resumed_run_is_one_curve(tmp_path, config, samples, tokens):
+    run, settings = tmp_path / "run", replace(config, trackers=("tensorboard",))
+    train(settings, samples, tokens, run, stop_at=3, is_quiet=True)
+    train(settings, samples, tokens, run, resume=True, is_quiet=True)
+    assert sorted(logged(run)["loss"]) == list(range(6))
+
+
+def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_written(
+    tmp_path, config, samples, tokens, monkeypatch
+):
+    monkeypatch.setattr("trainer.loop.trackers.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"tracker wandb is not installed: pip install 'merv-pipeline\[track\]'"):
+        train(replace(config, trackers=("wandb",)), samples, tokens, tmp_path / "run", is_quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_are_told_under_dotted_names():
+    found = flat({"a": 1, "b": {"c": None, "d": {"e": (1, 2)}}, "f": {}})
+    assert found == {"a": 1, "b.c": "None", "b.d.e": "(1, 2)", "f": "{}"}
+    assert not [name for name, value in flat(vars(TrainConfig())).items() if isinstance(value, dict)]

@@ -1,0 +1,112 @@
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from trainer.config import FusionConfig, ProjectorConfig
+from trainer.data.collate import collate
+from trainer.data.prompts import IGNORE_INDEX, Rendered
+from trainer.data.tokens import TokenShape
+from trainer.model.fusion import build_fusion
+from trainer.model.projectors import Projector
+from trainer.model.video_llm import VideoLLM
+
+X = IGNORE_INDEX
+FIRST = Rendered(input_ids=(1, 5, 6, 7, 2), labels=(X, X, X, 7, 2), visual_at=1)
+SECOND = Rendered(input_ids=(3, 9, 2), labels=(X, 9, 2), visual_at=0)
+TOKENS = {"dinov2": torch.randn(2, 1, 1, 2, 4, generator=torch.Generator().manual_seed(0))}
+
+
+def llama():
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=12,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+        )
+    )
+
+
+def gpt2():
+    return GPT2LMHeadModel(GPT2Config(vocab_size=12, n_embd=16, n_layer=2, n_head=2, n_positions=64))
+
+
+@pytest.fixture(params=[llama, gpt2], ids=["llama", "gpt2"])
+def model(request):
+    torch.manual_seed(5)
+    shape = TokenShape(grid=(1, 1, 2), width=4, is_pooled=True, identity="test")
+    projectors = {"dinov2": Projector(ProjectorConfig(), shape, 16)}
+    return VideoLLM(request.param(), projectors, build_fusion(FusionConfig(), 1, 16)).eval()
+
+
+def batch_of(rendered, rows):
+    return collate(rendered, rows, TOKENS if max(rows) >= 0 else {}, num_visual_tokens=2)
+
+
+def loss_by_hand(model, sample, clip):
+    """One unpadded sequence, all its logits, the plain definition."""
+    table = model.llm.get_input_embeddings().weight
+    text = table[list(sample.input_ids)]
+    visual = model.projectors[0].head(TOKENS["dinov2"][clip].reshape(2, 4)) if clip is not None else text[:0]
+    sequence = torch.cat([text[: sample.visual_at], visual, text[sample.visual_at :]])
+    labels = [*sample.labels[: sample.visual_at], *[X] * len(visual), *sample.labels[sample.visual_at :]]
+    logs = model.llm(inputs_embeds=sequence[None]).logits[0].log_softmax(-1)
+    return -sum(logs[place - 1, label] for place, label in enumerate(labels) if label != X)
+
+
+def test_the_loss_is_the_sum_over_supervised_tokens_whatever_the_padding(model):
+    expected = loss_by_hand(model, FIRST, 1) + loss_by_hand(model, SECOND, 0) + loss_by_hand(model, FIRST, None)
+    torch.testing.assert_close(model(batch_of([FIRST, SECOND, FIRST], [1, 0, -1])), expected)
+
+
+def test_visual_tokens_stand_behind_the_bos_or_first(model):
+    embeddings_BSM = model.splice(batch_of([FIRST, SECOND], [0, 1]))
+    visual_CNM, _ = model.visual_tokens(TOKENS)
+    table = model.llm.get_input_embeddings().weight
+    torch.testing.assert_close(embeddings_BSM[0], torch.cat([table[[1]], visual_CNM[0], table[[5, 6, 7, 2]]]))
+    torch.testing.assert_close(embeddings_BSM[1, :5], torch.cat([visual_CNM[1], table[[3, 9, 2]]]))
+    assert not embeddings_BSM[1, 5:].any()
+
+
+def test_scores_are_mean_log_likelihoods(model):
+    scores_B = model.score(batch_of([FIRST, SECOND], [0, 1]))
+    expected = torch.stack([-loss_by_hand(model, FIRST, 0) / 2, -loss_by_hand(model, SECOND, 1) / 2])
+    torch.testing.assert_close(scores_B, expected)
+
+
+def test_a_batch_of_text_still_reaches_every_visual_parameter(model):
+    model.train()
+    model(batch_of([SECOND], [-1])).backward()
+    for parameter in model.projectors.parameters():
+        assert parameter.grad is not None
+        assert not parameter.grad.any()
+
+
+def test_a_frozen_llm_is_left_in_evaluation_mode(model):
+    model.llm.requires_grad_(False)
+    assert not model.train().llm.training
+    model.llm.requires_grad_(True)
+    assert model.train().llm.training
+
+
+def test_generation_of_a_padded_batch_equals_generation_one_by_one(model):
+    questions = [
+        Rendered(input_ids=(1, 5, 6, 7), labels=(X,) * 4, visual_at=1),
+        Rendered(input_ids=(3, 9), labels=(X,) * 2, visual_at=0),
+    ]
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": 99}
+    together = model.generate(batch_of(questions, [0, 1]), **options)
+    for index, question in enumerate(questions):
+        alone = model.generate(collate([question], [index], TOKENS, num_visual_tokens=2), **options)
+        assert together[index].tolist() == alone[0].tolist()
+
+
+def test_a_model_without_projectors_is_the_plain_llm():
+    torch.manual_seed(5)
+    model = VideoLLM(llama(), {}, None).eval()
+    assert model.num_visual_tokens == 0
+    batch = collate([FIRST], [-1], {}, num_visual_tokens=0)
+    expected = model.llm(input_ids=batch.input_ids_BL, labels=batch.labels_BS).loss * 2
+    torch.testing.assert_close(model(batch), expected)

@@ -1,0 +1,1 @@
+"""From stored tokens and samples to batches: prompts, order, collation."""

@@ -1,0 +1,1 @@
+"""Runs as folders to give away, and released checkpoints as runs."""

@@ -1,0 +1,203 @@
+"""Export: a run -> a folder that can be given away; `trainer/give/exported.py` reads it.
+
+    OUT/README.md                 model card
+    OUT/config.yaml, run.json     settings and record of the run
+    OUT/encoders.json             identity of every encoder's tokens: weights, layer, preprocessing, grid
+    OUT/projectors.safetensors    and fusion.safetensors (trained_encoders.safetensors, where some were trained)
+    OUT/llm/                      tokenizer; all of the LLM, in shards, where this run has changed it or is asked to
+    OUT/adapter/                  LoRA weights as peft reads them, where they are not merged
+    OUT/export.json               step, data digest, sha256 of every file of weights
+
+A frozen LLM is named and not copied: its weights are its publisher's to give.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from featurestore.errors import UserError
+from trainer.config import CONFIG_FILE
+from trainer.give.exported import (
+    ADAPTER_FILE,
+    ADAPTER_FOLDER,
+    ADAPTER_PREFIX,
+    EXPORT_FILE,
+    FORMAT,
+    WORDS,
+    ExportRecord,
+    LLMWeights,
+    weight_digests,
+)
+from trainer.give.model_card import UNKNOWN_LICENSE, CardFacts, model_card
+from trainer.give.official import IMPORT_FILE
+from trainer.loop.progress import METRICS_FILE, read_metrics
+from trainer.model.adapt import is_adapter
+from trainer.model.build import Built, LoadedRun
+from trainer.runs import checkpoint
+from trainer.runs.chain import last_stage
+from trainer.runs.load import load_run
+from trainer.runs.record import LLM_FOLDER, software_versions
+from trainer.runs.scores import read_scores
+
+CARD_FILE, ENCODERS_FILE = "README.md", "encoders.json"
+MAX_SHARD = "5GB"
+
+
+def export_run(
+    run: Path,
+    out: Path,
+    *,
+    name: str | None = None,
+    with_llm: bool = False,
+    merge_lora: bool = False,
+    best: bool = False,
+    license: str = UNKNOWN_LICENSE,
+) -> dict[str, Any]:
+    """Write the newest (or best) checkpoint of `run` to the folder `out`, whole or not at all."""
+    run, out = last_stage(Path(run)), Path(out)
+    if out.exists():
+        raise UserError(f"{out} exists already; choose another --out")
+    loaded = load_run(run, best=best)
+    kind = _llm_weights(loaded.built, with_llm=with_llm, merge_lora=merge_lora)
+    temporary = out.with_name(f".tmp-{out.name}-{os.getpid()}")
+    temporary.mkdir(parents=True)
+    try:
+        dtype = str(loaded.built.llm.model.dtype).removeprefix("torch.")
+        revision = getattr(loaded.built.llm.model.config, "_commit_hash", None)
+        _write_weights(temporary, loaded.built, kind, merge_lora=merge_lora)
+        _write_facts(temporary, run, loaded)
+        record = ExportRecord(
+            format=FORMAT,
+            step=loaded.step,
+            data_digest=loaded.record.data_digest,
+            llm=kind,
+            llm_dtype=dtype,
+            is_merged=merge_lora,
+            llm_revision=revision,
+            sha256=weight_digests(temporary),
+        )
+        (temporary / EXPORT_FILE).write_text(json.dumps(asdict(record), indent=1) + "\n")
+        facts = card_facts(run, loaded, record, name=name or out.name, license=license)
+        (temporary / CARD_FILE).write_text(model_card(facts))
+        temporary.rename(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    files = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
+    size = sum((out / file).stat().st_size for file in files)
+    return {"out": str(out), "step": record.step, "llm": kind, "bytes": size, "files": files}
+
+
+def card_facts(run: Path, loaded: LoadedRun, record: ExportRecord, *, name: str, license: str) -> CardFacts:
+    """What the run's folder says about itself; what an imported or older run does not hold is left out."""
+    metrics = read_metrics(run) if (run / METRICS_FILE).is_file() else []
+    at_step = [row for row in metrics if row["step"] == loaded.step - 1]
+    return CardFacts(
+        name=name,
+        config=loaded.built.config,
+        record=loaded.record,
+        step=loaded.step,
+        llm_weights=WORDS[record.llm],
+        llm_revision=record.llm_revision,
+        license=license,
+        scores=read_scores(run),
+        metrics=at_step[-1] if at_step else None,
+        validation=_validation(run, loaded.step),
+        origin=json.loads((run / IMPORT_FILE).read_text()) if (run / IMPORT_FILE).is_file() else None,
+        software=software_versions(),
+    )
+
+
+def _validation(run: Path, step: int) -> Mapping[str, float] | None:
+    """What the checkpoint of that step says; its weights are not read for it."""
+    states = [json.loads((folder / checkpoint.STATE_FILE).read_text()) for folder in checkpoint.checkpoints(run)]
+    return next((state.get("validation") for state in states if state["step"] == step), None)
+
+
+def _llm_weights(built: Built, *, with_llm: bool, merge_lora: bool) -> LLMWeights:
+    """Where the LLM's weights will be; an error for what cannot be asked of this run."""
+    config = built.config
+    if merge_lora and config.train_llm != "lora":
+        raise UserError(f"--merge-lora: the run has train_llm {config.train_llm}, so there are no adapters to merge")
+    if config.llm_quant and (merge_lora or with_llm):
+        raise UserError(
+            f"the LLM was loaded as {config.llm_quant}, whose weights cannot be exported; leave out --merge-lora and"
+            " --with-llm: the LLM is then named, and its adapters are saved"
+        )
+    if config.train_llm == "lora" and not merge_lora:
+        if with_llm or built.saves_llm:
+            raise UserError("the LLM of a LoRA run is whole only with its adapters merged; add --merge-lora")
+        return "adapter"
+    return "whole" if with_llm or merge_lora or built.saves_llm else "named"
+
+
+def _write_weights(out: Path, built: Built, kind: LLMWeights, *, merge_lora: bool) -> None:
+    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, value in built.model.state_dict().items():
+        if not name.startswith("llm."):
+            parts[name.partition(".")[0]][name] = value.detach().cpu().contiguous()
+    for part, weights in parts.items():
+        save_file(weights, out / f"{part}.safetensors", metadata={"format": "pt"})
+    built.llm.tokenizer.save_pretrained(out / LLM_FOLDER)
+    if kind == "adapter":
+        write_adapter(out / ADAPTER_FOLDER, built.llm.model, built.config.llm)
+    if kind == "whole":
+        if merge_lora:
+            merge_adapters(built.llm.model)
+        built.llm.model.save_pretrained(out / LLM_FOLDER, max_shard_size=MAX_SHARD)
+
+
+def _write_facts(out: Path, run: Path, loaded: LoadedRun) -> None:
+    """Settings and record; files by their names alone, where they lay is nobody else's business."""
+    (out / CONFIG_FILE).write_text(loaded.built.config.to_yaml())
+    known = {encoder: _without_paths(facts) for encoder, facts in loaded.record.encoders.items()}
+    replace(loaded.record, store=Path(loaded.record.store).name, encoders=known, live=None).write(out)
+    encoders = {
+        encoder: {"identity_id": shape.identity, **known.get(encoder, {})}
+        for encoder, shape in loaded.record.shapes.items()
+    }
+    (out / ENCODERS_FILE).write_text(json.dumps(encoders, indent=1) + "\n")
+    if (run / IMPORT_FILE).is_file():
+        shutil.copyfile(run / IMPORT_FILE, out / IMPORT_FILE)
+
+
+def _without_paths(facts: Mapping[str, Any]) -> dict[str, Any]:
+    source = facts.get("weights_from")
+    return {**facts, "weights_from": Path(source).name} if source and Path(source).exists() else dict(facts)
+
+
+def write_adapter(folder: Path, llm: nn.Module, base: str) -> None:
+    """The adapters as peft's own folder: `PeftModel.from_pretrained(BASE, FOLDER)` reads it."""
+    settings = llm.peft_config["default"]
+    settings.base_model_name_or_path, settings.task_type, settings.inference_mode = base, "CAUSAL_LM", True
+    settings.save_pretrained(folder)
+    weights = {
+        ADAPTER_PREFIX + name.replace(".default.", "."): value.detach().cpu().contiguous()
+        for name, value in llm.state_dict().items()
+        if is_adapter(name)
+    }
+    save_file(weights, folder / ADAPTER_FILE, metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def merge_adapters(llm: nn.Module) -> None:
+    """Add every adapter to the weights it stands beside, in their type, and take it out of the LLM."""
+    from peft.tuners.tuners_utils import BaseTunerLayer  # seconds, and most runs have no adapters
+
+    for name, module in list(llm.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge(safe_merge=True)  # refuses to merge what is not finite
+            parent, _, child = name.rpartition(".")
+            setattr(llm.get_submodule(parent), child, module.get_base_layer())
+    del llm.peft_config

@@ -1,0 +1,251 @@
+"""Model card: README.md of an exported model, made of what the run recorded and of nothing else.
+
+Comes in: `CardFacts`. Goes out: Markdown with the front matter that a model hub reads. What a reader must not overlook
+(weights that are random numbers, a licence still to be chosen, scores of another step) is said in bold; what was not
+recorded is said to be unknown. Text from data (categories, names of stores) is kept from becoming Markdown.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.config import TrainConfig
+from trainer.model.llm import FRESH_PREFIX
+from trainer.runs.record import RunRecord
+
+LIBRARY = "merv-pipeline"
+UNKNOWN_LICENSE = "unknown"  # a value that model hubs know
+TASK = "video-text-to-text"
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """What the card is made of."""
+
+    name: str
+    config: TrainConfig
+    record: RunRecord
+    step: int  # steps done
+    llm_weights: str  # where the LLM's weights are, in words
+    llm_revision: str | None  # commit of the Hub's LLM
+    license: str = UNKNOWN_LICENSE
+    scores: Sequence[Mapping[str, Any]] = ()  # as trainer/runs/scores.py reads them
+    metrics: Mapping[str, Any] | None = None  # of the last step
+    validation: Mapping[str, float] | None = None  # of the exported checkpoint
+    origin: Mapping[str, Any] | None = None  # of an imported checkpoint
+    software: Mapping[str, str]  # that made the export
+
+
+def model_card(facts: CardFacts) -> str:
+    """The whole README.md."""
+    sections = {
+        "Load it": _loading(facts),
+        "What was random": _bullets(random_parts(facts)),
+        "Encoders": _encoders(facts.record),
+        "Data": _data(facts),
+        "Training": _training(facts),
+        "Scores": _scores(facts),
+        "Settings": f"```yaml\n{facts.config.to_yaml()}```",
+        "Software": _table(
+            ("package", "in training", "at export"),
+            (
+                (name, facts.record.software.get(name, "not recorded"), facts.software.get(name, "-"))
+                for name in {**facts.record.software, **facts.software}
+            ),
+        ),
+        "Licence": _licence(facts),
+    }
+    body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
+    return f"{_front_matter(facts)}\n# {_plain(facts.name)}\n\n{_summary(facts)}\n\n{body}\n"
+
+
+def random_parts(facts: CardFacts) -> list[str]:
+    """What did not come from training or from somebody's trained weights."""
+    config, told = facts.config, []
+    for encoder in facts.record.shapes:
+        label = facts.record.encoders.get(encoder, {}).get("weights")
+        if label is None:
+            told.append(f"Encoder {encoder}: not recorded whether its weights were trained.")
+        elif label.startswith("random"):
+            told.append(f"**Encoder {encoder} has seeded random weights (`{label}`): it was never trained.**")
+    if config.llm.startswith(FRESH_PREFIX):
+        told.append(
+            f"**The LLM (`{config.llm}`) started from fresh weights, seed {config.seed}, and knows only the words of"
+            " its training samples.**"
+        )
+    if facts.origin is None and facts.record.shapes:
+        start = f"from the run `{_plain(config.init)}`" if config.init else f"from seed {config.seed}"
+        told.append(f"Projectors and fusion started {start} and were trained; the order of the data follows the seed.")
+    return told or ["Nothing that is recorded."]
+
+
+def hub_id(llm: str) -> str | None:
+    """The LLM's name where a model hub can follow it: not fresh, not a folder."""
+    return llm if HUB_ID.fullmatch(llm) and not Path(llm).exists() else None
+
+
+def _front_matter(facts: CardFacts) -> str:
+    """YAML between two lines of dashes, as model hubs read it."""
+    base = hub_id(facts.config.llm)
+    values = {
+        "license": facts.license,
+        "library_name": LIBRARY,
+        "pipeline_tag": TASK,
+        "tags": ["video", "multi-encoder", "merv", facts.config.fusion.name, *facts.record.shapes],
+        **({"base_model": [base]} if base else {}),
+        **({"metrics": ["accuracy"], "model-index": [_model_index(facts)]} if facts.scores else {}),
+    }
+    text = yaml.safe_dump(values, sort_keys=False)
+    open_line = f"license: {UNKNOWN_LICENSE}\n"
+    text = text.replace(open_line, f"license: {UNKNOWN_LICENSE}  # fill in before you publish it\n", 1)
+    return f"---\n{text}---\n"
+
+
+def _model_index(facts: CardFacts) -> dict[str, Any]:
+    """The overall accuracy of every evaluation."""
+    return {
+        "name": facts.name,
+        "results": [
+            {
+                "task": {"type": TASK, "name": "multiple choice"},
+                "dataset": {"type": _stem(record), "name": _stem(record), "split": record["split"]},
+                "metrics": [
+                    {"type": "accuracy", "value": row["accuracy"], "name": f"accuracy, chance {row['chance']:.3f}"}
+                ],
+            }
+            for record in facts.scores
+            for row in record["scores"][:1]
+        ],
+    }
+
+
+def _summary(facts: CardFacts) -> str:
+    encoders = ", ".join(facts.record.shapes) or "no encoder (text only)"
+    fusion = f", fused by `{facts.config.fusion.name}`" if len(facts.record.shapes) > 1 else ""
+    counts = "; ".join(
+        f"{part} {sizes['total']:,} ({sizes['trained']:,} trained)" for part, sizes in facts.record.parameters.items()
+    )
+    source = f"\n\nImported from a checkpoint of {_plain(facts.origin['source'])}." if facts.origin else ""
+    revision = f" at revision `{facts.llm_revision}`" if facts.llm_revision else ""
+    return (
+        f"A VideoLLM: visual tokens of {encoders}{fusion}, in front of `{_plain(facts.config.llm)}`{revision}."
+        f" {facts.record.num_visual_tokens} visual tokens per clip. {facts.llm_weights}{source}\n\n"
+        f"Parameters: {counts}."
+    )
+
+
+def _loading(facts: CardFacts) -> str:
+    return (
+        "```python\nfrom trainer.give.export import load_export\n\n"
+        'run = load_export("path/to/this/folder")\n'
+        "model, renderer = run.built.model, run.built.renderer\n```\n\n"
+        "`merv-eval run --checkpoint path/to/this/folder --store STORE` scores it on the questions of a feature store."
+    )
+
+
+def _encoders(record: RunRecord) -> str:
+    """Who made the tokens; encoders.json beside the card holds every field, preprocessing included."""
+    rows = []
+    for encoder, shape in record.shapes.items():
+        facts = record.encoders.get(encoder, {})
+        identity = facts.get("identity", {})
+        weights = (
+            f"{facts.get('weights', 'not recorded')}, sha256 {identity.get('weights_sha256', 'not recorded')[:12]}"
+        )
+        grid = f"{'x'.join(map(str, shape.grid))} of width {shape.width}"
+        rows.append((encoder, f"`{shape.identity}`", identity.get("layer", "not recorded"), weights, grid))
+    if not rows:
+        return "None: this is the text-only baseline."
+    table = _table(("encoder", "identity of its tokens", "output", "weights", "tokens T x H x W"), rows)
+    return f"{table}\n\nEvery field of the identities, preprocessing included, is in `encoders.json`."
+
+
+def _data(facts: CardFacts) -> str:
+    record = facts.record
+    dropped = ", ".join(f"{count} {_plain(reason)}" for reason, count in record.dropped.items()) or "none"
+    return _bullets(
+        [
+            f"Data digest: `{_plain(record.data_digest)}`",
+            f"Samples: {record.num_samples:,}; dropped: {dropped}",
+            f"Store: {_plain(Path(record.store).name) or 'not recorded'}",
+        ]
+    )
+
+
+def _training(facts: CardFacts) -> str:
+    config, metrics = facts.config, facts.metrics or {}
+    lines = [
+        f"Steps: {facts.step} of {facts.record.num_steps}, {config.batch_size} samples each",
+        f"LLM: train_llm `{config.train_llm}`; mode `{config.mode}`; loss `{config.loss}`",
+        f"Loss of the last step: {metrics['loss']:.4f}" if "loss" in metrics else "Loss of the last step: not recorded",
+        *(f"Validation of this checkpoint, {name}: {value:.4f}" for name, value in (facts.validation or {}).items()),
+    ]
+    if facts.record.started_from:
+        lines.append(f"Started from: {_plain(facts.record.started_from)}")
+    if facts.origin:
+        lines.append(f"Imported file: `{_plain(facts.origin['file'])}`, sha256 `{_plain(facts.origin['sha256'])}`")
+    return _bullets(lines)
+
+
+def _scores(facts: CardFacts) -> str:
+    if not facts.scores:
+        return "Not evaluated: `merv-eval run --checkpoint RUN` before the export puts its scores here."
+    return "\n\n".join(_score_table(record, facts.step) for record in facts.scores)
+
+
+def _score_table(record: Mapping[str, Any], step: int) -> str:
+    """One evaluation: a line per category, other runs beside it."""
+    others = {Path(name).name: {row["category"]: row for row in rows} for name, rows in record["beside"].items()}
+    rows = [
+        (
+            row["category"],
+            row["questions"],
+            f"{row['accuracy']:.3f}",
+            f"{row['chance']:.3f}",
+            *(
+                f"{other[row['category']]['accuracy']:.3f}" if row["category"] in other else "-"
+                for other in others.values()
+            ),
+        )
+        for row in record["scores"]
+    ]
+    part = f", the first {record['limit']} questions only" if record.get("limit") else ""
+    stale = "" if record["step"] == step else f" **These are scores of step {record['step']}, not of this checkpoint.**"
+    head = (
+        f"Split `{_plain(record['split'])}` of `{_stem(record)}`, snapshot `{_plain(record['snapshot'])}`{part}.{stale}"
+    )
+    return f"{head}\n\n{_table(('questions about', 'number', 'accuracy', 'chance', *others), rows)}"
+
+
+def _licence(facts: CardFacts) -> str:
+    others = "The licences of the LLM, of the encoders' weights and of the data hold beside it."
+    if facts.license == UNKNOWN_LICENSE:
+        return f"**To be filled in by who publishes it: `license` at the top of this card.** {others}"
+    return f"`{_plain(facts.license)}`. {others}"
+
+
+def _stem(record: Mapping[str, Any]) -> str:
+    return _plain(Path(record.get("store") or "unknown").stem)
+
+
+def _bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(
+        f"| {' | '.join(_plain(str(cell)).replace('|', chr(92) + '|') for cell in line)} |" for line in lines
+    )
+
+
+def _plain(text: str) -> str:
+    """One line that opens no HTML."""
+    return " ".join(str(text).split()).replace("<", "&lt;")

@@ -1,0 +1,1 @@
+"""Tokens made on the spot instead of read from a store."""

@@ -1,0 +1,104 @@
+"""Ranks: one process or many. Device, precision and data parallelism by accelerate, and what ranks decide together.
+
+Comes in: settings, and the environment that a launcher made. Goes out: accelerate's `Accelerator`, and the model as it
+is called in training. Under DDP every rank holds the whole model; under FSDP (version 2) a shard of every tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from torch import nn
+
+from featurestore.errors import UserError
+from trainer.config import TrainConfig
+from trainer.loop.trackers import TRACKERS_FOLDER
+from trainer.model.adapt import decoder_layers
+from trainer.model.video_llm import VideoLLM
+
+
+def make_accelerator(config: TrainConfig, run: Path) -> Accelerator:
+    """This process among its ranks, as the launcher's environment says."""
+    precision = "bf16" if config.precision == "bf16" else "no"
+    _forget_other_precision(precision)
+    return Accelerator(
+        mixed_precision=precision,
+        fsdp_plugin=_sharding(config),
+        log_with=list(config.trackers) or None,
+        project_dir=str(run / TRACKERS_FOLDER),
+    )
+
+
+def _forget_other_precision(precision: str) -> None:
+    """accelerate remembers the first precision of a process; a later run or stage of it may have another."""
+    known = AcceleratorState._shared_state.get("_mixed_precision", precision)
+    if known == precision:
+        return
+    if AcceleratorState._shared_state.get("distributed_type") == DistributedType.FSDP:
+        raise UserError("under FSDP one command has one precision: train stages of unlike precision one by one")
+    AcceleratorState._reset_state()
+
+
+def _sharding(config: TrainConfig) -> Any:
+    """How FSDP cuts the model up, if it was launched with it."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return None
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    plugin = FullyShardedDataParallelPlugin()  # reads what the launch file says
+    if plugin.fsdp_version != 2 or plugin.cpu_ram_efficient_loading:
+        raise UserError(
+            "FSDP must be version 2 with cpu_ram_efficient_loading off, as `merv-train --launch fsdp` sets it:"
+            " frozen and trained weights lie in one unit, and constants are loaded beside weights"
+        )
+    if config.precision == "bf16":
+        # accelerate would also sum gradients and return the loss in bfloat16.
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return plugin
+
+
+def prepare(accelerator: Accelerator, model: VideoLLM, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+    """The model as it is called in training, and its optimizer; `model` itself stays the one to ask for weights."""
+    if not accelerator.is_fsdp2:
+        return accelerator.prepare(model, optimizer)
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    layers = sorted({type(layer).__name__ for layer in decoder_layers(model.llm)})
+    accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = layers  # one unit per layer, the rest is the root
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    register_fsdp_forward_method(model, "sample_losses")  # validation calls it: weights are gathered for it too
+    return prepared, optimizer
+
+
+def any_rank(accelerator: Accelerator, *flags: bool) -> list[bool]:
+    """For every flag, whether some rank has it: what one does at a step all must do."""
+    if accelerator.num_processes == 1:
+        return list(flags)
+    counts = torch.tensor([float(flag) for flag in flags], device=accelerator.device)
+    return [count > 0 for count in accelerator.reduce(counts, "sum").tolist()]
+
+
+@contextlib.contextmanager
+def deterministic(is_wanted: bool) -> Iterator[None]:
+    """Algorithms that give the same bits every time, where torch has a choice; slower on a GPU."""
+    if not is_wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; cuBLAS is not stable without
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]

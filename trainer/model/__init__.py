@@ -1,0 +1,1 @@
+"""From tokens to text: projectors, fusion and the LLM as one model."""

@@ -1,0 +1,135 @@
+"""VideoLLM: projectors, fusion and any Hugging Face causal LM as one model.
+
+Comes in: a `Batch`. Goes out: the summed loss, option scores or generated text. Visual tokens take the place that the
+batch names (behind a lone BOS, else first), carry no label, and get the ordinary positions 0..S-1, as in
+arXiv 2501.01426; samples without a clip have no visual tokens at all, not masked ones.
+
+B samples, C distinct clips, N visual tokens, M LLM width, L text length, S sequence length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from trainer.data.collate import Batch
+from trainer.data.prompts import IGNORE_INDEX
+from trainer.model.fusion import Fusion
+from trainer.model.projectors import Projector
+
+
+class VideoLLM(nn.Module):
+    """`projectors` and `fusion` may be empty: then it is the plain LLM, the text-only baseline."""
+
+    def __init__(self, llm: nn.Module, projectors: Mapping[str, Projector], fusion: Fusion | None) -> None:
+        super().__init__()
+        self.llm = llm
+        self.encoders = tuple(projectors)  # module names may not hold a dot, encoder names may
+        self.projectors = nn.ModuleList(projectors.values())
+        self.fusion = fusion
+        self.trained_names: tuple[str, ...] = ()
+        self.trained_encoders = nn.ModuleList()  # end to end only, see `join`
+        self._keeps_logits = "logits_to_keep" in inspect.signature(llm.forward).parameters
+
+    def join(self, encoders: Mapping[str, nn.Module]) -> None:
+        """Train these encoders with the rest: batches hold their frames, and `encode` makes tokens of them."""
+        self.trained_names = tuple(encoders)
+        self.trained_encoders = nn.ModuleList(encoders.values())
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """N after fusion; 0 for a text-only model."""
+        return self.fusion.num_tokens(self.projectors[0].num_tokens) if self.fusion is not None else 0
+
+    @property
+    def context(self) -> int | None:
+        """The longest sequence the LLM says it takes."""
+        return getattr(self.llm.config, "max_position_embeddings", None)
+
+    def train(self, mode: bool = True) -> VideoLLM:
+        """A frozen LLM stays in evaluation mode: its dropout would only be noise."""
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.llm.parameters()):
+            self.llm.eval()
+        return self
+
+    def encode(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Frames of the trained encoders -> their tokens_CTHWD; tokens of the frozen ones stay as they are."""
+        networks = zip(self.trained_names, self.trained_encoders, strict=True)
+        return {**tokens, **{name: network(tokens[name]) for name, network in networks}}
+
+    def visual_tokens(self, tokens: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """encoder -> tokens_CTHWD to fused_CNM and the encoders' weights_CE."""
+        tokens = self.encode(tokens)
+        projected = [
+            projector(tokens[encoder]) for encoder, projector in zip(self.encoders, self.projectors, strict=True)
+        ]
+        return self.fusion(projected)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Cross-entropy summed over the supervised tokens of the batch."""
+        return self.token_losses(batch).sum()
+
+    def token_losses(self, batch: Batch) -> Tensor:
+        """Cross-entropy by sample and position, float32 [B, S - first_label], zero where nothing is supervised."""
+        embeddings_BSM = self.splice(batch)
+        first = max(batch.first_label, 1)  # position p is predicted at p - 1
+        wanted = embeddings_BSM.shape[1] - first + 1
+        options = {"logits_to_keep": wanted} if self._keeps_logits else {}
+        output = self.llm(
+            inputs_embeds=embeddings_BSM, attention_mask=batch.attention_mask_BS, use_cache=False, **options
+        )
+        logits_BPV = output.logits[:, -wanted:][:, :-1]
+        labels_BP = batch.labels_BS[:, first:]
+        losses = F.cross_entropy(
+            logits_BPV.float().flatten(0, 1), labels_BP.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+        )
+        return losses.view(labels_BP.shape)
+
+    def splice(self, batch: Batch) -> Tensor:
+        """Text embeddings with each sample's visual tokens in their place: embeddings_BSM, padded with zeros."""
+        text_BLM = self.llm.get_input_embeddings()(batch.input_ids_BL)
+        visual_CNM = None
+        if batch.tokens:
+            visual_CNM = self.visual_tokens(batch.tokens)[0].to(text_BLM.dtype)
+        elif self.training:
+            text_BLM = text_BLM + self._nothing(text_BLM.dtype)
+        rows = []
+        for index, (length, at, row) in enumerate(zip(batch.lengths, batch.visual_at, batch.clip_rows, strict=True)):
+            text_LM = text_BLM[index, :length]
+            rows.append(torch.cat([text_LM[:at], visual_CNM[row], text_LM[at:]]) if row >= 0 else text_LM)
+        return pad_sequence(rows, batch_first=True)
+
+    def _nothing(self, dtype: torch.dtype) -> Tensor:
+        """Zero that depends on every visual parameter: ranks whose batch is all text still join the gradient sum."""
+        visual = nn.ModuleList(
+            [*self.projectors, *self.trained_encoders, *([self.fusion] if self.fusion is not None else [])]
+        )
+        parts = [parameter.sum() * 0.0 for parameter in visual.parameters() if parameter.requires_grad]
+        return sum(parts, start=torch.zeros((), device=self.llm.device)).to(dtype)
+
+    def sample_losses(self, batch: Batch) -> Tensor:
+        """Cross-entropy summed over each sample's supervised tokens, float32 [B]."""
+        return self.token_losses(batch).sum(1)
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> Tensor:
+        """Mean log-likelihood of each sample's supervised tokens, float32 [B]: scores options of unlike length."""
+        return -self.sample_losses(batch) / batch.supervised_B
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, **options: Any) -> Tensor:
+        """New token ids [B, new] behind open questions; `options` go to the LLM's own `generate`."""
+        embeddings_BSM = self.splice(batch)
+        lengths = batch.attention_mask_BS.sum(1).tolist()
+        left = [embeddings_BSM.shape[1] - length for length in lengths]
+        # Generation continues at the right end, so padding moves to the left.
+        embeddings_BSM = torch.stack([row.roll(shift, 0) for row, shift in zip(embeddings_BSM, left, strict=True)])
+        mask_BS = torch.stack([row.roll(shift) for row, shift in zip(batch.attention_mask_BS, left, strict=True)])
+        return self.llm.generate(inputs_embeds=embeddings_BSM, attention_mask=mask_BS, **options)

@@ -1,0 +1,1 @@
+"""A run's folder: record, checkpoints, chains of stages, and the model back from it."""

@@ -1,0 +1,193 @@
+"""Checkpoints: weights and optimizer state as safetensors and JSON in a folder that exists whole or not at all.
+
+    RUN/checkpoints/step-00000400/
+        model.safetensors       trained weights and measured constants; all of the LLM where its weights are fresh
+        optimizer.safetensors   AdamW's two moments by parameter name
+        state.json              step, data digest, encoder identities, validation, sha256 of the two files
+
+Nothing else is state: order and random numbers are functions of the seed and the step, the learning rate of the step.
+Which checkpoint is the best is written nowhere: it follows from what the checkpoints say about their validation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from featurestore.errors import StoreDamagedError, UserError
+from trainer.loop.shards import placed_like
+
+MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointState:
+    """What a checkpoint says about itself."""
+
+    step: int  # steps done
+    data_digest: str
+    identities: Mapping[str, str]  # encoder -> identity of the tokens it was trained on
+    sha256: Mapping[str, str]  # file -> digest
+    validation: Mapping[str, float] = field(default_factory=dict)  # metrics of this step; empty: not validated
+
+
+def save(
+    run: Path,
+    *,
+    step: int,
+    weights: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    data_digest: str,
+    identities: Mapping[str, str],
+    keep: int,
+    validation: Mapping[str, float] | None = None,
+) -> Path:
+    """Write one checkpoint, then remove all but the newest `keep` and the best by validation."""
+    folder = _checkpoints(run) / f"step-{step:08d}"
+    temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file(_on_cpu(weights), temporary / MODEL_FILE)
+    save_file(_on_cpu(optimizer), temporary / OPTIMIZER_FILE)
+    digests = {name: _sha256(temporary / name) for name in (MODEL_FILE, OPTIMIZER_FILE)}
+    state = CheckpointState(
+        step=step,
+        data_digest=data_digest,
+        identities=dict(identities),
+        sha256=digests,
+        validation=dict(validation or {}),
+    )
+    (temporary / STATE_FILE).write_text(json.dumps(asdict(state), indent=1, sort_keys=True))
+    for name in (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE):
+        _sync(temporary / name)
+    shutil.rmtree(folder, ignore_errors=True)  # the same step, written by a run that was resumed from before it
+    temporary.rename(folder)
+    _sync(folder.parent)
+    for old in set(checkpoints(run)[:-keep]) - {best(run)}:
+        shutil.rmtree(old)
+    return folder
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first."""
+    return sorted(path for path in _checkpoints(run).glob("step-*") if (path / STATE_FILE).is_file())
+
+
+def newest(run: Path) -> Path | None:
+    """The last whole checkpoint of a run."""
+    return (checkpoints(run) or [None])[-1]
+
+
+def best(run: Path) -> Path | None:
+    """The whole checkpoint with the best validation, the earlier one of equals; None if none was validated."""
+    validated = [folder for folder in checkpoints(run) if _read_state(folder).validation]
+    return max(validated, key=lambda folder: goodness(_read_state(folder).validation), default=None)
+
+
+def best_goodness(run: Path) -> tuple[float, float] | None:
+    """That of the best checkpoint."""
+    folder = best(run)
+    return goodness(_read_state(folder).validation) if folder is not None else None
+
+
+def goodness(validation: Mapping[str, float]) -> tuple[float, float]:
+    """What checkpoints are compared by: accuracy where questions were asked, then the smaller loss."""
+    return validation.get("val_accuracy", -1.0), -validation["val_loss"]
+
+
+def load_state(folder: Path) -> CheckpointState:
+    """What the checkpoint says, after its files have been compared with their digests."""
+    state = _read_state(folder)
+    for name in (MODEL_FILE, OPTIMIZER_FILE):
+        if state.sha256.get(name) != _sha256(folder / name):
+            raise StoreDamagedError(
+                f"{folder / name} differs from its digest; remove {folder} to use an older checkpoint"
+            )
+    return state
+
+
+def _read_state(folder: Path) -> CheckpointState:
+    try:
+        return CheckpointState(**json.loads((folder / STATE_FILE).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder} is not a checkpoint of this version: {error}") from error
+
+
+def model_weights(model: nn.Module, *, with_llm: bool) -> dict[str, Tensor]:
+    """What a checkpoint must hold: all but a pretrained LLM that was not trained."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {
+        name: value
+        for name, value in model.state_dict().items()
+        if with_llm or name in trained or not name.startswith("llm.")
+    }
+
+
+def load_model(folder: Path, model: nn.Module, *, with_llm: bool) -> None:
+    """Weights of the checkpoint into `model`; every tensor it should hold must be there, and no other."""
+    weights = load_file(folder / MODEL_FILE)
+    expected = set(model_weights(model, with_llm=with_llm))
+    if set(weights) != expected:
+        odd = sorted(set(weights) ^ expected)
+        raise UserError(f"{folder} holds another model than its config builds; differing tensors: {', '.join(odd[:5])}")
+    model.load_state_dict(weights, strict=False)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Tensor]:
+    """AdamW's moments as `NAME/exp_avg`; `names` maps id(parameter) to its name."""
+    return {
+        f"{names[id(parameter)]}/{moment}": state[moment]
+        for parameter, state in optimizer.state.items()
+        for moment in MOMENTS
+    }
+
+
+def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, names: Mapping[int, str], step: int) -> None:
+    """The moments of the checkpoint into `optimizer`, cut up among the ranks as its parameters are."""
+    moments = load_file(folder / OPTIMIZER_FILE)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            if f"{name}/{MOMENTS[0]}" in moments:  # absent where no gradient has reached it yet
+                state = {moment: placed_like(moments[f"{name}/{moment}"], parameter) for moment in MOMENTS}
+                optimizer.state[parameter] = {"step": torch.tensor(float(step)), **state}
+
+
+def _checkpoints(run: Path) -> Path:
+    return Path(run) / "checkpoints"
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors that share no memory (safetensors refuses tied weights), copied only where they must be."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in tensors.items():
+        value = value.detach().cpu().contiguous()
+        start = value.untyped_storage().data_ptr()
+        found[name] = value.clone() if start in seen else value
+        seen.add(start)
+    return found
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Make a file's or folder's content outlive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
