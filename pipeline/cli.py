@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from featurestore.find import find_store
+from pipeline.cluster_cli import CLUSTER_COMMANDS
 from pipeline.options import config_from_options, extraction_options
 from pipeline.share_cli import SHARE_COMMANDS
 from pipeline.show import friendly_errors
@@ -87,13 +88,29 @@ STORE_OPTION = click.option(
 @main.command()
 @STORE_ARGUMENT
 @STORE_OPTION
+@click.option(
+    "--watch",
+    "every_s",
+    type=click.FloatRange(0.1),
+    is_flag=False,
+    flag_value=5.0,
+    metavar="[SECONDS]",
+    show_default="without it, once; with it, every 5",
+    help="Look again and again, until all is committed; give it behind the store.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def status(store: str | None, store_option: str | None, as_json: bool) -> None:
+def status(store: str | None, store_option: str | None, every_s: float | None, as_json: bool) -> None:
     """Say what is committed, what is missing and what is quarantined, per encoder."""
     from pipeline import tables
     from pipeline.status import store_status
 
     with friendly_errors():
+        if every_s is not None:
+            from pipeline.watch import watch
+            from pipeline.watch_show import show
+
+            show(watch(find_store(store or store_option), every_s), as_json=as_json)
+            return
         result = store_status(find_store(store or store_option))
         _show(result, as_json, lambda: tables.status(result))
 
@@ -163,5 +180,5 @@ def datasets(name: str | None, as_json: bool) -> None:
             _show([tables.dataset_row(spec) for spec in DATASETS.values()], as_json, lambda: tables.datasets(DATASETS))
 
 
-for command in (*STORE_COMMANDS, *SHARE_COMMANDS):
+for command in (*STORE_COMMANDS, *SHARE_COMMANDS, *CLUSTER_COMMANDS):
     main.add_command(command)

@@ -18,6 +18,12 @@ from pipeline.encoders.registry import MERV_ENCODERS
 
 STAGES = ("align", "finetune")
 
+CLUSTER_OPTION = click.option(
+    "--cluster",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="A setting of cuda or slurm, such as partition=gpu or walltime=8:00:00; see jobs/README.md. Repeatable.",
+)
 _OPTIONS = [
     click.option("--dataset", help="Dataset by name; `merv-pipeline datasets` lists them."),
     click.option(
@@ -86,12 +92,7 @@ _OPTIONS = [
     click.option(
         "--workers", type=click.IntRange(1), show_default="1, with cuda one per GPU", help="Worker processes."
     ),
-    click.option(
-        "--cluster",
-        metavar="KEY=VALUE",
-        multiple=True,
-        help="A setting of cuda or slurm, such as partition=gpu or walltime=8:00:00; see jobs/README.md. Repeatable.",
-    ),
+    CLUSTER_OPTION,
     click.option("--device", show_default="cuda where there is one, else cpu", help="cpu, cuda, cuda:1, ..."),
 ]
 
