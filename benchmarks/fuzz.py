@@ -29,6 +29,7 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "featurestore"))
 
 MAX_SECONDS, MAX_BYTES, HANG_S = 2.0, 500 << 20, 60
+SINGLE = 500  # cases of one reader each after every case of a whole store
 
 
 class RandomChoices:
@@ -65,7 +66,7 @@ def main(minutes: float, seed: int, corpus: Path | None, only: int | None, child
 
 def supervise(minutes: float, seed: int, corpus: Path | None) -> int:
     """Start children until the time is over; a child that dies is a finding."""
-    ends, executions, findings = time.monotonic() + minutes * 60, 0, 0
+    ends, executions, single, findings = time.monotonic() + minutes * 60, 0, 0, 0
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         log = Path(folder) / "log.jsonl"
         kept = sorted(int(file.stem) for file in corpus.glob("*.json")) if corpus and corpus.exists() else []
@@ -75,7 +76,8 @@ def supervise(minutes: float, seed: int, corpus: Path | None) -> int:
             code = subprocess.run(command, check=False).returncode
             entries = [json.loads(line) for line in log.read_text().splitlines()]
             done = [entry for entry in entries if "seed" in entry]
-            executions += len(done)
+            executions += sum("changes" in entry for entry in done)
+            single += sum(entry.get("single", 0) for entry in entries)
             for entry in done:
                 if entry.get("finding"):
                     findings += 1
@@ -87,7 +89,10 @@ def supervise(minutes: float, seed: int, corpus: Path | None) -> int:
             keep(corpus, {"seed": died, "finding": f"the process ended with code {code}"})
             seed = max([died, *(entry["seed"] for entry in done)]) + 1
             log.write_text(json.dumps({"corpus": []}) + "\n")
-    click.echo(f"{executions} executions in {minutes:g} minutes, {findings} findings; cases up to {seed + executions}")
+    click.echo(
+        f"{executions} whole stores and {single} files through single readers in {minutes:g} minutes: {findings} "
+        f"findings; cases up to {seed + executions}"
+    )
     return findings
 
 
@@ -101,6 +106,7 @@ def keep(corpus: Path | None, entry: dict) -> None:
 def run_child(folder: Path, minutes: float, seed: int) -> None:
     import zarr  # noqa: F401 - loaded by a reader of foreign arrays; a second that is not the case's
     from crafted import change, exercise
+    from single_readers import cases_of, read_one
     from sound_store import add_unpublished, build
 
     faulthandler.enable()
@@ -108,6 +114,7 @@ def run_child(folder: Path, minutes: float, seed: int) -> None:
     if not sound.exists():
         add_unpublished(build(sound))
     exercise(sound)  # everything is imported before time and memory are measured
+    cases_of_readers = cases_of(sound)
     log = folder / "log.jsonl"
     corpus = json.loads(log.read_text().splitlines()[0])["corpus"]
     ends, cases = time.monotonic() + minutes * 60, [*corpus]
@@ -118,6 +125,8 @@ def run_child(folder: Path, minutes: float, seed: int) -> None:
             (folder / "current").write_text(str(case))
             entry = judge(case, sound, folder / "case.zarr", change, exercise)
             out.write(json.dumps(entry) + "\n")
+            for entry in single_readers(case, cases_of_readers, read_one):
+                out.write(json.dumps(entry) + "\n")
             out.flush()
 
 
@@ -143,6 +152,24 @@ def judge(case: int, sound: Path, store: Path, change, exercise) -> dict:
     if extra > MAX_BYTES:
         problems.append(f"{extra >> 20} MB")
     return {"seed": case, "changes": words, "finding": problems, "seconds": round(seconds, 3), "MB": extra >> 20}
+
+
+def single_readers(case: int, cases: list, read_one) -> list[dict]:
+    """Many small cases; the findings among them, and how many there were."""
+    choices, findings = RandomChoices(-1 - case), []
+    reset_peak()
+    before = peak()
+    for _ in range(SINGLE):
+        began = time.process_time()
+        name, data, error = read_one(choices.pick(cases), choices)
+        seconds = time.process_time() - began
+        problems = [f"{type(error).__name__}: {error}"[:300] + where(error)] if error else []
+        problems += [f"{seconds:.1f} s of processor time"] if seconds > MAX_SECONDS else []
+        if problems:
+            findings.append({"seed": case, "reader": name, "bytes": data[:4096].hex(), "finding": problems})
+    if peak() - before > MAX_BYTES:
+        findings.append({"seed": case, "reader": "any", "finding": [f"{(peak() - before) >> 20} MB"]})
+    return [*findings, {"single": SINGLE}]
 
 
 def safely(change, store: Path, choices: RandomChoices) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Mapping
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 
 from featurestore.errors import StoreFormatError
 from featurestore.objects import Objects, get_bounded
-from featurestore.parquet_pages import column_sizes
+from featurestore.parquet_pages import ColumnSize, column_sizes
 
 MAX_TABLE_BYTES = 2 << 30  # of a file; ten million clips take 1 GB
 _ROW_GROUP_ROWS = 1 << 16
@@ -80,6 +81,8 @@ def read_table(
     `exactly` wants no other columns than those of the schema.
     """
     names = schema.names if columns is None else columns
+    limit = _FREE_BYTES + _EXPANSION * len(data)
+    sizes = column_sizes(data, set(names), limit, what)  # before pyarrow sees it: some footers end its process
     try:
         file = _open(data)
         stored = file.schema_arrow
@@ -88,7 +91,7 @@ def read_table(
         for name in names:
             if stored.names.count(name) != 1 or stored.field(name).type != schema.field(name).type:
                 raise StoreFormatError(f"{what} lacks the column {name} as {schema.field(name).type}")
-        _refuse_bombs(data, file, names, what)
+        _refuse_bombs(data, sizes, limit, what)
         table = file.read(columns=names)
         table.validate(full=True)  # text that is no UTF-8 would only fail where it is printed
     except _UNREADABLE as error:
@@ -105,10 +108,8 @@ def _some(names: list[str]) -> str:
     return f"{names[:12]}" + (" and more" if len(names) > 12 else "")
 
 
-def _refuse_bombs(data: bytes, file: pq.ParquetFile, names: list[str], what: str) -> None:
+def _refuse_bombs(data: bytes, sizes: Mapping[str, ColumnSize], limit: int, what: str) -> None:
     """Compare what the file would take in memory with what it takes on disk."""
-    limit = _FREE_BYTES + _EXPANSION * len(data)
-    sizes = column_sizes(data, file.metadata, set(names), limit, what)
     surely = sum(size.plain_bytes + size.values * 16 for size in sizes.values())
     at_most = surely + sum(size.values * size.longest_repeated for size in sizes.values())
     if surely <= limit < at_most:  # texts named by number may repeat without end: count them

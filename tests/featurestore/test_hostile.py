@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,13 +19,14 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parent))
 
 from crafted import CHANGES, change, exercise, newest_record, write_json
+from single_readers import cases_of, read_one
 from sound_store import add_unpublished, build
 
 from featurestore.columns import CLIP_SCHEMA
 from featurestore.errors import MervCacheError, StoreError, StoreFormatError
 from featurestore.parquet import own_digest_holds, read_table, table_bytes
-from featurestore.parquet_pages import _struct
 from featurestore.store import FeatureStore
+from featurestore.thrift import read_struct
 from featurestore.verify import verify_store
 
 DRAWN = settings(
@@ -87,6 +89,28 @@ def test_several_changes_at_once_are_no_different(sound, tmp_path_factory, data)
     shutil.rmtree(store, ignore_errors=True)
 
 
+@settings(DRAWN, max_examples=300)
+@given(data=st.data())
+def test_each_reader_by_itself_meets_changed_bytes_with_an_error_or_not_at_all(readers, data):
+    choices = Drawn(data)
+    name, _, error = read_one(choices.pick(readers), choices)
+    assert error is None, name
+
+
+@pytest.fixture(scope="module")
+def readers(sound):
+    return cases_of(sound)
+
+
+@pytest.mark.parametrize("value", [0, 127, 255])
+def test_no_byte_of_a_parquet_footer_ends_the_process(sound, value):
+    data = (sound / "clips/part-00000.parquet").read_bytes()
+    for place in range(len(data) - 1, len(data) - 1200, -1):
+        changed = data[:place] + bytes([value]) + data[place + 1 :]
+        with contextlib.suppress(MervCacheError):
+            read_table(changed, CLIP_SCHEMA, "a part")
+
+
 def bomb(rows: int, length: int) -> bytes:
     """A clip part of one long path, named `rows` times."""
     once = pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), pa.array(["x" * length]))
@@ -121,10 +145,10 @@ def test_the_size_of_a_table_is_measured_and_not_guessed():
     assert own_digest_holds(data)
 
 
-@pytest.mark.parametrize("data", [b"\x15\x80", b"\x1c" * 100, b"\x19\x05", b"\x15" + b"\xff" * 30, b"\x18\x7f", b""])
+@pytest.mark.parametrize("data", [b"\x15\x80", b"\x1c" * 100, b"\x19\xf5", b"\x15" + b"\xff" * 30, b"\x18\x7f", b""])
 def test_page_headers_that_make_no_sense_are_errors(data):
     with pytest.raises((ValueError, IndexError)):
-        _struct(data, 0, 0)
+        read_struct(data, 0)
 
 
 def test_pipes_and_devices_are_not_waited_for(store):

@@ -224,8 +224,6 @@ def test_a_path_without_a_store_says_how_to_make_one(tmp_path):
             StoreNotFoundError, match="make one with `merv-pipeline extract --dataset NAME --store PATH`"
         ):
             FeatureStore.open(path)
-    with pytest.raises(UserError, match="stores are read from a folder"):
-        FeatureStore.open("s3://bucket/store.zarr")
 
 
 def test_a_store_without_a_snapshot_says_how_to_get_one(kit):
