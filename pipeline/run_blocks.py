@@ -20,6 +20,7 @@ from featurestore.writer import StoreWriter
 from jobs.progress import Counts, RunProgress
 from jobs.run import Outcome, Task, run_tasks
 from pipeline.config import ExtractConfig
+from pipeline.crash_marks import forget_all
 from pipeline.plan import PlannedBlock
 from pipeline.summary import DECODING, ExtractSummary
 
@@ -42,8 +43,7 @@ def run_blocks(
     quiet: bool,
 ) -> None:
     """Hand out the tasks of the planned blocks and count what comes back; readers see the store grow meanwhile."""
-    from pipeline.block import extract_block
-    from pipeline.suspect import extract_suspect
+    from pipeline.suspect import compute_block, extract_suspect
 
     total = sum(block.num_clips for block in blocks)
     last_snapshot = time.monotonic()
@@ -52,7 +52,7 @@ def run_blocks(
         closing(
             run_tasks(
                 client,
-                extract_block,
+                compute_block,
                 tasks,
                 is_final=lambda error: isinstance(error, RunStoppedError),
                 after_deaths=extract_suspect,
@@ -70,6 +70,7 @@ def run_blocks(
             if time.monotonic() - last_snapshot > SNAPSHOT_INTERVAL_S:
                 store.publish_snapshot()
                 last_snapshot = time.monotonic()
+    forget_all(str(config.store_path))
 
 
 def _count(outcome: Outcome, summary: ExtractSummary, progress: RunProgress) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 from featurestore.errors import RunStoppedError
 from jobs.reports import TaskReporter
+from pipeline import crash_marks
 from pipeline.block import BlockTask, Watch, extract_block
 from pipeline.decode.worker import die_with_parent
 from pipeline.engine import close_engines
@@ -33,6 +34,14 @@ LAST_WORDS_S = 10.0  # for a process that has told its result to end
 Place = tuple[str, int]  # encoder and row
 
 
+def compute_block(task: BlockTask) -> dict:
+    """Compute and commit one block, under suspicion if a process has crashed on it."""
+    if crash_marks.has_crashed(task):
+        return extract_suspect(task)
+    with crash_marks.marked(task):
+        return extract_block(task)
+
+
 def extract_suspect(task: BlockTask) -> dict:
     """Compute and commit one block in spite of clips that bring the process down that encodes them."""
     close_engines()  # the child needs the device's memory
@@ -42,6 +51,7 @@ def extract_suspect(task: BlockTask) -> dict:
     while True:
         place, status, result = _run_child(task, crashed, reporter)
         if result is not None:
+            crash_marks.forget(task)
             return _result(result)
         _check_its_own_doing(task, place, status)
         deaths[place] = deaths.get(place, 0) + 1

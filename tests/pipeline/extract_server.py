@@ -1,9 +1,9 @@
 """A program for the fault tests: loads everything once, then runs `merv-pipeline` in a forked process per request.
 
-It says "ready" once. A request is a line of JSON: the command's arguments and a file for its output. Answers are a line
-with the process's id when it starts, and a line with its exit code (or minus the signal that killed it) when it has
-ended. Forking spares each run the ten seconds that importing the models takes; the process is the command's own from
-its first line to its death.
+It says "ready" once. A request is a line of JSON: the arguments of the command, a file for its output, and maybe
+variables for its environment. Answers are a line with the id of the process when it starts, and a line with its exit
+code (or minus the signal that killed it) when it has ended. Forking spares each run the ten seconds that importing the
+models takes; the process is the command's own from its first line to its death.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ def run(request: dict) -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (output, 1), (output, 2)):
         os.dup2(source, target)
+    os.environ.update(request.get("environment", {}))
     code = 1
     try:
         main(request["arguments"], prog_name="merv-pipeline")
