@@ -35,6 +35,11 @@ def main() -> None:
 @click.option(
     "--max-failed", type=click.FloatRange(0, 1), help="Stop when more than this share failed.  [default: 0.5]"
 )
+@click.option(
+    "--forecast",
+    type=click.Path(dir_okay=False),
+    help="What `plan --json` printed: the store's journal then holds it beside what the run took.",
+)
 @click.option("--dashboard", is_flag=True, default=None, help="Start Dask's dashboard; tell how to reach it over ssh.")
 @click.option(
     "--performance-report",

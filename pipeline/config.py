@@ -102,6 +102,7 @@ class ExtractConfig:
     decode_processes: int = AUTO  # per worker
     decode_timeout_s: float = 60.0
     max_failed: float = 0.5  # stop when more than this share of at least one block's worth of clips failed
+    forecast: str | None = None  # file with what `plan --json` printed, for the record
     dashboard: bool = False
     performance_report: str | None = None  # HTML file; None: with a dashboard beside the store, else none
 

@@ -29,6 +29,7 @@ from pipeline.config import ExtractConfig, default_batch
 from pipeline.datasets import DatasetListing, load_dataset
 from pipeline.keep_samples import add_listed_samples
 from pipeline.plan import PlannedBlock, plan_blocks
+from pipeline.prediction import read_plan
 from pipeline.reuse import OtherStore
 from pipeline.run_blocks import run_blocks
 from pipeline.summary import ExtractSummary, run_record
@@ -76,6 +77,8 @@ def extract(
         missing=dict(listing.missing),
         rejected={reason: found.count for reason, found in listing.rejected.items()},
     )
+    if config.forecast:
+        summary.predicted = read_plan(config.forecast).to_dict()
     for note in listing.notes:
         say(note)
     say(f"{config.dataset}: {len(listing.clips)} clips listed; loading {', '.join(config.encoders)}")

@@ -95,7 +95,7 @@ def forecast(config: ExtractConfig, *, probe: int = 4) -> Forecast:
         device=result["device"],
         decode_s=statistics.fmean([c["decode_s"] for clips in result["clips"].values() for c in clips] or [0.0]),
         seconds=total / workers if total else None,
-        interval_s=((total - spread) / workers, (total + spread) / workers) if total else None,
+        interval_s=(max(0.0, total - spread) / workers, (total + spread) / workers) if total else None,
         missing=dict(listing.missing),
     )
 

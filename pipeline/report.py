@@ -24,7 +24,7 @@ from featurestore.find import Place, is_url, place_of
 from featurestore.store import FeatureStore
 from pipeline.status import store_status
 from pipeline.summary import DECODING
-from pipeline.tables import duration, size
+from pipeline.tables import duration, predicted, size
 from pipeline.token_maps import principal_maps
 
 STEPS = 8  # time steps pictured per clip
@@ -177,10 +177,11 @@ def _runs_table(runs: Sequence[dict]) -> str:
                 duration(seconds),
                 f"{summary['clips'] / seconds:.2f}",
                 f"{size(summary['bytes'] / seconds)}/s",
+                predicted(summary.get("predicted")),
                 shares,
             ]
         )
-    columns = ("run", "clips", "failed", "time", "clips/s", "written", "share of block time")
+    columns = ("run", "clips", "failed", "time", "clips/s", "written", "predicted", "share of block time")
     return _table(columns, rows) if rows else "<p>No run has finished yet.</p>"
 
 

@@ -22,6 +22,7 @@ from jobs.run import Outcome, Task, run_tasks
 from pipeline.config import ExtractConfig
 from pipeline.crash_marks import forget_all
 from pipeline.plan import PlannedBlock
+from pipeline.prediction import from_first_blocks
 from pipeline.summary import DECODING, ExtractSummary
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def run_blocks(
     ):
         for outcome in outcomes:
             _count(outcome, summary, progress)
+            _predict(summary, total, progress.elapsed_s)
             if summary.failed >= MIN_FAILED and summary.failed > config.max_failed * summary.clips:
                 raise RunStoppedError(
                     f"{summary.failed} of {summary.clips} clips failed, more than --max-failed {config.max_failed:g}: "
@@ -85,6 +87,13 @@ def _count(outcome: Outcome, summary: ExtractSummary, progress: RunProgress) -> 
     result = outcome.result
     summary.add(result)
     progress.finish(outcome.task.key, _counts(result))
+
+
+def _predict(summary: ExtractSummary, total: int, seconds: float) -> None:
+    """Where nobody planned, a run's own first blocks tell what the whole will cost."""
+    if summary.predicted is None:
+        early = from_first_blocks(done=summary.clips, total=total, seconds=seconds, num_bytes=summary.bytes)
+        summary.predicted = early and early.to_dict()
 
 
 def _counts(report: Mapping[str, Any]) -> Counts:

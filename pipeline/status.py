@@ -14,6 +14,7 @@ import numpy as np
 
 from featurestore.errors import UserError
 from featurestore.store import FeatureStore
+from pipeline.prediction import last_run
 
 
 def store_status(path: str | Path) -> dict[str, Any]:
@@ -35,6 +36,7 @@ def store_status(path: str | Path) -> dict[str, Any]:
             {"id": name, "date": stone.date, "reason": stone.reason, "clips": len(stone.clips)}
             for name, stone in sorted(store.tombstones.items(), key=lambda item: (item[1].date, item[0]))
         ],
+        "last run": last_run(store),
         "unpublished blocks": store.unpublished_blocks(),
     }
 

@@ -35,6 +35,7 @@ class ExtractSummary:
     bytes: int = 0
     blocks: int = 0
     reused: int = 0  # cells (clip and encoder) copied from another store
+    predicted: dict[str, Any] | None = None  # a `Prediction`: beside elapsed_s and bytes, what was expected
     halvings: int = 0  # batches cut for lack of device memory
     elapsed_s: float = 0.0
     stage_s: dict[str, float] = field(default_factory=dict)  # summed over workers

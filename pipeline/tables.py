@@ -43,6 +43,17 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+def predicted(prediction: Mapping[str, Any] | None) -> str:
+    """`2.1 h (1.9 h to 2.4 h), 512.0 GB for 81000 clips, by plan`."""
+    if not prediction:
+        return "-"
+    time = "no time" if prediction["seconds"] is None else duration(prediction["seconds"])
+    if prediction["interval_s"]:
+        low, high = map(duration, prediction["interval_s"])
+        time += f" ({low} to {high})"
+    return f"{time}, {size(prediction['bytes'])} for {prediction['clips']} clips, by {prediction['by']}"
+
+
 def summary(result) -> None:
     """What an extraction did: counts, rates, seconds per stage, quarantine by reason."""
     out = console()
@@ -51,6 +62,8 @@ def summary(result) -> None:
     if not result.clips:
         out.print(f"nothing to do: all {result.listed} clips listed are committed or quarantined, `status` counts them")
     else:
+        if result.predicted:
+            out.print(f"predicted: {predicted(result.predicted)}")
         out.print(
             f"{ok} clips committed, {result.failed} quarantined, {plural(result.blocks, 'block')}, "
             f"{size(result.bytes)} in {duration(seconds)}: {result.clips / seconds:.2f} clips/s, "
@@ -99,6 +112,10 @@ def status(result: Mapping[str, Any]) -> None:
     columns = ("encoder", "identity", "weights", "grid", "width", "storage", "committed", "failed", "to do")
     rows = [[_cell(entry[name]) for name in columns] for entry in result["encoders"]]
     table("", columns, rows, right=("width", "committed", "failed", "to do"))
+    if run := result["last run"]:
+        out.print(f"last run: {duration(run['seconds'])}, {size(run['bytes'])} for {run['clips']} clips")
+        if run["predicted"]:
+            out.print(f"predicted: {predicted(run['predicted'])}")
     if result["unpublished blocks"]:
         out.print(
             f"{plural(result['unpublished blocks'], 'block')} committed after this snapshot, by a run that goes on or "

@@ -1,0 +1,77 @@
+"""Predicted and actual cost, side by side in the store."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from featurestore import FeatureStore
+from featurestore.errors import UserError
+from pipeline.cli import main
+from pipeline.forecast import forecast
+from pipeline.prediction import Prediction, from_first_blocks, read_plan
+from pipeline.report import write_report
+from pipeline.status import store_status
+
+
+def test_the_pace_of_the_first_blocks_is_that_of_the_whole_run():
+    early = from_first_blocks(done=10, total=200, seconds=30.0, num_bytes=1000)
+    assert early == Prediction(by="its first 10 clips", clips=200, seconds=600.0, interval_s=None, bytes=20000)
+
+
+@pytest.mark.parametrize("done", [0, 9, 200])
+def test_before_a_twentieth_and_after_the_end_there_is_nothing_to_predict(done):
+    assert from_first_blocks(done=done, total=200, seconds=30.0, num_bytes=1000) is None
+
+
+def test_a_file_that_is_no_plan_is_refused_with_the_command_that_makes_one(tmp_path):
+    (tmp_path / "plan.json").write_text('{"rows": 3}')
+    with pytest.raises(UserError, match="save one with `merv-pipeline plan --json > "):
+        read_plan(tmp_path / "plan.json")
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        read_plan(tmp_path / "none.json")
+
+
+def test_a_plan_made_on_a_cluster_stands_beside_what_the_run_took(lab):
+    """The probe runs on the cluster's worker; the journal, `status` and the report tell both."""
+    from distributed import LocalCluster
+
+    plan_file = lab.folder / "plan.json"
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
+        seen = []
+        cluster.scheduler.add_plugin(_tasks_of(seen), name="seen")
+        plan = forecast(lab.config(encoders=["siglip"], scheduler=cluster.scheduler_address), probe=3)
+    assert any("probe_clips" in key for key in seen)
+    low, high = plan.interval_s
+    assert 0 <= low <= plan.seconds <= high
+    plan_file.write_text(json.dumps(plan.to_dict()))
+    summary = lab.extract(encoders=["siglip"], forecast=str(plan_file))
+    assert summary.predicted["by"] == "plan"
+    assert (summary.predicted["clips"], summary.clips) == (14, 14)
+    assert abs(summary.predicted["bytes"] - summary.bytes) < 0.1 * summary.bytes
+    run = store_status(lab.store)["last run"]
+    assert (run["predicted"]["seconds"], run["seconds"]) == (plan.seconds, summary.elapsed_s)
+    (_, record), *_ = FeatureStore.open(lab.store).journal()
+    assert record["summary"]["predicted"]["bytes"] == plan.bytes
+    lines = CliRunner().invoke(main, ["status", str(lab.store)]).output.splitlines()
+    assert any(line.startswith("last run: ") and line.endswith("for 14 clips") for line in lines)
+    assert any(line.startswith("predicted: ") and line.endswith("for 14 clips, by plan") for line in lines)
+    assert "for 14 clips, by plan" in write_report(lab.store, out=lab.folder / "report.html").read_text()
+
+
+def test_without_a_plan_a_run_predicts_itself_from_its_first_block(extracted):
+    predicted = extracted.summary.predicted
+    assert (predicted["by"], predicted["clips"]) == ("its first 4 clips", 14)
+    assert predicted["bytes"] > 0
+
+
+def _tasks_of(seen):
+    from distributed import SchedulerPlugin
+
+    class Tasks(SchedulerPlugin):
+        def transition(self, key, start, finish, *args, **kwargs):
+            seen.append(str(key))
+
+    return Tasks()
