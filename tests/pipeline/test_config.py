@@ -52,7 +52,22 @@ def test_one_crop_or_weights_spec_is_for_every_encoder_without_its_own():
     assert [s.weights for s in config.encoder_settings] == ["random:1", "random:1", "hub", "random:1"]
 
 
+def test_settings_of_clusters_come_from_the_file_and_one_by_one(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("dataset: demo\nscheduler: slurm\ncluster: {partition: gpu, walltime: 8:00:00, gpus: 4}\n")
+    config = config_from_options(str(file), {"cluster": ("gpus=2", "exclusive=true"), "workers": 8, "device": "cpu"})
+    request = config.cluster_request
+    assert (request.scheduler, request.num_workers, request.device) == ("slurm", 8, "cpu")
+    found = request.settings
+    assert (found.partition, found.walltime, found.gpus, found.exclusive) == ("gpu", "08:00:00", 2, True)
+    again = tmp_path / "again.yaml"
+    again.write_text(config.to_yaml())
+    assert read_config(again, {}) == config
+
+
 REFUSED = [
+    ({"cluster": {"partitoin": "gpu"}}, "unknown cluster setting 'partitoin', the nearest known one is 'partition'"),
+    ({"cluster": "gpu"}, "cluster must be `name: value` pairs, got 'gpu'"),
     ({"storrage_dtype": "uint8"}, "unknown setting 'storrage_dtype', the nearest known one is 'storage_dtype'"),
     ({"storage_dtype": "int4"}, "storage_dtype must be one of float16, bfloat16, uint8, got 'int4'"),
     ({"compute_dtype": "float16"}, "compute_dtype must be one of float32, bfloat16, got 'float16'"),
