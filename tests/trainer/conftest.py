@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import random
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -210,3 +212,15 @@ def extracted(media_lab, media_root, tmp_path_factory):
     extract(read_extract_config(None, media_lab.settings(media_root, store=str(path))), quiet=True)
     torch.set_num_threads(before)
     return path
+
+
+@pytest.fixture
+def free_port():
+    """A port for ranks to meet at, below those that connections take of themselves: two tests run side by side."""
+    for port in random.sample(range(20_000, 30_000), 100):
+        try:
+            with socket.create_server(("127.0.0.1", port)):
+                return port
+        except OSError:
+            continue
+    raise OSError("no free port among 100 between 20000 and 30000")

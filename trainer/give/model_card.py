@@ -143,8 +143,8 @@ def _summary(facts: CardFacts) -> str:
 
 def _loading(facts: CardFacts) -> str:
     return (
-        "```python\nfrom trainer.give.export import load_export\n\n"
-        'run = load_export("path/to/this/folder")\n'
+        "```python\nfrom trainer import load_run\n\n"
+        'run = load_run("path/to/this/folder")\n'
         "model, renderer = run.built.model, run.built.renderer\n```\n\n"
         "`merv-eval run --checkpoint path/to/this/folder --store STORE` scores it on the questions of a feature store."
     )

@@ -80,7 +80,7 @@ def test_launch_files_belong_to_the_package():
     patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["*"]
     for path in LAUNCH_FILES.values():
         assert path.is_file()
-        assert path.parent == ROOT / "trainer"
+        assert path.parent == ROOT / "trainer/loop"
         assert any(path.match(pattern) for pattern in patterns)
 
 

@@ -1,6 +1,5 @@
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -38,16 +37,14 @@ train(overlay(get_recipe("demo"), changes), samples, tokens, sys.argv[1], is_qui
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(tmp_path, free_port):
     (tmp_path / "script.py").write_text(SCRIPT)
 
     def run(num_ranks):
         out = tmp_path / f"ranks-{num_ranks}"
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
         shared = {
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": str(free_port),
             "WORLD_SIZE": str(num_ranks),
             "ACCELERATE_USE_CPU": "true",
             "OMP_NUM_THREADS": "1",

@@ -7,7 +7,6 @@ script below tells accelerate's state that it shards; everything else is what a 
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -113,11 +112,9 @@ def launcher_environment(launch, processes):
     return prepare_multi_gpu_env(arguments)
 
 
-def run_sharded(folder, runs):
+def run_sharded(folder, runs, port):
     """Those runs, one after the other, by two processes that share each model; the share that each has held."""
     (folder / "script.py").write_text(SCRIPT)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     shared = {
         **launcher_environment("fsdp", 2),
         "MASTER_ADDR": "127.0.0.1",
@@ -153,14 +150,14 @@ def column(run, name):
     return [row[name] for row in read_metrics(run) if name in row]
 
 
-def test_two_sharded_ranks_train_validate_save_and_resume_as_one(tmp_path, go, pretrained):
+def test_two_sharded_ranks_train_validate_save_and_resume_as_one(tmp_path, go, pretrained, free_port):
     partly = {**PARTLY, "llm": pretrained}
     runs = [
         {"out": str(tmp_path / "full"), "changes": FULL, "stop_at": 2},
         {"out": str(tmp_path / "full"), "changes": FULL, "resume": True},
         {"out": str(tmp_path / "partly"), "changes": partly},
     ]
-    held = run_sharded(tmp_path, runs)
+    held = run_sharded(tmp_path, runs, free_port)
     assert len(held) == 6
     assert all(0.4 < share < 0.6 for share in held)
 

@@ -1,0 +1,44 @@
+"""Every kind of fault that `benchmarks/faults.py` makes, once; kills and full disks have tests of their own."""
+
+from __future__ import annotations
+
+import importlib
+import random
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+KINDS = [
+    "decode process stopped",
+    "scheduler killed",
+    "store read-only",
+    "media unmounted",
+    "media file removed",
+    "poisonous file",
+    "poisonous clip",
+    "two drivers",
+    "credentials expired",
+]
+
+
+@pytest.fixture(scope="module")
+def faults():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        yield importlib.import_module("faults")
+
+
+@pytest.fixture(scope="module")
+def fault_lab(faults, tmp_path_factory):
+    lab = faults.FaultLab(tmp_path_factory.mktemp("faults") / "lab")
+    yield lab
+    lab.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_after_a_fault_the_same_command_ends_with_an_undisturbed_store(kind, faults, fault_lab):
+    try:
+        faults.FAULTS[kind](fault_lab, random.Random(0))
+    except faults.CannotBeMade as reason:
+        pytest.skip(str(reason))
