@@ -18,8 +18,8 @@ import numpy as np
 
 from featurestore.errors import UserError, unknown_name
 from featurestore.samples import Sample
-from trainer.data.collate import Batch, collate, distinct_clips
 from trainer.config import TrainConfig
+from trainer.data.collate import Batch, collate, distinct_clips
 from trainer.data.order import Group, Order, Stream, balanced_share, rank_share
 from trainer.data.prompts import Rendered, Renderer, reason_to_refuse
 from trainer.data.tokens import TokenSource

@@ -11,10 +11,10 @@ from dataclasses import fields
 from pathlib import Path
 
 from featurestore.errors import UserError
-from trainer.runs import checkpoint
 from trainer.config import CONFIG_FILE, TrainConfig, read_config
-from trainer.model.llm import save_shape
 from trainer.loop.plan import Plan
+from trainer.model.llm import save_shape
+from trainer.runs import checkpoint
 from trainer.runs.record import LLM_FOLDER
 
 # Settings that change neither weights nor losses beyond the rounding of sums: a resumed run may have others.

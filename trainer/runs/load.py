@@ -8,11 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from featurestore.errors import UserError
-from trainer.runs import checkpoint
-from trainer.model.build import LoadedRun, rebuild, resumed_llm
-from trainer.runs.chain import last_stage
 from trainer.config import read_config
 from trainer.give.exported import EXPORT_FILE, load_export
+from trainer.model.build import LoadedRun, rebuild, resumed_llm
+from trainer.runs import checkpoint
+from trainer.runs.chain import last_stage
 from trainer.runs.record import RunRecord
 
 

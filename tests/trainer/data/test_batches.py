@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from featurestore.errors import UserError
 from featurestore.samples import Turn
-from trainer.model.build import build, new_llm
 from trainer.data.batches import Batches, lies_in_fraction, select
 from trainer.data.prompts import IGNORE_INDEX
+from trainer.model.build import build, new_llm
 
 
 def batches_of(samples, tokens, config, **options):

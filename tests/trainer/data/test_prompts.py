@@ -6,8 +6,8 @@ from transformers import PreTrainedTokenizerFast
 
 from featurestore.errors import UserError
 from featurestore.samples import Turn
-from trainer.model.llm import word_tokenizer
 from trainer.data.prompts import IGNORE_INDEX, LLAMA2_SYSTEM, PROMPTS, VICUNA_SYSTEM, Renderer, clean, reason_to_refuse
+from trainer.model.llm import word_tokenizer
 
 ONE = (Turn(role="human", text="<video>\nWhat is it?"), Turn(role="gpt", text="A cat."))
 TWO = (*ONE, Turn(role="human", text="Where?"), Turn(role="gpt", text="On a mat."))

@@ -5,9 +5,9 @@ import pytest
 
 from featurestore import FeatureStore
 from featurestore.errors import UserError
+from trainer.loop.train import train
 from trainer.run import evaluate_run, open_store
 from trainer.runs.scores import ScoreSource, read_scores, write_scores
-from trainer.loop.train import train
 
 RESULT = {"data_digest": "d" * 64, "step": 3, "scores": [], "beside": {}, "answers": []}
 
