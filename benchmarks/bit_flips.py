@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "features
 
 from sound_store import add_unpublished, build
 
-from featurestore.findings import is_damaged
-from featurestore.repair import repair_store
-from featurestore.verify import verify_store
+from featurestore.keep.findings import is_damaged
+from featurestore.keep.repair import repair_store
+from featurestore.keep.verify import verify_store
 
 
 @click.command()

@@ -21,7 +21,7 @@ import yaml
 from tiny_encoders import install
 
 from featurestore import FeatureStore
-from featurestore.verify import verify_store
+from featurestore.keep.verify import verify_store
 
 SERVER = Path(__file__).parents[1] / "tests" / "pipeline" / "extract_server.py"
 DETERMINISTIC = ("zarr.json", "clips", "samples", "video", "image", "receipts")
@@ -239,7 +239,7 @@ def draw_media(folder: Path) -> None:
     import av
     from PIL import Image
 
-    folder.mkdir()
+    folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for number in range(STILLS):
         picture = rng.integers(0, 200, (24, 32, 3), dtype=np.uint8)

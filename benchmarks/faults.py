@@ -22,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import click
+from fault_bucket import credentials_expired
 from fault_lab import (
     BLOCKS,
     FILMS,
@@ -250,6 +251,7 @@ FAULTS: dict[str, Callable[[FaultLab, random.Random], str]] = {
     "poisonous clip": poisonous_clip,
     "poisonous clip, 2 workers": poisonous_clip_of_workers,
     "two drivers": two_drivers,
+    "credentials expired": credentials_expired,
 }
 
 

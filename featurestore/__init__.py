@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from featurestore.clips import Clip
     from featurestore.dataset import FeatureDataset
     from featurestore.identity import FeatureIdentity
+    from featurestore.keep.verify import verify_store
     from featurestore.samples import Sample
     from featurestore.store import FeatureStore
-    from featurestore.verify import verify_store
     from featurestore.writer import StoreWriter
 
 _ROOMS = {
@@ -23,7 +23,7 @@ _ROOMS = {
     "FeatureStore": "featurestore.store",
     "Sample": "featurestore.samples",
     "StoreWriter": "featurestore.writer",
-    "verify_store": "featurestore.verify",
+    "verify_store": "featurestore.keep.verify",
 }
 __all__ = [
     "Clip",

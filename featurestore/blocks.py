@@ -16,7 +16,7 @@ from featurestore.errors import UserError
 from featurestore.identity import FeatureIdentity
 from featurestore.layout import receipt_key, rows_of, shard_key
 from featurestore.metadata import ArraySpec
-from featurestore.objects import Objects, put_if_absent
+from featurestore.places.objects import Objects, put_if_absent
 from featurestore.quantise import OverflowedTokens, to_stored
 from featurestore.receipts import LOST, MAX_REASON_LENGTH, Receipt, RowOutcome, read_receipt, row_digest
 from featurestore.shards import Shard, build_shard, encode_row

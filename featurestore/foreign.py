@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from featurestore.errors import MervCacheError, StoreDamagedError, StoreFormatError
 from featurestore.metadata import MAX_CHUNK_BYTES, ArraySpec, load_json, read_document
-from featurestore.objects import Objects, get_bounded
+from featurestore.places.objects import Objects, get_bounded
 
 _MAX_CHUNKS = 4096  # objects read for one row
 _COMPRESSORS = ("gzip", "zstd", "blosc")

@@ -30,8 +30,8 @@ from featurestore.metadata import (
     parse_array,
     read_document,
 )
-from featurestore.objects import Objects, put_if_absent
 from featurestore.parts import ClipIndex
+from featurestore.places.objects import Objects, put_if_absent
 from featurestore.receipts import Receipt, read_receipt
 
 MAX_AXIS = 1 << 20  # of any axis in an identity from a stranger

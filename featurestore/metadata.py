@@ -16,7 +16,7 @@ from typing import Any
 from featurestore.errors import StoreFormatError, UserError
 from featurestore.identity import FeatureIdentity, canonical_json
 from featurestore.layout import FORMAT_VERSION, MAX_BLOCK_ROWS, check_block_rows
-from featurestore.objects import Objects, get_bounded
+from featurestore.places.objects import Objects, get_bounded
 
 DIMENSIONS: dict[str, tuple[str, ...]] = {
     "tokens": ("row", "time", "height", "width", "channel"),

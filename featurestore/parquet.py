@@ -17,8 +17,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from featurestore.errors import StoreFormatError
-from featurestore.objects import Objects, get_bounded
 from featurestore.parquet_pages import ColumnSize, column_sizes
+from featurestore.places.objects import Objects, get_bounded
 
 MAX_TABLE_BYTES = 2 << 30  # of a file; ten million clips take 1 GB
 _ROW_GROUP_ROWS = 1 << 16

@@ -16,8 +16,8 @@ from featurestore.clips import KINDS, Clip
 from featurestore.columns import CLIP_SCHEMA, clips_to_table
 from featurestore.errors import StoreFormatError
 from featurestore.layout import MAX_BLOCK_ROWS, PARTS, part_key, part_numbers, sealed_blocks
-from featurestore.objects import Objects
 from featurestore.parquet import read_table, table_bytes, table_file
+from featurestore.places.objects import Objects
 
 __all__ = ["ClipIndex", "allocate", "part_bytes", "read_table", "table_bytes"]
 

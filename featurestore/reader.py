@@ -19,7 +19,7 @@ from featurestore.groups import read_group
 from featurestore.identity import FeatureIdentity
 from featurestore.layout import array_metadata_key, block_of, group_prefix, shard_key
 from featurestore.metadata import ArraySpec, array_specs, parse_array, read_document
-from featurestore.objects import Objects
+from featurestore.places.objects import Objects
 from featurestore.quantise import from_bfloat16_bits, from_stored
 from featurestore.shards import Scratch, Shard
 

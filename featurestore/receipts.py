@@ -21,7 +21,7 @@ from featurestore.errors import StoreDamagedError, StoreFormatError
 from featurestore.identity import canonical_json
 from featurestore.layout import ARRAYS, MAX_BLOCK_ROWS, receipt_key
 from featurestore.metadata import load_json
-from featurestore.objects import Objects, get_bounded
+from featurestore.places.objects import Objects, get_bounded
 
 State = Literal["ok", "failed", "skipped", "empty"]
 STATES: tuple[State, ...] = ("ok", "failed", "skipped", "empty")

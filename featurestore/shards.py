@@ -17,7 +17,7 @@ from numcodecs import blosc
 
 from featurestore.errors import StoreDamagedError
 from featurestore.metadata import BLOSC_BLOCK_BYTES, ArraySpec
-from featurestore.objects import OpenObject
+from featurestore.places.objects import OpenObject
 
 # With more than one blosc thread the same array gives different bytes. zarr-python sets this too.
 blosc.use_threads = False

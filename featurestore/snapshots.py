@@ -35,9 +35,9 @@ from featurestore.layout import (
     snapshot_keys,
 )
 from featurestore.metadata import load_json
-from featurestore.objects import Objects, get_bounded, put_if_absent
 from featurestore.parquet import read_table, table_bytes, table_file
 from featurestore.parts import ClipIndex
+from featurestore.places.objects import Objects, get_bounded, put_if_absent
 from featurestore.receipts import STATES, read_receipt
 from featurestore.snapshot_table import SnapshotTable, complete, snapshot_schema
 from featurestore.tombstones import tombstone_ids

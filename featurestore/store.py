@@ -33,9 +33,9 @@ from featurestore.journal import MAX_JOURNAL_BYTES, parse_journal
 from featurestore.layout import JOURNAL, ROOT_METADATA, journal_key, journal_names, receipt_blocks, receipts_prefix
 from featurestore.lookup import ClipLines, Frames, encoder_keys, time_steps
 from featurestore.metadata import parse_root, read_document
-from featurestore.objects import get_bounded
 from featurestore.parquet import read_table, table_file
-from featurestore.places import in_parallel, open_cached, open_objects
+from featurestore.places.by_url import in_parallel, open_cached, open_objects
+from featurestore.places.objects import get_bounded
 from featurestore.reader import GroupReader, ShardCache
 from featurestore.samples import Sample
 from featurestore.snapshot_table import column

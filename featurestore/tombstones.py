@@ -18,7 +18,7 @@ from featurestore.errors import StoreDamagedError, StoreFormatError, UserError
 from featurestore.identity import canonical_json
 from featurestore.layout import TOMBSTONES, tombstone_key, tombstone_names
 from featurestore.metadata import load_json
-from featurestore.objects import Objects, get_bounded, put_if_absent
+from featurestore.places.objects import Objects, get_bounded, put_if_absent
 
 MAX_RECORD_BYTES = 64 << 20  # a hundred thousand clip ids have 10 MB
 _VERSION = 1

@@ -20,7 +20,7 @@ from featurestore.clips import KINDS, Clip
 from featurestore.find import Place, is_url
 from featurestore.identity import FeatureIdentity
 from featurestore.layout import ROOT_METADATA, check_block_rows
-from featurestore.places import open_objects
+from featurestore.places.by_url import open_objects
 from featurestore.snapshots import newest_snapshot_id
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter

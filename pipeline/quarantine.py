@@ -11,7 +11,7 @@ from typing import Any
 
 from featurestore.errors import UserError
 from featurestore.find import Place
-from featurestore.places import open_objects
+from featurestore.places.by_url import open_objects
 from featurestore.store import FeatureStore
 from pipeline.config import ExtractConfig, read_config
 from pipeline.recompute import driver_runs

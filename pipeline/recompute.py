@@ -17,6 +17,7 @@ from featurestore.errors import StoreError, UserError
 from featurestore.find import Place
 from featurestore.groups import GroupWriter
 from featurestore.journal import parse_journal
+from featurestore.keep.repair_shards import Recomputed
 from featurestore.layout import (
     JOURNAL,
     ROOT_METADATA,
@@ -28,10 +29,9 @@ from featurestore.layout import (
     rows_of,
     shard_key,
 )
-from featurestore.objects import Objects
-from featurestore.places import open_objects
+from featurestore.places.by_url import open_objects
+from featurestore.places.objects import Objects
 from featurestore.receipts import Receipt
-from featurestore.repair_shards import Recomputed
 from featurestore.writer import StoreWriter
 from pipeline.config import ExtractConfig, read_config
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from featurestore.cells import StoreCells
 from featurestore.clips import Clip
-from featurestore.combine import lay_cell
 from featurestore.errors import MediaError
 from featurestore.identity import FeatureIdentity
+from featurestore.share.cells import StoreCells
+from featurestore.share.combine import lay_cell
 
 if TYPE_CHECKING:
     from featurestore.blocks import BlockWriter

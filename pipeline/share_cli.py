@@ -58,7 +58,7 @@ def push(store: str, url: str, license: str | None, as_json: bool, **options: An
     make a `subset` first.
     """
     with friendly_errors():
-        from featurestore.share import push as run_push
+        from featurestore.share.push import push as run_push
 
         with _progress("push") as hooks:
             done = run_push(find_store(store), url, license=license, **_transfer_options(options), **hooks)
@@ -72,7 +72,7 @@ def push(store: str, url: str, license: str | None, as_json: bool, **options: An
 def pull(url: str, store: str, as_json: bool, **options: Any) -> None:
     """Fetch a store, or some encoders of it, into a folder; run again to go on, or to fetch what is new."""
     with friendly_errors():
-        from featurestore.transfer import transfer
+        from featurestore.share.transfer import transfer
 
         with _progress("pull") as hooks:
             done = transfer(url, store, **_transfer_options(options), **hooks)
@@ -91,7 +91,7 @@ def _transfer_options(options: dict[str, Any]) -> dict[str, Any]:
 
 def selection(encoders: str | None, datasets: str | None, clips: str | None, kind: str | None = None) -> Any:
     """Options as typed -> a `Selection`."""
-    from featurestore.selection import Selection, read_clip_list
+    from featurestore.share.selection import Selection, read_clip_list
 
     return Selection(
         encoders=_names(encoders), datasets=_names(datasets), clips=read_clip_list(clips) if clips else None, kind=kind
@@ -158,8 +158,8 @@ def union(stores: tuple[str, ...], as_json: bool, **names: Any) -> None:
 def export_store(store: str, out: str, format: str, as_json: bool, **names: Any) -> None:
     """Write a store as plain files: tars of .npy, one per block, or safetensors, one per clip; with SHA256SUMS."""
     with friendly_errors():
-        from featurestore.cells import StoreCells
-        from featurestore.export import export
+        from featurestore.share.cells import StoreCells
+        from featurestore.share.export import export
         from pipeline import tables
 
         with _progress("export", "clips") as hooks:
@@ -175,20 +175,20 @@ def export_store(store: str, out: str, format: str, as_json: bool, **names: Any)
 def import_store(folder: str, out: str, as_json: bool) -> None:
     """Make a store of an exported folder, checked as a stranger's: paths, sizes, digests."""
     with friendly_errors():
-        from featurestore.exported import ExportCells
+        from featurestore.share.exported import ExportCells
 
         _lay(lambda: [ExportCells(folder)], out, as_json, None)
 
 
 def _combine(stores: Sequence[str], out: str, as_json: bool, names: dict[str, Any]) -> None:
     with friendly_errors():
-        from featurestore.cells import StoreCells
+        from featurestore.share.cells import StoreCells
 
         _lay(lambda: [StoreCells(find_store(store)) for store in stores], out, as_json, selection(**names))
 
 
 def _lay(sources: Callable[[], list], out: str, as_json: bool, chosen: Any) -> None:
-    from featurestore.combine import combine
+    from featurestore.share.combine import combine
     from pipeline.share_tables import combined
 
     with _progress("copy", "cells") as hooks:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from featurestore.combine import Combined
-from featurestore.transfer import Transferred
+from featurestore.share.combine import Combined
+from featurestore.share.transfer import Transferred
 from pipeline.tables import console, counted, plural, size
 
 

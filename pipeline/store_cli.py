@@ -46,8 +46,8 @@ def verify(
     as_json: bool,
 ) -> None:
     """Check the store's promises; exit code 1 where anything is damaged, 0 where only strays lie about."""
-    from featurestore.findings import is_damaged
-    from featurestore.verify import verify_store
+    from featurestore.keep.findings import is_damaged
+    from featurestore.keep.verify import verify_store
     from pipeline import store_tables
 
     with friendly_errors():
@@ -90,7 +90,7 @@ def repair(
     as_json: bool,
 ) -> None:
     """Mend what `verify --full` finds damaged; whatever is whole is not touched. Exit code 1 if something is left."""
-    from featurestore.repair import repair_store
+    from featurestore.keep.repair import repair_store
     from pipeline import store_tables
     from pipeline.options import parse_weights
 
@@ -188,7 +188,7 @@ def tombstone(clips: tuple[str, ...], reason: str, store_option: str | None, as_
     Their ids stay, in the clip parts and in the tombstone, so that they are never computed again. Other copies of the
     store take the removal over when they are pushed to or pull from it.
     """
-    from featurestore.erase import tombstone as remove
+    from featurestore.keep.erase import tombstone as remove
     from pipeline import tables
 
     with friendly_errors():

@@ -18,7 +18,7 @@ from featurestore.clips import Clip
 from featurestore.columns import table_to_clips
 from featurestore.errors import MervCacheError, UserError
 from featurestore.find import Place
-from featurestore.findings import Finding
+from featurestore.keep.findings import Finding
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
 from pipeline.decode.source import Source

@@ -10,8 +10,8 @@ from trainer.config import OptimizerConfig, ProjectorConfig, TrainConfig
 def test_a_run_is_shown_beside_its_llm_alone_and_beside_other_clips(tmp_path, question_store, llm_folder):
     from frozen_llm import main
 
-    from trainer.run import open_store
     from trainer.loop.train import train
+    from trainer.run import open_store
 
     config = TrainConfig(
         llm=str(llm_folder),

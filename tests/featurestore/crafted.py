@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 from featurestore.errors import MervCacheError
 from featurestore.find import ROOT_METADATA
 from featurestore.identity import canonical_json
+from featurestore.keep.verify import verify_store
 from featurestore.store import FeatureStore
-from featurestore.verify import verify_store
 from featurestore.writer import StoreWriter
 
 DEEP = 3000

@@ -18,9 +18,9 @@ from crafted import Choices
 from featurestore.columns import CLIP_SCHEMA, SAMPLE_SCHEMA, table_to_clips, table_to_samples
 from featurestore.errors import MervCacheError
 from featurestore.journal import parse_journal
-from featurestore.listing import parse_listing
 from featurestore.metadata import ArraySpec, parse_array, parse_root
 from featurestore.parquet import read_table
+from featurestore.places.listing import parse_listing
 from featurestore.receipts import Receipt
 from featurestore.shards import build_shard, decode_row, encode_row, parse_index
 from featurestore.snapshot_table import snapshot_schema

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from conftest import BASE, Kit, clips_by_row, fill_block, image, tiny_identity, video
 
-from featurestore.erase import tombstone
+from featurestore.keep.erase import tombstone
 from featurestore.samples import Sample, Turn
 
 TURNS = (Turn(role="human", text="what?"), Turn(role="gpt", text="that"))
@@ -24,7 +24,7 @@ def sample(number: int, clip=None) -> Sample:
 
 
 def build(path: Path) -> Kit:
-    """Both kinds, every array and dtype, failures, a retry, samples in versions, journals, a removal, four snapshots."""
+    """Both kinds, every array and dtype, failures, a retry, versions of samples, journals, a removal, snapshots."""
     kit = Kit(path)
     writer = kit.writer()
     writer.add_clips([*(video(n) for n in range(6)), *(image(n) for n in range(2))])

@@ -24,10 +24,10 @@ from sound_store import add_unpublished, build
 
 from featurestore.columns import CLIP_SCHEMA
 from featurestore.errors import MervCacheError, StoreError, StoreFormatError
+from featurestore.keep.verify import verify_store
 from featurestore.parquet import own_digest_holds, read_table, table_bytes
 from featurestore.store import FeatureStore
 from featurestore.thrift import read_struct
-from featurestore.verify import verify_store
 
 DRAWN = settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]

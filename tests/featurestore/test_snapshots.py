@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from featurestore.errors import StoreDamagedError, StoreError, StoreFormatError
-from featurestore.local_objects import LocalObjects
+from featurestore.places.local_objects import LocalObjects
 from featurestore.snapshots import Snapshot, load_snapshot, publish, read_snapshot_table
 
 

@@ -10,15 +10,15 @@ import sys
 import numpy as np
 import pytest
 
-from featurestore.cells import StoreCells
-from featurestore.combine import combine
-from featurestore.erase import erase_tombstoned, tombstone
 from featurestore.errors import ClipUnavailableError, StoreDamagedError, StoreError, UserError
+from featurestore.keep.erase import erase_tombstoned, tombstone
+from featurestore.keep.verify import verify_store
 from featurestore.samples import Sample, Turn
+from featurestore.share.cells import StoreCells
+from featurestore.share.combine import combine
+from featurestore.share.transfer import transfer
 from featurestore.store import FeatureStore
 from featurestore.tombstones import read_tombstones
-from featurestore.transfer import transfer
-from featurestore.verify import verify_store
 
 GONE = "tiny/videos/2.mp4"
 TURNS = (Turn(role="human", text="what?"), Turn(role="gpt", text="a secret"))

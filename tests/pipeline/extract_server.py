@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 
 # Everything a run imports; nothing of it starts a thread before it is used.
 import av  # noqa: F401
@@ -49,6 +50,8 @@ def run(request: dict) -> None:
         main(request["arguments"], prog_name="merv-pipeline")
     except SystemExit as end:
         code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         os._exit(code)

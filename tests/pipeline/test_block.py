@@ -159,7 +159,11 @@ def test_an_encoder_short_of_device_memory_halves_its_batches_and_every_account_
     monkeypatch.setattr("sys.stderr", lines)
     summary = extract(lab.config(encoders=["siglip"]))
     monkeypatch.undo()
-    assert (summary.clips, summary.failed, summary.halvings) == (14, 0, 8)  # batches of two: five videos', three stills'
+    assert (summary.clips, summary.failed, summary.halvings) == (
+        14,
+        0,
+        8,
+    )  # of two clips each
     assert "14/14 clips, 0 failed, 8 batches halved" in lines.getvalue()
     store = FeatureStore.open(lab.store)
     (_, record), *_ = store.journal()

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from featurestore.keep.verify import verify_store
 from featurestore.store import FeatureStore
-from featurestore.verify import verify_store
 from pipeline.cli import main
 from pipeline.quarantine import quarantined, retry
 from pipeline.verify_media import verify_media

@@ -1,0 +1,1 @@
+"""Keeping a store sound: verification, repair, removal on request."""

@@ -1,0 +1,127 @@
+"""Erasing: what tombstones name is taken off the disk, wherever it lies in a store.
+
+Comes in: a store with tombstones, its own or brought by a pull or union. Goes out: the same store without the tokens
+and conversations of their clips. All is found by looking, nothing is remembered, so it may be killed and run again, and
+running it once too often changes nothing. Orphan shards are emptied as well: their rows would be adopted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping
+from datetime import UTC, datetime
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from featurestore.clips import KINDS
+from featurestore.columns import SAMPLE_SCHEMA
+from featurestore.errors import UserError, unknown_name
+from featurestore.find import Place
+from featurestore.groups import GroupWriter, encoder_groups
+from featurestore.keep.rewrite import erase_rows
+from featurestore.layout import SAMPLES, samples_files, samples_key
+from featurestore.lease import StoreLease
+from featurestore.parquet import read_table, table_bytes, table_file
+from featurestore.parts import ClipIndex
+from featurestore.places.objects import Objects
+from featurestore.tombstones import Tombstone, put_tombstone, read_tombstones, tombstoned_clips
+from featurestore.writer import StoreWriter
+
+
+def tombstone(
+    path: Place,
+    clip_ids: Iterable[str],
+    *,
+    reason: str,
+    date: str | None = None,
+    on_block: Callable[[], None] = lambda: None,
+) -> dict[str, object]:
+    """Remove clips from a store for good; returns what was done.
+
+    From the record on, readers that open the store list and read none of them. A clip that the store has never seen is
+    a mistake.
+    """
+    writer = StoreWriter.open(path)
+    clips = sorted(set(clip_ids))
+    with StoreLease(path, "tombstone"):
+        _refuse_unknown(writer, clips)
+        known = tombstoned_clips(writer.objects)
+        if new := [clip for clip in clips if clip not in known]:  # else a removal that was cut short is finished
+            date = date or datetime.now(UTC).strftime("%Y-%m-%d")
+            put_tombstone(writer.objects, new, reason, date, _samples_holding(writer.objects, set(new)).values())
+        blocks = erase_tombstoned(writer, on_block)
+        snapshot = writer.publish_snapshot()
+    return {"clips": clips, "already removed": len(clips) - len(new), "blocks rewritten": blocks, "snapshot": snapshot}
+
+
+def erase_tombstoned(writer: StoreWriter, on_block: Callable[[], None] = lambda: None) -> int:
+    """Take whatever the store's tombstones name off the disk; returns how many blocks were rewritten.
+
+    For a store that took over tombstones from another one (pull, union), and for one whose tombstone was cut short.
+    """
+    stones = read_tombstones(writer.objects)
+    removed = {clip: stone for stone in stones.values() for clip in stone.clips}
+    if not removed:
+        return 0
+    _erase_samples(writer.objects, removed, {sha for stone in stones.values() for sha in stone.erased})
+    index, rewritten = ClipIndex(writer.objects, writer.block_rows).refresh(), 0
+    for kind in KINDS:
+        blocks = _by_block(index.rows_of_clips(kind, removed), writer.block_rows[kind])
+        for name in encoder_groups(writer.objects, kind) if blocks else ():
+            group = GroupWriter.open(writer.objects, index, kind, name)
+            for block, rows in sorted(blocks.items()):
+                rewritten += erase_rows(group, block, rows)
+                on_block()
+    return rewritten
+
+
+def _refuse_unknown(writer: StoreWriter, clips: Collection[str]) -> None:
+    known = set(writer.clips()["clip_id"].to_pylist())
+    if not clips:
+        raise UserError("name at least one clip id; `merv-pipeline inspect` finds ids by path")
+    for clip in clips:
+        if clip not in known:
+            raise UserError(unknown_name("clip", clip, sorted(known)[:2000])[:600])
+
+
+def _by_block(rows: Collection[int], block_rows: int) -> dict[int, set[int]]:
+    blocks: dict[int, set[int]] = defaultdict(set)
+    for row in rows:
+        blocks[row // block_rows].add(row)
+    return blocks
+
+
+def _samples_holding(objects: Objects, clips: Collection[str]) -> dict[str, str]:
+    """File name -> sha256 of every version of every samples file that speaks of any of the clips."""
+    wanted, found = pa.array(sorted(clips), pa.string()), {}
+    for file in samples_files(objects.list_names(SAMPLES)):
+        data = table_file(objects, f"{SAMPLES}/{file}")
+        table = read_table(data, SAMPLE_SCHEMA, f"{SAMPLES}/{file}", columns=["clip_id"])
+        if pc.any(pc.is_in(table["clip_id"], wanted)).as_py():
+            found[file] = hashlib.sha256(data).hexdigest()
+    return found
+
+
+def _erase_samples(objects: Objects, removed: Mapping[str, Tombstone], known: Collection[str]) -> None:
+    """The newest version of each name goes on without the clips' conversations; versions that have them are deleted."""
+    holding = _samples_holding(objects, removed.keys())
+    if not holding:
+        return
+    if new := set(holding.values()) - set(known):  # of a store that the tombstone was not made in
+        stone = next(iter(removed.values()))
+        put_tombstone(objects, removed, stone.reason, stone.date, new)
+    files = samples_files(objects.list_names(SAMPLES))
+    for name in {files[file][0] for file in holding}:
+        newest = max((version, file) for file, (other, version) in files.items() if other == name)
+        if newest[1] in holding:
+            _put_without(objects, f"{SAMPLES}/{newest[1]}", samples_key(name, newest[0] + 1), removed.keys())
+    for file in holding:
+        objects.delete(f"{SAMPLES}/{file}")
+
+
+def _put_without(objects: Objects, key: str, target: str, removed: Collection[str]) -> None:
+    table = read_table(objects.get(key), SAMPLE_SCHEMA, key)
+    gone = pc.fill_null(pc.is_in(table["clip_id"], pa.array(sorted(removed), pa.string())), False)
+    objects.put_new(target, table_bytes(table.filter(pc.invert(gone))))

@@ -1,0 +1,137 @@
+"""Documents (`zarr.json`) made again from what they describe: rows, identities and what snapshots remember of them."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from featurestore.errors import MervCacheError, StoreFormatError
+from featurestore.groups import GroupRecord, read_group
+from featurestore.keep.flips import SEARCH_BYTES, first_whole
+from featurestore.keep.verify import Verification
+from featurestore.layout import ARRAYS, ROOT_METADATA, array_metadata_key, sealed_blocks, shard_key
+from featurestore.metadata import (
+    CODECS,
+    ArraySpec,
+    array_specs,
+    document_bytes,
+    group_document,
+    load_json,
+    parse_array,
+    parse_root,
+    root_document,
+)
+from featurestore.places.objects import Objects
+from featurestore.shards import Shard
+
+
+def derived_document(objects: Objects, other: Objects | None, key: str, check: Verification) -> bytes:
+    """The bytes that the zarr.json at `key` should have; raises where too little is left to know them."""
+    parts = key.split("/")
+    if key == ROOT_METADATA:
+        return _root(objects, other, check)
+    if len(parts) == 2:
+        return document_bytes({"zarr_format": 3, "node_type": "group", "attributes": {}})
+    if len(parts) == 3:
+        return _group(objects, other, key, parts[0], parts[1], check)
+    return _array(objects, parts[0], parts[1], parts[2], check)
+
+
+def _root(objects: Objects, other: Objects | None, check: Verification) -> bytes:
+    datasets = check.index.datasets() if check.index else []
+    if check.newest:
+        return root_document(datasets=datasets, block_rows=check.newest.block_rows)
+    if found := _one_bit_away(objects, ROOT_METADATA, _is_root):
+        return found
+    for source in (objects, other):
+        with suppress(MervCacheError, FileNotFoundError):
+            if source is not None:
+                block_rows = parse_root(source.get(ROOT_METADATA))["block_rows"]
+                return root_document(datasets=datasets, block_rows=block_rows)
+    raise StoreFormatError("no snapshot says how many rows its blocks have; give a copy with --from")
+
+
+def _is_root(data: bytes) -> bool:
+    root = parse_root(data)
+    return data == root_document(datasets=root["datasets"], block_rows=root["block_rows"])
+
+
+def _group(objects: Objects, other: Objects | None, key: str, kind: str, group: str, check: Verification) -> bytes:
+    if check.newest and (summary := check.newest.groups.get(f"{kind}/{group}")):
+        return group_document(summary.identity, weights_label=summary.weights, batch_shape=summary.batch_shape)
+
+    def is_whole(data: bytes) -> bool:
+        record = _record(data, kind, group)
+        return data == group_document(record.identity, weights_label=record.weights, batch_shape=record.batch_shape)
+
+    if found := _one_bit_away(objects, key, is_whole):
+        return found
+    if other is not None:
+        with suppress(MervCacheError, FileNotFoundError):
+            record = read_group(other, kind, group)
+            return group_document(record.identity, weights_label=record.weights, batch_shape=record.batch_shape)
+    raise StoreFormatError("no snapshot knows this group's identity; give a copy with --from")
+
+
+def _record(data: bytes, kind: str, group: str) -> GroupRecord:
+    class One:  # a place that holds this one document
+        def size(self, key: str) -> int:
+            return len(data)
+
+        def get(self, key: str) -> bytes:
+            return data
+
+    return read_group(One(), kind, group)  # type: ignore[arg-type]
+
+
+def _one_bit_away(objects: Objects, key: str, is_whole) -> bytes | None:
+    def check(data: bytes) -> bool:
+        try:
+            return is_whole(data)
+        except (MervCacheError, TypeError, KeyError):
+            return False
+
+    with suppress(FileNotFoundError, MervCacheError):
+        data = objects.get(key)
+        if len(data) <= SEARCH_BYTES // 4:
+            return first_whole(data, range(len(data)), check)
+    return None
+
+
+def _array(objects: Objects, kind: str, group: str, array: str, check: Verification) -> bytes:
+    identity, block_rows = read_group(objects, kind, group).identity, check.block_rows[kind]
+    if check.index is None:
+        raise StoreFormatError("the clip parts that say how many rows it has are damaged themselves")
+    blocks = sealed_blocks(check.index.max_row(kind), block_rows)
+    for codec in [*_codecs_of_siblings(objects, kind, group, array), *CODECS]:
+        specs = array_specs(identity, kind, blocks=blocks, block_rows=block_rows, codec=codec)
+        if array not in specs:
+            raise StoreFormatError(f"the identity of {group} has no array {array}")
+        if _fits(objects, kind, group, specs[array], blocks):
+            return specs[array].document()
+    raise StoreFormatError("its shards are of no known codec")
+
+
+def _codecs_of_siblings(objects: Objects, kind: str, group: str, array: str) -> list[str]:
+    found = []
+    for name in ARRAYS:
+        with suppress(MervCacheError, FileNotFoundError):
+            key = array_metadata_key(kind, group, name)
+            if name != array and load_json(objects.get(key), key) and (spec := parse_array(name, objects.get(key))):
+                found.append(spec.codec)
+    return found
+
+
+def _fits(objects: Objects, kind: str, group: str, spec: ArraySpec, blocks: int) -> bool:
+    """Does the first shard that is there decode? True where there is none: any codec will do."""
+    for block in range(blocks):
+        key = shard_key(kind, group, spec.name, block)
+        if not objects.exists(key):
+            continue
+        try:
+            shard = Shard(spec, objects.open(key))
+            for row in shard.rows()[:1]:
+                shard.decode(row)
+            return True
+        except MervCacheError:
+            continue
+    return not any(objects.exists(shard_key(kind, group, spec.name, block)) for block in range(blocks))

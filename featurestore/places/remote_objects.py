@@ -1,0 +1,283 @@
+"""An object store as a place to keep bytes: put-if-absent is the commit, as an exclusive link is in a folder.
+
+A put is one request and atomic: there are no temporary objects, nothing to sweep and nothing half-written. Whoever puts
+a name first has it; a put whose answer was lost and that was repeated by the library finds its own mark on the object
+and knows that it was first. Metadata that grows is replaced only if nobody changed it meanwhile. obstore's runtime does
+not survive a fork: open stores where they are used, in processes started by spawn or forkserver.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from featurestore.errors import AlreadyExistsError, RunStoppedError, StoreFormatError, UserError
+from featurestore.layout import LISTING, TEMPORARY
+from featurestore.places.listing import parse_listing
+from featurestore.places.objects import Buffer, scatter
+from featurestore.places.remote_faults import remote_faults
+from featurestore.places.remote_stores import READ_ONLY, connect
+
+if TYPE_CHECKING:
+    from obstore import ObjectMeta
+    from obstore.store import ObjectStore
+
+MAX_PUT_BYTES = 5 << 30  # of one request, by S3's rule; a conditional put cannot be split
+_MARK = "mervput"  # metadata of an object: who put it (no dashes: Azure allows none)
+_proven: set[str] = set()  # URLs whose server was seen to refuse a second put, in this process
+
+
+class RemoteObjects:
+    """A folder of a bucket."""
+
+    parallel_reads = 16  # requests in flight: one waits 10-50 ms for its first byte
+
+    def __init__(self, url: str, store: ObjectStore | None = None) -> None:
+        self.root = url.rstrip("/")
+        self._store = connect(self.root) if store is None else store
+
+    def __reduce__(self) -> tuple:
+        return (type(self), (self.root,))
+
+    def greet(self) -> None:
+        """Ask for anything, with little patience: a wrong address or key is told in seconds, not in minutes."""
+        import obstore
+
+        hurried = connect(self.root, max_retries=2)
+        with remote_faults("reach the store", self.root), suppress(FileNotFoundError):
+            obstore.head(hurried, "zarr.json")
+            return
+        self._look_for_bucket(hurried)
+
+    def put_new(self, key: str, data: Buffer | Sequence[Buffer]) -> None:
+        self._prove_exclusive()
+        self._create(key, _whole(data))
+
+    def replace(self, key: str, data: bytes) -> None:
+        self._put(key, data, mode="overwrite")
+
+    def swap(self, key: str, old: bytes, new: bytes) -> bool:
+        from obstore.exceptions import PreconditionError
+
+        with remote_faults(f"read {key}", self.root):
+            found = self._get(key)
+            if found.bytes().to_bytes() != old:
+                return False
+        version = {name: found.meta[name] for name in ("e_tag", "version") if found.meta.get(name)}
+        try:
+            self._put(key, new, mode=version)
+        except PreconditionError:
+            return False
+        return True
+
+    def get(self, key: str) -> bytes:
+        with remote_faults(f"read {key}", self.root):
+            return self._get(key).bytes().to_bytes()
+
+    def get_range(self, key: str, offset: int, length: int) -> memoryview:
+        """Bytes of an object that is long enough."""
+        import obstore
+
+        with remote_faults(f"read {key}", self.root):
+            return memoryview(obstore.get_range(self._store, _checked(key), start=offset, length=length)).cast("B")
+
+    def open(self, key: str) -> RemoteObject:
+        meta = self._head(key)
+        return RemoteObject(self, key, meta["size"], f"{meta.get('e_tag')} {meta['size']}")
+
+    def size(self, key: str) -> int:
+        return self._head(key)["size"]
+
+    def modified(self, key: str) -> datetime:
+        """When an object was last put, by the server's clock."""
+        return self._head(key)["last_modified"]
+
+    def exists(self, key: str) -> bool:
+        try:
+            self._head(key)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def list_names(self, prefix: str) -> list[str]:
+        import obstore
+
+        with remote_faults(f"list {prefix or 'the store'}", self.root):
+            found = obstore.list_with_delimiter(self._store, _checked(prefix) if prefix else None)
+        paths = [*found["common_prefixes"], *(meta["path"] for meta in found["objects"])]
+        return sorted({path.rstrip("/").rpartition("/")[2] for path in paths})
+
+    def list_tree(self, prefix: str = "") -> dict[str, int]:
+        import obstore
+
+        sizes: dict[str, int] = {}
+        with remote_faults(f"list {prefix or 'the store'}", self.root):
+            for metas in obstore.list(self._store, _checked(prefix) if prefix else None, chunk_size=1000):
+                sizes.update((meta["path"], meta["size"]) for meta in metas)
+        return sizes
+
+    def delete(self, key: str) -> None:
+        import obstore
+
+        with remote_faults(f"delete {key}", self.root):
+            obstore.delete(self._store, _checked(key))
+
+    def sweep(self) -> None:
+        """Nothing is ever half-written here."""
+
+    def abandoned(self) -> list[str]:
+        return []
+
+    def as_zarr(self) -> Any:
+        """For zarr-python, where an array has codecs of somebody else's."""
+        from zarr.storage import ObjectStore as ZarrObjectStore
+
+        return ZarrObjectStore(self._store, read_only=True)
+
+    def _look_for_bucket(self, store: ObjectStore) -> None:
+        """A missing object and a missing bucket look alike until something is listed."""
+        import obstore
+
+        with remote_faults("list the store", self.root):
+            obstore.list_with_delimiter(store, TEMPORARY)
+
+    def _prove_exclusive(self) -> None:
+        """Old servers ignore the condition and let the second put win: no commit would be safe there."""
+        if self.root in _proven:
+            return
+        key = f"{TEMPORARY}/probe-{uuid.uuid4().hex}"
+        self._create(key, b"first")
+        try:
+            self._create(key, b"second")
+        except AlreadyExistsError:
+            _proven.add(self.root)
+        else:
+            raise UserError(
+                f"the server of {self.root} ignores conditional puts (If-None-Match), so two writers could overwrite "
+                "each other: use a newer version of the server, or extract into a folder and `merv-pipeline push` it"
+            )
+        finally:
+            self.delete(key)
+
+    def _create(self, key: str, body: bytes) -> None:
+        from obstore import exceptions
+
+        mark = uuid.uuid4().hex
+        try:
+            self._put(key, body, mode="create", attributes={_MARK: mark})
+        except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
+            with remote_faults(f"read {key}", self.root):
+                attributes = self._get(key, head=True).attributes
+            if attributes.get(_MARK) != mark:
+                raise AlreadyExistsError(
+                    f"{key} exists already: another process was first, read what it wrote"
+                ) from None
+
+    def _put(self, key: str, body: bytes, **options: Any) -> None:
+        import obstore
+
+        if len(body) > MAX_PUT_BYTES:
+            raise RunStoppedError(f"{key} has {len(body)} bytes, more than one put takes: choose smaller block rows")
+        with remote_faults(f"write {key}", self.root):
+            obstore.put(self._store, _checked(key), body, use_multipart=False, **options)
+
+    def _get(self, key: str, *, head: bool = False) -> Any:
+        import obstore
+
+        return obstore.get(self._store, _checked(key), options={"head": True} if head else None)
+
+    def _head(self, key: str) -> ObjectMeta:
+        import obstore
+
+        with remote_faults(f"read {key}", self.root):
+            return obstore.head(self._store, _checked(key))
+
+
+class WebObjects(RemoteObjects):
+    """A store behind a web server or on the Hub: read only, its names known by the listing that `push` leaves."""
+
+    def __init__(self, url: str, store: ObjectStore | None = None) -> None:
+        super().__init__(url, store)
+        self._sizes: dict[str, int] | None = None
+
+    def list_names(self, prefix: str) -> list[str]:
+        start = f"{_checked(prefix)}/" if prefix else ""
+        return sorted({key[len(start) :].partition("/")[0] for key in self._listed() if key.startswith(start)})
+
+    def list_tree(self, prefix: str = "") -> dict[str, int]:
+        start = f"{_checked(prefix)}/" if prefix else ""
+        return {key: size for key, size in self._listed().items() if key.startswith(start)}
+
+    def put_new(self, key: str, data: Buffer | Sequence[Buffer]) -> None:
+        raise self._read_only()
+
+    def replace(self, key: str, data: bytes) -> None:
+        raise self._read_only()
+
+    def swap(self, key: str, old: bytes, new: bytes) -> bool:
+        raise self._read_only()
+
+    def delete(self, key: str) -> None:
+        raise self._read_only()
+
+    def _look_for_bucket(self, store: ObjectStore) -> None:
+        """Web servers have none."""
+
+    def _listed(self) -> dict[str, int]:
+        if self._sizes is None:
+            try:
+                self._sizes = parse_listing(self.get(LISTING))
+            except FileNotFoundError:
+                raise UserError(
+                    f"{self.root} has no {LISTING}, and a web server does not tell what it holds: stores that were put "
+                    "there by `merv-pipeline push` (to a folder or bucket that is then served) have one"
+                ) from None
+        return self._sizes
+
+    def _read_only(self) -> UserError:
+        return UserError(
+            f"{self.root} can only be read here: write to a folder, s3://, gs:// or az://. For the Hub, push to a "
+            "folder and send it with `hf upload-large-folder USER/REPO FOLDER --repo-type dataset --exclude "
+            "listing.json`, then listing.json with `hf upload`: readers see nothing before it is there"
+        )
+
+
+class RemoteObject:
+    """One object for ranged reads; holds nothing open."""
+
+    def __init__(self, objects: RemoteObjects, key: str, size: int, version: str) -> None:
+        self._objects, self._key = objects, key
+        self.size = size
+        self.version = version  # changes when the object does
+
+    def read_into(self, offset: int, buffers: Sequence[memoryview]) -> int:
+        wanted = min(sum(len(buffer) for buffer in buffers), self.size - offset)
+        if wanted <= 0:
+            return 0
+        data = self._objects.get_range(self._key, offset, wanted)
+        scatter(data, buffers)
+        return len(data)
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def open_remote(url: str) -> RemoteObjects:
+    """The place behind a URL, after a first word with it."""
+    place = (WebObjects if urlsplit(url).scheme in READ_ONLY else RemoteObjects)(url)
+    place.greet()
+    return place
+
+
+def _whole(data: Buffer | Sequence[Buffer]) -> bytes:
+    return bytes(data) if isinstance(data, bytes | bytearray | memoryview) else b"".join(data)
+
+
+def _checked(key: str) -> str:
+    if any(part in ("", ".", "..") or "\0" in part for part in key.split("/")):
+        raise StoreFormatError(f"object key {key!r} is refused: it must be a plain relative path")
+    return key

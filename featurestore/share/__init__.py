@@ -1,0 +1,1 @@
+"""Giving stores away and taking them in: transfer, union and subset, exchange formats."""

@@ -1,0 +1,245 @@
+"""Union and subset: cells of stores laid into a new one, nothing computed anew.
+
+Of cells that several sources hold, the first source's wins. Encoded rows are copied as they are where codecs agree, and
+every row is checked against its receipt's digest on the way. Clips that were tried by the same encoders are given rows
+together: a block is committed whole or not at all, so a clip that an encoder never saw must stay work to do, in a block
+of its own kind. Reasons of failure, conversations and journals come along. Killed in the middle and run again, it goes
+on where it was: rows are given out in the same order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from featurestore.blocks import BlockWriter
+from featurestore.clips import Clip
+from featurestore.columns import table_to_clips
+from featurestore.errors import StoreDamagedError, UserError
+from featurestore.find import Place
+from featurestore.groups import GroupWriter
+from featurestore.identity import canonical_json
+from featurestore.journal import journal_bytes
+from featurestore.layout import block_of, journal_key, tombstone_key
+from featurestore.lookup import encoder_keys
+from featurestore.places.by_url import in_parallel
+from featurestore.places.objects import put_if_absent
+from featurestore.samples import Sample
+from featurestore.share.cells import Cell, CellGroup, CellSource, LoadedCell
+from featurestore.share.selection import Selection
+from featurestore.writer import StoreWriter
+
+Chosen = dict[str, tuple[CellSource, Cell]]  # clip id -> where its cell comes from
+
+
+@dataclass(kw_only=True)
+class Combined:
+    """What was laid out."""
+
+    store: str
+    sources: list[str]
+    snapshot: str = ""
+    clips: int = 0
+    cells: int = 0  # committed and failed ones that the sources have, each once
+    copied: int = 0  # in this run
+    blocks: int = 0  # in this run
+    shared: int = 0  # cells that several sources hold
+    differing: int = 0  # of these, cells whose bits differ (other devices, or other media): the first source's stand
+    samples: dict[str, int] = field(default_factory=dict)
+
+
+def combine(
+    sources: Sequence[CellSource],
+    out: Place,
+    *,
+    selection: Selection | None = None,
+    on_start: Callable[[int], None] = lambda cells: None,
+    on_copied: Callable[[int], None] = lambda cells: None,
+) -> Combined:
+    """Lay the selected cells of the sources into `out`, a new store or one that an interrupted run left."""
+    selection = selection or Selection()
+    done = Combined(store=str(out), sources=[source.name for source in sources])
+    stones = [stone for source in sources for stone in source.tombstones()]
+    clips = _clips(sources, selection, {clip for stone in stones for clip in stone.clips})
+    groups = _groups(sources, selection)
+    chosen = {name: _choose(sources, name, clips, done) for name in groups}
+    writer = StoreWriter.open_or_create(out, block_rows=dict(sources[0].block_rows))
+    for stone in stones:  # first: what one source took back is in none of the others' cells either
+        put_if_absent(writer.objects, tombstone_key(stone.id), stone.to_bytes())
+    _refuse_other_clips(writer, clips, out)
+    for together in _tried_alike(clips, chosen):
+        writer.add_clips(together)
+    done.clips, done.cells = len(clips), sum(map(len, chosen.values()))
+    on_start(done.cells)
+    for name, group in groups.items():
+        if chosen[name]:
+            _fill_group(writer, name, group, chosen[name], done, on_copied)
+    done.samples = _samples(writer, sources, clips, selection)
+    _journal(writer, sources, selection)
+    done.snapshot = writer.publish_snapshot()
+    return done
+
+
+def _clips(sources: Sequence[CellSource], selection: Selection, removed: Collection[str]) -> dict[str, Clip]:
+    listed: dict[str, Clip] = {}
+    for source in sources:
+        for clip in source.clips():
+            listed.setdefault(clip.clip_id, clip)
+    selection.check(listed.values())
+    return {c: clip for c, clip in listed.items() if c not in removed and selection.takes(clip)}
+
+
+def _groups(sources: Sequence[CellSource], selection: Selection) -> dict[str, CellGroup]:
+    found: dict[str, CellGroup] = {}
+    for source in sources:
+        for name, group in source.groups().items():
+            found.setdefault(name, group)
+    wanted = set(selection.groups(encoder_keys(found)))
+    kinds = (selection.kind,) if selection.kind else ("video", "image")
+    return {
+        name: group
+        for name, group in sorted(found.items())
+        if name.split("/")[1] in wanted and name.split("/")[0] in kinds
+    }
+
+
+def _choose(sources: Sequence[CellSource], name: str, clips: Mapping[str, Clip], done: Combined) -> Chosen:
+    """Of every clip the first source that committed it, else the first in which it failed."""
+    chosen: Chosen = {}
+    for source in sources:
+        for clip_id, cell in source.cells(name).items() if name in source.groups() else ():
+            if clip_id not in clips:
+                continue
+            before = chosen.get(clip_id)
+            if before is not None and before[1].is_ok and cell.is_ok:
+                done.shared += 1
+                done.differing += before[1].digest != cell.digest
+            elif before is None or cell.is_ok:
+                chosen[clip_id] = (source, cell)
+    return chosen
+
+
+def _tried_alike(clips: Mapping[str, Clip], chosen: Mapping[str, Chosen]) -> list[list[Clip]]:
+    """Clips by the encoders that tried them, in the order in which such clips first appear."""
+    alike: dict[tuple[str, ...], list[Clip]] = {}
+    for clip_id, clip in clips.items():
+        tried = tuple(name for name, cells in chosen.items() if clip_id in cells)
+        alike.setdefault(tried, []).append(clip)
+    return list(alike.values())
+
+
+def _refuse_other_clips(writer: StoreWriter, clips: Mapping[str, Clip], out: Place) -> None:
+    other = set(writer.clips()["clip_id"].to_pylist()) - set(clips)
+    if other:
+        raise UserError(
+            f"{out} holds {len(other)} clips that this would not put there, one is {min(other)!r}: give a new path"
+        )
+
+
+def _fill_group(
+    writer: StoreWriter,
+    name: str,
+    group: CellGroup,
+    chosen: Chosen,
+    done: Combined,
+    on_copied: Callable[[int], None],
+) -> None:
+    kind = name.split("/")[0]
+    rows: dict[int, list[tuple[int, Clip]]] = {}
+    for row, clip in table_to_clips(writer.clips()):
+        if clip.kind == kind and clip.clip_id in chosen:
+            rows.setdefault(block_of(row, writer.block_rows[kind]), []).append((row, clip))
+    target = _open_group(writer, kind, group)
+    missing = set(target.missing_blocks())
+    for block, planned in sorted(rows.items()):
+        if block in missing:
+            _fill_block(target, target.begin(block, [row for row, _ in planned]), name, planned, chosen)
+            done.blocks += 1
+            done.copied += len(planned)
+        on_copied(len(planned))
+
+
+def _open_group(writer: StoreWriter, kind: str, group: CellGroup) -> GroupWriter:
+    if group.identity.group_name in writer.encoder_groups(kind):
+        target = writer.open_group(kind, group.identity.group_name)
+        target.grow()
+        return target
+    return writer.ensure_group(
+        kind,
+        group.identity,
+        batch_shape=group.batch_shape,
+        weights_label=group.weights,
+        codec=group.codec,
+        new_identity=True,
+    )
+
+
+def _fill_block(
+    target: GroupWriter, block: BlockWriter, name: str, planned: list[tuple[int, Clip]], chosen: Chosen
+) -> None:
+    def load(clip: Clip) -> LoadedCell:
+        return chosen[clip.clip_id][0].load(name, clip.clip_id, target.specs)
+
+    width = max(source.parallel_reads for source, _ in (chosen[clip.clip_id] for _, clip in planned))
+    loaded = in_parallel(load, [clip for _, clip in planned], width)
+    for (row, _), cell in zip(planned, loaded, strict=True):
+        lay_cell(block, row, cell)
+    receipt = block.commit()
+    for (row, clip), cell in zip(planned, loaded, strict=True):
+        found = receipt.rows[row % len(receipt.rows)]
+        if (found.state, found.digest) != (cell.outcome.state, cell.outcome.digest):
+            raise StoreDamagedError(f"the new store holds other tokens of {clip.clip_id}; remove it and run again")
+
+
+def lay_cell(block: BlockWriter, row: int, cell: LoadedCell) -> None:
+    """A cell of another store into a row of a block in the making."""
+    outcome = cell.outcome
+    if outcome.state == "ok":
+        block.add_chunks(row, cell.chunks, media_sha256=outcome.media_sha256, decoder=outcome.decoder)
+    else:
+        block.fail(
+            row,
+            outcome.reason or "",
+            media_sha256=outcome.media_sha256,
+            decoder=outcome.decoder,
+            scope=outcome.scope or "clip",
+        )
+
+
+def _samples(
+    writer: StoreWriter, sources: Sequence[CellSource], clips: Mapping[str, Clip], selection: Selection
+) -> dict[str, int]:
+    """Conversations of the clips taken, and those without a clip where all clips are; the first source's wins."""
+    merged: dict[str, dict[tuple[str, str | None], Sample]] = {}
+    for source in sources:
+        for name, samples in source.samples().items():
+            mine = merged.setdefault(name, {})
+            for sample in samples:
+                if sample.clip_id in clips or (sample.clip_id is None and selection.takes_all_clips):
+                    mine.setdefault((sample.sample_id, sample.clip_id), sample)
+    for name, samples in merged.items():
+        if samples:
+            writer.add_samples(name, samples.values())
+    return {name: len(samples) for name, samples in merged.items() if samples}
+
+
+def _journal(writer: StoreWriter, sources: Sequence[CellSource], selection: Selection) -> None:
+    """The sources' journals under their names, and one of this: no times in it, so that a second run adds nothing."""
+    told: dict[str, Any] = {
+        "combined from": [source.provenance() for source in sources],
+        "selection": {
+            name: sorted(value) if isinstance(value, frozenset) else value for name, value in asdict(selection).items()
+        },
+    }
+    named = [(name, record) for source in sources for name, record in source.journal()]
+    for name, record in [*named, (f"combine-{_short_digest(told)}", told)]:
+        data = journal_bytes(record)
+        key = journal_key(name)
+        if not put_if_absent(writer.objects, key, data) and writer.objects.get(key) != data:
+            put_if_absent(writer.objects, journal_key(f"{name[:190]}-{_short_digest(record)}"), data)
+
+
+def _short_digest(record: Any) -> str:
+    return hashlib.sha256(canonical_json(record).encode()).hexdigest()[:12]

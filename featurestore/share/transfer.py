@@ -1,0 +1,314 @@
+"""Push and pull: a store, or part of it, from one place to another, byte for byte.
+
+The newest snapshot is pinned first, and what it names is copied, so a run that goes on at the source disturbs nothing.
+Order makes a transfer safe to stop anywhere: clip parts, then blocks (shards before their receipt), then journals, and
+the snapshot last. Until then a reader of the destination sees nothing, or the older snapshot that was there. What is
+there already with the right size is not sent again. Every shard is hashed against its receipt before it is put, in the
+memory that is then sent; S3 refuses a body whose signed sha256 differs, and `check` reads everything back.
+
+A part of the clips is sent as whole blocks: shards are immutable and their receipts cover them whole. `Transferred`
+says what that costs; `subset` cuts instead, into a new store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+
+from featurestore.columns import CLIP_SCHEMA, table_to_clips
+from featurestore.errors import StoreDamagedError, StoreError, StoreNotFoundError, UserError
+from featurestore.find import Place, no_store_at, place_of
+from featurestore.groups import create_or_open_group, read_arrays
+from featurestore.keep.erase import erase_tombstoned
+from featurestore.layout import (
+    JOURNAL,
+    ROOT_METADATA,
+    block_of,
+    journal_key,
+    journal_names,
+    receipt_key,
+    shard_key,
+    snapshot_keys,
+    tombstone_key,
+)
+from featurestore.lookup import encoder_keys
+from featurestore.parts import ClipIndex, read_table
+from featurestore.places.by_url import in_parallel, open_objects
+from featurestore.places.objects import Objects, put_if_absent
+from featurestore.receipts import Receipt
+from featurestore.share.selection import Selection
+from featurestore.snapshots import Snapshot, load_snapshot, newest_snapshot_id, publish
+from featurestore.tombstones import tombstone_ids
+from featurestore.writer import StoreWriter
+
+WORKERS = 4  # blocks in flight; each holds one shard of about 100 MB in memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parcel:
+    """One block of one group: its shards, and the receipt that covers them."""
+
+    kind: str
+    group: str
+    block: int
+    block_rows: int
+    number: int  # of the receipt: repair and tombstone replace a block
+    receipt_sha256: str  # of the receipt's own bytes
+    shards: Mapping[str, Mapping[str, int | str]]  # key -> {"sha256", "bytes"}
+    rows: int  # committed rows
+    rows_asked: int  # of them, rows of the clips asked for
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(int(shard["bytes"]) for shard in self.shards.values())
+
+
+@dataclass(kw_only=True)
+class Transferred:
+    """What a transfer did."""
+
+    source: str
+    destination: str
+    snapshot: str = ""  # at the destination
+    blocks: int = 0
+    bytes: int = 0  # of all shards that the destination has to have
+    sent_blocks: int = 0
+    sent_bytes: int = 0
+    overhead: float = 1.0  # rows of the blocks over rows of the clips asked for
+    encoders: list[str] = field(default_factory=list)
+
+
+def transfer(
+    source: Place,
+    destination: Place,
+    *,
+    selection: Selection | None = None,
+    workers: int = WORKERS,
+    check: bool = False,
+    with_journal: bool = True,
+    on_start: Callable[[int], None] = lambda total_bytes: None,
+    on_sent: Callable[[int], None] = lambda sent_bytes: None,
+) -> Transferred:
+    """Bring a destination up to the source's newest snapshot; resumable, and a no-op where nothing is new."""
+    selection = selection or Selection()
+    origin = open_objects(source)
+    snapshot = _pinned(origin, source)
+    parcels = _parcels(origin, snapshot, selection)
+    writer = StoreWriter.open_or_create(destination, block_rows=dict(snapshot.block_rows))
+    done = _summary(source, destination, parcels)
+    for stone in tombstone_ids(origin):  # first: what was taken back must not be shown for a moment
+        put_if_absent(writer.objects, tombstone_key(stone), origin.get(tombstone_key(stone)))
+    _copy_parts(origin, writer.objects, snapshot)
+    writer.add_clips([])  # names the datasets in zarr.json
+    _make_groups(origin, writer, snapshot, parcels)
+    sizes = writer.objects.list_tree()
+    on_start(sum(parcel.num_bytes for parcel in parcels))
+    send = partial(_send, origin, writer.objects, sizes, check)
+    with ThreadPoolExecutor(workers, thread_name_prefix="transfer") as pool:
+        try:
+            for parcel, sent in zip(parcels, pool.map(send, parcels), strict=True):
+                on_sent(parcel.num_bytes)
+                done.sent_bytes += sent
+                done.sent_blocks += sent > 0
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    if with_journal:
+        there = set(journal_names(writer.objects.list_names(JOURNAL)))
+        for name in journal_names(origin.list_names(JOURNAL)):
+            if name not in there:
+                put_if_absent(writer.objects, journal_key(name), origin.get(journal_key(name)))
+    erase_tombstoned(writer)  # what earlier transfers brought of clips that were removed since
+    done.snapshot = _finish(origin, writer, snapshot, selection)
+    return done
+
+
+def _pinned(origin: Objects, source: Place) -> Snapshot:
+    newest = newest_snapshot_id(origin) if origin.exists(ROOT_METADATA) else None
+    if newest is None and not origin.exists(ROOT_METADATA):
+        raise StoreNotFoundError(no_store_at(place_of(source)))
+    if newest is None:
+        raise StoreError(f"{source} has no snapshot yet: let its extraction end, or run it again to finish it")
+    return load_snapshot(origin, newest)
+
+
+def _parcels(origin: Objects, snapshot: Snapshot, selection: Selection) -> list[Parcel]:
+    """The blocks to have, every receipt read and checked against the snapshot."""
+    keys = encoder_keys(snapshot.groups)
+    wanted = set(selection.groups(keys))
+    asked = None if selection.takes_all_clips else _rows_asked(origin, snapshot, selection)
+    blocks = []
+    for name, summary in snapshot.groups.items():
+        kind, group = name.split("/")
+        for block in sorted(map(int, summary.receipts)) if group in wanted else ():
+            mine = None if asked is None else asked.get((kind, block))
+            if asked is None or mine:
+                blocks.append((kind, group, block, summary.receipts[str(block)], mine))
+    read = partial(_parcel, origin, snapshot.block_rows)
+    return in_parallel(lambda entry: read(*entry), blocks, origin.parallel_reads)
+
+
+def _rows_asked(origin: Objects, snapshot: Snapshot, selection: Selection) -> dict[tuple[str, int], set[int]]:
+    """(kind, block) -> rows of the clips asked for."""
+    tables = [read_table(_digested(origin, key, sha256), CLIP_SCHEMA, key) for key, sha256 in snapshot.parts.items()]
+    rows = [pair for table in tables for pair in table_to_clips(table)]
+    selection.check(clip for _, clip in rows)
+    asked: dict[tuple[str, int], set[int]] = {}
+    for row, clip in rows:
+        if selection.takes(clip):
+            asked.setdefault((clip.kind, block_of(row, snapshot.block_rows[clip.kind])), set()).add(row)
+    return asked
+
+
+def _parcel(
+    origin: Objects,
+    block_rows: Mapping[str, int],
+    kind: str,
+    group: str,
+    block: int,
+    digest: str,
+    asked: set[int] | None,
+) -> Parcel:
+    key = receipt_key(kind, group, block)
+    try:
+        data = origin.get(key)
+    except FileNotFoundError:
+        raise StoreDamagedError(f"{key} is missing though the snapshot names it; verify the source") from None
+    receipt = Receipt.parse(data, kind=kind, group=group, block=block, block_rows=block_rows[kind])
+    if receipt.digest != digest:
+        raise StoreDamagedError(f"{key} is not the receipt that the snapshot names; run `merv-pipeline verify`")
+    ok = {row for row, outcome in enumerate(receipt.rows, start=receipt.first_row()) if outcome.state == "ok"}
+    return Parcel(
+        kind=kind,
+        group=group,
+        block=block,
+        block_rows=block_rows[kind],
+        number=receipt.number,
+        receipt_sha256=hashlib.sha256(data).hexdigest(),
+        shards={shard_key(kind, group, name, block): entry for name, entry in receipt.shards.items()},
+        rows=len(ok),
+        rows_asked=len(ok if asked is None else ok & asked),
+    )
+
+
+def _summary(source: Place, destination: Place, parcels: list[Parcel]) -> Transferred:
+    asked = sum(parcel.rows_asked for parcel in parcels)
+    return Transferred(
+        source=str(source),
+        destination=str(destination),
+        blocks=len(parcels),
+        bytes=sum(parcel.num_bytes for parcel in parcels),
+        overhead=sum(parcel.rows for parcel in parcels) / asked if asked else 1.0,
+        encoders=sorted({parcel.group for parcel in parcels}),
+    )
+
+
+def _copy_parts(origin: Objects, target: Objects, snapshot: Snapshot) -> None:
+    """Clip parts and samples; a part that is there must be the same, or the destination is another store."""
+    named = dict(snapshot.parts) | {entry["key"]: entry["sha256"] for entry in snapshot.samples.values()}
+    for key, sha256 in named.items():
+        if not target.exists(key) and put_if_absent(target, key, _digested(origin, key, sha256)):
+            continue
+        if hashlib.sha256(target.get(key)).hexdigest() != sha256:
+            raise UserError(
+                f"the destination holds another store: its {key} differs; push into an empty place, or make one store "
+                "of both with `merv-pipeline union`"
+            )
+
+
+def _digested(origin: Objects, key: str, sha256: str) -> bytes:
+    data = origin.get(key)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise StoreDamagedError(f"{key} does not match the snapshot's digest; run `merv-pipeline verify` on the source")
+    return data
+
+
+def _make_groups(origin: Objects, writer: StoreWriter, snapshot: Snapshot, parcels: Iterable[Parcel]) -> None:
+    """Groups are made from their identity, as extraction makes them, with room for every row given out."""
+    index = ClipIndex(writer.objects, writer.block_rows)
+    for kind, group in sorted({(parcel.kind, parcel.group) for parcel in parcels}):
+        summary = snapshot.groups[f"{kind}/{group}"]
+        specs = read_arrays(origin, kind, summary.identity, snapshot.block_rows[kind])
+        create_or_open_group(
+            writer.objects,
+            index,
+            kind,
+            summary.identity,
+            batch_shape=summary.batch_shape,
+            weights_label=summary.weights,
+            codec=specs["tokens"].codec,
+        )
+
+
+def _send(origin: Objects, target: Objects, sizes: Mapping[str, int], check: bool, parcel: Parcel) -> int:
+    """Put what is not there of one block, the receipt last; returns the bytes that were sent."""
+    key = receipt_key(parcel.kind, parcel.group, parcel.block)
+    is_replaced = key in sizes and _is_older(target.get(key), parcel)
+    sent = 0
+    for shard, entry in parcel.shards.items():
+        if shard not in sizes or is_replaced:
+            sent += _send_shard(origin, target, shard, entry, is_replaced)
+        elif sizes[shard] != entry["bytes"]:
+            raise _other_bytes(shard)
+        if check and hashlib.sha256(target.get(shard)).hexdigest() != entry["sha256"]:
+            raise StoreDamagedError(
+                f"{shard} arrived with other bytes than its receipt says; delete it there, push again"
+            )
+    if key not in sizes or is_replaced:
+        receipt = _digested(origin, key, parcel.receipt_sha256)
+        if is_replaced:
+            target.replace(key, receipt)
+        elif not put_if_absent(target, key, receipt) and target.get(key) != receipt:
+            raise _other_bytes(key)
+    return sent
+
+
+def _is_older(there: bytes, parcel: Parcel) -> bool:
+    """True of a receipt that repair or tombstone replaced since it was sent; any other difference is another store."""
+    if hashlib.sha256(there).hexdigest() == parcel.receipt_sha256:
+        return False
+    receipt = Receipt.parse(
+        there, kind=parcel.kind, group=parcel.group, block=parcel.block, block_rows=parcel.block_rows
+    )
+    if receipt.number >= parcel.number:
+        raise _other_bytes(receipt_key(parcel.kind, parcel.group, parcel.block))
+    return True
+
+
+def _send_shard(origin: Objects, target: Objects, key: str, entry: Mapping[str, int | str], is_replaced: bool) -> int:
+    try:
+        data = origin.get(key)
+    except FileNotFoundError:
+        raise StoreDamagedError(f"{key} is missing though its receipt is there; verify and repair the source") from None
+    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        raise StoreDamagedError(f"{key} does not match its receipt's sha256: not sent; verify and repair the source")
+    if is_replaced:
+        target.replace(key, data)
+    elif not put_if_absent(target, key, data) and target.size(key) != len(data):
+        raise _other_bytes(key)
+    return len(data)
+
+
+def _other_bytes(key: str) -> UserError:
+    return UserError(
+        f"the destination holds other bytes under {key}: it is another extraction of the same clips; push into an "
+        "empty place, or make one store of both with `merv-pipeline union`"
+    )
+
+
+def _finish(origin: Objects, writer: StoreWriter, snapshot: Snapshot, selection: Selection) -> str:
+    """The snapshot itself where all of it arrived, else one of what is there now."""
+    if not selection.is_whole:
+        return publish(writer.objects, writer.block_rows)
+    table_key, record_key = snapshot_keys(snapshot.id)
+    put_if_absent(writer.objects, table_key, _digested(origin, table_key, snapshot.table_sha256))
+    put_if_absent(writer.objects, record_key, snapshot.to_bytes())
+    newest = newest_snapshot_id(writer.objects)
+    if newest != snapshot.id:  # the destination was ahead: its own older transfers of parts, or an extraction there
+        with suppress(StoreError):
+            return publish(writer.objects, writer.block_rows)
+    return newest or snapshot.id
