@@ -22,7 +22,7 @@ def dashboard_lines(client: Client) -> list[str]:
     address = urlsplit(link or "")
     if not address.port:
         return ["dashboard: this scheduler has none; start it with bokeh installed and --dashboard-address :8787"]
-    port, login = address.port, f"{getpass.getuser()}@{socket.getfqdn()}"
+    port, login = address.port, f"{getpass.getuser()}@{socket.gethostname()}"
     return [
         f"dashboard: {link}",
         f"from another machine: ssh -N -L {port}:{address.hostname}:{port} {login}   then open "
