@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -55,6 +56,7 @@ class FaultLab:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self._server = subprocess.Popen(command, **pipes, text=True, env=self.environment)
         assert self._server.stdout.readline() == "ready\n"
+        self._running: int | None = None
         self._expected: dict[str, dict[str, str]] = {}
 
     def close(self) -> None:
@@ -87,13 +89,18 @@ class FaultLab:
 
     def start(self, store: Path | str, environment: dict[str, str] | None = None, **settings) -> int:
         """Start an extraction; returns the id of its process."""
+        if self._running:  # left by a fault that went wrong
+            os.kill(self._running, signal.SIGKILL)
+            self.wait()
         request = {"arguments": self.command(store, **settings), "output": str(self.folder / "output")}
         self._server.stdin.write(json.dumps(request | {"environment": environment or {}}) + "\n")
         self._server.stdin.flush()
-        return int(self._server.stdout.readline())
+        self._running = int(self._server.stdout.readline())
+        return self._running
 
     def wait(self) -> int:
         """The exit code, or minus the signal."""
+        self._running = None
         return int(self._server.stdout.readline())
 
     @property

@@ -149,7 +149,7 @@ def test_another_store_takes_the_removal_over_with_the_record(filled, make, tmp_
 
 def test_a_removal_that_was_killed_is_finished_by_the_same_command(filled, make, tmp_path):
     program = (
-        "import os, signal, sys; from featurestore import local_objects, erase\n"
+        "import os, signal, sys; from featurestore.places import local_objects; from featurestore.keep import erase\n"
         "left = int(sys.argv[2]); real = local_objects.LocalObjects.replace\n"
         "def replace(self, key, data):\n"
         "    global left\n"

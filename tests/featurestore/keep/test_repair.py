@@ -231,7 +231,7 @@ def test_other_bytes_are_refused_unless_asked_for_and_then_get_a_numbered_receip
 def test_a_repair_that_was_killed_is_finished_by_the_same_command(store, sound):
     before = only_bytes(store)
     program = (
-        "import os, signal, sys; from featurestore import local_objects, repair\n"
+        "import os, signal, sys; from featurestore.places import local_objects; from featurestore.keep import repair\n"
         "left = int(sys.argv[3]); real = local_objects.LocalObjects.replace\n"
         "def replace(self, key, data):\n"
         "    global left\n"
