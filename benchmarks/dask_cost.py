@@ -1,0 +1,158 @@
+"""What Dask costs: the same blocks through a plain pool of processes and through the window of tasks.
+
+    python benchmarks/dask_cost.py [--workers 2] [--blocks 24] [--delay 0.05] [--rounds 3]
+
+A folder of stills is extracted with an encoder of one convolution that sleeps `--delay` seconds per forward, in blocks
+of sixteen clips. Both sides call the same function with the same tasks in as many processes, which have loaded the
+encoder before the clock starts; rounds alternate. Printed: seconds of each round, clips per second, and the ratio.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import numpy as np
+from tiny_encoders import install
+
+ROWS, BATCH = 16, 4
+
+
+def compute(task) -> dict:
+    """What a worker does for one block."""
+    from pipeline.suspect import compute_block
+
+    return compute_block(task)
+
+
+def warm_up(settings, seconds: float) -> None:
+    """Load the encoder; sleep, so that every process of a pool gets one of these."""
+    from pipeline.engine import engine_for
+
+    engine_for(settings)
+    time.sleep(seconds)
+
+
+def draw(folder: Path, number: int) -> None:
+    from PIL import Image
+
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for n in range(number):
+        Image.fromarray(rng.integers(0, 200, (24, 32, 3), dtype=np.uint8)).save(folder / f"{n:05}.png")
+
+
+def planned_tasks(folder: Path, blocks: int) -> Callable[[str], list]:
+    """Name of a store -> tasks of all its blocks; rows are given out."""
+    from featurestore.identity import FeatureIdentity
+    from featurestore.writer import StoreWriter
+    from pipeline.block import BlockTask
+    from pipeline.config import ExtractConfig
+    from pipeline.datasets import load_dataset
+    from pipeline.engine import close_engines, describe_encoders
+    from pipeline.plan import plan_blocks
+
+    draw(folder / "media", blocks * ROWS)
+    listing = load_dataset("folder", folder / "media")
+    config = ExtractConfig(
+        dataset="folder",
+        encoders=("tiny",),
+        weights={"": "random:0"},
+        grid=(2, 2, 2),
+        compute_dtype="float32",
+        device="cpu",
+        threads=1,
+        decode_processes=1,
+    )
+    (described,) = describe_encoders(config.engine_settings)
+    close_engines()
+    identity = FeatureIdentity.from_dict(described["identity"])
+
+    def tasks(name: str) -> list[BlockTask]:
+        store = StoreWriter.open_or_create(folder / name, block_rows={"image": ROWS})
+        store.ensure_group("image", identity, batch_shape=BATCH, weights_label="random:0")
+        store.add_clips(listing.clips)
+        store.grow_groups()
+        planned = plan_blocks(store, {"tiny": identity}, clip_ids={clip.clip_id for clip in listing.clips})
+        common = BlockTask(
+            store=str(folder / name),
+            root=str(listing.root),
+            kind="image",
+            block=0,
+            rows=(),
+            wanted={},
+            groups={"tiny": identity.group_name},
+            batch=BATCH,
+            accept_damaged=False,
+            engine=config.engine_settings,
+        )
+        return [replace(common, block=block.block, rows=block.rows, wanted=block.wanted) for block in planned]
+
+    return tasks
+
+
+@click.command()
+@click.option("--workers", default=2, show_default=True, help="Processes.")
+@click.option("--blocks", default=24, show_default=True, help="Blocks of a round.")
+@click.option("--delay", default=0.05, show_default=True, help="Seconds that a forward sleeps.")
+@click.option("--rounds", default=3, show_default=True)
+def main(workers: int, blocks: int, delay: float, rounds: int) -> None:
+    """Measure what Dask costs beside a plain pool of processes."""
+    with tempfile.TemporaryDirectory(prefix="dask-cost-") as name:
+        folder = Path(name)
+        install(folder / "plugins")
+        here = str(Path(__file__).parent)
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(folder / "plugins"), here, os.environ.get("PYTHONPATH", "")])
+        os.environ["TINY_DELAY_S"] = str(delay)
+        sys.path.insert(0, str(folder / "plugins"))
+        compare(planned_tasks(folder, blocks), workers, rounds)
+
+
+def compare(tasks: Callable[[str], list], workers: int, rounds: int) -> None:
+    from dask_cost import compute, warm_up  # by its importable name: both kinds of worker unpickle it
+
+    from jobs.clusters import connect
+    from jobs.request import ClusterRequest
+    from jobs.run import Task, run_tasks
+
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    with pool, connect(ClusterRequest(num_workers=workers)) as client:
+        settings = tasks("warm")[0].engine
+        list(pool.map(warm_up, [settings] * workers, [5.0] * workers))
+        client.run(warm_up, settings, 0.0)
+        seconds: dict[str, list[float]] = {"pool": [], "Dask": []}
+        click.echo(f"{'round':5} {'pool [s]':>9} {'Dask [s]':>9}")
+        for number in range(rounds):
+            ours, theirs = tasks(f"dask-{number}"), tasks(f"pool-{number}")
+            clips = sum(len(task.rows) for task in ours)
+            keyed = [Task(key=f"block-{number}-{task.block}", arguments=(task,)) for task in ours]
+            sides = {
+                "pool": lambda theirs=theirs: list(pool.map(compute, theirs)),
+                "Dask": lambda keyed=keyed: [outcome.result for outcome in run_tasks(client, compute, keyed)],
+            }
+            done = 0
+            for side in sorted(sides, reverse=number % 2 == 0):  # whoever is first has the colder caches
+                began = time.perf_counter()
+                done += sum(result["clips"] for result in sides[side]())
+                seconds[side].append(time.perf_counter() - began)
+            assert done == 2 * clips, f"{done} of {2 * clips} clips"
+            click.echo(f"{number:5} {seconds['pool'][-1]:9.2f} {seconds['Dask'][-1]:9.2f}")
+        plain, dask = statistics.median(seconds["pool"]), statistics.median(seconds["Dask"])
+        click.echo(
+            f"{clips} clips in {len(ours)} blocks, {workers} workers: {clips / plain:.1f} clips/s by the pool, "
+            f"{clips / dask:.1f} by Dask: {plain / dask:.3f} of the plain pool's throughput, "
+            f"{1000 * workers * (dask - plain) / len(ours):.0f} ms per block"
+        )
+
+
+if __name__ == "__main__":
+    main()
