@@ -6,6 +6,8 @@ imported: `--help` reads this room.
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -20,9 +22,23 @@ Place = str | Path  # a URL as text, a folder as a path
 def place_of(given: Place) -> Place:
     """A folder as a `Path` (`file://` too), any other URL as text without a slash at its end."""
     text = str(given)
+    if re.match(r"[a-z][a-z0-9]+:/(?!/)", text):
+        raise UserError(f"{text} is neither a folder nor an address; did you mean {text.replace(':/', '://', 1)}?")
     if text.startswith("file://"):
         return Path(unquote(urlsplit(text).path))
     return text.rstrip("/") if is_url(text) else Path(given)
+
+
+def check_room_for_store(place: Place) -> None:
+    """Refuse a place where no store can be made, before anything is loaded for it; makes nothing."""
+    place = place_of(place)
+    if is_url(place):
+        return
+    nearest = next(folder for folder in (place.absolute(), *place.absolute().parents) if os.path.lexists(folder))
+    if not nearest.is_dir():
+        raise UserError(f"a store is a folder, and {nearest} is a file: give another --store")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"no store can be made at {place}: {nearest} may not be written to; give another --store")
 
 
 def is_url(place: Place) -> bool:

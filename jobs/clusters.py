@@ -47,9 +47,10 @@ def connect(request: ClusterRequest, *, say: Callable[[str], None] = lambda line
             "tcp://HOST:8786, or the path of a scheduler file"
         )
     import dask  # 0.1 s: not at the top, --help reads this room
-    import distributed  # noqa: F401  its defaults must be in place before settings are laid over them
+    from distributed.gc import disable_gc_diagnosis  # its defaults, too, must be there before ours are laid over them
 
     with dask.config.set(DASK_SETTINGS), opener(request, say) as client:
+        disable_gc_diagnosis(force=True)  # Ctrl-C within its callback would be swallowed and the run go on (seen)
         check_workers(client, DISTRIBUTION)  # first: a worker that lacks a function would never answer
         if request.device.partition(":")[0] in ("auto", "cuda"):
             check_workers_gpus(client, request.device, required=request.scheduler == "cuda")

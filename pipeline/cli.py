@@ -6,7 +6,6 @@ imported before a command needs it: `--help` answers at once.
 
 from __future__ import annotations
 
-import signal
 from typing import Any
 
 import click
@@ -15,7 +14,7 @@ from featurestore.find import find_store
 from pipeline.cluster_cli import CLUSTER_COMMANDS
 from pipeline.options import config_from_options, extraction_options
 from pipeline.share_cli import SHARE_COMMANDS
-from pipeline.show import friendly_errors
+from pipeline.show import friendly_errors, told_interrupts
 from pipeline.show import show_result as _show
 from pipeline.store_cli import STORE_COMMANDS
 
@@ -53,8 +52,7 @@ def main() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def extract(config_file: str | None, print_config: bool, as_json: bool, **options: Any) -> None:
     """Encode a dataset's clips into a feature store; run it again to go on or to add clips and encoders."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a person's Ctrl-C
-    with friendly_errors():
+    with friendly_errors(), told_interrupts():
         from pipeline import tables
         from pipeline.extract import extract as run_extraction
 

@@ -19,6 +19,7 @@ from featurestore.layout import check_block_rows
 from jobs.request import ClusterError, ClusterRequest, ClusterSettings
 from pipeline.encoders.base import EncoderSpec
 from pipeline.encoders.registry import ENCODERS, MERV_ENCODERS, encoder_spec
+from pipeline.encoders.weights import check_weights_spec
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 DECODER_NAMES = ("frames/1", "decord", "ffmpeg")  # of `decode.decoders.DECODERS`, which loads too much for --help
@@ -116,6 +117,7 @@ class ExtractConfig:
         _check_keys(self)
         for settings in self.encoder_settings:  # a misspelt size is told now, not after a listing of a million clips
             encoder_spec(settings.name).with_architecture(settings.architecture)
+            check_weights_spec(settings.weights)
         check_block_rows(self.block_rows)
         _ = self.cluster_request
         if not 0 <= self.max_failed <= 1:

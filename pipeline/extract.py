@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from featurestore.clips import KINDS, Clip
 from featurestore.errors import MervCacheError, RunStoppedError
-from featurestore.find import is_url
+from featurestore.find import check_room_for_store, is_url
 from featurestore.identity import FeatureIdentity
 from featurestore.lease import StoreLease
 from featurestore.store import FeatureStore
@@ -61,6 +61,7 @@ def extract(
     Raises `IdentityConflictError` where an encoder is stored under another identity, and `RunStoppedError` where the
     environment failed; in both cases everything committed so far stays.
     """
+    check_room_for_store(config.store_path)
     listing = load_dataset(
         config.dataset,
         config.root,

@@ -107,7 +107,7 @@ def _encoder_table(store: FeatureStore, status: dict[str, Any]) -> str:
                 entry["storage"],
                 entry["committed"],
                 entry["failed"],
-                entry["to do"],
+                entry["to_do"],
                 size(stored),
                 _Raw(bar),
             ]

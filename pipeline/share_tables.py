@@ -12,7 +12,7 @@ def transferred(done: Transferred) -> None:
     out = console()
     out.print(f"[bold]{done.destination}[/bold]  snapshot {done.snapshot}, {', '.join(done.encoders) or 'no encoders'}")
     out.print(
-        f"{plural(done.sent_blocks, 'block')} of {done.blocks} sent, {size(done.sent_bytes)} of {size(done.bytes)}; "
+        f"{plural(done.sent_blocks, 'block')} of {done.blocks} moved, {size(done.sent_bytes)} of {size(done.bytes)}; "
         "the rest was there"
     )
     if done.overhead > 1:

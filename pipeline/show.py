@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,24 @@ def friendly_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         click.echo("\nInterrupted. What was committed is kept; run the same command again to go on.", err=True)
         sys.exit(130)
+
+
+@contextmanager
+def told_interrupts() -> Iterator[None]:
+    """Ctrl-C and SIGTERM are answered at once, for what runs may need a while to stop; the second one is final."""
+
+    def answer(number: int, frame: Any) -> None:
+        signal.signal(number, signal.default_int_handler)
+        click.echo("\nstopping: what is committed is kept (once more to stop without waiting)", err=True)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, answer)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
 
 
 def show_result(result: Any, as_json: bool, show: Callable[[], None]) -> None:

@@ -37,7 +37,7 @@ def store_status(path: str | Path) -> dict[str, Any]:
             for name, stone in sorted(store.tombstones.items(), key=lambda item: (item[1].date, item[0]))
         ],
         "last run": last_run(store),
-        "unpublished blocks": store.unpublished_blocks(),
+        "unpublished_blocks": store.unpublished_blocks(),
     }
 
 
@@ -54,7 +54,7 @@ def _encoder_status(store: FeatureStore, key: str, quarantine: list[dict], num_c
         "storage": identity.storage_dtype,
         "committed": committed,
         "failed": failed,
-        "to do": num_clips - committed - failed,
+        "to_do": num_clips - committed - failed,
     }
 
 

@@ -109,16 +109,17 @@ def status(result: Mapping[str, Any]) -> None:
     out = console()
     out.print(f"[bold]{result['store']}[/bold]  snapshot {result['snapshot']}, {size(result['bytes'])}")
     out.print(", ".join(f"{n} {kind} clips" for kind, n in result["clips"].items()) or "no clips")
-    columns = ("encoder", "identity", "weights", "grid", "width", "storage", "committed", "failed", "to do")
+    columns = ("encoder", "identity", "weights", "grid", "width", "storage", "committed", "failed", "to_do")
     rows = [[_cell(entry[name]) for name in columns] for entry in result["encoders"]]
-    table("", columns, rows, right=("width", "committed", "failed", "to do"))
+    shown = tuple(column.replace("_", " ") for column in columns)
+    table("", shown, rows, right=("width", "committed", "failed", "to do"))
     if run := result["last run"]:
         out.print(f"last run: {duration(run['seconds'])}, {size(run['bytes'])} for {run['clips']} clips")
         if run["predicted"]:
             out.print(f"predicted: {predicted(run['predicted'])}")
-    if result["unpublished blocks"]:
+    if result["unpublished_blocks"]:
         out.print(
-            f"{plural(result['unpublished blocks'], 'block')} committed after this snapshot, by a run that goes on or "
+            f"{plural(result['unpublished_blocks'], 'block')} committed after this snapshot, by a run that goes on or "
             "was interrupted: the next snapshot shows them"
         )
     counted("samples", "count", result["samples"])

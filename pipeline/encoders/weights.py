@@ -59,6 +59,14 @@ def parse_weights(text: str) -> WeightSource:
     return WeightSource(kind="folder", folder=folder)
 
 
+def check_weights_spec(text: str) -> None:
+    """Refuse what is no spec on any machine, before anything is loaded; a folder may be there on workers alone."""
+    if text == "random" or ":" in text.partition("/")[0]:
+        if not text.startswith("random"):
+            raise UserError(f"{text!r} is no spec of weights: {THREE_CHOICES}")
+        parse_weights(text)
+
+
 def fill_weights(network: EncoderNetwork, source: WeightSource) -> None:
     """Give every parameter of a freshly built network its float32 values."""
     spec = network.spec

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from featurestore.errors import UserError
-from featurestore.find import find_store, no_store_at, stores_under
+from featurestore.find import check_room_for_store, find_store, no_store_at, stores_under
 from featurestore.writer import StoreWriter
 
 
@@ -50,3 +50,18 @@ def test_a_mistyped_path_is_answered_with_the_stores_nearby(features):
         == "there is no feature store at features/onne.zarr; nearby: features/one.zarr"
     )
     assert no_store_at("onne.zarr").endswith("nearby: features/one.zarr")
+
+
+def test_an_address_with_one_slash_is_a_typing_mistake(features):
+    with pytest.raises(UserError, match=r"s3:/lab/x\.zarr is neither a folder nor an address; did you mean s3://lab/x\."):
+        find_store("s3:/lab/x.zarr")
+
+
+def test_a_place_where_no_store_can_be_is_refused_before_anything_is_made(features, tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    for place in ("notes.txt", "notes.txt/below.zarr"):
+        with pytest.raises(UserError, match=r"a store is a folder, and .*notes\.txt is a file"):
+            check_room_for_store(place)
+    check_room_for_store("new/folder/lab.zarr")
+    check_room_for_store("features/one.zarr")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["features", "notes.txt"]

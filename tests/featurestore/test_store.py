@@ -273,3 +273,10 @@ def test_importing_the_room_loads_nothing_heavy():
     program = "import sys, featurestore; print([m for m in ('torch', 'zarr', 'pyarrow', 'numpy') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_rows_are_of_one_kind_at_a_time(filled):
+    store = filled()
+    assert store.rows(VIDEOS[:2], encoder="dinov2").tolist() == [0, 1]
+    with pytest.raises(UserError, match=r"rows count in one array, and these clips lie in several \(image, video\)"):
+        store.rows([VIDEOS[0], IMAGES[0]], encoder="dinov2")

@@ -37,6 +37,12 @@ def test_options_of_the_dataset_are_pairs_with_values_as_yaml_reads_them():
         config_from_options(None, {"dataset": "webdataset", "options": ("spool_gb",)})
 
 
+@pytest.mark.parametrize("spec", ["randm:0", "random", "random:x", "random:-1"])
+def test_what_is_no_spec_of_weights_is_told_before_anything_is_listed(spec):
+    with pytest.raises(UserError, match="random:SEED"):
+        read_config(None, {"dataset": "demo", "weights": spec})
+
+
 def test_raw_means_each_encoders_own_grid_from_both_sides(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("dataset: demo\ngrid: raw\n")

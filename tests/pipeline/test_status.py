@@ -28,7 +28,7 @@ def test_status_counts_per_encoder_what_is_committed_failed_and_to_do(partial):
     assert status["clips"] == {"video": 9, "image": 5}
     assert status["datasets"] == {"videollava": 14}
     assert status["samples"] == {"videollava-align": 3, "videollava-finetune": 15}
-    rows = {row["encoder"]: (row["committed"], row["failed"], row["to do"]) for row in status["encoders"]}
+    rows = {row["encoder"]: (row["committed"], row["failed"], row["to_do"]) for row in status["encoders"]}
     assert rows == {"siglip": (13, 1, 0), "languagebind": (8, 1, 5)}
     ((reason, count),) = [item for item in status["quarantine"].items() if item[0].startswith("siglip")]
     assert (reason.startswith("siglip: not a video"), count) == (True, 1)
@@ -38,7 +38,7 @@ def test_status_counts_per_encoder_what_is_committed_failed_and_to_do(partial):
 
 def test_a_finished_store_has_nothing_to_do(extracted):
     status = store_status(extracted.store)
-    assert [(row["committed"], row["failed"], row["to do"]) for row in status["encoders"]] == [(14, 0, 0)] * 4
+    assert [(row["committed"], row["failed"], row["to_do"]) for row in status["encoders"]] == [(14, 0, 0)] * 4
     assert (status["quarantine"], status["snapshot"]) == ({}, extracted.summary.snapshot)
 
 
