@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -54,6 +52,14 @@ def local_hashes() -> dict:
     return {}
 
 
+def until_gone(site, job: str, within_s: float = 240.0) -> None:
+    """`sbatch --wait` looks every ten seconds and more."""
+    deadline = time.monotonic() + within_s
+    while site.call("squeue", "--noheader", f"--jobs={job}", check=False):
+        assert time.monotonic() < deadline, f"job {job} still runs after {within_s} s"
+        time.sleep(0.3)
+
+
 def settings(folder: Path, **changes) -> ClusterSettings:
     given = {"walltime": "00:20:00", "cpus": 1, "gpus": 0, "log_directory": str(folder / "logs")}
     return ClusterSettings(**given | changes)
@@ -72,22 +78,28 @@ def test_jobs_that_the_driver_submits_write_the_bytes_of_a_local_run(lab, slurm_
     assert slurm_site.call("squeue", "--noheader", "--states=pending,running") == ""
 
 
-def test_the_script_of_one_allocation_extracts_the_same_bytes(lab, slurm_site, elsewhere, expected):
+def test_the_script_of_one_allocation_extracts_the_same_bytes(lab, slurm_site, elsewhere, expected, monkeypatch):
     config = lab.folder / "extract.yaml"
     config.write_text(yaml.safe_dump(lab.settings(encoders=["languagebind"])))
-    command = ["sbatch", "--wait", "--ntasks-per-node=2", "--cpus-per-task=1", "--gres=gpu:2", "--time=20"]
-    run = subprocess.run(
-        [*command, f"--output={lab.folder}/job.log", str(TEMPLATES / "one-allocation.sbatch")],
-        env=os.environ | {"CONFIG": str(config), "BIN": str(Path(sys.executable).parent)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    monkeypatch.setenv("CONFIG", str(config))
+    monkeypatch.setenv("BIN", str(Path(sys.executable).parent))
+    options = [
+        "--ntasks-per-node=2",
+        "--cpus-per-task=1",
+        "--gres=gpu:2",
+        "--time=20",
+        f"--output={lab.folder}/job.log",
+    ]
+    script = TEMPLATES / "one-allocation.sbatch"
+    job = slurm_site.call(
+        "sbatch", "--parsable", f"--chdir={elsewhere}", f"--output={lab.folder}/job.log", *options, str(script)
+    ).strip()
+    until_gone(slurm_site, job)
     log = (lab.folder / "job.log").read_text()
-    assert run.returncode == 0, run.stderr + log
+    assert "ExitCode=0:0" in slurm_site.call("scontrol", "show", "job", job), log
     assert lab.hashes(lab.store) == expected, log
     assert verify_store(lab.store, "full") == []
-    assert not list(elsewhere.glob("merv-scheduler-*"))
+    assert not list(slurm_site.folder.glob("merv-scheduler-*"))  # where it was submitted
 
 
 def test_jobs_that_end_without_a_worker_are_told_with_what_they_said(slurm_site, tmp_path, monkeypatch):
