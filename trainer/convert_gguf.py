@@ -24,6 +24,7 @@ import click
 from featurestore.errors import UserError
 from featurestore.samples import Turn
 from trainer.command import CONTEXT, says_errors
+from trainer.runs.modes import give_usual_modes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -74,6 +75,7 @@ def convert(file: Path, out: Path, *, dtype: str = "float32") -> Converted:
     try:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
+        give_usual_modes(part)
         part.rename(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -47,6 +47,7 @@ from trainer.model.build import Built, LoadedRun
 from trainer.runs import checkpoint
 from trainer.runs.chain import last_stage
 from trainer.runs.load import load_run
+from trainer.runs.modes import give_usual_modes
 from trainer.runs.record import LLM_FOLDER, software_versions
 from trainer.runs.scores import read_scores
 
@@ -90,6 +91,7 @@ def export_run(
         (temporary / EXPORT_FILE).write_text(json.dumps(asdict(record), indent=1) + "\n")
         facts = card_facts(run, loaded, record, name=name or out.name, license=license)
         (temporary / CARD_FILE).write_text(model_card(facts))
+        give_usual_modes(temporary)
         temporary.rename(out)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,14 +1,15 @@
 """Progress: what a person sees of a run on stderr, and what a program reads of it in metrics.jsonl.
 
 Every step has its line in metrics.jsonl (loss, gradient norm, learning rates, tokens), written every `log_every` steps
-together with the speed of these steps; a step that was followed by a validation has its metrics too, as `val_...`.
-A resumed run drops the lines behind its checkpoint, so the file is one curve.
+and before every checkpoint together with the speed of these steps; a step that was followed by a validation has its
+metrics too, as `val_...`. A resumed run drops the lines behind its checkpoint, so the file is one curve.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -73,8 +74,11 @@ class RunProgress:
         yield
         self._began += time.perf_counter() - began
 
-    def flush(self, *, waited_s: float) -> None:
-        """Write the rows since the last flush; `waited_s` is all the time the loop has waited for data."""
+    def flush(self, *, waited_s: float, is_synced: bool = False) -> None:
+        """Write the rows since the last flush; `waited_s` is all the time the loop has waited for data.
+
+        `is_synced`: they outlive a power cut, as the checkpoint does that is written next.
+        """
         if not self._rows:
             return
         rows = [{name: _number(value) for name, value in row.items()} for row in self._rows]
@@ -88,6 +92,8 @@ class RunProgress:
         if self._file is not None:
             self._file.writelines(json.dumps(row) + "\n" for row in rows)
             self._file.flush()
+            if is_synced:
+                os.fsync(self._file.fileno())
         for row in rows if self._log is not None else ():
             self._log(row)
         self._seen = next((_validation(row) for row in reversed(rows) if "val_loss" in row), self._seen)
@@ -112,7 +118,9 @@ def open_metrics(path: Path, start: int) -> Any:
     """The metrics file open for appending, without lines of steps that will be done again."""
     if path.exists():
         kept = [line for line in path.read_text().splitlines() if _step_of(line) < start]
-        path.write_text("".join(line + "\n" for line in kept))
+        temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.replace(path)  # whole or as before: the curve so far is nowhere else
     return path.open("a")
 
 

@@ -127,9 +127,12 @@ class _Loop:
                 is_last = done == stop or is_told
                 validated = {} if is_told else self._validate(done, shown)
                 shown.advance(row | validated)
-                if is_last or done % self.config.log_every == 0:
-                    shown.flush(waited_s=steps.waited_s)
-                if is_last or is_time or done % self.config.checkpoint_every == 0 or self._is_best(validated):
+                is_due = is_last or is_time or done % self.config.checkpoint_every == 0
+                saves = is_due or self._is_best(validated)
+                if saves or done % self.config.log_every == 0:
+                    # A run that is killed goes on behind its checkpoint: the steps before must be on disk by then.
+                    shown.flush(waited_s=steps.waited_s, is_synced=saves)
+                if saves:
                     self._save(done, validated)
                 if is_last:
                     break

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from featurestore.errors import StoreDamagedError, UserError
 from trainer.loop.shards import placed_like
+from trainer.runs.modes import give_usual_modes
 
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -59,6 +60,7 @@ def save(
     temporary.mkdir(parents=True)
     save_file(_on_cpu(weights), temporary / MODEL_FILE)
     save_file(_on_cpu(optimizer), temporary / OPTIMIZER_FILE)
+    give_usual_modes(temporary)
     digests = {name: _sha256(temporary / name) for name in (MODEL_FILE, OPTIMIZER_FILE)}
     state = CheckpointState(
         step=step,

@@ -84,6 +84,24 @@ def test_steps_behind_the_last_checkpoint_are_done_again_and_listed_once(tmp_pat
     assert losses(out) == losses(finished[0])
 
 
+def test_a_kill_behind_any_checkpoint_loses_no_metrics(tmp_path, config, samples, tokens, finished, monkeypatch):
+    config, save, left = replace(config, log_every=100), checkpoint.save, []
+
+    def save_and_look(run, **options):
+        folder = save(run, **options)
+        left.append(shutil.copytree(run, tmp_path / f"killed-{len(left)}"))  # what a kill at this moment leaves
+        return folder
+
+    monkeypatch.setattr(checkpoint, "save", save_and_look)
+    run_to_end(config, samples, tokens, tmp_path / "run")
+    monkeypatch.undo()
+    assert [checkpoint.load_state(checkpoint.newest(run)).step for run in left] == [2, 4, 6]
+    for run in left[:2]:
+        run_to_end(config, samples, tokens, run, resume=True)
+        assert [row["step"] for row in read_metrics(run)] == list(range(6))
+        assert losses(run) == losses(finished[0])
+
+
 def test_the_micro_batch_changes_no_loss(tmp_path, config, samples, tokens, finished):
     run_to_end(replace(config, micro_batch_size=1), samples, tokens, tmp_path / "small")
     assert losses(tmp_path / "small") == pytest.approx(losses(finished[0]), rel=1e-4)
