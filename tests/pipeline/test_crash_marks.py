@@ -1,0 +1,52 @@
+"""Crash marks: a crash leaves one, a kill from outside and an exception do not."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from pipeline.crash_marks import forget, forget_all, has_crashed, marked
+
+BLOCK = """
+import os, sys
+from types import SimpleNamespace
+from pipeline.crash_marks import marked
+with marked(SimpleNamespace(store=sys.argv[1], kind="video", block=1, batch=2)):
+    os.kill(os.getpid(), int(sys.argv[2]))
+"""
+
+
+def task(store, block=1):
+    return SimpleNamespace(store=str(store), kind="video", block=block, batch=2)
+
+
+@pytest.mark.parametrize(
+    ("number", "remembered"), [(signal.SIGABRT, True), (signal.SIGSEGV, True), (signal.SIGKILL, False)]
+)
+def test_only_a_crash_is_remembered_and_only_of_its_own_block(number, remembered, tmp_path):
+    code = subprocess.run([sys.executable, "-c", BLOCK, str(tmp_path), str(int(number))], stderr=subprocess.DEVNULL)
+    assert code.returncode == -number
+    assert has_crashed(task(tmp_path)) is remembered
+    assert not has_crashed(task(tmp_path, block=11))
+    forget(task(tmp_path))
+    assert not has_crashed(task(tmp_path))
+
+
+def test_an_exception_and_a_good_end_leave_nothing(tmp_path):
+    with pytest.raises(ValueError, match="no crash"), marked(task(tmp_path)):
+        raise ValueError("no crash")
+    with marked(task(tmp_path)):
+        pass
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    forget_all(str(tmp_path))
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_stores_in_buckets_have_no_marks():
+    assert not has_crashed(task("s3://bucket/one.zarr"))
+    with marked(task("s3://bucket/one.zarr")):
+        pass

@@ -1,0 +1,93 @@
+"""A block under suspicion: culprits are named by what their processes did last, and the machine is told from a clip."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from featurestore.clips import Clip
+from featurestore.errors import RunStoppedError
+from pipeline.block import BlockTask
+from pipeline.config import EngineSettings
+from pipeline.suspect import extract_suspect
+
+# Stands in for the child: announces its rows, dies where it is told to, and does what `fate` says of each row.
+CHILD = """
+import json, os, pickle, signal, sys
+fates = json.loads(sys.argv.pop(1))
+writes = int(sys.argv[1])
+task, crashed = pickle.loads(sys.stdin.buffer.read())
+def send(message):
+    os.write(writes, (json.dumps(message) + "\\n").encode())
+if "start" in fates:
+    os.kill(os.getpid(), fates["start"])
+for row, _ in task.rows:
+    if ("siglip", row) in crashed:
+        continue
+    send({"place": ["siglip", row], "counts": {"clips": row}})
+    if str(row) in fates:
+        os.kill(os.getpid(), fates[str(row)])
+send(fates.get("end") or {"result": {"crashed": {str(row): why for (_, row), why in crashed.items()}}})
+"""
+ABORT, SEGV, KILL = 6, 11, 9
+
+
+@pytest.fixture
+def suspect(tmp_path, monkeypatch):
+    """Run a block of eight clips whose rows have these fates."""
+    rows = tuple((row, Clip(dataset="d", path=f"{row}.mp4", kind="video")) for row in range(8))
+    task = BlockTask(
+        store=str(tmp_path),
+        root=str(tmp_path),
+        kind="video",
+        block=0,
+        rows=rows,
+        wanted={"siglip": frozenset(range(8))},
+        groups={},
+        batch=2,
+        accept_damaged=False,
+        engine=EngineSettings(encoders=()),
+    )
+
+    def run(**fates):
+        plain = {name.lstrip("_"): fate for name, fate in fates.items()}
+        monkeypatch.setattr("pipeline.suspect.COMMAND", (sys.executable, "-c", CHILD, json.dumps(plain)))
+        return extract_suspect(task)
+
+    return run
+
+
+def test_a_block_without_a_culprit_ends_as_any_other(suspect):
+    assert suspect() == {"crashed": {}}
+
+
+def test_two_culprits_are_found_one_after_the_other_by_how_they_ended(suspect):
+    found = suspect(_2=ABORT, _5=SEGV)["crashed"]
+    assert found == {
+        "2": "encoding crashes the process: signal SIGABRT",
+        "5": "encoding crashes the process: signal SIGSEGV",
+    }
+
+
+def test_a_process_killed_from_outside_blames_no_clip(suspect):
+    with pytest.raises(RunStoppedError, match=r"killed from outside \(signal SIGKILL\), while siglip encoded d/3.mp4"):
+        suspect(_3=KILL)
+
+
+def test_many_culprits_are_the_machines_fault(suspect):
+    with pytest.raises(RunStoppedError, match="on more than 3 clips: it is the machine"):
+        suspect(_0=SEGV, _1=SEGV, _2=SEGV, _3=SEGV)
+
+
+def test_a_process_that_dies_before_its_first_clip_is_the_machines_fault(suspect):
+    with pytest.raises(RunStoppedError, match=r"signal SIGSEGV\) before its first clip"):
+        suspect(start=SEGV)
+
+
+def test_what_stops_the_child_stops_the_run_in_its_words(suspect):
+    with pytest.raises(RunStoppedError, match="the disk is full"):
+        suspect(end={"stopped": "the disk is full"})
+    with pytest.raises(RuntimeError, match="ValueError: out of range"):
+        suspect(end={"error": "ValueError: out of range"})
