@@ -80,12 +80,14 @@ class VideoLLM(nn.Module):
         """Cross-entropy by sample and position, float32 [B, S - first_label], zero where nothing is supervised."""
         embeddings_BSM = self.splice(batch)
         first = max(batch.first_label, 1)  # position p is predicted at p - 1
-        wanted = embeddings_BSM.shape[1] - first + 1
-        options = {"logits_to_keep": wanted} if self._keeps_logits else {}
+        # By index, not by count: a slice is not contiguous, and torch then copies the output layer once per sample on
+        # the CPU in bf16 (SmolLM2-135M, 8 samples of 28 tokens: a forward took 4.5 CPU seconds, and takes 0.5).
+        places_P = torch.arange(first - 1, embeddings_BSM.shape[1] - 1, device=embeddings_BSM.device)
+        options = {"logits_to_keep": places_P} if self._keeps_logits else {}
         output = self.llm(
             inputs_embeds=embeddings_BSM, attention_mask=batch.attention_mask_BS, use_cache=False, **options
         )
-        logits_BPV = output.logits[:, -wanted:][:, :-1]
+        logits_BPV = output.logits if self._keeps_logits else output.logits[:, places_P]
         labels_BP = batch.labels_BS[:, first:]
         losses = F.cross_entropy(
             logits_BPV.float().flatten(0, 1), labels_BP.flatten(), ignore_index=IGNORE_INDEX, reduction="none"

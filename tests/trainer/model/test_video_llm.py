@@ -61,6 +61,15 @@ def test_the_loss_is_the_sum_over_supervised_tokens_whatever_the_padding(model):
     torch.testing.assert_close(model(batch_of([FIRST, SECOND, FIRST], [1, 0, -1])), expected)
 
 
+def test_the_output_layer_reads_only_the_places_that_predict_a_label_in_one_piece(model):
+    batch, read = batch_of([FIRST, SECOND], [0, 1]), []
+    model.llm.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    model(batch)
+    assert batch.first_label == 3  # behind two visual tokens and one of text
+    assert [tuple(hidden_BPM.shape) for hidden_BPM in read] == [(2, 7 - 3, 16)]
+    assert read[0].is_contiguous()  # or torch copies the output layer once per sample
+
+
 def test_visual_tokens_stand_behind_the_bos_or_first(model):
     embeddings_BSM = model.splice(batch_of([FIRST, SECOND], [0, 1]))
     visual_CNM, _ = model.visual_tokens(TOKENS)
