@@ -170,7 +170,7 @@ class FeatureStore:
         return [(name, parse_journal(text, name)) for name, text in texts]
 
     def rows(self, clip_ids: Sequence[str], *, encoder: str) -> np.ndarray:
-        """int64 [B]: the row of each clip in its kind's array, -1 where it has no tokens; clips of one kind at a time."""
+        """int64 [B]: the row of each clip in its kind's array, -1 where it has no tokens; clips of one kind only."""
         lines = self._lines(clip_ids)
         if len(kinds := set(self.clips["kind"].take(lines).to_pylist())) > 1:
             raise UserError(f"rows count in one array, and these clips lie in several ({', '.join(sorted(kinds))})")

@@ -74,7 +74,9 @@ def extract(
     summary = ExtractSummary(
         store=str(config.store_path),
         run=run,
+        dataset=config.dataset,
         listed=len(listing.clips),
+        samples=sum(len(samples) for samples in listing.samples.values()),
         missing=dict(listing.missing),
         rejected={reason: found.count for reason, found in listing.rejected.items()},
     )

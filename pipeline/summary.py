@@ -25,7 +25,9 @@ class ExtractSummary:
     store: str
     run: str
     snapshot: str | None = None
+    dataset: str = ""
     listed: int = 0  # clips that the dataset lists
+    samples: int = 0  # conversations that it lists
     clips: int = 0  # computed or failed in this run
     failed: int = 0
     missing: dict[str, int] = field(default_factory=dict)  # folder -> media listed but absent

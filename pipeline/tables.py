@@ -80,7 +80,10 @@ def summary(result) -> None:
         out.print(f"{result.halvings} batches were halved for lack of device memory: give a smaller batch")
     if result.reasons:
         out.print("after mending the cause: the same command with --retry-quarantine")
-    out.print(f"look: merv-pipeline report {result.store}    train: merv-train --from-cache {result.store}")
+    out.print(f"look: merv-pipeline report {result.store}")
+    if result.samples:
+        how = "--recipe demo" if result.dataset == "demo" else "--llm FOLDER_OR_HUB_ID"
+        out.print(f"train: merv-train --from-cache {result.store} {how} --out runs/first", soft_wrap=True)
 
 
 def _stages(stage_s: Mapping[str, float]) -> None:

@@ -53,7 +53,9 @@ def _benchmarks(root: Path, wanted: str) -> list[Path]:
     is_benchmark = (root / QUESTIONS).is_file()
     found = [root] if is_benchmark else sorted(path.parent for path in root.glob(f"*/{QUESTIONS}"))
     if not found:
-        raise UserError(f"no benchmark under {root}: expected BENCHMARK/{QUESTIONS}\n{DOWNLOAD}")
+        deeper = sorted({path.parent.parent for path in root.glob(f"*/*/{QUESTIONS}")})
+        hint = f"; did you mean --root {deeper[0]}?" if deeper else f"\n{DOWNLOAD}"
+        raise UserError(f"no benchmark under {root}: expected BENCHMARK/{QUESTIONS}{hint}")
     names = [name.strip() for name in wanted.split(",") if name.strip()]
     known = [path.name for path in found]
     if unknown := [name for name in names if name not in known]:

@@ -204,8 +204,8 @@ def test_every_other_clip_is_committed_with_the_bytes_it_has_beside_whole_files(
     good = [f"videollava/{path}" for path in (*lab.VIDEOS, *lab.IMAGES)]
     for name in ENCODERS:
         assert set(spoilt_store.clips.filter(spoilt_store.clips[name])["clip_id"].to_pylist()) == set(good)
-        rows = spoilt_store.rows(good, encoder=name)
-        assert np.array_equal(rows, whole_store.rows(good, encoder=name))
+        for clip in good:
+            assert spoilt_store.rows([clip], encoder=name) == whole_store.rows([clip], encoder=name)
         spoilt_tokens, whole_tokens = (s.read(good, encoder=name) for s in (spoilt_store, whole_store))
         assert np.array_equal(spoilt_tokens, whole_tokens)
     assert verify_store(lab.store, "full") == []

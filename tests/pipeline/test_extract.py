@@ -88,7 +88,7 @@ def test_new_clips_go_into_new_blocks_and_touch_nothing_old_but_shapes(lab):
         old = snapshot.clips["clip_id"].to_pylist()
         assert np.array_equal(store.read(old, encoder=name), tokens[name])
         assert np.array_equal(snapshot.read(old, encoder=name), tokens[name])  # a reader of before goes on reading
-        rows = store.rows(store.clips["clip_id"].to_pylist(), encoder=name).tolist()
+        rows = [int(store.rows([clip], encoder=name)[0]) for clip in store.clips["clip_id"].to_pylist()]
         assert rows == [0, 1, 2, 3, 4, 0, 1, 8, 9, 10, 11, 4, 5, 6]  # a batch begins a new block of 4
     assert verify_store(lab.store, "full") == []
 

@@ -204,3 +204,8 @@ def test_questions_without_answers_beside_them_are_an_error(tmp_path):
 def test_a_root_without_benchmarks_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"expected BENCHMARK/test_q\.json"):
         load_dataset("eval", tmp_path)
+
+
+def test_a_root_one_folder_too_high_is_answered_with_the_right_one(mini):
+    with pytest.raises(UserError, match=r"expected BENCHMARK/test_q\.json; did you mean --root .*/eval\?"):
+        load_dataset("eval", mini)
