@@ -88,7 +88,6 @@ def config_of(settings: Mapping[str, Any], *, projector_lr: float, fusion_lr: fl
         "batch_size": settings["batch_size"],
         "micro_batch_size": settings["batch_size"],
         "max_steps": settings["steps"],
-        "precision": "fp32",  # on two CPU cores faster than bf16: 5.1 and 8.4 CPU seconds per step of 8 samples
         "keep_checkpoints": 1,
     }
     return overlay(get_recipe("merv-frozen"), changes)
