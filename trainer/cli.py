@@ -15,8 +15,8 @@ from typing import Any, get_args
 import click
 from click.core import ParameterSource
 
-from featurestore.errors import UserError
-from featurestore.find import FEATURES, find_store
+from featurestore.errors import StoreNotFoundError, UserError
+from featurestore.find import FEATURES, ROOT_METADATA, Place, find_store, is_url, no_store_at
 from trainer.command import CONTEXT, heavy_rooms, says_errors
 from trainer.config import (
     PROJECTORS,
@@ -30,10 +30,11 @@ from trainer.config import (
     TrainLLM,
 )
 from trainer.loop.launch import Launch, is_first_rank, is_launched, relaunch
-from trainer.loop.stages import lay_over
+from trainer.loop.stages import lay_over, to_yaml
 from trainer.overlay import load_yaml
 from trainer.recipes import FULL_RECIPE, MODE_FULL, RECIPES, Stages, get_stages
-from trainer.runs.chain import read_stages, stage_folder
+from trainer.runs.chain import check_is_free, read_stages, stage_folder
+from trainer.tell import print_plan, result_lines
 
 ONLY_STORE = "-"  # --from-cache without a path: the only store under features/
 
@@ -119,6 +120,7 @@ def live_options(command: Callable) -> Callable:
 )
 @click.option("--processes", type=click.IntRange(min=1), help="Of --launch.  [default: one per GPU]")
 @click.option("--dry-run", is_flag=True, help="Print parameters, steps, lengths and dropped samples; train nothing.")
+@click.option("--print-config", is_flag=True, help="Print every setting in force as YAML for --config; do nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @says_errors
 def train_main(
@@ -130,6 +132,7 @@ def train_main(
     launch: Launch | None,
     processes: int | None,
     dry_run: bool,
+    print_config: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -138,14 +141,22 @@ def train_main(
     if resume not in (None, "auto"):
         out = Path(resume)
         start, earlier = read_stages(out), earlier_record(out)
-    place = asked_place(store, options, earlier)
+    place = None if print_config else asked_place(store, options, earlier)
+    pop_live_words(options)  # what is left are settings
     only = options.pop("stage") if len(start) > 1 else None
     stages = resolve_stages(start, config_file, options)
-    if launch is not None and not dry_run and not is_launched():
-        relaunch(launch, processes, sys.argv[1:])
+    if print_config:
+        click.echo(to_yaml(stages), nl=False)
+        return
+    if not dry_run and not is_launched():  # one of several ranks may find what the first has begun
+        if resume is None:
+            check_is_free(out, stages, only)
+        if launch is not None:
+            relaunch(launch, processes, sys.argv[1:])
     run = heavy_rooms()
     if dry_run:
-        click.echo(json.dumps(run.dry_run_stages(stages, place), indent=None if as_json else 1))
+        told = run.dry_run_stages(stages, place)
+        click.echo(json.dumps(told)) if as_json else print_plan(told)
         return
     results = run.train_in_stages(stages, place, out, resume=resume is not None, only=only)
     if not is_first_rank():
@@ -153,8 +164,7 @@ def train_main(
     if as_json:
         click.echo(json.dumps({**results[-1], **({"stages": results} if len(stages) > 1 else {})}))
         return
-    for result in results:
-        click.echo(f"{result['run']}: step {result['steps']} of {result['num_steps']}, loss {result['loss']:.4f}")
+    click.echo("\n".join(result_lines(results)))
 
 
 def asked_recipe(name: str, options: dict[str, Any]) -> Stages:
@@ -202,11 +212,9 @@ def asked_place(
 
     Takes the options of `live_options` out of `options`; `--encoders` says what the run uses either way and stays.
     """
-    live = {name: options.pop(name) for name in ("dataset", "root", "weights")}
-    file, is_trusted = options.pop("extract_config"), options.pop("trust_media")
-    is_live = options.pop("end_to_end")
-    if options.get("encoders"):
-        options["encoders"] = [name.strip() for name in options["encoders"].split(",") if name.strip()]
+    words = pop_live_words(options)
+    live = {name: words[name] for name in ("dataset", "root", "weights")}
+    file, is_trusted, is_live = words["extract_config"], words["trust_media"], words["end_to_end"]
     if is_live and store is not None:
         raise UserError("tokens are read from a store or made on the spot: give --from-cache or --end-to-end, not both")
     if store is None and earlier is not None and not is_live:
@@ -224,7 +232,22 @@ def asked_place(
             f"where are the tokens? Give --from-cache STORE, --from-cache alone for the only store under {FEATURES}/,"
             " or --end-to-end --dataset NAME to decode and encode while training"
         )
-    return str(find_store(None if store == ONLY_STORE else store))
+    return str(_existing(find_store(None if store == ONLY_STORE else store)))
+
+
+def pop_live_words(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the options of `live_options` out, and cut `--encoders` into names."""
+    if isinstance(options.get("encoders"), str):
+        options["encoders"] = [name.strip() for name in options["encoders"].split(",") if name.strip()]
+    names = ("dataset", "root", "weights", "extract_config", "trust_media", "end_to_end")
+    return {name: options.pop(name) for name in names if name in options}
+
+
+def _existing(store: Place) -> Place:
+    """Refuse a folder without a store now: loading torch first would take seconds. A URL is looked at later."""
+    if not is_url(store) and not (Path(store) / ROOT_METADATA).is_file():
+        raise StoreNotFoundError(no_store_at(store))
+    return store
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import yaml
@@ -72,6 +73,43 @@ def test_a_dry_run_writes_nothing(here):
     assert (told["samples"], told["visual_tokens"], told["steps"]) == (18, 8, 3)
     assert set(told["parameters"]) == {"projectors", "fusion", "llm"}
     assert not (here / "run").exists()
+
+
+def test_a_dry_run_is_a_short_table_for_a_person(here):
+    told = train("--dry-run").stdout
+    assert len(told.splitlines()) < 30
+    for name, value in (("steps", "3 of 6 samples"), ("samples", "18"), ("visual tokens", "8"), ("dropped", "none")):
+        assert re.search(rf"{name} +\S +{value} ", told), told
+    for words in ("text tokens", "trained of llm", "GB, total", "unread"):
+        assert words in told
+
+
+def test_the_settings_in_force_are_printed_and_read_back(here):
+    printed = train("--fusion", "equal_mix", "--print-config").stdout
+    assert overlay(get_recipe("demo"), yaml.safe_load(printed)).fusion.name == "equal_mix"
+    (here / "all.yaml").write_text(printed)
+    assert call(train_main, "--config", "all.yaml", "--print-config").stdout == printed
+    assert not (here / "runs").exists()
+
+
+def test_both_stages_of_a_chain_are_printed_and_read_back(here):
+    printed = call(train_main, "--mode", "full", "--llm", "fresh:mini", "--print-config").stdout
+    assert set(yaml.safe_load(printed)["stages"]) == {"align", "finetune"}
+    (here / "all.yaml").write_text(printed)
+    assert call(train_main, "--mode", "full", "--config", "all.yaml", "--print-config").stdout == printed
+
+
+def test_a_finished_run_says_what_comes_next(here):
+    last = train("--out", "run").stdout.splitlines()[-1]
+    assert re.fullmatch(r"run: step 3 of 3, loss \d+\.\d{4}; next: merv-eval run --checkpoint run", last)
+
+
+def test_a_place_that_is_wrong_is_said_before_anything_is_loaded(here, monkeypatch):
+    assert train("--out", "run").exit_code == 0
+    monkeypatch.setattr("trainer.cli.heavy_rooms", lambda: pytest.fail("loaded"))
+    assert "run holds a run already; go on with --resume auto" in error_of(train("--out", "run"))
+    message = error_of(call(train_main, "--from-cache", "features/ty.zarr"))
+    assert "no feature store at features/ty.zarr; nearby: features/toy.zarr" in message
 
 
 def test_options_win_over_the_file_and_the_file_over_the_recipe(here):

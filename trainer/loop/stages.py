@@ -21,7 +21,7 @@ from trainer.config import CONFIG_FILE, TrainConfig, read_config
 from trainer.loop.launch import is_first_rank
 from trainer.overlay import overlay, plain
 from trainer.recipes import Stage, Stages
-from trainer.runs.chain import STAGES_FILE, stage_folder
+from trainer.runs.chain import STAGES_FILE, check_is_free, stage_folder
 
 if TYPE_CHECKING:
     from trainer.data.tokens import TokenSource
@@ -74,7 +74,7 @@ def train_stages(
 
     out = Path(out)
     chosen = _chosen(stages, only)
-    _prepare_folder(out, stages, chosen, resume)
+    _prepare_folder(out, stages, only, resume)
     is_new = newest(stage_folder(out, stages, stages[0])) is None  # a stage without checkpoint starts over
     words = _look_ahead(stages, open_tokens) if len(stages) > 1 and is_new else ()
     results: list[TrainResult] = []
@@ -104,6 +104,14 @@ def describe_stages(stages: Stages, open_tokens: OpenTokens, *, store: str = "")
     return {OWN: told} if len(stages) > 1 else told[stages[0].name]
 
 
+def to_yaml(stages: Stages) -> str:
+    """A config file that gives these settings over any recipe of the same stages."""
+    if len(stages) == 1:
+        return stages[0].config.to_yaml()
+    own = {stage.name: plain(asdict(stage.config)) for stage in stages}
+    return yaml.safe_dump({OWN: own}, sort_keys=False)
+
+
 def _kept(stage: Stage, index: int) -> set[str]:
     """Settings of a chain's stage that are not changed by what is said for the whole chain."""
     return {"stage"} | ({"init"} if index else set()) | ({"prompt"} if stage.config.prompt == "caption" else set())
@@ -131,7 +139,7 @@ def _chosen(stages: Stages, only: str | None) -> Stages:
     return tuple(stage for stage in stages if only in (None, stage.name))
 
 
-def _prepare_folder(out: Path, stages: Stages, chosen: Stages, resume: bool) -> None:
+def _prepare_folder(out: Path, stages: Stages, only: str | None, resume: bool) -> None:
     """Refuse a folder that holds something else; write a chain's stages, on the first rank alone."""
     other = STAGES_FILE if len(stages) == 1 else CONFIG_FILE
     if (out / other).exists():
@@ -139,9 +147,8 @@ def _prepare_folder(out: Path, stages: Stages, chosen: Stages, resume: bool) -> 
         raise UserError(f"{out} holds {held}, which this recipe is not; choose another --out")
     if len(stages) == 1 or not is_first_rank():
         return
-    begun = [stage.name for stage in chosen if (out / stage.name / CONFIG_FILE).exists()]
-    if begun and not resume:
-        raise UserError(f"{out} holds {', '.join(begun)} already; go on with --resume auto, or choose another --out")
+    if not resume:
+        check_is_free(out, stages, only)
     out.mkdir(parents=True, exist_ok=True)
     temporary = out / f".tmp-{STAGES_FILE}-{os.getpid()}"
     settings = {stage.name: plain(asdict(stage.config)) for stage in stages}

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from featurestore.errors import UserError
-from trainer.config import TrainConfig, read_config
+from trainer.config import CONFIG_FILE, TrainConfig, read_config
 from trainer.overlay import load_yaml, overlay
 from trainer.recipes import Stage, Stages
 
@@ -23,6 +23,14 @@ STAGES_FILE = "stages.yaml"  # in the folder of a chain
 def stage_folder(out: Path, stages: Stages, stage: Stage) -> Path:
     """Where a stage's run lies."""
     return Path(out) / stage.name if len(stages) > 1 else Path(out)
+
+
+def check_is_free(out: Path, stages: Stages, only: str | None = None) -> None:
+    """Refuse a folder in which a run of these stages, or of the one named `only`, has begun."""
+    chosen = [stage for stage in stages if only in (None, stage.name)]
+    if begun := [s.name for s in chosen if (stage_folder(out, stages, s) / CONFIG_FILE).exists()]:
+        held = ", ".join(begun) if len(stages) > 1 else "a run"
+        raise UserError(f"{out} holds {held} already; go on with --resume auto, or choose another --out")
 
 
 def read_stages(run: Path) -> Stages:

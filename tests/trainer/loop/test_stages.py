@@ -259,7 +259,7 @@ def test_a_stage_of_the_full_mode_and_the_same_samples_of_a_single_recipe(here):
     told = json.loads(train_full("--out", "run", "--stage", "align").stdout)
     assert [result["run"] for result in told["stages"]] == ["run/align"]
     (here / "plain.yaml").write_text("{llm: 'fresh:mini', projector: {grid: [2, 2, 2]}}")
-    options = ("--recipe", "demo", "--config", "plain.yaml", "--stage", "align", "--dry-run")
+    options = ("--recipe", "demo", "--config", "plain.yaml", "--stage", "align", "--dry-run", "--json")
     single = call(train_main, "--from-cache", *options)
     assert json.loads(single.stdout)["samples"] == 18, single.output
     assert call(eval_main, "run", "--checkpoint", "run").exit_code == 1

@@ -1,0 +1,71 @@
+from trainer.tell import plan_rows, result_lines
+
+
+def told(**changes):
+    return {
+        "samples": 1200,
+        "dropped": {"text only": 3, "clip without tokens of every encoder": 1},
+        "without_answer": 0,
+        "steps": 10,
+        "unread": {"text": 4, "visual": 3},
+        "batch_size": 128,
+        "visual_tokens": 1024,
+        "text_tokens": {"median": 40, "longest": 92},
+        "longest_sequence": 1116,
+        "context": 2048,
+        "parameters": {"projectors": {"total": 5000, "trained": 5000}, "llm": {"total": 70000, "trained": 0}},
+        "memory_bytes": {
+            "parameters": 26_800_000_000,
+            "gradients": 10_000_000,
+            "moments": 20_000_000,
+            "tokens": 0,
+            "activations": 5_000_000_000,
+            "total": 31_830_000_000,
+            "activations_formula": "",
+        },
+        **changes,
+    }
+
+
+def test_a_stage_in_rows():
+    assert plan_rows(told()) == {
+        "steps": "10 of 128 samples",
+        "samples": "1,200",
+        "dropped": "3 text only, 1 clip without tokens of every encoder",
+        "unread": "4 text, 3 visual",
+        "text tokens": "median 40, longest 92",
+        "visual tokens": "1,024",
+        "longest sequence": "1,116 of 2,048",
+        "trained of projectors": "5,000 of 5,000",
+        "trained of llm": "0 of 70,000",
+        "GB, parameters": "26.8",
+        "GB, gradients": "0.01",
+        "GB, moments": "0.02",
+        "GB, tokens": "0",
+        "GB, activations": "about 5",
+        "GB, total": "about 31.8",
+    }
+
+
+def test_what_not_every_stage_has_is_a_row_where_it_is():
+    rows = plan_rows(told(without_answer=2, init="all weights of stage align", context=None))
+    assert (rows["answer cut off"], rows["starts from"]) == ("2", "all weights of stage align")
+    assert rows["longest sequence"] == "1,116"
+
+
+def result(run, steps, num_steps=600):
+    return {"run": run, "steps": steps, "num_steps": num_steps, "loss": 0.25}
+
+
+def test_a_stopped_run_says_how_to_go_on():
+    assert result_lines([result("r/align", 600), result("r/finetune", 214)]) == [
+        "r/align: step 600 of 600, loss 0.2500",
+        "r/finetune: stopped and saved at step 214 of 600; go on with --resume auto",
+    ]
+
+
+def test_a_finished_run_names_the_next_command():
+    assert result_lines([result("r/align", 600), result("r/finetune", 600)]) == [
+        "r/align: step 600 of 600, loss 0.2500",
+        "r/finetune: step 600 of 600, loss 0.2500; next: merv-eval run --checkpoint r/finetune",
+    ]

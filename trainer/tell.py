@@ -1,0 +1,68 @@
+"""Tell: what `merv-train` says to a person on stdout; programs get the same facts with `--json`.
+
+Comes in: the facts of a dry run, or the results of a run. Goes out: text. rich is imported where it draws: the command
+line reads this room for `--help`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+GB = 1e9
+MEMORY_PARTS = ("parameters", "gradients", "moments", "tokens", "activations", "total")
+
+
+def print_plan(told: Mapping[str, Any]) -> None:
+    """What a dry run found, a column per stage."""
+    from rich.console import Console
+    from rich.table import Table
+
+    stages = told.get("stages") or {"": told}
+    columns = [plan_rows(stage) for stage in stages.values()]
+    table = Table("", *stages, show_header=len(stages) > 1)
+    for name in dict.fromkeys(name for column in columns for name in column):
+        table.add_row(name, *(column.get(name, "-") for column in columns))
+    Console().print(table)
+
+
+def plan_rows(told: Mapping[str, Any]) -> dict[str, str]:
+    """The rows of one stage: what a person decides by before a run."""
+    text, memory = told["text_tokens"], told["memory_bytes"]
+    context = f" of {told['context']:,}" if told["context"] else ""
+    rows = {
+        "steps": f"{told['steps']:,} of {told['batch_size']:,} samples",
+        "samples": f"{told['samples']:,}",
+        "dropped": _counts(told["dropped"]),
+        "unread": _counts(told["unread"]),
+        "text tokens": f"median {text['median']:,}, longest {text['longest']:,}",
+        "visual tokens": f"{told['visual_tokens']:,}",
+        "longest sequence": f"{told['longest_sequence']:,}{context}",
+    }
+    if told["without_answer"]:
+        rows["answer cut off"] = f"{told['without_answer']:,}"
+    for part, sizes in told["parameters"].items():
+        rows[f"trained of {part}"] = f"{sizes['trained']:,} of {sizes['total']:,}"
+    for part in MEMORY_PARTS:
+        about = "about " if part in ("activations", "total") else ""  # activations are a rough formula
+        rows[f"GB, {part}"] = f"{about}{memory[part] / GB:.3g}"
+    return rows | ({"starts from": told["init"]} if "init" in told else {})
+
+
+def result_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line per stage that was trained; the last one says what to do next."""
+    lines = [f"{result['run']}: {_done(result)}" for result in results]
+    if lines and results[-1]["steps"] == results[-1]["num_steps"]:
+        lines[-1] += f"; next: merv-eval run --checkpoint {results[-1]['run']}"
+    return lines
+
+
+def _done(result: Mapping[str, Any]) -> str:
+    steps, num_steps = result["steps"], result["num_steps"]
+    if steps < num_steps:
+        return f"stopped and saved at step {steps} of {num_steps}; go on with --resume auto"
+    return f"step {steps} of {num_steps}, loss {result['loss']:.4f}"
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items()) or "none"
