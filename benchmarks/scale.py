@@ -99,7 +99,7 @@ def measure(num_clips: int, workers: int, folder: Path) -> dict[str, float]:
     del clips
     with timed("plan"):
         blocks = plan_blocks(store, {"still": IDENTITY}, clip_ids=ids)
-    tasks = [(str(place), b.block, b.rows[0][0], b.rows[-1][0] + 1) for b in blocks]
+    tasks = [(str(place), b.block, min(b.wanted["still"]), max(b.wanted["still"]) + 1) for b in blocks]
     del blocks
     seconds["dask"] = _through_dask(tasks, workers)
     with timed("commit"):

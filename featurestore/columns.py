@@ -58,14 +58,23 @@ def clips_to_table(rows: Iterable[tuple[int, Clip]]) -> pa.Table:
 def table_to_clips(table: pa.Table) -> list[tuple[int, Clip]]:
     """A table of `CLIP_SCHEMA` -> (row, clip) pairs, every clip checked anew."""
     try:
-        return [(record.pop("row"), _clip_from_record(record)) for record in table.to_pylist()]
+        columns = [table[name].to_pylist() for name in CLIP_SCHEMA.names]  # a dict per clip takes three times as long
+        return [(row, _checked_clip(*values)) for row, *values in zip(*columns, strict=True)]
     except (TypeError, KeyError, UserError) as error:
         raise StoreFormatError(f"clip parts hold something that is no clip: {error}") from error
 
 
-def _clip_from_record(record: dict) -> Clip:
-    clip_id = record.pop("clip_id")
-    clip = Clip(**record)
+def _checked_clip(
+    clip_id: str,
+    dataset: str,
+    path: str,
+    start_s: float | None,
+    end_s: float | None,
+    end_frame: int | None,
+    kind: str,
+) -> Clip:
+    """Values in the order of `CLIP_SCHEMA`, after the row."""
+    clip = Clip(dataset=dataset, path=path, kind=kind, start_s=start_s, end_s=end_s, end_frame=end_frame)
     if clip.clip_id != clip_id:
         raise UserError(f"clip id {clip_id!r} does not belong to its own path and span, expected {clip.clip_id!r}")
     return clip
