@@ -23,6 +23,7 @@ import torch
 from featurestore.clips import Clip
 from featurestore.errors import UserError
 from featurestore.samples import Turn
+from trainer.command import no_file
 from trainer.data.batches import make_batch
 from trainer.data.tokens import MemoryTokens, TokenSource
 from trainer.model.build import LoadedRun
@@ -84,7 +85,10 @@ class Asker:
         renderer = self.run.built.renderer
         rendered = [renderer.question(_turns(question)) for question in questions]
         model = self.model
-        batch = make_batch(rendered, [clip_id] * len(rendered), source, model.num_visual_tokens, model.context)
+        try:
+            batch = make_batch(rendered, [clip_id] * len(rendered), source, model.num_visual_tokens, model.context)
+        except UserError as error:  # sources speak of clips; a person has typed a path
+            raise UserError(str(error).replace(str(clip_id), str(video or image))) from error
         tokenizer = renderer.tokenizer
         ids = model.generate(
             batch.to(self._device),
@@ -138,9 +142,10 @@ def asked_clip(video: Path | str | None, image: Path | str | None, span: Span = 
     """Root folder and clip of a file that a person names."""
     if (video is None) == (image is None):
         raise UserError("this run looks at what it is asked about: give one video or one image")
-    path = Path(video if image is None else image).resolve()
+    typed = video if image is None else image
+    path = Path(typed).resolve()
     if not path.exists():
-        raise UserError(f"there is no file {path}")
+        raise UserError(no_file(typed))
     if image is not None and span != WHOLE:
         raise UserError("a span is a part of a video; an image has none")
     kind = "video" if image is None else "image"

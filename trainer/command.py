@@ -18,6 +18,11 @@ from featurestore.errors import MervCacheError
 CONTEXT = {"show_default": True, "help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
+def no_file(path: object) -> str:
+    """The message for a media file that is not there, with the path as it was typed."""
+    return f"there is no file {path}; give a video or an image that exists"
+
+
 def says_errors(command: Callable[..., Any]) -> Callable[..., Any]:
     """Print the message of our own errors and leave with code 1; everything else is a bug and keeps its traceback."""
 

@@ -85,6 +85,11 @@ PROJECTORS: dict[str, ProjectorConfig] = {
 }
 
 
+def row_of(resampler: ResamplerName) -> str:
+    """What `--projector` calls a resampler."""
+    return next(row for row, preset in PROJECTORS.items() if preset.resampler == resampler)
+
+
 @dataclass(frozen=True, kw_only=True)
 class FusionConfig:
     """How the encoders' visual tokens become one sequence."""

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from featurestore.errors import UserError
-from trainer.command import CONTEXT, heavy_rooms, says_errors
+from trainer.command import CONTEXT, heavy_rooms, no_file, says_errors
 
 
 @click.group(context_settings=CONTEXT)
@@ -107,6 +107,9 @@ def eval_ask(questions: tuple[str, ...], checkpoint: Path, as_json: bool, **opti
     if not questions and not is_terminal():
         raise UserError('what is the question? Give it behind the options: merv-eval ask ... "What happens?"')
     options["span"] = parse_span(options["span"])
+    for path in (options["video"], options["image"]):
+        if path is not None and not path.exists():  # said before a run is loaded for it
+            raise UserError(no_file(path))
     weights = options.pop("weights")
     heavy_rooms()
     from trainer.ask import Asker  # torch

@@ -23,6 +23,7 @@ from trainer.model.build import Built, LoadedRun
 
 OVERALL = "all"  # category of the line over all samples
 UNNAMED = "(none)"  # category of samples that name none
+TRAINED_SPLIT = "train"  # its questions measure nothing
 UNBOUND = "unbound:"  # begins the identity in an imported run, whose weights do not say what made their tokens
 
 
@@ -63,10 +64,11 @@ def _no_question(samples: Sequence[Sample], split: str) -> str:
     """Which questions there are, so that the next command is the right one."""
     counts = Counter(sample.split for sample in samples if sample.options)
     held = ", ".join(f"{count} of split {name!r}" for name, count in counts.items()) or "none"
+    others = [name for name in counts if name not in (split, TRAINED_SPLIT)]
+    advice = "add questions with `merv-pipeline extract --dataset eval --root DIR --store STORE` and the settings the"
     return (
-        f"no multiple-choice question of split {split!r} has tokens of every encoder; the store holds {held}. Training "
-        "data has none: add questions with `merv-pipeline extract --dataset eval --root DIR --store STORE` and the "
-        "settings the store was made with"
+        f"no multiple-choice question of split {split!r} has tokens of every encoder; the store holds {held}."
+        f" {f'Use --split {others[0]}' if others else f'To measure a run, {advice} store was made with'}"
     )
 
 

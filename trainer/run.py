@@ -123,8 +123,19 @@ def open_store(path: str, config: TrainConfig) -> tuple[list[Sample], StoreToken
         if name not in available:
             raise UserError(unknown_name("sample set", name, available))
     samples = [sample for name in config.samples or available for sample in store.samples(name)]
+    _check_stored(config.encoders, list(store.encoders))
     parts = RESAMPLERS[config.projector.resampler].reads
     return samples, StoreTokens(store, used_encoders(config, list(store.encoders)), parts=parts)
+
+
+def _check_stored(wanted: Sequence[str], stored: Sequence[str]) -> None:
+    """Refuse an encoder without tokens; which encoders exist is known to the pipeline, not here."""
+    if missing := [name for name in wanted if name not in stored]:
+        raise UserError(
+            f"{unknown_name('encoder', missing[0], stored)}. This store has no {missing[0]} tokens; `merv-pipeline"
+            f" encoders` lists what can be added, with `merv-pipeline extract ... --encoders {missing[0]}` and the"
+            " settings the store was made with"
+        )
 
 
 def print_scores(result: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """A run that has learned the colours of films by heart is asked about files it is given by name."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -99,16 +100,23 @@ def test_what_cannot_be_asked_is_said(asker, media_root, media_lab):
         asker.answer(QUESTION)
     with pytest.raises(UserError, match="give one video or one image"):
         asker.answer(QUESTION, video=video, image=video)
-    with pytest.raises(UserError, match="there is no file"):
+    with pytest.raises(UserError, match=r"there is no file nowhere\.mp4;"):
         asker.answer(QUESTION, video="nowhere.mp4")
-    with pytest.raises(UserError, match=r"asked/broken\.mp4 cannot be decoded: "):
-        asker.answer(QUESTION, video=media_root / media_lab.BROKEN)
+    broken = media_root / media_lab.BROKEN
+    with pytest.raises(UserError, match=rf"^{re.escape(str(broken))} cannot be decoded: "):
+        asker.answer(QUESTION, video=broken)
     with pytest.raises(UserError, match="the question is empty"):
         asker.answer("  ", video=video)
     with pytest.raises(UserError, match="context of 64"):
         asker.answer("colour " * 80, video=video)
     with pytest.raises(UserError, match="an image has none"):
         asked_clip(None, media_root / "pictures/red.png", (1.0, None))
+
+
+def test_a_file_that_is_not_there_is_said_before_the_run_is_loaded(tmp_path):
+    result = ask("--checkpoint", tmp_path / "unread", "--video", "films/nowhere.mp4", QUESTION)
+    assert result.exit_code == 1
+    assert "there is no file films/nowhere.mp4;" in result.stderr
 
 
 def test_other_weights_are_refused_with_the_field_that_differs(run, media_root):

@@ -148,7 +148,9 @@ def test_an_unknown_setting_in_the_file_names_the_nearest(here):
 
 def test_an_unknown_encoder_lists_those_of_the_store(here):
     (here / "small.yaml").write_text(yaml.safe_dump({**SMALL, "encoders": ["siglip"]}))
-    assert "unknown encoder 'siglip'; known: dinov2, vivit" in error_of(train())
+    message = error_of(train())
+    assert "unknown encoder 'siglip'; known: dinov2, vivit. This store has no siglip tokens" in message
+    assert "merv-pipeline extract ... --encoders siglip" in message
 
 
 def test_an_llm_that_is_nowhere_says_what_can_be_given(here):

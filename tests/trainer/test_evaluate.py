@@ -55,8 +55,11 @@ def test_questions_are_those_of_the_split_with_options_and_tokens(samples, token
     everything = [*samples, *heldout, open_ended]
     assert questions(everything, tokens, split="heldout", has_visual=True) == heldout[:1]
     assert questions(everything, tokens, split="heldout", has_visual=False) == heldout
-    with pytest.raises(UserError, match="no multiple-choice question of split 'test'"):
+    with pytest.raises(UserError, match=r"no multiple-choice question of split 'test'.* Use --split heldout$"):
         questions(everything, tokens, split="test", has_visual=True)
+    for none_held_out in (samples, [open_ended]):
+        with pytest.raises(UserError, match="add questions with `merv-pipeline extract --dataset eval"):
+            questions(none_held_out, tokens, split="test", has_visual=True)
 
 
 def test_an_option_replaces_the_last_answer_only(make_sample):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from featurestore.errors import UserError
-from trainer.config import ProjectorConfig, ResamplerName
+from trainer.config import ProjectorConfig, ResamplerName, row_of
 from trainer.data.tokens import Part, PrefixedTokens, TokenShape
 
 Grid = tuple[int, int, int]
@@ -27,6 +27,11 @@ TRAINED_GRID = (8, 8)  # H, W behind a trained resampler where the config names 
 NUM_HEADS = 8  # of the attention
 INIT_STD = 0.02  # of the attention's weights
 STAGE_DEPTH = 3  # blocks before, and blocks behind the pooling of the 2D convolution
+EXTRACT_OPTIONS = {  # what a resampler needs of a store, as a name for it -> how it is extracted
+    "raw": "--grid raw",
+    "class": "--prefix-tokens",
+    "raw-class": "--grid raw --prefix-tokens",
+}
 
 
 class Resampler(nn.Module):
@@ -61,7 +66,7 @@ class Average(Resampler):
             raise UserError(
                 f"projector grid {_words(grid)} does not nest in the stored grid {_words(stored.grid)}, which is pooled"
                 " already: choose divisors of the stored grid, or make a store of the encoders' own grids:"
-                f" {_extract_command('--grid raw')}"
+                f" {_extract_command('raw')}"
             )
 
     def forward(self, tokens_BTHWD: Tensor) -> Tensor:
@@ -180,7 +185,7 @@ class ClassToken(Resampler):
 
     def __init__(self, config: ProjectorConfig, stored: TokenShape, llm_width: int) -> None:
         super().__init__((stored.grid[0], 1, 1), stored.width)
-        _check_class_token(stored, "--prefix-tokens")
+        _check_class_token(stored, "class")
 
     def forward(self, tokens: PrefixedTokens) -> Tensor:
         return tokens.prefix_BTKD[:, :, :1, None].float()  # registers stand behind the class token
@@ -194,8 +199,8 @@ class AllTokens(Resampler):
     def __init__(self, config: ProjectorConfig, stored: TokenShape, llm_width: int) -> None:
         time, height, width = stored.grid
         super().__init__((time, 1 + height * width, 1), stored.width)
-        _check_raw(config, stored, "--grid raw --prefix-tokens")
-        _check_class_token(stored, "--grid raw --prefix-tokens")
+        _check_raw(config, stored, "raw-class")
+        _check_class_token(stored, "raw-class")
 
     def forward(self, tokens: PrefixedTokens) -> Tensor:
         # float32 first: under autocast the CPU cannot join halves
@@ -224,13 +229,13 @@ def _start_small(module: nn.Module) -> None:
 
 def _trained_grid(config: ProjectorConfig, stored: TokenShape, *, keeps_time: bool) -> Grid:
     """Where a trained resampler ends, once it is clear that the store serves it."""
-    _check_raw(config, stored, "--grid raw")
+    _check_raw(config, stored, "raw")
     grid = config.grid or (_divided_time(config, stored), *TRAINED_GRID)
     _check_not_finer(grid, stored.grid)
     if keeps_time and grid[0] != stored.grid[0]:
         raise UserError(
-            f"resampler {config.resampler} works frame by frame: projector grid {_words(grid)} must keep the"
-            f" {stored.grid[0]} time steps of the store; average and convolution_3d can merge them"
+            f"projector {row_of(config.resampler)} works frame by frame: its grid {_words(grid)} must keep the"
+            f" {stored.grid[0]} time steps of the store; 3d-average and 3d-convolution can merge them"
         )
     return grid
 
@@ -250,26 +255,29 @@ def _check_not_finer(grid: Grid, stored: Grid) -> None:
         )
 
 
-def _check_raw(config: ProjectorConfig, stored: TokenShape, options: str) -> None:
+def _check_raw(config: ProjectorConfig, stored: TokenShape, needed: str) -> None:
     """Refuse any pooled grid, the encoder's own size included: a store says that it pooled, not what from."""
     if stored.is_pooled:
         raise UserError(
-            f"resampler {config.resampler} reads the encoder's own grid, the stored {_words(stored.grid)} is pooled:"
-            f" make a raw store with {_extract_command(options)}, or choose the resampler average"
+            f"projector {row_of(config.resampler)} reads the encoder's own grid, the stored {_words(stored.grid)} is"
+            f" pooled: make a raw store with {_extract_command(needed)}, or choose --projector 2d-average"
         )
 
 
-def _check_class_token(stored: TokenShape, options: str) -> None:
+def _check_class_token(stored: TokenShape, needed: str) -> None:
     if not stored.num_prefix:
         raise UserError(
             "no class token is stored of it. If the encoder has one, make a store that holds it with"
-            f" {_extract_command(options)}; if it has none, as SigLIP, leave it out of the setting encoders"
+            f" {_extract_command(needed)}; if it has none, as SigLIP, leave it out of the setting encoders"
         )
 
 
-def _extract_command(options: str) -> str:
+def _extract_command(needed: str) -> str:
     """A store of its own: tokens of two kinds under one encoder's name would have to be told apart ever after."""
-    return f"`merv-pipeline extract --dataset NAME {options} --store features/NAME-raw.zarr`"
+    return (
+        f"`merv-pipeline extract --dataset NAME {EXTRACT_OPTIONS[needed]} --store features/NAME-{needed}.zarr` and the"
+        " --config, --weights and --root that this store was made with"
+    )
 
 
 def _words(grid: Grid) -> str:

@@ -81,7 +81,7 @@ def test_an_error_names_its_encoder():
     }
     with pytest.raises(UserError, match=r"siglip: no class token is stored of it.*if it has none, as SigLIP"):
         build_projectors(ProjectorConfig(resampler="class_token"), stored, 12)
-    with pytest.raises(UserError, match=r"dinov2: resampler attention reads the encoder's own grid"):
+    with pytest.raises(UserError, match=r"dinov2: projector 2d-attention reads the encoder's own grid"):
         build_projectors(ProjectorConfig(resampler="attention"), stored, 12)
 
 

@@ -245,17 +245,28 @@ def test_class_tokens_need_no_grid_and_serve_from_a_pooled_store():
     assert torch.equal(resampler("class_token", stored=POOLED)(tokens)[:, :, 0, 0], prefix_BTKD[:, :, 0])
 
 
-@pytest.mark.parametrize("name", ["attention", "convolution", "convolution_3d", "all_tokens"])
-def test_a_pooled_store_is_refused_with_the_command_that_makes_a_raw_one(name):
-    options = "--grid raw --prefix-tokens" if name == "all_tokens" else "--grid raw"
-    message = f"resampler {name} reads the encoder's own grid, the stored 4x8x8 is pooled: .*{options} --store"
+@pytest.mark.parametrize(
+    ("name", "row", "options", "kind"),
+    [
+        ("attention", "2d-attention", "--grid raw", "raw"),
+        ("convolution", "2d-convolution", "--grid raw", "raw"),
+        ("convolution_3d", "3d-convolution", "--grid raw", "raw"),
+        ("all_tokens", "all-tokens", "--grid raw --prefix-tokens", "raw-class"),
+    ],
+)
+def test_a_pooled_store_is_refused_with_the_command_that_makes_a_raw_one(name, row, options, kind):
+    message = (
+        f"projector {row} reads the encoder's own grid, the stored 4x8x8 is pooled: .*{options}"
+        f" --store features/NAME-{kind}.zarr` and the --config, --weights and --root that this store was made with"
+    )
     with pytest.raises(UserError, match=message):
         resampler(name, stored=POOLED)
 
 
-@pytest.mark.parametrize("name", ["class_token", "all_tokens"])
-def test_a_store_without_class_tokens_is_refused_with_the_command_that_stores_them(name):
-    with pytest.raises(UserError, match=r"no class token is stored.*`merv-pipeline extract .*--prefix-tokens"):
+@pytest.mark.parametrize(("name", "kind"), [("class_token", "class"), ("all_tokens", "raw-class")])
+def test_a_store_without_class_tokens_is_refused_with_the_command_that_stores_them(name, kind):
+    message = rf"no class token is stored.*`merv-pipeline extract .*--prefix-tokens --store features/NAME-{kind}\.zarr"
+    with pytest.raises(UserError, match=message):
         resampler(name, stored=replace(RAW, num_prefix=0))
 
 
@@ -267,9 +278,7 @@ def test_a_grid_finer_than_the_store_is_refused(name):
 
 @pytest.mark.parametrize("name", ["attention", "convolution"])
 def test_resamplers_of_frames_refuse_to_merge_them(name):
-    with pytest.raises(
-        UserError, match=rf"{name} works frame by frame: projector grid 2x8x8 must keep the 4 time steps"
-    ):
+    with pytest.raises(UserError, match=rf"2d-{name} works frame by frame: its grid 2x8x8 must keep the 4 time steps"):
         resampler(name, grid=(2, 8, 8))
 
 
