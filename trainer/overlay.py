@@ -7,15 +7,28 @@ given; an unknown name is answered with the nearest known one.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from featurestore.errors import UserError, unknown_name
+
+NUM_LISTED = 8  # known names in a message; a run has some sixty settings
+OTHER_WORDS = {  # what other trainers call a setting
+    "learning_rate": "optimizer.projector_lr",
+    "lr": "optimizer.projector_lr",
+    "max_grad_norm": "optimizer.clip_norm",
+    "num_train_epochs": "epochs",
+    "gradient_checkpointing": "activation_checkpointing",
+    "logging_steps": "log_every",
+    "save_steps": "checkpoint_every",
+    "eval_steps": "eval_every",
+}
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -36,7 +49,7 @@ def overlay(config: Any, changes: Mapping[str, Any], where: str = "") -> Any:
     for key, value in changes.items():
         name = f"{where}{key}"
         if key not in hints:
-            raise UserError(unknown_name("setting", name, [f"{where}{known}" for known in hints]))
+            raise UserError(_unknown_setting(name, config, where))
         current = getattr(config, key)
         if dataclasses.is_dataclass(current):
             if not isinstance(value, Mapping):
@@ -45,6 +58,33 @@ def overlay(config: Any, changes: Mapping[str, Any], where: str = "") -> Any:
         else:
             values[key] = _typed(value, hints[key], name)
     return dataclasses.replace(config, **values)
+
+
+def _unknown_setting(name: str, config: Any, where: str) -> str:
+    """The message for a setting that is not in `config`: the nearest one, nested ones too, then some known ones."""
+    nested = list(_names(config, where))
+    if name in nested:
+        parent, _, child = name.rpartition(".")
+        return f"setting {name!r} is one of a mapping: write {parent}: {{{child}: ...}}"
+    own = [f"{where}{field.name}" for field in dataclasses.fields(config)]
+    words = {f"{where}{word}": known for word, known in OTHER_WORDS.items() if known in nested}
+    words |= {where + known.rpartition(".")[2]: known for known in nested} | {known: known for known in [*nested, *own]}
+    nearest = difflib.get_close_matches(name, words, n=1, cutoff=0.5)
+    hint = f", the nearest known one is {words[nearest[0]]!r}" if nearest else ""
+    listed, rest = own, ""
+    if len(own) > NUM_LISTED:
+        listed, rest = difflib.get_close_matches(name, own, n=NUM_LISTED, cutoff=0.0), "; --print-config prints all"
+    return f"unknown setting {name!r}{hint}; known: {', '.join(listed)}{rest}"
+
+
+def _names(config: Any, where: str) -> Iterator[str]:
+    """Every setting by its whole name, those of nested values too."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _names(value, f"{where}{field.name}.")
+        else:
+            yield f"{where}{field.name}"
 
 
 def _typed(value: Any, hint: Any, name: str) -> Any:

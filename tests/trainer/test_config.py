@@ -36,6 +36,37 @@ def test_an_unknown_nested_setting_is_named_with_its_path():
         overlay(TrainConfig(), {"optimizer": {"lr_projector": 1.0}})
 
 
+@pytest.mark.parametrize(
+    ("changes", "nearest"),
+    [
+        ({"lerning_rate": 1e-3}, "optimizer.projector_lr"),
+        ({"projector_lr": 1e-3}, "optimizer.projector_lr"),
+        ({"resampeler": "average"}, "projector.resampler"),
+        ({"num_train_epoch": 2}, "epochs"),
+        ({"optimizer": {"learning_rate": 1e-3}}, "optimizer.projector_lr"),
+    ],
+)
+def test_the_nearest_name_may_be_nested_or_another_trainer_s_word(changes, nearest):
+    with pytest.raises(UserError, match=f", the nearest known one is '{nearest}'; known: "):
+        overlay(TrainConfig(), changes)
+
+
+def test_few_of_many_known_names_are_listed():
+    with pytest.raises(UserError) as told:
+        overlay(TrainConfig(), {"batchsize": 4})
+    listed, _, rest = str(told.value).partition("known: ")[2].partition("; ")
+    assert len(listed.split(", ")) == 8
+    assert {"batch_size", "micro_batch_size"} <= set(listed.split(", "))
+    assert rest == "--print-config prints all"
+    with pytest.raises(UserError, match=r"known: fusion\.name, fusion\.query_width$"):
+        overlay(TrainConfig(), {"fusion": {"nmae": "first"}})
+
+
+def test_a_nested_name_written_flat_says_how_it_is_written():
+    with pytest.raises(UserError, match=r"write optimizer: \{projector_lr: \.\.\.\}"):
+        overlay(TrainConfig(), {"optimizer.projector_lr": 1e-3})
+
+
 def test_a_value_of_the_wrong_type_is_refused():
     with pytest.raises(UserError, match="setting batch_size is int, got 'many'"):
         overlay(TrainConfig(), {"batch_size": "many"})

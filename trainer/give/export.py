@@ -53,6 +53,7 @@ from trainer.runs.scores import read_scores
 
 CARD_FILE, ENCODERS_FILE = "README.md", "encoders.json"
 MAX_SHARD = "5GB"
+NUM_LOSSES = 50  # steps whose mean loss the card says
 
 
 def export_run(
@@ -104,7 +105,7 @@ def export_run(
 def card_facts(run: Path, loaded: LoadedRun, record: ExportRecord, *, name: str, license: str) -> CardFacts:
     """What the run's folder says about itself; what an imported or older run does not hold is left out."""
     metrics = read_metrics(run) if (run / METRICS_FILE).is_file() else []
-    at_step = [row for row in metrics if row["step"] == loaded.step - 1]
+    losses = [row["loss"] for row in metrics if row["step"] < loaded.step]
     return CardFacts(
         name=name,
         config=loaded.built.config,
@@ -114,7 +115,8 @@ def card_facts(run: Path, loaded: LoadedRun, record: ExportRecord, *, name: str,
         llm_revision=record.llm_revision,
         license=license,
         scores=read_scores(run),
-        metrics=at_step[-1] if at_step else None,
+        losses=losses[-NUM_LOSSES:],
+        steps_trained=metrics[-1]["step"] + 1 if metrics else None,
         validation=_validation(run, loaded.step),
         origin=json.loads((run / IMPORT_FILE).read_text()) if (run / IMPORT_FILE).is_file() else None,
         software=software_versions(),

@@ -15,13 +15,18 @@ from typing import Any
 
 import yaml
 
-from trainer.config import TrainConfig
+from trainer.config import TrainConfig, TrainLLM
 from trainer.model.llm import FRESH_PREFIX
 from trainer.runs.record import RunRecord
 
 LIBRARY = "merv-pipeline"
 UNKNOWN_LICENSE = "unknown"  # a value that model hubs know
 TASK = "video-text-to-text"
+LLM_TRAINING: dict[TrainLLM, str] = {
+    "none": "frozen (`train_llm: none`)",
+    "lora": "trained through LoRA adapters (`train_llm: lora`)",
+    "full": "all weights trained (`train_llm: full`)",
+}
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
@@ -37,7 +42,8 @@ class CardFacts:
     llm_revision: str | None  # commit of the Hub's LLM
     license: str = UNKNOWN_LICENSE
     scores: Sequence[Mapping[str, Any]] = ()  # as trainer/runs/scores.py reads them
-    metrics: Mapping[str, Any] | None = None  # of the last step
+    losses: Sequence[float] = ()  # of the last steps before the checkpoint; one batch's says little
+    steps_trained: int | None = None  # by the whole run, of which the checkpoint may be an earlier one
     validation: Mapping[str, float] | None = None  # of the exported checkpoint
     origin: Mapping[str, Any] | None = None  # of an imported checkpoint
     software: Mapping[str, str]  # that made the export
@@ -180,18 +186,28 @@ def _data(facts: CardFacts) -> str:
 
 
 def _training(facts: CardFacts) -> str:
-    config, metrics = facts.config, facts.metrics or {}
+    config = facts.config
     lines = [
         f"Steps: {facts.step} of {facts.record.num_steps}, {config.batch_size} samples each",
-        f"LLM: train_llm `{config.train_llm}`; mode `{config.mode}`; loss `{config.loss}`",
-        f"Loss of the last step: {metrics['loss']:.4f}" if "loss" in metrics else "Loss of the last step: not recorded",
+        f"LLM: {LLM_TRAINING[config.train_llm]}; loss `{config.loss}`",
+        _loss(facts.losses),
         *(f"Validation of this checkpoint, {name}: {value:.4f}" for name, value in (facts.validation or {}).items()),
     ]
+    if config.mode == "text-only":
+        lines.append("Without visual tokens: the baseline that a score stands beside")
+    if facts.steps_trained is not None and facts.steps_trained < facts.record.num_steps:
+        lines.append(f"**The run was stopped early, after {facts.steps_trained} of {facts.record.num_steps} steps.**")
     if facts.record.started_from:
         lines.append(f"Started from: {_plain(facts.record.started_from)}")
     if facts.origin:
         lines.append(f"Imported file: `{_plain(facts.origin['file'])}`, sha256 `{_plain(facts.origin['sha256'])}`")
     return _bullets(lines)
+
+
+def _loss(losses: Sequence[float]) -> str:
+    if not losses:
+        return "Training loss: not recorded"
+    return f"Training loss, mean of the last {len(losses)} steps: {sum(losses) / len(losses):.4f}"
 
 
 def _scores(facts: CardFacts) -> str:

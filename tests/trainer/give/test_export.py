@@ -284,7 +284,9 @@ def test_the_card_tells_scores_data_settings_and_versions(store_run, out):
     for shape in run.record.shapes.values():
         assert shape.identity in text
     assert run.built.config.to_yaml() in text
-    assert f"Loss of the last step: {read_metrics(store_run)[-1]['loss']:.4f}" in text
+    losses = [row["loss"] for row in read_metrics(store_run)]
+    assert f"Training loss, mean of the last 2 steps: {sum(losses) / 2:.4f}" in text
+    assert "stopped early" not in text
     assert "Steps: 2 of 2" in text
     assert f"| torch | {torch.__version__.partition('+')[0]}" in text
     assert "**Encoder dinov2 has seeded random weights (`random:0`): it was never trained.**" in text

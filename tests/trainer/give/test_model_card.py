@@ -88,7 +88,25 @@ def test_sizes_versions_and_what_was_dropped_are_told(facts):
     assert "| python | not recorded | 3 |" in text
     assert "| dinov2 | `abc123` | block 23 | pretrained, sha256 eeeeeeeeeeee | 16x8x8 of width 1024 |" in text
     assert "Not evaluated" in text
-    assert "Loss of the last step: not recorded" in text
+    assert "Training loss: not recorded" in text
+
+
+def test_the_loss_is_a_mean_and_the_llm_s_training_is_said_in_words(facts):
+    text = model_card(replace(facts, losses=[1.0, 0.5, 0.0], steps_trained=10))
+    assert "- Training loss, mean of the last 3 steps: 0.5000\n" in text
+    assert "- LLM: frozen (`train_llm: none`); loss `per_token`\n" in text
+    assert "stopped early" not in text
+    trained = model_card(replace(facts, config=TrainConfig(train_llm="full")))
+    assert "- LLM: all weights trained (`train_llm: full`); loss `per_token`\n" in trained
+    assert "Without visual tokens" not in trained
+    words = model_card(replace(facts, config=TrainConfig(train_llm="full", mode="text-only")))
+    assert "- Without visual tokens: the baseline" in words
+
+
+def test_a_run_that_was_stopped_early_says_so(facts):
+    text = model_card(replace(facts, step=3, steps_trained=4))
+    assert "- Steps: 3 of 10, 128 samples each" in text
+    assert "- **The run was stopped early, after 4 of 10 steps.**" in text
 
 
 def test_text_from_data_opens_neither_cells_nor_html(facts):
