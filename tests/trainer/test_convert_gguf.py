@@ -159,6 +159,8 @@ def test_what_is_written_is_a_plain_folder_without_a_trace_of_the_packed_file(tm
     assert (config["num_key_value_heads"], config["max_position_embeddings"]) == (KEY_HEADS, 128)
     assert config["dtype"] == "bfloat16"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["toy", "toy.gguf"]
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "toy").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]  # a colleague may read both
 
 
 def test_its_tokenizer_and_chat_template_render_a_conversation(tmp_path, llama):
