@@ -53,7 +53,9 @@ def test_a_mistyped_path_is_answered_with_the_stores_nearby(features):
 
 
 def test_an_address_with_one_slash_is_a_typing_mistake(features):
-    with pytest.raises(UserError, match=r"s3:/lab/x\.zarr is neither a folder nor an address; did you mean s3://lab/x\."):
+    with pytest.raises(
+        UserError, match=r"s3:/lab/x\.zarr is neither a folder nor an address; did you mean s3://lab/x\."
+    ):
         find_store("s3:/lab/x.zarr")
 
 
