@@ -154,7 +154,7 @@ def test_a_put_whose_answer_was_lost_knows_its_own_mark(s3, monkeypatch):
 def test_a_server_that_ignores_the_condition_is_refused(s3, monkeypatch):
     import obstore
 
-    from featurestore.places.by_url import remote_objects
+    from featurestore.places import remote_objects
 
     put = obstore.put
     monkeypatch.setattr(obstore, "put", lambda *a, **o: put(*a, **{**o, "mode": "overwrite"}))
