@@ -105,7 +105,9 @@ def test_text_only_training_needs_a_trained_llm():
 
 def test_the_paper_recipe_has_the_paper_numbers():
     recipe = get_recipe("merv-frozen")
-    assert (recipe.batch_size, recipe.optimizer.projector_lr, recipe.optimizer.fusion_lr) == (128, 2e-5, 2e-5)
+    assert (recipe.batch_size, recipe.optimizer.projector_lr, recipe.optimizer.fusion_lr) == (128, 1e-3, 1e-3)
+    released = get_recipe("merv-frozen-released")
+    assert (released.optimizer.projector_lr, released.optimizer.llm_lr) == (2e-5, 2e-5)
     assert (recipe.train_llm, recipe.fusion.name, recipe.projector.head) == ("none", "cross_attention", "linear")
 
 
