@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -62,7 +61,7 @@ def build_crashing(spec):
 
     def die_of_white(module, inputs) -> None:
         if "TINY_HARMLESS" not in os.environ and (inputs[0].flatten(1).amin(1) > 0.99).any():
-            os.kill(os.getpid(), signal.SIGABRT)
+            os.abort()  # in this thread, at once: a signal to the process may come after the block is committed
 
     network.register_forward_pre_hook(die_of_white)
     return network
