@@ -6,23 +6,18 @@ identities agree hold the same features, up to the device's rounding.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any, Literal
 
+from featurestore.digests import record_digest
 from featurestore.errors import StoreFormatError, UserError
 
 StorageDtype = Literal["float16", "bfloat16", "uint8"]
 STORAGE_DTYPES: tuple[StorageDtype, ...] = ("float16", "bfloat16", "uint8")
 IDENTITY_LENGTH = 12  # hex digits in a group's name
-
-
-def canonical_json(value: Any) -> str:
-    """The one text of a JSON value: sorted keys, no spaces, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +50,7 @@ class FeatureIdentity:
     @cached_property
     def id(self) -> str:
         """First 12 hex digits of the sha256 of the canonical JSON."""
-        return hashlib.sha256(canonical_json(self.to_dict()).encode()).hexdigest()[:IDENTITY_LENGTH]
+        return record_digest(self.to_dict())[:IDENTITY_LENGTH]
 
     @property
     def group_name(self) -> str:

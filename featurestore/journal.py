@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+from featurestore.digests import canonical_json, record_digest
 from featurestore.errors import StoreDamagedError
-from featurestore.identity import canonical_json
 from featurestore.metadata import load_json
 
 MAX_JOURNAL_BYTES = 16 << 20
@@ -15,7 +14,7 @@ MAX_JOURNAL_BYTES = 16 << 20
 
 def journal_bytes(record: Mapping[str, Any]) -> bytes:
     """A record with its own digest beside it."""
-    digest = hashlib.sha256(canonical_json(record).encode()).hexdigest()
+    digest = record_digest(record)
     return (canonical_json({"record": dict(record), "digest": digest}) + "\n").encode()
 
 

@@ -6,15 +6,15 @@ import: tests prove that zarr-python, tensorstore and xarray read the result.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from featurestore.digests import record_digest
 from featurestore.errors import StoreFormatError, UserError
-from featurestore.identity import FeatureIdentity, canonical_json
+from featurestore.identity import FeatureIdentity
 from featurestore.layout import FORMAT_VERSION, MAX_BLOCK_ROWS, check_block_rows
 from featurestore.places.objects import Objects, get_bounded
 
@@ -149,7 +149,7 @@ def root_document(*, datasets: list[str], block_rows: Mapping[str, int]) -> byte
 
 def digested(record: dict[str, Any]) -> dict[str, Any]:
     """The record with a digest of its own: what cannot be made again from elsewhere is covered all the same."""
-    return record | {"digest": hashlib.sha256(canonical_json(record).encode()).hexdigest()[:32]}
+    return record | {"digest": record_digest(record)[:32]}
 
 
 def without_digest(data: bytes) -> bytes:

@@ -8,7 +8,6 @@ a few kilobytes of Parquet can stand for terabytes.
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Mapping
 
@@ -16,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from featurestore.digests import sha256_hex
 from featurestore.errors import StoreFormatError
 from featurestore.parquet_pages import ColumnSize, column_sizes
 from featurestore.places.objects import Objects, get_bounded
@@ -51,7 +51,7 @@ def table_bytes(table: pa.Table) -> bytes:
     data = sink.getvalue()
     start = _digest_place(data)
     assert start is not None
-    return data[:start] + hashlib.sha256(data).hexdigest().encode() + data[start + 64 :]
+    return data[:start] + sha256_hex(data).encode() + data[start + 64 :]
 
 
 def own_digest_holds(data: bytes) -> bool | None:
@@ -60,7 +60,7 @@ def own_digest_holds(data: bytes) -> bool | None:
     if start is None:
         return None
     blanked = data[:start] + _BLANK + data[start + 64 :]
-    return hashlib.sha256(blanked).hexdigest().encode() == data[start : start + 64]
+    return sha256_hex(blanked).encode() == data[start : start + 64]
 
 
 def _digest_place(data: bytes) -> int | None:

@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from featurestore.digests import canonical_json, record_digest
 from featurestore.errors import StoreDamagedError, StoreFormatError
-from featurestore.identity import canonical_json
 from featurestore.layout import ARRAYS, MAX_BLOCK_ROWS, receipt_key
 from featurestore.metadata import load_json
 from featurestore.places.objects import Objects, get_bounded
@@ -90,7 +90,7 @@ class Receipt:
     @cached_property
     def digest(self) -> str:
         """64 hex digits over everything else in the receipt."""
-        return hashlib.sha256(canonical_json(self._content()).encode()).hexdigest()
+        return record_digest(self._content())
 
     @cached_property
     def counts(self) -> dict[str, int]:

@@ -6,11 +6,10 @@ Comes in: annotation records, already parsed by a dataset. Goes out: `Sample` va
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from typing import Literal
 
+from featurestore.digests import record_digest
 from featurestore.errors import UserError
 
 Role = Literal["human", "gpt"]
@@ -53,8 +52,7 @@ class Sample:
     @property
     def digest(self) -> str:
         """32 hex digits over every field: part of a run's data digest."""
-        text = json.dumps(self.to_record(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        return record_digest(self.to_record())[:32]
 
     def to_record(self) -> dict:
         """Plain values by column."""

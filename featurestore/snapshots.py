@@ -7,7 +7,6 @@ publisher starts from the newest snapshot and reads only the receipts that are n
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,9 +14,10 @@ from typing import Any
 import pyarrow as pa
 
 from featurestore.clips import KINDS
+from featurestore.digests import canonical_json, record_digest, sha256_hex
 from featurestore.errors import StoreDamagedError, StoreError, StoreFormatError, UserError
 from featurestore.groups import encoder_groups, parse_identity, read_group
-from featurestore.identity import FeatureIdentity, canonical_json
+from featurestore.identity import FeatureIdentity
 from featurestore.layout import (
     GROUP_NAME,
     PARTS,
@@ -74,7 +74,7 @@ class Snapshot:
     @property
     def digest(self) -> str:
         """64 hex digits over the whole record, and through it over everything that it names."""
-        return hashlib.sha256(canonical_json(self._content()).encode()).hexdigest()
+        return record_digest(self._content())
 
     @property
     def id(self) -> str:
@@ -225,7 +225,7 @@ def _build(
         samples=_samples_digests(objects, parent),
         groups=groups,
         block_rows=dict(block_rows),
-        table_sha256=hashlib.sha256(data).hexdigest(),
+        table_sha256=sha256_hex(data),
         tombstones=tombstones,
     ), data
 
@@ -241,7 +241,7 @@ def read_snapshot_table(objects: Objects, snapshot: Snapshot, columns: list[str]
         data = table_file(objects, key)
     except FileNotFoundError:
         raise StoreDamagedError(f"{key} is missing; open an older snapshot or publish a new one") from None
-    if hashlib.sha256(data).hexdigest() != snapshot.table_sha256:
+    if sha256_hex(data) != snapshot.table_sha256:
         raise StoreDamagedError(f"{key} does not match its digest; open an older snapshot or publish a new one")
     schema = snapshot_schema({name.split("/")[1] for name in snapshot.groups})
     return complete(read_table(data, schema, key, columns=columns, exactly=False), key)
@@ -274,7 +274,7 @@ def _part_digests(objects: Objects, count: int, parent: Snapshot | None) -> dict
     for number in part_numbers(objects.list_names(PARTS))[:count]:
         key = part_key(number)
         if key not in known:
-            known[key] = hashlib.sha256(table_file(objects, key)).hexdigest()
+            known[key] = sha256_hex(table_file(objects, key))
     return known
 
 
@@ -283,6 +283,6 @@ def _samples_digests(objects: Objects, parent: Snapshot | None) -> dict[str, dic
     for name, version in sorted(samples_versions(objects.list_names(SAMPLES)).items()):
         key = samples_key(name, version)
         old = parent.samples.get(name) if parent else None
-        sha256 = old["sha256"] if old and old["key"] == key else hashlib.sha256(table_file(objects, key)).hexdigest()
+        sha256 = old["sha256"] if old and old["key"] == key else sha256_hex(table_file(objects, key))
         entries[name] = {"key": key, "sha256": sha256}
     return entries

@@ -10,7 +10,6 @@ and snapshot: loader workers open it anew, on first use.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
@@ -20,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurestore.columns import CLIP_SCHEMA, SAMPLE_SCHEMA, table_to_samples
+from featurestore.digests import sha256_hex
 from featurestore.errors import (
     ClipUnavailableError,
     StoreDamagedError,
@@ -208,7 +208,7 @@ class FeatureStore:
             identity = self.encoders[self._key(key)].id
             parts += [f"clip\t{c}\t{identity}\t{d}" for c, d in zip(distinct, digests, strict=True)]
         parts += [f"sample\t{sample.digest}" for sample in samples]
-        return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()
+        return sha256_hex("\n".join(sorted(parts)).encode())
 
     def info(self) -> dict[str, Any]:
         """Clips by kind, and by group name: weights label, rows by kind and state, bytes stored."""
@@ -321,7 +321,7 @@ class FeatureStore:
             data = table_file(self._objects, key)
         except FileNotFoundError:
             raise StoreDamagedError(f"{key} is missing though the snapshot names it; restore it from a copy") from None
-        if hashlib.sha256(data).hexdigest() != sha256:
+        if sha256_hex(data) != sha256:
             raise StoreDamagedError(f"{key} does not match the snapshot's digest; run `merv-pipeline verify`")
         return data
 

@@ -7,15 +7,14 @@ in the clip parts (rows are never given out twice) and in the record, which must
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from featurestore.digests import canonical_json, record_digest
 from featurestore.errors import StoreDamagedError, StoreFormatError, UserError
-from featurestore.identity import canonical_json
 from featurestore.layout import TOMBSTONES, tombstone_key, tombstone_names
 from featurestore.metadata import load_json
 from featurestore.places.objects import Objects, get_bounded, put_if_absent
@@ -37,7 +36,7 @@ class Tombstone:
     @cached_property
     def digest(self) -> str:
         """64 hex digits over everything else in the record."""
-        return hashlib.sha256(canonical_json(self._content()).encode()).hexdigest()
+        return record_digest(self._content())
 
     @property
     def id(self) -> str:

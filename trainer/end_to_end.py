@@ -34,8 +34,8 @@ from torch import Tensor, nn
 
 from featurestore import FeatureIdentity, Sample
 from featurestore.clips import KINDS, Clip
+from featurestore.digests import canonical_json
 from featurestore.errors import UserError, unknown_name
-from featurestore.identity import canonical_json
 from pipeline.align import align, align_time
 from pipeline.config import EncoderSettings, EngineSettings, ExtractConfig, default_batch, read_config
 from pipeline.datasets import load_dataset

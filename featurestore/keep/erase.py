@@ -7,7 +7,6 @@ running it once too often changes nothing. Orphan shards are emptied as well: th
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import UTC, datetime
@@ -17,6 +16,7 @@ import pyarrow.compute as pc
 
 from featurestore.clips import KINDS
 from featurestore.columns import SAMPLE_SCHEMA
+from featurestore.digests import sha256_hex
 from featurestore.errors import UserError, unknown_name
 from featurestore.find import Place
 from featurestore.groups import GroupWriter, encoder_groups
@@ -100,7 +100,7 @@ def _samples_holding(objects: Objects, clips: Collection[str]) -> dict[str, str]
         data = table_file(objects, f"{SAMPLES}/{file}")
         table = read_table(data, SAMPLE_SCHEMA, f"{SAMPLES}/{file}", columns=["clip_id"])
         if pc.any(pc.is_in(table["clip_id"], wanted)).as_py():
-            found[file] = hashlib.sha256(data).hexdigest()
+            found[file] = sha256_hex(data)
     return found
 
 

@@ -9,10 +9,10 @@ snapshot is made again from the receipts and a journal changes no byte.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from contextlib import suppress
 
+from featurestore.digests import sha256_hex
 from featurestore.errors import MervCacheError, StoreError
 from featurestore.find import Place
 from featurestore.groups import GroupWriter
@@ -153,7 +153,7 @@ class _Repair:
         sha256 = check.digests.get(key)
 
         def is_whole(data: bytes) -> bool:
-            return hashlib.sha256(data).hexdigest() == sha256 if sha256 else own_digest_holds(data) is True
+            return sha256_hex(data) == sha256 if sha256 else own_digest_holds(data) is True
 
         stored = self._get(key)
         if stored is not None and is_whole(stored):  # a later version of samples is what is missing
@@ -257,7 +257,7 @@ class _Repair:
         stored = self._get(key)
         if stored is not None and (mended := undo_flip(stored, sha256)):
             return mended, "one flipped bit was undone"
-        if (fetched := self._fetch(key)) is not None and hashlib.sha256(fetched).hexdigest() == sha256:
+        if (fetched := self._fetch(key)) is not None and sha256_hex(fetched) == sha256:
             return fetched, "fetched from the other copy"
         return None
 

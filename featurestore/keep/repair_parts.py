@@ -7,12 +7,12 @@ Parquet library would write the same table in other bytes: then the digest diffe
 
 from __future__ import annotations
 
-import hashlib
 import re
 from contextlib import suppress
 
 from featurestore.clips import KINDS, Clip
 from featurestore.columns import CLIP_SCHEMA
+from featurestore.digests import sha256_hex
 from featurestore.errors import MervCacheError
 from featurestore.layout import next_batch_row
 from featurestore.parquet import read_table, table_file
@@ -36,7 +36,7 @@ def rebuild_part(objects: Objects, snapshot: Snapshot, key: str) -> bytes | None
         least = max((place + 1 for place, clip in enumerate(clips) if clip.clip_id not in later), default=0)
         for stop in range(least, min(len(clips), least + _TRIES) + 1):
             data = part_bytes(allocate(clips[:stop], first))
-            if hashlib.sha256(data).hexdigest() == snapshot.parts[key]:
+            if sha256_hex(data) == snapshot.parts[key]:
                 return data
     return None
 

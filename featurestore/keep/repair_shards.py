@@ -6,13 +6,13 @@ receipt with a number.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from featurestore.digests import sha256_hex
 from featurestore.errors import MervCacheError, StoreError
 from featurestore.groups import GroupWriter
 from featurestore.keep.flips import flip_by_crc, flipped
@@ -81,7 +81,7 @@ def _copies(objects: Objects, other: Objects | None, key: str, spec: ArraySpec):
 
 def _is(data: bytes, receipt: Receipt, name: str) -> bool:
     entry = receipt.shards[name]
-    return len(data) == entry["bytes"] and hashlib.sha256(data).hexdigest() == entry["sha256"]
+    return len(data) == entry["bytes"] and sha256_hex(data) == entry["sha256"]
 
 
 def undo_shard_flip(data: bytes, spec: ArraySpec) -> bytes | None:

@@ -8,7 +8,6 @@ finds. Damage breaks a promise; a stray is something that lies about and that no
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,6 +15,7 @@ from typing import Literal
 
 from featurestore.clips import KINDS
 from featurestore.columns import SAMPLE_SCHEMA
+from featurestore.digests import sha256_hex
 from featurestore.errors import StoreNotFoundError, UserError
 from featurestore.find import Place, no_store_at
 from featurestore.groups import GroupRecord, read_group
@@ -143,7 +143,7 @@ class Verification:
 
     def _digest(self, key: str, sha256: str) -> None:
         with self.findings.reading(key):
-            if hashlib.sha256(table_file(self.objects, key)).hexdigest() != sha256:
+            if sha256_hex(table_file(self.objects, key)) != sha256:
                 self.findings.found(key, "does not match the digest that its snapshot holds")
 
     def _clip_parts(self) -> None:
@@ -167,7 +167,7 @@ class Verification:
                 return
             data = table_file(self.objects, key)
             own, named = own_digest_holds(data), self.digests.get(key)
-            if own is False or (named is not None and hashlib.sha256(data).hexdigest() != named):
+            if own is False or (named is not None and sha256_hex(data) != named):
                 self.findings.found(key, "does not match " + ("its own digest" if own is False else "its snapshot's"))
             elif own is None and named is None:
                 self.findings.found(key, "has no digest of its own, and no snapshot names it")

@@ -22,6 +22,7 @@ from typing import Any
 
 import google_crc32c
 
+from featurestore.digests import sha256_hex
 from featurestore.errors import UserError
 from featurestore.find import Place
 from featurestore.layout import PARTS, SAMPLES, SNAPSHOTS
@@ -115,7 +116,7 @@ class _CacheFolder:
             folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, root: str, key: str, version: str) -> Path:
-        name = hashlib.sha256(f"{root}\n{key}\n{version}".encode()).hexdigest()
+        name = sha256_hex(f"{root}\n{key}\n{version}".encode())
         return self.folder / name[:2] / name
 
     def read_range(self, path: Path, offset: int, length: int) -> memoryview | None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from featurestore.clips import check_relative_path
+from featurestore.digests import canonical_json
 from featurestore.errors import StoreFormatError, UserError
-from featurestore.identity import canonical_json
 from featurestore.layout import LISTING
 from featurestore.metadata import load_json
 

@@ -9,7 +9,6 @@ on where it was: rows are given out in the same order.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -17,10 +16,10 @@ from typing import Any
 from featurestore.blocks import BlockWriter
 from featurestore.clips import Clip
 from featurestore.columns import table_to_clips
+from featurestore.digests import record_digest
 from featurestore.errors import StoreDamagedError, UserError
 from featurestore.find import Place
 from featurestore.groups import GroupWriter
-from featurestore.identity import canonical_json
 from featurestore.journal import journal_bytes
 from featurestore.layout import block_of, journal_key, tombstone_key
 from featurestore.lookup import encoder_keys
@@ -242,4 +241,4 @@ def _journal(writer: StoreWriter, sources: Sequence[CellSource], selection: Sele
 
 
 def _short_digest(record: Any) -> str:
-    return hashlib.sha256(canonical_json(record).encode()).hexdigest()[:12]
+    return record_digest(record)[:12]

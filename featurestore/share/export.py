@@ -13,7 +13,6 @@ Arrays are as stored (bfloat16 as its bits in uint16), so an import gives the sa
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import tarfile
@@ -26,8 +25,8 @@ import pyarrow as pa
 
 from featurestore.clips import Clip
 from featurestore.columns import clips_to_table, samples_to_table
+from featurestore.digests import canonical_json, sha256_hex
 from featurestore.errors import UserError, unknown_name
-from featurestore.identity import canonical_json
 from featurestore.lookup import encoder_keys
 from featurestore.metadata import ArraySpec, array_specs
 from featurestore.parts import table_bytes
@@ -196,7 +195,7 @@ class _Files:
         with machine_faults(f"write {path}"):
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(data)
-        self.sums[path] = hashlib.sha256(data).hexdigest()
+        self.sums[path] = sha256_hex(data)
         self.bytes += len(data)
 
     def close(self) -> None:

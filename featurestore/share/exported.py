@@ -6,7 +6,6 @@ digest in SHA256SUMS and every row the digest of its cell. File names come from 
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import re
@@ -20,6 +19,7 @@ import numpy as np
 
 from featurestore.clips import KINDS, Clip, check_relative_path
 from featurestore.columns import CLIP_SCHEMA, SAMPLE_SCHEMA, table_to_clips, table_to_samples
+from featurestore.digests import sha256_hex
 from featurestore.errors import StoreDamagedError, StoreFormatError, UserError
 from featurestore.groups import parse_identity
 from featurestore.layout import GROUP_NAME, SAMPLES_NAME, check_block_rows
@@ -100,7 +100,7 @@ class ExportCells:
         return ()
 
     def provenance(self) -> dict[str, Any]:
-        return {"export": self.name, "sums": hashlib.sha256(repr(sorted(self._sums.items())).encode()).hexdigest()}
+        return {"export": self.name, "sums": sha256_hex(repr(sorted(self._sums.items())).encode())}
 
     def _read_sums(self) -> dict[str, str]:
         lines = get_bounded(self._files, SUMS, MAX_TABLE_BYTES).decode(errors="replace").splitlines()
@@ -123,7 +123,7 @@ class ExportCells:
             data = get_bounded(self._files, path, max_bytes)
         except FileNotFoundError:
             raise StoreDamagedError(f"{self.name}: {path} is missing; get the whole export again") from None
-        if hashlib.sha256(data).hexdigest() != self._sums[path]:
+        if sha256_hex(data) != self._sums[path]:
             raise StoreDamagedError(f"{self.name}: {path} differs from its digest in {SUMS}; get it again")
         return data
 

@@ -12,7 +12,6 @@ says what that costs; `subset` cuts instead, into a new store.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -20,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from featurestore.columns import CLIP_SCHEMA, table_to_clips
+from featurestore.digests import sha256_hex
 from featurestore.errors import StoreDamagedError, StoreError, StoreNotFoundError, UserError
 from featurestore.find import Place, no_store_at, place_of
 from featurestore.groups import create_or_open_group, read_arrays
@@ -188,7 +188,7 @@ def _parcel(
         block=block,
         block_rows=block_rows[kind],
         number=receipt.number,
-        receipt_sha256=hashlib.sha256(data).hexdigest(),
+        receipt_sha256=sha256_hex(data),
         shards={shard_key(kind, group, name, block): entry for name, entry in receipt.shards.items()},
         rows=len(ok),
         rows_asked=len(ok if asked is None else ok & asked),
@@ -213,7 +213,7 @@ def _copy_parts(origin: Objects, target: Objects, snapshot: Snapshot) -> None:
     for key, sha256 in named.items():
         if not target.exists(key) and put_if_absent(target, key, _digested(origin, key, sha256)):
             continue
-        if hashlib.sha256(target.get(key)).hexdigest() != sha256:
+        if sha256_hex(target.get(key)) != sha256:
             raise UserError(
                 f"the destination holds another store: its {key} differs; push into an empty place, or make one store "
                 "of both with `merv-pipeline union`"
@@ -222,7 +222,7 @@ def _copy_parts(origin: Objects, target: Objects, snapshot: Snapshot) -> None:
 
 def _digested(origin: Objects, key: str, sha256: str) -> bytes:
     data = origin.get(key)
-    if hashlib.sha256(data).hexdigest() != sha256:
+    if sha256_hex(data) != sha256:
         raise StoreDamagedError(f"{key} does not match the snapshot's digest; run `merv-pipeline verify` on the source")
     return data
 
@@ -254,7 +254,7 @@ def _send(origin: Objects, target: Objects, sizes: Mapping[str, int], check: boo
             sent += _send_shard(origin, target, shard, entry, is_replaced)
         elif sizes[shard] != entry["bytes"]:
             raise _other_bytes(shard)
-        if check and hashlib.sha256(target.get(shard)).hexdigest() != entry["sha256"]:
+        if check and sha256_hex(target.get(shard)) != entry["sha256"]:
             raise StoreDamagedError(
                 f"{shard} arrived with other bytes than its receipt says; delete it there, push again"
             )
@@ -269,7 +269,7 @@ def _send(origin: Objects, target: Objects, sizes: Mapping[str, int], check: boo
 
 def _is_older(there: bytes, parcel: Parcel) -> bool:
     """True of a receipt that repair or tombstone replaced since it was sent; any other difference is another store."""
-    if hashlib.sha256(there).hexdigest() == parcel.receipt_sha256:
+    if sha256_hex(there) == parcel.receipt_sha256:
         return False
     receipt = Receipt.parse(
         there, kind=parcel.kind, group=parcel.group, block=parcel.block, block_rows=parcel.block_rows
@@ -284,7 +284,7 @@ def _send_shard(origin: Objects, target: Objects, key: str, entry: Mapping[str, 
         data = origin.get(key)
     except FileNotFoundError:
         raise StoreDamagedError(f"{key} is missing though its receipt is there; verify and repair the source") from None
-    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+    if sha256_hex(data) != entry["sha256"]:
         raise StoreDamagedError(f"{key} does not match its receipt's sha256: not sent; verify and repair the source")
     if is_replaced:
         target.replace(key, data)

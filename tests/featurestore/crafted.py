@@ -19,9 +19,9 @@ import google_crc32c
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from featurestore.digests import canonical_json
 from featurestore.errors import MervCacheError
 from featurestore.find import ROOT_METADATA
-from featurestore.identity import canonical_json
 from featurestore.keep.verify import verify_store
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter

@@ -8,8 +8,8 @@ import random
 import numpy as np
 import pytest
 
+from featurestore.digests import canonical_json
 from featurestore.errors import MervCacheError, StoreDamagedError, StoreFormatError
-from featurestore.identity import canonical_json
 from featurestore.receipts import Receipt, RowOutcome, row_digest
 
 PLACE = {"kind": "video", "group": "dinov2-0123456789ab", "block": 3}

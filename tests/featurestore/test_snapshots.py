@@ -188,7 +188,7 @@ def test_a_damaged_snapshot_is_refused(kit, make):
 def test_a_forged_snapshot_cannot_name_what_is_not_the_stores(kit, make, change):
     import hashlib
 
-    from featurestore.identity import canonical_json
+    from featurestore.digests import canonical_json
 
     kit.writer().add_clips([make.video(0)])
     content = json.loads((kit.path / "snapshots" / f"{kit.fill()}.json").read_text())
