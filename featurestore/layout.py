@@ -17,13 +17,14 @@ DEFAULT_BLOCK_ROWS: dict[str, int] = {"video": 64, "image": 256}
 MAX_BLOCK_ROWS = 65_536  # a shard's index is 16 bytes a row and must stay small
 
 ROOT_METADATA = "zarr.json"
-PARTS, SAMPLES, RECEIPTS, SNAPSHOTS, JOURNAL, TOMBSTONES, TEMPORARY = (
+PARTS, SAMPLES, RECEIPTS, SNAPSHOTS, JOURNAL, TOMBSTONES, CANARIES, TEMPORARY = (
     "clips",
     "samples",
     "receipts",
     "snapshots",
     "journal",
     "tombstones",
+    "canaries",
     "tmp",
 )
 CARD, LISTING = "README.md", "listing.json"  # left by `push` beside the data: for people, and for web servers
@@ -34,14 +35,20 @@ TRAILING_AXES: dict[str, int] = {"prefix": 3, "scale": 1, "offset": 1, "tokens":
 GROUP_NAME = re.compile(r"[a-z0-9_.]+-[0-9a-f]{12}")
 SAMPLES_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 JOURNAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
-SNAPSHOT_ID = re.compile(r"(\d{8})-([0-9a-f]{12})")
 
 _PART_FILE = re.compile(r"part-(\d{5,9})\.parquet")
 _SAMPLES_FILE = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]{0,99})(?:\.([1-9]\d{0,5}))?\.parquet")
 _RECEIPT_FILE = re.compile(r"(\d{8})\.json")
 _JOURNAL_FILE = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]{0,209})\.json")
 _TOMBSTONE_FILE = re.compile(r"([0-9a-f]{16})\.json")
-_SNAPSHOT_FILE = re.compile(r"(\d{8}-[0-9a-f]{12})\.json")
+_SNAPSHOT_ID = r"\d{8}-[0-9a-f]{12}"
+_CANARY_FILE = re.compile(rf"({GROUP_NAME.pattern})\.safetensors")
+_SNAPSHOT_FILE = re.compile(rf"({_SNAPSHOT_ID})\.json")
+_RECORD_FILES = {
+    SNAPSHOTS: re.compile(rf"({_SNAPSHOT_ID})\.(?:json|parquet)"),
+    JOURNAL: _JOURNAL_FILE,
+    TOMBSTONES: _TOMBSTONE_FILE,
+}
 
 
 def sealed_blocks(max_row: int, block_rows: int) -> int:
@@ -94,6 +101,18 @@ def shard_key(kind: str, group: str, array: str, block: int) -> str:
     return f"{group_prefix(kind, group)}/{array}/c/{block}{zeros}"
 
 
+def shard_place(key: str) -> tuple[str, str, str, int] | None:
+    """(kind, group, array, block) of a shard's key; None of any other key."""
+    parts = key.split("/")
+    if len(parts) < 5 or parts[2] not in ARRAYS or not re.fullmatch(r"[0-9]{1,9}", parts[4]):
+        return None
+    place = (parts[0], parts[1], parts[2], int(parts[4]))
+    try:
+        return place if key == shard_key(*place) else None
+    except StoreFormatError:
+        return None
+
+
 def receipts_prefix(kind: str, group: str) -> str:
     return f"{RECEIPTS}/{group_prefix(kind, group)}"
 
@@ -102,13 +121,34 @@ def journal_key(name: str) -> str:
     return f"{JOURNAL}/{name}.json"
 
 
+def canary_key(kind: str, group: str) -> str:
+    """Tokens of clips that everybody can render, see canaries.py."""
+    return f"{CANARIES}/{group_prefix(kind, group)}.safetensors"
+
+
+def canary_groups(names: list[str]) -> set[str]:
+    """Groups that have canaries, among file names."""
+    return {match[1] for name in names if (match := _CANARY_FILE.fullmatch(name))}
+
+
 def receipt_key(kind: str, group: str, block: int) -> str:
     return f"{receipts_prefix(kind, group)}/{block:08d}.json"
 
 
+def receipt_place(key: str) -> tuple[str, str, int] | None:
+    """(kind, group, block) of a receipt's key; None of any other key."""
+    top, _, rest = key.partition("/")
+    kind, _, rest = rest.partition("/")
+    group, _, file = rest.partition("/")
+    match = _RECEIPT_FILE.fullmatch(file)
+    if top != RECEIPTS or kind not in KINDS or not GROUP_NAME.fullmatch(group) or not match:
+        return None
+    return kind, group, int(match[1])
+
+
 def snapshot_keys(snapshot_id: str) -> tuple[str, str]:
     """(table, record) of a snapshot; the record is put last and commits it."""
-    if not SNAPSHOT_ID.fullmatch(snapshot_id):
+    if not re.fullmatch(_SNAPSHOT_ID, snapshot_id):
         raise UserError(f"snapshot ids look like 00000003-0123456789ab, got {snapshot_id!r}")
     return f"{SNAPSHOTS}/{snapshot_id}.parquet", f"{SNAPSHOTS}/{snapshot_id}.json"
 
@@ -164,6 +204,13 @@ def journal_names(names: list[str]) -> list[str]:
 def snapshot_ids(names: list[str]) -> list[str]:
     """Ids of the committed snapshots, oldest first; ties of racing publishers in the order of their digests."""
     return sorted(match[1] for name in names if (match := _SNAPSHOT_FILE.fullmatch(name)))
+
+
+def record_name(key: str) -> str | None:
+    """The id or name in the key of a snapshot, journal or tombstone; None of any other key."""
+    folder, _, file = key.partition("/")
+    match = _RECORD_FILES[folder].fullmatch(file) if folder in _RECORD_FILES else None
+    return match[1] if match else None
 
 
 def check_block_rows(block_rows: Mapping[str, int] | None) -> dict[str, int]:

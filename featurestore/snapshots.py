@@ -13,17 +13,20 @@ from typing import Any
 
 import pyarrow as pa
 
+from featurestore.canaries import canary_digest
 from featurestore.clips import KINDS
 from featurestore.digests import canonical_json, record_digest, sha256_hex
 from featurestore.errors import StoreDamagedError, StoreError, StoreFormatError, UserError
 from featurestore.groups import encoder_groups, parse_identity, read_group
 from featurestore.identity import FeatureIdentity
 from featurestore.layout import (
+    CANARIES,
     GROUP_NAME,
     PARTS,
     SAMPLES,
     SNAPSHOTS,
     block_number,
+    canary_groups,
     check_block_rows,
     part_key,
     part_numbers,
@@ -70,6 +73,7 @@ class Snapshot:
     block_rows: Mapping[str, int]  # kind -> rows, as in the root's zarr.json
     table_sha256: str
     tombstones: tuple[str, ...] = ()  # ids of the removals that it knows of
+    canaries: Mapping[str, str] = field(default_factory=dict)  # "kind/group" -> sha256 of its canaries' file
 
     @property
     def digest(self) -> str:
@@ -102,8 +106,9 @@ class Snapshot:
             }
             for name, group in self.groups.items()
         }
-        removals = {"tombstones": list(self.tombstones)} if self.tombstones else {}
-        return removals | {
+        added = {"tombstones": list(self.tombstones)} if self.tombstones else {}  # absent in stores that have none
+        added |= {"canaries": dict(self.canaries)} if self.canaries else {}
+        return added | {
             "format": _VERSION,
             "sequence": self.sequence,
             "parent": self.parent,
@@ -130,6 +135,7 @@ class Snapshot:
                 block_rows=check_block_rows(record["block_rows"]),
                 table_sha256=str(record["table_sha256"]),
                 tombstones=tuple(map(str, record.get("tombstones", ()))),
+                canaries={name: str(sha256) for name, sha256 in record.get("canaries", {}).items()},
             )
             same = snapshot.to_bytes() == data and snapshot.id == snapshot_id
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, UserError) as error:
@@ -165,6 +171,8 @@ def _check_keys(snapshot: Snapshot, what: str) -> None:
         folder, _, file = entry.get("key", "").partition("/")
         if folder != SAMPLES or name not in samples_versions([file]) or "sha256" not in entry:
             raise StoreFormatError(f"{what} names samples {name!r} at {entry.get('key')!r}")
+    if unknown := set(snapshot.canaries) - set(snapshot.groups):
+        raise StoreFormatError(f"{what} names canaries of {min(unknown)[:100]!r}, which is none of its groups")
 
 
 def newest_snapshot_id(objects: Objects) -> str | None:
@@ -227,6 +235,7 @@ def _build(
         block_rows=dict(block_rows),
         table_sha256=sha256_hex(data),
         tombstones=tombstones,
+        canaries=_canary_digests(objects, groups, base),
     ), data
 
 
@@ -276,6 +285,20 @@ def _part_digests(objects: Objects, count: int, parent: Snapshot | None) -> dict
         if key not in known:
             known[key] = sha256_hex(table_file(objects, key))
     return known
+
+
+def _canary_digests(
+    objects: Objects, groups: Mapping[str, GroupSummary], base: Snapshot | None
+) -> dict[str, str]:
+    """Canaries that are there and whole; those that `base` knows never change."""
+    found: dict[str, str] = {}
+    for kind in KINDS:
+        present = canary_groups(objects.list_names(f"{CANARIES}/{kind}"))
+        for name in (name for name in groups if name.startswith(f"{kind}/") and name.split("/")[1] in present):
+            sha256 = base.canaries.get(name) if base else None
+            if sha256 := sha256 or canary_digest(objects, kind, groups[name].identity):
+                found[name] = sha256
+    return found
 
 
 def _samples_digests(objects: Objects, parent: Snapshot | None) -> dict[str, dict[str, str]]:

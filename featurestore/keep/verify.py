@@ -1,9 +1,9 @@
 """Verification: does the store keep its promises, byte by byte?
 
 Every file is covered by something: a shard by its receipt, a receipt, a journal and a tombstone by their own digest,
-clip parts and samples by their own digest and by a snapshot, a snapshot by its own digest, a zarr.json by being made
-again. "quick" reads the metadata and looks at names and sizes; "full" reads every byte. Nothing here raises for what it
-finds. Damage breaks a promise; a stray is something that lies about and that nothing depends on.
+clip parts, samples and canaries by their own digest and by a snapshot, a snapshot by its own digest, a zarr.json by
+being made again. "quick" reads the metadata and looks at names and sizes; "full" reads every byte. Nothing here raises
+for what it finds. Damage breaks a promise; a stray is something that lies about and that nothing depends on.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from featurestore.digests import sha256_hex
 from featurestore.errors import StoreNotFoundError, UserError
 from featurestore.find import Place, no_store_at
 from featurestore.groups import GroupRecord, read_group
+from featurestore.identity import FeatureIdentity
 from featurestore.journal import MAX_JOURNAL_BYTES, parse_journal
 from featurestore.keep.findings import Finding, Findings
 from featurestore.keep.verify_blocks import check_receipt, check_shards
+from featurestore.keep.verify_canaries import check_canaries
 from featurestore.keep.verify_strays import find_strays
 from featurestore.layout import (
     GROUP_NAME,
@@ -108,6 +110,7 @@ class Verification:
         self.newest: Snapshot | None = None
         self.stones: dict[str, Tombstone] = {}
         self.specs: dict[tuple[str, str], dict[str, ArraySpec]] = {}  # (kind, group) -> sound arrays
+        self.identities: dict[tuple[str, str], FeatureIdentity] = {}  # (kind, group) -> readable ones
         self.removed_rows: dict[str, set[int]] = {kind: set() for kind in KINDS}
 
     def run(self) -> None:
@@ -118,6 +121,7 @@ class Verification:
         self._root()
         self._blocks([block for kind in KINDS for block in self._kind(kind)])
         self._named_receipts()
+        check_canaries(self.findings, self.objects, self.identities, self.newest, is_full=self.is_full)
         self._journal()
         find_strays(self.findings, self.objects, self.specs, is_full=self.is_full)
 
@@ -235,6 +239,8 @@ class Verification:
             summary = self.newest.groups.get(f"{kind}/{group}") if self.newest else None
             if summary and (summary.weights, summary.batch_shape) != (record.weights, record.batch_shape):
                 self.findings.found(key, "names other weights or another batch shape than the newest snapshot")
+        if record is not None:
+            self.identities[kind, group] = record.identity
         if record is None or kind not in self.block_rows:
             return []
         self.specs[kind, group] = self._arrays(kind, record)
