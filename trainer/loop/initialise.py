@@ -1,10 +1,10 @@
 """Initialise: start a run from another run's weights instead of fresh ones.
 
-Comes in: a run's folder (of a chain of stages: its last one), and the model of the new run. Goes out: the model with
-all of the run's weights where both are the same, otherwise with the parts that both have, and a message that names what
-was loaded and what was not. A part is one encoder's projector, the fusion, the LLM or an encoder that is trained; it is
-loaded whole or not at all. The LLM's own weights are put in before adapters change its layers; from then on they exist
-only in the new run, whose checkpoints therefore hold them.
+Comes in: a run's folder (of a chain of stages: its last one) or an export, and the model of the new run. Goes out: the
+model with all of the run's weights where both are the same, otherwise with the parts that both have, and a message that
+names what was loaded and what was not. A part is one encoder's projector, the fusion, the LLM or an encoder that is
+trained; it is loaded whole or not at all. The LLM's own weights are put in before adapters change its layers; from then
+on they exist only in the new run, whose checkpoints therefore hold them.
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ from featurestore.errors import UserError
 from featurestore.samples import Sample
 from trainer.config import TrainConfig, read_config
 from trainer.data.tokens import TokenShape
+from trainer.give.exported import is_export, read_weights
+from trainer.model.adapt import is_adapter
 from trainer.model.build import Built, new_llm, resumed_llm
 from trainer.model.llm import LoadedLLM
 from trainer.runs import checkpoint
 from trainer.runs.chain import last_stage
+from trainer.runs.checkpoint import LLM_PREFIX
 from trainer.runs.record import RunRecord
 
-LLM_PREFIX, FUSION_PREFIX = "llm.", "fusion."
-ADAPTER, BASE = ".lora_", ".base_layer."  # in names of parameters, as peft makes them
+FUSION_PREFIX = "fusion."
+BASE = ".base_layer."  # in names of parameters beside adapters, as peft makes them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,15 +71,18 @@ class _Loading:
 
 
 def read_origin(init: str) -> Origin:
-    """The newest checkpoint of the run that `init` names."""
+    """The newest checkpoint of the run that `init` names, or what an export holds; either after its digests agreed."""
     run = last_stage(Path(init))
+    step, weights = read_weights(run) if is_export(run) else _newest_weights(run)
+    return Origin(run=run, step=step, config=read_config(run), record=RunRecord.read(run), weights=weights)
+
+
+def _newest_weights(run: Path) -> tuple[int, dict[str, Tensor]]:
     folder = checkpoint.newest(run)
     if folder is None:
         raise UserError(f"init: {run} has no checkpoint yet; train it first, or name another run")
-    config = read_config(run)
-    state = checkpoint.load_state(folder)  # compares the files with their digests
-    weights = load_file(folder / checkpoint.MODEL_FILE)
-    return Origin(run=run, step=state.step, config=config, record=RunRecord.read(run), weights=weights)
+    step = checkpoint.load_state(folder).step  # compares the files with their digests
+    return step, load_file(folder / checkpoint.MODEL_FILE)
 
 
 def starting_llm(
@@ -89,7 +95,7 @@ def starting_llm(
     held = {
         name.removeprefix(LLM_PREFIX).replace(BASE, "."): value
         for name, value in origin.weights.items()
-        if name.startswith(LLM_PREFIX) and ADAPTER not in name
+        if name.startswith(LLM_PREFIX) and not is_adapter(name)
     }
     if not held:
         return llm  # it was not trained: both runs take it from where it came from
@@ -145,15 +151,15 @@ def _load_llm(loaded: _Loading, built: Built) -> None:
         loaded.missing["LLM"] = f"there it is {origin.config.llm}, here {config.llm}"
         return
     names = {name for name in origin.weights if name.startswith(LLM_PREFIX)}
-    adapters = {name for name in names if ADAPTER in name}
+    adapters = {name for name in names if is_adapter(name)}
     if names - adapters:
         loaded.parts.append("LLM")
         loaded.names |= {
-            name for name in built.model.state_dict() if name.startswith(LLM_PREFIX) and ADAPTER not in name
+            name for name in built.model.state_dict() if name.startswith(LLM_PREFIX) and not is_adapter(name)
         }
     if not adapters:
         return  # new ones begin as no change at all
-    here = {name: v.shape for name, v in built.model.state_dict().items() if ADAPTER in name}
+    here = {name: v.shape for name, v in built.model.state_dict().items() if is_adapter(name)}
     if here == {name: origin.weights[name].shape for name in adapters}:
         built.model.load_state_dict({name: origin.weights[name] for name in adapters}, strict=False)
         loaded.parts.append("LoRA adapters")
