@@ -11,8 +11,6 @@ say "dequantised from Q4_1" where you report a figure.
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -24,7 +22,7 @@ import click
 from featurestore.errors import UserError
 from featurestore.samples import Turn
 from trainer.command import CONTEXT, keep_bars_to_terminals, says_errors
-from trainer.runs.modes import give_usual_modes
+from trainer.runs.files import whole_folder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -72,14 +70,9 @@ def convert(file: Path, out: Path, *, dtype: str = "float32") -> Converted:
         raise UserError(f"{out} exists already; use it with --llm {out}, or remove it to convert again")
     _check_readable(file)
     model, tokenizer = _load(file, dtype)
-    part = out.with_name(f".{out.name}.part-{os.getpid()}")
-    try:
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        give_usual_modes(part)
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with whole_folder(out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return Converted(
         folder=str(out),
         architecture=type(model).__name__,

@@ -14,7 +14,6 @@ A frozen LLM is named and not copied: its weights are its publisher's to give.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping
@@ -46,8 +45,8 @@ from trainer.model.adapt import is_adapter
 from trainer.model.build import Built, LoadedRun
 from trainer.runs import checkpoint
 from trainer.runs.chain import last_stage
+from trainer.runs.files import whole_folder
 from trainer.runs.load import load_run
-from trainer.runs.modes import give_usual_modes
 from trainer.runs.record import LLM_FOLDER, software_versions
 from trainer.runs.scores import read_scores
 
@@ -72,13 +71,11 @@ def export_run(
         raise UserError(f"{out} exists already; choose another --out")
     loaded = load_run(run, best=best)
     kind = _llm_weights(loaded.built, with_llm=with_llm, merge_lora=merge_lora)
-    temporary = out.with_name(f".tmp-{out.name}-{os.getpid()}")
-    temporary.mkdir(parents=True)
-    try:
+    with whole_folder(out) as folder:
         dtype = str(loaded.built.llm.model.dtype).removeprefix("torch.")
         revision = getattr(loaded.built.llm.model.config, "_commit_hash", None)
-        _write_weights(temporary, loaded.built, kind, merge_lora=merge_lora)
-        _write_facts(temporary, run, loaded)
+        _write_weights(folder, loaded.built, kind, merge_lora=merge_lora)
+        _write_facts(folder, run, loaded)
         record = ExportRecord(
             format=FORMAT,
             step=loaded.step,
@@ -87,16 +84,11 @@ def export_run(
             llm_dtype=dtype,
             is_merged=merge_lora,
             llm_revision=revision,
-            sha256=weight_digests(temporary),
+            sha256=weight_digests(folder),
         )
-        (temporary / EXPORT_FILE).write_text(json.dumps(asdict(record), indent=1) + "\n")
+        (folder / EXPORT_FILE).write_text(json.dumps(asdict(record), indent=1) + "\n")
         facts = card_facts(run, loaded, record, name=name or out.name, license=license)
-        (temporary / CARD_FILE).write_text(model_card(facts))
-        give_usual_modes(temporary)
-        temporary.rename(out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        (folder / CARD_FILE).write_text(model_card(facts))
     files = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
     size = sum((out / file).stat().st_size for file in files)
     return {"out": str(out), "step": record.step, "llm": kind, "bytes": size, "files": files}

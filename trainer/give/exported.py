@@ -5,7 +5,6 @@ Nothing in the folder is a pickle, and every weight is compared with its digest 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +20,8 @@ from trainer.config import TrainConfig, read_config
 from trainer.model.adapt import is_adapter
 from trainer.model.build import LoadedRun, new_llm, rebuild
 from trainer.model.llm import LoadedLLM, load_llm
+from trainer.runs.checkpoint import LLM_PREFIX, put_in
+from trainer.runs.files import file_sha256
 from trainer.runs.record import LLM_FOLDER, RunRecord
 
 FORMAT = 1
@@ -49,30 +50,39 @@ class ExportRecord:
     sha256: Mapping[str, str]  # file of weights -> digest
 
 
+def is_export(folder: Path) -> bool:
+    """Whether the folder says that it is an export."""
+    return (folder / EXPORT_FILE).is_file()
+
+
 def load_export(folder: str | Path) -> LoadedRun:
     """The model in an exported folder, in evaluation mode: what `load_run` gives for the run it was made from."""
     folder = Path(folder)
-    record = _read_record(folder)
-    if weight_digests(folder) != dict(record.sha256):
-        odd = {file for file, _ in weight_digests(folder).items() ^ record.sha256.items()}
-        raise StoreDamagedError(
-            f"weights in {folder} differ from their digests: {', '.join(sorted(odd))}; copy it again"
-        )
+    record = _checked_record(folder)
     config, run_record = read_config(folder), RunRecord.read(folder)
     # Adapters that were merged are part of a whole LLM; to build it as LoRA would put fresh ones beside them.
     built_as = replace(config, train_llm="full") if record.is_merged else config
     built = rebuild(built_as, run_record, _load_llm(folder, record, config))
-    files = sorted(folder.glob("*.safetensors"))
-    weights = {name: tensor for path in files for name, tensor in load_file(path).items()}
-    if record.llm == "adapter":
-        weights |= read_adapter(folder / ADAPTER_FOLDER)
-    expected = {name for name in built.model.state_dict() if not name.startswith("llm.") or is_adapter(name)}
-    if set(weights) != expected:
-        odd = sorted(set(weights) ^ expected)
-        raise UserError(f"{folder} holds another model than its config builds; differing tensors: {', '.join(odd[:5])}")
-    built.model.load_state_dict(weights, strict=False)
+    expected = {name for name in built.model.state_dict() if not name.startswith(LLM_PREFIX) or is_adapter(name)}
+    put_in(built.model, _read_parts(folder, record), expected, folder)
     built.model.eval()
     return LoadedRun(built=built, record=run_record, step=record.step)
+
+
+def read_weights(folder: Path) -> tuple[int, dict[str, Tensor]]:
+    """Steps done, and every weight in an exported folder under its name in our model, an LLM's that lies there too."""
+    record = _checked_record(folder)
+    weights = _read_parts(folder, record)
+    if record.llm == "whole":
+        llm = _load_llm(folder, record, read_config(folder)).model
+        weights |= {LLM_PREFIX + name: value for name, value in llm.state_dict().items()}
+    return record.step, weights
+
+
+def _read_parts(folder: Path, record: ExportRecord) -> dict[str, Tensor]:
+    """What lies beside the LLM: the parts of the model, and adapters."""
+    weights = {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
+    return weights | (read_adapter(folder / ADAPTER_FOLDER) if record.llm == "adapter" else {})
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
@@ -80,7 +90,7 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
     names = {}
     for name, value in load_file(folder / ADAPTER_FILE).items():
         stem, _, kind = name.removeprefix(ADAPTER_PREFIX).rpartition(".")
-        names[f"llm.{stem}.default.{kind}"] = value
+        names[f"{LLM_PREFIX}{stem}.default.{kind}"] = value
     return names
 
 
@@ -89,6 +99,15 @@ def _load_llm(folder: Path, record: ExportRecord, config: TrainConfig) -> Loaded
         return new_llm(config, ())
     llm = load_llm(str(folder / LLM_FOLDER), dtype=getattr(torch, record.llm_dtype))
     return replace(llm, is_fresh=True)  # what it was before is not known here: to export it again is to copy it
+
+
+def _checked_record(folder: Path) -> ExportRecord:
+    """What the folder says of itself, after its weights have been compared with their digests."""
+    record = _read_record(folder)
+    found = weight_digests(folder)
+    if odd := sorted({file for file, _ in found.items() ^ record.sha256.items()}):
+        raise StoreDamagedError(f"weights in {folder} differ from their digests: {', '.join(odd)}; copy it again")
+    return record
 
 
 def _read_record(folder: Path) -> ExportRecord:
@@ -107,8 +126,4 @@ def _read_record(folder: Path) -> ExportRecord:
 
 def weight_digests(folder: Path) -> dict[str, str]:
     """Every file of weights in the folder, by its path in it."""
-    found = {}
-    for path in sorted(folder.rglob("*.safetensors")):
-        with path.open("rb") as file:
-            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in sorted(folder.rglob("*.safetensors"))}

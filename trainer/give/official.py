@@ -11,12 +11,9 @@ it; without one the run takes tokens of the right sizes from any store, and it i
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import pickle
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +40,7 @@ from trainer.give.official_names import (
 from trainer.model.build import build, count_parameters
 from trainer.model.llm import LoadedLLM, save_shape
 from trainer.runs import checkpoint
+from trainer.runs.files import file_sha256, whole_folder
 from trainer.runs.record import LLM_FOLDER, RunRecord, software_versions
 
 IMPORT_FILE = "imported.json"
@@ -72,7 +70,7 @@ def import_official(
     origin = {
         "source": SOURCE,
         "file": Path(checkpoint_file).name,
-        "sha256": _sha256(checkpoint_file),
+        "sha256": file_sha256(checkpoint_file),
         "config": settings,
         **imported.origin,
     }
@@ -213,16 +211,14 @@ def _token_shapes(
 
 
 def _write(out: Path, imported: Imported, origin: Mapping[str, Any]) -> None:
-    """The run's folder, under another name until it is whole."""
-    temporary = out.with_name(f".tmp-{out.name}-{os.getpid()}")
-    temporary.mkdir(parents=True)
-    try:
-        save_shape(imported.llm, temporary / LLM_FOLDER)
-        imported.record.write(temporary)
-        (temporary / CONFIG_FILE).write_text(imported.config.to_yaml())
-        (temporary / IMPORT_FILE).write_text(json.dumps(origin, indent=1) + "\n")
+    """The run's folder, whole or not at all."""
+    with whole_folder(out) as folder:
+        save_shape(imported.llm, folder / LLM_FOLDER)
+        imported.record.write(folder)
+        (folder / CONFIG_FILE).write_text(imported.config.to_yaml())
+        (folder / IMPORT_FILE).write_text(json.dumps(origin, indent=1) + "\n")
         checkpoint.save(
-            temporary,
+            folder,
             step=imported.record.num_steps,
             weights=imported.weights,
             optimizer={},
@@ -230,12 +226,3 @@ def _write(out: Path, imported: Imported, origin: Mapping[str, Any]) -> None:
             identities={encoder: shape.identity for encoder, shape in imported.record.shapes.items()},
             keep=1,
         )
-        temporary.rename(out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _sha256(path: Path) -> str:
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

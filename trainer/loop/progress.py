@@ -18,6 +18,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from trainer.runs.files import replace_text
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -118,9 +120,7 @@ def open_metrics(path: Path, start: int) -> Any:
     """The metrics file open for appending, without lines of steps that will be done again."""
     if path.exists():
         kept = [line for line in path.read_text().splitlines() if _step_of(line) < start]
-        temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.replace(path)  # whole or as before: the curve so far is nowhere else
+        replace_text(path, "".join(line + "\n" for line in kept))  # the curve so far is nowhere else
     return path.open("a")
 
 

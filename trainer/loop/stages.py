@@ -1,13 +1,11 @@
 """Stages: settings laid over a recipe, and its stages trained one after another.
 
-Comes in: a recipe, a config file, options. Goes out: finished runs. What a chain
-has done is read from its folders, so resuming it is calling it again. torch is imported where training begins: the
-command line reads this room for `--help`.
+Comes in: a recipe, a config file, options. Goes out: finished runs. What a chain has done is read from its folders, so
+resuming it is calling it again. torch is imported where training begins: the command line reads this room for `--help`.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,6 +20,7 @@ from trainer.loop.launch import is_first_rank
 from trainer.overlay import overlay, plain
 from trainer.recipes import Stage, Stages
 from trainer.runs.chain import STAGES_FILE, check_is_free, stage_folder
+from trainer.runs.files import replace_text
 
 if TYPE_CHECKING:
     from trainer.data.tokens import TokenSource
@@ -150,10 +149,8 @@ def _prepare_folder(out: Path, stages: Stages, only: str | None, resume: bool) -
     if not resume:
         check_is_free(out, stages, only)
     out.mkdir(parents=True, exist_ok=True)
-    temporary = out / f".tmp-{STAGES_FILE}-{os.getpid()}"
     settings = {stage.name: plain(asdict(stage.config)) for stage in stages}
-    temporary.write_text(yaml.safe_dump(settings, sort_keys=False))
-    temporary.replace(out / STAGES_FILE)
+    replace_text(out / STAGES_FILE, yaml.safe_dump(settings, sort_keys=False))
 
 
 def _look_ahead(stages: Stages, open_tokens: OpenTokens) -> list[str]:
@@ -188,9 +185,9 @@ def _finished(folder: Path, config: TrainConfig) -> TrainResult | None:
     """The result of a run that is at its end, so that nothing is loaded for it; None if there is more to train."""
     from trainer.loop.progress import read_metrics
     from trainer.loop.train import TrainResult
-    from trainer.model.build import RunRecord
     from trainer.runs.checkpoint import best
     from trainer.runs.folder import starting_point
+    from trainer.runs.record import RunRecord
 
     checkpoint = starting_point(folder, config, resume=True)
     if checkpoint is None:

@@ -11,7 +11,6 @@ Which checkpoint is the best is written nowhere: it follows from what the checkp
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -25,9 +24,10 @@ from torch import Tensor, nn
 
 from featurestore.errors import StoreDamagedError, UserError
 from trainer.loop.shards import placed_like
-from trainer.runs.modes import give_usual_modes
+from trainer.runs.files import file_sha256, give_usual_modes
 
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
+LLM_PREFIX = "llm."  # of its names in the model
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -61,7 +61,7 @@ def save(
     save_file(_on_cpu(weights), temporary / MODEL_FILE)
     save_file(_on_cpu(optimizer), temporary / OPTIMIZER_FILE)
     give_usual_modes(temporary)
-    digests = {name: _sha256(temporary / name) for name in (MODEL_FILE, OPTIMIZER_FILE)}
+    digests = {name: file_sha256(temporary / name) for name in (MODEL_FILE, OPTIMIZER_FILE)}
     state = CheckpointState(
         step=step,
         data_digest=data_digest,
@@ -111,7 +111,7 @@ def load_state(folder: Path) -> CheckpointState:
     """What the checkpoint says, after its files have been compared with their digests."""
     state = _read_state(folder)
     for name in (MODEL_FILE, OPTIMIZER_FILE):
-        if state.sha256.get(name) != _sha256(folder / name):
+        if state.sha256.get(name) != file_sha256(folder / name):
             raise StoreDamagedError(
                 f"{folder / name} differs from its digest; remove {folder} to use an older checkpoint"
             )
@@ -131,16 +131,18 @@ def model_weights(model: nn.Module, *, with_llm: bool) -> dict[str, Tensor]:
     return {
         name: value
         for name, value in model.state_dict().items()
-        if with_llm or name in trained or not name.startswith("llm.")
+        if with_llm or name in trained or not name.startswith(LLM_PREFIX)
     }
 
 
 def load_model(folder: Path, model: nn.Module, *, with_llm: bool) -> None:
-    """Weights of the checkpoint into `model`; every tensor it should hold must be there, and no other."""
-    weights = load_file(folder / MODEL_FILE)
-    expected = set(model_weights(model, with_llm=with_llm))
-    if set(weights) != expected:
-        odd = sorted(set(weights) ^ expected)
+    """Weights of the checkpoint into `model`."""
+    put_in(model, load_file(folder / MODEL_FILE), set(model_weights(model, with_llm=with_llm)), folder)
+
+
+def put_in(model: nn.Module, weights: Mapping[str, Tensor], expected: set[str], folder: Path) -> None:
+    """What `folder` holds into `model`; every tensor that is expected must be there, and no other."""
+    if odd := sorted(set(weights) ^ expected):
         raise UserError(f"{folder} holds another model than its config builds; differing tensors: {', '.join(odd[:5])}")
     model.load_state_dict(weights, strict=False)
 
@@ -179,11 +181,6 @@ def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found[name] = value.clone() if start in seen else value
         seen.add(start)
     return found
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -6,7 +6,6 @@ RUN/llm/          tokenizer, and the sizes of a fresh LLM
 
 from __future__ import annotations
 
-import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from trainer.config import CONFIG_FILE, TrainConfig, read_config
 from trainer.loop.plan import Plan
 from trainer.model.llm import save_shape
 from trainer.runs import checkpoint
+from trainer.runs.files import replace_text
 from trainer.runs.record import LLM_FOLDER
 
 # Settings that change neither weights nor losses beyond the rounding of sums: a resumed run may have others.
@@ -61,6 +61,4 @@ def write_folder(out: Path, plan: Plan, *, is_new: bool) -> None:
     if is_new:
         save_shape(plan.built.llm, out / LLM_FOLDER)
         plan.record.write(out)
-    temporary = out / f".tmp-{CONFIG_FILE}-{os.getpid()}"
-    temporary.write_text(plan.config.to_yaml())
-    temporary.replace(out / CONFIG_FILE)
+    replace_text(out / CONFIG_FILE, plan.config.to_yaml())

@@ -11,7 +11,6 @@ the caller is told, since the evaluation itself has succeeded.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from featurestore.errors import UserError
+from trainer.runs.files import replace_text
 
 SCORES_FOLDER = "scores"
 
@@ -50,9 +50,7 @@ def write_scores(run: Path, result: Mapping[str, Any], source: ScoreSource) -> P
         "snapshot": source.snapshot,
         **result,
     }
-    temporary = folder / f".tmp-{source.file_name}-{os.getpid()}"
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    return temporary.replace(folder / source.file_name)
+    return replace_text(folder / source.file_name, json.dumps(record, indent=1) + "\n")
 
 
 def read_scores(run: Path) -> list[dict[str, Any]]:
