@@ -121,7 +121,10 @@ class _Layout:
         return shape
 
     def _names(self, codecs: Any) -> list[str]:
-        return [codec["name"] for codec in codecs][:8]
+        names = [codec["name"] for codec in codecs][:8]
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError(f"codecs are named {names}")
+        return names
 
 
 def _expands_to(payload: bytes, codec: str, room: int, key: str) -> int:

@@ -6,6 +6,12 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+from hypothesis import settings
+
+# The same cases every time: a test fails because of what was changed. New cases are benchmarks/fuzz.py's to find.
+settings.register_profile("same", deadline=None, derandomize=True)
+settings.load_profile("same")
+
 
 def _load(name: str) -> ModuleType:
     """A fixture module by its file: test folders are not packages."""

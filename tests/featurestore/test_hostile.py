@@ -205,6 +205,18 @@ def test_a_foreign_array_with_a_compressed_bomb_is_refused(store):
         FeatureStore.open(store).read([clip], encoder="dinov2")
 
 
+@pytest.mark.parametrize("name", [2**31 - 1, None, ["blosc"]])
+def test_a_codec_that_is_named_by_no_text_is_refused(store, name):
+    opened = FeatureStore.open(store)
+    clip = opened.clips.filter(opened.clips["dinov2"])["clip_id"].to_pylist()[0]
+    file = store / "video" / opened.encoders["dinov2"].group_name / "tokens/zarr.json"
+    document = json.loads(file.read_bytes())
+    document["codecs"][0]["configuration"]["codecs"][1]["name"] = name
+    file.write_text(json.dumps(document))
+    with pytest.raises(StoreError):
+        FeatureStore.open(store).read([clip], encoder="dinov2")
+
+
 def test_codecs_that_run_code_or_expand_in_shards_are_refused(store):
     opened = FeatureStore.open(store)
     clip = opened.clips.filter(opened.clips["dinov2"])["clip_id"].to_pylist()[0]
