@@ -23,7 +23,6 @@ from featurestore.identity import FeatureIdentity
 from featurestore.layout import ARRAYS, canary_key
 from featurestore.metadata import ArraySpec, array_specs, load_json
 from featurestore.places.objects import Objects, get_bounded, put_if_absent
-from featurestore.quantise import from_stored
 
 MAX_CANARIES = 4  # of one group: each costs a clip's bytes
 MAX_HEADER_BYTES = 1 << 16
@@ -53,12 +52,10 @@ class Canaries:
     clips: tuple[Canary, ...]  # in the order of the arrays' rows
     arrays: Mapping[str, np.ndarray]  # by name in layout.ARRAYS: stored items [clip, *row shape]
 
-    def floats(self, array: str, row: int) -> np.ndarray:
-        """A canary's "tokens" or "prefix" as a reader of the store gets them, float32."""
-        spec = _specs(self.kind, self.identity)[array]
-        sides = {name: self.arrays[name][row] for name in ("scale", "offset") if name in self.arrays}
-        items = from_stored(self.arrays[array][row], logical_dtype=spec.logical_dtype, **sides)
-        return np.asarray(items, dtype=np.float32)
+    def stored(self, name: str) -> dict[str, np.ndarray] | None:
+        """A canary's row of each array; None where the group has none of it."""
+        rows = {clip.name: row for row, clip in enumerate(self.clips)}
+        return {array: items[rows[name]] for array, items in self.arrays.items()} if name in rows else None
 
     def to_bytes(self) -> bytes:
         """A safetensors file; the same canaries are the same bytes."""

@@ -14,7 +14,7 @@ from typing import Any
 from featurestore.clips import KINDS
 from featurestore.errors import UserError, unknown_name
 from featurestore.find import Place, place_of
-from featurestore.identity import STORAGE_DTYPES
+from featurestore.identity import STORAGE_DTYPES, FeatureIdentity
 from featurestore.layout import check_block_rows
 from jobs.request import ClusterError, ClusterRequest, ClusterSettings
 from pipeline.encoders.base import EncoderSpec
@@ -49,6 +49,21 @@ class EncoderSettings:
     storage_dtype: str = "float16"
     decoder: str = "frames/1"
 
+    @classmethod
+    def of_identity(cls, identity: FeatureIdentity, weights: str) -> EncoderSettings:
+        """Settings that give this identity, if the weights are the same."""
+        return cls(
+            name=identity.encoder,
+            weights=weights,
+            architecture={key: value for key, value in identity.architecture.items() if key != "model"},
+            crop=identity.preprocessing.get("fit"),
+            grid=None if identity.pooling == "none" else identity.grid,
+            prefix_tokens=identity.prefix_tokens > 0,
+            compute_dtype=identity.compute_dtype,
+            storage_dtype=identity.storage_dtype,
+            decoder=identity.decode,
+        )
+
     @property
     def spec(self) -> EncoderSpec:
         """The encoder's declaration at these sizes and with this crop."""
@@ -79,6 +94,7 @@ class ExtractConfig:
     kind: str | None = None  # video | image | None: all
     limit: int | None = None  # clips, the first of the listing
     samples: bool = True  # False where a licence forbids copying the annotations
+    canaries: bool = True  # keep tokens of rendered clips beside, which `verify --parity` encodes again
     encoders: tuple[str, ...] = MERV_ENCODERS
     weights: Mapping[str, str] = field(default_factory=dict)  # encoder -> SPEC; "" is the default of all
     architecture: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # encoder -> sizes

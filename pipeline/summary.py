@@ -36,6 +36,7 @@ class ExtractSummary:
     frames: int = 0
     bytes: int = 0
     blocks: int = 0
+    canaries: list[str] = field(default_factory=list)  # "kind/group" whose canaries this run wrote
     reused: int = 0  # cells (clip and encoder) copied from another store
     predicted: dict[str, Any] | None = None  # a `Prediction`: beside elapsed_s and bytes, what was expected
     halvings: int = 0  # batches cut for lack of device memory

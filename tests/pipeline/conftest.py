@@ -99,6 +99,7 @@ def settings(root: Path, store: Path, **changes) -> dict:
         "threads": 1,
         "decode_processes": 1,
         "device": "cpu",
+        "canaries": False,  # half a second a store; the finished store below has them
         **changes,
     }
 
@@ -189,7 +190,7 @@ def media_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def extracted(media_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     """A finished store of all four encoders; nobody changes it. `lab.summary` is what the run said."""
     lab = Lab(media_root, tmp_path_factory.mktemp("extracted"))
-    lab.summary = lab.extract()
+    lab.summary = lab.extract(canaries=True)
     return lab
 
 
