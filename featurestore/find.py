@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -55,6 +56,13 @@ def find_store(given: Place | None) -> Place:
     if not found:
         raise UserError(f"no store under {FEATURES.resolve()}: make one with `merv-pipeline extract`, or give its path")
     raise UserError(f"{len(found)} stores under {FEATURES}/, give the path of one: {', '.join(map(str, found))}")
+
+
+def store_first(words: Sequence[str], given: Place | None) -> tuple[Place, list[str]]:
+    """The store and the other words: the one given apart, else the first word if it is a store and others follow."""
+    if given is None and len(words) > 1 and (is_url(words[0]) or (Path(words[0]) / ROOT_METADATA).is_file()):
+        return place_of(words[0]), list(words[1:])
+    return find_store(given), list(words)
 
 
 def stores_under(folder: Path) -> list[Path]:

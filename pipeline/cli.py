@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from featurestore.find import find_store
+from featurestore.find import find_store, store_first
 from pipeline.cluster_cli import CLUSTER_COMMANDS
 from pipeline.options import config_from_options, extraction_options
 from pipeline.share_cli import SHARE_COMMANDS
@@ -51,7 +51,7 @@ def main() -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def extract(config_file: str | None, print_config: bool, as_json: bool, **options: Any) -> None:
-    """Encode a dataset's clips into a feature store; run it again to go on or to add clips and encoders."""
+    """Encode a dataset's clips into a feature store. Run it again to go on, or to add clips and encoders."""
     with friendly_errors(), told_interrupts():
         from pipeline import tables
         from pipeline.extract import extract as run_extraction
@@ -69,7 +69,7 @@ def extract(config_file: str | None, print_config: bool, as_json: bool, **option
 @click.option("--probe", type=click.IntRange(0), default=4, help="Clips of each kind to really encode.")
 @click.option("--json", "as_json", is_flag=True, help="Print the forecast as JSON.")
 def plan(config_file: str | None, probe: int, as_json: bool, **options: Any) -> None:
-    """Say what an extraction would cost: clips, bytes, files and hours, by stage, kind and encoder."""
+    """Say what an extraction would cost. Clips, bytes, files and hours, by stage, kind and encoder."""
     from pipeline import tables
     from pipeline.forecast import forecast
 
@@ -103,7 +103,7 @@ STORE_OPTION = click.option(
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(store: str | None, store_option: str | None, every_s: float | None, as_json: bool) -> None:
-    """Say what is committed, what is missing and what is quarantined, per encoder."""
+    """Say what is committed, to do and quarantined. Per encoder."""
     from pipeline import tables
     from pipeline.status import store_status
 
@@ -119,16 +119,22 @@ def status(store: str | None, store_option: str | None, every_s: float | None, a
 
 
 @main.command()
-@click.argument("what")
+@click.argument("words", nargs=-1, required=True, metavar="[STORE] CLIP|ENCODER")
 @STORE_OPTION
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(what: str, store_option: str | None, as_json: bool) -> None:
-    """Show what the store holds of one clip (by id or path) or of one encoder (by name)."""
+def inspect(words: tuple[str, ...], store_option: str | None, as_json: bool) -> None:
+    """Show what the store holds of a clip or an encoder.
+
+    Name a clip by its id, or by an end of it that no other clip has ("v1.mp4").
+    """
     from pipeline import tables
     from pipeline.status import inspect_store
 
     with friendly_errors():
-        result = inspect_store(find_store(store_option), what)
+        place, names = store_first(words, store_option)
+        if len(names) != 1:
+            raise click.UsageError(f"one clip or encoder at a time, got {len(names)}: {', '.join(names)}")
+        result = inspect_store(place, names[0])
         _show(result, as_json, lambda: tables.details(result))
 
 
@@ -149,7 +155,7 @@ def inspect(what: str, store_option: str | None, as_json: bool) -> None:
 )
 @click.option("--clips", type=click.IntRange(1, 64), default=8, help="Clips to picture.")
 def report(store: str | None, store_option: str | None, out: str | None, root: str | None, clips: int) -> None:
-    """Write one HTML page: what each encoder sees in some clips, sizes, rates and failures."""
+    """Write one HTML page about a store. What each encoder sees in some clips, sizes, rates and failures."""
     from pipeline.report import write_report
 
     with friendly_errors():
@@ -159,7 +165,7 @@ def report(store: str | None, store_option: str | None, out: str | None, root: s
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def encoders(as_json: bool) -> None:
-    """List the encoders: the four of MERV, the others that come along, and plug-ins."""
+    """List the encoders. The four of MERV, the others that come along, and plug-ins."""
     from pipeline import tables
     from pipeline.encoders import ENCODERS
 
@@ -171,7 +177,7 @@ def encoders(as_json: bool) -> None:
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def datasets(name: str | None, as_json: bool) -> None:
-    """List the datasets that --dataset knows, or tell one's layout and options by NAME."""
+    """List the datasets, or tell about one by NAME. Its layout, and its options."""
     from pipeline import tables
     from pipeline.datasets import DATASETS, dataset_spec
 

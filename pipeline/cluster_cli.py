@@ -23,7 +23,9 @@ from pipeline.show import friendly_errors
 @click.option("--workers", type=click.IntRange(1), show_default="those of one node", help="One per GPU.")
 @CLUSTER_OPTION
 def submit(template: str, config_file: str, **options: Any) -> None:
-    """Print a SLURM script that runs an extraction: merv-pipeline submit-script --config extract.yaml > job.sbatch.
+    """Print a SLURM script that runs an extraction.
+
+    merv-pipeline submit-script --config extract.yaml > job.sbatch
 
     TEMPLATE one-allocation: scheduler, one worker per GPU and the driver in one job; driver: a small job that submits
     a job per worker itself.

@@ -52,10 +52,10 @@ def _with(*options: Callable) -> Callable:
     "--license", show_default="as before, else unknown", help="Of the data, for the card: cc-by-4.0, other, ..."
 )
 def push(store: str, url: str, license: str | None, as_json: bool, **options: Any) -> None:
-    """Send a store to a bucket or folder, with a card; run again to go on, or to send what is new.
+    """Send a store to a bucket or folder, with a card.
 
-    Clips and datasets are sent as the whole blocks that hold them; the answer tells what that costs. To cut instead,
-    make a `subset` first.
+    Run again to go on, or to send what is new. Clips and datasets are sent as the whole blocks that hold them; the
+    answer tells what that costs. To cut instead, make a `subset` first.
     """
     with friendly_errors():
         from featurestore.share.push import push as run_push
@@ -70,7 +70,7 @@ def push(store: str, url: str, license: str | None, as_json: bool, **options: An
 @click.argument("store")
 @_with(*TRANSFER_OPTIONS)
 def pull(url: str, store: str, as_json: bool, **options: Any) -> None:
-    """Fetch a store, or some encoders of it, into a folder; run again to go on, or to fetch what is new."""
+    """Fetch a store, or some encoders of it. Run again to go on, or to fetch what is new."""
     with friendly_errors():
         from featurestore.share.transfer import transfer
 
@@ -136,7 +136,7 @@ def _show_transferred(done: Any, as_json: bool) -> None:
 @click.argument("out")
 @_with(DATASETS, ENCODERS, CLIPS, KIND, AS_JSON)
 def subset(store: str, out: str, as_json: bool, **names: Any) -> None:
-    """Make a new store of some clips and encoders of one; nothing is computed, every row is checked."""
+    """Make a new store of a part of one. Nothing is computed, every row is checked."""
     _combine([store], out, as_json, names)
 
 
@@ -144,7 +144,7 @@ def subset(store: str, out: str, as_json: bool, **names: Any) -> None:
 @click.argument("stores", nargs=-1, required=True, metavar="STORE... OUT")
 @_with(DATASETS, ENCODERS, CLIPS, KIND, AS_JSON)
 def union(stores: tuple[str, ...], as_json: bool, **names: Any) -> None:
-    """Make a new store OUT of several; where two hold a clip of one encoder, the first one's tokens are taken."""
+    """Make a new store OUT of several. Where two hold a clip of one encoder, the first one's tokens are taken."""
     if len(stores) < 3:
         raise click.UsageError("give two stores or more, and the new one: union STORE STORE OUT")
     _combine(stores[:-1], stores[-1], as_json, names)
@@ -156,7 +156,7 @@ def union(stores: tuple[str, ...], as_json: bool, **names: Any) -> None:
 @click.option("--format", type=click.Choice(("webdataset", "safetensors")), default="webdataset", help="Kind of files.")
 @_with(DATASETS, ENCODERS, CLIPS, KIND, AS_JSON)
 def export_store(store: str, out: str, format: str, as_json: bool, **names: Any) -> None:
-    """Write a store as plain files: tars of .npy, one per block, or safetensors, one per clip; with SHA256SUMS."""
+    """Write a store as plain files. Tars of .npy, one per block, or safetensors, one per clip; with SHA256SUMS."""
     with friendly_errors():
         from featurestore.share.cells import StoreCells
         from featurestore.share.export import export
@@ -173,7 +173,7 @@ def export_store(store: str, out: str, format: str, as_json: bool, **names: Any)
 @click.argument("out")
 @AS_JSON
 def import_store(folder: str, out: str, as_json: bool) -> None:
-    """Make a store of an exported folder, checked as a stranger's: paths, sizes, digests."""
+    """Make a store of an exported folder. Checked as a stranger's: paths, sizes, digests."""
     with friendly_errors():
         from featurestore.share.exported import ExportCells
 

@@ -30,4 +30,6 @@ def combined(done: Combined) -> None:
         out.print(
             f"{done.shared} cells are in several stores, {done.differing} with other bits: the first store's stand"
         )
+    if done.removed:
+        out.print(f"{plural(done.removed, 'clip')} left out: removed by tombstones, which the new store has as well")
     counted("samples", "count", done.samples)

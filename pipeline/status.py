@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 
+from featurestore.clip_names import clips_named
 from featurestore.errors import UserError
 from featurestore.store import FeatureStore
 from pipeline.prediction import last_run
@@ -59,7 +61,7 @@ def _encoder_status(store: FeatureStore, key: str, quarantine: list[dict], num_c
 
 
 def inspect_store(path: str | Path, what: str) -> dict[str, Any]:
-    """Details of an encoder (by key) or of a clip (by id, or by a path that only one clip has)."""
+    """Details of an encoder (by key) or of a clip (by id, or by an end of one that only it has)."""
     store = FeatureStore.open(path)
     if what in store.encoders:
         return _encoder_details(store, what)
@@ -77,18 +79,15 @@ def _encoder_details(store: FeatureStore, key: str) -> dict[str, Any]:
 
 
 def _find_clip(store: FeatureStore, what: str) -> dict[str, Any]:
-    rows = store.clips.to_pylist()
     twins = [key for key in store.encoders if key.split("@")[0] == what]
     if twins:
         raise UserError(f"{what} is stored under several identities, give one: {', '.join(twins)}")
-    found = [row for row in rows if row["clip_id"] == what] or [row for row in rows if row["path"] == what]
-    found = found or [row for row in rows if what in row["clip_id"]]
-    if len(found) == 1:
-        return found[0]
-    if not found:
-        raise UserError(f"{what!r} is neither an encoder ({', '.join(store.encoders)}) nor a clip of this store")
-    some = ", ".join(row["clip_id"] for row in found[:5])
-    raise UserError(f"{what!r} is part of {len(found)} clip ids, give one whole: {some}{', ...' if found[5:] else ''}")
+    try:
+        (clip_id,) = clips_named(store.clips["clip_id"].to_pylist(), [what])
+    except UserError as error:
+        raise UserError(f"{error}; its encoders: {', '.join(store.encoders) or 'none'}") from None
+    (found,) = store.clips.filter(pc.equal(store.clips["clip_id"], clip_id)).to_pylist()
+    return found
 
 
 def _clip_details(store: FeatureStore, clip: dict[str, Any]) -> dict[str, Any]:

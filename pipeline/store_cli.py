@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import click
 
-from featurestore.find import find_store
+from featurestore.errors import MervCacheError
+from featurestore.find import find_store, store_first
 from pipeline.show import friendly_errors, show_result
 
 _ROOT_HELP = "Folder of the media."
@@ -45,7 +47,7 @@ def verify(
     workers: int,
     as_json: bool,
 ) -> None:
-    """Check the store's promises; exit code 1 where anything is damaged, 0 where only strays lie about."""
+    """Check that a store is sound. Exit code 1 where anything is damaged, 0 where only strays lie about."""
     from featurestore.keep.findings import is_damaged
     from featurestore.keep.verify import verify_store
     from pipeline import store_tables
@@ -59,9 +61,9 @@ def verify(
 
             with _progress("media", "clips") as (total, done):
                 findings += verify_media(place, media, root=root, workers=workers, on_clips=total, on_clip=done)
-        show_result(
-            [vars(finding) for finding in findings], as_json, lambda: store_tables.findings(findings, full, media)
-        )
+        told = {"store": str(place), "mode": "full" if full else "quick", "media": media}
+        told["findings"] = [vars(finding) for finding in findings]
+        show_result(told, as_json, lambda: store_tables.findings(findings, full, media))
         if is_damaged(findings):
             click.get_current_context().exit(1)
 
@@ -89,7 +91,7 @@ def repair(
     new_bytes: bool,
     as_json: bool,
 ) -> None:
-    """Mend what `verify --full` finds damaged; whatever is whole is not touched. Exit code 1 if something is left."""
+    """Mend what `verify --full` finds damaged. What is whole is not touched; exit code 1 if something is left."""
     from featurestore.keep.repair import repair_store
     from pipeline import store_tables
     from pipeline.options import parse_weights
@@ -108,14 +110,16 @@ def repair(
             new_bytes=new_bytes,
             say=lambda each: click.echo(f"{each.key}: {each.done}", err=True),
         )
-        show_result([vars(each) for each in done], as_json, lambda: store_tables.repaired(done))
+        told = {"store": str(place), "from": other, "recompute": again is not None, "new_bytes": new_bytes}
+        told["repaired"] = [vars(each) for each in done]
+        show_result(told, as_json, lambda: store_tables.repaired(done))
         if not all(each.is_mended for each in done):
             click.get_current_context().exit(1)
 
 
 @click.group()
 def quarantine() -> None:
-    """Clips that failed, with the reason: list them, or try some of them again."""
+    """List clips that failed, or try them again."""
 
 
 _ENCODER = click.option("--encoder", show_default="all", help="Failures of this encoder only.")
@@ -178,22 +182,69 @@ def retry(
 
 
 @click.command()
-@click.argument("clips", nargs=-1, required=True)
+@click.argument("clips", nargs=-1, required=True, metavar="[STORE] CLIP...")
 @click.option("--reason", required=True, help="Why, for whoever reads the store later: a licence, a consent withdrawn.")
 @_STORE_OPTION
 @_JSON
 def tombstone(clips: tuple[str, ...], reason: str, store_option: str | None, as_json: bool) -> None:
-    """Remove CLIPS (ids) for good: readers no longer have them, tokens and conversations are erased from the files.
+    """Remove clips for good, tokens and conversations.
 
-    Their ids stay, in the clip parts and in the tombstone, so that they are never computed again. Other copies of the
-    store take the removal over when they are pushed to or pull from it.
+    Name a clip by its id, or by an end of it that no other clip has. Readers no longer have it, and its tokens and
+    conversations are erased from the files. Ids stay, in the clip parts and in the tombstone, so that they are never
+    computed again. Other copies of the store take the removal over when they are pushed to or pull from it.
     """
     from featurestore.keep.erase import tombstone as remove
     from pipeline import tables
 
     with friendly_errors():
-        result = remove(find_store(store_option), clips, reason=reason)
+        place, names = store_first(clips, store_option)
+        result = remove(place, names, reason=reason)
         show_result(result, as_json, lambda: tables.details(result))
+
+
+@click.command()
+@_STORE
+@_STORE_OPTION
+@click.option("--sample", type=click.IntRange(1), default=64, help="Clips of each encoder and kind, at most.")
+@click.option("--seed", type=int, default=0, help="Chooses the clips.")
+@click.option(
+    "--scratch",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    show_default="the system's",
+    help="Folder for temporary stores: one encoder and dtype at a time; reading speed is that of its disk.",
+)
+@_JSON
+def distortion(
+    store: str | None, store_option: str | None, sample: int, seed: int, scratch: Path | None, as_json: bool
+) -> None:
+    """Measure what each storage dtype takes and loses.
+
+    Bytes, reading speed and error, on the store's own tokens: a sample is written in float16, bfloat16 and uint8 into temporary stores and read back. The result is kept in the
+    store's journal, for `report` and the card; `merv-eval distortion` adds what a trained run makes of each dtype.
+    """
+    from featurestore.distortion import to_record
+    from pipeline import store_tables
+    from pipeline.distortion import measure_distortion
+
+    with friendly_errors():
+        place = find_store(store or store_option)
+        with _progress("distortion", "measurements") as (total, done):
+            measured = measure_distortion(
+                place, sample=sample, seed=seed, scratch=scratch, on_start=total, on_done=done
+            )
+        record = to_record(measured)
+        _keep(place, record)
+        show_result(record, as_json, lambda: store_tables.distortion(measured))
+
+
+def _keep(place: Any, record: dict[str, Any]) -> None:
+    """Into the journal where the store can be written; a measurement is worth printing all the same."""
+    from featurestore.distortion import keep_record
+
+    try:
+        click.echo(f"kept as {keep_record(place, record)}", err=True)
+    except MervCacheError as error:
+        click.echo(f"not kept in the store: {error}", err=True)
 
 
 @contextlib.contextmanager
@@ -216,4 +267,4 @@ def _progress(label: str, unit: str):
             bar.__exit__(None, None, None)
 
 
-STORE_COMMANDS: tuple[click.Command, ...] = (verify, repair, quarantine, tombstone)
+STORE_COMMANDS: tuple[click.Command, ...] = (verify, repair, quarantine, tombstone, distortion)

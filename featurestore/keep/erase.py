@@ -14,10 +14,11 @@ from datetime import UTC, datetime
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from featurestore.clip_names import clips_named
 from featurestore.clips import KINDS
 from featurestore.columns import SAMPLE_SCHEMA
 from featurestore.digests import sha256_hex
-from featurestore.errors import UserError, unknown_name
+from featurestore.errors import UserError
 from featurestore.find import Place
 from featurestore.groups import GroupWriter, encoder_groups
 from featurestore.keep.rewrite import erase_rows
@@ -32,7 +33,7 @@ from featurestore.writer import StoreWriter
 
 def tombstone(
     path: Place,
-    clip_ids: Iterable[str],
+    names: Iterable[str],
     *,
     reason: str,
     date: str | None = None,
@@ -40,13 +41,14 @@ def tombstone(
 ) -> dict[str, object]:
     """Remove clips from a store for good; returns what was done.
 
-    From the record on, readers that open the store list and read none of them. A clip that the store has never seen is
-    a mistake.
+    Clips are named as `featurestore.clip_names` has it. From the record on, readers that open the store list and read
+    none of them. A clip that the store has never seen is a mistake.
     """
     writer = StoreWriter.open(path)
-    clips = sorted(set(clip_ids))
     with StoreLease(path, "tombstone"):
-        _refuse_unknown(writer, clips)
+        clips = sorted(set(clips_named(writer.clips()["clip_id"].to_pylist(), names)))
+        if not clips:
+            raise UserError("name at least one clip id; `merv-pipeline inspect` finds ids by path")
         known = tombstoned_clips(writer.objects)
         if new := [clip for clip in clips if clip not in known]:  # else a removal that was cut short is finished
             date = date or datetime.now(UTC).strftime("%Y-%m-%d")
@@ -75,15 +77,6 @@ def erase_tombstoned(writer: StoreWriter, on_block: Callable[[], None] = lambda:
                 rewritten += erase_rows(group, block, rows)
                 on_block()
     return rewritten
-
-
-def _refuse_unknown(writer: StoreWriter, clips: Collection[str]) -> None:
-    known = set(writer.clips()["clip_id"].to_pylist())
-    if not clips:
-        raise UserError("name at least one clip id; `merv-pipeline inspect` finds ids by path")
-    for clip in clips:
-        if clip not in known:
-            raise UserError(unknown_name("clip", clip, sorted(known)[:2000])[:600])
 
 
 def _by_block(rows: Collection[int], block_rows: int) -> dict[int, set[int]]:

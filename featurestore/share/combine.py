@@ -9,7 +9,7 @@ on where it was: rows are given out in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -41,6 +41,7 @@ class Combined:
     sources: list[str]
     snapshot: str = ""
     clips: int = 0
+    removed: int = 0  # clips that tombstones of the sources keep out, whatever store still has them
     cells: int = 0  # committed and failed ones that the sources have, each once
     copied: int = 0  # in this run
     blocks: int = 0  # in this run
@@ -61,7 +62,9 @@ def combine(
     selection = selection or Selection()
     done = Combined(store=str(out), sources=[source.name for source in sources])
     stones = [stone for source in sources for stone in source.tombstones()]
-    clips = _clips(sources, selection, {clip for stone in stones for clip in stone.clips})
+    listed = _clips(sources, selection)
+    removed = {clip for stone in stones for clip in stone.clips}
+    clips = {clip_id: clip for clip_id, clip in listed.items() if clip_id not in removed}
     groups = _groups(sources, selection)
     chosen = {name: _choose(sources, name, clips, done) for name in groups}
     writer = StoreWriter.open_or_create(out, block_rows=dict(sources[0].block_rows))
@@ -71,6 +74,7 @@ def combine(
     for together in _tried_alike(clips, chosen):
         writer.add_clips(together)
     done.clips, done.cells = len(clips), sum(map(len, chosen.values()))
+    done.removed = len(removed)
     on_start(done.cells)
     for name, group in groups.items():
         if chosen[name]:
@@ -81,13 +85,13 @@ def combine(
     return done
 
 
-def _clips(sources: Sequence[CellSource], selection: Selection, removed: Collection[str]) -> dict[str, Clip]:
+def _clips(sources: Sequence[CellSource], selection: Selection) -> dict[str, Clip]:
     listed: dict[str, Clip] = {}
     for source in sources:
         for clip in source.clips():
             listed.setdefault(clip.clip_id, clip)
     selection.check(listed.values())
-    return {c: clip for c, clip in listed.items() if c not in removed and selection.takes(clip)}
+    return {clip_id: clip for clip_id, clip in listed.items() if selection.takes(clip)}
 
 
 def _groups(sources: Sequence[CellSource], selection: Selection) -> dict[str, CellGroup]:

@@ -58,7 +58,14 @@ def test_every_command_has_help():
     for name in main.commands:
         text = succeed(name, "--help")
         assert text.startswith(f"Usage: main {name}")
-        assert main.commands[name].help.split(";")[0].split(":")[0] in " ".join(text.split())
+        assert main.commands[name].help.split(".")[0] in " ".join(text.split())
+
+
+def test_the_list_of_commands_is_whole_on_a_terminal_of_80_columns():
+    text = CliRunner().invoke(main, ["--help"], terminal_width=80).output
+    summaries = text.partition("Commands:\n")[2].splitlines()
+    assert len(summaries) == len(main.commands)
+    assert all(len(line) <= 80 and not line.endswith("...") for line in summaries), text
 
 
 def test_help_imports_nothing_heavy():
@@ -94,8 +101,8 @@ def test_json_of_every_command_parses_and_says_what_the_store_holds(lab, config_
     assert [row["committed"] for row in status["encoders"]] == [3]
     clip = json.loads(succeed("inspect", "v0.mp4", "--store", lab.store, "--json"))
     assert clip["siglip"]["shape"] == [8, 3, 3, 32]
-    assert json.loads(succeed("inspect", "siglip", "--store", lab.store, "--json"))["weights"] == "random:0"
-    assert json.loads(succeed("verify", lab.store, "--full", "--json")) == []
+    assert json.loads(succeed("inspect", lab.store, "siglip", "--json"))["weights"] == "random:0"
+    assert json.loads(succeed("verify", lab.store, "--full", "--json"))["findings"] == []
     names = [row["encoder"] for row in json.loads(succeed("encoders", "--json"))]
     assert names[:4] == ["languagebind", "dinov2", "vivit", "siglip"]
     assert {"videollava", "demo"} <= {row["dataset"] for row in json.loads(succeed("datasets", "--json"))}
@@ -137,7 +144,9 @@ def test_verify_exits_with_1_and_names_the_damaged_object(lab, extracted):
     shard.write_bytes(data)
     result = call("verify", lab.store, "--full", "--json")
     assert result.exit_code == 1
-    assert [finding["key"] for finding in json.loads(result.stdout)] == [shard.relative_to(lab.store).as_posix()]
+    assert [finding["key"] for finding in json.loads(result.stdout)["findings"]] == [
+        shard.relative_to(lab.store).as_posix()
+    ]
     assert call("verify", lab.store, "--full").exit_code == 1
     assert call("verify", lab.store).exit_code == 0  # the size is right: quick does not read it
 

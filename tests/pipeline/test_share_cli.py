@@ -28,7 +28,7 @@ def test_a_store_goes_to_a_bucket_and_back_and_every_reading_command_takes_the_u
     pulled = answer("pull", s3, tmp_path / "back.zarr", "--encoders", "siglip,vivit", "--check")
     assert [name.split("-")[0] for name in pulled["encoders"]] == ["siglip", "vivit"]
     assert answer("status", s3)["clips"] == answer("status", extracted.store)["clips"]
-    assert answer("verify", s3, "--full") == []
+    assert answer("verify", s3, "--full")["findings"] == []
     code, printed = run("push", extracted.store, s3)
     assert code == 0
     assert "0 blocks of" in printed

@@ -58,12 +58,13 @@ def overwrite(file: Path, data: bytes, mtime: float = 0.0) -> None:
 
 
 def test_media_that_changed_are_found_by_quick_and_full(store, media):
-    assert result_of("verify", store, "--media", "full", "--root", media) == []
+    sound = result_of("verify", store, "--media", "full", "--root", media)
+    assert sound == {"store": str(store), "mode": "quick", "media": "full", "findings": []}
     changed, gone = media / "videochatgpt_tune/v0.mp4", media / "valley/v5.mp4"
     overwrite(changed, changed.read_bytes() + b"x")  # under an old date: the file system's change time tells
     gone.unlink()
     for level in ("quick", "full"):
-        found = result_of("verify", store, "--media", level, "--root", media, code=1)
+        found = result_of("verify", store, "--media", level, "--root", media, code=1)["findings"]
         assert {(entry["key"], entry["severity"]) for entry in found} == {
             ("videollava/videochatgpt_tune/v0.mp4", "damage"),
             ("videollava/valley/v5.mp4", "stray"),
@@ -85,10 +86,11 @@ def test_quick_reads_no_file_that_is_older_than_the_first_run(store, media, monk
 def test_a_damaged_block_is_computed_again_to_the_byte_that_block_and_encoder_only(store, media):
     before = shard_of(store).read_bytes()
     wreck(shard_of(store))
-    left = result_of("repair", store, code=1)
+    left = result_of("repair", store, code=1)["repaired"]
     assert "--from OTHER_STORE, or --root DIR to compute it" in left[0]["done"]
     done = result_of("repair", store, "--recompute", "--root", media)
-    assert [entry["done"] for entry in done] == ["computed again from the media, the same bytes"]
+    assert (done["store"], done["from"], done["recompute"], done["new_bytes"]) == (str(store), None, True, False)
+    assert [entry["done"] for entry in done["repaired"]] == ["computed again from the media, the same bytes"]
     assert shard_of(store).read_bytes() == before
     assert verify_store(store, "full") == []
 
@@ -97,7 +99,7 @@ def test_a_block_whose_media_changed_is_not_put_back(store, media):
     wreck(shard_of(store))
     damaged = shard_of(store).read_bytes()
     shutil.copy(media / "valley/v6.mp4", media / "videochatgpt_tune/v0.mp4")
-    (left,) = result_of("repair", store, "--root", media, "--new-bytes", code=1)
+    (left,) = result_of("repair", store, "--root", media, "--new-bytes", code=1)["repaired"]
     assert "1 of its media changed since: not put back" in left["done"]
     assert shard_of(store).read_bytes() == damaged
 
@@ -105,7 +107,7 @@ def test_a_block_whose_media_changed_is_not_put_back(store, media):
 def test_a_store_without_a_journal_says_what_to_do(store, media):
     wreck(shard_of(store))
     shutil.rmtree(store / "journal")
-    (left,) = result_of("repair", store, "--root", media, code=1)
+    (left,) = result_of("repair", store, "--root", media, code=1)["repaired"]
     assert "fetch the block with --from OTHER_STORE" in left["done"]
 
 
@@ -135,7 +137,7 @@ def test_the_quarantine_is_listed_and_tried_again_by_reason(lab):
 def test_a_removed_clip_stays_away_from_every_later_run(lab):
     lab.extract(encoders=["siglip"], limit=4)
     gone = "videollava/videochatgpt_tune/v1.mp4"
-    result = result_of("tombstone", gone, "--reason", "the licence was withdrawn", "--store", lab.store)
+    result = result_of("tombstone", lab.store, "v1.mp4", "--reason", "the licence was withdrawn")
     assert (result["clips"], result["blocks rewritten"]) == ([gone], 1)
     lab.extract(encoders=["siglip", "dinov2"], limit=5, retry_quarantine=True)
     store = FeatureStore.open(lab.store)
@@ -151,7 +153,7 @@ def test_a_removed_clip_stays_away_from_every_later_run(lab):
 
 def test_strays_alone_are_no_failure(store):
     (store / "notes.txt").write_text("x")
-    (found,) = result_of("verify", store)
+    (found,) = result_of("verify", store)["findings"]
     assert (found["key"], found["severity"], found["advice"]) == (
         "notes.txt",
         "stray",
