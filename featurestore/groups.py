@@ -176,6 +176,12 @@ def read_group(objects: Objects, kind: str, group: str) -> GroupRecord:
         data = read_document(objects, key)
     except FileNotFoundError:
         raise StoreFormatError(f"{kind}/{group} has no zarr.json: it is not a group of this store") from None
+    return parse_group(data, kind, group)
+
+
+def parse_group(data: bytes, kind: str, group: str) -> GroupRecord:
+    """A group's attributes from its zarr.json."""
+    key = group_metadata_key(kind, group)
     document = load_json(data, key)
     attributes = document.get("attributes") if isinstance(document, dict) else None
     if not isinstance(attributes, dict):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 
 from featurestore.errors import MervCacheError, StoreFormatError
-from featurestore.groups import GroupRecord, read_group
+from featurestore.groups import GroupRecord, parse_group, read_group
 from featurestore.keep.flips import SEARCH_BYTES, first_whole
 from featurestore.keep.verify import Verification
 from featurestore.layout import ARRAYS, ROOT_METADATA, array_metadata_key, sealed_blocks, shard_key
@@ -15,13 +16,13 @@ from featurestore.metadata import (
     array_specs,
     document_bytes,
     group_document,
-    load_json,
     parse_array,
     parse_root,
     root_document,
 )
 from featurestore.places.objects import Objects
 from featurestore.shards import Shard
+from featurestore.snapshots import GroupSummary
 
 
 def derived_document(objects: Objects, other: Objects | None, key: str, check: Verification) -> bytes:
@@ -57,33 +58,24 @@ def _is_root(data: bytes) -> bool:
 
 def _group(objects: Objects, other: Objects | None, key: str, kind: str, group: str, check: Verification) -> bytes:
     if check.newest and (summary := check.newest.groups.get(f"{kind}/{group}")):
-        return group_document(summary.identity, weights_label=summary.weights, batch_shape=summary.batch_shape)
+        return _document(summary)
 
     def is_whole(data: bytes) -> bool:
-        record = _record(data, kind, group)
-        return data == group_document(record.identity, weights_label=record.weights, batch_shape=record.batch_shape)
+        return data == _document(parse_group(data, kind, group))
 
     if found := _one_bit_away(objects, key, is_whole):
         return found
     if other is not None:
         with suppress(MervCacheError, FileNotFoundError):
-            record = read_group(other, kind, group)
-            return group_document(record.identity, weights_label=record.weights, batch_shape=record.batch_shape)
+            return _document(read_group(other, kind, group))
     raise StoreFormatError("no snapshot knows this group's identity; give a copy with --from")
 
 
-def _record(data: bytes, kind: str, group: str) -> GroupRecord:
-    class One:  # a place that holds this one document
-        def size(self, key: str) -> int:
-            return len(data)
-
-        def get(self, key: str) -> bytes:
-            return data
-
-    return read_group(One(), kind, group)  # type: ignore[arg-type]
+def _document(record: GroupRecord | GroupSummary) -> bytes:
+    return group_document(record.identity, weights_label=record.weights, batch_shape=record.batch_shape)
 
 
-def _one_bit_away(objects: Objects, key: str, is_whole) -> bytes | None:
+def _one_bit_away(objects: Objects, key: str, is_whole: Callable[[bytes], bool]) -> bytes | None:
     def check(data: bytes) -> bool:
         try:
             return is_whole(data)
@@ -115,23 +107,23 @@ def _codecs_of_siblings(objects: Objects, kind: str, group: str, array: str) -> 
     found = []
     for name in ARRAYS:
         with suppress(MervCacheError, FileNotFoundError):
-            key = array_metadata_key(kind, group, name)
-            if name != array and load_json(objects.get(key), key) and (spec := parse_array(name, objects.get(key))):
+            stored = objects.get(array_metadata_key(kind, group, name)) if name != array else None
+            if stored and (spec := parse_array(name, stored)):
                 found.append(spec.codec)
     return found
 
 
 def _fits(objects: Objects, kind: str, group: str, spec: ArraySpec, blocks: int) -> bool:
-    """Does the first shard that is there decode? True where there is none: any codec will do."""
+    """Does any shard that is there decode? True where there is none: any codec will do."""
+    has_shards = False
     for block in range(blocks):
         key = shard_key(kind, group, spec.name, block)
         if not objects.exists(key):
             continue
-        try:
+        has_shards = True
+        with suppress(MervCacheError):
             shard = Shard(spec, objects.open(key))
             for row in shard.rows()[:1]:
                 shard.decode(row)
             return True
-        except MervCacheError:
-            continue
-    return not any(objects.exists(shard_key(kind, group, spec.name, block)) for block in range(blocks))
+    return not has_shards

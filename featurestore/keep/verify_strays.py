@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from featurestore.clips import KINDS
-from featurestore.errors import MervCacheError
 from featurestore.keep.findings import Findings
 from featurestore.keep.verify_blocks import check_orphan
-from featurestore.layout import CARD, LISTING, SNAPSHOTS, TEMPORARY, shard_key
+from featurestore.layout import CARD, LISTING, SNAPSHOTS, TEMPORARY, shard_place
 from featurestore.metadata import ArraySpec
 from featurestore.places.objects import Objects
 
@@ -41,15 +39,3 @@ def find_strays(findings: Findings, objects: Objects, specs: Specs, *, is_full: 
             findings.stray(key, "is the table of a snapshot that was never finished", "delete it")
         else:
             findings.stray(key, "is no file of a feature store", "delete it, or keep it elsewhere")
-
-
-def shard_place(key: str) -> tuple[str, str, str, int] | None:
-    """(kind, group, array, block) of a key that is a shard's."""
-    parts = key.split("/")
-    if len(parts) < 5 or parts[0] not in KINDS or parts[3] != "c" or not parts[4].isdecimal() or len(parts[4]) > 9:
-        return None
-    try:
-        place = (parts[0], parts[1], parts[2], int(parts[4]))
-        return place if key == shard_key(*place) else None
-    except (MervCacheError, KeyError, ValueError):
-        return None

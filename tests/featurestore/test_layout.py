@@ -45,6 +45,46 @@ def test_listing_receipts_gives_back_their_blocks(block):
     assert layout.receipt_blocks([name, "notes.txt", "0000001.json", name + "~"]) == {block}
 
 
+@given(st.sampled_from(["video", "image"]), st.sampled_from(layout.ARRAYS), st.integers(0, 99_999_999))
+def test_a_shards_and_a_receipts_key_tell_their_place_back(kind, array, block):
+    group = "vivit-0123456789ab"
+    assert layout.shard_place(layout.shard_key(kind, group, array, block)) == (kind, group, array, block)
+    assert layout.receipt_place(layout.receipt_key(kind, group, block)) == (kind, group, block)
+
+
+def test_a_records_key_tells_its_name_back():
+    keys = [
+        *layout.snapshot_keys("00000003-0123456789ab"),
+        layout.journal_key("run-1.2"),
+        layout.tombstone_key("f" * 16),
+    ]
+    assert list(map(layout.record_name, keys)) == [*["00000003-0123456789ab"] * 2, "run-1.2", "f" * 16]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *(
+            "",
+            "receipts",
+            "receipts/video",
+            "receipts/video/dinov2-0123456789ab",
+            "zarr.json",
+            "clips/part-00000.parquet",
+        ),
+        *("receipts/video/../x/00000000.json", "receipts/sound/dinov2-0123456789ab/00000000.json"),
+        *("receipts/video/dinov2-0123456789ab/0.json", "receipts/video/dinov2-0123456789ab/x/00000000.json"),
+        *("video/dinov2-0123456789ab/tokens/c/07/0/0/0/0", "video/dinov2-0123456789ab/tokens/c/7/0/0/0"),
+        *("video/dinov2-0123456789ab/tokens/d/7/0/0/0/0", "video/dinov2-0123456789ab/other/c/7/0/0/0/0"),
+        *("snapshots/x.json", "snapshots/00000003-0123456789ab.txt", "journal/-.json", "tombstones/a/b.json"),
+    ],
+)
+def test_other_keys_name_no_place(key):
+    assert layout.shard_place(key) is None
+    assert layout.receipt_place(key) is None
+    assert layout.record_name(key) is None
+
+
 def test_a_lost_clip_part_is_an_error_not_a_gap():
     with pytest.raises(StoreFormatError, match="clip part 1 of 2 is missing"):
         layout.part_numbers(["part-00000.parquet", "part-00002.parquet"])

@@ -137,6 +137,30 @@ def test_a_journal_that_nothing_restores_is_removed_with_words(store, sound):
     assert not verify_store(store, "full")
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("receipts/elsewhere", "receipts/video/dinov2/00000000.json", "receipts/x/y/z/00000000.json"),
+        *("snapshots/newest.json", "journal/run/1.json", "tombstones/x.json", "samples/a", "thesis/draft.tex"),
+    ],
+)
+def test_a_link_under_a_name_that_no_store_has_is_left_and_named(store, key):
+    (store / key).parent.mkdir(parents=True, exist_ok=True)
+    (store / key).symlink_to(store / "zarr.json")
+    (left,) = repair_store(store)
+    assert (left.key, left.is_mended) == (key, False)
+    assert (store / key).is_symlink()
+
+
+def test_a_link_in_the_place_of_a_record_is_left_and_named(store):
+    record = sorted((store / "snapshots").glob("*.json"))[-1]
+    record.rename(store / "elsewhere")
+    record.symlink_to(store / "elsewhere")
+    left = next(each for each in repair_store(store) if each.key == record.relative_to(store).as_posix())
+    assert "a store holds no symbolic links, put the file there" in left.done
+    assert record.is_symlink()
+
+
 def test_a_receipt_that_is_lost_is_made_again_with_a_number(store, sound):
     tokens = FeatureStore.open(store)
     ids = tokens.clips.filter(tokens.clips["dinov2"])["clip_id"].to_pylist()
