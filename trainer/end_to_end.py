@@ -45,10 +45,12 @@ from pipeline.encoders.weights import fill_random
 from pipeline.engine import EncoderRun, Engine, encode_batch
 from pipeline.options import parse_weights
 from trainer.config import TrainConfig, used_encoders
+from trainer.data.batches import named_samples
 from trainer.data.tokens import ClipTokens, Part
 from trainer.live.media_check import MediaCheck
 from trainer.live.tokens import Arrays, LiveTokens, chosen
-from trainer.model.resamplers import RESAMPLERS
+from trainer.loop.launch import is_first_rank
+from trainer.model.resamplers import parts_of
 from trainer.runs.record import RunRecord
 
 
@@ -115,10 +117,7 @@ def live_source(
     listing = load_dataset(
         extract.dataset, extract.root, stage=extract.stage, kind=extract.kind, limit=extract.limit, **extract.options
     )
-    for name in config.samples:
-        if name not in listing.samples:
-            raise UserError(unknown_name("sample set", name, listing.samples))
-    samples = [sample for name in config.samples or sorted(listing.samples) for sample in listing.samples[name]]
+    samples = named_samples(config.samples, sorted(listing.samples), listing.samples.__getitem__)
     extract = replace(extract, root=listing.root)
     with closing(Engine(_of_this_rank(replace(extract.engine_settings, encoders=())))) as engine:
         source = _open(config, extract, engine, None if is_trusted else _check_in(out, extract))
@@ -147,7 +146,7 @@ def source_like(
             if name not in trained:
                 spec = given.get(name, given.get(""))
                 frozen[name] = FixedBatch(_encoder_of(record, name, spec, engine.device), dict.fromkeys(KINDS, 1))
-        yield _live_tokens(engine, frozen, trained, parts=parts_of(config))
+        yield _live_tokens(engine, frozen, trained, parts=parts_of(config.projector))
 
 
 def empty_encoders(config: TrainConfig, encoders: Mapping[str, Mapping[str, Any]]) -> dict[str, TrainedEncoder]:
@@ -160,7 +159,7 @@ def empty_encoders(config: TrainConfig, encoders: Mapping[str, Mapping[str, Any]
         fill_random(network, 0)
         network.finish()
         made[name] = TrainedEncoder(
-            network, identity, parts_of(config), label=fact["weights"], weights_from=fact["weights_from"]
+            network, identity, parts_of(config.projector), label=fact["weights"], weights_from=fact["weights_from"]
         )
     return made
 
@@ -180,11 +179,6 @@ def settings_of(identity: FeatureIdentity, weights: str) -> EncoderSettings:
     )
 
 
-def parts_of(config: TrainConfig) -> Sequence[Part]:
-    """What the config's resampler reads of a clip."""
-    return RESAMPLERS[config.projector.resampler].reads
-
-
 def _extraction(config: TrainConfig, settings: Mapping[str, Any], config_file: Path | None) -> ExtractConfig:
     """The extraction whose tokens are made: its encoders are those that the run uses, in a store's order."""
     given = {name: value for name, value in settings.items() if value not in (None, ())}
@@ -195,12 +189,13 @@ def _extraction(config: TrainConfig, settings: Mapping[str, Any], config_file: P
     for name in config.train_encoders:
         if name not in names:
             raise UserError(unknown_name("encoder in train_encoders", name, names))
-    return replace(extract, encoders=tuple(names), prefix_tokens=extract.prefix_tokens or "prefix" in parts_of(config))
+    needs_prefix = "prefix" in parts_of(config.projector)
+    return replace(extract, encoders=tuple(names), prefix_tokens=extract.prefix_tokens or needs_prefix)
 
 
 def _open(config: TrainConfig, extract: ExtractConfig, engine: Engine, check: MediaCheck | None) -> LiveTokens:
     """Encoders loaded: frozen ones on the device, trained ones as modules that the model takes along."""
-    frozen, trained, parts = {}, {}, parts_of(config)
+    frozen, trained, parts = {}, {}, parts_of(config.projector)
     batch = {kind: extract.batch.get(kind) or default_batch(engine.device, kind) for kind in KINDS}
     for settings in extract.encoder_settings:
         if settings.name in config.train_encoders:
@@ -249,8 +244,7 @@ def _check_in(out: Path | None, extract: ExtractConfig) -> MediaCheck:
     """The look's record in the run's folder; another root or way of decoding is another record."""
     asked = {"root": extract.root, "decoder": extract.decoder, "accept_damaged": extract.accept_damaged}
     name = f"media-{hashlib.sha256(canonical_json(asked).encode()).hexdigest()[:12]}.jsonl"
-    is_first = int(os.environ.get("RANK", "0")) == 0
-    return MediaCheck(out / name if out is not None else None, is_first_rank=is_first)
+    return MediaCheck(out / name if out is not None else None, is_first_rank=is_first_rank())
 
 
 def _of_this_rank(settings: EngineSettings) -> EngineSettings:

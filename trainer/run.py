@@ -19,12 +19,11 @@ from featurestore import FeatureStore
 from featurestore.errors import UserError, unknown_name
 from featurestore.samples import Sample
 from trainer.config import LiveRequest, TrainConfig, used_encoders
+from trainer.data.batches import named_samples
 from trainer.data.tokens import StoreTokens, TokenSource
 from trainer.evaluate import Answer, answer_all, check_identities, questions, report
-from trainer.loop.plan import describe, make_plan
 from trainer.loop.stages import describe_stages, train_stages
-from trainer.loop.train import train
-from trainer.model.resamplers import RESAMPLERS
+from trainer.model.resamplers import parts_of
 from trainer.recipes import Stages
 from trainer.runs.chain import last_stage
 from trainer.runs.load import load_run
@@ -32,20 +31,6 @@ from trainer.runs.scores import ScoreSource, write_scores
 
 Place = str | LiveRequest  # where tokens come from: a store's path, or what is encoded on the spot
 OpenTokens = Callable[[TrainConfig], tuple[list[Sample], TokenSource]]
-
-
-def dry_run(config: TrainConfig, place: Place) -> dict[str, Any]:
-    """All that is known before the first step."""
-    with opened(place) as open_tokens:
-        samples, source = open_tokens(config)
-        return describe(make_plan(config, samples, source, store=store_of(place)))
-
-
-def train_run(config: TrainConfig, place: Place, out: Path, *, resume: bool) -> dict[str, Any]:
-    """Train a run to its end."""
-    with opened(place, out) as open_tokens:
-        samples, source = open_tokens(config)
-        return asdict(train(config, samples, source, out, store=store_of(place), resume=resume))
 
 
 def dry_run_stages(stages: Stages, place: Place) -> dict[str, Any]:
@@ -118,14 +103,10 @@ def evaluate_run(
 def open_store(path: str, config: TrainConfig) -> tuple[list[Sample], StoreTokens]:
     """The samples the config asks for, and a source of the encoders it uses."""
     store = FeatureStore.open(path)
-    available = store.sample_names
-    for name in config.samples:
-        if name not in available:
-            raise UserError(unknown_name("sample set", name, available))
-    samples = [sample for name in config.samples or available for sample in store.samples(name)]
+    samples = named_samples(config.samples, store.sample_names, store.samples)
     _check_stored(config.encoders, list(store.encoders))
-    parts = RESAMPLERS[config.projector.resampler].reads
-    return samples, StoreTokens(store, used_encoders(config, list(store.encoders)), parts=parts)
+    used = used_encoders(config, list(store.encoders))
+    return samples, StoreTokens(store, used, parts=parts_of(config.projector))
 
 
 def _check_stored(wanted: Sequence[str], stored: Sequence[str]) -> None:

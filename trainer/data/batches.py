@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -34,6 +34,14 @@ class TrainingData:
     samples: tuple[Sample, ...]
     digest: str  # 64 hex digits over every kept sample and its clip's tokens
     dropped: Mapping[str, int] = field(default_factory=dict)  # reason -> samples
+
+
+def named_samples(wanted: Sequence[str], known: Sequence[str], read: Callable[[str], Sequence[Sample]]) -> list[Sample]:
+    """The conversations of the sets that are wanted, or of all that are known."""
+    for name in wanted:
+        if name not in known:
+            raise UserError(unknown_name("sample set", name, known))
+    return [sample for name in wanted or known for sample in read(name)]
 
 
 def select(samples: Sequence[Sample], source: TokenSource, config: TrainConfig) -> TrainingData:

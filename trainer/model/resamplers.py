@@ -292,3 +292,8 @@ RESAMPLERS: dict[ResamplerName, type[Resampler]] = {  # made of a config, what i
     "class_token": ClassToken,
     "all_tokens": AllTokens,
 }
+
+
+def parts_of(config: ProjectorConfig) -> tuple[Part, ...]:
+    """What a projector reads of a clip."""
+    return RESAMPLERS[config.resampler].reads
