@@ -68,7 +68,7 @@ class TokenSource(Protocol):
     shapes: Mapping[str, TokenShape]  # encoder -> shape, in the order of the encoders
     trained: Mapping[str, nn.Module] = MappingProxyType({})  # encoders that join the model; `fetch` gives their frames
     live: Mapping[str, Any] | None = None  # settings of the extraction that runs on the spot; None: tokens are there
-    facts: Mapping[str, Mapping[str, Any]]  # encoder -> `identity` fields and `weights` label, where known
+    facts: Mapping[str, Mapping[str, Any]] = MappingProxyType({})  # encoder -> `identity`, `weights` label, where known
 
     def fetch(self, clip_ids: Sequence[str]) -> dict[str, ClipTokens]:
         """encoder -> tokens_BTHWD on the CPU, B in the order asked; safe to call from several threads."""
@@ -90,8 +90,8 @@ class TokenSource(Protocol):
 class StoreTokens(TokenSource):
     """Tokens that a feature store holds, of some of its encoders.
 
-    `parts` is what is read of each clip, `RESAMPLERS[name].reads`: one class token per frame is a small fraction of a
-    raw grid's bytes.
+    `parts` is what is read of each clip, which a projector's `parts_of` says: one class token per frame is a small
+    fraction of a raw grid's bytes.
     """
 
     def __init__(self, store: FeatureStore, encoders: Sequence[str], *, parts: Sequence[Part] = ("tokens",)) -> None:
@@ -166,7 +166,6 @@ class MemoryTokens(TokenSource):
                 )
         self._rows = {clip_id: row for row, clip_id in enumerate(clip_ids)}
         self._tokens, self._prefix = dict(tokens), dict(prefix)
-        self.facts = {}
         self.shapes = {
             encoder: TokenShape(
                 grid=tuple(tokens_BTHWD.shape[1:4]),

@@ -13,6 +13,7 @@ as it is found, so a resumed run looks at nothing twice and a person can list wh
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections import deque
@@ -103,8 +104,6 @@ def _outcome(clip_id: str, future: Future) -> dict[str, Any]:
 
 def _appending(path: Path | None) -> TextIO:
     if path is None:
-        import os
-
         return open(os.devnull, "w")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.open("a")

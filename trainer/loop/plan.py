@@ -70,7 +70,6 @@ def make_plan(
         rank=rank,
         num_ranks=num_ranks,
     )
-    facts = getattr(source, "facts", {})
     record = RunRecord(
         store=store,
         data_digest=data.digest,
@@ -81,7 +80,7 @@ def make_plan(
         num_visual_tokens=built.model.num_visual_tokens,
         num_steps=batches.num_steps,
         started_from=loaded.message if loaded else "",
-        encoders={encoder: facts[encoder] for encoder in built.model.encoders if encoder in facts},
+        encoders={encoder: source.facts[encoder] for encoder in built.model.encoders if encoder in source.facts},
         software=software_versions(),
         tokens="from cache" if source.live is None else "end to end",
         live=source.live,
