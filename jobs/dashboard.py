@@ -31,16 +31,6 @@ def dashboard_lines(client: Client) -> list[str]:
     ]
 
 
-def metrics_addresses(client: Client) -> dict[str, str]:
-    """Worker -> the address of its `/metrics`."""
-    workers = client.scheduler_info(n_workers=-1)["workers"]
-    return {
-        worker: f"http://{entry['host']}:{entry['services']['dashboard']}/metrics"
-        for worker, entry in workers.items()
-        if entry["services"].get("dashboard")
-    }
-
-
 @contextmanager
 def performance_report(path: Path | None, say: Callable[[str], None]) -> Iterator[None]:
     """Save Dask's report of what runs inside as one HTML page, also where it ends with an error; None: no report."""

@@ -10,7 +10,6 @@ B batch, T time steps, H W patch rows and columns, K prefix tokens, D encoder wi
 
 from __future__ import annotations
 
-from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from featurestore.errors import UserError
@@ -85,30 +84,6 @@ def adaptive_windows(size: int, num_windows: int) -> list[tuple[int, int]]:
     [(0, 2), (1, 4), (3, 6), (5, 7), (7, 9), (8, 11), (10, 13), (12, 14)]
     """
     return [(i * size // num_windows, -(-(i + 1) * size // num_windows)) for i in range(num_windows)]
-
-
-def grids_nest(native: Grid, mid: Grid, target: Grid) -> bool:
-    """Whether pooling native -> mid -> target equals native -> target for every input, on all three axes."""
-    return all(windows_nest(*sizes) for sizes in zip(native, mid, target, strict=True))
-
-
-def windows_nest(native: int, mid: int, target: int) -> bool:
-    """Whether pooling an axis in two steps gives each input the weight it has in one step.
-
-    >>> windows_nest(16, 8, 4), windows_nest(14, 8, 4), windows_nest(14, 14, 8)
-    (True, False, True)
-    """
-    first, second = _pooling_weights(native, mid), _pooling_weights(mid, target)
-    in_two_steps = [
-        [sum((row[m] * first[m][n] for m in range(mid)), Fraction(0)) for n in range(native)] for row in second
-    ]
-    return in_two_steps == _pooling_weights(native, target)
-
-
-def _pooling_weights(size: int, num_windows: int) -> list[list[Fraction]]:
-    """Exact weight of every input in every output."""
-    windows = adaptive_windows(size, num_windows)
-    return [[Fraction(int(a <= n < b), b - a) for n in range(size)] for a, b in windows]
 
 
 def pool_axis(values: torch.Tensor, axis: int, num_windows: int) -> torch.Tensor:

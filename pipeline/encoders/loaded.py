@@ -66,11 +66,6 @@ class LoadedEncoder:
         """The module itself, for whoever trains it further."""
         return self._network
 
-    @property
-    def num_parameters(self) -> int:
-        """Parameters that are really used."""
-        return sum(parameter.numel() for parameter in self._network.parameters())
-
     def encode(self, frames_BTHWC: Frames, *, prefix_tokens: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
         """uint8 RGB frames -> (features_BTHWD, prefix_BTKD or None) on the device, in the compute dtype.
 

@@ -4,14 +4,15 @@ import urllib.request
 
 from jobs import metrics
 from jobs.clusters import ClusterRequest, connect
-from jobs.dashboard import dashboard_lines, metrics_addresses, performance_report
+from jobs.dashboard import dashboard_lines, performance_report
 
 
 def test_what_a_task_counts_stands_at_its_workers_endpoint_beside_dasks_own():
     with connect(ClusterRequest()) as client:
         for stage, seconds in (("decode", 1.5), ("encode", 2.0), ("decode", 0.25)):
             client.submit(metrics.count, "test_seconds", "Seconds, by stage", seconds, pure=False, stage=stage).result()
-        (address,) = metrics_addresses(client).values()
+        (worker,) = client.scheduler_info(n_workers=-1)["workers"].values()
+        address = f"http://{worker['host']}:{worker['services']['dashboard']}/metrics"
         with urllib.request.urlopen(address, timeout=10) as answer:
             lines = answer.read().decode().splitlines()
     assert 'merv_test_seconds_total{stage="decode"} 1.75' in lines

@@ -24,8 +24,6 @@ Fused = tuple[Tensor, Tensor | None]
 class Fusion(nn.Module):
     """What all fusions share: sizes, and how many encoders and tokens they use and give."""
 
-    uses_first_only = False  # then only the first encoder is read and gets a projector
-
     def __init__(self, num_encoders: int, width: int) -> None:
         super().__init__()
         self.num_encoders, self.width = num_encoders, width
@@ -122,8 +120,6 @@ class EqualMix(Fusion):
 
 class First(Fusion):
     """The first encoder alone; the others are not even read."""
-
-    uses_first_only = True
 
     def forward(self, embeddings: Sequence[Tensor]) -> Fused:
         return embeddings[0], embeddings[0].new_ones(len(embeddings[0]), 1)
