@@ -141,8 +141,8 @@ def train_main(
     if resume not in (None, "auto"):
         out = Path(resume)
         start, earlier = read_stages(out), earlier_record(out)
-    place = None if print_config else asked_place(store, options, earlier)
-    pop_live_words(options)  # what is left are settings
+    words = pop_live_words(options)  # what is left are settings
+    place = None if print_config else asked_place(store, words, earlier)
     only = options.pop("stage") if len(start) > 1 else None
     stages = resolve_stages(start, config_file, options)
     if print_config:
@@ -206,13 +206,9 @@ def _change(changes: dict[str, Any], part: str, **values: Any) -> None:
 
 
 def asked_place(
-    store: str | None, options: dict[str, Any], earlier: Mapping[str, Any] | None = None
+    store: str | None, words: Mapping[str, Any], earlier: Mapping[str, Any] | None = None
 ) -> str | LiveRequest:
-    """Where tokens come from, as asked or as the record of the run that is resumed says.
-
-    Takes the options of `live_options` out of `options`; `--encoders` says what the run uses either way and stays.
-    """
-    words = pop_live_words(options)
+    """Where tokens come from, as asked or as the record of the run that is resumed says; `words` as they were given."""
     live = {name: words[name] for name in ("dataset", "root", "weights")}
     file, is_trusted, is_live = words["extract_config"], words["trust_media"], words["end_to_end"]
     if is_live and store is not None:
@@ -224,8 +220,8 @@ def asked_place(
         is_trusted = recorded.pop("trust_media", False) or is_trusted
         given = {name: value for name, value in live.items() if value not in (None, ())}
         return LiveRequest(settings={**recorded, **given}, config_file=file, is_trusted=is_trusted)
-    words = {**live, "extract_config": file, "trust_media": is_trusted}
-    if given := [f"--{name.replace('_', '-')}" for name, value in words.items() if value]:
+    idle = {**live, "extract_config": file, "trust_media": is_trusted}
+    if given := [f"--{name.replace('_', '-')}" for name, value in idle.items() if value]:
         raise UserError(f"{', '.join(given)} say what is encoded on the spot: give --end-to-end too")
     if store is None:
         raise UserError(
@@ -236,7 +232,7 @@ def asked_place(
 
 
 def pop_live_words(options: dict[str, Any]) -> dict[str, Any]:
-    """Take the options of `live_options` out, and cut `--encoders` into names."""
+    """Take out the options of `live_options` that are no settings; `--encoders` is one, and is cut into names."""
     if isinstance(options.get("encoders"), str):
         options["encoders"] = [name.strip() for name in options["encoders"].split(",") if name.strip()]
     names = ("dataset", "root", "weights", "extract_config", "trust_media", "end_to_end")

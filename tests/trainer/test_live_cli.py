@@ -7,7 +7,7 @@ import yaml
 from click.testing import CliRunner
 
 from featurestore.errors import UserError
-from trainer.cli import asked_place, train_main
+from trainer.cli import asked_place, pop_live_words, train_main
 from trainer.config import LiveRequest
 
 NOTHING = {
@@ -27,7 +27,7 @@ def train(*arguments):
 
 def test_the_words_of_an_extraction_become_a_request():
     options = {**NOTHING, "end_to_end": True, "dataset": "demo", "weights": ("random:0",), "encoders": "siglip, dinov2"}
-    place = asked_place(None, options)
+    place = asked_place(None, pop_live_words(options))
     assert place == LiveRequest(settings={"dataset": "demo", "weights": ("random:0",)})
     assert options == {"encoders": ["siglip", "dinov2"]}  # what a run from a store may say too
 
