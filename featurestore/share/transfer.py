@@ -18,7 +18,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
-from featurestore.columns import CLIP_SCHEMA, table_to_clips
 from featurestore.digests import sha256_hex
 from featurestore.errors import StoreDamagedError, StoreError, StoreNotFoundError, UserError
 from featurestore.find import Place, no_store_at, place_of
@@ -27,44 +26,23 @@ from featurestore.keep.erase import erase_tombstoned
 from featurestore.layout import (
     JOURNAL,
     ROOT_METADATA,
-    block_of,
     journal_key,
     journal_names,
     receipt_key,
-    shard_key,
     snapshot_keys,
     tombstone_key,
 )
-from featurestore.lookup import encoder_keys
-from featurestore.parts import ClipIndex, read_table
-from featurestore.places.by_url import in_parallel, open_objects
+from featurestore.parts import ClipIndex
+from featurestore.places.by_url import open_objects
 from featurestore.places.objects import Objects, put_if_absent
 from featurestore.receipts import Receipt
+from featurestore.share.parcels import Parcel, digested, parcels_of
 from featurestore.share.selection import Selection
 from featurestore.snapshots import Snapshot, load_snapshot, newest_snapshot_id, publish
 from featurestore.tombstones import tombstone_ids
 from featurestore.writer import StoreWriter
 
 WORKERS = 4  # blocks in flight; each holds one shard of about 100 MB in memory
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parcel:
-    """One block of one group: its shards, and the receipt that covers them."""
-
-    kind: str
-    group: str
-    block: int
-    block_rows: int
-    number: int  # of the receipt: repair and tombstone replace a block
-    receipt_sha256: str  # of the receipt's own bytes
-    shards: Mapping[str, Mapping[str, int | str]]  # key -> {"sha256", "bytes"}
-    rows: int  # committed rows
-    rows_asked: int  # of them, rows of the clips asked for
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(int(shard["bytes"]) for shard in self.shards.values())
 
 
 @dataclass(kw_only=True)
@@ -97,7 +75,7 @@ def transfer(
     selection = selection or Selection()
     origin = open_objects(source)
     snapshot = _pinned(origin, source)
-    parcels = _parcels(origin, snapshot, selection)
+    parcels = parcels_of(origin, snapshot, selection)
     writer = StoreWriter.open_or_create(destination, block_rows=dict(snapshot.block_rows))
     done = _summary(source, destination, parcels)
     for stone in tombstone_ids(origin):  # first: what was taken back must not be shown for a moment
@@ -128,71 +106,11 @@ def transfer(
 
 
 def _pinned(origin: Objects, source: Place) -> Snapshot:
-    newest = newest_snapshot_id(origin) if origin.exists(ROOT_METADATA) else None
-    if newest is None and not origin.exists(ROOT_METADATA):
+    if not origin.exists(ROOT_METADATA):
         raise StoreNotFoundError(no_store_at(place_of(source)))
-    if newest is None:
+    if (newest := newest_snapshot_id(origin)) is None:
         raise StoreError(f"{source} has no snapshot yet: let its extraction end, or run it again to finish it")
     return load_snapshot(origin, newest)
-
-
-def _parcels(origin: Objects, snapshot: Snapshot, selection: Selection) -> list[Parcel]:
-    """The blocks to have, every receipt read and checked against the snapshot."""
-    keys = encoder_keys(snapshot.groups)
-    wanted = set(selection.groups(keys))
-    asked = None if selection.takes_all_clips else _rows_asked(origin, snapshot, selection)
-    blocks = []
-    for name, summary in snapshot.groups.items():
-        kind, group = name.split("/")
-        for block in sorted(map(int, summary.receipts)) if group in wanted else ():
-            mine = None if asked is None else asked.get((kind, block))
-            if asked is None or mine:
-                blocks.append((kind, group, block, summary.receipts[str(block)], mine))
-    read = partial(_parcel, origin, snapshot.block_rows)
-    return in_parallel(lambda entry: read(*entry), blocks, origin.parallel_reads)
-
-
-def _rows_asked(origin: Objects, snapshot: Snapshot, selection: Selection) -> dict[tuple[str, int], set[int]]:
-    """(kind, block) -> rows of the clips asked for."""
-    tables = [read_table(_digested(origin, key, sha256), CLIP_SCHEMA, key) for key, sha256 in snapshot.parts.items()]
-    rows = [pair for table in tables for pair in table_to_clips(table)]
-    selection.check(clip for _, clip in rows)
-    asked: dict[tuple[str, int], set[int]] = {}
-    for row, clip in rows:
-        if selection.takes(clip):
-            asked.setdefault((clip.kind, block_of(row, snapshot.block_rows[clip.kind])), set()).add(row)
-    return asked
-
-
-def _parcel(
-    origin: Objects,
-    block_rows: Mapping[str, int],
-    kind: str,
-    group: str,
-    block: int,
-    digest: str,
-    asked: set[int] | None,
-) -> Parcel:
-    key = receipt_key(kind, group, block)
-    try:
-        data = origin.get(key)
-    except FileNotFoundError:
-        raise StoreDamagedError(f"{key} is missing though the snapshot names it; verify the source") from None
-    receipt = Receipt.parse(data, kind=kind, group=group, block=block, block_rows=block_rows[kind])
-    if receipt.digest != digest:
-        raise StoreDamagedError(f"{key} is not the receipt that the snapshot names; run `merv-pipeline verify`")
-    ok = {row for row, outcome in enumerate(receipt.rows, start=receipt.first_row()) if outcome.state == "ok"}
-    return Parcel(
-        kind=kind,
-        group=group,
-        block=block,
-        block_rows=block_rows[kind],
-        number=receipt.number,
-        receipt_sha256=sha256_hex(data),
-        shards={shard_key(kind, group, name, block): entry for name, entry in receipt.shards.items()},
-        rows=len(ok),
-        rows_asked=len(ok if asked is None else ok & asked),
-    )
 
 
 def _summary(source: Place, destination: Place, parcels: list[Parcel]) -> Transferred:
@@ -211,20 +129,13 @@ def _copy_parts(origin: Objects, target: Objects, snapshot: Snapshot) -> None:
     """Clip parts and samples; a part that is there must be the same, or the destination is another store."""
     named = dict(snapshot.parts) | {entry["key"]: entry["sha256"] for entry in snapshot.samples.values()}
     for key, sha256 in named.items():
-        if not target.exists(key) and put_if_absent(target, key, _digested(origin, key, sha256)):
+        if not target.exists(key) and put_if_absent(target, key, digested(origin, key, sha256)):
             continue
         if sha256_hex(target.get(key)) != sha256:
             raise UserError(
                 f"the destination holds another store: its {key} differs; push into an empty place, or make one store "
                 "of both with `merv-pipeline union`"
             )
-
-
-def _digested(origin: Objects, key: str, sha256: str) -> bytes:
-    data = origin.get(key)
-    if sha256_hex(data) != sha256:
-        raise StoreDamagedError(f"{key} does not match the snapshot's digest; run `merv-pipeline verify` on the source")
-    return data
 
 
 def _make_groups(origin: Objects, writer: StoreWriter, snapshot: Snapshot, parcels: Iterable[Parcel]) -> None:
@@ -259,7 +170,7 @@ def _send(origin: Objects, target: Objects, sizes: Mapping[str, int], check: boo
                 f"{shard} arrived with other bytes than its receipt says; delete it there, push again"
             )
     if key not in sizes or is_replaced:
-        receipt = _digested(origin, key, parcel.receipt_sha256)
+        receipt = digested(origin, key, parcel.receipt_sha256)
         if is_replaced:
             target.replace(key, receipt)
         elif not put_if_absent(target, key, receipt) and target.get(key) != receipt:
@@ -305,7 +216,7 @@ def _finish(origin: Objects, writer: StoreWriter, snapshot: Snapshot, selection:
     if not selection.is_whole:
         return publish(writer.objects, writer.block_rows)
     table_key, record_key = snapshot_keys(snapshot.id)
-    put_if_absent(writer.objects, table_key, _digested(origin, table_key, snapshot.table_sha256))
+    put_if_absent(writer.objects, table_key, digested(origin, table_key, snapshot.table_sha256))
     put_if_absent(writer.objects, record_key, snapshot.to_bytes())
     newest = newest_snapshot_id(writer.objects)
     if newest != snapshot.id:  # the destination was ahead: its own older transfers of parts, or an extraction there
