@@ -18,6 +18,7 @@ import torch
 from featurestore.errors import UserError
 from featurestore.samples import Sample, Turn
 from trainer.data.batches import make_batch
+from trainer.data.collate import Batch
 from trainer.data.tokens import TokenShape, TokenSource
 from trainer.model.build import Built, LoadedRun
 
@@ -52,12 +53,18 @@ class Score:
 def questions(samples: Sequence[Sample], source: TokenSource, *, split: str, has_visual: bool) -> list[Sample]:
     """Samples of that split that have options and, where clips are shown, tokens."""
     asked = [sample for sample in samples if sample.options and sample.split == split]
-    if has_visual:
-        known = source.available({sample.clip_id for sample in asked if sample.clip_id is not None})
-        asked = [sample for sample in asked if sample.clip_id is None or sample.clip_id in known]
+    asked = showable(asked, source, has_visual=has_visual)
     if not asked:
         raise UserError(_no_question(samples, split))
     return asked
+
+
+def showable(samples: Sequence[Sample], source: TokenSource, *, has_visual: bool) -> list[Sample]:
+    """Those whose clip has tokens, where the model looks at clips; those about text always."""
+    if not has_visual:
+        return list(samples)
+    known = source.available({sample.clip_id for sample in samples if sample.clip_id is not None})
+    return [sample for sample in samples if sample.clip_id is None or sample.clip_id in known]
 
 
 def _no_question(samples: Sequence[Sample], split: str) -> str:
@@ -108,17 +115,21 @@ def answer_batch(
     built: Built, samples: Sequence[Sample], source: TokenSource, device: torch.device | str
 ) -> list[Answer]:
     """Answer questions in one forward, with the model as it stands."""
-    has_visual = built.model.fusion is not None
-    pairs = [(sample, option) for sample in samples for option in sample.options]
-    batch = make_batch(
-        [built.renderer(with_answer(sample, option).turns) for sample, option in pairs],
-        [sample.clip_id if has_visual else None for sample, _ in pairs],
-        source,
-        built.model.num_visual_tokens,
-        built.model.context,
-    )
-    scores = iter(built.model.score(batch.to(device)).tolist())
+    choices = [with_answer(sample, option) for sample in samples for option in sample.options]
+    scores = iter(built.model.score(batch_of(built, choices, source).to(device)).tolist())
     return [_answer(sample, tuple(next(scores) for _ in sample.options)) for sample in samples]
+
+
+def batch_of(built: Built, samples: Sequence[Sample], source: TokenSource) -> Batch:
+    """Samples as the model reads them: rendered, and with their clips' tokens where it looks at clips."""
+    model = built.model
+    return make_batch(
+        [built.renderer(sample.turns) for sample in samples],
+        [sample.clip_id if model.fusion is not None else None for sample in samples],
+        source,
+        model.num_visual_tokens,
+        model.context,
+    )
 
 
 def with_answer(sample: Sample, option: str) -> Sample:

@@ -214,7 +214,7 @@ def extracted(media_lab, media_root, tmp_path_factory):
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def free_port():
     """A port for ranks to meet at, below those that connections take of themselves: two tests run side by side."""
     for port in random.sample(range(20_000, 30_000), 100):

@@ -22,11 +22,10 @@ from torch import Tensor
 from featurestore.errors import UserError
 from featurestore.samples import Sample
 from trainer.config import TrainConfig
-from trainer.data.batches import make_batch
 from trainer.data.order import derive_seed
 from trainer.data.prompts import reason_to_refuse
 from trainer.data.tokens import TokenSource
-from trainer.evaluate import answer_batch
+from trainer.evaluate import answer_batch, batch_of, showable
 from trainer.loop.plan import Plan
 
 MODALITIES = ("video", "image", "text")
@@ -75,15 +74,8 @@ class Validation:
 
     def _losses(self, samples: Sequence[Sample]) -> Tensor:
         """Summed losses of each modality, then their supervised tokens."""
-        model = self.built.model
-        batch = make_batch(
-            [self.built.renderer(sample.turns) for sample in samples],
-            [sample.clip_id if model.fusion is not None else None for sample in samples],
-            self.source,
-            model.num_visual_tokens,
-            model.context,
-        )
-        losses_B = model.sample_losses(batch.to(self.accelerator.device)).double().cpu()
+        batch = batch_of(self.built, samples, self.source)
+        losses_B = self.built.model.sample_losses(batch.to(self.accelerator.device)).double().cpu()
         kinds = [MODALITIES.index(self.modality[sample.sample_id]) for sample in samples]
         sums = torch.zeros(2, len(MODALITIES), dtype=torch.float64)
         sums.index_add_(1, torch.tensor(kinds), torch.stack([losses_B, batch.supervised_B.double()]))
@@ -101,9 +93,7 @@ def heldout_samples(
 ) -> list[Sample]:
     """Those of the eval split that can be shown to the model, in an order that follows from their ids alone."""
     wanted = [sample for sample in samples if sample.split == config.eval_split and _changes(sample, config)]
-    if has_visual:
-        known = source.available({sample.clip_id for sample in wanted if sample.clip_id is not None})
-        wanted = [sample for sample in wanted if sample.clip_id is None or sample.clip_id in known]
+    wanted = showable(wanted, source, has_visual=has_visual)
     if not wanted:
         found = ", ".join(sorted({sample.split for sample in samples})) or "none"
         raise UserError(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from featurestore.errors import UserError
 from trainer.config import read_config
-from trainer.give.exported import EXPORT_FILE, load_export
+from trainer.give.exported import is_export, load_export
 from trainer.model.build import LoadedRun, rebuild, resumed_llm
 from trainer.runs import checkpoint
 from trainer.runs.chain import last_stage
@@ -22,7 +22,7 @@ def load_run(run: Path, *, best: bool = False) -> LoadedRun:
     `best`: instead of the newest, the one with the best validation.
     """
     run = last_stage(Path(run))
-    if (run / EXPORT_FILE).is_file():
+    if is_export(run):
         return load_export(run)
     folder = checkpoint.newest(run)
     if best and folder is not None:

@@ -29,6 +29,7 @@ from trainer.runs import checkpoint
 SCRIPT = """
 import json
 import sys
+from dataclasses import replace
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
@@ -37,8 +38,9 @@ from accelerate.utils import DistributedType
 import trainer.loop.train
 from featurestore.samples import Sample, Turn
 from trainer.loop import ranks
+from trainer.loop.stages import train_stages
 from trainer.overlay import overlay
-from trainer.recipes import get_recipe
+from trainer.recipes import Stage, get_recipe
 from trainer.data.tokens import MemoryTokens
 
 held = []  # share of the elements of the model's parameters that this process holds
@@ -63,7 +65,7 @@ def weighing(accelerator, model, optimizer):
     return prepared
 
 
-def go(out, changes, resume=False, stop_at=None):
+def go(out, changes, resume=False, stop_at=None, is_chain=False):
     random = torch.Generator().manual_seed(0)
     clips = [f"set/clip{index}.mp4" for index in range(16)]
     tokens = MemoryTokens(clips, {"dinov2": torch.randn(16, 2, 2, 2, 8, generator=random)})
@@ -83,6 +85,15 @@ def go(out, changes, resume=False, stop_at=None):
     common = {"projector": {"grid": [1, 2, 2]}, "max_steps": 4, "batch_size": 4, "micro_batch_size": 1}
     checkpoints = {"eval_every": 2, "checkpoint_every": 2, "keep_checkpoints": 5}
     config = overlay(get_recipe("demo"), common | checkpoints | changes)
+    if is_chain:
+        captions = [
+            replace(sample, sample_id=f"c-{sample.sample_id}", clip_id=clip, stage="align")
+            for sample, clip in zip(samples, clips, strict=True)
+        ]
+        first = Stage(name="align", config=replace(config, stage="align", prompt="caption", max_steps=2))
+        stages = (first, Stage(name="finetune", config=config))
+        train_stages(stages, lambda asked: ([*samples, *captions], tokens), out, is_quiet=True)
+        return
     trainer.loop.train.train(config, samples, tokens, out, resume=resume, stop_at=stop_at, is_quiet=True)
 
 
@@ -156,9 +167,10 @@ def test_two_sharded_ranks_train_validate_save_and_resume_as_one(tmp_path, go, p
         {"out": str(tmp_path / "full"), "changes": FULL, "stop_at": 2},
         {"out": str(tmp_path / "full"), "changes": FULL, "resume": True},
         {"out": str(tmp_path / "partly"), "changes": partly},
+        {"out": str(tmp_path / "chain"), "changes": FULL, "is_chain": True},
     ]
     held = run_sharded(tmp_path, runs, free_port)
-    assert len(held) == 6
+    assert len(held) == 2 * 5  # the chain is two
     assert all(0.4 < share < 0.6 for share in held)
 
     for name, changes, tolerance in [("full", FULL, 1e-3), ("partly", partly, 3e-2)]:
@@ -171,6 +183,11 @@ def test_two_sharded_ranks_train_validate_save_and_resume_as_one(tmp_path, go, p
             assert {n: (v.shape, v.dtype) for n, v in found.items()} == {
                 n: (v.shape, v.dtype) for n, v in wanted.items()
             }
+
+    go(tmp_path / "chain-alone", FULL, is_chain=True)
+    for stage in ("align", "finetune"):
+        found, wanted = (column(tmp_path / name / stage, "loss") for name in ("chain", "chain-alone"))
+        assert found == pytest.approx(wanted, rel=1e-3), stage
 
     # What two ranks saved, one goes on with; it then writes what it would have written without them.
     shutil.copytree(tmp_path / "full", tmp_path / "one")
