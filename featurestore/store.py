@@ -163,11 +163,16 @@ class FeatureStore:
                     f"{stone.date} ({stone.reason}); open the newest snapshot, which has the others"
                 )
 
-    def journal(self) -> list[tuple[str, dict[str, Any]]]:
-        """(name, record) of every run and worker that left one; provenance, never part of a digest."""
-        names = journal_names(self._objects.list_names(JOURNAL))
+    def journal(self, prefix: str = "") -> list[tuple[str, dict[str, Any]]]:
+        """(name, record) of every run, worker and measurement that left one; provenance, never part of a digest."""
+        names = [name for name in journal_names(self._objects.list_names(JOURNAL)) if name.startswith(prefix)]
         texts = ((name, get_bounded(self._objects, journal_key(name), MAX_JOURNAL_BYTES)) for name in names)
         return [(name, parse_journal(text, name)) for name, text in texts]
+
+    @property
+    def canaries(self) -> dict[str, str]:
+        """ "kind/group" -> sha256 of the tokens of its canaries, for those that have some; see `canaries.py`."""
+        return dict(self._record.canaries)
 
     def rows(self, clip_ids: Sequence[str], *, encoder: str) -> np.ndarray:
         """int64 [B]: the row of each clip in its kind's array, -1 where it has no tokens; clips of one kind only."""

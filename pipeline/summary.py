@@ -68,13 +68,14 @@ def run_record(
         "host": socket.gethostname(),
         "root": listing.root,
         "config": config.to_dict(),
-        "versions": _versions(),
+        "versions": software_versions(),
         "encoders": {name: dict(entry) for name, entry in encoders.items()},
         "summary": summary.to_dict(),
     }
 
 
-def _versions() -> dict[str, str]:
+def software_versions() -> dict[str, str]:
+    """Installed versions of what decodes, resizes, computes and stores."""
     from importlib.metadata import PackageNotFoundError, version
 
     def found(name: str) -> str:

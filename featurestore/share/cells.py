@@ -24,7 +24,7 @@ from featurestore.places.by_url import open_objects
 from featurestore.reader import ShardCache
 from featurestore.receipts import Receipt, RowOutcome, read_receipt, row_digest
 from featurestore.samples import Sample
-from featurestore.shards import encode_row
+from featurestore.shards import decode_row, encode_row
 from featurestore.snapshot_table import column
 from featurestore.snapshots import load_snapshot, read_snapshot_table
 from featurestore.store import FeatureStore
@@ -177,3 +177,12 @@ def check_cell(source: str, clip_id: str, outcome: RowOutcome, stored: Mapping[s
     """Refuse tokens that are not the ones that were committed."""
     if outcome.state == "ok" and row_digest(stored) != outcome.digest:
         raise StoreDamagedError(f"{source}: the tokens of {clip_id} differ from their digest; verify it, then repair")
+
+
+def decoded_cell(cell: LoadedCell, specs: Mapping[str, ArraySpec]) -> dict[str, np.ndarray]:
+    """Stored items of an ok cell, by array."""
+    stored: dict[str, np.ndarray] = {}
+    for name, spec in specs.items():
+        stored[name] = np.empty(spec.row_shape, dtype=spec.dtype)
+        decode_row(spec, np.frombuffer(cell.chunks[name], dtype=np.uint8), stored[name])
+    return stored

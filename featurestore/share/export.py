@@ -28,12 +28,11 @@ from featurestore.columns import clips_to_table, samples_to_table
 from featurestore.digests import canonical_json, sha256_hex
 from featurestore.errors import UserError, unknown_name
 from featurestore.lookup import encoder_keys
-from featurestore.metadata import ArraySpec, array_specs
+from featurestore.metadata import array_specs
 from featurestore.parts import table_bytes
 from featurestore.places.by_url import in_parallel
 from featurestore.places.objects import machine_faults
-from featurestore.shards import decode_row
-from featurestore.share.cells import CellSource, LoadedCell
+from featurestore.share.cells import CellSource, LoadedCell, decoded_cell
 from featurestore.share.selection import Selection
 
 RECORD, CLIPS, SUMS = "export.json", "clips.parquet", "SHA256SUMS"
@@ -113,7 +112,7 @@ def _export_group(
         loaded = in_parallel(lambda pair: source.load(name, pair[1].clip_id, specs), part, source.parallel_reads)
         lines += [{"number": number} | _outcome(cell) for (number, _), cell in zip(part, loaded, strict=True)]
         rows = [
-            (number, clip, _decoded(cell, specs))
+            (number, clip, decoded_cell(cell, specs))
             for (number, clip), cell in zip(part, loaded, strict=True)
             if cell.outcome.state == "ok"
         ]
@@ -126,14 +125,6 @@ def _export_group(
 
 def _outcome(cell: LoadedCell) -> dict[str, str | None]:
     return {name: getattr(cell.outcome, name) for name in CELL_SCHEMA.names[1:]}
-
-
-def _decoded(cell: LoadedCell, specs: Mapping[str, ArraySpec]) -> dict[str, np.ndarray]:
-    stored: dict[str, np.ndarray] = {}
-    for name, spec in specs.items():
-        stored[name] = np.empty(spec.row_shape, dtype=spec.dtype)
-        decode_row(spec, np.frombuffer(cell.chunks[name], dtype=np.uint8), stored[name])
-    return stored
 
 
 def _tar(folder: str, block: int, rows: list[Row]) -> Iterator[tuple[str, bytes]]:

@@ -1,0 +1,106 @@
+"""Parity on a store's own clips: their media are decoded and encoded again and compared with the committed tokens.
+
+Canaries need no media and nobody's permission; this is for who wants to see real clips. Media other than those that the
+tokens were made from are refused by their digest, before anything is compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from featurestore.clips import KINDS, Clip
+from featurestore.errors import ClipUnavailableError, UserError, unknown_name
+from featurestore.find import Place
+from featurestore.metadata import array_specs
+from featurestore.parity import ParityRow
+from featurestore.places.by_url import open_objects
+from featurestore.quantise import OverflowedTokens, to_stored
+from featurestore.share.cells import LoadedCell, StoreCells, decoded_cell
+from featurestore.store import FeatureStore
+from pipeline.parity_figures import compare
+from pipeline.recompute import driver_runs
+from pipeline.verify_media import media_roots
+
+if TYPE_CHECKING:
+    from pipeline.engine import EncoderRun, Engine
+
+MAX_CLIPS = 1000  # a check, not an extraction
+
+
+def clips_by_kind(place: Place, clip_ids: Sequence[str]) -> dict[str, list[str]]:
+    """Kind -> clip ids of the store, in the order given."""
+    kinds = {
+        row["clip_id"]: row["kind"] for row in FeatureStore.open(place).clips.select(["clip_id", "kind"]).to_pylist()
+    }
+    if len(clip_ids) > MAX_CLIPS:
+        raise UserError(f"at most {MAX_CLIPS} clips are encoded again, got {len(clip_ids)}")
+    for clip_id in clip_ids:
+        if clip_id not in kinds:
+            raise UserError(unknown_name("clip", clip_id, sorted(kinds)[:2000])[:600])
+    return {kind: found for kind in KINDS if (found := [c for c in clip_ids if kinds[c] == kind])}
+
+
+def check_clips(
+    place: Place, engine: Engine, run: EncoderRun, key: str, kind: str, clip_ids: Sequence[str], *, root: str | None
+) -> ParityRow:
+    """Encode clips of a store again, a batch of the group's shape at a time, and compare."""
+    cells, name = StoreCells(place), f"{kind}/{run.identity.group_name}"
+    if name not in cells.groups():
+        raise ClipUnavailableError(f"{key} has no tokens of {kind} clips in this store; leave them out of the list")
+    batch = cells.groups()[name].batch_shape
+    specs = array_specs(run.identity, kind, blocks=0, block_rows=1, codec=cells.groups()[name].codec)
+    clips = {clip.clip_id: clip for clip in cells.clips()}
+    roots = media_roots(driver_runs(open_objects(place)), root)
+    pairs = []
+    for start in range(0, len(clip_ids), batch):
+        part = list(clip_ids[start : start + batch])
+        loaded = {clip_id: _load(cells, name, clip_id, key, specs) for clip_id in part}
+        mine = _encode(engine, run, batch, [clips[clip_id] for clip_id in part], roots, loaded)
+        for clip_id, made in zip(part, mine, strict=True):
+            pairs.append((decoded_cell(loaded[clip_id], specs), made))
+    return compare(key, kind, run.identity, pairs)
+
+
+def _load(cells: StoreCells, name: str, clip_id: str, key: str, specs: Mapping) -> LoadedCell:
+    cell = cells.cells(name).get(clip_id)
+    if cell is None or not cell.is_ok:
+        raise ClipUnavailableError(f"{clip_id} has no committed tokens of {key}: leave it out of the list")
+    return cells.load(name, clip_id, specs)
+
+
+def _encode(
+    engine: Engine,
+    run: EncoderRun,
+    batch: int,
+    clips: Sequence[Clip],
+    roots: Mapping[str, str],
+    loaded: Mapping[str, LoadedCell],
+) -> list[dict[str, np.ndarray] | None]:
+    """Stored items of each clip as this machine makes them; None where its tokens overflow here."""
+    from pipeline.decode.job import DecodeJob
+    from pipeline.engine import encode_batch
+
+    futures = []
+    for clip in clips:
+        if (root := roots.get(clip.dataset, roots.get(""))) is None:
+            raise UserError(f"no run says where the media of {clip.dataset} are: give --root DIR")
+        job = DecodeJob(root=root, clip=clip, views=(run.view,), decoder=run.identity.decode, accept_damaged=True)
+        futures.append(engine.pool.submit(job))
+    frames = {}
+    for slot, (clip, future) in enumerate(zip(clips, futures, strict=True)):
+        decoded = future.result()
+        if decoded.media_sha256 != loaded[clip.clip_id].outcome.media_sha256:
+            raise UserError(f"the media of {clip.clip_id} are not those that its tokens were made from: give others")
+        frames[slot] = decoded.frames[run.view]
+    arrays, _ = encode_batch(run, frames, range(batch))
+    return [_stored({name: items[slot] for name, items in arrays.items()}, run) for slot in frames]
+
+
+def _stored(arrays: Mapping[str, np.ndarray], run: EncoderRun) -> dict[str, np.ndarray] | None:
+    try:
+        return to_stored(arrays, run.identity.storage_dtype)
+    except OverflowedTokens:
+        return None
