@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import socket
@@ -15,12 +14,12 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-from featurestore.errors import AlreadyExistsError, StoreFormatError
+from featurestore.errors import StoreFormatError
 from featurestore.layout import TEMPORARY
+from featurestore.places.files import file_lock, link_exclusively, make_folder, open_plain, sync_folder
 from featurestore.places.objects import Buffer, machine_faults
 
 _ABANDONED_AFTER_S = 86_400
-_NO_LINK = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 
 
 class LocalObjects:
@@ -41,21 +40,21 @@ class LocalObjects:
     def put_new(self, key: str, data: Buffer | Sequence[Buffer]) -> None:
         path = self._path(key)
         with machine_faults(f"write {key}"):
-            _make_folder(os.path.dirname(path))
+            make_folder(os.path.dirname(path))
             temporary = self._write_temporary(data)
             try:
-                _link_exclusively(temporary, path, self._path(f"{TEMPORARY}/rename.lock"))
+                link_exclusively(temporary, path, self._path(f"{TEMPORARY}/rename.lock"))
             finally:
                 with suppress(FileNotFoundError):
                     os.unlink(temporary)
-            _sync_folder(os.path.dirname(path))
+            sync_folder(os.path.dirname(path))
 
     def replace(self, key: str, data: bytes) -> None:
         path = self._path(key)
         with machine_faults(f"write {key}"):
-            _make_folder(os.path.dirname(path))
+            make_folder(os.path.dirname(path))
             os.rename(self._write_temporary(data), path)
-            _sync_folder(os.path.dirname(path))
+            sync_folder(os.path.dirname(path))
 
     def swap(self, key: str, old: bytes, new: bytes) -> bool:
         with self.locked("metadata"):
@@ -65,7 +64,7 @@ class LocalObjects:
         return True
 
     def get(self, key: str) -> bytes:
-        with machine_faults(f"read {key}"), os.fdopen(_open_plain(self._path(key), key), "rb") as file:
+        with machine_faults(f"read {key}"), os.fdopen(open_plain(self._path(key), key), "rb") as file:
             return file.read()
 
     def open(self, key: str) -> LocalObject:
@@ -74,7 +73,7 @@ class LocalObjects:
 
     def size(self, key: str) -> int:
         with machine_faults(f"read {key}"):
-            handle = _open_plain(self._path(key), key)
+            handle = open_plain(self._path(key), key)
             try:
                 return os.fstat(handle).st_size
             finally:
@@ -110,7 +109,7 @@ class LocalObjects:
         path = self._path(key)
         with machine_faults(f"delete {key}"), suppress(FileNotFoundError):
             os.unlink(path)
-            _sync_folder(os.path.dirname(path))
+            sync_folder(os.path.dirname(path))
 
     def strange(self) -> list[str]:
         """Keys of what is neither a plain file nor a folder: links, pipes, devices."""
@@ -127,7 +126,7 @@ class LocalObjects:
         path = self._path(f"{TEMPORARY}/{name}.lock")
         with machine_faults(f"lock {name}"):
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            with _file_lock(path):
+            with file_lock(path):
                 yield
 
     def sweep(self) -> None:
@@ -196,7 +195,7 @@ class LocalObject:
     _file = -1  # until it is open
 
     def __init__(self, path: str, key: str) -> None:
-        self._file = _open_plain(path, key)
+        self._file = open_plain(path, key)
         self.size = os.fstat(self._file).st_size
 
     def read_into(self, offset: int, buffers: Sequence[memoryview]) -> int:
@@ -222,18 +221,6 @@ class LocalObject:
         self.close()
 
 
-def _open_plain(path: str, key: str) -> int:
-    """A handle of a plain file: a pipe or device in a stranger's store would be waited for without end."""
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except NotADirectoryError as error:
-        raise FileNotFoundError(error.errno, error.strerror, path) from None
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise StoreFormatError(f"{key} is refused: it is no plain file")
-    return handle
-
-
 def _remove_if_empty(folder: str) -> None:
     with suppress(OSError):
         os.rmdir(folder)
@@ -249,53 +236,3 @@ def _process_space() -> str:
         boot, namespace = "0", 0
     host = "".join(c for c in socket.gethostname().split(".")[0] if c.isalnum()) or "host"
     return f"{host}-{boot}-{namespace}"
-
-
-def _link_exclusively(temporary: str, path: str, lock: str) -> None:
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        # A retransmitted link on NFS can report the success of its first try as "exists".
-        if not os.path.samefile(temporary, path):
-            raise _taken(path) from None
-    except OSError as error:
-        if error.errno not in _NO_LINK:
-            raise
-        with _file_lock(lock):  # no links on this file system: look, then rename, one process at a time
-            if os.path.exists(path):
-                raise _taken(path) from None
-            os.rename(temporary, path)
-
-
-def _taken(path: str) -> AlreadyExistsError:
-    return AlreadyExistsError(f"{os.path.basename(path)} exists already: another process was first, read what it wrote")
-
-
-@contextmanager
-def _file_lock(path: str) -> Iterator[None]:
-    import fcntl  # POSIX only
-
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _make_folder(path: str) -> None:
-    """Make missing folders durably: a file's entry is safe only if its folder's own entry is."""
-    if not os.path.isdir(path):
-        _make_folder(os.path.dirname(path))
-        with suppress(FileExistsError):
-            os.mkdir(path)
-        _sync_folder(os.path.dirname(path))
-
-
-def _sync_folder(path: str) -> None:
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
