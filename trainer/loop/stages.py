@@ -6,6 +6,7 @@ resuming it is calling it again. torch is imported where training begins: the co
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -83,6 +84,8 @@ def train_stages(
         if result is None:
             samples, source = open_tokens(config)
             result = train(config, samples, source, folder, store=store, resume=resume, words=words, is_quiet=is_quiet)
+            # accelerate ties a model to itself: until it is collected, its memory and that of its optimizer are taken.
+            gc.collect()
         results.append(result)
         if result.steps < result.num_steps:
             break

@@ -7,6 +7,7 @@ import torch
 from featurestore.errors import StoreDamagedError, UserError
 from trainer.config import FusionConfig, LoraConfig
 from trainer.data.tokens import MemoryTokens
+from trainer.give.export import export_run
 from trainer.loop.plan import fit_standardisation, make_plan
 from trainer.loop.train import train
 from trainer.model.llm import FRESH_LLMS, FreshLLM
@@ -147,3 +148,63 @@ def test_adapters_come_on_top_of_the_llm_that_a_run_has_trained(tmp_path, pretra
 
 def test_the_record_of_a_run_from_fresh_weights_names_no_start(origin):
     assert RunRecord.read(origin).started_from == ""
+
+
+@pytest.mark.parametrize(
+    ("train_llm", "is_fresh", "parts"),
+    [
+        ("full", True, "projector dinov2, projector vivit, fusion, LLM"),
+        ("full", False, "projector dinov2, projector vivit, fusion, LLM"),
+        ("none", False, "projector dinov2, projector vivit, fusion"),
+        ("lora", False, "projector dinov2, projector vivit, fusion, LoRA adapters"),
+    ],
+)
+def test_an_export_is_as_good_a_start_as_the_run_it_was_made_from(
+    tmp_path, pretrained, short, samples, tokens, train_llm, is_fresh, parts
+):
+    run, out = tmp_path / "run", tmp_path / "given"
+    first = replace(short, train_llm=train_llm, llm=short.llm if is_fresh else pretrained, lora=LoraConfig(rank=2))
+    run_to_end(first, samples, tokens, run)
+    export_run(run, out)
+    by_run, by_export = (make_plan(replace(first, init=str(start)), samples, tokens) for start in (run, out))
+    assert by_export.record.started_from == f"weights of {out} (step 2 of 2): loaded {parts}"
+    wanted = by_run.built.model.state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in by_export.built.model.state_dict().items())
+    assert by_export.loaded.names == by_run.loaded.names
+    assert by_export.built.saves_llm == by_run.built.saves_llm
+
+
+def test_an_export_with_its_llm_needs_neither_run_nor_base(tmp_path, pretrained, short, samples, tokens):
+    lora = replace(short, llm=pretrained, train_llm="lora", lora=LoraConfig(rank=2))
+    run_to_end(lora, samples, tokens, tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "given", merge_lora=True)
+    shutil.rmtree(tmp_path / "run")
+    shutil.rmtree(pretrained)
+    config = replace(lora, init=str(tmp_path / "given"), train_llm="none")
+    plan = make_plan(config, samples, tokens)
+    merged = weights_of(tmp_path / "given")
+    assert plan.record.started_from.endswith("loaded projector dinov2, projector vivit, fusion, LLM")
+    assert all(torch.equal(value, merged[name]) for name, value in plan.built.model.state_dict().items())
+    run_to_end(config, samples, tokens, tmp_path / "next")  # which keeps the LLM, for it is nowhere else
+    shutil.rmtree(tmp_path / "given")
+    assert torch.equal(weights_of(tmp_path / "next")["llm.lm_head.weight"], merged["llm.lm_head.weight"])
+
+
+def test_an_export_with_a_flipped_bit_is_no_start(tmp_path, origin, short, samples, tokens):
+    export_run(origin, tmp_path / "given")
+    path = tmp_path / "given/fusion.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x00")
+    with pytest.raises(StoreDamagedError, match=r"given differ from their digests: fusion\.safetensors"):
+        make_plan(replace(short, init=str(tmp_path / "given")), samples, tokens)
+
+
+@pytest.mark.parametrize("kind", ["run", "export"])
+def test_weights_of_another_model_than_the_settings_say_are_refused(tmp_path, origin, kind):
+    folder = origin
+    if kind == "export":
+        folder = tmp_path / "given"
+        export_run(origin, folder)
+    settings = folder / "config.yaml"
+    settings.write_text(settings.read_text().replace("standardise: true", "standardise: false"))
+    with pytest.raises(UserError, match=r"holds another model than its config builds; .*standardise\.mean_D"):
+        load_run(folder)

@@ -1,4 +1,6 @@
+import gc
 import json
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -13,6 +15,7 @@ from trainer.cli import train_main
 from trainer.config import OptimizerConfig, read_config
 from trainer.data.tokens import MemoryTokens
 from trainer.eval_cli import eval_main
+from trainer.loop import train as train_rooms
 from trainer.loop.progress import read_metrics
 from trainer.loop.stages import describe_stages, lay_over, train_stages
 from trainer.recipes import Stage, get_stages
@@ -102,6 +105,27 @@ def test_a_chain_killed_anywhere_and_resumed_has_the_same_losses(train_chain, bo
         assert losses(tmp_path / out) == losses(tmp_path / "whole"), killed_at
         parts = load_run(tmp_path / out).built.model.state_dict()
         assert all(torch.equal(value, parts[name]) for name, value in whole.items()), killed_at
+
+
+def test_a_stage_lets_its_model_go_before_the_next_one_begins(both, tokens, stages, tmp_path, monkeypatch):
+    """Two models with their optimizers would not fit where one does."""
+    models, alive = [], []
+    before = train_rooms.prepare
+    monkeypatch.setattr(
+        train_rooms, "prepare", lambda one, model, last: models.append(weakref.ref(model)) or before(one, model, last)
+    )
+
+    def open_tokens(config):
+        alive.append([model() is not None for model in models])
+        return both, tokens
+
+    bf16 = tuple(replace(stage, config=replace(stage.config, precision="bf16")) for stage in stages)
+    gc.disable()  # nothing but what a stage does at its end
+    try:
+        train_stages(bf16, open_tokens, tmp_path / "run", is_quiet=True)
+    finally:
+        gc.enable()
+    assert alive[-1] == [False]
 
 
 def test_a_chain_that_was_moved_goes_on(train_chain, both, tokens, tmp_path):
