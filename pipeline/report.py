@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from featurestore.clips import Clip
+from featurestore.distortion import loss_notes, loss_table, read_distortion, token_notes, token_table
 from featurestore.errors import MervCacheError
 from featurestore.find import Place, is_url, place_of
 from featurestore.store import FeatureStore
@@ -46,6 +47,7 @@ def write_report(path: Place, *, out: str | Path | None = None, root: str | None
         notice=_notice(status),
         cards=_cards(status),
         encoders=_encoder_table(store, status),
+        distortion=_distortion_tables(store),
         clips=_clips_html(store, clips, _roots(root, runs)),
         runs=_runs_table(busy),
         quarantine=_quarantine_table(store),
@@ -114,6 +116,24 @@ def _encoder_table(store: FeatureStore, status: dict[str, Any]) -> str:
         )
     columns = ("encoder", "identity", "weights", "tokens", "stored as", "committed", "failed", "to do", "bytes")
     return _table((*columns, "bytes beside the largest"), rows)
+
+
+def _distortion_tables(store: FeatureStore) -> str:
+    """What was measured of storage dtypes, or the command that measures it."""
+    found, parts = read_distortion(store), []
+    if found.tokens:
+        parts += [_table(*token_table(found.tokens)), *map(_quiet, token_notes(found.tokens))]
+    else:
+        parts.append(_quiet(f"Bytes, speed and error not measured: run merv-pipeline distortion {store.path}"))
+    if found.loss:
+        parts += [_table(*loss_table(found.loss)), *map(_quiet, loss_notes(found.loss))]
+    else:
+        parts.append(_quiet(f"Loss not measured: run merv-eval distortion --checkpoint RUN --from {store.path}"))
+    return "".join(parts)
+
+
+def _quiet(text: str) -> str:
+    return f"<p class='quiet'>{html.escape(text)}</p>"
 
 
 def _clips_html(store: FeatureStore, clips: Sequence[dict], roots: dict[str, str]) -> str:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from featurestore.distortion import TokenRecord, token_notes, token_table
 from pipeline.tables import console, counted, plural, table
 
 _MEDIA = {
@@ -51,3 +52,11 @@ def quarantined(rows: Sequence[Mapping[str, Any]]) -> None:
     columns = ("clip_id", "encoder", "scope", "reason")
     table("", columns, [[row[name] for name in columns] for row in rows])
     counted("reason", "clips", Counter(row["reason"] for row in rows))
+
+
+def distortion(record: TokenRecord) -> None:
+    """One line per encoder, kind and dtype, then what it was measured on."""
+    columns, rows = token_table(record)
+    table("", columns, rows, right=columns[3:])
+    for note in token_notes(record):
+        console().print(note)

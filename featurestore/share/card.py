@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from featurestore.distortion import loss_notes, loss_table, read_distortion, token_notes, token_table
 from featurestore.errors import UserError
 from featurestore.layout import CARD
 from featurestore.places.objects import Objects, put_if_absent
@@ -43,7 +45,7 @@ def card(store: FeatureStore, *, place: str, license: str = DEFAULT_LICENSE) -> 
     """The text of the card."""
     if not _LICENSE.fullmatch(license):
         raise UserError(f"a license is an identifier such as cc-by-4.0, apache-2.0, other or unknown, got {license!r}")
-    body = [*_what(store), *_encoders(store), *_quarantine(store), *_how(store, place)]
+    body = [*_what(store), *_encoders(store), *_distortion(store), *_quarantine(store), *_how(store, place)]
     return "\n".join([*_front_matter(store, license), MARK, "", *body, ""])
 
 
@@ -86,6 +88,23 @@ def _encoders(store: FeatureStore) -> list[str]:
     return [*lines, "", "An identity names architecture, weights, layer, frames, preprocessing, grid and dtype.", ""]
 
 
+def _distortion(store: FeatureStore) -> list[str]:
+    """What was measured of storage dtypes on these tokens, or the commands that measure it."""
+    found, lines = read_distortion(store), ["## Storage dtypes", ""]
+    if found.tokens:
+        lines += [*_table(*token_table(found.tokens)), "", *map(_line, token_notes(found.tokens)), ""]
+    else:
+        lines += ["Bytes, reading speed and error: not measured; run `merv-pipeline distortion STORE`.", ""]
+    if found.loss:
+        return [*lines, *_table(*loss_table(found.loss)), "", *map(_line, loss_notes(found.loss)), ""]
+    return [*lines, "Change in loss: not measured; run `merv-eval distortion --checkpoint RUN --from STORE`.", ""]
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(columns)} |", "|---" * 3 + "|--:" * (len(columns) - 3) + "|"]
+    return lines + [f"| {' | '.join(map(_cell, row))} |" for row in rows]
+
+
 def _quarantine(store: FeatureStore) -> list[str]:
     reasons = Counter((row["encoder"], row["reason"]) for row in store.quarantine.to_pylist())
     if not reasons:
@@ -112,5 +131,9 @@ def _how(store: FeatureStore, place: str) -> list[str]:
 
 
 def _cell(text: str) -> str:
+    return _line(text)[:200]
+
+
+def _line(text: str) -> str:
     """Names and reasons may be a stranger's: no markup, one line."""
-    return re.sub(r"[|<>\[\]\n\r]", " ", text)[:200]
+    return re.sub(r"[|<>\[\]\n\r]", " ", text)

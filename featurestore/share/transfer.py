@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from featurestore.digests import sha256_hex
+from featurestore.distortion import JOURNAL_PREFIX as DISTORTION
 from featurestore.errors import StoreDamagedError, StoreError, StoreNotFoundError, UserError
 from featurestore.find import Place, no_store_at, place_of
 from featurestore.groups import create_or_open_group, read_arrays
@@ -95,11 +96,10 @@ def transfer(
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-    if with_journal:
-        there = set(journal_names(writer.objects.list_names(JOURNAL)))
-        for name in journal_names(origin.list_names(JOURNAL)):
-            if name not in there:
-                put_if_absent(writer.objects, journal_key(name), origin.get(journal_key(name)))
+    there = set(journal_names(writer.objects.list_names(JOURNAL)))
+    for name in journal_names(origin.list_names(JOURNAL)):
+        if name not in there and (with_journal or name.startswith(DISTORTION)):  # which names no host and no path
+            put_if_absent(writer.objects, journal_key(name), origin.get(journal_key(name)))
     erase_tombstoned(writer)  # what earlier transfers brought of clips that were removed since
     done.snapshot = _finish(origin, writer, snapshot, selection)
     return done

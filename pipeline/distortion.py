@@ -1,0 +1,204 @@
+"""Distortion of tokens: what each storage dtype takes, how fast it is read and what it loses, on a store's own tokens.
+
+Comes in: a store. A seeded sample of its clips is read as float32 and written, in each dtype in turn, by the store's
+own writer into a temporary store on this machine, with the codec of the real one. Goes out: a `TokenRecord`. The
+reference is what the store holds, not what the encoders once computed: without the media nothing better is known, and
+the record says so. One encoder and dtype is on disk at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+
+from featurestore.clips import KINDS, Clip
+from featurestore.distortion import TokenRecord, TokenRow, now
+from featurestore.errors import UserError
+from featurestore.find import Place
+from featurestore.groups import GroupWriter
+from featurestore.identity import STORAGE_DTYPES
+from featurestore.store import FeatureStore
+from featurestore.writer import StoreWriter
+
+READ_BATCH = 8  # clips in memory at once
+REPEATS = 3  # of every timing, of which the fastest counts: others share the machine
+_CLIP_FIELDS = ("dataset", "path", "kind", "start_s", "end_s", "end_frame")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sample:
+    """The clips of one encoder and kind that are measured, and where they come from."""
+
+    store: FeatureStore
+    group: GroupWriter  # of the store
+    encoder: str  # key
+    clips: tuple[Clip, ...]
+
+    def floats(self, clip: Clip) -> dict[str, np.ndarray]:
+        """The arrays that an encoder would hand over; a still's steps once."""
+        steps = slice(0, self.group.identity.grid_of(self.group.kind)[0])
+        asked = {"encoder": self.encoder, "frames": steps}
+        arrays = {"tokens": self.store.read([clip.clip_id], **asked)[0]}
+        if self.group.identity.prefix_tokens:
+            arrays["prefix"] = self.store.read_prefix([clip.clip_id], **asked)[0]
+        return {name: array.astype(np.float32) for name, array in arrays.items()}
+
+
+def measure_distortion(
+    place: Place,
+    *,
+    sample: int = 64,
+    seed: int = 0,
+    scratch: Path | None = None,
+    on_start: Callable[[int], None] = lambda measurements: None,
+    on_done: Callable[[], None] = lambda: None,
+) -> TokenRecord:
+    """Measure every storage dtype on at most `sample` clips of each encoder and kind, chosen by `seed`."""
+    store = FeatureStore.open(place)
+    samples = list(_samples(store, StoreWriter.open(place), sample, seed))
+    if not samples:
+        raise UserError(f"{place} holds no committed tokens yet: nothing can be measured; run the extraction first")
+    on_start(len(samples) * len(STORAGE_DTYPES))
+    rows = []
+    for each in samples:
+        for dtype in STORAGE_DTYPES:
+            with tempfile.TemporaryDirectory(prefix="merv-distortion-", dir=scratch) as folder:
+                rows.append(_measure(each, dtype, Path(folder)))
+            on_done()
+    return TokenRecord(
+        time=now(), snapshot=store.snapshot, reference="store", sample=sample, seed=seed, rows=tuple(rows)
+    )
+
+
+def _samples(store: FeatureStore, origin: StoreWriter, size: int, seed: int) -> Iterator[_Sample]:
+    for encoder, identity in store.encoders.items():
+        committed = store.clips.filter(store.clips[encoder])
+        for kind in KINDS:
+            records = committed.filter(pc.equal(committed["kind"], kind)).select(_CLIP_FIELDS).to_pylist()
+            clips = sorted((Clip(**record) for record in records), key=lambda clip: _draw(seed, clip))[:size]
+            if clips:
+                group = origin.open_group(kind, identity.group_name)
+                yield _Sample(store=store, group=group, encoder=encoder, clips=tuple(clips))
+
+
+def _draw(seed: int, clip: Clip) -> str:
+    """Where a clip stands in the lot: the same in every store that has it."""
+    return hashlib.sha256(f"{seed} {clip.clip_id}".encode()).hexdigest()
+
+
+def _measure(sample: _Sample, dtype: str, folder: Path) -> TokenRow:
+    stored_bytes, kept = _write(sample, dtype, folder)
+    own = sample.group.identity
+    row = TokenRow(
+        encoder=sample.encoder,
+        identity=own.id,
+        weights=sample.group.weights_label,
+        kind=sample.group.kind,
+        dtype=dtype,
+        is_stored=dtype == own.storage_dtype,
+        clips=len(kept),
+        refused=len(sample.clips) - len(kept),
+        **dict.fromkeys(("bytes_per_clip", "clips_s", "mb_s", "of_raw", "max_abs", "relative_rms", "cosine_min")),
+    )
+    if not kept:
+        return row
+    made = FeatureStore.open(folder)
+    seconds = _fastest(lambda: _read_all(made, own.encoder, kept))
+    raw_seconds = _fastest(lambda: _read_raw(folder / sample.group.kind))
+    return replace(
+        row,
+        bytes_per_clip=stored_bytes / len(kept),
+        clips_s=len(kept) / seconds,
+        mb_s=stored_bytes / 1e6 / seconds,
+        of_raw=raw_seconds / seconds,
+        **_errors(sample, made, kept),
+    )
+
+
+def _write(sample: _Sample, dtype: str, folder: Path) -> tuple[int, tuple[Clip, ...]]:
+    """A store of the sample in that dtype: bytes of its shards, and the clips that fit the dtype."""
+    origin, kind = sample.group, sample.group.kind
+    writer = StoreWriter.open_or_create(folder, block_rows={kind: min(origin.block_rows, len(sample.clips))})
+    clip_of = dict(writer.add_clips(sample.clips))
+    group = writer.ensure_group(
+        kind,
+        replace(origin.identity, storage_dtype=dtype),
+        batch_shape=origin.batch_shape,
+        weights_label=origin.weights_label,
+        codec=origin.specs["tokens"].codec,
+    )
+    stored_bytes, kept = 0, []
+    for block in group.missing_blocks():
+        task = group.begin(block)
+        for row in sorted(task.planned):
+            task.add(row, sample.floats(clip_of[row]), media_sha256=None, decoder=None)
+        receipt = task.commit()
+        stored_bytes += receipt.stored_bytes
+        outcomes = enumerate(receipt.rows, start=receipt.first_row())
+        kept += [clip_of[row] for row, outcome in outcomes if outcome.state == "ok"]
+    writer.publish_snapshot()
+    return stored_bytes, tuple(kept)
+
+
+def _fastest(call: Callable[[], None]) -> float:
+    """Seconds of the fastest of some calls; the first also brings the files into the page cache."""
+    seconds = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - began)
+    return max(min(seconds), 1e-9)
+
+
+def _read_all(store: FeatureStore, encoder: str, clips: Sequence[Clip]) -> None:
+    """As a loader reads: batches, into the same memory again."""
+    ids, out = [clip.clip_id for clip in clips], None
+    for start in range(0, len(ids), READ_BATCH):
+        batch = ids[start : start + READ_BATCH]
+        out = store.read(batch, encoder=encoder, out=None if out is None else out[: len(batch)])
+
+
+def _read_raw(folder: Path) -> None:
+    """The bytes of every shard below a folder, whole, into memory that is used again."""
+    files = sorted(file for file in folder.glob("*/*/c/**/*") if file.is_file())
+    buffer = memoryview(bytearray(max(file.stat().st_size for file in files)))
+    for file in files:
+        with open(file, "rb", buffering=0) as source:
+            while source.readinto(buffer):
+                pass
+
+
+def _errors(sample: _Sample, made: FeatureStore, clips: Sequence[Clip]) -> dict[str, float]:
+    """Differences of the tokens from the reference, in float64; prefix tokens are stored but not compared."""
+    largest, squares, total, cosine = 0.0, 0.0, 0.0, 1.0
+    steps = slice(0, sample.group.identity.grid_of(sample.group.kind)[0])
+    encoder = sample.group.identity.encoder
+    for clip in clips:
+        wanted_THWD = sample.floats(clip)["tokens"].astype(np.float64)
+        found_THWD = made.read([clip.clip_id], encoder=encoder, frames=steps)[0].astype(np.float64)
+        difference = found_THWD - wanted_THWD
+        largest = max(largest, float(np.abs(difference).max()))
+        squares += float(np.square(difference).sum())
+        total += float(np.square(wanted_THWD).sum())
+        cosine = min(cosine, _smallest_cosine(wanted_THWD, found_THWD))
+    return {
+        "max_abs": largest,
+        "relative_rms": float(np.sqrt(squares / total)) if total else 0.0,
+        "cosine_min": cosine,
+    }
+
+
+def _smallest_cosine(wanted_THWD: np.ndarray, found_THWD: np.ndarray) -> float:
+    """Over tokens; a token of zeros has no direction and is left out."""
+    # The root of a square is exact, so that equal tokens have a cosine of 1.
+    norms = np.sqrt(np.square(wanted_THWD).sum(axis=-1) * np.square(found_THWD).sum(axis=-1))
+    products = (wanted_THWD * found_THWD).sum(axis=-1)
+    cosines = products[norms > 0] / norms[norms > 0]
+    return float(min(1.0, cosines.min(initial=1.0)))
