@@ -135,6 +135,14 @@ def receipt_key(kind: str, group: str, block: int) -> str:
     return f"{receipts_prefix(kind, group)}/{block:08d}.json"
 
 
+def canary_place(key: str) -> tuple[str, str] | None:
+    """(kind, group) of the key of canaries; None of any other key."""
+    top, _, rest = key.partition("/")
+    kind, _, file = rest.partition("/")
+    match = _CANARY_FILE.fullmatch(file)
+    return (kind, match[1]) if top == CANARIES and kind in KINDS and match else None
+
+
 def receipt_place(key: str) -> tuple[str, str, int] | None:
     """(kind, group, block) of a receipt's key; None of any other key."""
     top, _, rest = key.partition("/")

@@ -19,6 +19,7 @@ from featurestore.keep.repair_files import FileMender, open_group
 from featurestore.keep.repair_shards import Recompute, Repaired, mend_block
 from featurestore.keep.verify import Verification
 from featurestore.layout import (
+    CANARIES,
     JOURNAL,
     PARTS,
     RECEIPTS,
@@ -33,8 +34,8 @@ from featurestore.places.by_url import open_objects
 from featurestore.places.objects import Objects
 from featurestore.writer import StoreWriter
 
-_PASSES = 12  # there are eight classes of files
-_ORDER = (TOMBSTONES, SNAPSHOTS, PARTS, SAMPLES, ROOT_METADATA, RECEIPTS, JOURNAL)
+_PASSES = 12  # there are nine classes of files
+_ORDER = (TOMBSTONES, SNAPSHOTS, PARTS, SAMPLES, ROOT_METADATA, RECEIPTS, CANARIES, JOURNAL)
 
 
 def repair_store(
@@ -110,7 +111,7 @@ class _Repair:
     def _note(self, repaired: Repaired) -> None:
         if repaired.key in self._settled and not repaired.is_mended:
             return
-        if not repaired.is_mended or repaired.key.startswith(RECEIPTS):  # a new receipt is not the snapshot's
+        if not repaired.is_mended or repaired.key.startswith((RECEIPTS, CANARIES)):  # the snapshot names others
             self._settled.add(repaired.key)
         self.done.append(repaired)
         self._say(repaired)

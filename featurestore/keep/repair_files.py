@@ -2,7 +2,8 @@
 
 Comes in: the key of a file that a verification found damaged. Goes out: what was done, in words. In order: one flipped
 bit undone, the same file of another copy, made again from what it describes or what names it. What depends on nothing
-and cannot be restored is removed: a snapshot is made again from the receipts and a journal changes no byte.
+and cannot be restored is removed: a snapshot is made again from the receipts, canaries by the next extract, and a
+journal changes no byte.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 
+from featurestore.canaries import Canaries
 from featurestore.digests import sha256_hex
 from featurestore.errors import StoreError, UserError
 from featurestore.groups import GroupWriter
@@ -21,6 +23,7 @@ from featurestore.keep.repair_receipts import rebuild_receipt
 from featurestore.keep.repair_shards import Repaired
 from featurestore.keep.verify import Verification
 from featurestore.layout import (
+    CANARIES,
     JOURNAL,
     PARTS,
     RECEIPTS,
@@ -28,6 +31,7 @@ from featurestore.layout import (
     SAMPLES,
     SNAPSHOTS,
     TOMBSTONES,
+    canary_place,
     receipt_place,
     record_name,
     samples_files,
@@ -63,6 +67,7 @@ class FileMender:
             RECEIPTS: self._mend_receipt,
             JOURNAL: self._mend_journal,
             TOMBSTONES: self._mend_tombstone,
+            CANARIES: self._mend_canaries,
         }
 
     def mend(self, key: str, check: Verification) -> Repaired:
@@ -166,6 +171,25 @@ class FileMender:
             return self._put(key, found)
         words = "cannot be restored and must not be lost: give a copy with --from, or repeat `merv-pipeline tombstone`"
         return _left(key, words)
+
+    def _mend_canaries(self, key: str, check: Verification) -> Repaired:
+        """By the snapshot's digest and its own; what is lost is computed again, no tokens depend on it."""
+        kind, group = canary_place(key) or ("", "")
+        identity = check.identities.get((kind, group))
+        if identity is None:
+            return _left(key, _STRANGE)
+        sha256 = check.newest.canaries.get(f"{kind}/{group}") if check.newest else None
+
+        def is_whole(data: bytes) -> bool:
+            try:
+                Canaries.parse(data, kind, identity)
+            except StoreError:
+                return False
+            return sha256 in (None, sha256_hex(data))
+
+        if found := self._mended(key, is_whole, lambda data: undo_flip(data, sha256) if sha256 else None):
+            return self._put(key, found)
+        return self._remove(key, "no whole copy is known: the next extract with this encoder computes it again")
 
     def _mended_document(self, key: str, check: Callable[[bytes], object]) -> Mended | None:
         """A JSON file that is whole again; `check` says so, by what it returns or raises."""

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from featurestore.canaries import Canaries, read_canaries
 from featurestore.clips import Clip
 from featurestore.errors import StoreDamagedError
 from featurestore.find import Place
@@ -73,6 +74,8 @@ class CellSource(Protocol):
     def cells(self, name: str) -> dict[str, Cell]: ...  # by clip id: what was committed or failed
 
     def load(self, name: str, clip_id: str, specs: Mapping[str, ArraySpec]) -> LoadedCell: ...  # checked by digest
+
+    def canaries(self, name: str) -> Canaries | None: ...  # of a group, checked by their digest
 
     def samples(self) -> dict[str, list[Sample]]: ...
 
@@ -152,6 +155,11 @@ class StoreCells:
             chunks[array] = chunk.tobytes() if same else encode_row(specs[array], items)
         check_cell(self.name, clip_id, outcome, stored)
         return LoadedCell(outcome=outcome, chunks=chunks)
+
+    def canaries(self, name: str) -> Canaries | None:
+        if name not in self._record.canaries:
+            return None
+        return read_canaries(self._objects, name.split("/")[0], self._record.groups[name].identity)
 
     def samples(self) -> dict[str, list[Sample]]:
         return {name: self._store.samples(name) for name in self._store.sample_names}

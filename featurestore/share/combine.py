@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from featurestore.blocks import BlockWriter
+from featurestore.canaries import put_canaries
 from featurestore.clips import Clip
 from featurestore.columns import table_to_clips
 from featurestore.digests import record_digest
@@ -79,6 +80,7 @@ def combine(
     for name, group in groups.items():
         if chosen[name]:
             _fill_group(writer, name, group, chosen[name], done, on_copied)
+            _take_canaries(writer, name, sources)
     done.samples = _samples(writer, sources, clips, selection)
     _journal(writer, sources, selection)
     done.snapshot = writer.publish_snapshot()
@@ -162,6 +164,14 @@ def _fill_group(
             done.blocks += 1
             done.copied += len(planned)
         on_copied(len(planned))
+
+
+def _take_canaries(writer: StoreWriter, name: str, sources: Sequence[CellSource]) -> None:
+    """The first source's that has some."""
+    for source in sources:
+        if name in source.groups() and (canaries := source.canaries(name)):
+            put_canaries(writer.objects, canaries)
+            return
 
 
 def _open_group(writer: StoreWriter, kind: str, group: CellGroup) -> GroupWriter:

@@ -6,6 +6,7 @@
     OUT/cells/KIND/GROUP.parquet          per clip: state, reason, digests
     OUT/data/KIND/GROUP/00000012.tar      webdataset: NUMBER.tokens.npy and so on, NUMBER.json
     OUT/data/KIND/GROUP/000000012.safetensors
+    OUT/canaries/KIND/GROUP.safetensors   as in the store
     OUT/SHA256SUMS                        of all of them: `sha256sum -c SHA256SUMS`
 
 Arrays are as stored (bfloat16 as its bits in uint16), so an import gives the same rows and digests back.
@@ -27,6 +28,7 @@ from featurestore.clips import Clip
 from featurestore.columns import clips_to_table, samples_to_table
 from featurestore.digests import canonical_json, sha256_hex
 from featurestore.errors import UserError, unknown_name
+from featurestore.layout import canary_key
 from featurestore.lookup import encoder_keys
 from featurestore.metadata import array_specs
 from featurestore.parts import table_bytes
@@ -90,6 +92,8 @@ def export(
     for name in groups:
         numbered = [(number, clip) for number, clip in enumerate(clips) if clip.clip_id in cells[name]]
         done.cells += _export_group(source, files, name, numbered, format, on_copied)
+        if canaries := source.canaries(name):
+            files.put(canary_key(*name.split("/")), canaries.to_bytes())
     files.close()
     done.files, done.bytes = len(files.sums), files.bytes
     return done

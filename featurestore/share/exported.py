@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 
+from featurestore.canaries import Canaries, max_canary_bytes
 from featurestore.clips import KINDS, Clip, check_relative_path
 from featurestore.columns import CLIP_SCHEMA, SAMPLE_SCHEMA, table_to_clips, table_to_samples
 from featurestore.digests import sha256_hex
 from featurestore.errors import StoreDamagedError, StoreFormatError, UserError
 from featurestore.groups import parse_identity
-from featurestore.layout import GROUP_NAME, SAMPLES_NAME, check_block_rows
+from featurestore.layout import GROUP_NAME, SAMPLES_NAME, canary_key, check_block_rows
 from featurestore.metadata import CODECS, ArraySpec, array_specs, load_json
 from featurestore.parts import read_table
 from featurestore.places.local_objects import LocalObjects
@@ -87,6 +88,13 @@ class ExportCells:
         stored = read(name, self._numbers[clip_id], place, specs)
         check_cell(self.name, clip_id, outcome, stored)
         return LoadedCell(outcome=outcome, chunks={array: encode_row(specs[array], stored[array]) for array in specs})
+
+    def canaries(self, name: str) -> Canaries | None:
+        kind, group = name.split("/")
+        key, identity = canary_key(kind, group), self._groups[name].identity
+        if key not in self._sums:
+            return None
+        return Canaries.parse(self._read(key, max_canary_bytes(kind, identity)), kind, identity)
 
     def samples(self) -> dict[str, list[Sample]]:
         found: dict[str, list[Sample]] = {}

@@ -27,6 +27,7 @@ from featurestore.keep.erase import erase_tombstoned
 from featurestore.layout import (
     JOURNAL,
     ROOT_METADATA,
+    canary_key,
     journal_key,
     journal_names,
     receipt_key,
@@ -96,6 +97,7 @@ def transfer(
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+    _copy_canaries(origin, writer.objects, snapshot, selection, parcels)
     there = set(journal_names(writer.objects.list_names(JOURNAL)))
     for name in journal_names(origin.list_names(JOURNAL)):
         if name not in there and (with_journal or name.startswith(DISTORTION)):  # which names no host and no path
@@ -153,6 +155,21 @@ def _make_groups(origin: Objects, writer: StoreWriter, snapshot: Snapshot, parce
             weights_label=summary.weights,
             codec=specs["tokens"].codec,
         )
+
+
+def _copy_canaries(
+    origin: Objects, target: Objects, snapshot: Snapshot, selection: Selection, parcels: Iterable[Parcel]
+) -> None:
+    """Of the groups that travel; those that are there must be the same, as shards must."""
+    groups = {f"{parcel.kind}/{parcel.group}" for parcel in parcels}
+    for name, sha256 in snapshot.canaries.items():
+        if not selection.is_whole and name not in groups:
+            continue
+        key = canary_key(*name.split("/"))
+        if not target.exists(key):
+            put_if_absent(target, key, digested(origin, key, sha256))
+        if sha256_hex(target.get(key)) != sha256:
+            raise _other_bytes(key)
 
 
 def _send(origin: Objects, target: Objects, sizes: Mapping[str, int], check: bool, parcel: Parcel) -> int:

@@ -6,8 +6,10 @@ sees them.
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ import google_crc32c
 import numpy as np
 from crafted import Choices
 
+from featurestore.canaries import Canaries
 from featurestore.columns import CLIP_SCHEMA, SAMPLE_SCHEMA, table_to_clips, table_to_samples
 from featurestore.errors import MervCacheError
+from featurestore.identity import FeatureIdentity
 from featurestore.journal import parse_journal
 from featurestore.metadata import ArraySpec, parse_array, parse_root
 from featurestore.parquet import read_table
@@ -56,6 +60,12 @@ def cases_of(store: Path) -> list[Case]:
         found.append((file.name, file.read_bytes(), lambda data: parse_journal(data, "run")))
     for file in sorted((store / "video").glob("*/*/zarr.json")):
         found.append(("array", file.read_bytes(), lambda data, name=file.parent.name: parse_array(name, data)))
+    for file in sorted((store / "canaries/video").iterdir()):
+        identity = FeatureIdentity.from_dict(
+            json.loads((store / "video" / file.stem / "zarr.json").read_text())["attributes"]["identity"]
+        )
+        reader = partial(Canaries.parse, kind="video", identity=identity)
+        found.append((file.name, file.read_bytes(), reader))
     found.append(("root", (store / "zarr.json").read_bytes(), parse_root))
     found.append(
         ("listing", b'{"format":1,"objects":{"zarr.json":280,"clips/part-00000.parquet":17}}\n', parse_listing)
