@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from featurestore.errors import UserError
+from featurestore.errors import MervCacheError, UserError
 from trainer.command import CONTEXT, heavy_rooms, no_file, says_errors
 
 
@@ -21,6 +21,9 @@ def eval_main() -> None:
 @eval_main.command("run")
 @click.option("--checkpoint", "checkpoint", type=click.Path(path_type=Path), required=True, help="Folder of a run.")
 @click.option("--store", help="Store of the questions' clips.  [default: the one the run was trained on]")
+@click.option("--dataset", help="Decode and encode the clips of this dataset's questions now, instead of --store.")
+@click.option("--root", type=click.Path(file_okay=False), help="Folder of the dataset's media and annotations.")
+@click.option("--weights", metavar="SPEC", multiple=True, help="Of encoders that run now: where they are; as in ask.")
 @click.option("--split", default="heldout", help="Split whose questions are asked.")
 @click.option(
     "--beside",
@@ -41,6 +44,35 @@ def eval_run(checkpoint: Path, store: str | None, beside: tuple[Path, ...], as_j
         click.echo(json.dumps(result))
     else:
         run.print_scores(result)
+
+
+@eval_main.command("distortion")
+@click.option("--checkpoint", "run", type=click.Path(path_type=Path), required=True, help="Folder of a run.")
+@click.option("--from", "store", help="Store of the tokens.  [default: the one the run was trained on]")
+@click.option("--split", default="heldout", help="Split whose samples the loss is of.")
+@click.option("--limit", type=click.IntRange(min=1), default=256, help="Samples, at most.")
+@click.option("--best", is_flag=True, help="The best checkpoint by validation instead of the newest.")
+@click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
+@says_errors
+def eval_distortion(run: Path, store: str | None, as_json: bool, **options: Any) -> None:
+    """Validation loss on the stored tokens, and on the same tokens in each storage dtype.
+
+    The result is kept in the store's journal, beside what `merv-pipeline distortion` measures.
+    """
+    heavy_rooms()
+    from featurestore.distortion import keep_record, to_record
+    from trainer.distortion import measure_losses, print_losses
+
+    place, measured = measure_losses(run, store, **options)
+    record = to_record(measured)
+    try:
+        click.echo(f"kept as {keep_record(place, record)}", err=True)
+    except MervCacheError as error:
+        click.echo(f"not kept in the store: {error}", err=True)
+    if as_json:
+        click.echo(json.dumps(record))
+    else:
+        print_losses(measured)
 
 
 @eval_main.command("export")

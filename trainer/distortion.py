@@ -1,0 +1,157 @@
+"""Distortion of a run: its validation loss on the same tokens, as they would be in a store of each storage dtype.
+
+Comes in: a trained run, a store, samples of a split. Goes out: a `LossRecord`, the loss by modality on the tokens as
+they are stored and after the cast of each dtype, clip by clip and with the store's own arithmetic. The run was trained
+on the stored dtype: the change tells what switching costs a finished run, not what training on another would give.
+
+B clips, T time, H W height width, K prefix tokens, D encoder width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from featurestore.distortion import STORED, LossRecord, LossRow, loss_notes, loss_table, now
+from featurestore.errors import UserError
+from featurestore.identity import STORAGE_DTYPES
+from featurestore.quantise import OverflowedTokens, from_stored, to_stored
+from featurestore.samples import Sample
+from trainer.config import TrainConfig
+from trainer.data.tokens import ClipTokens, PrefixedTokens, StoreTokens, TokenSource
+from trainer.evaluate import check_identities
+from trainer.loop.ranks import make_accelerator
+from trainer.loop.validate import Validation
+from trainer.model.build import Built
+from trainer.run import open_store
+from trainer.runs.load import load_run
+
+_LOSS = "val_loss"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Subject:
+    """What a validation asks of a plan: nothing is trained here."""
+
+    built: Built
+    config: TrainConfig
+
+
+class CastTokens(TokenSource):
+    """Another source's tokens as a store of `dtype` would give them; encoders stored so already pass as they are."""
+
+    def __init__(self, source: TokenSource, dtype: str, stored: Mapping[str, str]) -> None:
+        self._source, self._dtype, self._stored = source, dtype, stored
+        self.shapes, self.facts = source.shapes, source.facts
+
+    def fetch(self, clip_ids: Sequence[str]) -> dict[str, ClipTokens]:
+        fetched = self._source.fetch(clip_ids)
+        return {
+            encoder: tokens if self._stored[encoder] == self._dtype else cast_tokens(tokens, self._dtype)
+            for encoder, tokens in fetched.items()
+        }
+
+    def available(self, clip_ids: Iterable[str]) -> set[str]:
+        return self._source.available(clip_ids)
+
+    def stills(self, clip_ids: Iterable[str]) -> set[str]:
+        return self._source.stills(clip_ids)
+
+
+def cast_tokens(tokens: ClipTokens, dtype: str) -> ClipTokens:
+    """Every clip through a storage dtype and back; raises OverflowedTokens where one does not fit."""
+    if isinstance(tokens, PrefixedTokens):
+        grid = tokens.tokens_BTHWD
+        return PrefixedTokens(
+            tokens_BTHWD=None if grid is None else cast_tokens(grid, dtype),
+            prefix_BTKD=_cast(tokens.prefix_BTKD, "float16" if dtype == "uint8" else dtype),  # as stores keep them
+        )
+    return _cast(tokens, dtype)
+
+
+def _cast(clips: Tensor, dtype: str) -> Tensor:
+    return torch.from_numpy(np.stack([_round(clip, dtype) for clip in clips.float().numpy()]))
+
+
+def _round(clip: np.ndarray, dtype: str) -> np.ndarray:
+    stored = to_stored({"tokens": clip}, dtype)
+    sidecars = {name: stored.get(name) for name in ("scale", "offset")}
+    return from_stored(stored["tokens"], logical_dtype="bfloat16" if dtype == "bfloat16" else None, **sidecars)
+
+
+def measure_losses(
+    run: Path, store: str | None, *, split: str = "heldout", limit: int = 256, best: bool = False
+) -> tuple[str, LossRecord]:
+    """(the store's path, losses of the run on it): as stored, then through every storage dtype."""
+    loaded = load_run(run, best=best)
+    path = store or loaded.record.store
+    if not path:
+        raise UserError(f"{run} names no store of its own; give the one whose tokens it reads with --from")
+    config = replace(loaded.built.config, eval_split=split, eval_limit=limit, eval_every=None)
+    samples, source = open_store(path, config)
+    check_identities(loaded, source)
+    _refuse_missing_split(samples, split)
+    loaded.built.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    subject = _Subject(built=loaded.built, config=config)
+    rows, num_samples = _rows(subject, samples, source, run)
+    return path, LossRecord(
+        time=now(),
+        snapshot=source.snapshot,
+        run=Path(run).resolve().name,
+        step=loaded.step,
+        split=split,
+        samples=num_samples,
+        weights=", ".join(sorted({facts["weights"] for facts in source.facts.values()})),
+        rows=rows,
+    )
+
+
+def print_losses(record: LossRecord) -> None:
+    """A table on stdout: a line per dtype, then what it was measured on."""
+    columns, rows = loss_table(record)
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*row)
+    for part in (table, *loss_notes(record)):
+        Console().print(part, markup=False, highlight=False, soft_wrap=True)
+
+
+def _refuse_missing_split(samples: Sequence[Sample], split: str) -> None:
+    found = sorted({sample.split for sample in samples})
+    if split not in found:
+        raise UserError(
+            f"no sample of this store is of split {split!r}; it has: {', '.join(found) or 'none'}. Choose one with "
+            "--split: where it was trained on, the loss is lower, and its change with the dtype still tells something"
+        )
+
+
+def _rows(
+    subject: _Subject, samples: Sequence[Sample], source: StoreTokens, run: Path
+) -> tuple[tuple[LossRow, ...], int]:
+    """A row per dtype, and how many samples were measured."""
+    stored = {encoder: facts["identity"]["storage_dtype"] for encoder, facts in source.facts.items()}
+    accelerator = make_accelerator(replace(subject.config, trackers=()), run)
+    validation = Validation(subject, samples, source, accelerator)
+    validation.questions = []  # the loss alone: answers cost several forwards a question
+    rows = [_row(STORED, validation())]
+    for dtype in STORAGE_DTYPES:
+        validation.source = CastTokens(source, dtype, stored)
+        try:
+            rows.append(_row(dtype, validation()))
+        except OverflowedTokens:
+            rows.append(LossRow(dtype=dtype, loss=None, by_modality={}))
+    return tuple(rows), len(validation.samples)
+
+
+def _row(dtype: str, metrics: Mapping[str, Any]) -> LossRow:
+    names = [name for name in metrics if name.startswith(f"{_LOSS}_")]
+    by_modality = {name.removeprefix(f"{_LOSS}_"): metrics[name] for name in names}
+    return LossRow(dtype=dtype, loss=metrics[_LOSS], by_modality=by_modality)
