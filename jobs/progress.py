@@ -52,6 +52,7 @@ class RunProgress:
         self._running: dict[str, tuple[str, Counts]] = {}  # part -> its newest attempt, and what that has done
         self._over: set[str] = set()  # parts, and attempts that a newer one replaced
         self._lock = threading.Lock()
+        self._waiting = ""
         self._is_shown = not quiet and total > 0  # no work, no line
         self._stream = stream or sys.stderr
         self._started = self._last_line = time.monotonic()
@@ -95,6 +96,11 @@ class RunProgress:
             self._settled += counts
         self._show()
 
+    def wait(self, reason: str) -> None:
+        """Why nothing moves, at the head of the line; "" when it moves again."""
+        self._waiting = reason
+        self._show()
+
     @property
     def counts(self) -> Counts:
         """Of parts that are over, and of those that run."""
@@ -118,7 +124,7 @@ class RunProgress:
         left_s = (self.total - counts.done) * seconds / counts.done if counts.done else None
         eta = f"ETA {_clock(left_s)}" if left_s is not None else "ETA unknown"
         told = [f"{counts.done}/{self.total} {self.unit}", f"{counts.failed} failed", *notes, *rates, eta]
-        line, shares = ", ".join(told), _shares(counts.seconds)
+        line, shares = ", ".join(filter(None, [self._waiting, *told])), _shares(counts.seconds)
         return f"{line}; {shares}" if shares and len(line) + len(shares) + 2 <= width else line
 
     def _show(self) -> None:

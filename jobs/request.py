@@ -23,6 +23,7 @@ DASK_SETTINGS = {
     "distributed.worker.daemon": False,  # workers start decode processes
     "distributed.admin.tick.limit": "30 s",  # loading weights holds the loop; a warning each time teaches nobody
 }
+WORKER_WAIT_S = {"": 600.0, "slurm": 86_400.0}  # scheduler -> seconds without any worker before a run stops
 AUTO_WORKERS = 0  # as many as the cluster suggests: one, or one per GPU
 
 
@@ -36,6 +37,7 @@ class ClusterSettings:
 
     devices: str | None = None  # cuda: GPUs as in CUDA_VISIBLE_DEVICES, "0,2"; None: all that are visible
     local_directory: str | None = None  # cuda, slurm: a fast local folder for what Dask's workers leave on disk
+    worker_wait: str | None = None  # all: [D-]HH:MM:SS without any worker, then it stops; None: 10 min, slurm: a day
     walltime: str = "12:00:00"  # slurm: [D-]HH:MM:SS
     partition: str | None = None  # slurm
     account: str | None = None  # slurm
@@ -51,6 +53,8 @@ class ClusterSettings:
 
     def __post_init__(self) -> None:
         parse_walltime(self.walltime)
+        if self.worker_wait is not None:
+            parse_walltime(self.worker_wait, "worker_wait")
         if self.gpus < 0 or self.cpus < 1:
             raise ClusterError(f"cluster: gpus must be at least 0 and cpus at least 1, got {self.gpus} and {self.cpus}")
 
@@ -76,8 +80,15 @@ class ClusterRequest:
     dashboard: bool = False  # starting it costs about a second and needs bokeh
     settings: ClusterSettings = field(default_factory=ClusterSettings)
 
+    @property
+    def worker_wait_s(self) -> float:
+        """How long a run goes on without any worker; a queue of jobs may be long, a lost process comes back soon."""
+        if self.settings.worker_wait is not None:
+            return parse_walltime(self.settings.worker_wait, "worker_wait")
+        return WORKER_WAIT_S.get(self.scheduler, WORKER_WAIT_S[""])
 
-def parse_walltime(walltime: str) -> int:
+
+def parse_walltime(walltime: str, name: str = "walltime") -> int:
     """Seconds of `[D-]HH:MM:SS`.
 
     >>> parse_walltime("1-02:00:30")
@@ -89,7 +100,7 @@ def parse_walltime(walltime: str) -> int:
         days, hours, minutes, rest = (int(part or 0) for part in found.groups())
         seconds = ((days * 24 + hours) * 60 + minutes) * 60 + rest
     if not seconds:
-        raise ClusterError(f"cluster: walltime must be [D-]HH:MM:SS, such as 12:00:00, got {walltime!r}")
+        raise ClusterError(f"cluster: {name} must be [D-]HH:MM:SS, such as 12:00:00, got {walltime!r}")
     return seconds
 
 
@@ -105,7 +116,7 @@ def worker_environment() -> dict[str, str]:
 
 
 def _checked(name: str, value: Any, annotated: str) -> Any:
-    if name == "walltime" and type(value) is int:  # YAML reads 12:00:00 as a number in base 60: seconds
+    if name in ("walltime", "worker_wait") and type(value) is int:  # YAML reads 12:00:00 as seconds, in base 60
         value = f"{value // 3600:02}:{value // 60 % 60:02}:{value % 60:02}"
     if name == "devices" and isinstance(value, list | int) and not isinstance(value, bool):
         value = ",".join(map(str, value if isinstance(value, list) else [value]))

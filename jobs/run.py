@@ -3,7 +3,7 @@
 Comes in: a function, and tasks with a stable key. Goes out: one `Outcome` per task, in the order of finishing. The room
 knows nothing of what a task does. A window of a few tasks per worker instead of all at once: when a worker dies, Dask
 blames every task assigned to it, so few should be; and a million tasks must not live in the scheduler. The window
-follows the number of workers, which may join and leave.
+follows the number of workers, which may join and leave; where all have left, the run waits for a stated time and stops.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from jobs.reports import Report, listening
-from jobs.request import ClusterError
+from jobs.request import WORKER_WAIT_S, ClusterError
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -61,16 +61,20 @@ def run_tasks(
     is_final: Callable[[BaseException], bool] = lambda error: False,
     after_deaths: Callable[..., Any] | None = None,
     on_report: Callable[[Task, str, Report], None] | None = None,
+    worker_wait_s: float = WORKER_WAIT_S[""],
+    on_wait: Callable[[float], None] = lambda seconds: None,
 ) -> Iterator[Outcome]:
     """Yield every task's outcome as it finishes; a failed one is tried again unless `is_final` says not to.
 
     A task that Dask gave up because workers died under it is run once more by `after_deaths`, with the same arguments,
     when all the others are done: one at a time, so that nobody else is blamed for what it does. `on_report` is told
-    (task, attempt, counts) what running tasks report, on another thread. Closing the generator cancels what has not
-    started, so that an interrupted driver leaves no work behind.
+    (task, attempt, counts) what running tasks report, on another thread. Without any worker for `worker_wait_s` the run
+    ends with `ClusterError`; `on_wait` is told meanwhile for how many seconds there has been none, and 0 at the end of
+    it. Closing the generator cancels what has not started, so that an interrupted driver leaves no work behind.
     """
     remaining, deadly = iter(tasks), deque[Task]()
-    with _Window(client, on_report) as window:
+    workers = _Workers(client, worker_wait_s, on_wait)
+    with _Window(client, workers, on_report) as window:
         while True:
             window.fill(function, remaining)
             if not window.running:
@@ -81,6 +85,9 @@ def run_tasks(
             if done is None:
                 continue
             outcome = _outcome(done)
+            if outcome is None:
+                window.watch(done)
+                continue
             if outcome.error is None or is_final(outcome.error):
                 pass
             elif after_deaths not in (None, done.function) and _killed_workers(outcome.error):
@@ -93,14 +100,41 @@ def run_tasks(
             yield outcome
 
 
+class _Workers:
+    """How many workers there are, looked at now and then, and for how long there has been none."""
+
+    def __init__(self, client: Client, wait_s: float, on_wait: Callable[[float], None]) -> None:
+        self._client, self._wait_s, self._on_wait = client, wait_s, on_wait
+        self._looked = self._seen = time.monotonic()
+        self.number = _num_workers(client)
+
+    def look(self) -> None:
+        """Count again where it is time to; raises `ClusterError` where nobody has come for too long."""
+        now = time.monotonic()
+        if now - self._looked < RECOUNT_S:
+            return
+        self._looked, before, self.number = now, self.number, _num_workers(self._client)
+        if self.number:
+            self._seen = now
+            if not before:
+                self._on_wait(0.0)
+            return
+        self._on_wait(now - self._seen)
+        if now - self._seen >= self._wait_s:
+            raise ClusterError(
+                f"the cluster has had no worker for {now - self._seen:.0f} s; what was committed is kept: start "
+                "workers again and run the same command again (to wait longer: --cluster worker_wait=HH:MM:SS)"
+            )
+
+
 class _Window:
     """The tasks that the cluster has just now."""
 
-    def __init__(self, client: Client, on_report: Callable[[Task, str, Report], None] | None) -> None:
-        self._client = client
+    def __init__(
+        self, client: Client, workers: _Workers, on_report: Callable[[Task, str, Report], None] | None
+    ) -> None:
+        self._client, self._workers = client, workers
         self._finished: SimpleQueue[Future] = SimpleQueue()
-        self._size = WINDOW_PER_WORKER * max(1, _num_workers(client))
-        self._counted = time.monotonic()
         self.running: dict[str, _Attempt] = {}  # by the future's key
         self._listening = listening(client, on_report and (lambda *report: self._pass_on(on_report, *report)))
 
@@ -115,14 +149,19 @@ class _Window:
 
     def fill(self, function: Callable[..., Any], remaining: Iterator[Task]) -> None:
         """Submit tasks until the window is full or none is left."""
-        while len(self.running) < self._size and (task := next(remaining, None)) is not None:
+        size = WINDOW_PER_WORKER * max(1, self._workers.number)
+        while len(self.running) < size and (task := next(remaining, None)) is not None:
             self.submit(function, task, 1)
 
     def submit(self, function: Callable[..., Any], task: Task, number: int) -> None:
         key = f"{task.key}-{function.__name__}-try{number}"
         future = self._client.submit(function, *task.arguments, key=key, pure=False)
-        self.running[key] = _Attempt(task=task, function=function, number=number, future=future)
-        future.add_done_callback(self._finished.put)
+        self.watch(_Attempt(task=task, function=function, number=number, future=future))
+
+    def watch(self, attempt: _Attempt) -> None:
+        """Wait for its end among the others; also for its second one, where its worker left with the result."""
+        self.running[attempt.future.key] = attempt
+        attempt.future.add_done_callback(self._finished.put)
 
     def next(self) -> _Attempt | None:
         """An attempt that has ended; None now and then, when there may be room for more."""
@@ -130,9 +169,7 @@ class _Window:
             future = self._finished.get(timeout=RECOUNT_S)
         except Empty:
             future = None
-        if time.monotonic() - self._counted > RECOUNT_S:
-            self._size = WINDOW_PER_WORKER * max(1, _num_workers(self._client))
-            self._counted = time.monotonic()
+        self._workers.look()
         return self.running.pop(future.key) if future else None
 
     def _pass_on(self, on_report: Callable[[Task, str, Report], None], key: str, attempt: str, counts: Report) -> None:
@@ -159,15 +196,19 @@ def check_workers(client: Client, distribution: str) -> None:
             )
 
 
-def _outcome(attempt: _Attempt) -> Outcome:
+def _outcome(attempt: _Attempt) -> Outcome | None:
+    """What came of it; None where the worker has left that had the result, and Dask has to compute it once more."""
     future = attempt.future
     if future.cancelled():  # not by us: we do not ask for what we cancelled
         raise ClusterError(
             "the scheduler is gone, or forgot this run's tasks; what was committed is kept: start the cluster again "
             "and run the same command again"
         )
-    error = future.exception()
-    result = None if error is not None else future.result()
+    try:
+        error = future.exception(timeout=RECOUNT_S)
+        result = None if error is not None else future.result(timeout=RECOUNT_S)
+    except TimeoutError:
+        return None
     future.release()
     return Outcome(task=attempt.task, result=result, error=error)
 

@@ -54,7 +54,8 @@ def marked(task: BlockTask) -> Iterator[None]:
             if was_enabled:
                 with suppress(AttributeError, OSError, ValueError):  # standard error may be no file
                     faulthandler.enable()
-            mark.unlink(missing_ok=True)
+            with suppress(OSError):  # of a disk that has turned read-only: the block itself says so
+                mark.unlink()
 
 
 def forget(task: BlockTask) -> None:

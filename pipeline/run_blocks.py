@@ -48,6 +48,7 @@ def run_blocks(
 
     total = sum(block.num_clips for block in blocks)
     last_snapshot = time.monotonic()
+    worker_wait_s = config.cluster_request.worker_wait_s
     with (
         RunProgress("extract", total=total, unit="clips", quiet=quiet) as progress,
         closing(
@@ -58,6 +59,8 @@ def run_blocks(
                 is_final=lambda error: isinstance(error, RunStoppedError),
                 after_deaths=extract_suspect,
                 on_report=lambda task, attempt, report: progress.report(task.key, attempt, _counts(report)),
+                worker_wait_s=worker_wait_s,
+                on_wait=lambda seconds: progress.wait(_waiting(seconds, worker_wait_s)),
             )
         ) as outcomes,
     ):
@@ -73,6 +76,11 @@ def run_blocks(
                 store.publish_snapshot()
                 last_snapshot = time.monotonic()
     forget_all(str(config.store_path))
+
+
+def _waiting(seconds: float, limit_s: float) -> str:
+    """What the progress line says where the cluster has no worker."""
+    return f"no worker for {seconds:.0f} s, stops after {limit_s:.0f} s" if seconds else ""
 
 
 def _count(outcome: Outcome, summary: ExtractSummary, progress: RunProgress) -> None:

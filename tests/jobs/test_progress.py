@@ -93,6 +93,14 @@ def test_shares_of_stages_are_told_where_there_is_room_and_notes_where_there_is_
     assert "lost" not in progress.text()
 
 
+def test_why_nothing_moves_stands_at_the_head_of_the_line_until_it_moves():
+    progress = RunProgress("extract", total=8, unit="clips", stream=io.StringIO())
+    progress.wait("no worker for 60 s")
+    assert progress.text().startswith("no worker for 60 s, 0/8 clips, ")
+    progress.wait("")
+    assert progress.text().startswith("0/8 clips, ")
+
+
 def test_threads_may_report_while_others_finish():
     progress = RunProgress("extract", total=800, unit="clips", stream=io.StringIO())
 
