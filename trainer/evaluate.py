@@ -23,8 +23,9 @@ from trainer.data.tokens import TokenShape, TokenSource
 from trainer.model.build import Built, LoadedRun
 
 OVERALL = "all"  # category of the line over all samples
-UNNAMED = "(none)"  # category of samples that name none
+UNNAMED = "no category"  # that of samples which name none
 TRAINED_SPLIT = "train"  # its questions measure nothing
+FIRST_CLIPS = "it keeps a dataset's first clips, often none of the held-out ones"  # a limit of an extraction
 UNBOUND = "unbound:"  # begins the identity in an imported run, whose weights do not say what made their tokens
 
 
@@ -72,10 +73,16 @@ def _no_question(samples: Sequence[Sample], split: str) -> str:
     counts = Counter(sample.split for sample in samples if sample.options)
     held = ", ".join(f"{count} of split {name!r}" for name, count in counts.items()) or "none"
     others = [name for name in counts if name not in (split, TRAINED_SPLIT)]
-    advice = "add questions with `merv-pipeline extract --dataset eval --root DIR --store STORE` and the settings the"
+    if others:
+        advice = f"Use --split {others[0]}"
+    else:
+        advice = (
+            f"To measure a run, extract again without --limit if the store was made with it ({FIRST_CLIPS}), or"
+            " add questions with `merv-pipeline extract --dataset eval --root DIR --store STORE` and the settings the"
+            " store was made with"
+        )
     return (
-        f"no multiple-choice question of split {split!r} has tokens of every encoder; the store holds {held}."
-        f" {f'Use --split {others[0]}' if others else f'To measure a run, {advice} store was made with'}"
+        f"no multiple-choice question of split {split!r} has tokens of every encoder; the store holds {held}. {advice}"
     )
 
 
@@ -138,10 +145,12 @@ def with_answer(sample: Sample, option: str) -> Sample:
 
 
 def summarise(answers: Sequence[Answer]) -> list[Score]:
-    """Overall first, then by category in alphabetical order."""
+    """Overall first, then by category in alphabetical order; where none is named, all is said by the first line."""
     groups: dict[str, list[Answer]] = defaultdict(list)
     for answer in answers:
         groups[answer.category].append(answer)
+    if set(groups) == {UNNAMED}:
+        groups.clear()
     return [_score(OVERALL, answers), *(_score(name, groups[name]) for name in sorted(groups))]
 
 

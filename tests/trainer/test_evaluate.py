@@ -49,6 +49,14 @@ def test_accuracy_and_chance_by_category_by_hand():
     assert [s.chance for s in scores] == pytest.approx([1.5 / 4, 0.25, 1.25 / 3])
 
 
+def test_questions_without_category_have_a_line_only_beside_others(brief, samples, tokens):
+    unnamed = [replace(sample, category=None) for sample in samples[:2]]
+    answers = [*answer_all(brief.built, [*unnamed, samples[2]], tokens)]
+    found = [(score.category, score.questions) for score in summarise(answers)]
+    assert found == [("all", 3), ("colour", 1), ("no category", 2)]
+    assert [score.category for score in summarise(answers[:2])] == ["all"]
+
+
 def test_questions_are_those_of_the_split_with_options_and_tokens(samples, tokens, make_sample):
     heldout = [make_sample(1, split="heldout"), make_sample(60, split="heldout")]
     open_ended = replace(make_sample(2, split="heldout"), options=(), answer_index=None)
@@ -58,7 +66,7 @@ def test_questions_are_those_of_the_split_with_options_and_tokens(samples, token
     with pytest.raises(UserError, match=r"no multiple-choice question of split 'test'.* Use --split heldout$"):
         questions(everything, tokens, split="test", has_visual=True)
     for none_held_out in (samples, [open_ended]):
-        with pytest.raises(UserError, match="add questions with `merv-pipeline extract --dataset eval"):
+        with pytest.raises(UserError, match=r"again without --limit.*add questions with `merv-pipeline extract --data"):
             questions(none_held_out, tokens, split="test", has_visual=True)
 
 

@@ -25,7 +25,7 @@ from trainer.config import TrainConfig
 from trainer.data.order import derive_seed
 from trainer.data.prompts import reason_to_refuse
 from trainer.data.tokens import TokenSource
-from trainer.evaluate import answer_batch, batch_of, showable
+from trainer.evaluate import FIRST_CLIPS, answer_batch, batch_of, showable
 from trainer.loop.plan import Plan
 
 MODALITIES = ("video", "image", "text")
@@ -98,7 +98,8 @@ def heldout_samples(
         found = ", ".join(sorted({sample.split for sample in samples})) or "none"
         raise UserError(
             f"eval_every is {config.eval_every}, but no sample of split {config.eval_split!r} has tokens; splits found:"
-            f" {found}; choose another eval_split, or leave eval_every out"
+            f" {found}; choose another eval_split, leave eval_every out, or, if the store was made with --limit"
+            f" ({FIRST_CLIPS}), extract again without it"
         )
     return sorted(wanted, key=lambda sample: (derive_seed("validation", sample.sample_id), sample.digest))
 
