@@ -38,7 +38,7 @@ from trainer.give.official_names import (
     split_parts,
 )
 from trainer.model.build import build, count_parameters
-from trainer.model.llm import LoadedLLM, save_shape
+from trainer.model.llm import LoadedLLM, save_shape, where_to_look
 from trainer.runs import checkpoint
 from trainer.runs.files import file_sha256, whole_folder
 from trainer.runs.record import LLM_FOLDER, RunRecord, software_versions
@@ -165,8 +165,9 @@ def empty_llm(name: str, saved: Weights) -> LoadedLLM:
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # takes seconds
 
+    where = where_to_look(name)
     try:
-        tokenizer, sizes = AutoTokenizer.from_pretrained(name), AutoConfig.from_pretrained(name)
+        tokenizer, sizes = AutoTokenizer.from_pretrained(name, **where), AutoConfig.from_pretrained(name, **where)
     except (OSError, ValueError) as error:
         raise UserError(
             f"LLM {name!r} cannot be loaded: {str(error).splitlines()[0]}; give the Hub id or folder of the LLM that"

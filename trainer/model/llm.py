@@ -20,6 +20,7 @@ from featurestore.errors import UserError, unknown_name
 from trainer.model.quantise import quantised_loading
 
 FRESH_PREFIX = "fresh:"
+HUB_TIMEOUT_S = 10.0  # of one question to the Hub
 SPECIAL_WORDS = ("<unk>", "<s>", "</s>")
 
 
@@ -63,17 +64,48 @@ def load_llm(
         return LoadedLLM(model=_fresh_llama(FRESH_LLMS[size], len(tokenizer)), tokenizer=tokenizer, is_fresh=True)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    where = where_to_look(name)
     options = quantised_loading(quant) if quant is not None else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, **where)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, adapter_kwargs=where, **options, **where
+        )
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"LLM {name!r} cannot be loaded: {str(error).splitlines()[0]}; give a Hub id, a local folder of a causal LM"
-            f" with safetensors (`make smollm2` makes one without the Hub), or {FRESH_PREFIX}NAME with NAME one of"
-            f" {', '.join(FRESH_LLMS)}"
-        ) from error
+        raise UserError(_no_llm(name, error)) from error
     return LoadedLLM(model=model, tokenizer=tokenizer, is_fresh=False)
+
+
+def where_to_look(name: str) -> dict[str, bool]:
+    """Options of `from_pretrained`: the Hub's cache alone where the Hub does not answer, an error where that has none.
+
+    Left to itself the Hub's client asks again and again for every file, also for some that the cache may do without:
+    half a minute for an LLM that is there, and as long for one that is not. Offline mode (HF_HUB_OFFLINE) is no answer.
+    """
+    from huggingface_hub import model_info, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    if Path(name).is_dir():
+        return {}
+    try:
+        model_info(name, timeout=HUB_TIMEOUT_S)
+    except (HfHubHTTPError, ValueError):
+        return {}  # the Hub's own word on it, or no Hub id at all: transformers tells what is wrong
+    except (OSError, HTTPError) as error:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            reason = f"it is not in the Hub's cache, and the Hub does not answer ({error})"
+            raise UserError(_no_llm(name, reason)) from error
+        return {"local_files_only": True}
+    return {}
+
+
+def _no_llm(name: str, reason: object) -> str:
+    """The message for an LLM that cannot be had, and what can."""
+    return (
+        f"LLM {name!r} cannot be loaded: {str(reason).splitlines()[0]}; give a Hub id, a local folder of a causal LM"
+        f" with safetensors (`make smollm2` makes one without the Hub), or {FRESH_PREFIX}NAME with NAME one of"
+        f" {', '.join(FRESH_LLMS)}"
+    )
 
 
 def holds_shape(folder: Path) -> bool:
