@@ -18,7 +18,7 @@ from typing import Any
 
 from featurestore.blocks import BlockWriter
 from featurestore.clips import Clip
-from featurestore.errors import RunStoppedError
+from featurestore.errors import MediaError, RunStoppedError
 from featurestore.receipts import Receipt
 from featurestore.writer import StoreWriter
 from jobs import metrics
@@ -27,7 +27,7 @@ from pipeline.config import EngineSettings
 from pipeline.decode.ahead import decode_ahead
 from pipeline.decode.job import Decoded, DecodeJob
 from pipeline.engine import Engine, encode_batch, engine_for
-from pipeline.media import MISSING_REASON
+from pipeline.media import MISSING_REASON, resolve_media
 from pipeline.reuse import ReuseTask, copy_cells
 from pipeline.summary import DECODING
 
@@ -158,9 +158,15 @@ class _BlockWork:
             "reused": self.counts["reused"],
             "failed": len(reasons),
             "bytes": sum(receipt.stored_bytes for receipt in receipts.values()),
+            "made": {name: self._made(name, receipt) for name, receipt in receipts.items()},
             "reasons": dict(Counter(reasons.values())),
             "seconds": {**self.seconds, "total": seconds},
         }
+
+    def _made(self, name: str, receipt: Receipt) -> dict[str, float]:
+        """What one encoder did in this block, for who wants to know what it costs."""
+        seconds = self.seconds[f"encode:{name}"]
+        return {"clips": len(self._wanted[name]), "seconds": seconds, "bytes": receipt.stored_bytes}
 
     def _so_far(self) -> dict[str, Any]:
         """What is done of the block, counted as its end is; clips are as many as their share of all forwards."""
@@ -244,12 +250,23 @@ class _BlockWork:
         self._drain(WRITES_IN_FLIGHT)
 
     def _refuse_vanished_media(self) -> None:
-        """Media were there when the block was planned: if all are gone, a share was unmounted, no clip is broken."""
-        if len(self._needed) > 1 and self.counts["missing"] == len(self._needed):
+        """Media were there when the block was planned: if all are gone, a share was unmounted, no clip is broken.
+
+        It may have been unmounted in the middle of the block: clips that were decoded before are looked for once more.
+        """
+        if not self.counts["missing"] or len(self._needed) == 1:
+            return
+        if not any(self._is_there(self._clips[row]) for row in self._needed):
             raise RunStoppedError(
                 f"all {len(self._needed)} media files of a block have vanished from {self.task.root} since they were "
                 "listed: mount the share again and run the same command again; nothing was quarantined"
             )
+
+    def _is_there(self, clip: Clip) -> bool:
+        try:
+            return resolve_media(self.task.root, clip.path) is not None
+        except MediaError as reason:
+            return str(reason) != MISSING_REASON
 
     def _drain(self, keep: int) -> None:
         with self._stage("write wait"):

@@ -30,6 +30,7 @@ def main() -> None:
 @click.option("--retry-quarantine", is_flag=True, default=None, help="Try the clips again that failed before.")
 @click.option("--accept-damaged", is_flag=True, default=None, help="Take what can be decoded of damaged files.")
 @click.option("--new-identity", is_flag=True, default=None, help="Keep changed features beside the stored ones.")
+@click.option("--refresh", is_flag=True, default=None, help="Compute clips again whose media changed since.")
 @click.option("--no-samples", "samples", flag_value=False, default=None, help="Leave the annotations out of the store.")
 @click.option(
     "--max-failed", type=click.FloatRange(0, 1), help="Stop when more than this share failed.  [default: 0.5]"

@@ -18,6 +18,7 @@ from featurestore.identity import STORAGE_DTYPES, FeatureIdentity
 from featurestore.layout import check_block_rows
 from jobs.request import ClusterError, ClusterRequest, ClusterSettings
 from pipeline.encoders.base import EncoderSpec
+from pipeline.encoders.identity import feature_identity
 from pipeline.encoders.registry import ENCODERS, MERV_ENCODERS, encoder_spec
 from pipeline.encoders.weights import check_weights_spec
 
@@ -70,6 +71,19 @@ class EncoderSettings:
         spec = encoder_spec(self.name).with_architecture(self.architecture)
         return spec.with_crop(self.crop) if self.crop else spec
 
+    def identity(self, weights_sha256: str) -> FeatureIdentity:
+        """What decides the bytes of the tokens, given what the weights hash to."""
+        spec = self.spec
+        return feature_identity(
+            spec,
+            weights_sha256=weights_sha256,
+            compute_dtype=self.compute_dtype,
+            decode=self.decoder,
+            grid=self.grid,
+            prefix_tokens=self.prefix_tokens and spec.prefix_tokens > 0,  # SigLIP, for one, has none
+            storage_dtype=self.storage_dtype,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
@@ -109,6 +123,7 @@ class ExtractConfig:
     batch: Mapping[str, int] = field(default_factory=dict)  # kind -> clips per forward; absent: chosen for the device
     reuse: str | None = None  # another store: what it holds of the same media is copied instead of computed
     new_identity: bool = False
+    refresh: bool = False  # compute clips again whose media changed since their tokens were stored
     retry_quarantine: bool = False
     retry_reason: str | None = None  # of the quarantine, only clips whose reason holds this text
     scheduler: str = "local"

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,21 +17,28 @@ import torch
 
 from featurestore.errors import UserError
 from featurestore.identity import FeatureIdentity
+from jobs.reports import TaskReporter
 from pipeline.config import EncoderSettings, EngineSettings
 from pipeline.decode.pool import DecodePool
 from pipeline.encoders import load_encoder
+from pipeline.encoders.remembered import fingerprint
 from pipeline.views import View
+
+OnLoaded = Callable[[str, float], None]  # an encoder's name, and the seconds that loading it took
 
 
 class Engine:
     """Frozen encoders and a decode pool, ready for blocks."""
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(self, settings: EngineSettings, on_loaded: OnLoaded = lambda name, seconds: None) -> None:
         self.settings = settings
         self.device = _device(settings.device)
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        self.encoders = {s.name: EncoderRun(s, self.device) for s in settings.encoders}
+        self.encoders: dict[str, EncoderRun] = {}
+        for each in settings.encoders:
+            self.encoders[each.name] = EncoderRun(each, self.device)
+            on_loaded(each.name, self.encoders[each.name].load_s)
         self.num_decoders = settings.decode_processes or _free_cores()
         self.pool = DecodePool(self.num_decoders, timeout_s=settings.decode_timeout_s)
 
@@ -45,15 +53,14 @@ class EncoderRun:
         spec = settings.spec
         self.settings = settings
         self._prefix = settings.prefix_tokens and spec.prefix_tokens > 0  # SigLIP, for one, has none
+        started, before = time.monotonic(), fingerprint(spec, settings.weights)
         self.loaded = load_encoder(spec, settings.weights, device=device, compute_dtype=settings.compute_dtype)
+        after = fingerprint(spec, settings.weights)
+        self.fingerprint = after if before in (None, after) else None  # None: files that changed meanwhile have no name
+        self.load_s = time.monotonic() - started
         self.view: View = self.loaded.spec.view
         self.label: str = self.loaded.weights_label
-        self.identity: FeatureIdentity = self.loaded.identity(
-            grid=settings.grid,
-            decode=settings.decoder,
-            prefix_tokens=self._prefix,
-            storage_dtype=settings.storage_dtype,
-        )
+        self.identity: FeatureIdentity = settings.identity(self.loaded.weights_sha256)
 
     def tokens(self, frames_BTHWC: np.ndarray) -> dict[str, np.ndarray]:
         """uint8 frames of a batch -> arrays to store: "tokens" float32 [B, T, H, W, D], maybe "prefix" [B, T, K, D]."""
@@ -97,13 +104,13 @@ _engines: dict[str, Engine] = {}  # one per process in practice: a run has one s
 _lock = threading.Lock()
 
 
-def engine_for(settings: EngineSettings) -> Engine:
+def engine_for(settings: EngineSettings, on_loaded: OnLoaded = lambda name, seconds: None) -> Engine:
     """This process's engine for the settings, made on first use; another run's engine is closed first."""
     with _lock:
         key = repr(settings)
         if key not in _engines:
             close_engines()
-            _engines[key] = Engine(settings)
+            _engines[key] = Engine(settings, on_loaded)
         return _engines[key]
 
 
@@ -114,8 +121,12 @@ def close_engines() -> None:
 
 
 def describe_encoders(settings: EngineSettings) -> list[dict[str, Any]]:
-    """What the driver must know of each loaded encoder, as plain values: it never imports torch itself."""
-    engine = engine_for(settings)
+    """What the driver must know of each loaded encoder, as plain values: it never imports torch itself.
+
+    Each encoder is reported as soon as it is loaded: four of full size take a minute and a half.
+    """
+    reporter = TaskReporter(interval_s=0.0)
+    engine = engine_for(settings, lambda name, seconds: reporter.tell(lambda: {"loaded": name, "seconds": seconds}))
     return [
         {
             "name": name,
@@ -123,6 +134,8 @@ def describe_encoders(settings: EngineSettings) -> list[dict[str, Any]]:
             "weights": run.label,
             "device": engine.device,
             "threads": torch.get_num_threads(),
+            "load_s": run.load_s,
+            "fingerprint": run.fingerprint,
         }
         for name, run in engine.encoders.items()
     ]

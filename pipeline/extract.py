@@ -11,7 +11,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,30 +26,17 @@ from jobs.dashboard import dashboard_lines, performance_report
 from jobs.run import Task
 from pipeline.config import ExtractConfig, default_batch
 from pipeline.datasets import DatasetListing, load_dataset
+from pipeline.describe import EncoderDescription, describe, on_a_worker, settled
 from pipeline.keep_samples import add_listed_samples
 from pipeline.plan import PlannedBlock, plan_blocks
 from pipeline.prediction import read_plan
+from pipeline.refresh import look_at_media
 from pipeline.reuse import OtherStore
 from pipeline.run_blocks import run_blocks
 from pipeline.summary import ExtractSummary, run_record
 
 if TYPE_CHECKING:
     from distributed import Client
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderDescription:
-    """What a worker told of an encoder that it loaded."""
-
-    identity: FeatureIdentity
-    weights: str  # label: "pretrained" or "random:SEED"
-    device: str
-    threads: int  # of torch on the worker: part of what decides the last bits
-
-    @property
-    def journal_entry(self) -> dict[str, str | int]:
-        """What a run's record says of the encoder: where its tokens went, and what they were made on."""
-        return {"group": self.identity.group_name, "device": self.device, "threads": self.threads}
 
 
 def extract(
@@ -84,15 +70,34 @@ def extract(
         summary.predicted = read_plan(config.forecast).to_dict()
     for note in listing.notes:
         say(note)
+    if (encoders := settled(config, listing)) is not None:
+        _settle(config, listing, encoders, summary, say)
+        return summary
     say(f"{config.dataset}: {len(listing.clips)} clips listed; loading {', '.join(config.encoders)}")
     with connect(config.cluster_request, say=say) as client, performance_report(_report_path(config, run, say), say):
         for line in dashboard_lines(client) if config.dashboard else ():
             say(line)
-        encoders = _describe(client, config)
+        encoders = describe(client, config, say)
         store = StoreWriter.open_or_create(config.store_path, block_rows=dict(config.block_rows) or None)
         with StoreLease(config.store_path, run):  # a second driver would be safe, and waste its work
-            _fill(client, store, config, listing, encoders, summary, quiet)
+            _fill(client, store, config, listing, encoders, summary, quiet, say)
     return summary
+
+
+def _settle(
+    config: ExtractConfig,
+    listing: DatasetListing,
+    encoders: dict[str, EncoderDescription],
+    summary: ExtractSummary,
+    say: Callable[[str], None],
+) -> None:
+    """A run that has nothing to compute: samples, a look at the media, and its record."""
+    started, identities = time.time(), {name: encoder.identity for name, encoder in encoders.items()}
+    store = StoreWriter.open_or_create(config.store_path, block_rows=dict(config.block_rows) or None)
+    with StoreLease(config.store_path, summary.run):
+        look_at_media(store, config, listing, identities, summary, say)
+        _add_samples(store, config, listing)
+        _sum_up(store, config, listing, encoders, summary, started)
 
 
 def _report_path(config: ExtractConfig, run: str, say: Callable[[str], None]) -> Path | None:
@@ -114,26 +119,19 @@ def _fill(
     encoders: dict[str, EncoderDescription],
     summary: ExtractSummary,
     quiet: bool,
+    say: Callable[[str], None],
 ) -> None:
     """Give out rows, plan what is missing, and run it."""
     _register(store, config, listing, encoders)
     identities = {name: encoder.identity for name, encoder in encoders.items()}
-    blocks = plan_blocks(store, identities, clip_ids={clip.clip_id for clip in listing.clips})
+    if config.canaries:
+        _add_canaries(client, store, config, _kinds(listing), identities, summary, say)
+    stale = look_at_media(store, config, listing, identities, summary, say)
+    blocks = plan_blocks(store, identities, clip_ids={clip.clip_id for clip in listing.clips}, stale=stale)
     _check_space(config, blocks, encoders)
     tasks = _tasks(config, listing, encoders, blocks, summary.run)
     with _summed_up(store, config, listing, encoders, summary):
         run_blocks(client, store, tasks, blocks, summary, config, quiet=quiet)
-
-
-def _describe(client: Client, config: ExtractConfig) -> dict[str, EncoderDescription]:
-    """Identities are told by a worker that loaded the encoders: the driver has no torch and no weights."""
-    from pipeline.engine import describe_encoders  # only here and in workers: it imports torch
-
-    described = client.submit(describe_encoders, config.engine_settings, pure=False).result()
-    return {
-        entry.pop("name"): EncoderDescription(identity=FeatureIdentity.from_dict(entry.pop("identity")), **entry)
-        for entry in described
-    }
 
 
 def _register(
@@ -143,7 +141,7 @@ def _register(
 
     Groups come first: where they are refused, nothing has been written.
     """
-    for kind in (kind for kind in KINDS if any(clip.kind == kind for clip in listing.clips)):
+    for kind in _kinds(listing):
         for encoder in encoders.values():
             store.ensure_group(
                 kind,
@@ -153,10 +151,38 @@ def _register(
                 new_identity=config.new_identity,
             )
     store.add_clips(listing.clips)
-    if config.samples:
-        add_listed_samples(store, listing, is_whole=config.kind is None and config.limit is None)
+    _add_samples(store, config, listing)
     if config.retry_quarantine:
         store.add_clips(_quarantined(store, config, listing, encoders), retry=True)
+
+
+def _kinds(listing: DatasetListing) -> list[str]:
+    return [kind for kind in KINDS if any(clip.kind == kind for clip in listing.clips)]
+
+
+def _add_canaries(
+    client: Client,
+    store: StoreWriter,
+    config: ExtractConfig,
+    kinds: list[str],
+    identities: dict[str, FeatureIdentity],
+    summary: ExtractSummary,
+    say: Callable[[str], None],
+) -> None:
+    """Canaries for the groups that have none, before the first block: a run that is cut short has them."""
+    from pipeline.canaries import CanaryTask, missing_canaries, write_canaries
+
+    if missing := missing_canaries(store, identities, kinds):
+        task = CanaryTask(store=str(config.store_path), engine=config.engine_settings, groups=missing)
+        done = on_a_worker(client, config, write_canaries, task)
+        summary.canaries = done["written"]
+        for problem in done["problems"]:
+            say(f"no canaries, which `verify --parity` needs: {problem}")
+
+
+def _add_samples(store: StoreWriter, config: ExtractConfig, listing: DatasetListing) -> None:
+    if config.samples:
+        add_listed_samples(store, listing, is_whole=config.kind is None and config.limit is None)
 
 
 def _batch_shape(store: StoreWriter, config: ExtractConfig, kind: str, encoder: EncoderDescription) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,8 @@ from featurestore.identity import FeatureIdentity
 from featurestore.receipts import Receipt
 from featurestore.tombstones import tombstoned_clips
 from featurestore.writer import StoreWriter
+
+NOTHING_STALE: Mapping[str, Collection[str]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +56,16 @@ class PlannedBlock:
 
 
 def plan_blocks(
-    store: StoreWriter, identities: Mapping[str, FeatureIdentity], *, clip_ids: Collection[str]
+    store: StoreWriter,
+    identities: Mapping[str, FeatureIdentity],
+    *,
+    clip_ids: Collection[str],
+    stale: Mapping[str, Collection[str]] = NOTHING_STALE,
 ) -> list[PlannedBlock]:
     """Blocks that hold any of `clip_ids` and miss tokens of an encoder, in the order of their rows.
 
-    Encoders whose groups were made with different batch shapes get a block each: one shape gives one set of bytes.
+    `stale` names clips by encoder whose older tokens do not count: their media changed. Encoders whose groups were made
+    with different batch shapes get a block each: one shape gives one set of bytes.
     """
     planned, removed = [], tombstoned_clips(store.objects)
     for given in _given_rows(store):
@@ -68,7 +76,8 @@ def plan_blocks(
         for name, identity in identities.items():
             group = store.open_group(given.kind, identity.group_name)
             committed = group.committed_blocks()
-            done = _clips_done_earlier(group, given.older, committed, given.block_rows) | removed.keys()
+            done = _clips_done_earlier(group, given.older, committed, given.block_rows)
+            done = done.difference(stale.get(name, ())) | removed.keys()
             for block in asked:
                 if block not in committed and (wanted := given.live_rows(block, done)):
                     missing[block, group.batch_shape][name] = wanted

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,18 @@ _ROOT = click.option("--root", type=click.Path(file_okay=False), show_default="a
     show_default="not looked at",
     help="Look for media that changed since: quick hashes those touched since the first run, full hashes all.",
 )
+@click.option(
+    "--parity", is_flag=True, help="Encode the store's canaries again on this machine and compare; needs the weights."
+)
+@click.option(
+    "--clips",
+    type=click.Path(exists=True, dir_okay=False),
+    show_default="the canaries",
+    help="With --parity: file of clip ids, one a line, whose media are encoded again instead.",
+)
+@click.option("--encoders", metavar="LIST", show_default="all", help="With --parity: only these, comma separated.")
+@click.option("--weights", metavar="SPEC", multiple=True, show_default="as at extraction", help="With --parity.")
+@click.option("--device", show_default="cuda where there is one, else cpu", help="With --parity: cpu, cuda, ...")
 @_ROOT
 @click.option("--workers", type=click.IntRange(1), default=2, help="Blocks, or media, checked at once.")
 @_JSON
@@ -46,11 +60,15 @@ def verify(
     root: str | None,
     workers: int,
     as_json: bool,
+    **parity: Any,
 ) -> None:
-    """Check that a store is sound. Exit code 1 where anything is damaged, 0 where only strays lie about."""
+    """Check that a store is sound. Exit code 1 where anything is damaged, 0 where only strays lie about.
+
+    With --parity, also whether this machine's libraries, decoder and encoders make the tokens that the store holds:
+    exit code 1 where they are outside the tolerance. The result is kept in the store's journal.
+    """
     from featurestore.keep.findings import is_damaged
     from featurestore.keep.verify import verify_store
-    from pipeline import store_tables
 
     with friendly_errors():
         place = find_store(store or store_option)
@@ -63,9 +81,45 @@ def verify(
                 findings += verify_media(place, media, root=root, workers=workers, on_clips=total, on_clip=done)
         told = {"store": str(place), "mode": "full" if full else "quick", "media": media}
         told["findings"] = [vars(finding) for finding in findings]
-        show_result(told, as_json, lambda: store_tables.findings(findings, full, media))
-        if is_damaged(findings):
+        checked = _parity(place, root, parity)
+        told |= {"parity": checked and asdict(checked)}
+        show_result(told, as_json, lambda: _show_verified(findings, full, media, checked))
+        is_outside = checked is not None and any(row.verdict == "outside" for row in checked.rows)
+        if is_damaged(findings) or is_outside:
             click.get_current_context().exit(1)
+
+
+def _show_verified(findings: list, full: bool, media: str | None, checked: Any) -> None:
+    from pipeline import store_tables
+
+    store_tables.findings(findings, full, media)
+    if checked is not None:
+        store_tables.parity(checked)
+
+
+def _parity(place: Any, root: str | None, options: dict[str, Any]) -> Any:
+    """The parity check that was asked for, kept in the journal where the store can be written; None if none was."""
+    from featurestore.parity import keep_parity
+    from pipeline.options import parse_weights
+
+    clips, encoders, weights = options["clips"], options["encoders"], options["weights"]
+    if not options["parity"]:
+        if clips or encoders or weights or options["device"]:
+            raise click.UsageError("--clips, --encoders, --weights and --device say what --parity does: add --parity")
+        return None
+    from pipeline.parity import check_parity
+
+    record = check_parity(
+        place,
+        encoders=[name.strip() for name in encoders.split(",")] if encoders else None,
+        weights=parse_weights(weights),
+        device=options["device"],
+        clips=clips,
+        root=root,
+        say=lambda line: click.echo(line, err=True),
+    )
+    _keep(lambda: keep_parity(place, record))
+    return record
 
 
 @click.command()
@@ -223,7 +277,7 @@ def distortion(
     temporary stores and read back. The result is kept in the store's journal, for `report` and the card; `merv-eval
     distortion` adds what a trained run makes of each dtype.
     """
-    from featurestore.distortion import to_record
+    from featurestore.distortion import keep_record, to_record
     from pipeline import store_tables
     from pipeline.distortion import measure_distortion
 
@@ -234,16 +288,14 @@ def distortion(
                 place, sample=sample, seed=seed, scratch=scratch, on_start=total, on_done=done
             )
         record = to_record(measured)
-        _keep(place, record)
+        _keep(lambda: keep_record(place, record))
         show_result(record, as_json, lambda: store_tables.distortion(measured))
 
 
-def _keep(place: Any, record: dict[str, Any]) -> None:
+def _keep(keep: Callable[[], str]) -> None:
     """Into the journal where the store can be written; a measurement is worth printing all the same."""
-    from featurestore.distortion import keep_record
-
     try:
-        click.echo(f"kept as {keep_record(place, record)}", err=True)
+        click.echo(f"kept as {keep()}", err=True)
     except MervCacheError as error:
         click.echo(f"not kept in the store: {error}", err=True)
 

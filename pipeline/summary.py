@@ -42,6 +42,11 @@ class ExtractSummary:
     halvings: int = 0  # batches cut for lack of device memory
     elapsed_s: float = 0.0
     stage_s: dict[str, float] = field(default_factory=dict)  # summed over workers
+    made: dict[str, dict[str, float]] = field(default_factory=dict)  # "kind/encoder" -> clips, seconds, bytes
+    refreshed: int = 0  # clips given new rows because their media changed
+    changed: int = 0  # clips whose media changed and whose tokens stay as they are
+    not_compared: int = 0  # clips whose media were touched and not read
+    blocks_of: dict[str, list[int]] = field(default_factory=dict, repr=False)  # kind -> blocks committed in this run
 
     def add(self, block: Mapping[str, Any]) -> None:
         """Count what `pipeline.block.extract_block` says of a block."""
@@ -50,9 +55,19 @@ class ExtractSummary:
             setattr(self, name, getattr(self, name) + block[name])
         self.reasons = dict(Counter(self.reasons) + Counter(block["reasons"]))
         self.stage_s = dict(Counter(self.stage_s) + Counter(block["seconds"]))
+        self.blocks_of.setdefault(block["kind"], []).append(block["block"])
+        for encoder, made in block["made"].items():
+            sums = self.made.setdefault(f"{block['kind']}/{encoder}", dict.fromkeys(made, 0))
+            for name, amount in made.items():
+                sums[name] += amount
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "blocks_of"}
+
+    @property
+    def block_spans(self) -> dict[str, list[list[int]]]:
+        """Kind -> [first, stop) of blocks that follow one another, for the journal."""
+        return {kind: _spans(sorted(set(blocks))) for kind, blocks in sorted(self.blocks_of.items())}
 
 
 def run_record(
@@ -70,8 +85,19 @@ def run_record(
         "config": config.to_dict(),
         "versions": software_versions(),
         "encoders": {name: dict(entry) for name, entry in encoders.items()},
+        "blocks": summary.block_spans,
         "summary": summary.to_dict(),
     }
+
+
+def _spans(numbers: list[int]) -> list[list[int]]:
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and spans[-1][1] == number:
+            spans[-1][1] += 1
+        else:
+            spans.append([number, number + 1])
+    return spans
 
 
 def software_versions() -> dict[str, str]:

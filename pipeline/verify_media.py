@@ -8,10 +8,8 @@ under an old date, or a store whose journal is lost; a folder that was copied si
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Literal
 
 from featurestore.clips import Clip
@@ -22,11 +20,11 @@ from featurestore.keep.findings import Finding
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
 from pipeline.decode.source import Source
-from pipeline.media import FrameFolder, TarMember
+from pipeline.media_memory import newest_touch_s
 
 MediaLevel = Literal["quick", "full"]
 MEDIA_LEVELS: tuple[MediaLevel, ...] = ("quick", "full")
-_RESTORE = "restore the file it was made from; or give the clip's new content another path and extract that"
+_RESTORE = "restore the file it was made from, or compute it again with `extract --refresh`"
 
 
 def verify_media(
@@ -64,9 +62,9 @@ def media_roots(runs: Iterable[Mapping], root: str | None) -> dict[str, str]:
 
 
 def _media_digests(path: Place, removed: Iterable[str]) -> dict[str, tuple[Clip, set[str]]]:
-    """Clip id -> the clip, and the sha256 of every medium that committed tokens of it were made from."""
+    """Clip id -> the clip, and the sha256 of the media that each encoder's tokens of it were made from."""
     writer, removed = StoreWriter.open(path), set(removed)
-    found: dict[str, tuple[Clip, set[str]]] = {}
+    newest: dict[str, tuple[Clip, dict[str, str]]] = {}  # clip id -> the clip, and by group: a later row's wins
     clips = {(clip.kind, row): clip for row, clip in table_to_clips(writer.clips())}
     for kind in {kind for kind, _ in clips}:
         for name in writer.encoder_groups(kind):
@@ -76,8 +74,8 @@ def _media_digests(path: Place, removed: Iterable[str]) -> dict[str, tuple[Clip,
                 for row, outcome in enumerate(receipt.rows, start=receipt.first_row()):
                     clip = clips.get((kind, row))
                     if outcome.state == "ok" and outcome.media_sha256 and clip and clip.clip_id not in removed:
-                        found.setdefault(clip.clip_id, (clip, set()))[1].add(outcome.media_sha256)
-    return found
+                        newest.setdefault(clip.clip_id, (clip, {}))[1][name] = outcome.media_sha256
+    return {clip_id: (clip, set(digests.values())) for clip_id, (clip, digests) in newest.items()}
 
 
 def _check(clip: Clip, digests: set[str], roots: Mapping[str, str], since: float) -> Finding | None:
@@ -86,7 +84,7 @@ def _check(clip: Clip, digests: set[str], roots: Mapping[str, str], since: float
         return Finding(clip.clip_id, f"no run says where the media of {clip.dataset} are", "stray", "give --root DIR")
     try:
         source = Source.find(root, clip.path)
-        if _touched(source) < since:
+        if newest_touch_s(source) < since:
             return None
         now = source.sha256()
     except MervCacheError as error:
@@ -100,12 +98,3 @@ def _check(clip: Clip, digests: set[str], roots: Mapping[str, str], since: float
     else:
         words = "its media are not those that its tokens were made from"
     return Finding(clip.clip_id, words, "damage", _RESTORE)
-
-
-def _touched(source: Source) -> float:
-    """When the newest of a clip's files was last written or put in its place, in Unix seconds."""
-    if isinstance(source.media, FrameFolder):
-        paths = [*source.media.paths, *{Path(path).parent for path in source.media.paths}]
-    else:
-        paths = [source.media.tar_path if isinstance(source.media, TarMember) else source.media.path]
-    return max(max(status.st_mtime, status.st_ctime) for status in map(os.stat, paths))

@@ -1,11 +1,14 @@
-"""Fixtures of all rooms: servers that stand in for places far away."""
+"""Fixtures of all rooms: servers that stand in for places far away, and a cache folder that is nobody's."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 from hypothesis import settings
 
 # The same cases every time: a test fails because of what was changed. New cases are benchmarks/fuzz.py's to find.
@@ -19,6 +22,18 @@ def _load(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What digests are remembered in, here and in every process that a test starts: not the user's."""
+    before, folder = os.environ.get("XDG_CACHE_HOME"), tmp_path_factory.mktemp("cache")
+    os.environ["XDG_CACHE_HOME"] = str(folder)
+    yield folder
+    if before is None:
+        del os.environ["XDG_CACHE_HOME"]
+    else:
+        os.environ["XDG_CACHE_HOME"] = before
 
 
 _s3, _web = _load("s3_server"), _load("web_server")

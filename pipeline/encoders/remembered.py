@@ -1,9 +1,9 @@
 """Remembered digests: what weights hash to, so that who only needs their name need not load them.
 
-Comes in: an encoder's spec and its weights argument. Goes out: the sha256 that loading them gave before, on this machine
-and for this user. What is remembered is found by a fingerprint of where the weights come from: a folder's files by path,
-size and times, seeded ones by their seed, both with the architecture and the versions of what loads them. It is a
-shortcut and never the truth: whoever computes loads, and the digest of what was loaded replaces a remembered one.
+Comes in: an encoder's spec and its weights argument. Goes out: the sha256 that loading them gave before, on this
+machine and for this user. It is found by a fingerprint of where the weights come from: a folder's files by path, size
+and times, seeded ones by their seed, both with the architecture and the versions of what loads them. It is a shortcut
+and never the truth: whoever computes loads, and the digest of what was loaded replaces a remembered one.
 """
 
 from __future__ import annotations

@@ -138,12 +138,13 @@ class Lab:
         from featurestore.writer import StoreWriter
         from jobs.clusters import ClusterRequest, connect
         from pipeline.datasets import load_dataset
-        from pipeline.extract import _describe, _register, _tasks
+        from pipeline.describe import describe
+        from pipeline.extract import _register, _tasks
         from pipeline.plan import plan_blocks
 
         config = self.config(**changes)
         with connect(ClusterRequest()) as client:
-            encoders = _describe(client, config)
+            encoders = describe(client, config)
         listing = load_dataset(config.dataset, config.root, kind=config.kind, limit=config.limit)
         store = StoreWriter.open_or_create(config.store_path, block_rows=dict(config.block_rows))
         _register(store, config, listing, encoders)

@@ -77,7 +77,7 @@ def test_quick_reads_no_file_that_is_older_than_the_first_run(store, media, monk
 
     read: list[str] = []
     monkeypatch.setattr(Source, "sha256", lambda self: read.append(self.path) or "0" * 64)
-    monkeypatch.setattr("pipeline.verify_media._touched", lambda source: 1.0 if "v0" in source.path else 9e9)
+    monkeypatch.setattr("pipeline.verify_media.newest_touch_s", lambda source: 1.0 if "v0" in source.path else 9e9)
     verify_media(store, "quick", root=str(media))
     assert "videochatgpt_tune/v0.mp4" not in read
     assert "videochatgpt_tune/v1.mp4" in read

@@ -1,0 +1,171 @@
+"""The encoders of a run, as its driver knows them: identity, label, device; told by a worker, or from memory.
+
+Comes in: an `ExtractConfig`. Goes out: `EncoderDescription` by name. The driver has no torch: a worker loads the
+encoders and tells. What their weights hashed to is remembered, so that a run that turns out to have nothing to do says
+so at once (`settled`). Memory decides nothing that is written: tokens are computed under what a worker loaded.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from featurestore.identity import FeatureIdentity
+from featurestore.layout import ROOT_METADATA
+from featurestore.places.by_url import open_objects
+from featurestore.tombstones import tombstoned_clips
+from featurestore.writer import StoreWriter
+from jobs.reports import Report
+from jobs.run import Task, run_tasks
+from pipeline.config import ExtractConfig
+from pipeline.datasets import DatasetListing
+from pipeline.encoders.remembered import fingerprint, remember, remembered_sha256
+from pipeline.encoders.weights import parse_weights
+from pipeline.plan import plan_blocks
+from pipeline.recompute import driver_runs
+from pipeline.stale import stale_media
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderDescription:
+    """What a worker told of an encoder that it loaded."""
+
+    identity: FeatureIdentity
+    weights: str  # label: "pretrained" or "random:SEED"
+    device: str
+    threads: int  # of torch on the worker: part of what decides the last bits
+    load_s: float = 0.0
+    fingerprint: str | None = None  # of the files that it was loaded from
+
+    @property
+    def journal_entry(self) -> dict[str, str | int]:
+        """What a run's record says of the encoder: where its tokens went, and what they were made on."""
+        return {"group": self.identity.group_name, "device": self.device, "threads": self.threads}
+
+
+def describe(client: Client, config: ExtractConfig, say: Say = lambda line: None) -> dict[str, EncoderDescription]:
+    """What a worker says of the encoders, once it has loaded them; `say` hears of each, and how long it took."""
+    from pipeline.engine import describe_encoders  # only here and in workers: it imports torch
+
+    told: set[str] = set()
+
+    def tell(name: str, seconds: float) -> None:
+        if name not in told:
+            told.add(name)
+            say(f"{name} loaded in {seconds:.1f} s")
+
+    def on_report(task: Task, attempt: str, report: Report) -> None:
+        tell(report["loaded"], report["seconds"])
+
+    described = on_a_worker(client, config, describe_encoders, config.engine_settings, on_report=on_report)
+    found = {
+        entry.pop("name"): EncoderDescription(identity=FeatureIdentity.from_dict(entry.pop("identity")), **entry)
+        for entry in described
+    }
+    for name, encoder in found.items():
+        tell(name, encoder.load_s)  # a report may come late or never
+    _remember(config, found, say)
+    return found
+
+
+def on_a_worker(
+    client: Client,
+    config: ExtractConfig,
+    function: Callable[..., Any],
+    *arguments: Any,
+    on_report: Callable[[Task, str, Report], None] | None = None,
+) -> Any:
+    """What the function returns on any worker; on a cluster whose workers have left, an error in the end."""
+    task = Task(key=f"{function.__name__}-{uuid.uuid4().hex}", arguments=arguments)
+    wait_s = config.cluster_request.worker_wait_s
+    (outcome,) = run_tasks(client, function, [task], attempts=1, worker_wait_s=wait_s, on_report=on_report)
+    if outcome.error is not None:
+        raise outcome.error
+    return outcome.result
+
+
+def remembered_identities(config: ExtractConfig) -> dict[str, FeatureIdentity] | None:
+    """Identities by what the weights hashed to when they were last loaded; None where that is not known of all."""
+    found = {}
+    for settings in config.encoder_settings:
+        sha256 = remembered_sha256(fingerprint(settings.spec, settings.weights))
+        if sha256 is None:
+            return None
+        found[settings.name] = settings.identity(sha256)
+    return found
+
+
+def settled(config: ExtractConfig, listing: DatasetListing) -> dict[str, EncoderDescription] | None:
+    """The encoders, if the store lacks nothing of the listing under their remembered digests; None: load them and see.
+
+    Device and threads are those of the last run that had the encoder, for the record of this one.
+    """
+    if config.retry_quarantine or not open_objects(config.store_path).exists(ROOT_METADATA):
+        return None
+    identities = remembered_identities(config)
+    if identities is None:
+        return None
+    store = StoreWriter.open(config.store_path)
+    if _lacks_anything(store, config, listing, identities):
+        return None
+    entries = _last_entries(driver_runs(store.objects))
+    if not all(identity.group_name in entries for identity in identities.values()):
+        return None
+    return {
+        settings.name: EncoderDescription(
+            identity=identities[settings.name],
+            weights=parse_weights(settings.weights).label,
+            **entries[identities[settings.name].group_name],
+        )
+        for settings in config.encoder_settings
+    }
+
+
+def _lacks_anything(
+    store: StoreWriter, config: ExtractConfig, listing: DatasetListing, identities: Mapping[str, FeatureIdentity]
+) -> bool:
+    kinds = sorted({clip.kind for clip in listing.clips})
+    groups = {identity.group_name for identity in identities.values()}
+    for kind in kinds:
+        if not groups <= store.encoder_groups(kind).keys():
+            return True
+        shapes = {store.open_group(kind, group).batch_shape for group in groups}
+        if shapes != {config.batch.get(kind)} and kind in config.batch:
+            return True  # another batch shape than the stored one is an error, told where groups are made
+    if config.canaries:
+        from pipeline.canaries import missing_canaries  # only where they are asked for
+
+        if missing_canaries(store, identities, kinds):
+            return True
+    clip_ids = {clip.clip_id for clip in listing.clips}
+    if not clip_ids <= {*store.clips()["clip_id"].to_pylist(), *tombstoned_clips(store.objects)}:
+        return True
+    if plan_blocks(store, identities, clip_ids=clip_ids):
+        return True
+    return config.refresh and bool(stale_media(store, listing.clips, listing.root, identities).clips)
+
+
+def _last_entries(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Group -> device and threads of the newest run that had it."""
+    return {
+        entry["group"]: {"device": entry["device"], "threads": entry["threads"]}
+        for run in runs
+        for entry in run["encoders"].values()
+        if {"group", "device", "threads"} <= entry.keys()
+    }
+
+
+def _remember(config: ExtractConfig, found: Mapping[str, EncoderDescription], say: Say) -> None:
+    """Keep what the weights hashed to, where this machine sees the files that the worker read."""
+    for settings in config.encoder_settings:
+        loaded = found[settings.name]
+        mark = fingerprint(settings.spec, settings.weights)
+        if mark == loaded.fingerprint and remember(mark, loaded.identity.weights_sha256):
+            say(f"the remembered digest of {settings.name}'s weights was wrong: replaced by that of what was loaded")

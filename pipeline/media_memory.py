@@ -1,0 +1,101 @@
+"""Remembered media: what a file's bytes hash to, so that a file that nobody touched is not read again to learn it.
+
+Comes in: a clip's source. Goes out: its sha256, as receipts have it. Kept under the user's cache folder by place, size
+and times (the change time too: it tells a file put in another's place under an old date). Without that folder every
+digest is taken anew, which costs time and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+
+from featurestore.digests import record_digest
+from pipeline.decode.source import Source
+from pipeline.media import FrameFolder, TarMember
+
+_TABLE = "CREATE TABLE IF NOT EXISTS media (place TEXT PRIMARY KEY, stamp TEXT, sha256 TEXT) WITHOUT ROWID"
+_LOCK_WAIT_S = 5.0  # another process may be writing
+
+
+def memory_file() -> Path:
+    """The database, of this user on this machine."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "merv-pipeline" / "media.sqlite"
+
+
+class MediaMemory:
+    """Digests of media; safe to use from several threads. Make one with `media_memory`."""
+
+    def __init__(self, known: dict[str, tuple[str, str]]) -> None:
+        self._known = known  # place -> stamp, sha256
+        self.fresh: dict[str, tuple[str, str]] = {}
+        self._lock = threading.Lock()
+
+    def known(self, source: Source) -> str | None:
+        """The remembered sha256 of bytes that were not touched since; None: nobody knows."""
+        stamp, sha256 = self._known.get(_place(source), ("", ""))
+        return sha256 if stamp and stamp == _stamp(source) else None
+
+    def sha256(self, source: Source, *, anew: bool = False) -> str:
+        """Of the bytes as they are; `anew` reads them even if they are remembered."""
+        if not anew and (sha256 := self.known(source)):
+            return sha256
+        stamp = _stamp(source)  # before the bytes: what changes while they are read is not remembered as read
+        sha256 = source.sha256()
+        with self._lock:
+            self.fresh[_place(source)] = (stamp, sha256)
+        return sha256
+
+
+@contextmanager
+def media_memory(file: Callable[[], Path] = memory_file) -> Iterator[MediaMemory]:
+    """What is remembered; what was learned is kept at the end."""
+    memory = MediaMemory(_read(file()))
+    try:
+        yield memory
+    finally:
+        if memory.fresh:
+            _write(file(), memory.fresh)
+
+
+def newest_touch_s(source: Source) -> float:
+    """When the newest of a clip's files was last written or put in its place, in Unix seconds."""
+    return max(max(status.st_mtime, status.st_ctime) for status in map(os.stat, _paths(source)))
+
+
+def _paths(source: Source) -> list[Path]:
+    if isinstance(source.media, FrameFolder):
+        return [*source.media.paths, *sorted({Path(path).parent for path in source.media.paths})]
+    return [source.media.tar_path if isinstance(source.media, TarMember) else source.media.path]
+
+
+def _place(source: Source) -> str:
+    if isinstance(source.media, TarMember):
+        return f"{source.media.tar_path}#{source.media.offset}"
+    return str(_paths(source)[-1])  # of frames, their folder
+
+
+def _stamp(source: Source) -> str:
+    found = map(os.stat, _paths(source))
+    return record_digest([[s.st_size, s.st_mtime_ns, s.st_ctime_ns] for s in found])[:32]
+
+
+def _read(file: Path) -> dict[str, tuple[str, str]]:
+    if not file.is_file():
+        return {}
+    with suppress(sqlite3.Error, OSError), closing(sqlite3.connect(file, timeout=_LOCK_WAIT_S)) as database:
+        return {place: (stamp, sha256) for place, stamp, sha256 in database.execute("SELECT * FROM media")}
+    return {}
+
+
+def _write(file: Path, fresh: dict[str, tuple[str, str]]) -> None:
+    with suppress(sqlite3.Error, OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(file, timeout=_LOCK_WAIT_S)) as database, database:
+            database.execute(_TABLE)
+            rows = [(place, *entry) for place, entry in fresh.items()]
+            database.executemany("INSERT OR REPLACE INTO media VALUES (?, ?, ?)", rows)

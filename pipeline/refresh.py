@@ -1,0 +1,81 @@
+"""Refresh: what an extraction does about clips whose media changed since their tokens were stored.
+
+Comes in: a store, a listing and the encoders of a run. Without `--refresh` changed clips are counted and told, and stay
+as they are: never silently taken for what they no longer are, never silently computed. With it they get new rows, which
+count from the moment they are committed; no stored byte changes, and old snapshots go on showing the old tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from featurestore.identity import FeatureIdentity
+from featurestore.writer import StoreWriter
+from pipeline.config import ExtractConfig
+from pipeline.datasets import DatasetListing
+from pipeline.plan import plan_blocks
+from pipeline.stale import StaleMedia, stale_media
+from pipeline.summary import ExtractSummary
+
+UNASKED_BYTES = 2 << 30  # of touched media that an extraction reads to compare them, a few seconds' worth
+
+Stale = Mapping[str, frozenset[str]]  # encoder -> clips
+
+
+def look_at_media(
+    store: StoreWriter,
+    config: ExtractConfig,
+    listing: DatasetListing,
+    identities: Mapping[str, FeatureIdentity],
+    summary: ExtractSummary,
+    say: Callable[[str], None],
+) -> Stale:
+    """Count and tell what changed; with `--refresh`, give it new rows and return it: clips to compute, by encoder."""
+    if config.refresh:
+        store.publish_snapshot()  # what a run that was cut short has refreshed is not to be given rows again
+    budget = None if config.refresh else UNASKED_BYTES
+    found = stale_media(store, listing.clips, listing.root, identities, budget_bytes=budget)
+    summary.not_compared = len(found.not_compared)
+    if config.refresh:
+        summary.refreshed = len(found.clips)
+        _give_rows(store, listing, identities, found)
+    else:
+        summary.changed = len(found.clips)
+    for line in _told(found, config):
+        say(line)
+    return found.changed if config.refresh else {}
+
+
+def _give_rows(
+    store: StoreWriter, listing: DatasetListing, identities: Mapping[str, FeatureIdentity], found: StaleMedia
+) -> None:
+    """New rows for stale clips, but for those that wait in a row of a refresh that was cut short."""
+    waiting: dict[str, set[str]] = {name: set() for name in identities}
+    for block in plan_blocks(store, identities, clip_ids=found.clips, stale=found.changed):
+        ids = dict(zip(block.clips["row"].to_pylist(), block.clips["clip_id"].to_pylist(), strict=True))
+        for name, rows in block.wanted.items():
+            waiting[name].update(ids[row] for row in rows)
+    without = frozenset().union(*(clips - waiting[name] for name, clips in found.changed.items()))
+    store.add_clips([clip for clip in listing.clips if clip.clip_id in without], retry=True)
+
+
+def _told(found: StaleMedia, config: ExtractConfig) -> list[str]:
+    lines = []
+    if found.clips and config.refresh:
+        lines.append(f"{len(found.clips)} clips have other media than their tokens were made from: computed again")
+    elif found.clips:
+        lines.append(
+            f"{len(found.clips)} clips have other media than their tokens were made from, and stay as they are: "
+            "`merv-pipeline explain` lists them, `extract --refresh` computes them again"
+        )
+    if found.failed:
+        lines.append(
+            f"{len(found.failed)} clips have new media that failed: they keep the tokens of the old ones; "
+            "`merv-pipeline tombstone` removes a clip"
+        )
+    if found.not_compared:
+        lines.append(
+            f"{len(found.not_compared)} clips have media that were touched since and are too many to read unasked: "
+            "`merv-pipeline explain` compares them, once"
+        )
+    return lines
