@@ -114,9 +114,12 @@ class Asker:
         if self._source is None:
             from trainer.end_to_end import source_like  # the pipeline, only where it runs
 
-            trained = dict(zip(self.model.trained_names, self.model.trained_encoders, strict=True))
             source = source_like(
-                self.run.built.config, self.run.record, trained=trained, weights=self._weights, device=self._device
+                self.run.built.config,
+                self.run.record,
+                trained=self.model.trained,
+                weights=self._weights,
+                device=self._device,
             )
             self._source = self._opened.enter_context(source)
         return self._source

@@ -18,6 +18,7 @@ import yaml
 from featurestore.errors import UserError, unknown_name
 from trainer.overlay import load_yaml, overlay, plain
 
+LISTING = ("dataset", "root", "options", "stage", "kind", "limit")  # settings of an extraction that say what is listed
 CONFIG_FILE, RECORD_FILE = "config.yaml", "run.json"  # in a run's folder
 
 Mode = Literal["frozen", "text-only"]

@@ -38,15 +38,15 @@ from featurestore.digests import canonical_json
 from featurestore.errors import UserError, unknown_name
 from pipeline.align import align, align_time
 from pipeline.config import EncoderSettings, EngineSettings, ExtractConfig, default_batch, read_config
-from pipeline.datasets import load_dataset
+from pipeline.datasets import DatasetListing, load_dataset
 from pipeline.decode.job import Decoded, DecodeJob
 from pipeline.encoders.network import EncoderNetwork, build_network
 from pipeline.encoders.weights import fill_random
 from pipeline.engine import EncoderRun, Engine, encode_batch
 from pipeline.options import parse_weights
-from trainer.config import TrainConfig, used_encoders
+from trainer.config import LISTING, TrainConfig, used_encoders
 from trainer.data.batches import named_samples
-from trainer.data.tokens import ClipTokens, Part
+from trainer.data.tokens import ClipTokens, MemoryTokens, Part, TokenSource
 from trainer.live.media_check import MediaCheck
 from trainer.live.tokens import Arrays, LiveTokens, chosen
 from trainer.loop.launch import is_first_rank
@@ -114,13 +114,39 @@ def live_source(
 ) -> Iterator[tuple[list[Sample], LiveTokens]]:
     """Samples and tokens of a dataset; `settings` and `config_file` are those of `merv-pipeline extract`."""
     extract = _extraction(config, settings, config_file)
-    listing = load_dataset(
-        extract.dataset, extract.root, stage=extract.stage, kind=extract.kind, limit=extract.limit, **extract.options
-    )
+    listing = _listing(extract)
     samples = named_samples(config.samples, sorted(listing.samples), listing.samples.__getitem__)
     extract = replace(extract, root=listing.root)
     with closing(Engine(_of_this_rank(replace(extract.engine_settings, encoders=())))) as engine:
         source = _open(config, extract, engine, None if is_trusted else _check_in(out, extract))
+        source.include(listing.root, listing.clips)
+        yield samples, source
+
+
+@contextmanager
+def dataset_like(
+    config: TrainConfig,
+    record: RunRecord,
+    media: Mapping[str, Any],
+    *,
+    trained: Mapping[str, TrainedEncoder],
+    weights: Sequence[str] = (),
+    device: str = "auto",
+) -> Iterator[tuple[list[Sample], TokenSource]]:
+    """Samples of a dataset and tokens for a finished run, made as those it was trained on, in batches.
+
+    `media` says dataset, root and what else decides a listing, in the words of an extraction. A clip that cannot be
+    decoded has no tokens, as in a store. A run that was trained on text alone gets the samples, and tokens of nothing.
+    """
+    known = {name: value for name, value in (record.live or {}).items() if name not in (*LISTING, "trust_media")}
+    extract = read_config(None, {**known, **media})
+    listing = _listing(extract)
+    is_own = extract.dataset == (record.live or {}).get("dataset")  # others have other sets
+    samples = named_samples(config.samples if is_own else (), sorted(listing.samples), listing.samples.__getitem__)
+    if not record.shapes:
+        yield samples, MemoryTokens([], {})
+        return
+    with source_like(config, record, trained=trained, weights=weights, device=device, extract=extract) as source:
         source.include(listing.root, listing.clips)
         yield samples, source
 
@@ -133,20 +159,27 @@ def source_like(
     trained: Mapping[str, TrainedEncoder],
     weights: Sequence[str] = (),
     device: str = "auto",
+    extract: ExtractConfig | None = None,
 ) -> Iterator[LiveTokens]:
-    """Tokens for a finished run, made as those it was trained on, one clip at a time.
+    """Tokens for a finished run, made as those it was trained on: one clip at a time, or as `extract` would.
 
     `weights` are SPEC or NAME=SPEC, where the weights are now; by default where the record says they were. An encoder
     that the record does not describe (an imported model's) is taken as published.
     """
     given = parse_weights(tuple(weights))
-    with closing(Engine(EngineSettings(encoders=(), device=device, decode_processes=1))) as engine:
+    settings = EngineSettings(encoders=(), decode_processes=1) if extract is None else extract.engine_settings
+    with closing(Engine(replace(settings, encoders=(), device=device))) as engine:
+        batch, options = dict.fromkeys(KINDS, 1), {}
+        if extract is not None:
+            batch = _batch(extract, engine)
+            check = MediaCheck(None)
+            options = {"num_ahead": 2 * batch["video"], "accept_damaged": extract.accept_damaged, "check": check}
         frozen = {}
         for name in record.shapes:
             if name not in trained:
                 spec = given.get(name, given.get(""))
-                frozen[name] = FixedBatch(_encoder_of(record, name, spec, engine.device), dict.fromkeys(KINDS, 1))
-        yield _live_tokens(engine, frozen, trained, parts=parts_of(config.projector))
+                frozen[name] = FixedBatch(_encoder_of(record, name, spec, engine.device), batch)
+        yield _live_tokens(engine, frozen, trained, parts=parts_of(config.projector), **options)
 
 
 def empty_encoders(config: TrainConfig, encoders: Mapping[str, Mapping[str, Any]]) -> dict[str, TrainedEncoder]:
@@ -196,7 +229,7 @@ def _extraction(config: TrainConfig, settings: Mapping[str, Any], config_file: P
 def _open(config: TrainConfig, extract: ExtractConfig, engine: Engine, check: MediaCheck | None) -> LiveTokens:
     """Encoders loaded: frozen ones on the device, trained ones as modules that the model takes along."""
     frozen, trained, parts = {}, {}, parts_of(config.projector)
-    batch = {kind: extract.batch.get(kind) or default_batch(engine.device, kind) for kind in KINDS}
+    batch = _batch(extract, engine)
     for settings in extract.encoder_settings:
         if settings.name in config.train_encoders:
             run = EncoderRun(replace(settings, compute_dtype="float32"), "cpu")
@@ -214,6 +247,17 @@ def _open(config: TrainConfig, extract: ExtractConfig, engine: Engine, check: Me
         parts=parts,
         check=check,
         live=yaml.safe_load(extract.to_yaml()) | {"trust_media": check is None},
+    )
+
+
+def _batch(extract: ExtractConfig, engine: Engine) -> dict[str, int]:
+    """Clips per forward by kind, as an extraction has them."""
+    return {kind: extract.batch.get(kind) or default_batch(engine.device, kind) for kind in KINDS}
+
+
+def _listing(extract: ExtractConfig) -> DatasetListing:
+    return load_dataset(
+        extract.dataset, extract.root, stage=extract.stage, kind=extract.kind, limit=extract.limit, **extract.options
     )
 
 

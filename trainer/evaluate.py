@@ -90,7 +90,8 @@ def check_identities(run: LoadedRun, source: TokenSource) -> None:
     """A model only understands tokens of the identities it was trained on; an unbound one asks for their sizes."""
     if trained := run.built.config.train_encoders:
         raise UserError(
-            f"the run has trained {', '.join(trained)} along: no store holds their tokens; ask it with `merv-eval ask`"
+            f"the run has trained {', '.join(trained)} along: no store holds their tokens; without --store they are"
+            " made on the spot, of the media it was trained on or of those that --dataset and --root name"
         )
     for encoder, shape in run.record.shapes.items():
         found = source.shapes.get(encoder)
@@ -115,6 +116,9 @@ def answer_all(
     """Answer questions, `batch_size` at a time with all their options."""
     built.model.to(device).eval()
     for start in range(0, len(samples), batch_size):
+        if built.model.fusion is not None:
+            coming = samples[start : start + 2 * batch_size]
+            source.expect(sample.clip_id for sample in coming if sample.clip_id is not None)
         yield from answer_batch(built, samples[start : start + batch_size], source, device)
 
 

@@ -5,7 +5,7 @@ Everything heavy is imported here, so that the command line can be read without 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,11 +18,12 @@ from rich.table import Table
 from featurestore import FeatureStore
 from featurestore.errors import UserError, unknown_name
 from featurestore.samples import Sample
-from trainer.config import LiveRequest, TrainConfig, used_encoders
+from trainer.config import LISTING, LiveRequest, TrainConfig, used_encoders
 from trainer.data.batches import named_samples
 from trainer.data.tokens import StoreTokens, TokenSource
-from trainer.evaluate import Answer, answer_all, check_identities, questions, report
+from trainer.evaluate import answer_all, check_identities, questions, report, showable
 from trainer.loop.stages import describe_stages, train_stages
+from trainer.model.build import LoadedRun
 from trainer.model.resamplers import parts_of
 from trainer.recipes import Stages
 from trainer.runs.chain import last_stage
@@ -78,26 +79,101 @@ def evaluate_run(
     run: Path,
     store: str | None,
     *,
+    dataset: str | None = None,
+    root: str | None = None,
+    weights: Sequence[str] = (),
     beside: Sequence[Path] = (),
     split: str = "heldout",
     limit: int | None = None,
     batch_size: int = 16,
     best: bool = False,
 ) -> dict[str, Any]:
-    """Answer the held-out questions with a run, and the same questions with every run beside it."""
+    """Answer the held-out questions with a run, and the same questions with every run beside it.
+
+    They are those of a store, or of a dataset whose media are decoded and encoded now; by default of the one that the
+    run was trained on.
+    """
     loaded = load_run(run, best=best)
-    path = store or loaded.record.store
-    if not path:
-        raise UserError(f"{run} names no store of its own; give the one that holds the questions with --store")
-    samples, source = open_store(path, loaded.built.config)
-    check_identities(loaded, source)
-    asked = questions(samples, source, split=split, has_visual=loaded.built.model.fusion is not None)[:limit]
+    place = questions_place(run, loaded, store, {"dataset": dataset, "root": root})
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    answers = list(answer_all(loaded.built, asked, source, batch_size=batch_size, device=device))
-    others = {str(path): _other(path, asked, store, source, batch_size, device, best) for path in beside}
+    with opened_for(loaded, place, weights, device) as (samples, source):
+        asked = questions(samples, source, split=split, has_visual=loaded.built.model.fusion is not None)[:limit]
+        answers = list(answer_all(loaded.built, asked, source, batch_size=batch_size, device=device))
+        state = source.snapshot if isinstance(place, str) else f"live-{_digest(asked, source)[:12]}"
+    others = {}
+    for path in beside:
+        other = load_run(path, best=best)
+        with opened_for(other, _place_beside(other, place, store), weights, device) as (_, source):
+            _check_asked(path, other, asked, source)
+            others[str(path)] = list(answer_all(other.built, asked, source, batch_size=batch_size, device=device))
     result = report(loaded, answers, others)
-    _keep_scores(run, result, ScoreSource(split=split, limit=limit, store=path, snapshot=source.snapshot))
+    named = place if isinstance(place, str) else place.settings["dataset"]
+    _keep_scores(run, result, ScoreSource(split=split, limit=limit, store=named, snapshot=state))
     return result
+
+
+def questions_place(run: Path, loaded: LoadedRun, store: str | None, media: Mapping[str, str | None]) -> Place:
+    """Where the questions are and their clips' tokens come from: as asked, else as in the run's training."""
+    given = {name: value for name, value in media.items() if value is not None}
+    if store is not None and given:
+        raise UserError(
+            f"tokens are read from a store or made on the spot: give --store or --{', --'.join(given)}, not both"
+        )
+    record = loaded.record
+    if store is not None:
+        return store
+    if record.store and not given and not loaded.built.config.train_encoders:
+        return record.store
+    known = {name: value for name, value in (record.live or {}).items() if name in LISTING}
+    if given.get("dataset", known.get("dataset")) != known.get("dataset"):
+        known = {}
+    if "dataset" not in {**known, **given}:
+        raise UserError(
+            f"{run} names no store of its own; give the one that holds the questions with --store, or --dataset and"
+            " --root to decode and encode their clips now"
+        )
+    return LiveRequest(settings={**known, **given})
+
+
+@contextmanager
+def opened_for(
+    loaded: LoadedRun, place: Place, weights: Sequence[str] = (), device: str = "auto"
+) -> Iterator[tuple[list[Sample], TokenSource]]:
+    """The samples of a place, and its tokens as a finished run reads them: those of its own trained encoders live."""
+    config, model = loaded.built.config, loaded.built.model
+    if isinstance(place, str):
+        samples, source = open_store(place, config)
+        check_identities(loaded, source)
+        yield samples, source
+        return
+    from trainer.end_to_end import dataset_like  # the pipeline, only where it runs
+
+    media, trained = place.settings, model.trained
+    with dataset_like(config, loaded.record, media, trained=trained, weights=weights, device=device) as found:
+        yield found
+
+
+def _place_beside(other: LoadedRun, place: Place, store: str | None) -> Place:
+    """Where another run finds the clips of the same questions."""
+    record = other.record
+    if isinstance(place, str) and other.built.config.train_encoders and record.live:
+        return LiveRequest(settings={name: value for name, value in record.live.items() if name in LISTING})
+    is_theirs = store is None and isinstance(place, str) and other.built.model.fusion is not None
+    return record.store or place if is_theirs else place
+
+
+def _check_asked(path: Path, other: LoadedRun, asked: Sequence[Sample], source: TokenSource) -> None:
+    found = showable(asked, source, has_visual=other.built.model.fusion is not None)
+    if missing := len(asked) - len(found):
+        raise UserError(
+            f"{path} cannot be asked the same questions: it has no tokens of the clips of {missing} of {len(asked)};"
+            " name one place for all runs, with --store or with --dataset and --root"
+        )
+
+
+def _digest(asked: Sequence[Sample], source: TokenSource) -> str:
+    """Names what was asked about, and the media where they were looked at."""
+    return source.data_digest({sample.clip_id for sample in asked if sample.clip_id is not None}, asked)
 
 
 def open_store(path: str, config: TrainConfig) -> tuple[list[Sample], StoreTokens]:
@@ -134,19 +210,3 @@ def _keep_scores(run: Path, result: dict[str, Any], source: ScoreSource) -> None
         write_scores(last_stage(run), result, source)
     except OSError as error:
         Console(stderr=True).print(f"the scores were not kept in {run}: {error.strerror}", markup=False)
-
-
-def _other(
-    path: Path,
-    asked: Sequence[Sample],
-    store: str | None,
-    source: TokenSource,
-    batch_size: int,
-    device: str,
-    best: bool,
-) -> list[Answer]:
-    loaded = load_run(path, best=best)
-    if loaded.built.model.fusion is not None:
-        _, source = open_store(store or loaded.record.store, loaded.built.config)
-        check_identities(loaded, source)
-    return list(answer_all(loaded.built, asked, source, batch_size=batch_size, device=device))

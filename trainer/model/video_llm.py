@@ -43,6 +43,11 @@ class VideoLLM(nn.Module):
         self.trained_encoders = nn.ModuleList(encoders.values())
 
     @property
+    def trained(self) -> dict[str, nn.Module]:
+        """The encoders that are trained, by name."""
+        return dict(zip(self.trained_names, self.trained_encoders, strict=True))
+
+    @property
     def num_visual_tokens(self) -> int:
         """N after fusion; 0 for a text-only model."""
         return self.fusion.num_tokens(self.projectors[0].num_tokens) if self.fusion is not None else 0
@@ -61,8 +66,7 @@ class VideoLLM(nn.Module):
 
     def encode(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Frames of the trained encoders -> their tokens_CTHWD; tokens of the frozen ones stay as they are."""
-        networks = zip(self.trained_names, self.trained_encoders, strict=True)
-        return {**tokens, **{name: network(tokens[name]) for name, network in networks}}
+        return {**tokens, **{name: network(tokens[name]) for name, network in self.trained.items()}}
 
     def visual_tokens(self, tokens: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """encoder -> tokens_CTHWD to fused_CNM and the encoders' weights_CE."""
