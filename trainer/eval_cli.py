@@ -11,6 +11,9 @@ import click
 
 from featurestore.errors import MervCacheError, UserError
 from trainer.command import CONTEXT, heavy_rooms, no_file, says_errors
+from trainer.runs.chain import check_are_runs
+
+CHECKPOINT = click.option("--checkpoint", type=click.Path(path_type=Path), required=True, help="Folder of a run.")
 
 
 @click.group(context_settings=CONTEXT)
@@ -19,7 +22,7 @@ def eval_main() -> None:
 
 
 @eval_main.command("run")
-@click.option("--checkpoint", "checkpoint", type=click.Path(path_type=Path), required=True, help="Folder of a run.")
+@CHECKPOINT
 @click.option("--store", help="Store of the questions' clips.  [default: the one the run was trained on]")
 @click.option("--dataset", help="Decode and encode the clips of this dataset's questions now, instead of --store.")
 @click.option("--root", type=click.Path(file_okay=False), help="Folder of the dataset's media and annotations.")
@@ -38,6 +41,7 @@ def eval_main() -> None:
 @says_errors
 def eval_run(checkpoint: Path, store: str | None, beside: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     """Multiple-choice accuracy by category, beside chance and beside other runs."""
+    check_are_runs(checkpoint, *beside)
     run = heavy_rooms()
     result = run.evaluate_run(checkpoint, store, beside=beside, **options)
     if as_json:
@@ -47,23 +51,24 @@ def eval_run(checkpoint: Path, store: str | None, beside: tuple[Path, ...], as_j
 
 
 @eval_main.command("distortion")
-@click.option("--checkpoint", "run", type=click.Path(path_type=Path), required=True, help="Folder of a run.")
+@CHECKPOINT
 @click.option("--from", "store", help="Store of the tokens.  [default: the one the run was trained on]")
 @click.option("--split", default="heldout", help="Split whose samples the loss is of.")
 @click.option("--limit", type=click.IntRange(min=1), default=256, help="Samples, at most.")
 @click.option("--best", is_flag=True, help="The best checkpoint by validation instead of the newest.")
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
 @says_errors
-def eval_distortion(run: Path, store: str | None, as_json: bool, **options: Any) -> None:
+def eval_distortion(checkpoint: Path, store: str | None, as_json: bool, **options: Any) -> None:
     """Validation loss on the stored tokens, and on the same tokens in each storage dtype.
 
     The result is kept in the store's journal, beside what `merv-pipeline distortion` measures.
     """
+    check_are_runs(checkpoint)
     heavy_rooms()
     from featurestore.distortion import keep_record, to_record
     from trainer.distortion import measure_losses, print_losses
 
-    place, measured = measure_losses(run, store, **options)
+    place, measured = measure_losses(checkpoint, store, **options)
     record = to_record(measured)
     try:
         click.echo(f"kept as {keep_record(place, record)}", err=True)
@@ -76,7 +81,7 @@ def eval_distortion(run: Path, store: str | None, as_json: bool, **options: Any)
 
 
 @eval_main.command("export")
-@click.option("--checkpoint", "run", type=click.Path(path_type=Path), required=True, help="Folder of a run.")
+@CHECKPOINT
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to make; it must not exist.")
 @click.option("--best", is_flag=True, help="The best checkpoint by validation instead of the newest.")
 @click.option("--name", help="Title of the model card.  [default: the folder's name]")
@@ -85,14 +90,15 @@ def eval_distortion(run: Path, store: str | None, as_json: bool, **options: Any)
 @click.option("--merge-lora", is_flag=True, help="Add LoRA adapters to the LLM's weights, instead of a peft folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
 @says_errors
-def eval_export(run: Path, out: Path, as_json: bool, **options: Any) -> None:
+def eval_export(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> None:
     """Write a run as a folder to give away: safetensors, settings, tokenizer, model card."""
+    check_are_runs(checkpoint)
     heavy_rooms()
     from trainer.give.export import export_run
 
-    result = export_run(run, out, **options)
+    result = export_run(checkpoint, out, **options)
     words = f"{result['out']}: step {result['step']}, {result['bytes'] / 1e6:.1f} MB; fill in the licence in README.md"
-    click.echo(json.dumps(result) if as_json else words)
+    _say(result, words, as_json=as_json)
 
 
 @eval_main.command("import-official")
@@ -116,12 +122,12 @@ def eval_import_official(checkpoint_file: Path, config_file: Path, as_json: bool
 
     result = import_official(checkpoint_file, config_file, **options)
     words = f"{result['run']}: step {result['step']}, encoders {', '.join(result['encoders'])}"
-    click.echo(json.dumps(result) if as_json else words)
+    _say(result, words, as_json=as_json)
 
 
 @eval_main.command("ask")
 @click.argument("questions", nargs=-1)
-@click.option("--checkpoint", type=click.Path(path_type=Path), required=True, help="Folder of a run.")
+@CHECKPOINT
 @click.option("--video", type=click.Path(path_type=Path), help="Video file, or a folder of frames.")
 @click.option("--image", type=click.Path(path_type=Path), help="Image file.")
 @click.option("--span", metavar="START,END", help="Part of the video, in seconds; either may be left out.")
@@ -143,6 +149,7 @@ def eval_ask(questions: tuple[str, ...], checkpoint: Path, as_json: bool, **opti
         if path is not None and not path.exists():  # said before a run is loaded for it
             raise UserError(no_file(path))
     weights = options.pop("weights")
+    check_are_runs(checkpoint)
     heavy_rooms()
     from trainer.ask import Asker  # torch
 
@@ -157,6 +164,11 @@ def eval_ask(questions: tuple[str, ...], checkpoint: Path, as_json: bool, **opti
                 click.echo(json.dumps({"answers": pairs, "looked": asker.looks, "notes": asker.notes}))
             else:
                 click.echo("\n".join(answers))
+
+
+def _say(result: dict[str, Any], words: str, *, as_json: bool) -> None:
+    """All of a result for a program, a line of it for a person."""
+    click.echo(json.dumps(result) if as_json else words)
 
 
 def is_terminal() -> bool:

@@ -112,6 +112,23 @@ def test_a_place_that_is_wrong_is_said_before_anything_is_loaded(here, monkeypat
     assert "no feature store at features/ty.zarr; nearby: features/toy.zarr" in message
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("run", "--checkpoint", "nothing"),
+        ("run", "--checkpoint", "run", "--beside", "nothing"),
+        ("distortion", "--checkpoint", "nothing"),
+        ("export", "--checkpoint", "nothing", "--out", "new"),
+        ("ask", "--checkpoint", "nothing", "What?"),
+    ],
+)
+def test_a_folder_without_a_run_is_said_before_anything_is_loaded(here, monkeypatch, words):
+    (here / "run").mkdir()
+    (here / "run" / "config.yaml").touch()
+    monkeypatch.setattr("trainer.eval_cli.heavy_rooms", lambda: pytest.fail("loaded"))
+    assert "nothing holds no checkpoint; give the folder" in error_of(call(eval_main, *words))
+
+
 def test_options_win_over_the_file_and_the_file_over_the_recipe(here):
     result = train("--out", "run", "--fusion", "equal_mix", "--head", "gelu-mlp")
     assert result.exit_code == 0, result.output

@@ -44,6 +44,18 @@ def read_stages(run: Path) -> Stages:
     return tuple(Stage(name=name, config=overlay(TrainConfig(), settings)) for name, settings in stages.items())
 
 
+def check_are_runs(*folders: Path) -> None:
+    """Refuse a folder without a run or an export in it; torch, which reads them, takes seconds to load."""
+    for run in map(last_stage, folders):
+        if not (run / CONFIG_FILE).is_file():
+            raise UserError(no_checkpoint(run))
+
+
+def no_checkpoint(run: Path) -> str:
+    """The message for a folder that holds nothing trained."""
+    return f"{run} holds no checkpoint; give the folder that merv-train wrote with --out"
+
+
 def last_stage(run: Path) -> Path:
     """The folder of the run that a folder stands for: of a chain, its last stage."""
     stages = read_stages(run) if (Path(run) / STAGES_FILE).is_file() else ()

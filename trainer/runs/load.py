@@ -12,7 +12,7 @@ from trainer.config import read_config
 from trainer.give.exported import is_export, load_export
 from trainer.model.build import LoadedRun, rebuild, resumed_llm
 from trainer.runs import checkpoint
-from trainer.runs.chain import last_stage
+from trainer.runs.chain import last_stage, no_checkpoint
 from trainer.runs.record import RunRecord
 
 
@@ -30,7 +30,7 @@ def load_run(run: Path, *, best: bool = False) -> LoadedRun:
         if folder is None:
             raise UserError(f"no checkpoint of {run} was validated: train with --eval-every, or leave out --best")
     if folder is None:
-        raise UserError(f"{run} holds no checkpoint; give the folder that merv-train wrote with --out")
+        raise UserError(no_checkpoint(run))
     config = read_config(run)
     record = RunRecord.read(run)
     built = rebuild(config, record, resumed_llm(config, run))
