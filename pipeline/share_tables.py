@@ -30,6 +30,13 @@ def combined(done: Combined) -> None:
         out.print(
             f"{done.shared} cells are in several stores, {done.differing} with other bits: the first store's stand"
         )
+    if done.renamed:
+        out.print(f"{done.renamed} cells were taken from the same media under another name")
+    if done.other_media:
+        out.print(
+            f"{done.other_media} cells were left aside: a later store has other media under the name of a clip; rename "
+            "it there, or give that store first"
+        )
     if done.removed:
         out.print(f"{plural(done.removed, 'clip')} left out: removed by tombstones, which the new store has as well")
     counted("samples", "count", done.samples)

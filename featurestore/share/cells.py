@@ -6,9 +6,10 @@ newest snapshot; `exported.py` reads the same from exported files.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,7 +22,7 @@ from featurestore.groups import read_arrays
 from featurestore.identity import FeatureIdentity
 from featurestore.layout import block_of, shard_key
 from featurestore.metadata import ArraySpec
-from featurestore.places.by_url import open_objects
+from featurestore.places.by_url import in_parallel, open_objects
 from featurestore.reader import ShardCache
 from featurestore.receipts import Receipt, RowOutcome, read_receipt, row_digest
 from featurestore.samples import Sample
@@ -74,6 +75,8 @@ class CellSource(Protocol):
     def cells(self, name: str) -> dict[str, Cell]: ...  # by clip id: what was committed or failed
 
     def load(self, name: str, clip_id: str, specs: Mapping[str, ArraySpec]) -> LoadedCell: ...  # checked by digest
+
+    def media(self) -> dict[str, str]: ...  # sha256 of the media by clip id, of clips that have tokens
 
     def canaries(self, name: str) -> Canaries | None: ...  # of a group, checked by their digest
 
@@ -155,6 +158,23 @@ class StoreCells:
             chunks[array] = chunk.tobytes() if same else encode_row(specs[array], items)
         check_cell(self.name, clip_id, outcome, stored)
         return LoadedCell(outcome=outcome, chunks=chunks)
+
+    def media(self) -> dict[str, str]:
+        """Receipts know it; those of one encoder are enough where it has all clips."""
+        found: dict[str, str] = {}
+        for name in self._record.groups:
+            kind, group = name.split("/")
+            size, wanted = self.block_rows[kind], defaultdict(list)
+            self.cells(name)
+            for clip_id, (row, is_ok) in self._rows[name].items():
+                if is_ok and clip_id not in found:
+                    wanted[block_of(row, size)].append((row % size, clip_id))
+            read = partial(self._receipt, kind, group)
+            for receipt in in_parallel(read, sorted(wanted), self.parallel_reads):
+                for place, clip_id in wanted[receipt.block]:
+                    if sha256 := receipt.rows[place].media_sha256:
+                        found[clip_id] = sha256
+        return found
 
     def canaries(self, name: str) -> Canaries | None:
         if name not in self._record.canaries:

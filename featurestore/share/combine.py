@@ -1,10 +1,10 @@
 """Union and subset: cells of stores laid into a new one, nothing computed anew.
 
-Of cells that several sources hold, the first source's wins. Encoded rows are copied as they are where codecs agree, and
-every row is checked against its receipt's digest on the way. Clips that were tried by the same encoders are given rows
-together: a block is committed whole or not at all, so a clip that an encoder never saw must stay work to do, in a block
-of its own kind. Reasons of failure, conversations and journals come along. Killed in the middle and run again, it goes
-on where it was: rows are given out in the same order.
+Of cells that several sources hold, the first source's wins; `same_cells.py` says which cells are the same. Encoded rows
+are copied as they are where codecs agree, and every row is checked against its receipt's digest on the way. Clips that
+were tried by the same encoders are given rows together: a block is committed whole or not at all, so a clip that an
+encoder never saw must stay work to do, in a block of its own kind. Reasons of failure, conversations and journals come
+along. Killed in the middle and run again, it goes on where it was: rows are given out in the same order.
 """
 
 from __future__ import annotations
@@ -27,11 +27,10 @@ from featurestore.lookup import encoder_keys
 from featurestore.places.by_url import in_parallel
 from featurestore.places.objects import put_if_absent
 from featurestore.samples import Sample
-from featurestore.share.cells import Cell, CellGroup, CellSource, LoadedCell
+from featurestore.share.cells import CellGroup, CellSource, LoadedCell
+from featurestore.share.same_cells import CellChooser, Chosen
 from featurestore.share.selection import Selection
 from featurestore.writer import StoreWriter
-
-Chosen = dict[str, tuple[CellSource, Cell]]  # clip id -> where its cell comes from
 
 
 @dataclass(kw_only=True)
@@ -47,7 +46,9 @@ class Combined:
     copied: int = 0  # in this run
     blocks: int = 0  # in this run
     shared: int = 0  # cells that several sources hold
-    differing: int = 0  # of these, cells whose bits differ (other devices, or other media): the first source's stand
+    differing: int = 0  # of these, cells whose bits differ (other devices): the first source's stand
+    renamed: int = 0  # cells taken from the same media, which a source has under another name
+    other_media: int = 0  # cells left aside: a later source has other media under the name of a clip
     samples: dict[str, int] = field(default_factory=dict)
 
 
@@ -67,7 +68,8 @@ def combine(
     removed = {clip for stone in stones for clip in stone.clips}
     clips = {clip_id: clip for clip_id, clip in listed.items() if clip_id not in removed}
     groups = _groups(sources, selection)
-    chosen = {name: _choose(sources, name, clips, done) for name in groups}
+    chooser = CellChooser(sources, clips, removed)
+    chosen = {name: chooser.choose(name) for name in groups}
     writer = StoreWriter.open_or_create(out, block_rows=dict(sources[0].block_rows))
     for stone in stones:  # first: what one source took back is in none of the others' cells either
         put_if_absent(writer.objects, tombstone_key(stone.id), stone.to_bytes())
@@ -75,7 +77,8 @@ def combine(
     for together in _tried_alike(clips, chosen):
         writer.add_clips(together)
     done.clips, done.cells = len(clips), sum(map(len, chosen.values()))
-    done.removed = len(removed)
+    done.removed, done.shared, done.differing = len(removed), chooser.shared, chooser.differing
+    done.renamed, done.other_media = chooser.renamed, chooser.other_media
     on_start(done.cells)
     for name, group in groups.items():
         if chosen[name]:
@@ -108,22 +111,6 @@ def _groups(sources: Sequence[CellSource], selection: Selection) -> dict[str, Ce
         for name, group in sorted(found.items())
         if name.split("/")[1] in wanted and name.split("/")[0] in kinds
     }
-
-
-def _choose(sources: Sequence[CellSource], name: str, clips: Mapping[str, Clip], done: Combined) -> Chosen:
-    """Of every clip the first source that committed it, else the first in which it failed."""
-    chosen: Chosen = {}
-    for source in sources:
-        for clip_id, cell in source.cells(name).items() if name in source.groups() else ():
-            if clip_id not in clips:
-                continue
-            before = chosen.get(clip_id)
-            if before is not None and before[1].is_ok and cell.is_ok:
-                done.shared += 1
-                done.differing += before[1].digest != cell.digest
-            elif before is None or cell.is_ok:
-                chosen[clip_id] = (source, cell)
-    return chosen
 
 
 def _tried_alike(clips: Mapping[str, Clip], chosen: Mapping[str, Chosen]) -> list[list[Clip]]:
@@ -193,9 +180,10 @@ def _fill_block(
     target: GroupWriter, block: BlockWriter, name: str, planned: list[tuple[int, Clip]], chosen: Chosen
 ) -> None:
     def load(clip: Clip) -> LoadedCell:
-        return chosen[clip.clip_id][0].load(name, clip.clip_id, target.specs)
+        choice = chosen[clip.clip_id]
+        return choice.source.load(name, choice.clip_id, target.specs)
 
-    width = max(source.parallel_reads for source, _ in (chosen[clip.clip_id] for _, clip in planned))
+    width = max(chosen[clip.clip_id].source.parallel_reads for _, clip in planned)
     loaded = in_parallel(load, [clip for _, clip in planned], width)
     for (row, _), cell in zip(planned, loaded, strict=True):
         lay_cell(block, row, cell)

@@ -89,6 +89,14 @@ class ExportCells:
         check_cell(self.name, clip_id, outcome, stored)
         return LoadedCell(outcome=outcome, chunks={array: encode_row(specs[array], stored[array]) for array in specs})
 
+    def media(self) -> dict[str, str]:
+        outcomes = [entry for name in self._groups for entry in self._cells(name).items()]
+        return {
+            self._clips[number].clip_id: outcome.media_sha256
+            for number, (_, outcome) in outcomes
+            if outcome.state == "ok" and outcome.media_sha256
+        }
+
     def canaries(self, name: str) -> Canaries | None:
         kind, group = name.split("/")
         key, identity = canary_key(kind, group), self._groups[name].identity

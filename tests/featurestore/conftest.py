@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from featurestore.canaries import Canaries, Canary, put_canaries
 from featurestore.clips import Clip
+from featurestore.digests import sha256_hex
 from featurestore.identity import FeatureIdentity
 from featurestore.quantise import to_stored
 from featurestore.store import FeatureStore
@@ -56,12 +58,18 @@ def floats_of(clip: Clip, identity: FeatureIdentity, noise: int = 0) -> dict[str
     return arrays
 
 
+def media_of(clip: Clip) -> str:
+    """Every path is a file of its own."""
+    return sha256_hex(clip.path.encode())
+
+
 @dataclass
 class Kit:
     """A store in the making and what was put into it."""
 
     path: Path
     block_rows: dict[str, int] = field(default_factory=lambda: {"video": 4, "image": 3})
+    media: Callable[[Clip], str] = media_of  # sha256 of the file behind a clip
 
     def writer(self) -> StoreWriter:
         return StoreWriter.open_or_create(self.path, block_rows=self.block_rows)
@@ -78,7 +86,7 @@ class Kit:
             if writer.sealed_blocks(kind):
                 group = self.group(identity, kind, **options)
                 for block in group.missing_blocks():
-                    fill_block(group.begin(block), rows[kind], identity, broken, noise).commit()
+                    fill_block(group.begin(block), rows[kind], identity, broken, noise, self.media).commit()
         return writer.publish_snapshot()
 
     def add_canaries(self, identity: FeatureIdentity = BASE, noise: int = 0) -> str:
@@ -116,13 +124,13 @@ def clips_by_row(writer: StoreWriter) -> dict[str, dict[int, Clip]]:
     return rows
 
 
-def fill_block(block_writer, clips, identity, broken=(), noise=0):
+def fill_block(block_writer, clips, identity, broken=(), noise=0, media=lambda clip: SHA256):
     for row in sorted(block_writer.planned):
         if clips[row].path in broken:
             block_writer.fail(row, "the file is cut off")
         else:
             arrays = floats_of(clips[row], identity, noise)
-            block_writer.add(row, arrays, media_sha256=SHA256, decoder="frames/1")
+            block_writer.add(row, arrays, media_sha256=media(clips[row]), decoder="frames/1")
     return block_writer
 
 
