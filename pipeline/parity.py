@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from featurestore.canaries import Canaries, read_canaries
@@ -25,6 +26,7 @@ from featurestore.identity import FeatureIdentity
 from featurestore.parity import ParityRecord, ParityRow
 from featurestore.places.by_url import open_objects
 from featurestore.places.objects import Objects
+from featurestore.share.selection import read_clip_list
 from featurestore.store import FeatureStore
 from pipeline.canaries import CLIPS, RENDERING, decode_canaries, encode_canaries
 from pipeline.config import EncoderSettings, EngineSettings
@@ -44,20 +46,21 @@ def check_parity(
     encoders: Sequence[str] | None = None,
     weights: Mapping[str, str] | None = None,
     device: str | None = None,
-    clips: Mapping[str, Sequence[str]] | None = None,
+    clips: str | Path | None = None,
     root: str | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> ParityRecord:
-    """Encode again and compare; `clips` (kind -> clip ids of the store) takes the place of the canaries.
+    """Encode again and compare; `clips`, a file of clip ids of the store, takes the place of the canaries.
 
     `weights` is encoder -> SPEC, "" for all the others; by default what the store was made with.
     """
     from pipeline.engine import Engine  # torch and the models
-    from pipeline.parity_clips import check_clips
+    from pipeline.parity_clips import check_clips, clips_by_kind
 
     store, objects = FeatureStore.open(place), open_objects(place)
     chosen = _chosen(store, encoders)
-    if clips is None and not any(_kinds_with_canaries(store, identity) for identity in chosen.values()):
+    listed = clips_by_kind(store, read_clip_list(clips)) if clips else None
+    if listed is None and not any(_kinds_with_canaries(store, identity) for identity in chosen.values()):
         raise UserError(
             f"{place} has no canaries of {', '.join(chosen) or 'any encoder'}: run its `merv-pipeline extract` again, "
             "which adds them where it made the tokens; or name clips of the store with --clips, and their --root"
@@ -65,17 +68,17 @@ def check_parity(
     rows: list[ParityRow] = []
     with closing(Engine(EngineSettings(encoders=(), device=device or "auto", decode_processes=1))) as engine:
         for key, identity in chosen.items():
-            kinds = _kinds_with_canaries(store, identity) if clips is None else list(clips)
+            kinds = _kinds_with_canaries(store, identity) if listed is None else list(listed)
             if not kinds:
                 say(f"{key}: no canaries, not checked")
                 continue
             say(f"{key}: loading")
             run = _load(objects, key, identity, weights or {}, engine.device)
             for kind in kinds:
-                if clips is None:
+                if listed is None:
                     row = _check_canaries(store, objects, engine, run, key, kind)
                 else:
-                    row = check_clips(place, engine, run, key, kind, clips[kind], root=root)
+                    row = check_clips(place, engine, run, key, kind, listed[kind], root=root)
                 rows += [row] if row.clips else []
         name = _device_name(engine.device)
     return ParityRecord(

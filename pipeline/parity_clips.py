@@ -6,7 +6,7 @@ tokens were made from are refused by their digest, before anything is compared.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,17 +30,16 @@ if TYPE_CHECKING:
 MAX_CLIPS = 1000  # a check, not an extraction
 
 
-def clips_by_kind(place: Place, clip_ids: Sequence[str]) -> dict[str, list[str]]:
-    """Kind -> clip ids of the store, in the order given."""
-    kinds = {
-        row["clip_id"]: row["kind"] for row in FeatureStore.open(place).clips.select(["clip_id", "kind"]).to_pylist()
-    }
+def clips_by_kind(store: FeatureStore, clip_ids: Collection[str]) -> dict[str, list[str]]:
+    """Kind -> clip ids, in the order of the store."""
+    kinds = dict(zip(store.clips["clip_id"].to_pylist(), store.clips["kind"].to_pylist(), strict=True))
     if len(clip_ids) > MAX_CLIPS:
         raise UserError(f"at most {MAX_CLIPS} clips are encoded again, got {len(clip_ids)}")
     for clip_id in clip_ids:
         if clip_id not in kinds:
             raise UserError(unknown_name("clip", clip_id, sorted(kinds)[:2000])[:600])
-    return {kind: found for kind in KINDS if (found := [c for c in clip_ids if kinds[c] == kind])}
+    asked = [clip_id for clip_id in kinds if clip_id in clip_ids]
+    return {kind: found for kind in KINDS if (found := [clip_id for clip_id in asked if kinds[clip_id] == kind])}
 
 
 def check_clips(

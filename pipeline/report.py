@@ -22,6 +22,7 @@ from featurestore.clips import Clip
 from featurestore.distortion import loss_notes, loss_table, read_distortion, token_notes, token_table
 from featurestore.errors import MervCacheError
 from featurestore.find import Place, is_url, place_of
+from featurestore.parity import parity_words, read_parity
 from featurestore.store import FeatureStore
 from pipeline.status import store_status
 from pipeline.summary import DECODING
@@ -95,7 +96,7 @@ def _cards(status: dict[str, Any]) -> str:
 
 def _encoder_table(store: FeatureStore, status: dict[str, Any]) -> str:
     stored_bytes = {key: store.info()["groups"][i.group_name]["stored_bytes"] for key, i in store.encoders.items()}
-    largest = max(stored_bytes.values(), default=0) or 1
+    largest, checked = max(stored_bytes.values(), default=0) or 1, read_parity(store)
     rows = []
     for entry in status["encoders"]:
         stored = stored_bytes[entry["encoder"]]
@@ -110,11 +111,13 @@ def _encoder_table(store: FeatureStore, status: dict[str, Any]) -> str:
                 entry["committed"],
                 entry["failed"],
                 entry["to_do"],
+                parity_words(checked[entry["encoder"]]),
                 size(stored),
                 _Raw(bar),
             ]
         )
-    columns = ("encoder", "identity", "weights", "tokens", "stored as", "committed", "failed", "to do", "bytes")
+    columns = ("encoder", "identity", "weights", "tokens", "stored as", "committed", "failed", "to do")
+    columns += ("parity", "bytes")
     return _table((*columns, "bytes beside the largest"), rows)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from featurestore.distortion import TokenRecord, token_notes, token_table
+from featurestore.parity import VERDICTS, ParityRecord
 from pipeline.tables import console, counted, plural, table
 
 _MEDIA = {
@@ -30,6 +31,24 @@ def findings(found: Sequence, full: bool, media: str | None = None) -> None:
     else:
         strays = f", {plural(len(found), 'stray')}" if found else ""
         out.print(f"no damage found{strays} ({level})")
+
+
+def parity(checked: ParityRecord) -> None:
+    """What this machine makes of the canaries, beside what the store holds; the verdict in words."""
+    out = console()
+    columns = ("encoder", "kind", "clips", "frames", "max abs", "relative", "cosine", "tolerance", "verdict")
+    rows = []
+    for row in checked.rows:
+        if row.relative is None:
+            figures = ("-", "overflow", "-")
+        else:
+            figures = (f"{row.max_abs:.1e}", f"{row.relative:.1e}", f"{row.cosine_min:.6f}")
+        limits = f"{row.tolerance:.1e}, {row.cosine_tolerance:.6f}"
+        rows.append((row.encoder, row.kind, row.clips, row.frames, *figures, limits, VERDICTS[row.verdict]))
+    table("", columns, rows, right=("clips", "max abs", "relative", "cosine"))
+    out.print(f"on {checked.device}, {checked.machine}, with torch {checked.versions.get('torch', 'unknown')}")
+    if any(row.frames == "differ" for row in checked.rows):
+        out.print("frames differ: decoding or resizing drifted (PyAV, Pillow), before any encoder saw them")
 
 
 def repaired(done: Sequence) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from featurestore.distortion import loss_notes, loss_table, read_distortion, token_notes, token_table
 from featurestore.errors import UserError
 from featurestore.layout import CARD
+from featurestore.parity import parity_words, read_parity
 from featurestore.places.objects import Objects, put_if_absent
 from featurestore.store import FeatureStore
 
@@ -85,7 +86,14 @@ def _encoders(store: FeatureStore) -> list[str]:
         cells = [key, f"`{identity.id}`", group["weights"], " x ".join(map(str, identity.grid)), identity.width]
         cells += [identity.storage_dtype, committed, failed[key], per_clip]
         lines.append(f"| {' | '.join(_cell(str(cell)) for cell in cells)} |")
-    return [*lines, "", "An identity names architecture, weights, layer, frames, preprocessing, grid and dtype.", ""]
+    lines += ["", "An identity names architecture, weights, layer, frames, preprocessing, grid and dtype.", ""]
+    return [*lines, *_parity(store)]
+
+
+def _parity(store: FeatureStore) -> list[str]:
+    """Whether another machine made the same tokens of the canaries, or how to find out."""
+    lines = ["Newest check of each encoder against the store's canaries (`merv-pipeline verify STORE --parity`):", ""]
+    return [*lines, *(f"- {key}: {_cell(parity_words(check))}" for key, check in read_parity(store).items()), ""]
 
 
 def _distortion(store: FeatureStore) -> list[str]:

@@ -1,0 +1,259 @@
+"""The parity check: what a machine makes of the canaries, beside what the store holds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from featurestore import FeatureStore, verify_store
+from featurestore.canaries import Canaries, read_canaries
+from featurestore.errors import StoreFormatError, UserError
+from featurestore.parity import keep_parity, parity_words, read_parity
+from featurestore.places.by_url import open_objects
+from featurestore.writer import StoreWriter
+from pipeline.cli import main
+from pipeline.encoders import loaded
+from pipeline.parity import check_parity
+from pipeline.parity_figures import STEPS, TOLERANCES, compare
+
+
+@pytest.fixture
+def store(extracted, tmp_path):
+    """A copy of the finished store that a test may write to."""
+    return shutil.copytree(extracted.store, tmp_path / "copy.zarr")
+
+
+@pytest.fixture
+def verdicts(store):
+    def check(*encoders: str, **options) -> dict[str, str]:
+        record = check_parity(store, encoders=encoders, device="cpu", **options)
+        return {f"{row.encoder} {row.kind}": f"{row.frames} {row.verdict}" for row in record.rows}
+
+    return check
+
+
+def test_the_machine_that_made_them_makes_them_again_to_the_bit(extracted):
+    record = check_parity(extracted.store, device="cpu")
+    assert len(record.rows) == 2 * len(extracted.ENCODERS)
+    for row in record.rows:
+        assert (row.frames, row.verdict, row.max_abs, row.relative, row.cosine_min) == ("equal", "equal", 0, 0, 1)
+        assert row.tolerance == pytest.approx(TOLERANCES["float32"] + STEPS["float16"])
+
+
+def test_other_weights_are_refused_by_their_digest(extracted):
+    stored = FeatureStore.open(extracted.store).encoders["dinov2"].weights_sha256[:12]
+    with pytest.raises(UserError, match=f"tokens were made with {stored}.*--weights dinov2=SPEC"):
+        check_parity(extracted.store, encoders=["dinov2"], weights={"dinov2": "random:1"}, device="cpu")
+
+
+def test_an_encoder_that_drifted_is_found_though_its_weights_have_the_same_digest(verdicts, monkeypatch):
+    """As a library would: what is loaded is the same, what is computed is not."""
+    real = loaded.LoadedEncoder._normalise
+    monkeypatch.setattr(loaded.LoadedEncoder, "_normalise", lambda self, frames: real(self, frames) * 1.02)
+    assert verdicts("siglip") == {"siglip video": "equal outside", "siglip image": "equal outside"}
+
+
+def test_one_weight_changed_after_loading_is_found(verdicts, monkeypatch):
+    real = loaded.fill_weights
+
+    def fill(network, source):
+        real(network, source)
+        monkeypatch.setattr(network, "finish", lambda finish=network.finish: (finish(), _spoil(network)), raising=False)
+
+    monkeypatch.setattr(loaded, "fill_weights", fill)
+    assert verdicts("dinov2", "vivit") == {
+        f"{name} {kind}": "equal outside" for name in ("dinov2", "vivit") for kind in ("video", "image")
+    }
+
+
+def _spoil(network) -> None:
+    weight = next(p for p in network.parameters() if p.ndim > 2)
+    with torch.no_grad():
+        weight.view(-1)[0] += 5
+
+
+def test_another_resize_filter_is_told_from_a_drift_of_the_encoder(verdicts, monkeypatch):
+    """Resizing happens in the decode processes, which start with what this file gives them: another filter table."""
+    from pipeline.decode import decoders, resize
+    from pipeline.decode.pool import DecodePool
+
+    class InThisProcess(DecodePool):
+        def submit(self, job):
+            from concurrent.futures import Future
+
+            future = Future()
+            future.set_result(decoders.decode_clip(job))
+            return future
+
+    monkeypatch.setattr("pipeline.engine.DecodePool", InThisProcess)
+    assert set(verdicts("siglip").values()) == {"equal equal"}
+    monkeypatch.setitem(resize.PILLOW_FILTERS, "bicubic", Image.Resampling.BOX)
+    assert set(verdicts("siglip").values()) == {"differ outside"}
+
+
+def test_another_batch_shape_is_within_tolerance(store, verdicts):
+    for document in (store / "video").glob("languagebind-*/zarr.json"):
+        text = document.read_text()
+        document.write_text(text.replace('"batch_shape": 2', '"batch_shape": 3'))
+        assert document.read_text() != text
+    assert verdicts("languagebind")["languagebind video"] in ("equal equal", "equal within")
+
+
+def test_tokens_that_another_machine_made_are_measured(store, extracted):
+    """A hand-made file: the stored tokens moved by a known amount."""
+    identity = FeatureStore.open(store).encoders["siglip"]
+    rewrite(store, identity, lambda tokens: tokens * np.float16(1.25))
+    (row,) = [r for r in check_parity(store, encoders=["siglip"], device="cpu").rows if r.kind == "video"]
+    assert row.verdict == "outside"
+    assert row.relative == pytest.approx(0.2, rel=1e-3)  # |t - 1.25 t| / |1.25 t|
+    assert row.cosine_min == pytest.approx(1, abs=1e-6)
+
+
+def rewrite(store, identity, change) -> None:
+    """Other canaries of the same encoder, and a snapshot that names them."""
+    file = store / "canaries" / "video" / f"{identity.group_name}.safetensors"
+    before = read_canaries(open_objects(store), "video", identity)
+    after = replace(before, arrays={name: change(items) for name, items in before.arrays.items()})
+    file.write_bytes(after.to_bytes())
+    StoreWriter.open(store).publish_snapshot(anew=True)
+
+
+def test_pictures_of_another_version_are_not_compared(store):
+    identity = FeatureStore.open(store).encoders["siglip"]
+    file = store / "canaries" / "video" / f"{identity.group_name}.safetensors"
+    before = Canaries.parse(file.read_bytes(), "video", identity)
+    file.write_bytes(replace(before, rendering="canaries/9").to_bytes())
+    with pytest.raises(UserError, match="this version renders 'canaries/1'"):
+        check_parity(store, encoders=["siglip"], device="cpu")
+    clips = (replace(before.clips[0], media_sha256="0" * 64), before.clips[1])
+    file.write_bytes(replace(before, clips=clips).to_bytes())
+    with pytest.raises(StoreFormatError, match="the canary scene is rendered to other bytes here"):
+        check_parity(store, encoders=["siglip"], device="cpu")
+
+
+def test_a_store_without_canaries_says_what_to_do(store):
+    shutil.rmtree(store / "canaries")
+    StoreWriter.open(store).publish_snapshot(anew=True)
+    with pytest.raises(UserError, match="run its `merv-pipeline extract` again, which adds them"):
+        check_parity(store, device="cpu")
+
+
+def test_an_encoder_of_monstrous_size_is_not_built(store):
+    from featurestore.identity import FeatureIdentity
+    from pipeline.config import EncoderSettings
+    from pipeline.parity import _refuse_monsters
+
+    identity = FeatureStore.open(store).encoders["siglip"]
+    huge = FeatureIdentity.from_dict(
+        {**identity.to_dict(), "architecture": {**identity.architecture, "num_layers": 10**9}}
+    )
+    with pytest.raises(StoreFormatError, match="more than any encoder has"):
+        _refuse_monsters(EncoderSettings.of_identity(huge, "random:0"), "siglip")
+
+
+def test_real_clips_of_the_store_are_encoded_again_and_others_refused(store, extracted, tmp_path):
+    ids = FeatureStore.open(store).clips["clip_id"].to_pylist()
+    listed = tmp_path / "clips.txt"
+    listed.write_text("\n".join(ids[:3] + ids[-1:]))
+    record = check_parity(store, encoders=["dinov2"], clips=listed, device="cpu")
+    assert {(row.kind, row.clips, row.verdict, row.frames) for row in record.rows} == {
+        ("video", 3, "equal", "not compared"),
+        ("image", 1, "equal", "not compared"),
+    }
+    media = extracted.root / ids[0].split("/", 1)[1]
+    elsewhere = tmp_path / "media" / media.relative_to(extracted.root)
+    elsewhere.parent.mkdir(parents=True)
+    shutil.copy(extracted.root / ids[1].split("/", 1)[1], elsewhere)
+    listed.write_text(ids[0])
+    with pytest.raises(UserError, match="are not those that its tokens were made from"):
+        check_parity(store, encoders=["dinov2"], clips=listed, root=str(tmp_path / "media"), device="cpu")
+    listed.write_text("nothing/here.mp4")
+    with pytest.raises(UserError, match="unknown clip"):
+        check_parity(store, clips=listed, device="cpu")
+
+
+def test_the_result_is_kept_and_the_newest_about_todays_canaries_is_read(store):
+    assert parity_words(read_parity(FeatureStore.open(store))["vivit"]) == "not checked"
+    record = check_parity(store, encoders=["vivit"], device="cpu")
+    keep_parity(store, record)
+    worse = replace(
+        record, time="2099-01-01T00:00:00Z", rows=(replace(record.rows[0], verdict="outside", relative=0.5),)
+    )
+    keep_parity(store, worse)
+    checks = read_parity(FeatureStore.open(store))
+    assert parity_words(checks["vivit"]) == "OUTSIDE TOLERANCE, relative error 5.0e-01 on cpu, 2099-01-01"
+    assert parity_words(checks["siglip"]) == "not checked"
+    other = replace(worse, time="2100-01-01T00:00:00Z", rows=(replace(record.rows[0], canaries="0" * 64),))
+    keep_parity(store, other)
+    assert read_parity(FeatureStore.open(store))["vivit"]["time"] == "2099-01-01T00:00:00Z"
+    assert verify_store(store, "full") == []
+
+
+STRANGE = (
+    {"device": "<script>"},
+    {"time": "soon"},
+    {"rows": [{"encoder": "vivit"}]},
+    {"rows": 3},
+    {"versions": {"torch": "x" * 101}},
+    {"versions": 7},
+    {"format": 9},
+)
+
+
+def test_a_strangers_record_that_is_not_ours_counts_for_nothing(store):
+    key = keep_parity(store, check_parity(store, encoders=["siglip"], device="cpu"))
+    record = json.loads((store / key).read_text())["record"]
+    (store / key).unlink()
+    for number, change in enumerate(STRANGE):
+        StoreWriter.open(store).journal(f"parity-strange-{number}", record | change)
+    assert read_parity(FeatureStore.open(store))["siglip"] == {"verdict": "not checked"}
+    StoreWriter.open(store).journal("parity-ours", record)
+    assert read_parity(FeatureStore.open(store))["siglip"]["verdict"] == "equal"
+
+
+def test_figures_are_those_of_plain_arithmetic(extracted):
+    identity = replace(FeatureStore.open(extracted.store).encoders["siglip"], grid=(1, 1, 2), width=2)
+    theirs = {"tokens": np.array([[[[3, 4], [1, 0]]]], np.float16)}
+    mine = {"tokens": np.array([[[[3, 4.5], [0, 1]]]], np.float16)}
+    row = compare("siglip", "video", identity, [(theirs, theirs), (theirs, mine)])
+    assert (row.clips, row.max_abs, row.cosine_min, row.verdict) == (2, 1.0, 0.0, "outside")
+    assert row.relative == pytest.approx(((0.25 + 1 + 1) / 26) ** 0.5)
+    nudged = {"tokens": np.nextafter(theirs["tokens"], np.float16(9))}
+    assert compare("siglip", "video", identity, [(theirs, nudged)]).verdict == "within"
+    overflowed = compare("siglip", "video", identity, [(theirs, None)])
+    assert (overflowed.relative, overflowed.verdict) == (None, "outside")
+
+
+def test_the_command_prints_verdicts_keeps_them_and_fails_outside_tolerance(store):
+    run = CliRunner().invoke(main, ["verify", str(store), "--parity", "--encoders", "siglip", "--device", "cpu"])
+    assert run.exit_code == 0, run.output
+    assert "equal to the bit" in run.stdout
+    assert len(list((store / "journal").glob("parity-*"))) == 1
+    identity = FeatureStore.open(store).encoders["siglip"]
+    rewrite(store, identity, lambda tokens: tokens * np.float16(2))
+    run = CliRunner().invoke(
+        main, ["verify", str(store), "--parity", "--encoders", "siglip", "--device", "cpu", "--json"]
+    )
+    assert run.exit_code == 1
+    rows = json.loads(run.stdout)["parity"]["rows"]
+    assert {row["kind"]: row["verdict"] for row in rows} == {"video": "outside", "image": "equal"}
+    misused = CliRunner().invoke(main, ["verify", str(store), "--encoders", "siglip"])
+    assert "add --parity" in misused.output
+
+
+def test_report_and_card_tell_the_newest_check(store, tmp_path):
+    from featurestore.share.card import card
+    from pipeline.report import write_report
+
+    keep_parity(store, check_parity(store, encoders=["siglip"], device="cpu"))
+    assert "equal to the bit on cpu" in write_report(store, out=tmp_path / "page.html", num_clips=1).read_text()
+    text = card(FeatureStore.open(store), place="hf://x/y")
+    assert "- siglip: equal to the bit on cpu" in text
+    assert "- vivit: not checked" in text
