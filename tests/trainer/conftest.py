@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import random
 import socket
@@ -130,20 +131,29 @@ def store(tmp_path, clips, tokens_of):
 
 
 @pytest.fixture
-def question_store(tmp_path, make_sample):
+def make_question_store(make_sample):
+    """Writes a store of some of 21 videos: a question about each, of which those from 18 on are held out."""
+
+    def make(path, indices=range(21)):
+        samples = [make_sample(index, split="train" if index < 18 else "heldout") for index in indices]
+        videos = [Clip(dataset="set", path=f"clip{index}.mp4", kind="video") for index in range(21)]
+        random = np.random.default_rng(1)
+        tokens = {
+            encoder: {c.clip_id: random.standard_normal((*grid, width)).astype(np.float16) for c in videos}
+            for encoder, (grid, width, _) in GRIDS.items()
+        }
+        writer = write_store(path, [videos[index] for index in indices], tokens)
+        writer.add_samples("toy-finetune", samples)
+        writer.publish_snapshot()
+        return path
+
+    return make
+
+
+@pytest.fixture
+def question_store(tmp_path, make_question_store):
     """18 training questions and 3 held-out ones about 21 videos, as a folder on disk."""
-    samples = [make_sample(index, split="train" if index < 18 else "heldout") for index in range(21)]
-    videos = [Clip(dataset="set", path=f"clip{index}.mp4", kind="video") for index in range(21)]
-    random = np.random.default_rng(1)
-    tokens = {
-        encoder: {c.clip_id: random.standard_normal((*grid, width)).astype(np.float16) for c in videos}
-        for encoder, (grid, width, _) in GRIDS.items()
-    }
-    path = tmp_path / "features" / "toy.zarr"
-    writer = write_store(path, videos, tokens)
-    writer.add_samples("toy-finetune", samples)
-    writer.publish_snapshot()
-    return path
+    return make_question_store(tmp_path / "features" / "toy.zarr")
 
 
 def identity(encoder):
@@ -179,7 +189,8 @@ def write_store(path, clips, tokens, *, failed=()):
                         task.fail(row, "cannot be decoded")
                     elif row in mine:
                         values = {"tokens": tokens[encoder][mine[row].clip_id]}
-                        task.add(row, values, media_sha256="0" * 64, decoder="frames/1")
+                        media = hashlib.sha256(mine[row].path.encode()).hexdigest()  # equal media are equal cells
+                        task.add(row, values, media_sha256=media, decoder="frames/1")
                 task.commit()
     return writer
 

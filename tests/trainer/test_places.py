@@ -1,0 +1,104 @@
+"""The same tokens from a folder, from a bucket through the cache, and from a union of two stores: the same run."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from featurestore.share.cells import StoreCells
+from featurestore.share.combine import combine
+from featurestore.share.push import push
+from trainer.cli import train_main
+from trainer.eval_cli import eval_main
+from trainer.loop.progress import read_metrics
+from trainer.runs import checkpoint
+from trainer.runs.record import RunRecord
+
+CACHE_BYTES = 48 * 1024  # fewer than the store's, so that room has to be made
+SETTINGS = {
+    "llm": "fresh:mini",
+    "projector": {"grid": [2, 2, 2]},
+    "max_steps": 5,
+    "batch_size": 6,
+    "micro_batch_size": 3,
+    "checkpoint_every": 2,
+    "keep_checkpoints": 3,
+}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(SETTINGS))
+    return tmp_path
+
+
+@pytest.fixture
+def bucket(s3, question_store, here, monkeypatch):
+    """The store's address in a bucket, and a small cache for what is read from there."""
+    push(question_store, s3)
+    monkeypatch.setenv("MERV_CACHE_DIR", str(here / "cache"))
+    monkeypatch.setenv("MERV_CACHE_BYTES", str(CACHE_BYTES))
+    return s3
+
+
+def told_by(command, *arguments):
+    result = CliRunner().invoke(command, [*(str(argument) for argument in arguments), "--json"])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def train(*arguments):
+    return told_by(train_main, "--recipe", "demo", "--config", "small.yaml", *arguments)
+
+
+def steps(run):
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in read_metrics(run)]
+
+
+def test_a_run_from_a_bucket_is_the_run_from_the_folder_that_was_pushed_there(bucket, here, question_store):
+    folder = train("--from-cache", question_store, "--out", "folder")
+    far = train("--from-cache", bucket, "--out", "far")
+    assert steps("far") == steps("folder")
+    assert far["data_digest"] == folder["data_digest"]
+    assert RunRecord.read(here / "far").store == bucket
+    assert train("--from-cache", bucket, "--dry-run") == train("--from-cache", question_store, "--dry-run")
+
+    shutil.rmtree(checkpoint.newest("far"))  # as if killed behind step 4
+    assert told_by(train_main, "--resume", "far")["steps"] == 5
+    assert steps("far") == steps("folder")
+    shutil.rmtree(checkpoint.newest("far"))
+    train("--from-cache", question_store, "--out", "far", "--resume", "auto")  # the same data lie nearer now
+    assert steps("far") == steps("folder")
+
+    by_folder = told_by(eval_main, "run", "--checkpoint", "folder")
+    assert told_by(eval_main, "run", "--checkpoint", "far") == by_folder
+    assert told_by(eval_main, "run", "--checkpoint", "folder", "--store", bucket) == by_folder
+    kept = sum(path.stat().st_blocks * 512 for path in (here / "cache").rglob("*") if path.is_file())
+    assert 0 < kept <= CACHE_BYTES + 16 * 1024  # and the files of the last reads
+
+
+def test_a_bucket_without_a_store_is_said(bucket):
+    result = CliRunner().invoke(
+        train_main, ["--from-cache", bucket.replace("one.zarr", "two.zarr"), "--recipe", "demo"]
+    )
+    assert result.exit_code == 1
+    assert "there is no feature store at s3://" in result.stderr
+
+
+def test_a_union_of_stores_made_apart_gives_the_run_of_one_store(here, make_question_store):
+    whole = make_question_store(here / "whole.zarr")
+    parts = [
+        make_question_store(here / "mine/a.zarr", range(12, 21)),
+        make_question_store(here / "theirs/b.zarr", range(14)),
+    ]
+    combine([StoreCells(part) for part in parts], here / "union.zarr")
+    at_once = train("--from-cache", whole, "--out", "at-once")
+    from_union = train("--from-cache", here / "union.zarr", "--out", "from-union")
+    assert from_union["data_digest"] == at_once["data_digest"]
+    assert steps("from-union") == steps("at-once")
+    assert told_by(eval_main, "run", "--checkpoint", "from-union") == told_by(
+        eval_main, "run", "--checkpoint", "at-once"
+    )
