@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from featurestore.digests import record_digest
+from featurestore.errors import StoreError
 from featurestore.find import Place
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
@@ -74,7 +75,11 @@ def read_parity(store: FeatureStore) -> dict[str, dict[str, Any]]:
     A check is {"verdict", "time", "device", "machine", "rows"}, its verdict the worst of its rows.
     """
     found: dict[str, dict[str, Any]] = {key: {"verdict": NOT_CHECKED} for key in store.encoders}
-    records = [parsed for _, record in store.journal(JOURNAL_PREFIX) if (parsed := parse_parity(record))]
+    try:
+        kept = store.journal(JOURNAL_PREFIX)
+    except StoreError:  # damaged: `verify` tells of it, and no tokens depend on it
+        return found
+    records = [parsed for _, record in kept if (parsed := parse_parity(record))]
     for record in sorted(records, key=lambda record: record.time):
         for key, identity in store.encoders.items():
             current = {kind: store.canaries.get(f"{kind}/{identity.group_name}") for kind in ("video", "image")}

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from featurestore import FeatureStore, Sample
 from featurestore.errors import UserError
+from featurestore.parity import read_parity
 
 Part = Literal["tokens", "prefix"]  # of what a store holds of an encoder: its grid, or class and register tokens
 
@@ -108,9 +109,13 @@ class StoreTokens(TokenSource):
             )
             for encoder, identity in identities.items()
         }
-        labels = store.info()["groups"]
+        labels, checks = store.info()["groups"], read_parity(store)
         self.facts = {
-            encoder: {"weights": labels[identity.group_name]["weights"], "identity": identity.to_dict()}
+            encoder: {
+                "weights": labels[identity.group_name]["weights"],
+                "identity": identity.to_dict(),
+                "parity": checks[encoder],
+            }
             for encoder, identity in identities.items()
         }
         clips = store.clips

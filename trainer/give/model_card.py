@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from featurestore.parity import parity_words
 from trainer.config import TrainConfig, TrainLLM
 from trainer.model.llm import FRESH_PREFIX
 from trainer.runs.record import RunRecord
@@ -166,10 +167,11 @@ def _encoders(record: RunRecord) -> str:
             f"{facts.get('weights', 'not recorded')}, sha256 {identity.get('weights_sha256', 'not recorded')[:12]}"
         )
         grid = f"{'x'.join(map(str, shape.grid))} of width {shape.width}"
-        rows.append((encoder, f"`{shape.identity}`", identity.get("layer", "not recorded"), weights, grid))
+        parity = parity_words(facts.get("parity"))
+        rows.append((encoder, f"`{shape.identity}`", identity.get("layer", "not recorded"), weights, grid, parity))
     if not rows:
         return "None: this is the text-only baseline."
-    table = _table(("encoder", "identity of its tokens", "output", "weights", "tokens T x H x W"), rows)
+    table = _table(("encoder", "identity of its tokens", "output", "weights", "tokens T x H x W", "parity"), rows)
     return f"{table}\n\nEvery field of the identities, preprocessing included, is in `encoders.json`."
 
 

@@ -2,7 +2,12 @@ import numpy as np
 import pytest
 import torch
 
+from featurestore import FeatureStore
+from featurestore.canaries import Canaries, Canary, put_canaries
 from featurestore.errors import UserError
+from featurestore.parity import ParityRecord, ParityRow, keep_parity, parity_words
+from featurestore.places.by_url import open_objects
+from featurestore.writer import StoreWriter
 from trainer.data.tokens import MemoryTokens, StoreTokens
 
 
@@ -33,6 +38,36 @@ def test_shapes_and_identities_come_from_the_store(store):
     shape = StoreTokens(store, ["vivit"]).shapes["vivit"]
     assert (shape.grid, shape.width, shape.is_pooled) == ((4, 2, 2), 6, True)
     assert shape.identity == store.encoders["vivit"].id
+
+
+def test_a_run_records_the_newest_parity_check_of_each_encoder_or_that_there_is_none(store):
+    digests = dict.fromkeys(("scene", "noise"), "c" * 64)
+    identity = store.encoders["dinov2"]
+    objects = open_objects(store.path)
+    rows = {"tokens": np.zeros((2, *identity.grid, identity.width), np.float16)}
+    clips = tuple(Canary(name=name, media_sha256=sha256, frames_sha256=sha256) for name, sha256 in digests.items())
+    put_canaries(objects, Canaries(kind="video", identity=identity, rendering="canaries/1", clips=clips, arrays=rows))
+    StoreWriter.open(store.path).publish_snapshot()
+    store = FeatureStore.open(store.path)
+    row = ParityRow(
+        encoder="dinov2",
+        identity=identity.id,
+        kind="video",
+        clips=2,
+        frames="equal",
+        canaries=store.canaries[f"video/{identity.group_name}"],
+        verdict="within",
+        max_abs=0.5,
+        relative=0.001,
+        cosine_min=0.99,
+        tolerance=0.03,
+        cosine_tolerance=0.98,
+    )
+    about = {"device": "cuda", "machine": "x86_64", "versions": {}, "snapshot": store.snapshot}
+    keep_parity(store.path, ParityRecord(time="2026-11-22T09:00:00Z", rows=(row,), **about))
+    facts = StoreTokens(store, ["dinov2", "vivit"]).facts
+    assert parity_words(facts["dinov2"]["parity"]) == "within tolerance, relative error 1.0e-03 on cuda, 2026-11-22"
+    assert facts["vivit"]["parity"] == {"verdict": "not checked"}
 
 
 def test_the_data_digest_ignores_order_and_sees_clips_and_samples(store, clips, make_sample):

@@ -68,6 +68,14 @@ def test_a_hub_id_is_neither_a_folder_nor_fresh(tmp_path, monkeypatch):
     ]
 
 
+def test_the_newest_parity_check_of_each_encoder_is_named(facts):
+    assert "| not checked |" in model_card(facts)
+    check = {"verdict": "equal", "time": "2026-11-22T09:00:00Z", "device": "cpu", "machine": "x86_64", "rows": []}
+    encoders = {"dinov2": {**facts.record.encoders["dinov2"], "parity": check}}
+    text = model_card(replace(facts, record=replace(facts.record, encoders=encoders)))
+    assert "| equal to the bit on cpu, 2026-11-22 |" in text
+
+
 def test_nothing_is_called_random_that_was_trained(facts):
     assert random_parts(facts) == [
         "Projectors and fusion started from seed 7 and were trained; the order of the data follows the seed."
