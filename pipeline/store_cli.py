@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,7 @@ import click
 
 from featurestore.errors import MervCacheError
 from featurestore.find import find_store, store_first
-from pipeline.show import friendly_errors, show_result
+from pipeline.show import friendly_errors, progress, show_result
 
 _ROOT_HELP = "Folder of the media."
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -72,12 +71,12 @@ def verify(
 
     with friendly_errors():
         place = find_store(store or store_option)
-        with _progress("verify", "blocks") as (total, done):
+        with progress("verify", "blocks") as (total, done):
             findings = verify_store(place, "full" if full else "quick", workers=workers, on_blocks=total, on_block=done)
         if media:
             from pipeline.verify_media import verify_media
 
-            with _progress("media", "clips") as (total, done):
+            with progress("media", "clips") as (total, done):
                 findings += verify_media(place, media, root=root, workers=workers, on_clips=total, on_clip=done)
         told = {"store": str(place), "mode": "full" if full else "quick", "media": media}
         told["findings"] = [vars(finding) for finding in findings]
@@ -238,21 +237,30 @@ def retry(
 @click.command()
 @click.argument("clips", nargs=-1, required=True, metavar="[STORE] CLIP...")
 @click.option("--reason", required=True, help="Why, for whoever reads the store later: a licence, a consent withdrawn.")
+@click.option(
+    "--everywhere/--only-these",
+    default=None,
+    show_default="asked for, where there are any",
+    help="Whether other clips made from the same media, of any dataset and span, are removed as well.",
+)
 @_STORE_OPTION
 @_JSON
-def tombstone(clips: tuple[str, ...], reason: str, store_option: str | None, as_json: bool) -> None:
+def tombstone(
+    clips: tuple[str, ...], reason: str, everywhere: bool | None, store_option: str | None, as_json: bool
+) -> None:
     """Remove clips for good, tokens and conversations.
 
     Name a clip by its id, or by an end of it that no other clip has. Readers no longer have it, and its tokens and
     conversations are erased from the files. Ids stay, in the clip parts and in the tombstone, so that they are never
-    computed again. Other copies of the store take the removal over when they are pushed to or pull from it.
+    computed again. Other copies of the store take the removal over when they are pushed to or pull from it. Where the
+    same video has other ids too (of another dataset, another span), they are named, and you say whether they go.
     """
     from featurestore.keep.erase import tombstone as remove
     from pipeline import tables
 
     with friendly_errors():
         place, names = store_first(clips, store_option)
-        result = remove(place, names, reason=reason)
+        result = remove(place, names, reason=reason, everywhere=everywhere)
         show_result(result, as_json, lambda: tables.details(result))
 
 
@@ -283,7 +291,7 @@ def distortion(
 
     with friendly_errors():
         place = find_store(store or store_option)
-        with _progress("distortion", "measurements") as (total, done):
+        with progress("distortion", "measurements") as (total, done):
             measured = measure_distortion(
                 place, sample=sample, seed=seed, scratch=scratch, on_start=total, on_done=done
             )
@@ -298,26 +306,6 @@ def _keep(keep: Callable[[], str]) -> None:
         click.echo(f"kept as {keep()}", err=True)
     except MervCacheError as error:
         click.echo(f"not kept in the store: {error}", err=True)
-
-
-@contextlib.contextmanager
-def _progress(label: str, unit: str):
-    """Two functions for a library call: one is told the total, the other is called for each item done."""
-    from jobs.progress import RunProgress
-
-    bars: list[RunProgress] = []
-
-    def total(count: int) -> None:
-        bars.append(RunProgress(label, total=count, unit=unit).__enter__())
-
-    def done(num_bytes: int | None = None) -> None:
-        bars[0].advance(1, **({} if num_bytes is None else {"MB": num_bytes / 1e6}))
-
-    try:
-        yield total, done
-    finally:
-        for bar in bars:
-            bar.__exit__(None, None, None)
 
 
 STORE_COMMANDS: tuple[click.Command, ...] = (verify, repair, quarantine, tombstone, distortion)

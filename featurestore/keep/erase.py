@@ -8,7 +8,7 @@ running it once too often changes nothing. Orphan shards are emptied as well: th
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 
 import pyarrow as pa
@@ -22,6 +22,7 @@ from featurestore.errors import UserError
 from featurestore.find import Place
 from featurestore.groups import GroupWriter, encoder_groups
 from featurestore.keep.rewrite import erase_rows
+from featurestore.keep.same_media import clips_of_same_media
 from featurestore.layout import SAMPLES, samples_files, samples_key
 from featurestore.lease import StoreLease
 from featurestore.parquet import read_table, table_bytes, table_file
@@ -37,12 +38,17 @@ def tombstone(
     *,
     reason: str,
     date: str | None = None,
+    everywhere: bool | None = None,
     on_block: Callable[[], None] = lambda: None,
 ) -> dict[str, object]:
     """Remove clips from a store for good; returns what was done.
 
     Clips are named as `featurestore.clip_names` has it. From the record on, readers that open the store list and read
     none of them. A clip that the store has never seen is a mistake.
+
+    Where other clips were made from the same media, `everywhere` says whether these go too: a consent is about the
+    video, a licence may be about one dataset's copy. Neither can be undone or is safe to guess, so without a word
+    nothing is removed and an error names them.
     """
     writer = StoreWriter.open(path)
     with StoreLease(path, "tombstone"):
@@ -50,12 +56,32 @@ def tombstone(
         if not clips:
             raise UserError("name at least one clip id; `merv-pipeline inspect` finds ids by path")
         known = tombstoned_clips(writer.objects)
+        same = []
         if new := [clip for clip in clips if clip not in known]:  # else a removal that was cut short is finished
+            same = [clip for clip in clips_of_same_media(writer, new) if clip not in known and clip not in clips]
+            if same and everywhere is None:
+                raise UserError(_undecided(same))
+            new += same if everywhere else []
             date = date or datetime.now(UTC).strftime("%Y-%m-%d")
             put_tombstone(writer.objects, new, reason, date, _samples_holding(writer.objects, set(new)).values())
         blocks = erase_tombstoned(writer, on_block)
         snapshot = writer.publish_snapshot()
-    return {"clips": clips, "already removed": len(clips) - len(new), "blocks rewritten": blocks, "snapshot": snapshot}
+    return {
+        "clips": sorted({*clips, *new}),
+        "already removed": len(set(clips) - set(new)),
+        "others of the same media": {"removed" if everywhere else "left": same},
+        "blocks rewritten": blocks,
+        "snapshot": snapshot,
+    }
+
+
+def _undecided(same: Sequence[str]) -> str:
+    shown = ", ".join(same[:20]) + (f" and {len(same) - 20} more" if len(same) > 20 else "")
+    return (
+        f"nothing was removed: {len(same)} other clips of this store were made from the same media: {shown}. Say "
+        "--everywhere to remove these as well (a consent withdrawn is about the video, whatever its name), or "
+        "--only-these to leave them (a licence may be about one dataset's copy)"
+    )
 
 
 def erase_tombstoned(writer: StoreWriter, on_block: Callable[[], None] = lambda: None) -> int:

@@ -6,14 +6,18 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from featurestore.digests import sha256_hex
 from featurestore.errors import ClipUnavailableError, StoreDamagedError, StoreError, UserError
 from featurestore.keep.erase import erase_tombstoned, tombstone
+from featurestore.keep.same_media import clips_of_same_media
 from featurestore.keep.verify import verify_store
 from featurestore.samples import Sample, Turn
+from featurestore.shards import encode_row
 from featurestore.share.cells import StoreCells
 from featurestore.share.combine import combine
 from featurestore.share.transfer import transfer
@@ -194,7 +198,9 @@ def test_a_damaged_record_opens_no_store(filled):
 
 
 def test_mistakes_are_told(filled):
-    with pytest.raises(UserError, match=r"no clip of this store is named 'tiny/videos/2.mpg'; near: .*tiny/videos/2\.mp4"):
+    with pytest.raises(
+        UserError, match=r"no clip of this store is named 'tiny/videos/2.mpg'; near: .*tiny/videos/2\.mp4"
+    ):
         tombstone(filled.path, ["tiny/videos/2.mpg"], reason="x")
     with pytest.raises(UserError, match="needs a reason"):
         tombstone(filled.path, [GONE], reason=" ")
@@ -233,3 +239,68 @@ def test_a_union_leaves_out_what_any_of_its_sources_removed(filled, make, tmp_pa
     assert [stone.reason for stone in store.tombstones.values()] == ["licence"]
     assert out.writer().add_clips([make.video(2)]) == []
     assert verify_store(out.path, "full") == []
+
+
+@pytest.fixture
+def twice(kit, make):
+    """The file behind videos/2.mp4 is in another dataset as well, in two spans, and failed there for one encoder."""
+    kit.media = lambda clip: sha256_hex(clip.path.replace("films/two", "videos/2").encode())
+    other = make.video(0, dataset="other")
+    spans = [replace(other, path="films/two.mp4", start_s=start, end_s=start + 5.0) for start in (0.0, 5.0)]
+    writer = kit.writer()
+    writer.add_clips([*(make.video(n) for n in range(6)), make.image(0), *spans])
+    writer.add_samples("mix", [sample(1, GONE), sample(2, spans[0].clip_id), sample(3, "tiny/videos/0.mp4")])
+    kit.fill()
+    kit.fill(make.identity(encoder="vivit"))
+    return kit, [span.clip_id for span in spans]
+
+
+def test_the_same_video_under_other_ids_is_named_and_nothing_is_removed_without_a_word(twice):
+    kit, others = twice
+    with pytest.raises(UserError, match=r"nothing was removed: 2 other clips .*--everywhere .*--only-these") as refused:
+        tombstone(kit.path, [GONE], reason="consent")
+    assert all(clip_id in str(refused.value) for clip_id in others)
+    assert not read_tombstones(kit.writer().objects)
+    assert GONE in kit.open().clips["clip_id"].to_pylist()
+    tombstone(kit.path, ["tiny/videos/0.mp4"], reason="consent")  # whose media no other clip has: no question
+
+
+def test_everywhere_removes_every_clip_of_the_video_from_the_files_too(twice, make):
+    kit, others = twice
+    shards = lambda: [file for file in (kit.path / "video").rglob("c/**/*") if file.is_file()]  # noqa: E731
+    before = kit.open()
+    spec = kit.group(make.identity()).specs["tokens"]
+    needles = [encode_row(spec, before.read([clip_id], encoder="dinov2")[0]) for clip_id in (GONE, *others)]
+    assert all(any(needle in file.read_bytes() for file in shards()) for needle in needles)
+    done = tombstone(kit.path, [GONE], reason="consent", everywhere=True)
+    assert done["clips"] == sorted([GONE, *others])
+    assert done["others of the same media"] == {"removed": sorted(others)}
+    assert not any(needle in file.read_bytes() for file in shards() for needle in needles)
+    after = kit.open()
+    assert not {GONE, *others} & set(after.clips["clip_id"].to_pylist())
+    assert [s.sample_id for s in after.samples("mix")] == ["3"]
+    assert [stone.clips for stone in after.tombstones.values()] == [tuple(sorted([GONE, *others]))]
+    assert verify_store(kit.path, "full") == []
+    again = tombstone(kit.path, [GONE], reason="consent")  # finishing a removal asks nothing
+    assert (again["already removed"], again["blocks rewritten"]) == (1, 0)
+
+
+def test_only_these_leaves_the_others_and_says_which(twice):
+    kit, others = twice
+    done = tombstone(kit.path, [GONE], reason="licence", everywhere=False)
+    assert (done["clips"], done["others of the same media"]) == ([GONE], {"left": sorted(others)})
+    assert set(others) <= set(kit.open().clips["clip_id"].to_pylist())
+    assert verify_store(kit.path, "full") == []
+
+
+def test_a_clip_that_failed_on_the_same_media_is_found(kit, make):
+    kit.media = lambda clip: "c" * 64
+    kit.writer().add_clips([make.video(0), make.video(1)])
+    rows = make.clips_by_row(kit.writer())["video"]
+    block = kit.group(make.identity()).begin(0)
+    block.add(0, make.floats(rows[0], make.identity()), media_sha256="c" * 64, decoder="frames/1")
+    block.fail(1, "cut off", media_sha256="c" * 64)
+    block.commit()
+    assert clips_of_same_media(kit.writer(), ["tiny/videos/1.mp4"]) == ["tiny/videos/0.mp4"]
+    assert clips_of_same_media(kit.writer(), ["tiny/videos/0.mp4"]) == ["tiny/videos/1.mp4"]
+    assert clips_of_same_media(kit.writer(), ["tiny/videos/0.mp4", "tiny/videos/1.mp4"]) == []
