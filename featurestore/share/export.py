@@ -7,6 +7,7 @@
     OUT/data/KIND/GROUP/00000012.tar      webdataset: NUMBER.tokens.npy and so on, NUMBER.json
     OUT/data/KIND/GROUP/000000012.safetensors
     OUT/canaries/KIND/GROUP.safetensors   as in the store
+    OUT/tombstones/ID.json                as in the store: removals hold wherever its clips go
     OUT/SHA256SUMS                        of all of them: `sha256sum -c SHA256SUMS`
 
 Arrays are as stored (bfloat16 as its bits in uint16), so an import gives the same rows and digests back.
@@ -28,7 +29,7 @@ from featurestore.clips import Clip
 from featurestore.columns import clips_to_table, samples_to_table
 from featurestore.digests import canonical_json, sha256_hex
 from featurestore.errors import UserError, unknown_name
-from featurestore.layout import canary_key
+from featurestore.layout import canary_key, tombstone_key
 from featurestore.lookup import encoder_keys
 from featurestore.metadata import array_specs
 from featurestore.parts import table_bytes
@@ -83,6 +84,8 @@ def export(
     head = {"format": FORMAT, "as": format, "block_rows": dict(source.block_rows), "groups": record}
     files.put(RECORD, (canonical_json(head | {"from": source.provenance()}) + "\n").encode())
     files.put(CLIPS, table_bytes(clips_to_table(enumerate(clips))))
+    for stone in source.tombstones():
+        files.put(tombstone_key(stone.id), stone.to_bytes())
     for name, samples in source.samples().items():
         mine = [s for s in samples if s.clip_id is None or s.clip_id in {clip.clip_id for clip in clips}]
         files.put(f"samples/{name}.parquet", table_bytes(samples_to_table(mine)))

@@ -23,7 +23,7 @@ from featurestore.columns import CLIP_SCHEMA, SAMPLE_SCHEMA, table_to_clips, tab
 from featurestore.digests import sha256_hex
 from featurestore.errors import StoreDamagedError, StoreFormatError, UserError
 from featurestore.groups import parse_identity
-from featurestore.layout import GROUP_NAME, SAMPLES_NAME, canary_key, check_block_rows
+from featurestore.layout import GROUP_NAME, SAMPLES_NAME, TOMBSTONES, canary_key, check_block_rows, record_name
 from featurestore.metadata import CODECS, ArraySpec, array_specs, load_json
 from featurestore.parts import read_table
 from featurestore.places.local_objects import LocalObjects
@@ -66,7 +66,9 @@ class ExportCells:
         self._tar = lru_cache(4)(self._open_tar)
 
     def tombstones(self) -> list[Tombstone]:
-        return []  # an export holds no clip that was removed
+        folder = f"{TOMBSTONES}/"
+        ids = {path: record_name(path) for path in self._sums if path.startswith(folder)}
+        return [Tombstone.parse(self._read(path, MAX_RECORD_BYTES), name) for path, name in ids.items() if name]
 
     def clips(self) -> list[Clip]:
         return self._clips
