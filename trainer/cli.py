@@ -104,7 +104,7 @@ def live_options(command: Callable) -> Callable:
 @click.option("--stage", help="Train on the samples of this stage, align or finetune; of two stages, only this one.")
 @click.option("--fraction", type=click.FloatRange(0, 1, min_open=True), help="Train on this share of the samples.")
 @click.option("--limit", type=click.IntRange(min=1), help="Train on at most so many samples.")
-@click.option("--init", metavar="RUN", help="Start from the weights of this run.")
+@click.option("--init", metavar="RUN", help="Start from the weights of this run or export.")
 @click.option("--eval-every", type=click.IntRange(min=1), help="Validate on held-out samples every so many steps.")
 @click.option("--track", "trackers", multiple=True, type=click.Choice(get_args(Tracker)), help="Also log to; repeat.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/merv"), help="Folder of the run.")
