@@ -188,28 +188,13 @@ def empty_encoders(config: TrainConfig, encoders: Mapping[str, Mapping[str, Any]
     for name in config.train_encoders:
         fact = encoders[name]
         identity = FeatureIdentity.from_dict(fact["identity"])
-        network = build_network(settings_of(identity, "random:0").spec)
+        network = build_network(EncoderSettings.of_identity(identity, "random:0").spec)
         fill_random(network, 0)
         network.finish()
         made[name] = TrainedEncoder(
             network, identity, parts_of(config.projector), label=fact["weights"], weights_from=fact["weights_from"]
         )
     return made
-
-
-def settings_of(identity: FeatureIdentity, weights: str) -> EncoderSettings:
-    """Settings that give this identity, if the weights are the same."""
-    return EncoderSettings(
-        name=identity.encoder,
-        weights=weights,
-        architecture={key: value for key, value in identity.architecture.items() if key != "model"},
-        crop=identity.preprocessing.get("fit"),
-        grid=None if identity.pooling == "none" else identity.grid,
-        prefix_tokens=identity.prefix_tokens > 0,
-        compute_dtype=identity.compute_dtype,
-        storage_dtype=identity.storage_dtype,
-        decoder=identity.decode,
-    )
 
 
 def _extraction(config: TrainConfig, settings: Mapping[str, Any], config_file: Path | None) -> ExtractConfig:
@@ -315,7 +300,7 @@ def _encoder_of(record: RunRecord, name: str, weights: str | None, device: str) 
     fact = record.encoders[name]
     spec = weights or fact.get("weights_from", fact["weights"])
     recorded = FeatureIdentity.from_dict(fact["identity"])
-    run = EncoderRun(settings_of(recorded, "hub" if spec == "pretrained" else spec), device)
+    run = EncoderRun(EncoderSettings.of_identity(recorded, "hub" if spec == "pretrained" else spec), device)
     if odd := recorded.differences(run.identity):
         values = "; ".join(f"{field}: {before!r} then, {now!r} now" for field, (before, now) in odd.items())
         raise UserError(

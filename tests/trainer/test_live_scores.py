@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 
 from featurestore import FeatureIdentity, FeatureStore
 from featurestore.errors import UserError
+from pipeline.config import EncoderSettings
 from pipeline.config import read_config as read_extract_config
 from pipeline.encoders.network import build_network
 from pipeline.extract import extract
 from trainer.config import OptimizerConfig, ProjectorConfig, TrainConfig
-from trainer.end_to_end import live_source, settings_of
+from trainer.end_to_end import live_source
 from trainer.eval_cli import eval_main
 from trainer.loop.train import train
 from trainer.model.llm import FRESH_LLMS, FreshLLM
@@ -89,7 +90,7 @@ def plain_scores(run, samples, tokens, frames):
     loaded = load_run(run)
     model, tokenizer = loaded.built.model, loaded.built.renderer.tokenizer
     identity = FeatureIdentity.from_dict(loaded.record.encoders["siglip"]["identity"])
-    network = build_network(settings_of(identity, "random:0").spec)
+    network = build_network(EncoderSettings.of_identity(identity, "random:0").spec)
     prefix = "trained_encoders.0.network."
     weights = load_file(checkpoint.newest(run) / checkpoint.MODEL_FILE)
     own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
