@@ -20,6 +20,14 @@ STORAGE_DTYPES: tuple[StorageDtype, ...] = ("float16", "bfloat16", "uint8")
 IDENTITY_LENGTH = 12  # hex digits in a group's name
 
 
+def _leaves(record: Mapping[str, Any], under: str = "") -> dict[str, Any]:
+    """Values of a nested record by dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in record.items():
+        found |= _leaves(value, f"{under}{name}.") if isinstance(value, Mapping) else {under + name: value}
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class FeatureIdentity:
     """One encoder's features by contract; its digest names the group in the store."""
@@ -76,3 +84,9 @@ class FeatureIdentity:
         """Fields that differ: name -> (ours, theirs)."""
         ours, theirs = self.to_dict(), other.to_dict()
         return {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
+
+    def changes(self, new: FeatureIdentity) -> dict[str, tuple[Any, Any]]:
+        """What differs in the smallest parts, "architecture.hidden_size": name -> (here, new); None where it is not."""
+        here, there = _leaves(self.to_dict()), _leaves(new.to_dict())
+        names = dict.fromkeys([*here, *there])
+        return {name: (here.get(name), there.get(name)) for name in names if here.get(name) != there.get(name)}

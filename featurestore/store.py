@@ -233,6 +233,11 @@ class FeatureStore:
             "stored_bytes": sum(entry["stored_bytes"] for entry in groups.values()),
         }
 
+    def stored_bytes(self, identity: FeatureIdentity, kind: str) -> tuple[int, int]:
+        """(bytes of the shards, clips that they hold) of one encoder and kind."""
+        summary = self._record.groups.get(f"{kind}/{identity.group_name}")
+        return (summary.stored_bytes, summary.counts["ok"]) if summary else (0, 0)
+
     def unpublished_blocks(self) -> int:
         """Blocks committed since this snapshot: a run that was killed may leave some, its next run publishes them."""
         count = 0

@@ -90,12 +90,14 @@ class StoreWriter:
         A clip that has a row already gets none, unless `retry` asks for a new one. Each call starts new blocks.
         """
         removed = tombstoned_clips(self.objects)
-        distinct = list({clip.clip_id: clip for clip in clips if clip.clip_id not in removed}.values())
+        distinct = {clip.clip_id: clip for clip in clips}
+        for clip_id in removed.keys() & distinct.keys():
+            del distinct[clip_id]
         seen = len(self._index.refresh().tables) if retry else 0  # a retry only yields to rows given out meanwhile
         while True:
             index = self._index.refresh()
             known = index.clip_ids(from_part=seen)
-            new = [clip for clip in distinct if clip.clip_id not in known]
+            new = [clip for clip_id, clip in distinct.items() if clip_id not in known]
             if not new:
                 self._refresh_root()
                 return []
@@ -215,14 +217,15 @@ class StoreWriter:
             for other in self.encoder_groups(kind).values():
                 if other.encoder == identity.encoder and other.id != identity.id:
                     lines = [
-                        f"  {name}: stored {theirs!r}, asked {ours!r}"
-                        for name, (ours, theirs) in identity.differences(other).items()
+                        f"  {name}: stored {stored!r}, asked {asked!r}"
+                        for name, (stored, asked) in other.changes(identity).items()
                     ]
                     raise IdentityConflictError(
                         f"this store holds {identity.encoder} as {other.group_name}, asked for "
                         f"{identity.group_name}:\n"
                         + "\n".join(lines)
-                        + "\nuse the same settings, or --new-identity to keep both"
+                        + "\nuse the same settings, or --new-identity to keep both; `merv-pipeline explain` with these "
+                        "options tells what that would cost"
                     )
 
     def _refresh_root(self) -> None:

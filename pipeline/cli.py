@@ -12,6 +12,7 @@ import click
 
 from featurestore.find import find_store, store_first
 from pipeline.cluster_cli import CLUSTER_COMMANDS
+from pipeline.explain_cli import EXPLAIN_COMMANDS
 from pipeline.options import config_from_options, extraction_options
 from pipeline.share_cli import SHARE_COMMANDS
 from pipeline.show import friendly_errors, told_interrupts
@@ -190,5 +191,5 @@ def datasets(name: str | None, as_json: bool) -> None:
             _show([tables.dataset_row(spec) for spec in DATASETS.values()], as_json, lambda: tables.datasets(DATASETS))
 
 
-for command in (*STORE_COMMANDS, *SHARE_COMMANDS, *CLUSTER_COMMANDS):
+for command in (*STORE_COMMANDS, *EXPLAIN_COMMANDS, *SHARE_COMMANDS, *CLUSTER_COMMANDS):
     main.add_command(command)

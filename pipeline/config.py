@@ -214,9 +214,9 @@ class ExtractConfig:
         return yaml.safe_dump(plain, sort_keys=False)
 
 
-def read_config(path: str | Path | None, overrides: Mapping[str, Any]) -> ExtractConfig:
-    """The YAML file's settings with the command line's laid over them; `None` on the command line means not given."""
-    settings = _spelled_out(_read_yaml(path)) if path else {}
+def read_config(path: str | Path | Mapping[str, Any] | None, overrides: Mapping[str, Any]) -> ExtractConfig:
+    """Settings of a YAML file, or as they are given, with the command line's laid over them; None there: not given."""
+    settings = _spelled_out(path if isinstance(path, Mapping) else _read_yaml(path)) if path else {}
     given = {name: value for name, value in overrides.items() if value is not None}
     for name, value in _spelled_out(given).items():
         merges = isinstance(value, Mapping) and isinstance(settings.get(name), Mapping)
@@ -259,11 +259,12 @@ def _read_yaml(path: str | Path) -> Mapping[str, Any]:
     return settings
 
 
-def _check_known(settings: Mapping[str, Any], path: str | Path | None) -> None:
+def _check_known(settings: Mapping[str, Any], path: str | Path | Mapping[str, Any] | None) -> None:
     known = [f.name for f in fields(ExtractConfig)]
     for name in settings:
         if name not in known:
-            raise UserError(f"{path or 'settings'}: {unknown_name('setting', name, known)}")
+            where = path if isinstance(path, str | Path) else "settings"
+            raise UserError(f"{where}: {unknown_name('setting', name, known)}")
 
 
 def _check_types(config: ExtractConfig) -> None:

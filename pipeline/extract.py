@@ -30,7 +30,7 @@ from pipeline.describe import EncoderDescription, describe, on_a_worker, settled
 from pipeline.keep_samples import add_listed_samples
 from pipeline.plan import PlannedBlock, plan_blocks
 from pipeline.prediction import read_plan
-from pipeline.refresh import look_at_media
+from pipeline.refresh import look_at_media, told_identities
 from pipeline.reuse import OtherStore
 from pipeline.run_blocks import run_blocks
 from pipeline.summary import ExtractSummary, run_record
@@ -126,6 +126,8 @@ def _fill(
     identities = {name: encoder.identity for name, encoder in encoders.items()}
     if config.canaries:
         _add_canaries(client, store, config, _kinds(listing), identities, summary, say)
+    for line in told_identities(store, identities) if config.new_identity else ():
+        say(line)
     stale = look_at_media(store, config, listing, identities, summary, say)
     blocks = plan_blocks(store, identities, clip_ids={clip.clip_id for clip in listing.clips}, stale=stale)
     _check_space(config, blocks, encoders)

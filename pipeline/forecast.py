@@ -79,7 +79,7 @@ def forecast(config: ExtractConfig, *, probe: int = 4) -> Forecast:
         workers = max(len(client.scheduler_info(n_workers=-1)["workers"]), config.workers)
         from pipeline.probe import probe_clips  # imports torch
 
-        chosen = {kind: _spread([c for c in listing.clips if c.kind == kind], probe) for kind in KINDS}
+        chosen = {kind: spread_clips([c for c in listing.clips if c.kind == kind], probe) for kind in KINDS}
         result = client.submit(probe_clips, config.engine_settings, listing.root, chosen, config.batch).result()
     identities = {name: FeatureIdentity.from_dict(record) for name, record in result["identities"].items()}
     done = _settled(config, identities)
@@ -100,7 +100,7 @@ def forecast(config: ExtractConfig, *, probe: int = 4) -> Forecast:
     )
 
 
-def _spread(clips: Sequence[Clip], number: int) -> list[Clip]:
+def spread_clips(clips: Sequence[Clip], number: int) -> list[Clip]:
     """`number` clips at even distances: neighbours in a listing are often alike."""
     if len(clips) <= number:
         return list(clips)

@@ -106,6 +106,11 @@ def extraction_options(command: Callable) -> Callable:
 
 def config_from_options(config_file: str | None, options: dict[str, Any]) -> ExtractConfig:
     """Options as click gives them, over the config file."""
+    return read_config(config_file, given_options(options))
+
+
+def given_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Those that were given, as settings."""
     given = {name: value for name, value in options.items() if value not in (None, ())}
     if "weights" in given:
         given["weights"] = parse_weights(given["weights"])
@@ -115,7 +120,7 @@ def config_from_options(config_file: str | None, options: dict[str, Any]) -> Ext
         given["cluster"] = _pairs("--cluster", given["cluster"])
     if given.get("grid", "raw") != "raw":
         given["grid"] = _grid(given["grid"])
-    return read_config(config_file, given)
+    return given
 
 
 def parse_weights(specs: tuple[str, ...]) -> dict[str, str]:

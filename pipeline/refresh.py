@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from featurestore.clips import KINDS
 from featurestore.identity import FeatureIdentity
+from featurestore.lookup import encoder_keys
 from featurestore.writer import StoreWriter
 from pipeline.config import ExtractConfig
 from pipeline.datasets import DatasetListing
@@ -57,6 +59,23 @@ def _give_rows(
             waiting[name].update(ids[row] for row in rows)
     without = frozenset().union(*(clips - waiting[name] for name, clips in found.changed.items()))
     store.add_clips([clip for clip in listing.clips if clip.clip_id in without], retry=True)
+
+
+def told_identities(store: StoreWriter, identities: Mapping[str, FeatureIdentity]) -> list[str]:
+    """What becomes of the tokens that were there, where an encoder is now stored under several identities."""
+    groups = [f"{kind}/{name}" for kind in KINDS for name in store.encoder_groups(kind)]
+    keys = {group: key for key, group in encoder_keys(groups).items()}
+    lines = []
+    for name, identity in identities.items():
+        others = sorted(key for group, key in keys.items() if group.rpartition("-")[0] == name)
+        if len(others) > 1:
+            mine = keys[identity.group_name]
+            others.remove(mine)
+            lines.append(
+                f"{name} is stored under several identities: this run's is {mine}; {', '.join(others)} stays as it is, "
+                "and `merv-pipeline subset` makes a store without it"
+            )
+    return lines
 
 
 def _told(found: StaleMedia, config: ExtractConfig) -> list[str]:

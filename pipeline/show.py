@@ -1,4 +1,4 @@
-"""What every command does around its one library call: friendly errors, and results as a table or as JSON."""
+"""What every command does around its one library call: friendly errors, progress, results as a table or as JSON."""
 
 from __future__ import annotations
 
@@ -51,3 +51,23 @@ def show_result(result: Any, as_json: bool, show: Callable[[], None]) -> None:
         click.echo(json.dumps(result, indent=2, default=str))
     else:
         show()
+
+
+@contextmanager
+def progress(label: str, unit: str) -> Iterator[tuple[Callable[[int], None], Callable[..., None]]]:
+    """Two functions for a library call: one is told the total, the other is called for each item done."""
+    from jobs.progress import RunProgress  # rich
+
+    bars: list[RunProgress] = []
+
+    def total(count: int) -> None:
+        bars.append(RunProgress(label, total=count, unit=unit).__enter__())
+
+    def done(num_bytes: int | None = None) -> None:
+        bars[0].advance(1, **({} if num_bytes is None else {"MB": num_bytes / 1e6}))
+
+    try:
+        yield total, done
+    finally:
+        for bar in bars:
+            bar.__exit__(None, None, None)

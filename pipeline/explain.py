@@ -1,0 +1,309 @@
+"""Explain: what an extraction with other settings would have to compute, what it would cost, and what stays valid.
+
+Comes in: a store and settings; those that are not given are taken from the newest run in the store's journal. Goes
+out: an `Explanation`: by encoder the fields of its identity that differ and the clips, hours and bytes of the
+difference, and what became of the media. Nothing is written to the store. Costs are those of its own runs, or of a
+probe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from featurestore.clips import KINDS, Clip
+from featurestore.errors import MediaError, UserError
+from featurestore.find import Place
+from featurestore.identity import FeatureIdentity
+from featurestore.store import FeatureStore
+from featurestore.writer import StoreWriter
+from pipeline.config import EncoderSettings, ExtractConfig, read_config
+from pipeline.datasets import DatasetListing, load_dataset
+from pipeline.decode.source import Source
+from pipeline.encoders.remembered import fingerprint, remember, remembered_sha256
+from pipeline.explain_costs import Cost, costs_of, probe_costs
+from pipeline.ledger import changed_versions
+from pipeline.recompute import driver_runs
+from pipeline.stale import StaleMedia, stale_media
+
+State = Literal["same", "changed", "new"]
+Say = Callable[[str], None]
+_OF_ONE_RUN = (
+    *("new_identity", "refresh", "retry_quarantine", "retry_reason", "reuse", "forecast", "dashboard"),
+    *("performance_report", "scheduler", "workers", "cluster"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderChange:
+    """One encoder as it is wanted, beside what the store holds of it."""
+
+    encoder: str
+    state: State
+    identity: str  # id of what is wanted
+    stored: tuple[str, ...]  # ids of what is stored of this encoder
+    weights: str  # how their digest is known: "remembered", "loaded", or "assumed"
+    labels: tuple[str | None, str]  # weights in words: as stored, as wanted
+    fields: Mapping[str, tuple[Any, Any]]  # of the nearest stored identity: name -> (stored, wanted)
+    stays: tuple[str, ...]  # what remains valid, in words
+    costs: tuple[Cost, ...]  # by kind, where anything is to be computed
+    versions: Mapping[str, Mapping[str, Any]]  # library -> made with, here; in no identity
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """What a change would mean for a store."""
+
+    store: str
+    snapshot: str
+    dataset: str
+    root: str | None  # folder of the media that were looked at; None: they are not here
+    settings: str  # where settings that were not given come from
+    encoders: tuple[EncoderChange, ...]
+    untouched: tuple[str, ...]  # stored encoders that the settings do not ask for
+    other_datasets: Mapping[str, int]  # clips of datasets that this does not speak of
+    looked_at: int = 0  # clips with tokens whose media were looked at
+    changed: tuple[str, ...] = ()  # clips whose media changed and that --refresh would compute
+    failed: tuple[str, ...] = ()  # clips whose new media were tried and failed
+    gone: tuple[str, ...] = ()  # clips with tokens whose media are not there; their tokens stay good
+    unlisted: int = 0  # clips of the dataset in the store that its listing no longer names
+    new: int = 0  # clips listed that the store has never seen
+    problem: str = ""  # why the media were not looked at
+    next: tuple[str, ...] = field(default=())  # what to do, in words
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def explain(
+    path: Place,
+    config: ExtractConfig,
+    *,
+    settings: str = "as given",
+    full: bool = False,
+    probe: int = 0,
+    on_clips: Callable[[int], None] = lambda total: None,
+    on_clip: Callable[[], None] = lambda: None,
+    say: Say = lambda line: None,
+) -> Explanation:
+    """What `extract` would do with this config; `full` reads every medium, `probe` clips of each kind are encoded."""
+    store, writer = FeatureStore.open(path), StoreWriter.open(path)
+    runs = driver_runs(writer.objects)
+    listing, problem = _listing(config)
+    wanted = {each.name: _wanted(each, store, runs, say) for each in config.encoder_settings}
+    identities = {name: identity for name, (identity, _) in wanted.items()}
+    same = {name: one for name, one in identities.items() if one.id in {s.id for s in store.encoders.values()}}
+    media = StaleMedia()
+    if listing is not None:
+        hooks = {"on_clips": on_clips, "on_clip": on_clip}
+        compared = same or store.encoders  # what is asked for as it is stored, else whatever is stored
+        media = stale_media(writer, listing.clips, listing.root, compared, full=full, **hooks)
+    clips = list(listing.clips) if listing else _stored_clips(store, config)
+    measured = probe_costs(config, listing, probe) if probe and listing else None
+    changes = [
+        _change(each, *wanted[each.name], store, runs, costs_of(store, runs, identity, clips, media, measured))
+        for each, identity in zip(config.encoder_settings, identities.values(), strict=True)
+    ]
+    asked = {identity.id for identity in identities.values()} | set(config.encoders)
+    return Explanation(
+        store=str(path),
+        snapshot=store.snapshot,
+        dataset=config.dataset,
+        root=listing and listing.root,
+        settings=settings,
+        encoders=tuple(changes),
+        untouched=tuple(key for key, one in store.encoders.items() if not {one.id, one.encoder} & asked),
+        other_datasets=_others(store, config.dataset),
+        problem=problem,
+        next=_next(changes, media, problem),
+        **_media_counts(store, config, listing, media),
+    )
+
+
+def explained_config(path: Place, config_file: str | None, given: Mapping[str, Any]) -> tuple[ExtractConfig, str]:
+    """(config, where its settings come from): a file's, else those of the newest run of the dataset, or of any."""
+    given = dict(given) | {"store": str(path)}
+    runs = driver_runs(StoreWriter.open(path).objects)
+    mine = [run for run in runs if run["config"]["dataset"] == given.get("dataset")] or runs
+    if config_file or not mine:
+        return read_config(config_file, given), config_file or "the defaults: the store has no journal of a run"
+    run, known = mine[-1], {setting.name for setting in fields(ExtractConfig)} - set(_OF_ONE_RUN)
+    base = {name: value for name, value in run["config"].items() if name in known}
+    base["grid"] = base.get("grid") or "raw"
+    if given.get("dataset", base["dataset"]) != base["dataset"]:
+        base |= dict.fromkeys(("stage", "kind", "limit", "root")) | {"options": {}}
+    else:
+        base["root"] = run["root"]
+    words = f"run {run['summary']['run']} of {run['config']['dataset']}"
+    return read_config(base, given), words
+
+
+def _listing(config: ExtractConfig) -> tuple[DatasetListing | None, str]:
+    try:
+        narrowed = {"stage": config.stage, "kind": config.kind, "limit": config.limit}
+        return load_dataset(config.dataset, config.root, **narrowed, **config.options), ""
+    except UserError as error:
+        return None, str(error).splitlines()[0]
+
+
+def _wanted(
+    settings: EncoderSettings, store: FeatureStore, runs: list[dict[str, Any]], say: Say
+) -> tuple[FeatureIdentity, str]:
+    """An identity and how its weights' digest is known: remembered, else by loading, else as the store has it."""
+    mark = fingerprint(settings.spec, settings.weights)
+    if sha256 := remembered_sha256(mark):
+        return settings.identity(sha256), "remembered"
+    from pipeline.encoders import load_encoder  # torch
+
+    say(f"loading {settings.name} to learn what its weights hash to; it is remembered then")
+    try:
+        sha256 = load_encoder(settings.spec, settings.weights).weights_sha256
+    except UserError:
+        if sha256 := _as_stored(settings, store, runs):
+            return settings.identity(sha256), "assumed"
+        raise
+    if mark == fingerprint(settings.spec, settings.weights):
+        remember(mark, sha256)
+    return settings.identity(sha256), "loaded"
+
+
+def _as_stored(settings: EncoderSettings, store: FeatureStore, runs: list[dict[str, Any]]) -> str | None:
+    """The digest of the newest run that named its weights in the same words: they are not on this machine."""
+    stored = {identity.group_name: identity for identity in store.encoders.values()}
+    for run in reversed(runs):
+        named = run["config"].get("weights", {})
+        group = run["encoders"].get(settings.name, {}).get("group")
+        if named.get(settings.name, named.get("", "hub")) == settings.weights and group in stored:
+            return stored[group].weights_sha256
+    return None
+
+
+def _change(
+    settings: EncoderSettings,
+    identity: FeatureIdentity,
+    how: str,
+    store: FeatureStore,
+    runs: list[dict[str, Any]],
+    costs: list[Cost],
+) -> EncoderChange:
+    stored = {key: one for key, one in store.encoders.items() if one.encoder == settings.name}
+    nearest = min(stored.values(), key=lambda one: len(one.changes(identity)), default=None)
+    changes = nearest.changes(identity) if nearest else {}
+    state: State = "new" if nearest is None else "changed" if changes else "same"
+    return EncoderChange(
+        encoder=settings.name,
+        state=state,
+        identity=identity.id,
+        stored=tuple(one.id for one in stored.values()),
+        weights=how,
+        labels=(store.info()["groups"][nearest.group_name]["weights"] if nearest else None, settings.weights),
+        fields=changes,
+        stays=tuple(_stays(store, stored, nearest, identity, changes)),
+        costs=tuple(costs),
+        versions=changed_versions(runs, nearest.group_name) if nearest else {},
+    )
+
+
+def _stays(
+    store: FeatureStore,
+    stored: Mapping[str, FeatureIdentity],
+    nearest: FeatureIdentity | None,
+    wanted: FeatureIdentity,
+    changes: Mapping[str, Any],
+) -> list[str]:
+    """What is true of the tokens that are there, once the change is made; nothing is claimed that cannot be had."""
+    if nearest is None:
+        return []
+    held = {key: sum(store.clips[key].to_pylist()) for key in stored}
+    if not changes:
+        return [f"the tokens of {held[key]} clips" for key, one in stored.items() if one.id == wanted.id]
+    words = [f"{count} clips under {key}, as they are, beside the new ones" for key, count in held.items()]
+    if set(changes) <= {"grid", "pooling", "still_period"}:
+        words.append(_grid_words(nearest, wanted))
+    if "storage_dtype" in changes:
+        words.append("stored numbers are rounded once already: no storage dtype can be had exactly from another")
+    return words
+
+
+def _grid_words(stored: FeatureIdentity, wanted: FeatureIdentity) -> str:
+    """Averages of averages are the averages only where windows nest, as the projectors of training have it."""
+    have, want, is_raw = _grid(stored.grid), _grid(wanted.grid), stored.pooling == "none"
+    axes = list(zip(stored.grid, wanted.grid, strict=True))
+    if all(old >= new and (is_raw or old % new == 0) for old, new in axes):
+        return (
+            f"training can pool the stored {have} to {want} itself (projector.grid), up to the rounding of storage: "
+            "then nothing is to be computed"
+        )
+    reason = (
+        f"{want} is finer" if any(old < new for old, new in axes) else "those were pooled already, and windows overlap"
+    )
+    return f"{want} cannot be had from the stored {have}: {reason}"
+
+
+def _grid(grid: tuple[int, ...]) -> str:
+    return "x".join(map(str, grid))
+
+
+def _stored_clips(store: FeatureStore, config: ExtractConfig) -> list[Clip]:
+    names = ("dataset", "path", "kind", "start_s", "end_s", "end_frame")
+    clips = [Clip(**record) for record in store.clips.select(names).to_pylist()]
+    kinds = (config.kind,) if config.kind else KINDS
+    return [clip for clip in clips if clip.dataset == config.dataset and clip.kind in kinds]
+
+
+def _others(store: FeatureStore, dataset: str) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for name in store.clips["dataset"].to_pylist():
+        if name != dataset:
+            counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+def _media_counts(
+    store: FeatureStore, config: ExtractConfig, listing: DatasetListing | None, media: StaleMedia
+) -> dict[str, Any]:
+    if listing is None:
+        return {}
+    listed = {clip.clip_id for clip in listing.clips}
+    known = {clip.clip_id for clip in _stored_clips(store, config)}
+    removed = {clip for stone in store.tombstones.values() for clip in stone.clips}
+    narrowed = config.limit is not None or config.stage is not None
+    left = [] if narrowed else [clip for clip in _stored_clips(store, config) if clip.clip_id not in listed]
+    absent = {clip.clip_id for clip in left if not _is_there(listing.root, clip)}
+    return {
+        "looked_at": media.looked_at,
+        "changed": tuple(sorted(media.clips)),
+        "failed": tuple(sorted(media.failed)),
+        "gone": tuple(sorted(media.gone | absent)),
+        "unlisted": len(left) - len(absent),
+        "new": len(listed - known - removed),
+    }
+
+
+def _is_there(root: str, clip: Clip) -> bool:
+    try:
+        return Source.find(root, clip.path) is not None
+    except MediaError:
+        return False
+
+
+def _next(changes: list[EncoderChange], media: StaleMedia, problem: str) -> tuple[str, ...]:
+    """The commands that would bring the store up to the settings."""
+    words = []
+    missing = any(cost.missing for change in changes if change.state != "changed" for cost in change.costs)
+    changed = [change.encoder for change in changes if change.state == "changed"]
+    if missing or any(change.state == "new" for change in changes):
+        words.append("`merv-pipeline extract` with these settings computes what is missing")
+    if media.clips:
+        words.append("`merv-pipeline extract --refresh` computes the changed clips again, in new rows")
+    if changed:
+        words.append(
+            f"`merv-pipeline extract --new-identity` keeps other tokens of {', '.join(changed)} beside the stored "
+            "ones, which stay; then name them by id, or drop the old ones with `merv-pipeline subset`"
+        )
+    if any(change.versions for change in changes):
+        words.append("`merv-pipeline verify --parity` tells whether other library versions change any token")
+    if problem:
+        words.append("give --root DIR, the folder of the media, to have them compared")
+    return tuple(words) or ("nothing: the store holds all that these settings ask for",)

@@ -1,0 +1,57 @@
+"""`explain`: parse, call one library function, print."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from featurestore.find import find_store
+from pipeline.options import extraction_options, given_options
+from pipeline.show import friendly_errors, progress, show_result
+
+
+@click.command()
+@click.argument("place", type=click.Path(), required=False, metavar="[STORE]")
+@extraction_options
+@click.option(
+    "--media",
+    type=click.Choice(["quick", "full"]),
+    default="quick",
+    help="quick compares media that were touched since their tokens were made, full reads all.",
+)
+@click.option("--probe", type=click.IntRange(0), default=0, help="Clips of each kind to really encode, for the time.")
+@click.option("--print-config", is_flag=True, help="Print the settings that are explained, for extract --config.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def explain(
+    place: str | None,
+    config_file: str | None,
+    media: str,
+    probe: int,
+    print_config: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Say what other settings would recompute. And what that costs, what stays valid, which media changed.
+
+    Options are those of `extract`. What is not given is as in the store's newest run, or with --config as there and by
+    default. Nothing is written to the store.
+    """
+    with friendly_errors():
+        from pipeline.explain import explain as run_explain
+        from pipeline.explain import explained_config
+
+        store = find_store(place or options.pop("store", None))
+        config, settings = explained_config(store, config_file, given_options(options))
+        if print_config:
+            click.echo(config.to_yaml(), nl=False)
+            return
+        with progress("media", "clips") as (total, done):
+            hooks = {"on_clips": total, "on_clip": done, "say": lambda line: click.echo(line, err=True)}
+            found = run_explain(store, config, settings=settings, full=media == "full", probe=probe, **hooks)
+        from pipeline.explain_tables import explanation
+
+        show_result(found.to_dict(), as_json, lambda: explanation(found))
+
+
+EXPLAIN_COMMANDS = (explain,)
