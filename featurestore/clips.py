@@ -54,14 +54,16 @@ class Clip:
         >>> Clip(dataset="eval", path="tvqa/a.mp4", kind="video", start_s=1.5, end_s=4.0).clip_id
         'eval/tvqa/a.mp4#t=1.5,4.0'
         """
-        quoted = self.path.replace("%", "%25").replace("#", "%23")
+        quoted = self.path
+        if "%" in quoted or "#" in quoted:
+            quoted = quoted.replace("%", "%25").replace("#", "%23")
         return f"{self.dataset}/{quoted}{self._fragment()}"
 
     def _fragment(self) -> str:
+        if self.start_s is None and self.end_s is None and self.end_frame is None:
+            return ""
         if self.end_frame is not None:
             return f"#end_frame={self.end_frame}"
-        if self.start_s is None and self.end_s is None:
-            return ""
         start, end = ("" if s is None else repr(float(s)) for s in (self.start_s, self.end_s))
         return f"#t={start},{end}"
 

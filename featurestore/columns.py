@@ -7,6 +7,7 @@ checked anew. Apart from the values because pyarrow takes half a second to load 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import attrgetter
 
 import pyarrow as pa
 
@@ -48,11 +49,12 @@ SAMPLE_SCHEMA = pa.schema(
 
 def clips_to_table(rows: Iterable[tuple[int, Clip]]) -> pa.Table:
     """(row, clip) pairs -> a table of `CLIP_SCHEMA`."""
-    records = [
-        {"row": row, "clip_id": clip.clip_id} | {name: getattr(clip, name) for name in CLIP_SCHEMA.names[2:]}
-        for row, clip in rows
-    ]
-    return pa.Table.from_pylist(records, schema=CLIP_SCHEMA)
+    pairs = list(rows)
+    columns: dict[str, list] = {"row": [row for row, _ in pairs]}
+    for name in CLIP_SCHEMA.names[1:]:  # column by column: a dict per clip takes three times as long
+        value_of = attrgetter(name)
+        columns[name] = [value_of(clip) for _, clip in pairs]
+    return pa.Table.from_pydict(columns, schema=CLIP_SCHEMA)
 
 
 def table_to_clips(table: pa.Table) -> list[tuple[int, Clip]]:

@@ -25,6 +25,13 @@ GROUP_COLUMNS: dict[str, tuple[pa.DataType, int | None]] = {
 }
 
 
+# state of a row -> the column of its number, then columns and what of the outcome they hold
+_TOLD_BY = {
+    "ok": ("row", ("digest", "digest")),
+    "failed": ("failed_row", ("failed_scope", "scope"), ("failed_reason", "reason")),
+}
+
+
 def snapshot_schema(groups: Iterable[str]) -> pa.Schema:
     """Columns of a snapshot of these groups."""
     fields = [("clip_id", pa.string()), ("kind", pa.string())]
@@ -90,20 +97,30 @@ class SnapshotTable:
 
     def apply(self, receipt: Receipt) -> None:
         """Take over a receipt: a later row of a clip wins over an earlier one, whatever order receipts come in."""
-        columns, lines, first = self.ensure_columns(receipt.group), self._clip_of_row[receipt.kind], receipt.first_row()
-        for row, outcome in enumerate(receipt.rows, start=first):
-            if outcome.state not in ("ok", "failed"):
+        columns, first = self.ensure_columns(receipt.group), receipt.first_row()
+        for state, (number, *told) in _TOLD_BY.items():
+            outcomes = [(first + n, outcome) for n, outcome in enumerate(receipt.rows) if outcome.state == state]
+            if not outcomes:
                 continue
-            line = int(lines[row]) if row < len(lines) else -1
-            if line < 0:
-                raise StoreFormatError(
-                    f"a receipt of {receipt.kind}/{receipt.group} speaks of row {row}, which no clip has"
-                )
-            if outcome.state == "ok" and row > columns["row"][line]:
-                columns["row"][line], columns["digest"][line] = row, outcome.digest
-            elif outcome.state == "failed" and row > columns["failed_row"][line]:
-                columns["failed_row"][line] = row
-                columns["failed_scope"][line], columns["failed_reason"][line] = outcome.scope, outcome.reason
+            rows = np.fromiter((row for row, _ in outcomes), np.int64, len(outcomes))
+            lines = self._lines_of(receipt, rows)
+            newer = rows > columns[number][lines]  # rows ascend: of two rows of one clip the later one stays
+            columns[number][lines[newer]] = rows[newer]
+            for suffix, name in told:
+                values = np.array([getattr(outcome, name) for _, outcome in outcomes], dtype=object)
+                columns[suffix][lines[newer]] = values[newer]
+
+    def _lines_of(self, receipt: Receipt, rows: np.ndarray) -> np.ndarray:
+        """Lines of the clips that have these rows."""
+        lines = self._clip_of_row[receipt.kind]
+        found, is_given = np.full(len(rows), -1), rows < len(lines)
+        found[is_given] = lines[rows[is_given]]
+        if (found < 0).any():
+            row = rows[found < 0][0]
+            raise StoreFormatError(
+                f"a receipt of {receipt.kind}/{receipt.group} speaks of row {row}, which no clip has"
+            )
+        return found
 
     def to_arrow(self) -> pa.Table:
         arrays: dict[str, pa.Array] = {"clip_id": self._clip_ids, "kind": self._kinds}
