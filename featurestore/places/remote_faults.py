@@ -23,11 +23,12 @@ _CREDENTIALS = {  # scheme -> the environment variables that obstore reads
 _ENDPOINT = {
     "s3": "AWS_ENDPOINT_URL and AWS_REGION",
     "gs": "the network",
-    "az": "AZURE_STORAGE_ACCOUNT_NAME",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME (or AZURE_STORAGE_ENDPOINT)",
     "hf": "HF_ENDPOINT",
 }
 _REFUSED_WORDS = ("ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestTimeTooSkewed")
 _UNREACHABLE_WORDS = ("error sending request", "dns error", "ConnectError", "tcp connect", "timed out", "TimedOut")
+_NO_BUCKET_WORDS = ("NoSuchBucket", "ContainerNotFound")
 _S3_CREDENTIALS = (
     "AWS_ACCESS_KEY_ID",
     "AWS_SKIP_SIGNATURE",
@@ -49,7 +50,7 @@ def remote_faults(what: str, url: str) -> Iterator[None]:
     except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
         raise
     except FileNotFoundError as error:
-        if "NoSuchBucket" in str(error):
+        if any(word in str(error) for word in _NO_BUCKET_WORDS):
             raise _no_bucket(url) from error
         raise FileNotFoundError(f"cannot {what}: it is not there") from error
     except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
@@ -91,7 +92,7 @@ def _explained(what: str, url: str, error: Exception) -> Exception:
     text = str(error)
     if any(word in text for word in _REFUSED_WORDS):
         return RunStoppedError(_refused(what, url, error))
-    if "NoSuchBucket" in text:
+    if any(word in text for word in _NO_BUCKET_WORDS):
         return _no_bucket(url)
     if any(word in text for word in _UNREACHABLE_WORDS):
         return RunStoppedError(
