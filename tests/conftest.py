@@ -1,4 +1,4 @@
-"""Fixtures of all rooms: servers that stand in for places far away, and a cache folder that is nobody's."""
+"""Fixtures of all rooms: servers that stand in for places far away, toy stores, and a cache folder that is nobody's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ settings.load_profile("same")
 
 def _load(name: str) -> ModuleType:
     """A fixture module by its file: test folders are not packages."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "featurestore" / f"{name}.py")
+    path = Path(__file__).parent / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -36,5 +37,6 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         os.environ["XDG_CACHE_HOME"] = before
 
 
-_s3, _web = _load("s3_server"), _load("web_server")
+_s3, _web, _toys = _load("featurestore/s3_server"), _load("featurestore/web_server"), _load("toy_stores")
 s3, s3_endpoint, web = _s3.s3, _s3.s3_endpoint, _web.web
+toy_identity, write_store = _toys.toy_identity, _toys.write_store

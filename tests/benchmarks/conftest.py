@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from featurestore import Clip, FeatureIdentity, StoreWriter
+from featurestore import Clip
 from featurestore.samples import Sample, Turn
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -28,24 +28,20 @@ def benchmarks_on_path(monkeypatch):
 
 
 @pytest.fixture
-def question_store(tmp_path):
+def question_store(tmp_path, toy_identity, write_store):
     """16 training questions and 6 held-out ones, each about a clip of its own whose tokens give the answer away."""
-    path = tmp_path / "toy.zarr"
     clips = [Clip(dataset="set", path=f"clip{index}.mp4", kind="video") for index in range(22)]
-    writer = StoreWriter.open_or_create(path, block_rows={"video": 32, "image": 32})
-    rows = writer.add_clips(clips)
-    random = np.random.default_rng(0)
+    random, arrays = np.random.default_rng(0), {}
     for encoder, width in WIDTHS.items():
-        group = writer.ensure_group("video", identity(encoder, width), batch_shape=1, weights_label="random:0")
-        task = group.begin(0)
-        for row, clip in rows:
+        for index, clip in enumerate(clips):
             tokens = random.standard_normal((*GRID, width)).astype(np.float32)
-            tokens[..., 0] += 4 * (clips.index(clip) % 3)
-            task.add(row, {"tokens": tokens}, media_sha256="0" * 64, decoder="frames/1")
-        task.commit()
+            tokens[..., 0] += 4 * (index % 3)
+            arrays[encoder, clip.clip_id] = {"tokens": tokens}
+    identities = {encoder: toy_identity(encoder, grid=GRID, width=width) for encoder, width in WIDTHS.items()}
+    writer = write_store(tmp_path / "toy.zarr", clips, identities, arrays, block_rows=32)
     writer.add_samples("toy-finetune", [question(index, clip) for index, clip in enumerate(clips)])
     writer.publish_snapshot()
-    return path
+    return tmp_path / "toy.zarr"
 
 
 def question(index, clip):
@@ -60,23 +56,6 @@ def question(index, clip):
         category="colour",
         options=COLOURS,
         answer_index=COLOURS.index(answer),
-    )
-
-
-def identity(encoder, width):
-    return FeatureIdentity(
-        encoder=encoder,
-        architecture={"class": "Toy"},
-        weights_sha256="0" * 64,
-        layer="last",
-        num_frames=4,
-        frame_rule="linspace-32/8",
-        decode="frames/1",
-        preprocessing={},
-        still_period=1,
-        grid=GRID,
-        pooling="adaptive-avg",
-        width=width,
     )
 
 

@@ -6,32 +6,16 @@ import numpy as np
 import pytest
 
 from featurestore.clips import Clip
-from featurestore.identity import FeatureIdentity
 from featurestore.writer import StoreWriter
 from pipeline.plan import plan_blocks
 
 ROWS = 4
 
 
-def identity(encoder: str) -> FeatureIdentity:
-    return FeatureIdentity(
-        encoder=encoder,
-        architecture={"model": "none"},
-        weights_sha256="0" * 64,
-        layer="the last",
-        num_frames=2,
-        frame_rule="linspace-32/16",
-        decode="frames/1",
-        preprocessing={},
-        still_period=1,
-        grid=(2, 1, 1),
-        pooling="none",
-        width=3,
-    )
-
-
-A, B = identity("a"), identity("b")
-BOTH = {"a": A, "b": B}
+@pytest.fixture
+def both(toy_identity):
+    """Two encoders that differ in nothing but their names."""
+    return {name: toy_identity(name, num_frames=2, grid=(2, 1, 1), pooling="none", width=3) for name in ("a", "b")}
 
 
 def video(number: int) -> Clip:
@@ -43,8 +27,8 @@ def store(tmp_path) -> StoreWriter:
     return StoreWriter.open_or_create(tmp_path / "s.zarr", block_rows={"video": ROWS, "image": ROWS})
 
 
-def groups(store, kind="video", batch=2):
-    return {n: store.ensure_group(kind, i, batch_shape=batch, weights_label="random:0") for n, i in BOTH.items()}
+def groups(store, both, kind="video", batch=2):
+    return {n: store.ensure_group(kind, i, batch_shape=batch, weights_label="random:0") for n, i in both.items()}
 
 
 def commit(group, rows, failed=(), skipped=()):
@@ -60,85 +44,85 @@ def commit(group, rows, failed=(), skipped=()):
     block.commit()
 
 
-def plan(store, clips, identities=BOTH):
+def plan(store, identities, clips):
     found = plan_blocks(store, identities, clip_ids={clip.clip_id for clip in clips})
     return [(b.kind, b.block, {name: sorted(rows) for name, rows in b.wanted.items()}) for b in found]
 
 
-def test_a_fresh_store_wants_every_block_of_every_encoder_in_the_order_of_rows(store):
+def test_a_fresh_store_wants_every_block_of_every_encoder_in_the_order_of_rows(store, both):
     clips = [video(n) for n in range(6)]
     store.add_clips(clips)
-    groups(store)
-    assert plan(store, clips) == [
+    groups(store, both)
+    assert plan(store, both, clips) == [
         ("video", 0, {"a": [0, 1, 2, 3], "b": [0, 1, 2, 3]}),
         ("video", 1, {"a": [4, 5], "b": [4, 5]}),
     ]
 
 
-def test_what_is_committed_is_not_wanted_again_each_encoder_by_itself(store):
+def test_what_is_committed_is_not_wanted_again_each_encoder_by_itself(store, both):
     clips = [video(n) for n in range(6)]
     store.add_clips(clips)
-    made = groups(store)
+    made = groups(store, both)
     commit(made["a"], [0, 1, 2, 3], failed=[2])
-    assert plan(store, clips) == [("video", 0, {"b": [0, 1, 2, 3]}), ("video", 1, {"a": [4, 5], "b": [4, 5]})]
+    assert plan(store, both, clips) == [("video", 0, {"b": [0, 1, 2, 3]}), ("video", 1, {"a": [4, 5], "b": [4, 5]})]
     commit(made["b"], [0, 1, 2, 3])
     commit(made["a"], [4, 5])
     commit(made["b"], [4, 5])
-    assert plan(store, clips) == []
+    assert plan(store, both, clips) == []
 
 
-def test_a_retried_clip_is_wanted_in_its_newest_row_by_the_encoders_that_lack_it(store):
+def test_a_retried_clip_is_wanted_in_its_newest_row_by_the_encoders_that_lack_it(store, both):
     clips = [video(n) for n in range(3)]
     store.add_clips(clips)
-    made = groups(store)
+    made = groups(store, both)
     commit(made["a"], [0, 1, 2], failed=[1])
     commit(made["b"], [0, 1, 2])
     assert store.add_clips([clips[1]], retry=True) == [(4, clips[1])]
-    assert plan(store, clips) == [("video", 1, {"a": [4]})]
+    assert plan(store, both, clips) == [("video", 1, {"a": [4]})]
     commit(made["a"], [4])
-    assert plan(store, clips) == []
+    assert plan(store, both, clips) == []
 
 
-def test_a_new_encoder_computes_a_retried_clip_once_in_its_newest_row(store):
+def test_a_new_encoder_computes_a_retried_clip_once_in_its_newest_row(store, both):
     clips = [video(n) for n in range(3)]
     store.add_clips(clips)
-    made = groups(store)
+    made = groups(store, both)
     commit(made["a"], [0, 1, 2], failed=[1])
     store.add_clips([clips[1]], retry=True)
     commit(made["a"], [4])
-    assert plan(store, clips, {"b": B}) == [("video", 0, {"b": [0, 2]}), ("video", 1, {"b": [4]})]
+    assert plan(store, {"b": both["b"]}, clips) == [("video", 0, {"b": [0, 2]}), ("video", 1, {"b": [4]})]
 
 
-def test_blocks_without_a_listed_clip_are_left_alone(store):
+def test_blocks_without_a_listed_clip_are_left_alone(store, both):
     first, second = [video(n) for n in range(3)], [video(n) for n in range(3, 5)]
     store.add_clips(first)
     store.add_clips(second)
-    groups(store)
-    assert [block for _, block, _ in plan(store, second)] == [1]
-    assert plan(store, []) == []
+    groups(store, both)
+    assert [block for _, block, _ in plan(store, both, second)] == [1]
+    assert plan(store, both, []) == []
 
 
-def test_a_kind_that_is_not_asked_for_needs_no_group(store):
+def test_a_kind_that_is_not_asked_for_needs_no_group(store, both):
     still = Clip(dataset="d", path="0.png", kind="image")
     store.add_clips([video(0), still])
-    groups(store, "video")
-    assert plan(store, [video(0)]) == [("video", 0, {"a": [0], "b": [0]})]
+    groups(store, both, "video")
+    assert plan(store, both, [video(0)]) == [("video", 0, {"a": [0], "b": [0]})]
 
 
-def test_encoders_of_different_batch_shapes_get_a_block_each(store):
+def test_encoders_of_different_batch_shapes_get_a_block_each(store, both):
     clips = [video(n) for n in range(2)]
     store.add_clips(clips)
-    store.ensure_group("video", A, batch_shape=2, weights_label="random:0")
-    store.ensure_group("video", B, batch_shape=8, weights_label="random:0")
-    found = plan_blocks(store, BOTH, clip_ids={clip.clip_id for clip in clips})
+    store.ensure_group("video", both["a"], batch_shape=2, weights_label="random:0")
+    store.ensure_group("video", both["b"], batch_shape=8, weights_label="random:0")
+    found = plan_blocks(store, both, clip_ids={clip.clip_id for clip in clips})
     assert [(b.block, b.batch, sorted(b.wanted)) for b in found] == [(0, 2, ["a"]), (0, 8, ["b"])]
 
 
-def test_a_block_counts_a_clip_once_however_many_encoders_want_it(store):
+def test_a_block_counts_a_clip_once_however_many_encoders_want_it(store, both):
     clips = [video(n) for n in range(3)]
     store.add_clips(clips)
-    made = groups(store)
+    made = groups(store, both)
     commit(made["a"], [0, 1, 2])
-    (block,) = plan_blocks(store, BOTH, clip_ids={clips[0].clip_id})
+    (block,) = plan_blocks(store, both, clip_ids={clips[0].clip_id})
     assert (block.num_clips, block.clip_ids) == (3, {clip.clip_id for clip in clips})
     assert [row for row, _ in block.rows] == [0, 1, 2]

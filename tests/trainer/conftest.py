@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import random
 import socket
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from featurestore import Clip, FeatureIdentity, FeatureStore, StoreWriter
+from featurestore import Clip, FeatureStore
 from featurestore.samples import Sample, Turn
 from trainer.config import OptimizerConfig, ProjectorConfig, TrainConfig
 from trainer.data.tokens import MemoryTokens
@@ -111,38 +110,49 @@ def clips():
 
 
 @pytest.fixture
-def tokens_of(clips):
-    random = np.random.default_rng(0)
+def identities(toy_identity):
+    """Of the encoders in `GRIDS`."""
     return {
-        encoder: {
-            clip.clip_id: random.standard_normal((*identity(encoder).grid_of(clip.kind), width)).astype(np.float16)
-            for clip in clips
-        }
-        for encoder, (_, width, _) in GRIDS.items()
+        encoder: toy_identity(encoder, grid=grid, width=width, still_period=still_period)
+        for encoder, (grid, width, still_period) in GRIDS.items()
     }
 
 
 @pytest.fixture
-def store(tmp_path, clips, tokens_of):
+def tokens_of(clips, identities):
+    random = np.random.default_rng(0)
+    return {
+        encoder: {
+            clip.clip_id: random.standard_normal((*identity.grid_of(clip.kind), identity.width)).astype(np.float16)
+            for clip in clips
+        }
+        for encoder, identity in identities.items()
+    }
+
+
+@pytest.fixture
+def store(tmp_path, clips, tokens_of, identities, write_store):
     """Six videos and a still, two encoders; one clip failed for one of them."""
+    arrays = {(encoder, clip): {"tokens": each} for encoder, found in tokens_of.items() for clip, each in found.items()}
     failed = [("vivit", clips[1].clip_id)]
-    write_store(tmp_path / "toy.zarr", clips, tokens_of, failed=failed).publish_snapshot()
+    write_store(tmp_path / "toy.zarr", clips, identities, arrays, failed=failed).publish_snapshot()
     return FeatureStore.open(tmp_path / "toy.zarr")
 
 
 @pytest.fixture
-def make_question_store(make_sample):
+def make_question_store(make_sample, identities, write_store):
     """Writes a store of some of 21 videos: a question about each, of which those from 18 on are held out."""
 
     def make(path, indices=range(21)):
         samples = [make_sample(index, split="train" if index < 18 else "heldout") for index in indices]
         videos = [Clip(dataset="set", path=f"clip{index}.mp4", kind="video") for index in range(21)]
         random = np.random.default_rng(1)
-        tokens = {
-            encoder: {c.clip_id: random.standard_normal((*grid, width)).astype(np.float16) for c in videos}
+        arrays = {
+            (encoder, clip.clip_id): {"tokens": random.standard_normal((*grid, width)).astype(np.float16)}
             for encoder, (grid, width, _) in GRIDS.items()
+            for clip in videos
         }
-        writer = write_store(path, [videos[index] for index in indices], tokens)
+        writer = write_store(path, [videos[index] for index in indices], identities, arrays)
         writer.add_samples("toy-finetune", samples)
         writer.publish_snapshot()
         return path
@@ -154,45 +164,6 @@ def make_question_store(make_sample):
 def question_store(tmp_path, make_question_store):
     """18 training questions and 3 held-out ones about 21 videos, as a folder on disk."""
     return make_question_store(tmp_path / "features" / "toy.zarr")
-
-
-def identity(encoder):
-    grid, width, still_period = GRIDS[encoder]
-    return FeatureIdentity(
-        encoder=encoder,
-        architecture={"class": "Toy"},
-        weights_sha256="0" * 64,
-        layer="last",
-        num_frames=4,
-        frame_rule="linspace-32/8",
-        decode="frames/1",
-        preprocessing={},
-        still_period=still_period,
-        grid=grid,
-        pooling="adaptive-avg",
-        width=width,
-    )
-
-
-def write_store(path, clips, tokens, *, failed=()):
-    """A real store; `tokens`: encoder -> clip id -> float16 [T, H, W, D]; `failed` pairs are quarantined."""
-    writer = StoreWriter.open_or_create(path, block_rows={"video": 4, "image": 4})
-    rows = writer.add_clips(clips)
-    for encoder in GRIDS:
-        for kind in sorted({clip.kind for clip in clips}):
-            group = writer.ensure_group(kind, identity(encoder), batch_shape=1, weights_label="random:0")
-            mine = {row: clip for row, clip in rows if clip.kind == kind}
-            for block in sorted({row // 4 for row in mine}):
-                task = group.begin(block)
-                for row in range(block * 4, block * 4 + 4):
-                    if row in mine and (encoder, mine[row].clip_id) in failed:
-                        task.fail(row, "cannot be decoded")
-                    elif row in mine:
-                        values = {"tokens": tokens[encoder][mine[row].clip_id]}
-                        media = hashlib.sha256(mine[row].path.encode()).hexdigest()  # equal media are equal cells
-                        task.add(row, values, media_sha256=media, decoder="frames/1")
-                task.commit()
-    return writer
 
 
 @pytest.fixture(scope="session")

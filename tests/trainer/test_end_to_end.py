@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from featurestore import FeatureIdentity, FeatureStore, StoreWriter
+from featurestore import FeatureStore
 from featurestore.clips import Clip
 from featurestore.errors import UserError
 from trainer.config import PROJECTORS, FusionConfig, OptimizerConfig, ProjectorConfig, TrainConfig
@@ -133,23 +133,8 @@ def test_class_tokens_and_a_standardised_grid_are_the_same_live(tmp_path, opened
 
 @pytest.mark.parametrize("storage_dtype", ["float16", "bfloat16", "uint8"])
 @pytest.mark.parametrize("kind", ["video", "image"])
-def test_the_cast_is_the_one_that_a_store_makes(tmp_path, storage_dtype, kind):
-    identity = FeatureIdentity(
-        encoder="toy",
-        architecture={"class": "Toy"},
-        weights_sha256="0" * 64,
-        layer="last",
-        num_frames=4,
-        frame_rule="linspace-32/8",
-        decode="frames/1",
-        preprocessing={},
-        still_period=2,
-        grid=(4, 2, 2),
-        pooling="adaptive-avg",
-        width=3,
-        prefix_tokens=1,
-        storage_dtype=storage_dtype,
-    )
+def test_the_cast_is_the_one_that_a_store_makes(tmp_path, toy_identity, write_store, storage_dtype, kind):
+    identity = toy_identity(still_period=2, width=3, prefix_tokens=1, storage_dtype=storage_dtype)
     random = np.random.default_rng(5)
     grid = identity.grid_of(kind)
     arrays = {
@@ -157,12 +142,7 @@ def test_the_cast_is_the_one_that_a_store_makes(tmp_path, storage_dtype, kind):
         "prefix": random.standard_normal((grid[0], 1, 3)).astype(np.float32),
     }
     clip = Clip(dataset="set", path="a", kind=kind)
-    writer = StoreWriter.open_or_create(tmp_path / "toy.zarr", block_rows={"video": 1, "image": 1})
-    writer.add_clips([clip])
-    block = writer.ensure_group(kind, identity, batch_shape=1, weights_label="random:0").begin(0)
-    block.add(0, arrays, media_sha256="0" * 64, decoder="frames/1")
-    block.commit()
-    writer.publish_snapshot()
+    write_store(tmp_path / "toy.zarr", [clip], {"toy": identity}, {("toy", clip.clip_id): arrays}).publish_snapshot()
     store = FeatureStore.open(tmp_path / "toy.zarr")
     cast = through_storage(arrays, identity)
     for part, read in {"tokens": store.read, "prefix": store.read_prefix}.items():
@@ -171,20 +151,8 @@ def test_the_cast_is_the_one_that_a_store_makes(tmp_path, storage_dtype, kind):
         np.testing.assert_array_equal(cast[part], expected)
 
 
-def test_tokens_that_overflow_the_storage_dtype_end_the_run_with_advice():
-    identity = FeatureIdentity(
-        **{
-            **dict.fromkeys(("layer", "frame_rule", "decode", "weights_sha256"), ""),
-            "encoder": "toy",
-            "architecture": {},
-            "num_frames": 1,
-            "preprocessing": {},
-            "still_period": 1,
-            "grid": (1, 1, 1),
-            "pooling": "none",
-            "width": 1,
-        }
-    )
+def test_tokens_that_overflow_the_storage_dtype_end_the_run_with_advice(toy_identity):
+    identity = toy_identity(num_frames=1, grid=(1, 1, 1), pooling="none", width=1)
     with pytest.raises(UserError, match=r"toy: tokens overflow float16.*storage_dtype: bfloat16"):
         through_storage({"tokens": np.full((1, 1, 1, 1), 1e6, np.float32)}, identity)
 

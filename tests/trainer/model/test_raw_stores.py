@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from featurestore import Clip, FeatureIdentity, FeatureStore, StoreWriter
+from featurestore import Clip, FeatureStore
 from featurestore.errors import UserError
 from trainer.config import PROJECTORS
 from trainer.data.batches import make_batch
@@ -37,22 +37,11 @@ def roomy_llm(monkeypatch):
     monkeypatch.setitem(FRESH_LLMS, "mini", FreshLLM(hidden_size=16, num_layers=1, num_heads=2, context=512))
 
 
-def identity(encoder):
-    return FeatureIdentity(
-        encoder=encoder,
-        architecture={"class": "Toy"},
-        weights_sha256="0" * 64,
-        layer="last",
-        num_frames=2,
-        frame_rule="linspace-32/16",
-        decode="frames/1",
-        preprocessing={},
-        still_period=1,
-        grid=(2, 9, 9),
-        pooling="none",
-        width=WIDTHS[encoder],
-        prefix_tokens=PREFIX[encoder],
-    )
+@pytest.fixture
+def identities(toy_identity):
+    """Raw grids, with the class tokens that such encoders have."""
+    raw = {"num_frames": 2, "frame_rule": "linspace-32/16", "grid": (2, 9, 9), "pooling": "none"}
+    return {name: toy_identity(name, **raw, width=WIDTHS[name], prefix_tokens=PREFIX[name]) for name in WIDTHS}
 
 
 @pytest.fixture
@@ -63,13 +52,13 @@ def clips():
 
 
 @pytest.fixture
-def arrays(clips):
+def arrays(clips, identities):
     """(encoder, clip id) -> what is stored of it."""
     random = np.random.default_rng(5)
     found = {}
     for clip in clips:
         for encoder, width in WIDTHS.items():
-            time = identity(encoder).grid_of(clip.kind)[0]
+            time = identities[encoder].grid_of(clip.kind)[0]
             shapes = {"tokens": (time, 9, 9, width), "prefix": (time, PREFIX[encoder], width)}
             found[encoder, clip.clip_id] = {
                 name: random.standard_normal(shape).astype(np.float16)
@@ -80,17 +69,9 @@ def arrays(clips):
 
 
 @pytest.fixture
-def raw_store(tmp_path, clips, arrays, make_sample):
+def raw_store(tmp_path, clips, identities, arrays, make_sample, write_store):
     path = tmp_path / "raw.zarr"
-    writer = StoreWriter.open_or_create(path, block_rows={"video": 4, "image": 4})
-    rows = writer.add_clips(clips)
-    for kind in ("video", "image"):
-        for encoder in WIDTHS:
-            task = writer.ensure_group(kind, identity(encoder), batch_shape=1, weights_label="random:0").begin(0)
-            for row, clip in rows:
-                if clip.kind == kind:
-                    task.add(row, arrays[encoder, clip.clip_id], media_sha256="0" * 64, decoder="frames/1")
-            task.commit()
+    writer = write_store(path, clips, identities, arrays)
     writer.add_samples("toy", [make_sample(index) for index in range(4)])
     writer.publish_snapshot()
     return path
