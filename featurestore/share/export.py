@@ -35,7 +35,7 @@ from featurestore.metadata import array_specs
 from featurestore.parts import table_bytes
 from featurestore.places.by_url import in_parallel
 from featurestore.places.objects import machine_faults
-from featurestore.share.cells import CellSource, LoadedCell, decoded_cell
+from featurestore.share.cells import CellGroup, CellSource, LoadedCell, decoded_cell
 from featurestore.share.selection import Selection
 
 RECORD, CLIPS, SUMS = "export.json", "clips.parquet", "SHA256SUMS"
@@ -77,18 +77,7 @@ def export(
     wanted = set(selection.groups(encoder_keys(source.groups())))
     groups = {name: group for name, group in source.groups().items() if name.split("/")[1] in wanted}
     files = _Files(folder)
-    record = {
-        name: {"identity": g.identity.to_dict(), "weights": g.weights, "batch_shape": g.batch_shape, "codec": g.codec}
-        for name, g in groups.items()
-    }
-    head = {"format": FORMAT, "as": format, "block_rows": dict(source.block_rows), "groups": record}
-    files.put(RECORD, (canonical_json(head | {"from": source.provenance()}) + "\n").encode())
-    files.put(CLIPS, table_bytes(clips_to_table(enumerate(clips))))
-    for stone in source.tombstones():
-        files.put(tombstone_key(stone.id), stone.to_bytes())
-    for name, samples in source.samples().items():
-        mine = [s for s in samples if s.clip_id is None or s.clip_id in {clip.clip_id for clip in clips}]
-        files.put(f"samples/{name}.parquet", table_bytes(samples_to_table(mine)))
+    _put_head(files, source, format, clips, groups)
     cells = {name: source.cells(name) for name in groups}
     done = Exported(folder=str(folder), clips=len(clips))
     on_start(sum(sum(clip.clip_id in cells[name] for clip in clips) for name in groups))
@@ -100,6 +89,25 @@ def export(
     files.close()
     done.files, done.bytes = len(files.sums), files.bytes
     return done
+
+
+def _put_head(
+    files: _Files, source: CellSource, format: str, clips: list[Clip], groups: Mapping[str, CellGroup]
+) -> None:
+    """Everything but cells: what the export is, its clips, removals and conversations."""
+    record = {
+        name: {"identity": g.identity.to_dict(), "weights": g.weights, "batch_shape": g.batch_shape, "codec": g.codec}
+        for name, g in groups.items()
+    }
+    head = {"format": FORMAT, "as": format, "block_rows": dict(source.block_rows), "groups": record}
+    files.put(RECORD, (canonical_json(head | {"from": source.provenance()}) + "\n").encode())
+    files.put(CLIPS, table_bytes(clips_to_table(enumerate(clips))))
+    for stone in source.tombstones():
+        files.put(tombstone_key(stone.id), stone.to_bytes())
+    ids = {clip.clip_id for clip in clips}
+    for name, samples in source.samples().items():
+        mine = [sample for sample in samples if sample.clip_id is None or sample.clip_id in ids]
+        files.put(f"samples/{name}.parquet", table_bytes(samples_to_table(mine)))
 
 
 def _export_group(

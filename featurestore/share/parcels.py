@@ -6,7 +6,7 @@ snapshot, so that every shard's sha256 is known before a byte of it is sent.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -40,6 +40,10 @@ class Parcel:
     @property
     def num_bytes(self) -> int:
         return sum(int(shard["bytes"]) for shard in self.shards.values())
+
+    def missing_bytes(self, there: Collection[str]) -> int:
+        """Of its shards whose keys are not `there`."""
+        return sum(int(shard["bytes"]) for key, shard in self.shards.items() if key not in there)
 
 
 def parcels_of(origin: Objects, snapshot: Snapshot, selection: Selection) -> list[Parcel]:

@@ -85,23 +85,9 @@ def transfer(
     _copy_parts(origin, writer.objects, snapshot)
     writer.add_clips([])  # names the datasets in zarr.json
     _make_groups(origin, writer, snapshot, parcels)
-    sizes = writer.objects.list_tree()
-    on_start(sum(parcel.num_bytes for parcel in parcels))
-    send = partial(_send, origin, writer.objects, sizes, check)
-    with ThreadPoolExecutor(workers, thread_name_prefix="transfer") as pool:
-        try:
-            for parcel, sent in zip(parcels, pool.map(send, parcels), strict=True):
-                on_sent(parcel.num_bytes)
-                done.sent_bytes += sent
-                done.sent_blocks += sent > 0
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    _send_all(origin, writer.objects, parcels, done, workers=workers, check=check, on_start=on_start, on_sent=on_sent)
     _copy_canaries(origin, writer.objects, snapshot, selection, parcels)
-    there = set(journal_names(writer.objects.list_names(JOURNAL)))
-    for name in journal_names(origin.list_names(JOURNAL)):
-        if name not in there and (with_journal or name.startswith(DISTORTION)):  # which names no host and no path
-            put_if_absent(writer.objects, journal_key(name), origin.get(journal_key(name)))
+    _copy_journals(origin, writer.objects, with_journal)
     erase_tombstoned(writer)  # what earlier transfers brought of clips that were removed since
     done.snapshot = _finish(origin, writer, snapshot, selection)
     return done
@@ -170,6 +156,40 @@ def _copy_canaries(
             put_if_absent(target, key, digested(origin, key, sha256))
         if sha256_hex(target.get(key)) != sha256:
             raise _other_bytes(key)
+
+
+def _send_all(
+    origin: Objects,
+    target: Objects,
+    parcels: list[Parcel],
+    done: Transferred,
+    *,
+    workers: int,
+    check: bool,
+    on_start: Callable[[int], None],
+    on_sent: Callable[[int], None],
+) -> None:
+    """Progress is what moves, so that a rate is one: the bytes to send, or all of them where all are read back."""
+    sizes = target.list_tree()
+    moving = [parcel.num_bytes if check else parcel.missing_bytes(sizes) for parcel in parcels]
+    on_start(sum(moving))
+    send = partial(_send, origin, target, sizes, check)
+    with ThreadPoolExecutor(workers, thread_name_prefix="transfer") as pool:
+        try:
+            for num_bytes, sent in zip(moving, pool.map(send, parcels), strict=True):
+                on_sent(num_bytes)
+                done.sent_bytes += sent
+                done.sent_blocks += sent > 0
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _copy_journals(origin: Objects, target: Objects, with_journal: bool) -> None:
+    there = set(journal_names(target.list_names(JOURNAL)))
+    for name in journal_names(origin.list_names(JOURNAL)):
+        if name not in there and (with_journal or name.startswith(DISTORTION)):  # which names no host and no path
+            put_if_absent(target, journal_key(name), origin.get(journal_key(name)))
 
 
 def _send(origin: Objects, target: Objects, sizes: Mapping[str, int], check: bool, parcel: Parcel) -> int:

@@ -69,6 +69,22 @@ def test_pushing_again_sends_nothing_and_later_blocks_alone(full, s3, make):
     assert content(full.path) == content(s3)
 
 
+def test_progress_counts_what_moves_and_not_what_is_there(full, make, tmp_path):
+    def told(**options) -> list[int]:
+        amounts: list[int] = []
+        transfer(full.path, tmp_path / "out.zarr", on_start=amounts.append, on_sent=amounts.append, **options)
+        return amounts
+
+    whole, *sent = told()
+    assert whole == sum(sent) == full.open().info()["stored_bytes"]
+    full.writer().add_clips([make.video(20)])
+    full.fill()
+    late, *sent = told()
+    assert (late, sum(sent)) == (full.open().info()["stored_bytes"] - whole,) * 2
+    checked, *read = told(check=True)
+    assert checked == sum(read) == whole + late
+
+
 def test_some_encoders_travel_alone_and_the_others_may_follow(full, s3, tmp_path):
     push(full.path, s3, selection=Selection(encoders=("siglip",)))
     part = FeatureStore.open(s3, cache=False)
