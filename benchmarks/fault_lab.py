@@ -26,17 +26,17 @@ from featurestore.keep.verify import verify_store
 
 SERVER = Path(__file__).parents[1] / "tests" / "pipeline" / "extract_server.py"
 DETERMINISTIC = ("zarr.json", "clips", "samples", "video", "image", "receipts")
-STILLS, FILMS, ROWS = 20, 4, 4
+STILLS, FILMS, ROWS, BATCH = 20, 4, 4, 2
 BLOCKS = STILLS // ROWS + FILMS // ROWS
 SITE = """
 import sys
 if "pipeline.decode.worker" in sys.orig_argv:  # a decoder that crashes, hangs never, on files named so
-    import os, signal
+    import signal
     from pipeline.decode.decoders import DECODERS
     exact = DECODERS["frames/1"]
     def moody(source, collector, **options):
         if "crash" in source.path:
-            os.kill(os.getpid(), signal.SIGSEGV)
+            signal.raise_signal(signal.SIGSEGV)
         return exact(source, collector, **options)
     DECODERS["frames/1"] = moody
 """
@@ -68,23 +68,8 @@ class FaultLab:
 
     def command(self, store: Path | str, **settings) -> list[str]:
         """Arguments of an extraction of all media."""
-        config = {
-            "dataset": "folder",
-            "root": str(self.media),
-            "store": str(store),
-            "encoders": ["tiny"],
-            "weights": "random:0",
-            "grid": [2, 2, 2],
-            "compute_dtype": "float32",
-            "block_rows": {"video": ROWS, "image": ROWS},
-            "batch": {"video": 2, "image": 2},
-            "threads": 1,
-            "decode_processes": 1,
-            "device": "cpu",
-            **settings,
-        }
         file = self.folder / f"config-{time.monotonic_ns()}.yaml"
-        file.write_text(yaml.safe_dump(config))
+        file.write_text(yaml.safe_dump(tiny_settings(self.media, store, **settings)))
         return ["extract", "--config", str(file), "--json"]
 
     def start(self, store: Path | str, environment: dict[str, str] | None = None, **settings) -> int:
@@ -139,6 +124,25 @@ class FaultLab:
         return digests(whole, name)
 
 
+def tiny_settings(media: Path, store: Path | str, **settings) -> dict:
+    """Of an extraction of `media` by the encoder that costs next to nothing, as a config file says them."""
+    return {
+        "dataset": "folder",
+        "root": str(media),
+        "store": str(store),
+        "encoders": ["tiny"],
+        "weights": "random:0",
+        "grid": [2, 2, 2],
+        "compute_dtype": "float32",
+        "block_rows": {"video": ROWS, "image": ROWS},
+        "batch": {"video": BATCH, "image": BATCH},
+        "threads": 1,
+        "decode_processes": 1,
+        "device": "cpu",
+        **settings,
+    }
+
+
 def check(is_so: bool, complaint: str) -> None:
     if not is_so:
         raise AssertionError(complaint)
@@ -170,7 +174,7 @@ def receipts(store: Path) -> list[Path]:
     return list(store.glob("receipts/*/*/*.json"))
 
 
-def until(condition: Callable[[], bool], within_s: float = 120.0) -> None:
+def until(condition: Callable[[], bool], within_s: float = 300.0) -> None:
     deadline = time.monotonic() + within_s
     while not condition():
         check(time.monotonic() < deadline, "what the fault waits for did not happen")
@@ -196,6 +200,21 @@ def children(pid: int, word: str) -> list[int]:
     return [process for process, line in lines.items() if word in line and is_under(process)]
 
 
+class Gate:
+    """A place where a run waits: before a forward of its encoder, with the films and half a block of stills done."""
+
+    def __init__(self, folder: Path, *, after: int = FILMS // BATCH + 1) -> None:
+        self._file = folder / f"gate-{time.monotonic_ns()}"
+        self.environment = {"TINY_GATE": str(self._file), "TINY_GATE_AFTER": str(after)}
+
+    def wait(self) -> None:
+        """Until a run stands before it."""
+        until(Path(f"{self._file}.reached").exists)
+
+    def open(self) -> None:
+        self._file.touch()
+
+
 @contextmanager
 def own_disk(lab: FaultLab, options: str) -> Iterator[tuple[Path, Callable[[str], bool]]]:
     """A RAM disk of the fault's own, and what mounts it anew with other options; only root may."""
@@ -206,10 +225,24 @@ def own_disk(lab: FaultLab, options: str) -> Iterator[tuple[Path, Callable[[str]
         command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
         return subprocess.run(command, capture_output=True).returncode == 0
 
+    def mount_again(options: str) -> bool:
+        return mount(f"remount,{options}")
+
     if os.geteuid() or not mount(options):
         raise CannotBeMade("only root may mount a disk of its own")
     try:
-        yield place, lambda options: mount(f"remount,{options}")
+        yield place, mount_again
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@contextmanager
+def read_only(place: Path) -> Iterator[None]:
+    """The folder as a read-only mount of itself: also under who writes there, where a disk cannot be remounted."""
+    for options in (["--bind", str(place)], ["-o", "remount,bind,ro"]):
+        subprocess.run(["mount", *options, str(place)], check=True)
+    try:
+        yield
     finally:
         subprocess.run(["umount", "-l", str(place)], check=True)
 

@@ -28,12 +28,14 @@ from fault_lab import (
     STILLS,
     CannotBeMade,
     FaultLab,
+    Gate,
     check,
     check_sound,
     children,
     cluster,
     digests,
     own_disk,
+    read_only,
     receipts,
     until,
 )
@@ -41,7 +43,6 @@ from fault_lab import (
 from featurestore import FeatureStore
 
 SLOW = {"TINY_DELAY_S": "0.05"}  # a forward: so that there is a run to disturb
-VERY_SLOW = {"TINY_DELAY_S": "0.3"}
 
 
 def driver_killed(lab: FaultLab, rng: random.Random) -> str:
@@ -61,12 +62,12 @@ def driver_killed(lab: FaultLab, rng: random.Random) -> str:
 
 def worker_killed(lab: FaultLab, rng: random.Random) -> str:
     """One of two worker processes, while the command goes on."""
-    store = lab.new_store()
-    pid = lab.start(store, VERY_SLOW, workers=2)
-    until(lambda: len(receipts(store)) > 0)
-    time.sleep(rng.uniform(0, 0.2))
+    store, gate = lab.new_store(), Gate(lab.folder)
+    pid = lab.start(store, gate.environment, workers=2)
+    gate.wait()
     workers = [worker for worker in children(pid, "spawn_main") if children(worker, "pipeline.decode.worker")]
     os.kill(workers[0], signal.SIGKILL)
+    gate.open()
     check(lab.wait() == 0, f"the run ended badly: {lab.output[-500:]}")
     lab.judge(store)
     return "the run went on"
@@ -74,25 +75,27 @@ def worker_killed(lab: FaultLab, rng: random.Random) -> str:
 
 def decoder_killed(lab: FaultLab, rng: random.Random) -> str:
     """A decode process: its clip is tried again."""
-    store = lab.new_store()
-    pid = lab.start(store, SLOW)
-    until(lambda: len(receipts(store)) > 0)
-    time.sleep(rng.uniform(0, 0.1))
-    for process in children(pid, "pipeline.decode.worker"):
+    store, gate = lab.new_store(), Gate(lab.folder)
+    pid = lab.start(store, gate.environment)
+    gate.wait()
+    killed = children(pid, "pipeline.decode.worker")
+    for process in killed:
         os.kill(process, signal.SIGKILL)
-    check(lab.wait() == 0, f"the run ended badly: {lab.output[-500:]}")
+    gate.open()
+    check(lab.wait() == 0 and bool(killed), f"the run ended badly: {lab.output[-500:]}")
     lab.judge(store)
     return "the run went on"
 
 
 def decoder_stopped(lab: FaultLab, rng: random.Random) -> str:
     """A decode process that does nothing any more: at its deadline it is replaced."""
-    store = lab.new_store()
-    pid = lab.start(store, SLOW, decode_timeout_s=1.0)
-    until(lambda: len(receipts(store)) > 0)
+    store, gate = lab.new_store(), Gate(lab.folder)
+    pid = lab.start(store, gate.environment, decode_timeout_s=3.0)  # of a busy machine's decoder no two in a row
+    gate.wait()
     stopped = children(pid, "pipeline.decode.worker")
     for process in stopped:
         os.kill(process, signal.SIGSTOP)
+    gate.open()
     check(lab.wait() == 0 and bool(stopped), f"the run ended badly: {lab.output[-500:]}")
     lab.judge(store)
     return "replaced after its deadline"
@@ -100,10 +103,10 @@ def decoder_stopped(lab: FaultLab, rng: random.Random) -> str:
 
 def scheduler_killed(lab: FaultLab, rng: random.Random) -> str:
     """A scheduler that somebody else runs: the command says so and stops; with another one it goes on."""
-    store = lab.new_store()
-    with cluster(lab, VERY_SLOW) as (file, scheduler):
+    store, gate = lab.new_store(), Gate(lab.folder)
+    with cluster(lab, gate.environment) as (file, scheduler):
         lab.start(store, scheduler=str(file))
-        until(lambda: len(receipts(store)) > 0)
+        gate.wait()
         scheduler.kill()
         code = lab.wait()
     check(code == 1 and "the scheduler is gone" in lab.output, f"{code}: {lab.output[-500:]}")
@@ -125,14 +128,14 @@ def disk_full(lab: FaultLab, rng: random.Random) -> str:
 
 def store_read_only(lab: FaultLab, rng: random.Random) -> str:
     """The store's file system turns read-only under the run, as a faulty disk does."""
-    with own_disk(lab, "size=9m") as (place, remount):
-        store = place / "features.zarr"
-        lab.start(store, SLOW)
-        until(lambda: len(receipts(store)) > 0)
-        until(lambda: remount("ro"))
-        code = lab.wait()
+    with own_disk(lab, "size=9m") as (place, _):
+        store, gate = place / "features.zarr", Gate(lab.folder)
+        lab.start(store, gate.environment)
+        gate.wait()
+        with read_only(place):
+            gate.open()
+            code = lab.wait()
         check(code == 1 and "Read-only file system" in lab.output, f"{code}: {lab.output[-500:]}")
-        remount("rw")
         lab.rerun(store)
         lab.judge(store)
     return "stopped with the next step"
@@ -140,11 +143,12 @@ def store_read_only(lab: FaultLab, rng: random.Random) -> str:
 
 def media_gone(lab: FaultLab, rng: random.Random) -> str:
     """The folder of the media is empty all at once: an unmounted share."""
-    store, aside = lab.new_store(), lab.folder / "aside"
-    lab.start(store, SLOW)
-    until(lambda: len(receipts(store)) > 0)
+    store, gate, aside = lab.new_store(), Gate(lab.folder), lab.folder / "aside"
+    lab.start(store, gate.environment)
+    gate.wait()
     lab.media.rename(aside)
     lab.media.mkdir()
+    gate.open()
     try:
         code = lab.wait()
     finally:
@@ -160,10 +164,11 @@ def media_gone(lab: FaultLab, rng: random.Random) -> str:
 def file_removed(lab: FaultLab, rng: random.Random) -> str:
     """One file is deleted after it was listed: that clip fails, and gets a new row when it is back."""
     store, file = lab.new_store(), lab.media / f"still-{STILLS - 1:02}.png"
-    expected, data = lab.expected_digests("tiny"), file.read_bytes()
-    lab.start(store, SLOW)
-    until(lambda: len(receipts(store)) > 0)
-    file.unlink()
+    expected, data, gate = lab.expected_digests("tiny"), file.read_bytes(), Gate(lab.folder)
+    lab.start(store, gate.environment)
+    gate.wait()
+    file.unlink()  # of the last block, of which nothing is decoded yet
+    gate.open()
     try:
         code = lab.wait()
     finally:
@@ -219,16 +224,15 @@ def poisonous_clip_of_workers(lab: FaultLab, rng: random.Random) -> str:
 
 def two_drivers(lab: FaultLab, rng: random.Random) -> str:
     """Two commands on one store: the second one is refused while the first is there."""
-    store = lab.new_store()
-    pid = lab.start(store, SLOW)
-    until(lambda: len(receipts(store)) > 0)
-    os.kill(pid, signal.SIGSTOP)  # it stays where it is until the second one has looked
+    store, gate = lab.new_store(), Gate(lab.folder)
+    lab.start(store, gate.environment)
+    gate.wait()  # it stays where it is until the second one has looked
     try:
         script = Path(sys.executable).with_name("merv-pipeline")
         command = [str(script), *lab.command(store)]
         second = subprocess.run(command, env=lab.environment, capture_output=True, text=True)
     finally:
-        os.kill(pid, signal.SIGCONT)
+        gate.open()
     check(second.returncode == 1 and "another run works on this store" in second.stderr, second.stderr[-500:])
     check(lab.wait() == 0, f"the first one ended badly: {lab.output[-500:]}")
     lab.judge(store)

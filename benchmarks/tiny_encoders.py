@@ -1,12 +1,14 @@
 """Encoders that cost next to nothing, as plug-ins for benchmarks of everything around the encoders.
 
-`tiny` is one convolution, and sleeps TINY_DELAY_S per forward. `crashing` is the same, and brings its process down
-(SIGABRT) when a clip is white all over, unless TINY_HARMLESS is set.
+`tiny` is one convolution, and sleeps TINY_DELAY_S per forward; after TINY_GATE_AFTER forwards of its process it makes
+the file TINY_GATE.reached and waits for the file TINY_GATE, so that a fault happens at a known place. `crashing` is the
+same, and brings its process down (SIGABRT) when a clip is white all over, unless TINY_HARMLESS is set.
 `install(folder)` makes a folder that, on PYTHONPATH, makes both known to the driver and to its workers.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import time
@@ -33,6 +35,19 @@ TINY = EncoderSpec(
 CRASHING = replace(TINY, name="crashing", model="crashing", builder="tiny_encoders:build_crashing")
 
 
+forwards = itertools.count(1)  # of this process
+
+
+def pass_gate() -> None:
+    """Wait where somebody put a gate, until it is opened."""
+    gate = os.environ.get("TINY_GATE")
+    if gate is None or next(forwards) <= int(os.environ["TINY_GATE_AFTER"]):
+        return
+    Path(f"{gate}.reached").touch()
+    while not os.path.exists(gate):
+        time.sleep(0.005)
+
+
 def build(spec):
     import torch
     from torch import nn
@@ -47,6 +62,7 @@ def build(spec):
 
         def forward(self, pixels_BTCHW: torch.Tensor) -> tuple[torch.Tensor, None]:
             time.sleep(float(os.environ.get("TINY_DELAY_S", "0")))
+            pass_gate()
             features = self.patches(pixels_BTCHW.flatten(0, 1))  # [B*T, D, H, W]
             return features.permute(0, 2, 3, 1).unflatten(0, pixels_BTCHW.shape[:2]), None
 

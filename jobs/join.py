@@ -12,8 +12,6 @@ from jobs.request import ClusterError, ClusterRequest
 if TYPE_CHECKING:
     from distributed import Client
 
-WAIT_S = 60  # for the workers asked for
-
 
 @contextmanager
 def join(request: ClusterRequest, say: Callable[[str], None]) -> Iterator[Client]:
@@ -27,13 +25,15 @@ def join(request: ClusterRequest, say: Callable[[str], None]) -> Iterator[Client
     except (OSError, TimeoutError, ValueError) as error:
         raise ClusterError(f"no Dask scheduler answers at {request.scheduler}: {error}") from error
     with client:
-        wanted = request.num_workers or 1
+        wanted, wait_s = request.num_workers or 1, request.worker_wait_s
+        if (found := len(client.scheduler_info(n_workers=-1)["workers"])) < wanted:
+            say(f"{request.scheduler}: {found} of {wanted} workers are there, waiting {wait_s:.0f} s for the others")
         try:
-            client.wait_for_workers(wanted, timeout=WAIT_S)
+            client.wait_for_workers(wanted, timeout=wait_s)
         except TimeoutError as error:
             found = len(client.scheduler_info(n_workers=-1)["workers"])
             raise ClusterError(
-                f"{request.scheduler} has {found} workers after {WAIT_S} s, the run wants {wanted}; "
+                f"{request.scheduler} has {found} workers after {wait_s:.0f} s, the run wants {wanted}; "
                 "start more with `dask worker ADDRESS --nthreads 1`"
             ) from error
         yield client

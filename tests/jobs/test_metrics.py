@@ -13,7 +13,7 @@ def test_what_a_task_counts_stands_at_its_workers_endpoint_beside_dasks_own():
             client.submit(metrics.count, "test_seconds", "Seconds, by stage", seconds, pure=False, stage=stage).result()
         (worker,) = client.scheduler_info(n_workers=-1)["workers"].values()
         address = f"http://{worker['host']}:{worker['services']['dashboard']}/metrics"
-        with urllib.request.urlopen(address, timeout=10) as answer:
+        with urllib.request.urlopen(address, timeout=120) as answer:
             lines = answer.read().decode().splitlines()
     assert 'merv_test_seconds_total{stage="decode"} 1.75' in lines
     assert 'merv_test_seconds_total{stage="encode"} 2.0' in lines
@@ -30,7 +30,7 @@ def test_a_run_with_a_dashboard_tells_how_to_reach_it_and_leaves_its_report(tmp_
         with performance_report(tmp_path / "new" / "report.html", said.append):
             assert client.submit(abs, -1).result() == 1
         port = first.removesuffix("/status").rpartition(":")[2]
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/status", timeout=20) as page:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/status", timeout=120) as page:
             assert page.status == 200
     assert f"ssh -N -L {port}:" in hint
     assert hint.endswith(f"http://localhost:{port}/status")

@@ -121,7 +121,7 @@ def test_a_scheduler_that_dies_ends_the_run_with_the_next_step(tmp_path):
         stderr=subprocess.DEVNULL,
     )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not file.exists():
             assert time.monotonic() < deadline
             time.sleep(0.05)

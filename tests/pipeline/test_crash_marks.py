@@ -12,11 +12,11 @@ import pytest
 from pipeline.crash_marks import forget, forget_all, has_crashed, marked
 
 BLOCK = """
-import os, sys
+import signal, sys
 from types import SimpleNamespace
 from pipeline.crash_marks import marked
 with marked(SimpleNamespace(store=sys.argv[1], kind="video", block=1, batch=2)):
-    os.kill(os.getpid(), int(sys.argv[2]))
+    signal.raise_signal(int(sys.argv[2]))
 """
 
 

@@ -22,13 +22,13 @@ task, crashed = pickle.loads(sys.stdin.buffer.read())
 def send(message):
     os.write(writes, (json.dumps(message) + "\\n").encode())
 if "start" in fates:
-    os.kill(os.getpid(), fates["start"])
+    signal.raise_signal(fates["start"])
 for row, _ in task.rows:
     if ("siglip", row) in crashed:
         continue
     send({"place": ["siglip", row], "counts": {"clips": row}})
     if str(row) in fates:
-        os.kill(os.getpid(), fates[str(row)])
+        signal.raise_signal(fates[str(row)])
 send(fates.get("end") or {"result": {"crashed": {str(row): why for (_, row), why in crashed.items()}}})
 """
 ABORT, SEGV, KILL = 6, 11, 9

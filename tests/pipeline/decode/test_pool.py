@@ -29,7 +29,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def eventually(condition, within_s: float = 20.0) -> bool:
+def eventually(condition, within_s: float = 120.0) -> bool:
     deadline = time.monotonic() + within_s
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -84,7 +84,7 @@ BAD_DECODERS = {
 
 
 def test_each_bad_clip_fails_with_its_reason_and_its_neighbours_succeed(studio, clip_file) -> None:
-    with DecodePool(3, timeout_s=2.0, worker_command=HOSTILE) as pool:
+    with DecodePool(3, timeout_s=3.0, worker_command=HOSTILE) as pool:
         bad, good = {}, []
         for decoder in BAD_DECODERS:
             bad[decoder] = pool.submit(studio.job(clip_file, decoder=decoder))
@@ -144,9 +144,9 @@ def test_closing_kills_what_runs_and_cancels_what_waits(studio, clip_file) -> No
     pool.close()
     pool.close()
     with pytest.raises(RunStoppedError, match="closed"):
-        running.result(timeout=10)
+        running.result(timeout=120)
     with pytest.raises(CancelledError):
-        waiting.result(timeout=10)
+        waiting.result(timeout=120)
     assert eventually(lambda: not is_alive(int((studio.folder / "pid").read_text())))
     with pytest.raises(RunStoppedError, match="closed"):
         pool.submit(studio.job(clip_file))
