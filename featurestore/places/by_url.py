@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import urlsplit
 
 from featurestore.find import Place, is_url, place_of
 from featurestore.places.local_objects import LocalObjects
@@ -19,6 +20,16 @@ def open_objects(place: Place) -> Objects:
     from featurestore.places.remote_objects import open_remote  # needs obstore, which a folder does not
 
     return open_remote(str(place))
+
+
+def check_writable(place: Place) -> None:
+    """Refuse a web address at once, before a server is asked for anything or a store is read to be sent there."""
+    place = place_of(place)
+    if is_url(place):
+        from featurestore.places.remote_stores import READ_ONLY, read_only
+
+        if urlsplit(str(place)).scheme in READ_ONLY:
+            raise read_only(str(place))
 
 
 def open_cached(place: Place, cache: Place | bool, cache_bytes: int | None) -> Objects:

@@ -20,7 +20,7 @@ from featurestore.layout import LISTING, TEMPORARY
 from featurestore.places.listing import parse_listing
 from featurestore.places.objects import Buffer, scatter
 from featurestore.places.remote_faults import remote_faults
-from featurestore.places.remote_stores import READ_ONLY, connect
+from featurestore.places.remote_stores import READ_ONLY, connect, read_only
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
@@ -213,16 +213,16 @@ class WebObjects(RemoteObjects):
         return {key: size for key, size in self._listed().items() if key.startswith(start)}
 
     def put_new(self, key: str, data: Buffer | Sequence[Buffer]) -> None:
-        raise self._read_only()
+        raise read_only(self.root)
 
     def replace(self, key: str, data: bytes) -> None:
-        raise self._read_only()
+        raise read_only(self.root)
 
     def swap(self, key: str, old: bytes, new: bytes) -> bool:
-        raise self._read_only()
+        raise read_only(self.root)
 
     def delete(self, key: str) -> None:
-        raise self._read_only()
+        raise read_only(self.root)
 
     def _look_for_bucket(self, store: ObjectStore) -> None:
         """Web servers have none."""
@@ -237,13 +237,6 @@ class WebObjects(RemoteObjects):
                     "there by `merv-pipeline push` (to a folder or bucket that is then served) have one"
                 ) from None
         return self._sizes
-
-    def _read_only(self) -> UserError:
-        return UserError(
-            f"{self.root} can only be read here: write to a folder, s3://, gs:// or az://. For the Hub, push to a "
-            "folder and send it with `hf upload-large-folder USER/REPO FOLDER --repo-type dataset --exclude "
-            "listing.json`, then listing.json with `hf upload`: readers see nothing before it is there"
-        )
 
 
 class RemoteObject:

@@ -112,3 +112,12 @@ STORES: dict[str, Callable[[str, Mapping[str, Any]], Any]] = {
     "hf": _hub,
 }
 READ_ONLY = ("http", "https", "hf")  # no listing and no conditional put there
+
+
+def read_only(url: str) -> UserError:
+    """What to say to who would write there."""
+    return UserError(
+        f"{url} can only be read here: write to a folder, s3://, gs:// or az://. For the Hub, push to a "
+        "folder and send it with `hf upload-large-folder USER/REPO FOLDER --repo-type dataset --exclude "
+        "listing.json`, then listing.json with `hf upload`: readers see nothing before it is there"
+    )

@@ -35,7 +35,7 @@ from featurestore.layout import (
     tombstone_key,
 )
 from featurestore.parts import ClipIndex
-from featurestore.places.by_url import open_objects
+from featurestore.places.by_url import check_writable, open_objects
 from featurestore.places.objects import Objects, put_if_absent
 from featurestore.receipts import Receipt
 from featurestore.share.parcels import Parcel, digested, parcels_of
@@ -75,6 +75,7 @@ def transfer(
 ) -> Transferred:
     """Bring a destination up to the source's newest snapshot; resumable, and a no-op where nothing is new."""
     selection = selection or Selection()
+    check_writable(destination)
     origin = open_objects(source)
     snapshot = _pinned(origin, source)
     parcels = parcels_of(origin, snapshot, selection)
