@@ -18,29 +18,16 @@ import click
 import google_crc32c
 import numpy as np
 from numcodecs import blosc
+from synthetic import synthetic_identity
 
 from featurestore.clips import Clip
-from featurestore.identity import FeatureIdentity
 from featurestore.shards import Shard
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
 
 GRID, WIDTH = (16, 8, 8), 1024
 BATCH = 16  # clips per read
-IDENTITY = FeatureIdentity(
-    encoder="synthetic",
-    architecture={},
-    weights_sha256="0" * 64,
-    layer="none",
-    num_frames=16,
-    frame_rule="none",
-    decode="none",
-    preprocessing={},
-    still_period=1,
-    grid=GRID,
-    pooling="none",
-    width=WIDTH,
-)
+IDENTITY = synthetic_identity("synthetic", GRID, WIDTH)
 
 
 @click.command(context_settings={"show_default": True})

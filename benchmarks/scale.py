@@ -25,30 +25,17 @@ from pathlib import Path
 
 import click
 import numpy as np
+from synthetic import synthetic_identity
 
 from featurestore import FeatureStore
 from featurestore.clips import Clip
-from featurestore.identity import FeatureIdentity
 from featurestore.layout import receipt_key
 from featurestore.receipts import Receipt, RowOutcome
 from featurestore.writer import StoreWriter
 from pipeline.plan import plan_blocks
 
-IDENTITY = FeatureIdentity(
-    encoder="still",
-    architecture={"hidden_size": 1},
-    weights_sha256="0" * 64,
-    layer="none",
-    preprocessing={},
-    frame_rule="linspace-32/1",
-    decode="frames/1",
-    pooling="none",
-    grid=(1, 1, 1),
-    width=1,
-    num_frames=1,
-    still_period=1,
-    compute_dtype="float32",
-    storage_dtype="float16",
+IDENTITY = synthetic_identity(
+    "still", (1, 1, 1), 1, architecture={"hidden_size": 1}, frame_rule="linspace-32/1", decode="frames/1"
 )
 WHOLE_UP_TO = 100_000  # clips; beyond, receipts are written without their shards
 TOKENS = np.zeros((1, 1, 1, 1), np.float32)

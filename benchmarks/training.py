@@ -20,9 +20,10 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+from synthetic import synthetic_identity
 from torch import Tensor
 
-from featurestore import Clip, FeatureIdentity, FeatureStore, StoreWriter
+from featurestore import Clip, FeatureStore, StoreWriter
 from featurestore.samples import Sample, Turn
 from trainer.config import OptimizerConfig, TrainConfig
 from trainer.data.tokens import MemoryTokens, StoreTokens, TokenSource
@@ -108,7 +109,9 @@ def make_store(path: Path, num_clips: int) -> dict[str, Tensor]:
     rows = writer.add_clips([Clip(dataset="bench", path=f"{i:04d}.mp4", kind="video") for i in range(num_clips)])
     random, kept = np.random.default_rng(0), {}
     for encoder, width in WIDTHS.items():
-        group = writer.ensure_group("video", _identity(encoder, width), batch_shape=1, weights_label="random:0")
+        group = writer.ensure_group(
+            "video", synthetic_identity(encoder, GRID, width), batch_shape=1, weights_label="random:0"
+        )
         gain = random.lognormal(size=width)
         values = []
         for block in group.missing_blocks():
@@ -122,23 +125,6 @@ def make_store(path: Path, num_clips: int) -> dict[str, Tensor]:
         kept[encoder] = torch.from_numpy(np.stack(values))
     writer.publish_snapshot()
     return kept
-
-
-def _identity(encoder: str, width: int) -> FeatureIdentity:
-    return FeatureIdentity(
-        encoder=encoder,
-        architecture={},
-        weights_sha256="0" * 64,
-        layer="none",
-        num_frames=16,
-        frame_rule="none",
-        decode="none",
-        preprocessing={},
-        still_period=1,
-        grid=GRID,
-        pooling="none",
-        width=width,
-    )
 
 
 def _sample(index: int) -> Sample:
