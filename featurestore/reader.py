@@ -13,12 +13,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-from featurestore.errors import StoreDamagedError
+from featurestore.errors import StoreDamagedError, UserError
 from featurestore.foreign import foreign_reader
 from featurestore.groups import read_group
 from featurestore.identity import FeatureIdentity
 from featurestore.layout import array_metadata_key, block_of, group_prefix, shard_key
+from featurestore.lookup import Frames, time_steps
 from featurestore.metadata import ArraySpec, array_specs, parse_array, read_document
+from featurestore.places.by_url import in_parallel
 from featurestore.places.objects import Objects
 from featurestore.quantise import from_bfloat16_bits, from_stored
 from featurestore.shards import Scratch, Shard
@@ -131,3 +133,52 @@ class GroupReader:
                 raise StoreDamagedError(f"{key} lacks row {row} though its receipt has it; run `merv-pipeline verify`")
 
         return read
+
+
+class BatchReader:
+    """Rows of one encoder and both kinds, read into one batch."""
+
+    def __init__(self, objects: Objects) -> None:
+        self._objects, self._cache = objects, ShardCache(objects)
+        self._groups: dict[tuple[str, str], GroupReader] = {}
+
+    def group(self, kind: str, group: str) -> GroupReader:
+        """The reader of one kind's rows, opened on first use."""
+        if (kind, group) not in self._groups:
+            self._groups[kind, group] = GroupReader(self._objects, kind, group, self._cache)
+        return self._groups[kind, group]
+
+    def read(
+        self,
+        array: str,
+        identity: FeatureIdentity,
+        rows: np.ndarray,  # int64 [B]
+        is_image: np.ndarray,  # bool [B]: in which kind's array the row lies
+        frames: Frames = None,
+        out: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Floats [B, T, ...]: `frames` picks time steps, a still's steps repeat; `out` is an array to read into."""
+        steps = time_steps(identity.grid[0], frames)
+        kinds = {image: "image" if image else "video" for image in set(is_image.tolist())}
+        readers = {image: self.group(kind, identity.group_name) for image, kind in kinds.items()}
+        dtype = next((reader.output_dtype(array) for reader in readers.values()), np.dtype("float32"))
+        inner = identity.grid[1:] if array == "tokens" else (identity.prefix_tokens,)
+        out = _batch((len(rows), len(steps), *inner, identity.width), dtype, out)
+        whole = np.array_equal(steps, np.arange(identity.grid[0]))
+
+        def read_row(place: int) -> None:
+            reader = readers[bool(is_image[place])]
+            stored_time = reader.specs[array].row_shape[0]
+            picked = None if whole and stored_time == identity.grid[0] else steps % stored_time
+            reader.read_row(array, int(rows[place]), out[place], picked)
+
+        in_parallel(read_row, np.lexsort((rows, is_image)), self._objects.parallel_reads)  # in the order on disk
+        return out
+
+
+def _batch(shape: tuple[int, ...], dtype: np.dtype, out: np.ndarray | None) -> np.ndarray:
+    if out is None:
+        return np.empty(shape, dtype=dtype)
+    if out.shape != shape or out.dtype != dtype:
+        raise UserError(f"out must be {shape} {dtype}, got {out.shape} {out.dtype}")
+    return out

@@ -31,12 +31,12 @@ from featurestore.find import Place, no_store_at, place_of
 from featurestore.identity import FeatureIdentity
 from featurestore.journal import MAX_JOURNAL_BYTES, parse_journal
 from featurestore.layout import JOURNAL, ROOT_METADATA, journal_key, journal_names, receipt_blocks, receipts_prefix
-from featurestore.lookup import ClipLines, Frames, encoder_keys, time_steps
+from featurestore.lookup import ClipLines, Frames, encoder_keys
 from featurestore.metadata import parse_root, read_document
 from featurestore.parquet import read_table, table_file
-from featurestore.places.by_url import in_parallel, open_cached, open_objects
+from featurestore.places.by_url import open_cached, open_objects
 from featurestore.places.objects import get_bounded
-from featurestore.reader import GroupReader, ShardCache
+from featurestore.reader import BatchReader
 from featurestore.samples import Sample
 from featurestore.snapshot_table import column
 from featurestore.snapshots import load_snapshot, newest_snapshot_id, read_snapshot_table
@@ -52,8 +52,7 @@ class FeatureStore:
         self._objects = open_cached(path, cache, cache_bytes)
         self.snapshot = snapshot  # id: SEQUENCE-DIGEST12
         self._record = load_snapshot(self._objects, snapshot)
-        self._cache = ShardCache(self._objects)
-        self._readers: dict[tuple[str, str], GroupReader] = {}
+        self._batches = BatchReader(self._objects)
         self._groups = encoder_keys(self._record.groups)
         names = [column(group, "row") for group in self._groups.values()]
         table = read_snapshot_table(self._objects, self._record, ["clip_id", "kind", *names])
@@ -258,32 +257,7 @@ class FeatureStore:
                 f"{first!r}; see store.clips for what is committed and store.quarantine for why not"
             )
         identity = self.encoders[self._key(encoder)]
-        steps = time_steps(identity.grid[0], frames)
-        is_image = self._is_image[lines]
-        readers = {image: self._reader("image" if image else "video", group) for image in set(is_image.tolist())}
-        shape_reader = next(iter(readers.values()), None)
-        inner = identity.grid[1:] if array == "tokens" else (identity.prefix_tokens,)
-        dtype = shape_reader.output_dtype(array) if shape_reader else np.dtype("float32")
-        shape = (len(lines), len(steps), *inner, identity.width)
-        if out is None:
-            out = np.empty(shape, dtype=dtype)
-        elif out.shape != shape or out.dtype != dtype:
-            raise UserError(f"out must be {shape} {dtype}, got {out.shape} {out.dtype}")
-        whole = np.array_equal(steps, np.arange(identity.grid[0]))
-
-        def read_row(place: int) -> None:
-            reader = readers[bool(is_image[place])]
-            stored_time = reader.specs[array].row_shape[0]
-            picked = None if whole and stored_time == identity.grid[0] else steps % stored_time
-            reader.read_row(array, int(rows[place]), out[place], picked)
-
-        in_parallel(read_row, np.lexsort((rows, is_image)), self._objects.parallel_reads)  # in the order on disk
-        return out
-
-    def _reader(self, kind: str, group: str) -> GroupReader:
-        if (kind, group) not in self._readers:
-            self._readers[kind, group] = GroupReader(self._objects, kind, group, self._cache)
-        return self._readers[kind, group]
+        return self._batches.read(array, identity, rows, self._is_image[lines], frames, out)
 
     def _key(self, encoder: str) -> str:
         """The key of an encoder; ambiguous and unknown names are errors that list what there is."""

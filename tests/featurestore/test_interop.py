@@ -25,7 +25,7 @@ def filled(request, kit, make):
 
 def stored_rows(store, folder, array):
     """Rows as the direct reader gives them, and which are there."""
-    reader = store._reader("video", folder.name)
+    reader = store._batches.group("video", folder.name)
     ids = [f"tiny/videos/{n}.mp4" for n in (0, 2, 3, 4, 5)]
     rows = {}
     for row in store.rows(ids, encoder="dinov2"):

@@ -80,7 +80,7 @@ def test_zarrita_reads_the_same_bits_and_the_fill_of_rows_that_are_missing(zarri
 
 def row_digests(store, group: str, array: str) -> list[str]:
     """sha256 of each row's bytes: as our own reader gives them, by hand where there are none."""
-    reader = store._reader("video", group)
+    reader = store._batches.group("video", group)
     spec = reader.specs[array]
     items = []
     for row in range(8):
