@@ -75,29 +75,13 @@ def worker_killed(lab: FaultLab, rng: random.Random) -> str:
 
 def decoder_killed(lab: FaultLab, rng: random.Random) -> str:
     """A decode process: its clip is tried again."""
-    store, gate = lab.new_store(), Gate(lab.folder)
-    pid = lab.start(store, gate.environment)
-    gate.wait()
-    killed = children(pid, "pipeline.decode.worker")
-    for process in killed:
-        os.kill(process, signal.SIGKILL)
-    gate.open()
-    check(lab.wait() == 0 and bool(killed), f"the run ended badly: {lab.output[-500:]}")
-    lab.judge(store)
+    hurt_decoders(lab, signal.SIGKILL)
     return "the run went on"
 
 
 def decoder_stopped(lab: FaultLab, rng: random.Random) -> str:
     """A decode process that does nothing any more: at its deadline it is replaced."""
-    store, gate = lab.new_store(), Gate(lab.folder)
-    pid = lab.start(store, gate.environment, decode_timeout_s=3.0)  # of a busy machine's decoder no two in a row
-    gate.wait()
-    stopped = children(pid, "pipeline.decode.worker")
-    for process in stopped:
-        os.kill(process, signal.SIGSTOP)
-    gate.open()
-    check(lab.wait() == 0 and bool(stopped), f"the run ended badly: {lab.output[-500:]}")
-    lab.judge(store)
+    hurt_decoders(lab, signal.SIGSTOP, decode_timeout_s=3.0)  # of a busy machine's decoder no two in a row
     return "replaced after its deadline"
 
 
@@ -255,6 +239,19 @@ FAULTS: dict[str, Callable[[FaultLab, random.Random], str]] = {
     "two drivers": two_drivers,
     "credentials expired": credentials_expired,
 }
+
+
+def hurt_decoders(lab: FaultLab, how: signal.Signals, **settings) -> None:
+    """Send a signal to every decode process; the run must come to its end all the same."""
+    store, gate = lab.new_store(), Gate(lab.folder)
+    pid = lab.start(store, gate.environment, **settings)
+    gate.wait()
+    hurt = children(pid, "pipeline.decode.worker")
+    for process in hurt:
+        os.kill(process, how)
+    gate.open()
+    check(lab.wait() == 0 and bool(hurt), f"the run ended badly: {lab.output[-500:]}")
+    lab.judge(store)
 
 
 def stop(lab: FaultLab, store: Path, words: str, **settings) -> None:
