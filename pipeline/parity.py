@@ -73,7 +73,7 @@ def check_parity(
                 say(f"{key}: no canaries, not checked")
                 continue
             say(f"{key}: loading")
-            run = _load(objects, key, identity, weights or {}, engine.device)
+            run = load_encoder(objects, key, identity, weights or {}, engine.device)
             for kind in kinds:
                 if listed is None:
                     row = _check_canaries(store, objects, engine, run, key, kind)
@@ -89,6 +89,18 @@ def check_parity(
         versions=software_versions(),
         rows=tuple(rows),
     )
+
+
+def made_again(
+    objects: Objects, kind: str, identity: FeatureIdentity, weights: Mapping[str, str], device: str | None
+) -> Canaries:
+    """A group's canaries as this machine makes them."""
+    from pipeline.engine import Engine  # torch and the models
+
+    with closing(Engine(EngineSettings(encoders=(), device=device or "auto", decode_processes=1))) as engine:
+        run = load_encoder(objects, identity.encoder, identity, weights, engine.device)
+        decoded = decode_canaries(engine, [run], kind, identity.decode)
+        return encode_canaries(run, kind, read_group(objects, kind, identity.group_name).batch_shape, decoded)
 
 
 def _chosen(store: FeatureStore, encoders: Sequence[str] | None) -> dict[str, FeatureIdentity]:
@@ -107,7 +119,9 @@ def _kinds_with_canaries(store: FeatureStore, identity: FeatureIdentity) -> list
     return [kind for kind in KINDS if f"{kind}/{identity.group_name}" in store.canaries]
 
 
-def _load(objects: Objects, key: str, identity: FeatureIdentity, weights: Mapping[str, str], device: str) -> EncoderRun:
+def load_encoder(
+    objects: Objects, key: str, identity: FeatureIdentity, weights: Mapping[str, str], device: str
+) -> EncoderRun:
     """The encoder as its identity says; refused where it is another one."""
     import torch
 
@@ -162,14 +176,13 @@ def _check_canaries(
     theirs = read_canaries(objects, kind, run.identity)
     _refuse_other_pictures(theirs, key)
     decoded = decode_canaries(engine, [run], kind, run.identity.decode)
-    batch = read_group(objects, kind, run.identity.group_name).batch_shape
-    mine = encode_canaries(run, kind, batch, decoded)
-    here = {clip.name: clip for clip in mine.clips}
+    mine = encode_canaries(run, kind, read_group(objects, kind, run.identity.group_name).batch_shape, decoded)
     for clip in theirs.clips:
         if clip.media_sha256 != decoded[clip.name].media_sha256:
             raise StoreFormatError(
                 f"{key}: the canary {clip.name} is rendered to other bytes here: nothing is compared"
             )
+    here = {clip.name: clip for clip in mine.clips}
     same = all(here[c.name].frames_sha256 == c.frames_sha256 for c in theirs.clips if c.name in here)
     row = compare(key, kind, run.identity, [(theirs.stored(c.name), mine.stored(c.name)) for c in theirs.clips])
     sha256 = store.canaries[f"{kind}/{run.identity.group_name}"]

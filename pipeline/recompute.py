@@ -16,6 +16,7 @@ from featurestore.columns import table_to_clips
 from featurestore.errors import StoreError, UserError
 from featurestore.find import Place
 from featurestore.groups import GroupWriter
+from featurestore.identity import FeatureIdentity
 from featurestore.journal import parse_journal
 from featurestore.keep.repair_shards import Recomputed
 from featurestore.layout import (
@@ -71,6 +72,13 @@ class Recompute:
             )
             extract_block(task)
             return _made(group, receipt.block, folder)
+
+    def canaries(self, kind: str, identity: FeatureIdentity) -> bytes:
+        """The file of a group's canaries as this machine makes it."""
+        from pipeline.parity import made_again  # which reads the runs of this room
+
+        weights, device = self._overrides["weights"] or {}, self._overrides["device"]
+        return made_again(open_objects(self._path), kind, identity, weights, device).to_bytes()
 
     def _config(self, run: Mapping[str, Any]) -> ExtractConfig:
         settings = dict(run["config"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,7 @@ def repair(
             place,
             other=find_store(other) if other else None,
             recompute=again,
+            canaries=again.canaries if again else None,
             new_bytes=new_bytes,
             say=lambda each: click.echo(f"{each.key}: {each.done}", err=True),
         )
@@ -275,9 +277,25 @@ def tombstone(
     show_default="the system's",
     help="Folder for temporary stores: one encoder and dtype at a time; reading speed is that of its disk.",
 )
+@click.option(
+    "--reference",
+    type=click.Choice(["store", "encoders"]),
+    default="store",
+    help="What errors are against: the stored tokens, or the encoders' float32, computed again from the media.",
+)
+@_ROOT
+@click.option("--weights", metavar="SPEC", multiple=True, show_default="as at extraction", help="As for extract.")
+@click.option("--device", show_default="cuda where there is one, else cpu", help="cpu, cuda, cuda:1, ...")
 @_JSON
 def distortion(
-    store: str | None, store_option: str | None, sample: int, seed: int, scratch: Path | None, as_json: bool
+    store: str | None,
+    store_option: str | None,
+    reference: str,
+    root: str | None,
+    weights: tuple[str, ...],
+    device: str | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Measure what each storage dtype takes and loses.
 
@@ -291,10 +309,15 @@ def distortion(
 
     with friendly_errors():
         place = find_store(store or store_option)
-        with progress("distortion", "measurements") as (total, done):
-            measured = measure_distortion(
-                place, sample=sample, seed=seed, scratch=scratch, on_start=total, on_done=done
-            )
+        with ExitStack() as stack:
+            if reference == "encoders":
+                from pipeline.distortion_again import encoded_again
+                from pipeline.options import parse_weights
+
+                made_of = {"root": root, "weights": parse_weights(weights), "device": device}
+                options["again"] = stack.enter_context(encoded_again(place, **made_of))
+            total, done = stack.enter_context(progress("distortion", "measurements"))
+            measured = measure_distortion(place, **options, on_start=total, on_done=done)
         record = to_record(measured)
         _keep(lambda: keep_record(place, record))
         show_result(record, as_json, lambda: store_tables.distortion(measured))

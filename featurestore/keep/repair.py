@@ -15,7 +15,7 @@ from featurestore.errors import MervCacheError
 from featurestore.find import Place
 from featurestore.keep.erase import erase_tombstoned
 from featurestore.keep.findings import Finding
-from featurestore.keep.repair_files import FileMender, open_group
+from featurestore.keep.repair_files import FileMender, MakeCanaries, open_group
 from featurestore.keep.repair_shards import Recompute, Repaired, mend_block
 from featurestore.keep.verify import Verification
 from featurestore.layout import (
@@ -43,13 +43,15 @@ def repair_store(
     *,
     other: Place | None = None,
     recompute: Recompute | None = None,
+    canaries: MakeCanaries | None = None,
     new_bytes: bool = False,
     say: Callable[[Repaired], None] = lambda done: None,
 ) -> list[Repaired]:
     """Put right what a full verification finds; [] for a sound store, which is left exactly as it is."""
     objects = open_objects(path)
     with StoreLease(path, "repair"):
-        work = _Repair(objects, open_objects(other) if other is not None else None, say)
+        copy = open_objects(other) if other is not None else None
+        work = _Repair(objects, copy, FileMender(objects, copy, canaries), say)
         work.documents()
         work.shards(recompute, new_bytes)
         work.publish(path)
@@ -59,9 +61,10 @@ def repair_store(
 class _Repair:
     """One pass of mending over a store."""
 
-    def __init__(self, objects: Objects, other: Objects | None, say: Callable[[Repaired], None]) -> None:
-        self._objects, self._other, self._say = objects, other, say
-        self._files = FileMender(objects, other)
+    def __init__(
+        self, objects: Objects, other: Objects | None, files: FileMender, say: Callable[[Repaired], None]
+    ) -> None:
+        self._objects, self._other, self._files, self._say = objects, other, files, say
         self.done: list[Repaired] = []
         self._settled: set[str] = set()  # keys that are not looked at again
         self._check = Verification(objects, is_full=False)

@@ -15,6 +15,7 @@ from featurestore.canaries import Canaries
 from featurestore.digests import sha256_hex
 from featurestore.errors import StoreError, UserError
 from featurestore.groups import GroupWriter
+from featurestore.identity import FeatureIdentity
 from featurestore.journal import parse_journal
 from featurestore.keep.flips import undo_document_flip, undo_flip
 from featurestore.keep.repair_documents import derived_document
@@ -45,6 +46,7 @@ from featurestore.receipts import Receipt
 from featurestore.snapshots import Snapshot, load_snapshot
 from featurestore.tombstones import Tombstone
 
+MakeCanaries = Callable[[str, FeatureIdentity], bytes]  # kind, identity -> the file
 Mended = tuple[bytes, str]  # bytes that are whole, and where they come from
 _STRANGE = "is no file of a store: move it elsewhere"
 
@@ -56,10 +58,10 @@ def open_group(objects: Objects, kind: str, group: str) -> GroupWriter:
 
 
 class FileMender:
-    """Mends files of a store, one at a time; `other` is another copy of it."""
+    """Mends files of a store, one at a time; `other` is another copy of it, `canaries` makes a group's file again."""
 
-    def __init__(self, objects: Objects, other: Objects | None) -> None:
-        self._objects, self._other = objects, other
+    def __init__(self, objects: Objects, other: Objects | None, canaries: MakeCanaries | None = None) -> None:
+        self._objects, self._other, self._make_canaries = objects, other, canaries
         self._menders = {
             PARTS: self._mend_table,
             SAMPLES: self._mend_table,
@@ -189,6 +191,8 @@ class FileMender:
 
         if found := self._mended(key, is_whole, lambda data: undo_flip(data, sha256) if sha256 else None):
             return self._put(key, found)
+        if self._make_canaries and is_whole(made := self._make_canaries(kind, identity)):
+            return self._put(key, (made, "computed again"))
         return self._remove(key, "no whole copy is known: the next extract with this encoder computes it again")
 
     def _mended_document(self, key: str, check: Callable[[bytes], object]) -> Mended | None:

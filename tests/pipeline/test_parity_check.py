@@ -125,6 +125,19 @@ def rewrite(store, identity, change) -> None:
     StoreWriter.open(store).publish_snapshot(anew=True)
 
 
+def test_repair_computes_lost_canaries_again_to_the_digest_that_they_had(store):
+    from featurestore.keep.repair import repair_store
+    from pipeline.recompute import Recompute
+
+    file = next((store / "canaries" / "video").glob("vivit-*"))
+    data = file.read_bytes()
+    file.write_bytes(data[:-30] + bytes(30))
+    again = Recompute(store, root=None, weights=None, device="cpu")
+    (done,) = repair_store(store, recompute=again, canaries=again.canaries)
+    assert (done.key, done.done) == (file.relative_to(store).as_posix(), "computed again")
+    assert file.read_bytes() == data
+
+
 def test_pictures_of_another_version_are_not_compared(store):
     identity = FeatureStore.open(store).encoders["siglip"]
     file = store / "canaries" / "video" / f"{identity.group_name}.safetensors"
