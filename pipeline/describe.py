@@ -50,27 +50,34 @@ class EncoderDescription:
         return {"group": self.identity.group_name, "device": self.device, "threads": self.threads}
 
 
+class Loading:
+    """A line for each encoder as a worker loads it, once."""
+
+    def __init__(self, say: Say) -> None:
+        self._say = say
+        self._told: set[str] = set()
+
+    def tell(self, name: str, seconds: float) -> None:
+        if name not in self._told:
+            self._told.add(name)
+            self._say(f"{name} loaded in {seconds:.1f} s")
+
+    def on_report(self, task: Task, attempt: str, report: Report) -> None:
+        self.tell(report["loaded"], report["seconds"])
+
+
 def describe(client: Client, config: ExtractConfig, say: Say = lambda line: None) -> dict[str, EncoderDescription]:
     """What a worker says of the encoders, once it has loaded them; `say` hears of each, and how long it took."""
     from pipeline.engine import describe_encoders  # only here and in workers: it imports torch
 
-    told: set[str] = set()
-
-    def tell(name: str, seconds: float) -> None:
-        if name not in told:
-            told.add(name)
-            say(f"{name} loaded in {seconds:.1f} s")
-
-    def on_report(task: Task, attempt: str, report: Report) -> None:
-        tell(report["loaded"], report["seconds"])
-
-    described = on_a_worker(client, config, describe_encoders, config.engine_settings, on_report=on_report)
+    loading = Loading(say)
+    described = on_a_worker(client, config, describe_encoders, config.engine_settings, on_report=loading.on_report)
     found = {
         entry.pop("name"): EncoderDescription(identity=FeatureIdentity.from_dict(entry.pop("identity")), **entry)
         for entry in described
     }
     for name, encoder in found.items():
-        tell(name, encoder.load_s)  # a report may come late or never
+        loading.tell(name, encoder.load_s)  # a report may come late or never
     _remember(config, found, say)
     return found
 

@@ -114,6 +114,12 @@ def engine_for(settings: EngineSettings, on_loaded: OnLoaded = lambda name, seco
         return _engines[key]
 
 
+def reporting_engine(settings: EngineSettings) -> Engine:
+    """`engine_for` in a task whose driver hears of each encoder once it is loaded: four take a minute and more."""
+    reporter = TaskReporter(interval_s=0.0)
+    return engine_for(settings, lambda name, seconds: reporter.tell(lambda: {"loaded": name, "seconds": seconds}))
+
+
 def close_engines() -> None:
     """Stop the decode processes and forget the models."""
     while _engines:
@@ -121,12 +127,8 @@ def close_engines() -> None:
 
 
 def describe_encoders(settings: EngineSettings) -> list[dict[str, Any]]:
-    """What the driver must know of each loaded encoder, as plain values: it never imports torch itself.
-
-    Each encoder is reported as soon as it is loaded: four of full size take a minute and a half.
-    """
-    reporter = TaskReporter(interval_s=0.0)
-    engine = engine_for(settings, lambda name, seconds: reporter.tell(lambda: {"loaded": name, "seconds": seconds}))
+    """What the driver must know of each loaded encoder, as plain values: it never imports torch itself."""
+    engine = reporting_engine(settings)
     return [
         {
             "name": name,

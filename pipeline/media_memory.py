@@ -19,6 +19,7 @@ from pipeline.decode.source import Source
 from pipeline.media import FrameFolder, TarMember
 
 _TABLE = "CREATE TABLE IF NOT EXISTS media (place TEXT PRIMARY KEY, stamp TEXT, sha256 TEXT) WITHOUT ROWID"
+_FIND = "SELECT stamp, sha256 FROM media WHERE place = ?"
 _LOCK_WAIT_S = 5.0  # another process may be writing
 
 
@@ -30,15 +31,17 @@ def memory_file() -> Path:
 class MediaMemory:
     """Digests of media; safe to use from several threads. Make one with `media_memory`."""
 
-    def __init__(self, known: dict[str, tuple[str, str]]) -> None:
-        self._known = known  # place -> stamp, sha256
-        self.fresh: dict[str, tuple[str, str]] = {}
+    def __init__(self, database: sqlite3.Connection | None) -> None:
+        self._database = database  # None: nothing is remembered
+        self.fresh: dict[str, tuple[str, str]] = {}  # place -> stamp, sha256
         self._lock = threading.Lock()
 
     def known(self, source: Source) -> str | None:
         """The remembered sha256 of bytes that were not touched since; None: nobody knows."""
-        stamp, sha256 = self._known.get(_place(source), ("", ""))
-        return sha256 if stamp and stamp == _stamp(source) else None
+        with self._lock, suppress(sqlite3.Error):
+            found = self._database and self._database.execute(_FIND, (_place(source),)).fetchone()
+            return found[1] if found and found[0] == _stamp(source) else None
+        return None
 
     def sha256(self, source: Source, *, anew: bool = False) -> str:
         """Of the bytes as they are; `anew` reads them even if they are remembered."""
@@ -54,10 +57,16 @@ class MediaMemory:
 @contextmanager
 def media_memory(file: Callable[[], Path] = memory_file) -> Iterator[MediaMemory]:
     """What is remembered; what was learned is kept at the end."""
-    memory = MediaMemory(_read(file()))
+    database = None
+    if file().is_file():
+        with suppress(sqlite3.Error, OSError):
+            database = sqlite3.connect(file(), timeout=_LOCK_WAIT_S, check_same_thread=False)  # guarded by a lock
+    memory = MediaMemory(database)
     try:
         yield memory
     finally:
+        if database is not None:
+            database.close()
         if memory.fresh:
             _write(file(), memory.fresh)
 
@@ -82,14 +91,6 @@ def _place(source: Source) -> str:
 def _stamp(source: Source) -> str:
     found = map(os.stat, _paths(source))
     return record_digest([[s.st_size, s.st_mtime_ns, s.st_ctime_ns] for s in found])[:32]
-
-
-def _read(file: Path) -> dict[str, tuple[str, str]]:
-    if not file.is_file():
-        return {}
-    with suppress(sqlite3.Error, OSError), closing(sqlite3.connect(file, timeout=_LOCK_WAIT_S)) as database:
-        return {place: (stamp, sha256) for place, stamp, sha256 in database.execute("SELECT * FROM media")}
-    return {}
 
 
 def _write(file: Path, fresh: dict[str, tuple[str, str]]) -> None:

@@ -39,8 +39,10 @@ def read_plan(path: str | Path) -> Prediction:
         for row in plan["rows"]:
             group = (row["stage"], row["kind"])
             by_clip[group] = max(by_clip.get(group, 0), int(row["to_do"]))
-        seconds = None if plan["seconds"] is None else float(plan["seconds"])
-        interval = plan["interval_s"] and (float(plan["interval_s"][0]), float(plan["interval_s"][1]))
+        start_s = float(plan.get("startup_s", 0.0))  # a run counts its seconds from when the encoders are loaded
+        seconds = None if plan["seconds"] is None else float(plan["seconds"]) - start_s
+        low_high = plan["interval_s"]
+        interval = low_high and (float(low_high[0]) - start_s, float(low_high[1]) - start_s)
         return Prediction(
             by="plan", clips=sum(by_clip.values()), seconds=seconds, interval_s=interval, bytes=int(plan["bytes"])
         )

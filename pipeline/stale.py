@@ -17,15 +17,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
 from featurestore.clips import KINDS, Clip
 from featurestore.errors import MediaError, MervCacheError
 from featurestore.identity import FeatureIdentity
+from featurestore.layout import JOURNAL, journal_names
 from featurestore.receipts import RowOutcome
 from featurestore.snapshot_table import column
 from featurestore.snapshots import load_snapshot, newest_snapshot_id, read_snapshot_table
+from featurestore.tombstones import tombstoned_clips
 from featurestore.writer import StoreWriter
 from pipeline.decode.source import Source
 from pipeline.media_memory import MediaMemory, media_memory, newest_touch_s
@@ -123,10 +126,10 @@ def _stored(store: StoreWriter, clips: Iterable[Clip], identities: Mapping[str, 
         name: tuple(table[column(group, suffix)].to_numpy() for suffix in ("row", "failed_row"))
         for name, group in groups.items()
     }
-    found = []
+    found, removed = [], tombstoned_clips(store.objects)
     for clip in clips:
         line = lines.get(clip.clip_id)
-        if line is None:
+        if line is None or clip.clip_id in removed:
             continue
         if mine := {name: (int(ok[line]), int(bad[line])) for name, (ok, bad) in rows.items() if ok[line] >= 0}:
             found.append(_Stored(clip=clip, rows=mine))
@@ -141,12 +144,14 @@ class _Started:
         self._block_rows = store.block_rows
         self._first: dict[str, np.ndarray] = {}  # kind -> per block, start of the earliest run that committed it
         older = [run["started"] for run in runs if "blocks" not in run]  # of versions that did not note their blocks
+        if any(name.startswith("combine-") for name in journal_names(store.objects.list_names(JOURNAL))):
+            runs, older = [], [run["started"] for run in runs]  # of the stores it was laid from: other blocks
         self._unknown = min(older, default=0.0)  # 0: nobody knows, so every file may have been touched since
         for kind in KINDS:
-            spans = [(run["started"], *span) for run in runs for span in run.get("blocks", {}).get(kind, ())]
-            first = np.full(max((stop for *_, stop in spans), default=0), np.inf)
-            for start_s, begin, stop in spans:
-                first[begin:stop] = np.minimum(first[begin:stop], start_s)
+            first = np.full(store.sealed_blocks(kind), np.inf)
+            for run in runs:
+                for begin, stop in _spans(run, kind):
+                    first[begin:stop] = np.minimum(first[begin:stop], run["started"])
             self._first[kind] = np.where(np.isinf(first), self._unknown, first)
 
     def before(self, each: _Stored) -> float:
@@ -154,6 +159,14 @@ class _Started:
         first = self._first[each.clip.kind]
         blocks = [row // self._block_rows[each.clip.kind] for row, _ in each.rows.values()]
         return min(float(first[b]) if b < len(first) else self._unknown for b in blocks) - CLOCK_SLACK_S
+
+
+def _spans(run: Mapping[str, Any], kind: str) -> list[tuple[int, int]]:
+    """Blocks that a run committed, as its record has it; a journal may be a stranger's."""
+    blocks = run.get("blocks")
+    spans = blocks.get(kind, []) if isinstance(blocks, Mapping) else []
+    pairs = [tuple(span) for span in spans if isinstance(span, list)] if isinstance(spans, list) else []
+    return [pair for pair in pairs if len(pair) == 2 and all(type(n) is int and n >= 0 for n in pair)]
 
 
 class _Receipts:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # torch comes in with the workers; the command line only pars
 
 THREE_CHOICES = "weights are `hub`, a folder with config.json and model.safetensors, or `random:SEED`"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in order of preference
+HUB_TIMEOUT_S = 10.0  # of a first question to the Hub
 EMBEDDING_STD = 0.1  # of random class, register, position and time embeddings; patches have about 1
 
 
@@ -92,8 +93,10 @@ def download(spec: EncoderSpec) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    is_cache_only = not _hub_answers(spec.hub_id)
+
     def fetch(name: str) -> Path:
-        return Path(hf_hub_download(spec.hub_id, name))
+        return Path(hf_hub_download(spec.hub_id, name, local_files_only=is_cache_only))
 
     try:
         folder = fetch("config.json").parent
@@ -102,11 +105,26 @@ def download(spec: EncoderSpec) -> Path:
         except EntryNotFoundError:  # LocalEntryNotFoundError too: an offline cache may hold the .bin only
             fetch(WEIGHT_FILES[1])
     except (LocalEntryNotFoundError, EntryNotFoundError, OSError) as error:
+        why = "which does not answer" if is_cache_only else str(error).splitlines()[0]
         raise UserError(
-            f"cannot get {spec.hub_id} for {spec.name} from the Hugging Face Hub, nor from its cache: {error}. "
+            f"cannot get {spec.hub_id} for {spec.name} from the Hugging Face Hub ({why}), nor from its cache. "
             f"Instead name a local folder or random weights: {THREE_CHOICES}"
         ) from error
     return folder
+
+
+def _hub_answers(hub_id: str) -> bool:
+    """One question with a short wait: left to itself the Hub's client asks six times for every file, half a minute."""
+    from huggingface_hub import model_info
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    try:
+        model_info(hub_id, timeout=HUB_TIMEOUT_S)
+    except (HfHubHTTPError, ValueError):
+        return True  # the Hub's own word on it: downloading tells what is wrong
+    except (OSError, HTTPError):
+        return False  # no network, or offline mode
+    return True
 
 
 def read_checkpoint(folder: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
