@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from featurestore.errors import StoreDamagedError, UserError
 from trainer.config import FusionConfig, read_config
@@ -310,3 +311,15 @@ def test_runs_of_unlike_precision_follow_each_other_in_one_process(tmp_path, con
 def test_counts_of_nothing_are_refused(config, changes):
     with pytest.raises(UserError, match=next(iter(changes))):
         replace(config, **changes)
+
+
+@pytest.mark.parametrize("clip_norm", [0.01, 0.0])
+def test_gradients_are_clipped_to_one_norm_over_all_parts_or_left_alone(tmp_path, config, samples, tokens, clip_norm):
+    settings = replace(config, max_steps=1, optimizer=replace(config.optimizer, clip_norm=clip_norm))
+    train(settings, samples, tokens, tmp_path / "run", is_quiet=True)
+    moments = load_file(checkpoint.newest(tmp_path / "run") / checkpoint.OPTIMIZER_FILE)
+    # AdamW's first moment after one step is a tenth of the gradient it was given.
+    given = sum(value.double().square().sum() for name, value in moments.items() if name.endswith("/exp_avg")) ** 0.5
+    (row,) = read_metrics(tmp_path / "run")
+    assert row["grad_norm"] > 0.01  # as it was before
+    assert 10 * given.item() == pytest.approx(clip_norm or row["grad_norm"], rel=1e-4)
