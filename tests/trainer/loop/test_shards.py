@@ -5,11 +5,7 @@ script below tells accelerate's state that it shards; everything else is what a 
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -29,19 +25,15 @@ from trainer.runs import checkpoint
 SCRIPT = """
 import json
 import sys
-from dataclasses import replace
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from toy_runs import as_captions, toy_config, toy_questions, toy_tokens, two_stages
 
 import trainer.loop.train
-from featurestore.samples import Sample, Turn
 from trainer.loop import ranks
 from trainer.loop.stages import train_stages
-from trainer.overlay import overlay
-from trainer.recipes import Stage, get_recipe
-from trainer.data.tokens import MemoryTokens
 
 held = []  # share of the elements of the model's parameters that this process holds
 
@@ -66,33 +58,11 @@ def weighing(accelerator, model, optimizer):
 
 
 def go(out, changes, resume=False, stop_at=None, is_chain=False):
-    random = torch.Generator().manual_seed(0)
-    clips = [f"set/clip{index}.mp4" for index in range(16)]
-    tokens = MemoryTokens(clips, {"dinov2": torch.randn(16, 2, 2, 2, 8, generator=random)})
-    samples = [
-        Sample(
-            sample_id=f"s{index:02d}",
-            clip_id=clip if index % 3 else None,  # every third is text only
-            turns=(Turn(role="human", text="What?"), Turn(role="gpt", text="red green blue"[: 3 + index % 2 * 6])),
-            stage="finetune",
-            split="train" if index < 12 else "heldout",
-            source="toy",
-            options=("red", "red green"),
-            answer_index=index % 2,
-        )
-        for index, clip in enumerate(clips)
-    ]
-    common = {"projector": {"grid": [1, 2, 2]}, "max_steps": 4, "batch_size": 4, "micro_batch_size": 1}
-    checkpoints = {"eval_every": 2, "checkpoint_every": 2, "keep_checkpoints": 5}
-    config = overlay(get_recipe("demo"), common | checkpoints | changes)
+    samples, tokens = toy_questions(16, num_trained=12), toy_tokens(16)
+    config = toy_config(max_steps=4, eval_every=2, checkpoint_every=2, keep_checkpoints=5, **changes)
     if is_chain:
-        captions = [
-            replace(sample, sample_id=f"c-{sample.sample_id}", clip_id=clip, stage="align")
-            for sample, clip in zip(samples, clips, strict=True)
-        ]
-        first = Stage(name="align", config=replace(config, stage="align", prompt="caption", max_steps=2))
-        stages = (first, Stage(name="finetune", config=config))
-        train_stages(stages, lambda asked: ([*samples, *captions], tokens), out, is_quiet=True)
+        both = [*samples, *as_captions(samples)]
+        train_stages(two_stages(config, align_steps=2), lambda asked: (both, tokens), out, is_quiet=True)
         return
     trainer.loop.train.train(config, samples, tokens, out, resume=resume, stop_at=stop_at, is_quiet=True)
 
@@ -109,11 +79,9 @@ PARTLY = {"train_llm": "lora", "activation_checkpointing": True, "precision": "b
 
 
 @pytest.fixture(scope="module")
-def go():
+def go(run_here):
     """The script's runs, in this process alone."""
-    names = {"__name__": "script"}
-    exec(compile(SCRIPT, "script", "exec"), names)
-    return names["go"]
+    return run_here(SCRIPT)["go"]
 
 
 def launcher_environment(launch, processes):
@@ -121,36 +89,6 @@ def launcher_environment(launch, processes):
     options = ["--config_file", str(LAUNCH_FILES[launch]), "--num_processes", str(processes), "script.py"]
     arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(options))
     return prepare_multi_gpu_env(arguments)
-
-
-def run_sharded(folder, runs, port):
-    """Those runs, one after the other, by two processes that share each model; the share that each has held."""
-    (folder / "script.py").write_text(SCRIPT)
-    shared = {
-        **launcher_environment("fsdp", 2),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).resolve().parents[3]),
-    }
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(folder / "script.py"), json.dumps(runs)],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    held = []
-    for process in started:
-        output, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors
-        held += json.loads(output)
-    return held
 
 
 def shapes(path):
@@ -161,7 +99,7 @@ def column(run, name):
     return [row[name] for row in read_metrics(run) if name in row]
 
 
-def test_two_sharded_ranks_train_validate_save_and_resume_as_one(tmp_path, go, pretrained, free_port):
+def test_two_sharded_ranks_train_validate_save_and_resume_as_one(tmp_path, go, pretrained, free_port, run_by_two):
     partly = {**PARTLY, "llm": pretrained}
     runs = [
         {"out": str(tmp_path / "full"), "changes": FULL, "stop_at": 2},
@@ -169,7 +107,9 @@ def test_two_sharded_ranks_train_validate_save_and_resume_as_one(tmp_path, go, p
         {"out": str(tmp_path / "partly"), "changes": partly},
         {"out": str(tmp_path / "chain"), "changes": FULL, "is_chain": True},
     ]
-    held = run_sharded(tmp_path, runs, free_port)
+    ended = run_by_two(tmp_path, SCRIPT, runs, free_port, launcher_environment("fsdp", 2))
+    assert [code for code, _, _ in ended] == [0, 0], "\n".join(errors for _, _, errors in ended)
+    held = [share for _, shares, _ in ended for share in json.loads(shares)]
     assert len(held) == 2 * 5  # the chain is two
     assert all(0.4 < share < 0.6 for share in held)
 
