@@ -15,8 +15,7 @@ from pipeline.cluster_cli import CLUSTER_COMMANDS
 from pipeline.explain_cli import EXPLAIN_COMMANDS
 from pipeline.options import config_from_options, extraction_options
 from pipeline.share_cli import SHARE_COMMANDS
-from pipeline.show import friendly_errors, told_interrupts
-from pipeline.show import show_result as _show
+from pipeline.show import friendly_errors, show_result, told_interrupts
 from pipeline.store_cli import STORE_COMMANDS
 
 
@@ -63,7 +62,7 @@ def extract(config_file: str | None, print_config: bool, as_json: bool, **option
             click.echo(config.to_yaml(), nl=False)
             return
         summary = run_extraction(config, say=lambda line: click.echo(line, err=True))
-        _show(summary.to_dict(), as_json, lambda: tables.summary(summary))
+        show_result(summary.to_dict(), as_json, lambda: tables.summary(summary))
 
 
 @main.command()
@@ -77,7 +76,7 @@ def plan(config_file: str | None, probe: int, as_json: bool, **options: Any) -> 
 
     with friendly_errors():
         result = forecast(config_from_options(config_file, options), probe=probe)
-        _show(result.to_dict(), as_json, lambda: tables.forecast(result))
+        show_result(result.to_dict(), as_json, lambda: tables.forecast(result))
 
 
 STORE_ARGUMENT = click.argument("store", type=click.Path(), required=False)
@@ -117,7 +116,7 @@ def status(store: str | None, store_option: str | None, every_s: float | None, a
             show(watch(find_store(store or store_option), every_s), as_json=as_json)
             return
         result = store_status(find_store(store or store_option))
-        _show(result, as_json, lambda: tables.status(result))
+        show_result(result, as_json, lambda: tables.status(result))
 
 
 @main.command()
@@ -137,7 +136,7 @@ def inspect(words: tuple[str, ...], store_option: str | None, as_json: bool) -> 
         if len(names) != 1:
             raise click.UsageError(f"one clip or encoder at a time, got {len(names)}: {', '.join(names)}")
         result = inspect_store(place, names[0])
-        _show(result, as_json, lambda: tables.details(result))
+        show_result(result, as_json, lambda: tables.details(result))
 
 
 @main.command()
@@ -172,7 +171,9 @@ def encoders(as_json: bool) -> None:
     from pipeline.encoders import ENCODERS
 
     with friendly_errors():
-        _show([tables.encoder_row(spec) for spec in ENCODERS.values()], as_json, lambda: tables.encoders(ENCODERS))
+        show_result(
+            [tables.encoder_row(spec) for spec in ENCODERS.values()], as_json, lambda: tables.encoders(ENCODERS)
+        )
 
 
 @main.command()
@@ -186,9 +187,11 @@ def datasets(name: str | None, as_json: bool) -> None:
     with friendly_errors():
         if name:
             row = tables.dataset_details(dataset_spec(name))
-            _show(row, as_json, lambda: tables.details(row))
+            show_result(row, as_json, lambda: tables.details(row))
         else:
-            _show([tables.dataset_row(spec) for spec in DATASETS.values()], as_json, lambda: tables.datasets(DATASETS))
+            show_result(
+                [tables.dataset_row(spec) for spec in DATASETS.values()], as_json, lambda: tables.datasets(DATASETS)
+            )
 
 
 for command in (*STORE_COMMANDS, *EXPLAIN_COMMANDS, *SHARE_COMMANDS, *CLUSTER_COMMANDS):
