@@ -1,0 +1,113 @@
+"""From when on a touched file is suspect: the store's journal tells which run made which block."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from featurestore.clips import Clip
+from featurestore.writer import StoreWriter
+from pipeline.decode.source import Source
+from pipeline.media_memory import media_memory, newest_touch_s
+from pipeline.stale import CLOCK_SLACK_S, _file_touch_s, _Started, _Stored
+from pipeline.summary import ExtractSummary
+
+ROWS = 4
+
+
+@pytest.fixture
+def store(tmp_path) -> StoreWriter:
+    made = StoreWriter.open_or_create(tmp_path / "s.zarr", block_rows={"video": ROWS, "image": ROWS})
+    made.add_clips(Clip(dataset="d", path=f"{n}.mp4", kind="video") for n in range(3 * ROWS))
+    return made
+
+
+def note(store: StoreWriter, name: str, started: float, **record) -> None:
+    store.journal(f"{name}-driver", {"started": started, "encoders": {}, "summary": {}, "config": {}} | record)
+
+
+def suspect_from(store: StoreWriter, *rows: int) -> float:
+    clip = Clip(dataset="d", path="0.mp4", kind="video")
+    rows_by_encoder = {f"e{n}": (row, -1) for n, row in enumerate(rows)}
+    return _Started(store).before(_Stored(clip=clip, rows=rows_by_encoder)) + CLOCK_SLACK_S
+
+
+def test_a_clip_is_as_old_as_the_earliest_run_of_its_blocks(store):
+    note(store, "one", 100.0, blocks={"video": [[0, 1]]})
+    note(store, "two", 200.0, blocks={"video": [[0, 2]]})
+    assert suspect_from(store, 1) == 100  # another encoder's block 0 may be of run two
+    assert suspect_from(store, 5) == 200
+    assert suspect_from(store, 5, 3) == 100
+
+
+def test_blocks_of_no_run_in_the_journal_are_suspect_from_the_beginning(store):
+    assert suspect_from(store, 1) == 0
+    note(store, "one", 100.0, blocks={"video": [[0, 1]]})  # whoever made block 1 was killed
+    assert suspect_from(store, 5) == 0
+
+
+def test_runs_of_versions_that_noted_no_blocks_count_for_all_that_are_unknown(store):
+    note(store, "old", 50.0)
+    note(store, "new", 100.0, blocks={"video": [[1, 2]]})
+    assert (suspect_from(store, 1), suspect_from(store, 5)) == (50, 100)
+
+
+def test_the_blocks_of_the_stores_that_a_union_was_laid_from_are_not_its_own(store):
+    note(store, "a", 300.0, blocks={"video": [[0, 1]]})
+    note(store, "b", 200.0, blocks={"video": [[0, 3]]})
+    store.journal("combine-0123456789ab", {"combined from": []})
+    assert suspect_from(store, 1) == suspect_from(store, 9) == 200
+
+
+@pytest.mark.parametrize(
+    "blocks", [{"video": [[0, 10**15], [5], "x", [1, "2"], [-3, 2], [True, 2]]}, [], "x", {"video": 3}]
+)
+def test_a_strangers_journal_makes_no_error_and_no_array_of_its_size(store, blocks):
+    note(store, "one", 100.0, blocks=blocks)
+    assert suspect_from(store, 9) in (0, 100)
+
+
+def test_the_record_of_a_run_names_its_blocks_as_spans():
+    summary = ExtractSummary(store="", run="")
+    block = dict.fromkeys(("clips", "failed", "frames", "bytes", "reused", "halvings"), 0) | {
+        "reasons": {},
+        "seconds": {},
+    }
+    for kind, number in (("video", 4), ("video", 2), ("image", 0), ("video", 3), ("video", 7), ("video", 3)):
+        summary.add(block | {"kind": kind, "block": number, "made": {"x": {"clips": 2, "seconds": 0.5, "bytes": 8}}})
+    assert summary.block_spans == {"image": [[0, 1]], "video": [[2, 5], [7, 8]]}
+    assert summary.to_dict()["made"]["video/x"] == {"clips": 10, "seconds": 2.5, "bytes": 40}
+    assert "blocks_of" not in summary.to_dict()
+
+
+def test_a_link_put_on_another_file_is_touched_though_the_file_is_old(tmp_path):
+    (tmp_path / "old.mp4").write_bytes(b"old")
+    (tmp_path / "clip.mp4").symlink_to("old.mp4")
+    os.utime(tmp_path / "clip.mp4", (4e9, 4e9), follow_symlinks=False)
+    assert _file_touch_s(str(tmp_path), "clip.mp4") == 4e9
+    assert _file_touch_s(str(tmp_path), ".") is None
+    assert _file_touch_s(str(tmp_path), "absent.mp4") is None
+
+
+def test_a_folder_of_frames_is_remembered_until_one_of_them_is_touched(tmp_path):
+    (tmp_path / "frames").mkdir()
+    for number in range(3):
+        (tmp_path / "frames" / f"{number}.png").write_bytes(b"%d" % number)
+    with media_memory(lambda: tmp_path / "m.sqlite") as memory:
+        source = Source.find(str(tmp_path), "frames")
+        assert newest_touch_s(source) > 0
+        assert memory.known(source) is None
+        assert memory.sha256(source) == source.sha256()
+    with media_memory(lambda: tmp_path / "m.sqlite") as memory:
+        assert memory.known(source) == source.sha256()
+        os.utime(tmp_path / "frames" / "1.png", (5, 5))
+        assert memory.known(source) is None
+
+
+def test_a_memory_that_is_no_database_remembers_nothing_and_ends_nothing(tmp_path):
+    (tmp_path / "m.sqlite").write_bytes(b"no database at all" * 100)
+    (tmp_path / "a.mp4").write_bytes(b"a")
+    source = Source.find(str(tmp_path), "a.mp4")
+    with media_memory(lambda: tmp_path / "m.sqlite") as memory:
+        assert memory.sha256(source) == source.sha256()
