@@ -201,11 +201,11 @@ def children(pid: int, word: str) -> list[int]:
 
 
 class Gate:
-    """A place where a run waits: before a forward of its encoder, with the films and half a block of stills done."""
+    """A place where a run waits: before a forward of its encoder, a block committed and half of the next one done."""
 
-    def __init__(self, folder: Path, *, after: int = FILMS // BATCH + 1) -> None:
-        self._file = folder / f"gate-{time.monotonic_ns()}"
-        self.environment = {"TINY_GATE": str(self._file), "TINY_GATE_AFTER": str(after)}
+    def __init__(self, store: Path) -> None:
+        self._file = store.parent.with_name(f"gate-{time.monotonic_ns()}")
+        self.environment = {"TINY_GATE": str(self._file), "TINY_GATE_STORE": str(store)}
 
     def wait(self) -> None:
         """Until a run stands before it."""

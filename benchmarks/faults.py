@@ -62,7 +62,8 @@ def driver_killed(lab: FaultLab, rng: random.Random) -> str:
 
 def worker_killed(lab: FaultLab, rng: random.Random) -> str:
     """One of two worker processes, while the command goes on."""
-    store, gate = lab.new_store(), Gate(lab.folder)
+    store = lab.new_store()
+    gate = Gate(store)
     pid = lab.start(store, gate.environment, workers=2)
     gate.wait()
     workers = [worker for worker in children(pid, "spawn_main") if children(worker, "pipeline.decode.worker")]
@@ -87,7 +88,8 @@ def decoder_stopped(lab: FaultLab, rng: random.Random) -> str:
 
 def scheduler_killed(lab: FaultLab, rng: random.Random) -> str:
     """A scheduler that somebody else runs: the command says so and stops; with another one it goes on."""
-    store, gate = lab.new_store(), Gate(lab.folder)
+    store = lab.new_store()
+    gate = Gate(store)
     with cluster(lab, gate.environment) as (file, scheduler):
         lab.start(store, scheduler=str(file))
         gate.wait()
@@ -113,7 +115,8 @@ def disk_full(lab: FaultLab, rng: random.Random) -> str:
 def store_read_only(lab: FaultLab, rng: random.Random) -> str:
     """The store's file system turns read-only under the run, as a faulty disk does."""
     with own_disk(lab, "size=9m") as (place, _):
-        store, gate = place / "features.zarr", Gate(lab.folder)
+        store = place / "features.zarr"
+        gate = Gate(store)
         lab.start(store, gate.environment)
         gate.wait()
         with read_only(place):
@@ -127,7 +130,8 @@ def store_read_only(lab: FaultLab, rng: random.Random) -> str:
 
 def media_gone(lab: FaultLab, rng: random.Random) -> str:
     """The folder of the media is empty all at once: an unmounted share."""
-    store, gate, aside = lab.new_store(), Gate(lab.folder), lab.folder / "aside"
+    store, aside = lab.new_store(), lab.folder / "aside"
+    gate = Gate(store)
     lab.start(store, gate.environment)
     gate.wait()
     lab.media.rename(aside)
@@ -148,7 +152,7 @@ def media_gone(lab: FaultLab, rng: random.Random) -> str:
 def file_removed(lab: FaultLab, rng: random.Random) -> str:
     """One file is deleted after it was listed: that clip fails, and gets a new row when it is back."""
     store, file = lab.new_store(), lab.media / f"still-{STILLS - 1:02}.png"
-    expected, data, gate = lab.expected_digests("tiny"), file.read_bytes(), Gate(lab.folder)
+    expected, data, gate = lab.expected_digests("tiny"), file.read_bytes(), Gate(store)
     lab.start(store, gate.environment)
     gate.wait()
     file.unlink()  # of the last block, of which nothing is decoded yet
@@ -208,7 +212,8 @@ def poisonous_clip_of_workers(lab: FaultLab, rng: random.Random) -> str:
 
 def two_drivers(lab: FaultLab, rng: random.Random) -> str:
     """Two commands on one store: the second one is refused while the first is there."""
-    store, gate = lab.new_store(), Gate(lab.folder)
+    store = lab.new_store()
+    gate = Gate(store)
     lab.start(store, gate.environment)
     gate.wait()  # it stays where it is until the second one has looked
     try:
@@ -243,7 +248,8 @@ FAULTS: dict[str, Callable[[FaultLab, random.Random], str]] = {
 
 def hurt_decoders(lab: FaultLab, how: signal.Signals, **settings) -> None:
     """Send a signal to every decode process; the run must come to its end all the same."""
-    store, gate = lab.new_store(), Gate(lab.folder)
+    store = lab.new_store()
+    gate = Gate(store)
     pid = lab.start(store, gate.environment, **settings)
     gate.wait()
     hurt = children(pid, "pipeline.decode.worker")

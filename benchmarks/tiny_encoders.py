@@ -1,8 +1,9 @@
 """Encoders that cost next to nothing, as plug-ins for benchmarks of everything around the encoders.
 
-`tiny` is one convolution, and sleeps TINY_DELAY_S per forward; after TINY_GATE_AFTER forwards of its process it makes
-the file TINY_GATE.reached and waits for the file TINY_GATE, so that a fault happens at a known place. `crashing` is the
-same, and brings its process down (SIGABRT) when a clip is white all over, unless TINY_HARMLESS is set.
+`tiny` is one convolution, and sleeps TINY_DELAY_S per forward; once the store TINY_GATE_STORE has a receipt and one
+more forward is done, it makes the file TINY_GATE.reached and waits for the file TINY_GATE, so that a fault happens at a
+known place. `crashing` is the same, and brings its process down (SIGABRT) when a clip is white all over, unless
+TINY_HARMLESS is set.
 `install(folder)` makes a folder that, on PYTHONPATH, makes both known to the driver and to its workers.
 """
 
@@ -35,13 +36,13 @@ TINY = EncoderSpec(
 CRASHING = replace(TINY, name="crashing", model="crashing", builder="tiny_encoders:build_crashing")
 
 
-forwards = itertools.count(1)  # of this process
+forwards = itertools.count(1)  # of this process, since something was committed
 
 
 def pass_gate() -> None:
     """Wait where somebody put a gate, until it is opened."""
     gate = os.environ.get("TINY_GATE")
-    if gate is None or next(forwards) <= int(os.environ["TINY_GATE_AFTER"]):
+    if gate is None or not any(Path(os.environ["TINY_GATE_STORE"]).glob("receipts/*/*/*.json")) or next(forwards) == 1:
         return
     Path(f"{gate}.reached").touch()
     while not os.path.exists(gate):

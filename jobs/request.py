@@ -21,6 +21,7 @@ DASK_SETTINGS = {
     "distributed.worker.memory.pause": False,
     "distributed.worker.memory.terminate": False,
     "distributed.worker.daemon": False,  # workers start decode processes
+    "distributed.worker.profile.interval": "100 ms",  # Dask's own 10 ms: a sample of every stack, under the GIL
     "distributed.admin.tick.limit": "30 s",  # loading weights holds the loop; a warning each time teaches nobody
 }
 WORKER_WAIT_S = {"": 600.0, "slurm": 86_400.0}  # scheduler -> seconds without any worker before a run stops
