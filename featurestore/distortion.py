@@ -103,6 +103,8 @@ REFERENCES: dict[str, str] = {
     "rounding twice costs). What that dtype rounded at extraction is not in the table; by the format it is at most "
     "2^-11 of a value for float16, 2^-8 for bfloat16, and half a step of (max - min) / 255 of clip and channel for "
     "uint8.",
+    "encoders": "Errors are against the encoders' own float32, computed again from the media by the machine that "
+    "measured.",
 }
 _RECORDS: dict[str, tuple[type, type]] = {"tokens": (TokenRecord, TokenRow), "loss": (LossRecord, LossRow)}
 _TEXTS = {"time", "snapshot", "reference", "run", "split", "weights", "encoder", "identity", "kind", "dtype"}

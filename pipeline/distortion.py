@@ -3,7 +3,8 @@
 Comes in: a store. A seeded sample of its clips is read as float32 and written, in each dtype in turn, by the store's
 own writer into a temporary store on this machine, with the codec of the real one. Goes out: a `TokenRecord`. The
 reference is what the store holds, not what the encoders once computed: without the media nothing better is known, and
-the record says so. One encoder and dtype is on disk at a time.
+the record says so. With the media, `distortion_again.py` gives the encoders' own float32. One encoder and dtype is on
+disk at a time.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,23 +34,21 @@ REPEATS = 3  # of every timing, of which the fastest counts: others share the ma
 _CLIP_FIELDS = ("dataset", "path", "kind", "start_s", "end_s", "end_frame")
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Sample:
-    """The clips of one encoder and kind that are measured, and where they come from."""
+Floats = Callable[[Clip], dict[str, np.ndarray]]  # the arrays that an encoder hands over; a still's steps once
 
-    store: FeatureStore
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """The clips of one encoder and kind that are measured."""
+
     group: GroupWriter  # of the store
     encoder: str  # key
     clips: tuple[Clip, ...]
+    rows: tuple[int, ...]  # where each lies
+    floats: Floats  # the reference
 
-    def floats(self, clip: Clip) -> dict[str, np.ndarray]:
-        """The arrays that an encoder would hand over; a still's steps once."""
-        steps = slice(0, self.group.identity.grid_of(self.group.kind)[0])
-        asked = {"encoder": self.encoder, "frames": steps}
-        arrays = {"tokens": self.store.read([clip.clip_id], **asked)[0]}
-        if self.group.identity.prefix_tokens:
-            arrays["prefix"] = self.store.read_prefix([clip.clip_id], **asked)[0]
-        return {name: array.astype(np.float32) for name, array in arrays.items()}
+
+Again = Callable[[Sample, Path], Floats]  # makes the tokens of a sample again, into a folder
 
 
 def measure_distortion(
@@ -57,27 +57,39 @@ def measure_distortion(
     sample: int = 64,
     seed: int = 0,
     scratch: Path | None = None,
+    again: Again | None = None,
     on_start: Callable[[int], None] = lambda measurements: None,
     on_done: Callable[[], None] = lambda: None,
 ) -> TokenRecord:
-    """Measure every storage dtype on at most `sample` clips of each encoder and kind, chosen by `seed`."""
+    """Measure every storage dtype on at most `sample` clips of each encoder and kind, chosen by `seed`.
+
+    `again` makes the reference anew from the media; without it, the reference is what the store holds.
+    """
     store = FeatureStore.open(place)
     samples = list(_samples(store, StoreWriter.open(place), sample, seed))
     if not samples:
         raise UserError(f"{place} holds no committed tokens yet: nothing can be measured; run the extraction first")
     on_start(len(samples) * len(STORAGE_DTYPES))
     rows = []
+    temporary = partial(tempfile.TemporaryDirectory, prefix="merv-distortion-", dir=scratch)
     for each in samples:
-        for dtype in STORAGE_DTYPES:
-            with tempfile.TemporaryDirectory(prefix="merv-distortion-", dir=scratch) as folder:
-                rows.append(_measure(each, dtype, Path(folder)))
-            on_done()
+        with temporary() as made:
+            known = each if again is None else replace(each, floats=again(each, Path(made)))
+            for dtype in STORAGE_DTYPES:
+                with temporary() as folder:
+                    rows.append(_measure(known, dtype, Path(folder)))
+                on_done()
     return TokenRecord(
-        time=now(), snapshot=store.snapshot, reference="store", sample=sample, seed=seed, rows=tuple(rows)
+        time=now(),
+        snapshot=store.snapshot,
+        reference="store" if again is None else "encoders",
+        sample=sample,
+        seed=seed,
+        rows=tuple(rows),
     )
 
 
-def _samples(store: FeatureStore, origin: StoreWriter, size: int, seed: int) -> Iterator[_Sample]:
+def _samples(store: FeatureStore, origin: StoreWriter, size: int, seed: int) -> Iterator[Sample]:
     for encoder, identity in store.encoders.items():
         committed = store.clips.filter(store.clips[encoder])
         for kind in KINDS:
@@ -85,7 +97,22 @@ def _samples(store: FeatureStore, origin: StoreWriter, size: int, seed: int) -> 
             clips = sorted((Clip(**record) for record in records), key=lambda clip: _draw(seed, clip))[:size]
             if clips:
                 group = origin.open_group(kind, identity.group_name)
-                yield _Sample(store=store, group=group, encoder=encoder, clips=tuple(clips))
+                rows = store.rows([clip.clip_id for clip in clips], encoder=encoder).tolist()
+                floats = _stored_floats(store, encoder, group)
+                yield Sample(group=group, encoder=encoder, clips=tuple(clips), rows=tuple(rows), floats=floats)
+
+
+def _stored_floats(store: FeatureStore, encoder: str, group: GroupWriter) -> Floats:
+    """What the store holds, as float32."""
+    asked = {"encoder": encoder, "frames": slice(0, group.identity.grid_of(group.kind)[0])}
+
+    def floats(clip: Clip) -> dict[str, np.ndarray]:
+        arrays = {"tokens": store.read([clip.clip_id], **asked)[0]}
+        if group.identity.prefix_tokens:
+            arrays["prefix"] = store.read_prefix([clip.clip_id], **asked)[0]
+        return {name: array.astype(np.float32) for name, array in arrays.items()}
+
+    return floats
 
 
 def _draw(seed: int, clip: Clip) -> str:
@@ -93,7 +120,7 @@ def _draw(seed: int, clip: Clip) -> str:
     return hashlib.sha256(f"{seed} {clip.clip_id}".encode()).hexdigest()
 
 
-def _measure(sample: _Sample, dtype: str, folder: Path) -> TokenRow:
+def _measure(sample: Sample, dtype: str, folder: Path) -> TokenRow:
     stored_bytes, kept = _write(sample, dtype, folder)
     own = sample.group.identity
     row = TokenRow(
@@ -122,7 +149,7 @@ def _measure(sample: _Sample, dtype: str, folder: Path) -> TokenRow:
     )
 
 
-def _write(sample: _Sample, dtype: str, folder: Path) -> tuple[int, tuple[Clip, ...]]:
+def _write(sample: Sample, dtype: str, folder: Path) -> tuple[int, tuple[Clip, ...]]:
     """A store of the sample in that dtype: bytes of its shards, and the clips that fit the dtype."""
     origin, kind = sample.group, sample.group.kind
     writer = StoreWriter.open_or_create(folder, block_rows={kind: min(origin.block_rows, len(sample.clips))})
@@ -175,7 +202,7 @@ def _read_raw(folder: Path) -> None:
                 pass
 
 
-def _errors(sample: _Sample, made: FeatureStore, clips: Sequence[Clip]) -> dict[str, float]:
+def _errors(sample: Sample, made: FeatureStore, clips: Sequence[Clip]) -> dict[str, float]:
     """Differences of the tokens from the reference, in float64; prefix tokens are stored but not compared."""
     largest, squares, total, cosine = 0.0, 0.0, 0.0, 1.0
     steps = slice(0, sample.group.identity.grid_of(sample.group.kind)[0])

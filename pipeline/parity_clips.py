@@ -57,9 +57,10 @@ def check_clips(
     for start in range(0, len(clip_ids), batch):
         part = list(clip_ids[start : start + batch])
         loaded = {clip_id: _load(cells, name, clip_id, key, specs) for clip_id in part}
-        mine = _encode(engine, run, batch, [clips[clip_id] for clip_id in part], roots, loaded)
+        media = {clip_id: cell.outcome.media_sha256 for clip_id, cell in loaded.items()}
+        mine = encode_clips(engine, run, batch, [clips[clip_id] for clip_id in part], roots, media)
         for clip_id, made in zip(part, mine, strict=True):
-            pairs.append((decoded_cell(loaded[clip_id], specs), made))
+            pairs.append((decoded_cell(loaded[clip_id], specs), _stored(made, run)))
     return compare(key, kind, run.identity, pairs)
 
 
@@ -70,15 +71,15 @@ def _load(cells: StoreCells, name: str, clip_id: str, key: str, specs: Mapping) 
     return cells.load(name, clip_id, specs)
 
 
-def _encode(
+def encode_clips(
     engine: Engine,
     run: EncoderRun,
     batch: int,
     clips: Sequence[Clip],
     roots: Mapping[str, str],
-    loaded: Mapping[str, LoadedCell],
-) -> list[dict[str, np.ndarray] | None]:
-    """Stored items of each clip as this machine makes them; None where its tokens overflow here."""
+    media: Mapping[str, str | None],
+) -> list[dict[str, np.ndarray]]:
+    """float32 arrays of at most `batch` clips, as this machine makes them; `media` is clip id -> sha256 of its file."""
     from pipeline.decode.job import DecodeJob
     from pipeline.engine import encode_batch
 
@@ -91,14 +92,15 @@ def _encode(
     frames = {}
     for slot, (clip, future) in enumerate(zip(clips, futures, strict=True)):
         decoded = future.result()
-        if decoded.media_sha256 != loaded[clip.clip_id].outcome.media_sha256:
+        if decoded.media_sha256 != media[clip.clip_id]:
             raise UserError(f"the media of {clip.clip_id} are not those that its tokens were made from: give others")
         frames[slot] = decoded.frames[run.view]
     arrays, _ = encode_batch(run, frames, range(batch))
-    return [_stored({name: items[slot] for name, items in arrays.items()}, run) for slot in frames]
+    return [{name: items[slot] for name, items in arrays.items()} for slot in frames]
 
 
 def _stored(arrays: Mapping[str, np.ndarray], run: EncoderRun) -> dict[str, np.ndarray] | None:
+    """As extraction stores them; None where the tokens overflow here."""
     try:
         return to_stored(arrays, run.identity.storage_dtype)
     except OverflowedTokens:
