@@ -14,12 +14,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featurestore.clips import KINDS, Clip
+from featurestore.clips import KINDS
 from featurestore.errors import MervCacheError, RunStoppedError
 from featurestore.find import check_room_for_store, is_url
 from featurestore.identity import FeatureIdentity
 from featurestore.lease import StoreLease
-from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
 from jobs.clusters import connect
 from jobs.dashboard import dashboard_lines, performance_report
@@ -33,6 +32,7 @@ from pipeline.prediction import read_plan
 from pipeline.refresh import look_at_media, told_identities
 from pipeline.reuse import OtherStore
 from pipeline.run_blocks import run_blocks
+from pipeline.second_try import clips_to_retry
 from pipeline.summary import ExtractSummary, run_record
 
 if TYPE_CHECKING:
@@ -124,6 +124,9 @@ def _fill(
     """Give out rows, plan what is missing, and run it."""
     _register(store, config, listing, encoders)
     identities = {name: encoder.identity for name, encoder in encoders.items()}
+    if config.retry_quarantine:
+        again = clips_to_retry(client, store, config, listing, identities, summary, say)
+        store.add_clips(again, retry=True)
     if config.canaries:
         _add_canaries(client, store, config, _kinds(listing), identities, summary, say)
     for line in told_identities(store, identities) if config.new_identity else ():
@@ -154,8 +157,6 @@ def _register(
             )
     store.add_clips(listing.clips)
     _add_samples(store, config, listing)
-    if config.retry_quarantine:
-        store.add_clips(_quarantined(store, config, listing, encoders), retry=True)
 
 
 def _kinds(listing: DatasetListing) -> list[str]:
@@ -194,23 +195,6 @@ def _batch_shape(store: StoreWriter, config: ExtractConfig, kind: str, encoder: 
     if encoder.identity.group_name in store.encoder_groups(kind):
         return store.open_group(kind, encoder.identity.group_name).batch_shape
     return default_batch(encoder.device, kind)
-
-
-def _quarantined(
-    store: StoreWriter, config: ExtractConfig, listing: DatasetListing, encoders: dict[str, EncoderDescription]
-) -> list[Clip]:
-    """Listed clips that failed with any of the encoders, and that wait in no later row of a retry cut short."""
-    store.publish_snapshot()
-    reader = FeatureStore.open(config.store_path)
-    identities = {name: encoder.identity for name, encoder in encoders.items()}
-    groups = {identity.group_name for identity in identities.values()}
-    keys = {key for key, identity in reader.encoders.items() if identity.group_name in groups}
-    text = (config.retry_reason or "").lower()
-    quarantine = [row for row in reader.quarantine.to_pylist() if text in row["reason"].lower()]
-    failed = {row["clip_id"] for row in quarantine if row["encoder"] in keys}
-    for block in plan_blocks(store, identities, clip_ids=failed):
-        failed -= block.clip_ids
-    return [clip for clip in listing.clips if clip.clip_id in failed]
 
 
 def _check_space(config: ExtractConfig, blocks: list[PlannedBlock], encoders: dict[str, EncoderDescription]) -> None:

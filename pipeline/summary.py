@@ -32,6 +32,7 @@ class ExtractSummary:
     failed: int = 0
     missing: dict[str, int] = field(default_factory=dict)  # folder -> media listed but absent
     rejected: dict[str, int] = field(default_factory=dict)  # reason -> annotation records refused
+    unchanged: int = 0  # quarantined clips that were tried again and fail as before
     reasons: dict[str, int] = field(default_factory=dict)  # why clips were quarantined
     frames: int = 0
     bytes: int = 0

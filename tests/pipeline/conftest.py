@@ -141,14 +141,19 @@ class Lab:
         from pipeline.describe import describe
         from pipeline.extract import _register, _tasks
         from pipeline.plan import plan_blocks
+        from pipeline.second_try import clips_to_retry
+        from pipeline.summary import ExtractSummary
 
         config = self.config(**changes)
+        listing = load_dataset(config.dataset, config.root, kind=config.kind, limit=config.limit)
         with connect(ClusterRequest()) as client:
             encoders = describe(client, config)
-        listing = load_dataset(config.dataset, config.root, kind=config.kind, limit=config.limit)
-        store = StoreWriter.open_or_create(config.store_path, block_rows=dict(config.block_rows))
-        _register(store, config, listing, encoders)
-        identities = {name: encoder.identity for name, encoder in encoders.items()}
+            identities = {name: encoder.identity for name, encoder in encoders.items()}
+            store = StoreWriter.open_or_create(config.store_path, block_rows=dict(config.block_rows))
+            _register(store, config, listing, encoders)
+            if config.retry_quarantine:
+                summary = ExtractSummary(store=str(config.store_path), run="test")
+                store.add_clips(clips_to_retry(client, store, config, listing, identities, summary, print), retry=True)
         blocks = plan_blocks(store, identities, clip_ids={clip.clip_id for clip in listing.clips})
         tasks = [task.arguments[0] for task in _tasks(config, listing, encoders, blocks, "test")]
         return encoders, listing, blocks, tasks

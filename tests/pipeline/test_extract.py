@@ -142,6 +142,7 @@ def test_a_retry_that_was_cut_short_is_gone_on_with_in_the_rows_it_had(lab):
     lab.extract(encoders=TWO)
     broken.write_bytes(whole)
     lab.plan(encoders=TWO, retry_quarantine=True)  # and no more: killed here
+    assert len(list((lab.store / "clips").iterdir())) == 2
     summary = lab.extract(encoders=TWO, retry_quarantine=True)
     store = FeatureStore.open(lab.store)
     assert summary.clips == 1

@@ -52,6 +52,12 @@ def wreck(file: Path) -> None:
     file.write_bytes(data)
 
 
+def tree_of(store: Path) -> dict[str, bytes]:
+    """Every file but journals and what is temporary."""
+    files = {file.relative_to(store): file for file in store.rglob("*") if file.is_file()}
+    return {str(key): file.read_bytes() for key, file in files.items() if key.parts[0] not in ("journal", "tmp")}
+
+
 def overwrite(file: Path, data: bytes, mtime: float = 0.0) -> None:
     file.write_bytes(data)
     os.utime(file, (mtime, mtime))
@@ -132,6 +138,22 @@ def test_the_quarantine_is_listed_and_tried_again_by_reason(lab):
         "encoder 'vivit' is not in this store; it has: siglip"
         in call("quarantine", "list", lab.store, "--encoder", "vivit").stderr
     )
+
+
+def test_a_retry_that_fails_as_before_writes_nothing_but_its_journal(lab):
+    media = lab.copy_of_root()
+    good = (media / BROKEN).read_bytes()
+    (media / BROKEN).write_bytes(good[: len(good) // 2])
+    lab.extract(encoders=["siglip"])
+    before = tree_of(lab.store)
+    said: list[str] = []
+    (summary,) = retry(lab.store, quiet=True, say=said.append)
+    assert (summary.unchanged, summary.clips, summary.blocks) == (1, 0, 0)
+    assert "1 of 1 quarantined clips fail as before: they stay as they are, nothing is written" in said
+    assert tree_of(lab.store) == before
+    (media / BROKEN).write_bytes(good)
+    (summary,) = retry(lab.store, quiet=True)
+    assert (summary.unchanged, summary.clips, summary.failed) == (0, 1, 0)
 
 
 def test_a_removed_clip_stays_away_from_every_later_run(lab):

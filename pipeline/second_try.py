@@ -1,0 +1,86 @@
+"""Quarantined clips that are worth new rows.
+
+A retry's rows come in whole blocks and stay, whatever comes of them. So clips whose media are to blame are decoded once
+on a worker before rows are given out: those that fail for the very reason that stands in the store stay as they are,
+and nothing is written of them. What one encoder is to blame for shows only when it encodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from featurestore.clips import Clip
+from featurestore.errors import MediaError
+from featurestore.identity import FeatureIdentity
+from featurestore.store import FeatureStore
+from featurestore.writer import StoreWriter
+from pipeline.config import EngineSettings, ExtractConfig
+from pipeline.datasets import DatasetListing
+from pipeline.decode.ahead import decode_ahead
+from pipeline.decode.job import DecodeJob
+from pipeline.describe import on_a_worker
+from pipeline.plan import plan_blocks
+from pipeline.summary import ExtractSummary
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+Reasons = dict[str, set[tuple[str, str]]]  # clip id -> (scope, reason) of its failures
+
+
+def clips_to_retry(
+    client: Client,
+    store: StoreWriter,
+    config: ExtractConfig,
+    listing: DatasetListing,
+    identities: Mapping[str, FeatureIdentity],
+    summary: ExtractSummary,
+    say: Callable[[str], None],
+) -> list[Clip]:
+    """Listed clips that failed with any of the encoders and may do better now; `summary` counts the others."""
+    failed = _failed(store, config, identities)
+    clips = [clip for clip in listing.clips if clip.clip_id in failed]
+    suspects = [clip for clip in clips if {scope for scope, _ in failed[clip.clip_id]} == {"clip"}]
+    if not suspects or config.reuse:  # another store may have tokens of media that cannot be decoded here
+        return clips
+    found = on_a_worker(
+        client, config, try_decoding, config.engine_settings, str(listing.root), suspects, config.accept_damaged
+    )
+    same = {clip_id for clip_id, reason in found.items() if failed[clip_id] == {("clip", reason)}}
+    if same:
+        summary.unchanged = len(same)
+        say(f"{len(same)} of {len(clips)} quarantined clips fail as before: they stay as they are, nothing is written")
+    return [clip for clip in clips if clip.clip_id not in same]
+
+
+def _failed(store: StoreWriter, config: ExtractConfig, identities: Mapping[str, FeatureIdentity]) -> Reasons:
+    """What failed with any of the encoders, and waits in no later row of a retry cut short."""
+    store.publish_snapshot()
+    reader = FeatureStore.open(config.store_path)
+    groups = {identity.group_name for identity in identities.values()}
+    keys = {key for key, identity in reader.encoders.items() if identity.group_name in groups}
+    text = (config.retry_reason or "").lower()
+    failed: Reasons = {}
+    for row in reader.quarantine.to_pylist():
+        if row["encoder"] in keys and text in row["reason"].lower():
+            failed.setdefault(row["clip_id"], set()).add((row["scope"], row["reason"]))
+    for block in plan_blocks(store, identities, clip_ids=failed.keys()):
+        for clip_id in block.clip_ids:
+            failed.pop(clip_id, None)
+    return failed
+
+
+def try_decoding(settings: EngineSettings, root: str, clips: list[Clip], accept_damaged: bool) -> dict[str, str]:
+    """Clip id -> reason of those that cannot be decoded; run by a worker."""
+    from pipeline.engine import engine_for  # torch
+
+    engine = engine_for(settings)
+    views = tuple(dict.fromkeys(run.view for run in engine.encoders.values()))
+    decoder = settings.encoders[0].decoder
+    jobs = (
+        (n, DecodeJob(root=root, clip=clip, views=views, decoder=decoder, accept_damaged=accept_damaged))
+        for n, clip in enumerate(clips)
+    )
+    tried = decode_ahead(jobs, engine.pool, engine.num_decoders)
+    return {clips[n].clip_id: str(result) for n, result in tried if isinstance(result, MediaError)}
