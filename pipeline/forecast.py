@@ -11,7 +11,7 @@ import math
 import shutil
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ from featurestore.writer import StoreWriter
 from jobs.clusters import connect
 from pipeline.config import ExtractConfig
 from pipeline.datasets import DatasetListing, load_dataset
+from pipeline.describe import Loading
 from pipeline.extract import clip_bytes
+from pipeline.probe_workers import INTERVAL, MAX_WORKERS, probe_workers, standard_error
 
 FILES_PER_BLOCK = 2  # a shard and its receipt
 
@@ -56,10 +58,13 @@ class Forecast:
     free_bytes: int | None  # None in a bucket, which does not tell
     workers: int
     probed: int = 0  # clips really encoded
+    probed_workers: int = 0  # on so many workers
     device: str = ""
     decode_s: float = 0.0  # per clip, in a decode process
+    startup_s: float = 0.0  # until a worker has loaded the encoders; a part of `seconds`
     seconds: float | None = None  # wall time of the whole run
-    interval_s: tuple[float, float] | None = None  # two standard errors of the probe to each side
+    interval_s: tuple[float, float] | None = None
+    interval: str = INTERVAL  # what the interval is
     missing: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -70,32 +75,40 @@ class Forecast:
         return {**asdict(self), "bytes": self.bytes}
 
 
-def forecast(config: ExtractConfig, *, probe: int = 4) -> Forecast:
-    """Predict bytes, files and time of what is left to do; `probe` clips of each kind are really encoded."""
+def forecast(config: ExtractConfig, *, probe: int = 4, say: Callable[[str], None] = lambda line: None) -> Forecast:
+    """Predict bytes, files and time of what is left to do.
+
+    `probe` clips of each kind are really encoded on each of up to eight workers.
+    """
     listing = load_dataset(
         config.dataset, config.root, stage=config.stage, kind=config.kind, limit=config.limit, **config.options
     )
-    with connect(config.cluster_request) as client:
-        workers = max(len(client.scheduler_info(n_workers=-1)["workers"]), config.workers)
-        from pipeline.probe import probe_clips  # imports torch
-
-        chosen = {kind: spread_clips([c for c in listing.clips if c.kind == kind], probe) for kind in KINDS}
-        result = client.submit(probe_clips, config.engine_settings, listing.root, chosen, config.batch).result()
+    say(f"{config.dataset}: {len(listing.clips)} clips listed; loading {', '.join(config.encoders)} for a probe")
+    with connect(config.cluster_request, say=say) as client:
+        present = len(client.scheduler_info(n_workers=-1)["workers"])
+        workers = max(present, config.workers)
+        number = min(MAX_WORKERS, max(1, present))
+        chosen = {kind: spread_clips([c for c in listing.clips if c.kind == kind], probe * number) for kind in KINDS}
+        report = Loading(say).on_report
+        result = probe_workers(client, config, listing.root, chosen, workers=number, on_report=report)
     identities = {name: FeatureIdentity.from_dict(record) for name, record in result["identities"].items()}
     done = _settled(config, identities)
     reusable = _reusable(config, listing, identities)
     rows = tuple(_rows(config, listing, identities, done, reusable, result["clips"]))
     total, spread = _total_seconds(rows, result["clips"])
+    low, startup_s = max(0.0, total - spread), result["startup_s"]
     return Forecast(
         store=str(config.store_path),
         rows=rows,
         free_bytes=_free_bytes(config.store_path),
         workers=workers,
+        probed_workers=result["workers"],
         probed=sum(len(clips) for clips in result["clips"].values()),
         device=result["device"],
         decode_s=statistics.fmean([c["decode_s"] for clips in result["clips"].values() for c in clips] or [0.0]),
-        seconds=total / workers if total else None,
-        interval_s=(max(0.0, total - spread) / workers, (total + spread) / workers) if total else None,
+        startup_s=startup_s,
+        seconds=startup_s + total / workers if total else None,
+        interval_s=(startup_s + low / workers, startup_s + (total + spread) / workers) if total else None,
         missing=dict(listing.missing),
     )
 
@@ -191,8 +204,7 @@ def _total_seconds(rows: Sequence[ForecastRow], probed: dict[str, list[dict]]) -
         per_clip = [c["wall_s"] for c in clips]
         number = max(to_do.values())
         total += number * statistics.fmean(per_clip)
-        if len(per_clip) > 1:
-            variance += (number * statistics.stdev(per_clip)) ** 2 / len(per_clip)
+        variance += (number * standard_error(clips)) ** 2
     return total, 2 * math.sqrt(variance)
 
 

@@ -189,8 +189,10 @@ def forecast(result) -> None:
         workers = plural(result.workers, "worker")
         out.print(f"[bold]{duration(result.seconds)}[/bold] with {workers} like this one ({low} to {high})")
         out.print(
-            f"from a probe of {plural(result.probed, 'clip')} on {result.device}. The rows tell the encoders alone; "
-            f"decoding, {result.decode_s:.3f} s per clip, runs beside them and counts where it is the slower."
+            f"from a probe of {plural(result.probed, 'clip')} on {plural(result.probed_workers, 'worker')} "
+            f"({result.device}); the range is {result.interval}. The rows tell the encoders alone; "
+            f"decoding, {result.decode_s:.3f} s per clip, runs beside them and counts where it is the slower; "
+            f"{duration(result.startup_s)} of the whole is a worker's start."
         )
     counted("listed but absent", "media", result.missing)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
+
 import pytest
 
 from pipeline.forecast import forecast
+from pipeline.probe_workers import standard_error
 
 TWO = ("languagebind", "siglip")
 
@@ -34,6 +37,7 @@ def test_rows_are_by_stage_kind_and_encoder(lab):
     }
     assert result.probed == 2
     assert all(row.seconds > 0 for row in rows.values())
+    assert 0 < result.startup_s < result.seconds
     low, high = result.interval_s
     assert low <= result.seconds <= high
     assert result.to_dict()["bytes"] == sum(row.bytes for row in rows.values())
@@ -58,3 +62,23 @@ def test_without_a_probe_bytes_are_those_before_compression(lab):
     result = forecast(lab.config(encoders=("siglip",), kind="video"), probe=0)
     assert result.bytes == 9 * 8 * 3 * 3 * 32 * 2
     assert result.probed == 0
+
+
+def test_a_cluster_is_probed_on_all_of_its_workers_each_with_clips_of_its_own(lab):
+    from distributed import LocalCluster
+
+    with LocalCluster(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
+        result = forecast(lab.config(encoders=("languagebind",), scheduler=cluster.scheduler_address), probe=2)
+    assert (result.workers, result.probed_workers, result.probed) == (2, 2, 8)  # two videos and two stills each
+    low, high = result.interval_s
+    assert low < result.seconds < high
+    assert result.to_dict()["interval"].startswith("two standard errors of the mean")
+
+
+def test_workers_that_differ_widen_the_interval_though_each_is_sure_of_itself():
+    """By hand: means 1 and 3 s of two workers differ by a standard error of sqrt(2) / sqrt(2) = 1."""
+    records = [{"wall_s": seconds, "worker": worker} for worker, seconds in ((0, 1.0), (1, 3.0)) for _ in range(8)]
+    assert standard_error(records) == pytest.approx(1.0)
+    alike = [{"wall_s": seconds, "worker": worker} for worker in (0, 1) for seconds in (1.0, 3.0)]
+    assert standard_error(alike) == pytest.approx(statistics.stdev([1, 3, 1, 3]) / 2)
+    assert standard_error(records[:1]) == 0
