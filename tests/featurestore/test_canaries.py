@@ -95,7 +95,7 @@ def test_another_groups_canaries_are_refused(make):
         Canaries.parse(make.canaries("image", make.identity()).to_bytes(), "video", make.identity())
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     head=st.one_of(
         st.binary(max_size=64),

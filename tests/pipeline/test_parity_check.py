@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import Future
 from dataclasses import replace
 
 import numpy as np
@@ -14,19 +15,34 @@ from PIL import Image
 
 from featurestore import FeatureStore, verify_store
 from featurestore.canaries import Canaries, read_canaries
-from featurestore.errors import StoreFormatError, UserError
+from featurestore.errors import MediaError, StoreFormatError, UserError
 from featurestore.parity import keep_parity, parity_words, read_parity
 from featurestore.places.by_url import open_objects
 from featurestore.writer import StoreWriter
 from pipeline.cli import main
+from pipeline.decode import decoders, resize
+from pipeline.decode.pool import DecodePool
 from pipeline.encoders import loaded
 from pipeline.parity import check_parity
 from pipeline.parity_figures import STEPS, TOLERANCES, compare
 
 
+class InThisProcess(DecodePool):
+    """Decodes where the test is: starting a process costs a second, and its libraries cannot be changed from here."""
+
+    def submit(self, job):
+        future = Future()
+        try:
+            future.set_result(decoders.decode_clip(job))
+        except MediaError as error:
+            future.set_exception(error)
+        return future
+
+
 @pytest.fixture
-def store(extracted, tmp_path):
+def store(extracted, tmp_path, monkeypatch):
     """A copy of the finished store that a test may write to."""
+    monkeypatch.setattr("pipeline.engine.DecodePool", InThisProcess)
     return shutil.copytree(extracted.store, tmp_path / "copy.zarr")
 
 
@@ -80,19 +96,6 @@ def _spoil(network) -> None:
 
 
 def test_another_resize_filter_is_told_from_a_drift_of_the_encoder(verdicts, monkeypatch):
-    """Resizing happens in the decode processes, which start with what this file gives them: another filter table."""
-    from pipeline.decode import decoders, resize
-    from pipeline.decode.pool import DecodePool
-
-    class InThisProcess(DecodePool):
-        def submit(self, job):
-            from concurrent.futures import Future
-
-            future = Future()
-            future.set_result(decoders.decode_clip(job))
-            return future
-
-    monkeypatch.setattr("pipeline.engine.DecodePool", InThisProcess)
     assert set(verdicts("siglip").values()) == {"equal equal"}
     monkeypatch.setitem(resize.PILLOW_FILTERS, "bicubic", Image.Resampling.BOX)
     assert set(verdicts("siglip").values()) == {"differ outside"}
