@@ -275,6 +275,18 @@ def test_a_trained_encoder_starts_where_the_frozen_one_stands(opened_live, extra
             np.testing.assert_allclose(tokens_BTHWD, stored_BTHWD, rtol=2**-11, atol=1e-5, err_msg=name)
 
 
+def test_every_weight_of_a_trained_encoder_gets_a_gradient(opened_live):
+    """Where ranks add up gradients, one that never comes is waited for."""
+    with opened_live(toy_config(train_encoders=tuple(ENCODERS))) as (samples, source):
+        frames = source.fetch([samples[0].clip_id])
+        for name, encoder in source.trained.items():
+            tokens_BTHWD = encoder(frames[name])
+            (
+                tokens_BTHWD * torch.randn(tokens_BTHWD.shape, generator=torch.Generator().manual_seed(0))
+            ).sum().backward()
+            assert [n for n, weight in encoder.named_parameters() if weight.grad is None] == [], name
+
+
 def test_encoders_cannot_be_trained_from_a_cache(tmp_path, cached):
     config = toy_config(train_encoders=("siglip",))
     with pytest.raises(UserError, match="siglip, but a store holds tokens, not frames: train with --end-to-end"):
