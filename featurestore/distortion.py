@@ -132,10 +132,16 @@ def keep_record(place: Place, record: Mapping[str, Any]) -> str:
 
 
 def read_distortion(store: FeatureStore) -> Distortion:
-    """The newest records about what this store holds; encoders that it lacks (a partial pull) are left out."""
+    """The newest records about what this store holds; encoders that it lacks (a partial pull) are left out.
+
+    Records of another version, or crafted ones, are passed over: no push or report fails for a measurement.
+    """
     newest: dict[str, TokenRecord | LossRecord] = {}
     for name, record in store.journal(JOURNAL_PREFIX):
-        measure, parsed = parse_record(record, name)
+        try:
+            measure, parsed = parse_record(record, name)
+        except StoreFormatError:
+            continue
         if measure not in newest or newest[measure].time <= parsed.time:
             newest[measure] = parsed
     tokens, stored = newest.get("tokens"), {identity.id for identity in store.encoders.values()}
@@ -221,7 +227,7 @@ def loss_table(record: LossRecord) -> Table:
         change = None if row.loss is None or own is None else row.loss - own
         texts = (_number(row.loss, ".5f"), _number(change, "+.5f"))
         rows.append((row.dtype, *texts, *(_number(row.by_modality.get(name), ".5f") for name in names)))
-    return ("dtype", "validation loss", "change", *names), rows
+    return ("dtype", "loss", "change", *names), rows
 
 
 def token_notes(record: TokenRecord) -> list[str]:

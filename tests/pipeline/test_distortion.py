@@ -249,3 +249,5 @@ def test_a_stranger_s_record_is_checked(store, change):
     assert parse_record(record, "good")[0] == "tokens"
     with pytest.raises(StoreFormatError, match="journal bad"):
         parse_record(record | change, "bad")
+    StoreWriter.open(store).journal("distortion-bad", record | change)
+    assert read_distortion(FeatureStore.open(store)).tokens is None  # passed over: no push fails for it
