@@ -75,7 +75,8 @@ def plan(config_file: str | None, probe: int, as_json: bool, **options: Any) -> 
     from pipeline.forecast import forecast
 
     with friendly_errors():
-        result = forecast(config_from_options(config_file, options), probe=probe)
+        config = config_from_options(config_file, options)
+        result = forecast(config, probe=probe, say=lambda line: click.echo(line, err=True))
         show_result(result.to_dict(), as_json, lambda: tables.forecast(result))
 
 

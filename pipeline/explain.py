@@ -80,7 +80,7 @@ def explain(
     path: Place,
     config: ExtractConfig,
     *,
-    settings: str = "as given",
+    settings: str = "the config",
     full: bool = False,
     probe: int = 0,
     on_clips: Callable[[int], None] = lambda total: None,
@@ -127,7 +127,7 @@ def explained_config(path: Place, config_file: str | None, given: Mapping[str, A
     runs = driver_runs(StoreWriter.open(path).objects)
     mine = [run for run in runs if run["config"]["dataset"] == given.get("dataset")] or runs
     if config_file or not mine:
-        return read_config(config_file, given), config_file or "the defaults: the store has no journal of a run"
+        return read_config(config_file, given), config_file or "`extract`, for the store has no journal of a run"
     run, known = mine[-1], {setting.name for setting in fields(ExtractConfig)} - set(_OF_ONE_RUN)
     base = {name: value for name, value in run["config"].items() if name in known}
     base["grid"] = base.get("grid") or "raw"
@@ -199,7 +199,7 @@ def _change(
         weights=how,
         labels=(store.info()["groups"][nearest.group_name]["weights"] if nearest else None, settings.weights),
         fields=changes,
-        stays=tuple(_stays(store, stored, nearest, identity, changes)),
+        stays=tuple(_stays(store, stored, nearest, identity, changes, sum(cost.stale for cost in costs))),
         costs=tuple(costs),
         versions=changed_versions(runs, nearest.group_name) if nearest else {},
     )
@@ -211,13 +211,15 @@ def _stays(
     nearest: FeatureIdentity | None,
     wanted: FeatureIdentity,
     changes: Mapping[str, Any],
+    num_stale: int,
 ) -> list[str]:
     """What is true of the tokens that are there, once the change is made; nothing is claimed that cannot be had."""
     if nearest is None:
         return []
     held = {key: sum(store.clips[key].to_pylist()) for key in stored}
     if not changes:
-        return [f"the tokens of {held[key]} clips" for key, one in stored.items() if one.id == wanted.id]
+        key = next(key for key, one in stored.items() if one.id == wanted.id)
+        return [f"the tokens of {held[key] - num_stale} clips" + (f"; {num_stale} changed since" if num_stale else "")]
     words = [f"{count} clips under {key}, as they are, beside the new ones" for key, count in held.items()]
     if set(changes) <= {"grid", "pooling", "still_period"}:
         words.append(_grid_words(nearest, wanted))
@@ -296,7 +298,9 @@ def _next(changes: list[EncoderChange], media: StaleMedia, problem: str) -> tupl
     if missing or any(change.state == "new" for change in changes):
         words.append("`merv-pipeline extract` with these settings computes what is missing")
     if media.clips:
-        words.append("`merv-pipeline extract --refresh` computes the changed clips again, in new rows")
+        words.append(
+            "`merv-pipeline extract --refresh` with these settings computes the changed clips again, in new rows"
+        )
     if changed:
         words.append(
             f"`merv-pipeline extract --new-identity` keeps other tokens of {', '.join(changed)} beside the stored "

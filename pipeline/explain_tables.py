@@ -24,7 +24,7 @@ def explanation(found: Explanation) -> None:
     """Encoders, what differs, what it costs, the media, and the next commands."""
     out = console()
     out.print(f"[bold]{found.store}[/bold]  snapshot {found.snapshot}, dataset {found.dataset}")
-    out.print(f"settings that were not given: {found.settings}")
+    out.print(f"settings that were not given: those of {found.settings}")
     for change in found.encoders:
         _encoder(change)
     rows = [_cost_row(change, cost) for change in found.encoders for cost in change.costs]

@@ -20,7 +20,7 @@ from featurestore.quantise import OverflowedTokens, to_stored
 from featurestore.shards import encode_row
 from pipeline.config import EngineSettings, default_batch
 from pipeline.decode.job import Decoded, DecodeJob
-from pipeline.engine import EncoderRun, Engine, encode_batch, engine_for
+from pipeline.engine import EncoderRun, Engine, encode_batch, reporting_engine
 
 
 def probe_clips(
@@ -29,11 +29,17 @@ def probe_clips(
     chosen: Mapping[str, Sequence[Clip]],
     batch: Mapping[str, int],
 ) -> dict[str, Any]:
-    """Identities, and per kind one record per clip: decode_s, wall_s, and per encoder seconds and stored_bytes."""
-    engine = engine_for(settings)
+    """Identities, seconds to load the encoders, and per kind one record per clip.
+
+    A record has decode_s, wall_s, and per encoder seconds and stored_bytes.
+    """
+    started = time.monotonic()
+    engine = reporting_engine(settings)
+    startup_s = time.monotonic() - started
     sizes = {kind: batch.get(kind) or default_batch(engine.device, kind) for kind in chosen}
     return {
         "device": engine.device,
+        "startup_s": startup_s,
         "identities": {name: run.identity.to_dict() for name, run in engine.encoders.items()},
         "clips": {kind: _probe_kind(engine, root, kind, clips, sizes[kind]) for kind, clips in chosen.items()},
     }

@@ -81,20 +81,24 @@ def told_identities(store: StoreWriter, identities: Mapping[str, FeatureIdentity
 def _told(found: StaleMedia, config: ExtractConfig) -> list[str]:
     lines = []
     if found.clips and config.refresh:
-        lines.append(f"{len(found.clips)} clips have other media than their tokens were made from: computed again")
+        lines.append(f"{_clips(found.clips)} other media than their tokens were made from: computed again")
     elif found.clips:
         lines.append(
-            f"{len(found.clips)} clips have other media than their tokens were made from, and stay as they are: "
+            f"{_clips(found.clips)} other media than their tokens were made from; nothing is computed for that: "
             "`merv-pipeline explain` lists them, `extract --refresh` computes them again"
         )
     if found.failed:
         lines.append(
-            f"{len(found.failed)} clips have new media that failed: they keep the tokens of the old ones; "
+            f"{_clips(found.failed)} new media that failed: the tokens of the old ones stay; "
             "`merv-pipeline tombstone` removes a clip"
         )
     if found.not_compared:
         lines.append(
-            f"{len(found.not_compared)} clips have media that were touched since and are too many to read unasked: "
+            f"{_clips(found.not_compared)} media that were touched since and are too many to read unasked: "
             "`merv-pipeline explain` compares them, once"
         )
     return lines
+
+
+def _clips(ids: frozenset[str]) -> str:
+    return "1 clip has" if len(ids) == 1 else f"{len(ids)} clips have"

@@ -123,7 +123,7 @@ def _stored(store: StoreWriter, clips: Iterable[Clip], identities: Mapping[str, 
     table = read_snapshot_table(store.objects, record, ["clip_id", *names])
     lines = {clip_id: line for line, clip_id in enumerate(table["clip_id"].to_pylist())}
     rows = {
-        name: tuple(table[column(group, suffix)].to_numpy() for suffix in ("row", "failed_row"))
+        name: tuple(table[column(group, suffix)].to_pylist() for suffix in ("row", "failed_row"))
         for name, group in groups.items()
     }
     found, removed = [], tombstoned_clips(store.objects)
@@ -131,7 +131,7 @@ def _stored(store: StoreWriter, clips: Iterable[Clip], identities: Mapping[str, 
         line = lines.get(clip.clip_id)
         if line is None or clip.clip_id in removed:
             continue
-        if mine := {name: (int(ok[line]), int(bad[line])) for name, (ok, bad) in rows.items() if ok[line] >= 0}:
+        if mine := {name: (ok[line], bad[line]) for name, (ok, bad) in rows.items() if ok[line] >= 0}:
             found.append(_Stored(clip=clip, rows=mine))
     return found
 

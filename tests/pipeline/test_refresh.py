@@ -45,7 +45,7 @@ def test_a_changed_file_is_told_and_neither_computed_nor_forgotten(filled):
     exchange(filled)
     summary, said = run(filled)
     assert (summary.clips, summary.changed, summary.refreshed) == (0, 1, 0)
-    assert "1 clips have other media than their tokens were made from, and stay as they are" in said
+    assert "1 clip has other media than their tokens were made from; nothing is computed for that" in said
     assert "`extract --refresh` computes them again" in said
     assert "loaded in" not in said  # nothing to compute: no encoder was loaded
     assert filled.hashes(filled.store) == before
@@ -109,7 +109,7 @@ def test_new_media_that_fail_are_tried_once_and_the_old_tokens_stay(filled):
     assert np.array_equal(tokens(filled), stored)
     again, said = run(filled, refresh=True)
     assert (again.clips, again.refreshed) == (0, 0)
-    assert "1 clips have new media that failed: they keep the tokens of the old ones" in said
+    assert "1 clip has new media that failed: the tokens of the old ones stay" in said
 
 
 def test_only_files_that_were_touched_since_their_run_are_read_and_each_once(filled, monkeypatch):
