@@ -17,7 +17,17 @@ from pipeline.config import ExtractConfig, read_config
 from pipeline.recompute import driver_runs
 from pipeline.summary import ExtractSummary
 
-_OF_ONE_RUN = ("stage", "kind", "limit", "samples", "accept_damaged", "new_identity", "dashboard", "scheduler")
+_OF_ONE_RUN = (
+    "stage",
+    "kind",
+    "limit",
+    "samples",
+    "accept_damaged",
+    "new_identity",
+    "refresh",
+    "dashboard",
+    "scheduler",
+)
 
 
 def quarantined(path: Place, *, encoder: str | None = None, reason: str | None = None) -> list[dict[str, Any]]:
