@@ -18,6 +18,7 @@ from pipeline.extract import extract
 from trainer.config import OptimizerConfig, ProjectorConfig, TrainConfig
 from trainer.end_to_end import live_source
 from trainer.eval_cli import eval_main
+from trainer.give.export import export_run
 from trainer.loop.train import train
 from trainer.model.llm import FRESH_LLMS, FreshLLM
 from trainer.run import evaluate_run, open_store
@@ -139,6 +140,15 @@ def test_the_scores_are_kept_with_what_they_were_measured_on(run, quiz):
     assert record["scores"] == json.loads(result.stdout)["scores"]
     assert (record["store"], record["split"]) == ("eval", "heldout")
     assert record["snapshot"].startswith("live-")
+
+
+def test_an_export_answers_as_its_run_and_its_card_says_how(run, quiz, tmp_path):
+    export_run(run, tmp_path / "given")
+    command = "merv-eval run --checkpoint path/to/this/folder --dataset NAME --root DIR"
+    assert command in (tmp_path / "given/README.md").read_text()
+    by_run, by_export = (evaluate_run(path, None, dataset="eval", root=str(quiz)) for path in (run, tmp_path / "given"))
+    for ours, theirs in zip(by_export["answers"], by_run["answers"], strict=True):
+        assert ours["scores"] == pytest.approx(theirs["scores"], abs=1e-4)
 
 
 def test_without_a_dataset_it_is_the_one_of_the_training(run):

@@ -149,11 +149,14 @@ def _summary(facts: CardFacts) -> str:
 
 
 def _loading(facts: CardFacts) -> str:
+    where, words = ("--store STORE", "of a feature store")
+    if facts.config.train_encoders:  # no store holds their tokens
+        where, words = ("--dataset NAME --root DIR", "of a dataset, decoded and encoded as it goes")
     return (
         "```python\nfrom trainer import load_run\n\n"
         'run = load_run("path/to/this/folder")\n'
         "model, renderer = run.built.model, run.built.renderer\n```\n\n"
-        "`merv-eval run --checkpoint path/to/this/folder --store STORE` scores it on the questions of a feature store."
+        f"`merv-eval run --checkpoint path/to/this/folder {where}` scores it on the questions {words}."
     )
 
 
