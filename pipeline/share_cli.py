@@ -25,6 +25,9 @@ CLIPS = click.option(
     "--clips", type=click.Path(exists=True, dir_okay=False), show_default="all", help="File of clip ids, one a line."
 )
 KIND = click.option("--kind", type=click.Choice(KINDS), show_default="both", help="Clips of this kind only.")
+SPLIT = click.option(
+    "--split", metavar="NAME", show_default="all", help="Conversations of this split, and their clips: train, heldout."
+)
 TRANSFER_OPTIONS = (
     ENCODERS,
     DATASETS,
@@ -90,12 +93,12 @@ def _transfer_options(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def selection(encoders: str | None, datasets: str | None, clips: str | None, kind: str | None = None) -> Any:
-    """Options as typed -> a `Selection`."""
+def selection(encoders: str | None, datasets: str | None, clips: str | None, **others: str | None) -> Any:
+    """Options as typed -> a `Selection`; `others` are its kind and split."""
     from featurestore.share.selection import Selection, read_clip_list
 
     return Selection(
-        encoders=_names(encoders), datasets=_names(datasets), clips=read_clip_list(clips) if clips else None, kind=kind
+        encoders=_names(encoders), datasets=_names(datasets), clips=read_clip_list(clips) if clips else None, **others
     )
 
 
@@ -135,7 +138,7 @@ def _show_transferred(done: Any, as_json: bool) -> None:
 @click.command()
 @click.argument("store")
 @click.argument("out")
-@_with(DATASETS, ENCODERS, CLIPS, KIND, AS_JSON)
+@_with(DATASETS, SPLIT, ENCODERS, CLIPS, KIND, AS_JSON)
 def subset(store: str, out: str, as_json: bool, **names: Any) -> None:
     """Make a new store of a part of one. Nothing is computed, every row is checked."""
     _combine([store], out, as_json, names)
@@ -143,7 +146,7 @@ def subset(store: str, out: str, as_json: bool, **names: Any) -> None:
 
 @click.command()
 @click.argument("stores", nargs=-1, required=True, metavar="STORE... OUT")
-@_with(DATASETS, ENCODERS, CLIPS, KIND, AS_JSON)
+@_with(DATASETS, SPLIT, ENCODERS, CLIPS, KIND, AS_JSON)
 def union(stores: tuple[str, ...], as_json: bool, **names: Any) -> None:
     """Make a new store OUT of several. Where two hold a clip of one encoder, the first one's tokens are taken."""
     if len(stores) < 3:
@@ -155,7 +158,7 @@ def union(stores: tuple[str, ...], as_json: bool, **names: Any) -> None:
 @click.argument("store")
 @click.argument("out", type=click.Path(file_okay=False))
 @click.option("--format", type=click.Choice(("webdataset", "safetensors")), default="webdataset", help="Kind of files.")
-@_with(DATASETS, ENCODERS, CLIPS, KIND, AS_JSON)
+@_with(DATASETS, SPLIT, ENCODERS, CLIPS, KIND, AS_JSON)
 def export_store(store: str, out: str, format: str, as_json: bool, **names: Any) -> None:
     """Write a store as plain files. Tars of .npy, one per block, or safetensors, one per clip; with SHA256SUMS."""
     with friendly_errors():

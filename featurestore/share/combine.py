@@ -61,7 +61,10 @@ def combine(
     on_copied: Callable[[int], None] = lambda cells: None,
 ) -> Combined:
     """Lay the selected cells of the sources into `out`, a new store or one that an interrupted run left."""
-    selection = selection or Selection()
+    asked = selection or Selection()
+    selection = asked.with_samples(
+        sample for source in sources for each in source.samples().values() for sample in each
+    )
     done = Combined(store=str(out), sources=[source.name for source in sources])
     stones = [stone for source in sources for stone in source.tombstones()]
     listed = _clips(sources, selection)
@@ -85,7 +88,7 @@ def combine(
             _fill_group(writer, name, group, chosen[name], done, on_copied)
             _take_canaries(writer, name, sources)
     done.samples = _samples(writer, sources, clips, selection)
-    _journal(writer, sources, selection)
+    _journal(writer, sources, asked)
     done.snapshot = writer.publish_snapshot()
     return done
 
@@ -218,7 +221,7 @@ def _samples(
         for name, samples in source.samples().items():
             mine = merged.setdefault(name, {})
             for sample in samples:
-                if sample.clip_id in clips or (sample.clip_id is None and selection.takes_all_clips):
+                if selection.takes_sample(sample, clips):
                     mine.setdefault((sample.sample_id, sample.clip_id), sample)
     for name, samples in merged.items():
         if samples:
@@ -231,7 +234,9 @@ def _journal(writer: StoreWriter, sources: Sequence[CellSource], selection: Sele
     told: dict[str, Any] = {
         "combined from": [source.provenance() for source in sources],
         "selection": {
-            name: sorted(value) if isinstance(value, frozenset) else value for name, value in asdict(selection).items()
+            name: sorted(value) if isinstance(value, frozenset) else value
+            for name, value in asdict(selection).items()
+            if value is not None or name not in ("split", "spoken_of")  # younger than the first such journals
         },
     }
     named = [(name, record) for source in sources for name, record in source.journal()]

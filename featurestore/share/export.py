@@ -71,13 +71,14 @@ def export(
     if format not in FORMATS:
         raise UserError(unknown_name("format", format, FORMATS))
     selection, folder = selection or Selection(), Path(out)
+    selection = selection.with_samples(sample for samples in source.samples().values() for sample in samples)
     clips = source.clips()
     selection.check(clips)
     clips = [clip for clip in clips if selection.takes(clip)]
     wanted = set(selection.groups(encoder_keys(source.groups())))
     groups = {name: group for name, group in source.groups().items() if name.split("/")[1] in wanted}
     files = _Files(folder)
-    _put_head(files, source, format, clips, groups)
+    _put_head(files, source, selection, format, clips, groups)
     cells = {name: source.cells(name) for name in groups}
     done = Exported(folder=str(folder), clips=len(clips))
     on_start(sum(sum(clip.clip_id in cells[name] for clip in clips) for name in groups))
@@ -92,7 +93,12 @@ def export(
 
 
 def _put_head(
-    files: _Files, source: CellSource, format: str, clips: list[Clip], groups: Mapping[str, CellGroup]
+    files: _Files,
+    source: CellSource,
+    selection: Selection,
+    format: str,
+    clips: list[Clip],
+    groups: Mapping[str, CellGroup],
 ) -> None:
     """Everything but cells: what the export is, its clips, removals and conversations."""
     record = {
@@ -106,7 +112,8 @@ def _put_head(
         files.put(tombstone_key(stone.id), stone.to_bytes())
     ids = {clip.clip_id for clip in clips}
     for name, samples in source.samples().items():
-        mine = [sample for sample in samples if sample.clip_id is None or sample.clip_id in ids]
+        of_split = [sample for sample in samples if selection.split in (None, sample.split)]
+        mine = [sample for sample in of_split if sample.clip_id is None or sample.clip_id in ids]
         files.put(f"samples/{name}.parquet", table_bytes(samples_to_table(mine)))
 
 

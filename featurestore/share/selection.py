@@ -1,13 +1,14 @@
-"""Selections: which encoders, datasets, clips and kinds of a store are meant."""
+"""Selections: which encoders, datasets, clips, kinds and splits of a store are meant."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Container, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from featurestore.clips import KINDS, Clip
 from featurestore.errors import UserError, unknown_name
+from featurestore.samples import Sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,8 @@ class Selection:
     datasets: tuple[str, ...] | None = None
     clips: frozenset[str] | None = None  # clip ids
     kind: str | None = None
+    split: str | None = None  # "train" or "heldout": conversations of this split, and the clips that they speak of
+    spoken_of: frozenset[str] | None = None  # clip ids of the split, once conversations were seen: `with_samples`
 
     def __post_init__(self) -> None:
         if self.kind is not None and self.kind not in KINDS:
@@ -29,13 +32,30 @@ class Selection:
 
     @property
     def is_whole(self) -> bool:
-        return self.encoders is None and self.takes_all_clips
+        return self.encoders is None and self.takes_all_clips and self.split is None
+
+    def with_samples(self, samples: Iterable[Sample]) -> Selection:
+        """This selection, knowing which clips the conversations of its split speak of."""
+        if self.split is None:
+            return self
+        splits: dict[str, set[str]] = {}
+        for sample in samples:
+            splits.setdefault(sample.split, set()).update([sample.clip_id] if sample.clip_id else [])
+        if self.split not in splits:
+            raise UserError(unknown_name("split", self.split, sorted(splits)))
+        return replace(self, spoken_of=frozenset(splits[self.split]))
+
+    def takes_sample(self, sample: Sample, clips: Container[str]) -> bool:
+        """Conversations about `clips`, the clips taken; those about none where nothing else narrows the clips."""
+        is_of_split = self.split in (None, sample.split)
+        return is_of_split and (sample.clip_id in clips if sample.clip_id else self.takes_all_clips)
 
     def takes(self, clip: Clip) -> bool:
         return (
             (self.datasets is None or clip.dataset in self.datasets)
             and (self.clips is None or clip.clip_id in self.clips)
             and (self.kind is None or clip.kind == self.kind)
+            and (self.spoken_of is None or clip.clip_id in self.spoken_of)
         )
 
     def groups(self, keys: dict[str, str]) -> list[str]:

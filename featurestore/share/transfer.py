@@ -75,6 +75,8 @@ def transfer(
 ) -> Transferred:
     """Bring a destination up to the source's newest snapshot; resumable, and a no-op where nothing is new."""
     selection = selection or Selection()
+    if selection.split is not None:
+        raise UserError("whole blocks are sent, a split cannot be: make a `merv-pipeline subset` of it first")
     check_writable(destination)
     origin = open_objects(source)
     snapshot = _pinned(origin, source)

@@ -53,6 +53,7 @@ def test_subset_union_export_and_import(extracted, tmp_path):
         (("push", "nowhere.zarr", "out.zarr"), "there is no feature store at nowhere.zarr"),
         (("pull", "ftp://host/a", "out.zarr"), "unknown kind of URL 'ftp'"),
         (("subset", "nowhere.zarr", "out.zarr"), "there is no feature store"),
+        (("subset", "nowhere.zarr", "out.zarr", "--split", "train"), "there is no feature store"),
     ],
 )
 def test_mistakes_are_told_without_a_traceback(words, message, tmp_path, monkeypatch):
