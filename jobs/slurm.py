@@ -147,13 +147,15 @@ class _Keeper(threading.Thread):
 
     def run(self) -> None:
         while not self._is_over.wait(KEEP_S):
-            live = self.live_jobs() if self.job_ids else set()
+            # Looked up before the queue is: a job that is being submitted meanwhile is in no answer, and has not ended.
+            submitted = {name: job for name, job in list(self._cluster.workers.items()) if job.job_id}
+            live = self.live_jobs() if submitted else set()
             if live is None:
                 continue
-            ended = [name for name, job in list(self._cluster.workers.items()) if job.job_id not in live]
-            for name in ended:
-                job = self._cluster.workers.pop(name, None)
-                self._say(f"slurm: job {job and job.job_id} has ended and the run has not: another one is submitted")
+            for name, job in submitted.items():
+                if str(job.job_id) not in live and self._cluster.workers.get(name) is job:
+                    del self._cluster.workers[name]
+                    self._say(f"slurm: job {job.job_id} has ended and the run has not: another one is submitted")
             self._cluster.scale(jobs=self._num_jobs)  # submits what its list lacks; no more than the number
 
     def __enter__(self) -> _Keeper:

@@ -1,7 +1,8 @@
-"""A real SLURM site of one node in a scratch folder: munged, slurmctld and slurmd with their own ports.
+"""A real SLURM site of two nodes in a scratch folder: munged, slurmctld and two slurmd with their own ports.
 
-The node claims two GPUs that SLURM only counts: jobs may ask for them and are given CUDA_VISIBLE_DEVICES, but the
-files behind are empty. Everything is stopped at the end, jobs included.
+Both nodes are this machine (Debian's SLURM is built with --enable-multiple-slurmd). Each claims two GPUs that SLURM only
+counts: jobs may ask for them and are given CUDA_VISIBLE_DEVICES, but the files behind are empty. Everything is stopped
+at the end, jobs included.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from pathlib import Path
 
 import pytest
 
+NODES = ("node1", "node2")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel")
 CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
-SlurmdPort={node_port}
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge/socket
 SlurmUser={user}
@@ -36,21 +37,22 @@ SelectTypeParameters=CR_Core
 SwitchType=switch/none
 MpiDefault=none
 ReturnToService=2
-KillWait=5
+KillWait=2
 SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=0,batch_sched_delay=0,requeue_delay=0
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
+SlurmdLogFile={folder}/slurmd-%n.log
 JobCompType=jobcomp/none
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 SlurmdParameters=config_overrides
 GresTypes=gpu
-NodeName={host} NodeAddr=127.0.0.1 CPUs=8 Gres=gpu:2 State=UNKNOWN
-PartitionName=debug Nodes={host} Default=YES MaxTime=INFINITE State=UP
+NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port1} CPUs=4 Gres=gpu:2 State=UNKNOWN
+NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port2} CPUs=4 Gres=gpu:2 State=UNKNOWN
+PartitionName=debug Nodes=node[1-2] Default=YES MaxTime=INFINITE State=UP
 """
 
 
@@ -62,29 +64,31 @@ class SlurmSite:
         self.environment = {"SLURM_CONF": str(folder / "slurm.conf")}
 
     def start(self) -> None:
-        host, (controller_port, node_port) = socket.gethostname().split(".")[0], free_ports(2)
-        for name in ("state", "spool", "munge"):
+        host, (controller_port, port1, port2) = socket.gethostname().split(".")[0], free_ports(3)
+        for name in ("state", "munge", *(f"spool-{node}" for node in NODES)):
             (self.folder / name).mkdir()
             (self.folder / name).chmod(0o755)
         key = self.folder / "munge/key"
         key.write_bytes(os.urandom(64))
         key.chmod(0o600)
         user = "root" if os.geteuid() == 0 else os.environ["USER"]
-        values = {"host": host, "user": user, "controller_port": controller_port, "node_port": node_port}
+        values = {"host": host, "user": user, "controller_port": controller_port}
+        values |= {"port1": port1, "port2": port2}
         (self.folder / "slurm.conf").write_text(CONF.format(folder=self.folder, **values))
         for name in ("gpu0", "gpu1"):
             (self.folder / name).touch()
-        (self.folder / "gres.conf").write_text(f"NodeName={host} Name=gpu File={self.folder}/gpu[0-1]\n")
+        (self.folder / "gres.conf").write_text(f"NodeName=node[1-2] Name=gpu File={self.folder}/gpu[0-1]\n")
         munge = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
         self.call("munged", *[f"--{option}={self.folder}/munge/{name}" for option, name in munge.items()])
         self.call("slurmctld")
-        self.call("slurmd")
+        for node in NODES:
+            self.call("slurmd", "-N", node)
         self.until_idle()
 
     def until_idle(self) -> None:
-        deadline = time.monotonic() + 30
-        while "idle" not in (state := self.call("sinfo", "--noheader", "--format=%t", check=False)):
-            assert time.monotonic() < deadline, f"no node after 30 s: {state}\n{self.logs()}"
+        deadline = time.monotonic() + 120
+        while (state := self.call("sinfo", "--noheader", "--format=%D %t", check=False)).split() != ["2", "idle"]:
+            assert time.monotonic() < deadline, f"no two nodes after 120 s: {state}\n{self.logs()}"
             time.sleep(0.2)
 
     def stop(self) -> None:
@@ -93,7 +97,7 @@ class SlurmSite:
             deadline = time.monotonic() + 15
             while self.call("squeue", "--noheader", check=False).strip() and time.monotonic() < deadline:
                 time.sleep(0.2)
-        for name in ("slurmd.pid", "slurmctld.pid", "munge/pid"):
+        for name in (*(f"slurmd-{node}.pid" for node in NODES), "slurmctld.pid", "munge/pid"):
             with suppress(FileNotFoundError, ProcessLookupError, ValueError):
                 stop_process(int((self.folder / name).read_text()))
 
@@ -103,7 +107,7 @@ class SlurmSite:
             env=os.environ | self.environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
             cwd=self.folder,
             stdin=subprocess.DEVNULL,
         )

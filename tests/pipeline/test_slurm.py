@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
@@ -13,7 +16,9 @@ import yaml
 from featurestore import verify_store
 from jobs import slurm
 from jobs.clusters import ClusterError, ClusterRequest, ClusterSettings, connect
+from pipeline.encoders.registry import ENCODERS, EncoderTable
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TEMPLATES = Path(slurm.__file__).with_name("templates")
 
 
@@ -52,7 +57,7 @@ def local_hashes() -> dict:
     return {}
 
 
-def until_gone(site, job: str, within_s: float = 240.0) -> None:
+def until_gone(site, job: str, within_s: float = 600.0) -> None:
     """`sbatch --wait` looks every ten seconds and more."""
     deadline = time.monotonic() + within_s
     while site.call("squeue", "--noheader", f"--jobs={job}", check=False):
@@ -63,6 +68,44 @@ def until_gone(site, job: str, within_s: float = 240.0) -> None:
 def settings(folder: Path, **changes) -> ClusterSettings:
     given = {"walltime": "00:20:00", "cpus": 1, "gpus": 0, "log_directory": str(folder / "logs")}
     return ClusterSettings(**given | changes)
+
+
+class Tiny:
+    """Media of the fault benchmarks and their encoder of one convolution, which waits at a gate."""
+
+    def __init__(self, folder: Path, lab: ModuleType) -> None:
+        self.folder, self.lab, self.store = folder, lab, folder / "features" / "store.zarr"
+        lab.draw_media(folder / "media")
+
+    def settings(self, **changes) -> dict:
+        return self.lab.tiny_settings(self.folder / "media", changes.pop("store", self.store), **changes)
+
+    def expected(self) -> dict:
+        """Hashes of a local run's store."""
+        self.extract(store=self.folder / "features" / "local.zarr")
+        return self.lab.hashes(self.folder / "features" / "local.zarr")
+
+    def extract(self, say: Callable[[str], None] = print, **changes):
+        from pipeline.config import read_config
+        from pipeline.extract import extract
+
+        return extract(read_config(None, self.settings(**changes)), quiet=True, say=say)
+
+    def commits(self) -> dict:
+        """Receipt -> what changes when it is written anew."""
+        return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in self.lab.receipts(self.store)}
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch) -> Tiny:
+    """The plug-in is known here, and to jobs by their environment."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    lab = importlib.import_module("fault_lab")
+    lab.install(tmp_path / "plugins")
+    monkeypatch.syspath_prepend(tmp_path / "plugins")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "plugins"))
+    monkeypatch.setattr(ENCODERS, "_plug_ins", EncoderTable(())._plug_ins)
+    return Tiny(tmp_path, lab)
 
 
 def test_jobs_that_the_driver_submits_write_the_bytes_of_a_local_run(lab, slurm_site, elsewhere, expected):
@@ -78,28 +121,75 @@ def test_jobs_that_the_driver_submits_write_the_bytes_of_a_local_run(lab, slurm_
     assert slurm_site.call("squeue", "--noheader", "--states=pending,running") == ""
 
 
-def test_the_script_of_one_allocation_extracts_the_same_bytes(lab, slurm_site, elsewhere, expected, monkeypatch):
-    config = lab.folder / "extract.yaml"
-    config.write_text(yaml.safe_dump(lab.settings(encoders=["languagebind"])))
-    monkeypatch.setenv("CONFIG", str(config))
-    monkeypatch.setenv("BIN", str(Path(sys.executable).parent))
-    options = [
-        "--ntasks-per-node=2",
-        "--cpus-per-task=1",
-        "--gres=gpu:2",
-        "--time=20",
-        f"--output={lab.folder}/job.log",
-    ]
-    script = TEMPLATES / "one-allocation.sbatch"
-    job = slurm_site.call(
-        "sbatch", "--parsable", f"--chdir={elsewhere}", f"--output={lab.folder}/job.log", *options, str(script)
-    ).strip()
+def test_one_allocation_over_two_nodes_extracts_the_same_bytes(lab, slurm_site, elsewhere, expected, monkeypatch):
+    job = submit(slurm_site, lab.folder, lab.settings(encoders=["languagebind"]), monkeypatch, f"--chdir={elsewhere}")
     until_gone(slurm_site, job)
     log = (lab.folder / "job.log").read_text()
     assert "ExitCode=0:0" in slurm_site.call("scontrol", "show", "job", job), log
     assert lab.hashes(lab.store) == expected, log
     assert verify_store(lab.store, "full") == []
+    assert all(f"name: {node}-0" in log for node in ("node1", "node2")), log  # a worker on each
     assert not list(slurm_site.folder.glob("merv-scheduler-*"))  # where it was submitted
+
+
+def submit(site, folder: Path, settings: dict, monkeypatch, *options: str) -> str:
+    """The shipped script on two nodes of one worker each; returns the job's number."""
+    (folder / "extract.yaml").write_text(yaml.safe_dump(settings))
+    monkeypatch.setenv("CONFIG", str(folder / "extract.yaml"))
+    monkeypatch.setenv("BIN", str(Path(sys.executable).parent))
+    sizes = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gres=gpu:1", "--time=20"]
+    script = str(TEMPLATES / "one-allocation.sbatch")
+    return site.call("sbatch", "--parsable", f"--output={folder}/job.log", *sizes, *options, script).strip()
+
+
+def test_a_job_that_is_requeued_half_way_goes_on_where_it_was(tiny, slurm_site, monkeypatch):
+    expected, gate = tiny.expected(), tiny.lab.Gate(tiny.store)
+    for name, value in gate.environment.items():
+        monkeypatch.setenv(name, value)
+    job = submit(slurm_site, tiny.folder, tiny.settings(), monkeypatch)
+    gate.wait()  # a worker has committed one block and stands in the middle of the next
+    slurm_site.call("scontrol", "requeue", job)
+    deadline = time.monotonic() + 300
+    while slurm_site.call("squeue", "--noheader", "--format=%t", f"--jobs={job}").strip() in ("R", "CG"):
+        assert time.monotonic() < deadline, "the requeued job does not end"
+        time.sleep(0.1)
+    before = tiny.commits()
+    assert 0 < len(before) < tiny.lab.BLOCKS
+    gate.open()
+    slurm_site.call("scontrol", "update", f"JobId={job}", "StartTime=now")  # SLURM waits two minutes by itself
+    until_gone(slurm_site, job)
+    log = (tiny.folder / "job.log").read_text()
+    told = slurm_site.call("scontrol", "show", "job", job)
+    assert "ExitCode=0:0" in told, log
+    assert "Restarts=1" in told
+    assert tiny.lab.hashes(tiny.store) == expected, log
+    assert before.items() <= tiny.commits().items()
+
+
+def test_a_worker_that_retires_before_its_walltime_hands_its_block_to_the_next_job(tiny, slurm_site, monkeypatch):
+    """The first job's worker lives for eight seconds, of which it spends the last ones in the middle of a block."""
+    monkeypatch.setattr(slurm, "KEEP_S", 0.5)
+    monkeypatch.setattr(slurm, "lifetime", lambda walltime: ["--lifetime", "$LIFETIME"])
+    expected, gate, said = tiny.expected(), tiny.lab.Gate(tiny.store), []
+    first = tiny.folder / "first"
+    lives = f"if mkdir {first}; then export LIFETIME=8s; else export LIFETIME=20m; fi"
+    for name, value in gate.environment.items():
+        monkeypatch.setenv(name, value)
+    logs = tiny.folder / "logs"
+
+    def open_when_it_retires() -> None:
+        while not any("worker-lifetime-reached" in log.read_text() for log in logs.glob("*")):
+            time.sleep(0.1)
+        gate.open()
+
+    helper = threading.Thread(target=open_when_it_retires, daemon=True)
+    helper.start()
+    cluster = {"cpus": 1, "gpus": 0, "walltime": "00:20:00", "log_directory": str(logs), "prologue": [lives]}
+    summary = tiny.extract(said.append, scheduler="slurm", cluster=cluster)
+    assert summary.failed == 0
+    assert len(list(logs.glob("*.err"))) >= 2, said  # one job after the other
+    assert tiny.lab.hashes(tiny.store) == expected
+    assert verify_store(tiny.store, "full") == []
 
 
 def test_jobs_that_end_without_a_worker_are_told_with_what_they_said(slurm_site, tmp_path, monkeypatch):
@@ -119,5 +209,5 @@ def test_a_job_that_is_lost_is_replaced_and_the_work_goes_on(slurm_site, tmp_pat
         future = client.submit(time.sleep, 0.1)
         future.result()
         slurm_site.call("scancel", *job)
-        assert client.submit(abs, -3).result(timeout=90) == 3
+        assert client.submit(abs, -3).result(timeout=300) == 3
     assert any("has ended and the run has not" in line for line in said)
