@@ -4,11 +4,13 @@
 
 A folder of stills is extracted with an encoder of one convolution that sleeps `--delay` seconds per forward, in blocks
 of sixteen clips. Both sides call the same function with the same tasks in as many processes, which have loaded the
-encoder before the clock starts; rounds alternate. Printed: seconds of each round, clips per second, and the ratio.
+encoder before the clock starts; rounds alternate. Printed: seconds of each round, clips per second, and the ratio; and
+where Dask's time goes: before a worker's first block, between its blocks, and from the last block to the driver.
 """
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import statistics
@@ -32,6 +34,18 @@ def compute(task) -> dict:
     from pipeline.suspect import compute_block
 
     return compute_block(task)
+
+
+def idle_times(stream: list[dict], began: float, ended: float) -> tuple[float, float, float]:
+    """Mean seconds of a worker without a block: before its first, between two, and of the driver after the last one."""
+    blocks: dict[str, list[tuple[float, float]]] = {}
+    for task in stream:
+        spans = [(span["start"], span["stop"]) for span in task["startstops"] if span["action"] == "compute"]
+        blocks.setdefault(task["worker"], []).extend(spans)
+    ordered = [sorted(spans) for spans in blocks.values()]
+    before = statistics.fmean(spans[0][0] - began for spans in ordered)
+    between = statistics.fmean(b[0] - a[1] for spans in ordered for a, b in itertools.pairwise(spans))
+    return before, between, ended - max(spans[-1][1] for spans in ordered)
 
 
 def warm_up(settings, seconds: float) -> None:
@@ -119,10 +133,21 @@ def main(workers: int, blocks: int, delay: float, rounds: int) -> None:
 
 def compare(tasks: Callable[[str], list], workers: int, rounds: int) -> None:
     from dask_cost import compute, warm_up  # by its importable name: both kinds of worker unpickle it
+    from distributed import get_task_stream
 
     from jobs.clusters import connect
     from jobs.request import ClusterRequest
     from jobs.run import Task, run_tasks
+
+    idle = []
+
+    def by_dask(keyed: list[Task]) -> list[dict]:
+        began = time.time()
+        with get_task_stream(client) as stream:
+            results = [outcome.result for outcome in run_tasks(client, compute, keyed)]
+            ended = time.time()
+        idle.append(idle_times(stream.data, began, ended))
+        return results
 
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
     with pool, connect(ClusterRequest(num_workers=workers)) as client:
@@ -137,7 +162,7 @@ def compare(tasks: Callable[[str], list], workers: int, rounds: int) -> None:
             keyed = [Task(key=f"block-{number}-{task.block}", arguments=(task,)) for task in ours]
             sides = {
                 "pool": lambda theirs=theirs: list(pool.map(compute, theirs)),
-                "Dask": lambda keyed=keyed: [outcome.result for outcome in run_tasks(client, compute, keyed)],
+                "Dask": lambda keyed=keyed: by_dask(keyed),
             }
             done = 0
             for side in sorted(sides, reverse=number % 2 == 0):  # whoever is first has the colder caches
@@ -151,6 +176,11 @@ def compare(tasks: Callable[[str], list], workers: int, rounds: int) -> None:
             f"{clips} clips in {len(ours)} blocks, {workers} workers: {clips / plain:.1f} clips/s by the pool, "
             f"{clips / dask:.1f} by Dask: {plain / dask:.3f} of the plain pool's throughput, "
             f"{1000 * workers * (dask - plain) / len(ours):.0f} ms per block"
+        )
+        before, between, after = (1000 * statistics.median(times) for times in zip(*idle, strict=True))
+        click.echo(
+            f"a worker of Dask's waits {before:.0f} ms for its first block, {between:.0f} ms between two; the driver "
+            f"has the last result after {after:.0f} ms"
         )
 
 

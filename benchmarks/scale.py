@@ -3,11 +3,12 @@
     python benchmarks/scale.py [--clips 1000 --clips 10000 ...] [--workers 64]
 
 A store is made for clips that have no media; rows are given out and blocks planned; as many tasks as there are blocks,
-which return at once, go through a real Dask scheduler to 64 workers in one process; tokens of width 1 are committed
-block by block (without fsync: the disk is not what is measured; beyond 100,000 clips receipts alone). Printed per size:
-seconds to give out rows and to plan, processor milliseconds of driver, scheduler and workers per block, seconds of a
-snapshot, of the scan for a resume and of opening, what all that makes per clip, bytes that a store's metadata takes,
-and the driver's peak memory. Each size runs in a process of its own.
+which return at once, go through a real Dask scheduler beside the driver to 64 workers in another process; tokens of
+width 1 are committed block by block (without fsync: the disk is not what is measured; beyond 100,000 clips receipts
+alone). Printed per size: seconds to give out rows and to plan, processor milliseconds per block of the driver with its
+scheduler and of the workers, seconds of a snapshot, of the scan for a resume and of opening, what all that makes per
+clip without the workers, bytes that a store's metadata takes, and the driver's peak memory. Each size runs in a process
+of its own.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import click
+import many_workers
 import numpy as np
 from synthetic import synthetic_identity
 
@@ -48,11 +50,6 @@ def commit_block(store: str, block: int, first: int, stop: int) -> dict:
     for row in range(first, stop):
         writer.add(row, {"tokens": TOKENS}, media_sha256="0" * 64, decoder="frames/1")
     writer.commit()
-    return {"clips": stop - first}
-
-
-def return_at_once(store: str, block: int, first: int, stop: int) -> dict:
-    """A block that costs a worker nothing."""
     return {"clips": stop - first}
 
 
@@ -88,7 +85,7 @@ def measure(num_clips: int, workers: int, folder: Path) -> dict[str, float]:
         blocks = plan_blocks(store, {"still": IDENTITY}, clip_ids=ids)
     tasks = [(str(place), b.block, min(b.wanted["still"]), max(b.wanted["still"]) + 1) for b in blocks]
     del blocks
-    seconds["dask"] = _through_dask(tasks, workers)
+    seconds |= {f"dask {side}": cost for side, cost in many_workers.cost(tasks, workers).items()}
     with timed("commit"):
         for task in tasks:
             commit_block(*task) if num_clips <= WHOLE_UP_TO else put_receipt(store, *task)
@@ -110,39 +107,30 @@ def measure(num_clips: int, workers: int, folder: Path) -> dict[str, float]:
     }
 
 
-def _through_dask(tasks: list[tuple], workers: int) -> float:
-    """As many tasks as blocks, which return at once; processor seconds of driver, scheduler and workers together."""
-    import dask
-    from distributed import Client, LocalCluster
-
-    from jobs.request import DASK_SETTINGS
-    from jobs.run import Task, run_tasks
-
-    with (
-        dask.config.set(DASK_SETTINGS),
-        LocalCluster(n_workers=workers, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
-        Client(cluster) as client,
-    ):
-        warm = [Task(key=f"warm-{n}", arguments=("", n, 0, 1)) for n in range(2 * workers)]
-        for timed_tasks in (warm, [Task(key=f"block-{task[1]}", arguments=task) for task in tasks]):
-            began = time.process_time()
-            for outcome in run_tasks(client, return_at_once, timed_tasks):
-                assert outcome.error is None, outcome.error
-        return time.process_time() - began
-
-
 def line(row: dict[str, float]) -> str:
-    per_clip_us = 1e6 * sum(row[name] for name in ("rows", "plan", "dask", "snapshot")) / row["clips"]
+    per_clip_us = 1e6 * sum(row[name] for name in ("rows", "plan", "dask driver", "snapshot")) / row["clips"]
     return (
         f"{row['clips']:>9,} {row['blocks']:>7,} {row['rows']:7.2f} {row['plan']:7.2f} "
-        f"{1000 * row['dask'] / row['blocks']:11.2f} {1000 * row['commit'] / row['blocks']:13.2f} "
+        f"{1000 * row['dask driver'] / row['blocks']:13.2f} {1000 * row['dask workers'] / row['blocks']:14.2f} "
+        f"{1000 * row['commit'] / row['blocks']:13.2f} "
         f"{row['snapshot']:8.2f} {row['resume']:9.2f} {row['open']:7.2f} {per_clip_us:11.0f} "
         f"{row['metadata'] / row['clips']:9.0f} {row['peak'] / 1e6:8.0f}"
     )
 
 
-NAMES = ("clips", "blocks", "rows[s]", "plan[s]", "Dask[ms/bl]", "commit[ms/bl]", "snap.[s]", "resume[s]", "open[s]")
-WIDTHS = (9, 7, 7, 7, 11, 13, 8, 9, 7, 11, 9, 8)
+NAMES = (
+    "clips",
+    "blocks",
+    "rows[s]",
+    "plan[s]",
+    "driver[ms/bl]",
+    "workers[ms/bl]",
+    "commit[ms/bl]",
+    "snap.[s]",
+    "resume[s]",
+    "open[s]",
+)
+WIDTHS = (9, 7, 7, 7, 13, 14, 13, 8, 9, 7, 11, 9, 8)
 HEAD = " ".join(map(str.rjust, (*NAMES, "us per clip", "meta[B/c]", "peak[MB]"), WIDTHS))
 
 
