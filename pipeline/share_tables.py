@@ -15,6 +15,8 @@ def transferred(done: Transferred) -> None:
         f"{plural(done.sent_blocks, 'block')} of {done.blocks} moved, {size(done.sent_bytes)} of {size(done.bytes)}; "
         "the rest was there"
     )
+    if done.card is False:
+        out.print("no card was written: the README.md there is somebody's own")
     if done.overhead > 1:
         out.print(
             f"whole blocks hold {done.overhead:.2f} times the clips asked for: `merv-pipeline subset` cuts them out"

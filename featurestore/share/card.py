@@ -22,6 +22,7 @@ from featurestore.store import FeatureStore
 MARK = "<!-- written by merv-pipeline push: it is written anew at every push -->"
 DEFAULT_LICENSE = "unknown"
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
+_MAX_REASONS = 20  # of failure that are listed
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
 
@@ -69,7 +70,11 @@ def _what(store: FeatureStore) -> list[str]:
     lines += ["| dataset | clips |", "|---|--:|"]
     lines += [f"| {_cell(name)} | {n} |" for name, n in sorted(Counter(clips["dataset"].to_pylist()).items())]
     names = [f"{_cell(name)} ({len(store.samples(name))})" for name in store.sample_names]
-    return [*lines, "", f"Conversations: {', '.join(names) or 'none'}.", ""]
+    lines += ["", f"Conversations: {', '.join(names) or 'none'}.", ""]
+    removed = {clip for stone in store.tombstones.values() for clip in stone.clips}
+    if removed:
+        lines += [f"Removed on request, tokens and conversations: {len(removed)} clips; `tombstones/` says why.", ""]
+    return lines
 
 
 def _encoders(store: FeatureStore) -> list[str]:
@@ -119,7 +124,10 @@ def _quarantine(store: FeatureStore) -> list[str]:
         return []
     lines = ["## Quarantine", "", "Clips without tokens, with the reason:", "", "| encoder | reason | clips |"]
     lines.append("|---|---|--:|")
-    lines += [f"| {_cell(key)} | {_cell(reason)} | {number} |" for (key, reason), number in reasons.most_common(20)]
+    shown = reasons.most_common(_MAX_REASONS)
+    lines += [f"| {_cell(key)} | {_cell(reason)} | {number} |" for (key, reason), number in shown]
+    if hidden := len(reasons) - len(shown):
+        lines += ["", f"And {hidden} rarer reasons: `merv-pipeline quarantine list` tells all."]
     return [*lines, ""]
 
 

@@ -18,7 +18,9 @@ def push(source: Place, destination: Place, *, license: str | None = None, **opt
     """`transfer`, then the card and the listing, which describe what is at the destination now."""
     done = transfer(source, destination, **options)
     objects = open_objects(destination)
-    write_card(objects, FeatureStore.open(destination, cache=False), place=str(destination), license=license)
+    done.card = write_card(
+        objects, FeatureStore.open(destination, cache=False), place=str(destination), license=license
+    )
     write_listing(objects)
     return done
 

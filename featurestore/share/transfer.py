@@ -60,6 +60,7 @@ class Transferred:
     sent_bytes: int = 0
     overhead: float = 1.0  # rows of the blocks over rows of the clips asked for
     encoders: list[str] = field(default_factory=list)
+    card: bool | None = None  # was it written; False: somebody's own README stands there; None: only `push` writes one
 
 
 def transfer(

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from featurestore.errors import StoreDamagedError, StoreError, StoreNotFoundError, UserError
+from featurestore.keep.erase import tombstone
 from featurestore.keep.verify import verify_store
 from featurestore.places.by_url import open_objects
 from featurestore.share.card import card
@@ -254,8 +255,24 @@ def test_the_card_tells_licence_identities_counts_and_reasons_and_the_hub_can_re
 def test_a_readme_of_somebody_elses_stays(full, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "README.md").write_text("# Mine")
-    push(full.path, tmp_path / "out")
+    assert push(full.path, tmp_path / "out").card is False
     assert (tmp_path / "out" / "README.md").read_text() == "# Mine"
+
+
+def test_the_card_tells_removals_and_how_many_reasons_it_leaves_out(kit, make):
+    kit.writer().add_clips([make.video(n) for n in range(25)])
+    group = kit.group(make.identity())
+    for block in group.missing_blocks():
+        writer = group.begin(block)
+        for row in sorted(writer.planned):
+            writer.fail(row, f"the file has {row} tracks")
+        writer.commit()
+    kit.writer().publish_snapshot()
+    tombstone(kit.path, [make.video(24).clip_id], reason="licence")
+    text = card(kit.open(), place="x")
+    assert text.count("tracks |") == 20
+    assert "And 4 rarer reasons: `merv-pipeline quarantine list` tells all." in text
+    assert "Removed on request, tokens and conversations: 1 clips;" in text
 
 
 def test_a_license_is_an_identifier(full):
