@@ -15,8 +15,8 @@ from pipeline.show import friendly_errors, show_result
 
 URLS = """URLs: s3://BUCKET/FOLDER, gs://, az:// and file:// to read and write; https:// and hf://datasets/USER/REPO to
 read. Endpoint, region and credentials come from the environment: AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, ...,
-GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_..., HF_TOKEN. az:// is tested against Azurite; gs:// and the Hub itself
-were not tried.
+GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_..., HF_TOKEN. az:// is tested against Azurite, gs:// and hf:// against
+servers that answer as their documentation says; none was tried against the service itself.
 """
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 ENCODERS = click.option("--encoders", metavar="LIST", show_default="all", help="Only these, comma separated.")

@@ -2,9 +2,9 @@
 
 Endpoint, region and credentials come from the environment, as obstore reads it: AWS_ENDPOINT_URL, AWS_REGION,
 AWS_ACCESS_KEY_ID, ...; GOOGLE_...; AZURE_...; HF_TOKEN and HF_ENDPOINT for the Hub. Tested against an S3 server, a
-plain HTTP server, a server that answers as the Hub does and, where it is installed, Azurite, which stands in for Azure.
-gs:// is the same calls through the same library and was not tried: fake-gcs-server 1.x has no XML put, which the
-library needs, and its JSON put ignores the condition. None was tried against its service.
+plain HTTP server, Azurite where it is installed, and two servers of our own that answer as the documentation of Google
+Cloud Storage and as the Hub do (emulators of the former that can be installed lack its conditional put). None was tried
+against the service itself.
 """
 
 from __future__ import annotations
