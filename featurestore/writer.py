@@ -36,8 +36,8 @@ from featurestore.metadata import parse_root, root_document
 from featurestore.parts import ClipIndex, allocate, part_bytes, read_table, table_bytes
 from featurestore.places.by_url import open_objects
 from featurestore.places.objects import Objects, machine_faults, put_if_absent
+from featurestore.publish import publish
 from featurestore.samples import Sample
-from featurestore.snapshots import publish
 from featurestore.tombstones import tombstoned_clips
 
 

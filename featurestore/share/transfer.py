@@ -37,10 +37,11 @@ from featurestore.layout import (
 from featurestore.parts import ClipIndex
 from featurestore.places.by_url import check_writable, open_objects
 from featurestore.places.objects import Objects, put_if_absent
+from featurestore.publish import publish
 from featurestore.receipts import Receipt
 from featurestore.share.parcels import Parcel, digested, parcels_of
 from featurestore.share.selection import Selection
-from featurestore.snapshots import Snapshot, load_snapshot, newest_snapshot_id, publish
+from featurestore.snapshots import Snapshot, load_snapshot, newest_snapshot_id
 from featurestore.tombstones import tombstone_ids
 from featurestore.writer import StoreWriter
 

@@ -10,7 +10,8 @@ import pytest
 
 from featurestore.errors import StoreDamagedError, StoreError, StoreFormatError
 from featurestore.places.local_objects import LocalObjects
-from featurestore.snapshots import Snapshot, load_snapshot, publish, read_snapshot_table
+from featurestore.publish import publish
+from featurestore.snapshots import Snapshot, load_snapshot, read_snapshot_table
 
 
 def snapshot_files(kit) -> list[str]:
