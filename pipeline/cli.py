@@ -12,6 +12,7 @@ import click
 
 from featurestore.find import find_store, store_first
 from pipeline.cluster_cli import CLUSTER_COMMANDS
+from pipeline.distortion_cli import distortion
 from pipeline.explain_cli import EXPLAIN_COMMANDS
 from pipeline.options import config_from_options, extraction_options
 from pipeline.share_cli import SHARE_COMMANDS
@@ -195,5 +196,5 @@ def datasets(name: str | None, as_json: bool) -> None:
             )
 
 
-for command in (*STORE_COMMANDS, *EXPLAIN_COMMANDS, *SHARE_COMMANDS, *CLUSTER_COMMANDS):
+for command in (*STORE_COMMANDS, *EXPLAIN_COMMANDS, *SHARE_COMMANDS, *CLUSTER_COMMANDS, distortion):
     main.add_command(command)

@@ -71,3 +71,11 @@ def progress(label: str, unit: str) -> Iterator[tuple[Callable[[int], None], Cal
     finally:
         for bar in bars:
             bar.__exit__(None, None, None)
+
+
+def tell_kept(keep: Callable[[], str]) -> None:
+    """Keep a measurement in the journal where the store can be written; it is worth printing all the same."""
+    try:
+        click.echo(f"kept as {keep()}", err=True)
+    except MervCacheError as error:
+        click.echo(f"not kept in the store: {error}", err=True)

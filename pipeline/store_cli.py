@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import click
 
-from featurestore.errors import MervCacheError
 from featurestore.find import find_store, store_first
-from pipeline.show import friendly_errors, progress, show_result
+from pipeline.show import friendly_errors, progress, show_result, tell_kept
 
 _ROOT_HELP = "Folder of the media."
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -118,7 +114,7 @@ def _parity(place: Any, root: str | None, options: dict[str, Any]) -> Any:
         root=root,
         say=lambda line: click.echo(line, err=True),
     )
-    _keep(lambda: keep_parity(place, record))
+    tell_kept(lambda: keep_parity(place, record))
     return record
 
 
@@ -266,69 +262,4 @@ def tombstone(
         show_result(result, as_json, lambda: tables.details(result))
 
 
-@click.command()
-@_STORE
-@_STORE_OPTION
-@click.option("--sample", type=click.IntRange(1), default=64, help="Clips of each encoder and kind, at most.")
-@click.option("--seed", type=int, default=0, help="Chooses the clips.")
-@click.option(
-    "--scratch",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    show_default="the system's",
-    help="Folder for temporary stores: one encoder and dtype at a time; reading speed is that of its disk.",
-)
-@click.option(
-    "--reference",
-    type=click.Choice(["store", "encoders"]),
-    default="store",
-    help="What errors are against: the stored tokens, or the encoders' float32, computed again from the media.",
-)
-@_ROOT
-@click.option("--weights", metavar="SPEC", multiple=True, show_default="as at extraction", help="As for extract.")
-@click.option("--device", show_default="cuda where there is one, else cpu", help="cpu, cuda, cuda:1, ...")
-@_JSON
-def distortion(
-    store: str | None,
-    store_option: str | None,
-    reference: str,
-    root: str | None,
-    weights: tuple[str, ...],
-    device: str | None,
-    as_json: bool,
-    **options: Any,
-) -> None:
-    """Measure what each storage dtype takes and loses.
-
-    Bytes, reading speed and error, on the store's own tokens: a sample is written in float16, bfloat16 and uint8 into
-    temporary stores and read back. The result is kept in the store's journal, for `report` and the card; `merv-eval
-    distortion` adds what a trained run makes of each dtype.
-    """
-    from featurestore.distortion import keep_record, to_record
-    from pipeline import store_tables
-    from pipeline.distortion import measure_distortion
-
-    with friendly_errors():
-        place = find_store(store or store_option)
-        with ExitStack() as stack:
-            if reference == "encoders":
-                from pipeline.distortion_again import encoded_again
-                from pipeline.options import parse_weights
-
-                made_of = {"root": root, "weights": parse_weights(weights), "device": device}
-                options["again"] = stack.enter_context(encoded_again(place, **made_of))
-            total, done = stack.enter_context(progress("distortion", "measurements"))
-            measured = measure_distortion(place, **options, on_start=total, on_done=done)
-        record = to_record(measured)
-        _keep(lambda: keep_record(place, record))
-        show_result(record, as_json, lambda: store_tables.distortion(measured))
-
-
-def _keep(keep: Callable[[], str]) -> None:
-    """Into the journal where the store can be written; a measurement is worth printing all the same."""
-    try:
-        click.echo(f"kept as {keep()}", err=True)
-    except MervCacheError as error:
-        click.echo(f"not kept in the store: {error}", err=True)
-
-
-STORE_COMMANDS: tuple[click.Command, ...] = (verify, repair, quarantine, tombstone, distortion)
+STORE_COMMANDS: tuple[click.Command, ...] = (verify, repair, quarantine, tombstone)
