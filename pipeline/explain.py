@@ -100,7 +100,7 @@ def explain(
         compared = same or store.encoders  # what is asked for as it is stored, else whatever is stored
         media = stale_media(writer, listing.clips, listing.root, compared, full=full, **hooks)
     clips = list(listing.clips) if listing else _stored_clips(store, config)
-    measured = probe_costs(config, listing, probe) if probe and listing else None
+    measured = probe_costs(config, listing, probe, say) if probe and listing else None
     changes = [
         _change(each, *wanted[each.name], store, runs, costs_of(store, runs, identity, clips, media, measured))
         for each, identity in zip(config.encoder_settings, identities.values(), strict=True)

@@ -8,7 +8,7 @@ before compression. Each row says which.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,17 +72,17 @@ def costs_of(
     return found
 
 
-def probe_costs(config: ExtractConfig, listing: DatasetListing, probe: int) -> Measured:
+def probe_costs(config: ExtractConfig, listing: DatasetListing, probe: int, say: Callable[[str], None]) -> Measured:
     """`probe` clips of each kind, really decoded and encoded on a worker of the cluster asked for."""
     from jobs.clusters import connect
-    from pipeline.describe import on_a_worker
+    from pipeline.describe import Loading
     from pipeline.forecast import spread_clips
-    from pipeline.probe import probe_clips  # torch
+    from pipeline.probe_workers import probe_workers
 
     chosen = {kind: spread_clips([c for c in listing.clips if c.kind == kind], probe) for kind in KINDS}
-    with connect(config.cluster_request) as client:
-        asked = (config.engine_settings, listing.root, chosen, config.batch)
-        return on_a_worker(client, config, probe_clips, *asked)["clips"]
+    with connect(config.cluster_request, say=say) as client:
+        report = Loading(say).on_report
+        return probe_workers(client, config, listing.root, chosen, workers=1, on_report=report)["clips"]
 
 
 def _priced(

@@ -65,7 +65,7 @@ def overwrite(file: Path, data: bytes, mtime: float = 0.0) -> None:
 
 def test_media_that_changed_are_found_by_quick_and_full(store, media):
     sound = result_of("verify", store, "--media", "full", "--root", media)
-    assert sound == {"store": str(store), "mode": "quick", "media": "full", "findings": []}
+    assert sound == {"store": str(store), "mode": "quick", "media": "full", "findings": [], "parity": None}
     changed, gone = media / "videochatgpt_tune/v0.mp4", media / "valley/v5.mp4"
     overwrite(changed, changed.read_bytes() + b"x")  # under an old date: the file system's change time tells
     gone.unlink()
