@@ -51,7 +51,7 @@ class Objects(Protocol):
 
     def put_new(self, key: str, data: Buffer | Sequence[Buffer]) -> None: ...  # AlreadyExistsError if taken
 
-    def replace(self, key: str, data: bytes) -> None: ...  # only for metadata that grows
+    def replace(self, key: str, data: bytes) -> None: ...  # metadata that grows; and `repair` and `tombstone`
 
     def swap(self, key: str, old: bytes, new: bytes) -> bool: ...  # replace if it still is `old`; False if it is not
 
@@ -68,6 +68,10 @@ class Objects(Protocol):
     def list_tree(self, prefix: str = "") -> dict[str, int]: ...  # key -> bytes of everything below
 
     def delete(self, key: str) -> None: ...  # a missing key is no error
+
+    def abandoned(self) -> list[str]: ...  # temporary folders that no living process owns
+
+    def sweep(self) -> None: ...  # remove them
 
 
 def scatter(data: memoryview, buffers: Sequence[memoryview]) -> None:

@@ -22,7 +22,7 @@ class Choice:
     """Where a clip's cell is taken from."""
 
     source: CellSource
-    place: int  # of the source among the sources
+    rank: int  # of the source among the sources, 0 first
     clip_id: str  # as the source knows it
     cell: Cell
 
@@ -49,10 +49,10 @@ class CellChooser:
         """Of every clip the first source that committed its cell, else the first in which it failed."""
         chosen: Chosen = {}
         by_footage: dict[Footage, Choice] = {}
-        for place, source in enumerate(self._sources):
+        for rank, source in enumerate(self._sources):
             for clip_id, cell in source.cells(name).items() if name in source.groups() else ():
-                choice = Choice(source=source, place=place, clip_id=clip_id, cell=cell)
-                footage = self._footage[place].get(clip_id) if cell.is_ok else None
+                choice = Choice(source=source, rank=rank, clip_id=clip_id, cell=cell)
+                footage = self._footage[rank].get(clip_id) if cell.is_ok else None
                 if footage and clip_id not in self._removed:
                     by_footage.setdefault(footage, choice)
                 if clip_id not in self._clips:
@@ -83,7 +83,7 @@ class CellChooser:
 
 
 def _is_better(twin: Choice, own: Choice | None) -> bool:
-    return own is None or not own.cell.is_ok or twin.place < own.place
+    return own is None or not own.cell.is_ok or twin.rank < own.rank
 
 
 def _footage(source: CellSource) -> dict[str, Footage]:

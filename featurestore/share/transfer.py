@@ -1,10 +1,10 @@
 """Push and pull: a store, or part of it, from one place to another, byte for byte.
 
 The newest snapshot is pinned first, and what it names is copied, so a run that goes on at the source disturbs nothing.
-Order makes a transfer safe to stop anywhere: clip parts, then blocks (shards before their receipt), then journals, and
-the snapshot last. Until then a reader of the destination sees nothing, or the older snapshot that was there. What is
-there already with the right size is not sent again. Every shard is hashed against its receipt before it is put, in the
-memory that is then sent; S3 refuses a body whose signed sha256 differs, and `check` reads everything back.
+Order makes a transfer safe to stop anywhere: removals, clip parts, blocks (shards before their receipt), canaries,
+journals, and the snapshot last. Until then a reader of the destination sees nothing, or the older snapshot that was
+there. What is there already with the right size is not sent again. Every shard is hashed against its receipt before it
+is put, in the memory that is then sent; S3 refuses a body whose signed sha256 differs, and `check` reads all back.
 
 A part of the clips is sent as whole blocks: shards are immutable and their receipts cover them whole. `Transferred`
 says what that costs; `subset` cuts instead, into a new store.
