@@ -29,9 +29,9 @@ DTYPES = ("float16", "bfloat16", "uint8")
 
 @pytest.fixture
 def run(tmp_path, config, question_store):
-    """A run of two steps on the store: not clever, but its loss depends on every token."""
+    """A run of one step on the store: not clever, but its loss depends on every token."""
     samples, source = open_store(str(question_store), config)
-    train(replace(config, max_steps=2), samples, source, tmp_path / "first", store=str(question_store), is_quiet=True)
+    train(replace(config, max_steps=1), samples, source, tmp_path / "first", store=str(question_store), is_quiet=True)
     return tmp_path / "first"
 
 
@@ -73,7 +73,7 @@ def test_prefix_tokens_are_cast_as_a_store_keeps_them():
 def test_losses_are_those_of_the_run_on_stores_of_each_dtype(run, question_store, tmp_path):
     path, record = measure_losses(run, None)
     assert (path, record.run, record.step, record.split, record.samples) == (
-        str(question_store), "first", 2, "heldout", 3,
+        str(question_store), "first", 1, "heldout", 3,
     )  # fmt: skip
     loaded = load_run(run)
     config = loaded.built.config
@@ -91,7 +91,7 @@ def test_losses_are_those_of_the_run_on_stores_of_each_dtype(run, question_store
     assert losses["uint8"] != losses[STORED]
 
 
-def test_the_command_keeps_the_losses_in_the_store_s_journal(run, question_store):
+def test_the_command_keeps_the_losses_in_the_store_s_journal_and_knows_the_splits(run, question_store):
     done = CliRunner().invoke(eval_main, ["distortion", "--checkpoint", str(run), "--limit", "2", "--json"])
     assert done.exit_code == 0, done.output
     printed, kept = json.loads(done.stdout), read_distortion(FeatureStore.open(question_store)).loss
@@ -100,8 +100,5 @@ def test_the_command_keeps_the_losses_in_the_store_s_journal(run, question_store
     table = CliRunner().invoke(eval_main, ["distortion", "--checkpoint", str(run), "--split", "train"])
     assert "on 18 samples of split train" in table.stdout
     assert "Tokens of seeded random weights" in table.stdout
-
-
-def test_a_split_that_no_sample_has_is_told(run):
     with pytest.raises(UserError, match=r"no sample of this store is of split 'test'; it has: heldout, train"):
         measure_losses(run, None, split="test")
