@@ -66,7 +66,7 @@ class Explanation:
     looked_at: int = 0  # clips with tokens whose media were looked at
     changed: tuple[str, ...] = ()  # clips whose media changed and that --refresh would compute
     failed: tuple[str, ...] = ()  # clips whose new media were tried and failed
-    gone: tuple[str, ...] = ()  # clips with tokens whose media are not there; their tokens stay good
+    gone: tuple[str, ...] = ()  # clips with tokens whose media are not there or cannot be read; these stay good
     unlisted: int = 0  # clips of the dataset in the store that its listing no longer names
     new: int = 0  # clips listed that the store has never seen
     problem: str = ""  # why the media were not looked at

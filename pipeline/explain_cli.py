@@ -54,4 +54,12 @@ def explain(
         show_result(found.to_dict(), as_json, lambda: explanation(found))
 
 
+_TAKEN_OVER = "dataset root encoders weights stage kind limit decoder compute_dtype storage_dtype grid".split()
+
+for parameter in explain.params:  # options of its own: each command has its copy
+    if parameter.name in _TAKEN_OVER:
+        parameter.show_default = "as in the store's newest run"
+    elif parameter.name == "store":
+        parameter.help, parameter.show_default = "The store, as for extract.", "the only one under features/"
+
 EXPLAIN_COMMANDS = (explain,)

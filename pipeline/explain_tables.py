@@ -89,7 +89,7 @@ def _media(found: Explanation) -> None:
     for words, clips in (
         ("changed since their tokens were made", found.changed),
         ("changed, and the new content failed: the old tokens stand", found.failed),
-        ("not there any more: their tokens stay good", found.gone),
+        ("not there, or not to be read: their tokens stay good", found.gone),
     ):
         if clips:
             more = ", ..." if clips[SHOWN:] else ""

@@ -20,6 +20,7 @@ from pipeline.stale import StaleMedia, stale_media
 from pipeline.summary import ExtractSummary
 
 UNASKED_BYTES = 2 << 30  # of touched media that an extraction reads to compare them, a few seconds' worth
+TOLD_BYTES = 1 << 30  # from here on a person may wonder what takes so long
 
 Stale = Mapping[str, frozenset[str]]  # encoder -> clips
 
@@ -36,7 +37,13 @@ def look_at_media(
     if config.refresh:
         store.publish_snapshot()  # what a run that was cut short has refreshed is not to be given rows again
     budget = None if config.refresh else UNASKED_BYTES
-    found = stale_media(store, listing.clips, listing.root, identities, budget_bytes=budget)
+
+    def comparing(clips: int, num_bytes: int) -> None:
+        if num_bytes > TOLD_BYTES:
+            say(f"comparing {clips} media that were touched since: {num_bytes / 1e9:.1f} GB to read, once")
+
+    clips = listing.clips
+    found = stale_media(store, clips, listing.root, identities, budget_bytes=budget, on_compare=comparing)
     summary.not_compared = len(found.not_compared)
     if config.refresh:
         summary.refreshed = len(found.clips)

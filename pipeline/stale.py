@@ -47,7 +47,7 @@ class StaleMedia:
     changed: Mapping[str, frozenset[str]] = field(default_factory=dict)  # encoder -> clips made from other bytes
     failed: frozenset[str] = frozenset()  # clips whose new bytes were tried and failed: the old tokens still stand
     not_compared: frozenset[str] = frozenset()  # touched, and too many bytes to read them unasked
-    gone: frozenset[str] = frozenset()  # media that are not there; tokens stay good
+    gone: frozenset[str] = frozenset()  # media that are not there or cannot be read; tokens stay good
 
     @property
     def clips(self) -> frozenset[str]:
@@ -55,12 +55,15 @@ class StaleMedia:
         return frozenset().union(*self.changed.values())
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class _Stored:
     """The newest rows of a clip: encoder -> (row of its tokens, newest row that failed or -1)."""
 
     clip: Clip
     rows: Mapping[str, tuple[int, int]]
+
+
+_Looked = tuple[_Stored, Source | None, int]  # what is to be compared, None if nothing is; bytes to read, -1: gone
 
 
 def stale_media(
@@ -73,42 +76,59 @@ def stale_media(
     budget_bytes: int | None = None,  # read at most so much; None: whatever it takes
     on_clips: Callable[[int], None] = lambda total: None,
     on_clip: Callable[[], None] = lambda: None,
+    on_compare: Callable[[int, int], None] = lambda clips, num_bytes: None,
 ) -> StaleMedia:
-    """Which clips' tokens, at the newest snapshot, were made from other bytes than lie under the root now."""
-    stored = _stored(store, clips, identities)
-    started = _Started(store)
-    receipts = _Receipts(store, identities)
+    """Which clips' tokens, at the newest snapshot, were made from other bytes than lie under the root now.
+
+    `on_compare` is told how many clips' media, and how many bytes of them, are read for that.
+    """
+    stored, started = _stored(store, clips, identities), _Started(store)
+    on_clips(len(stored))
     with media_memory() as memory, ThreadPoolExecutor(4) as pool:
 
-        def look(some: Sequence[_Stored]) -> list[tuple[_Stored, Source | None, int]]:
-            found = []
-            for each in some:
-                found.append((each, *_look(each, root, memory, 0.0 if full else started.before(each), full)))
-                on_clip()
+        def look(some: Sequence[_Stored]) -> list[_Looked]:
+            found = [(each, *_look(each, root, memory, 0.0 if full else started.before(each), full)) for each in some]
+            for _, source, _ in found:
+                if source is None:
+                    on_clip()
             return found
 
-        on_clips(len(stored))
+        def compare(entry: _Looked) -> str | None:
+            sha256 = _sha256(entry[1], memory, full)
+            on_clip()
+            return sha256
+
         portions = [stored[first : first + PORTION] for first in range(0, len(stored), PORTION)]
         looked = [entry for found in pool.map(look, portions) for entry in found]
-        to_hash, left = _within([entry for entry in looked if entry[1] is not None], budget_bytes)
-        digests = list(pool.map(lambda entry: _sha256(entry[1], memory, full), to_hash))
-    changed: dict[str, set[str]] = {name: set() for name in identities}
+        to_read, left = _within([entry for entry in looked if entry[1] is not None], budget_bytes)
+        on_compare(len(to_read), sum(size for _, _, size in to_read))
+        digests = dict(zip((each for each, _, _ in to_read), pool.map(compare, to_read), strict=True))
+    changed, failed = _judged(digests, _Receipts(store, identities))
+    return StaleMedia(
+        looked_at=len(stored),
+        changed=changed,
+        failed=failed,
+        not_compared=frozenset(each.clip.clip_id for each, _, _ in left),
+        gone=frozenset(each.clip.clip_id for each, source, size in looked if source is None and size < 0)
+        | {each.clip.clip_id for each, sha256 in digests.items() if sha256 is None},
+    )
+
+
+def _judged(
+    digests: Mapping[_Stored, str | None], receipts: _Receipts
+) -> tuple[dict[str, frozenset[str]], frozenset[str]]:
+    """(encoder -> clips that are stale for it, clips whose new bytes failed), given what the bytes are now."""
+    changed: dict[str, set[str]] = {}
     failed = set()
-    for (each, _, _), sha256 in zip(to_hash, digests, strict=True):
+    for each, sha256 in digests.items():
         for name, (row, failed_row) in each.rows.items() if sha256 else ():
             if receipts.outcome(each.clip.kind, name, row).media_sha256 in (None, sha256):
                 continue
             if failed_row > row and receipts.outcome(each.clip.kind, name, failed_row).media_sha256 == sha256:
                 failed.add(each.clip.clip_id)
             else:
-                changed[name].add(each.clip.clip_id)
-    return StaleMedia(
-        looked_at=len(stored),
-        changed={name: frozenset(found) for name, found in changed.items() if found},
-        failed=frozenset(failed),
-        not_compared=frozenset(entry[0].clip.clip_id for entry in left),
-        gone=frozenset(each.clip.clip_id for each, source, size in looked if source is None and size < 0),
-    )
+                changed.setdefault(name, set()).add(each.clip.clip_id)
+    return {name: frozenset(found) for name, found in changed.items()}, frozenset(failed)
 
 
 def _stored(store: StoreWriter, clips: Iterable[Clip], identities: Mapping[str, FeatureIdentity]) -> list[_Stored]:
@@ -222,7 +242,7 @@ def _within(found: list, budget_bytes: int | None) -> tuple[list, list]:
 
 
 def _sha256(source: Source, memory: MediaMemory, full: bool) -> str | None:
-    """None where it cannot be read after all: the next extraction says why."""
+    """None where it cannot be read after all."""
     try:
         return memory.sha256(source, anew=full)
     except (MervCacheError, OSError):
