@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Literal
 
 from featurestore.clips import KINDS
@@ -109,6 +108,9 @@ class Verification:
         self.block_rows: dict[str, int] = {}
         self.newest: Snapshot | None = None
         self.stones: dict[str, Tombstone] = {}
+        self.erased: set[str] = set()  # sha256 of samples files that tombstones took away
+        self.removed_clips: set[str] = set()
+        self.digests: dict[str, str] = {}  # sha256 of parts and samples, by key, as any snapshot says
         self.specs: dict[tuple[str, str], dict[str, ArraySpec]] = {}  # (kind, group) -> sound arrays
         self.identities: dict[tuple[str, str], FeatureIdentity] = {}  # (kind, group) -> readable ones
         self.removed_rows: dict[str, set[int]] = {kind: set() for kind in KINDS}
@@ -133,7 +135,6 @@ class Verification:
         self.removed_clips = {clip for stone in self.stones.values() for clip in stone.clips}
 
     def _snapshots(self) -> None:
-        self.digests: dict[str, str] = {}  # sha256 of parts and samples, by key, as any snapshot says
         for snapshot_id in snapshot_ids(self.objects.list_names(SNAPSHOTS)):
             table_key, record_key = snapshot_keys(snapshot_id)
             with self.findings.reading(record_key):
@@ -250,7 +251,7 @@ class Verification:
     def _blocks(self, blocks: list[tuple[str, GroupRecord, int]]) -> None:
         self.on_blocks(len(blocks))
         width = max(self.workers, self.objects.parallel_reads)
-        in_parallel(partial(self._block), blocks, width)
+        in_parallel(self._block, blocks, width)
 
     def _block(self, entry: tuple[str, GroupRecord, int]) -> None:
         kind, record, block = entry
