@@ -34,6 +34,7 @@ from featurestore.layout import (
     snapshot_keys,
     tombstone_key,
 )
+from featurestore.parity import JOURNAL_PREFIX as PARITY
 from featurestore.parts import ClipIndex
 from featurestore.places.by_url import check_writable, open_objects
 from featurestore.places.objects import Objects, put_if_absent
@@ -91,7 +92,7 @@ def transfer(
     writer.add_clips([])  # names the datasets in zarr.json
     _make_groups(origin, writer, snapshot, parcels)
     _send_all(origin, writer.objects, parcels, done, workers=workers, check=check, on_start=on_start, on_sent=on_sent)
-    _copy_canaries(origin, writer.objects, snapshot, selection, parcels)
+    _copy_canaries(origin, writer.objects, snapshot, selection, parcels, check=check)
     _copy_journals(origin, writer.objects, with_journal)
     erase_tombstoned(writer)  # what earlier transfers brought of clips that were removed since
     done.snapshot = _finish(origin, writer, snapshot, selection)
@@ -149,16 +150,26 @@ def _make_groups(origin: Objects, writer: StoreWriter, snapshot: Snapshot, parce
 
 
 def _copy_canaries(
-    origin: Objects, target: Objects, snapshot: Snapshot, selection: Selection, parcels: Iterable[Parcel]
+    origin: Objects,
+    target: Objects,
+    snapshot: Snapshot,
+    selection: Selection,
+    parcels: Iterable[Parcel],
+    *,
+    check: bool,
 ) -> None:
-    """Of the groups that travel; those that are there must be the same, as shards must."""
+    """Of the groups that travel; those that are there must be the same, as the snapshot there says or their bytes."""
     groups = {f"{parcel.kind}/{parcel.group}" for parcel in parcels}
+    newest = newest_snapshot_id(target)
+    known = load_snapshot(target, newest).canaries if newest else {}
     for name, sha256 in snapshot.canaries.items():
         if not selection.is_whole and name not in groups:
             continue
         key = canary_key(*name.split("/"))
         if not target.exists(key):
             put_if_absent(target, key, digested(origin, key, sha256))
+        elif known.get(name) == sha256 and not check:
+            continue
         if sha256_hex(target.get(key)) != sha256:
             raise _other_bytes(key)
 
@@ -193,7 +204,7 @@ def _send_all(
 def _copy_journals(origin: Objects, target: Objects, with_journal: bool) -> None:
     there = set(journal_names(target.list_names(JOURNAL)))
     for name in journal_names(origin.list_names(JOURNAL)):
-        if name not in there and (with_journal or name.startswith(DISTORTION)):  # which names no host and no path
+        if name not in there and (with_journal or name.startswith((DISTORTION, PARITY))):  # no host, no path
             put_if_absent(target, journal_key(name), origin.get(journal_key(name)))
 
 

@@ -192,6 +192,14 @@ def test_a_pull_brings_them_and_a_part_brings_its_own(full, tmp_path):
         assert FeatureStore.open(tmp_path / name).canaries.items() <= full.open().canaries.items()
 
 
+def test_what_was_checked_travels_without_the_journals_of_hosts(full, tmp_path):
+    writer = full.writer()
+    writer.journal("run-1-driver", {"host": "h"})
+    writer.journal("parity-0123456789ab", {"format": 1})
+    transfer(full.path, tmp_path / "pulled.zarr", with_journal=False)
+    assert [file.name for file in (tmp_path / "pulled.zarr/journal").iterdir()] == ["parity-0123456789ab.json"]
+
+
 def test_a_damaged_one_is_not_sent_and_another_machines_is_not_overwritten(full, make, tmp_path):
     transfer(full.path, tmp_path / "pulled.zarr")
     key = next(iter(files(full.path)))
@@ -201,6 +209,9 @@ def test_a_damaged_one_is_not_sent_and_another_machines_is_not_overwritten(full,
         transfer(full.path, tmp_path / "other.zarr")
     (full.path / key).write_bytes(sound)
     (tmp_path / "pulled.zarr" / key).write_bytes(make.canaries("image", make.identity(), 1).to_bytes())
+    with pytest.raises(UserError, match="the destination holds other bytes under canaries/"):
+        transfer(full.path, tmp_path / "pulled.zarr", check=True)
+    shutil.rmtree(tmp_path / "pulled.zarr/snapshots")  # nothing says what the bytes there are
     with pytest.raises(UserError, match="the destination holds other bytes under canaries/"):
         transfer(full.path, tmp_path / "pulled.zarr")
 
