@@ -64,4 +64,4 @@ def test_mistakes_are_told_without_a_traceback(words, message, tmp_path, monkeyp
 
 
 def test_the_help_says_what_was_not_tried():
-    assert "the Hub itself were not tried" in " ".join(run("push", "--help")[1].split())
+    assert "none was tried against the service itself" in " ".join(run("push", "--help")[1].split())
