@@ -46,7 +46,7 @@ class Cluster:
         return (self._folder / "log").read_text()
 
 
-def until(condition: Callable[[], bool], said: Callable[[], str], within_s: float = 120.0) -> None:
+def until(condition: Callable[[], bool], said: Callable[[], str], within_s: float = 300.0) -> None:
     deadline = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline, said()
