@@ -1,8 +1,8 @@
 """A real SLURM site of two nodes in a scratch folder: munged, slurmctld and two slurmd with their own ports.
 
-Both nodes are this machine (Debian's SLURM is built with --enable-multiple-slurmd). Each claims two GPUs that SLURM only
-counts: jobs may ask for them and are given CUDA_VISIBLE_DEVICES, but the files behind are empty. Everything is stopped
-at the end, jobs included.
+Both nodes are this machine: Debian's slurmd may run several times, each under a node's name. Each claims two GPUs that
+SLURM only counts: jobs may ask for them and are given CUDA_VISIBLE_DEVICES, but the files behind are empty. Everything
+is stopped at the end, jobs included.
 """
 
 from __future__ import annotations
