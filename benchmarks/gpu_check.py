@@ -27,9 +27,9 @@ from typing import Any
 
 import click
 
+from pipeline.commands.options import parse_weights
 from pipeline.config import ExtractConfig, default_batch, read_config
 from pipeline.encoders import MERV_ENCODERS
-from pipeline.options import parse_weights
 
 NO_GPU = 2  # exit code
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "av")

@@ -18,9 +18,9 @@ import click
 from featurestore.canaries import Canaries
 from featurestore.clips import Clip
 from featurestore.identity import FeatureIdentity
-from pipeline.canaries import CLIPS, encode_canaries, media_bytes
+from pipeline.certify.canaries import CLIPS, encode_canaries, media_bytes
+from pipeline.certify.parity_figures import compare as figures
 from pipeline.config import EncoderSettings
-from pipeline.parity_figures import compare as figures
 
 FRAMES = {"dinov2": 2, "siglip": 2, "languagebind": 8, "vivit": 32}
 STEPS = {"dinov2": 2, "siglip": 2, "languagebind": 8, "vivit": 16}

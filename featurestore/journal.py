@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from featurestore.digests import canonical_json, record_digest
-from featurestore.errors import StoreDamagedError
+from featurestore.errors import StoreDamagedError, StoreError
+from featurestore.layout import JOURNAL, journal_key, journal_names
 from featurestore.metadata import load_json
+from featurestore.places.objects import Objects, get_bounded
 
 MAX_JOURNAL_BYTES = 16 << 20
 
@@ -31,3 +33,15 @@ def parse_journal(data: bytes, name: str) -> dict[str, Any]:
             f"journal {name} does not match its own digest; it tells of a run, no tokens depend on it"
         )
     return record
+
+
+def driver_runs(objects: Objects) -> list[dict[str, Any]]:
+    """Records of the store's extractions, oldest first; damaged ones are left aside."""
+    runs = []
+    for name in journal_names(objects.list_names(JOURNAL)):
+        if name.endswith("-driver"):
+            try:
+                runs.append(parse_journal(get_bounded(objects, journal_key(name), MAX_JOURNAL_BYTES), name))
+            except StoreError:
+                continue
+    return sorted(runs, key=lambda run: run["started"])

@@ -11,13 +11,13 @@ from typing import Any
 import click
 
 from featurestore.find import find_store, store_first
-from pipeline.cluster_cli import CLUSTER_COMMANDS
-from pipeline.distortion_cli import distortion
-from pipeline.explain_cli import EXPLAIN_COMMANDS
-from pipeline.options import config_from_options, extraction_options
-from pipeline.share_cli import SHARE_COMMANDS
-from pipeline.show import friendly_errors, show_result, told_interrupts
-from pipeline.store_cli import STORE_COMMANDS
+from pipeline.commands.cluster_cli import CLUSTER_COMMANDS
+from pipeline.commands.distortion_cli import distortion
+from pipeline.commands.explain_cli import EXPLAIN_COMMANDS
+from pipeline.commands.options import config_from_options, extraction_options
+from pipeline.commands.share_cli import SHARE_COMMANDS
+from pipeline.commands.show import friendly_errors, show_result, told_interrupts
+from pipeline.commands.store_cli import STORE_COMMANDS
 
 
 @click.group(context_settings={"show_default": True, "help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -55,7 +55,7 @@ def main() -> None:
 def extract(config_file: str | None, print_config: bool, as_json: bool, **options: Any) -> None:
     """Encode a dataset's clips into a feature store. Run it again to go on, or to add clips and encoders."""
     with friendly_errors(), told_interrupts():
-        from pipeline import tables
+        from pipeline.commands import tables
         from pipeline.extract import extract as run_extraction
 
         config = config_from_options(config_file, options)
@@ -72,7 +72,7 @@ def extract(config_file: str | None, print_config: bool, as_json: bool, **option
 @click.option("--json", "as_json", is_flag=True, help="Print the forecast as JSON.")
 def plan(config_file: str | None, probe: int, as_json: bool, **options: Any) -> None:
     """Say what an extraction would cost. Clips, bytes, files and hours, by stage, kind and encoder."""
-    from pipeline import tables
+    from pipeline.commands import tables
     from pipeline.forecast import forecast
 
     with friendly_errors():
@@ -107,13 +107,13 @@ STORE_OPTION = click.option(
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(store: str | None, store_option: str | None, every_s: float | None, as_json: bool) -> None:
     """Say what is committed, to do and quarantined. Per encoder."""
-    from pipeline import tables
+    from pipeline.commands import tables
     from pipeline.status import store_status
 
     with friendly_errors():
         if every_s is not None:
+            from pipeline.commands.watch_show import show
             from pipeline.watch import watch
-            from pipeline.watch_show import show
 
             show(watch(find_store(store or store_option), every_s), as_json=as_json)
             return
@@ -130,7 +130,7 @@ def inspect(words: tuple[str, ...], store_option: str | None, as_json: bool) -> 
 
     Name a clip by its id, or by an end of it that no other clip has ("v1.mp4").
     """
-    from pipeline import tables
+    from pipeline.commands import tables
     from pipeline.status import inspect_store
 
     with friendly_errors():
@@ -169,7 +169,7 @@ def report(store: str | None, store_option: str | None, out: str | None, root: s
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def encoders(as_json: bool) -> None:
     """List the encoders. The four of MERV, the others that come along, and plug-ins."""
-    from pipeline import tables
+    from pipeline.commands import tables
     from pipeline.encoders import ENCODERS
 
     with friendly_errors():
@@ -183,7 +183,7 @@ def encoders(as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def datasets(name: str | None, as_json: bool) -> None:
     """List the datasets, or tell about one by NAME. Its layout, and its options."""
-    from pipeline import tables
+    from pipeline.commands import tables
     from pipeline.datasets import DATASETS, dataset_spec
 
     with friendly_errors():

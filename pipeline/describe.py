@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from featurestore.identity import FeatureIdentity
+from featurestore.journal import driver_runs
 from featurestore.layout import ROOT_METADATA
 from featurestore.places.by_url import open_objects
 from featurestore.tombstones import tombstoned_clips
@@ -24,8 +25,7 @@ from pipeline.datasets import DatasetListing
 from pipeline.encoders.remembered import fingerprint, remember, remembered_sha256
 from pipeline.encoders.weights import parse_weights
 from pipeline.plan import plan_blocks
-from pipeline.recompute import driver_runs
-from pipeline.stale import stale_media
+from pipeline.upkeep.stale import stale_media
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -147,7 +147,7 @@ def _lacks_anything(
         if shapes != {config.batch.get(kind)} and kind in config.batch:
             return True  # another batch shape than the stored one is an error, told where groups are made
     if config.canaries:
-        from pipeline.canaries import missing_canaries  # only where they are asked for
+        from pipeline.certify.canaries import missing_canaries  # only where they are asked for
 
         if missing_canaries(store, identities, kinds):
             return True

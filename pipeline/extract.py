@@ -29,11 +29,11 @@ from pipeline.describe import EncoderDescription, describe, on_a_worker, settled
 from pipeline.keep_samples import add_listed_samples
 from pipeline.plan import PlannedBlock, plan_blocks
 from pipeline.prediction import read_plan
-from pipeline.refresh import look_at_media, told_identities
-from pipeline.reuse import OtherStore
 from pipeline.run_blocks import run_blocks
-from pipeline.second_try import clips_to_retry
 from pipeline.summary import ExtractSummary, run_record
+from pipeline.upkeep.refresh import look_at_media, told_identities
+from pipeline.upkeep.reuse import OtherStore
+from pipeline.upkeep.second_try import clips_to_retry
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -173,7 +173,7 @@ def _add_canaries(
     say: Callable[[str], None],
 ) -> None:
     """Canaries for the groups that have none, before the first block: a run that is cut short has them."""
-    from pipeline.canaries import CanaryTask, missing_canaries, write_canaries
+    from pipeline.certify.canaries import CanaryTask, missing_canaries, write_canaries
 
     if missing := missing_canaries(store, identities, kinds):
         task = CanaryTask(store=str(config.store_path), engine=config.engine_settings, groups=missing)

@@ -24,9 +24,9 @@ from featurestore.errors import MervCacheError
 from featurestore.find import Place, is_url, place_of
 from featurestore.parity import parity_words, read_parity
 from featurestore.store import FeatureStore
+from pipeline.commands.tables import duration, predicted, size
 from pipeline.status import store_status
 from pipeline.summary import DECODING
-from pipeline.tables import duration, predicted, size
 from pipeline.token_maps import principal_maps
 
 STEPS = 8  # time steps pictured per clip

@@ -37,13 +37,13 @@ from featurestore.clips import KINDS, Clip
 from featurestore.digests import canonical_json
 from featurestore.errors import UserError, unknown_name
 from pipeline.align import align, align_time
+from pipeline.commands.options import parse_weights
 from pipeline.config import EncoderSettings, EngineSettings, ExtractConfig, default_batch, read_config
 from pipeline.datasets import DatasetListing, load_dataset
 from pipeline.decode.job import Decoded, DecodeJob
 from pipeline.encoders.network import EncoderNetwork, build_network
 from pipeline.encoders.weights import fill_random
 from pipeline.engine import EncoderRun, Engine, encode_batch
-from pipeline.options import parse_weights
 from trainer.config import LISTING, TrainConfig, used_encoders
 from trainer.data.batches import named_samples
 from trainer.data.tokens import ClipTokens, MemoryTokens, Part, TokenSource

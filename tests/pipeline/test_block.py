@@ -144,7 +144,7 @@ def test_a_block_reports_what_it_has_done_in_the_words_of_its_end(lab, monkeypat
 
 def test_an_encoder_short_of_device_memory_halves_its_batches_and_every_account_says_so(lab, extracted, monkeypatch):
     """The network itself refuses more than one clip, as CUDA's allocator would."""
-    from pipeline import tables
+    from pipeline.commands import tables
     from pipeline.encoders.loaded import LoadedEncoder
 
     whole = LoadedEncoder.encode_tokens

@@ -8,8 +8,8 @@ import click
 import pytest
 
 from featurestore.errors import UserError
+from pipeline.commands.options import config_from_options
 from pipeline.config import DECODER_NAMES, DEFAULT_BATCH, ExtractConfig, default_batch, read_config
-from pipeline.options import config_from_options
 
 
 def test_defaults_are_the_published_four_encoders_on_the_published_grid():

@@ -11,8 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 from pipeline.cli import main
+from pipeline.commands.watch_show import line
 from pipeline.watch import Watcher, rate, watch
-from pipeline.watch_show import line
 
 NOW = 1_000_000.0
 # Nine videos and five stills in blocks of four: rows of the blocks, in the order in which they are committed here.

@@ -16,16 +16,16 @@ from featurestore.clips import KINDS, Clip
 from featurestore.errors import MediaError, UserError
 from featurestore.find import Place
 from featurestore.identity import FeatureIdentity
+from featurestore.journal import driver_runs
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
 from pipeline.config import EncoderSettings, ExtractConfig, read_config
 from pipeline.datasets import DatasetListing, load_dataset
 from pipeline.decode.source import Source
 from pipeline.encoders.remembered import fingerprint, remember, remembered_sha256
-from pipeline.explain_costs import Cost, costs_of, probe_costs
 from pipeline.ledger import changed_versions
-from pipeline.recompute import driver_runs
-from pipeline.stale import StaleMedia, stale_media
+from pipeline.upkeep.explain_costs import Cost, costs_of, probe_costs
+from pipeline.upkeep.stale import StaleMedia, stale_media
 
 State = Literal["same", "changed", "new"]
 Say = Callable[[str], None]

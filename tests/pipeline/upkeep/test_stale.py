@@ -10,8 +10,8 @@ from featurestore.clips import Clip
 from featurestore.writer import StoreWriter
 from pipeline.decode.source import Source
 from pipeline.media_memory import media_memory, newest_touch_s
-from pipeline.stale import CLOCK_SLACK_S, _file_touch_s, _Started, _Stored
 from pipeline.summary import ExtractSummary
+from pipeline.upkeep.stale import CLOCK_SLACK_S, _file_touch_s, _Started, _Stored
 
 ROWS = 4
 

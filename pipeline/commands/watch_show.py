@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterable
 
-from pipeline import tables
+from pipeline.commands import tables
 from pipeline.watch import EncoderProgress, Progress
 
 

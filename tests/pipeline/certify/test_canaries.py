@@ -14,8 +14,8 @@ from featurestore.canaries import read_canaries
 from featurestore.clips import Clip
 from featurestore.digests import sha256_hex
 from featurestore.places.by_url import open_objects
-from pipeline.canaries import CLIPS, HEIGHT, NUM_FRAMES, WIDTH, media_bytes, noise, scene, still
-from pipeline.canary_files import i420, ppm
+from pipeline.certify.canaries import CLIPS, HEIGHT, NUM_FRAMES, WIDTH, media_bytes, noise, scene, still
+from pipeline.certify.canary_files import i420, ppm
 from pipeline.decode.decoders import DECODERS, decode_clip
 from pipeline.decode.job import DecodeJob
 from pipeline.views import ResizeRule, View

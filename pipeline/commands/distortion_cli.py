@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from featurestore.find import find_store
-from pipeline.show import friendly_errors, progress, show_result, tell_kept
+from pipeline.commands.show import friendly_errors, progress, show_result, tell_kept
 
 
 @click.command()
@@ -56,15 +56,15 @@ def distortion(
     distortion` adds what a trained run makes of each dtype.
     """
     from featurestore.distortion import keep_record, to_record
-    from pipeline import store_tables
-    from pipeline.distortion import measure_distortion
+    from pipeline.certify.distortion import measure_distortion
+    from pipeline.commands import store_tables
 
     with friendly_errors():
         place = find_store(store or store_option)
         with ExitStack() as stack:
             if reference == "encoders":
-                from pipeline.distortion_again import encoded_again
-                from pipeline.options import parse_weights
+                from pipeline.certify.distortion_again import encoded_again
+                from pipeline.commands.options import parse_weights
 
                 made_of = {"root": root, "weights": parse_weights(weights), "device": device}
                 options["again"] = stack.enter_context(encoded_again(place, **made_of))

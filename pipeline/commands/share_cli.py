@@ -11,7 +11,7 @@ import click
 
 from featurestore.clips import KINDS
 from featurestore.find import find_store
-from pipeline.show import friendly_errors, show_result
+from pipeline.commands.show import friendly_errors, show_result
 
 URLS = """URLs: s3://BUCKET/FOLDER, gs://, az:// and file:// to read and write; https:// and hf://datasets/USER/REPO to
 read. Endpoint, region and credentials come from the environment: AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, ...,
@@ -130,7 +130,7 @@ def _progress(label: str, unit: str = "MB") -> Iterator[dict[str, Callable[[int]
 
 
 def _show_transferred(done: Any, as_json: bool) -> None:
-    from pipeline.share_tables import transferred
+    from pipeline.commands.share_tables import transferred
 
     show_result(vars(done), as_json, lambda: transferred(done))
 
@@ -164,7 +164,7 @@ def export_store(store: str, out: str, format: str, as_json: bool, **names: Any)
     with friendly_errors():
         from featurestore.share.cells import StoreCells
         from featurestore.share.export import export
-        from pipeline import tables
+        from pipeline.commands import tables
 
         with _progress("export", "clips") as hooks:
             source = StoreCells(find_store(store))
@@ -193,7 +193,7 @@ def _combine(stores: Sequence[str], out: str, as_json: bool, names: dict[str, An
 
 def _lay(sources: Callable[[], list], out: str, as_json: bool, chosen: Any) -> None:
     from featurestore.share.combine import combine
-    from pipeline.share_tables import combined
+    from pipeline.commands.share_tables import combined
 
     with _progress("copy", "cells") as hooks:
         done = combine(sources(), find_store(out), selection=chosen, **_cell_hooks(hooks))

@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.explain import EncoderChange, Explanation
-from pipeline.explain_costs import Cost
-from pipeline.tables import console, duration, plural, size, table
+from pipeline.commands.tables import console, duration, plural, size, table
+from pipeline.upkeep.explain import EncoderChange, Explanation
+from pipeline.upkeep.explain_costs import Cost
 
 SHOWN = 5  # clip ids; --json has all
 WIDTH = 70  # characters of a value

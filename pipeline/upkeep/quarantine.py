@@ -11,10 +11,10 @@ from typing import Any
 
 from featurestore.errors import UserError
 from featurestore.find import Place
+from featurestore.journal import driver_runs
 from featurestore.places.by_url import open_objects
 from featurestore.store import FeatureStore
 from pipeline.config import ExtractConfig, read_config
-from pipeline.recompute import driver_runs
 from pipeline.summary import ExtractSummary
 
 _OF_ONE_RUN = (

@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from jobs.submit import TEMPLATES, submit_script
-from pipeline.options import CLUSTER_OPTION, config_from_options
-from pipeline.show import friendly_errors
+from pipeline.commands.options import CLUSTER_OPTION, config_from_options
+from pipeline.commands.show import friendly_errors
 
 
 @click.command("submit-script")

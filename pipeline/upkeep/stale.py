@@ -24,6 +24,7 @@ import numpy as np
 from featurestore.clips import KINDS, Clip
 from featurestore.errors import MediaError, MervCacheError
 from featurestore.identity import FeatureIdentity
+from featurestore.journal import driver_runs
 from featurestore.layout import JOURNAL, journal_names
 from featurestore.receipts import RowOutcome
 from featurestore.snapshot_table import column
@@ -32,7 +33,6 @@ from featurestore.tombstones import tombstoned_clips
 from featurestore.writer import StoreWriter
 from pipeline.decode.source import Source
 from pipeline.media_memory import MediaMemory, media_memory, newest_touch_s
-from pipeline.recompute import driver_runs
 
 CLOCK_SLACK_S = 60.0  # by which a file server's clock may be behind the driver's
 MAX_RECEIPTS = 256  # kept at hand

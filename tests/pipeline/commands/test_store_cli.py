@@ -13,8 +13,8 @@ from click.testing import CliRunner, Result
 from featurestore.keep.verify import verify_store
 from featurestore.store import FeatureStore
 from pipeline.cli import main
-from pipeline.quarantine import quarantined, retry
-from pipeline.verify_media import verify_media
+from pipeline.upkeep.quarantine import quarantined, retry
+from pipeline.upkeep.verify_media import verify_media
 
 BROKEN = "videochatgpt_tune/v1.mp4"
 
@@ -83,7 +83,9 @@ def test_quick_reads_no_file_that_is_older_than_the_first_run(store, media, monk
 
     read: list[str] = []
     monkeypatch.setattr(Source, "sha256", lambda self: read.append(self.path) or "0" * 64)
-    monkeypatch.setattr("pipeline.verify_media.newest_touch_s", lambda source: 1.0 if "v0" in source.path else 9e9)
+    monkeypatch.setattr(
+        "pipeline.upkeep.verify_media.newest_touch_s", lambda source: 1.0 if "v0" in source.path else 9e9
+    )
     verify_media(store, "quick", root=str(media))
     assert "videochatgpt_tune/v0.mp4" not in read
     assert "videochatgpt_tune/v1.mp4" in read

@@ -8,7 +8,7 @@ from typing import Any
 
 from featurestore.distortion import TokenRecord, token_notes, token_table
 from featurestore.parity import VERDICTS, ParityRecord
-from pipeline.tables import console, counted, plural, table
+from pipeline.commands.tables import console, counted, plural, table
 
 _MEDIA = {
     "quick": "media that were touched since the first run are compared, --media full compares all",

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from featurestore.find import find_store, store_first
-from pipeline.show import friendly_errors, progress, show_result, tell_kept
+from pipeline.commands.show import friendly_errors, progress, show_result, tell_kept
 
 _ROOT_HELP = "Folder of the media."
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -71,7 +71,7 @@ def verify(
         with progress("verify", "blocks") as (total, done):
             findings = verify_store(place, "full" if full else "quick", workers=workers, on_blocks=total, on_block=done)
         if media:
-            from pipeline.verify_media import verify_media
+            from pipeline.upkeep.verify_media import verify_media
 
             with progress("media", "clips") as (total, done):
                 findings += verify_media(place, media, root=root, workers=workers, on_clips=total, on_clip=done)
@@ -86,7 +86,7 @@ def verify(
 
 
 def _show_verified(findings: list, full: bool, media: str | None, checked: Any) -> None:
-    from pipeline import store_tables
+    from pipeline.commands import store_tables
 
     store_tables.findings(findings, full, media)
     if checked is not None:
@@ -96,14 +96,14 @@ def _show_verified(findings: list, full: bool, media: str | None, checked: Any) 
 def _parity(place: Any, root: str | None, options: dict[str, Any]) -> Any:
     """The parity check that was asked for, kept in the journal where the store can be written; None if none was."""
     from featurestore.parity import keep_parity
-    from pipeline.options import parse_weights
+    from pipeline.commands.options import parse_weights
 
     clips, encoders, weights = options["clips"], options["encoders"], options["weights"]
     if not options["parity"]:
         if clips or encoders or weights or options["device"]:
             raise click.UsageError("--clips, --encoders, --weights and --device say what --parity does: add --parity")
         return None
-    from pipeline.parity import check_parity
+    from pipeline.certify.parity import check_parity
 
     record = check_parity(
         place,
@@ -143,14 +143,14 @@ def repair(
 ) -> None:
     """Mend what `verify --full` finds damaged. What is whole is not touched; exit code 1 if something is left."""
     from featurestore.keep.repair import repair_store
-    from pipeline import store_tables
-    from pipeline.options import parse_weights
+    from pipeline.commands import store_tables
+    from pipeline.commands.options import parse_weights
 
     with friendly_errors():
         place = find_store(store or store_option)
         again = None
         if recompute or root or new_bytes:
-            from pipeline.recompute import Recompute
+            from pipeline.upkeep.recompute import Recompute
 
             again = Recompute(place, root=root, weights=parse_weights(weights), device=device)
         done = repair_store(
@@ -187,8 +187,8 @@ def list_quarantine(
     store: str | None, store_option: str | None, encoder: str | None, reason: str | None, as_json: bool
 ) -> None:
     """List what failed: clip, encoder and reason."""
-    from pipeline import store_tables
-    from pipeline.quarantine import quarantined
+    from pipeline.commands import store_tables
+    from pipeline.upkeep.quarantine import quarantined
 
     with friendly_errors():
         rows = quarantined(find_store(store or store_option), encoder=encoder, reason=reason)
@@ -216,8 +216,8 @@ def retry(
     **overrides: Any,
 ) -> None:
     """Extract quarantined clips again, with the settings that the store's journal tells."""
-    from pipeline import tables
-    from pipeline.quarantine import retry as retry_quarantine
+    from pipeline.commands import tables
+    from pipeline.upkeep.quarantine import retry as retry_quarantine
 
     with friendly_errors():
         summaries = retry_quarantine(
@@ -254,7 +254,7 @@ def tombstone(
     same video has other ids too (of another dataset, another span), they are named, and you say whether they go.
     """
     from featurestore.keep.erase import tombstone as remove
-    from pipeline import tables
+    from pipeline.commands import tables
 
     with friendly_errors():
         place, names = store_first(clips, store_option)

@@ -26,7 +26,7 @@ from featurestore.identity import FeatureIdentity
 from featurestore.layout import CANARIES, canary_groups
 from featurestore.quantise import OverflowedTokens, to_stored
 from featurestore.writer import StoreWriter
-from pipeline.canary_files import avi, ppm
+from pipeline.certify.canary_files import avi, ppm
 from pipeline.config import EngineSettings
 
 if TYPE_CHECKING:

@@ -15,12 +15,12 @@ import numpy as np
 
 from featurestore.clips import Clip
 from featurestore.find import Place
+from featurestore.journal import driver_runs
 from featurestore.layout import block_of
 from featurestore.places.by_url import open_objects
 from featurestore.places.objects import Objects
-from pipeline.distortion import Again, Floats, Sample
-from pipeline.recompute import driver_runs
-from pipeline.verify_media import media_roots
+from pipeline.certify.distortion import Again, Floats, Sample
+from pipeline.upkeep.verify_media import media_roots
 
 if TYPE_CHECKING:
     from pipeline.engine import EncoderRun, Engine
@@ -49,14 +49,14 @@ def encoded_again(
 
 
 def _load(objects: Objects, engine: Engine, sample: Sample, weights: Mapping[str, str]) -> EncoderRun:
-    from pipeline.parity import load_encoder
+    from pipeline.certify.parity import load_encoder
 
     return load_encoder(objects, sample.encoder, sample.group.identity, weights, engine.device)
 
 
 def _encode(engine: Engine, run: EncoderRun, sample: Sample, roots: Mapping[str, str], folder: Path) -> Floats:
     """In the batch shape of the sample's group, into files of the folder."""
-    from pipeline.parity_clips import encode_clips
+    from pipeline.certify.parity_clips import encode_clips
 
     media, batch = _media(sample), sample.group.batch_shape
     for start in range(0, len(sample.clips), batch):

@@ -27,8 +27,8 @@ from featurestore.share.card import card
 from featurestore.share.push import push
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
+from pipeline.certify.distortion import measure_distortion
 from pipeline.cli import main
-from pipeline.distortion import measure_distortion
 from pipeline.report import write_report
 
 IDS = [f"set/{n}.mp4" for n in range(4)]

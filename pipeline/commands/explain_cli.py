@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from featurestore.find import find_store
-from pipeline.options import extraction_options, given_options
-from pipeline.show import friendly_errors, progress, show_result
+from pipeline.commands.options import extraction_options, given_options
+from pipeline.commands.show import friendly_errors, progress, show_result
 
 
 @click.command()
@@ -38,8 +38,8 @@ def explain(
     default. Nothing is written to the store.
     """
     with friendly_errors():
-        from pipeline.explain import explain as run_explain
-        from pipeline.explain import explained_config
+        from pipeline.upkeep.explain import explain as run_explain
+        from pipeline.upkeep.explain import explained_config
 
         store = find_store(place or options.pop("store", None))
         config, settings = explained_config(store, config_file, given_options(options))
@@ -49,7 +49,7 @@ def explain(
         with progress("media", "clips") as (total, done):
             hooks = {"on_clips": total, "on_clip": done, "say": lambda line: click.echo(line, err=True)}
             found = run_explain(store, config, settings=settings, full=media == "full", probe=probe, **hooks)
-        from pipeline.explain_tables import explanation
+        from pipeline.commands.explain_tables import explanation
 
         show_result(found.to_dict(), as_json, lambda: explanation(found))
 

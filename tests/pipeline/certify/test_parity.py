@@ -19,12 +19,12 @@ from featurestore.errors import MediaError, StoreFormatError, UserError
 from featurestore.parity import keep_parity, parity_words, read_parity
 from featurestore.places.by_url import open_objects
 from featurestore.writer import StoreWriter
+from pipeline.certify.parity import check_parity
+from pipeline.certify.parity_figures import STEPS, TOLERANCES, compare
 from pipeline.cli import main
 from pipeline.decode import decoders, resize
 from pipeline.decode.pool import DecodePool
 from pipeline.encoders import loaded
-from pipeline.parity import check_parity
-from pipeline.parity_figures import STEPS, TOLERANCES, compare
 
 
 class InThisProcess(DecodePool):
@@ -130,7 +130,7 @@ def rewrite(store, identity, change) -> None:
 
 def test_repair_computes_lost_canaries_again_to_the_digest_that_they_had(store):
     from featurestore.keep.repair import repair_store
-    from pipeline.recompute import Recompute
+    from pipeline.upkeep.recompute import Recompute
 
     file = next((store / "canaries" / "video").glob("vivit-*"))
     data = file.read_bytes()
@@ -163,8 +163,8 @@ def test_a_store_without_canaries_says_what_to_do(store):
 
 def test_an_encoder_of_monstrous_size_is_not_built(store):
     from featurestore.identity import FeatureIdentity
+    from pipeline.certify.parity import _refuse_monsters
     from pipeline.config import EncoderSettings
-    from pipeline.parity import _refuse_monsters
 
     identity = FeatureStore.open(store).encoders["siglip"]
     huge = FeatureIdentity.from_dict(

@@ -13,27 +13,24 @@ from dataclasses import replace
 from typing import Any
 
 from featurestore.columns import table_to_clips
-from featurestore.errors import StoreError, UserError
+from featurestore.errors import UserError
 from featurestore.find import Place
 from featurestore.groups import GroupWriter
 from featurestore.identity import FeatureIdentity
-from featurestore.journal import parse_journal
+from featurestore.journal import driver_runs
 from featurestore.keep.repair_shards import Recomputed
 from featurestore.layout import (
-    JOURNAL,
     ROOT_METADATA,
     array_metadata_key,
     group_metadata_key,
-    journal_key,
-    journal_names,
     receipt_key,
     rows_of,
     shard_key,
 )
 from featurestore.places.by_url import open_objects
-from featurestore.places.objects import Objects
 from featurestore.receipts import Receipt
 from featurestore.writer import StoreWriter
+from pipeline.certify.parity import made_again
 from pipeline.config import ExtractConfig, read_config
 
 
@@ -75,8 +72,6 @@ class Recompute:
 
     def canaries(self, kind: str, identity: FeatureIdentity) -> bytes:
         """The file of a group's canaries as this machine makes it."""
-        from pipeline.parity import made_again  # which reads the runs of this room
-
         weights, device = self._overrides["weights"] or {}, self._overrides["device"]
         return made_again(open_objects(self._path), kind, identity, weights, device).to_bytes()
 
@@ -86,18 +81,6 @@ class Recompute:
             settings["grid"] = "raw"
         given = {name: value for name, value in self._overrides.items() if value is not None}
         return read_config(None, settings | given)
-
-
-def driver_runs(objects: Objects) -> list[dict[str, Any]]:
-    """Records of the store's extractions, oldest first; damaged ones are left aside."""
-    runs = []
-    for name in journal_names(objects.list_names(JOURNAL)):
-        if name.endswith("-driver"):
-            try:
-                runs.append(parse_journal(objects.get(journal_key(name)), name))
-            except StoreError:
-                continue
-    return sorted(runs, key=lambda run: run["started"])
 
 
 def _wrote_to(run: Mapping[str, Any], group: str) -> bool:

@@ -14,15 +14,15 @@ import numpy as np
 from featurestore.clips import KINDS, Clip
 from featurestore.errors import ClipUnavailableError, UserError, unknown_name
 from featurestore.find import Place
+from featurestore.journal import driver_runs
 from featurestore.metadata import array_specs
 from featurestore.parity import ParityRow
 from featurestore.places.by_url import open_objects
 from featurestore.quantise import OverflowedTokens, to_stored
 from featurestore.share.cells import LoadedCell, StoreCells, decoded_cell
 from featurestore.store import FeatureStore
-from pipeline.parity_figures import compare
-from pipeline.recompute import driver_runs
-from pipeline.verify_media import media_roots
+from pipeline.certify.parity_figures import compare
+from pipeline.upkeep.verify_media import media_roots
 
 if TYPE_CHECKING:
     from pipeline.engine import EncoderRun, Engine

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from featurestore.share.combine import Combined
 from featurestore.share.transfer import Transferred
-from pipeline.tables import console, counted, plural, size
+from pipeline.commands.tables import console, counted, plural, size
 
 
 def transferred(done: Transferred) -> None:

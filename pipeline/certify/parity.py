@@ -23,15 +23,15 @@ from featurestore.errors import StoreFormatError, UserError, unknown_name
 from featurestore.find import Place
 from featurestore.groups import read_group
 from featurestore.identity import FeatureIdentity
+from featurestore.journal import driver_runs
 from featurestore.parity import ParityRecord, ParityRow
 from featurestore.places.by_url import open_objects
 from featurestore.places.objects import Objects
 from featurestore.share.selection import read_clip_list
 from featurestore.store import FeatureStore
-from pipeline.canaries import CLIPS, RENDERING, decode_canaries, encode_canaries
+from pipeline.certify.canaries import CLIPS, RENDERING, decode_canaries, encode_canaries
+from pipeline.certify.parity_figures import compare
 from pipeline.config import EncoderSettings, EngineSettings
-from pipeline.parity_figures import compare
-from pipeline.recompute import driver_runs
 from pipeline.summary import software_versions
 
 if TYPE_CHECKING:
@@ -54,8 +54,8 @@ def check_parity(
 
     `weights` is encoder -> SPEC, "" for all the others; by default what the store was made with.
     """
+    from pipeline.certify.parity_clips import check_clips, clips_by_kind
     from pipeline.engine import Engine  # torch and the models
-    from pipeline.parity_clips import check_clips, clips_by_kind
 
     store, objects = FeatureStore.open(place), open_objects(place)
     chosen = _chosen(store, encoders)
