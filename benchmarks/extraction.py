@@ -26,7 +26,7 @@ import numpy as np
 
 from featurestore.clips import KINDS, Clip
 from featurestore.errors import MediaError
-from pipeline.config import ExtractConfig, default_batch
+from pipeline.config import ExtractConfig
 from pipeline.datasets import DatasetListing, load_dataset
 from pipeline.decode.decoders import decode_clip
 from pipeline.decode.job import DecodeJob
@@ -88,7 +88,7 @@ def bare(config: ExtractConfig, listing: DatasetListing) -> dict:
         started = time.perf_counter()
         decoded = list(pool.map(_decode, _jobs(listing, views)))
         decode_s = time.perf_counter() - started
-    batch = {kind: config.batch.get(kind) or default_batch(engine.device, kind) for kind in KINDS}
+    batch = {kind: config.batch.get(kind) or engine.batch_of(kind) for kind in KINDS}
     forward_s = {name: _forward(run, listing.clips, decoded, batch) for name, run in engine.encoders.items()}
     return {"bare decode and resize": decode_s, "bare forward": forward_s}
 

@@ -28,7 +28,7 @@ from typing import Any
 import click
 
 from pipeline.commands.options import parse_weights
-from pipeline.config import ExtractConfig, default_batch, read_config
+from pipeline.config import ExtractConfig, read_config
 from pipeline.encoders import MERV_ENCODERS
 
 NO_GPU = 2  # exit code
@@ -139,7 +139,7 @@ def check_encoders(config: ExtractConfig) -> dict[str, Any]:
     from pipeline.engine import engine_for
 
     engine = engine_for(config.engine_settings)
-    batch = config.batch.get("video") or default_batch(engine.device, "video")
+    batch = config.batch.get("video") or engine.batch_of("video")
     options = {"train": 2 * batch, "heldout": 0}  # some of them are stills
     listing = load_dataset("demo", f"{config.root}-batch", kind="video", limit=batch, **options)
     views = tuple(dict.fromkeys(run.view for run in engine.encoders.values()))

@@ -120,7 +120,7 @@ class ExtractConfig:
     decoder: str = "frames/1"
     accept_damaged: bool = False
     block_rows: Mapping[str, int] = field(default_factory=dict)  # kind -> clips per block, fixed at creation
-    batch: Mapping[str, int] = field(default_factory=dict)  # kind -> clips per forward; absent: chosen for the device
+    batch: Mapping[str, int] = field(default_factory=dict)  # kind -> clips per forward; absent: what the device holds
     reuse: str | None = None  # another store: what it holds of the same media is copied instead of computed
     new_identity: bool = False
     refresh: bool = False  # compute clips again whose media changed since their tokens were stored

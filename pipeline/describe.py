@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from featurestore.identity import FeatureIdentity
@@ -41,6 +41,7 @@ class EncoderDescription:
     weights: str  # label: "pretrained" or "random:SEED"
     device: str
     threads: int  # of torch on the worker: part of what decides the last bits
+    batch: Mapping[str, int] = field(default_factory=dict)  # kind -> clips per forward that its device holds
     load_s: float = 0.0
     fingerprint: str | None = None  # of the files that it was loaded from
 

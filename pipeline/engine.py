@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from featurestore.clips import KINDS
 from featurestore.errors import UserError
 from featurestore.identity import FeatureIdentity
 from jobs.reports import TaskReporter
-from pipeline.config import EncoderSettings, EngineSettings
+from pipeline.config import EncoderSettings, EngineSettings, default_batch
 from pipeline.decode.pool import DecodePool
+from pipeline.device_memory import clips_that_fit, device_memory
 from pipeline.encoders import load_encoder
 from pipeline.encoders.remembered import fingerprint
 from pipeline.views import View
@@ -42,6 +44,19 @@ class Engine:
         self.num_decoders = settings.decode_processes or _free_cores()
         self.pool = DecodePool(self.num_decoders, timeout_s=settings.decode_timeout_s)
 
+        self._batches: dict[str, int] = {}
+
+    def batch_of(self, kind: str) -> int:
+        """Clips per forward, one number for all encoders: what suits the device, as far as its memory holds it.
+
+        One number, because encoders of one batch shape share a block and each clip is decoded once for all of them.
+        """
+        if kind not in self._batches:
+            most, memory = default_batch(self.device, kind), device_memory(self.device)
+            runs = self.encoders.values() if memory else ()
+            self._batches[kind] = min([most, *(clips_that_fit(run.blank(kind), most, memory) for run in runs)])
+        return self._batches[kind]
+
     def close(self) -> None:
         self.pool.close()
 
@@ -61,6 +76,11 @@ class EncoderRun:
         self.view: View = self.loaded.spec.view
         self.label: str = self.loaded.weights_label
         self.identity: FeatureIdentity = settings.identity(self.loaded.weights_sha256)
+
+    def blank(self, kind: str) -> Callable[[int], object]:
+        """A forward of so many black clips."""
+        num_frames, size = self.view.num_frames if kind == "video" else 1, self.view.rule.size
+        return lambda clips: self.tokens(np.zeros((clips, num_frames, size, size, 3), np.uint8))
 
     def tokens(self, frames_BTHWC: np.ndarray) -> dict[str, np.ndarray]:
         """uint8 frames of a batch -> arrays to store: "tokens" float32 [B, T, H, W, D], maybe "prefix" [B, T, K, D]."""
@@ -136,6 +156,7 @@ def describe_encoders(settings: EngineSettings) -> list[dict[str, Any]]:
             "weights": run.label,
             "device": engine.device,
             "threads": torch.get_num_threads(),
+            "batch": {kind: engine.batch_of(kind) for kind in KINDS},
             "load_s": run.load_s,
             "fingerprint": run.fingerprint,
         }

@@ -23,7 +23,7 @@ from featurestore.writer import StoreWriter
 from jobs.clusters import connect
 from jobs.dashboard import dashboard_lines, performance_report
 from jobs.run import Task
-from pipeline.config import ExtractConfig, default_batch
+from pipeline.config import ExtractConfig
 from pipeline.datasets import DatasetListing, load_dataset
 from pipeline.describe import EncoderDescription, describe, on_a_worker, settled
 from pipeline.keep_samples import add_listed_samples
@@ -189,12 +189,12 @@ def _add_samples(store: StoreWriter, config: ExtractConfig, listing: DatasetList
 
 
 def _batch_shape(store: StoreWriter, config: ExtractConfig, kind: str, encoder: EncoderDescription) -> int:
-    """Clips per forward: as asked, else as the store was begun with, else what suits the device."""
+    """Clips per forward: as asked, else as the store was begun with, else what the device holds."""
     if asked := config.batch.get(kind):
         return asked
     if encoder.identity.group_name in store.encoder_groups(kind):
         return store.open_group(kind, encoder.identity.group_name).batch_shape
-    return default_batch(encoder.device, kind)
+    return encoder.batch[kind]
 
 
 def _check_space(config: ExtractConfig, blocks: list[PlannedBlock], encoders: dict[str, EncoderDescription]) -> None:

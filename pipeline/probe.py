@@ -18,7 +18,7 @@ from featurestore.identity import FeatureIdentity
 from featurestore.metadata import array_specs
 from featurestore.quantise import OverflowedTokens, to_stored
 from featurestore.shards import encode_row
-from pipeline.config import EngineSettings, default_batch
+from pipeline.config import EngineSettings
 from pipeline.decode.job import Decoded, DecodeJob
 from pipeline.engine import EncoderRun, Engine, encode_batch, reporting_engine
 
@@ -36,7 +36,7 @@ def probe_clips(
     started = time.monotonic()
     engine = reporting_engine(settings)
     startup_s = time.monotonic() - started
-    sizes = {kind: batch.get(kind) or default_batch(engine.device, kind) for kind in chosen}
+    sizes = {kind: batch.get(kind) or engine.batch_of(kind) for kind in chosen}
     return {
         "device": engine.device,
         "startup_s": startup_s,

@@ -38,7 +38,7 @@ from featurestore.digests import canonical_json
 from featurestore.errors import UserError, unknown_name
 from pipeline.align import align, align_time
 from pipeline.commands.options import parse_weights
-from pipeline.config import EncoderSettings, EngineSettings, ExtractConfig, default_batch, read_config
+from pipeline.config import EncoderSettings, EngineSettings, ExtractConfig, read_config
 from pipeline.datasets import DatasetListing, load_dataset
 from pipeline.decode.job import Decoded, DecodeJob
 from pipeline.encoders.network import EncoderNetwork, build_network
@@ -237,7 +237,7 @@ def _open(config: TrainConfig, extract: ExtractConfig, engine: Engine, check: Me
 
 def _batch(extract: ExtractConfig, engine: Engine) -> dict[str, int]:
     """Clips per forward by kind, as an extraction has them."""
-    return {kind: extract.batch.get(kind) or default_batch(engine.device, kind) for kind in KINDS}
+    return {kind: extract.batch.get(kind) or engine.batch_of(kind) for kind in KINDS}
 
 
 def _listing(extract: ExtractConfig) -> DatasetListing:
