@@ -29,6 +29,7 @@ _MARK = _DIGEST_KEY + b"\x18\x40"  # then 64 characters: Thrift's header of a te
 # that are all null, the most that an honest file expands, about 100.
 _FREE_BYTES = 64 << 20
 _EXPANSION = 256
+_WORTH_THREADS_BYTES = 4 << 20  # below it none is started: a short program that ends beside a new one may be aborted
 _BATCH_ROWS = 1 << 16
 _UNREADABLE = (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError, TypeError)
 
@@ -92,7 +93,7 @@ def read_table(
             if stored.names.count(name) != 1 or stored.field(name).type != schema.field(name).type:
                 raise StoreFormatError(f"{what} lacks the column {name} as {schema.field(name).type}")
         _refuse_bombs(data, sizes, limit, what)
-        table = file.read(columns=names)
+        table = file.read(columns=names, use_threads=len(data) > _WORTH_THREADS_BYTES)
         table.validate(full=True)  # text that is no UTF-8 would only fail where it is printed
     except _UNREADABLE as error:
         raise StoreFormatError(f"{what} is not readable Parquet; restore it from a copy ({error})") from error
