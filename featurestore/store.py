@@ -35,7 +35,7 @@ from featurestore.lookup import ClipLines, Frames, encoder_keys
 from featurestore.metadata import parse_root, read_document
 from featurestore.parquet import read_table, table_file
 from featurestore.places.by_url import open_cached, open_objects
-from featurestore.places.objects import get_bounded
+from featurestore.places.objects import Objects, get_bounded
 from featurestore.reader import BatchReader
 from featurestore.samples import Sample
 from featurestore.snapshot_table import column
@@ -46,10 +46,18 @@ from featurestore.tombstones import Tombstone, read_tombstones
 class FeatureStore:
     """A read-only store at one snapshot; make one with `FeatureStore.open`."""
 
-    def __init__(self, path: str, snapshot: str, cache: Place | bool = True, cache_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        snapshot: str,
+        cache: Place | bool = True,
+        cache_bytes: int | None = None,
+        *,
+        objects: Objects | None = None,  # the place itself where the caller has opened it
+    ) -> None:
         self.path = path
         self._cache_settings = (cache, cache_bytes)
-        self._objects = open_cached(path, cache, cache_bytes)
+        self._objects = open_cached(path, cache, cache_bytes) if objects is None else objects
         self.snapshot = snapshot  # id: SEQUENCE-DIGEST12
         self._record = load_snapshot(self._objects, snapshot)
         self._batches = BatchReader(self._objects)

@@ -50,13 +50,18 @@ class StoreWriter:
         self._index = ClipIndex(objects, block_rows)
 
     @classmethod
-    def open_or_create(cls, path: Place, *, block_rows: Mapping[str, int] | None = None) -> StoreWriter:
-        """Open the store in a folder or bucket, or make one; block rows are fixed when it is made."""
+    def open_or_create(
+        cls, path: Place, *, block_rows: Mapping[str, int] | None = None, objects: Objects | None = None
+    ) -> StoreWriter:
+        """Open the store in a folder or bucket, or make one; block rows are fixed when it is made.
+
+        `objects` is the place itself where the caller has opened it.
+        """
         wanted, path = check_block_rows(block_rows), place_of(path)
         if not is_url(path):
             with machine_faults(f"make {path}"):
                 Path(path).mkdir(parents=True, exist_ok=True)
-        objects = open_objects(path)
+        objects = open_objects(path) if objects is None else objects
         objects.sweep()
         if not objects.exists(ROOT_METADATA):
             _refuse_foreign_folder(objects, path)

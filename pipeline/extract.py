@@ -19,6 +19,7 @@ from featurestore.errors import MervCacheError, RunStoppedError
 from featurestore.find import check_room_for_store, is_url
 from featurestore.identity import FeatureIdentity
 from featurestore.lease import StoreLease
+from featurestore.places.by_url import check_writable
 from featurestore.writer import StoreWriter
 from jobs.clusters import connect
 from jobs.dashboard import dashboard_lines, performance_report
@@ -47,6 +48,7 @@ def extract(
     Raises `IdentityConflictError` where an encoder is stored under another identity, and `RunStoppedError` where the
     environment failed; in both cases everything committed so far stays.
     """
+    check_writable(config.store_path)
     check_room_for_store(config.store_path)
     listing = load_dataset(
         config.dataset,

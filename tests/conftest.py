@@ -38,5 +38,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 _s3, _web, _toys = _load("featurestore/s3_server"), _load("featurestore/web_server"), _load("toy_stores")
+_hub = _load("featurestore/hub_server")
 s3, s3_endpoint, web = _s3.s3, _s3.s3_endpoint, _web.web
+hub = _hub.hub
 toy_identity, write_store = _toys.toy_identity, _toys.write_store

@@ -22,8 +22,18 @@ def open_objects(place: Place) -> Objects:
     return open_remote(str(place))
 
 
+def open_hub(place: Place) -> Objects | None:
+    """A repository of the Hub, to push to; None of any other place."""
+    place = place_of(place)
+    if not is_url(place) or urlsplit(str(place)).scheme != "hf":
+        return None
+    from featurestore.places.hub_objects import HubObjects  # needs the Hub's library
+
+    return HubObjects(str(place))
+
+
 def check_writable(place: Place) -> None:
-    """Refuse a web address at once, before a server is asked for anything or a store is read to be sent there."""
+    """Refuse the web and the Hub at once, before a server is asked for anything or a store is read to be sent there."""
     place = place_of(place)
     if is_url(place):
         from featurestore.places.remote_stores import READ_ONLY, read_only

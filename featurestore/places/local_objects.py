@@ -26,6 +26,7 @@ class LocalObjects:
     """A folder. Puts are exclusive and survive a power cut: temporary file, fsync, link, fsync of the folder."""
 
     parallel_reads = 1  # a disk's queue is filled by the loader's workers
+    gathers = False
 
     def __init__(self, root: str | Path) -> None:
         self.root = os.path.realpath(root)
@@ -137,6 +138,12 @@ class LocalObjects:
     def abandoned(self) -> list[str]:
         """Names of temporary folders that no living process owns."""
         return [name for name in self.list_names(TEMPORARY) if self._is_abandoned(name)]
+
+    def flush(self) -> None:
+        """A put is there at once."""
+
+    def known_sha256(self, key: str) -> str | None:
+        return None
 
     def _is_abandoned(self, name: str) -> bool:
         path = os.path.join(self.root, TEMPORARY, name)

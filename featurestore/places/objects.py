@@ -1,8 +1,9 @@
 """The one door to bytes: named objects that are put once, whole and durably.
 
 `Objects` is what the store asks of a place to keep bytes: `LocalObjects` is a folder, `RemoteObjects` a bucket, where
-`put_new` is one conditional put. Every failure of the machine (disk full, share gone) becomes a `RunStoppedError` here,
-so that no caller mistakes it for a broken clip.
+`put_new` is one conditional put, and `HubObjects` a repository of the Hub, where puts are gathered into commits. Every
+failure of the machine (disk full, share gone) becomes a `RunStoppedError` here, so that no caller mistakes it for a
+broken clip.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
+from featurestore.digests import sha256_hex
 from featurestore.errors import AlreadyExistsError, RunStoppedError, StoreFormatError
 
 Buffer = bytes | bytearray | memoryview
@@ -48,6 +50,7 @@ class Objects(Protocol):
     """Named bytes. Keys are relative POSIX paths; a missing key raises FileNotFoundError."""
 
     parallel_reads: int  # requests that are worth having in flight at once
+    gathers: bool  # others see a put after `flush` only
 
     def put_new(self, key: str, data: Buffer | Sequence[Buffer]) -> None: ...  # AlreadyExistsError if taken
 
@@ -73,6 +76,10 @@ class Objects(Protocol):
 
     def sweep(self) -> None: ...  # remove them
 
+    def flush(self) -> None: ...  # what was put until now is there for others; nothing to do unless the place gathers
+
+    def known_sha256(self, key: str) -> str | None: ...  # None where it takes reading the object to know
+
 
 def scatter(data: memoryview, buffers: Sequence[memoryview]) -> None:
     """Spread bytes over buffers, one after the other, until they are used up."""
@@ -90,6 +97,11 @@ def put_if_absent(objects: Objects, key: str, data: Buffer | Sequence[Buffer]) -
     except AlreadyExistsError:
         return False
     return True
+
+
+def digest_of(objects: Objects, key: str) -> str:
+    """The sha256 of an object, which is read unless the place tells it."""
+    return objects.known_sha256(key) or sha256_hex(objects.get(key))
 
 
 def get_bounded(objects: Objects, key: str, max_bytes: int) -> bytes:

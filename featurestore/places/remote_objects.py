@@ -35,6 +35,7 @@ class RemoteObjects:
     """A folder of a bucket."""
 
     parallel_reads = 16  # requests in flight: one waits 10-50 ms for its first byte
+    gathers = False
 
     def __init__(self, url: str, store: ObjectStore | None = None) -> None:
         self.root = url.rstrip("/")
@@ -55,7 +56,7 @@ class RemoteObjects:
 
     def put_new(self, key: str, data: Buffer | Sequence[Buffer]) -> None:
         self._prove_exclusive()
-        self._create(key, _whole(data))
+        self._create(key, whole(data))
 
     def replace(self, key: str, data: bytes) -> None:
         self._put(key, data, mode="overwrite")
@@ -83,7 +84,7 @@ class RemoteObjects:
         import obstore
 
         with remote_faults(f"read {key}", self.root):
-            return memoryview(obstore.get_range(self._store, _checked(key), start=offset, length=length)).cast("B")
+            return memoryview(obstore.get_range(self._store, checked(key), start=offset, length=length)).cast("B")
 
     def open(self, key: str) -> RemoteObject:
         meta = self._head(key)
@@ -107,7 +108,7 @@ class RemoteObjects:
         import obstore
 
         with remote_faults(f"list {prefix or 'the store'}", self.root):
-            found = obstore.list_with_delimiter(self._store, _checked(prefix) if prefix else None)
+            found = obstore.list_with_delimiter(self._store, checked(prefix) if prefix else None)
         paths = [*found["common_prefixes"], *(meta["path"] for meta in found["objects"])]
         return sorted({path.rstrip("/").rpartition("/")[2] for path in paths})
 
@@ -116,7 +117,7 @@ class RemoteObjects:
 
         sizes: dict[str, int] = {}
         with remote_faults(f"list {prefix or 'the store'}", self.root):
-            for metas in obstore.list(self._store, _checked(prefix) if prefix else None, chunk_size=1000):
+            for metas in obstore.list(self._store, checked(prefix) if prefix else None, chunk_size=1000):
                 sizes.update((meta["path"], meta["size"]) for meta in metas)
         return sizes
 
@@ -124,13 +125,19 @@ class RemoteObjects:
         import obstore
 
         with remote_faults(f"delete {key}", self.root):
-            obstore.delete(self._store, _checked(key))
+            obstore.delete(self._store, checked(key))
 
     def sweep(self) -> None:
         """Nothing is ever half-written here."""
 
     def abandoned(self) -> list[str]:
         return []
+
+    def flush(self) -> None:
+        """A put is there at once."""
+
+    def known_sha256(self, key: str) -> str | None:
+        return None
 
     def as_zarr(self) -> Any:
         """For zarr-python, where an array has codecs of somebody else's."""
@@ -183,33 +190,33 @@ class RemoteObjects:
         if len(body) > MAX_PUT_BYTES:
             raise RunStoppedError(f"{key} has {len(body)} bytes, more than one put takes: choose smaller block rows")
         with remote_faults(f"write {key}", self.root):
-            obstore.put(self._store, _checked(key), body, use_multipart=False, **options)
+            obstore.put(self._store, checked(key), body, use_multipart=False, **options)
 
     def _get(self, key: str, *, head: bool = False) -> Any:
         import obstore
 
-        return obstore.get(self._store, _checked(key), options={"head": True} if head else None)
+        return obstore.get(self._store, checked(key), options={"head": True} if head else None)
 
     def _head(self, key: str) -> ObjectMeta:
         import obstore
 
         with remote_faults(f"read {key}", self.root):
-            return obstore.head(self._store, _checked(key))
+            return obstore.head(self._store, checked(key))
 
 
 class WebObjects(RemoteObjects):
-    """A store behind a web server or on the Hub: read only, its names known by the listing that `push` leaves."""
+    """A store behind a web server or on the Hub: only read here, its names known by the listing that `push` leaves."""
 
     def __init__(self, url: str, store: ObjectStore | None = None) -> None:
         super().__init__(url, store)
         self._sizes: dict[str, int] | None = None
 
     def list_names(self, prefix: str) -> list[str]:
-        start = f"{_checked(prefix)}/" if prefix else ""
+        start = f"{checked(prefix)}/" if prefix else ""
         return sorted({key[len(start) :].partition("/")[0] for key in self._listed() if key.startswith(start)})
 
     def list_tree(self, prefix: str = "") -> dict[str, int]:
-        start = f"{_checked(prefix)}/" if prefix else ""
+        start = f"{checked(prefix)}/" if prefix else ""
         return {key: size for key, size in self._listed().items() if key.startswith(start)}
 
     def put_new(self, key: str, data: Buffer | Sequence[Buffer]) -> None:
@@ -266,11 +273,11 @@ def open_remote(url: str) -> RemoteObjects:
     return place
 
 
-def _whole(data: Buffer | Sequence[Buffer]) -> bytes:
+def whole(data: Buffer | Sequence[Buffer]) -> bytes:
     return bytes(data) if isinstance(data, bytes | bytearray | memoryview) else b"".join(data)
 
 
-def _checked(key: str) -> str:
+def checked(key: str) -> str:
     if any(part in ("", ".", "..") or "\0" in part for part in key.split("/")):
         raise StoreFormatError(f"object key {key!r} is refused: it must be a plain relative path")
     return key

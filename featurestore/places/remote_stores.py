@@ -73,7 +73,7 @@ def _web(url: str, retry: Mapping[str, Any]) -> ObjectStore:
 def _hub(url: str, retry: Mapping[str, Any]) -> ObjectStore:
     from obstore.store import HTTPStore
 
-    token = _hub_token()
+    token = hub_token()
     headers = {"default_headers": {"authorization": f"Bearer {token}"}} if token else {}
     return HTTPStore.from_url(
         hub_address(url), client_options={**_CLIENT, "allow_http": True, **headers}, retry_config=retry
@@ -81,22 +81,32 @@ def _hub(url: str, retry: Mapping[str, Any]) -> ObjectStore:
 
 
 def hub_address(url: str) -> str:
-    """`hf://datasets/USER/REPO[@REVISION][/FOLDER]` -> where the Hub gives out its files."""
+    """Where the Hub gives out the files of a place there."""
+    repo, revision, folder = hub_parts(url)
+    address = f"{hub_endpoint()}/datasets/{repo}/resolve/{quote(revision, safe='')}"
+    return f"{address}/{folder}" if folder else address
+
+
+def hub_endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", HUB).rstrip("/")
+
+
+def hub_parts(url: str) -> tuple[str, str, str]:
+    """`hf://datasets/USER/REPO[@REVISION][/FOLDER]` -> (USER/REPO, revision, folder)."""
     kind, _, rest = url.removeprefix("hf://").partition("/")
     user, _, rest = rest.partition("/")
     repo, _, folder = rest.partition("/")
     name, _, revision = repo.partition("@")
     if kind != "datasets" or not user or not name:
         raise UserError(f"{url}: stores on the Hub are hf://datasets/USER/REPO, with @REVISION and /FOLDER if need be")
-    base = os.environ.get("HF_ENDPOINT", HUB).rstrip("/")
-    address = f"{base}/datasets/{user}/{name}/resolve/{quote(revision or 'main', safe='')}"
-    return f"{address}/{folder}" if folder else address
+    return f"{user}/{name}", revision or "main", folder
 
 
-def _hub_token() -> str | None:
+def hub_token() -> str | None:
+    """From HF_TOKEN, or what `hf auth login` left."""
     if token := os.environ.get("HF_TOKEN"):
         return token
-    from huggingface_hub import get_token  # what `hf auth login` left
+    from huggingface_hub import get_token
 
     return get_token()
 
@@ -111,13 +121,16 @@ STORES: dict[str, Callable[[str, Mapping[str, Any]], Any]] = {
     "https": _web,
     "hf": _hub,
 }
-READ_ONLY = ("http", "https", "hf")  # no listing and no conditional put there
+READ_ONLY = ("http", "https", "hf")  # no listing and no conditional put there; `push` has a way of its own to the Hub
 
 
 def read_only(url: str) -> UserError:
     """What to say to who would write there."""
+    if urlsplit(url).scheme == "hf":
+        return UserError(
+            f"{url} takes whole commits and is not written in place: write to a folder, s3://, gs:// or az://, then "
+            f"send that with `merv-pipeline push STORE {url}`"
+        )
     return UserError(
-        f"{url} can only be read here: write to a folder, s3://, gs:// or az://. For the Hub, push to a "
-        "folder and send it with `hf upload-large-folder USER/REPO FOLDER --repo-type dataset --exclude "
-        "listing.json`, then listing.json with `hf upload`: readers see nothing before it is there"
+        f"{url} can only be read here: write to a folder, s3://, gs:// or az://, or `merv-pipeline push` to hf://"
     )

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from featurestore.find import Place
+from featurestore.find import Place, place_of
 from featurestore.layout import CARD, LISTING, TEMPORARY
-from featurestore.places.by_url import open_objects
+from featurestore.places.by_url import open_hub, open_objects
 from featurestore.places.listing import listing_bytes
 from featurestore.places.objects import Objects, put_if_absent
 from featurestore.share.card import write_card
 from featurestore.share.transfer import Transferred, transfer
+from featurestore.snapshots import newest_snapshot_id
 from featurestore.store import FeatureStore
 
 
 def push(source: Place, destination: Place, *, license: str | None = None, **options: Any) -> Transferred:
     """`transfer`, then the card and the listing, which describe what is at the destination now."""
-    done = transfer(source, destination, **options)
-    objects = open_objects(destination)
-    done.card = write_card(
-        objects, FeatureStore.open(destination, cache=False), place=str(destination), license=license
-    )
+    hub = open_hub(destination)
+    done = transfer(source, destination, target=hub, **options)
+    objects = open_objects(destination) if hub is None else hub
+    newest = newest_snapshot_id(objects) or done.snapshot
+    store = FeatureStore(str(place_of(destination)), newest, objects=objects)
+    done.card = write_card(objects, store, place=str(destination), license=license)
     write_listing(objects)
+    objects.flush()
     return done
 
 

@@ -37,7 +37,7 @@ from featurestore.layout import (
 from featurestore.parity import JOURNAL_PREFIX as PARITY
 from featurestore.parts import ClipIndex
 from featurestore.places.by_url import check_writable, open_objects
-from featurestore.places.objects import Objects, put_if_absent
+from featurestore.places.objects import Objects, digest_of, put_if_absent
 from featurestore.publish import publish
 from featurestore.receipts import Receipt
 from featurestore.share.parcels import Parcel, digested, parcels_of
@@ -69,6 +69,7 @@ def transfer(
     source: Place,
     destination: Place,
     *,
+    target: Objects | None = None,
     selection: Selection | None = None,
     workers: int = WORKERS,
     check: bool = False,
@@ -76,25 +77,36 @@ def transfer(
     on_start: Callable[[int], None] = lambda total_bytes: None,
     on_sent: Callable[[int], None] = lambda sent_bytes: None,
 ) -> Transferred:
-    """Bring a destination up to the source's newest snapshot; resumable, and a no-op where nothing is new."""
+    """Bring a destination up to the source's newest snapshot; resumable, and a no-op where nothing is new.
+
+    `target` is the destination where the caller has opened it, as `push` does at the Hub: what is put last may then
+    wait for its `flush`. `on_start` is told a second total if all is read back when all is sent.
+    """
     selection = selection or Selection()
     if selection.split is not None:
         raise UserError("whole blocks are sent, a split cannot be: make a `merv-pipeline subset` of it first")
-    check_writable(destination)
+    if target is None:
+        check_writable(destination)
     origin = open_objects(source)
     snapshot = _pinned(origin, source)
     parcels = parcels_of(origin, snapshot, selection)
-    writer = StoreWriter.open_or_create(destination, block_rows=dict(snapshot.block_rows))
+    writer = StoreWriter.open_or_create(destination, block_rows=dict(snapshot.block_rows), objects=target)
     done = _summary(source, destination, parcels)
     for stone in tombstone_ids(origin):  # first: what was taken back must not be shown for a moment
         put_if_absent(writer.objects, tombstone_key(stone), origin.get(tombstone_key(stone)))
     _copy_parts(origin, writer.objects, snapshot)
     writer.add_clips([])  # names the datasets in zarr.json
     _make_groups(origin, writer, snapshot, parcels)
-    _send_all(origin, writer.objects, parcels, done, workers=workers, check=check, on_start=on_start, on_sent=on_sent)
+    hooks = {"on_start": on_start, "on_sent": on_sent}
+    send = partial(_send_all, origin, writer.objects, parcels, done, workers=workers, **hooks)
+    send(check=check and not writer.objects.gathers)
+    if check and writer.objects.gathers:  # what is not committed cannot be read back
+        writer.objects.flush()
+        send(check=True)
     _copy_canaries(origin, writer.objects, snapshot, selection, parcels, check=check)
     _copy_journals(origin, writer.objects, with_journal)
     erase_tombstoned(writer)  # what earlier transfers brought of clips that were removed since
+    writer.objects.flush()  # so that the last commit has the snapshot, and what describes it
     done.snapshot = _finish(origin, writer, snapshot, selection)
     return done
 
@@ -125,7 +137,7 @@ def _copy_parts(origin: Objects, target: Objects, snapshot: Snapshot) -> None:
     for key, sha256 in named.items():
         if not target.exists(key) and put_if_absent(target, key, digested(origin, key, sha256)):
             continue
-        if sha256_hex(target.get(key)) != sha256:
+        if digest_of(target, key) != sha256:
             raise UserError(
                 f"the destination holds another store: its {key} differs; push into an empty place, or make one store "
                 "of both with `merv-pipeline union`"
@@ -168,9 +180,11 @@ def _copy_canaries(
         key = canary_key(*name.split("/"))
         if not target.exists(key):
             put_if_absent(target, key, digested(origin, key, sha256))
+            if check:
+                target.flush()
         elif known.get(name) == sha256 and not check:
             continue
-        if sha256_hex(target.get(key)) != sha256:
+        if (sha256_hex(target.get(key)) if check else digest_of(target, key)) != sha256:
             raise _other_bytes(key)
 
 
@@ -216,7 +230,7 @@ def _send(origin: Objects, target: Objects, sizes: Mapping[str, int], check: boo
     for shard, entry in parcel.shards.items():
         if shard not in sizes or is_replaced:
             sent += _send_shard(origin, target, shard, entry, is_replaced)
-        elif sizes[shard] != entry["bytes"]:
+        elif sizes[shard] != entry["bytes"] or target.known_sha256(shard) not in (None, entry["sha256"]):
             raise _other_bytes(shard)
         if check and sha256_hex(target.get(shard)) != entry["sha256"]:
             raise StoreDamagedError(

@@ -13,10 +13,12 @@ from featurestore.clips import KINDS
 from featurestore.find import find_store
 from pipeline.commands.show import friendly_errors, show_result
 
-URLS = """URLs: s3://BUCKET/FOLDER, gs://, az:// and file:// to read and write; https:// and hf://datasets/USER/REPO to
-read. Endpoint, region and credentials come from the environment: AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, ...,
-GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_..., HF_TOKEN. az:// is tested against Azurite, gs:// and hf:// against
-servers that answer as their documentation says; none was tried against the service itself.
+URLS = """URLs: s3://BUCKET/FOLDER, gs://, az:// and file:// to read and write; hf://datasets/USER/REPO[@BRANCH][/FOLDER]
+to read and push to, in commits, the snapshot in the last; https:// to read. Endpoint, region and credentials come from
+the environment: AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, ..., GOOGLE_APPLICATION_CREDENTIALS,
+AZURE_STORAGE_..., HF_TOKEN (or `hf auth login`). az:// is tested against Azurite, gs:// against a server that answers
+as its documentation says; hf:// is tested against a server of our own that speaks its protocol (without Xet), not
+against the Hub itself. The Hub's history keeps what a tombstone removes until it is squashed.
 """
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 ENCODERS = click.option("--encoders", metavar="LIST", show_default="all", help="Only these, comma separated.")
@@ -56,7 +58,7 @@ def _with(*options: Callable) -> Callable:
     "--license", show_default="as before, else unknown", help="Of the data, for the card: cc-by-4.0, other, ..."
 )
 def push(store: str, url: str, license: str | None, as_json: bool, **options: Any) -> None:
-    """Send a store to a bucket or folder, with a card.
+    """Send a store to a bucket, a folder or the Hub, with a card.
 
     Run again to go on, or to send what is new. Clips and datasets are sent as the whole blocks that hold them; the
     answer tells what that costs. To cut instead, make a `subset` first.
@@ -108,13 +110,17 @@ def _names(text: str | None) -> tuple[str, ...] | None:
 
 @contextmanager
 def _progress(label: str, unit: str = "MB") -> Iterator[dict[str, Callable[[int], None]]]:
-    """Hooks that are told a total and then amounts (bytes, shown as MB): done, rate and ETA on stderr."""
+    """Hooks told a total and then amounts (bytes, shown as MB): done, rate, ETA on stderr; a new total starts anew."""
     from jobs.progress import RunProgress
 
     bars: list[RunProgress] = []
     done, scale = 0, 1e6 if unit == "MB" else 1
 
     def start(total: int) -> None:
+        nonlocal done
+        done = 0
+        if bars:
+            bars.pop().__exit__(None, None, None)
         bars.append(RunProgress(label, total=math.ceil(total / scale), unit=unit).__enter__())
 
     def sent(amount: int) -> None:
