@@ -17,8 +17,9 @@ URLS = """URLs: s3://BUCKET/FOLDER, gs://, az:// and file:// to read and write; 
 to read and push to, in commits, the snapshot in the last; https:// to read. Endpoint, region and credentials come from
 the environment: AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, ..., GOOGLE_APPLICATION_CREDENTIALS,
 AZURE_STORAGE_..., HF_TOKEN (or `hf auth login`). az:// is tested against Azurite, gs:// against a server that answers
-as its documentation says; hf:// is tested against a server of our own that speaks its protocol (without Xet), not
-against the Hub itself. The Hub's history keeps what a tombstone removes until it is squashed.
+as its documentation says; hf:// is tested against a server of our own that speaks its protocol, not against the Hub
+itself (nor is Xet); none was tried against the service itself. No repository is made by itself, and the history of one
+keeps what a tombstone removes until it is squashed.
 """
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 ENCODERS = click.option("--encoders", metavar="LIST", show_default="all", help="Only these, comma separated.")

@@ -34,6 +34,25 @@ def test_a_store_goes_to_a_bucket_and_back_and_every_reading_command_takes_the_u
     assert "0 blocks of" in printed
 
 
+def test_a_store_goes_to_the_hub_and_is_read_back_there_but_nothing_is_extracted_into_it(extracted, hub, tmp_path):
+    url = "hf://datasets/lab/feats"
+    pushed = answer("push", extracted.store, url, "--encoders", "siglip", "--no-journal", "--check")
+    assert pushed["sent_bytes"] == pushed["bytes"] > 0
+    assert pushed["card"] is True
+    assert answer("status", url)["clips"] == answer("status", extracted.store)["clips"]
+    assert not any(path.startswith("journal/") for path in hub.files)
+    pulled = answer("pull", url, tmp_path / "back.zarr", "--check")
+    assert [name.split("-")[0] for name in pulled["encoders"]] == ["siglip"]
+    commits = len(hub.commits)
+    for words in (("extract", "--dataset", "demo", "--store", url), ("union", extracted.store, extracted.store, url)):
+        code, printed = run(*words)
+        assert code == 1
+        assert (
+            f"write to a folder, s3://, gs:// or az://, then send that with `merv-pipeline push STORE {url}`" in printed
+        )
+    assert len(hub.commits) == commits
+
+
 def test_subset_union_export_and_import(extracted, tmp_path):
     a, b = tmp_path / "a.zarr", tmp_path / "b.zarr"
     assert answer("subset", extracted.store, a, "--encoders", "siglip", "--kind", "video")["cells"] == 9
@@ -64,4 +83,6 @@ def test_mistakes_are_told_without_a_traceback(words, message, tmp_path, monkeyp
 
 
 def test_the_help_says_what_was_not_tried():
-    assert "none was tried against the service itself" in " ".join(run("push", "--help")[1].split())
+    printed = " ".join(run("push", "--help")[1].split())
+    assert "hf:// is tested against a server of our own that speaks its protocol, not against the Hub itself" in printed
+    assert "none was tried against the service itself" in printed
