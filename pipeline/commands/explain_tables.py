@@ -93,7 +93,7 @@ def _media(found: Explanation) -> None:
     ):
         if clips:
             more = ", ..." if clips[SHOWN:] else ""
-            out.print(f"{len(clips)} {words}: {', '.join(clips[:SHOWN])}{more}", soft_wrap=True)
+            out.print(f"{len(clips)} {words}: {', '.join(clips[:SHOWN])}{more}", soft_wrap=True, markup=False)
     if found.new:
         out.print(f"{plural(found.new, 'clip')} listed that the store has never seen")
     if found.unlisted:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.summary import DECODING
 
@@ -19,12 +20,12 @@ def console() -> Console:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Sequence[str] = ()) -> None:
-    """Print a plain table; columns named in `right` hold numbers."""
+    """Print a plain table; columns named in `right` hold numbers. Cells are a stranger's words: no markup in them."""
     drawn = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for column in columns:
         drawn.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
-        drawn.add_row(*[str(cell) for cell in row])
+        drawn.add_row(*[Text(str(cell)) for cell in row])
     console().print(drawn)
 
 
@@ -143,7 +144,7 @@ def details(result: Mapping[str, Any]) -> None:
     drawn.add_column(style="bold")
     drawn.add_column(overflow="fold")
     for name, value in result.items():
-        drawn.add_row(name, _cell(value))
+        drawn.add_row(Text(name), Text(_cell(value)))
     console().print(drawn)
 
 

@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from featurestore.keep.verify import verify_store
 from featurestore.store import FeatureStore
 from pipeline.cli import main
+from pipeline.commands import tables
 from pipeline.upkeep.quarantine import quarantined, retry
 from pipeline.upkeep.verify_media import verify_media
 
@@ -184,3 +185,10 @@ def test_strays_alone_are_no_failure(store):
         "delete it, or keep it elsewhere",
     )
     assert "no damage found, 1 stray" in call("verify", store).stdout
+
+
+def test_a_table_prints_a_strangers_brackets_as_they_are(capsys):
+    tables.table("", ("clip",), [("d/x[/bar].mp4",), ("d/[bold].mp4",)])
+    tables.details({"reason": "[/] gone"})
+    printed = capsys.readouterr().out
+    assert [words for words in ("d/x[/bar].mp4", "d/[bold].mp4", "[/] gone") if words not in printed] == []
