@@ -36,12 +36,22 @@ def parse_journal(data: bytes, name: str) -> dict[str, Any]:
 
 
 def driver_runs(objects: Objects) -> list[dict[str, Any]]:
-    """Records of the store's extractions, oldest first; damaged ones are left aside."""
+    """Records of the store's extractions, oldest first; damaged ones, and what is no run, are left aside."""
     runs = []
     for name in journal_names(objects.list_names(JOURNAL)):
         if name.endswith("-driver"):
             try:
-                runs.append(parse_journal(get_bounded(objects, journal_key(name), MAX_JOURNAL_BYTES), name))
+                run = parse_journal(get_bounded(objects, journal_key(name), MAX_JOURNAL_BYTES), name)
             except StoreError:
                 continue
+            if _is_run(run):
+                runs.append(run)
     return sorted(runs, key=lambda run: run["started"])
+
+
+def _is_run(record: Mapping[str, Any]) -> bool:
+    """A journal may be a stranger's: what every reader of runs looks into must be there."""
+    mappings = [record.get(name) for name in ("config", "encoders", "summary")]
+    if not all(isinstance(value, dict) for value in mappings) or type(record.get("started")) not in (int, float):
+        return False
+    return all(isinstance(entry, dict) for entry in record["encoders"].values())

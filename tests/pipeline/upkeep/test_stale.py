@@ -7,6 +7,7 @@ import os
 import pytest
 
 from featurestore.clips import Clip
+from featurestore.journal import driver_runs
 from featurestore.writer import StoreWriter
 from pipeline.decode.source import Source
 from pipeline.media_memory import media_memory, newest_touch_s
@@ -66,6 +67,14 @@ def test_the_blocks_of_the_stores_that_a_union_was_laid_from_are_not_its_own(sto
 def test_a_strangers_journal_makes_no_error_and_no_array_of_its_size(store, blocks):
     note(store, "one", 100.0, blocks=blocks)
     assert suspect_from(store, 9) in (0, 100)
+
+
+@pytest.mark.parametrize("change", [{"started": None}, {"started": "now"}, {"encoders": [1]}, {"encoders": {"a": 1}}])
+def test_what_is_no_record_of_a_run_is_left_aside(store, change):
+    note(store, "one", 100.0)
+    whole = {"started": 200.0, "encoders": {}, "summary": {}, "config": {}}
+    store.journal("two-driver", whole | change)
+    assert [run["started"] for run in driver_runs(store.objects)] == [100.0]
 
 
 def test_the_record_of_a_run_names_its_blocks_as_spans():
