@@ -54,4 +54,6 @@ def _is_run(record: Mapping[str, Any]) -> bool:
     mappings = [record.get(name) for name in ("config", "encoders", "summary")]
     if not all(isinstance(value, dict) for value in mappings) or type(record.get("started")) not in (int, float):
         return False
+    if not all(type(text) is str for text in (record.get("root"), record["config"].get("dataset"))):
+        return False
     return all(isinstance(entry, dict) for entry in record["encoders"].values())

@@ -25,7 +25,11 @@ def store(tmp_path) -> StoreWriter:
 
 
 def note(store: StoreWriter, name: str, started: float, **record) -> None:
-    store.journal(f"{name}-driver", {"started": started, "encoders": {}, "summary": {}, "config": {}} | record)
+    store.journal(f"{name}-driver", run_of(started) | record)
+
+
+def run_of(started: float) -> dict:
+    return {"started": started, "root": "r", "encoders": {}, "summary": {}, "config": {"dataset": "d"}}
 
 
 def suspect_from(store: StoreWriter, *rows: int) -> float:
@@ -69,11 +73,20 @@ def test_a_strangers_journal_makes_no_error_and_no_array_of_its_size(store, bloc
     assert suspect_from(store, 9) in (0, 100)
 
 
-@pytest.mark.parametrize("change", [{"started": None}, {"started": "now"}, {"encoders": [1]}, {"encoders": {"a": 1}}])
+NO_RUNS = (
+    {"started": None},
+    {"started": "now"},
+    {"encoders": [1]},
+    {"encoders": {"a": 1}},
+    {"root": 1},
+    {"config": {}},
+)
+
+
+@pytest.mark.parametrize("change", NO_RUNS)
 def test_what_is_no_record_of_a_run_is_left_aside(store, change):
     note(store, "one", 100.0)
-    whole = {"started": 200.0, "encoders": {}, "summary": {}, "config": {}}
-    store.journal("two-driver", whole | change)
+    store.journal("two-driver", run_of(200.0) | change)
     assert [run["started"] for run in driver_runs(store.objects)] == [100.0]
 
 
