@@ -64,13 +64,14 @@ def repaired(done: Sequence) -> None:
 
 
 def quarantined(rows: Sequence[Mapping[str, Any]]) -> None:
-    """One line per clip and encoder, and the reasons counted."""
+    """One line per clip and encoder, and the clips of each reason counted, whatever the number of their encoders."""
     if not rows:
         console().print("no clip is quarantined (of those asked for)")
         return
     columns = ("clip_id", "encoder", "scope", "reason")
     table("", columns, [[row[name] for name in columns] for row in rows])
-    counted("reason", "clips", Counter(row["reason"] for row in rows))
+    failed = {(row["clip_id"], row["reason"]) for row in rows}
+    counted("reason", "clips", Counter(reason for _, reason in failed))
 
 
 def distortion(record: TokenRecord) -> None:

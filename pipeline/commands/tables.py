@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -26,7 +27,11 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, 
         drawn.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*[Text(str(cell)) for cell in row])
-    console().print(drawn)
+    out = console()
+    # One space between columns where two would fold cells: `status` then fits a terminal of 80 characters.
+    unfolded = Measurement.get(out, out.options.update(max_width=10_000), drawn).maximum
+    drawn.collapse_padding = unfolded > out.width
+    out.print(drawn)
 
 
 def size(num_bytes: float) -> str:
