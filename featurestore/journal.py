@@ -56,4 +56,10 @@ def _is_run(record: Mapping[str, Any]) -> bool:
         return False
     if not all(type(text) is str for text in (record.get("root"), record["config"].get("dataset"))):
         return False
-    return all(isinstance(entry, dict) for entry in record["encoders"].values())
+    if not all(isinstance(entry, dict) for entry in record["encoders"].values()):
+        return False
+    summary, stage_s = record["summary"], record["summary"].get("stage_s")
+    numbers = [summary.get(name) for name in ("clips", "failed", "bytes", "elapsed_s")]
+    if not isinstance(stage_s, dict) or type(summary.get("run")) is not str:
+        return False
+    return all(type(number) in (int, float) for number in [*numbers, *stage_s.values()])

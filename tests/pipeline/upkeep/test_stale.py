@@ -29,7 +29,8 @@ def note(store: StoreWriter, name: str, started: float, **record) -> None:
 
 
 def run_of(started: float) -> dict:
-    return {"started": started, "root": "r", "encoders": {}, "summary": {}, "config": {"dataset": "d"}}
+    summary = {"run": "r", "clips": 0, "failed": 0, "bytes": 0, "elapsed_s": 0.0, "stage_s": {}}
+    return {"started": started, "root": "r", "encoders": {}, "summary": summary, "config": {"dataset": "d"}}
 
 
 def suspect_from(store: StoreWriter, *rows: int) -> float:
