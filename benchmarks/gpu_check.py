@@ -27,9 +27,9 @@ from typing import Any
 
 import click
 
-from pipeline.commands.options import parse_weights
 from pipeline.config import ExtractConfig, read_config
 from pipeline.encoders import MERV_ENCODERS
+from pipeline.encoders.weights import weights_by_encoder
 
 NO_GPU = 2  # exit code
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "av")
@@ -99,7 +99,7 @@ def extraction_config(
         "options": {"train": clips, "heldout": 0},
         "kind": "video",
         "encoders": encoders,
-        "weights": parse_weights(weights),
+        "weights": weights_by_encoder(weights),
         "device": device,
     }
     return read_config(str(files("pipeline") / "demo.yaml") if toy else None, overrides)

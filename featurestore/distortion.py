@@ -8,15 +8,15 @@ on every push.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from featurestore.digests import record_digest
-from featurestore.errors import StoreFormatError
+from featurestore.errors import StoreError, StoreFormatError
 from featurestore.find import Place
 from featurestore.identity import STORAGE_DTYPES
 from featurestore.store import FeatureStore
@@ -24,6 +24,7 @@ from featurestore.writer import StoreWriter
 
 JOURNAL_PREFIX = "distortion-"  # of the records' names
 MAX_ROWS = 1000  # of a record: dozens of encoders, two kinds, three dtypes
+MAX_NUMBER = sys.float_info.max  # JSON knows whole numbers that no float holds
 SEEDED = "Tokens of seeded random weights, not trained ones"
 STORED = "as stored"  # the dtype of a run's own loss
 MODALITIES = {"video", "image", "text"}
@@ -137,7 +138,11 @@ def read_distortion(store: FeatureStore) -> Distortion:
     Records of another version, or crafted ones, are passed over: no push or report fails for a measurement.
     """
     newest: dict[str, TokenRecord | LossRecord] = {}
-    for name, record in store.journal(JOURNAL_PREFIX):
+    try:
+        kept = store.journal(JOURNAL_PREFIX)
+    except StoreError:  # damaged: `verify` tells of it, and no tokens depend on it
+        return Distortion()
+    for name, record in kept:
         try:
             measure, parsed = parse_record(record, name)
         except StoreFormatError:
@@ -154,7 +159,7 @@ def read_distortion(store: FeatureStore) -> Distortion:
 def parse_record(record: Mapping[str, Any], name: str) -> tuple[str, TokenRecord | LossRecord]:
     """A record that may be a stranger's: (measure, record), every field checked."""
     measure = record.get("measure")
-    if record.get("format") != _FORMAT or measure not in _RECORDS:
+    if record.get("format") != _FORMAT or not _is_one_of(measure, _RECORDS):
         raise StoreFormatError(f"journal {name} is no distortion record of this version: update, or remove it")
     kind, row_kind = _RECORDS[measure]
     rows = record.get("rows")
@@ -181,7 +186,7 @@ def _is_sound(key: str, value: Any) -> bool:
     if key == "time":
         return isinstance(value, str) and bool(_TIME.fullmatch(value))
     if key == "reference":
-        return value in REFERENCES
+        return _is_one_of(value, REFERENCES)
     if key == "dtype":
         return value in (*STORAGE_DTYPES, STORED)
     if key in _TEXTS:
@@ -190,7 +195,11 @@ def _is_sound(key: str, value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= MAX_NUMBER  # no NaN either
+
+
+def _is_one_of(value: Any, names: Container[str]) -> bool:
+    return type(value) is str and value in names
 
 
 def token_table(record: TokenRecord) -> Table:

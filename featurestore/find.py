@@ -60,9 +60,19 @@ def find_store(given: Place | None) -> Place:
 
 def store_first(words: Sequence[str], given: Place | None) -> tuple[Place, list[str]]:
     """The store and the other words: the one given apart, else the first word if it is a store and others follow."""
-    if given is None and len(words) > 1 and (is_url(words[0]) or (Path(words[0]) / ROOT_METADATA).is_file()):
-        return place_of(words[0]), list(words[1:])
-    return find_store(given), list(words)
+    stores = [] if given is not None else [word for word in words if _is_store(word)]
+    if not stores:
+        return find_store(given), list(words)
+    if words[0] != stores[0]:
+        others = [word for word in words if word != stores[0]]
+        raise UserError(f"the store goes first: {' '.join([stores[0], *others])}")
+    if len(words) == 1:
+        raise UserError(f"{words[0]} is the store: name a clip after it, or to inspect, an encoder that `status` lists")
+    return place_of(words[0]), list(words[1:])
+
+
+def _is_store(word: str) -> bool:
+    return is_url(word) or (Path(word) / ROOT_METADATA).is_file()
 
 
 def stores_under(folder: Path) -> list[Path]:

@@ -36,12 +36,30 @@ def parse_journal(data: bytes, name: str) -> dict[str, Any]:
 
 
 def driver_runs(objects: Objects) -> list[dict[str, Any]]:
-    """Records of the store's extractions, oldest first; damaged ones are left aside."""
+    """Records of the store's extractions, oldest first; damaged ones, and what is no run, are left aside."""
     runs = []
     for name in journal_names(objects.list_names(JOURNAL)):
         if name.endswith("-driver"):
             try:
-                runs.append(parse_journal(get_bounded(objects, journal_key(name), MAX_JOURNAL_BYTES), name))
+                run = parse_journal(get_bounded(objects, journal_key(name), MAX_JOURNAL_BYTES), name)
             except StoreError:
                 continue
+            if _is_run(run):
+                runs.append(run)
     return sorted(runs, key=lambda run: run["started"])
+
+
+def _is_run(record: Mapping[str, Any]) -> bool:
+    """A journal may be a stranger's: what every reader of runs looks into must be there."""
+    mappings = [record.get(name) for name in ("config", "encoders", "summary")]
+    if not all(isinstance(value, dict) for value in mappings) or type(record.get("started")) not in (int, float):
+        return False
+    if not all(type(text) is str for text in (record.get("root"), record["config"].get("dataset"))):
+        return False
+    if not all(isinstance(entry, dict) for entry in record["encoders"].values()):
+        return False
+    summary, stage_s = record["summary"], record["summary"].get("stage_s")
+    numbers = [summary.get(name) for name in ("clips", "failed", "bytes", "elapsed_s")]
+    if not isinstance(stage_s, dict) or type(summary.get("run")) is not str:
+        return False
+    return all(type(number) in (int, float) for number in [*numbers, *stage_s.values()])

@@ -7,8 +7,8 @@ counts for nothing. No host, path or clip id is in it: it travels with every pus
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -28,6 +28,7 @@ VERDICTS = {  # worst last
 }
 FRAMES = ("equal", "differ", "not compared")
 MAX_ROWS = 1000  # of a record: dozens of encoders and two kinds
+MAX_NUMBER = sys.float_info.max  # JSON knows whole numbers that no float holds
 _FORMAT = 1
 _TIME = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z")
 _PLAIN = re.compile(r"[\w.@+:/ -]{0,100}")
@@ -122,7 +123,7 @@ def _is_sound(row: ParityRow) -> bool:
     texts = [getattr(row, field.name) for field in fields(row) if field.type == "str"]
     numbers = [getattr(row, field.name) for field in fields(row) if field.type != "str"]
     plain = all(map(_is_plain, texts)) and row.verdict in VERDICTS and row.frames in FRAMES
-    return plain and all(n is None or (type(n) in (int, float) and math.isfinite(n)) for n in numbers)
+    return plain and all(n is None or (type(n) in (int, float) and abs(n) <= MAX_NUMBER) for n in numbers)
 
 
 def _is_plain(text: Any) -> bool:

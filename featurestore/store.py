@@ -29,7 +29,7 @@ from featurestore.errors import (
 )
 from featurestore.find import Place, no_store_at, place_of
 from featurestore.identity import FeatureIdentity
-from featurestore.journal import MAX_JOURNAL_BYTES, parse_journal
+from featurestore.journal import MAX_JOURNAL_BYTES, driver_runs, parse_journal
 from featurestore.layout import JOURNAL, ROOT_METADATA, journal_key, journal_names, receipt_blocks, receipts_prefix
 from featurestore.lookup import ClipLines, Frames, encoder_keys
 from featurestore.metadata import parse_root, read_document
@@ -175,6 +175,10 @@ class FeatureStore:
         names = [name for name in journal_names(self._objects.list_names(JOURNAL)) if name.startswith(prefix)]
         texts = ((name, get_bounded(self._objects, journal_key(name), MAX_JOURNAL_BYTES)) for name in names)
         return [(name, parse_journal(text, name)) for name, text in texts]
+
+    def runs(self) -> list[dict[str, Any]]:
+        """Records of the extractions that wrote here, oldest first; damaged ones are left aside."""
+        return driver_runs(self._objects)
 
     @property
     def canaries(self) -> dict[str, str]:

@@ -54,9 +54,12 @@ def clips_that_fit(forward: Callable[[int], object], most: int, memory: DeviceMe
     """The largest of `most`, its half, its quarter ... whose forward fits; at least one clip.
 
     `forward(n)` encodes n clips. One and two clips are run; what the second one adds is what each further one will.
+    Before them one is run unmeasured: a first forward also holds what libraries take once (cuBLAS's workspace), and a
+    second clip would seem to add less than it does, or nothing.
     Halves of one number, so that devices of one model come to one batch although their free memory differs a little.
     """
     try:
+        forward(1)
         one, two = (memory.peak_bytes(lambda n=n: forward(n)) for n in (1, 2))
     except torch.OutOfMemoryError:
         return 1

@@ -1,13 +1,13 @@
-"""The ledger: what encoders cost in past runs, from a store's journal, and which libraries made its tokens.
+"""The ledger: what encoders cost in past runs, from a store's journal, which libraries made its tokens, of which media.
 
-Comes in: the records of a store's extractions. Goes out: seconds and bytes per clip of a kind and encoder, as they were
-measured, for whoever asks what computing would cost. A rate holds for the same network in the same arithmetic; grid,
+Comes in: the records of a store's extractions. Goes out: seconds per clip of a kind and encoder, as they were measured,
+for whoever asks what computing would cost. A rate holds for the same network in the same arithmetic; grid,
 storage, weights and decoder do not change what a forward takes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,12 @@ def changed_versions(runs: Sequence[Mapping[str, Any]], group: str) -> dict[str,
         for name, versions in made_with.items()
         if name in here and versions != {here[name]}
     }
+
+
+def media_roots(runs: Iterable[Mapping], root: str | None) -> dict[str, str]:
+    """Dataset -> folder of its media: as given, else as its newest run says; "" stands for every other dataset."""
+    known = {run["config"]["dataset"]: run["root"] for run in runs}
+    return {"": root} if root else known
 
 
 def _costs_the_same(stored: FeatureIdentity | None, wanted: FeatureIdentity) -> bool:

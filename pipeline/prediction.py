@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from featurestore.errors import StoreDamagedError, UserError
+from featurestore.errors import UserError
 from featurestore.store import FeatureStore
 
 FIRST_SHARE = 0.05  # of the clips: then the pace is known, and most of the run is still to come
@@ -68,11 +68,7 @@ def from_first_blocks(*, done: int, total: int, seconds: float, num_bytes: int) 
 
 def last_run(store: FeatureStore) -> dict[str, Any] | None:
     """Of the newest run that computed anything: run, clips, seconds, bytes and what was predicted (or None)."""
-    try:
-        runs = [record["summary"] for name, record in store.journal() if "-driver" in name]
-    except StoreDamagedError:
-        return None  # no tokens depend on the journal; `verify` tells of it
-    busy = [summary for summary in runs if summary["clips"]]
+    busy = [run["summary"] for run in store.runs() if run["summary"]["clips"]]
     if not busy:
         return None
     newest = max(busy, key=lambda summary: summary["run"])  # a run's name begins with its time

@@ -25,6 +25,7 @@ from featurestore.find import Place, is_url, place_of
 from featurestore.parity import parity_words, read_parity
 from featurestore.store import FeatureStore
 from pipeline.commands.tables import duration, predicted, size
+from pipeline.ledger import media_roots
 from pipeline.status import store_status
 from pipeline.summary import DECODING
 from pipeline.token_maps import principal_maps
@@ -39,7 +40,7 @@ def write_report(path: Place, *, out: str | Path | None = None, root: str | None
     path = Path(str(place).rpartition("/")[2]) if is_url(place) else Path(place)  # beside the store, or here
     store = FeatureStore.open(place)
     status = store_status(place)
-    runs = [record for name, record in store.journal() if name.endswith("-driver")]
+    runs = store.runs()
     busy = [run for run in runs if run["summary"]["clips"]]
     clips = _pictured(store, num_clips)
     page = Template((files("pipeline") / "report.html").read_text()).substitute(
@@ -49,7 +50,7 @@ def write_report(path: Place, *, out: str | Path | None = None, root: str | None
         cards=_cards(status),
         encoders=_encoder_table(store, status),
         distortion=_distortion_tables(store),
-        clips=_clips_html(store, clips, _roots(root, runs)),
+        clips=_clips_html(store, clips, media_roots(runs, root)),
         runs=_runs_table(busy),
         quarantine=_quarantine_table(store),
     )
@@ -65,12 +66,6 @@ def _pictured(store: FeatureStore, num_clips: int) -> list[dict[str, Any]]:
     if len(rows) <= num_clips:
         return rows
     return [rows[i] for i in np.linspace(0, len(rows) - 1, num_clips).astype(int)]
-
-
-def _roots(root: str | None, runs: Sequence[dict]) -> dict[str, str]:
-    """Dataset -> folder of its media: as given, else as the newest run says."""
-    known = {run["config"]["dataset"]: run["root"] for run in runs}
-    return dict.fromkeys(known, root) if root else known
 
 
 def _notice(status: dict[str, Any]) -> str:
@@ -170,13 +165,12 @@ def _thumbnails(clip: dict, roots: dict[str, str]) -> np.ndarray | None:
     from pipeline.decode.job import DecodeJob
     from pipeline.views import ResizeRule, View
 
-    if clip["dataset"] not in roots:
+    folder = roots.get(clip["dataset"], roots.get(""))
+    if folder is None:
         return None
     view = View(rule=ResizeRule(size=THUMBNAIL), num_frames=STEPS)
     fields = ("dataset", "path", "kind", "start_s", "end_s", "end_frame")
-    job = DecodeJob(
-        root=roots[clip["dataset"]], clip=Clip(**{f: clip[f] for f in fields}), views=(view,), accept_damaged=True
-    )
+    job = DecodeJob(root=folder, clip=Clip(**{f: clip[f] for f in fields}), views=(view,), accept_damaged=True)
     try:
         return decode_clip(job).frames[view]
     except MervCacheError:

@@ -37,12 +37,11 @@ from featurestore.clips import KINDS, Clip
 from featurestore.digests import canonical_json
 from featurestore.errors import UserError, unknown_name
 from pipeline.align import align, align_time
-from pipeline.commands.options import parse_weights
 from pipeline.config import EncoderSettings, EngineSettings, ExtractConfig, read_config
 from pipeline.datasets import DatasetListing, load_dataset
 from pipeline.decode.job import Decoded, DecodeJob
 from pipeline.encoders.network import EncoderNetwork, build_network
-from pipeline.encoders.weights import fill_random
+from pipeline.encoders.weights import fill_random, weights_by_encoder
 from pipeline.engine import EncoderRun, Engine, encode_batch
 from trainer.config import LISTING, TrainConfig, used_encoders
 from trainer.data.batches import named_samples
@@ -166,7 +165,7 @@ def source_like(
     `weights` are SPEC or NAME=SPEC, where the weights are now; by default where the record says they were. An encoder
     that the record does not describe (an imported model's) is taken as published.
     """
-    given = parse_weights(tuple(weights))
+    given = weights_by_encoder(tuple(weights))
     settings = EngineSettings(encoders=(), decode_processes=1) if extract is None else extract.engine_settings
     with closing(Engine(replace(settings, encoders=(), device=device))) as engine:
         batch, options = dict.fromkeys(KINDS, 1), {}
@@ -201,7 +200,7 @@ def _extraction(config: TrainConfig, settings: Mapping[str, Any], config_file: P
     """The extraction whose tokens are made: its encoders are those that the run uses, in a store's order."""
     given = {name: value for name, value in settings.items() if value not in (None, ())}
     if isinstance(given.get("weights"), tuple):
-        given["weights"] = parse_weights(given["weights"])
+        given["weights"] = weights_by_encoder(given["weights"])
     extract = read_config(config_file, given)
     names = used_encoders(config, list(config.encoders) or sorted(extract.encoders))
     for name in config.train_encoders:

@@ -77,8 +77,9 @@ def tombstone(
 
 def _undecided(same: Sequence[str]) -> str:
     shown = ", ".join(same[:20]) + (f" and {len(same) - 20} more" if len(same) > 20 else "")
+    others = "1 other clip of this store was" if len(same) == 1 else f"{len(same)} other clips of this store were"
     return (
-        f"nothing was removed: {len(same)} other clips of this store were made from the same media: {shown}. Say "
+        f"nothing was removed: {others} made from the same media: {shown}. Say "
         "--everywhere to remove these as well (a consent withdrawn is about the video, whatever its name), or "
         "--only-these to leave them (a licence may be about one dataset's copy)"
     )

@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from featurestore.canaries import Canaries
 from featurestore.digests import sha256_hex
-from featurestore.errors import StoreError, UserError
+from featurestore.errors import MediaError, StoreError, UserError
 from featurestore.groups import GroupWriter
 from featurestore.identity import FeatureIdentity
 from featurestore.journal import parse_journal
@@ -79,7 +79,7 @@ class FileMender:
             return _left(key, _STRANGE)
         try:
             return mender(key, check)
-        except (StoreError, UserError, FileNotFoundError) as error:
+        except (StoreError, UserError, MediaError, FileNotFoundError) as error:
             return _left(key, f"cannot be made again: {error}")
 
     def _mend_derived(self, key: str, check: Verification) -> Repaired:

@@ -32,13 +32,11 @@ def clips_of_same_media(writer: StoreWriter, clip_ids: Collection[str]) -> list[
     if not media:
         return []
     blocks = [(group, block) for group in groups for block in sorted(group.committed_blocks())]
-    receipts = in_parallel(lambda entry: _media(*entry), blocks, writer.objects.parallel_reads)
-    same = {
-        (group.kind, row)
-        for (group, _), receipt in zip(blocks, receipts, strict=True)
-        for row, sha256 in receipt.items()
-        if sha256 in media
-    }
+
+    def found_in(entry: tuple[GroupWriter, int]) -> list[tuple[str, int]]:
+        return [(entry[0].kind, row) for row, sha256 in _media(*entry).items() if sha256 in media]
+
+    same = {pair for pairs in in_parallel(found_in, blocks, writer.objects.parallel_reads) for pair in pairs}
     columns = [index.table[name].to_pylist() for name in ("clip_id", "kind", "row")]
     found = {clip_id for clip_id, kind, row in zip(*columns, strict=True) if (kind, row) in same}
     return sorted(found - set(clip_ids))

@@ -15,10 +15,11 @@ from featurestore.digests import sha256_hex
 from featurestore.errors import StoreDamagedError
 from featurestore.layout import block_of, receipt_key, shard_key
 from featurestore.lookup import encoder_keys
+from featurestore.parquet import MAX_TABLE_BYTES
 from featurestore.parts import read_table
 from featurestore.places.by_url import in_parallel
-from featurestore.places.objects import Objects
-from featurestore.receipts import Receipt
+from featurestore.places.objects import Objects, get_bounded
+from featurestore.receipts import Receipt, max_receipt_bytes
 from featurestore.share.selection import Selection
 from featurestore.snapshots import Snapshot
 
@@ -85,7 +86,7 @@ def _parcel(
 ) -> Parcel:
     key = receipt_key(kind, group, block)
     try:
-        data = origin.get(key)
+        data = get_bounded(origin, key, max_receipt_bytes(block_rows[kind]))
     except FileNotFoundError:
         raise StoreDamagedError(f"{key} is missing though the snapshot names it; verify the source") from None
     receipt = Receipt.parse(data, kind=kind, group=group, block=block, block_rows=block_rows[kind])
@@ -107,7 +108,7 @@ def _parcel(
 
 def digested(origin: Objects, key: str, sha256: str) -> bytes:
     """The bytes of an object that must have this sha256."""
-    data = origin.get(key)
+    data = get_bounded(origin, key, MAX_TABLE_BYTES)
     if sha256_hex(data) != sha256:
         raise StoreDamagedError(f"{key} does not match the snapshot's digest; run `merv-pipeline verify` on the source")
     return data

@@ -20,7 +20,7 @@ from featurestore.layout import block_of
 from featurestore.places.by_url import open_objects
 from featurestore.places.objects import Objects
 from pipeline.certify.distortion import Again, Floats, Sample
-from pipeline.upkeep.verify_media import media_roots
+from pipeline.ledger import media_roots
 
 if TYPE_CHECKING:
     from pipeline.engine import EncoderRun, Engine

@@ -22,7 +22,7 @@ from featurestore.quantise import OverflowedTokens, to_stored
 from featurestore.share.cells import LoadedCell, StoreCells, decoded_cell
 from featurestore.store import FeatureStore
 from pipeline.certify.parity_figures import compare
-from pipeline.upkeep.verify_media import media_roots
+from pipeline.ledger import media_roots
 
 if TYPE_CHECKING:
     from pipeline.engine import EncoderRun, Engine

@@ -9,6 +9,7 @@ the clip, which its cosine tells. benchmarks/README.md holds what was measured.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -25,14 +26,17 @@ Stored = Mapping[str, np.ndarray]  # a clip's stored items by array
 
 
 def compare(key: str, kind: str, identity: FeatureIdentity, pairs: Iterable[tuple[Stored, Stored | None]]) -> ParityRow:
-    """Stored items of clips beside those that were made here (None: they overflow the storage dtype here)."""
+    """Stored items of clips beside those that were made here (None: they overflow the storage dtype here).
+
+    Figures are None where a clip has none: it overflows here, or a crafted store holds what is no number.
+    """
     pairs = list(pairs)
     equal, figures = True, []
     for theirs, mine in pairs:
         equal = equal and mine is not None and all(np.array_equal(theirs[name], mine[name]) for name in theirs)
         if mine is not None:
             figures.append(_differences(kind, identity, theirs, mine))
-    whole = len(figures) == len(pairs) and bool(pairs)
+    whole = len(figures) == len(pairs) and bool(pairs) and bool(np.isfinite(figures).all())
     max_abs, relative, cosine = (
         (max(f[0] for f in figures), max(f[1] for f in figures), min(f[2] for f in figures))
         if whole
@@ -58,12 +62,14 @@ def compare(key: str, kind: str, identity: FeatureIdentity, pairs: Iterable[tupl
 
 
 def _differences(kind: str, identity: FeatureIdentity, theirs: Stored, mine: Stored) -> tuple[float, float, float]:
-    """(largest difference, relative error, smallest cosine of a token) over tokens and prefix of one clip."""
+    """(largest difference, relative error, smallest cosine of a token) of one clip; NaN where its values are none."""
     largest, squares, total, cosine = 0.0, 0.0, 0.0, 1.0
     for name in ("tokens", "prefix"):
         if name not in theirs:
             continue
         a, b = (_floats(kind, identity, name, stored) for stored in (theirs, mine))
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            return (math.nan,) * 3
         largest = max(largest, float(np.abs(a - b).max()))
         squares, total = squares + float(((a - b) ** 2).sum()), total + float((a**2).sum())
         norms = np.sqrt((a**2).sum(-1) * (b**2).sum(-1))

@@ -64,9 +64,9 @@ def distortion(
         with ExitStack() as stack:
             if reference == "encoders":
                 from pipeline.certify.distortion_again import encoded_again
-                from pipeline.commands.options import parse_weights
+                from pipeline.encoders.weights import weights_by_encoder
 
-                made_of = {"root": root, "weights": parse_weights(weights), "device": device}
+                made_of = {"root": root, "weights": weights_by_encoder(weights), "device": device}
                 options["again"] = stack.enter_context(encoded_again(place, **made_of))
             total, done = stack.enter_context(progress("distortion", "measurements"))
             measured = measure_distortion(place, **options, on_start=total, on_done=done)

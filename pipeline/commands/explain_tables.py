@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.commands.tables import console, duration, plural, size, table
+from pipeline.commands.tables import console, duration, plural, size, strong, table
 from pipeline.upkeep.explain import EncoderChange, Explanation
 from pipeline.upkeep.explain_costs import Cost
 
@@ -23,7 +23,7 @@ _WEIGHTS = {
 def explanation(found: Explanation) -> None:
     """Encoders, what differs, what it costs, the media, and the next commands."""
     out = console()
-    out.print(f"[bold]{found.store}[/bold]  snapshot {found.snapshot}, dataset {found.dataset}")
+    out.print(strong(found.store), f"  snapshot {found.snapshot}, dataset {found.dataset}", sep="")
     out.print(f"settings that were not given: those of {found.settings}")
     for change in found.encoders:
         _encoder(change)
@@ -44,7 +44,10 @@ def explanation(found: Explanation) -> None:
 def _encoder(change: EncoderChange) -> None:
     out = console()
     out.print(
-        f"\n[bold]{change.encoder}[/bold] {change.identity}: {_STATES[change.state]} ({_WEIGHTS[change.weights]})"
+        "\n",
+        strong(change.encoder),
+        f" {change.identity}: {_STATES[change.state]} ({_WEIGHTS[change.weights]})",
+        sep="",
     )
     if change.fields:
         rows = [(name, _short(old), _short(new)) for name, (old, new) in change.fields.items()]
@@ -75,7 +78,7 @@ def _total(changes: Sequence[EncoderChange]) -> None:
     time = f"{duration(sum(known))} on one worker" if known else "a time that nobody knows"
     if known and len(known) < len(costs):
         time += f", and {plural(len(costs) - len(known), 'row')} of unknown time"
-    console().print(f"in all [bold]{size(sum(cost.bytes for cost in costs))}[/bold] and [bold]{time}[/bold]")
+    console().print("in all ", strong(f"{size(sum(cost.bytes for cost in costs))} and {time}"), sep="")
 
 
 def _media(found: Explanation) -> None:
@@ -93,7 +96,7 @@ def _media(found: Explanation) -> None:
     ):
         if clips:
             more = ", ..." if clips[SHOWN:] else ""
-            out.print(f"{len(clips)} {words}: {', '.join(clips[:SHOWN])}{more}", soft_wrap=True)
+            out.print(f"{len(clips)} {words}: {', '.join(clips[:SHOWN])}{more}", soft_wrap=True, markup=False)
     if found.new:
         out.print(f"{plural(found.new, 'clip')} listed that the store has never seen")
     if found.unlisted:

@@ -15,6 +15,7 @@ from featurestore.clips import KINDS
 from featurestore.identity import STORAGE_DTYPES
 from pipeline.config import COMPUTE_DTYPES, DECODER_NAMES, ExtractConfig, read_config
 from pipeline.encoders.registry import MERV_ENCODERS
+from pipeline.encoders.weights import weights_by_encoder
 
 STAGES = ("align", "finetune")
 
@@ -113,7 +114,7 @@ def given_options(options: dict[str, Any]) -> dict[str, Any]:
     """Those that were given, as settings."""
     given = {name: value for name, value in options.items() if value not in (None, ())}
     if "weights" in given:
-        given["weights"] = parse_weights(given["weights"])
+        given["weights"] = weights_by_encoder(given["weights"])
     if "options" in given:
         given["options"] = _pairs("--option", given["options"])
     if "cluster" in given:
@@ -121,12 +122,6 @@ def given_options(options: dict[str, Any]) -> dict[str, Any]:
     if given.get("grid", "raw") != "raw":
         given["grid"] = _grid(given["grid"])
     return given
-
-
-def parse_weights(specs: tuple[str, ...]) -> dict[str, str]:
-    """`("random:0", "dinov2=weights/dino")` -> encoder -> SPEC, with "" for all the others."""
-    pairs = [spec.split("=", 1) if "=" in spec else ["", spec] for spec in specs]
-    return {name.strip(): spec.strip() for name, spec in pairs}
 
 
 def _pairs(option: str, pairs: tuple[str, ...]) -> dict[str, Any]:

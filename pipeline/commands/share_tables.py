@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from featurestore.share.combine import Combined
 from featurestore.share.transfer import Transferred
-from pipeline.commands.tables import console, counted, plural, size
+from pipeline.commands.tables import console, counted, plural, size, strong
 
 
 def transferred(done: Transferred) -> None:
     """What a push or pull did."""
     out = console()
-    out.print(f"[bold]{done.destination}[/bold]  snapshot {done.snapshot}, {', '.join(done.encoders) or 'no encoders'}")
+    out.print(
+        strong(done.destination), f"  snapshot {done.snapshot}, {', '.join(done.encoders) or 'no encoders'}", sep=""
+    )
     out.print(
         f"{plural(done.sent_blocks, 'block')} of {done.blocks} moved, {size(done.sent_bytes)} of {size(done.bytes)}; "
         "the rest was there"
@@ -26,7 +28,7 @@ def transferred(done: Transferred) -> None:
 def combined(done: Combined) -> None:
     """What a union, subset or import laid out."""
     out = console()
-    out.print(f"[bold]{done.store}[/bold]  snapshot {done.snapshot}")
+    out.print(strong(done.store), f"  snapshot {done.snapshot}", sep="")
     out.print(f"{done.clips} clips, {done.cells} cells (clip and encoder), {done.copied} of them copied in this run")
     if done.shared:
         out.print(

@@ -96,7 +96,7 @@ def _show_verified(findings: list, full: bool, media: str | None, checked: Any) 
 def _parity(place: Any, root: str | None, options: dict[str, Any]) -> Any:
     """The parity check that was asked for, kept in the journal where the store can be written; None if none was."""
     from featurestore.parity import keep_parity
-    from pipeline.commands.options import parse_weights
+    from pipeline.encoders.weights import weights_by_encoder
 
     clips, encoders, weights = options["clips"], options["encoders"], options["weights"]
     if not options["parity"]:
@@ -108,7 +108,7 @@ def _parity(place: Any, root: str | None, options: dict[str, Any]) -> Any:
     record = check_parity(
         place,
         encoders=[name.strip() for name in encoders.split(",")] if encoders else None,
-        weights=parse_weights(weights),
+        weights=weights_by_encoder(weights),
         device=options["device"],
         clips=clips,
         root=root,
@@ -144,7 +144,7 @@ def repair(
     """Mend what `verify --full` finds damaged. What is whole is not touched; exit code 1 if something is left."""
     from featurestore.keep.repair import repair_store
     from pipeline.commands import store_tables
-    from pipeline.commands.options import parse_weights
+    from pipeline.encoders.weights import weights_by_encoder
 
     with friendly_errors():
         place = find_store(store or store_option)
@@ -152,7 +152,7 @@ def repair(
         if recompute or root or new_bytes:
             from pipeline.upkeep.recompute import Recompute
 
-            again = Recompute(place, root=root, weights=parse_weights(weights), device=device)
+            again = Recompute(place, root=root, weights=weights_by_encoder(weights), device=device)
         done = repair_store(
             place,
             other=find_store(other) if other else None,

@@ -8,7 +8,7 @@ from typing import Any
 
 from featurestore.distortion import TokenRecord, token_notes, token_table
 from featurestore.parity import VERDICTS, ParityRecord
-from pipeline.commands.tables import console, counted, plural, table
+from pipeline.commands.tables import console, counted, plural, strong, table
 
 _MEDIA = {
     "quick": "media that were touched since the first run are compared, --media full compares all",
@@ -27,7 +27,7 @@ def findings(found: Sequence, full: bool, media: str | None = None) -> None:
         rows = [(finding.severity, finding.key, finding.problem, finding.advice) for finding in found]
         table("", ("severity", "object", "problem", "what to do"), rows)
     if damage:
-        out.print(f"[bold]damage: {plural(damage, 'finding')}[/bold], {len(found) - damage} strays ({level})")
+        out.print(strong(f"damage: {plural(damage, 'finding')}"), f", {len(found) - damage} strays ({level})", sep="")
     else:
         strays = f", {plural(len(found), 'stray')}" if found else ""
         out.print(f"no damage found{strays} ({level})")
@@ -60,17 +60,20 @@ def repaired(done: Sequence) -> None:
     rows = [("mended" if each.is_mended else "NOT MENDED", each.key, each.done) for each in done]
     table("", ("", "object", "what was done"), rows)
     left = sum(not each.is_mended for each in done)
-    out.print(f"[bold]{len(done) - left} mended, {left} not[/bold]; `merv-pipeline verify --full` reads every byte")
+    out.print(
+        strong(f"{len(done) - left} mended, {left} not"), "; `merv-pipeline verify --full` reads every byte", sep=""
+    )
 
 
 def quarantined(rows: Sequence[Mapping[str, Any]]) -> None:
-    """One line per clip and encoder, and the reasons counted."""
+    """One line per clip and encoder, and the clips of each reason counted, whatever the number of their encoders."""
     if not rows:
         console().print("no clip is quarantined (of those asked for)")
         return
     columns = ("clip_id", "encoder", "scope", "reason")
     table("", columns, [[row[name] for name in columns] for row in rows])
-    counted("reason", "clips", Counter(row["reason"] for row in rows))
+    failed = {(row["clip_id"], row["reason"]) for row in rows}
+    counted("reason", "clips", Counter(reason for _, reason in failed))
 
 
 def distortion(record: TokenRecord) -> None:

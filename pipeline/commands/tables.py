@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.summary import DECODING
 
@@ -15,17 +17,26 @@ PIPED_WIDTH = 160  # characters: rich would fold tables at 80 where stdout is no
 
 
 def console() -> Console:
-    return Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
+    """Words as they are: paths and reasons are strangers', so that nothing in brackets is markup."""
+    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
+
+
+def strong(words: str) -> Text:
+    return Text(words, style="bold")
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Sequence[str] = ()) -> None:
-    """Print a plain table; columns named in `right` hold numbers."""
+    """Print a plain table; columns named in `right` hold numbers. Cells are a stranger's words: no markup in them."""
     drawn = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for column in columns:
         drawn.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
-        drawn.add_row(*[str(cell) for cell in row])
-    console().print(drawn)
+        drawn.add_row(*[Text(str(cell)) for cell in row])
+    out = console()
+    # One space between columns where two would fold cells: `status` then fits a terminal of 80 characters.
+    unfolded = Measurement.get(out, out.options.update(max_width=10_000), drawn).maximum
+    drawn.collapse_padding = unfolded > out.width
+    out.print(drawn)
 
 
 def size(num_bytes: float) -> str:
@@ -51,21 +62,21 @@ def predicted(prediction: Mapping[str, Any] | None) -> str:
     if prediction["interval_s"]:
         low, high = map(duration, prediction["interval_s"])
         time += f" ({low} to {high})"
-    return f"{time}, {size(prediction['bytes'])} for {prediction['clips']} clips, by {prediction['by']}"
+    return f"{time}, {size(prediction['bytes'])} for {plural(prediction['clips'], 'clip')}, by {prediction['by']}"
 
 
 def summary(result) -> None:
     """What an extraction did: counts, rates, seconds per stage, quarantine by reason."""
     out = console()
     ok, seconds = result.clips - result.failed, max(result.elapsed_s, 1e-9)
-    out.print(f"[bold]{result.store}[/bold]  snapshot {result.snapshot}")
+    out.print(strong(result.store), f"  snapshot {result.snapshot}", sep="")
     if not result.clips:
         out.print(f"nothing to do: all {result.listed} clips listed are committed or quarantined, `status` counts them")
     else:
         if result.predicted:
             out.print(f"predicted: {predicted(result.predicted)}")
         out.print(
-            f"{ok} clips committed, {result.failed} quarantined, {plural(result.blocks, 'block')}, "
+            f"{plural(ok, 'clip')} committed, {result.failed} quarantined, {plural(result.blocks, 'block')}, "
             f"{size(result.bytes)} in {duration(seconds)}: {result.clips / seconds:.2f} clips/s, "
             f"{result.frames / seconds:.0f} frames/s, "
             f"{size(result.bytes / seconds)}/s"
@@ -117,14 +128,14 @@ def counted(title: str, unit: str, counts: Mapping[str, int]) -> None:
 
 def status(result: Mapping[str, Any]) -> None:
     out = console()
-    out.print(f"[bold]{result['store']}[/bold]  snapshot {result['snapshot']}, {size(result['bytes'])}")
-    out.print(", ".join(f"{n} {kind} clips" for kind, n in result["clips"].items()) or "no clips")
+    out.print(strong(result["store"]), f"  snapshot {result['snapshot']}, {size(result['bytes'])}", sep="")
+    out.print(", ".join(plural(n, f"{kind} clip") for kind, n in result["clips"].items()) or "no clips")
     columns = ("encoder", "identity", "weights", "grid", "width", "storage", "committed", "failed", "to_do")
     rows = [[_cell(entry[name]) for name in columns] for entry in result["encoders"]]
     shown = tuple(column.replace("_", " ") for column in columns)
     table("", shown, rows, right=("width", "committed", "failed", "to do"))
     if run := result["last run"]:
-        out.print(f"last run: {duration(run['seconds'])}, {size(run['bytes'])} for {run['clips']} clips")
+        out.print(f"last run: {duration(run['seconds'])}, {size(run['bytes'])} for {plural(run['clips'], 'clip')}")
         if run["predicted"]:
             out.print(f"predicted: {predicted(run['predicted'])}")
     if result["unpublished_blocks"]:
@@ -143,7 +154,7 @@ def details(result: Mapping[str, Any]) -> None:
     drawn.add_column(style="bold")
     drawn.add_column(overflow="fold")
     for name, value in result.items():
-        drawn.add_row(name, _cell(value))
+        drawn.add_row(Text(name), Text(_cell(value)))
     console().print(drawn)
 
 
@@ -183,11 +194,11 @@ def forecast(result) -> None:
             f"the other store saves {reusable} of {to_do} cells ({reusable / to_do:.0%}), where the media are the same"
         )
     free = "" if result.free_bytes is None else f", {size(result.free_bytes)} free"
-    out.print(f"[bold]{size(result.bytes)}[/bold] to write at {result.store}{free}")
+    out.print(strong(size(result.bytes)), f" to write at {result.store}{free}", sep="")
     if result.seconds:
         low, high = (duration(s) for s in result.interval_s)
         workers = plural(result.workers, "worker")
-        out.print(f"[bold]{duration(result.seconds)}[/bold] with {workers} like this one ({low} to {high})")
+        out.print(strong(duration(result.seconds)), f" with {workers} like this one ({low} to {high})", sep="")
         out.print(
             f"from a probe of {plural(result.probed, 'clip')} on {plural(result.probed_workers, 'worker')} "
             f"({result.device}); the range is {result.interval}. The rows tell the encoders alone; "

@@ -60,6 +60,12 @@ def parse_weights(text: str) -> WeightSource:
     return WeightSource(kind="folder", folder=folder)
 
 
+def weights_by_encoder(specs: tuple[str, ...]) -> dict[str, str]:
+    """`("random:0", "dinov2=weights/dino")` -> encoder -> SPEC, with "" for all the others."""
+    pairs = [spec.split("=", 1) if "=" in spec else ["", spec] for spec in specs]
+    return {name.strip(): spec.strip() for name, spec in pairs}
+
+
 def check_weights_spec(text: str) -> None:
     """Refuse what is no spec on any machine, before anything is loaded; a folder may be there on workers alone."""
     if text == "random" or ":" in text.partition("/")[0]:

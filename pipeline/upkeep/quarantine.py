@@ -25,7 +25,9 @@ _OF_ONE_RUN = (
     "accept_damaged",
     "new_identity",
     "refresh",
+    "forecast",
     "dashboard",
+    "performance_report",
     "scheduler",
 )
 

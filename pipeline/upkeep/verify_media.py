@@ -20,6 +20,7 @@ from featurestore.keep.findings import Finding
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
 from pipeline.decode.source import Source
+from pipeline.ledger import media_roots
 from pipeline.media_memory import newest_touch_s
 
 MediaLevel = Literal["quick", "full"]
@@ -53,12 +54,6 @@ def verify_media(
     with ThreadPoolExecutor(workers) as pool:
         found = [finding for finding in pool.map(check, known.values()) if finding is not None]
     return sorted(found, key=lambda finding: (finding.severity, finding.key))
-
-
-def media_roots(runs: Iterable[Mapping], root: str | None) -> dict[str, str]:
-    """Dataset -> folder of its media: as given, else as its newest run says; "" stands for every other dataset."""
-    known = {run["config"]["dataset"]: run["root"] for run in runs}
-    return {"": root} if root else known
 
 
 def _media_digests(path: Place, removed: Iterable[str]) -> dict[str, tuple[Clip, set[str]]]:

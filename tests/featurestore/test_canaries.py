@@ -18,7 +18,7 @@ from safetensors.numpy import load
 
 from featurestore import FeatureStore, verify_store
 from featurestore.canaries import MAX_HEADER_BYTES, Canaries, read_canaries
-from featurestore.errors import MervCacheError, StoreDamagedError, StoreFormatError, UserError
+from featurestore.errors import MediaError, MervCacheError, StoreDamagedError, StoreFormatError, UserError
 from featurestore.keep.erase import tombstone
 from featurestore.keep.repair import repair_store
 from featurestore.places.by_url import open_objects
@@ -172,6 +172,17 @@ def test_repair_fetches_them_or_lets_the_next_extract_make_them_again(full, tmp_
     assert "the next extract with this encoder computes it again" in done.done
     assert verify_store(full.path, "full") == []
     assert len(full.open().canaries) == 3
+
+
+def test_a_decoder_that_cannot_read_the_canaries_ends_no_repair(full):
+    def undecodable(kind, identity):
+        raise MediaError("no decoder for rawvideo")
+
+    for key in files(full.path):
+        (full.path / key).unlink()
+    done = repair_store(full.path, canaries=undecodable)
+    assert {(each.done, each.is_mended) for each in done} == {("cannot be made again: no decoder for rawvideo", False)}
+    assert len(done) == 4
 
 
 def test_a_tombstone_leaves_them_alone(full, make):

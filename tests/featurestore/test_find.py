@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from featurestore.errors import UserError
-from featurestore.find import check_room_for_store, find_store, no_store_at, stores_under
+from featurestore.find import check_room_for_store, find_store, no_store_at, store_first, stores_under
+from featurestore.layout import ROOT_METADATA
 from featurestore.writer import StoreWriter
 
 
@@ -67,3 +70,15 @@ def test_a_place_where_no_store_can_be_is_refused_before_anything_is_made(featur
     check_room_for_store("new/folder/lab.zarr")
     check_room_for_store("features/one.zarr")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["features", "notes.txt"]
+
+
+def test_a_store_stands_before_the_names_that_are_looked_for_in_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.zarr").mkdir()
+    (tmp_path / "a.zarr" / ROOT_METADATA).touch()
+    assert store_first(["a.zarr", "clip"], None) == (Path("a.zarr"), ["clip"])
+    assert store_first(["clip", "a.zarr"], "b.zarr") == (Path("b.zarr"), ["clip", "a.zarr"])
+    with pytest.raises(UserError, match=r"the store goes first: a\.zarr clip"):
+        store_first(["clip", "a.zarr"], None)
+    with pytest.raises(UserError, match=r"a\.zarr is the store: name a clip after it"):
+        store_first(["a.zarr"], None)

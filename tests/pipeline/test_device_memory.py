@@ -60,6 +60,16 @@ def test_memory_that_does_not_grow_with_the_clips_is_no_division_by_nothing():
     assert clips_that_fit(memory.forward, 64, memory) == 64
 
 
+def test_what_a_first_forward_takes_once_is_not_taken_for_a_clips():
+    class FirstIsDearer(StandIn):
+        def peak_bytes(self, run) -> int:
+            once = 0 if self.clips else 90
+            return super().peak_bytes(run) + once
+
+    memory = FirstIsDearer(1012)
+    assert clips_that_fit(memory.forward, 8, memory) == 4  # by 190 and 210, a clip would seem to take 10
+
+
 @pytest.fixture
 def short_of_memory(monkeypatch):
     """Engines find a stand-in that holds two clips a forward; the clips are black ones, really encoded."""

@@ -19,6 +19,7 @@ from pathlib import Path
 def whole_folder(out: Path) -> Iterator[Path]:
     """An empty folder to fill, which becomes `out` where the block ends; where it fails, nothing is left of it."""
     temporary = _beside(out)
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had this number: in containers all have 1
     temporary.mkdir(parents=True)
     try:
         yield temporary

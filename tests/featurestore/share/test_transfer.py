@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from featurestore.errors import StoreDamagedError, StoreError, StoreNotFoundError, UserError
+from featurestore.errors import StoreDamagedError, StoreError, StoreFormatError, StoreNotFoundError, UserError
 from featurestore.keep.erase import tombstone
 from featurestore.keep.verify import verify_store
 from featurestore.places.by_url import open_objects
@@ -57,6 +57,13 @@ def test_a_store_pushed_and_pulled_has_the_same_bytes_and_reads_the_same(full, s
         assert np.array_equal(here.read(ids, encoder=encoder), there.read(ids, encoder=encoder))
     assert there.quarantine.equals(here.quarantine)
     assert here.data_digest(ids, ["dinov2"]) == there.data_digest(ids, ["dinov2"])
+
+
+def test_a_receipt_larger_than_any_is_refused_by_its_size(full, tmp_path):
+    receipt = next((full.path / "receipts/video").glob("dinov2-*/*.json"))
+    receipt.write_bytes(receipt.read_bytes() + b" " * (1 << 20))
+    with pytest.raises(StoreFormatError, match="more than the"):
+        transfer(full.path, tmp_path / "there.zarr")
 
 
 def test_pushing_again_sends_nothing_and_later_blocks_alone(full, s3, make):

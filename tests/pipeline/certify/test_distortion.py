@@ -234,10 +234,13 @@ def test_a_store_without_tokens_says_what_is_missing(tmp_path):
 CRAFTED = [
     {"format": 2},
     {"measure": "speed"},
+    {"measure": []},
     {"rows": "many"},
     {"rows": [{"encoder": "x"}]},
     {"time": "yesterday"},
     {"reference": "guess"},
+    {"reference": []},
+    {"seed": 10**400},
     {"seed": "x" * 300},
     {"extra": 1},
 ]
@@ -251,3 +254,9 @@ def test_a_stranger_s_record_is_checked_and_passed_over(store):
             parse_record(record | change, "bad")
         StoreWriter.open(store).journal(f"distortion-bad{number}", record | change)
     assert read_distortion(FeatureStore.open(store)).tokens is None  # no push fails for them
+
+
+def test_a_damaged_journal_fails_no_report_of_the_measurement(store):
+    key = keep_record(store, to_record(measure_distortion(store, sample=1)))
+    (store / key).write_bytes((store / key).read_bytes()[:-9])
+    assert read_distortion(FeatureStore.open(store)).tokens is None

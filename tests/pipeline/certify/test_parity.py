@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -212,11 +212,19 @@ def test_the_result_is_kept_and_the_newest_about_todays_canaries_is_read(store):
     assert verify_store(store, "full") == []
 
 
+FULL_ROW = {
+    **dict.fromkeys(("encoder", "identity", "canaries"), "x"),
+    "kind": "video",
+    "frames": "equal",
+    **dict.fromkeys(("max_abs", "relative", "cosine_min", "tolerance", "cosine_tolerance"), 0.0),
+    "verdict": "equal",
+}
 STRANGE = (
     {"device": "<script>"},
     {"time": "soon"},
     {"rows": [{"encoder": "vivit"}]},
     {"rows": 3},
+    {"rows": [FULL_ROW | {"clips": 10**400}]},
     {"versions": {"torch": "x" * 101}},
     {"versions": 7},
     {"format": 9},
@@ -245,6 +253,16 @@ def test_figures_are_those_of_plain_arithmetic(extracted):
     assert compare("siglip", "video", identity, [(theirs, nudged)]).verdict == "within"
     overflowed = compare("siglip", "video", identity, [(theirs, None)])
     assert (overflowed.relative, overflowed.verdict) == (None, "outside")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_stored_values_that_are_no_numbers_are_outside_and_can_be_kept(extracted, value):
+    identity = replace(FeatureStore.open(extracted.store).encoders["siglip"], grid=(1, 1, 2), width=2)
+    theirs = {"tokens": np.array([[[[value, 4], [1, 0]]]], np.float16)}
+    mine = {"tokens": np.array([[[[3, 4], [1, 0]]]], np.float16)}
+    row = compare("siglip", "video", identity, [(theirs, mine), (mine, mine)])
+    assert (row.max_abs, row.relative, row.cosine_min, row.verdict) == (None, None, None, "outside")
+    assert json.dumps(asdict(row), allow_nan=False)
 
 
 def test_the_command_prints_verdicts_keeps_them_and_fails_outside_tolerance(store):

@@ -12,8 +12,10 @@ from click.testing import CliRunner, Result
 
 from featurestore.keep.verify import verify_store
 from featurestore.store import FeatureStore
+from featurestore.writer import StoreWriter
 from pipeline.cli import main
-from pipeline.upkeep.quarantine import quarantined, retry
+from pipeline.commands import tables
+from pipeline.upkeep.quarantine import quarantined, retry, retry_configs
 from pipeline.upkeep.verify_media import verify_media
 
 BROKEN = "videochatgpt_tune/v1.mp4"
@@ -184,3 +186,21 @@ def test_strays_alone_are_no_failure(store):
         "delete it, or keep it elsewhere",
     )
     assert "no damage found, 1 stray" in call("verify", store).stdout
+
+
+def test_a_retry_asks_for_no_forecast_and_overwrites_no_report_of_the_run_that_failed(store):
+    (name,) = (name for name, _ in FeatureStore.open(store).journal() if name.endswith("-driver"))
+    record = dict(FeatureStore.open(store).journal(name))[name]
+    files = {"forecast": "gone/plan.json", "performance_report": "theirs.html"}
+    later = {"started": record["started"] + 1, "config": record["config"] | files}
+    StoreWriter.open(store).journal("later-driver", record | later)
+    failed = {"clip_id": FeatureStore.open(store).clips["clip_id"][0].as_py(), "encoder": "siglip"}
+    (config,) = retry_configs(store, [failed], None, {})
+    assert (config.forecast, config.performance_report) == (None, None)
+
+
+def test_a_table_prints_a_strangers_brackets_as_they_are(capsys):
+    tables.table("", ("clip",), [("d/x[/bar].mp4",), ("d/[bold].mp4",)])
+    tables.details({"reason": "[/] gone"})
+    printed = capsys.readouterr().out
+    assert [words for words in ("d/x[/bar].mp4", "d/[bold].mp4", "[/] gone") if words not in printed] == []

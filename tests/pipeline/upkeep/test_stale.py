@@ -7,6 +7,7 @@ import os
 import pytest
 
 from featurestore.clips import Clip
+from featurestore.journal import driver_runs
 from featurestore.writer import StoreWriter
 from pipeline.decode.source import Source
 from pipeline.media_memory import media_memory, newest_touch_s
@@ -24,7 +25,12 @@ def store(tmp_path) -> StoreWriter:
 
 
 def note(store: StoreWriter, name: str, started: float, **record) -> None:
-    store.journal(f"{name}-driver", {"started": started, "encoders": {}, "summary": {}, "config": {}} | record)
+    store.journal(f"{name}-driver", run_of(started) | record)
+
+
+def run_of(started: float) -> dict:
+    summary = {"run": "r", "clips": 0, "failed": 0, "bytes": 0, "elapsed_s": 0.0, "stage_s": {}}
+    return {"started": started, "root": "r", "encoders": {}, "summary": summary, "config": {"dataset": "d"}}
 
 
 def suspect_from(store: StoreWriter, *rows: int) -> float:
@@ -66,6 +72,23 @@ def test_the_blocks_of_the_stores_that_a_union_was_laid_from_are_not_its_own(sto
 def test_a_strangers_journal_makes_no_error_and_no_array_of_its_size(store, blocks):
     note(store, "one", 100.0, blocks=blocks)
     assert suspect_from(store, 9) in (0, 100)
+
+
+NO_RUNS = (
+    {"started": None},
+    {"started": "now"},
+    {"encoders": [1]},
+    {"encoders": {"a": 1}},
+    {"root": 1},
+    {"config": {}},
+)
+
+
+@pytest.mark.parametrize("change", NO_RUNS)
+def test_what_is_no_record_of_a_run_is_left_aside(store, change):
+    note(store, "one", 100.0)
+    store.journal("two-driver", run_of(200.0) | change)
+    assert [run["started"] for run in driver_runs(store.objects)] == [100.0]
 
 
 def test_the_record_of_a_run_names_its_blocks_as_spans():

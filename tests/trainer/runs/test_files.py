@@ -49,6 +49,15 @@ def test_a_folder_is_there_whole_when_its_block_ends(tmp_path, open_umask):
     assert list(out.parent.iterdir()) == [out]
 
 
+def test_what_a_killed_process_of_the_same_number_left_is_no_hindrance(tmp_path):
+    left = tmp_path / f".tmp-export-{os.getpid()}"
+    left.mkdir()
+    (left / "half").touch()
+    with whole_folder(tmp_path / "export") as folder:
+        (folder / "a").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["export", "a"]
+
+
 def test_of_a_folder_that_fails_nothing_is_left(tmp_path):
     def half_of_it():
         with whole_folder(tmp_path / "out") as folder:
