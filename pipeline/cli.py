@@ -14,7 +14,13 @@ from featurestore.find import find_store, store_first
 from pipeline.commands.cluster_cli import CLUSTER_COMMANDS
 from pipeline.commands.distortion_cli import distortion
 from pipeline.commands.explain_cli import EXPLAIN_COMMANDS
-from pipeline.commands.options import config_from_options, extraction_options
+from pipeline.commands.options import (
+    AS_JSON,
+    STORE_ARGUMENT,
+    STORE_OPTION,
+    config_from_options,
+    extraction_options,
+)
 from pipeline.commands.share_cli import SHARE_COMMANDS
 from pipeline.commands.show import friendly_errors, show_result, told_interrupts
 from pipeline.commands.store_cli import STORE_COMMANDS
@@ -81,16 +87,6 @@ def plan(config_file: str | None, probe: int, as_json: bool, **options: Any) -> 
         show_result(result.to_dict(), as_json, lambda: tables.forecast(result))
 
 
-STORE_ARGUMENT = click.argument("store", type=click.Path(), required=False)
-STORE_OPTION = click.option(
-    "--store",
-    "store_option",
-    type=click.Path(),
-    show_default="the only one under features/",
-    help="The store, as for extract.",
-)
-
-
 @main.command()
 @STORE_ARGUMENT
 @STORE_OPTION
@@ -104,7 +100,7 @@ STORE_OPTION = click.option(
     show_default="without it, once; with it, every 5",
     help="Look again and again, until all is committed; give it behind the store.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@AS_JSON
 def status(store: str | None, store_option: str | None, every_s: float | None, as_json: bool) -> None:
     """Say what is committed, to do and quarantined. Per encoder."""
     from pipeline.commands import tables
@@ -124,7 +120,7 @@ def status(store: str | None, store_option: str | None, every_s: float | None, a
 @main.command()
 @click.argument("words", nargs=-1, required=True, metavar="[STORE] CLIP|ENCODER")
 @STORE_OPTION
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@AS_JSON
 def inspect(words: tuple[str, ...], store_option: str | None, as_json: bool) -> None:
     """Show what the store holds of a clip or an encoder.
 
@@ -166,7 +162,7 @@ def report(store: str | None, store_option: str | None, out: str | None, root: s
 
 
 @main.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@AS_JSON
 def encoders(as_json: bool) -> None:
     """List the encoders. The four of MERV, the others that come along, and plug-ins."""
     from pipeline.commands import tables
@@ -180,7 +176,7 @@ def encoders(as_json: bool) -> None:
 
 @main.command()
 @click.argument("name", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@AS_JSON
 def datasets(name: str | None, as_json: bool) -> None:
     """List the datasets, or tell about one by NAME. Its layout, and its options."""
     from pipeline.commands import tables

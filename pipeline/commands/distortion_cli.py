@@ -9,18 +9,13 @@ from typing import Any
 import click
 
 from featurestore.find import find_store
+from pipeline.commands.options import AS_JSON, STORE_ARGUMENT, STORE_OPTION
 from pipeline.commands.show import friendly_errors, progress, show_result, tell_kept
 
 
 @click.command()
-@click.argument("store", type=click.Path(), required=False)
-@click.option(
-    "--store",
-    "store_option",
-    type=click.Path(),
-    show_default="the only one under features/",
-    help="The store, as for extract.",
-)
+@STORE_ARGUMENT
+@STORE_OPTION
 @click.option("--sample", type=click.IntRange(1), default=64, help="Clips of each encoder and kind, at most.")
 @click.option("--seed", type=int, default=0, help="Chooses the clips.")
 @click.option(
@@ -38,7 +33,7 @@ from pipeline.commands.show import friendly_errors, progress, show_result, tell_
 @click.option("--root", type=click.Path(file_okay=False), show_default="as at extraction", help="Folder of the media.")
 @click.option("--weights", metavar="SPEC", multiple=True, show_default="as at extraction", help="As for extract.")
 @click.option("--device", show_default="cuda where there is one, else cpu", help="cpu, cuda, cuda:1, ...")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@AS_JSON
 def distortion(
     store: str | None,
     store_option: str | None,

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from featurestore.find import find_store
-from pipeline.commands.options import extraction_options, given_options
+from pipeline.commands.options import AS_JSON, extraction_options, given_options
 from pipeline.commands.show import friendly_errors, progress, show_result
 
 
@@ -22,7 +22,7 @@ from pipeline.commands.show import friendly_errors, progress, show_result
 )
 @click.option("--probe", type=click.IntRange(0), default=0, help="Clips of each kind to really encode, for the time.")
 @click.option("--print-config", is_flag=True, help="Print the settings that are explained, for extract --config.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@AS_JSON
 def explain(
     place: str | None,
     config_file: str | None,

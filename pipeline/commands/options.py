@@ -1,4 +1,4 @@
-"""The command line's options for what is extracted, shared by `extract` and `plan`.
+"""The command line's options that commands share: which store, and for `extract` and `plan` what is extracted.
 
 Comes in: words typed by a person. Goes out: an `ExtractConfig`. Every option is None when it is not given, so that the
 config file's value, or the default of `ExtractConfig`, stands.
@@ -19,6 +19,15 @@ from pipeline.encoders.weights import weights_by_encoder
 
 STAGES = ("align", "finetune")
 
+STORE_ARGUMENT = click.argument("store", type=click.Path(), required=False)
+STORE_OPTION = click.option(
+    "--store",
+    "store_option",
+    type=click.Path(),
+    show_default="the only one under features/",
+    help="The store, as for extract.",
+)
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 CLUSTER_OPTION = click.option(
     "--cluster",
     metavar="KEY=VALUE",

@@ -11,6 +11,7 @@ import click
 
 from featurestore.clips import KINDS
 from featurestore.find import find_store
+from pipeline.commands.options import AS_JSON
 from pipeline.commands.show import friendly_errors, show_result
 
 URLS = """URLs: s3://BUCKET/FOLDER, gs://, az:// and file:// to read and write; hf://datasets/USER/REPO[@BRANCH][/FOLDER]
@@ -21,7 +22,6 @@ as its documentation says; hf:// is tested against a server of our own that spea
 itself (nor is Xet); none was tried against the service itself. No repository is made by itself, and the history of one
 keeps what a tombstone removes until it is squashed.
 """
-AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 ENCODERS = click.option("--encoders", metavar="LIST", show_default="all", help="Only these, comma separated.")
 DATASETS = click.option("--datasets", metavar="LIST", show_default="all", help="Only clips of these, comma separated.")
 CLIPS = click.option(

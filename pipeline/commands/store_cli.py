@@ -8,24 +8,16 @@ from typing import Any
 import click
 
 from featurestore.find import find_store, store_first
+from pipeline.commands.options import AS_JSON, STORE_ARGUMENT, STORE_OPTION
 from pipeline.commands.show import friendly_errors, progress, show_result, tell_kept
 
 _ROOT_HELP = "Folder of the media."
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-_STORE = click.argument("store", type=click.Path(), required=False)
-_STORE_OPTION = click.option(
-    "--store",
-    "store_option",
-    type=click.Path(),
-    show_default="the only one under features/",
-    help="The store, as for extract.",
-)
 _ROOT = click.option("--root", type=click.Path(file_okay=False), show_default="as at extraction", help=_ROOT_HELP)
 
 
 @click.command()
-@_STORE
-@_STORE_OPTION
+@STORE_ARGUMENT
+@STORE_OPTION
 @click.option("--full", is_flag=True, help="Read every byte; quick checks names, sizes and digests of metadata.")
 @click.option(
     "--media",
@@ -47,7 +39,7 @@ _ROOT = click.option("--root", type=click.Path(file_okay=False), show_default="a
 @click.option("--device", show_default="cuda where there is one, else cpu", help="With --parity: cpu, cuda, ...")
 @_ROOT
 @click.option("--workers", type=click.IntRange(1), default=2, help="Blocks, or media, checked at once.")
-@_JSON
+@AS_JSON
 def verify(
     store: str | None,
     store_option: str | None,
@@ -119,8 +111,8 @@ def _parity(place: Any, root: str | None, options: dict[str, Any]) -> Any:
 
 
 @click.command()
-@_STORE
-@_STORE_OPTION
+@STORE_ARGUMENT
+@STORE_OPTION
 @click.option("--from", "other", type=click.Path(), help="Another copy of the store: a folder or URL.")
 @click.option("--recompute", is_flag=True, help="Compute what no copy has from the media.")
 @_ROOT
@@ -129,7 +121,7 @@ def _parity(place: Any, root: str | None, options: dict[str, Any]) -> Any:
 @click.option(
     "--new-bytes", is_flag=True, help="Take what this machine computes though its bytes differ: a numbered receipt."
 )
-@_JSON
+@AS_JSON
 def repair(
     store: str | None,
     store_option: str | None,
@@ -178,11 +170,11 @@ _REASON = click.option("--reason", metavar="TEXT", show_default="any", help="Fai
 
 
 @quarantine.command("list")
-@_STORE
-@_STORE_OPTION
+@STORE_ARGUMENT
+@STORE_OPTION
 @_ENCODER
 @_REASON
-@_JSON
+@AS_JSON
 def list_quarantine(
     store: str | None, store_option: str | None, encoder: str | None, reason: str | None, as_json: bool
 ) -> None:
@@ -196,8 +188,8 @@ def list_quarantine(
 
 
 @quarantine.command()
-@_STORE
-@_STORE_OPTION
+@STORE_ARGUMENT
+@STORE_OPTION
 @_ENCODER
 @_REASON
 @click.option("--decoder", show_default="as at extraction", help="Another decoder: another identity of the features.")
@@ -206,7 +198,7 @@ def list_quarantine(
 @_ROOT
 @click.option("--device", show_default="as at extraction", help="cpu, cuda, cuda:1, ...")
 @click.option("--scheduler", show_default="local", help="As for extract.")
-@_JSON
+@AS_JSON
 def retry(
     store: str | None,
     store_option: str | None,
@@ -241,8 +233,8 @@ def retry(
     show_default="asked for, where there are any",
     help="Whether other clips made from the same media, of any dataset and span, are removed as well.",
 )
-@_STORE_OPTION
-@_JSON
+@STORE_OPTION
+@AS_JSON
 def tombstone(
     clips: tuple[str, ...], reason: str, everywhere: bool | None, store_option: str | None, as_json: bool
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,6 @@ from featurestore.distortion import (
     to_record,
 )
 from featurestore.errors import StoreFormatError, UserError
-from featurestore.identity import FeatureIdentity
 from featurestore.share.card import card
 from featurestore.share.push import push
 from featurestore.store import FeatureStore
@@ -40,38 +40,25 @@ def tokens_of(number: int) -> np.ndarray:
     return values.astype(np.float16).astype(np.float32)
 
 
-def write(path: Path, arrays: list[np.ndarray], storage_dtype: str = "float16", prefix_tokens: int = 0) -> Path:
-    identity = FeatureIdentity(
-        encoder="dinov2",
-        architecture={},
-        weights_sha256="0" * 64,
-        layer="last",
-        num_frames=4,
-        frame_rule="linspace-32/8",
-        decode="frames/1",
-        preprocessing={},
-        still_period=1,
-        grid=(4, 2, 2),
-        pooling="adaptive-avg",
-        width=8,
-        prefix_tokens=prefix_tokens,
-        storage_dtype=storage_dtype,
-    )
-    writer = StoreWriter.open_or_create(path, block_rows={"video": len(arrays), "image": 4})
-    rows = writer.add_clips([Clip(dataset="set", path=f"{n}.mp4", kind="video") for n in range(len(arrays))])
-    block = writer.ensure_group("video", identity, batch_shape=1, weights_label="random:0").begin(0)
-    for row, _ in rows:
-        values = {"tokens": arrays[row]}
-        if prefix_tokens:
-            values["prefix"] = np.ones((4, prefix_tokens, 8), np.float32)
-        block.add(row, values, media_sha256=None, decoder=None)
-    block.commit()
-    writer.publish_snapshot()
-    return path
+@pytest.fixture
+def write(toy_identity, write_store) -> Callable[..., Path]:
+    """Makes a store of one block: `write(path, arrays, storage_dtype, prefix_tokens=...)`."""
+
+    def make(path: Path, arrays: list[np.ndarray], storage_dtype: str = "float16", prefix_tokens: int = 0) -> Path:
+        identity = toy_identity("dinov2", prefix_tokens=prefix_tokens, storage_dtype=storage_dtype)
+        clips = [Clip(dataset="set", path=f"{n}.mp4", kind="video") for n in range(len(arrays))]
+        prefix = {"prefix": np.ones((4, prefix_tokens, 8), np.float32)} if prefix_tokens else {}
+        values = {
+            ("dinov2", clip.clip_id): {"tokens": array} | prefix for clip, array in zip(clips, arrays, strict=True)
+        }
+        write_store(path, clips, {"dinov2": identity}, values, block_rows=len(arrays)).publish_snapshot()
+        return path
+
+    return make
 
 
 @pytest.fixture
-def store(tmp_path) -> Path:
+def store(write, tmp_path) -> Path:
     return write(tmp_path / "s.zarr", [tokens_of(n) for n in range(4)])
 
 
@@ -100,7 +87,7 @@ def test_errors_are_those_of_a_plain_cast(store):
     assert rows["bfloat16"].max_abs > 0 < rows["uint8"].max_abs
 
 
-def test_bytes_are_those_of_a_store_of_that_dtype(store, tmp_path):
+def test_bytes_are_those_of_a_store_of_that_dtype(write, store, tmp_path):
     rows = by_dtype(measure_distortion(store))
     for dtype, row in rows.items():
         twin = write(tmp_path / f"{dtype}.zarr", [tokens_of(n) for n in range(4)], dtype)
@@ -127,7 +114,7 @@ def test_the_sample_is_drawn_by_the_seed_and_told(store, monkeypatch):
     assert len({frozenset(sample(seed)) for seed in range(3)} | {frozenset(first)}) > 1
 
 
-def test_clips_that_overflow_a_dtype_are_counted_and_left_out(tmp_path):
+def test_clips_that_overflow_a_dtype_are_counted_and_left_out(write, tmp_path):
     large = [tokens_of(0), tokens_of(1) + 1e5]
     rows = by_dtype(measure_distortion(write(tmp_path / "s.zarr", large, "bfloat16")))
     assert [(row.clips, row.refused) for row in rows.values()] == [(1, 1), (2, 0), (2, 0)]
@@ -135,7 +122,7 @@ def test_clips_that_overflow_a_dtype_are_counted_and_left_out(tmp_path):
     assert (rows["float16"].clips, rows["float16"].bytes_per_clip, rows["float16"].max_abs) == (0, None, None)
 
 
-def test_stills_prefix_tokens_and_every_encoder_are_measured_and_nothing_is_left_behind(extracted, tmp_path):
+def test_stills_prefix_tokens_and_every_encoder_are_measured_and_nothing_is_left_behind(write, extracted, tmp_path):
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     record = measure_distortion(extracted.store, sample=2, scratch=scratch)
