@@ -41,9 +41,11 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Pipeline time over bare decoding and bare forwards, four full-size encoders: minutes per clip on a CPU.
+DATA ?= data/videollava
 bench: setup
-	$(BIN)/python benchmarks/extraction.py
+	$(BIN)/python benchmarks/extraction.py --root $(DATA)
 
-# For the day there is a GPU; without one it says so and leaves with code 2.
+# The CUDA path on a real device; without one it says so and leaves with code 2.
 gpu-check: setup
 	$(BIN)/python benchmarks/gpu_check.py

@@ -64,16 +64,11 @@ class StoreWriter:
         objects = open_objects(path) if objects is None else objects
         objects.sweep()
         if not objects.exists(ROOT_METADATA):
-            _refuse_foreign_folder(objects, path)
+            check_holds_nothing_else(objects, path)
             put_if_absent(objects, ROOT_METADATA, root_document(datasets=[], block_rows=wanted))
-        stored = parse_root(objects.get(ROOT_METADATA))["block_rows"]
-        for kind in block_rows or ():
-            if stored[kind] != wanted[kind]:
-                raise UserError(
-                    f"this store has blocks of {stored[kind]} {kind} rows, got {wanted[kind]}; "
-                    "block rows are fixed when a store is made: leave the option out or choose another --store"
-                )
-        return cls(objects, stored)
+        store = cls(objects, parse_root(objects.get(ROOT_METADATA))["block_rows"])
+        store.check_block_rows(block_rows or {})
+        return store
 
     @classmethod
     def open(cls, path: Place) -> StoreWriter:
@@ -84,6 +79,15 @@ class StoreWriter:
                 f"there is no feature store at {path}; mount the share that holds it, or extract one"
             )
         return cls(objects, parse_root(objects.get(ROOT_METADATA))["block_rows"])
+
+    def check_block_rows(self, wanted: Mapping[str, int]) -> None:
+        """Refuse other numbers of rows per block than the store was made with."""
+        for kind, rows in wanted.items():
+            if self.block_rows[kind] != rows:
+                raise UserError(
+                    f"this store has blocks of {self.block_rows[kind]} {kind} rows, got {rows}; "
+                    "block rows are fixed when a store is made: leave the option out or choose another --store"
+                )
 
     def clips(self) -> pa.Table:
         """Every row given out, `CLIP_SCHEMA`, as of now."""
@@ -176,7 +180,7 @@ class StoreWriter:
         Raises IdentityConflictError if the store holds this encoder under another identity, unless `new_identity`.
         """
         if not new_identity:
-            self._refuse_other_identity(identity)
+            self.check_identity(identity)
         return create_or_open_group(
             self.objects,
             self._index,
@@ -217,21 +221,29 @@ class StoreWriter:
                 return key
             attempt += 1
 
-    def _refuse_other_identity(self, identity: FeatureIdentity) -> None:
-        for kind in KINDS:
-            for other in self.encoder_groups(kind).values():
-                if other.encoder == identity.encoder and other.id != identity.id:
-                    lines = [
-                        f"  {name}: stored {stored!r}, asked {asked!r}"
-                        for name, (stored, asked) in other.changes(identity).items()
-                    ]
-                    raise IdentityConflictError(
-                        f"this store holds {identity.encoder} as {other.group_name}, asked for "
-                        f"{identity.group_name}:\n"
-                        + "\n".join(lines)
-                        + "\nuse the same settings, or --new-identity to keep both; `merv-pipeline explain` with these "
-                        "options tells what that would cost"
-                    )
+    def stored_identities(self, encoder: str) -> list[FeatureIdentity]:
+        """Every identity that the store holds of an encoder, for videos or stills; more than one by --new-identity."""
+        found = {
+            identity.id: identity
+            for kind in KINDS
+            for identity in self.encoder_groups(kind).values()
+            if identity.encoder == encoder
+        }
+        return [found[name] for name in sorted(found)]
+
+    def check_identity(self, identity: FeatureIdentity) -> None:
+        """Raise `IdentityConflictError` if the store holds the encoder, and under other identities only."""
+        stored = self.stored_identities(identity.encoder)
+        if not stored or any(known.id == identity.id for known in stored):
+            return
+        changes = stored[0].changes(identity)
+        lines = [f"  {name}: stored {ours!r}, asked {asked!r}" for name, (ours, asked) in changes.items()]
+        raise IdentityConflictError(
+            f"this store holds {identity.encoder} as {stored[0].group_name}, asked for {identity.group_name}:\n"
+            + "\n".join(lines)
+            + "\nuse the same settings, or --new-identity to keep both; `merv-pipeline explain` with these options tells "
+            "what that would cost"
+        )
 
     def _refresh_root(self) -> None:
         """Name every dataset in zarr.json; a later clip part is seen by the loop, so no name is ever lost."""
@@ -242,7 +254,8 @@ class StoreWriter:
             self.objects.replace(ROOT_METADATA, wanted)
 
 
-def _refuse_foreign_folder(objects: Objects, path: Place) -> None:
+def check_holds_nothing_else(objects: Objects, path: Place) -> None:
+    """Refuse to make a store among files that are none of its own."""
     names = [name for name in objects.list_names("") if name not in (TEMPORARY, CARD) and not name.startswith(".")]
     if names:
         raise UserError(f"{path} is not empty and not a feature store (it holds {names[0]!r}); choose another --store")

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TextIO
 
 LOG_INTERVAL_S = 10.0  # between lines where stderr is not a terminal
-LOG_WIDTH = 400  # characters of a line in a log
+LOG_WIDTH = 120  # characters of a line in a log
 BAR_WIDTH = 24
 
 
@@ -56,6 +56,7 @@ class RunProgress:
         self._is_shown = not quiet and total > 0  # no work, no line
         self._stream = stream or sys.stderr
         self._started = self._last_line = time.monotonic()
+        self._written: Counts | None = None  # what the last line in a log told
         self._live = None
 
     def __enter__(self) -> RunProgress:
@@ -68,7 +69,7 @@ class RunProgress:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._live is not None:
             self._live.stop()
-        elif self._is_shown:
+        elif self._is_shown and self._written != self.counts:
             self._write_line()
 
     def advance(self, done: int, *, failed: int = 0, **amounts: float) -> None:
@@ -116,16 +117,21 @@ class RunProgress:
         return time.monotonic() - self._started
 
     def text(self, width: int = 0) -> str:
-        """`84/120 clips, 1 failed, 3.1 clips/s, 99 frames/s, ETA 0:00:12`, and shares of stages if they have room."""
+        """`84/120 clips, 1 failed, 3.1 clips/s, 99 frames/s, ETA 0:00:12`, and the largest shares that have room."""
         counts, seconds = self.counts, max(self.elapsed_s, 1e-9)
         rates = [f"{_short(counts.done / seconds)} {self.unit}/s"]
         rates += [f"{_short(amount / seconds)} {name}/s" for name, amount in counts.amounts.items()]
         notes = [f"{count} {name}" for name, count in counts.notes.items() if count]
-        left_s = (self.total - counts.done) * seconds / counts.done if counts.done else None
-        eta = f"ETA {_clock(left_s)}" if left_s is not None else "ETA unknown"
-        told = [f"{counts.done}/{self.total} {self.unit}", f"{counts.failed} failed", *notes, *rates, eta]
-        line, shares = ", ".join(filter(None, [self._waiting, *told])), _shares(counts.seconds)
-        return f"{line}; {shares}" if shares and len(line) + len(shares) + 2 <= width else line
+        told = [f"{counts.done}/{self.total} {self.unit}", f"{counts.failed} failed", *notes, *rates]
+        line = ", ".join(filter(None, [self._waiting, *told, self._clock(counts.done, seconds)]))
+        return line + _shares(counts.seconds, width - len(line))
+
+    def _clock(self, done: int, seconds: float) -> str:
+        """What is left at the mean rate so far; at the end, what it took."""
+        if not done:
+            return "ETA unknown"
+        left_s = (self.total - done) * seconds / done
+        return f"ETA {_clock(left_s)}" if left_s > 0 else f"took {_clock(seconds)}"
 
     def _show(self) -> None:
         if self._live is not None:
@@ -135,21 +141,24 @@ class RunProgress:
             self._write_line()
 
     def _write_line(self) -> None:
-        self._last_line = time.monotonic()
-        print(f"{self.label}: {self.text(LOG_WIDTH)}", file=self._stream, flush=True)
+        self._last_line, self._written = time.monotonic(), self.counts
+        head = f"{self.label}: "
+        print(head + self.text(LOG_WIDTH - len(head)), file=self._stream, flush=True)
 
 
 def _added(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
     return {name: one.get(name, 0) + other.get(name, 0) for name in {**one, **other}}
 
 
-def _shares(seconds: Mapping[str, float]) -> str:
-    """`dinov2 61%, write 3%`: the largest first, nothing below a percent."""
-    total = sum(seconds.values())
-    if not total:
-        return ""
-    listed = sorted(seconds.items(), key=lambda item: -item[1])
-    return ", ".join(f"{name} {s / total:.0%}" for name, s in listed if s / total >= 0.01)
+def _shares(seconds: Mapping[str, float], room: int) -> str:
+    """`; dinov2 61%, write 3%`: the largest first, as many as have room, nothing below a percent."""
+    total, told = sum(seconds.values()), ""
+    for name, spent_s in sorted(seconds.items(), key=lambda item: -item[1]):
+        share = f"{', ' if told else '; '}{name} {spent_s / total:.0%}" if spent_s else ""
+        if not share or spent_s / total < 0.01 or len(told) + len(share) > room:
+            break
+        told += share
+    return told
 
 
 def _live_line(stream: TextIO):

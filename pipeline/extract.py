@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 
 from featurestore.clips import KINDS
 from featurestore.errors import MervCacheError, RunStoppedError
-from featurestore.find import check_room_for_store, is_url
+from featurestore.find import is_url
 from featurestore.identity import FeatureIdentity
 from featurestore.lease import StoreLease
-from featurestore.places.by_url import check_writable
 from featurestore.writer import StoreWriter
 from jobs.clusters import connect
 from jobs.dashboard import dashboard_lines, performance_report
 from jobs.run import Task
+from pipeline.admission import check_store
 from pipeline.config import ExtractConfig
 from pipeline.datasets import DatasetListing, load_dataset
 from pipeline.describe import EncoderDescription, describe, on_a_worker, settled
@@ -48,8 +48,7 @@ def extract(
     Raises `IdentityConflictError` where an encoder is stored under another identity, and `RunStoppedError` where the
     environment failed; in both cases everything committed so far stays.
     """
-    check_writable(config.store_path)
-    check_room_for_store(config.store_path)
+    check_store(config)
     listing = load_dataset(
         config.dataset,
         config.root,

@@ -18,10 +18,11 @@ from rich.table import Table
 from featurestore import FeatureStore
 from featurestore.errors import UserError, unknown_name
 from featurestore.samples import Sample
+from trainer.bar import Bar
 from trainer.config import LISTING, LiveRequest, TrainConfig, used_encoders
 from trainer.data.batches import named_samples
 from trainer.data.tokens import StoreTokens, TokenSource
-from trainer.evaluate import answer_all, check_identities, questions, report, showable
+from trainer.evaluate import Answer, answer_all, check_identities, questions, report, showable
 from trainer.loop.stages import describe_stages, train_stages
 from trainer.model.build import LoadedRun
 from trainer.model.resamplers import parts_of
@@ -98,18 +99,25 @@ def evaluate_run(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with opened_for(loaded, place, weights, device) as (samples, source):
         asked = questions(samples, source, split=split, has_visual=loaded.built.model.fusion is not None)[:limit]
-        answers = list(answer_all(loaded.built, asked, source, batch_size=batch_size, device=device))
+        answers = _answers(loaded, asked, source, batch_size, device)
         state = source.snapshot if isinstance(place, str) else f"live-{_digest(asked, source)[:12]}"
     others = {}
     for path in beside:
         other = load_run(path, best=best)
         with opened_for(other, _place_beside(other, place, store), weights, device) as (_, source):
             _check_asked(path, other, asked, source)
-            others[str(path)] = list(answer_all(other.built, asked, source, batch_size=batch_size, device=device))
+            others[str(path)] = _answers(other, asked, source, batch_size, device)
     result = report(loaded, answers, others)
     named = place if isinstance(place, str) else place.settings["dataset"]
     _keep_scores(run, result, ScoreSource(split=split, limit=limit, store=named, snapshot=state))
     return result
+
+
+def _answers(
+    run: LoadedRun, asked: Sequence[Sample], source: TokenSource, batch_size: int, device: str
+) -> list[Answer]:
+    with Bar("questions", total=len(asked)) as bar:
+        return list(bar.over(answer_all(run.built, asked, source, batch_size=batch_size, device=device)))
 
 
 def questions_place(run: Path, loaded: LoadedRun, store: str | None, media: Mapping[str, str | None]) -> Place:

@@ -155,7 +155,10 @@ def test_another_identity_of_an_encoder_is_explained_and_needs_consent(kit, make
     assert "grid" in str(caught.value)
     assert "width" not in str(caught.value)
     assert kit.group(other, new_identity=True).name == other.group_name
-    assert kit.group(make.identity(), new_identity=True).name == make.identity().group_name
+    assert kit.group(make.identity()).name == make.identity().group_name  # either is known now
+    assert kit.group(other).name == other.group_name
+    with pytest.raises(IdentityConflictError):
+        kit.group(make.identity(pooling="none", grid=(2, 4, 4)))
 
 
 def test_a_group_folder_that_holds_another_identity_is_refused(kit, make):

@@ -35,7 +35,30 @@ def test_in_a_log_file_a_line_is_written_now_and_then_and_at_the_end(monkeypatch
             clock.now += 6
             progress.advance(1)
     lines = log.getvalue().splitlines()
-    assert [line.split(",")[0] for line in lines] == ["extract: 2/4 clips", "extract: 4/4 clips", "extract: 4/4 clips"]
+    assert [line.split(",")[0] for line in lines] == ["extract: 2/4 clips", "extract: 4/4 clips"]
+
+
+def test_a_log_ends_with_what_came_after_its_last_line(monkeypatch):
+    clock, log = SteppedClock(), io.StringIO()
+    monkeypatch.setattr("jobs.progress.time", clock)
+    with RunProgress("extract", total=4, unit="clips", stream=log) as progress:
+        clock.now += 12
+        progress.advance(3)
+        clock.now += 2
+        progress.advance(1)
+    assert log.getvalue().splitlines()[-1] == "extract: 4/4 clips, 0 failed, 0.29 clips/s, took 0:00:14"
+
+
+def test_a_line_of_a_log_has_120_characters_at_most(monkeypatch):
+    clock, log = SteppedClock(), io.StringIO()
+    monkeypatch.setattr("jobs.progress.time", clock)
+    stages = {"languagebind": 336.0, "dinov2": 215.4, "vivit": 182.4, "siglip": 49.1, "decode wait": 2.7}
+    with RunProgress("extract", total=1_000_000, unit="clips", stream=log) as progress:
+        clock.now += 3600
+        progress.report("a", "1", Counts(done=12345, amounts={"frames": 99999, "MB": 60000.0}, seconds=stages))
+    (line,) = log.getvalue().splitlines()
+    assert line.endswith(", ETA 80:00:15; languagebind 43%, dinov2 27%")
+    assert len(line) <= 120
 
 
 def test_quiet_writes_nothing():
@@ -87,6 +110,7 @@ def test_shares_of_stages_are_told_where_there_is_room_and_notes_where_there_is_
     progress = RunProgress("extract", total=8, unit="clips", stream=io.StringIO())
     progress.report("a", "1", counts(4, dinov2=6.0, commit=0.01) + Counts(seconds={"decode wait": 4.0}))
     assert progress.text(400).endswith("; dinov2 60%, decode wait 40%")
+    assert progress.text(len(progress.text()) + len("; dinov2 60%")).endswith("; dinov2 60%")
     assert "dinov2" not in progress.text(60)
     progress.finish("a", Counts(done=8, notes={"batches halved": 2, "batches lost": 0}))
     assert progress.text().startswith("8/8 clips, 0 failed, 2 batches halved, ")

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,10 +21,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.console import Console
-from rich.progress import track
-
 from featurestore.errors import MediaError
+from trainer.bar import Bar
 
 POLL_S = 1.0  # between looks at what the first rank has found so far
 
@@ -47,16 +44,8 @@ class MediaCheck:
             self._load()
         if not unknown:
             return
-        found = track(
-            _outcomes(unknown, submit, limit),
-            "decoding every clip once",
-            total=len(unknown),
-            console=Console(stderr=True),
-            transient=True,
-            disable=not sys.stderr.isatty(),
-        )
-        with _appending(self._path) as file:
-            for record in found:
+        with _appending(self._path) as file, Bar("decoding every clip once", total=len(unknown)) as bar:
+            for record in bar.over(_outcomes(unknown, submit, limit)):
                 self._keep(record)
                 file.write(f"\n{json.dumps(record)}")  # the end of a line that a killed run left comes first
                 file.flush()

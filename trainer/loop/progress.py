@@ -15,9 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+from trainer.bar import Bar
 from trainer.runs.files import replace_text
 
 METRICS_FILE = "metrics.jsonl"
@@ -42,16 +40,7 @@ class RunProgress:
         self._rows: list[dict[str, Any]] = []
         self._began = time.perf_counter()
         self._waited_s = 0.0
-        self._bar = Progress(
-            TextColumn("train"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=is_quiet or not is_first_rank,
-        )
-        self._task = self._bar.add_task("train", total=stop, completed=start, facts="")
+        self._bar = Bar("train", total=stop, start=start, is_quiet=is_quiet or not is_first_rank)
         if is_first_rank:
             self._file = open_metrics(run / METRICS_FILE, start)
 
@@ -67,7 +56,7 @@ class RunProgress:
     def advance(self, row: dict[str, Any]) -> None:
         """One step done; tensors in `row` are read at the next `flush`, so that no step waits for the device."""
         self._rows.append(row)
-        self._bar.advance(self._task)
+        self._bar.advance()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -99,7 +88,7 @@ class RunProgress:
         for row in rows if self._log is not None else ():
             self._log(row)
         self._seen = next((_validation(row) for row in reversed(rows) if "val_loss" in row), self._seen)
-        self._bar.update(self._task, facts=_facts(rows[-1]) + self._seen)
+        self._bar.tell(_facts(rows[-1]) + self._seen)
         self._rows, self._waited_s, self._began = [], waited_s, time.perf_counter()
 
 

@@ -1,0 +1,41 @@
+"""What a store refuses, told before anything is listed or loaded: loading four encoders takes a minute and more.
+
+Comes in: an `ExtractConfig`. Goes out: nothing, or the error that the run would end with. The same questions are asked
+again where something is written, for another driver may have been there meanwhile.
+"""
+
+from __future__ import annotations
+
+from featurestore.find import check_room_for_store
+from featurestore.layout import ROOT_METADATA
+from featurestore.places.by_url import check_writable, open_objects
+from featurestore.writer import StoreWriter, check_holds_nothing_else
+from pipeline.config import ExtractConfig
+
+
+def check_store(config: ExtractConfig) -> None:
+    """Raise what the place, or the store in it, has against the config.
+
+    Errors: `UserError` for a place where no store can be and for other block rows; `IdentityConflictError` where an
+    encoder is stored under other settings.
+    """
+    place = config.store_path
+    check_writable(place)
+    check_room_for_store(place)
+    objects = open_objects(place)
+    if not objects.exists(ROOT_METADATA):
+        check_holds_nothing_else(objects, place)
+        return
+    store = StoreWriter.open(place)
+    store.check_block_rows(config.block_rows)
+    if not config.new_identity:
+        _check_settings(store, config)
+
+
+def _check_settings(store: StoreWriter, config: ExtractConfig) -> None:
+    """All of an identity but what the weights hash to is known by now: as if they were the stored ones."""
+    for settings in config.encoder_settings:
+        stored = store.stored_identities(settings.name)
+        asked = [settings.identity(known.weights_sha256) for known in stored]
+        if stored and not {identity.id for identity in asked} & {known.id for known in stored}:
+            store.check_identity(asked[0])

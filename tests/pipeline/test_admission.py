@@ -1,0 +1,40 @@
+"""What a store refuses is told before anything is listed: the dataset of these runs is not even there."""
+
+import pytest
+
+from featurestore.errors import IdentityConflictError, UserError
+
+
+@pytest.fixture
+def ask(lab, extracted, tmp_path):
+    """Ask for a run on the store that everybody shares, of media that do not exist."""
+
+    def ask_with(**changes):
+        return lab.extract(**{"store": extracted.store, "root": tmp_path / "nowhere", **changes})
+
+    return ask_with
+
+
+def test_other_settings_of_an_encoder_are_told_without_its_weights(ask):
+    with pytest.raises(IdentityConflictError, match=r"grid: stored \[8, 3, 3\], asked \[8, 2, 2\]") as refused:
+        ask(grid=[8, 2, 2])
+    assert "weights_sha256" not in str(refused.value)
+
+
+def test_other_block_rows_are_told(ask):
+    with pytest.raises(UserError, match="this store has blocks of 4 video rows, got 8"):
+        ask(block_rows={"video": 8})
+
+
+def test_a_folder_of_something_else_is_told_and_left_as_it_is(ask, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").touch()
+    with pytest.raises(UserError, match=r"thesis is not empty and not a feature store \(it holds 'chapter1.tex'\)"):
+        ask(store=tmp_path / "thesis")
+    assert [file.name for file in (tmp_path / "thesis").iterdir()] == ["chapter1.tex"]
+
+
+def test_settings_that_fit_are_let_in(ask):
+    for changes in ({}, {"grid": [8, 2, 2], "new_identity": True}):
+        with pytest.raises(UserError, match="nowhere"):  # and the run ends where the media should be
+            ask(**changes)
