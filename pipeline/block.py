@@ -126,7 +126,7 @@ class _BlockWork:
                 if together:
                     self._encode_together(name, rows, together)
             self.counts["cells"] += len(self.task.wanted[name].intersection(rows))
-            self._reporter.tell(lambda: self._counts().to_dict())
+            self._reporter.tell(lambda: self._counts_so_far().to_dict())
 
     def _encode_together(self, name: str, rows: Sequence[int], decoded: Mapping[int, Decoded]) -> None:
         """Run one forward; each row keeps its fixed slot even where other rows are missing."""
@@ -146,7 +146,7 @@ class _BlockWork:
                     row, reason, scope="encoder", media_sha256=clip.media_sha256, decoder=clip.decoder
                 )
                 continue
-            self._watch.announce(EncoderRow(name, row), self._counts())
+            self._watch.announce(EncoderRow(name, row), self._counts_so_far())
             yield {row: clip}
             self._drain(0)  # a crash while it is compressed is this clip's as well
 
@@ -175,7 +175,7 @@ class _BlockWork:
         seconds = self.seconds[f"encode:{name}"]
         return EncoderWork(clips=len(self._wanted[name]), seconds=seconds, bytes=receipt.stored_bytes)
 
-    def _counts(self) -> BlockCounts:
+    def _counts_so_far(self) -> BlockCounts:
         """Counts so far, with the keys of the final report; clips are estimated from the share of cells done."""
         cells = sum(map(len, self.task.wanted.values()))
         return BlockCounts(
