@@ -27,6 +27,7 @@ class Bar:
     ) -> None:
         self.label, self.total, self.facts = label, total, ""
         self._start = self._done = start
+        self._written = start, ""  # what the last line said was done, and the facts beside it
         self._began = self._last_line = time.monotonic()
         self._stream = stream or sys.stderr
         is_live = self._stream.isatty() and not is_quiet
@@ -54,9 +55,9 @@ class Bar:
         self._live.start()
 
     def stop(self) -> None:
-        """Leave it as it stands; a log gets its last line, if anything was done."""
+        """Leave it as it stands; a log gets a last line, if there is anything new to say since the one before."""
         self._live.stop()
-        if self._logs and self._done > self._start:
+        if self._logs and self._written != (self._done, self.facts):
             self._write_line()
 
     def advance(self, number: int = 1) -> None:
@@ -87,6 +88,7 @@ class Bar:
 
     def _write_line(self) -> None:
         self._last_line = time.monotonic()
+        self._written = self._done, self.facts
         print(self.text(), file=self._stream, flush=True)
 
 
