@@ -21,8 +21,9 @@ from trainer.data.batches import Batches, TrainingData, select
 from trainer.data.tokens import TokenSource
 from trainer.loop.initialise import Loaded, load_parts, read_origin, starting_llm
 from trainer.loop.memory import memory_by_part
-from trainer.model.build import Built, build, count_parameters, new_llm, resumed_llm, trained_encoders
+from trainer.model.build import Built, build, count_parameters, new_llm, trained_encoders
 from trainer.model.standardise import Moments
+from trainer.runs.rebuild import resumed_llm
 from trainer.runs.record import RunRecord, software_versions
 
 STANDARDISE_CLIPS = 512  # clips whose tokens give the standardisation's constants

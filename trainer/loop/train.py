@@ -30,11 +30,11 @@ from trainer.loop.optimizer import build_optimizer, current_rates, set_rates
 from trainer.loop.plan import Plan, fit_standardisation, make_plan
 from trainer.loop.progress import RunProgress
 from trainer.loop.ranks import any_rank, deterministic, make_accelerator, prepare
-from trainer.loop.shards import plain, whole
 from trainer.loop.validate import Validation
 from trainer.model.video_llm import VideoLLM
 from trainer.runs import checkpoint
 from trainer.runs.folder import starting_point, write_folder
+from trainer.runs.shards import plain, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ def train(
     )
     validation = Validation(plan, samples, source, accelerator) if config.eval_every else None
     if accelerator.is_main_process:
-        write_folder(out, plan, is_new=folder is None)
+        write_folder(out, plan.built, plan.record, is_new=folder is None)
     with deterministic(config.deterministic):
         return _Loop(plan, source, accelerator, validation, out).run(folder, stop_at, is_quiet)
 
