@@ -1,4 +1,4 @@
-from trainer.tell import plan_rows, result_lines
+from trainer.tell import plan_rows, print_scores, result_lines
 
 
 def told(**changes):
@@ -68,4 +68,19 @@ def test_a_finished_run_names_the_next_command():
     assert result_lines([result("r/align", 600), result("r/finetune", 600)]) == [
         "r/align: step 600 of 600, loss 0.2500",
         "r/finetune: step 600 of 600, loss 0.2500; next: merv-eval run --checkpoint r/finetune",
+    ]
+
+
+def score(category, accuracy):
+    return {"category": category, "questions": 8, "accuracy": accuracy, "chance": 0.25}
+
+
+def test_scores_have_a_line_per_category_with_other_runs_beside(capsys):
+    beside = [score("colour", 0.5), score("all", 0.375)]  # their order is their own
+    print_scores({"scores": [score("all", 0.75), score("colour", 1.0)], "beside": {"words": beside}})
+    rows = [line.strip("│┃ ").replace("┃", "│").split("│") for line in capsys.readouterr().out.splitlines()]
+    assert [[cell.strip() for cell in row] for row in rows if len(row) == 5] == [
+        ["questions about", "number", "accuracy", "chance", "words"],
+        ["all", "8", "0.75", "0.25", "0.38"],
+        ["colour", "8", "1.00", "0.25", "0.50"],
     ]
