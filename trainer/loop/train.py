@@ -180,8 +180,9 @@ class _Loop:
         model.train()
         total = torch.zeros((), device=accelerator.device)
         for index, (batch, divisor) in enumerate(zip(step.micro_batches, step.divisors, strict=True)):
-            is_last = index == len(step.micro_batches) - 1
-            with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
+            # FSDP sums every time: without it each rank would keep whole fp32 gradients between micro-batches.
+            is_summed = accelerator.is_fsdp2 or index == len(step.micro_batches) - 1
+            with contextlib.nullcontext() if is_summed else accelerator.no_sync(model):
                 with accelerator.autocast():  # FSDP's own precision is that of weights alone
                     loss = model(batch.to(accelerator.device)) / divisor
                 # Data parallelism averages gradients over ranks; ours are parts of a sum.
