@@ -110,6 +110,7 @@ def _record(
         parameters=count_parameters(model),
         num_visual_tokens=model.num_visual_tokens,
         num_steps=num_steps,
+        snapshot=source.snapshot,
         started_from=loaded.message if loaded else "",
         encoders={encoder: source.facts[encoder] for encoder in model.encoders if encoder in source.facts},
         software=software_versions(),
