@@ -26,8 +26,8 @@ from featurestore.samples import Turn
 from trainer.command import no_file
 from trainer.data.batches import make_batch
 from trainer.data.tokens import MemoryTokens, TokenSource
-from trainer.model.build import LoadedRun
 from trainer.runs.load import load_run
+from trainer.runs.rebuild import LoadedRun
 
 Span = tuple[float | None, float | None]  # seconds; None: the file's start or end
 WHOLE: Span = (None, None)
@@ -51,7 +51,7 @@ class Asker:
     @property
     def looks(self) -> bool:
         """Whether the run was trained to see, or on text alone."""
-        return self.model.fusion is not None
+        return self.model.has_visual
 
     @property
     def notes(self) -> list[str]:
@@ -90,13 +90,14 @@ class Asker:
         except UserError as error:  # sources speak of clips; a person has typed a path
             raise UserError(str(error).replace(str(clip_id), str(video or image))) from error
         tokenizer = renderer.tokenizer
-        ids = model.generate(
-            batch.to(self._device),
-            max_new_tokens=self._room(max_new_tokens, batch.attention_mask_BS.shape[1]),
-            do_sample=False,
-            eos_token_id=self._end_ids(),
-            pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        )
+        with self.run.built.autocast(self._device):
+            ids = model.generate(
+                batch.to(self._device),
+                max_new_tokens=self._room(max_new_tokens, batch.attention_mask_BS.shape[1]),
+                do_sample=False,
+                eos_token_id=self._end_ids(),
+                pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+            )
         return [text.strip() for text in tokenizer.batch_decode(ids.tolist(), skip_special_tokens=True)]
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ import click
 from featurestore.errors import MervCacheError, UserError
 from trainer.command import CONTEXT, heavy_rooms, no_file, says_errors
 from trainer.runs.chain import check_are_runs
+from trainer.tell import print_scores
 
 CHECKPOINT = click.option("--checkpoint", type=click.Path(path_type=Path), required=True, help="Folder of a run.")
 
@@ -42,12 +43,14 @@ def eval_main() -> None:
 def eval_run(checkpoint: Path, store: str | None, beside: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     """Multiple-choice accuracy by category, beside chance and beside other runs."""
     check_are_runs(checkpoint, *beside)
-    run = heavy_rooms()
-    result = run.evaluate_run(checkpoint, store, beside=beside, **options)
+    heavy_rooms()
+    from trainer.evaluate import EvaluationRequest, evaluate_run
+
+    result = evaluate_run(checkpoint, EvaluationRequest(store=store, **options), beside)
     if as_json:
         click.echo(json.dumps(result))
     else:
-        run.print_scores(result)
+        print_scores(result)
 
 
 @eval_main.command("distortion")

@@ -1,7 +1,7 @@
-"""Tell: what `merv-train` says to a person on stdout; programs get the same facts with `--json`.
+"""Tell: what `merv-train` and `merv-eval run` say to a person on stdout; programs get the same facts with `--json`.
 
-Comes in: the facts of a dry run, or the results of a run. Goes out: text. rich is imported where it draws: the command
-line reads this room for `--help`.
+Comes in: the facts of a dry run, the results of a run, or its scores. Goes out: text. rich is imported where it draws:
+the command lines read this room for `--help`.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ def plan_rows(told: Mapping[str, Any]) -> dict[str, str]:
         "visual tokens": f"{told['visual_tokens']:,}",
         "longest sequence": f"{told['longest_sequence']:,}{context}",
     }
+    if told["cut"]:
+        rows["texts cut"] = f"{told['cut']:,} at {told['text_limit']:,} tokens"
     if told["without_answer"]:
         rows["answer cut off"] = f"{told['without_answer']:,}"
     for part, sizes in told["parameters"].items():
@@ -55,6 +57,19 @@ def result_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
     if lines and results[-1]["steps"] == results[-1]["num_steps"]:
         lines[-1] += f"; next: merv-eval run --checkpoint {results[-1]['run']}"
     return lines
+
+
+def print_scores(result: Mapping[str, Any]) -> None:
+    """A table on stdout: a line per category."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("questions about", "number", "accuracy", "chance", *result["beside"])
+    others = [{row["category"]: row for row in rows} for rows in result["beside"].values()]
+    for row in result["scores"]:
+        cells = [f"{other[row['category']]['accuracy']:.2f}" for other in others]
+        table.add_row(row["category"], str(row["questions"]), f"{row['accuracy']:.2f}", f"{row['chance']:.2f}", *cells)
+    Console().print(table)
 
 
 def _done(result: Mapping[str, Any]) -> str:

@@ -16,12 +16,12 @@ from trainer.data.tokens import PrefixedTokens
 from trainer.end_to_end import live_source
 from trainer.live.tokens import through_storage
 from trainer.loop.plan import make_plan
-from trainer.loop.progress import read_metrics
 from trainer.loop.train import train
 from trainer.model.fusion import FUSIONS
 from trainer.model.llm import FRESH_LLMS, FreshLLM
-from trainer.run import open_store
+from trainer.places import open_store
 from trainer.runs.load import load_run
+from trainer.runs.metrics import read_metrics
 from trainer.runs.record import RunRecord
 
 ENCODERS = ["dinov2", "languagebind", "siglip", "vivit"]  # in the order of a store
@@ -114,6 +114,16 @@ def test_every_loss_equals_the_one_from_the_cache_to_the_bit(tmp_path, live, cac
     assert len(end_to_end) == 3
     assert len(set(end_to_end)) == 3
     assert end_to_end == from_cache  # the stated tolerance: none
+
+
+def test_validation_in_bf16_sees_the_tokens_of_float32_encoders_as_training_does(tmp_path, live, cached):
+    config = toy_config(precision="bf16", encoders=("dinov2", "siglip"), max_steps=2, eval_every=1)
+    rows = {}
+    for name, (samples, source) in {"cache": cached, "live": live}.items():
+        held_out = [replace(sample, sample_id=f"h-{sample.sample_id}", split="heldout") for sample in samples]
+        train(config, [*samples, *held_out], source, tmp_path / name, is_quiet=True)
+        rows[name] = [(row["loss"], row["val_loss"]) for row in read_metrics(tmp_path / name)]
+    assert rows["live"] == rows["cache"]
 
 
 def test_class_tokens_and_a_standardised_grid_are_the_same_live(tmp_path, opened_live, extracted):

@@ -1,10 +1,14 @@
-from trainer.tell import plan_rows, result_lines
+import re
+
+from trainer.tell import plan_rows, print_scores, result_lines
 
 
 def told(**changes):
     return {
         "samples": 1200,
         "dropped": {"text only": 3, "clip without tokens of every encoder": 1},
+        "text_limit": 2048,
+        "cut": 0,
         "without_answer": 0,
         "steps": 10,
         "unread": {"text": 4, "visual": 3},
@@ -48,9 +52,10 @@ def test_a_stage_in_rows():
 
 
 def test_what_not_every_stage_has_is_a_row_where_it_is():
-    rows = plan_rows(told(without_answer=2, init="all weights of stage align", context=None))
+    rows = plan_rows(told(without_answer=2, cut=1003, init="all weights of stage align", context=None))
     assert (rows["answer cut off"], rows["starts from"]) == ("2", "all weights of stage align")
     assert rows["longest sequence"] == "1,116"
+    assert rows["texts cut"] == "1,003 at 2,048 tokens"
 
 
 def result(run, steps, num_steps=600):
@@ -69,3 +74,16 @@ def test_a_finished_run_names_the_next_command():
         "r/align: step 600 of 600, loss 0.2500",
         "r/finetune: step 600 of 600, loss 0.2500; next: merv-eval run --checkpoint r/finetune",
     ]
+
+
+def score(category, accuracy):
+    return {"category": category, "questions": 8, "accuracy": accuracy, "chance": 0.25}
+
+
+def test_scores_have_a_line_per_category_with_other_runs_beside(capsys):
+    beside = [score("colour", 0.5), score("all", 0.375)]  # their order is their own
+    print_scores({"scores": [score("all", 0.75), score("colour", 1.0)], "beside": {"words": beside}})
+    rows = [re.sub("[│┃]", " ", line).split() for line in capsys.readouterr().out.splitlines()]
+    assert ["questions", "about", "number", "accuracy", "chance", "words"] in rows
+    at = rows.index(["all", "8", "0.75", "0.25", "0.38"])
+    assert rows[at + 1] == ["colour", "8", "1.00", "0.25", "0.50"]

@@ -27,8 +27,16 @@ from trainer.model.projectors import Projector
 class VideoLLM(nn.Module):
     """`projectors` and `fusion` may be empty: then it is the plain LLM, the text-only baseline."""
 
-    def __init__(self, llm: nn.Module, projectors: Mapping[str, Projector], fusion: Fusion | None) -> None:
+    def __init__(
+        self,
+        llm: nn.Module,
+        projectors: Mapping[str, Projector],
+        fusion: Fusion | None,
+        *,
+        exceeds_context: bool = False,
+    ) -> None:
         super().__init__()
+        self.exceeds_context = exceeds_context  # sequences may be longer than the LLM says it takes
         self.llm = llm
         self.encoders = tuple(projectors)  # module names may not hold a dot, encoder names may
         self.projectors = nn.ModuleList(projectors.values())
@@ -48,14 +56,19 @@ class VideoLLM(nn.Module):
         return dict(zip(self.trained_names, self.trained_encoders, strict=True))
 
     @property
+    def has_visual(self) -> bool:
+        """Whether it looks at clips; a text-only model does not."""
+        return self.fusion is not None
+
+    @property
     def num_visual_tokens(self) -> int:
         """N after fusion; 0 for a text-only model."""
-        return self.fusion.num_tokens(self.projectors[0].num_tokens) if self.fusion is not None else 0
+        return self.fusion.num_tokens(self.projectors[0].num_tokens) if self.has_visual else 0
 
     @property
     def context(self) -> int | None:
-        """The longest sequence the LLM says it takes."""
-        return getattr(self.llm.config, "max_position_embeddings", None)
+        """The longest sequence that the LLM says it takes; None if it says nothing, or may be asked for more."""
+        return None if self.exceeds_context else getattr(self.llm.config, "max_position_embeddings", None)
 
     def train(self, mode: bool = True) -> VideoLLM:
         """A frozen LLM stays in evaluation mode: its dropout would only be noise."""
@@ -114,9 +127,7 @@ class VideoLLM(nn.Module):
 
     def _nothing(self, dtype: torch.dtype) -> Tensor:
         """Zero that depends on every visual parameter: ranks whose batch is all text still join the gradient sum."""
-        visual = nn.ModuleList(
-            [*self.projectors, *self.trained_encoders, *([self.fusion] if self.fusion is not None else [])]
-        )
+        visual = nn.ModuleList([*self.projectors, *self.trained_encoders, *([self.fusion] if self.has_visual else [])])
         parts = [parameter.sum() * 0.0 for parameter in visual.parameters() if parameter.requires_grad]
         return sum(parts, start=torch.zeros((), device=self.llm.device)).to(dtype)
 

@@ -19,6 +19,7 @@ from trainer.data.tokens import TokenShape
 
 LLM_FOLDER = "llm"
 PACKAGES = ("merv-pipeline", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "peft")
+UNBOUND = "unbound:"  # begins the identity in an imported run, whose weights do not say what made their tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,7 @@ class RunRecord:
     parameters: Mapping[str, Mapping[str, int]]  # part -> total, trained
     num_visual_tokens: int
     num_steps: int
+    snapshot: str = ""  # of that store: a resumed run reads the same one, whatever was added since
     started_from: str = ""  # with `init`: what was loaded of which run, and what was not
     encoders: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # identity fields and weights label
     software: Mapping[str, str] = field(default_factory=dict)  # package -> version the run was started with

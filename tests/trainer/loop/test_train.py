@@ -13,11 +13,11 @@ from trainer.config import FusionConfig, read_config
 from trainer.data.tokens import MemoryTokens
 from trainer.loop.optimizer import build_optimizer, rate_factor
 from trainer.loop.plan import describe, make_plan
-from trainer.loop.progress import METRICS_FILE, read_metrics
 from trainer.loop.train import train
 from trainer.model.fusion import FUSIONS
 from trainer.runs import checkpoint
 from trainer.runs.load import load_run
+from trainer.runs.metrics import METRICS_FILE, read_metrics
 
 
 def losses(run):
@@ -41,6 +41,13 @@ def test_a_small_model_learns_its_samples_by_heart(tmp_path, config, samples, to
     assert len(found) == result.steps == 100
     assert found[0] > 1.5
     assert found[-1] < 0.1
+
+
+def test_processes_that_opened_different_data_are_refused(tmp_path, config, samples, tokens, monkeypatch):
+    """As if another process had opened the store a snapshot earlier."""
+    monkeypatch.setattr("trainer.loop.train.gather_object", lambda found: [*found, "0" * 64])
+    with pytest.raises(UserError, match=r"opened different data \(000000000000, .*start the same command again"):
+        run_to_end(config, samples, tokens, tmp_path / "run")
 
 
 def test_the_first_loss_equals_a_hand_computation(finished, config, samples, tokens):
