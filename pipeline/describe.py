@@ -25,7 +25,7 @@ from pipeline.datasets import DatasetListing
 from pipeline.encoders.remembered import fingerprint, remember, remembered_sha256
 from pipeline.encoders.weights import parse_weights
 from pipeline.plan import plan_blocks
-from pipeline.upkeep.stale import stale_media
+from pipeline.resume.stale import stale_media
 
 if TYPE_CHECKING:
     from distributed import Client

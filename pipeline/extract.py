@@ -30,11 +30,11 @@ from pipeline.describe import EncoderDescription, describe, on_a_worker, settled
 from pipeline.keep_samples import add_listed_samples
 from pipeline.plan import PlannedBlock, plan_blocks
 from pipeline.prediction import read_plan
+from pipeline.resume.refresh import look_at_media, told_identities
+from pipeline.resume.reuse import OtherStore
+from pipeline.resume.second_try import clips_to_retry
 from pipeline.run_blocks import run_blocks
 from pipeline.summary import ExtractSummary, run_record
-from pipeline.upkeep.refresh import look_at_media, told_identities
-from pipeline.upkeep.reuse import OtherStore
-from pipeline.upkeep.second_try import clips_to_retry
 
 if TYPE_CHECKING:
     from distributed import Client

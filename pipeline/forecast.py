@@ -140,7 +140,7 @@ def _reusable(
     """Encoder -> clip ids that the store of --reuse seems to hold."""
     if config.reuse is None:
         return {name: set() for name in identities}
-    from pipeline.upkeep.reuse import OtherStore  # only where it is asked for
+    from pipeline.resume.reuse import OtherStore  # only where it is asked for
 
     other = OtherStore(config.reuse)
     return {name: set(other.proposals(identity, listing.clips)) for name, identity in identities.items()}

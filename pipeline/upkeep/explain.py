@@ -24,8 +24,8 @@ from pipeline.datasets import DatasetListing, load_dataset
 from pipeline.decode.source import Source
 from pipeline.encoders.remembered import fingerprint, remember, remembered_sha256
 from pipeline.ledger import changed_versions
+from pipeline.resume.stale import StaleMedia, stale_media
 from pipeline.upkeep.explain_costs import Cost, costs_of, probe_costs
-from pipeline.upkeep.stale import StaleMedia, stale_media
 
 State = Literal["same", "changed", "new"]
 Say = Callable[[str], None]

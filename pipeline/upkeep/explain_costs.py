@@ -21,7 +21,7 @@ from pipeline.config import ExtractConfig
 from pipeline.datasets import DatasetListing
 from pipeline.extract import clip_bytes
 from pipeline.ledger import past_rate
-from pipeline.upkeep.stale import StaleMedia
+from pipeline.resume.stale import StaleMedia
 
 
 @dataclass(frozen=True, kw_only=True)

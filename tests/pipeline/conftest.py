@@ -141,8 +141,8 @@ class Lab:
         from pipeline.describe import describe
         from pipeline.extract import _register, _tasks
         from pipeline.plan import plan_blocks
+        from pipeline.resume.second_try import clips_to_retry
         from pipeline.summary import ExtractSummary
-        from pipeline.upkeep.second_try import clips_to_retry
 
         config = self.config(**changes)
         listing = load_dataset(config.dataset, config.root, kind=config.kind, limit=config.limit)

@@ -11,8 +11,8 @@ from featurestore.journal import driver_runs
 from featurestore.writer import StoreWriter
 from pipeline.decode.source import Source
 from pipeline.media_memory import media_memory, newest_touch_s
+from pipeline.resume.stale import CLOCK_SLACK_S, _file_touch_s, _Started, _Stored
 from pipeline.summary import ExtractSummary
-from pipeline.upkeep.stale import CLOCK_SLACK_S, _file_touch_s, _Started, _Stored
 
 ROWS = 4
 

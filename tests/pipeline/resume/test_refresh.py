@@ -11,7 +11,7 @@ from featurestore import FeatureStore, verify_store
 from pipeline.decode.source import Source
 from pipeline.encoders import remembered
 from pipeline.extract import extract
-from pipeline.upkeep.stale import stale_media
+from pipeline.resume.stale import stale_media
 from pipeline.upkeep.verify_media import verify_media
 
 CLIP = "videollava/videochatgpt_tune/v1.mp4"
@@ -74,8 +74,8 @@ def test_refresh_computes_the_changed_clip_in_a_new_row_and_touches_no_old_byte(
 def test_a_refresh_that_was_cut_short_goes_on_in_the_rows_it_had(filled):
     exchange(filled)
     store_rows = len(FeatureStore.open(filled.store).clips)
+    from pipeline.resume.refresh import look_at_media
     from pipeline.summary import ExtractSummary
-    from pipeline.upkeep.refresh import look_at_media
 
     encoders, listing, _, _ = filled.plan(**ONE)
     from featurestore.writer import StoreWriter
@@ -119,7 +119,7 @@ def test_only_files_that_were_touched_since_their_run_are_read_and_each_once(fil
     read: list[str] = []
     digest = Source.sha256
     monkeypatch.setattr(Source, "sha256", lambda self: read.append(self.path) or digest(self))
-    monkeypatch.setattr("pipeline.upkeep.stale.CLOCK_SLACK_S", 0.0)  # the media are copied a moment before the run
+    monkeypatch.setattr("pipeline.resume.stale.CLOCK_SLACK_S", 0.0)  # the media are copied a moment before the run
     exchange(filled)
     store, listing = StoreWriter.open(filled.store), load_dataset("videollava", str(filled.root), limit=3)
     identities = FeatureStore.open(filled.store).encoders

@@ -16,8 +16,8 @@ from featurestore.writer import StoreWriter
 from pipeline.config import ExtractConfig
 from pipeline.datasets import DatasetListing
 from pipeline.plan import plan_blocks
+from pipeline.resume.stale import StaleMedia, stale_media
 from pipeline.summary import ExtractSummary
-from pipeline.upkeep.stale import StaleMedia, stale_media
 
 UNASKED_BYTES = 2 << 30  # of touched media that an extraction reads to compare them, a few seconds' worth
 TOLD_BYTES = 1 << 30  # from here on a person may wonder what takes so long
