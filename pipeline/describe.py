@@ -157,7 +157,7 @@ def _lacks_anything(
         return True
     if plan_blocks(store, identities, clip_ids=clip_ids):
         return True
-    return config.refresh and bool(stale_media(store, listing.clips, listing.root, identities).clips)
+    return config.refresh and bool(stale_media(store, listing, identities).clips)
 
 
 def _last_entries(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
