@@ -72,7 +72,7 @@ def extract(config: ExtractConfig, *, quiet: bool = False, say: Say = lambda lin
 
 
 def _report_path(config: ExtractConfig, summary: ExtractSummary, say: Say) -> Path | None:
-    """Where Dask's report of the run goes; beside the store, not in it: a store holds what somebody depends on."""
+    """Where Dask's report of the run goes; beside the store, which holds only what somebody depends on."""
     if config.performance_report is None and not config.dashboard:
         return None
     place = config.store_path

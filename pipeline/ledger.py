@@ -1,8 +1,8 @@
-"""The ledger: what encoders cost in past runs, from a store's journal, which libraries made its tokens, of which media.
+"""The ledger: what a store's journal tells of past runs. What encoders cost, with which libraries, of which media.
 
-Comes in: the records of a store's extractions. Goes out: seconds per clip of a kind and encoder, as they were measured,
-for whoever asks what computing would cost. A rate holds for the same network in the same arithmetic; grid,
-storage, weights and decoder do not change what a forward takes.
+Comes in: the records of a store's extractions. Goes out: measured seconds per clip, by kind and encoder, for whoever
+asks what computing would cost. A rate holds for the same network in the same arithmetic; grid, storage, weights and
+decoder do not change what a forward takes.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def past_rate(
 
 
 def changed_versions(runs: Sequence[Mapping[str, Any]], group: str) -> dict[str, dict[str, Any]]:
-    """Library -> versions that a group's tokens were made with, and this machine's, where they differ."""
+    """By library, where they differ: the versions that made a group's tokens, and the version here."""
     here, made_with = software_versions(), {}
     for run in runs:
         wrote = any(entry.get("group") == group for entry in run["encoders"].values()) and run["summary"]["clips"]

@@ -1,8 +1,8 @@
 """Blocks on the cluster: handed out, watched, counted.
 
-Comes in: tasks, a store and a summary to fill. Goes out: nothing but the summary's counts; blocks are committed by the
-workers, and what a worker reports while it computes moves the progress line alone. A block that workers died of is
-computed once more under suspicion, alone.
+Comes in: tasks, a store and a summary to fill. Goes out: the summary's counts. Workers commit the blocks themselves;
+what they report while they compute only moves the progress line. A block that workers died of is computed once more,
+alone and under suspicion.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Quarantined clips that are worth new rows.
 
-A retry's rows come in whole blocks and stay, whatever comes of them. So clips whose media are to blame are decoded once
-on a worker before rows are given out: those that fail for the very reason that stands in the store stay as they are,
-and nothing is written of them. What one encoder is to blame for shows only when it encodes.
+A retry's rows come in whole blocks and stay, whatever comes of them. So clips whose media failed are first decoded once
+on a worker. Those that fail for the same reason as before get no rows, and nothing is written of them. Whether a clip
+that one encoder failed on does better shows only when it is encoded.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Stale tokens: those whose media are no longer the bytes that they were made from.
 
-Comes in: a store, a listing, and the encoders asked about. Goes out: which clips changed, by encoder. Receipts
-hold the sha256 of what each row was made from; the newest committed row of a clip counts. Files are read as little as
-can be: a clip whose files were last touched before the run that made its tokens is as it was (`quick`), and of the
-others the digest is remembered from the last time (`media_memory.py`). `full` reads every file.
+Comes in: a store, a listing, and the encoders asked about. Goes out: which clips changed, by encoder. Receipts hold the
+sha256 of what each row was made from; the newest committed row of a clip counts. As few files are read as possible. A
+clip whose files were last touched before the run that made its tokens is unchanged (`quick`); the digests of the others
+are remembered from the last time (`media_memory.py`). `full` reads every file.
 
 What quick cannot see: a file exchanged on a file system whose clock was set back, and bits that rotted under an old
 date.
@@ -36,7 +36,7 @@ from pipeline.decode.source import Source
 from pipeline.media_memory import MediaMemory, media_memory, newest_touch_s
 
 CLOCK_SLACK_S = 60.0  # by which a file server's clock may be behind the driver's
-MAX_RECEIPTS = 256  # kept at hand
+MAX_RECEIPTS = 256  # kept in memory
 PORTION = 500  # clips that a thread looks at before it takes the next ones
 
 

@@ -1,7 +1,7 @@
 """The quarantine as data: which clips failed and why, and trying some of them again.
 
-A retry is an extraction: the store's journal tells with what settings its clips were encoded, each failed encoder's
-newest run is repeated for the clips that failed, and they get new rows. Rows that failed stay as they are.
+A retry is an extraction. The store's journal tells with which settings its clips were encoded; of each encoder that
+failed, the newest run is repeated for the clips that failed. They get new rows; rows that failed stay as they are.
 """
 
 from __future__ import annotations
