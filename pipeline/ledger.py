@@ -7,7 +7,7 @@ decoder do not change what a forward takes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,12 @@ def changed_versions(runs: Sequence[Mapping[str, Any]], group: str) -> dict[str,
         for name, versions in made_with.items()
         if name in here and versions != {here[name]}
     }
+
+
+def settings_of(run: Mapping[str, Any], *, without: Collection[str] = ()) -> dict[str, Any]:
+    """A run's settings in the words that `read_config` takes, for whoever repeats it, without those named."""
+    settings = {name: value for name, value in run["config"].items() if name not in without}
+    return settings | {"grid": settings.get("grid") or "raw"}
 
 
 def media_roots(runs: Iterable[Mapping], root: str | None) -> dict[str, str]:

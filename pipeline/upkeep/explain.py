@@ -24,7 +24,7 @@ from pipeline.config import OF_ONE_RUN, EncoderSettings, ExtractConfig, read_con
 from pipeline.datasets import DatasetListing, list_clips
 from pipeline.decode.source import Source
 from pipeline.encoders.remembered import fingerprint, remember, remembered_sha256
-from pipeline.ledger import changed_versions
+from pipeline.ledger import changed_versions, settings_of
 from pipeline.resume.stale import StaleMedia, stale_media
 from pipeline.upkeep.explain_costs import Cost, Evidence, costs_of, probe_costs
 
@@ -118,9 +118,8 @@ def explained_config(path: Place, config_file: str | None, given: Mapping[str, A
     mine = [run for run in runs if run["config"]["dataset"] == given.get("dataset")] or runs
     if config_file or not mine:
         return read_config(config_file, given), config_file or "`extract`, for the store has no journal of a run"
-    run, known = mine[-1], {setting.name for setting in fields(ExtractConfig)} - OF_ONE_RUN
-    base = {name: value for name, value in run["config"].items() if name in known}
-    base["grid"] = base.get("grid") or "raw"
+    run, known = mine[-1], {setting.name for setting in fields(ExtractConfig)}  # a newer version may have others
+    base = {name: value for name, value in settings_of(run, without=OF_ONE_RUN).items() if name in known}
     if given.get("dataset", base["dataset"]) != base["dataset"]:
         base |= dict.fromkeys(("stage", "kind", "limit", "root")) | {"options": {}}
     else:

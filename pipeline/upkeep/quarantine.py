@@ -15,6 +15,7 @@ from featurestore.journal import driver_runs
 from featurestore.places.by_url import open_objects
 from featurestore.store import FeatureStore
 from pipeline.config import OF_ONE_RUN, ExtractConfig, read_config
+from pipeline.ledger import settings_of
 from pipeline.summary import ExtractSummary
 
 # A retry lists the whole dataset, for the quarantine names its clips; samples stay as they are; damage is judged anew.
@@ -83,9 +84,7 @@ def _newest_run(runs: list[dict[str, Any]], dataset: str, group: str) -> int:
 def _config(
     path: Place, run: Mapping[str, Any], encoders: set[str], reason: str | None, overrides: Mapping[str, Any]
 ) -> ExtractConfig:
-    left_out = (OF_ONE_RUN | _CHOSEN_ANEW) - _KEPT
-    settings = {name: value for name, value in run["config"].items() if name not in left_out}
-    settings["grid"] = settings["grid"] or "raw"
+    settings = settings_of(run, without=(OF_ONE_RUN | _CHOSEN_ANEW) - _KEPT)
     settings |= {"root": run["root"], "store": str(path), "samples": False}
     settings |= {"encoders": [name for name in settings["encoders"] if name in encoders]}
     settings |= {"retry_quarantine": True, "retry_reason": reason}
