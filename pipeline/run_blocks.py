@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from featurestore.errors import RunStoppedError
 from featurestore.writer import StoreWriter
+from jobs.clusters import check_cluster
 from jobs.progress import Counts, RunProgress
+from jobs.request import ClusterRequest
 from jobs.run import Outcome, Task, run_tasks
 from pipeline.config import ExtractConfig
 from pipeline.crash_marks import forget_all
@@ -46,7 +48,7 @@ def run_blocks(
     published = time.monotonic()
     with (
         RunProgress("extract", total=total, unit="clips", quiet=quiet) as progress,
-        closing(_outcomes(client, tasks, progress, config.cluster_request.worker_wait_s)) as outcomes,
+        closing(_outcomes(client, tasks, progress, config.cluster_request)) as outcomes,
     ):
         for outcome in outcomes:
             _count(outcome, summary, progress)
@@ -58,7 +60,9 @@ def run_blocks(
     forget_all(str(config.store_path))
 
 
-def _outcomes(client: Client, tasks: Iterator[Task], progress: RunProgress, worker_wait_s: float) -> Iterator[Outcome]:
+def _outcomes(
+    client: Client, tasks: Iterator[Task], progress: RunProgress, request: ClusterRequest
+) -> Iterator[Outcome]:
     """Outcomes as blocks end; what happens meanwhile moves the progress line."""
     from pipeline.suspect import compute_block, extract_suspect
 
@@ -69,8 +73,9 @@ def _outcomes(client: Client, tasks: Iterator[Task], progress: RunProgress, work
         is_final=lambda error: isinstance(error, RunStoppedError),
         after_deaths=extract_suspect,
         on_report=lambda task, attempt, report: progress.report(task.key, attempt, _counts(report)),
-        worker_wait_s=worker_wait_s,
-        on_wait=lambda seconds: progress.wait(_waiting(seconds, worker_wait_s)),
+        worker_wait_s=request.worker_wait_s,
+        on_wait=lambda seconds: progress.wait(_waiting(seconds, request.worker_wait_s)),
+        check_new=lambda addresses: check_cluster(client, request, addresses),
     )
 
 
