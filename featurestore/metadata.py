@@ -136,6 +136,11 @@ def array_specs(
     return specs
 
 
+def clip_bytes(identity: FeatureIdentity, kind: str) -> int:
+    """Stored bytes of one clip before compression, in all arrays of its encoder."""
+    return sum(spec.row_bytes for spec in array_specs(identity, kind, blocks=0, block_rows=1).values())
+
+
 def group_document(identity: FeatureIdentity, *, weights_label: str, batch_shape: int) -> bytes:
     """The zarr.json of an encoder's group: the whole identity, and what shaped the bits beside it."""
     return _group(digested({"identity": identity.to_dict(), "weights": weights_label, "batch_shape": batch_shape}))

@@ -214,6 +214,12 @@ class ExtractConfig:
         return yaml.safe_dump(plain, sort_keys=False)
 
 
+OF_ONE_RUN = frozenset(  # settings of one run and its place: who repeats a run as its journal tells leaves them out
+    "new_identity refresh retry_quarantine retry_reason reuse forecast dashboard performance_report".split()
+    + "scheduler workers cluster".split()
+)
+
+
 def read_config(path: str | Path | Mapping[str, Any] | None, overrides: Mapping[str, Any]) -> ExtractConfig:
     """Settings of a YAML file, or as they are given, with the command line's laid over them; None there: not given."""
     settings = _spelled_out(path if isinstance(path, Mapping) else _read_yaml(path)) if path else {}

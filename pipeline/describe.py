@@ -25,7 +25,7 @@ from pipeline.datasets import DatasetListing
 from pipeline.encoders.remembered import fingerprint, remember, remembered_sha256
 from pipeline.encoders.weights import parse_weights
 from pipeline.plan import plan_blocks
-from pipeline.upkeep.stale import stale_media
+from pipeline.resume.stale import stale_media
 from pipeline.worker_reports import EncoderDescription
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _lacks_anything(
         return True
     if plan_blocks(store, identities, clip_ids=clip_ids):
         return True
-    return config.refresh and bool(stale_media(store, listing.clips, listing.root, identities).clips)
+    return config.refresh and bool(stale_media(store, listing, identities).clips)
 
 
 def _last_entries(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -20,15 +20,15 @@ from featurestore.clips import KINDS, Clip
 from featurestore.find import Place, is_url
 from featurestore.identity import FeatureIdentity
 from featurestore.layout import ROOT_METADATA, check_block_rows
+from featurestore.metadata import clip_bytes
 from featurestore.places.by_url import open_objects
 from featurestore.snapshots import newest_snapshot_id
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
 from jobs.clusters import connect
 from pipeline.config import ExtractConfig
-from pipeline.datasets import DatasetListing, load_dataset
+from pipeline.datasets import DatasetListing, list_clips
 from pipeline.describe import Loading
-from pipeline.extract import clip_bytes
 from pipeline.probe_workers import INTERVAL, MAX_WORKERS, probe_workers, standard_error
 from pipeline.worker_reports import Probe, ProbeRecord
 
@@ -81,9 +81,7 @@ def forecast(config: ExtractConfig, *, probe: int = 4, say: Callable[[str], None
 
     `probe` clips of each kind are really encoded on each of up to eight workers.
     """
-    listing = load_dataset(
-        config.dataset, config.root, stage=config.stage, kind=config.kind, limit=config.limit, **config.options
-    )
+    listing = list_clips(config)
     say(f"{config.dataset}: {len(listing.clips)} clips listed; loading {', '.join(config.encoders)} for a probe")
     with connect(config.cluster_request, say=say) as client:
         present = len(client.scheduler_info(n_workers=-1)["workers"])
@@ -140,7 +138,7 @@ def _reusable(
     """Encoder -> clip ids that the store of --reuse seems to hold."""
     if config.reuse is None:
         return {name: set() for name in identities}
-    from pipeline.upkeep.reuse import OtherStore  # only where it is asked for
+    from pipeline.resume.reuse import OtherStore  # only where it is asked for
 
     other = OtherStore(config.reuse)
     return {name: set(other.proposals(identity, listing.clips)) for name, identity in identities.items()}

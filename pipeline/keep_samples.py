@@ -2,7 +2,7 @@
 
 Comes in: a listing, perhaps of a few clips only (`--limit`, `--kind`, a folder that is not mounted today). Goes out:
 new versions of the samples. A listing speaks for the clips that it lists; of every other clip in the store, whose
-tokens stay as well, the samples stay. Read are the stored samples only where there are such clips.
+tokens stay as well, the samples stay. Stored samples are read only where there are such clips.
 """
 
 from __future__ import annotations

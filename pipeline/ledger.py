@@ -1,13 +1,13 @@
-"""The ledger: what encoders cost in past runs, from a store's journal, which libraries made its tokens, of which media.
+"""The ledger: what a store's journal tells of past runs. What encoders cost, with which libraries, of which media.
 
-Comes in: the records of a store's extractions. Goes out: seconds per clip of a kind and encoder, as they were measured,
-for whoever asks what computing would cost. A rate holds for the same network in the same arithmetic; grid,
-storage, weights and decoder do not change what a forward takes.
+Comes in: the records of a store's extractions. Goes out: measured seconds per clip, by kind and encoder, for whoever
+asks what computing would cost. A rate holds for the same network in the same arithmetic; grid, storage, weights and
+decoder do not change what a forward takes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,7 @@ def past_rate(
 
 
 def changed_versions(runs: Sequence[Mapping[str, Any]], group: str) -> dict[str, dict[str, Any]]:
-    """Library -> versions that a group's tokens were made with, and this machine's, where they differ."""
+    """By library, where they differ: the versions that made a group's tokens, and the version here."""
     here, made_with = software_versions(), {}
     for run in runs:
         wrote = any(entry.get("group") == group for entry in run["encoders"].values()) and run["summary"]["clips"]
@@ -61,6 +61,12 @@ def changed_versions(runs: Sequence[Mapping[str, Any]], group: str) -> dict[str,
         for name, versions in made_with.items()
         if name in here and versions != {here[name]}
     }
+
+
+def settings_of(run: Mapping[str, Any], *, without: Collection[str] = ()) -> dict[str, Any]:
+    """A run's settings in the words that `read_config` takes, for whoever repeats it, without those named."""
+    settings = {name: value for name, value in run["config"].items() if name not in without}
+    return settings | {"grid": settings.get("grid") or "raw"}
 
 
 def media_roots(runs: Iterable[Mapping], root: str | None) -> dict[str, str]:

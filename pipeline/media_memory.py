@@ -15,6 +15,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from featurestore.digests import record_digest
+from featurestore.user_cache import user_cache
 from pipeline.decode.source import Source
 from pipeline.media import FrameFolder, TarMember
 
@@ -25,7 +26,7 @@ _LOCK_WAIT_S = 5.0  # another process may be writing
 
 def memory_file() -> Path:
     """The database, of this user on this machine."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "merv-pipeline" / "media.sqlite"
+    return user_cache() / "merv-pipeline" / "media.sqlite"
 
 
 class MediaMemory:

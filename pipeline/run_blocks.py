@@ -1,8 +1,8 @@
 """Blocks on the cluster: handed out, watched, counted.
 
-Comes in: tasks, a store and a summary to fill. Goes out: nothing but the summary's counts; blocks are committed by the
-workers, and what a worker reports while it computes moves the progress line alone. A block that workers died of is
-computed once more under suspicion, alone.
+Comes in: tasks, a store and a summary to fill. Goes out: the summary's counts. Workers commit the blocks themselves;
+what they report while they compute only moves the progress line. A block that workers died of is computed once more,
+alone and under suspicion.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from featurestore.errors import RunStoppedError
 from featurestore.writer import StoreWriter
 from jobs.clusters import check_cluster
 from jobs.progress import Counts, RunProgress
+from jobs.request import ClusterRequest
 from jobs.run import Outcome, Task, run_tasks
 from pipeline.config import ExtractConfig
 from pipeline.crash_marks import forget_all
-from pipeline.plan import PlannedBlock
 from pipeline.prediction import from_first_blocks
 from pipeline.summary import DECODING, ExtractSummary
 from pipeline.worker_reports import BlockCounts
@@ -30,7 +30,7 @@ from pipeline.worker_reports import BlockCounts
 if TYPE_CHECKING:
     from distributed import Client
 
-BESIDE = ("total", DECODING)  # seconds that are no stage of the worker's own
+BESIDE = ("total", DECODING)  # not counted as a worker's stages: the total, and decoding, which runs beside
 SNAPSHOT_INTERVAL_S = 180.0
 MIN_FAILED = 32  # clips; below this a share of failures says nothing
 
@@ -39,46 +39,45 @@ def run_blocks(
     client: Client,
     store: StoreWriter,
     tasks: Iterator[Task],
-    blocks: list[PlannedBlock],
     summary: ExtractSummary,
     config: ExtractConfig,
     *,
+    total: int,  # clips in all the tasks
     quiet: bool,
 ) -> None:
-    """Hand out the tasks of the planned blocks and count what comes back; readers see the store grow meanwhile."""
-    from pipeline.suspect import compute_block, extract_suspect
-
-    total = sum(block.num_clips for block in blocks)
-    last_snapshot = time.monotonic()
-    worker_wait_s = config.cluster_request.worker_wait_s
+    """Hand out the tasks and count what comes back; readers see the store grow meanwhile."""
+    published = time.monotonic()
     with (
         RunProgress("extract", total=total, unit="clips", quiet=quiet) as progress,
-        closing(
-            run_tasks(
-                client,
-                compute_block,
-                tasks,
-                is_final=lambda error: isinstance(error, RunStoppedError),
-                after_deaths=extract_suspect,
-                on_report=lambda task, attempt, told: progress.report(task.key, attempt, _counts(BlockCounts(**told))),
-                worker_wait_s=worker_wait_s,
-                on_wait=lambda seconds: progress.wait(_waiting(seconds, worker_wait_s)),
-                check_new=lambda addresses: check_cluster(client, config.cluster_request, addresses),
-            )
-        ) as outcomes,
+        closing(_outcomes(client, tasks, progress, config.cluster_request)) as outcomes,
     ):
         for outcome in outcomes:
             _count(outcome, summary, progress)
             _predict(summary, total, progress.elapsed_s)
-            if summary.failed >= MIN_FAILED and summary.failed > config.max_failed * summary.clips:
-                raise RunStoppedError(
-                    f"{summary.failed} of {summary.clips} clips failed, more than --max-failed {config.max_failed:g}: "
-                    f"{_worst(summary.reasons)}; mend the cause, or raise --max-failed, and run again"
-                )
-            if time.monotonic() - last_snapshot > SNAPSHOT_INTERVAL_S:
+            _check_failures(summary, config.max_failed)
+            if time.monotonic() - published > SNAPSHOT_INTERVAL_S:
                 store.publish_snapshot()
-                last_snapshot = time.monotonic()
+                published = time.monotonic()
     forget_all(str(config.store_path))
+
+
+def _outcomes(
+    client: Client, tasks: Iterator[Task], progress: RunProgress, request: ClusterRequest
+) -> Iterator[Outcome]:
+    """Outcomes as blocks end; what happens meanwhile moves the progress line."""
+    from pipeline.suspect import compute_block, extract_suspect
+
+    return run_tasks(
+        client,
+        compute_block,
+        tasks,
+        is_final=lambda error: isinstance(error, RunStoppedError),
+        after_deaths=extract_suspect,
+        on_report=lambda task, attempt, told: progress.report(task.key, attempt, _counts(BlockCounts(**told))),
+        worker_wait_s=request.worker_wait_s,
+        on_wait=lambda seconds: progress.wait(_waiting(seconds, request.worker_wait_s)),
+        check_new=lambda addresses: check_cluster(client, request, addresses),
+    )
 
 
 def _waiting(seconds: float, limit_s: float) -> str:
@@ -87,6 +86,7 @@ def _waiting(seconds: float, limit_s: float) -> str:
 
 
 def _count(outcome: Outcome, summary: ExtractSummary, progress: RunProgress) -> None:
+    """Count a block that is done; raise for one that could not be computed."""
     if outcome.error is not None:
         if isinstance(outcome.error, RunStoppedError):
             raise outcome.error
@@ -97,6 +97,15 @@ def _count(outcome: Outcome, summary: ExtractSummary, progress: RunProgress) -> 
         ) from outcome.error
     summary.add(outcome.result)
     progress.finish(outcome.task.key, _counts(outcome.result))
+
+
+def _check_failures(summary: ExtractSummary, max_failed: float) -> None:
+    """Stop the run where more than its share of clips failed: then it is not the clips."""
+    if summary.failed >= MIN_FAILED and summary.failed > max_failed * summary.clips:
+        raise RunStoppedError(
+            f"{summary.failed} of {summary.clips} clips failed, more than --max-failed {max_failed:g}: "
+            f"{_worst(summary.reasons)}; mend the cause, or raise --max-failed, and run again"
+        )
 
 
 def _predict(summary: ExtractSummary, total: int, seconds: float) -> None:
@@ -124,4 +133,5 @@ def _where(error: BaseException) -> str:
 
 
 def _worst(reasons: dict[str, int]) -> str:
+    """The three most frequent reasons."""
     return ", ".join(f"{count} x {reason}" for reason, count in Counter(reasons).most_common(3))

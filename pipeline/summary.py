@@ -7,6 +7,8 @@ host, versions), which is provenance: it decides no bytes.
 from __future__ import annotations
 
 import socket
+import time
+import uuid
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -50,6 +52,19 @@ class ExtractSummary:
     not_compared: int = 0  # clips whose media were touched and not read
     blocks_of: dict[str, list[int]] = field(default_factory=dict, repr=False)  # kind -> blocks committed in this run
 
+    @classmethod
+    def begin(cls, config: ExtractConfig, listing: DatasetListing) -> ExtractSummary:
+        """The summary of a run that has listed its clips and done nothing yet; it gives the run its name."""
+        return cls(
+            store=str(config.store_path),
+            run=f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:8]}",
+            dataset=config.dataset,
+            listed=len(listing.clips),
+            samples=sum(len(samples) for samples in listing.samples.values()),
+            missing=dict(listing.missing),
+            rejected={reason: found.count for reason, found in listing.rejected.items()},
+        )
+
     def add(self, block: BlockReport) -> None:
         """Count a committed block."""
         self.blocks += 1
@@ -69,7 +84,7 @@ class ExtractSummary:
 
     @property
     def block_spans(self) -> dict[str, list[list[int]]]:
-        """Kind -> [first, stop) of blocks that follow one another, for the journal."""
+        """Committed blocks by kind, as half-open [first, stop) ranges."""
         return {kind: _spans(sorted(set(blocks))) for kind, blocks in sorted(self.blocks_of.items())}
 
 
@@ -94,6 +109,7 @@ def run_record(
 
 
 def _spans(numbers: list[int]) -> list[list[int]]:
+    """Ascending numbers as half-open [first, stop) ranges."""
     spans: list[list[int]] = []
     for number in numbers:
         if spans and spans[-1][1] == number:

@@ -38,7 +38,7 @@ from featurestore.digests import canonical_json
 from featurestore.errors import UserError, unknown_name
 from pipeline.align import align, align_time
 from pipeline.config import EncoderSettings, EngineSettings, ExtractConfig, read_config
-from pipeline.datasets import DatasetListing, load_dataset
+from pipeline.datasets import DatasetListing, list_clips
 from pipeline.decode.job import Decoded
 from pipeline.encoders.network import EncoderNetwork, build_network
 from pipeline.encoders.weights import fill_random, weights_by_encoder
@@ -240,9 +240,7 @@ def _batch(extract: ExtractConfig, engine: Engine) -> dict[str, int]:
 
 
 def _listing(extract: ExtractConfig) -> DatasetListing:
-    return load_dataset(
-        extract.dataset, extract.root, stage=extract.stage, kind=extract.kind, limit=extract.limit, **extract.options
-    )
+    return list_clips(extract)
 
 
 def _live_tokens(

@@ -28,6 +28,7 @@ from featurestore.find import Place
 from featurestore.layout import PARTS, SAMPLES, SNAPSHOTS
 from featurestore.places.objects import machine_faults, scatter
 from featurestore.places.remote_objects import RemoteObject, RemoteObjects
+from featurestore.user_cache import user_cache
 
 DEFAULT_BYTES = 50 * 10**9
 _WHOLE = (PARTS, SAMPLES, SNAPSHOTS)  # folders whose objects are read whole, and checked by whoever reads them
@@ -40,8 +41,7 @@ _KEEP = 0.9  # of the bound stays when room is made
 def cache_folder(given: Place | None = None) -> Path:
     """The folder named, else MERV_CACHE_DIR, else merv-cache under the user's cache folder."""
     named = given or os.environ.get("MERV_CACHE_DIR")
-    user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(named) if named else Path(user) / "merv-cache"
+    return Path(named) if named else user_cache() / "merv-cache"
 
 
 def cache_bound(given: int | None = None) -> int:

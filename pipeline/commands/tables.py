@@ -82,13 +82,6 @@ def summary(result) -> None:
             f"{size(result.bytes / seconds)}/s"
         )
         _stages(result.stage_s)
-    if result.refreshed:
-        out.print(f"{plural(result.refreshed, 'clip')} computed again: their media had changed")
-    if result.changed:
-        out.print(
-            f"{plural(result.changed, 'clip')} made from media that changed since: --refresh computes them again",
-            style="bold",
-        )
     counted("quarantined", "clips", result.reasons)
     counted("listed but absent", "media", result.missing)
     counted("refused at listing", "records", result.rejected)

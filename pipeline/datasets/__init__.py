@@ -11,18 +11,36 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from featurestore.clips import KINDS
 from featurestore.errors import UserError, unknown_name
 from pipeline.datasets import demo, evaluation, folder, videollava, webdataset
 from pipeline.datasets.base import DatasetListing, DatasetSpec, ListingBuilder, Option, Rejected
 
+if TYPE_CHECKING:
+    from pipeline.config import ExtractConfig
+
 DATASETS: dict[str, DatasetSpec] = {
     spec.name: spec for spec in (demo.SPEC, videollava.SPEC, webdataset.SPEC, folder.SPEC, evaluation.SPEC)
 }
 
-__all__ = ["DATASETS", "DatasetListing", "DatasetSpec", "Option", "Rejected", "dataset_spec", "load_dataset"]
+__all__ = [
+    "DATASETS",
+    "DatasetListing",
+    "DatasetSpec",
+    "Option",
+    "Rejected",
+    "dataset_spec",
+    "list_clips",
+    "load_dataset",
+]
+
+
+def list_clips(config: ExtractConfig) -> DatasetListing:
+    """List the clips that an extraction is asked for; errors are those of `load_dataset`."""
+    narrowed = {"stage": config.stage, "kind": config.kind, "limit": config.limit}
+    return load_dataset(config.dataset, config.root, **narrowed, **config.options)
 
 
 def load_dataset(

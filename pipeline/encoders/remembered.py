@@ -21,6 +21,7 @@ from typing import Any
 
 from featurestore.digests import record_digest
 from featurestore.errors import UserError
+from featurestore.user_cache import user_cache
 from pipeline.encoders.base import EncoderSpec
 from pipeline.encoders.weights import parse_weights
 
@@ -30,7 +31,7 @@ _LIBRARIES = ("merv-pipeline", "torch", "transformers", "numpy")
 
 def memory_folder() -> Path:
     """Where digests are kept: one small file each, under the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "merv-pipeline" / "weights"
+    return user_cache() / "merv-pipeline" / "weights"
 
 
 def fingerprint(spec: EncoderSpec, weights: str) -> str | None:

@@ -1,1 +1,1 @@
-"""What becomes of a store that is there: changes explained, media refreshed, blocks reused, mended or tried again."""
+"""Commands on a store that is there: changes explained, media verified, blocks mended, the quarantine tried again."""

@@ -8,8 +8,9 @@ probe.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from typing import Any, Literal
 
 from featurestore.clips import KINDS, Clip
@@ -19,20 +20,16 @@ from featurestore.identity import FeatureIdentity
 from featurestore.journal import driver_runs
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
-from pipeline.config import EncoderSettings, ExtractConfig, read_config
-from pipeline.datasets import DatasetListing, load_dataset
+from pipeline.config import OF_ONE_RUN, EncoderSettings, ExtractConfig, read_config
+from pipeline.datasets import DatasetListing, list_clips
 from pipeline.decode.source import Source
 from pipeline.encoders.remembered import fingerprint, remember, remembered_sha256
-from pipeline.ledger import changed_versions
-from pipeline.upkeep.explain_costs import Cost, costs_of, probe_costs
-from pipeline.upkeep.stale import StaleMedia, stale_media
+from pipeline.ledger import changed_versions, settings_of
+from pipeline.resume.stale import StaleMedia, stale_media
+from pipeline.upkeep.explain_costs import Cost, Evidence, costs_of, probe_costs
 
 State = Literal["same", "changed", "new"]
 Say = Callable[[str], None]
-_OF_ONE_RUN = (
-    *("new_identity", "refresh", "retry_quarantine", "retry_reason", "reuse", "forecast", "dashboard"),
-    *("performance_report", "scheduler", "workers", "cluster"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,32 +85,25 @@ def explain(
     say: Say = lambda line: None,
 ) -> Explanation:
     """What `extract` would do with this config; `full` reads every medium, `probe` clips of each kind are encoded."""
-    store, writer = FeatureStore.open(path), StoreWriter.open(path)
-    runs = driver_runs(writer.objects)
+    store, media = FeatureStore.open(path), StaleMedia()
+    runs = store.runs()
     listing, problem = _listing(config)
-    wanted = {each.name: _wanted(each, store, runs, say) for each in config.encoder_settings}
-    identities = {name: identity for name, (identity, _) in wanted.items()}
-    same = {name: one for name, one in identities.items() if one.id in {s.id for s in store.encoders.values()}}
-    media = StaleMedia()
+    wanted = [_wanted(each, store, runs, say) for each in config.encoder_settings]
     if listing is not None:
         hooks = {"on_clips": on_clips, "on_clip": on_clip}
-        compared = same or store.encoders  # what is asked for as it is stored, else whatever is stored
-        media = stale_media(writer, listing.clips, listing.root, compared, full=full, **hooks)
-    clips = list(listing.clips) if listing else _stored_clips(store, config)
-    measured = probe_costs(config, listing, probe, say) if probe and listing else None
-    changes = [
-        _change(each, *wanted[each.name], store, runs, costs_of(store, runs, identity, clips, media, measured))
-        for each, identity in zip(config.encoder_settings, identities.values(), strict=True)
-    ]
-    asked = {identity.id for identity in identities.values()} | set(config.encoders)
+        media = stale_media(StoreWriter.open(path), listing, _compared(store, wanted), full=full, **hooks)
+    clips = listing.clips if listing else _stored_clips(store, config)
+    measured = probe_costs(config, listing, probe, say) if probe and listing else {}
+    evidence = Evidence(store=store, runs=runs, measured=measured)
+    changes = tuple(_change(one, evidence, clips, media) for one in wanted)
     return Explanation(
         store=str(path),
         snapshot=store.snapshot,
         dataset=config.dataset,
         root=listing and listing.root,
         settings=settings,
-        encoders=tuple(changes),
-        untouched=tuple(key for key, one in store.encoders.items() if not {one.id, one.encoder} & asked),
+        encoders=changes,
+        untouched=_untouched(store, config, wanted),
         other_datasets=_others(store, config.dataset),
         problem=problem,
         next=_next(changes, media, problem),
@@ -128,9 +118,8 @@ def explained_config(path: Place, config_file: str | None, given: Mapping[str, A
     mine = [run for run in runs if run["config"]["dataset"] == given.get("dataset")] or runs
     if config_file or not mine:
         return read_config(config_file, given), config_file or "`extract`, for the store has no journal of a run"
-    run, known = mine[-1], {setting.name for setting in fields(ExtractConfig)} - set(_OF_ONE_RUN)
-    base = {name: value for name, value in run["config"].items() if name in known}
-    base["grid"] = base.get("grid") or "raw"
+    run, known = mine[-1], {setting.name for setting in fields(ExtractConfig)}  # a newer version may have others
+    base = {name: value for name, value in settings_of(run, without=OF_ONE_RUN).items() if name in known}
     if given.get("dataset", base["dataset"]) != base["dataset"]:
         base |= dict.fromkeys(("stage", "kind", "limit", "root")) | {"options": {}}
     else:
@@ -141,19 +130,29 @@ def explained_config(path: Place, config_file: str | None, given: Mapping[str, A
 
 def _listing(config: ExtractConfig) -> tuple[DatasetListing | None, str]:
     try:
-        narrowed = {"stage": config.stage, "kind": config.kind, "limit": config.limit}
-        return load_dataset(config.dataset, config.root, **narrowed, **config.options), ""
+        return list_clips(config), ""
     except UserError as error:
         return None, str(error).splitlines()[0]
 
 
-def _wanted(
-    settings: EncoderSettings, store: FeatureStore, runs: list[dict[str, Any]], say: Say
-) -> tuple[FeatureIdentity, str]:
-    """An identity and how its weights' digest is known: remembered, else by loading, else as the store has it."""
+@dataclass(frozen=True, kw_only=True)
+class _Wanted:
+    """An encoder as the config asks for it."""
+
+    settings: EncoderSettings
+    weights_sha256: str
+    known: str  # how the digest is known: "remembered", "loaded", or "assumed"
+
+    @cached_property
+    def identity(self) -> FeatureIdentity:
+        return self.settings.identity(self.weights_sha256)
+
+
+def _wanted(settings: EncoderSettings, store: FeatureStore, runs: list[dict[str, Any]], say: Say) -> _Wanted:
+    """The digest of an encoder's weights is remembered, else learned by loading them, else as the store has it."""
     mark = fingerprint(settings.spec, settings.weights)
     if sha256 := remembered_sha256(mark):
-        return settings.identity(sha256), "remembered"
+        return _Wanted(settings=settings, weights_sha256=sha256, known="remembered")
     from pipeline.encoders import load_encoder  # torch
 
     say(f"loading {settings.name} to learn what its weights hash to; it is remembered then")
@@ -161,11 +160,11 @@ def _wanted(
         sha256 = load_encoder(settings.spec, settings.weights).weights_sha256
     except UserError:
         if sha256 := _as_stored(settings, store, runs):
-            return settings.identity(sha256), "assumed"
+            return _Wanted(settings=settings, weights_sha256=sha256, known="assumed")
         raise
     if mark == fingerprint(settings.spec, settings.weights):
         remember(mark, sha256)
-    return settings.identity(sha256), "loaded"
+    return _Wanted(settings=settings, weights_sha256=sha256, known="loaded")
 
 
 def _as_stored(settings: EncoderSettings, store: FeatureStore, runs: list[dict[str, Any]]) -> str | None:
@@ -179,29 +178,39 @@ def _as_stored(settings: EncoderSettings, store: FeatureStore, runs: list[dict[s
     return None
 
 
-def _change(
-    settings: EncoderSettings,
-    identity: FeatureIdentity,
-    how: str,
-    store: FeatureStore,
-    runs: list[dict[str, Any]],
-    costs: list[Cost],
-) -> EncoderChange:
-    stored = {key: one for key, one in store.encoders.items() if one.encoder == settings.name}
-    nearest = min(stored.values(), key=lambda one: len(one.changes(identity)), default=None)
-    changes = nearest.changes(identity) if nearest else {}
+def _compared(store: FeatureStore, wanted: Sequence[_Wanted]) -> dict[str, FeatureIdentity]:
+    """Encoders whose tokens the media are compared with: those stored as wanted, else whatever is stored."""
+    stored = {identity.id for identity in store.encoders.values()}
+    same = {one.settings.name: one.identity for one in wanted if one.identity.id in stored}
+    return same or store.encoders
+
+
+def _untouched(store: FeatureStore, config: ExtractConfig, wanted: Sequence[_Wanted]) -> tuple[str, ...]:
+    """Stored encoders that the config neither names nor has under the identity wanted."""
+    asked = {one.identity.id for one in wanted} | set(config.encoders)
+    return tuple(key for key, one in store.encoders.items() if not {one.id, one.encoder} & asked)
+
+
+def _change(one: _Wanted, evidence: Evidence, clips: Sequence[Clip], media: StaleMedia) -> EncoderChange:
+    """What the config means for one encoder: the fields that differ, what stays, what is to be computed."""
+    store, name, wanted = evidence.store, one.settings.name, one.identity
+    stored = {key: identity for key, identity in store.encoders.items() if identity.encoder == name}
+    nearest = min(stored.values(), key=lambda identity: len(identity.changes(wanted)), default=None)
+    changes = nearest.changes(wanted) if nearest else {}
     state: State = "new" if nearest is None else "changed" if changes else "same"
+    costs = costs_of(evidence, wanted, clips, media)
+    label = store.info()["groups"][nearest.group_name]["weights"] if nearest else None
     return EncoderChange(
-        encoder=settings.name,
+        encoder=name,
         state=state,
-        identity=identity.id,
-        stored=tuple(one.id for one in stored.values()),
-        weights=how,
-        labels=(store.info()["groups"][nearest.group_name]["weights"] if nearest else None, settings.weights),
+        identity=wanted.id,
+        stored=tuple(identity.id for identity in stored.values()),
+        weights=one.known,
+        labels=(label, one.settings.weights),
         fields=changes,
-        stays=tuple(_stays(store, stored, nearest, identity, changes, sum(cost.stale for cost in costs))),
+        stays=tuple(_stays(store, stored, nearest, wanted, changes, sum(cost.stale for cost in costs))),
         costs=tuple(costs),
-        versions=changed_versions(runs, nearest.group_name) if nearest else {},
+        versions=changed_versions(evidence.runs, nearest.group_name) if nearest else {},
     )
 
 
@@ -213,7 +222,7 @@ def _stays(
     changes: Mapping[str, Any],
     num_stale: int,
 ) -> list[str]:
-    """What is true of the tokens that are there, once the change is made; nothing is claimed that cannot be had."""
+    """Which stored tokens stay valid after the change; only what is certain."""
     if nearest is None:
         return []
     held = {key: sum(store.clips[key].to_pylist()) for key in stored}
@@ -290,7 +299,7 @@ def _is_there(root: str, clip: Clip) -> bool:
         return False
 
 
-def _next(changes: list[EncoderChange], media: StaleMedia, problem: str) -> tuple[str, ...]:
+def _next(changes: Sequence[EncoderChange], media: StaleMedia, problem: str) -> tuple[str, ...]:
     """The commands that would bring the store up to the settings."""
     words = []
     missing = any(cost.missing for change in changes if change.state != "changed" for cost in change.costs)

@@ -16,12 +16,12 @@ import pyarrow.compute as pc
 
 from featurestore.clips import KINDS, Clip
 from featurestore.identity import FeatureIdentity
+from featurestore.metadata import clip_bytes
 from featurestore.store import FeatureStore
 from pipeline.config import ExtractConfig
 from pipeline.datasets import DatasetListing
-from pipeline.extract import clip_bytes
 from pipeline.ledger import past_rate
-from pipeline.upkeep.stale import StaleMedia
+from pipeline.resume.stale import StaleMedia
 from pipeline.worker_reports import ProbeRecord
 
 
@@ -46,15 +46,18 @@ class Cost:
 Measured = Mapping[str, Sequence[ProbeRecord]]  # kind -> probed clips
 
 
-def costs_of(
-    store: FeatureStore,
-    runs: Sequence[Mapping[str, Any]],
-    identity: FeatureIdentity,
-    clips: Sequence[Clip],
-    media: StaleMedia,
-    measured: Measured | None,
-) -> list[Cost]:
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What prices are taken from."""
+
+    store: FeatureStore
+    runs: Sequence[Mapping[str, Any]]  # of the store, oldest first
+    measured: Measured  # empty without a probe
+
+
+def costs_of(evidence: Evidence, identity: FeatureIdentity, clips: Sequence[Clip], media: StaleMedia) -> list[Cost]:
     """A row for each kind of which something is to be computed."""
+    store = evidence.store
     key = next((key for key, stored in store.encoders.items() if stored.id == identity.id), None)
     removed = {clip for stone in store.tombstones.values() for clip in stone.clips}
     held = set(store.clips.filter(store.clips[key])["clip_id"].to_pylist()) if key else set()
@@ -69,7 +72,7 @@ def costs_of(
         missing, again, waiting = ids - held - failed, ids & stale, ids & failed
         if missing or again or waiting:
             counts = {"missing": len(missing), "stale": len(again), "quarantined": len(waiting)}
-            found.append(_priced(store, runs, identity, kind, counts, measured))
+            found.append(_priced(evidence, identity, kind, counts))
     return found
 
 
@@ -86,18 +89,12 @@ def probe_costs(config: ExtractConfig, listing: DatasetListing, probe: int, say:
         return probe_workers(client, config, listing.root, chosen, workers=1, on_report=report).clips
 
 
-def _priced(
-    store: FeatureStore,
-    runs: Sequence[Mapping[str, Any]],
-    identity: FeatureIdentity,
-    kind: str,
-    counts: dict[str, int],
-    measured: Measured | None,
-) -> Cost:
+def _priced(evidence: Evidence, identity: FeatureIdentity, kind: str, counts: dict[str, int]) -> Cost:
+    """Counted clips of one kind, with the bytes and seconds that they would take."""
     clips = counts["missing"] + counts["stale"]
-    probed = [clip for clip in (measured or {}).get(kind, ()) if identity.encoder in clip.encoders]
-    per_clip, bytes_from = _bytes_per_clip(store, identity, kind, probed)
-    seconds, seconds_from = _seconds_per_clip(store, runs, identity, kind, probed)
+    probed = [clip for clip in evidence.measured.get(kind, ()) if identity.encoder in clip.encoders]
+    per_clip, bytes_from = _bytes_per_clip(evidence.store, identity, kind, probed)
+    seconds, seconds_from = _seconds_per_clip(evidence, identity, kind, probed)
     return Cost(
         kind=kind,
         **counts,
@@ -109,17 +106,14 @@ def _priced(
 
 
 def _seconds_per_clip(
-    store: FeatureStore,
-    runs: Sequence[Mapping[str, Any]],
-    identity: FeatureIdentity,
-    kind: str,
-    probed: Sequence[ProbeRecord],
+    evidence: Evidence, identity: FeatureIdentity, kind: str, probed: Sequence[ProbeRecord]
 ) -> tuple[float | None, str]:
+    """Seconds of one worker, and where they are from: the probe, else the store's own runs."""
     if probed:
         each = [_share(clip, identity.encoder) for clip in probed]
         return statistics.fmean(each), f"a probe of {len(each)} clips"
-    stored = {one.group_name: one for one in store.encoders.values()}
-    rate = past_rate(runs, stored, identity, kind)
+    stored = {one.group_name: one for one in evidence.store.encoders.values()}
+    rate = past_rate(evidence.runs, stored, identity, kind)
     if rate is None:
         return None, "no run of this store computed it: give --probe 4"
     return rate.seconds, rate.source

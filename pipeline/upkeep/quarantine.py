@@ -1,7 +1,7 @@
 """The quarantine as data: which clips failed and why, and trying some of them again.
 
-A retry is an extraction: the store's journal tells with what settings its clips were encoded, each failed encoder's
-newest run is repeated for the clips that failed, and they get new rows. Rows that failed stay as they are.
+A retry is an extraction. The store's journal tells with which settings its clips were encoded; of each encoder that
+failed, the newest run is repeated for the clips that failed. They get new rows; rows that failed stay as they are.
 """
 
 from __future__ import annotations
@@ -14,22 +14,13 @@ from featurestore.find import Place
 from featurestore.journal import driver_runs
 from featurestore.places.by_url import open_objects
 from featurestore.store import FeatureStore
-from pipeline.config import ExtractConfig, read_config
+from pipeline.config import OF_ONE_RUN, ExtractConfig, read_config
+from pipeline.ledger import settings_of
 from pipeline.summary import ExtractSummary
 
-_OF_ONE_RUN = (
-    "stage",
-    "kind",
-    "limit",
-    "samples",
-    "accept_damaged",
-    "new_identity",
-    "refresh",
-    "forecast",
-    "dashboard",
-    "performance_report",
-    "scheduler",
-)
+# A retry lists the whole dataset, for the quarantine names its clips; samples stay as they are; damage is judged anew.
+_CHOSEN_ANEW = frozenset(("stage", "kind", "limit", "samples", "accept_damaged"))
+_KEPT = frozenset(("reuse",))  # the other store may have tokens of media that cannot be decoded here
 
 
 def quarantined(path: Place, *, encoder: str | None = None, reason: str | None = None) -> list[dict[str, Any]]:
@@ -93,8 +84,7 @@ def _newest_run(runs: list[dict[str, Any]], dataset: str, group: str) -> int:
 def _config(
     path: Place, run: Mapping[str, Any], encoders: set[str], reason: str | None, overrides: Mapping[str, Any]
 ) -> ExtractConfig:
-    settings = {name: value for name, value in run["config"].items() if name not in _OF_ONE_RUN}
-    settings["grid"] = settings["grid"] or "raw"
+    settings = settings_of(run, without=(OF_ONE_RUN | _CHOSEN_ANEW) - _KEPT)
     settings |= {"root": run["root"], "store": str(path), "samples": False}
     settings |= {"encoders": [name for name in settings["encoders"] if name in encoders]}
     settings |= {"retry_quarantine": True, "retry_reason": reason}

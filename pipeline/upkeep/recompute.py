@@ -32,6 +32,7 @@ from featurestore.receipts import Receipt
 from featurestore.writer import StoreWriter
 from pipeline.certify.parity import made_again
 from pipeline.config import ExtractConfig, read_config
+from pipeline.ledger import settings_of
 
 
 class Recompute:
@@ -76,11 +77,8 @@ class Recompute:
         return made_again(open_objects(self._path), kind, identity, weights, device).to_bytes()
 
     def _config(self, run: Mapping[str, Any]) -> ExtractConfig:
-        settings = dict(run["config"])
-        if settings.get("grid") is None:
-            settings["grid"] = "raw"
         given = {name: value for name, value in self._overrides.items() if value is not None}
-        return read_config(None, settings | given)
+        return read_config(None, settings_of(run) | given)
 
 
 def _wrote_to(run: Mapping[str, Any], group: str) -> bool:

@@ -17,6 +17,7 @@ from featurestore.metadata import (
     MAX_CHUNK_BYTES,
     ArraySpec,
     array_specs,
+    clip_bytes,
     load_json,
     parse_array,
     parse_root,
@@ -140,6 +141,13 @@ def test_a_group_holds_tokens_last_and_what_its_storage_needs(make):
 def test_a_still_stores_one_period(make):
     specs = array_specs(make.identity(), "image", blocks=1, block_rows=4)
     assert specs["tokens"].row_shape == (2, 2, 2, 8)
+
+
+def test_a_clip_takes_the_bytes_of_its_row_in_every_array(make):
+    assert clip_bytes(make.identity(), "video") == 4 * 2 * 2 * 8 * 2
+    assert clip_bytes(make.identity(), "image") == 2 * 2 * 2 * 8 * 2
+    quantised = make.identity(prefix_tokens=5, storage_dtype="uint8")  # prefix tokens stay float16, two float32 scales
+    assert clip_bytes(quantised, "video") == 4 * 2 * 2 * 8 + 4 * 5 * 8 * 2 + 2 * 8 * 4
 
 
 def test_unknown_codecs_are_listed():

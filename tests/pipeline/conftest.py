@@ -135,28 +135,25 @@ class Lab:
 
     def plan(self, **changes):
         """What a run does before its first block: (encoders, listing, blocks, tasks); rows are given out."""
-        from featurestore.writer import StoreWriter
         from jobs.clusters import ClusterRequest, connect
-        from pipeline.datasets import load_dataset
+        from pipeline.datasets import list_clips
         from pipeline.describe import describe
-        from pipeline.extract import _register, _tasks
-        from pipeline.plan import plan_blocks
+        from pipeline.extract import Extraction
         from pipeline.summary import ExtractSummary
-        from pipeline.upkeep.second_try import clips_to_retry
 
         config = self.config(**changes)
-        listing = load_dataset(config.dataset, config.root, kind=config.kind, limit=config.limit)
-        with connect(ClusterRequest()) as client:
-            encoders = describe(client, config)
-            identities = {name: encoder.identity for name, encoder in encoders.items()}
-            store = StoreWriter.open_or_create(config.store_path, block_rows=dict(config.block_rows))
-            _register(store, config, listing, encoders)
+        listing = list_clips(config)
+        summary = ExtractSummary.begin(config, listing)
+        with (
+            connect(ClusterRequest()) as client,
+            Extraction.begin(config, listing, describe(client, config), summary) as extraction,
+        ):
+            extraction.register()
             if config.retry_quarantine:
-                summary = ExtractSummary(store=str(config.store_path), run="test")
-                store.add_clips(clips_to_retry(client, store, config, listing, identities, summary, print), retry=True)
-        blocks = plan_blocks(store, identities, clip_ids={clip.clip_id for clip in listing.clips})
-        tasks = [task.arguments[0] for task in _tasks(config, listing, encoders, blocks, "test")]
-        return encoders, listing, blocks, tasks
+                extraction.retry_quarantine(client)
+            blocks = extraction.plan()
+            tasks = [task.arguments[0] for task in extraction.tasks(blocks)]
+        return extraction.encoders, listing, blocks, tasks
 
     def copy_of_root(self, name: str = "media") -> Path:
         """A copy of the media that a test may spoil; the lab reads it from now on."""

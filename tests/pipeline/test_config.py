@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 
 import click
 import pytest
 
 from featurestore.errors import UserError
 from pipeline.commands.options import config_from_options
-from pipeline.config import DECODER_NAMES, DEFAULT_BATCH, ExtractConfig, default_batch, read_config
+from pipeline.config import DECODER_NAMES, DEFAULT_BATCH, OF_ONE_RUN, ExtractConfig, default_batch, read_config
 
 
 def test_defaults_are_the_published_four_encoders_on_the_published_grid():
@@ -17,6 +18,10 @@ def test_defaults_are_the_published_four_encoders_on_the_published_grid():
     assert config.encoders == ("languagebind", "dinov2", "vivit", "siglip")
     assert (config.grid, config.compute_dtype, config.storage_dtype) == ((16, 8, 8), "bfloat16", "float16")
     assert str(config.store_path) == "features/videollava.zarr"
+
+
+def test_what_is_left_out_of_a_repeated_run_are_settings():
+    assert {setting.name for setting in fields(ExtractConfig)} >= OF_ONE_RUN
 
 
 def test_what_is_given_on_the_command_line_wins_over_the_file(tmp_path):

@@ -13,7 +13,8 @@ import zarr
 from featurestore import FeatureStore, verify_store
 from featurestore.errors import IdentityConflictError, RunStoppedError, UserError
 from pipeline.block import extract_block
-from pipeline.extract import _check_space
+from pipeline.extract import Extraction
+from pipeline.summary import ExtractSummary
 
 TWO = ("languagebind", "siglip")
 
@@ -237,12 +238,16 @@ def test_annotations_stay_out_of_the_store_where_a_licence_forbids_them(lab):
 
 
 def test_a_store_that_would_not_fit_the_disk_is_refused_before_the_first_block(lab):
-    config = lab.config(encoders=("siglip",), kind="video", limit=1)
-    encoders, _, (block,), _ = lab.plan(encoders=("siglip",), kind="video", limit=1)
+    changes = {"encoders": ("siglip",), "kind": "video", "limit": 1}
+    config = lab.config(**changes)
+    encoders, listing, (block,), _ = lab.plan(**changes)
     far_more = replace(block, wanted={"siglip": range(10**12)})  # 4,608 bytes each
-    with pytest.raises(RunStoppedError, match=r"the run needs about 4608000.0 GB and .* GB free; choose another disk"):
-        _check_space(config, [far_more], encoders)
-    _check_space(config, [block], encoders)
+    with Extraction.begin(config, listing, encoders, ExtractSummary.begin(config, listing)) as extraction:
+        with pytest.raises(
+            RunStoppedError, match=r"the run needs about 4608000.0 GB and .* GB free; choose another disk"
+        ):
+            extraction.check_space([far_more])
+        extraction.check_space([block])
 
 
 def test_stored_tokens_are_whole_shards_that_plain_zarr_reads(extracted):

@@ -192,11 +192,13 @@ def test_a_retry_asks_for_no_forecast_and_overwrites_no_report_of_the_run_that_f
     (name,) = (name for name, _ in FeatureStore.open(store).journal() if name.endswith("-driver"))
     record = dict(FeatureStore.open(store).journal(name))[name]
     files = {"forecast": "gone/plan.json", "performance_report": "theirs.html"}
-    later = {"started": record["started"] + 1, "config": record["config"] | files}
+    place = {"scheduler": "slurm", "workers": 64, "cluster": {"gpus": 8}, "reuse": "theirs.zarr"}
+    later = {"started": record["started"] + 1, "config": record["config"] | files | place}
     StoreWriter.open(store).journal("later-driver", record | later)
     failed = {"clip_id": FeatureStore.open(store).clips["clip_id"][0].as_py(), "encoder": "siglip"}
     (config,) = retry_configs(store, [failed], None, {})
     assert (config.forecast, config.performance_report) == (None, None)
+    assert (config.scheduler, config.workers, config.cluster, config.reuse) == ("local", 0, {}, "theirs.zarr")
 
 
 def test_a_table_prints_a_strangers_brackets_as_they_are(capsys):

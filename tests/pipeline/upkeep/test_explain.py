@@ -115,8 +115,8 @@ def test_weights_that_are_not_here_are_taken_for_the_stored_ones_only_where_a_ru
     store = FeatureStore.open(extracted.store)
     stored, settings = store.encoders["siglip"], replace(extracted.config(**ONE).encoder_settings[0], weights="/gone")
     run = {"config": {"weights": {"": "/gone"}}, "encoders": {"siglip": {"group": stored.group_name}}}
-    identity, how = _wanted(settings, store, [run], lambda line: None)
-    assert (identity.id, how) == (stored.id, "assumed")
+    wanted = _wanted(settings, store, [run], lambda line: None)
+    assert (wanted.identity.id, wanted.known) == (stored.id, "assumed")
     with pytest.raises(UserError, match="no folder of weights at '/gone'"):
         _wanted(settings, store, [], lambda line: None)
 

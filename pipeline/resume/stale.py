@@ -1,9 +1,9 @@
 """Stale tokens: those whose media are no longer the bytes that they were made from.
 
-Comes in: a store, clips of one root, and the encoders asked about. Goes out: which clips changed, by encoder. Receipts
-hold the sha256 of what each row was made from; the newest committed row of a clip counts. Files are read as little as
-can be: a clip whose files were last touched before the run that made its tokens is as it was (`quick`), and of the
-others the digest is remembered from the last time (`media_memory.py`). `full` reads every file.
+Comes in: a store, a listing, and the encoders asked about. Goes out: which clips changed, by encoder. Receipts hold the
+sha256 of what each row was made from; the newest committed row of a clip counts. As few files are read as possible. A
+clip whose files were last touched before the run that made its tokens is unchanged (`quick`); the digests of the others
+are remembered from the last time (`media_memory.py`). `full` reads every file.
 
 What quick cannot see: a file exchanged on a file system whose clock was set back, and bits that rotted under an old
 date.
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -31,11 +31,12 @@ from featurestore.snapshot_table import column
 from featurestore.snapshots import load_snapshot, newest_snapshot_id, read_snapshot_table
 from featurestore.tombstones import tombstoned_clips
 from featurestore.writer import StoreWriter
+from pipeline.datasets import DatasetListing
 from pipeline.decode.source import Source
 from pipeline.media_memory import MediaMemory, media_memory, newest_touch_s
 
 CLOCK_SLACK_S = 60.0  # by which a file server's clock may be behind the driver's
-MAX_RECEIPTS = 256  # kept at hand
+MAX_RECEIPTS = 256  # kept in memory
 PORTION = 500  # clips that a thread looks at before it takes the next ones
 
 
@@ -55,21 +56,34 @@ class StaleMedia:
         return frozenset().union(*self.changed.values())
 
 
+class _Rows(NamedTuple):
+    """The newest rows of a clip for one encoder."""
+
+    ok: int  # of its tokens
+    failed: int  # that failed, -1 for none
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Stored:
-    """The newest rows of a clip: encoder -> (row of its tokens, newest row that failed or -1)."""
+    """A clip with tokens, and by encoder where they are."""
 
     clip: Clip
-    rows: Mapping[str, tuple[int, int]]
+    rows: Mapping[str, _Rows]
 
 
-_Looked = tuple[_Stored, Source | None, int]  # what is to be compared, None if nothing is; bytes to read, -1: gone
+@dataclass(frozen=True, kw_only=True, slots=True)  # there may be a million of them
+class _Look:
+    """What a look at a clip's media says, before any of them is read."""
+
+    stored: _Stored
+    state: Literal["untouched", "touched", "gone"]
+    source: Source | None = None  # of touched media: what to compare
+    num_bytes: int = 0  # to be read for that; 0 where their digest is remembered
 
 
 def stale_media(
     store: StoreWriter,
-    clips: Iterable[Clip],
-    root: str,
+    listing: DatasetListing,
     identities: Mapping[str, FeatureIdentity],
     *,
     full: bool = False,
@@ -78,40 +92,90 @@ def stale_media(
     on_clip: Callable[[], None] = lambda: None,
     on_compare: Callable[[int, int], None] = lambda clips, num_bytes: None,
 ) -> StaleMedia:
-    """Which clips' tokens, at the newest snapshot, were made from other bytes than lie under the root now.
+    """Which listed clips' tokens, at the newest snapshot, were made from other bytes than their media hold now.
 
     `on_compare` is told how many clips' media, and how many bytes of them, are read for that.
     """
-    stored, started = _stored(store, clips, identities), _Started(store)
+    stored = _stored(store, listing.clips, identities)
     on_clips(len(stored))
     with media_memory() as memory, ThreadPoolExecutor(4) as pool:
-
-        def look(some: Sequence[_Stored]) -> list[_Looked]:
-            found = [(each, *_look(each, root, memory, 0.0 if full else started.before(each), full)) for each in some]
-            for _, source, _ in found:
-                if source is None:
-                    on_clip()
-            return found
-
-        def compare(entry: _Looked) -> str | None:
-            sha256 = _sha256(entry[1], memory, full)
-            on_clip()
-            return sha256
-
-        portions = [stored[first : first + PORTION] for first in range(0, len(stored), PORTION)]
-        looked = [entry for found in pool.map(look, portions) for entry in found]
-        to_read, left = _within([entry for entry in looked if entry[1] is not None], budget_bytes)
-        on_compare(len(to_read), sum(size for _, _, size in to_read))
-        digests = dict(zip((each for each, _, _ in to_read), pool.map(compare, to_read), strict=True))
+        media = _Media(root=listing.root, memory=memory, runs=_Runs(store), full=full, on_clip=on_clip)
+        looks = [look for portion in pool.map(media.look_at_all, _portions(stored)) for look in portion]
+        to_read, left = _within([look for look in looks if look.state == "touched"], budget_bytes)
+        on_compare(len(to_read), sum(look.num_bytes for look in to_read))
+        digests = dict(zip((look.stored for look in to_read), pool.map(media.sha256, to_read), strict=True))
     changed, failed = _judged(digests, _Receipts(store, identities))
+    gone = [look.stored for look in looks if look.state == "gone"]
+    unreadable = [each for each, sha256 in digests.items() if sha256 is None]
     return StaleMedia(
         looked_at=len(stored),
         changed=changed,
         failed=failed,
-        not_compared=frozenset(each.clip.clip_id for each, _, _ in left),
-        gone=frozenset(each.clip.clip_id for each, source, size in looked if source is None and size < 0)
-        | {each.clip.clip_id for each, sha256 in digests.items() if sha256 is None},
+        not_compared=_clip_ids(look.stored for look in left),
+        gone=_clip_ids([*gone, *unreadable]),
     )
+
+
+def _portions(stored: Sequence[_Stored]) -> list[Sequence[_Stored]]:
+    return [stored[first : first + PORTION] for first in range(0, len(stored), PORTION)]
+
+
+def _clip_ids(stored: Iterable[_Stored]) -> frozenset[str]:
+    return frozenset(each.clip.clip_id for each in stored)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Media:
+    """The media under a root, looked at from several threads."""
+
+    root: str
+    memory: MediaMemory
+    runs: _Runs
+    full: bool  # take no date and no remembered digest for an answer
+    on_clip: Callable[[], None]  # called once for each clip that is done with
+
+    def look_at_all(self, some: Iterable[_Stored]) -> list[_Look]:
+        """A look at each of the clips; those whose media need no reading are done with."""
+        looks = [self.look_at(each) for each in some]
+        for look in looks:
+            if look.state != "touched":
+                self.on_clip()
+        return looks
+
+    def look_at(self, each: _Stored) -> _Look:
+        """By the dates of the files, one system call or two for most of them; with `full`, all count as touched."""
+        path, since = each.clip.path, 0.0 if self.full else self.runs.began(each)
+        touch_s = None if self.full else _file_touch_s(self.root, path)
+        if touch_s is not None and touch_s < since:
+            return _Look(stored=each, state="untouched")
+        try:
+            source = Source.find(self.root, path)
+            if not self.full and touch_s is None and newest_touch_s(source) < since:
+                return _Look(stored=each, state="untouched")
+            is_known = not self.full and self.memory.known(source)
+            return _Look(stored=each, state="touched", source=source, num_bytes=0 if is_known else source.num_bytes)
+        except (MediaError, OSError):
+            return _Look(stored=each, state="gone")
+
+    def sha256(self, look: _Look) -> str | None:
+        """Of touched media; None where they cannot be read after all."""
+        try:
+            return self.memory.sha256(look.source, anew=self.full)
+        except (MervCacheError, OSError):
+            return None
+        finally:
+            self.on_clip()
+
+
+def _within(looks: list[_Look], budget_bytes: int | None) -> tuple[list[_Look], list[_Look]]:
+    """Those whose bytes fit the budget together, the small ones first, and the others."""
+    if budget_bytes is None:
+        return looks, []
+    taken, left, total = [], [], 0
+    for look in sorted(looks, key=lambda look: look.num_bytes):
+        total += look.num_bytes
+        (taken if total <= budget_bytes else left).append(look)
+    return taken, left
 
 
 def _judged(
@@ -121,10 +185,10 @@ def _judged(
     changed: dict[str, set[str]] = {}
     failed = set()
     for each, sha256 in digests.items():
-        for name, (row, failed_row) in each.rows.items() if sha256 else ():
-            if receipts.outcome(each.clip.kind, name, row).media_sha256 in (None, sha256):
+        for name, rows in each.rows.items() if sha256 else ():
+            if receipts.outcome(each.clip.kind, name, rows.ok).media_sha256 in (None, sha256):
                 continue
-            if failed_row > row and receipts.outcome(each.clip.kind, name, failed_row).media_sha256 == sha256:
+            if rows.failed > rows.ok and receipts.outcome(each.clip.kind, name, rows.failed).media_sha256 == sha256:
                 failed.add(each.clip.clip_id)
             else:
                 changed.setdefault(name, set()).add(each.clip.clip_id)
@@ -137,7 +201,7 @@ def _stored(store: StoreWriter, clips: Iterable[Clip], identities: Mapping[str, 
     if newest is None:
         return []
     record = load_snapshot(store.objects, newest)
-    held = {name for names in record.groups for name in [names.split("/")[1]]}
+    held = {group.split("/")[1] for group in record.groups}  # KIND/GROUP
     groups = {name: identity.group_name for name, identity in identities.items() if identity.group_name in held}
     names = [column(group, suffix) for group in groups.values() for suffix in ("row", "failed_row")]
     table = read_snapshot_table(store.objects, record, ["clip_id", *names])
@@ -151,12 +215,12 @@ def _stored(store: StoreWriter, clips: Iterable[Clip], identities: Mapping[str, 
         line = lines.get(clip.clip_id)
         if line is None or clip.clip_id in removed:
             continue
-        if mine := {name: (ok[line], bad[line]) for name, (ok, bad) in rows.items() if ok[line] >= 0}:
+        if mine := {name: _Rows(ok[line], failed[line]) for name, (ok, failed) in rows.items() if ok[line] >= 0}:
             found.append(_Stored(clip=clip, rows=mine))
     return found
 
 
-class _Started:
+class _Runs:
     """When the run that made a row began, as far as the store's journal tells."""
 
     def __init__(self, store: StoreWriter) -> None:
@@ -174,10 +238,10 @@ class _Started:
                     first[begin:stop] = np.minimum(first[begin:stop], run["started"])
             self._first[kind] = np.where(np.isinf(first), self._unknown, first)
 
-    def before(self, each: _Stored) -> float:
-        """Unix seconds: files older than this are those that every token of the clip was made from."""
+    def began(self, each: _Stored) -> float:
+        """Unix time before which an unmodified file is certain to be what all of the clip's tokens were made from."""
         first = self._first[each.clip.kind]
-        blocks = [row // self._block_rows[each.clip.kind] for row, _ in each.rows.values()]
+        blocks = [rows.ok // self._block_rows[each.clip.kind] for rows in each.rows.values()]
         return min(float(first[b]) if b < len(first) else self._unknown for b in blocks) - CLOCK_SLACK_S
 
 
@@ -202,20 +266,6 @@ class _Receipts:
         return self._receipt(kind, self._identities[encoder].group_name, row // size).rows[row % size]
 
 
-def _look(each: _Stored, root: str, memory: MediaMemory, since: float, full: bool) -> tuple[Source | None, int]:
-    """(what to compare, bytes to read for it); (None, 0) where the media are as they were, (None, -1) if gone."""
-    touch_s = None if full else _file_touch_s(root, each.clip.path)
-    if touch_s is not None and touch_s < since:
-        return None, 0
-    try:
-        source = Source.find(root, each.clip.path)
-        if not full and touch_s is None and newest_touch_s(source) < since:
-            return None, 0
-        return source, 0 if not full and memory.known(source) else source.num_bytes
-    except (MediaError, OSError):
-        return None, -1
-
-
 def _file_touch_s(root: str, path: str) -> float | None:
     """`newest_touch_s` of a file, or of the link to one, with one system call or two: a million clips are looked at."""
     try:
@@ -228,22 +278,3 @@ def _file_touch_s(root: str, path: str) -> float | None:
     if not stat.S_ISREG(found[-1].st_mode):
         return None
     return max(max(status.st_mtime, status.st_ctime) for status in found)
-
-
-def _within(found: list, budget_bytes: int | None) -> tuple[list, list]:
-    """Entries whose bytes fit the budget together, the small ones first, and the others."""
-    if budget_bytes is None:
-        return found, []
-    taken, left, total = [], [], 0
-    for entry in sorted(found, key=lambda entry: entry[2]):
-        total += entry[2]
-        (taken if total <= budget_bytes else left).append(entry)
-    return taken, left
-
-
-def _sha256(source: Source, memory: MediaMemory, full: bool) -> str | None:
-    """None where it cannot be read after all."""
-    try:
-        return memory.sha256(source, anew=full)
-    except (MervCacheError, OSError):
-        return None

@@ -11,8 +11,8 @@ from featurestore.journal import driver_runs
 from featurestore.writer import StoreWriter
 from pipeline.decode.source import Source
 from pipeline.media_memory import media_memory, newest_touch_s
+from pipeline.resume.stale import CLOCK_SLACK_S, _file_touch_s, _Rows, _Runs, _Stored
 from pipeline.summary import ExtractSummary
-from pipeline.upkeep.stale import CLOCK_SLACK_S, _file_touch_s, _Started, _Stored
 from pipeline.worker_reports import BlockReport, EncoderWork
 
 ROWS = 4
@@ -36,8 +36,8 @@ def run_of(started: float) -> dict:
 
 def suspect_from(store: StoreWriter, *rows: int) -> float:
     clip = Clip(dataset="d", path="0.mp4", kind="video")
-    rows_by_encoder = {f"e{n}": (row, -1) for n, row in enumerate(rows)}
-    return _Started(store).before(_Stored(clip=clip, rows=rows_by_encoder)) + CLOCK_SLACK_S
+    rows_by_encoder = {f"e{n}": _Rows(row, -1) for n, row in enumerate(rows)}
+    return _Runs(store).began(_Stored(clip=clip, rows=rows_by_encoder)) + CLOCK_SLACK_S
 
 
 def test_a_clip_is_as_old_as_the_earliest_run_of_its_blocks(store):

@@ -13,46 +13,37 @@ from featurestore.clips import KINDS
 from featurestore.identity import FeatureIdentity
 from featurestore.lookup import encoder_keys
 from featurestore.writer import StoreWriter
-from pipeline.config import ExtractConfig
 from pipeline.datasets import DatasetListing
 from pipeline.plan import plan_blocks
-from pipeline.summary import ExtractSummary
-from pipeline.upkeep.stale import StaleMedia, stale_media
+from pipeline.resume.stale import StaleMedia, stale_media
 
 UNASKED_BYTES = 2 << 30  # of touched media that an extraction reads to compare them, a few seconds' worth
 TOLD_BYTES = 1 << 30  # from here on a person may wonder what takes so long
 
-Stale = Mapping[str, frozenset[str]]  # encoder -> clips
-
 
 def look_at_media(
     store: StoreWriter,
-    config: ExtractConfig,
     listing: DatasetListing,
     identities: Mapping[str, FeatureIdentity],
-    summary: ExtractSummary,
+    *,
+    refresh: bool,
     say: Callable[[str], None],
-) -> Stale:
-    """Count and tell what changed; with `--refresh`, give it new rows and return it: clips to compute, by encoder."""
-    if config.refresh:
+) -> StaleMedia:
+    """What changed since its tokens were made, told to `say`; with `refresh`, changed clips have new rows after it."""
+    if refresh:
         store.publish_snapshot()  # what a run that was cut short has refreshed is not to be given rows again
-    budget = None if config.refresh else UNASKED_BYTES
 
     def comparing(clips: int, num_bytes: int) -> None:
         if num_bytes > TOLD_BYTES:
             say(f"comparing {clips} media that were touched since: {num_bytes / 1e9:.1f} GB to read, once")
 
-    clips = listing.clips
-    found = stale_media(store, clips, listing.root, identities, budget_bytes=budget, on_compare=comparing)
-    summary.not_compared = len(found.not_compared)
-    if config.refresh:
-        summary.refreshed = len(found.clips)
+    budget = None if refresh else UNASKED_BYTES
+    found = stale_media(store, listing, identities, budget_bytes=budget, on_compare=comparing)
+    if refresh:
         _give_rows(store, listing, identities, found)
-    else:
-        summary.changed = len(found.clips)
-    for line in _told(found, config):
+    for line in _told(found, refresh):
         say(line)
-    return found.changed if config.refresh else {}
+    return found
 
 
 def _give_rows(
@@ -85,9 +76,10 @@ def told_identities(store: StoreWriter, identities: Mapping[str, FeatureIdentity
     return lines
 
 
-def _told(found: StaleMedia, config: ExtractConfig) -> list[str]:
+def _told(found: StaleMedia, refresh: bool) -> list[str]:
+    """A line for each thing that became of the media; none where nothing did."""
     lines = []
-    if found.clips and config.refresh:
+    if found.clips and refresh:
         lines.append(f"{_clips(found.clips)} other media than their tokens were made from: computed again")
     elif found.clips:
         lines.append(

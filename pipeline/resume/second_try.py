@@ -1,13 +1,14 @@
 """Quarantined clips that are worth new rows.
 
-A retry's rows come in whole blocks and stay, whatever comes of them. So clips whose media are to blame are decoded once
-on a worker before rows are given out: those that fail for the very reason that stands in the store stay as they are,
-and nothing is written of them. What one encoder is to blame for shows only when it encodes.
+A retry's rows come in whole blocks and stay, whatever comes of them. So clips whose media failed are first decoded once
+on a worker. Those that fail for the same reason as before get no rows, and nothing is written of them. Whether a clip
+that one encoder failed on does better shows only when it is encoded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from featurestore.clips import Clip
@@ -20,12 +21,19 @@ from pipeline.datasets import DatasetListing
 from pipeline.decode.ahead import decode_ahead
 from pipeline.describe import on_a_worker
 from pipeline.plan import plan_blocks
-from pipeline.summary import ExtractSummary
 
 if TYPE_CHECKING:
     from distributed import Client
 
 Reasons = dict[str, set[tuple[str, str]]]  # clip id -> (scope, reason) of its failures
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecondTry:
+    """What is to become of the clips that failed."""
+
+    clips: tuple[Clip, ...]  # these may do better now: they get new rows
+    unchanged: int = 0  # so many fail as before: nothing is written of them
 
 
 def clips_to_retry(
@@ -34,23 +42,18 @@ def clips_to_retry(
     config: ExtractConfig,
     listing: DatasetListing,
     identities: Mapping[str, FeatureIdentity],
-    summary: ExtractSummary,
-    say: Callable[[str], None],
-) -> list[Clip]:
-    """Listed clips that failed with any of the encoders and may do better now; `summary` counts the others."""
+) -> SecondTry:
+    """Of the listed clips that failed with any of the encoders, those that may do better now."""
     failed = _failed(store, config, identities)
-    clips = [clip for clip in listing.clips if clip.clip_id in failed]
+    clips = tuple(clip for clip in listing.clips if clip.clip_id in failed)
     suspects = [clip for clip in clips if {scope for scope, _ in failed[clip.clip_id]} == {"clip"}]
     if not suspects or config.reuse:  # another store may have tokens of media that cannot be decoded here
-        return clips
+        return SecondTry(clips=clips)
     found = on_a_worker(
         client, config, try_decoding, config.engine_settings, str(listing.root), suspects, config.accept_damaged
     )
     same = {clip_id for clip_id, reason in found.items() if failed[clip_id] == {("clip", reason)}}
-    if same:
-        summary.unchanged = len(same)
-        say(f"{len(same)} of {len(clips)} quarantined clips fail as before: they stay as they are, nothing is written")
-    return [clip for clip in clips if clip.clip_id not in same]
+    return SecondTry(clips=tuple(clip for clip in clips if clip.clip_id not in same), unchanged=len(same))
 
 
 def _failed(store: StoreWriter, config: ExtractConfig, identities: Mapping[str, FeatureIdentity]) -> Reasons:

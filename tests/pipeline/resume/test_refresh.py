@@ -6,12 +6,14 @@ import shutil
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from featurestore import FeatureStore, verify_store
+from pipeline.cli import main
 from pipeline.decode.source import Source
 from pipeline.encoders import remembered
 from pipeline.extract import extract
-from pipeline.upkeep.stale import stale_media
+from pipeline.resume.stale import stale_media
 from pipeline.upkeep.verify_media import verify_media
 
 CLIP = "videollava/videochatgpt_tune/v1.mp4"
@@ -52,6 +54,15 @@ def test_a_changed_file_is_told_and_neither_computed_nor_forgotten(filled):
     assert np.array_equal(tokens(filled), stored)
 
 
+@pytest.mark.parametrize("refresh", [(), ("--refresh",)])
+def test_changed_media_are_told_once_in_a_run(refresh, filled, tmp_path):
+    exchange(filled)
+    (tmp_path / "config.yaml").write_text(filled.config(**ONE).to_yaml())
+    result = CliRunner().invoke(main, ["extract", "--config", str(tmp_path / "config.yaml"), *refresh])
+    assert result.exit_code == 0, result.output
+    assert [line.split(" media")[0] for line in result.output.splitlines() if " media" in line] == ["1 clip has other"]
+
+
 def test_refresh_computes_the_changed_clip_in_a_new_row_and_touches_no_old_byte(filled):
     before, old = filled.hashes(filled.store), FeatureStore.open(filled.store)
     stored = tokens(filled)
@@ -74,16 +85,15 @@ def test_refresh_computes_the_changed_clip_in_a_new_row_and_touches_no_old_byte(
 def test_a_refresh_that_was_cut_short_goes_on_in_the_rows_it_had(filled):
     exchange(filled)
     store_rows = len(FeatureStore.open(filled.store).clips)
-    from pipeline.summary import ExtractSummary
-    from pipeline.upkeep.refresh import look_at_media
+    from pipeline.resume.refresh import look_at_media
 
     encoders, listing, _, _ = filled.plan(**ONE)
     from featurestore.writer import StoreWriter
 
     identities = {name: encoder.identity for name, encoder in encoders.items()}
-    config, summary = filled.config(**ONE, refresh=True), ExtractSummary(store="", run="cut short")
-    look_at_media(StoreWriter.open(filled.store), config, listing, identities, summary, lambda line: None)  # and killed
-    assert summary.refreshed == 1
+    store = StoreWriter.open(filled.store)
+    found = look_at_media(store, listing, identities, refresh=True, say=lambda line: None)  # and killed
+    assert found.changed == {"siglip": {CLIP}}
     plain, _ = run(filled)
     assert (plain.clips, plain.changed) == (0, 1)  # a run that did not ask leaves the waiting row alone
     assert run(filled, refresh=True)[0].clips == 1
@@ -119,18 +129,18 @@ def test_only_files_that_were_touched_since_their_run_are_read_and_each_once(fil
     read: list[str] = []
     digest = Source.sha256
     monkeypatch.setattr(Source, "sha256", lambda self: read.append(self.path) or digest(self))
-    monkeypatch.setattr("pipeline.upkeep.stale.CLOCK_SLACK_S", 0.0)  # the media are copied a moment before the run
+    monkeypatch.setattr("pipeline.resume.stale.CLOCK_SLACK_S", 0.0)  # the media are copied a moment before the run
     exchange(filled)
     store, listing = StoreWriter.open(filled.store), load_dataset("videollava", str(filled.root), limit=3)
     identities = FeatureStore.open(filled.store).encoders
-    found = stale_media(store, listing.clips, listing.root, identities)
+    found = stale_media(store, listing, identities)
     assert (found.looked_at, found.changed, read) == (3, {"siglip": {CLIP}}, ["videochatgpt_tune/v1.mp4"])
-    stale_media(store, listing.clips, listing.root, identities)
+    stale_media(store, listing, identities)
     assert len(read) == 1  # remembered
-    assert stale_media(store, listing.clips, listing.root, identities, full=True).clips == {CLIP}
+    assert stale_media(store, listing, identities, full=True).clips == {CLIP}
     assert len(read) == 4
     exchange(filled, other="valley/v5.mp4")
-    unread = stale_media(store, listing.clips, listing.root, identities, budget_bytes=10)
+    unread = stale_media(store, listing, identities, budget_bytes=10)
     assert (unread.not_compared, unread.clips) == ({CLIP}, frozenset())
     assert len(read) == 4
 
@@ -143,7 +153,8 @@ def test_a_run_with_nothing_to_do_loads_nothing_and_one_with_work_loads(filled, 
         patched.setattr("pipeline.extract.connect", refuse)
         summary, _ = run(filled)
         assert (summary.clips, summary.listed, summary.snapshot) == (0, 3, FeatureStore.open(filled.store).snapshot)
-        for changes in ({"limit": 4}, {"weights": "random:1"}, {"grid": "raw"}, {"encoders": ("siglip", "vivit")}):
+        beside = {"grid": "raw", "new_identity": True}
+        for changes in ({"limit": 4}, {"weights": "random:1"}, beside, {"encoders": ("siglip", "vivit")}):
             with pytest.raises(AssertionError, match="a cluster was started"):
                 run(filled, **changes)
     record = max(
