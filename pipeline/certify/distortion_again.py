@@ -74,7 +74,7 @@ def _encode(engine: Engine, run: EncoderRun, sample: Sample, roots: Mapping[str,
 
 def _media(sample: Sample) -> dict[str, str | None]:
     """Clip id -> sha256 of the media that its committed tokens were made from."""
-    size, found = sample.group.block_rows, {}
+    group, found = sample.group, {}
     for clip, row in zip(sample.clips, sample.rows, strict=True):
-        found[clip.clip_id] = sample.group.receipt(block_of(row, size)).rows[row % size].media_sha256
+        found[clip.clip_id] = group.receipt(block_of(row, group.block_rows)).outcome(row).media_sha256
     return found
