@@ -130,7 +130,7 @@ def _samples_holding(objects: Objects, clips: Collection[str]) -> dict[str, str]
 
 
 def _erase_samples(objects: Objects, removed: Mapping[str, Tombstone], known: Collection[str]) -> None:
-    """The newest version of each name goes on without the clips' conversations; versions that have them are deleted."""
+    """Put a version of each name without the clips' conversations; delete the versions that have them."""
     holding = _samples_holding(objects, removed.keys())
     if not holding:
         return

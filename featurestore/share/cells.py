@@ -156,7 +156,7 @@ class StoreCells:
         return LoadedCell(outcome=outcome, chunks=chunks)
 
     def media(self) -> dict[str, str]:
-        """Receipts know it; those of one encoder are enough where it has all clips."""
+        """Read from receipts; one encoder's are enough where it has all clips."""
         found: dict[str, str] = {}
         for name in self._record.groups:
             kind, group = name.split("/")

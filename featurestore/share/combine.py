@@ -190,7 +190,7 @@ def _fill_group(
 
 
 def _take_canaries(writer: StoreWriter, name: str, sources: Sequence[CellSource]) -> None:
-    """The first source's that has some."""
+    """Copy the canaries of the first source that has some."""
     for source in sources:
         if name in source.groups() and (canaries := source.canaries(name)):
             put_canaries(writer.objects, canaries)
