@@ -16,7 +16,7 @@ import click
 from click.core import ParameterSource
 
 from featurestore.errors import StoreNotFoundError, UserError
-from featurestore.find import FEATURES, ROOT_METADATA, Place, find_store, is_url, no_store_at
+from featurestore.find import FEATURES, ROOT_METADATA, Place, find_store, is_url, names_of, no_store_at
 from trainer.command import CONTEXT, heavy_rooms, says_errors
 from trainer.config import (
     PROJECTORS,
@@ -235,7 +235,7 @@ def asked_place(
 def pop_live_words(options: dict[str, Any]) -> dict[str, Any]:
     """Take out the options of `live_options` that are no settings; `--encoders` is one, and is cut into names."""
     if isinstance(options.get("encoders"), str):
-        options["encoders"] = [name.strip() for name in options["encoders"].split(",") if name.strip()]
+        options["encoders"] = names_of(options["encoders"])
     names = ("dataset", "root", "weights", "extract_config", "trust_media", "end_to_end")
     return {name: options.pop(name) for name in names if name in options}
 

@@ -20,9 +20,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from featurestore.distortion import STORED, LossRecord, LossRow, loss_notes, loss_table, now
+from featurestore.distortion import STORED, LossRecord, LossRow
+from featurestore.distortion_table import loss_notes, loss_table
 from featurestore.errors import UserError
 from featurestore.identity import STORAGE_DTYPES
+from featurestore.measurements import now
 from featurestore.quantise import OverflowedTokens, from_stored, to_stored
 from featurestore.samples import Sample
 from trainer.config import TrainConfig

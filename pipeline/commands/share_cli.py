@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from featurestore.clips import KINDS
-from featurestore.find import find_store
+from featurestore.find import find_store, names_of
 from pipeline.commands.options import AS_JSON
 from pipeline.commands.show import friendly_errors, show_result
 
@@ -106,7 +106,7 @@ def selection(encoders: str | None, datasets: str | None, clips: str | None, **o
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:
-    return tuple(name.strip() for name in text.split(",") if name.strip()) if text else None
+    return tuple(names_of(text)) if text else None
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from featurestore.find import find_store, store_first
+from featurestore.find import find_store, names_of, store_first
 from pipeline.commands.options import AS_JSON, STORE_ARGUMENT, STORE_OPTION
 from pipeline.commands.show import friendly_errors, progress, show_result, tell_kept
 
@@ -99,7 +99,7 @@ def _parity(place: Any, root: str | None, options: dict[str, Any]) -> Any:
 
     record = check_parity(
         place,
-        encoders=[name.strip() for name in encoders.split(",")] if encoders else None,
+        encoders=names_of(encoders) if encoders else None,
         weights=weights_by_encoder(weights),
         device=options["device"],
         clips=clips,

@@ -25,7 +25,7 @@ from featurestore.clips import KINDS, Clip
 from featurestore.errors import MediaError, MervCacheError
 from featurestore.identity import FeatureIdentity
 from featurestore.journal import driver_runs
-from featurestore.layout import JOURNAL, journal_names
+from featurestore.layout import JOURNAL, block_of, journal_names
 from featurestore.receipts import RowOutcome
 from featurestore.snapshot_table import column
 from featurestore.snapshots import load_snapshot, newest_snapshot_id, read_snapshot_table
@@ -241,7 +241,7 @@ class _Runs:
     def began(self, each: _Stored) -> float:
         """Unix time before which an unmodified file is certain to be what all of the clip's tokens were made from."""
         first = self._first[each.clip.kind]
-        blocks = [rows.ok // self._block_rows[each.clip.kind] for rows in each.rows.values()]
+        blocks = [block_of(rows.ok, self._block_rows[each.clip.kind]) for rows in each.rows.values()]
         return min(float(first[b]) if b < len(first) else self._unknown for b in blocks) - CLOCK_SLACK_S
 
 
@@ -262,8 +262,8 @@ class _Receipts:
         self._receipt = lru_cache(MAX_RECEIPTS)(lambda kind, group, block: self._group(kind, group).receipt(block))
 
     def outcome(self, kind: str, encoder: str, row: int) -> RowOutcome:
-        size = self._store.block_rows[kind]
-        return self._receipt(kind, self._identities[encoder].group_name, row // size).rows[row % size]
+        block = block_of(row, self._store.block_rows[kind])
+        return self._receipt(kind, self._identities[encoder].group_name, block).outcome(row)
 
 
 def _file_touch_s(root: str, path: str) -> float | None:
