@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from featurestore import FeatureStore
 from featurestore.errors import UserError, unknown_name
@@ -201,16 +200,6 @@ def _check_stored(wanted: Sequence[str], stored: Sequence[str]) -> None:
             f" encoders` lists what can be added, with `merv-pipeline extract ... --encoders {missing[0]}` and the"
             " settings the store was made with"
         )
-
-
-def print_scores(result: dict[str, Any]) -> None:
-    """A table on stdout: a line per category."""
-    table = Table("questions about", "number", "accuracy", "chance", *result["beside"])
-    others = [{row["category"]: row for row in rows} for rows in result["beside"].values()]
-    for row in result["scores"]:
-        cells = [f"{other[row['category']]['accuracy']:.2f}" for other in others]
-        table.add_row(row["category"], str(row["questions"]), f"{row['accuracy']:.2f}", f"{row['chance']:.2f}", *cells)
-    Console().print(table)
 
 
 def _keep_scores(run: Path, result: dict[str, Any], source: ScoreSource) -> None:

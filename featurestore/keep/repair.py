@@ -32,6 +32,7 @@ from featurestore.layout import (
 from featurestore.lease import StoreLease
 from featurestore.places.by_url import open_objects
 from featurestore.places.objects import Objects
+from featurestore.progress import SILENT, Progress
 from featurestore.writer import StoreWriter
 
 _PASSES = 12  # there are nine classes of files
@@ -46,12 +47,16 @@ def repair_store(
     canaries: MakeCanaries | None = None,
     new_bytes: bool = False,
     say: Callable[[Repaired], None] = lambda done: None,
+    progress: Progress = SILENT,
 ) -> list[Repaired]:
-    """Put right what a full verification finds; [] for a sound store, which is left exactly as it is."""
+    """Put right what a full verification finds; [] for a sound store, which is left exactly as it is.
+
+    `progress` is that of the full look, which is taken again where documents had to be mended.
+    """
     objects = open_objects(path)
     with StoreLease(path, "repair"):
         copy = open_objects(other) if other is not None else None
-        work = _Repair(objects, copy, FileMender(objects, copy, canaries), say)
+        work = _Repair(objects, copy, FileMender(objects, copy, canaries), say, progress)
         work.documents()
         work.shards(recompute, new_bytes)
         work.publish(path)
@@ -62,9 +67,15 @@ class _Repair:
     """One pass of mending over a store."""
 
     def __init__(
-        self, objects: Objects, other: Objects | None, files: FileMender, say: Callable[[Repaired], None]
+        self,
+        objects: Objects,
+        other: Objects | None,
+        files: FileMender,
+        say: Callable[[Repaired], None],
+        progress: Progress,
     ) -> None:
         self._objects, self._other, self._files, self._say = objects, other, files, say
+        self._progress = progress
         self.done: list[Repaired] = []
         self._settled: set[str] = set()  # keys that are not looked at again
         self._check = Verification(objects, is_full=False)
@@ -76,7 +87,8 @@ class _Repair:
         """
         for is_full in (False, True):
             for _ in range(_PASSES):
-                check = Verification(self._objects, is_full=is_full)
+                progress = self._progress if is_full else SILENT
+                check = Verification(self._objects, is_full=is_full, progress=progress)
                 check.run()
                 self._check = check
                 keys = {finding.key for finding in _damage(check) if self._is_document(finding.key)}

@@ -26,6 +26,7 @@ from featurestore.errors import UserError
 from featurestore.find import Place
 from featurestore.groups import GroupWriter
 from featurestore.identity import STORAGE_DTYPES
+from featurestore.progress import SILENT, Progress
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
 
@@ -58,8 +59,7 @@ def measure_distortion(
     seed: int = 0,
     scratch: Path | None = None,
     again: Again | None = None,
-    on_start: Callable[[int], None] = lambda measurements: None,
-    on_done: Callable[[], None] = lambda: None,
+    progress: Progress = SILENT,
 ) -> TokenRecord:
     """Measure every storage dtype on at most `sample` clips of each encoder and kind, chosen by `seed`.
 
@@ -69,7 +69,7 @@ def measure_distortion(
     samples = list(_samples(store, StoreWriter.open(place), sample, seed))
     if not samples:
         raise UserError(f"{place} holds no committed tokens yet: nothing can be measured; run the extraction first")
-    on_start(len(samples) * len(STORAGE_DTYPES))
+    progress.start(len(samples) * len(STORAGE_DTYPES))
     rows = []
     temporary = partial(tempfile.TemporaryDirectory, prefix="merv-distortion-", dir=scratch)
     for each in samples:
@@ -78,7 +78,7 @@ def measure_distortion(
             for dtype in STORAGE_DTYPES:
                 with temporary() as folder:
                     rows.append(_measure(known, dtype, Path(folder)))
-                on_done()
+                progress.advance()
     return TokenRecord(
         time=now(),
         snapshot=store.snapshot,

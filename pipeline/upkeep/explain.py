@@ -17,6 +17,7 @@ from featurestore.errors import MediaError, UserError
 from featurestore.find import Place
 from featurestore.identity import FeatureIdentity
 from featurestore.journal import driver_runs
+from featurestore.progress import SILENT, Progress
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
 from pipeline.config import EncoderSettings, ExtractConfig, read_config
@@ -83,8 +84,7 @@ def explain(
     settings: str = "the config",
     full: bool = False,
     probe: int = 0,
-    on_clips: Callable[[int], None] = lambda total: None,
-    on_clip: Callable[[], None] = lambda: None,
+    progress: Progress = SILENT,
     say: Say = lambda line: None,
 ) -> Explanation:
     """What `extract` would do with this config; `full` reads every medium, `probe` clips of each kind are encoded."""
@@ -96,9 +96,8 @@ def explain(
     same = {name: one for name, one in identities.items() if one.id in {s.id for s in store.encoders.values()}}
     media = StaleMedia()
     if listing is not None:
-        hooks = {"on_clips": on_clips, "on_clip": on_clip}
         compared = same or store.encoders  # what is asked for as it is stored, else whatever is stored
-        media = stale_media(writer, listing.clips, listing.root, compared, full=full, **hooks)
+        media = stale_media(writer, listing.clips, listing.root, compared, full=full, progress=progress)
     clips = list(listing.clips) if listing else _stored_clips(store, config)
     measured = probe_costs(config, listing, probe, say) if probe and listing else None
     changes = [

@@ -26,6 +26,7 @@ from featurestore.errors import MediaError, MervCacheError
 from featurestore.identity import FeatureIdentity
 from featurestore.journal import driver_runs
 from featurestore.layout import JOURNAL, journal_names
+from featurestore.progress import SILENT, Progress
 from featurestore.receipts import RowOutcome
 from featurestore.snapshot_table import column
 from featurestore.snapshots import load_snapshot, newest_snapshot_id, read_snapshot_table
@@ -74,8 +75,7 @@ def stale_media(
     *,
     full: bool = False,
     budget_bytes: int | None = None,  # read at most so much; None: whatever it takes
-    on_clips: Callable[[int], None] = lambda total: None,
-    on_clip: Callable[[], None] = lambda: None,
+    progress: Progress = SILENT,
     on_compare: Callable[[int, int], None] = lambda clips, num_bytes: None,
 ) -> StaleMedia:
     """Which clips' tokens, at the newest snapshot, were made from other bytes than lie under the root now.
@@ -83,19 +83,19 @@ def stale_media(
     `on_compare` is told how many clips' media, and how many bytes of them, are read for that.
     """
     stored, started = _stored(store, clips, identities), _Started(store)
-    on_clips(len(stored))
+    progress.start(len(stored))
     with media_memory() as memory, ThreadPoolExecutor(4) as pool:
 
         def look(some: Sequence[_Stored]) -> list[_Looked]:
             found = [(each, *_look(each, root, memory, 0.0 if full else started.before(each), full)) for each in some]
             for _, source, _ in found:
                 if source is None:
-                    on_clip()
+                    progress.advance()
             return found
 
         def compare(entry: _Looked) -> str | None:
             sha256 = _sha256(entry[1], memory, full)
-            on_clip()
+            progress.advance()
             return sha256
 
         portions = [stored[first : first + PORTION] for first in range(0, len(stored), PORTION)]

@@ -200,7 +200,7 @@ def test_a_retry_asks_for_no_forecast_and_overwrites_no_report_of_the_run_that_f
 
 
 def test_a_table_prints_a_strangers_brackets_as_they_are(capsys):
-    tables.table("", ("clip",), [("d/x[/bar].mp4",), ("d/[bold].mp4",)])
+    tables.table(("clip",), [("d/x[/bar].mp4",), ("d/[bold].mp4",)])
     tables.details({"reason": "[/] gone"})
     printed = capsys.readouterr().out
     assert [words for words in ("d/x[/bar].mp4", "d/[bold].mp4", "[/] gone") if words not in printed] == []
