@@ -170,7 +170,7 @@ def encoders(as_json: bool) -> None:
     from pipeline.encoders import ENCODERS
 
     rows = [tables.encoder_row(spec) for spec in ENCODERS.values()]
-    show_result(rows, as_json, lambda: tables.rows_of(rows, right=("frames", "width", "layer")))
+    show_result(rows, as_json, lambda: tables.encoders(rows))
 
 
 @main.command()

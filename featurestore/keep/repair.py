@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 
-from featurestore.errors import MervCacheError
-from featurestore.find import Place
+from featurestore.errors import MervCacheError, StoreNotFoundError
+from featurestore.find import Place, no_store_at
 from featurestore.keep.erase import erase_tombstoned
 from featurestore.keep.findings import Finding
 from featurestore.keep.repair_files import FileMender, MakeCanaries, open_group
@@ -54,6 +54,8 @@ def repair_store(
     `progress` is that of the full look, which is taken again where documents had to be mended.
     """
     objects = open_objects(path)
+    if not objects.exists(ROOT_METADATA) and not any(map(objects.list_names, (PARTS, SNAPSHOTS))):
+        raise StoreNotFoundError(no_store_at(path))  # before a lease makes a folder there
     with StoreLease(path, "repair"):
         copy = open_objects(other) if other is not None else None
         work = _Repair(objects, copy, FileMender(objects, copy, canaries), say, progress)

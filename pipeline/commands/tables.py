@@ -199,6 +199,12 @@ def encoder_row(spec) -> dict[str, Any]:
     }
 
 
+def encoders(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Two tables: names of weights and of layers are too long to stand beside the sizes."""
+    for columns in (("encoder", "frames", "grid", "width", "summary"), ("encoder", "weights", "layer")):
+        rows_of([{name: row[name] for name in columns} for row in rows], right=("frames", "width"))
+
+
 def dataset_row(spec) -> dict[str, Any]:
     return {"dataset": spec.name, "default root": spec.default_root, "summary": spec.summary}
 
