@@ -34,7 +34,9 @@ from pipeline.config import ExtractConfig
     help="With --parity: file of clip ids, one a line, whose media are encoded again instead.",
 )
 @click.option("--encoders", metavar="LIST", show_default="all", help="With --parity: only these, comma separated.")
-@click.option("--weights", metavar="SPEC", multiple=True, show_default="as at extraction", help="With --parity.")
+@click.option(
+    "--weights", metavar="SPEC", multiple=True, show_default="as at extraction", help="With --parity. Repeatable."
+)
 @click.option("--device", show_default="cuda where there is one, else cpu", help="With --parity: cpu, cuda, ...")
 @ROOT
 @click.option("--workers", type=click.IntRange(1), default=2, help="Blocks, or media, checked at once.")

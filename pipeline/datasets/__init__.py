@@ -50,14 +50,7 @@ def load_dataset(
     builder = ListingBuilder(name, folder, stage)
     with _without_collector():
         spec.collect(builder, settings)
-        listing = builder.finish(kind=kind, limit=limit, look=not spec.lists_media)
-    found = (listing.clips, listing.missing, listing.rejected, *listing.samples.values())
-    if kind is None and not any(found):
-        raise UserError(
-            f"dataset {name} finds nothing in {folder}: give --root the folder that holds its media, laid out as "
-            f"`merv-pipeline datasets {name}` tells"
-        )
-    return listing
+        return builder.finish(kind=kind, limit=limit, look=not spec.lists_media)
 
 
 def dataset_spec(name: str) -> DatasetSpec:

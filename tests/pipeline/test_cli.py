@@ -167,7 +167,7 @@ MISTAKES = [
     ),
     (["verify", "none.zarr"], "there is no feature store at none.zarr"),
     (["repair", "none.zarr"], "there is no feature store at none.zarr"),
-    (["extract", "--dataset", "folder", "--root", "."], "dataset folder finds nothing in "),
+    (["extract", "--dataset", "folder", "--root", "."], "no video or image under "),
     (["status"], "/features: make one with `merv-pipeline extract`, or give its path"),
     (["datasets", "videolava"], "unknown dataset 'videolava', the nearest known one is 'videollava'"),
     (["report", "none.zarr"], "there is no feature store at none.zarr"),
