@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import threading
+import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -45,7 +46,7 @@ class StoreLease:
     def __init__(self, path: Place, run_id: str, *, stale_after_s: float = STALE_AFTER_S) -> None:
         place = place_of(path)
         self._paper: _Paper = _LeaseObject(str(place)) if is_url(place) else _LeaseFile(Path(place))
-        self._owner = {"host": socket.gethostname(), "pid": os.getpid(), "run": run_id}
+        self._owner = {"host": socket.gethostname(), "pid": os.getpid(), "run": run_id, "since": time.time()}
         self._stale_after_s = stale_after_s
         self._stop = threading.Event()
         self._heart: threading.Thread | None = None
@@ -69,7 +70,7 @@ class StoreLease:
                 self._paper.remove()
 
     def holder(self) -> dict | None:
-        """{"host", "pid", "run"} of the lease, or None."""
+        """{"host", "pid", "run", "since" (Unix time)} of the lease, or None."""
         try:
             return json.loads(self._paper.read())
         except (OSError, ValueError):

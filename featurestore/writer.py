@@ -241,8 +241,8 @@ class StoreWriter:
         raise IdentityConflictError(
             f"this store holds {identity.encoder} as {stored[0].group_name}, asked for {identity.group_name}:\n"
             + "\n".join(lines)
-            + "\nuse the same settings, or --new-identity to keep both; `merv-pipeline explain` with these options tells "
-            "what that would cost"
+            + "\nuse the same settings, or --new-identity to keep both; `merv-pipeline explain` with these options "
+            "tells what that would cost"
         )
 
     def _refresh_root(self) -> None:

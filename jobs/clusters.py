@@ -23,7 +23,7 @@ from jobs.slurm import slurm
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["CLUSTERS", "ClusterError", "ClusterRequest", "ClusterSettings", "connect"]
+__all__ = ["CLUSTERS", "ClusterError", "ClusterRequest", "ClusterSettings", "check_cluster", "connect"]
 
 DISTRIBUTION = "merv-pipeline"  # what every worker must have, in the driver's version
 CLUSTERS: dict[str, Callable[..., object]] = {"local": local, "cuda": cuda, "slurm": slurm}
@@ -51,7 +51,12 @@ def connect(request: ClusterRequest, *, say: Callable[[str], None] = lambda line
 
     with dask.config.set(DASK_SETTINGS), opener(request, say) as client:
         disable_gc_diagnosis(force=True)  # Ctrl-C within its callback would be swallowed and the run go on (seen)
-        check_workers(client, DISTRIBUTION)  # first: a worker that lacks a function would never answer
-        if request.device.partition(":")[0] in ("auto", "cuda"):
-            check_workers_gpus(client, request.device, required=request.scheduler == "cuda")
+        check_cluster(client, request)
         yield client
+
+
+def check_cluster(client: Client, request: ClusterRequest, new: list[str] | None = None) -> None:
+    """Raise `ClusterError` for workers of another version, or that share a GPU; `new`: those that have come since."""
+    check_workers(client, DISTRIBUTION, new)  # first: a worker that lacks a function would never answer
+    if request.device.partition(":")[0] in ("auto", "cuda"):
+        check_workers_gpus(client, request.device, required=request.scheduler == "cuda", workers=new)

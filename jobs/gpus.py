@@ -10,13 +10,18 @@ from __future__ import annotations
 import os
 import sys
 from collections import defaultdict
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from jobs.request import ClusterError
 
 if TYPE_CHECKING:
     from distributed import Client
+
+
+_UUIDS: WeakKeyDictionary[Client, dict[str, str | None]] = WeakKeyDictionary()  # client -> worker -> its GPU
 
 
 def visible_gpus() -> list[str]:
@@ -46,17 +51,33 @@ def device_uuid(device: str) -> str | None:
     return str(torch.cuda.get_device_properties(index).uuid)
 
 
-def check_workers_gpus(client: Client, device: str = "auto", *, required: bool = False) -> None:
-    """Raise `ClusterError` if two workers would compute on one GPU, or if one has none where `required`."""
-    found: dict[str, list[str]] = defaultdict(list)
-    for worker, uuid in client.run(device_uuid, device).items():
-        if uuid is not None:
-            found[uuid].append(worker)
-        elif required:
+def check_workers_gpus(
+    client: Client, device: str = "auto", *, required: bool = False, workers: list[str] | None = None
+) -> None:
+    """Raise `ClusterError` if two workers would compute on one GPU, or if one has none where `required`.
+
+    `workers`: those that have come since; the others' answers are remembered, for a busy worker may not answer.
+    """
+    known = _UUIDS.setdefault(client, {})
+    for worker, uuid in client.run(device_uuid, device, workers=workers, on_error="return").items():
+        if isinstance(uuid, OSError):
+            continue  # it has just left
+        if isinstance(uuid, Exception):
+            raise uuid
+        known[worker] = uuid
+        if required and uuid is None:
             raise ClusterError(
                 f"the worker {worker} sees no GPU: check the driver with `nvidia-smi` there, CUDA_VISIBLE_DEVICES, and "
                 "that torch is a build for CUDA; or use --scheduler local"
             )
+    _refuse_shared(known, present=client.scheduler_info(n_workers=-1)["workers"])
+
+
+def _refuse_shared(uuids: Mapping[str, str | None], present: Collection[str]) -> None:
+    found: dict[str, list[str]] = defaultdict(list)
+    for worker, uuid in uuids.items():
+        if uuid is not None and worker in present:
+            found[uuid].append(worker)
     for uuid, workers in found.items():
         if len(workers) > 1:
             raise ClusterError(

@@ -2,29 +2,32 @@
 
     dask worker ADDRESS --nworkers 4 --name node7 --preload jobs.pin      # node7-0 ... node7-3, one GPU each
 
-The number at the end of a worker's name, counted round the GPUs in CUDA_VISIBLE_DEVICES, is its GPU. It runs before
-anything of CUDA does; a job that shows one GPU, or none, is left as it is.
+The number at the end of a worker's name, counted round the GPUs in CUDA_VISIBLE_DEVICES (without it: all of the
+machine's), is its GPU. It runs before anything of CUDA does; a job that shows one GPU, or none, is left as it is.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 
 def dask_setup(worker: object) -> None:
     """Called by Dask in the worker's own process, before it takes tasks."""
-    os.environ |= pinned(str(getattr(worker, "name", "")), os.environ)
+    devices = [path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*")]
+    os.environ |= pinned(str(getattr(worker, "name", "")), os.environ, sorted(devices, key=int))
 
 
-def pinned(name: str, environ: Mapping[str, str]) -> dict[str, str]:
-    """What to change in the environment of a worker of that name.
+def pinned(name: str, environ: Mapping[str, str], devices: Sequence[str] = ()) -> dict[str, str]:
+    """What to change in the environment of a worker of that name; `devices` are numbers of the machine's GPUs.
 
     >>> pinned("node7-3", {"CUDA_VISIBLE_DEVICES": "4,5,6,7"})
     {'CUDA_VISIBLE_DEVICES': '7'}
     """
-    gpus = [gpu for gpu in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    listed = environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = [gpu for gpu in listed.split(",") if gpu] if listed is not None else devices
     number = re.search(r"(\d+)$", name)
     if len(gpus) < 2 or number is None:
         return {}

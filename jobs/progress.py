@@ -6,15 +6,20 @@ whatever comes after it share one line. stdout is never touched: it belongs to r
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TextIO
 
-LOG_INTERVAL_S = 10.0  # between lines where stderr is not a terminal
+LOG_INTERVAL_S = 10.0  # between lines where stderr is not a terminal; of long runs a 60th of their time
+MAX_LOG_INTERVAL_S = 300.0
+RATE_WINDOW_S = 300.0  # rates and ETA are of the last five minutes: a cluster's workers come and go
+RATE_STEP_S = 5.0  # between two marks of the window
 LOG_WIDTH = 120  # characters of a line in a log
 BAR_WIDTH = 24
 
@@ -36,6 +41,13 @@ class Counts:
             **{name: _added(getattr(self, name), getattr(other, name)) for name in ("amounts", "seconds", "notes")},
         )
 
+    def per_second(self, before: Counts, seconds: float) -> tuple[float, dict[str, float]]:
+        """Rates of what is done, and of each amount, since `before`; a part that began anew does not count down."""
+        rates = {
+            name: max(0.0, amount - before.amounts.get(name, 0)) / seconds for name, amount in self.amounts.items()
+        }
+        return max(0, self.done - before.done) / seconds, rates
+
 
 class RunProgress:
     """Counts items against a total and rates of named amounts, such as frames or MB, per second.
@@ -56,11 +68,12 @@ class RunProgress:
         self._is_shown = not quiet and total > 0  # no work, no line
         self._stream = stream or sys.stderr
         self._started = self._last_line = time.monotonic()
+        self._marks = deque([(self._started, Counts())])  # the first one is where rates begin
         self._written: Counts | None = None  # what the last line in a log told
         self._live = None
 
     def __enter__(self) -> RunProgress:
-        if self._is_shown and self._stream.isatty():
+        if self._is_shown and is_live(self._stream):
             self._live = _live_line(self._stream)
             self._live.start()
             self._bar = self._live.add_task(self.label, total=self.total, text="")
@@ -116,29 +129,44 @@ class RunProgress:
     def elapsed_s(self) -> float:
         return time.monotonic() - self._started
 
-    def text(self, width: int = 0) -> str:
-        """`84/120 clips, 1 failed, 3.1 clips/s, 99 frames/s, ETA 0:00:12`, and the largest shares that have room."""
-        counts, seconds = self.counts, max(self.elapsed_s, 1e-9)
-        rates = [f"{_short(counts.done / seconds)} {self.unit}/s"]
-        rates += [f"{_short(amount / seconds)} {name}/s" for name, amount in counts.amounts.items()]
+    def text(self, width: int = LOG_WIDTH) -> str:
+        """`84/120 clips, 1 failed, ETA 0:00:12, 3.1 clips/s, 99 frames/s; dinov2 61%`: as much as has room."""
+        counts = self.counts
+        rate, amounts = counts.per_second(*self._window(counts))
+        head = [f"{counts.done}/{self.total} {self.unit}", f"{counts.failed} failed"]
         notes = [f"{count} {name}" for name, count in counts.notes.items() if count]
-        told = [f"{counts.done}/{self.total} {self.unit}", f"{counts.failed} failed", *notes, *rates]
-        line = ", ".join(filter(None, [self._waiting, *told, self._clock(counts.done, seconds)]))
-        return line + _shares(counts.seconds, width - len(line))
+        rates = [f"{_short(rate)} {self.unit}/s", *(f"{_short(each)} {name}/s" for name, each in amounts.items())]
+        parts = [*filter(None, [self._waiting]), *head, *notes, self._eta(counts.done, rate), *rates]
+        return _fitting(parts, [f"{name} {share:.0%}" for name, share in _shares(counts.seconds)], width)
 
-    def _clock(self, done: int, seconds: float) -> str:
-        """What is left at the mean rate so far; at the end, what it took."""
-        if not done:
-            return "ETA unknown"
-        left_s = (self.total - done) * seconds / done
-        return f"ETA {_clock(left_s)}" if left_s > 0 else f"took {_clock(seconds)}"
+    def _window(self, counts: Counts) -> tuple[Counts, float]:
+        """What was done some minutes ago, or at the start, and the seconds since."""
+        now = time.monotonic()
+        with self._lock:
+            if now - self._marks[-1][0] >= RATE_STEP_S:
+                self._marks.append((now, counts))
+            while len(self._marks) > 1 and now - self._marks[1][0] >= RATE_WINDOW_S:
+                self._marks.popleft()
+            began, before = self._marks[0]
+        return before, max(now - began, 1e-9)
+
+    def _eta(self, done: int, rate: float) -> str:
+        """What is left at the rate of the last minutes; at the end, what it took."""
+        if done >= self.total:
+            return f"took {_clock(self.elapsed_s)}"
+        return f"ETA {_clock((self.total - done) / rate)}" if rate else "ETA unknown"
 
     def _show(self) -> None:
         if self._live is not None:
             room = self._live.console.width - BAR_WIDTH - len(self.label) - 6
             self._live.update(self._bar, completed=self.done, text=self.text(room))
-        elif self._is_shown and time.monotonic() - self._last_line >= LOG_INTERVAL_S:
+        elif self._is_shown and time.monotonic() - self._last_line >= self._log_interval_s:
             self._write_line()
+
+    @property
+    def _log_interval_s(self) -> float:
+        """A day's run leaves some hundred lines, not ten thousand."""
+        return min(max(LOG_INTERVAL_S, self.elapsed_s / 60), MAX_LOG_INTERVAL_S)
 
     def _write_line(self) -> None:
         self._last_line, self._written = time.monotonic(), self.counts
@@ -150,15 +178,31 @@ def _added(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, fl
     return {name: one.get(name, 0) + other.get(name, 0) for name in {**one, **other}}
 
 
-def _shares(seconds: Mapping[str, float], room: int) -> str:
-    """`; dinov2 61%, write 3%`: the largest first, as many as have room, nothing below a percent."""
-    total, told = sum(seconds.values()), ""
-    for name, spent_s in sorted(seconds.items(), key=lambda item: -item[1]):
-        share = f"{', ' if told else '; '}{name} {spent_s / total:.0%}" if spent_s else ""
-        if not share or spent_s / total < 0.01 or len(told) + len(share) > room:
+def is_live(stream: TextIO) -> bool:
+    """Can a line be drawn over? Not in a log, and not on a terminal that says it is dumb."""
+    return stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
+def _shares(seconds: Mapping[str, float]) -> list[tuple[str, float]]:
+    """Stages' shares of the workers' time: the largest first, nothing below a percent."""
+    total = sum(seconds.values()) or 1.0
+    shares = [(name, spent_s / total) for name, spent_s in sorted(seconds.items(), key=lambda item: -item[1])]
+    return [(name, share) for name, share in shares if share >= 0.01]
+
+
+def _fitting(parts: list[str], shares: list[str], width: int) -> str:
+    """The parts that fit, then the shares that fit, each list up to the first that does not."""
+    line = parts[0]
+    for part in parts[1:]:
+        if len(line) + 2 + len(part) > width:
+            return line
+        line += f", {part}"
+    for number, share in enumerate(shares):
+        told = f"{', ' if number else '; '}{share}"
+        if len(line) + len(told) > width:
             break
-        told += share
-    return told
+        line += told
+    return line
 
 
 def _live_line(stream: TextIO):

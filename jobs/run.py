@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,7 @@ class Outcome:
     task: Task
     result: Any = None
     error: BaseException | None = None
+    failed_on: tuple[str, ...] = ()  # addresses of the workers that raised it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +65,13 @@ def run_tasks(
     on_report: Callable[[Task, str, Report], None] | None = None,
     worker_wait_s: float = WORKER_WAIT_S[""],
     on_wait: Callable[[float], None] = lambda seconds: None,
+    check_new: Callable[[list[str]], None] = lambda addresses: None,
 ) -> Iterator[Outcome]:
     """Yield every task's outcome as it finishes; a failed one is tried again unless `is_final` says not to.
+
+    Another worker tries it again, if there is one: a device that has gone bad fails at once, is idle, and would be
+    given everything. `check_new` is told the addresses of workers that have come since the start; what it raises ends
+    the run.
 
     A task that Dask gave up because workers died under it is run once more by `after_deaths`, with the same arguments,
     when all the others are done: one at a time, so that nobody else is blamed for what it does. `on_report` is told
@@ -73,7 +80,7 @@ def run_tasks(
     it. Closing the generator cancels what has not started, so that an interrupted driver leaves no work behind.
     """
     remaining, deadly = iter(tasks), deque[Task]()
-    workers = _Workers(client, worker_wait_s, on_wait)
+    workers = _Workers(client, worker_wait_s, on_wait, check_new)
     with _Window(client, workers, on_report) as window:
         while True:
             window.fill(function, remaining)
@@ -84,7 +91,7 @@ def run_tasks(
             done = window.next()
             if done is None:
                 continue
-            outcome = _outcome(done)
+            outcome = _outcome(client, done)
             if outcome is None:
                 window.watch(done)
                 continue
@@ -94,27 +101,35 @@ def run_tasks(
                 deadly.append(done.task)
                 continue
             elif done.number < attempts:
-                window.submit(done.function, done.task, done.number + 1)
+                window.submit(done.function, done.task, done.number + 1, avoid=outcome.failed_on)
                 continue
             window.fill(function, remaining)  # before the caller takes its time over the outcome
             yield outcome
 
 
 class _Workers:
-    """How many workers there are, looked at now and then, and for how long there has been none."""
+    """Which workers there are, looked at now and then, and for how long there has been none."""
 
-    def __init__(self, client: Client, wait_s: float, on_wait: Callable[[float], None]) -> None:
-        self._client, self._wait_s, self._on_wait = client, wait_s, on_wait
+    def __init__(
+        self,
+        client: Client,
+        wait_s: float,
+        on_wait: Callable[[float], None],
+        check_new: Callable[[list[str]], None],
+    ) -> None:
+        self._client, self._wait_s, self._on_wait, self._check_new = client, wait_s, on_wait, check_new
         self._looked = self._seen = time.monotonic()
-        self.number = _num_workers(client)
+        self.addresses = _addresses(client)
 
     def look(self) -> None:
-        """Count again where it is time to; raises `ClusterError` where nobody has come for too long."""
+        """Look again where it is time to; raises `ClusterError` where nobody has come for too long."""
         now = time.monotonic()
         if now - self._looked < RECOUNT_S:
             return
-        self._looked, before, self.number = now, self.number, _num_workers(self._client)
-        if self.number:
+        self._looked, before, self.addresses = now, self.addresses, _addresses(self._client)
+        if new := sorted(self.addresses - before):
+            self._check_new(new)
+        if self.addresses:
             self._seen = now
             if not before:
                 self._on_wait(0.0)
@@ -149,13 +164,16 @@ class _Window:
 
     def fill(self, function: Callable[..., Any], remaining: Iterator[Task]) -> None:
         """Submit tasks until the window is full or none is left."""
-        size = WINDOW_PER_WORKER * max(1, self._workers.number)
+        size = WINDOW_PER_WORKER * max(1, len(self._workers.addresses))
         while len(self.running) < size and (task := next(remaining, None)) is not None:
             self.submit(function, task, 1)
 
-    def submit(self, function: Callable[..., Any], task: Task, number: int) -> None:
+    def submit(self, function: Callable[..., Any], task: Task, number: int, avoid: Collection[str] = ()) -> None:
+        """`avoid`: workers that are to get it only where no other is left."""
         key = f"{task.key}-{function.__name__}-try{number}"
-        future = self._client.submit(function, *task.arguments, key=key, pure=False)
+        others = sorted(self._workers.addresses.difference(avoid)) if avoid else []
+        where = {"workers": others, "allow_other_workers": True} if others else {}
+        future = self._client.submit(function, *task.arguments, key=key, pure=False, **where)
         self.watch(_Attempt(task=task, function=function, number=number, future=future))
 
     def watch(self, attempt: _Attempt) -> None:
@@ -178,8 +196,8 @@ class _Window:
             on_report(found.task, attempt, counts)
 
 
-def check_workers(client: Client, distribution: str) -> None:
-    """Raise `ClusterError` unless every worker has the distribution in the driver's version.
+def check_workers(client: Client, distribution: str, workers: list[str] | None = None) -> None:
+    """Raise `ClusterError` unless every worker, or those given, has the distribution in the driver's version.
 
     A worker that cannot import a task's function never answers: distributed loses the task and the driver would wait
     for ever (seen with 2026.8). Only the standard library is asked here, which every worker can import.
@@ -187,8 +205,8 @@ def check_workers(client: Client, distribution: str) -> None:
     from importlib.metadata import version
 
     ours = version(distribution)
-    for worker, theirs in client.run(version, distribution, on_error="return").items():
-        if theirs != ours:
+    for worker, theirs in client.run(version, distribution, on_error="return", workers=workers).items():
+        if theirs != ours and not isinstance(theirs, OSError):  # that one has just left
             found = f"has version {theirs}" if isinstance(theirs, str) else "does not have it"
             raise ClusterError(
                 f"the driver runs {distribution} {ours}, the worker {worker} {found}: "
@@ -196,7 +214,7 @@ def check_workers(client: Client, distribution: str) -> None:
             )
 
 
-def _outcome(attempt: _Attempt) -> Outcome | None:
+def _outcome(client: Client, attempt: _Attempt) -> Outcome | None:
     """What came of it; None where the worker has left that had the result, and Dask has to compute it once more."""
     future = attempt.future
     if future.cancelled():  # not by us: we do not ask for what we cancelled
@@ -209,8 +227,21 @@ def _outcome(attempt: _Attempt) -> Outcome | None:
         result = None if error is not None else future.result(timeout=RECOUNT_S)
     except TimeoutError:
         return None
+    failed_on = _failed_on(client, future.key) if error is not None else ()
     future.release()
-    return Outcome(task=attempt.task, result=result, error=error)
+    return Outcome(task=attempt.task, result=result, error=error, failed_on=failed_on)
+
+
+def _failed_on(client: Client, key: str) -> tuple[str, ...]:
+    """Addresses of the workers that raised the task's error; none for a task that died with its workers."""
+
+    def erred_on(dask_scheduler: Any, key: str) -> tuple[str, ...]:
+        task = dask_scheduler.tasks.get(key)
+        return tuple(task.erred_on or ()) if task else ()
+
+    with suppress(OSError):  # the scheduler has gone meanwhile
+        return client.run_on_scheduler(erred_on, key=key)
+    return ()
 
 
 def _killed_workers(error: BaseException) -> bool:
@@ -220,5 +251,5 @@ def _killed_workers(error: BaseException) -> bool:
     return isinstance(error, KilledWorker)
 
 
-def _num_workers(client: Client) -> int:
-    return len(client.scheduler_info(n_workers=-1)["workers"])
+def _addresses(client: Client) -> frozenset[str]:
+    return frozenset(client.scheduler_info(n_workers=-1)["workers"])

@@ -22,12 +22,13 @@ from jobs.request import ClusterError, ClusterRequest, ClusterSettings, parse_wa
 
 if TYPE_CHECKING:
     from dask_jobqueue import SLURMCluster
-    from distributed import Client
+    from distributed import Client, SchedulerPlugin
 
 INSTALL = "pip install 'merv-pipeline[slurm]'"
-MARGIN_S = 600  # before the walltime: time to finish a block and hand over the rest
+MARGIN_S = 240  # before the walltime; longer would gain nothing: Dask gives the block in hand to another worker at once
 CHECK_S = 5.0  # between looks at the queue while no worker has come
 KEEP_S = 30.0  # between looks at jobs that ended
+MAX_FRUITLESS = 5  # jobs, for each that is wanted, that ended one after the other before their worker came
 TAIL_LINES = 15  # of a job's log, in an error
 
 
@@ -44,7 +45,7 @@ def slurm(request: ClusterRequest, say: Callable[[str], None]) -> Iterator[Clien
     per_job = max(1, settings.gpus)
     num_jobs = math.ceil((request.num_workers or per_job) / per_job)
     with SLURMCluster(**job_options(settings, dashboard=request.dashboard)) as cluster, Client(cluster) as client:
-        keeper = _Keeper(cluster, num_jobs, say)
+        keeper = _Keeper(cluster, num_jobs, _logs(settings), say)
         cluster.scale(jobs=num_jobs)
         say(f"slurm: submitted {num_jobs} x {per_job} (jobs x workers), waiting for the first; logs: {_logs(settings)}")
         _wait_for_first(client, keeper, settings)
@@ -81,7 +82,7 @@ def job_options(settings: ClusterSettings, *, dashboard: bool = False) -> dict[s
 
 
 def lifetime(walltime: str) -> list[str]:
-    """Workers retire ten minutes before their job ends, half of it for short jobs, not all in one moment."""
+    """Workers retire four minutes before their job ends, half of it for short jobs, not all in one moment."""
     seconds = parse_walltime(walltime)
     margin = min(MARGIN_S, seconds // 2)
     return ["--lifetime", f"{seconds - margin}s", "--lifetime-stagger", f"{margin * 2 // 5}s"]
@@ -125,12 +126,27 @@ def _tail(folder: Path, job_ids: set[str]) -> str:
     return "\n".join(f"  {line}" for line in newest.read_text(errors="replace").splitlines()[-TAIL_LINES:])
 
 
+def _note_names(names: set[str]) -> SchedulerPlugin:
+    """Keeps the name of every worker that comes."""
+    from distributed import SchedulerPlugin
+
+    class NoteNames(SchedulerPlugin):
+        def add_worker(self, scheduler: Any, worker: str) -> None:
+            names.add(str(scheduler.workers[worker].name))
+
+    return NoteNames()
+
+
 class _Keeper(threading.Thread):
     """Keeps the number of jobs: those that ended, by walltime or by accident, are submitted anew."""
 
-    def __init__(self, cluster: SLURMCluster, num_jobs: int, say: Callable[[str], None]) -> None:
+    def __init__(self, cluster: SLURMCluster, num_jobs: int, logs: Path, say: Callable[[str], None]) -> None:
         super().__init__(name="slurm-keeper", daemon=True)
+        self._logs = logs
         self._cluster, self._num_jobs, self._say = cluster, num_jobs, say
+        self._fruitless = 0  # jobs that ended one after the other before their worker came
+        self._seen: set[str] = set()  # names of workers: that of their job, and a number behind it
+        cluster.scheduler.add_plugin(_note_names(self._seen))
         self._is_over = threading.Event()
 
     @property
@@ -154,9 +170,24 @@ class _Keeper(threading.Thread):
                 continue
             for name, job in submitted.items():
                 if str(job.job_id) not in live and self._cluster.workers.get(name) is job:
-                    del self._cluster.workers[name]
-                    self._say(f"slurm: job {job.job_id} has ended and the run has not: another one is submitted")
-            self._cluster.scale(jobs=self._num_jobs)  # submits what its list lacks; no more than the number
+                    self._replace(name, str(job.job_id))
+            if self._fruitless < MAX_FRUITLESS * self._num_jobs:
+                self._cluster.scale(jobs=self._num_jobs)  # submits what its list lacks; no more than the number
+
+    def _replace(self, name: str, job_id: str) -> None:
+        """Take a job that ended off the list, so that another one is submitted; not for ever, where all end at once."""
+        del self._cluster.workers[name]
+        its_workers = {worker for worker in set(self._seen) if worker == str(name) or worker.startswith(f"{name}-")}
+        self._seen -= its_workers  # the next job has the same name
+        self._fruitless = 0 if its_workers else self._fruitless + 1
+        if self._fruitless < MAX_FRUITLESS * self._num_jobs:
+            self._say(f"slurm: job {job_id} has ended and the run has not: another one is submitted")
+        elif self._fruitless == MAX_FRUITLESS * self._num_jobs:
+            tail = _tail(self._logs, {job_id})
+            self._say(
+                f"slurm: {self._fruitless} jobs ended before their workers came, no more are submitted; the last lines "
+                f"in {self._logs}:\n{tail}"
+            )
 
     def __enter__(self) -> _Keeper:
         self.start()

@@ -27,7 +27,7 @@ from pipeline.config import EngineSettings
 from pipeline.decode.ahead import decode_ahead
 from pipeline.decode.job import Decoded, DecodeJob
 from pipeline.engine import Engine, encode_batch, engine_for
-from pipeline.media import MISSING_REASON, resolve_media
+from pipeline.media import UNREACHABLE, folder_has_gone, resolve_media
 from pipeline.summary import DECODING
 from pipeline.upkeep.reuse import ReuseTask, copy_cells
 
@@ -104,6 +104,7 @@ class _BlockWork:
         self._writes: deque[Future] = deque()
         self._reporter = TaskReporter()
         self._clips = dict(task.rows)
+        self._unreachable: list[int] = []  # rows whose media are missing or may not be read
         self._copy_from_other_store()
         self._needed = frozenset().union(*self._wanted.values())
         self._decoding = decode_ahead(self._decode_jobs(), engine.pool, 2 * task.batch + engine.num_decoders)
@@ -233,7 +234,8 @@ class _BlockWork:
             self.seconds[DECODING] += result.seconds
             return result
         sha256 = getattr(result, "media_sha256", None)  # of a FailedClipError: the bytes that failed
-        self.counts["missing"] += str(result) == MISSING_REASON
+        if str(result) in UNREACHABLE:
+            self._unreachable.append(row)
         self.counts["failed"] += 1
         for name, wanted in self._wanted.items():
             if row in wanted:
@@ -250,23 +252,28 @@ class _BlockWork:
         self._drain(WRITES_IN_FLIGHT)
 
     def _refuse_vanished_media(self) -> None:
-        """Media were there when the block was planned: if all are gone, a share was unmounted, no clip is broken.
+        """Media were there when the block was planned: if all of it, or a whole folder, is gone, no clip is broken.
 
-        It may have been unmounted in the middle of the block: clips that were decoded before are looked for once more.
+        A share may have been unmounted in the middle of the block: clips decoded before are looked for once more.
         """
-        if not self.counts["missing"] or len(self._needed) == 1:
-            return
-        if not any(self._is_there(self._clips[row]) for row in self._needed):
+        root, paths = self.task.root, [self._clips[row].path for row in self._unreachable]
+        if len(paths) and len(self._needed) > 1 and not any(self._is_there(self._clips[row]) for row in self._needed):
             raise RunStoppedError(
-                f"all {len(self._needed)} media files of a block have vanished from {self.task.root} since they were "
-                "listed: mount the share again and run the same command again; nothing was quarantined"
+                f"all {len(self._needed)} media files of a block have vanished from {root} since they were listed, or "
+                "may not be read by this worker: mount the share again, or let it read there, and run the same command "
+                "again; nothing was quarantined"
+            )
+        if gone := next((path for path in paths if folder_has_gone(root, path)), None):
+            raise RunStoppedError(
+                f"the folder of {gone} under {root} is missing or empty, and held media when they were listed: mount "
+                "its share again and run the same command again; nothing was quarantined"
             )
 
     def _is_there(self, clip: Clip) -> bool:
         try:
             return resolve_media(self.task.root, clip.path) is not None
         except MediaError as reason:
-            return str(reason) != MISSING_REASON
+            return str(reason) not in UNREACHABLE
 
     def _drain(self, keep: int) -> None:
         with self._stage("write wait"):

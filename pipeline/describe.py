@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from featurestore.errors import MervCacheError, RunStoppedError
 from featurestore.identity import FeatureIdentity
 from featurestore.journal import driver_runs
 from featurestore.layout import ROOT_METADATA
@@ -94,9 +95,14 @@ def on_a_worker(
     task = Task(key=f"{function.__name__}-{uuid.uuid4().hex}", arguments=arguments)
     wait_s = config.cluster_request.worker_wait_s
     (outcome,) = run_tasks(client, function, [task], attempts=1, worker_wait_s=wait_s, on_report=on_report)
-    if outcome.error is not None:
+    if outcome.error is None:
+        return outcome.result
+    if isinstance(outcome.error, MervCacheError):
         raise outcome.error
-    return outcome.result
+    raise RunStoppedError(
+        f"{function.__name__} failed on a worker: {type(outcome.error).__name__}: {outcome.error}; nothing was "
+        "computed: look whether something else holds the device or its memory, and run the same command again"
+    ) from outcome.error
 
 
 def remembered_identities(config: ExtractConfig) -> dict[str, FeatureIdentity] | None:

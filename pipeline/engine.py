@@ -6,6 +6,7 @@ workers import this room: torch and the models live behind it.
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -141,9 +142,12 @@ def reporting_engine(settings: EngineSettings) -> Engine:
 
 
 def close_engines() -> None:
-    """Stop the decode processes and forget the models."""
+    """Stop the decode processes and forget the models; a device's memory is free for other processes afterwards."""
     while _engines:
         _engines.popitem()[1].close()
+    if torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def describe_encoders(settings: EngineSettings) -> list[dict[str, Any]]:

@@ -33,6 +33,8 @@ IMAGE_EXTENSIONS = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", 
 
 _REFUSED_PATH = "media path is refused: it is absolute, climbs out of the root or cannot be a file name"
 MISSING_REASON = "media file is missing"
+DENIED_REASON = "media file may not be read: permission denied"
+UNREACHABLE = frozenset((MISSING_REASON, DENIED_REASON))  # may be the clip's fault, or a share's or a node's
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
@@ -74,6 +76,17 @@ def resolve_media(root: Path | str, path: str) -> Media:
         return _resolve(os.path.realpath(root), path)
     except OSError as error:
         raise _explain(error, root) from error
+
+
+def folder_has_gone(root: Path | str, path: str) -> bool:
+    """Is the folder that should hold the clip's file missing or empty, as a share leaves it that was unmounted?"""
+    root = os.path.realpath(root)
+    folder = os.path.dirname(os.path.join(root, _split_tar(root, path)[0]))
+    try:
+        with os.scandir(folder) as entries:
+            return next(entries, None) is None
+    except OSError:
+        return True
 
 
 def kind_of_path(path: str) -> str | None:
@@ -161,7 +174,7 @@ def _explain(error: OSError, root: Path | str) -> MediaError | RunStoppedError:
     if error.errno in _MISSING:
         return _check_root(root) or MediaError(MISSING_REASON)
     if error.errno in (errno.EACCES, errno.EPERM):
-        return _check_root(root) or MediaError("media file may not be read: permission denied")
+        return _check_root(root) or MediaError(DENIED_REASON)
     return RunStoppedError(f"dataset root {root} cannot be read: {error.strerror}; check that its disk is there")
 
 

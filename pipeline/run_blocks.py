@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from featurestore.errors import RunStoppedError
 from featurestore.writer import StoreWriter
+from jobs.clusters import check_cluster
 from jobs.progress import Counts, RunProgress
 from jobs.run import Outcome, Task, run_tasks
 from pipeline.config import ExtractConfig
@@ -61,6 +62,7 @@ def run_blocks(
                 on_report=lambda task, attempt, report: progress.report(task.key, attempt, _counts(report)),
                 worker_wait_s=worker_wait_s,
                 on_wait=lambda seconds: progress.wait(_waiting(seconds, worker_wait_s)),
+                check_new=lambda addresses: check_cluster(client, config.cluster_request, addresses),
             )
         ) as outcomes,
     ):

@@ -16,6 +16,7 @@ from typing import Any
 from featurestore.clips import KINDS
 from featurestore.find import Place, is_url, place_of
 from featurestore.layout import receipt_blocks, receipt_key, receipts_prefix
+from featurestore.lease import StoreLease
 from featurestore.writer import StoreWriter
 
 WINDOW_S = 300.0  # rates are of the last five minutes
@@ -66,6 +67,7 @@ class Watcher:
         self._commits: dict[str, dict[tuple[str, int], float | None]] = {}  # group -> (kind, block) -> Unix time
         self._rows: dict[tuple[str, int], int] = {}  # a block's rows never change once they are given out
         self._has_looked = False
+        self._began: float | None = None  # Unix time at which the run that is at work took the store
 
     def look(self, now: float) -> Progress:
         """The state at Unix time `now`."""
@@ -75,6 +77,7 @@ class Watcher:
                 groups.setdefault(group, []).append(kind)
                 self._note_commits(kind, group, now)
         self._has_looked = True
+        self._began = self._begin()
         return Progress(encoders=tuple(self._progress(group, kinds, now) for group, kinds in sorted(groups.items())))
 
     def _note_commits(self, kind: str, group: str, now: float) -> None:
@@ -82,6 +85,10 @@ class Watcher:
         for block in receipt_blocks(self._store.objects.list_names(receipts_prefix(kind, group))):
             if (kind, block) not in known:
                 known[kind, block] = self._committed_at(kind, group, block, now)
+
+    def _begin(self) -> float | None:
+        since = (StoreLease(self._place, "").holder() or {}).get("since")
+        return float(since) if isinstance(since, int | float) else None
 
     def _committed_at(self, kind: str, group: str, block: int, now: float) -> float | None:
         if is_url(self._place):
@@ -92,7 +99,8 @@ class Watcher:
         commits = self._commits[group]
         blocks = [(kind, block) for kind in kinds for block in range(self._store.sealed_blocks(kind))]
         done, all_clips = sum(map(self._clips, commits)), sum(map(self._clips, blocks))
-        per_s = rate([(at, self._clips(block)) for block, at in commits.items() if at is not None], now)
+        dated = [(at, self._clips(block)) for block, at in commits.items() if at is not None]
+        per_s = rate(dated, now, began=self._began)
         return EncoderProgress(
             encoder=group,
             blocks=len(commits),
@@ -109,18 +117,24 @@ class Watcher:
         return self._rows[block]
 
 
-def rate(commits: list[tuple[float, int]], now: float, window_s: float = WINDOW_S) -> float | None:
-    """Clips per second of the commits (time, clips) in the last `window_s`.
+def rate(
+    commits: list[tuple[float, int]], now: float, *, began: float | None = None, window_s: float = WINDOW_S
+) -> float | None:
+    """Clips per second of the commits (time, clips) in the last `window_s`, or since the run `began` within it.
 
-    Of a run that began within the window, its first commit starts the clock and is not counted: what came before it
-    was loading. 8 clips at 0 s, 8 at 10 s, looked at after 20 s: 8 / 20.
+    Where it is not known when a young run began, its first commit starts the clock and is not counted: what came before
+    it was loading. 8 clips at 0 s, 8 at 10 s, looked at after 20 s: 8 / 20.
 
     >>> rate([(0.0, 8), (10.0, 8)], now=20.0)
     0.4
+    >>> rate([(30.0, 8), (31.0, 8), (32.0, 8)], now=40.0, began=0.0)
+    0.6
     """
     recent = [(at, clips) for at, clips in commits if at > now - window_s]
     if not recent:
         return None
+    if began is not None and now - window_s < began <= min(recent)[0]:
+        return sum(clips for _, clips in recent) / (now - began)
     since = now - window_s if len(recent) < len(commits) and _goes_on(commits, now - window_s) else min(recent)[0]
     clips = sum(clips for at, clips in recent if at > since)
     return clips / (now - since) if clips and now > since else None

@@ -5,6 +5,7 @@ Comes in: a total, what is done, and a few words on how it goes. stdout is never
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -14,7 +15,8 @@ from typing import TextIO, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-LOG_INTERVAL_S = 10.0  # between lines where stderr is not a terminal
+LOG_INTERVAL_S = 10.0  # between lines where stderr is not a terminal; of long loops a 60th of their time
+MAX_LOG_INTERVAL_S = 300.0
 
 Item = TypeVar("Item")
 
@@ -26,10 +28,11 @@ class Bar:
         self, label: str, *, total: int, start: int = 0, is_quiet: bool = False, stream: TextIO | None = None
     ) -> None:
         self.label, self.total, self.facts = label, total, ""
-        self._start = self._done = start
+        self._start = self._done = self._written = start
         self._began = self._last_line = time.monotonic()
         self._stream = stream or sys.stderr
-        is_live = self._stream.isatty() and not is_quiet
+        is_terminal = self._stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+        is_live = is_terminal and not is_quiet
         self._logs = not is_live and not is_quiet
         self._live = Progress(
             TextColumn(label),
@@ -56,14 +59,16 @@ class Bar:
     def stop(self) -> None:
         """Leave it as it stands; a log gets its last line, if anything was done."""
         self._live.stop()
-        if self._logs and self._done > self._start:
+        if self._logs and self._done > self._written:
             self._write_line()
 
     def advance(self, number: int = 1) -> None:
         """Count so many more as done."""
         self._done += number
         self._live.advance(self._task, number)
-        if self._logs and time.monotonic() - self._last_line >= LOG_INTERVAL_S:
+        now = time.monotonic()
+        interval_s = min(max(LOG_INTERVAL_S, (now - self._began) / 60), MAX_LOG_INTERVAL_S)
+        if self._logs and now - self._last_line >= interval_s:
             self._write_line()
 
     def tell(self, facts: str) -> None:
@@ -86,7 +91,7 @@ class Bar:
         return f"{self.label}: {', '.join(filter(None, told))}"
 
     def _write_line(self) -> None:
-        self._last_line = time.monotonic()
+        self._last_line, self._written = time.monotonic(), self._done
         print(self.text(), file=self._stream, flush=True)
 
 

@@ -42,6 +42,7 @@ class DecodeChild:
             self._stderr.close()
             raise RunStoppedError(f"cannot start a decode process: {error}") from error
         self._is_ready = False
+        self.has_read = False  # the job's media, to the last byte: what comes then is the decoder's doing
 
     def ask(self, job: DecodeJob, timeout_s: float) -> Decoded:
         """Hand over one job and wait for its answer.
@@ -52,13 +53,17 @@ class DecodeChild:
         self.wait_until_ready()
         if os.fstat(self._stderr.fileno()).st_size > STDERR_BYTES:
             self._stderr.truncate(0)
+        self.has_read = False
         deadline = time.monotonic() + timeout_s
         protocol.send(self._process.stdin.fileno(), {"job": job.to_record(), "timeout_s": timeout_s})
         while True:
             header, body = protocol.receive(self._process.stdout.fileno(), deadline)
-            if "started" not in header:
+            if "started" in header:
+                deadline = time.monotonic() + protocol.allowed_s(timeout_s, header["started"])
+            elif "read" in header:
+                self.has_read = True
+            else:
                 return _read_answer(header, body, job)
-            deadline = time.monotonic() + protocol.allowed_s(timeout_s, header["started"])
 
     def kill(self) -> None:
         """SIGKILL to the whole process group."""

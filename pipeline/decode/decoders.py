@@ -42,8 +42,8 @@ def _ffmpeg(source: Source, collector: FrameCollector, *, accept_damaged: bool) 
 DECODERS: dict[str, VideoReader] = {DEFAULT_DECODER: _frames_1, "decord": _decord, "ffmpeg": _ffmpeg}
 
 
-def decode_clip(job: DecodeJob) -> Decoded:
-    """Decode one clip in this process.
+def decode_clip(job: DecodeJob, *, on_read: Callable[[], None] = lambda: None) -> Decoded:
+    """Decode one clip in this process; `on_read` is called once every byte has been read, before it is decoded.
 
     Raises `FailedClipError` (a `MediaError`) for the clip's own faults, `RunStoppedError` for the machine's,
     `UserError` for an unknown or missing decoder.
@@ -54,6 +54,7 @@ def decode_clip(job: DecodeJob) -> Decoded:
     media_sha256 = None
     try:
         media_sha256 = source.sha256()
+        on_read()
         collector = FrameCollector(job)
         reading = _read(source, collector, job, reader)
         frames = collector.frames()

@@ -7,9 +7,11 @@ witness: its own build of FFmpeg, in a process of its own.
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from typing import BinaryIO
 
 import numpy as np
@@ -23,6 +25,7 @@ from pipeline.media import TarMember
 
 NAME = "ffmpeg"
 FAILED = "ffmpeg cannot decode the file"
+OLDEST = (5, 1)
 
 
 def read_frames(source: Source, collector: FrameCollector, *, accept_damaged: bool) -> Reading:
@@ -30,6 +33,7 @@ def read_frames(source: Source, collector: FrameCollector, *, accept_damaged: bo
     program = shutil.which("ffmpeg")
     if program is None:
         raise UserError("decoder 'ffmpeg' needs the ffmpeg program on the PATH; install it, or use --decoder frames/1")
+    _check_version(program)
     if accept_damaged:
         raise UserError("decoder 'ffmpeg' cannot accept damaged files; use --decoder frames/1")
     with open_video(source) as video:
@@ -42,6 +46,18 @@ def read_frames(source: Source, collector: FrameCollector, *, accept_damaged: bo
     if collector.missing():
         raise MediaError(FAILED)
     return Reading(num_frames=num_frames, fps=fps, decoder=NAME)
+
+
+@cache
+def _check_version(program: str) -> None:
+    """`-fps_mode` came with FFmpeg 5.1; an older program would refuse every file, and each would look damaged."""
+    told = subprocess.run([program, "-version"], capture_output=True, text=True, check=False).stdout
+    found = re.match(r"ffmpeg version n?(\d+)\.(\d+)", told)  # a build from the sources' newest state has no number
+    if found and (int(found[1]), int(found[2])) < OLDEST:
+        raise UserError(
+            f"decoder 'ffmpeg' needs FFmpeg {OLDEST[0]}.{OLDEST[1]} or newer, {program} is {found[1]}.{found[2]}; "
+            "install a newer one, or use --decoder frames/1"
+        )
 
 
 def _input_arguments(source: Source) -> list[str]:

@@ -6,7 +6,8 @@ group and starts another. Decoders can spin for ever in native code, where neith
 same process could stop them.
 
 A timeout depends on how busy the machine is, so it counts after two tries; so does a crash. The reasons hold no times
-and no process ids: the same broken clip gives the same record everywhere.
+and no process ids: the same broken clip gives the same record everywhere. What is not the clip's doing stops the run:
+bytes that do not come (a share that hangs), and a process that is killed from outside (a kernel short of memory).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pipeline.decode.job import Decoded, DecodeJob
 
 WORKER_COMMAND = (sys.executable, "-P", "-m", "pipeline.decode.worker")
 TRIES = 2  # a timeout or a crash may be the machine's; the second one is the clip's
+KILLED_FROM_OUTSIDE = frozenset(f"signal {name}" for name in ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP"))
 
 
 class DecodePool:
@@ -128,17 +130,17 @@ class _Minder(threading.Thread):
 
     def _decode(self, job: DecodeJob) -> Decoded:
         """Ask the child; twice, if it hangs or dies."""
-        reason = ""
-        for _ in range(TRIES):
+        failures: list[Exception] = []
+        while len(failures) < TRIES:
             child = self._ready_child()
             try:
                 return child.ask(job, self._timeout_s)
             except protocol.DeadlineError:
                 self._end_child(hangs=True)
-                reason = "decoding timed out twice"
+                failures.append(MediaError("decoding timed out twice") if child.has_read else _hanging_share(job))
             except protocol.PipeClosedError:
-                reason = f"decoder crashed: {self._end_child(hangs=False)}"
-        raise MediaError(reason)
+                failures.append(_crash(job, self._end_child(hangs=False)))
+        raise failures[-1]
 
     def _ready_child(self) -> DecodeChild:
         """The child, up and waiting; one that dies while it starts says nothing about the clip and is started again."""
@@ -167,3 +169,20 @@ class _Minder(threading.Thread):
         with self._lock:
             child, self._child = self._child, None
         return child.end(hangs=hangs) if child else ""
+
+
+def _hanging_share(job: DecodeJob) -> RunStoppedError:
+    return RunStoppedError(
+        f"the bytes of {job.clip.path} under {job.root} did not come in time, twice: its disk or share hangs; nothing "
+        "was quarantined, run the same command again when it answers (slow: raise decode_timeout_s in --config)"
+    )
+
+
+def _crash(job: DecodeJob, status: str) -> MediaError | RunStoppedError:
+    if status not in KILLED_FROM_OUTSIDE:
+        return MediaError(f"decoder crashed: {status}")
+    return RunStoppedError(
+        f"the process that decoded {job.clip.path} was killed from outside ({status}), twice; if it was for lack of "
+        "memory, give the job more or use fewer decode_processes, and run the same command again; nothing was "
+        "quarantined"
+    )

@@ -24,7 +24,8 @@ MACHINE_ERRNOS = frozenset(
     getattr(errno, name)
     for name in (
         *("EIO", "EREMOTEIO", "ESTALE", "ENOSPC", "EDQUOT", "ENODEV", "ENXIO", "EMFILE", "ENFILE", "EKEYEXPIRED"),
-        *("ENOTCONN", "ECONNRESET", "EHOSTDOWN", "EHOSTUNREACH", "ETIMEDOUT"),
+        *("ENOTCONN", "ECONNRESET", "ECONNABORTED", "ESHUTDOWN", "EHOSTDOWN", "EHOSTUNREACH", "ETIMEDOUT"),
+        *("ENETDOWN", "ENETUNREACH", "ENOLINK", "ECOMM"),
     )
     if hasattr(errno, name)
 )

@@ -54,7 +54,7 @@ def _serve(record: dict[str, Any], answers: int) -> None:
         media_bytes = Source.find(job.root, job.clip.path).num_bytes
         protocol.send(answers, {"started": media_bytes})
         _limit_processor_time(CPU_SLACK * protocol.allowed_s(record["timeout_s"], media_bytes))
-        decoded = decode_clip(job)
+        decoded = decode_clip(job, on_read=lambda: protocol.send(answers, {"read": True}))
     except protocol.PipeClosedError:
         raise
     except Exception as error:

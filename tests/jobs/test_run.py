@@ -23,6 +23,17 @@ def fail_on_three(number: int, marks: str) -> int:
     return number
 
 
+def fail_on_the_first_worker(mark: str) -> str:
+    from distributed import get_worker
+
+    here = get_worker().address
+    if not Path(mark).exists():
+        Path(mark).write_text(here)
+    if Path(mark).read_text() == here:
+        raise ValueError("this device has gone bad")
+    return here
+
+
 KILLER = """
 import os, pathlib, signal
 
@@ -64,6 +75,20 @@ def test_a_task_that_fails_is_tried_again_and_then_reported_beside_the_others(cl
     assert str(outcomes["fail-3"].error) == "three is refused"
     assert len(list(tmp_path.glob("3-*"))) == 3
     assert sorted(o.result for o in outcomes.values() if o.error is None) == [0, 1, 2, 4, 5]
+
+
+def test_another_worker_tries_again_what_failed_on_one(tmp_path):
+    from distributed import LocalCluster
+
+    with (
+        LocalCluster(n_workers=3, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
+        connect(ClusterRequest(scheduler=cluster.scheduler_address)) as client,
+    ):
+        for n in range(5):  # the idle worker that has just failed would be Dask's first choice now and then
+            task = Task(key=f"bad-{n}", arguments=(str(tmp_path / f"bad-{n}"),))
+            (outcome,) = run_tasks(client, fail_on_the_first_worker, [task])
+            assert outcome.error is None
+            assert outcome.result != (tmp_path / f"bad-{n}").read_text()
 
 
 def test_a_final_error_is_not_tried_again(client, tmp_path):

@@ -79,3 +79,22 @@ def test_how_long_a_run_waits_is_ten_minutes_in_a_queue_a_day_or_what_the_settin
 def test_a_wait_that_is_no_time_is_refused():
     with pytest.raises(ClusterError, match=r"worker_wait must be \[D-\]HH:MM:SS, such as 12:00:00, got 'ten'"):
         ClusterSettings.from_mapping({"worker_wait": "ten"})
+
+
+def test_workers_that_come_later_are_checked_and_may_end_the_run(cluster):
+    asked = []
+
+    def refuse(addresses: list[str]) -> None:
+        asked.extend(addresses)
+        raise ClusterError("shares a GPU")
+
+    with connect(ClusterRequest(scheduler=cluster.scheduler_address)) as client:
+        there = set(client.scheduler_info(n_workers=-1)["workers"])
+        tasks = (Task(key=f"nap-{n}", arguments=(0.05,)) for n in range(10_000))
+        outcomes = run_tasks(client, time.sleep, tasks, check_new=refuse)
+        next(outcomes)
+        cluster.scale(2)
+        with pytest.raises(ClusterError, match="shares a GPU"):
+            list(outcomes)
+    assert len(asked) == 1
+    assert not there & set(asked)

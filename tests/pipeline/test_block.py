@@ -132,8 +132,8 @@ def test_tokens_too_large_for_half_precision_fail_that_encoder_alone(lab):
 def test_a_block_reports_what_it_has_done_in_the_words_of_its_end(lab, monkeypatch):
     """Clips are their share of all forwards; counts only grow, and end as the receipts say."""
     told = []
+    *_, tasks = lab.plan(encoders=TWO)  # which loads the encoders, and tells of that
     monkeypatch.setattr("pipeline.block.TaskReporter.tell", lambda self, counts: told.append(counts()))
-    *_, tasks = lab.plan(encoders=TWO)
     end = extract_block(tasks[0])
     assert [report["clips"] for report in told] == [1, 2, 3, 4]  # two batches of two clips, two encoders
     assert [report["frames"] for report in told] == [32, 32, 64, 64]

@@ -7,6 +7,7 @@ import shutil
 import struct
 import sys
 import zlib
+from concurrent.futures import Future
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,10 +17,11 @@ import pytest
 from PIL import Image
 
 from featurestore import FeatureStore, verify_store
-from featurestore.errors import RunStoppedError
+from featurestore.errors import MediaError, RunStoppedError
 from pipeline.block import extract_block
 from pipeline.decode.pool import DecodePool
 from pipeline.engine import close_engines, engine_for
+from pipeline.media import DENIED_REASON
 
 MOODY = (sys.executable, "-P", str(Path(__file__).with_name("moody_worker.py")))
 ENCODERS = ("languagebind", "siglip")
@@ -254,6 +256,36 @@ def test_when_all_media_vanish_the_run_stops_and_nothing_is_quarantined(lab):
         extract_block(tasks[0])
     assert not list(lab.store.glob("receipts/*/*/*"))
     assert lab.extract(encoders=("siglip",)).failed == 0  # nothing is listed, nothing to do
+
+
+def test_when_a_folder_of_media_is_unmounted_the_run_stops_though_others_are_there(lab):
+    """Block 1 of the films holds one of videochatgpt_tune and three of valley."""
+    lab.copy_of_root()
+    *_, tasks = lab.plan(encoders=("siglip",))
+    for file in (lab.root / "valley").iterdir():
+        file.unlink()
+    with pytest.raises(RunStoppedError, match=r"the folder of valley/v5.mp4 under .* is missing or empty"):
+        extract_block(tasks[1])
+    assert not list(lab.store.glob("receipts/*/*/*"))
+
+
+def test_media_that_a_worker_may_not_read_are_no_broken_clips(lab, monkeypatch):
+    """A node whose account lacks the group's rights; root may read everything, so the refusal itself is made up."""
+
+    def refuse(self, job):
+        future = Future()
+        future.set_exception(MediaError(DENIED_REASON))
+        return future
+
+    def deny(root, path):
+        raise MediaError(DENIED_REASON)
+
+    *_, tasks = lab.plan(encoders=("siglip",))
+    monkeypatch.setattr(DecodePool, "submit", refuse)
+    monkeypatch.setattr("pipeline.block.resolve_media", deny)
+    with pytest.raises(RunStoppedError, match=r"all 4 media files .* or may not be read by this worker"):
+        extract_block(tasks[0])
+    assert not list(lab.store.glob("receipts/*/*/*"))
 
 
 def test_when_the_root_is_empty_the_run_stops_and_nothing_is_quarantined(lab):

@@ -200,14 +200,23 @@ def test_jobs_that_end_without_a_worker_are_told_with_what_they_said(slurm_site,
         connect(request).__enter__()
 
 
-def test_a_job_that_is_lost_is_replaced_and_the_work_goes_on(slurm_site, tmp_path, monkeypatch):
-    monkeypatch.setattr(slurm, "KEEP_S", 1.0)
-    request = ClusterRequest(scheduler="slurm", num_workers=1, device="cpu", settings=settings(tmp_path))
+def test_a_job_that_is_lost_is_replaced_but_not_for_ever_by_jobs_that_end_at_once(slurm_site, tmp_path, monkeypatch):
+    monkeypatch.setattr(slurm, "KEEP_S", 0.5)
+    monkeypatch.setattr(slurm, "MAX_FRUITLESS", 2)
+    first, second = tmp_path / "first", tmp_path / "second"
+    only_twice = f"mkdir {first} || mkdir {second} || {{ echo the module is gone >&2; exit 3; }}"
+    wishes = settings(tmp_path, prologue=(only_twice,))
     said = []
-    with connect(request, say=said.append) as client:
-        job = slurm_site.call("squeue", "--noheader", "--format=%i").split()
-        future = client.submit(time.sleep, 0.1)
-        future.result()
-        slurm_site.call("scancel", *job)
-        assert client.submit(abs, -3).result(timeout=300) == 3
-    assert any("has ended and the run has not" in line for line in said)
+    with connect(
+        ClusterRequest(scheduler="slurm", num_workers=1, device="cpu", settings=wishes), say=said.append
+    ) as client:
+        slurm_site.call("scancel", *slurm_site.call("squeue", "--noheader", "--format=%i").split())
+        assert client.submit(abs, -3).result(timeout=300) == 3  # by the second job
+        slurm_site.call("scancel", *slurm_site.call("squeue", "--noheader", "--format=%i").split())
+        deadline = time.monotonic() + 120
+        while "no more are submitted" not in said[-1]:
+            assert time.monotonic() < deadline, said
+            time.sleep(0.2)
+    assert sum("has ended and the run has not" in line for line in said) == 3  # two that were lost, one that failed
+    assert "2 jobs ended before their workers came" in said[-1]
+    assert said[-1].splitlines()[-1] == "  the module is gone", said[-1]

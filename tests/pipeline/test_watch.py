@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from featurestore.lease import StoreLease
 from pipeline.cli import main
 from pipeline.commands.watch_show import line
 from pipeline.watch import Watcher, rate, watch
@@ -41,6 +42,15 @@ def test_a_run_in_the_middle_is_told_from_its_receipts(running):
     assert siglip.clips_per_s == pytest.approx(4 / 20)  # the first commit starts the clock
     assert siglip.seconds_left == pytest.approx(6 / (4 / 20))
     assert (vivit.blocks, vivit.clips, vivit.clips_per_s, vivit.seconds_left) == (0, 0, None, None)
+
+
+def test_while_a_run_has_the_store_its_pace_counts_from_when_it_took_it(running):
+    with StoreLease(running, "now") as lease:
+        record = lease.holder()
+        for began, per_s in ((NOW - 40, 8 / 40), (NOW - 15, 4 / 20), (NOW - 4000, 4 / 20)):
+            (running / "tmp" / "driver.lease").write_text(json.dumps({**record, "since": began}))
+            siglip = next(e for e in Watcher(running).look(NOW).encoders if e.encoder.startswith("siglip"))
+            assert siglip.clips_per_s == pytest.approx(per_s)
 
 
 def test_without_snapshots_a_young_run_is_watched_all_the_same(running):

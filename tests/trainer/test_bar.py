@@ -65,7 +65,8 @@ def test_quiet_writes_nothing_anywhere():
         assert stream.getvalue() == ""
 
 
-def test_on_a_terminal_a_live_bar_tells_the_same():
+def test_on_a_terminal_a_live_bar_tells_the_same(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
     terminal = Terminal()
     with Bar("train", total=2, stream=terminal) as shown:
         shown.advance(2)

@@ -9,6 +9,7 @@ from pathlib import Path
 from featurestore.errors import RunStoppedError
 from pipeline.decode import worker
 from pipeline.decode.decoders import DECODERS
+from pipeline.decode.source import Source
 
 
 def spin(source, collector, *, accept_damaged):
@@ -75,15 +76,30 @@ def bug(source, collector, *, accept_damaged):
     return {}["a key that is not there"]
 
 
+def be_killed(source, collector, *, accept_damaged):
+    os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
 def lose_the_share(source, collector, *, accept_damaged):
     raise RunStoppedError("the share is gone")
 
 
 for decoder in (
     *(spin, ignore_signals_and_spin, burn, stop_itself, crash, exit_quietly, crash_once, talk, start_a_program),
-    *(eat_memory, write_pid_and_spin, bug, lose_the_share),
+    *(eat_memory, write_pid_and_spin, bug, be_killed, lose_the_share),
 ):
     DECODERS[decoder.__name__] = decoder
+
+plain_sha256 = Source.sha256
+
+
+def hang_on_the_share(source):
+    """Bytes that do not come, for files so named: what a share that has gone away does to a reader."""
+    return time.sleep(600) if "hangs" in source.path else plain_sha256(source)
+
+
+Source.sha256 = hang_on_the_share
 
 if __name__ == "__main__":
     worker.main()

@@ -77,6 +77,12 @@ def test_program_that_fails_or_stops_early_fails_the_clip(script, studio, clip_f
         decode_clip(studio.job(clip_file, decoder="ffmpeg"))
 
 
+def test_an_ffmpeg_program_that_is_too_old_is_no_fault_of_the_clips(studio, clip_file, monkeypatch) -> None:
+    _fake_program(studio, monkeypatch, "echo 'ffmpeg version 4.4.2-0ubuntu0.22.04.1 Copyright'; exit 0")
+    with pytest.raises(UserError, match=r"needs FFmpeg 5.1 or newer, .*/bin/ffmpeg is 4.4"):
+        decode_clip(studio.job(clip_file, decoder="ffmpeg"))
+
+
 def test_ffmpeg_program_gives_the_same_frames_where_it_is_installed(studio, clip_file) -> None:
     """Without the program the same job is a clear error: either way this test checks something."""
     import shutil

@@ -107,6 +107,20 @@ def test_what_a_decoder_prints_or_reads_does_not_reach_the_messages(studio, clip
         assert studio.numbers(pool.submit(studio.job(clip_file, decoder="talk")).result())[-1] == 59
 
 
+def test_what_is_not_the_clips_doing_stops_the_run_and_blames_no_clip(studio, clip_file) -> None:
+    hanging = studio.film("hangs.mp4")
+    with DecodePool(2, timeout_s=1.0, worker_command=HOSTILE) as pool:
+        stalled, killed = pool.submit(studio.job(hanging)), pool.submit(studio.job(clip_file, decoder="be_killed"))
+        with pytest.raises(
+            RunStoppedError, match=r"the bytes of hangs.mp4 .* did not come in time, twice: .* share hangs"
+        ):
+            stalled.result()
+        with pytest.raises(
+            RunStoppedError, match=r"a.mp4 was killed from outside \(signal SIGKILL\), twice; .* memory"
+        ):
+            killed.result()
+
+
 def test_run_stopped_in_the_child_is_run_stopped_here(studio, clip_file) -> None:
     with (
         DecodePool(1, worker_command=HOSTILE) as pool,

@@ -34,11 +34,14 @@ def ask(process, job, timeout_s: float = 60.0) -> None:
     protocol.send(process.stdin.fileno(), {"job": job.to_record(), "timeout_s": timeout_s})
 
 
-def test_worker_says_it_is_ready_then_the_size_of_the_media_then_the_answer(worker, studio) -> None:
+def test_worker_says_it_is_ready_then_the_size_of_the_media_then_that_it_is_read_then_the_answer(
+    worker, studio
+) -> None:
     path = studio.film("a.mp4")
     assert receive(worker) == {"ready": worker.pid}
     ask(worker, studio.job(path))
     assert receive(worker) == {"started": path.stat().st_size}
+    assert receive(worker) == {"read": True}
     answer = receive(worker)
     assert answer["shapes"] == [[32, 48, 48, 3]]
     assert answer["decoded"]["num_frames"] == 60
