@@ -46,14 +46,15 @@ def main(store: str, seeds: str, recipe: str, steps: int | None, grid: str | Non
 
 def scores_of(config: TrainConfig, store: str, out: Path) -> tuple[Scores, Scores]:
     """Train with and without visual tokens; the scores of both on the held-out questions."""
+    from trainer.evaluate import EvaluationRequest, evaluate_run
     from trainer.loop.train import train
-    from trainer.run import evaluate_run, open_store
+    from trainer.places import open_store
 
     seen, read = out / f"{config.seed}", out / f"{config.seed}-text-only"
     for each, folder in ((config, seen), (replace(config, mode="text-only"), read)):
         samples, source = open_store(store, each)
         train(each, samples, source, folder, store=store, resume=True)
-    result = evaluate_run(seen, store, beside=[read])
+    result = evaluate_run(seen, EvaluationRequest(store=store), [read])
     return by_category(result["scores"]), by_category(result["beside"][str(read)])
 
 

@@ -23,11 +23,11 @@ from trainer.data.batches import make_batch, select
 from trainer.data.collate import Batch, collate
 from trainer.data.prompts import Renderer
 from trainer.data.tokens import TokenSource
-from trainer.loop.progress import read_metrics
 from trainer.model.build import Built, new_llm
 from trainer.model.video_llm import VideoLLM
-from trainer.run import open_store
+from trainer.places import open_store
 from trainer.runs.load import load_run
+from trainer.runs.metrics import read_metrics
 
 BATCH = 8  # samples per forward
 EDGE = 5  # steps whose losses are averaged at either end of a run

@@ -101,9 +101,10 @@ def measure(task: Task) -> dict[str, Any]:
     """Train one run and ask it the held-out questions; what it said is kept beside it."""
     import torch
 
-    from trainer.loop.progress import read_metrics
+    from trainer.evaluate import EvaluationRequest, evaluate_run
     from trainer.loop.train import train
-    from trainer.run import evaluate_run, open_store
+    from trainer.places import open_store
+    from trainer.runs.metrics import read_metrics
 
     torch.set_num_threads(1)
     out = Path(task.out)
@@ -113,7 +114,7 @@ def measure(task: Task) -> dict[str, Any]:
     samples, source = open_store(task.store, task.config)
     train(task.config, samples, source, out, store=task.store, resume=True, is_quiet=True)
     losses = [row["loss"] for row in read_metrics(out)]
-    answers = evaluate_run(out, task.store, limit=task.questions)["answers"]
+    answers = evaluate_run(out, EvaluationRequest(store=task.store, limit=task.questions))["answers"]
     row = {
         "projector_lr": task.config.optimizer.projector_lr,
         "fusion_lr": task.config.optimizer.fusion_lr,
@@ -130,8 +131,8 @@ def measure_text_only(task: Task) -> dict[str, Any]:
     import torch
     from frozen_llm import plain_llm
 
-    from trainer.evaluate import answer_all, questions
-    from trainer.run import open_store
+    from trainer.model.multiple_choice import answer_all, questions
+    from trainer.places import open_store
 
     torch.set_num_threads(1)
     samples, source = open_store(task.store, task.config)

@@ -25,11 +25,11 @@ from pipeline.config import read_config
 from pipeline.extract import extract
 from trainer.config import FusionConfig, FusionName, OptimizerConfig, TrainConfig
 from trainer.end_to_end import live_source
-from trainer.loop.progress import read_metrics
 from trainer.loop.train import train
 from trainer.model.fusion import FUSIONS
 from trainer.model.llm import FRESH_LLMS, FreshLLM
-from trainer.run import open_store
+from trainer.places import open_store
+from trainer.runs.metrics import read_metrics
 
 RATE = 1e-4
 

@@ -22,7 +22,7 @@ LONG = (
     "test_suspect.py",
     "test_fault_kinds.py",
     "test_launch.py",
-    "test_shards.py",
+    "test_sharded_ranks.py",
     "test_ranks.py",
     "test_gpu_check.py",
     "test_stages.py",

@@ -26,8 +26,8 @@ from featurestore.samples import Turn
 from trainer.command import no_file
 from trainer.data.batches import make_batch
 from trainer.data.tokens import MemoryTokens, TokenSource
-from trainer.model.build import LoadedRun
 from trainer.runs.load import load_run
+from trainer.runs.rebuild import LoadedRun
 
 Span = tuple[float | None, float | None]  # seconds; None: the file's start or end
 WHOLE: Span = (None, None)
@@ -51,7 +51,7 @@ class Asker:
     @property
     def looks(self) -> bool:
         """Whether the run was trained to see, or on text alone."""
-        return self.model.fusion is not None
+        return self.model.has_visual
 
     @property
     def notes(self) -> list[str]:

@@ -25,11 +25,10 @@ from featurestore.quantise import OverflowedTokens, from_stored, to_stored
 from featurestore.samples import Sample
 from trainer.config import TrainConfig
 from trainer.data.tokens import ClipTokens, PrefixedTokens, StoreTokens, TokenSource
-from trainer.evaluate import check_identities
 from trainer.loop.ranks import make_accelerator
 from trainer.loop.validate import Validation
 from trainer.model.build import Built
-from trainer.run import open_store
+from trainer.places import check_identities, open_store
 from trainer.runs.load import load_run
 
 _LOSS = "val_loss"

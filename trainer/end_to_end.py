@@ -269,7 +269,7 @@ def _live_tokens(
 
 
 def _check_in(out: Path | None, extract: ExtractConfig) -> MediaCheck:
-    """The look's record in the run's folder; another root or way of decoding is another record."""
+    """The check whose findings are kept in the run's folder; another root or way of decoding has a file of its own."""
     asked = {"root": extract.root, "decoder": extract.decoder, "accept_damaged": extract.accept_damaged}
     name = f"media-{hashlib.sha256(canonical_json(asked).encode()).hexdigest()[:12]}.jsonl"
     return MediaCheck(out / name if out is not None else None, is_first_rank=is_first_rank())

@@ -47,7 +47,10 @@ def eval_main() -> None:
 def eval_run(checkpoint: Path, store: str | None, beside: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     """Multiple-choice accuracy by category, beside chance and beside other runs."""
     check_are_runs(checkpoint, *beside)
-    result = heavy_rooms().evaluate_run(checkpoint, store, beside=beside, **options)
+    heavy_rooms()
+    from trainer.evaluate import EvaluationRequest, evaluate_run
+
+    result = evaluate_run(checkpoint, EvaluationRequest(store=store, **options), beside)
     show_result(result, as_json, lambda: print_scores(result))
 
 

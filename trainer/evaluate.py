@@ -1,161 +1,93 @@
-"""Evaluate: multiple choice by likelihood, by category, beside chance and beside a text-only model.
+"""Evaluate: a run answers questions, by category, beside chance and beside runs that answer the same ones.
 
-Comes in: a trained run, samples with options, a token source. Goes out: `Score` per category and overall. An option's
-score is the mean log-likelihood of its tokens with the end token, in the prompt the model was trained with; the best
-one is the answer. Chance is the mean of 1 / number of options. The text-only model is one that was trained the same
-way without visual tokens (`merv-train --mode text-only`): what it gets right, the words alone give away.
+Comes in: a run's folder and an `EvaluationRequest`. Goes out: the scores as JSON, which the run's folder keeps too. A
+text-only run, trained the same way without visual tokens (`merv-train --mode text-only`), is the one to stand beside:
+what it gets right, the words alone give away.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from featurestore.errors import UserError
-from featurestore.samples import Sample, Turn
-from trainer.data.batches import make_batch
-from trainer.data.collate import Batch
-from trainer.data.tokens import TokenShape, TokenSource
-from trainer.model.build import Built, LoadedRun
-
-OVERALL = "all"  # category of the line over all samples
-UNNAMED = "no category"  # that of samples which name none
-TRAINED_SPLIT = "train"  # its questions measure nothing
-FIRST_CLIPS = "it keeps a dataset's first clips, often none of the held-out ones"  # a limit of an extraction
-UNBOUND = "unbound:"  # begins the identity in an imported run, whose weights do not say what made their tokens
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """One question answered."""
-
-    sample_id: str
-    category: str
-    num_options: int
-    predicted: int  # index of the option with the best score
-    correct: int
-    scores: tuple[float, ...]  # mean log-likelihood of each option
+from featurestore.samples import Sample
+from trainer.bar import Bar
+from trainer.config import LISTING, LiveRequest
+from trainer.data.tokens import TokenSource
+from trainer.model.multiple_choice import Answer, answer_all, questions, showable, summarise
+from trainer.places import TokenPlace, opened_for
+from trainer.runs.chain import last_stage
+from trainer.runs.load import load_run
+from trainer.runs.rebuild import LoadedRun
+from trainer.runs.record import RunRecord
+from trainer.runs.scores import ScoreSource, write_scores
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score:
-    """Accuracy on the questions of one category."""
+class EvaluationRequest:
+    """Which questions are asked, and how; without a place, those of the one that the run was trained on."""
 
-    category: str
-    questions: int
-    accuracy: float
-    chance: float
+    store: str | None = None  # of the questions' clips
+    dataset: str | None = None  # whose clips are decoded and encoded now, instead of a store
+    root: str | None = None  # folder of the dataset's media and annotations
+    weights: tuple[str, ...] = ()  # SPEC or NAME=SPEC: where the weights of encoders that run now are
+    split: str = "heldout"
+    limit: int | None = None  # questions, at most; None: all
+    batch_size: int = 16  # questions at once, with all their options
+    best: bool = False  # of every run the best checkpoint by validation, instead of the newest
 
-
-def questions(samples: Sequence[Sample], source: TokenSource, *, split: str, has_visual: bool) -> list[Sample]:
-    """Samples of that split that have options and, where clips are shown, tokens."""
-    asked = [sample for sample in samples if sample.options and sample.split == split]
-    asked = showable(asked, source, has_visual=has_visual)
-    if not asked:
-        raise UserError(_no_question(samples, split))
-    return asked
-
-
-def showable(samples: Sequence[Sample], source: TokenSource, *, has_visual: bool) -> list[Sample]:
-    """Those whose clip has tokens, where the model looks at clips; those about text always."""
-    if not has_visual:
-        return list(samples)
-    known = source.available({sample.clip_id for sample in samples if sample.clip_id is not None})
-    return [sample for sample in samples if sample.clip_id is None or sample.clip_id in known]
-
-
-def _no_question(samples: Sequence[Sample], split: str) -> str:
-    """Which questions there are, so that the next command is the right one."""
-    counts = Counter(sample.split for sample in samples if sample.options)
-    held = ", ".join(f"{count} of split {name!r}" for name, count in counts.items()) or "none"
-    others = [name for name in counts if name not in (split, TRAINED_SPLIT)]
-    if others:
-        advice = f"Use --split {others[0]}"
-    else:
-        advice = (
-            f"To measure a run, extract again without --limit if the store was made with it ({FIRST_CLIPS}), or"
-            " add questions with `merv-pipeline extract --dataset eval --root DIR --store STORE` and the settings the"
-            " store was made with"
-        )
-    return (
-        f"no multiple-choice question of split {split!r} has tokens of every encoder; the store holds {held}. {advice}"
-    )
-
-
-def check_identities(run: LoadedRun, source: TokenSource) -> None:
-    """A model only understands tokens of the identities it was trained on; an unbound one asks for their sizes."""
-    if trained := run.built.config.train_encoders:
-        raise UserError(
-            f"the run has trained {', '.join(trained)} along: no store holds their tokens; without --store they are"
-            " made on the spot, of the media it was trained on or of those that --dataset and --root name"
-        )
-    for encoder, shape in run.record.shapes.items():
-        found = source.shapes.get(encoder)
-        if found is not None and shape.identity.startswith(UNBOUND):
-            _check_sizes(encoder, shape, found)
-        elif found is None or found.identity != shape.identity:
+    def __post_init__(self) -> None:
+        if self.store is not None and self.media:
             raise UserError(
-                f"the run was trained on {encoder} tokens of identity {shape.identity}, this source has"
-                f" {found.identity if found else 'none'}; use the store it was trained on, or extract that identity"
+                f"tokens are read from a store or made on the spot: give --store or --{', --'.join(self.media)},"
+                " not both"
             )
 
-
-def _check_sizes(encoder: str, wanted: TokenShape, found: TokenShape) -> None:
-    if (found.grid, found.width) != (wanted.grid, wanted.width):
-        sizes = [f"{'x'.join(map(str, shape.grid))} of width {shape.width}" for shape in (wanted, found)]
-        raise UserError(f"the imported run reads {encoder} tokens of {sizes[0]}, this source has {sizes[1]}")
-
-
-def answer_all(
-    built: Built, samples: Sequence[Sample], source: TokenSource, *, batch_size: int = 16, device: str = "cpu"
-) -> Iterator[Answer]:
-    """Answer questions, `batch_size` at a time with all their options."""
-    built.model.to(device).eval()
-    for start in range(0, len(samples), batch_size):
-        if built.model.fusion is not None:
-            coming = samples[start : start + 2 * batch_size]
-            source.expect(sample.clip_id for sample in coming if sample.clip_id is not None)
-        yield from answer_batch(built, samples[start : start + batch_size], source, device)
+    @property
+    def media(self) -> dict[str, str]:
+        """What is said of a dataset, in the words of an extraction."""
+        given = {"dataset": self.dataset, "root": self.root}
+        return {name: value for name, value in given.items() if value is not None}
 
 
-def answer_batch(
-    built: Built, samples: Sequence[Sample], source: TokenSource, device: torch.device | str
-) -> list[Answer]:
-    """Answer questions in one forward, with the model as it stands."""
-    choices = [with_answer(sample, option) for sample in samples for option in sample.options]
-    scores = iter(built.model.score(batch_of(built, choices, source).to(device)).tolist())
-    return [_answer(sample, tuple(next(scores) for _ in sample.options)) for sample in samples]
+def evaluate_run(run: Path, request: EvaluationRequest, beside: Sequence[Path] = ()) -> dict[str, Any]:
+    """Answer questions with a run, and the same questions with every run beside it; the run keeps its scores."""
+    loaded = load_run(run, best=request.best)
+    place = questions_place(run, loaded, request)
+    with opened_for(loaded, place, request.weights, _device()) as (samples, source):
+        has_visual = loaded.built.model.has_visual
+        asked = questions(samples, source, split=request.split, has_visual=has_visual)[: request.limit]
+        answers = _answers(loaded, asked, source, request)
+        state = source.snapshot if isinstance(place, str) else f"live-{_digest(asked, source)[:12]}"
+    others = {str(path): _answers_beside(path, asked, place, request) for path in beside}
+    result = report(loaded, answers, others)
+    named = place if isinstance(place, str) else place.settings["dataset"]
+    _keep_scores(run, result, ScoreSource(split=request.split, limit=request.limit, store=named, snapshot=state))
+    return result
 
 
-def batch_of(built: Built, samples: Sequence[Sample], source: TokenSource) -> Batch:
-    """Samples as the model reads them: rendered, and with their clips' tokens where it looks at clips."""
-    model = built.model
-    return make_batch(
-        [built.renderer(sample.turns) for sample in samples],
-        [sample.clip_id if model.fusion is not None else None for sample in samples],
-        source,
-        model.num_visual_tokens,
-        model.context,
-    )
-
-
-def with_answer(sample: Sample, option: str) -> Sample:
-    """The sample with `option` as its last answer."""
-    return replace(sample, turns=(*sample.turns[:-1], Turn(role="gpt", text=option)))
-
-
-def summarise(answers: Sequence[Answer]) -> list[Score]:
-    """Overall first, then by category in alphabetical order; where none is named, all is said by the first line."""
-    groups: dict[str, list[Answer]] = defaultdict(list)
-    for answer in answers:
-        groups[answer.category].append(answer)
-    if set(groups) == {UNNAMED}:
-        groups.clear()
-    return [_score(OVERALL, answers), *(_score(name, groups[name]) for name in sorted(groups))]
+def questions_place(run: Path, loaded: LoadedRun, request: EvaluationRequest) -> TokenPlace:
+    """Where the questions are and their clips' tokens come from: as asked, else as in the run's training."""
+    if request.store is not None:
+        return request.store
+    record, media = loaded.record, request.media
+    if record.store and not media and not loaded.built.config.train_encoders:
+        return record.store
+    known = _listed(record)
+    if media.get("dataset", known.get("dataset")) != known.get("dataset"):
+        known = {}
+    if "dataset" not in {**known, **media}:
+        raise UserError(
+            f"{run} names no store of its own; give the one that holds the questions with --store, or --dataset and"
+            " --root to decode and encode their clips now"
+        )
+    return LiveRequest(settings={**known, **media})
 
 
 def report(run: LoadedRun, answers: Sequence[Answer], beside: Mapping[str, Sequence[Answer]]) -> dict[str, Any]:
@@ -169,21 +101,55 @@ def report(run: LoadedRun, answers: Sequence[Answer], beside: Mapping[str, Seque
     }
 
 
-def _answer(sample: Sample, scores: tuple[float, ...]) -> Answer:
-    return Answer(
-        sample_id=sample.sample_id,
-        category=sample.category or UNNAMED,
-        num_options=len(sample.options),
-        predicted=int(torch.tensor(scores).argmax()),
-        correct=sample.answer_index,
-        scores=scores,
-    )
+def _answers(run: LoadedRun, asked: Sequence[Sample], source: TokenSource, request: EvaluationRequest) -> list[Answer]:
+    with Bar("questions", total=len(asked)) as bar:
+        answers = answer_all(run.built, asked, source, batch_size=request.batch_size, device=_device())
+        return list(bar.over(answers))
 
 
-def _score(category: str, answers: Sequence[Answer]) -> Score:
-    return Score(
-        category=category,
-        questions=len(answers),
-        accuracy=sum(answer.predicted == answer.correct for answer in answers) / len(answers),
-        chance=sum(1 / answer.num_options for answer in answers) / len(answers),
-    )
+def _answers_beside(path: Path, asked: Sequence[Sample], place: TokenPlace, request: EvaluationRequest) -> list[Answer]:
+    """Another run's answers to questions whose place the first run decided."""
+    other = load_run(path, best=request.best)
+    with opened_for(other, _place_beside(other, place, request), request.weights, _device()) as (_, source):
+        _check_asked(path, other, asked, source)
+        return _answers(other, asked, source, request)
+
+
+def _place_beside(other: LoadedRun, place: TokenPlace, request: EvaluationRequest) -> TokenPlace:
+    """Where another run finds the clips of the same questions."""
+    if not isinstance(place, str):
+        return place
+    if other.built.config.train_encoders and other.record.live:
+        return LiveRequest(settings=_listed(other.record))
+    is_theirs = request.store is None and other.built.model.has_visual
+    return other.record.store or place if is_theirs else place
+
+
+def _listed(record: RunRecord) -> dict[str, Any]:
+    """What decides the listing of the dataset that a live run was trained on."""
+    return {name: value for name, value in (record.live or {}).items() if name in LISTING}
+
+
+def _check_asked(path: Path, other: LoadedRun, asked: Sequence[Sample], source: TokenSource) -> None:
+    found = showable(asked, source, has_visual=other.built.model.has_visual)
+    if missing := len(asked) - len(found):
+        raise UserError(
+            f"{path} cannot be asked the same questions: it has no tokens of the clips of {missing} of {len(asked)};"
+            " name one place for all runs, with --store or with --dataset and --root"
+        )
+
+
+def _digest(asked: Sequence[Sample], source: TokenSource) -> str:
+    """Names what was asked about, and the media where they were looked at."""
+    return source.data_digest({sample.clip_id for sample in asked if sample.clip_id is not None}, asked)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _keep_scores(run: Path, result: Mapping[str, Any], source: ScoreSource) -> None:
+    try:
+        write_scores(last_stage(run), result, source)
+    except OSError as error:
+        Console(stderr=True).print(f"the scores were not kept in {run}: {error.strerror}", markup=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import random
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,16 @@ def config():
         checkpoint_every=2,
         keep_checkpoints=5,
     )
+
+
+@pytest.fixture
+def brief(tmp_path, config, samples, tokens):
+    """A run of one step: knows nothing, but is whole."""
+    from trainer.loop.train import train
+    from trainer.runs.load import load_run
+
+    train(replace(config, max_steps=1), samples, tokens, tmp_path / "run", is_quiet=True)
+    return load_run(tmp_path / "run")
 
 
 @pytest.fixture

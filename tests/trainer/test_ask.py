@@ -18,7 +18,7 @@ from trainer.config import OptimizerConfig, ProjectorConfig, TrainConfig
 from trainer.eval_cli import eval_main, parse_span
 from trainer.loop.train import train
 from trainer.model.llm import FRESH_LLMS, FreshLLM
-from trainer.run import open_store
+from trainer.places import open_store
 from trainer.runs.record import RunRecord
 
 QUESTION = "What colour is it?"

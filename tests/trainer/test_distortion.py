@@ -21,7 +21,7 @@ from trainer.loop.plan import make_plan
 from trainer.loop.ranks import make_accelerator
 from trainer.loop.train import train
 from trainer.loop.validate import Validation
-from trainer.run import open_store
+from trainer.places import open_store
 from trainer.runs.load import load_run
 
 DTYPES = ("float16", "bfloat16", "uint8")

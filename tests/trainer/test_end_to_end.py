@@ -16,12 +16,12 @@ from trainer.data.tokens import PrefixedTokens
 from trainer.end_to_end import live_source
 from trainer.live.tokens import through_storage
 from trainer.loop.plan import make_plan
-from trainer.loop.progress import read_metrics
 from trainer.loop.train import train
 from trainer.model.fusion import FUSIONS
 from trainer.model.llm import FRESH_LLMS, FreshLLM
-from trainer.run import open_store
+from trainer.places import open_store
 from trainer.runs.load import load_run
+from trainer.runs.metrics import read_metrics
 from trainer.runs.record import RunRecord
 
 ENCODERS = ["dinov2", "languagebind", "siglip", "vivit"]  # in the order of a store

@@ -18,10 +18,11 @@ from pipeline.extract import extract
 from trainer.config import OptimizerConfig, ProjectorConfig, TrainConfig
 from trainer.end_to_end import live_source
 from trainer.eval_cli import eval_main
+from trainer.evaluate import EvaluationRequest, evaluate_run
 from trainer.give.export import export_run
 from trainer.loop.train import train
 from trainer.model.llm import FRESH_LLMS, FreshLLM
-from trainer.run import evaluate_run, open_store
+from trainer.places import open_store
 from trainer.runs import checkpoint
 from trainer.runs.load import load_run
 from trainer.runs.scores import read_scores
@@ -119,7 +120,7 @@ def plain_scores(run, samples, tokens, frames):
 
 def test_a_trained_encoder_answers_as_its_weights_say(run, quiz, media_lab):
     """Frames and the frozen encoder's tokens by the source that a run trains on, which other tests hold to a store."""
-    result = evaluate_run(run, None, dataset="eval", root=str(quiz), batch_size=3)
+    result = evaluate_run(run, EvaluationRequest(dataset="eval", root=str(quiz), batch_size=3))
     assert [row["sample_id"].rpartition("/")[2] for row in result["answers"]] == ["one", "two", "three", "still"]
     settings = {**media_lab.settings(quiz), "dataset": "eval"}
     with live_source(CONFIG, settings) as (samples, source):
@@ -146,7 +147,9 @@ def test_an_export_answers_as_its_run_and_its_card_says_how(run, quiz, tmp_path)
     export_run(run, tmp_path / "given")
     command = "merv-eval run --checkpoint path/to/this/folder --dataset NAME --root DIR"
     assert command in (tmp_path / "given/README.md").read_text()
-    by_run, by_export = (evaluate_run(path, None, dataset="eval", root=str(quiz)) for path in (run, tmp_path / "given"))
+    by_run, by_export = (
+        evaluate_run(path, EvaluationRequest(dataset="eval", root=str(quiz))) for path in (run, tmp_path / "given")
+    )
     for ours, theirs in zip(by_export["answers"], by_run["answers"], strict=True):
         assert ours["scores"] == pytest.approx(theirs["scores"], abs=1e-4)
 
@@ -167,8 +170,8 @@ def test_a_run_from_a_store_may_be_asked_live_and_has_the_scores_of_the_store(
     asked = tmp_path / "quiz.zarr"
     extract(read_extract_config(None, {**media_lab.settings(quiz, store=str(asked)), "dataset": "eval"}), quiet=True)
     assert len(FeatureStore.open(asked).clips) == 5
-    from_store = evaluate_run(tmp_path / "run", str(asked))
-    live = evaluate_run(tmp_path / "run", None, dataset="eval", root=str(quiz))
+    from_store = evaluate_run(tmp_path / "run", EvaluationRequest(store=str(asked)))
+    live = evaluate_run(tmp_path / "run", EvaluationRequest(dataset="eval", root=str(quiz)))
     assert [row["sample_id"] for row in live["answers"]] == [row["sample_id"] for row in from_store["answers"]]
     for now, then in zip(live["answers"], from_store["answers"], strict=True):
         assert now["scores"] == pytest.approx(then["scores"], abs=1e-4)
@@ -182,20 +185,20 @@ def test_runs_beside_are_asked_at_the_same_place(run, small, tmp_path, media_lab
     samples, source = open_store(str(extracted), cached)
     train(cached, samples, source, tmp_path / "cached", store=str(extracted), is_quiet=True)
     others = [tmp_path / "words", tmp_path / "cached"]
-    result = evaluate_run(run, None, dataset="eval", root=str(quiz), beside=others)
+    result = evaluate_run(run, EvaluationRequest(dataset="eval", root=str(quiz)), others)
     assert [rows[0]["questions"] for rows in result["beside"].values()] == [4, 4]
-    alone = evaluate_run(others[0], None, dataset="eval", root=str(quiz))
+    alone = evaluate_run(others[0], EvaluationRequest(dataset="eval", root=str(quiz)))
     assert alone["scores"] != []
 
 
 def test_two_places_and_none_are_errors(run, small, tmp_path, extracted, quiz):
     with pytest.raises(UserError, match="give --store or --dataset, --root, not both"):
-        evaluate_run(run, str(extracted), dataset="eval", root=str(quiz))
+        evaluate_run(run, EvaluationRequest(store=str(extracted), dataset="eval", root=str(quiz)))
     with pytest.raises(UserError, match="has trained siglip along: no store holds their tokens; without --store"):
-        evaluate_run(run, str(extracted))
+        evaluate_run(run, EvaluationRequest(store=str(extracted)))
     record = json.loads((run / "run.json").read_text())
     lost = tmp_path / "lost"
     shutil.copytree(run, lost)
     (lost / "run.json").write_text(json.dumps({**record, "live": None}))
     with pytest.raises(UserError, match=r"names no store of its own; .* or --dataset and --root"):
-        evaluate_run(lost, None)
+        evaluate_run(lost, EvaluationRequest())

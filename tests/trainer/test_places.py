@@ -1,4 +1,7 @@
-"""The same tokens from a folder, from a bucket through the cache, and from a union of two stores: the same run."""
+"""The same tokens from a folder, from a bucket through the cache, and from a union of two stores: the same run.
+
+Other tokens are refused.
+"""
 
 import json
 import shutil
@@ -7,13 +10,16 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from featurestore.errors import UserError
 from featurestore.share.cells import StoreCells
 from featurestore.share.combine import combine
 from featurestore.share.push import push
 from trainer.cli import train_main
+from trainer.data.tokens import MemoryTokens
 from trainer.eval_cli import eval_main
-from trainer.loop.progress import read_metrics
+from trainer.places import check_identities
 from trainer.runs import checkpoint
+from trainer.runs.metrics import read_metrics
 from trainer.runs.record import RunRecord
 
 CACHE_BYTES = 48 * 1024  # fewer than the store's, so that room has to be made
@@ -102,3 +108,11 @@ def test_a_union_of_stores_made_apart_gives_the_run_of_one_store(here, make_ques
     assert told_by(eval_main, "run", "--checkpoint", "from-union") == told_by(
         eval_main, "run", "--checkpoint", "at-once"
     )
+
+
+def test_tokens_of_another_identity_are_refused(brief, samples, tokens):
+    ids = [sample.clip_id for sample in samples]
+    check_identities(brief, tokens)
+    other = MemoryTokens(ids, {"dinov2": tokens.fetch(ids)["dinov2"]})
+    with pytest.raises(UserError, match="trained on vivit tokens of identity memory:vivit, this source has none"):
+        check_identities(brief, other)

@@ -1,4 +1,4 @@
-from trainer.tell import plan_rows, result_lines
+from trainer.tell import plan_rows, print_scores, result_lines
 
 
 def told(**changes):
@@ -69,3 +69,16 @@ def test_a_finished_run_names_the_next_command():
         "r/align: step 600 of 600, loss 0.2500",
         "r/finetune: step 600 of 600, loss 0.2500; next: merv-eval run --checkpoint r/finetune",
     ]
+
+
+def score(category, accuracy):
+    return {"category": category, "questions": 8, "accuracy": accuracy, "chance": 0.25}
+
+
+def test_scores_have_a_line_per_category_with_other_runs_beside(capsys):
+    beside = [score("colour", 0.5), score("all", 0.375)]  # their order is their own
+    print_scores({"scores": [score("all", 0.75), score("colour", 1.0)], "beside": {"words": beside}})
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["questions", "about", "number", "accuracy", "chance", "words"] in rows
+    at = rows.index(["all", "8", "0.75", "0.25", "0.38"])
+    assert rows[at + 1] == ["colour", "8", "1.00", "0.25", "0.50"]

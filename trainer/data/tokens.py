@@ -37,11 +37,11 @@ class PrefixedTokens:
     prefix_BTKD: Tensor
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PrefixedTokens:
-        """The same on `device`, as of a tensor."""
+        """The same on `device`, as `Tensor.to` gives it."""
         return self._each(lambda value: value.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PrefixedTokens:
-        """The same in page-locked memory, as of a tensor."""
+        """The same in page-locked memory, as `Tensor.pin_memory` gives it."""
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> PrefixedTokens:

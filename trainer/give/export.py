@@ -1,4 +1,4 @@
-"""Export: a run -> a folder that can be given away; `trainer/give/exported.py` reads it.
+"""Export: a run -> a folder that can be given away; `trainer/runs/exported.py` reads it.
 
     OUT/README.md                 model card
     OUT/config.yaml, run.json     settings and record of the run
@@ -27,7 +27,13 @@ from torch import Tensor, nn
 
 from featurestore.errors import UserError
 from trainer.config import CONFIG_FILE
-from trainer.give.exported import (
+from trainer.give.model_card import UNKNOWN_LICENSE, CardFacts, model_card
+from trainer.give.official import IMPORT_FILE
+from trainer.model.adapt import is_adapter
+from trainer.model.build import Built
+from trainer.runs import checkpoint
+from trainer.runs.chain import last_stage
+from trainer.runs.exported import (
     ADAPTER_FILE,
     ADAPTER_FOLDER,
     ADAPTER_PREFIX,
@@ -38,15 +44,10 @@ from trainer.give.exported import (
     LLMWeights,
     weight_digests,
 )
-from trainer.give.model_card import UNKNOWN_LICENSE, CardFacts, model_card
-from trainer.give.official import IMPORT_FILE
-from trainer.loop.progress import METRICS_FILE, read_metrics
-from trainer.model.adapt import is_adapter
-from trainer.model.build import Built, LoadedRun
-from trainer.runs import checkpoint
-from trainer.runs.chain import last_stage
 from trainer.runs.files import whole_folder
 from trainer.runs.load import load_run
+from trainer.runs.metrics import METRICS_FILE, read_metrics
+from trainer.runs.rebuild import LoadedRun
 from trainer.runs.record import LLM_FOLDER, software_versions
 from trainer.runs.scores import read_scores
 
@@ -155,7 +156,7 @@ def _write_weights(out: Path, built: Built, kind: LLMWeights, *, merge_lora: boo
 
 
 def _write_facts(out: Path, run: Path, loaded: LoadedRun) -> None:
-    """Settings and record; files by their names alone, where they lay is nobody else's business."""
+    """Settings and record; files by their names alone: the folders of a machine are not given away."""
     (out / CONFIG_FILE).write_text(loaded.built.config.to_yaml())
     known = {encoder: _without_paths(facts) for encoder, facts in loaded.record.encoders.items()}
     replace(loaded.record, store=Path(loaded.record.store).name, encoders=known, live=None).write(out)

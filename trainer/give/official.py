@@ -25,7 +25,6 @@ from featurestore import FeatureStore
 from featurestore.errors import UserError
 from trainer.config import CONFIG_FILE, TrainConfig, used_encoders
 from trainer.data.tokens import StoreTokens, TokenShape
-from trainer.evaluate import UNBOUND
 from trainer.give.official_config import OfficialConfig, parse_settings, read_settings, run_config
 from trainer.give.official_names import (
     HEAD_LAYERS,
@@ -41,7 +40,7 @@ from trainer.model.build import build, count_parameters
 from trainer.model.llm import LoadedLLM, save_shape, where_to_look
 from trainer.runs import checkpoint
 from trainer.runs.files import file_sha256, whole_folder
-from trainer.runs.record import LLM_FOLDER, RunRecord, software_versions
+from trainer.runs.record import LLM_FOLDER, UNBOUND, RunRecord, software_versions
 
 IMPORT_FILE = "imported.json"
 SOURCE = "princetonvisualai/merv"

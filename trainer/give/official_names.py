@@ -54,7 +54,7 @@ Rules = dict[str, tuple[Take, ...]]  # official name -> our tensors; none: it ca
 
 
 def split_parts(model: Mapping[str, Weights]) -> dict[str, Weights]:
-    """State dicts by the present names of the parts; empty ones, and those that we do not know, are told apart."""
+    """State dicts by the present names of the parts, without empty ones; an error names those that are not known."""
     parts = {name: weights for name, weights in model.items() if weights}
     for old, new in OLD_PARTS.items():
         if old in parts:

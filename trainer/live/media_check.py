@@ -37,7 +37,7 @@ class MediaCheck:
         self._read_lines = 0
 
     def look(self, clip_ids: Sequence[str], submit: Callable[[str], Future], *, limit: int) -> None:
-        """Know all of these clips; `limit` are decoded at once. Other ranks wait for what the first one writes."""
+        """Decode the clips that are not known yet, `limit` at once. Other ranks wait for what the first one writes."""
         self._load()
         while (unknown := self._unknown(clip_ids)) and self._path is not None and not self._is_first_rank:
             time.sleep(POLL_S)

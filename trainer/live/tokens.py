@@ -30,8 +30,8 @@ from trainer.live.media_check import MediaCheck
 Arrays = dict[str, np.ndarray]
 
 
-class View(Protocol):
-    """Which small frames of a clip an encoder wants."""
+class FrameCount(Protocol):
+    """How many frames of a clip an encoder wants."""
 
     num_frames: int
 
@@ -42,7 +42,7 @@ class LiveEncoder(Protocol):
     identity: FeatureIdentity
     label: str  # "pretrained" or "random:SEED"
     weights_from: str  # "hub", a folder or "random:SEED"
-    view: View
+    view: FrameCount
 
 
 class FrozenEncoder(LiveEncoder, Protocol):
@@ -94,7 +94,7 @@ class LiveTokens(TokenSource):
         self._clips.update((clip.clip_id, (root, clip)) for clip in clips)
 
     def fetch(self, clip_ids: Sequence[str]) -> dict[str, ClipTokens]:
-        """As every source; of a trained encoder uint8 frames_BTHWC instead, which the model encodes itself."""
+        """As every source does; for a trained encoder uint8 frames_BTHWC, which the model encodes itself."""
         rows: dict[str, dict[int, Arrays]] = {name: {} for name in self._encoders}
         with self._lock:
             for kind, places in self._of_one_shape(clip_ids):

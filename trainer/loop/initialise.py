@@ -21,13 +21,14 @@ from featurestore.errors import UserError
 from featurestore.samples import Sample
 from trainer.config import TrainConfig, read_config
 from trainer.data.tokens import TokenShape
-from trainer.give.exported import is_export, read_weights
 from trainer.model.adapt import is_adapter
-from trainer.model.build import Built, new_llm, resumed_llm
+from trainer.model.build import Built, new_llm
 from trainer.model.llm import LoadedLLM
 from trainer.runs import checkpoint
 from trainer.runs.chain import last_stage
 from trainer.runs.checkpoint import LLM_PREFIX
+from trainer.runs.exported import is_export, read_weights
+from trainer.runs.rebuild import resumed_llm
 from trainer.runs.record import RunRecord
 
 FUSION_PREFIX = "fusion."
@@ -47,7 +48,7 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """What was taken over from another run; its weights themselves are let go."""
+    """What was taken over from another run, without holding its weights."""
 
     names: frozenset[str]  # tensors of the new model
     message: str  # for a person
@@ -64,7 +65,7 @@ class _Loading:
 
     @property
     def message(self) -> str:
-        """For a person: never silently nothing."""
+        """Message that lists the parts loaded, and why the others were not."""
         left = "".join(f"; not {part}: {reason}" for part, reason in self.missing.items())
         done = f"{self.origin.run} (step {self.origin.step} of {self.origin.record.num_steps})"
         return f"weights of {done}: loaded {', '.join(self.parts)}{left}"
@@ -120,7 +121,7 @@ def load_parts(origin: Origin, built: Built, shapes: Mapping[str, TokenShape]) -
         old = f"trained_encoders.{there.index(encoder)}." if encoder in there else ""
         reason = None if old else "it was not trained there"
         _load(loaded, built, f"encoder {encoder}", f"trained_encoders.{index}.", old, reason)
-    if built.model.fusion is not None and list(built.model.fusion.state_dict()):
+    if built.model.has_visual and list(built.model.fusion.state_dict()):
         _load(loaded, built, "fusion", FUSION_PREFIX, FUSION_PREFIX, _unlike_fusion(origin, built))
     _load_llm(loaded, built)
     if not loaded.parts:
@@ -129,7 +130,7 @@ def load_parts(origin: Origin, built: Built, shapes: Mapping[str, TokenShape]) -
 
 
 def _load(loaded: _Loading, built: Built, part: str, prefix: str, old_prefix: str, reason: str | None) -> None:
-    """Tensors under one prefix from those under another, if there is no reason not to."""
+    """Load what the origin holds under `old_prefix` as tensors under `prefix`, unless a `reason` forbids it."""
     wanted = {name: value for name, value in built.model.state_dict().items() if name.startswith(prefix)}
     found = {
         prefix + n.removeprefix(old_prefix): v for n, v in loaded.origin.weights.items() if n.startswith(old_prefix)
@@ -145,7 +146,7 @@ def _load(loaded: _Loading, built: Built, part: str, prefix: str, old_prefix: st
 
 
 def _load_llm(loaded: _Loading, built: Built) -> None:
-    """Adapters, where both have the same ones, and a word on the LLM's own weights, which are in already."""
+    """Load adapters where both runs have the same ones; the LLM's own weights are in already and are only listed."""
     origin, config = loaded.origin, built.config
     if origin.config.llm != config.llm:
         loaded.missing["LLM"] = f"there it is {origin.config.llm}, here {config.llm}"
@@ -178,7 +179,7 @@ def _unlike_tokens(origin: Origin, built: Built, encoder: str, identity: str) ->
 
 
 def _unlike_fusion(origin: Origin, built: Built) -> str | None:
-    """A fusion's weights stand in the order of the encoders."""
+    """Why the fusion cannot be taken over, if so; its weights stand in the order of the encoders."""
     if origin.config.fusion != built.config.fusion:
         return f"there it is {origin.config.fusion.name}"
     there = list(origin.record.shapes)

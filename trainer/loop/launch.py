@@ -33,7 +33,7 @@ def is_launched() -> bool:
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one that speaks."""
+    """Whether this process prints and writes what all ranks share."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
@@ -48,7 +48,7 @@ def relaunch(launch: Launch, processes: int | None, arguments: Sequence[str]) ->
 
 
 def num_processes(launch: Launch, asked: int | None, num_gpus: int) -> int:
-    """One per GPU, if nothing else is asked; without a GPU only what can be done without."""
+    """How many to start: as many as asked, else one per GPU; an error where there are too few GPUs for that."""
     if num_gpus == 0 and launch == "fsdp":
         raise UserError("--launch fsdp spreads a model over GPUs, and none is visible; on CPUs use --launch ddp")
     if num_gpus == 0 and asked is None:

@@ -21,8 +21,9 @@ from trainer.data.batches import Batches, TrainingData, select
 from trainer.data.tokens import TokenSource
 from trainer.loop.initialise import Loaded, load_parts, read_origin, starting_llm
 from trainer.loop.memory import memory_by_part
-from trainer.model.build import Built, build, count_parameters, new_llm, resumed_llm, trained_encoders
+from trainer.model.build import Built, build, count_parameters, new_llm, trained_encoders
 from trainer.model.standardise import Moments
+from trainer.runs.rebuild import resumed_llm
 from trainer.runs.record import RunRecord, software_versions
 
 STANDARDISE_CLIPS = 512  # clips whose tokens give the standardisation's constants
@@ -70,21 +71,7 @@ def make_plan(
         rank=rank,
         num_ranks=num_ranks,
     )
-    record = RunRecord(
-        store=store,
-        data_digest=data.digest,
-        num_samples=len(data.samples),
-        dropped=data.dropped,
-        shapes={encoder: source.shapes[encoder] for encoder in built.model.encoders},
-        parameters=count_parameters(built.model),
-        num_visual_tokens=built.model.num_visual_tokens,
-        num_steps=batches.num_steps,
-        started_from=loaded.message if loaded else "",
-        encoders={encoder: source.facts[encoder] for encoder in built.model.encoders if encoder in source.facts},
-        software=software_versions(),
-        tokens="from cache" if source.live is None else "end to end",
-        live=source.live,
-    )
+    record = _record(store, data, source, built, num_steps=batches.num_steps, loaded=loaded)
     return Plan(config=config, data=data, built=built, batches=batches, record=record, loaded=loaded)
 
 
@@ -102,6 +89,28 @@ def _build(
     built = build(config, source.shapes, llm)
     built.model.join(trained_encoders(config, source.trained))
     return built, load_parts(origin, built, source.shapes) if origin else None
+
+
+def _record(
+    store: str, data: TrainingData, source: TokenSource, built: Built, *, num_steps: int, loaded: Loaded | None
+) -> RunRecord:
+    """What the run's folder says about its data and its model."""
+    model = built.model
+    return RunRecord(
+        store=store,
+        data_digest=data.digest,
+        num_samples=len(data.samples),
+        dropped=data.dropped,
+        shapes={encoder: source.shapes[encoder] for encoder in model.encoders},
+        parameters=count_parameters(model),
+        num_visual_tokens=model.num_visual_tokens,
+        num_steps=num_steps,
+        started_from=loaded.message if loaded else "",
+        encoders={encoder: source.facts[encoder] for encoder in model.encoders if encoder in source.facts},
+        software=software_versions(),
+        tokens="from cache" if source.live is None else "end to end",
+        live=source.live,
+    )
 
 
 def describe(plan: Plan) -> dict[str, Any]:

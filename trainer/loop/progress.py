@@ -1,8 +1,7 @@
-"""Progress: what a person sees of a run on stderr, and what a program reads of it in metrics.jsonl.
+"""Progress: what a person sees of a run on stderr, and what a program reads of it in `trainer/runs/metrics.py`.
 
-Every step has its line in metrics.jsonl (loss, gradient norm, learning rates, tokens), written every `log_every` steps
-and before every checkpoint together with the speed of these steps; a step that was followed by a validation has its
-metrics too, as `val_...`. A resumed run drops the lines behind its checkpoint, so the file is one curve.
+A step's row is written every `log_every` steps and before every checkpoint, together with the speed of the steps since
+the last write.
 """
 
 from __future__ import annotations
@@ -16,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.bar import Bar
-from trainer.runs.files import replace_text
-
-METRICS_FILE = "metrics.jsonl"
+from trainer.runs.metrics import METRICS_FILE, open_metrics
 
 
 class RunProgress:
@@ -103,27 +100,6 @@ def _facts(row: Mapping[str, Any]) -> str:
 def _validation(row: Mapping[str, Any]) -> str:
     accuracy = f", accuracy {row['val_accuracy']:.2f} (chance {row['val_chance']:.2f})" if "val_accuracy" in row else ""
     return f"  held out: loss {row['val_loss']:.4f}{accuracy}"
-
-
-def open_metrics(path: Path, start: int) -> Any:
-    """The metrics file open for appending, without lines of steps that will be done again."""
-    if path.exists():
-        kept = [line for line in path.read_text().splitlines() if _step_of(line) < start]
-        replace_text(path, "".join(line + "\n" for line in kept))  # the curve so far is nowhere else
-    return path.open("a")
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All steps' metrics of a run."""
-    return [json.loads(line) for line in (Path(run) / METRICS_FILE).read_text().splitlines()]
-
-
-def _step_of(line: str) -> float:
-    """The step of a line; a line that a kill cut short belongs to no step that is kept."""
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return float("inf")
 
 
 def _number(value: Any) -> Any:

@@ -178,7 +178,7 @@ def _with_start(stages: Stages, stage: Stage, out: Path) -> TrainConfig:
     index, folder = stages.index(stage), out / stage.name
     if index == 0 or stage.config.init is not None:
         return stage.config
-    # A stage that has begun keeps the path of then: the chain's folder may have another name by now.
+    # A stage that has begun keeps the path it began with: the chain's folder may have another name by now.
     has_begun = (folder / CONFIG_FILE).exists()
     init = read_config(folder).init if has_begun else str(out / stages[index - 1].name)
     return replace(stage.config, init=init)
@@ -186,10 +186,10 @@ def _with_start(stages: Stages, stage: Stage, out: Path) -> TrainConfig:
 
 def _finished(folder: Path, config: TrainConfig) -> TrainResult | None:
     """The result of a run that is at its end, so that nothing is loaded for it; None if there is more to train."""
-    from trainer.loop.progress import read_metrics
     from trainer.loop.train import TrainResult
     from trainer.runs.checkpoint import best
     from trainer.runs.folder import starting_point
+    from trainer.runs.metrics import read_metrics
     from trainer.runs.record import RunRecord
 
     checkpoint = starting_point(folder, config, resume=True)

@@ -30,11 +30,11 @@ from trainer.loop.optimizer import build_optimizer, current_rates, set_rates
 from trainer.loop.plan import Plan, fit_standardisation, make_plan
 from trainer.loop.progress import RunProgress
 from trainer.loop.ranks import any_rank, deterministic, make_accelerator, prepare
-from trainer.loop.shards import plain, whole
 from trainer.loop.validate import Validation
 from trainer.model.video_llm import VideoLLM
 from trainer.runs import checkpoint
 from trainer.runs.folder import starting_point, write_folder
+from trainer.runs.shards import plain, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ def train(
     )
     validation = Validation(plan, samples, source, accelerator) if config.eval_every else None
     if accelerator.is_main_process:
-        write_folder(out, plan, is_new=folder is None)
+        write_folder(out, plan.built, plan.record, is_new=folder is None)
     with deterministic(config.deterministic):
         return _Loop(plan, source, accelerator, validation, out).run(folder, stop_at, is_quiet)
 
@@ -100,48 +100,66 @@ class _Loop:
         self.best: tuple[float, float] | None = None  # goodness of the best validation so far
 
     def run(self, folder: Path | None, stop_at: int | None, is_quiet: bool) -> TrainResult:
+        """Start, or go on from the checkpoint `folder`, and step to the end, to `stop_at`, or until told to stop."""
         start = self._restore_model(folder)
-        prepared, optimizer = prepare(self.accelerator, self.model, self.optimizer)
-        self.names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        if folder is not None:
-            checkpoint.load_optimizer(folder, self.optimizer, self.names, start)
-            self.best = checkpoint.best_goodness(self.out)
+        model, optimizer = self._prepare(folder, start)
         trackers.start_trackers(self.accelerator, self.config, self.out, start)
         num_steps = self.plan.batches.num_steps
         stop = min(num_steps, stop_at if stop_at is not None else num_steps)
         steps = Prefetch(self._read, start, stop, depth=self.config.prefetch_batches)
-        shown = RunProgress(
-            self.out,
-            start=start,
-            stop=num_steps,
-            is_first_rank=self.accelerator.is_main_process,
-            is_quiet=is_quiet,
-            log=lambda row: trackers.log(self.accelerator, row),
-        )
-        done, last = start, torch.tensor(float("nan"))
+        shown = self._progress(start, is_quiet)
+        done, loss = start, torch.tensor(float("nan"))
         with steps, shown, terminated() as is_terminated:
             for number, step in enumerate(steps, start=start):
-                row = self._step(prepared, optimizer, number, step)
-                done, last = number + 1, row["loss"]
+                row = self._step(model, optimizer, number, step)
+                done, loss = number + 1, row["loss"]
                 is_told, is_time = any_rank(self.accelerator, is_terminated(), self._is_time())
                 is_last = done == stop or is_told
                 validated = {} if is_told else self._validate(done, shown)
                 shown.advance(row | validated)
-                is_due = is_last or is_time or done % self.config.checkpoint_every == 0
-                saves = is_due or self._is_best(validated)
-                if saves or done % self.config.log_every == 0:
-                    # A run that is killed goes on behind its checkpoint: the steps before must be on disk by then.
-                    shown.flush(waited_s=steps.waited_s, is_synced=saves)
-                if saves:
-                    self._save(done, validated)
+                self._keep(done, validated, shown, waited_s=steps.waited_s, is_due=is_last or is_time)
                 if is_last:
                     break
         trackers.stop_trackers(self.accelerator)
+        return self._result(done, float(loss))
+
+    def _prepare(self, folder: Path | None, start: int) -> tuple[torch.nn.Module, Any]:
+        """Model and optimizer on device and ranks, with the moments of a checkpoint."""
+        prepared = prepare(self.accelerator, self.model, self.optimizer)
+        self.names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        if folder is not None:
+            checkpoint.load_optimizer(folder, self.optimizer, self.names, start)
+            self.best = checkpoint.best_goodness(self.out)
+        return prepared
+
+    def _progress(self, start: int, is_quiet: bool) -> RunProgress:
+        """Bar, metrics file and trackers; opening it drops the lines of steps that will be done again."""
+        return RunProgress(
+            self.out,
+            start=start,
+            stop=self.plan.batches.num_steps,
+            is_first_rank=self.accelerator.is_main_process,
+            is_quiet=is_quiet,
+            log=lambda row: trackers.log(self.accelerator, row),
+        )
+
+    def _keep(
+        self, done: int, validated: Mapping[str, float], shown: RunProgress, *, waited_s: float, is_due: bool
+    ) -> None:
+        """Write the rows and a checkpoint, each where it is due; a new best validation is always kept."""
+        saves = is_due or done % self.config.checkpoint_every == 0 or self._is_best(validated)
+        if saves or done % self.config.log_every == 0:
+            # A run that is killed goes on behind its checkpoint: the steps before must be on disk by then.
+            shown.flush(waited_s=waited_s, is_synced=saves)
+        if saves:
+            self._save(done, validated)
+
+    def _result(self, done: int, loss: float) -> TrainResult:
         return TrainResult(
             run=str(self.out),
             steps=done,
-            num_steps=num_steps,
-            loss=float(last),
+            num_steps=self.plan.batches.num_steps,
+            loss=loss,
             data_digest=self.plan.data.digest,
             checkpoint=str(checkpoint.newest(self.out) or ""),
             best=str(checkpoint.best(self.out) or ""),
@@ -193,7 +211,7 @@ class _Loop:
         return bool(validated) and (self.best is None or checkpoint.goodness(validated) > self.best)
 
     def _is_time(self) -> bool:
-        """By the first rank's clock."""
+        """Whether a checkpoint is due by the first rank's clock."""
         return self.accelerator.is_main_process and self.alarm.rings()
 
     def _restore_model(self, folder: Path | None) -> int:

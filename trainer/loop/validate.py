@@ -25,8 +25,8 @@ from trainer.config import TrainConfig
 from trainer.data.order import derive_seed
 from trainer.data.prompts import reason_to_refuse
 from trainer.data.tokens import TokenSource
-from trainer.evaluate import FIRST_CLIPS, answer_batch, batch_of, showable
 from trainer.loop.plan import Plan
+from trainer.model.multiple_choice import FIRST_CLIPS, answer_batch, batch_of, showable
 
 MODALITIES = ("video", "image", "text")
 
@@ -36,7 +36,7 @@ class Validation:
 
     def __init__(self, plan: Plan, samples: Sequence[Sample], source: TokenSource, accelerator: Accelerator) -> None:
         self.built, self.config, self.source, self.accelerator = plan.built, plan.config, source, accelerator
-        held_out = heldout_samples(samples, source, plan.config, has_visual=plan.built.model.fusion is not None)
+        held_out = heldout_samples(samples, source, plan.config, has_visual=plan.built.model.has_visual)
         self.samples = held_out[: self.config.eval_limit]
         self.questions = [sample for sample in held_out if sample.options][: self.config.eval_limit]
         stills = source.stills({sample.clip_id for sample in self.samples if sample.clip_id is not None})

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,10 +20,9 @@ from trainer.data.prompts import PROMPTS, Renderer
 from trainer.data.tokens import TokenShape
 from trainer.model.adapt import adapt
 from trainer.model.fusion import build_fusion
-from trainer.model.llm import FRESH_PREFIX, LoadedLLM, holds_shape, load_llm, load_saved_shape
+from trainer.model.llm import FRESH_PREFIX, LoadedLLM, load_llm
 from trainer.model.projectors import build_projectors
 from trainer.model.video_llm import VideoLLM
-from trainer.runs.record import LLM_FOLDER, RunRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +38,6 @@ class Built:
     def saves_llm(self) -> bool:
         """Whether the LLM's weights exist only in this run."""
         return self.llm.is_fresh or self.config.train_llm == "full"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadedRun:
-    """A trained model with what it was trained on."""
-
-    built: Built
-    record: RunRecord
-    step: int  # steps done
 
 
 def build(config: TrainConfig, shapes: Mapping[str, TokenShape], llm: LoadedLLM) -> Built:
@@ -72,19 +61,10 @@ def new_llm(config: TrainConfig, samples: Iterable[Sample], words: Iterable[str]
     """The LLM a run starts from; a fresh one knows the words of the samples, and `words`."""
     torch.manual_seed(derive_seed("llm", config.seed))
     texts = chain(texts_of(config, samples), words) if config.llm.startswith(FRESH_PREFIX) else ()
-    return load_llm(config.llm, texts=texts, dtype=_llm_dtype(config), quant=config.llm_quant)
+    return load_llm(config.llm, texts=texts, dtype=llm_dtype(config), quant=config.llm_quant)
 
 
-def resumed_llm(config: TrainConfig, run: Path) -> LoadedLLM:
-    """The LLM of a run that has begun: its shape alone where the run's checkpoints hold all of its weights."""
-    if holds_shape(run / LLM_FOLDER):
-        if config.llm_quant is not None:
-            raise UserError(f"llm_quant is for an LLM as it is published, and {run} holds one that was trained")
-        return load_saved_shape(run / LLM_FOLDER, _llm_dtype(config))
-    return new_llm(config, ())
-
-
-def _llm_dtype(config: TrainConfig) -> torch.dtype:
+def llm_dtype(config: TrainConfig) -> torch.dtype:
     """Weights that are not trained need no fp32 master copy; LoRA adapters are fp32 beside them."""
     return torch.bfloat16 if config.precision == "bf16" and config.train_llm != "full" else torch.float32
 
@@ -112,16 +92,6 @@ def count_parameters(model: VideoLLM) -> dict[str, dict[str, int]]:
         for name, part in parts.items()
         if part is not None
     }
-
-
-def rebuild(config: TrainConfig, record: RunRecord, llm: LoadedLLM) -> Built:
-    """The model of a run as it was trained, before its weights are put in."""
-    built = build(config, record.shapes, llm)
-    if config.train_encoders:
-        from trainer.end_to_end import empty_encoders  # the pipeline's encoders: only where a run has trained some
-
-        built.model.join(empty_encoders(config, record.encoders))
-    return built
 
 
 def texts_of(config: TrainConfig, samples: Iterable[Sample]) -> Iterable[str]:

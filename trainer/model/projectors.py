@@ -41,7 +41,7 @@ class Projector(nn.Module):
 
     @property
     def num_tokens(self) -> int:
-        """N."""
+        """Visual tokens of a clip: N."""
         return prod(self.grid)
 
     def resample(self, tokens: ClipTokens) -> Tensor:

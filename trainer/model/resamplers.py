@@ -273,7 +273,7 @@ def _check_class_token(stored: TokenShape, needed: str) -> None:
 
 
 def _extract_command(needed: str) -> str:
-    """A store of its own: tokens of two kinds under one encoder's name would have to be told apart ever after."""
+    """Advise a separate store: raw and pooled tokens of one encoder would be hard to tell apart in one."""
     return (
         f"`merv-pipeline extract --dataset NAME {EXTRACT_OPTIONS[needed]} --store features/NAME-{needed}.zarr` and the"
         " --config, --weights and --root that this store was made with"

@@ -48,9 +48,14 @@ class VideoLLM(nn.Module):
         return dict(zip(self.trained_names, self.trained_encoders, strict=True))
 
     @property
+    def has_visual(self) -> bool:
+        """Whether it looks at clips; a text-only model does not."""
+        return self.fusion is not None
+
+    @property
     def num_visual_tokens(self) -> int:
         """N after fusion; 0 for a text-only model."""
-        return self.fusion.num_tokens(self.projectors[0].num_tokens) if self.fusion is not None else 0
+        return self.fusion.num_tokens(self.projectors[0].num_tokens) if self.has_visual else 0
 
     @property
     def context(self) -> int | None:
@@ -114,9 +119,7 @@ class VideoLLM(nn.Module):
 
     def _nothing(self, dtype: torch.dtype) -> Tensor:
         """Zero that depends on every visual parameter: ranks whose batch is all text still join the gradient sum."""
-        visual = nn.ModuleList(
-            [*self.projectors, *self.trained_encoders, *([self.fusion] if self.fusion is not None else [])]
-        )
+        visual = nn.ModuleList([*self.projectors, *self.trained_encoders, *([self.fusion] if self.has_visual else [])])
         parts = [parameter.sum() * 0.0 for parameter in visual.parameters() if parameter.requires_grad]
         return sum(parts, start=torch.zeros((), device=self.llm.device)).to(dtype)
 

@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from featurestore.errors import StoreDamagedError, UserError
-from trainer.loop.shards import placed_like
 from trainer.runs.files import file_sha256, give_usual_modes
+from trainer.runs.shards import placed_like
 
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
 LLM_PREFIX = "llm."  # of its names in the model
@@ -97,7 +97,7 @@ def best(run: Path) -> Path | None:
 
 
 def best_goodness(run: Path) -> tuple[float, float] | None:
-    """That of the best checkpoint."""
+    """The goodness of the best checkpoint; None if none was validated."""
     folder = best(run)
     return goodness(_read_state(folder).validation) if folder is not None else None
 
@@ -136,12 +136,12 @@ def model_weights(model: nn.Module, *, with_llm: bool) -> dict[str, Tensor]:
 
 
 def load_model(folder: Path, model: nn.Module, *, with_llm: bool) -> None:
-    """Weights of the checkpoint into `model`."""
+    """Put the weights of the checkpoint into `model`."""
     put_in(model, load_file(folder / MODEL_FILE), set(model_weights(model, with_llm=with_llm)), folder)
 
 
 def put_in(model: nn.Module, weights: Mapping[str, Tensor], expected: set[str], folder: Path) -> None:
-    """What `folder` holds into `model`; every tensor that is expected must be there, and no other."""
+    """Put what `folder` holds into `model`; every tensor that is expected must be there, and no other."""
     if odd := sorted(set(weights) ^ expected):
         raise UserError(f"{folder} holds another model than its config builds; differing tensors: {', '.join(odd[:5])}")
     model.load_state_dict(weights, strict=False)
@@ -157,7 +157,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[int, str]
 
 
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, names: Mapping[int, str], step: int) -> None:
-    """The moments of the checkpoint into `optimizer`, cut up among the ranks as its parameters are."""
+    """Put the moments of the checkpoint into `optimizer`, cut up among the ranks as its parameters are."""
     moments = load_file(folder / OPTIMIZER_FILE)
     for group in optimizer.param_groups:
         for parameter in group["params"]:

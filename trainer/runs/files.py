@@ -31,7 +31,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
 
 def replace_text(path: Path, text: str) -> Path:
-    """Put `text` where `path` is; an interrupted write leaves the file of before."""
+    """Put `text` where `path` is; an interrupted write leaves the old file."""
     temporary = _beside(path)
     temporary.write_text(text)
     return temporary.replace(path)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from featurestore.errors import UserError
 from trainer.config import CONFIG_FILE, TrainConfig, read_config
-from trainer.loop.plan import Plan
+from trainer.model.build import Built
 from trainer.model.llm import save_shape
 from trainer.runs import checkpoint
 from trainer.runs.files import replace_text
-from trainer.runs.record import LLM_FOLDER
+from trainer.runs.record import LLM_FOLDER, RunRecord
 
 # Settings that change neither weights nor losses beyond the rounding of sums: a resumed run may have others.
 FREE_ON_RESUME = {
@@ -51,14 +51,14 @@ def starting_point(out: Path, config: TrainConfig, resume: bool) -> Path | None:
 
 
 def _free(config: TrainConfig) -> set[str]:
-    """A loss per token is the same sum however it is cut; the mean of micro-batches is not."""
+    """Settings that may change: a loss per token is one sum, however cut; the mean of micro-batches is not."""
     return FREE_ON_RESUME | ({"micro_batch_size"} if config.loss == "per_token" else set())
 
 
-def write_folder(out: Path, plan: Plan, *, is_new: bool) -> None:
-    """Settings, record and tokenizer, before the first step; a resumed run's settings may have changed."""
+def write_folder(out: Path, built: Built, record: RunRecord, *, is_new: bool) -> None:
+    """Write settings, record and tokenizer, before the first step; a resumed run's settings may have changed."""
     out.mkdir(parents=True, exist_ok=True)
     if is_new:
-        save_shape(plan.built.llm, out / LLM_FOLDER)
-        plan.record.write(out)
-    replace_text(out / CONFIG_FILE, plan.config.to_yaml())
+        save_shape(built.llm, out / LLM_FOLDER)
+        record.write(out)
+    replace_text(out / CONFIG_FILE, built.config.to_yaml())

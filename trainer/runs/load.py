@@ -9,10 +9,10 @@ from pathlib import Path
 
 from featurestore.errors import UserError
 from trainer.config import read_config
-from trainer.give.exported import is_export, load_export
-from trainer.model.build import LoadedRun, rebuild, resumed_llm
 from trainer.runs import checkpoint
 from trainer.runs.chain import last_stage, no_checkpoint
+from trainer.runs.exported import is_export, load_export
+from trainer.runs.rebuild import LoadedRun, rebuild, resumed_llm
 from trainer.runs.record import RunRecord
 
 

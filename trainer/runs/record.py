@@ -19,6 +19,7 @@ from trainer.data.tokens import TokenShape
 
 LLM_FOLDER = "llm"
 PACKAGES = ("merv-pipeline", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "peft")
+UNBOUND = "unbound:"  # begins the identity in an imported run, whose weights do not say what made their tokens
 
 
 @dataclass(frozen=True, kw_only=True)

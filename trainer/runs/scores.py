@@ -40,7 +40,7 @@ class ScoreSource:
 
 
 def write_scores(run: Path, result: Mapping[str, Any], source: ScoreSource) -> Path:
-    """Keep `result` with what it was measured on; an interrupted write leaves the file of before."""
+    """Keep `result` with what it was measured on; an interrupted write leaves the old file."""
     folder = Path(run) / SCORES_FOLDER
     folder.mkdir(exist_ok=True)
     record = {

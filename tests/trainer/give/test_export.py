@@ -12,14 +12,15 @@ from featurestore.errors import StoreDamagedError, UserError
 from trainer.config import FusionConfig, LoraConfig
 from trainer.data.batches import make_batch
 from trainer.eval_cli import eval_main
+from trainer.evaluate import EvaluationRequest, evaluate_run
 from trainer.give.export import export_run
-from trainer.give.exported import load_export
-from trainer.loop.progress import read_metrics
 from trainer.loop.train import train
 from trainer.model.llm import load_llm
-from trainer.run import evaluate_run, open_store
+from trainer.places import open_store
 from trainer.runs import checkpoint
+from trainer.runs.exported import load_export
 from trainer.runs.load import load_run
+from trainer.runs.metrics import read_metrics
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def logits(run, samples, tokens):
     """Of the first samples, by the whole model."""
     model = run.built.model
     rendered = [run.built.renderer(sample.turns) for sample in samples[:3]]
-    clips = [sample.clip_id if model.fusion is not None else None for sample in samples[:3]]
+    clips = [sample.clip_id if model.has_visual else None for sample in samples[:3]]
     batch = make_batch(rendered, clips, tokens, model.num_visual_tokens, model.context)
     with torch.no_grad():
         return model.llm(inputs_embeds=model.splice(batch), attention_mask=batch.attention_mask_BS).logits
@@ -241,15 +242,15 @@ def store_run(tmp_path, config, question_store):
     """A run of a real store, evaluated on all and on some of its questions."""
     samples, source = open_store(str(question_store), config)
     train(replace(config, max_steps=2), samples, source, tmp_path / "run", store=str(question_store), is_quiet=True)
-    evaluate_run(tmp_path / "run", None)
-    evaluate_run(tmp_path / "run", None, limit=2)
+    evaluate_run(tmp_path / "run", EvaluationRequest())
+    evaluate_run(tmp_path / "run", EvaluationRequest(limit=2))
     return tmp_path / "run"
 
 
 def test_the_folder_is_a_checkpoint_for_every_command(store_run, out, question_store):
-    before = evaluate_run(store_run, None)
+    before = evaluate_run(store_run, EvaluationRequest())
     export_run(store_run, out)
-    after = evaluate_run(out, str(question_store))
+    after = evaluate_run(out, EvaluationRequest(store=str(question_store)))
     assert after == before
     assert (out / "scores/heldout.json").is_file()
 

@@ -13,11 +13,11 @@ from trainer.config import FusionConfig
 from trainer.data.batches import make_batch
 from trainer.data.tokens import MemoryTokens
 from trainer.eval_cli import eval_main
-from trainer.evaluate import check_identities
+from trainer.evaluate import EvaluationRequest, evaluate_run
 from trainer.give.official import import_official
 from trainer.give.official_names import MAX_LISTED, check_names
 from trainer.model.llm import load_llm
-from trainer.run import evaluate_run, open_store
+from trainer.places import check_identities, open_store
 from trainer.runs.load import load_run
 
 WIDTH, TIME, SIDE = 32, 4, 2  # of fresh:mini; of the visual tokens
@@ -343,7 +343,7 @@ def test_with_a_store_the_run_is_bound_to_its_identities_and_evaluated(
     }
     assert list(run.record.shapes) == ["dinov2", "vivit"]
     assert run.record.encoders["vivit"]["weights"] == "random:0"
-    assert evaluate_run(tmp_path / "run", None)["scores"][0]["questions"] == 3
+    assert evaluate_run(tmp_path / "run", EvaluationRequest())["scores"][0]["questions"] == 3
 
 
 def test_a_store_with_other_widths_is_refused(make, take, settings, question_store, tmp_path):

@@ -1,10 +1,10 @@
-import json
 import time
 
 import pytest
 import torch
 
-from trainer.loop.progress import METRICS_FILE, RunProgress, read_metrics
+from trainer.loop.progress import RunProgress
+from trainer.runs.metrics import METRICS_FILE, read_metrics
 
 
 def row(step, **more):
@@ -62,11 +62,3 @@ def test_other_ranks_write_nothing(tmp_path):
         shown.advance(row(0))
         shown.flush(waited_s=0.0)
     assert not (tmp_path / METRICS_FILE).exists()
-
-
-def test_a_resumed_curve_keeps_the_lines_before_its_start(tmp_path):
-    lines = [json.dumps({"step": step}) for step in range(4)]
-    (tmp_path / METRICS_FILE).write_text("\n".join([*lines, '{"step": 4, "lo']))
-    with RunProgress(tmp_path, start=2, stop=4, is_first_rank=True, is_quiet=True):
-        pass
-    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1]

@@ -1,7 +1,7 @@
 import pytest
 
-from trainer.loop.progress import read_metrics
 from trainer.runs import checkpoint
+from trainer.runs.metrics import read_metrics
 from trainer.runs.record import RunRecord
 
 SCRIPT = """

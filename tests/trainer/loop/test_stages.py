@@ -16,11 +16,11 @@ from trainer.config import OptimizerConfig, read_config
 from trainer.data.tokens import MemoryTokens
 from trainer.eval_cli import eval_main
 from trainer.loop import train as train_rooms
-from trainer.loop.progress import read_metrics
 from trainer.loop.stages import describe_stages, lay_over, train_stages
 from trainer.recipes import Stage, get_stages
 from trainer.runs.chain import STAGES_FILE, last_stage, read_stages
 from trainer.runs.load import load_run
+from trainer.runs.metrics import read_metrics
 from trainer.runs.record import RunRecord
 
 NAMES = ("align", "finetune")

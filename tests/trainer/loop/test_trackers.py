@@ -4,9 +4,9 @@ import pytest
 
 from featurestore.errors import UserError
 from trainer.config import TrainConfig
-from trainer.loop.progress import read_metrics
 from trainer.loop.trackers import flat
 from trainer.loop.train import train
+from trainer.runs.metrics import read_metrics
 
 
 def logged(run):

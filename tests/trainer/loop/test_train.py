@@ -13,11 +13,11 @@ from trainer.config import FusionConfig, read_config
 from trainer.data.tokens import MemoryTokens
 from trainer.loop.optimizer import build_optimizer, rate_factor
 from trainer.loop.plan import describe, make_plan
-from trainer.loop.progress import METRICS_FILE, read_metrics
 from trainer.loop.train import train
 from trainer.model.fusion import FUSIONS
 from trainer.runs import checkpoint
 from trainer.runs.load import load_run
+from trainer.runs.metrics import METRICS_FILE, read_metrics
 
 
 def losses(run):

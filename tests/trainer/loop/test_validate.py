@@ -6,14 +6,14 @@ import torch
 from featurestore import FeatureStore
 from featurestore.errors import UserError
 from trainer.data.tokens import MemoryTokens, StoreTokens
-from trainer.evaluate import answer_all, summarise
 from trainer.loop.plan import make_plan
-from trainer.loop.progress import read_metrics
 from trainer.loop.ranks import make_accelerator
 from trainer.loop.train import train
 from trainer.loop.validate import Validation, heldout_samples, modality
+from trainer.model.multiple_choice import answer_all, summarise
 from trainer.runs import checkpoint
 from trainer.runs.load import load_run
+from trainer.runs.metrics import read_metrics
 
 
 @pytest.fixture

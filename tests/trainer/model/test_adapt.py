@@ -8,13 +8,13 @@ from featurestore.errors import UserError
 from trainer.config import LoraConfig, TrainConfig
 from trainer.loop.optimizer import build_optimizer, current_rates, set_rates
 from trainer.loop.plan import make_plan
-from trainer.loop.progress import read_metrics
 from trainer.loop.train import train
 from trainer.model.adapt import add_adapters, checkpoint_layers, decoder_layers
 from trainer.model.llm import load_llm
 from trainer.model.quantise import quantised_loading
 from trainer.runs import checkpoint
 from trainer.runs.load import load_run
+from trainer.runs.metrics import read_metrics
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

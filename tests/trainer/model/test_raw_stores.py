@@ -12,11 +12,11 @@ from featurestore.errors import UserError
 from trainer.config import PROJECTORS
 from trainer.data.batches import make_batch
 from trainer.data.tokens import PrefixedTokens, StoreTokens
-from trainer.loop.progress import read_metrics
 from trainer.loop.train import train
 from trainer.model.llm import FRESH_LLMS, FreshLLM
-from trainer.run import open_store
+from trainer.places import open_store
 from trainer.runs.load import load_run
+from trainer.runs.metrics import read_metrics
 
 WIDTHS = {"dinov2": 16, "siglip": 8, "vivit": 8}
 PREFIX = {"dinov2": 3, "siglip": 0, "vivit": 1}

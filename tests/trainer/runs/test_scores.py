@@ -5,8 +5,9 @@ import pytest
 
 from featurestore import FeatureStore
 from featurestore.errors import UserError
+from trainer.evaluate import EvaluationRequest, evaluate_run
 from trainer.loop.train import train
-from trainer.run import evaluate_run, open_store
+from trainer.places import open_store
 from trainer.runs.scores import ScoreSource, read_scores, write_scores
 
 RESULT = {"data_digest": "d" * 64, "step": 3, "scores": [], "beside": {}, "answers": []}
@@ -27,7 +28,7 @@ def run(tmp_path, config, question_store):
 
 
 def test_an_evaluation_keeps_its_result_in_the_run_with_split_and_snapshot(run, question_store):
-    result = evaluate_run(run, None)
+    result = evaluate_run(run, EvaluationRequest())
     (record,) = read_scores(run)
     assert record == {
         "split": "heldout",
@@ -40,8 +41,8 @@ def test_an_evaluation_keeps_its_result_in_the_run_with_split_and_snapshot(run, 
 
 
 def test_a_part_of_the_questions_does_not_replace_the_whole(run):
-    evaluate_run(run, None)
-    evaluate_run(run, None, limit=2)
+    evaluate_run(run, EvaluationRequest())
+    evaluate_run(run, EvaluationRequest(limit=2))
     assert [path.name for path in sorted((run / "scores").iterdir())] == ["heldout-first-2.json", "heldout.json"]
     assert [record["scores"][0]["questions"] for record in read_scores(run)] == [2, 3]
 
@@ -61,7 +62,7 @@ def test_a_split_of_any_name_stays_in_the_folder(tmp_path, source):
 
 def test_scores_that_cannot_be_kept_are_said_and_returned(run, capsys):
     (run / "scores").write_text("a file where the folder should be")
-    assert evaluate_run(run, None)["scores"]
+    assert evaluate_run(run, EvaluationRequest())["scores"]
     assert "the scores were not kept" in capsys.readouterr().err
 
 

@@ -8,7 +8,6 @@ import json
 import shutil
 
 import pytest
-import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
@@ -17,10 +16,9 @@ from safetensors.torch import load_file
 from featurestore.errors import UserError
 from trainer.config import TrainConfig
 from trainer.loop.launch import LAUNCH_FILES
-from trainer.loop.progress import read_metrics
 from trainer.loop.ranks import make_accelerator
-from trainer.loop.shards import placed_like, plain, whole
 from trainer.runs import checkpoint
+from trainer.runs.metrics import read_metrics
 
 SCRIPT = """
 import json
@@ -156,11 +154,3 @@ def test_other_ways_to_shard_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("FSDP_VERSION", "1")
     with pytest.raises(UserError, match="FSDP must be version 2"):
         make_accelerator(TrainConfig(), tmp_path)
-
-
-def test_whole_tensors_stay_what_they_are():
-    value = torch.arange(3.0)
-    assert plain(value) is value
-    assert torch.equal(placed_like(value, torch.zeros(3)), value)
-    assert list(whole({"a": value}, keep=True)) == ["a"]
-    assert whole({"a": value}, keep=False) == {}

@@ -18,10 +18,11 @@ from torch import Tensor
 from featurestore.errors import StoreDamagedError, UserError
 from trainer.config import TrainConfig, read_config
 from trainer.model.adapt import is_adapter
-from trainer.model.build import LoadedRun, new_llm, rebuild
+from trainer.model.build import new_llm
 from trainer.model.llm import LoadedLLM, load_llm
 from trainer.runs.checkpoint import LLM_PREFIX, put_in
 from trainer.runs.files import file_sha256
+from trainer.runs.rebuild import LoadedRun, rebuild
 from trainer.runs.record import LLM_FOLDER, RunRecord
 
 FORMAT = 1

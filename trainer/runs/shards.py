@@ -25,7 +25,7 @@ def whole(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
 
 
 def plain(value: Tensor) -> Tensor:
-    """A tensor that is nobody's shard."""
+    """The tensor itself, put together where it is cut up."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 

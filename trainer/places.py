@@ -1,0 +1,110 @@
+"""Places: where samples and tokens come from: a store, or media that are decoded and encoded on the spot.
+
+Comes in: a place and the settings of a run. Goes out: samples, and a token source that fits them. The pipeline is
+imported only where it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from featurestore import FeatureStore
+from featurestore.errors import UserError, unknown_name
+from featurestore.samples import Sample
+from trainer.config import LiveRequest, TrainConfig, used_encoders
+from trainer.data.batches import named_samples
+from trainer.data.tokens import StoreTokens, TokenShape, TokenSource
+from trainer.loop.stages import OpenTokens
+from trainer.model.resamplers import parts_of
+from trainer.runs.rebuild import LoadedRun
+from trainer.runs.record import UNBOUND
+
+TokenPlace = str | LiveRequest  # a store's path, or what is encoded on the spot
+
+
+def store_of(place: TokenPlace) -> str:
+    """The path that a run's record keeps."""
+    return place if isinstance(place, str) else ""
+
+
+@contextmanager
+def opened(place: TokenPlace, out: Path | None = None) -> Iterator[OpenTokens]:
+    """What gives samples and tokens for a config; processes it has started end with the block.
+
+    `out` is the run's folder: it keeps what a live source has found out about the media.
+    """
+    if isinstance(place, str):
+        yield lambda config: open_store(place, config)
+        return
+    from trainer.end_to_end import live_source  # the pipeline, only where it runs
+
+    with ExitStack() as stack:
+
+        def open_live(config: TrainConfig) -> tuple[list[Sample], TokenSource]:
+            stack.close()  # the encoders of one stage go before those of the next come
+            source = live_source(config, place.settings, place.config_file, out=out, is_trusted=place.is_trusted)
+            return stack.enter_context(source)
+
+        yield open_live
+
+
+@contextmanager
+def opened_for(
+    run: LoadedRun, place: TokenPlace, weights: Sequence[str] = (), device: str = "auto"
+) -> Iterator[tuple[list[Sample], TokenSource]]:
+    """The samples of a place, and its tokens as a finished run reads them: those of its own trained encoders live."""
+    config, trained = run.built.config, run.built.model.trained
+    if isinstance(place, str):
+        samples, source = open_store(place, config)
+        check_identities(run, source)
+        yield samples, source
+        return
+    from trainer.end_to_end import dataset_like  # the pipeline, only where it runs
+
+    with dataset_like(config, run.record, place.settings, trained=trained, weights=weights, device=device) as found:
+        yield found
+
+
+def open_store(path: str, config: TrainConfig) -> tuple[list[Sample], StoreTokens]:
+    """The samples the config asks for, and a source of the encoders it uses."""
+    store = FeatureStore.open(path)
+    samples = named_samples(config.samples, store.sample_names, store.samples)
+    _check_stored(config.encoders, list(store.encoders))
+    used = used_encoders(config, list(store.encoders))
+    return samples, StoreTokens(store, used, parts=parts_of(config.projector))
+
+
+def _check_stored(wanted: Sequence[str], stored: Sequence[str]) -> None:
+    """Refuse an encoder without tokens; which encoders exist is known to the pipeline, not here."""
+    if missing := [name for name in wanted if name not in stored]:
+        raise UserError(
+            f"{unknown_name('encoder', missing[0], stored)}. This store has no {missing[0]} tokens; `merv-pipeline"
+            f" encoders` lists what can be added, with `merv-pipeline extract ... --encoders {missing[0]}` and the"
+            " settings the store was made with"
+        )
+
+
+def check_identities(run: LoadedRun, source: TokenSource) -> None:
+    """A model only understands tokens of the identities it was trained on; an unbound one asks for their sizes."""
+    if trained := run.built.config.train_encoders:
+        raise UserError(
+            f"the run has trained {', '.join(trained)} along: no store holds their tokens; without --store they are"
+            " made on the spot, of the media it was trained on or of those that --dataset and --root name"
+        )
+    for encoder, shape in run.record.shapes.items():
+        found = source.shapes.get(encoder)
+        if found is not None and shape.identity.startswith(UNBOUND):
+            _check_sizes(encoder, shape, found)
+        elif found is None or found.identity != shape.identity:
+            raise UserError(
+                f"the run was trained on {encoder} tokens of identity {shape.identity}, this source has"
+                f" {found.identity if found else 'none'}; use the store it was trained on, or extract that identity"
+            )
+
+
+def _check_sizes(encoder: str, wanted: TokenShape, found: TokenShape) -> None:
+    if (found.grid, found.width) != (wanted.grid, wanted.width):
+        sizes = [f"{'x'.join(map(str, shape.grid))} of width {shape.width}" for shape in (wanted, found)]
+        raise UserError(f"the imported run reads {encoder} tokens of {sizes[0]}, this source has {sizes[1]}")
