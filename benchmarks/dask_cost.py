@@ -26,10 +26,12 @@ import click
 import numpy as np
 from tiny_encoders import install
 
+from pipeline.worker_reports import BlockReport
+
 ROWS, BATCH = 16, 4
 
 
-def compute(task) -> dict:
+def compute(task) -> BlockReport:
     """What a worker does for one block."""
     from pipeline.suspect import compute_block
 
@@ -67,7 +69,6 @@ def draw(folder: Path, number: int) -> None:
 
 def planned_tasks(folder: Path, blocks: int) -> Callable[[str], list]:
     """Name of a store -> tasks of all its blocks; rows are given out."""
-    from featurestore.identity import FeatureIdentity
     from featurestore.writer import StoreWriter
     from pipeline.block import BlockTask
     from pipeline.config import ExtractConfig
@@ -87,9 +88,8 @@ def planned_tasks(folder: Path, blocks: int) -> Callable[[str], list]:
         threads=1,
         decode_processes=1,
     )
-    (described,) = describe_encoders(config.engine_settings)
+    identity = describe_encoders(config.engine_settings)["tiny"].identity
     close_engines()
-    identity = FeatureIdentity.from_dict(described["identity"])
 
     def tasks(name: str) -> list[BlockTask]:
         store = StoreWriter.open_or_create(folder / name, block_rows={"image": ROWS})
@@ -141,7 +141,7 @@ def compare(tasks: Callable[[str], list], workers: int, rounds: int) -> None:
 
     idle = []
 
-    def by_dask(keyed: list[Task]) -> list[dict]:
+    def by_dask(keyed: list[Task]) -> list[BlockReport]:
         began = time.time()
         with get_task_stream(client) as stream:
             results = [outcome.result for outcome in run_tasks(client, compute, keyed)]
@@ -167,7 +167,7 @@ def compare(tasks: Callable[[str], list], workers: int, rounds: int) -> None:
             done = 0
             for side in sorted(sides, reverse=number % 2 == 0):  # whoever is first has the colder caches
                 began = time.perf_counter()
-                done += sum(result["clips"] for result in sides[side]())
+                done += sum(report.clips for report in sides[side]())
                 seconds[side].append(time.perf_counter() - began)
             assert done == 2 * clips, f"{done} of {2 * clips} clips"
             click.echo(f"{number:5} {seconds['pool'][-1]:9.2f} {seconds['Dask'][-1]:9.2f}")

@@ -47,7 +47,7 @@ def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
 def float16_fit(run: EncoderRun, clips: Sequence[np.ndarray]) -> dict[str, Any]:
     """How the tokens, float32 before they are stored, sit in float16's range."""
     arrays, _ = encode_batch(run, dict(enumerate(clips)), list(range(len(clips))))
-    return range_of(arrays["tokens"]) | {"weights": run.label}
+    return range_of(arrays["tokens"]) | {"weights": run.weights_label}
 
 
 def range_of(tokens: np.ndarray) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from pipeline.datasets import DatasetListing, load_dataset
 from pipeline.decode.decoders import decode_clip
 from pipeline.decode.job import DecodeJob
 from pipeline.extract import extract
-from pipeline.views import View
+from pipeline.views import View, distinct_views
 
 if TYPE_CHECKING:
     from pipeline.engine import EncoderRun
@@ -82,7 +82,7 @@ def bare(config: ExtractConfig, listing: DatasetListing) -> dict:
     from pipeline.engine import engine_for
 
     engine = engine_for(config.engine_settings)
-    views = tuple(dict.fromkeys(run.view for run in engine.encoders.values()))
+    views = distinct_views(run.view for run in engine.encoders.values())
     with ProcessPoolExecutor(CORES, mp_context=get_context("spawn")) as pool:
         list(pool.map(_warm, range(CORES)))
         started = time.perf_counter()

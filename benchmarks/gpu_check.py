@@ -137,12 +137,13 @@ def check_encoders(config: ExtractConfig) -> dict[str, Any]:
 
     from pipeline.datasets import load_dataset
     from pipeline.engine import engine_for
+    from pipeline.views import distinct_views
 
     engine = engine_for(config.engine_settings)
     batch = config.batch.get("video") or engine.batch_of("video")
     options = {"train": 2 * batch, "heldout": 0}  # some of them are stills
     listing = load_dataset("demo", f"{config.root}-batch", kind="video", limit=batch, **options)
-    views = tuple(dict.fromkeys(run.view for run in engine.encoders.values()))
+    views = distinct_views(run.view for run in engine.encoders.values())
     decoded = [frames for frames in decode_all(listing, views) if frames is not None]
     found: dict[str, Any] = {"neighbours": {}, "float16": {}}
     for name, run in engine.encoders.items():

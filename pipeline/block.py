@@ -1,9 +1,9 @@
 """One block: decode ahead, encode, write behind, commit. The task that Dask runs.
 
-Comes in: a `BlockTask` of paths and rows. Goes out: receipts in the store, and a small dict of counts and seconds. The
-three stages overlap: decode processes work on the next clips while the device encodes this batch and a thread
-compresses the last one. Batches are cut by row, not by what happened to decode: a broken neighbour is a zeroed slot,
-and a clip's bits never depend on who sat beside it.
+Comes in: a `BlockTask` of paths and rows. Goes out: receipts in the store, and a `BlockReport`. The three stages
+overlap: decode processes work on the next clips while the device encodes this batch and a thread compresses the last
+one. Batches are cut by row, not by what happened to decode: a broken neighbour is a zeroed slot, and a clip's bits
+never depend on who sat beside it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 from featurestore.blocks import BlockWriter
 from featurestore.clips import Clip
@@ -26,10 +26,11 @@ from jobs.reports import TaskReporter, metered
 from pipeline.config import EngineSettings
 from pipeline.decode.ahead import decode_ahead
 from pipeline.decode.job import Decoded, DecodeJob
-from pipeline.engine import Engine, encode_batch, engine_for
+from pipeline.engine import Engine, decode_job, encode_batch, engine_for
 from pipeline.media import UNREACHABLE, folder_has_gone, resolve_media
 from pipeline.summary import DECODING
 from pipeline.upkeep.reuse import ReuseTask, copy_cells
+from pipeline.worker_reports import BlockCounts, BlockReport, EncoderWork
 
 WRITES_IN_FLIGHT = 2  # batches compressed behind the encoder; bounds the memory
 
@@ -51,19 +52,23 @@ class BlockTask:
     reuse: ReuseTask | None = None  # cells of another store that may be copied
 
 
+class EncoderRow(NamedTuple):
+    """One cell: a clip, by its row, with one encoder."""
+
+    encoder: str
+    row: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Watch:
-    """A block under suspicion: each forward holds one clip, and is announced before it is dared."""
+    """Runs a suspect block one clip per forward, announcing each clip before it is encoded."""
 
-    announce: Callable[[str, int, dict[str, Any]], None]  # encoder, row, counts so far
-    crashed: Mapping[tuple[str, int], str]  # encoder and row that brought a process down -> why; not tried again
+    announce: Callable[[EncoderRow, BlockCounts], None]  # with the counts so far
+    crashed: Mapping[EncoderRow, str]  # what brought a process down -> how; not tried again
 
 
-def extract_block(task: BlockTask, *, watch: Watch | None = None) -> dict:
-    """Compute and commit one block; returns counts, seconds per stage and reasons of failure.
-
-    While it runs it reports the same counts to the driver, now and then.
-    """
+def extract_block(task: BlockTask, *, watch: Watch | None = None) -> BlockReport:
+    """Compute and commit one block; while it runs, its counts so far are reported to the driver now and then."""
     started = time.monotonic()
     engine = engine_for(task.engine)
     _check_identities(engine, task)
@@ -71,20 +76,20 @@ def extract_block(task: BlockTask, *, watch: Watch | None = None) -> dict:
     try:
         for batch in _batches(task.rows, task.batch):
             work.encode(batch)
-        done = work.finish(time.monotonic() - started)
+        report = work.finish(time.monotonic() - started)
     finally:
         work.close()
-    _count(done)
-    return done
+    _count(report)
+    return report
 
 
-def _count(done: Mapping) -> None:
-    """Tell whoever watches this worker."""
+def _count(report: BlockReport) -> None:
+    """Add a block to this worker's metrics."""
     metrics.count("blocks", "Blocks committed")
-    metrics.count("clips", "Clips computed or failed", done["clips"])
-    metrics.count("clips_failed", "Clips quarantined", done["failed"])
-    metrics.count("stored_bytes", "Bytes of the committed shards", done["bytes"])
-    for stage, seconds in done["seconds"].items():
+    metrics.count("clips", "Clips computed or failed", report.clips)
+    metrics.count("clips_failed", "Clips quarantined", report.failed)
+    metrics.count("stored_bytes", "Bytes of the committed shards", report.bytes)
+    for stage, seconds in report.seconds.items():
         metrics.count("stage_seconds", "Seconds of blocks, by stage", seconds, stage=stage)
 
 
@@ -121,65 +126,66 @@ class _BlockWork:
                 if together:
                     self._encode_together(name, rows, together)
             self.counts["cells"] += len(self.task.wanted[name].intersection(rows))
-            self._reporter.tell(self._so_far)
+            self._reporter.tell(lambda: self._counts_so_far().to_dict())
 
     def _encode_together(self, name: str, rows: Sequence[int], decoded: Mapping[int, Decoded]) -> None:
-        """One forward; every row keeps its own slot, whoever is there."""
+        """Run one forward; each row keeps its fixed slot even where other rows are missing."""
         run, writer = self.engine.encoders[name], self.writers[name]
         frames = {row: clip.frames[run.view] for row, clip in decoded.items()}
         slots = [*rows, *[None] * (self.task.batch - len(rows))]
         with self._stage(f"encode:{name}"):
             arrays, halvings = encode_batch(run, frames, slots)
-        self.counts["batch halvings"] += halvings
+        self.counts["halvings"] += halvings
         self._write_behind(writer, arrays, {row: (slots.index(row), clip) for row, clip in decoded.items()})
 
     def _one_by_one(self, name: str, ready: Mapping[int, Decoded]) -> Iterator[dict[int, Decoded]]:
-        """Clips alone, each announced; one that brought a process down fails with this encoder."""
+        """Each clip by itself, announced first; a clip that crashed this encoder before fails with it."""
         for row, clip in ready.items():
-            if reason := self._watch.crashed.get((name, row)):
+            if reason := self._watch.crashed.get(EncoderRow(name, row)):
                 self.writers[name].fail(
                     row, reason, scope="encoder", media_sha256=clip.media_sha256, decoder=clip.decoder
                 )
                 continue
-            self._watch.announce(name, row, self._so_far())
+            self._watch.announce(EncoderRow(name, row), self._counts_so_far())
             yield {row: clip}
             self._drain(0)  # a crash while it is compressed is this clip's as well
 
-    def finish(self, seconds: float) -> dict:
-        """Commit every encoder's shard and say what was done."""
+    def finish(self, seconds: float) -> BlockReport:
+        """Commit every encoder's shard and report the block."""
         self._drain(0)
         self._refuse_vanished_media()
         with self._stage("commit"):
             receipts = {name: writer.commit() for name, writer in self.writers.items()}
         reasons = _failures(receipts, self.task.wanted)
-        return self._so_far() | {
-            "kind": self.task.kind,
-            "block": self.task.block,
-            "clips": len(self._all_wanted),
-            "reused": self.counts["reused"],
-            "failed": len(reasons),
-            "bytes": sum(receipt.stored_bytes for receipt in receipts.values()),
-            "made": {name: self._made(name, receipt) for name, receipt in receipts.items()},
-            "reasons": dict(Counter(reasons.values())),
-            "seconds": {**self.seconds, "total": seconds},
-        }
+        return BlockReport(
+            kind=self.task.kind,
+            block=self.task.block,
+            clips=len(self._all_wanted),
+            failed=len(reasons),
+            frames=self.counts["frames"],
+            bytes=sum(receipt.stored_bytes for receipt in receipts.values()),
+            halvings=self.counts["halvings"],
+            reused=self.counts["reused"],
+            made={name: self._made(name, receipt) for name, receipt in receipts.items()},
+            reasons=dict(Counter(reasons.values())),
+            seconds={**self.seconds, "total": seconds},
+        )
 
-    def _made(self, name: str, receipt: Receipt) -> dict[str, float]:
-        """What one encoder did in this block, for who wants to know what it costs."""
+    def _made(self, name: str, receipt: Receipt) -> EncoderWork:
         seconds = self.seconds[f"encode:{name}"]
-        return {"clips": len(self._wanted[name]), "seconds": seconds, "bytes": receipt.stored_bytes}
+        return EncoderWork(clips=len(self._wanted[name]), seconds=seconds, bytes=receipt.stored_bytes)
 
-    def _so_far(self) -> dict[str, Any]:
-        """What is done of the block, counted as its end is; clips are as many as their share of all forwards."""
+    def _counts_so_far(self) -> BlockCounts:
+        """Counts so far, with the keys of the final report; clips are estimated from the share of cells done."""
         cells = sum(map(len, self.task.wanted.values()))
-        return {
-            "clips": self.counts["cells"] * len(self._all_wanted) // max(1, cells),
-            "failed": self.counts["failed"],
-            "frames": self.counts["frames"],
-            "bytes": sum(writer.encoded_bytes for writer in self.writers.values()),
-            "halvings": self.counts["batch halvings"],
-            "seconds": dict(self.seconds),
-        }
+        return BlockCounts(
+            clips=self.counts["cells"] * len(self._all_wanted) // max(1, cells),
+            failed=self.counts["failed"],
+            frames=self.counts["frames"],
+            bytes=sum(writer.encoded_bytes for writer in self.writers.values()),
+            halvings=self.counts["halvings"],
+            seconds=dict(self.seconds),
+        )
 
     @property
     def _all_wanted(self) -> frozenset[int]:
@@ -197,7 +203,7 @@ class _BlockWork:
         self._decoding.close()
 
     def _copy_from_other_store(self) -> None:
-        """What another store holds of the same media is left out of what is to be computed."""
+        """Copy what another store holds of the same media; those cells are not computed."""
         self._wanted = dict(self.task.wanted)
         if self.task.reuse is None:
             return
@@ -210,22 +216,13 @@ class _BlockWork:
 
     def _decode_jobs(self) -> Iterator[tuple[int, DecodeJob]]:
         task = self.task
-        views = tuple(dict.fromkeys(self.engine.encoders[name].view for name in task.wanted))
+        encoders = [self.engine.encoders[name] for name in task.wanted]
         for row, clip in task.rows:
             if row in self._needed:
-                yield (
-                    row,
-                    DecodeJob(
-                        root=task.root,
-                        clip=clip,
-                        views=views,
-                        decoder=task.engine.encoders[0].decoder,
-                        accept_damaged=task.accept_damaged,
-                    ),
-                )
+                yield row, decode_job(task.root, clip, encoders, accept_damaged=task.accept_damaged)
 
     def _decoded(self, row: int) -> Decoded | None:
-        """The clip's frames, or None after its failure is noted with every encoder that wanted it."""
+        """The clip's frames; None if it failed, which is then recorded for every encoder that wanted it."""
         with self._stage("decode wait"):
             got, result = next(self._decoding)
         assert got == row, f"decoded rows come in order, got {got} for {row}"

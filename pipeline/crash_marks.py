@@ -33,7 +33,7 @@ def has_crashed(task: BlockTask) -> bool:
 
 @contextmanager
 def marked(task: BlockTask) -> Iterator[None]:
-    """Around the computing of a block: a crash in here is remembered, an exception is not."""
+    """Wraps the computing of a block: a crash inside leaves a mark, an exception does not."""
     if is_url(task.store):
         yield
         return
@@ -59,13 +59,13 @@ def marked(task: BlockTask) -> Iterator[None]:
 
 
 def forget(task: BlockTask) -> None:
-    """The block is committed: what happened on the way is over."""
+    """Remove the marks of a committed block."""
     for mark in _marks(task):
         mark.unlink(missing_ok=True)
 
 
 def forget_all(store: str) -> None:
-    """Every block of a run is committed."""
+    """Remove all marks, once every block of a run is committed."""
     if not is_url(store):
         shutil.rmtree(_folder(store), ignore_errors=True)
 

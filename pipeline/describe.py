@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from featurestore.errors import MervCacheError, RunStoppedError
@@ -27,6 +26,7 @@ from pipeline.encoders.remembered import fingerprint, remember, remembered_sha25
 from pipeline.encoders.weights import parse_weights
 from pipeline.plan import plan_blocks
 from pipeline.upkeep.stale import stale_media
+from pipeline.worker_reports import EncoderDescription
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -34,26 +34,8 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class EncoderDescription:
-    """What a worker told of an encoder that it loaded."""
-
-    identity: FeatureIdentity
-    weights: str  # label: "pretrained" or "random:SEED"
-    device: str
-    threads: int  # of torch on the worker: part of what decides the last bits
-    batch: Mapping[str, int] = field(default_factory=dict)  # kind -> clips per forward that its device holds
-    load_s: float = 0.0
-    fingerprint: str | None = None  # of the files that it was loaded from
-
-    @property
-    def journal_entry(self) -> dict[str, str | int]:
-        """What a run's record says of the encoder: where its tokens went, and what they were made on."""
-        return {"group": self.identity.group_name, "device": self.device, "threads": self.threads}
-
-
 class Loading:
-    """A line for each encoder as a worker loads it, once."""
+    """Says one line for each encoder that a worker has loaded."""
 
     def __init__(self, say: Say) -> None:
         self._say = say
@@ -69,19 +51,15 @@ class Loading:
 
 
 def describe(client: Client, config: ExtractConfig, say: Say = lambda line: None) -> dict[str, EncoderDescription]:
-    """What a worker says of the encoders, once it has loaded them; `say` hears of each, and how long it took."""
+    """Have a worker load the encoders and describe them; `say` gets a line for each, with the seconds it took."""
     from pipeline.engine import describe_encoders  # only here and in workers: it imports torch
 
     loading = Loading(say)
-    described = on_a_worker(client, config, describe_encoders, config.engine_settings, on_report=loading.on_report)
-    found = {
-        entry.pop("name"): EncoderDescription(identity=FeatureIdentity.from_dict(entry.pop("identity")), **entry)
-        for entry in described
-    }
-    for name, encoder in found.items():
+    encoders = on_a_worker(client, config, describe_encoders, config.engine_settings, on_report=loading.on_report)
+    for name, encoder in encoders.items():
         loading.tell(name, encoder.load_s)  # a report may come late or never
-    _remember(config, found, say)
-    return found
+    _remember(config, encoders, say)
+    return encoders
 
 
 def on_a_worker(
@@ -91,7 +69,7 @@ def on_a_worker(
     *arguments: Any,
     on_report: Callable[[Task, str, Report], None] | None = None,
 ) -> Any:
-    """What the function returns on any worker; on a cluster whose workers have left, an error in the end."""
+    """Run the function on any one worker and return its result; raises if no worker appears in time."""
     task = Task(key=f"{function.__name__}-{uuid.uuid4().hex}", arguments=arguments)
     wait_s = config.cluster_request.worker_wait_s
     (outcome,) = run_tasks(client, function, [task], attempts=1, worker_wait_s=wait_s, on_report=on_report)
@@ -135,7 +113,7 @@ def settled(config: ExtractConfig, listing: DatasetListing) -> dict[str, Encoder
     return {
         settings.name: EncoderDescription(
             identity=identities[settings.name],
-            weights=parse_weights(settings.weights).label,
+            weights_label=parse_weights(settings.weights).label,
             **entries[identities[settings.name].group_name],
         )
         for settings in config.encoder_settings
@@ -176,10 +154,10 @@ def _last_entries(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _remember(config: ExtractConfig, found: Mapping[str, EncoderDescription], say: Say) -> None:
+def _remember(config: ExtractConfig, encoders: Mapping[str, EncoderDescription], say: Say) -> None:
     """Keep what the weights hashed to, where this machine sees the files that the worker read."""
     for settings in config.encoder_settings:
-        loaded = found[settings.name]
+        loaded = encoders[settings.name]
         mark = fingerprint(settings.spec, settings.weights)
         if mark == loaded.fingerprint and remember(mark, loaded.identity.weights_sha256):
             say(f"the remembered digest of {settings.name}'s weights was wrong: replaced by that of what was loaded")

@@ -15,7 +15,7 @@ HEADROOM = 0.8  # of what is free: fragments, other kernels on real frames, and 
 
 
 class DeviceMemory(Protocol):
-    """What a device tells of its memory, in bytes."""
+    """The memory of a device, in bytes."""
 
     def free_bytes(self) -> int: ...
 

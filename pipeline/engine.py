@@ -10,24 +10,27 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from featurestore.clips import KINDS
+from featurestore.clips import KINDS, Clip
 from featurestore.errors import UserError
 from featurestore.identity import FeatureIdentity
 from jobs.reports import TaskReporter
 from pipeline.config import EncoderSettings, EngineSettings, default_batch
+from pipeline.decode.job import DecodeJob
 from pipeline.decode.pool import DecodePool
 from pipeline.device_memory import clips_that_fit, device_memory
 from pipeline.encoders import load_encoder
 from pipeline.encoders.remembered import fingerprint
-from pipeline.views import View
+from pipeline.views import View, distinct_views
+from pipeline.worker_reports import EncoderDescription
 
 OnLoaded = Callable[[str, float], None]  # an encoder's name, and the seconds that loading it took
+MAX_DECODERS = 8  # decode processes, unless a number is asked for
 
 
 class Engine:
@@ -42,15 +45,16 @@ class Engine:
         for each in settings.encoders:
             self.encoders[each.name] = EncoderRun(each, self.device)
             on_loaded(each.name, self.encoders[each.name].load_s)
-        self.num_decoders = settings.decode_processes or _free_cores()
+        self.num_decoders = settings.decode_processes or free_cores()
         self.pool = DecodePool(self.num_decoders, timeout_s=settings.decode_timeout_s)
 
         self._batches: dict[str, int] = {}
 
     def batch_of(self, kind: str) -> int:
-        """Clips per forward, one number for all encoders: what suits the device, as far as its memory holds it.
+        """Clips per forward: what suits the device, or less where its memory is short.
 
-        One number, because encoders of one batch shape share a block and each clip is decoded once for all of them.
+        All encoders have the same number, because encoders of one batch shape share a block, and each of its clips is
+        decoded once for all of them.
         """
         if kind not in self._batches:
             most, memory = default_batch(self.device, kind), device_memory(self.device)
@@ -75,11 +79,11 @@ class EncoderRun:
         self.fingerprint = after if before in (None, after) else None  # None: files that changed meanwhile have no name
         self.load_s = time.monotonic() - started
         self.view: View = self.loaded.spec.view
-        self.label: str = self.loaded.weights_label
+        self.weights_label: str = self.loaded.weights_label
         self.identity: FeatureIdentity = settings.identity(self.loaded.weights_sha256)
 
     def blank(self, kind: str) -> Callable[[int], object]:
-        """A forward of so many black clips."""
+        """A function that runs one forward of a given number of black clips."""
         num_frames, size = self.view.num_frames if kind == "video" else 1, self.view.rule.size
         return lambda clips: self.tokens(np.zeros((clips, num_frames, size, size, 3), np.uint8))
 
@@ -92,6 +96,20 @@ class EncoderRun:
         if prefix_BTKD is not None:
             arrays["prefix"] = prefix_BTKD.cpu().numpy()
         return arrays
+
+
+class AnyEncoder(Protocol):
+    """What decoding must know of an encoder, frozen or trained."""
+
+    view: View
+    identity: FeatureIdentity
+
+
+def decode_job(root: str, clip: Clip, encoders: Collection[AnyEncoder], *, accept_damaged: bool = False) -> DecodeJob:
+    """What the encoders ask of a clip; they must agree on the decoder, which is a part of their identity."""
+    (decoder,) = {encoder.identity.decode for encoder in encoders}
+    views = distinct_views(encoder.view for encoder in encoders)
+    return DecodeJob(root=root, clip=clip, views=views, decoder=decoder, accept_damaged=accept_damaged)
 
 
 def encode_batch(
@@ -136,7 +154,7 @@ def engine_for(settings: EngineSettings, on_loaded: OnLoaded = lambda name, seco
 
 
 def reporting_engine(settings: EngineSettings) -> Engine:
-    """`engine_for` in a task whose driver hears of each encoder once it is loaded: four take a minute and more."""
+    """`engine_for`, which tells the driver of each encoder as it is loaded: four take a minute and more."""
     reporter = TaskReporter(interval_s=0.0)
     return engine_for(settings, lambda name, seconds: reporter.tell(lambda: {"loaded": name, "seconds": seconds}))
 
@@ -150,22 +168,21 @@ def close_engines() -> None:
         torch.cuda.empty_cache()
 
 
-def describe_encoders(settings: EngineSettings) -> list[dict[str, Any]]:
-    """What the driver must know of each loaded encoder, as plain values: it never imports torch itself."""
+def describe_encoders(settings: EngineSettings) -> dict[str, EncoderDescription]:
+    """Load the encoders and tell the driver what it must know of each."""
     engine = reporting_engine(settings)
-    return [
-        {
-            "name": name,
-            "identity": run.identity.to_dict(),
-            "weights": run.label,
-            "device": engine.device,
-            "threads": torch.get_num_threads(),
-            "batch": {kind: engine.batch_of(kind) for kind in KINDS},
-            "load_s": run.load_s,
-            "fingerprint": run.fingerprint,
-        }
+    return {
+        name: EncoderDescription(
+            identity=run.identity,
+            weights_label=run.weights_label,
+            device=engine.device,
+            threads=torch.get_num_threads(),
+            batch={kind: engine.batch_of(kind) for kind in KINDS},
+            load_s=run.load_s,
+            fingerprint=run.fingerprint,
+        )
         for name, run in engine.encoders.items()
-    ]
+    }
 
 
 def _device(device: str) -> str:
@@ -178,6 +195,6 @@ def _device(device: str) -> str:
     return device
 
 
-def _free_cores() -> int:
-    """Decode processes by default: the cores this process may use, one kept for the encoders' own thread."""
-    return max(1, min(8, len(os.sched_getaffinity(0)) - 1))
+def free_cores(sharers: int = 1) -> int:
+    """Decode processes by default: a process's share of the cores it may use, less one for the encoders' thread."""
+    return max(1, min(MAX_DECODERS, len(os.sched_getaffinity(0)) // sharers - 1))

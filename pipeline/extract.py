@@ -153,7 +153,7 @@ def _register(
                 kind,
                 encoder.identity,
                 batch_shape=_batch_shape(store, config, kind, encoder),
-                weights_label=encoder.weights,
+                weights_label=encoder.weights_label,
                 new_identity=config.new_identity,
             )
     store.add_clips(listing.clips)

@@ -30,6 +30,7 @@ from pipeline.datasets import DatasetListing, load_dataset
 from pipeline.describe import Loading
 from pipeline.extract import clip_bytes
 from pipeline.probe_workers import INTERVAL, MAX_WORKERS, probe_workers, standard_error
+from pipeline.worker_reports import Probe, ProbeRecord
 
 FILES_PER_BLOCK = 2  # a shard and its receipt
 
@@ -90,22 +91,21 @@ def forecast(config: ExtractConfig, *, probe: int = 4, say: Callable[[str], None
         number = min(MAX_WORKERS, max(1, present))
         chosen = {kind: spread_clips([c for c in listing.clips if c.kind == kind], probe * number) for kind in KINDS}
         report = Loading(say).on_report
-        result = probe_workers(client, config, listing.root, chosen, workers=number, on_report=report)
-    identities = {name: FeatureIdentity.from_dict(record) for name, record in result["identities"].items()}
-    done = _settled(config, identities)
-    reusable = _reusable(config, listing, identities)
-    rows = tuple(_rows(config, listing, identities, done, reusable, result["clips"]))
-    total, spread = _total_seconds(rows, result["clips"])
-    low, startup_s = max(0.0, total - spread), result["startup_s"]
+        probed = probe_workers(client, config, listing.root, chosen, workers=number, on_report=report)
+    done = _settled(config, probed.identities)
+    reusable = _reusable(config, listing, probed.identities)
+    rows = tuple(_rows(config, listing, done, reusable, probed))
+    total, spread = _total_seconds(rows, probed.clips)
+    low, startup_s = max(0.0, total - spread), probed.startup_s
     return Forecast(
         store=str(config.store_path),
         rows=rows,
         free_bytes=_free_bytes(config.store_path),
         workers=workers,
-        probed_workers=result["workers"],
-        probed=sum(len(clips) for clips in result["clips"].values()),
-        device=result["device"],
-        decode_s=statistics.fmean([c["decode_s"] for clips in result["clips"].values() for c in clips] or [0.0]),
+        probed_workers=probed.workers,
+        probed=sum(map(len, probed.clips.values())),
+        device=probed.device,
+        decode_s=statistics.fmean([clip.decode_s for clips in probed.clips.values() for clip in clips] or [0.0]),
         startup_s=startup_s,
         seconds=startup_s + total / workers if total else None,
         interval_s=(startup_s + low / workers, startup_s + (total + spread) / workers) if total else None,
@@ -120,7 +120,7 @@ def spread_clips(clips: Sequence[Clip], number: int) -> list[Clip]:
     return [clips[round(i * (len(clips) - 1) / max(1, number - 1))] for i in range(number)]
 
 
-def _settled(config: ExtractConfig, identities: dict[str, FeatureIdentity]) -> dict[str, set[str]]:
+def _settled(config: ExtractConfig, identities: Mapping[str, FeatureIdentity]) -> dict[str, set[str]]:
     """Encoder -> clip ids that an existing store holds under the same identity, or will not try again."""
     if newest_snapshot_id(open_objects(config.store_path)) is None:
         return {name: set() for name in identities}
@@ -135,7 +135,7 @@ def _settled(config: ExtractConfig, identities: dict[str, FeatureIdentity]) -> d
 
 
 def _reusable(
-    config: ExtractConfig, listing: DatasetListing, identities: dict[str, FeatureIdentity]
+    config: ExtractConfig, listing: DatasetListing, identities: Mapping[str, FeatureIdentity]
 ) -> dict[str, set[str]]:
     """Encoder -> clip ids that the store of --reuse seems to hold."""
     if config.reuse is None:
@@ -156,18 +156,17 @@ def _block_rows(config: ExtractConfig) -> Mapping[str, int]:
 def _rows(
     config: ExtractConfig,
     listing: DatasetListing,
-    identities: dict,
-    done: dict,
-    reusable: dict,
-    probed: dict[str, list[dict]],
+    done: Mapping[str, set[str]],
+    reusable: Mapping[str, set[str]],
+    probed: Probe,
 ) -> Iterable[ForecastRow]:
     stages, block_rows = _stages(listing), _block_rows(config)
     for stage, kind in sorted({(stages.get(clip.clip_id, "-"), clip.kind) for clip in listing.clips}):
         ids = {c.clip_id for c in listing.clips if c.kind == kind and stages.get(c.clip_id, "-") == stage}
-        for name, identity in identities.items():
+        for name, identity in probed.identities.items():
             to_do, reused = len(ids - done[name]), len((ids - done[name]) & reusable[name])
-            samples = [clip["encoders"][name] for clip in probed[kind]]
-            ratio = statistics.fmean([s["stored_bytes"] for s in samples]) if samples else clip_bytes(identity, kind)
+            costs = [clip.encoders[name] for clip in probed.clips[kind]]
+            per_clip = statistics.fmean([cost.stored_bytes for cost in costs]) if costs else clip_bytes(identity, kind)
             blocks = math.ceil(to_do / block_rows[kind])
             yield ForecastRow(
                 stage=stage,
@@ -176,9 +175,9 @@ def _rows(
                 clips=len(ids),
                 to_do=to_do,
                 reusable=reused,
-                bytes=round(to_do * ratio),
+                bytes=round(to_do * per_clip),
                 files=FILES_PER_BLOCK * blocks,
-                seconds=(to_do - reused) * statistics.fmean([s["seconds"] for s in samples]) if samples else None,
+                seconds=(to_do - reused) * statistics.fmean([cost.seconds for cost in costs]) if costs else None,
             )
 
 
@@ -192,7 +191,7 @@ def _stages(listing: DatasetListing) -> dict[str, str]:
     return {clip_id: "+".join(sorted(stages)) for clip_id, stages in found.items()}
 
 
-def _total_seconds(rows: Sequence[ForecastRow], probed: dict[str, list[dict]]) -> tuple[float, float]:
+def _total_seconds(rows: Sequence[ForecastRow], probed: Mapping[str, Sequence[ProbeRecord]]) -> tuple[float, float]:
     """Encoder seconds, plus decode seconds that do not hide behind them, and two standard errors of the whole."""
     total = variance = 0.0
     for kind, clips in probed.items():
@@ -201,15 +200,14 @@ def _total_seconds(rows: Sequence[ForecastRow], probed: dict[str, list[dict]]) -
             to_do[row.encoder] += row.to_do - row.reusable
         if not clips or not to_do:
             continue
-        per_clip = [c["wall_s"] for c in clips]
         number = max(to_do.values())
-        total += number * statistics.fmean(per_clip)
+        total += number * statistics.fmean(clip.wall_s for clip in clips)
         variance += (number * standard_error(clips)) ** 2
     return total, 2 * math.sqrt(variance)
 
 
 def _free_bytes(place: Place) -> int | None:
-    """Of the disk that holds the nearest folder above that is there."""
+    """Free bytes of the disk that will hold the store; the nearest folder that exists above it is asked."""
     if is_url(place):
         return None
     path = Path(place).resolve()

@@ -37,14 +37,14 @@ class MediaMemory:
         self._lock = threading.Lock()
 
     def known(self, source: Source) -> str | None:
-        """The remembered sha256 of bytes that were not touched since; None: nobody knows."""
+        """The remembered sha256, if the media were not touched since; None if there is none."""
         with self._lock, suppress(sqlite3.Error):
             found = self._database and self._database.execute(_FIND, (_place(source),)).fetchone()
             return found[1] if found and found[0] == _stamp(source) else None
         return None
 
     def sha256(self, source: Source, *, anew: bool = False) -> str:
-        """Of the bytes as they are; `anew` reads them even if they are remembered."""
+        """The sha256 of the media's bytes as they are now; `anew` reads them even if it is remembered."""
         if not anew and (sha256 := self.known(source)):
             return sha256
         stamp = _stamp(source)  # before the bytes: what changes while they are read is not remembered as read
@@ -56,7 +56,7 @@ class MediaMemory:
 
 @contextmanager
 def media_memory(file: Callable[[], Path] = memory_file) -> Iterator[MediaMemory]:
-    """What is remembered; what was learned is kept at the end."""
+    """Open the digest cache; new digests are saved on exit."""
     database = None
     if file().is_file():
         with suppress(sqlite3.Error, OSError):

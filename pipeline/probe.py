@@ -1,14 +1,13 @@
 """The probe: a few real clips decoded, encoded and compressed on a worker, for the forecast.
 
-Comes in: engine settings and some clips per kind. Goes out: seconds and bytes per clip and encoder. Clips that cannot
-be decoded are left out: what they cost is their share of failures, not of time.
+Comes in: engine settings and some clips per kind. Goes out: a `Probe`, seconds and bytes per clip and encoder. Clips
+that cannot be decoded are left out: they count as failures, not as time.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -19,8 +18,9 @@ from featurestore.metadata import array_specs
 from featurestore.quantise import OverflowedTokens, to_stored
 from featurestore.shards import encode_row
 from pipeline.config import EngineSettings
-from pipeline.decode.job import Decoded, DecodeJob
-from pipeline.engine import EncoderRun, Engine, encode_batch, reporting_engine
+from pipeline.decode.job import Decoded
+from pipeline.engine import EncoderRun, Engine, decode_job, encode_batch, reporting_engine
+from pipeline.worker_reports import EncoderProbe, Probe, ProbeRecord
 
 
 def probe_clips(
@@ -28,24 +28,21 @@ def probe_clips(
     root: str,
     chosen: Mapping[str, Sequence[Clip]],
     batch: Mapping[str, int],
-) -> dict[str, Any]:
-    """Identities, seconds to load the encoders, and per kind one record per clip.
-
-    A record has decode_s, wall_s, and per encoder seconds and stored_bytes.
-    """
+) -> Probe:
+    """Load the encoders and run the chosen clips through them; `batch` is kind -> clips per forward, where given."""
     started = time.monotonic()
     engine = reporting_engine(settings)
     startup_s = time.monotonic() - started
     sizes = {kind: batch.get(kind) or engine.batch_of(kind) for kind in chosen}
-    return {
-        "device": engine.device,
-        "startup_s": startup_s,
-        "identities": {name: run.identity.to_dict() for name, run in engine.encoders.items()},
-        "clips": {kind: _probe_kind(engine, root, kind, clips, sizes[kind]) for kind, clips in chosen.items()},
-    }
+    return Probe(
+        device=engine.device,
+        startup_s=startup_s,
+        identities={name: run.identity for name, run in engine.encoders.items()},
+        clips={kind: _probe_kind(engine, root, kind, clips, sizes[kind]) for kind, clips in chosen.items()},
+    )
 
 
-def _probe_kind(engine: Engine, root: str, kind: str, clips: Sequence[Clip], batch: int) -> list[dict[str, Any]]:
+def _probe_kind(engine: Engine, root: str, kind: str, clips: Sequence[Clip], batch: int) -> list[ProbeRecord]:
     """One forward of each encoder per batch: at full size on a CPU a forward is half a minute, so none is repeated."""
     decoded = [result for clip in clips if (result := _decode(engine, root, clip)) is not None]
     if engine.device != "cpu" and decoded:
@@ -60,29 +57,27 @@ def _probe_kind(engine: Engine, root: str, kind: str, clips: Sequence[Clip], bat
 
 
 def _decode(engine: Engine, root: str, clip: Clip) -> Decoded | None:
-    views = tuple(dict.fromkeys(run.view for run in engine.encoders.values()))
-    job = DecodeJob(root=root, clip=clip, views=views, decoder=engine.settings.encoders[0].decoder)
     try:
-        return engine.pool.submit(job).result()
+        return engine.pool.submit(decode_job(root, clip, engine.encoders.values())).result()
     except MediaError:
         return None
 
 
-def _record(engine: Engine, decoded: Decoded, encoders: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    encode_s = sum(entry["seconds"] for entry in encoders.values())
+def _record(engine: Engine, decoded: Decoded, encoders: Mapping[str, EncoderProbe]) -> ProbeRecord:
+    encode_s = sum(probed.seconds for probed in encoders.values())
     # Decoding runs beside the encoders: it costs wall time only where it is the slower of the two.
     wall_s = max(encode_s, decoded.seconds / engine.num_decoders)
-    return {"decode_s": decoded.seconds, "wall_s": wall_s, "encoders": encoders}
+    return ProbeRecord(decode_s=decoded.seconds, wall_s=wall_s, encoders=encoders)
 
 
-def _probe_encoder(run: EncoderRun, kind: str, together: Sequence[Decoded], batch: int) -> dict[str, Any]:
-    """Seconds per clip of a full batch, and stored bytes of a clip: the mean over the clips given."""
+def _probe_encoder(run: EncoderRun, kind: str, together: Sequence[Decoded], batch: int) -> EncoderProbe:
+    """Encode these clips in one forward of a full batch."""
     frames = {slot: decoded.frames[run.view] for slot, decoded in enumerate(together)}
     started = time.perf_counter()
     arrays, _ = encode_batch(run, frames, range(batch))
     seconds = (time.perf_counter() - started) / batch
     sizes = [_stored_bytes(run.identity, kind, {name: a[slot] for name, a in arrays.items()}) for slot in frames]
-    return {"seconds": seconds, "stored_bytes": sum(sizes) / len(sizes)}
+    return EncoderProbe(seconds=seconds, stored_bytes=sum(sizes) / len(sizes))
 
 
 def _stored_bytes(identity: FeatureIdentity, kind: str, arrays: Mapping[str, np.ndarray]) -> int:

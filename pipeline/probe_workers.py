@@ -1,7 +1,7 @@
 """The probe on a cluster: on several workers at a time, and what their spread says of the whole.
 
-Comes in: a client, and a few clips of each kind per worker. Goes out: one probe's answer, its records marked with the
-worker that they are from, and how far the mean may be off. Workers of one cluster may differ (another GPU, a shared
+Comes in: a client, and a few clips of each kind per worker. Goes out: one `Probe`, its records marked with the worker
+that they are from, and how far the mean may be off. Workers of one cluster may differ (another GPU, a shared
 node), so what lies between workers counts as well as what lies between clips.
 """
 
@@ -11,12 +11,14 @@ import math
 import statistics
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from featurestore.clips import Clip
 from jobs.reports import Report
 from jobs.run import Task, run_tasks
 from pipeline.config import ExtractConfig
+from pipeline.worker_reports import Probe, ProbeRecord
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -33,8 +35,8 @@ def probe_workers(
     *,
     workers: int,
     on_report: Callable[[Task, str, Report], None] | None = None,
-) -> dict[str, Any]:
-    """What `probe_clips` says, with the chosen clips dealt out to `workers` workers of the cluster."""
+) -> Probe:
+    """Probe the chosen clips, dealt out to `workers` workers of the cluster."""
     from pipeline.probe import probe_clips  # imports torch
 
     parts = [{kind: clips[n::workers] for kind, clips in chosen.items()} for n in range(workers)]
@@ -46,36 +48,36 @@ def probe_workers(
         for n, part in enumerate(parts)
         if n == 0 or any(part.values())
     ]
-    answers = []
+    probes = []
     wait_s = config.cluster_request.worker_wait_s
     for outcome in run_tasks(client, probe_clips, tasks, attempts=1, worker_wait_s=wait_s, on_report=on_report):
         if outcome.error is not None:
             raise outcome.error
-        answers.append(outcome.result)
-    return _together(answers)
+        probes.append(outcome.result)
+    return _together(probes)
 
 
-def _together(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One answer of several; every clip's record says whose it is."""
-    clips: dict[str, list[dict[str, Any]]] = {}
-    for worker, answer in enumerate(answers):
-        for kind, records in answer["clips"].items():
-            clips.setdefault(kind, []).extend({**record, "worker": worker} for record in records)
-    startup_s = max(answer.get("startup_s", 0.0) for answer in answers)
-    return {**answers[0], "clips": clips, "startup_s": startup_s, "workers": len(answers)}
+def _together(probes: Sequence[Probe]) -> Probe:
+    """One probe of several; every clip's record says which worker it is from."""
+    clips: dict[str, list[ProbeRecord]] = {}
+    for worker, probe in enumerate(probes):
+        for kind, records in probe.clips.items():
+            clips.setdefault(kind, []).extend(replace(record, worker=worker) for record in records)
+    startup_s = max(probe.startup_s for probe in probes)
+    return replace(probes[0], clips=clips, startup_s=startup_s, workers=len(probes))
 
 
-def standard_error(records: Sequence[Mapping[str, Any]]) -> float:
-    """Of the mean seconds per clip: between clips, or between workers' means where these differ more.
+def standard_error(records: Sequence[ProbeRecord]) -> float:
+    """Standard error of the mean seconds per clip: between clips, or between workers' means where it is larger.
 
-    >>> round(standard_error([{"wall_s": s, "worker": 0} for s in (1.0, 3.0)]), 6)
+    >>> round(standard_error([ProbeRecord(decode_s=0.1, wall_s=s, encoders={}) for s in (1.0, 3.0)]), 6)
     1.0
     """
     by_worker: dict[int, list[float]] = {}
     for record in records:
-        by_worker.setdefault(record.get("worker", 0), []).append(record["wall_s"])
+        by_worker.setdefault(record.worker, []).append(record.wall_s)
     means = [statistics.fmean(seconds) for seconds in by_worker.values()]
-    return max(_error_of_mean([record["wall_s"] for record in records]), _error_of_mean(means))
+    return max(_error_of_mean([record.wall_s for record in records]), _error_of_mean(means))
 
 
 def _error_of_mean(values: Sequence[float]) -> float:

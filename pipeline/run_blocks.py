@@ -10,10 +10,10 @@ from __future__ import annotations
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from featurestore.errors import RunStoppedError
 from featurestore.writer import StoreWriter
@@ -25,6 +25,7 @@ from pipeline.crash_marks import forget_all
 from pipeline.plan import PlannedBlock
 from pipeline.prediction import from_first_blocks
 from pipeline.summary import DECODING, ExtractSummary
+from pipeline.worker_reports import BlockCounts
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -59,7 +60,7 @@ def run_blocks(
                 tasks,
                 is_final=lambda error: isinstance(error, RunStoppedError),
                 after_deaths=extract_suspect,
-                on_report=lambda task, attempt, report: progress.report(task.key, attempt, _counts(report)),
+                on_report=lambda task, attempt, told: progress.report(task.key, attempt, _counts(BlockCounts(**told))),
                 worker_wait_s=worker_wait_s,
                 on_wait=lambda seconds: progress.wait(_waiting(seconds, worker_wait_s)),
                 check_new=lambda addresses: check_cluster(client, config.cluster_request, addresses),
@@ -94,9 +95,8 @@ def _count(outcome: Outcome, summary: ExtractSummary, progress: RunProgress) -> 
             f"{_where(outcome.error)}; "
             "everything committed so far is kept, run the same command again after mending the cause"
         ) from outcome.error
-    result = outcome.result
-    summary.add(result)
-    progress.finish(outcome.task.key, _counts(result))
+    summary.add(outcome.result)
+    progress.finish(outcome.task.key, _counts(outcome.result))
 
 
 def _predict(summary: ExtractSummary, total: int, seconds: float) -> None:
@@ -106,14 +106,14 @@ def _predict(summary: ExtractSummary, total: int, seconds: float) -> None:
         summary.predicted = early and early.to_dict()
 
 
-def _counts(report: Mapping[str, Any]) -> Counts:
-    """What a block says of itself, while it runs or at its end, as the progress line tells it."""
+def _counts(block: BlockCounts) -> Counts:
+    """A block's counts, so far or at its end, as the progress line shows them."""
     return Counts(
-        done=report["clips"],
-        failed=report["failed"],
-        amounts={"frames": report["frames"], "MB": report["bytes"] / 1e6},
-        seconds={name.removeprefix("encode:"): s for name, s in report["seconds"].items() if name not in BESIDE},
-        notes={"batches halved": report["halvings"]},
+        done=block.clips,
+        failed=block.failed,
+        amounts={"frames": block.frames, "MB": block.bytes / 1e6},
+        seconds={name.removeprefix("encode:"): s for name, s in block.seconds.items() if name not in BESIDE},
+        notes={"batches halved": block.halvings},
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.config import ExtractConfig
 from pipeline.datasets import DatasetListing
+from pipeline.worker_reports import BlockReport
 
 DECODING = "decode (in its processes)"  # a stage that runs beside the others
 
@@ -49,17 +50,18 @@ class ExtractSummary:
     not_compared: int = 0  # clips whose media were touched and not read
     blocks_of: dict[str, list[int]] = field(default_factory=dict, repr=False)  # kind -> blocks committed in this run
 
-    def add(self, block: Mapping[str, Any]) -> None:
-        """Count what `pipeline.block.extract_block` says of a block."""
+    def add(self, block: BlockReport) -> None:
+        """Count a committed block."""
         self.blocks += 1
         for name in ("clips", "failed", "frames", "bytes", "reused", "halvings"):
-            setattr(self, name, getattr(self, name) + block[name])
-        self.reasons = dict(Counter(self.reasons) + Counter(block["reasons"]))
-        self.stage_s = dict(Counter(self.stage_s) + Counter(block["seconds"]))
-        self.blocks_of.setdefault(block["kind"], []).append(block["block"])
-        for encoder, made in block["made"].items():
-            sums = self.made.setdefault(f"{block['kind']}/{encoder}", dict.fromkeys(made, 0))
-            for name, amount in made.items():
+            setattr(self, name, getattr(self, name) + getattr(block, name))
+        self.reasons = dict(Counter(self.reasons) + Counter(block.reasons))
+        self.stage_s = dict(Counter(self.stage_s) + Counter(block.seconds))
+        self.blocks_of.setdefault(block.kind, []).append(block.block)
+        for encoder, work in block.made.items():
+            amounts = asdict(work)
+            sums = self.made.setdefault(f"{block.kind}/{encoder}", dict.fromkeys(amounts, 0))
+            for name, amount in amounts.items():
                 sums[name] += amount
 
     def to_dict(self) -> dict[str, Any]:

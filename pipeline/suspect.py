@@ -1,7 +1,7 @@
 """A block under suspicion: workers died while they had it, so it is computed where a crash hurts nobody.
 
-Comes in: a `BlockTask` that Dask gave up, or that runs died of. Goes out: what `extract_block` returns.
-The block runs in a process of its own, one clip to a forward, all other slots zeroed: bits are those of a normal run,
+Comes in: a `BlockTask` that Dask gave up, or that runs died of. Goes out: its `BlockReport`.
+The block runs in a process of its own, one clip per forward, all other slots zeroed: bits are those of a normal run,
 and the last clip announced before a crash is the culprit. It is tried twice, as a clip that crashes its decoder is;
 then that encoder fails on it, and the rest is committed. A process that is killed from outside says nothing about
 clips: the run stops.
@@ -22,19 +22,18 @@ from typing import Any
 from featurestore.errors import RunStoppedError
 from jobs.reports import TaskReporter
 from pipeline import crash_marks
-from pipeline.block import BlockTask, Watch, extract_block
+from pipeline.block import BlockTask, EncoderRow, Watch, extract_block
 from pipeline.decode.worker import die_with_parent
 from pipeline.engine import close_engines
+from pipeline.worker_reports import BlockCounts, BlockReport
 
 COMMAND = (sys.executable, "-P", "-m", "pipeline.suspect")
 TRIES = 2  # a crash may be the machine's; the second one on the same clip is the clip's
 MAX_CULPRITS = 3  # of one block; more of them speak of the machine
 LAST_WORDS_S = 10.0  # for a process that has told its result to end
 
-Place = tuple[str, int]  # encoder and row
 
-
-def compute_block(task: BlockTask) -> dict:
+def compute_block(task: BlockTask) -> BlockReport:
     """Compute and commit one block, under suspicion if a process has crashed on it."""
     if crash_marks.has_crashed(task):
         return extract_suspect(task)
@@ -42,36 +41,36 @@ def compute_block(task: BlockTask) -> dict:
         return extract_block(task)
 
 
-def extract_suspect(task: BlockTask) -> dict:
-    """Compute and commit one block in spite of clips that bring the process down that encodes them."""
+def extract_suspect(task: BlockTask) -> BlockReport:
+    """Compute and commit one block although some of its clips crash the process that encodes them."""
     close_engines()  # the child needs the device's memory
-    crashed: dict[Place, str] = {}
-    deaths: dict[Place | None, int] = {}
+    crashed: dict[EncoderRow, str] = {}
+    deaths: dict[EncoderRow | None, int] = {}
     reporter = TaskReporter()
     while True:
-        place, status, result = _run_child(task, crashed, reporter)
-        if result is not None:
+        last, status, answer = _run_child(task, crashed, reporter)
+        if answer is not None:
             crash_marks.forget(task)
-            return _result(result)
-        _check_its_own_doing(task, place, status)
-        deaths[place] = deaths.get(place, 0) + 1
-        if deaths[place] < TRIES:
+            return _report(answer)
+        _check_its_own_doing(task, last, status)
+        deaths[last] = deaths.get(last, 0) + 1
+        if deaths[last] < TRIES:
             continue
-        if place is None or len(crashed) == MAX_CULPRITS:
+        if last is None or len(crashed) == MAX_CULPRITS:
             raise RunStoppedError(
                 f"{_name(task)} brings its process down ({_how(status)}) "
-                + ("before its first clip" if place is None else f"on more than {MAX_CULPRITS} clips")
+                + ("before its first clip" if last is None else f"on more than {MAX_CULPRITS} clips")
                 + ": it is the machine or the encoders' libraries rather than the clips; everything committed so far "
                 "is kept, run the same command again after mending the cause"
             )
-        crashed[place] = f"encoding crashes the process: {_how(status)}"
+        crashed[last] = f"encoding crashes the process: {_how(status)}"
 
 
-def _check_its_own_doing(task: BlockTask, place: Place | None, status: int) -> None:
-    """SIGKILL, SIGTERM and the like come from outside: from a person, a cluster, or a kernel short of memory."""
+def _check_its_own_doing(task: BlockTask, last: EncoderRow | None, status: int) -> None:
+    """Stop the run if a person, a cluster, or a kernel short of memory killed the process: that blames no clip."""
     if status >= 0 or -status not in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         return
-    at = f", while {place[0]} encoded {dict(task.rows)[place[1]].clip_id}" if place else ""
+    at = f", while {last.encoder} encoded {dict(task.rows)[last.row].clip_id}" if last else ""
     raise RunStoppedError(
         f"{_name(task)} was killed from outside ({_how(status)}){at}; if it was for lack of memory, give a smaller "
         "--batch in the config or a larger machine, and run the same command again"
@@ -79,27 +78,27 @@ def _check_its_own_doing(task: BlockTask, place: Place | None, status: int) -> N
 
 
 def _run_child(
-    task: BlockTask, crashed: dict[Place, str], reporter: TaskReporter
-) -> tuple[Place | None, int, dict | None]:
-    """(the last place announced, exit status, the result if it came to one)."""
+    task: BlockTask, crashed: dict[EncoderRow, str], reporter: TaskReporter
+) -> tuple[EncoderRow | None, int, dict[str, Any] | None]:
+    """(the last clip announced, exit status, the child's last message if it reached its end)."""
     reads, writes = os.pipe()
     command = (*COMMAND, str(writes), str(os.getpid()))
-    place, result = None, None
+    last, answer = None, None
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sys.stderr, pass_fds=(writes,)) as child:
         os.close(writes)
         threading.Thread(target=_hand_over, args=(child, (task, crashed)), daemon=True).start()
         for message in _messages(reads):
-            if "place" in message:
-                place = (message["place"][0], message["place"][1])
+            if "encoding" in message:
+                last = EncoderRow(*message["encoding"])
                 reporter.tell(lambda counts=message["counts"]: counts)
             else:
-                result = message
+                answer = message
         try:
             status = child.wait(LAST_WORDS_S)
         except subprocess.TimeoutExpired:
             child.kill()
             status = child.wait()
-    return place, status, result
+    return last, status, answer
 
 
 def _hand_over(child: subprocess.Popen, words: tuple) -> None:
@@ -117,12 +116,13 @@ def _messages(reads: int) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-def _result(message: dict[str, Any]) -> dict:
-    if "stopped" in message:
-        raise RunStoppedError(message["stopped"])
-    if "error" in message:
-        raise RuntimeError(message["error"])
-    return message["result"]
+def _report(answer: dict[str, Any]) -> BlockReport:
+    """The block's report, or the error that ended the child, raised."""
+    if "stopped" in answer:
+        raise RunStoppedError(answer["stopped"])
+    if "error" in answer:
+        raise RuntimeError(answer["error"])
+    return BlockReport.from_dict(answer["report"])
 
 
 def _name(task: BlockTask) -> str:
@@ -134,7 +134,7 @@ def _how(status: int) -> str:
 
 
 def main() -> None:
-    """The child: one block, its places and result as lines of JSON."""
+    """The child: computes one block, and writes each clip it encodes and its report as lines of JSON."""
     writes, parent = int(sys.argv[1]), int(sys.argv[2])
     die_with_parent(parent)
     task, crashed = pickle.loads(sys.stdin.buffer.read())
@@ -142,11 +142,11 @@ def main() -> None:
     def send(message: dict[str, Any]) -> None:
         os.write(writes, (json.dumps(message) + "\n").encode())
 
-    def announce(encoder: str, row: int, counts: dict[str, Any]) -> None:
-        send({"place": [encoder, row], "counts": counts})
+    def announce(cell: EncoderRow, counts: BlockCounts) -> None:
+        send({"encoding": cell, "counts": counts.to_dict()})
 
     try:
-        send({"result": extract_block(task, watch=Watch(announce=announce, crashed=crashed))})
+        send({"report": extract_block(task, watch=Watch(announce=announce, crashed=crashed)).to_dict()})
     except RunStoppedError as error:
         send({"stopped": str(error)})
     except Exception as error:

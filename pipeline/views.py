@@ -7,6 +7,7 @@ decode processes import this room.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -38,3 +39,8 @@ class View:
     def __post_init__(self) -> None:
         if self.num_frames < 1:
             raise UserError(f"a view needs at least one frame, got num_frames={self.num_frames}")
+
+
+def distinct_views(views: Iterable[View]) -> tuple[View, ...]:
+    """Each view once, in the order in which they are asked for."""
+    return tuple(dict.fromkeys(views))

@@ -90,13 +90,14 @@ class Asker:
         except UserError as error:  # sources speak of clips; a person has typed a path
             raise UserError(str(error).replace(str(clip_id), str(video or image))) from error
         tokenizer = renderer.tokenizer
-        ids = model.generate(
-            batch.to(self._device),
-            max_new_tokens=self._room(max_new_tokens, batch.attention_mask_BS.shape[1]),
-            do_sample=False,
-            eos_token_id=self._end_ids(),
-            pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        )
+        with self.run.built.autocast(self._device):
+            ids = model.generate(
+                batch.to(self._device),
+                max_new_tokens=self._room(max_new_tokens, batch.attention_mask_BS.shape[1]),
+                do_sample=False,
+                eos_token_id=self._end_ids(),
+                pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+            )
         return [text.strip() for text in tokenizer.batch_decode(ids.tolist(), skip_special_tokens=True)]
 
     def close(self) -> None:

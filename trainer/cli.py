@@ -113,7 +113,8 @@ live_options = stacked(  # what is encoded on the spot, in the words of `merv-pi
 @click.option(
     "--launch",
     type=click.Choice(get_args(Launch)),
-    help="Train on several processes through accelerate: ddp, or fsdp for models too large for one GPU.",
+    help="Train on several processes through accelerate: ddp, or fsdp for models too large for one GPU. After a SIGTERM"
+    " they have 10 minutes to write a checkpoint.",
 )
 @click.option("--processes", type=click.IntRange(min=1), show_default="one per GPU", help="Of --launch.")
 @click.option("--dry-run", is_flag=True, help="Print parameters, steps, lengths and dropped samples; train nothing.")

@@ -162,7 +162,9 @@ class TrainConfig:
     fusion: FusionConfig = field(default_factory=FusionConfig)
     prompt: PromptName = "pure"
     visual_position: VisualPosition = "after_bos"  # after a BOS that stands alone, else first
-    max_text_tokens: int = 2048  # longer texts are cut at the right
+    max_text_tokens: int = 2048  # longer texts are cut at the right, and sooner where the LLM's context is full
+    exceed_context: bool = False  # go beyond the LLM's context, if its positions are rotary: concat_sequence of four
+    # encoders fills LLaMA-2's 4,096 without any text, and arXiv 2501.01426 has that row
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     batch_size: int = 128  # samples per step over all ranks
     micro_batch_size: int = 8  # samples per rank and forward

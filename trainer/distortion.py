@@ -28,7 +28,7 @@ from trainer.data.tokens import ClipTokens, PrefixedTokens, StoreTokens, TokenSo
 from trainer.loop.ranks import make_accelerator
 from trainer.loop.validate import Validation
 from trainer.model.build import Built
-from trainer.places import check_identities, open_store
+from trainer.places import open_store_for
 from trainer.runs.load import load_run
 
 _LOSS = "val_loss"
@@ -93,8 +93,7 @@ def measure_losses(
     if not path:
         raise UserError(f"{run} names no store of its own; give the one whose tokens it reads with --store")
     config = replace(loaded.built.config, eval_split=split, eval_limit=limit, eval_every=None)
-    samples, source = open_store(path, config)
-    check_identities(loaded, source)
+    samples, source = open_store_for(loaded, path, names=config.samples)
     _refuse_missing_split(samples, split)
     loaded.built.model.to("cuda" if torch.cuda.is_available() else "cpu")
     subject = _Subject(built=loaded.built, config=config)

@@ -39,10 +39,10 @@ from featurestore.errors import UserError, unknown_name
 from pipeline.align import align, align_time
 from pipeline.config import EncoderSettings, EngineSettings, ExtractConfig, read_config
 from pipeline.datasets import DatasetListing, load_dataset
-from pipeline.decode.job import Decoded, DecodeJob
+from pipeline.decode.job import Decoded
 from pipeline.encoders.network import EncoderNetwork, build_network
 from pipeline.encoders.weights import fill_random, weights_by_encoder
-from pipeline.engine import EncoderRun, Engine, encode_batch
+from pipeline.engine import EncoderRun, Engine, decode_job, encode_batch, free_cores
 from trainer.config import LISTING, TrainConfig, used_encoders
 from trainer.data.batches import named_samples
 from trainer.data.tokens import ClipTokens, MemoryTokens, Part, TokenSource
@@ -58,7 +58,7 @@ class FixedBatch:
 
     def __init__(self, run: EncoderRun, batch: Mapping[str, int]) -> None:
         self._run, self.batch = run, batch
-        self.identity, self.label, self.view = run.identity, run.label, run.view
+        self.identity, self.label, self.view = run.identity, run.weights_label, run.view
         self.weights_from = run.settings.weights
 
     def tokens(self, kind: str, frames: Sequence[np.ndarray]) -> list[Arrays]:
@@ -218,7 +218,7 @@ def _open(config: TrainConfig, extract: ExtractConfig, engine: Engine, check: Me
         if settings.name in config.train_encoders:
             run = EncoderRun(replace(settings, compute_dtype="float32"), "cpu")
             trained[settings.name] = TrainedEncoder(
-                run.loaded.network, run.identity, parts, label=run.label, weights_from=settings.weights
+                run.loaded.network, run.identity, parts, label=run.weights_label, weights_from=settings.weights
             )
         else:
             frozen[settings.name] = FixedBatch(EncoderRun(settings, engine.device), batch)
@@ -256,14 +256,12 @@ def _live_tokens(
 ) -> LiveTokens:
     """A source whose clips the engine's processes decode, once for all encoders."""
     encoders = [*frozen.values(), *trained.values()]
-    views = tuple(dict.fromkeys(encoder.view for encoder in encoders))
     decoders = sorted({encoder.identity.decode for encoder in encoders})
     if len(decoders) != 1:
         raise UserError(f"encoders must agree on one decoder, got {', '.join(decoders) or 'no encoder'}")
 
     def decode(root: str, clip: Clip) -> Future[Decoded]:
-        job = DecodeJob(root=root, clip=clip, views=views, decoder=decoders[0], accept_damaged=accept_damaged)
-        return engine.pool.submit(job)
+        return engine.pool.submit(decode_job(root, clip, encoders, accept_damaged=accept_damaged))
 
     return LiveTokens(decode, frozen, trained, num_ahead=num_ahead + engine.num_decoders, **options)
 
@@ -281,7 +279,7 @@ def _of_this_rank(settings: EngineSettings) -> EngineSettings:
     if settings.device == "auto" and torch.cuda.is_available():
         settings = replace(settings, device=f"cuda:{rank}")
     if ranks > 1 and not settings.decode_processes:
-        settings = replace(settings, decode_processes=max(1, min(8, len(os.sched_getaffinity(0)) // ranks - 1)))
+        settings = replace(settings, decode_processes=free_cores(ranks))
     return settings
 
 

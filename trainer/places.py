@@ -7,19 +7,20 @@ imported only where it runs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from featurestore import FeatureStore
-from featurestore.errors import UserError, unknown_name
+from featurestore.errors import StoreError, UserError, unknown_name
 from featurestore.samples import Sample
 from trainer.config import LiveRequest, TrainConfig, used_encoders
 from trainer.data.batches import named_samples
 from trainer.data.tokens import StoreTokens, TokenShape, TokenSource
 from trainer.loop.stages import OpenTokens
 from trainer.model.resamplers import parts_of
+from trainer.runs import checkpoint
 from trainer.runs.rebuild import LoadedRun
-from trainer.runs.record import UNBOUND
+from trainer.runs.record import UNBOUND, RunRecord
 
 TokenPlace = str | LiveRequest  # a store's path, or what is encoded on the spot
 
@@ -36,13 +37,13 @@ def opened(place: TokenPlace, out: Path | None = None) -> Iterator[OpenTokens]:
     `out` is the run's folder: it keeps what a live source has found out about the media.
     """
     if isinstance(place, str):
-        yield lambda config: open_store(place, config)
+        yield lambda config, run: open_store(place, config, snapshot=_snapshot_of(run))
         return
     from trainer.end_to_end import live_source  # the pipeline, only where it runs
 
     with ExitStack() as stack:
 
-        def open_live(config: TrainConfig) -> tuple[list[Sample], TokenSource]:
+        def open_live(config: TrainConfig, run: Path | None) -> tuple[list[Sample], TokenSource]:
             stack.close()  # the encoders of one stage go before those of the next come
             source = live_source(config, place.settings, place.config_file, out=out, is_trusted=place.is_trusted)
             return stack.enter_context(source)
@@ -57,9 +58,7 @@ def opened_for(
     """The samples of a place, and its tokens as a finished run reads them: those of its own trained encoders live."""
     config, trained = run.built.config, run.built.model.trained
     if isinstance(place, str):
-        samples, source = open_store(place, config)
-        check_identities(run, source)
-        yield samples, source
+        yield open_store_for(run, place)
         return
     from trainer.end_to_end import dataset_like  # the pipeline, only where it runs
 
@@ -67,13 +66,48 @@ def opened_for(
         yield found
 
 
-def open_store(path: str, config: TrainConfig) -> tuple[list[Sample], StoreTokens]:
-    """The samples the config asks for, and a source of the encoders it uses."""
-    store = FeatureStore.open(path)
+def open_store(path: str, config: TrainConfig, *, snapshot: str = "") -> tuple[list[Sample], StoreTokens]:
+    """The samples the config asks for, and a source of the encoders it uses; at a snapshot, where it is there."""
+    store = _at_snapshot(path, snapshot)
     samples = named_samples(config.samples, store.sample_names, store.samples)
     _check_stored(config.encoders, list(store.encoders))
     used = used_encoders(config, list(store.encoders))
     return samples, StoreTokens(store, used, parts=parts_of(config.projector))
+
+
+def open_store_for(run: LoadedRun, path: str, *, names: Sequence[str] = ()) -> tuple[list[Sample], StoreTokens]:
+    """Samples of a store, all or those of these names, and a source of the tokens that a finished run reads.
+
+    Encoders are found by identity: a store that holds one twice has other keys for it than the run was trained with.
+    """
+    check_has_a_store(run)
+    store = FeatureStore.open(path)
+    keys = {identity.id: key for key, identity in store.encoders.items()}
+    wanted = {encoder: keys.get(shape.identity, encoder) for encoder, shape in run.record.shapes.items()}
+    stored = {encoder: key for encoder, key in wanted.items() if key in store.encoders}
+    if not stored:
+        raise UserError(
+            f"the run was trained on tokens of {', '.join(wanted)}, {path} holds {', '.join(store.encoders) or 'none'};"
+            " use the store it was trained on, or extract them"
+        )
+    source = StoreTokens(store, stored, parts=parts_of(run.built.config.projector))
+    check_identities(run, source)
+    return named_samples(names, store.sample_names, store.samples), source
+
+
+def _at_snapshot(path: str, snapshot: str) -> FeatureStore:
+    """A store as it was when a run began with it, or as it is: a copy may hold its newest snapshot alone."""
+    if snapshot:
+        with suppress(StoreError):
+            return FeatureStore.open(path, snapshot=snapshot)
+    return FeatureStore.open(path)
+
+
+def _snapshot_of(run: Path | None) -> str:
+    """The snapshot that a run has begun with; none where there is no step to go on from."""
+    if run is None or checkpoint.newest(run) is None:
+        return ""
+    return RunRecord.read(run).snapshot
 
 
 def _check_stored(wanted: Sequence[str], stored: Sequence[str]) -> None:
@@ -86,13 +120,18 @@ def _check_stored(wanted: Sequence[str], stored: Sequence[str]) -> None:
         )
 
 
-def check_identities(run: LoadedRun, source: TokenSource) -> None:
-    """A model only understands tokens of the identities it was trained on; an unbound one asks for their sizes."""
+def check_has_a_store(run: LoadedRun) -> None:
+    """Refuse a run whose encoders have learnt: tokens of theirs are nowhere."""
     if trained := run.built.config.train_encoders:
         raise UserError(
             f"the run has trained {', '.join(trained)} along: no store holds their tokens; without --store they are"
             " made on the spot, of the media it was trained on or of those that --dataset and --root name"
         )
+
+
+def check_identities(run: LoadedRun, source: TokenSource) -> None:
+    """A model only understands tokens of the identities it was trained on; an unbound one asks for their sizes."""
+    check_has_a_store(run)
     for encoder, shape in run.record.shapes.items():
         found = source.shapes.get(encoder)
         if found is not None and shape.identity.startswith(UNBOUND):

@@ -39,6 +39,8 @@ def plan_rows(told: Mapping[str, Any]) -> dict[str, str]:
         "visual tokens": f"{told['visual_tokens']:,}",
         "longest sequence": f"{told['longest_sequence']:,}{context}",
     }
+    if told["cut"]:
+        rows["texts cut"] = f"{told['cut']:,} at {told['text_limit']:,} tokens"
     if told["without_answer"]:
         rows["answer cut off"] = f"{told['without_answer']:,}"
     for part, sizes in told["parameters"].items():

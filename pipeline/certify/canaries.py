@@ -106,20 +106,16 @@ def media_bytes(name: str) -> bytes:
     return avi((draw(number) for number in range(NUM_FRAMES)), width=WIDTH, height=HEIGHT, fps=FPS)
 
 
-def decode_canaries(
-    engine: Engine, runs: Sequence[EncoderRun], kind: str, decoder: str, names: Sequence[str] | None = None
-) -> dict[str, Decoded]:
+def decode_canaries(engine: Engine, runs: Sequence[EncoderRun], kind: str) -> dict[str, Decoded]:
     """The small frames of a kind's canaries, in every view that the encoders ask for, through the decode processes."""
-    from pipeline.decode.job import DecodeJob  # workers and checks only, as the engine
+    from pipeline.engine import decode_job
 
-    views = tuple(dict.fromkeys(run.view for run in runs))
-    names = CLIPS[kind] if names is None else names
     with tempfile.TemporaryDirectory(prefix="merv-canaries-") as root:
-        for name in names:
+        futures = {}
+        for name in CLIPS[kind]:
             (Path(root) / _FILES[name]).write_bytes(media_bytes(name))
-        clips = {name: Clip(dataset="canaries", path=_FILES[name], kind=kind) for name in names}
-        jobs = {name: DecodeJob(root=root, clip=clip, views=views, decoder=decoder) for name, clip in clips.items()}
-        futures = {name: engine.pool.submit(job) for name, job in jobs.items()}
+            clip = Clip(dataset="canaries", path=_FILES[name], kind=kind)
+            futures[name] = engine.pool.submit(decode_job(root, clip, runs))
         return {name: future.result() for name, future in futures.items()}
 
 
@@ -194,7 +190,7 @@ def write_canaries(task: CanaryTask) -> dict[str, list[str]]:
     for kind, batches in task.groups.items():
         runs = {name: engine.encoders[name] for name in batches}
         try:
-            decoded = decode_canaries(engine, list(runs.values()), kind, task.engine.encoders[0].decoder)
+            decoded = decode_canaries(engine, list(runs.values()), kind)
         except MediaError as error:
             problems.append(f"{kind}: {error}")
             continue

@@ -39,8 +39,8 @@ Floats = Callable[[Clip], dict[str, np.ndarray]]  # the arrays that an encoder h
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
-    """The clips of one encoder and kind that are measured."""
+class MeasuredClips:
+    """The drawn clips of one encoder and kind, and what their tokens should be."""
 
     group: GroupWriter  # of the store
     encoder: str  # key
@@ -49,7 +49,7 @@ class Sample:
     floats: Floats  # the reference
 
 
-Again = Callable[[Sample, Path], Floats]  # makes the tokens of a sample again, into a folder
+Again = Callable[[MeasuredClips, Path], Floats]  # makes the tokens of the clips again, into a folder
 
 
 def measure_distortion(
@@ -66,13 +66,13 @@ def measure_distortion(
     `again` makes the reference anew from the media; without it, the reference is what the store holds.
     """
     store = FeatureStore.open(place)
-    samples = list(_samples(store, StoreWriter.open(place), sample, seed))
-    if not samples:
+    drawn = list(_drawn_clips(store, StoreWriter.open(place), sample, seed))
+    if not drawn:
         raise UserError(f"{place} holds no committed tokens yet: nothing can be measured; run the extraction first")
-    progress.start(len(samples) * len(STORAGE_DTYPES))
+    progress.start(len(drawn) * len(STORAGE_DTYPES))
     rows = []
     temporary = partial(tempfile.TemporaryDirectory, prefix="merv-distortion-", dir=scratch)
-    for each in samples:
+    for each in drawn:
         with temporary() as made:
             known = each if again is None else replace(each, floats=again(each, Path(made)))
             for dtype in STORAGE_DTYPES:
@@ -89,7 +89,8 @@ def measure_distortion(
     )
 
 
-def _samples(store: FeatureStore, origin: StoreWriter, size: int, seed: int) -> Iterator[Sample]:
+def _drawn_clips(store: FeatureStore, origin: StoreWriter, size: int, seed: int) -> Iterator[MeasuredClips]:
+    """At most `size` clips of each encoder and kind."""
     for encoder, identity in store.encoders.items():
         committed = store.clips.filter(store.clips[encoder])
         for kind in KINDS:
@@ -99,7 +100,7 @@ def _samples(store: FeatureStore, origin: StoreWriter, size: int, seed: int) -> 
                 group = origin.open_group(kind, identity.group_name)
                 rows = store.rows([clip.clip_id for clip in clips], encoder=encoder).tolist()
                 floats = _stored_floats(store, encoder, group)
-                yield Sample(group=group, encoder=encoder, clips=tuple(clips), rows=tuple(rows), floats=floats)
+                yield MeasuredClips(group=group, encoder=encoder, clips=tuple(clips), rows=tuple(rows), floats=floats)
 
 
 def _stored_floats(store: FeatureStore, encoder: str, group: GroupWriter) -> Floats:
@@ -120,40 +121,40 @@ def _draw(seed: int, clip: Clip) -> str:
     return hashlib.sha256(f"{seed} {clip.clip_id}".encode()).hexdigest()
 
 
-def _measure(sample: Sample, dtype: str, folder: Path) -> TokenRow:
-    stored_bytes, kept = _write(sample, dtype, folder)
-    own = sample.group.identity
+def _measure(measured: MeasuredClips, dtype: str, folder: Path) -> TokenRow:
+    stored_bytes, kept = _write(measured, dtype, folder)
+    own = measured.group.identity
     row = TokenRow(
-        encoder=sample.encoder,
+        encoder=measured.encoder,
         identity=own.id,
-        weights=sample.group.weights_label,
-        kind=sample.group.kind,
+        weights=measured.group.weights_label,
+        kind=measured.group.kind,
         dtype=dtype,
         is_stored=dtype == own.storage_dtype,
         clips=len(kept),
-        refused=len(sample.clips) - len(kept),
+        refused=len(measured.clips) - len(kept),
         **dict.fromkeys(("bytes_per_clip", "clips_s", "mb_s", "of_raw", "max_abs", "relative_rms", "cosine_min")),
     )
     if not kept:
         return row
     made = FeatureStore.open(folder)
     seconds = _fastest(lambda: _read_all(made, own.encoder, kept))
-    raw_seconds = _fastest(lambda: _read_raw(folder / sample.group.kind))
+    raw_seconds = _fastest(lambda: _read_raw(folder / measured.group.kind))
     return replace(
         row,
         bytes_per_clip=stored_bytes / len(kept),
         clips_s=len(kept) / seconds,
         mb_s=stored_bytes / 1e6 / seconds,
         of_raw=raw_seconds / seconds,
-        **_errors(sample, made, kept),
+        **_errors(measured, made, kept),
     )
 
 
-def _write(sample: Sample, dtype: str, folder: Path) -> tuple[int, tuple[Clip, ...]]:
-    """A store of the sample in that dtype: bytes of its shards, and the clips that fit the dtype."""
-    origin, kind = sample.group, sample.group.kind
-    writer = StoreWriter.open_or_create(folder, block_rows={kind: min(origin.block_rows, len(sample.clips))})
-    clip_of = dict(writer.add_clips(sample.clips))
+def _write(measured: MeasuredClips, dtype: str, folder: Path) -> tuple[int, tuple[Clip, ...]]:
+    """Write a store of the clips in that dtype; returns the bytes of its shards, and the clips that fit the dtype."""
+    origin, kind = measured.group, measured.group.kind
+    writer = StoreWriter.open_or_create(folder, block_rows={kind: min(origin.block_rows, len(measured.clips))})
+    clip_of = dict(writer.add_clips(measured.clips))
     group = writer.ensure_group(
         kind,
         replace(origin.identity, storage_dtype=dtype),
@@ -165,7 +166,7 @@ def _write(sample: Sample, dtype: str, folder: Path) -> tuple[int, tuple[Clip, .
     for block in group.missing_blocks():
         task = group.begin(block)
         for row in sorted(task.planned):
-            task.add(row, sample.floats(clip_of[row]), media_sha256=None, decoder=None)
+            task.add(row, measured.floats(clip_of[row]), media_sha256=None, decoder=None)
         receipt = task.commit()
         stored_bytes += receipt.stored_bytes
         outcomes = enumerate(receipt.rows, start=receipt.first_row())
@@ -202,13 +203,13 @@ def _read_raw(folder: Path) -> None:
                 pass
 
 
-def _errors(sample: Sample, made: FeatureStore, clips: Sequence[Clip]) -> dict[str, float]:
+def _errors(measured: MeasuredClips, made: FeatureStore, clips: Sequence[Clip]) -> dict[str, float]:
     """Differences of the tokens from the reference, in float64; prefix tokens are stored but not compared."""
     largest, squares, total, cosine = 0.0, 0.0, 0.0, 1.0
-    steps = slice(0, sample.group.identity.grid_of(sample.group.kind)[0])
-    encoder = sample.group.identity.encoder
+    identity = measured.group.identity
+    encoder, steps = identity.encoder, slice(0, identity.grid_of(measured.group.kind)[0])
     for clip in clips:
-        wanted_THWD = sample.floats(clip)["tokens"].astype(np.float64)
+        wanted_THWD = measured.floats(clip)["tokens"].astype(np.float64)
         found_THWD = made.read([clip.clip_id], encoder=encoder, frames=steps)[0].astype(np.float64)
         difference = found_THWD - wanted_THWD
         largest = max(largest, float(np.abs(difference).max()))

@@ -1,4 +1,4 @@
-"""The encoders' own float32 of a sample, computed again from the media: what dtypes are measured against with these.
+"""The encoders' own float32 tokens, computed again from the media: the reference that dtypes are measured against.
 
 Encoders are built from their identity and must have it, and media must be those that the tokens were made from, both by
 digest. What was computed lies in a scratch folder until its encoder is done: 15 MB a clip of MERV's four.
@@ -7,7 +7,7 @@ digest. What was computed lies in a scratch folder until its encoder is done: 15
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,8 +18,9 @@ from featurestore.find import Place
 from featurestore.journal import driver_runs
 from featurestore.layout import block_of
 from featurestore.places.by_url import open_objects
-from featurestore.places.objects import Objects
-from pipeline.certify.distortion import Again, Floats, Sample
+from pipeline.certify.distortion import Again, Floats, MeasuredClips
+from pipeline.certify.parity import engine_without_encoders, load_as_stored
+from pipeline.certify.parity_clips import encode_clips
 from pipeline.ledger import media_roots
 
 if TYPE_CHECKING:
@@ -30,40 +31,30 @@ if TYPE_CHECKING:
 def encoded_again(
     place: Place, *, root: str | None = None, weights: Mapping[str, str] | None = None, device: str | None = None
 ) -> Iterator[Again]:
-    """What encodes samples of a store on this machine; decode processes live until it is left."""
-    from pipeline.config import EngineSettings
-    from pipeline.engine import Engine  # torch and the models
-
+    """Encodes clips of a store again on this machine; its decode process lives until the context is left."""
     objects = open_objects(place)
     roots = media_roots(driver_runs(objects), root)
     loaded: dict[str, EncoderRun] = {}  # one encoder at a time
-    with closing(Engine(EngineSettings(encoders=(), device=device or "auto", decode_processes=1))) as engine:
+    with engine_without_encoders(device) as engine:
 
-        def again(sample: Sample, folder: Path) -> Floats:
-            if sample.encoder not in loaded:
+        def again(measured: MeasuredClips, folder: Path) -> Floats:
+            key = measured.encoder
+            if key not in loaded:
                 loaded.clear()  # before the next one is loaded
-                loaded[sample.encoder] = _load(objects, engine, sample, weights or {})
-            return _encode(engine, loaded[sample.encoder], sample, roots, folder)
+                loaded[key] = load_as_stored(objects, key, measured.group.identity, weights or {}, engine.device)
+            return _encode(engine, loaded[key], measured, roots, folder)
 
         yield again
 
 
-def _load(objects: Objects, engine: Engine, sample: Sample, weights: Mapping[str, str]) -> EncoderRun:
-    from pipeline.certify.parity import load_encoder
-
-    return load_encoder(objects, sample.encoder, sample.group.identity, weights, engine.device)
-
-
-def _encode(engine: Engine, run: EncoderRun, sample: Sample, roots: Mapping[str, str], folder: Path) -> Floats:
-    """In the batch shape of the sample's group, into files of the folder."""
-    from pipeline.certify.parity_clips import encode_clips
-
-    media, batch = _media(sample), sample.group.batch_shape
-    for start in range(0, len(sample.clips), batch):
-        made = encode_clips(engine, run, batch, sample.clips[start : start + batch], roots, media)
+def _encode(engine: Engine, run: EncoderRun, measured: MeasuredClips, roots: Mapping[str, str], folder: Path) -> Floats:
+    """In the batch shape of the clips' group, into files of the folder."""
+    media, batch = _media(measured), measured.group.batch_shape
+    for start in range(0, len(measured.clips), batch):
+        made = encode_clips(engine, run, batch, measured.clips[start : start + batch], roots, media)
         for number, arrays in enumerate(made, start=start):
             np.savez(folder / f"{number}.npz", **arrays)
-    numbers = {clip.clip_id: number for number, clip in enumerate(sample.clips)}
+    numbers = {clip.clip_id: number for number, clip in enumerate(measured.clips)}
 
     def floats(clip: Clip) -> dict[str, np.ndarray]:
         with np.load(folder / f"{numbers[clip.clip_id]}.npz", allow_pickle=False) as arrays:
@@ -72,9 +63,9 @@ def _encode(engine: Engine, run: EncoderRun, sample: Sample, roots: Mapping[str,
     return floats
 
 
-def _media(sample: Sample) -> dict[str, str | None]:
+def _media(measured: MeasuredClips) -> dict[str, str | None]:
     """Clip id -> sha256 of the media that its committed tokens were made from."""
-    size, found = sample.group.block_rows, {}
-    for clip, row in zip(sample.clips, sample.rows, strict=True):
-        found[clip.clip_id] = sample.group.receipt(block_of(row, size)).rows[row % size].media_sha256
+    size, found = measured.group.block_rows, {}
+    for clip, row in zip(measured.clips, measured.rows, strict=True):
+        found[clip.clip_id] = measured.group.receipt(block_of(row, size)).rows[row % size].media_sha256
     return found

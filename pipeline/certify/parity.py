@@ -10,9 +10,9 @@ from one of the encoder.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,11 +30,13 @@ from featurestore.places.objects import Objects
 from featurestore.share.selection import read_clip_list
 from featurestore.store import FeatureStore
 from pipeline.certify.canaries import CLIPS, RENDERING, decode_canaries, encode_canaries
+from pipeline.certify.parity_clips import check_clips, clips_by_kind
 from pipeline.certify.parity_figures import compare
 from pipeline.config import EncoderSettings, EngineSettings
 from pipeline.summary import software_versions
 
 if TYPE_CHECKING:
+    from pipeline.decode.job import Decoded
     from pipeline.engine import EncoderRun, Engine
 
 MAX_PARAMETERS = 1 << 34  # that a stranger's identity may make us build
@@ -54,37 +56,19 @@ def check_parity(
 
     `weights` is encoder -> SPEC, "" for all the others; by default what the store was made with.
     """
-    from pipeline.certify.parity_clips import check_clips, clips_by_kind
-    from pipeline.engine import Engine  # torch and the models
-
-    store, objects = FeatureStore.open(place), open_objects(place)
+    store = FeatureStore.open(place)
     chosen = _chosen(store, encoders)
     listed = clips_by_kind(store, read_clip_list(clips)) if clips else None
-    if listed is None and not any(_kinds_with_canaries(store, identity) for identity in chosen.values()):
-        raise UserError(
-            f"{place} has no canaries of {', '.join(chosen) or 'any encoder'}: run its `merv-pipeline extract` again, "
-            "which adds them where it made the tokens; or name clips of the store with --clips, and their --root"
-        )
-    rows: list[ParityRow] = []
-    with closing(Engine(EngineSettings(encoders=(), device=device or "auto", decode_processes=1))) as engine:
-        for key, identity in chosen.items():
-            kinds = _kinds_with_canaries(store, identity) if listed is None else list(listed)
-            if not kinds:
-                say(f"{key}: no canaries, not checked")
-                continue
-            say(f"{key}: loading")
-            run = load_encoder(objects, key, identity, weights or {}, engine.device)
-            for kind in kinds:
-                if listed is None:
-                    row = _check_canaries(store, objects, engine, run, key, kind)
-                else:
-                    row = check_clips(place, engine, run, key, kind, listed[kind], root=root)
-                rows += [row] if row.clips else []
-        name = _device_name(engine.device)
+    if listed is None:
+        _refuse_without_canaries(place, store, chosen)
+    with engine_without_encoders(device) as engine:
+        check = _Check(place=place, store=store, engine=engine, weights=weights or {}, listed=listed, root=root)
+        rows = [row for key, identity in chosen.items() for row in check.rows(key, identity, say)]
+        device_name = _device_name(engine.device)
     return ParityRecord(
         time=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         snapshot=store.snapshot,
-        device=name,
+        device=device_name,
         machine=platform.machine(),
         versions=software_versions(),
         rows=tuple(rows),
@@ -95,12 +79,62 @@ def made_again(
     objects: Objects, kind: str, identity: FeatureIdentity, weights: Mapping[str, str], device: str | None
 ) -> Canaries:
     """A group's canaries as this machine makes them."""
+    with engine_without_encoders(device) as engine:
+        run = load_as_stored(objects, identity.encoder, identity, weights, engine.device)
+        return _own_canaries(objects, kind, run, decode_canaries(engine, [run], kind))
+
+
+@contextmanager
+def engine_without_encoders(device: str | None) -> Iterator[Engine]:
+    """A device and one decode process; encoders are loaded one at a time, by `load_as_stored`."""
     from pipeline.engine import Engine  # torch and the models
 
     with closing(Engine(EngineSettings(encoders=(), device=device or "auto", decode_processes=1))) as engine:
-        run = load_encoder(objects, identity.encoder, identity, weights, engine.device)
-        decoded = decode_canaries(engine, [run], kind, identity.decode)
-        return encode_canaries(run, kind, read_group(objects, kind, identity.group_name).batch_shape, decoded)
+        yield engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Check:
+    """What all encoders of one check have in common."""
+
+    place: Place
+    store: FeatureStore
+    engine: Engine
+    weights: Mapping[str, str]  # encoder -> SPEC, "" for all the others
+    listed: Mapping[str, Sequence[str]] | None  # kind -> clips of the store; None: the canaries
+    root: str | None  # of the clips' media, where it is not what the journal says
+
+    def rows(self, key: str, identity: FeatureIdentity, say: Callable[[str], None]) -> list[ParityRow]:
+        """Load one encoder and check it; a row for each kind of which there is anything to compare."""
+        kinds = _kinds_with_canaries(self.store, identity) if self.listed is None else list(self.listed)
+        if not kinds:
+            say(f"{key}: no canaries, not checked")
+            return []
+        say(f"{key}: loading")
+        run = load_as_stored(open_objects(self.place), key, identity, self.weights, self.engine.device)
+        check = self._of_canaries if self.listed is None else self._of_clips
+        return [row for kind in kinds if (row := check(run, key, kind)).clips]
+
+    def _of_clips(self, run: EncoderRun, key: str, kind: str) -> ParityRow:
+        return check_clips(self.place, self.engine, run, key, kind, self.listed[kind], root=self.root)
+
+    def _of_canaries(self, run: EncoderRun, key: str, kind: str) -> ParityRow:
+        objects = open_objects(self.place)
+        theirs = read_canaries(objects, kind, run.identity)
+        _refuse_other_pictures(theirs, key)
+        decoded = decode_canaries(self.engine, [run], kind)
+        _refuse_other_media(theirs, decoded, key)
+        mine = _own_canaries(objects, kind, run, decoded)
+        here = {clip.name: clip for clip in mine.clips}
+        same = all(here[c.name].frames_sha256 == c.frames_sha256 for c in theirs.clips if c.name in here)
+        row = compare(key, kind, run.identity, [(theirs.stored(c.name), mine.stored(c.name)) for c in theirs.clips])
+        sha256 = self.store.canaries[f"{kind}/{run.identity.group_name}"]
+        return replace(row, canaries=sha256, frames="equal" if same else "differ")
+
+
+def _own_canaries(objects: Objects, kind: str, run: EncoderRun, decoded: Mapping[str, Decoded]) -> Canaries:
+    """In the batch shape of the encoder's group."""
+    return encode_canaries(run, kind, read_group(objects, kind, run.identity.group_name).batch_shape, decoded)
 
 
 def _chosen(store: FeatureStore, encoders: Sequence[str] | None) -> dict[str, FeatureIdentity]:
@@ -119,23 +153,23 @@ def _kinds_with_canaries(store: FeatureStore, identity: FeatureIdentity) -> list
     return [kind for kind in KINDS if f"{kind}/{identity.group_name}" in store.canaries]
 
 
-def load_encoder(
+def load_as_stored(
     objects: Objects, key: str, identity: FeatureIdentity, weights: Mapping[str, str], device: str
 ) -> EncoderRun:
-    """The encoder as its identity says; refused where it is another one."""
+    """The encoder that made a store's tokens; refused if what is loaded has another identity."""
     import torch
 
     from pipeline.engine import EncoderRun
 
-    spec, threads = _made_with(objects, identity)
-    spec = weights.get(identity.encoder, weights.get("", spec))
+    made_with, threads = _made_with(objects, identity)
+    own_weights = weights.get(identity.encoder, weights.get("", made_with))
     if threads and device == "cpu":
         torch.set_num_threads(threads)  # they decide the last bits of a sum
-    settings = EncoderSettings.of_identity(identity, spec)
+    settings = EncoderSettings.of_identity(identity, own_weights)
     _refuse_monsters(settings, key)
     run = EncoderRun(settings, device)
     if odd := run.identity.differences(identity):
-        _refuse(key, spec, odd)
+        _refuse(key, own_weights, odd)
     return run
 
 
@@ -159,34 +193,31 @@ def _refuse_monsters(settings: EncoderSettings, key: str) -> None:
         raise StoreFormatError(f"{key}: {layers} layers of width {width} are more than any encoder has: not built")
 
 
-def _refuse(key: str, spec: str, odd: Mapping[str, tuple]) -> None:
+def _refuse(key: str, weights: str, odd: Mapping[str, tuple]) -> None:
     if "weights_sha256" in odd:
         ours, theirs = (digest[:12] for digest in odd["weights_sha256"])
         raise UserError(
-            f"{key}: the weights of {spec} have sha256 {ours}, the store's tokens were made with {theirs}: they are "
+            f"{key}: the weights of {weights} have sha256 {ours}, the store's tokens were made with {theirs}: they are "
             f"other weights, so nothing is compared; name the right ones with --weights {key.split('@')[0]}=SPEC"
         )
     fields = "; ".join(f"{name} is {ours!r} here, {theirs!r} in the store" for name, (ours, theirs) in odd.items())
     raise UserError(f"{key}: this version builds another encoder than the identity says: {fields}")
 
 
-def _check_canaries(
-    store: FeatureStore, objects: Objects, engine: Engine, run: EncoderRun, key: str, kind: str
-) -> ParityRow:
-    theirs = read_canaries(objects, kind, run.identity)
-    _refuse_other_pictures(theirs, key)
-    decoded = decode_canaries(engine, [run], kind, run.identity.decode)
-    mine = encode_canaries(run, kind, read_group(objects, kind, run.identity.group_name).batch_shape, decoded)
-    for clip in theirs.clips:
+def _refuse_without_canaries(place: Place, store: FeatureStore, chosen: Mapping[str, FeatureIdentity]) -> None:
+    if not any(_kinds_with_canaries(store, identity) for identity in chosen.values()):
+        raise UserError(
+            f"{place} has no canaries of {', '.join(chosen) or 'any encoder'}: run its `merv-pipeline extract` again, "
+            "which adds them where it made the tokens; or name clips of the store with --clips, and their --root"
+        )
+
+
+def _refuse_other_media(canaries: Canaries, decoded: Mapping[str, Decoded], key: str) -> None:
+    for clip in canaries.clips:
         if clip.media_sha256 != decoded[clip.name].media_sha256:
             raise StoreFormatError(
                 f"{key}: the canary {clip.name} is rendered to other bytes here: nothing is compared"
             )
-    here = {clip.name: clip for clip in mine.clips}
-    same = all(here[c.name].frames_sha256 == c.frames_sha256 for c in theirs.clips if c.name in here)
-    row = compare(key, kind, run.identity, [(theirs.stored(c.name), mine.stored(c.name)) for c in theirs.clips])
-    sha256 = store.canaries[f"{kind}/{run.identity.group_name}"]
-    return replace(row, canaries=sha256, frames="equal" if same else "differ")
 
 
 def _refuse_other_pictures(canaries: Canaries, key: str) -> None:

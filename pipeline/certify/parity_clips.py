@@ -80,15 +80,13 @@ def encode_clips(
     media: Mapping[str, str | None],
 ) -> list[dict[str, np.ndarray]]:
     """float32 arrays of at most `batch` clips, as this machine makes them; `media` is clip id -> sha256 of its file."""
-    from pipeline.decode.job import DecodeJob
-    from pipeline.engine import encode_batch
+    from pipeline.engine import decode_job, encode_batch
 
     futures = []
     for clip in clips:
         if (root := roots.get(clip.dataset, roots.get(""))) is None:
             raise UserError(f"no run says where the media of {clip.dataset} are: give --root DIR")
-        job = DecodeJob(root=root, clip=clip, views=(run.view,), decoder=run.identity.decode, accept_damaged=True)
-        futures.append(engine.pool.submit(job))
+        futures.append(engine.pool.submit(decode_job(root, clip, [run], accept_damaged=True)))
     frames = {}
     for slot, (clip, future) in enumerate(zip(clips, futures, strict=True)):
         decoded = future.result()

@@ -1,10 +1,10 @@
 """How far two machines' tokens of the same clips are apart, and how far they may be.
 
-Tolerances are for the root of summed squares of a clip's differences over those of its stored values. On the machine
-that made them, and on its like (same device, batch shape, threads), tokens are equal to the bit. Elsewhere an encoder's
-sums round in another order, and the result may fall into the next stored number; `TOLERANCES` allows for the first by
-compute dtype, `STEPS` for the second by storage dtype. The worst single token may be `WORST_TOKEN` times as far off as
-the clip, which its cosine tells. benchmarks/README.md holds what was measured.
+Tolerances bound a clip's relative error: the root of its summed squared differences over that of its summed squared
+stored values. On the machine that made them, and on one like it (same device, batch shape, threads), tokens are equal
+to the bit. Elsewhere an encoder's sums round in another order, and the result may fall into the next stored number;
+`TOLERANCES` allows for the first by compute dtype, `STEPS` for the second by storage dtype. The worst single token may
+be `WORST_TOKEN` times as far off as the clip, which its cosine tells. benchmarks/README.md holds what was measured.
 """
 
 from __future__ import annotations

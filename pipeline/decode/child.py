@@ -84,7 +84,7 @@ class DecodeChild:
         return f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
 
     def wait_until_ready(self) -> None:
-        """Return when it can be asked; `RunStoppedError` if it does not come up, which says nothing about a clip."""
+        """Wait until the process takes jobs; `RunStoppedError` if it does not start, which blames no clip."""
         if self._is_ready:
             return
         try:

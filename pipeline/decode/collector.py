@@ -31,8 +31,8 @@ class FrameCollector:
         job = self._job
         if job.clip.kind == "image":
             return self._expect({view: np.zeros(1, dtype=int) for view in job.views})
-        indices = frame_indices(job.clip, num_frames, fps, job.base_frames)
-        return self._expect({view: indices[every_nth(job.base_frames, view.num_frames)] for view in job.views})
+        indices = frame_indices(job.clip, num_frames, fps)
+        return self._expect({view: indices[every_nth(view.num_frames)] for view in job.views})
 
     def add(self, index: int, frame_HWC: np.ndarray) -> None:
         """Bring one native RGB frame, uint8 [H, W, 3], to every view that wants it."""

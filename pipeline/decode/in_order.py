@@ -57,7 +57,7 @@ def _read_intact(source: Source, index: PacketIndex, collector: FrameCollector) 
 
 
 def _take(source: Source, collector: FrameCollector | None, num_frames: int) -> tuple[int, float]:
-    """One pass that believes in `num_frames`; returns how many there were, and the frame rate."""
+    """One pass that expects `num_frames` frames; returns how many there were, and the frame rate."""
     with open_video(source) as video:
         wanted = set(collector.choose(num_frames, video.fps)) if collector else ()
         count = 0
@@ -71,7 +71,7 @@ def _take(source: Source, collector: FrameCollector | None, num_frames: int) -> 
 
 
 def _read_damaged(source: Source, index: PacketIndex, collector: FrameCollector) -> Reading:
-    """Every wanted frame that decodes, the nearest one that does in place of the others."""
+    """Take every wanted frame that decodes, and in place of each other one the nearest that does."""
     numbers = _frame_numbers(index)
     with open_video(source) as video:
         fps = video.fps

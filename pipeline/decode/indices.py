@@ -15,10 +15,11 @@ import numpy as np
 
 from featurestore.clips import Clip
 from featurestore.errors import MediaError, UserError
+from pipeline.views import BASE_FRAMES
 
 
-def frame_indices(clip: Clip, num_frames: int, fps: float, base_frames: int) -> np.ndarray:
-    """int64 [base_frames]: indices into the media's frames in presentation order, never out of range.
+def frame_indices(clip: Clip, num_frames: int, fps: float) -> np.ndarray:
+    """int64 [BASE_FRAMES]: indices into the media's frames in presentation order, never out of range.
 
     fps 0.0 means that the media has no clock (a GIF): the whole of it is sampled, and a span is an error.
     """
@@ -27,17 +28,17 @@ def frame_indices(clip: Clip, num_frames: int, fps: float, base_frames: int) -> 
     first, last = _bounds(clip, num_frames, fps)
     if first > num_frames - 1:
         raise MediaError("span begins beyond the end of the video")
-    indices = np.linspace(first, last, base_frames, dtype=int)
+    indices = np.linspace(first, last, BASE_FRAMES, dtype=int)
     if indices.min() < 0:
         raise MediaError("span is shorter than one frame")
     return indices
 
 
-def every_nth(base_frames: int, num_frames: int) -> slice:
-    """The part of the sampled frames that an encoder with `num_frames` frames sees: `[:: base // n]`."""
-    if num_frames < 1 or base_frames % num_frames:
-        raise UserError(f"an encoder's frames must divide the {base_frames} sampled frames, got {num_frames}")
-    return slice(None, None, base_frames // num_frames)
+def every_nth(num_frames: int) -> slice:
+    """The part of the sampled frames that an encoder with `num_frames` frames sees: `[:: BASE_FRAMES // n]`."""
+    if num_frames < 1 or BASE_FRAMES % num_frames:
+        raise UserError(f"an encoder's frames must divide the {BASE_FRAMES} sampled frames, got {num_frames}")
+    return slice(None, None, BASE_FRAMES // num_frames)
 
 
 def _bounds(clip: Clip, num_frames: int, fps: float) -> tuple[float, float]:

@@ -26,8 +26,7 @@ class DecodeJob:
 
     root: str  # the dataset's root folder
     clip: Clip
-    views: tuple[View, ...]  # distinct; their num_frames divide base_frames
-    base_frames: int = BASE_FRAMES  # frames sampled before a view takes every (base_frames // n)-th
+    views: tuple[View, ...]  # distinct; their num_frames divide BASE_FRAMES
     decoder: str = DEFAULT_DECODER  # name in `decoders.DECODERS`
     accept_damaged: bool = False  # put the nearest frame in the place of one that cannot be decoded
 
@@ -35,11 +34,8 @@ class DecodeJob:
         if not self.views or len(set(self.views)) != len(self.views):
             raise UserError(f"a decode job needs distinct views, got {len(self.views)} for {self.clip.clip_id}")
         for view in self.views:
-            if self.base_frames % view.num_frames:
-                raise UserError(
-                    f"a view's frames must divide the {self.base_frames} sampled frames, got {view.num_frames}; "
-                    f"set base_frames to a common multiple of all encoders' frames"
-                )
+            if BASE_FRAMES % view.num_frames:
+                raise UserError(f"a view's frames must divide the {BASE_FRAMES} sampled frames, got {view.num_frames}")
 
     def to_record(self) -> dict[str, Any]:
         """JSON-able form; inverse of `from_record`."""

@@ -19,16 +19,12 @@ def feature_identity(
     compute_dtype: str,
     decode: str,
     grid: Grid | None = DEFAULT_GRID,  # None: the encoder's own
-    pooling: str | None = None,  # follows from grid; given, it must agree
-    frame_rule: str | None = None,  # default: the spec's
     prefix_tokens: bool = False,  # whether class and register tokens are stored beside
     storage_dtype: str = "float16",
 ) -> FeatureIdentity:
     """Everything that decides the bytes, and nothing else."""
     stored_grid = spec.grid if grid is None else tuple(grid)
     check_grid(spec.grid, stored_grid)
-    if pooling not in (None, expected := "none" if grid is None else "adaptive-avg"):
-        raise UserError(f"pooling {pooling!r} does not go with grid {grid}: it is {expected!r} there")
     if prefix_tokens and not spec.prefix_tokens:
         raise UserError(f"{spec.name} has no class or register tokens to store; leave them out for this encoder")
     return FeatureIdentity(
@@ -37,12 +33,12 @@ def feature_identity(
         weights_sha256=weights_sha256,
         layer=spec.layer,
         num_frames=spec.num_frames,
-        frame_rule=frame_rule or spec.frame_rule,
+        frame_rule=spec.frame_rule,
         decode=decode,
         preprocessing=spec.preprocessing(),
         still_period=aligned_period(spec.still_period, spec.grid[0], stored_grid[0]),
         grid=stored_grid,
-        pooling=expected,
+        pooling="none" if grid is None else "adaptive-avg",
         width=spec.width,
         prefix_tokens=spec.prefix_tokens if prefix_tokens else 0,
         compute_dtype=compute_dtype,

@@ -1,4 +1,4 @@
-"""An encoder with weights: uint8 frames in, features out, and the identity of what comes out.
+"""An encoder with weights: uint8 frames in, features out.
 
 Precision, exactly: pixels are (x / 255 - mean) / std in float32 on the device, then cast to the compute dtype;
 with bfloat16 all weights and activations are bfloat16 (as in MERV), norms and softmax accumulate in float32 inside
@@ -16,10 +16,8 @@ import numpy as np
 import torch
 
 from featurestore.errors import UserError
-from featurestore.identity import FeatureIdentity
 from pipeline.align import DEFAULT_GRID, Grid, align, align_time
 from pipeline.encoders.base import EncoderSpec
-from pipeline.encoders.identity import feature_identity
 from pipeline.encoders.network import EncoderNetwork, build_network
 from pipeline.encoders.weights import fill_weights, parse_weights, weights_sha256
 
@@ -31,10 +29,16 @@ class LoadedEncoder:
     """A frozen encoder on a device; make one with `load`."""
 
     def __init__(
-        self, network: EncoderNetwork, *, sha256: str, label: str, device: torch.device, compute_dtype: str
+        self,
+        network: EncoderNetwork,
+        *,
+        weights_sha256: str,
+        weights_label: str,
+        device: torch.device,
+        compute_dtype: str,
     ) -> None:
         self.spec: EncoderSpec = network.spec
-        self.weights_sha256, self.weights_label = sha256, label
+        self.weights_sha256, self.weights_label = weights_sha256, weights_label
         self.device, self.compute_dtype = device, compute_dtype
         self._network = network.to(device=device, dtype=COMPUTE_DTYPES[compute_dtype]).eval().requires_grad_(False)
         self._mean_C11, self._std_C11 = (
@@ -54,12 +58,13 @@ class LoadedEncoder:
         fill_weights(network, source)
         sha256 = weights_sha256({network.weight_name(name): w for name, w in network.state_dict().items()})
         network.finish()
-        return cls(network, sha256=sha256, label=source.label, device=torch.device(device), compute_dtype=compute_dtype)
-
-    @property
-    def architecture(self) -> dict:
-        """Model kind and sizes, as they stand in the identity."""
-        return {"model": self.spec.model, **self.spec.architecture}
+        return cls(
+            network,
+            weights_sha256=sha256,
+            weights_label=source.label,
+            device=torch.device(device),
+            compute_dtype=compute_dtype,
+        )
 
     @property
     def network(self) -> EncoderNetwork:
@@ -84,7 +89,7 @@ class LoadedEncoder:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`encode`, then `align`, for videos and stills alike: float32 (tokens_BTHWD, prefix_BTKD or None).
 
-        Time steps are those that `identity(grid=grid).grid_of(kind)` says are stored.
+        The time steps are those that are stored: `grid_of(kind)` of the identity.
         """
         features_BTHWD, prefix_BTKD = self.encode(frames_BTHWC, prefix_tokens=prefix_tokens)
         native_time = self.spec.grid[0]
@@ -94,29 +99,6 @@ class LoadedEncoder:
                 time = native_time if grid is None else grid[0]
                 prefix_BTKD = align_time(prefix_BTKD, time, native_time=native_time)
         return tokens_BTHWD, prefix_BTKD
-
-    def identity(
-        self,
-        *,
-        decode: str,
-        grid: Grid | None = DEFAULT_GRID,
-        pooling: str | None = None,
-        frame_rule: str | None = None,
-        prefix_tokens: bool = False,
-        storage_dtype: str = "float16",
-    ) -> FeatureIdentity:
-        """What decides the bytes of this encoder's tokens; see `feature_identity`."""
-        return feature_identity(
-            self.spec,
-            weights_sha256=self.weights_sha256,
-            compute_dtype=self.compute_dtype,
-            decode=decode,
-            grid=grid,
-            pooling=pooling,
-            frame_rule=frame_rule,
-            prefix_tokens=prefix_tokens,
-            storage_dtype=storage_dtype,
-        )
 
     def _check_frames(self, frames: Frames) -> torch.Tensor:
         if isinstance(frames, np.ndarray):  # which may be read-only (shared memory): torch would warn

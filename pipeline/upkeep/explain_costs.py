@@ -22,6 +22,7 @@ from pipeline.datasets import DatasetListing
 from pipeline.extract import clip_bytes
 from pipeline.ledger import past_rate
 from pipeline.upkeep.stale import StaleMedia
+from pipeline.worker_reports import ProbeRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class Cost:
         return self.missing + self.stale
 
 
-Measured = Mapping[str, Sequence[Mapping[str, Any]]]  # kind -> what a probe tells of each clip
+Measured = Mapping[str, Sequence[ProbeRecord]]  # kind -> probed clips
 
 
 def costs_of(
@@ -82,7 +83,7 @@ def probe_costs(config: ExtractConfig, listing: DatasetListing, probe: int, say:
     chosen = {kind: spread_clips([c for c in listing.clips if c.kind == kind], probe) for kind in KINDS}
     with connect(config.cluster_request, say=say) as client:
         report = Loading(say).on_report
-        return probe_workers(client, config, listing.root, chosen, workers=1, on_report=report)["clips"]
+        return probe_workers(client, config, listing.root, chosen, workers=1, on_report=report).clips
 
 
 def _priced(
@@ -94,7 +95,7 @@ def _priced(
     measured: Measured | None,
 ) -> Cost:
     clips = counts["missing"] + counts["stale"]
-    probed = [clip for clip in (measured or {}).get(kind, ()) if identity.encoder in clip["encoders"]]
+    probed = [clip for clip in (measured or {}).get(kind, ()) if identity.encoder in clip.encoders]
     per_clip, bytes_from = _bytes_per_clip(store, identity, kind, probed)
     seconds, seconds_from = _seconds_per_clip(store, runs, identity, kind, probed)
     return Cost(
@@ -112,7 +113,7 @@ def _seconds_per_clip(
     runs: Sequence[Mapping[str, Any]],
     identity: FeatureIdentity,
     kind: str,
-    probed: Sequence[Mapping[str, Any]],
+    probed: Sequence[ProbeRecord],
 ) -> tuple[float | None, str]:
     if probed:
         each = [_share(clip, identity.encoder) for clip in probed]
@@ -124,18 +125,18 @@ def _seconds_per_clip(
     return rate.seconds, rate.source
 
 
-def _share(clip: Mapping[str, Any], encoder: str) -> float:
+def _share(clip: ProbeRecord, encoder: str) -> float:
     """An encoder's part of a probed clip's time: its own, and of decoding what does not hide behind the encoders."""
-    encode_s = sum(entry["seconds"] for entry in clip["encoders"].values())
-    return clip["encoders"][encoder]["seconds"] * max(1.0, clip["wall_s"] / encode_s if encode_s else 1.0)
+    encode_s = sum(probed.seconds for probed in clip.encoders.values())
+    return clip.encoders[encoder].seconds * max(1.0, clip.wall_s / encode_s if encode_s else 1.0)
 
 
 def _bytes_per_clip(
-    store: FeatureStore, identity: FeatureIdentity, kind: str, probed: Sequence[Mapping[str, Any]]
+    store: FeatureStore, identity: FeatureIdentity, kind: str, probed: Sequence[ProbeRecord]
 ) -> tuple[float, str]:
     """Stored bytes: of the encoder's nearest stored identity, scaled by the sizes before compression."""
     if probed:
-        sizes = [clip["encoders"][identity.encoder]["stored_bytes"] for clip in probed]
+        sizes = [clip.encoders[identity.encoder].stored_bytes for clip in probed]
         return statistics.fmean(sizes), f"a probe of {len(sizes)} clips"
     mine = [one for one in store.encoders.values() if one.encoder == identity.encoder]
     for one in sorted(mine, key=lambda one: len(one.changes(identity))):

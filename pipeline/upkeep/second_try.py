@@ -18,7 +18,6 @@ from featurestore.writer import StoreWriter
 from pipeline.config import EngineSettings, ExtractConfig
 from pipeline.datasets import DatasetListing
 from pipeline.decode.ahead import decode_ahead
-from pipeline.decode.job import DecodeJob
 from pipeline.describe import on_a_worker
 from pipeline.plan import plan_blocks
 from pipeline.summary import ExtractSummary
@@ -73,14 +72,10 @@ def _failed(store: StoreWriter, config: ExtractConfig, identities: Mapping[str, 
 
 def try_decoding(settings: EngineSettings, root: str, clips: list[Clip], accept_damaged: bool) -> dict[str, str]:
     """Clip id -> reason of those that cannot be decoded; run by a worker."""
-    from pipeline.engine import engine_for  # torch
+    from pipeline.engine import decode_job, engine_for  # torch
 
     engine = engine_for(settings)
-    views = tuple(dict.fromkeys(run.view for run in engine.encoders.values()))
-    decoder = settings.encoders[0].decoder
-    jobs = (
-        (n, DecodeJob(root=root, clip=clip, views=views, decoder=decoder, accept_damaged=accept_damaged))
-        for n, clip in enumerate(clips)
-    )
+    encoders = engine.encoders.values()
+    jobs = ((n, decode_job(root, clip, encoders, accept_damaged=accept_damaged)) for n, clip in enumerate(clips))
     tried = decode_ahead(jobs, engine.pool, engine.num_decoders)
     return {clips[n].clip_id: str(result) for n, result in tried if isinstance(result, MediaError)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import pickle
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from featurestore.writer import StoreWriter
 from pipeline.block import extract_block
 from pipeline.engine import close_engines, engine_for
 from pipeline.extract import extract
+from pipeline.worker_reports import BlockReport
 
 TWO = ("languagebind", "siglip")
 
@@ -29,15 +31,8 @@ def receipts_of(lab, task):
 def test_a_block_commits_a_shard_and_receipt_per_encoder_and_reports_counts_and_seconds(lab):
     *_, tasks = lab.plan(encoders=TWO)
     report = extract_block(tasks[0])
-    assert {name: report[name] for name in ("kind", "block", "clips", "failed", "frames", "halvings", "reasons")} == {
-        "kind": "video",
-        "block": 0,
-        "clips": 4,
-        "failed": 0,
-        "frames": 4 * 16,  # the most that any of the two sees
-        "halvings": 0,
-        "reasons": {},
-    }
+    assert (report.kind, report.block, report.clips, report.failed, report.reasons) == ("video", 0, 4, 0, {})
+    assert (report.frames, report.halvings) == (4 * 16, 0)  # the most that any of the two sees
     stages = {
         "decode wait",
         "decode (in its processes)",
@@ -46,8 +41,8 @@ def test_a_block_commits_a_shard_and_receipt_per_encoder_and_reports_counts_and_
         "write wait",
         "commit",
     }
-    assert stages | {"total"} == set(report["seconds"])
-    assert report["bytes"] == sum(path.stat().st_size for path in (lab.store / "video").glob("*/tokens/c/0/*/*/*/*"))
+    assert stages | {"total"} == set(report.seconds)
+    assert report.bytes == sum(path.stat().st_size for path in (lab.store / "video").glob("*/tokens/c/0/*/*/*/*"))
     for receipt in receipts_of(lab, tasks[0]).values():
         assert receipt.counts == {"ok": 4, "failed": 0, "skipped": 0, "empty": 0}
         assert {row.decoder for row in receipt.rows} == {"frames/1"}
@@ -58,7 +53,9 @@ def test_tasks_and_reports_are_small(lab):
     """They travel through the scheduler for every block; frames and tokens never do."""
     *_, tasks = lab.plan(encoders=TWO)
     assert len(pickle.dumps(tasks[0])) < 5000
-    assert len(pickle.dumps(extract_block(tasks[0]))) < 2000
+    report = extract_block(tasks[0])
+    assert len(pickle.dumps(report)) < 2000
+    assert BlockReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report  # as a suspect's comes
 
 
 def test_a_clip_that_fails_is_named_with_the_digest_of_the_bytes_that_failed(lab):
@@ -66,7 +63,7 @@ def test_a_clip_that_fails_is_named_with_the_digest_of_the_bytes_that_failed(lab
     (lab.root / "videochatgpt_tune/v1.mp4").write_bytes(b"not a film")
     *_, tasks = lab.plan(encoders=TWO)
     report = extract_block(tasks[0])
-    assert (report["failed"], sum(report["reasons"].values())) == (1, 1)
+    assert (report.failed, sum(report.reasons.values())) == (1, 1)
     for receipt in receipts_of(lab, tasks[0]).values():
         row = receipt.rows[1]
         assert (row.state, row.scope) == ("failed", "clip")
@@ -89,7 +86,7 @@ def test_a_block_that_somebody_committed_meanwhile_stays_as_it_is(lab):
     before = lab.hashes(lab.store)
     again = extract_block(tasks[0])
     assert lab.hashes(lab.store) == before
-    assert (again["clips"], again["bytes"]) == (first["clips"], first["bytes"])
+    assert (again.clips, again.bytes) == (first.clips, first.bytes)
 
 
 def test_a_worker_with_other_weights_than_the_plan_writes_nothing(lab):
@@ -119,8 +116,8 @@ def test_tokens_too_large_for_half_precision_fail_that_encoder_alone(lab):
         report = extract_block(tasks[0])
     finally:
         close_engines()
-    assert report["failed"] == 4
-    assert all(reason.startswith("siglip: ") for reason in report["reasons"])
+    assert report.failed == 4
+    assert all(reason.startswith("siglip: ") for reason in report.reasons)
     found = receipts_of(lab, tasks[0])
     assert found["languagebind"].counts["ok"] == 4
     assert {(row.state, row.scope) for row in found["siglip"].rows} == {("failed", "encoder")}
@@ -137,9 +134,9 @@ def test_a_block_reports_what_it_has_done_in_the_words_of_its_end(lab, monkeypat
     end = extract_block(tasks[0])
     assert [report["clips"] for report in told] == [1, 2, 3, 4]  # two batches of two clips, two encoders
     assert [report["frames"] for report in told] == [32, 32, 64, 64]
-    assert all(set(report) <= set(end) and report["failed"] == 0 for report in told)
-    assert told[0]["bytes"] < told[-1]["bytes"] < end["bytes"]  # a shard has an index besides
-    assert set(told[-1]["seconds"]) | {"commit", "total"} == set(end["seconds"])
+    assert all(set(report) <= set(end.to_dict()) and report["failed"] == 0 for report in told)
+    assert told[0]["bytes"] < told[-1]["bytes"] < end.bytes  # a shard has an index besides
+    assert set(told[-1]["seconds"]) | {"commit", "total"} == set(end.seconds)
 
 
 def test_an_encoder_short_of_device_memory_halves_its_batches_and_every_account_says_so(lab, extracted, monkeypatch):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import pickle
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from featurestore.clips import Clip
 from featurestore.errors import UserError
-from pipeline.engine import EncoderRun, Engine, close_engines, describe_encoders, encode_batch, engine_for
+from pipeline.decode.job import DecodeJob
+from pipeline.engine import EncoderRun, Engine, close_engines, decode_job, describe_encoders, encode_batch, engine_for
 
 
 @pytest.fixture(scope="module")
@@ -69,16 +73,31 @@ def test_an_engine_is_kept_for_the_same_settings_and_closed_for_others(extracted
     close_engines()
 
 
-def test_what_the_driver_is_told_of_an_encoder_is_plain_and_whole(extracted):
+def test_what_the_driver_is_told_of_an_encoder_is_whole_and_travels(extracted):
     config = extracted.config(encoders=["dinov2", "siglip"], prefix_tokens=True, crop={"siglip": "centre-crop"})
-    dinov2, siglip = describe_encoders(config.engine_settings)
-    assert (dinov2["name"], dinov2["weights"], dinov2["device"]) == ("dinov2", "random:0", "cpu")
-    assert dinov2["threads"] == torch.get_num_threads()
-    assert (dinov2["identity"]["prefix_tokens"], siglip["identity"]["prefix_tokens"]) == (5, 0)  # SigLIP has none
-    assert siglip["identity"]["preprocessing"]["fit"] == "centre-crop"
-    assert dinov2["identity"]["preprocessing"]["fit"] == "squash"
-    assert dinov2["identity"]["grid"] == [8, 3, 3]
+    described = describe_encoders(config.engine_settings)
+    assert pickle.loads(pickle.dumps(described)) == described
+    assert list(described) == ["dinov2", "siglip"]
+    dinov2, siglip = described.values()
+    assert (dinov2.identity.encoder, dinov2.weights_label, dinov2.device) == ("dinov2", "random:0", "cpu")
+    assert dinov2.threads == torch.get_num_threads()
+    assert (dinov2.identity.prefix_tokens, siglip.identity.prefix_tokens) == (5, 0)  # SigLIP has none
+    assert siglip.identity.preprocessing["fit"] == "centre-crop"
+    assert dinov2.identity.preprocessing["fit"] == "squash"
+    assert dinov2.identity.grid == (8, 3, 3)
     close_engines()
+
+
+def test_encoders_ask_for_each_view_of_a_clip_once_and_agree_on_the_decoder(extracted):
+    settings = extracted.config(encoders=["dinov2", "siglip", "languagebind"]).engine_settings
+    dinov2, siglip, languagebind = (EncoderRun(each, "cpu") for each in settings.encoders)
+    assert dinov2.view == siglip.view != languagebind.view
+    clip, views = Clip(dataset="d", path="a.mp4", kind="video"), (dinov2.view, languagebind.view)
+    job = decode_job("media", clip, [dinov2, siglip, languagebind], accept_damaged=True)
+    assert job == DecodeJob(root="media", clip=clip, views=views, decoder="frames/1", accept_damaged=True)
+    other = EncoderRun(replace(settings.encoders[1], decoder="decord"), "cpu")
+    with pytest.raises(ValueError, match="too many values"):
+        decode_job("media", clip, [dinov2, other])
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99"])

@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.forecast import forecast
 from pipeline.probe_workers import standard_error
+from pipeline.worker_reports import ProbeRecord
 
 TWO = ("languagebind", "siglip")
 
@@ -75,10 +76,14 @@ def test_a_cluster_is_probed_on_all_of_its_workers_each_with_clips_of_its_own(la
     assert result.to_dict()["interval"].startswith("two standard errors of the mean")
 
 
+def probed(worker: int, seconds: float) -> ProbeRecord:
+    return ProbeRecord(decode_s=0.1, wall_s=seconds, encoders={}, worker=worker)
+
+
 def test_workers_that_differ_widen_the_interval_though_each_is_sure_of_itself():
     """By hand: means 1 and 3 s of two workers differ by a standard error of sqrt(2) / sqrt(2) = 1."""
-    records = [{"wall_s": seconds, "worker": worker} for worker, seconds in ((0, 1.0), (1, 3.0)) for _ in range(8)]
+    records = [probed(worker, seconds) for worker, seconds in ((0, 1.0), (1, 3.0)) for _ in range(8)]
     assert standard_error(records) == pytest.approx(1.0)
-    alike = [{"wall_s": seconds, "worker": worker} for worker in (0, 1) for seconds in (1.0, 3.0)]
+    alike = [probed(worker, seconds) for worker in (0, 1) for seconds in (1.0, 3.0)]
     assert standard_error(alike) == pytest.approx(statistics.stdev([1, 3, 1, 3]) / 2)
     assert standard_error(records[:1]) == 0

@@ -12,6 +12,7 @@ from featurestore.errors import RunStoppedError
 from pipeline.block import BlockTask
 from pipeline.config import EngineSettings
 from pipeline.suspect import extract_suspect
+from pipeline.worker_reports import BlockReport, EncoderWork
 
 # Stands in for the child: announces its rows, dies where it is told to, and does what `fate` says of each row.
 CHILD = """
@@ -26,10 +27,14 @@ if "start" in fates:
 for row, _ in task.rows:
     if ("siglip", row) in crashed:
         continue
-    send({"place": ["siglip", row], "counts": {"clips": row}})
+    send({"encoding": ["siglip", row], "counts": {"clips": row}})
     if str(row) in fates:
         signal.raise_signal(fates[str(row)])
-send(fates.get("end") or {"result": {"crashed": {str(row): why for (_, row), why in crashed.items()}}})
+reasons = {f"{row}: {why}": 1 for (_, row), why in crashed.items()}
+counts = dict.fromkeys(("clips", "failed", "frames", "bytes", "halvings", "block", "reused"), 0)
+work = {"siglip": {"clips": 8, "seconds": 0.5, "bytes": 80}}
+report = counts | {"kind": "video", "seconds": {"total": 1.5}, "made": work, "reasons": reasons}
+send(fates.get("end") or {"report": report})
 """
 ABORT, SEGV, KILL = 6, 11, 9
 
@@ -60,14 +65,25 @@ def suspect(tmp_path, monkeypatch):
 
 
 def test_a_block_without_a_culprit_ends_as_any_other(suspect):
-    assert suspect() == {"crashed": {}}
+    assert suspect() == BlockReport(
+        kind="video",
+        block=0,
+        clips=0,
+        failed=0,
+        frames=0,
+        bytes=0,
+        halvings=0,
+        reused=0,
+        seconds={"total": 1.5},
+        made={"siglip": EncoderWork(clips=8, seconds=0.5, bytes=80)},
+        reasons={},
+    )
 
 
 def test_two_culprits_are_found_one_after_the_other_by_how_they_ended(suspect):
-    found = suspect(_2=ABORT, _5=SEGV)["crashed"]
-    assert found == {
-        "2": "encoding crashes the process: signal SIGABRT",
-        "5": "encoding crashes the process: signal SIGSEGV",
+    assert suspect(_2=ABORT, _5=SEGV).reasons == {
+        "2: encoding crashes the process: signal SIGABRT": 1,
+        "5: encoding crashes the process: signal SIGSEGV": 1,
     }
 
 

@@ -19,6 +19,7 @@ from trainer.eval_cli import eval_main, parse_span
 from trainer.loop.train import train
 from trainer.model.llm import FRESH_LLMS, FreshLLM
 from trainer.places import open_store
+from trainer.runs.load import load_run
 from trainer.runs.record import RunRecord
 
 QUESTION = "What colour is it?"
@@ -216,3 +217,18 @@ def test_a_run_that_trained_an_encoder_end_to_end_answers(tmp_path, media_lab, m
     assert result.stdout == "blue\n", result.output
     refused = CliRunner().invoke(eval_main, ["run", "--checkpoint", str(out), "--store", str(extracted)])
     assert "has trained siglip along: no store holds their tokens" in refused.stderr
+
+
+def test_a_run_answers_in_its_own_precision_and_looks_in_that_of_its_encoders(run, media_root, monkeypatch):
+    loaded = load_run(run)
+    half = replace(loaded.built, config=replace(loaded.built.config, precision="bf16"))
+    looking, answering = [], []
+    with Asker(replace(loaded, built=half)) as asker:
+        fetch = asker._opened_source().fetch
+        monkeypatch.setattr(
+            asker._source, "fetch", lambda ids: looking.append(torch.is_autocast_enabled("cpu")) or fetch(ids)
+        )
+        asker.model.llm.register_forward_pre_hook(lambda *_: answering.append(torch.is_autocast_enabled("cpu")))
+        assert asker.answer(QUESTION, video=media_root / "films/red.mp4") == "red"
+    assert looking == [False]
+    assert set(answering) == {True}

@@ -116,6 +116,16 @@ def test_every_loss_equals_the_one_from_the_cache_to_the_bit(tmp_path, live, cac
     assert end_to_end == from_cache  # the stated tolerance: none
 
 
+def test_validation_in_bf16_sees_the_tokens_of_float32_encoders_as_training_does(tmp_path, live, cached):
+    config = toy_config(precision="bf16", encoders=("dinov2", "siglip"), max_steps=2, eval_every=1)
+    rows = {}
+    for name, (samples, source) in {"cache": cached, "live": live}.items():
+        held_out = [replace(sample, sample_id=f"h-{sample.sample_id}", split="heldout") for sample in samples]
+        train(config, [*samples, *held_out], source, tmp_path / name, is_quiet=True)
+        rows[name] = [(row["loss"], row["val_loss"]) for row in read_metrics(tmp_path / name)]
+    assert rows["live"] == rows["cache"]
+
+
 def test_class_tokens_and_a_standardised_grid_are_the_same_live(tmp_path, opened_live, extracted):
     for name, projector in {
         "class": ProjectorConfig(resampler="class_token"),

@@ -5,11 +5,14 @@ Other tokens are refused.
 
 import json
 import shutil
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
 
+from featurestore import FeatureStore, StoreWriter
 from featurestore.errors import UserError
 from featurestore.share.cells import StoreCells
 from featurestore.share.combine import combine
@@ -108,6 +111,52 @@ def test_a_union_of_stores_made_apart_gives_the_run_of_one_store(here, make_ques
     assert told_by(eval_main, "run", "--checkpoint", "from-union") == told_by(
         eval_main, "run", "--checkpoint", "at-once"
     )
+
+
+def test_a_run_goes_on_with_the_snapshot_it_began_with_however_the_store_has_grown(here, make_question_store):
+    store = make_question_store(here / "lab.zarr", range(12))
+    begun = train("--from-cache", store, "--out", "run")
+    losses = steps("run")
+    shutil.rmtree(checkpoint.newest("run"))  # as if killed behind step 4
+    make_question_store(store, range(12, 18))
+    resumed = train("--from-cache", store, "--out", "run", "--resume", "auto")
+    assert resumed["data_digest"] == begun["data_digest"]
+    assert steps("run") == losses
+    assert train("--from-cache", store, "--out", "new")["data_digest"] != begun["data_digest"]
+
+
+def add_to_first_block(store, identity):
+    """An encoder that somebody else has begun to add: four clips have its tokens."""
+    writer = StoreWriter.open(store)
+    group = writer.ensure_group("video", identity, batch_shape=1, weights_label="random:0", new_identity=True)
+    block = group.begin(0)
+    for row in range(4):
+        tokens = np.zeros((*identity.grid, identity.width), np.float16)
+        block.add(row, {"tokens": tokens}, media_sha256="0" * 64, decoder="frames/1")
+    block.commit()
+    writer.publish_snapshot()
+
+
+def test_a_run_is_scored_on_its_own_tokens_whatever_encoders_the_store_has_got(
+    here, question_store, identities, toy_identity
+):
+    train("--from-cache", question_store, "--out", "run")
+    before = told_by(eval_main, "run", "--checkpoint", "run")
+    add_to_first_block(question_store, toy_identity("clip"))
+    add_to_first_block(question_store, replace(identities["dinov2"], grid=(2, 1, 1)))
+    assert sorted(FeatureStore.open(question_store).encoders)[:2] != ["clip", "dinov2"]  # there are two by that name
+    assert told_by(eval_main, "run", "--checkpoint", "run") == before
+
+
+def test_questions_of_sets_that_the_run_was_not_trained_on_are_asked(here, make_question_store, make_sample):
+    store = make_question_store(here / "lab.zarr", range(18))
+    (here / "small.yaml").write_text(yaml.safe_dump({**SETTINGS, "samples": ["toy-finetune"]}))
+    train("--from-cache", store, "--out", "run")
+    writer = StoreWriter.open(store)
+    writer.add_samples("quiz", [make_sample(3, split="heldout")])
+    writer.publish_snapshot()
+    (answer,) = told_by(eval_main, "run", "--checkpoint", "run")["answers"]
+    assert answer["sample_id"] == make_sample(3).sample_id
 
 
 def test_tokens_of_another_identity_are_refused(brief, samples, tokens):

@@ -5,6 +5,8 @@ def told(**changes):
     return {
         "samples": 1200,
         "dropped": {"text only": 3, "clip without tokens of every encoder": 1},
+        "text_limit": 2048,
+        "cut": 0,
         "without_answer": 0,
         "steps": 10,
         "unread": {"text": 4, "visual": 3},
@@ -48,9 +50,10 @@ def test_a_stage_in_rows():
 
 
 def test_what_not_every_stage_has_is_a_row_where_it_is():
-    rows = plan_rows(told(without_answer=2, init="all weights of stage align", context=None))
+    rows = plan_rows(told(without_answer=2, cut=1003, init="all weights of stage align", context=None))
     assert (rows["answer cut off"], rows["starts from"]) == ("2", "all weights of stage align")
     assert rows["longest sequence"] == "1,116"
+    assert rows["texts cut"] == "1,003 at 2,048 tokens"
 
 
 def result(run, steps, num_steps=600):

@@ -25,6 +25,9 @@ from trainer.data.prompts import Rendered, Renderer, reason_to_refuse
 from trainer.data.tokens import TokenSource
 
 VISUAL, TEXT = "visual", "text"  # streams of the split_modality sampler: a cached image costs what a cached video costs
+# Rendered samples that stay in memory, about 48 bytes per token: a small set from epoch to epoch, of a large one what a
+# step and the next one need.
+KEPT_SAMPLES, KEPT_BATCHES = 8192, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +136,8 @@ class Batches:
             seed=config.seed,
             digest=order_digest(data.samples),
         )
-        self.rendered = lru_cache(maxsize=1 << 20)(lambda index: renderer(data.samples[index].turns))
+        kept = max(KEPT_SAMPLES, KEPT_BATCHES * config.batch_size)
+        self.rendered = lru_cache(maxsize=kept)(lambda index: renderer(data.samples[index].turns))
 
     @property
     def num_steps(self) -> int:

@@ -65,7 +65,7 @@ def collate(
     num_visual_tokens: int,
     context: int | None = None,
 ) -> Batch:
-    """One batch; `context` is the longest sequence that the LLM takes."""
+    """One batch; `context` is the longest sequence that the LLM takes: in training texts have been cut to fit it."""
     totals = [
         len(sample.input_ids) + (num_visual_tokens if row >= 0 else 0)
         for sample, row in zip(rendered, clip_rows, strict=True)
@@ -73,7 +73,7 @@ def collate(
     if context is not None and max(totals) > context:
         raise UserError(
             f"{num_visual_tokens} visual tokens and {max(len(s.input_ids) for s in rendered)} text tokens exceed the"
-            f" LLM's context of {context}; lower max_text_tokens or choose a coarser projector grid"
+            f" LLM's context of {context}; shorten the text"
         )
     labels_BS = _pad([_with_gap(s, num_visual_tokens * (row >= 0)) for s, row in zip(rendered, clip_rows, strict=True)])
     labelled = (labels_BS != IGNORE_INDEX).any(0).nonzero()

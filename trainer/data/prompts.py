@@ -46,6 +46,7 @@ class Rendered:
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
     visual_at: int  # visual tokens stand before this text position: 0, or 1 behind a BOS
+    is_cut: bool = False  # there was more text
 
     @property
     def num_supervised(self) -> int:
@@ -141,8 +142,9 @@ class Renderer:
             piece_ids = self._tokenise(piece)
             ids += piece_ids
             labels += piece_ids if piece.is_answer else [IGNORE_INDEX] * len(piece_ids)
+        is_cut = len(ids) > self.max_tokens
         ids, labels = ids[: self.max_tokens], labels[: self.max_tokens]
-        return Rendered(input_ids=tuple(ids), labels=tuple(labels), visual_at=self._visual_at(ids))
+        return Rendered(input_ids=tuple(ids), labels=tuple(labels), visual_at=self._visual_at(ids), is_cut=is_cut)
 
     def question(self, turns: Sequence[Turn]) -> Rendered:
         """Ids up to where the last answer begins; nothing is supervised. The last turn's text is not read."""

@@ -70,6 +70,7 @@ class TokenSource(Protocol):
     trained: Mapping[str, nn.Module] = MappingProxyType({})  # encoders that join the model; `fetch` gives their frames
     live: Mapping[str, Any] | None = None  # settings of the extraction that runs on the spot; None: tokens are there
     facts: Mapping[str, Mapping[str, Any]] = MappingProxyType({})  # encoder -> `identity`, `weights` label, where known
+    snapshot: str = ""  # of a store: the id of the snapshot that is read
 
     def fetch(self, clip_ids: Sequence[str]) -> dict[str, ClipTokens]:
         """encoder -> tokens_BTHWD on the CPU, B in the order asked; safe to call from several threads."""
@@ -91,14 +92,18 @@ class TokenSource(Protocol):
 class StoreTokens(TokenSource):
     """Tokens that a feature store holds, of some of its encoders.
 
+    `encoders` are the store's keys, or the run's names for them: a store that holds an encoder twice has other keys.
     `parts` is what is read of each clip, which a projector's `parts_of` says: one class token per frame is a small
     fraction of a raw grid's bytes.
     """
 
-    def __init__(self, store: FeatureStore, encoders: Sequence[str], *, parts: Sequence[Part] = ("tokens",)) -> None:
+    def __init__(
+        self, store: FeatureStore, encoders: Sequence[str] | Mapping[str, str], *, parts: Sequence[Part] = ("tokens",)
+    ) -> None:
         self._store, self._parts = store, parts
+        self._keys = dict(encoders) if isinstance(encoders, Mapping) else {encoder: encoder for encoder in encoders}
         self.snapshot = store.snapshot
-        identities = {encoder: store.encoders[encoder] for encoder in encoders}
+        identities = {encoder: store.encoders[key] for encoder, key in self._keys.items()}
         self.shapes = {
             encoder: TokenShape(
                 grid=identity.grid,
@@ -114,12 +119,12 @@ class StoreTokens(TokenSource):
             encoder: {
                 "weights": labels[identity.group_name]["weights"],
                 "identity": identity.to_dict(),
-                "parity": checks[encoder],
+                "parity": checks[self._keys[encoder]],
             }
             for encoder, identity in identities.items()
         }
         clips = store.clips
-        has_all = np.logical_and.reduce([clips[encoder].to_numpy(zero_copy_only=False) for encoder in encoders])
+        has_all = np.logical_and.reduce([clips[key].to_numpy(zero_copy_only=False) for key in self._keys.values()])
         self._available = set(clips["clip_id"].filter(pa.array(has_all)).to_pylist())
 
     def fetch(self, clip_ids: Sequence[str]) -> dict[str, ClipTokens]:
@@ -133,15 +138,15 @@ class StoreTokens(TokenSource):
         return set(clips.filter(pc.equal(clips["kind"], "image"))["clip_id"].to_pylist()).intersection(clip_ids)
 
     def data_digest(self, clip_ids: Iterable[str], samples: Iterable[Sample]) -> str:
-        return self._store.data_digest(clip_ids, list(self.shapes), samples)
+        return self._store.data_digest(clip_ids, list(self._keys.values()), samples)
 
     def _read(self, clip_ids: Sequence[str], encoder: str) -> ClipTokens:
         tokens_BTHWD = None
         if "tokens" in self._parts:
-            tokens_BTHWD = torch.from_numpy(self._store.read(clip_ids, encoder=encoder))
+            tokens_BTHWD = torch.from_numpy(self._store.read(clip_ids, encoder=self._keys[encoder]))
         if "prefix" not in self._parts:
             return tokens_BTHWD
-        prefix_BTKD = torch.from_numpy(self._store.read_prefix(clip_ids, encoder=encoder))
+        prefix_BTKD = torch.from_numpy(self._store.read_prefix(clip_ids, encoder=self._keys[encoder]))
         return PrefixedTokens(tokens_BTHWD=tokens_BTHWD, prefix_BTKD=prefix_BTKD)
 
 

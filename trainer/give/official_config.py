@@ -148,6 +148,7 @@ def run_config(
         "encoders": official.encoders[: official.num_used],
         "prompt": PROMPT_NAMES[official.llm_backbone_id],
         "max_text_tokens": official.llm_max_length,
+        "exceed_context": official.fusion == "concat_sequence",  # theirs is not checked, and LLaMA-2's is full of it
         "optimizer": {
             "projector_lr": lr,
             "fusion_lr": lr,

@@ -23,6 +23,9 @@ LAUNCH_FILES: dict[Launch, Path] = {
     "ddp": Path(__file__).with_name("launch_ddp.yaml"),
     "fsdp": Path(__file__).with_name("launch_fsdp.yaml"),
 }
+# What torch's launcher leaves its processes after a SIGTERM before it kills them; the default of 30 s is too short for
+# the checkpoint of a large LLM.
+SHUTDOWN_VARIABLE, SHUTDOWN_S = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 600
 # -P: Python does not look for modules in the folder it is started from.
 THIS_COMMAND = (sys.executable, "-P", "-m", "trainer.cli")
 
@@ -68,4 +71,5 @@ def launch_command(launch: Launch, processes: int, arguments: Sequence[str]) -> 
 
 def launch_environment(environment: Mapping[str, str], num_gpus: int) -> dict[str, str]:
     """Without a GPU, ranks meet over gloo: accelerate must be told, or each would train a run of its own."""
-    return {**environment, **({} if num_gpus else {"ACCELERATE_USE_CPU": "true"})}
+    ranks = {} if num_gpus else {"ACCELERATE_USE_CPU": "true"}
+    return {SHUTDOWN_VARIABLE: str(SHUTDOWN_S), **environment, **ranks}

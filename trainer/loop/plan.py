@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from featurestore.errors import UserError
 from featurestore.samples import Sample
 from trainer.config import TrainConfig
 from trainer.data.batches import Batches, TrainingData, select
@@ -28,6 +29,7 @@ from trainer.runs.record import RunRecord, software_versions
 
 STANDARDISE_CLIPS = 512  # clips whose tokens give the standardisation's constants
 STANDARDISE_BATCH = 32  # clips in memory at once
+MIN_TEXT_TOKENS = 32  # a short question with its answer: a run whose context has no room for them is refused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,9 @@ def make_plan(
     built, loaded = _build(config, data, source, run, words)
     if loaded and rank == 0:
         Console(stderr=True).print(loaded.message, markup=False, highlight=False, soft_wrap=True)
+    _check_room(built)
+    if rank == 0 and (said := _cut_by_context(built, data.samples)):
+        Console(stderr=True).print(said, markup=False, highlight=False, soft_wrap=True)
     batches = Batches(
         data,
         source,
@@ -105,11 +110,40 @@ def _record(
         parameters=count_parameters(model),
         num_visual_tokens=model.num_visual_tokens,
         num_steps=num_steps,
+        snapshot=source.snapshot,
         started_from=loaded.message if loaded else "",
         encoders={encoder: source.facts[encoder] for encoder in model.encoders if encoder in source.facts},
         software=software_versions(),
         tokens="from cache" if source.live is None else "end to end",
         live=source.live,
+    )
+
+
+def _check_room(built: Built) -> None:
+    """Refuse visual tokens that leave no room for text, before the first step finds it out."""
+    config, visual, context = built.config, built.model.num_visual_tokens, built.model.context
+    least = min(MIN_TEXT_TOKENS, config.max_text_tokens)
+    if context is None or context - visual >= least:
+        return
+    raise UserError(
+        f"{visual:,} visual tokens (fusion {config.fusion.name} of {len(built.model.encoders)} encoders) leave"
+        f" {max(0, context - visual)} of the LLM's context of {context:,} to text, and a short question with its answer"
+        f" takes {least}; choose a fusion that mixes encoders, a smaller projector.grid, fewer encoders or an LLM with"
+        " a longer context; exceed_context: true goes beyond it, where positions are rotary"
+    )
+
+
+def _cut_by_context(built: Built, samples: Sequence[Sample]) -> str:
+    """What to say where the context cuts texts, not the user's own limit; seen by the text with the most letters."""
+    limit, model = built.renderer.max_tokens, built.model
+    if limit == built.config.max_text_tokens:
+        return ""
+    longest = max(samples, key=lambda sample: sum(len(turn.text) for turn in sample.turns))
+    if not built.renderer(longest.turns).is_cut:
+        return ""
+    return (
+        f"texts are cut at {limit:,} tokens: of the LLM's context of {model.context:,}, {model.num_visual_tokens:,} are"
+        " visual tokens; --dry-run counts the texts"
     )
 
 
@@ -121,6 +155,8 @@ def describe(plan: Plan) -> dict[str, Any]:
     return {
         "samples": len(rendered),
         "dropped": dict(plan.data.dropped),
+        "text_limit": plan.built.renderer.max_tokens,  # by max_text_tokens or by the context
+        "cut": sum(sample.is_cut for sample in rendered),
         "without_answer": sum(sample.num_supervised == 0 for sample in rendered),  # behind the cut: they train nothing
         "samples_per_epoch": order.num_per_epoch,  # by the sources' weights
         "steps": plan.batches.num_steps,

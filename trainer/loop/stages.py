@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 OWN = "stages"  # key of a config file that holds the settings of single stages
 
-OpenTokens = Callable[[TrainConfig], "tuple[Sequence[Sample], TokenSource]"]
+# Settings, and the folder of a run that may have begun with them -> its samples and tokens.
+OpenTokens = Callable[[TrainConfig, Path | None], "tuple[Sequence[Sample], TokenSource]"]
 
 
 def lay_over(stages: Stages, settings: Mapping[str, Any], options: Mapping[str, Any]) -> Stages:
@@ -82,7 +83,7 @@ def train_stages(
         config, folder = _with_start(stages, stage, out), stage_folder(out, stages, stage)
         result = _finished(folder, config) if resume else None
         if result is None:
-            samples, source = open_tokens(config)
+            samples, source = open_tokens(config, folder)
             result = train(config, samples, source, folder, store=store, resume=resume, words=words, is_quiet=is_quiet)
             # accelerate ties a model to itself: until it is collected, its memory and that of its optimizer are taken.
             gc.collect()
@@ -99,7 +100,7 @@ def describe_stages(stages: Stages, open_tokens: OpenTokens, *, store: str = "")
     words = _look_ahead(stages, open_tokens) if len(stages) > 1 else ()
     told = {}
     for index, stage in enumerate(stages):
-        samples, source = open_tokens(stage.config)
+        samples, source = open_tokens(stage.config, None)
         told[stage.name] = describe(make_plan(stage.config, samples, source, store=store, words=words))
         if index and stage.config.init is None:
             told[stage.name]["init"] = f"all weights of stage {stages[index - 1].name}"
@@ -164,7 +165,7 @@ def _look_ahead(stages: Stages, open_tokens: OpenTokens) -> list[str]:
 
     texts: list[str] = []
     for stage in stages:
-        samples, source = open_tokens(stage.config)
+        samples, source = open_tokens(stage.config, None)
         try:
             data = select(samples, source, stage.config)
         except UserError as error:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from featurestore.errors import UserError
 from featurestore.samples import Sample
@@ -78,11 +79,22 @@ def train(
         rank=accelerator.process_index,
         num_ranks=accelerator.num_processes,
     )
+    _check_same_data(accelerator, plan)
     validation = Validation(plan, samples, source, accelerator) if config.eval_every else None
     if accelerator.is_main_process:
         write_folder(out, plan.built, plan.record, is_new=folder is None)
     with deterministic(config.deterministic):
         return _Loop(plan, source, accelerator, validation, out).run(folder, stop_at, is_quiet)
+
+
+def _check_same_data(accelerator: Accelerator, plan: Plan) -> None:
+    """Every process opens the store by itself, and a snapshot may be published in between."""
+    digests = set(gather_object([plan.data.digest]))
+    if len(digests) > 1:
+        raise UserError(
+            f"the processes of this run opened different data ({', '.join(sorted(digest[:12] for digest in digests))}):"
+            " the store has changed meanwhile; start the same command again"
+        )
 
 
 class _Loop:
@@ -180,8 +192,9 @@ class _Loop:
         model.train()
         total = torch.zeros((), device=accelerator.device)
         for index, (batch, divisor) in enumerate(zip(step.micro_batches, step.divisors, strict=True)):
-            is_last = index == len(step.micro_batches) - 1
-            with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
+            # FSDP sums every time: without it each rank would keep whole fp32 gradients between micro-batches.
+            is_summed = accelerator.is_fsdp2 or index == len(step.micro_batches) - 1
+            with contextlib.nullcontext() if is_summed else accelerator.no_sync(model):
                 with accelerator.autocast():  # FSDP's own precision is that of weights alone
                     loss = model(batch.to(accelerator.device)) / divisor
                 # Data parallelism averages gradients over ranks; ours are parts of a sum.

@@ -6,6 +6,8 @@ Comes in: the samples of a store, of which a run's `eval_split` was not trained 
     val_loss_video, _image, _text        the same by what the sample is about, where there are such samples
     val_accuracy, val_chance             on those of the samples that have options, where there are some
 
+Under the caption prompt the model is shown no question: captions of the run's own stage are held out, nothing is asked.
+
 At most `eval_limit` samples and as many questions are chosen by their ids, the same every time. Every rank scores a
 share and all get the same sums; ranks with less to do repeat something and do not count it, because under FSDP a
 forward is work for all ranks together.
@@ -14,9 +16,11 @@ forward is work for all ranks together.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 import torch
 from accelerate import Accelerator
+from rich.console import Console
 from torch import Tensor
 
 from featurestore.errors import UserError
@@ -26,7 +30,7 @@ from trainer.data.order import derive_seed
 from trainer.data.prompts import reason_to_refuse
 from trainer.data.tokens import TokenSource
 from trainer.loop.plan import Plan
-from trainer.model.multiple_choice import FIRST_CLIPS, answer_batch, batch_of, showable
+from trainer.model.multiple_choice import FIRST_CLIPS, answer_batch, batch_of, is_whole, showable
 
 MODALITIES = ("video", "image", "text")
 
@@ -38,19 +42,30 @@ class Validation:
         self.built, self.config, self.source, self.accelerator = plan.built, plan.config, source, accelerator
         held_out = heldout_samples(samples, source, plan.config, has_visual=plan.built.model.has_visual)
         self.samples = held_out[: self.config.eval_limit]
-        self.questions = [sample for sample in held_out if sample.options][: self.config.eval_limit]
+        self.questions = self._questions(held_out)
         stills = source.stills({sample.clip_id for sample in self.samples if sample.clip_id is not None})
         self.modality = {sample.sample_id: modality(sample, stills) for sample in self.samples}
+        if not held_out and accelerator.is_main_process:
+            said = f"no caption of split {self.config.eval_split!r}: stage {self.config.stage} is not validated"
+            Console(stderr=True).print(said, markup=False, highlight=False, soft_wrap=True)
+
+    def _questions(self, held_out: Sequence[Sample]) -> list[Sample]:
+        """Those that are read to their end."""
+        if self.config.prompt == "caption":
+            return []
+        asked = (sample for sample in held_out if sample.options and is_whole(self.built, sample))
+        return list(islice(asked, self.config.eval_limit))
 
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:
-        """The row of metrics, equal on every rank. Leaves the model in evaluation mode."""
+        """The row of metrics, equal on every rank, empty if nothing is held out. Leaves the model evaluating."""
+        if not self.samples:
+            return {}
         self.built.model.eval()
         # By modality: loss and supervised tokens; then right answers and the chance of them.
         sums = torch.zeros(2 * len(MODALITIES) + 2, dtype=torch.float64)
-        with self.accelerator.autocast():
-            self._share(self.samples, self._losses, sums[:-2])
-            self._share(self.questions, self._answers, sums[-2:])
+        self._share(self.samples, self._losses, sums[:-2])
+        self._share(self.questions, self._answers, sums[-2:])
         # float32, which every device has: a few hundred sums lose nothing that is shown
         sums = self.accelerator.reduce(sums.float().to(self.accelerator.device), "sum").tolist()
         return self._row(sums[: len(MODALITIES)], sums[len(MODALITIES) : -2], sums[-2], sums[-1])
@@ -75,7 +90,8 @@ class Validation:
     def _losses(self, samples: Sequence[Sample]) -> Tensor:
         """Summed losses of each modality, then their supervised tokens."""
         batch = batch_of(self.built, samples, self.source)
-        losses_B = self.built.model.sample_losses(batch.to(self.accelerator.device)).double().cpu()
+        with self.built.autocast(self.accelerator.device):
+            losses_B = self.built.model.sample_losses(batch.to(self.accelerator.device)).double().cpu()
         kinds = [MODALITIES.index(self.modality[sample.sample_id]) for sample in samples]
         sums = torch.zeros(2, len(MODALITIES), dtype=torch.float64)
         sums.index_add_(1, torch.tensor(kinds), torch.stack([losses_B, batch.supervised_B.double()]))
@@ -94,7 +110,7 @@ def heldout_samples(
     """Those of the eval split that can be shown to the model, in an order that follows from their ids alone."""
     wanted = [sample for sample in samples if sample.split == config.eval_split and _changes(sample, config)]
     wanted = showable(wanted, source, has_visual=has_visual)
-    if not wanted:
+    if not wanted and config.prompt != "caption":  # which is a stage of a chain, and few stores hold captions back
         found = ", ".join(sorted({sample.split for sample in samples})) or "none"
         raise UserError(
             f"eval_every is {config.eval_every}, but no sample of split {config.eval_split!r} has tokens; splits found:"
@@ -107,6 +123,8 @@ def heldout_samples(
 def _changes(sample: Sample, config: TrainConfig) -> bool:
     """Whether training can change what the model makes of a sample: a frozen LLM knows about text what it knows."""
     if sample.clip_id is None and (config.train_llm == "none" or config.prompt == "caption"):
+        return False
+    if config.prompt == "caption" and sample.stage != config.stage:
         return False
     return reason_to_refuse(config.prompt, sample.turns) is None
 

@@ -39,6 +39,11 @@ class Built:
         """Whether the LLM's weights exist only in this run."""
         return self.llm.is_fresh or self.config.train_llm == "full"
 
+    def autocast(self, device: torch.device | str) -> torch.autocast:
+        """The precision of the run's training, for a forward of the model; tokens are fetched outside of it."""
+        is_half = self.config.precision == "bf16"
+        return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=is_half)
+
 
 def build(config: TrainConfig, shapes: Mapping[str, TokenShape], llm: LoadedLLM) -> Built:
     """Projectors, fusion and LLM with seeded weights, and only what is trained wanting a gradient."""
@@ -51,10 +56,27 @@ def build(config: TrainConfig, shapes: Mapping[str, TokenShape], llm: LoadedLLM)
         fusion = build_fusion(config.fusion, len(used), width)
     torch.manual_seed(derive_seed("adapters", config.seed))
     adapt(llm.model, config)
+    model = VideoLLM(llm.model, projectors, fusion, exceeds_context=_exceeds_context(config, llm))
     renderer = Renderer(
-        config.prompt, llm.tokenizer, position=config.visual_position, max_tokens=config.max_text_tokens
+        config.prompt, llm.tokenizer, position=config.visual_position, max_tokens=_text_limit(config, model)
     )
-    return Built(model=VideoLLM(llm.model, projectors, fusion), llm=llm, renderer=renderer, config=config)
+    return Built(model=model, llm=llm, renderer=renderer, config=config)
+
+
+def _exceeds_context(config: TrainConfig, llm: LoadedLLM) -> bool:
+    """Rotary positions go on behind the context, a table of learned ones ends there."""
+    if config.exceed_context and not getattr(llm.model.config, "rope_parameters", None):
+        raise UserError(
+            f"exceed_context: true wants rotary positions, and {config.llm} has others; choose another"
+            " LLM, or a fusion or projector with fewer visual tokens"
+        )
+    return config.exceed_context
+
+
+def _text_limit(config: TrainConfig, model: VideoLLM) -> int:
+    """Tokens of a text: one limit for all of a run, whether a clip stands beside them or not."""
+    room = config.max_text_tokens if model.context is None else model.context - model.num_visual_tokens
+    return max(1, min(config.max_text_tokens, room))
 
 
 def new_llm(config: TrainConfig, samples: Iterable[Sample], words: Iterable[str] = ()) -> LoadedLLM:

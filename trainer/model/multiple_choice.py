@@ -87,6 +87,7 @@ def answer_all(
     built: Built, samples: Sequence[Sample], source: TokenSource, *, batch_size: int = 16, device: str = "cpu"
 ) -> Iterator[Answer]:
     """Answer questions, `batch_size` at a time with all their options."""
+    _check_whole(built, samples)
     built.model.to(device).eval()
     for start in range(0, len(samples), batch_size):
         if built.model.has_visual:
@@ -100,8 +101,25 @@ def answer_batch(
 ) -> list[Answer]:
     """Answer questions in one forward, with the model as it stands."""
     choices = [with_answer(sample, option) for sample in samples for option in sample.options]
-    scores = iter(built.model.score(batch_of(built, choices, source).to(device)).tolist())
+    batch = batch_of(built, choices, source).to(device)
+    with built.autocast(device):
+        scores = iter(built.model.score(batch).tolist())
     return [_answer(sample, tuple(next(scores) for _ in sample.options)) for sample in samples]
+
+
+def is_whole(built: Built, sample: Sample) -> bool:
+    """Whether the model can read every option of a question to its end."""
+    return not any(built.renderer(with_answer(sample, option).turns).is_cut for option in sample.options)
+
+
+def _check_whole(built: Built, samples: Sequence[Sample]) -> None:
+    """An option that is cut off has no score; said before hours of other questions."""
+    if cut := [sample.sample_id for sample in samples if not is_whole(built, sample)]:
+        raise UserError(
+            f"{len(cut)} of {len(samples)} questions are longer than the {built.renderer.max_tokens:,} tokens of text"
+            f" that the run reads, which would cut their options off: {', '.join(cut[:5])}; leave them out of"
+            " the samples, or score a run with a larger max_text_tokens or an LLM with a longer context"
+        )
 
 
 def batch_of(built: Built, samples: Sequence[Sample], source: TokenSource) -> Batch:

@@ -27,8 +27,16 @@ from trainer.model.projectors import Projector
 class VideoLLM(nn.Module):
     """`projectors` and `fusion` may be empty: then it is the plain LLM, the text-only baseline."""
 
-    def __init__(self, llm: nn.Module, projectors: Mapping[str, Projector], fusion: Fusion | None) -> None:
+    def __init__(
+        self,
+        llm: nn.Module,
+        projectors: Mapping[str, Projector],
+        fusion: Fusion | None,
+        *,
+        exceeds_context: bool = False,
+    ) -> None:
         super().__init__()
+        self.exceeds_context = exceeds_context  # sequences may be longer than the LLM says it takes
         self.llm = llm
         self.encoders = tuple(projectors)  # module names may not hold a dot, encoder names may
         self.projectors = nn.ModuleList(projectors.values())
@@ -59,8 +67,8 @@ class VideoLLM(nn.Module):
 
     @property
     def context(self) -> int | None:
-        """The longest sequence the LLM says it takes."""
-        return getattr(self.llm.config, "max_position_embeddings", None)
+        """The longest sequence that the LLM says it takes; None if it says nothing, or may be asked for more."""
+        return None if self.exceeds_context else getattr(self.llm.config, "max_position_embeddings", None)
 
     def train(self, mode: bool = True) -> VideoLLM:
         """A frozen LLM stays in evaluation mode: its dropout would only be noise."""

@@ -34,6 +34,7 @@ class RunRecord:
     parameters: Mapping[str, Mapping[str, int]]  # part -> total, trained
     num_visual_tokens: int
     num_steps: int
+    snapshot: str = ""  # of that store: a resumed run reads the same one, whatever was added since
     started_from: str = ""  # with `init`: what was loaded of which run, and what was not
     encoders: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # identity fields and weights label
     software: Mapping[str, str] = field(default_factory=dict)  # package -> version the run was started with

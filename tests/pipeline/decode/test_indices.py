@@ -36,36 +36,32 @@ def clip(span: tuple | None = None, end_frame: int | None = None) -> Clip:
 @pytest.mark.parametrize("case", GOLDEN, ids=str)
 def test_indices_are_those_written_out_by_hand(case) -> None:
     num_frames, fps, span = case
-    indices = frame_indices(clip(span), num_frames, fps, 32).tolist()
+    indices = frame_indices(clip(span), num_frames, fps).tolist()
     expected = GOLDEN[case]
     assert (indices if len(expected) == 32 else [*indices[:3], indices[-1]]) == expected
 
 
 def test_sixteen_frames_are_every_second_of_thirty_two_and_miss_the_last_frame() -> None:
-    assert frame_indices(clip(), 100, 25.0, 32)[every_nth(32, 16)].tolist() == SIXTEEN_OF_100
-
-
-def test_base_frames_of_sixteen_is_a_plain_linspace_of_sixteen() -> None:
-    assert frame_indices(clip(), 100, 25.0, 16).tolist() == np.linspace(0, 99, 16, dtype=int).tolist()
+    assert frame_indices(clip(), 100, 25.0)[every_nth(16)].tolist() == SIXTEEN_OF_100
 
 
 def test_rule_differs_from_linspace_to_the_last_frame_where_floating_point_falls_short() -> None:
     """29 / 25 * 25 - 1 is 27.999999999999996: the last index of a video of 29 frames at 25 fps is 27."""
-    assert frame_indices(clip(), 29, 25.0, 32)[-1] == 27
+    assert frame_indices(clip(), 29, 25.0)[-1] == 27
     differing = [
         (n, fps)
         for n in range(1, 400)
         for fps in (24000 / 1001, NTSC, 12.5, 14.985)
-        if frame_indices(clip(), n, fps, 32)[-1] != n - 1
+        if frame_indices(clip(), n, fps)[-1] != n - 1
     ]
     assert differing
-    assert all(frame_indices(clip(), n, fps, 32)[-1] == n - 2 for n, fps in differing)
+    assert all(frame_indices(clip(), n, fps)[-1] == n - 2 for n, fps in differing)
 
 
 def test_end_frame_overrides_the_span_and_the_frame_rate() -> None:
-    assert frame_indices(clip(end_frame=31), 100, 0.0, 32).tolist() == list(range(32))
-    assert frame_indices(clip(end_frame=500), 100, 25.0, 32)[-1] == 99
-    assert frame_indices(clip((1.0, 2.0), end_frame=31), 100, 25.0, 32).tolist() == list(range(32))
+    assert frame_indices(clip(end_frame=31), 100, 0.0).tolist() == list(range(32))
+    assert frame_indices(clip(end_frame=500), 100, 25.0)[-1] == 99
+    assert frame_indices(clip((1.0, 2.0), end_frame=31), 100, 25.0).tolist() == list(range(32))
 
 
 @pytest.mark.parametrize(
@@ -79,12 +75,12 @@ def test_end_frame_overrides_the_span_and_the_frame_rate() -> None:
 )
 def test_span_that_holds_no_frame_is_an_error_of_the_clip(span, num_frames, fps, message) -> None:
     with pytest.raises(MediaError, match=message):
-        frame_indices(clip(span), num_frames, fps, 32)
+        frame_indices(clip(span), num_frames, fps)
 
 
 def test_frames_that_do_not_divide_are_refused() -> None:
     with pytest.raises(UserError, match="must divide the 32 sampled frames, got 12"):
-        every_nth(32, 12)
+        every_nth(12)
 
 
 @given(
@@ -96,7 +92,7 @@ def test_frames_that_do_not_divide_are_refused() -> None:
 def test_indices_are_in_range_and_equal_the_reference_or_the_clip_fails(num_frames, fps, start, length) -> None:
     end = start + length
     try:
-        indices = frame_indices(clip((start, end)), num_frames, fps, 32)
+        indices = frame_indices(clip((start, end)), num_frames, fps)
     except MediaError:
         assert start * fps > num_frames - 1 or end * fps < 1
         return

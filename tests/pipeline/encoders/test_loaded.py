@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from featurestore.errors import UserError
 from pipeline.align import align
 from pipeline.encoders import load_encoder
+from pipeline.encoders.identity import feature_identity
 
 BUILT_IN = ("languagebind", "dinov2", "vivit", "siglip", "clip", "videomae")
 GRIDS = dict.fromkeys(BUILT_IN, (16, 4, 4)) | {"videomae": (8, 4, 4)}
@@ -59,7 +60,14 @@ def test_tokens_have_the_steps_that_their_identity_says_are_stored(name, kind, t
     frames = noise(encoder.spec, num_frames=None if kind == "video" else 1)
     with_prefix_tokens = PREFIXES[name] > 0
     for grid in (None, (GRIDS[name][0], 2, 2), (4, 3, 2)):
-        identity = encoder.identity(decode="frames/1", grid=grid, prefix_tokens=with_prefix_tokens)
+        identity = feature_identity(
+            encoder.spec,
+            weights_sha256=encoder.weights_sha256,
+            compute_dtype=encoder.compute_dtype,
+            decode="frames/1",
+            grid=grid,
+            prefix_tokens=with_prefix_tokens,
+        )
         tokens, prefix = encoder.encode_tokens(frames, grid=grid, prefix_tokens=with_prefix_tokens)
         stored = identity.grid_of(kind)
         assert tokens.shape == (2, *stored, 32)

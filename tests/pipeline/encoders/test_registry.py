@@ -11,6 +11,7 @@ import torch
 
 from featurestore.errors import UserError
 from pipeline.encoders import ENCODERS, MERV_ENCODERS, encoder_spec, load_encoder
+from pipeline.encoders.identity import feature_identity
 from pipeline.encoders.registry import EncoderTable
 
 PLUG_IN = Path(__file__).with_name("vit_plugin.py")
@@ -58,7 +59,9 @@ def test_a_plug_in_of_under_40_lines_joins_as_an_encoder_like_the_others(install
     features, prefix = encoder.encode(frames, prefix_tokens=True)
     assert features.shape == (1, 16, 4, 4, 32)
     assert prefix.shape == (1, 16, 1, 32)
-    assert encoder.identity(decode="frames/1").group_name.startswith("vit-")
+    dtype, sha256 = encoder.compute_dtype, encoder.weights_sha256
+    identity = feature_identity(spec, weights_sha256=sha256, compute_dtype=dtype, decode="frames/1")
+    assert identity.group_name.startswith("vit-")
 
 
 def test_a_plug_in_reads_the_second_to_last_block_of_a_published_checkpoint(install, tmp_path):

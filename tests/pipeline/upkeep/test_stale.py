@@ -13,6 +13,7 @@ from pipeline.decode.source import Source
 from pipeline.media_memory import media_memory, newest_touch_s
 from pipeline.summary import ExtractSummary
 from pipeline.upkeep.stale import CLOCK_SLACK_S, _file_touch_s, _Started, _Stored
+from pipeline.worker_reports import BlockReport, EncoderWork
 
 ROWS = 4
 
@@ -93,12 +94,10 @@ def test_what_is_no_record_of_a_run_is_left_aside(store, change):
 
 def test_the_record_of_a_run_names_its_blocks_as_spans():
     summary = ExtractSummary(store="", run="")
-    block = dict.fromkeys(("clips", "failed", "frames", "bytes", "reused", "halvings"), 0) | {
-        "reasons": {},
-        "seconds": {},
-    }
+    counts = dict.fromkeys(("clips", "failed", "frames", "bytes", "reused", "halvings"), 0)
+    made = {"x": EncoderWork(clips=2, seconds=0.5, bytes=8)}
     for kind, number in (("video", 4), ("video", 2), ("image", 0), ("video", 3), ("video", 7), ("video", 3)):
-        summary.add(block | {"kind": kind, "block": number, "made": {"x": {"clips": 2, "seconds": 0.5, "bytes": 8}}})
+        summary.add(BlockReport(kind=kind, block=number, made=made, reasons={}, seconds={}, **counts))
     assert summary.block_spans == {"image": [[0, 1]], "video": [[2, 5], [7, 8]]}
     assert summary.to_dict()["made"]["video/x"] == {"clips": 10, "seconds": 2.5, "bytes": 40}
     assert "blocks_of" not in summary.to_dict()

@@ -238,3 +238,20 @@ def test_tokens_of_a_step_are_those_of_text_and_of_every_clip_shown(samples, tok
     step = batches.step(0)
     assert step.num_tokens == sum(len(batches.rendered(index).input_ids) for index in range(6)) + 3 * 8
     assert batches_of(mixed, tokens, replace(config, mode="text-only")).step(0).num_tokens == step.num_tokens - 3 * 8
+
+
+def test_of_a_large_set_only_what_a_few_batches_need_stays_rendered(samples, tokens, config, monkeypatch):
+    monkeypatch.setattr("trainer.data.batches.KEPT_SAMPLES", 2)
+    batches = batches_of(samples, tokens, replace(config, batch_size=2))
+    for step in range(9):  # all 18
+        batches.step(step)
+    kept = batches.rendered.cache_info()
+    assert kept.currsize == 8
+    assert kept.misses == 20  # what a step looks ahead at, the next one does not render again
+
+
+def test_a_small_set_stays_rendered_from_epoch_to_epoch(samples, tokens, config):
+    batches = batches_of(samples, tokens, config)
+    for step in range(6):
+        batches.step(step)
+    assert batches.rendered.cache_info().misses == 18

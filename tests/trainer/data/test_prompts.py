@@ -242,6 +242,8 @@ def test_long_texts_are_cut_at_the_right():
     cut = Renderer("pure", tokenizer, max_tokens=10)(ONE)
     assert " ".join(read(cut, tokenizer)) == "<s> In : What is it ? Out : A"
     assert cut.num_supervised == 1
+    whole = Renderer("pure", tokenizer, max_tokens=12)(ONE)  # "cat", "." and the end token: one more than there is room
+    assert (cut.is_cut, whole.is_cut, Renderer("pure", tokenizer, max_tokens=13)(ONE).is_cut) == (True, True, False)
 
 
 @pytest.mark.parametrize(

@@ -71,3 +71,10 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(UserError):
         parse_settings(read_settings(tmp_path / "config.json"))
+
+
+def test_encoders_in_a_row_go_beyond_the_context_as_theirs_did():
+    for fusion, exceeds in (("concat", True), ("cross_attention_avg_lq", False)):
+        settings = {**RELEASED, "feature_fusion": fusion}
+        config = run_config(parse_settings(settings), settings, llm="meta-llama/Llama-2-7b-hf", query_width=None)
+        assert config.exceed_context == exceeds

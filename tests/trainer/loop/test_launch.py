@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner
+from torch.distributed.launcher.api import LaunchConfig
 
 from featurestore import StoreWriter
 from featurestore.errors import UserError
@@ -96,8 +97,20 @@ def test_there_is_one_process_per_gpu_unless_told_otherwise():
 
 
 def test_without_a_gpu_the_ranks_are_told_to_meet_on_the_cpu():
-    assert launch_environment({"A": "1"}, 2) == {"A": "1"}
-    assert launch_environment({"A": "1"}, 0) == {"A": "1", "ACCELERATE_USE_CPU": "true"}
+    there = launch_environment({"A": "1"}, 2)
+    assert there["A"] == "1"
+    assert "ACCELERATE_USE_CPU" not in there
+    assert launch_environment({"A": "1"}, 0) == {**there, "ACCELERATE_USE_CPU": "true"}
+
+
+def test_torchs_launcher_leaves_the_ranks_ten_minutes_to_save_unless_told_otherwise(monkeypatch):
+    def timeout(environment):
+        for name, value in launch_environment(environment, 0).items():
+            monkeypatch.setenv(name, value)
+        return LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=1).shutdown_timeout
+
+    assert timeout({}) == 600
+    assert timeout({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "50"}) == 50
 
 
 def test_settings_are_checked_once_before_anything_is_launched(here, monkeypatch):

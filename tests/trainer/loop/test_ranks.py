@@ -26,7 +26,7 @@ def single(out):
 def chain(out, resume=False, dies=False):
     opened = []
 
-    def open_tokens(asked):
+    def open_tokens(asked, run):
         opened.append(asked.stage)
         if dies and opened.count("finetune") == 2:  # the first time was the look ahead
             os.kill(os.getpid(), signal.SIGKILL)

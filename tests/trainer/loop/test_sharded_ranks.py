@@ -52,6 +52,8 @@ def weighing(accelerator, model, optimizer):
     prepared = ranks.prepare(accelerator, model, optimizer)
     local = sum(p.to_local().numel() for p in model.parameters())
     held.append(local / sum(p.numel() for p in model.parameters()))
+    # Between micro-batches too: else every rank would keep whole gradients.
+    prepared[0].set_requires_gradient_sync = lambda is_synced: sys.exit("gradients are not divided")
     return prepared
 
 

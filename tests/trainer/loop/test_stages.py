@@ -115,7 +115,7 @@ def test_a_stage_lets_its_model_go_before_the_next_one_begins(both, tokens, stag
         train_rooms, "prepare", lambda one, model, last: models.append(weakref.ref(model)) or before(one, model, last)
     )
 
-    def open_tokens(config):
+    def open_tokens(config, run):
         alive.append([model() is not None for model in models])
         return both, tokens
 

@@ -43,6 +43,13 @@ def test_a_small_model_learns_its_samples_by_heart(tmp_path, config, samples, to
     assert found[-1] < 0.1
 
 
+def test_processes_that_opened_different_data_are_refused(tmp_path, config, samples, tokens, monkeypatch):
+    """As if another process had opened the store a snapshot earlier."""
+    monkeypatch.setattr("trainer.loop.train.gather_object", lambda found: [*found, "0" * 64])
+    with pytest.raises(UserError, match=r"opened different data \(000000000000, .*start the same command again"):
+        run_to_end(config, samples, tokens, tmp_path / "run")
+
+
 def test_the_first_loss_equals_a_hand_computation(finished, config, samples, tokens):
     plan = make_plan(config, samples, tokens)
     for encoder, projector in zip(plan.built.model.encoders, plan.built.model.projectors, strict=True):

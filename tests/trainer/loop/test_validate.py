@@ -5,6 +5,7 @@ import torch
 
 from featurestore import FeatureStore
 from featurestore.errors import UserError
+from featurestore.samples import Turn
 from trainer.data.tokens import MemoryTokens, StoreTokens
 from trainer.loop.plan import make_plan
 from trainer.loop.ranks import make_accelerator
@@ -78,9 +79,6 @@ def test_shares_of_ranks_add_up_to_all_in_as_many_forwards_each(
 
         def count(self, *_):
             self.forwards += 1
-
-        def autocast(self):
-            return torch.autocast("cpu", enabled=False)
 
         def reduce(self, sums, how):
             self.sums = sums
@@ -183,3 +181,42 @@ def test_what_is_trained_on_is_not_validated_on(config):
 def test_a_store_tells_images_from_videos(store: FeatureStore):
     source = StoreTokens(store, ["dinov2"])
     assert source.stills({"set/clip0.mp4", "set/still.jpg"}) == {"set/still.jpg"}
+
+
+@pytest.fixture
+def captioned(validated):
+    return replace(validated, stage="align", prompt="caption")
+
+
+def as_caption(sample):
+    return replace(sample, sample_id=f"c-{sample.sample_id}", stage="align", options=(), answer_index=None)
+
+
+def test_where_no_question_is_shown_captions_are_held_out_and_nothing_is_asked(
+    tmp_path, captioned, samples, heldout, mixed
+):
+    everything = [*map(as_caption, samples), *map(as_caption, heldout[:3]), *heldout]
+    plan = make_plan(captioned, everything, mixed)
+    validation = Validation(plan, everything, mixed, make_accelerator(captioned, tmp_path))
+    assert {sample.sample_id for sample in validation.samples} == {f"c-{sample.sample_id}" for sample in heldout[:3]}
+    assert set(validation()) == {"val_loss", "val_loss_image", "val_loss_video"}
+
+
+def test_a_stage_without_held_out_captions_is_trained_unvalidated_and_says_so(
+    tmp_path, captioned, samples, heldout, tokens, capsys
+):
+    everything = [*map(as_caption, samples), *heldout]
+    result = train(replace(captioned, max_steps=2), everything, tokens, tmp_path / "run", is_quiet=True)
+    assert "no caption of split 'heldout': stage align is not validated" in capsys.readouterr().err
+    assert (result.steps, result.best) == (2, "")
+    assert not any("val_loss" in row for row in read_metrics(tmp_path / "run"))
+
+
+def test_questions_whose_options_would_be_cut_off_are_not_asked(tmp_path, validated, samples, heldout, tokens):
+    long = replace(heldout[0], turns=(Turn(role="human", text="What? " * 70), heldout[0].turns[1]))
+    everything = [*samples, long, *heldout[1:]]
+    plan = make_plan(validated, everything, tokens)
+    validation = Validation(plan, everything, tokens, make_accelerator(validated, tmp_path))
+    assert len(validation.samples) == 7
+    assert {sample.sample_id for sample in validation.questions} == {sample.sample_id for sample in heldout[1:]}
+    assert 0 <= validation()["val_accuracy"] <= 1

@@ -1,10 +1,12 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from featurestore.errors import UserError
+from featurestore.samples import Turn
 from trainer.loop.train import train
-from trainer.model.multiple_choice import Answer, answer_all, questions, summarise, with_answer
+from trainer.model.multiple_choice import Answer, answer_all, batch_of, questions, summarise, with_answer
 from trainer.runs.load import load_run
 
 
@@ -65,3 +67,19 @@ def test_questions_are_those_of_the_split_with_options_and_tokens(samples, token
 def test_an_option_replaces_the_last_answer_only(make_sample):
     changed = with_answer(make_sample(0), "blue")
     assert [turn.text for turn in changed.turns] == ["<video>\nWhat colour is it?", "blue"]
+
+
+def test_a_question_that_would_be_cut_is_said_before_any_is_answered(brief, samples, tokens):
+    long = replace(samples[2], turns=(Turn(role="human", text="What? " * 70), samples[2].turns[1]))
+    with pytest.raises(UserError, match=r"1 of 3 questions are longer than the 120 tokens .*options off: s002"):
+        next(answer_all(brief.built, [*samples[:2], long], tokens))
+
+
+def test_a_run_is_scored_in_the_precision_it_was_trained_in(tmp_path, config, samples, tokens):
+    train(replace(config, max_steps=2, precision="bf16"), samples, tokens, tmp_path / "run", is_quiet=True)
+    built = load_run(tmp_path / "run").built
+    (found,) = answer_all(built, samples[:1], tokens)
+    batch = batch_of(built, [with_answer(samples[0], option) for option in samples[0].options], tokens)
+    exact = built.model.score(batch).tolist()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert list(found.scores) == built.model.score(batch).tolist() != exact

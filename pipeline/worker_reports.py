@@ -1,0 +1,101 @@
+"""What workers tell the driver, as values: of the encoders they loaded, of the blocks they computed, of a probe.
+
+They travel by Dask's pickle, and a block's also as JSON, out of a process of its own (`suspect.py`). No torch here: the
+driver imports this room too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from featurestore.identity import FeatureIdentity
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderDescription:
+    """An encoder as a worker loaded it."""
+
+    identity: FeatureIdentity
+    weights_label: str  # "pretrained" or "random:SEED"
+    device: str
+    threads: int  # of torch on the worker: part of what decides the last bits
+    batch: Mapping[str, int] = field(default_factory=dict)  # kind -> clips per forward that its device holds
+    load_s: float = 0.0
+    fingerprint: str | None = None  # of the files that it was loaded from
+
+    @property
+    def journal_entry(self) -> dict[str, str | int]:
+        """What a run's record says of the encoder: where its tokens went, and what they were made on."""
+        return {"group": self.identity.group_name, "device": self.device, "threads": self.threads}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockCounts:
+    """What is done of a block, while it is computed and at its end."""
+
+    clips: int  # computed or failed
+    failed: int
+    frames: int  # decoded
+    bytes: int  # of the shards, as far as they are compressed
+    halvings: int  # batches cut for lack of device memory
+    seconds: Mapping[str, float]  # by stage
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderWork:
+    """What one encoder did in a block."""
+
+    clips: int
+    seconds: float  # of its forwards
+    bytes: int  # of its shard
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockReport(BlockCounts):
+    """A committed block: its counts, and what a summary adds up."""
+
+    kind: str
+    block: int
+    reused: int  # cells (clip and encoder) copied from another store
+    made: Mapping[str, EncoderWork]  # by encoder
+    reasons: Mapping[str, int]  # why clips failed -> how many
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> BlockReport:
+        made = {name: EncoderWork(**work) for name, work in record["made"].items()}
+        return cls(**{**record, "made": made})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderProbe:
+    """What a probed clip costs with one encoder."""
+
+    seconds: float  # per clip of a full batch
+    stored_bytes: float  # the mean over the clips that were encoded together
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeRecord:
+    """What a probed clip costs."""
+
+    decode_s: float  # in a decode process
+    wall_s: float  # on a worker that decodes beside its encoders
+    encoders: Mapping[str, EncoderProbe]
+    worker: int = 0  # which of the probed workers it was
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A few real clips decoded, encoded and compressed on one or several workers."""
+
+    device: str
+    startup_s: float  # until a worker has loaded the encoders
+    identities: Mapping[str, FeatureIdentity]  # by encoder
+    clips: Mapping[str, Sequence[ProbeRecord]]  # by kind; clips that cannot be decoded are left out
+    workers: int = 1
