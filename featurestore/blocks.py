@@ -62,7 +62,7 @@ class BlockWriter:
 
     @property
     def encoded_bytes(self) -> int:
-        """Of the rows added so far; a thread may be adding while another asks."""
+        """Bytes of the rows added so far; one thread may add while another asks."""
         return sum(len(chunk) for chunks in self._chunks.values() for chunk in list(chunks.values()))
 
     def add(self, row: int, arrays: Mapping[str, np.ndarray], *, media_sha256: str | None, decoder: str | None) -> None:

@@ -73,8 +73,3 @@ def tell_kept(keep: Callable[[], str]) -> None:
         say(f"kept as {keep()}")
     except MervCacheError as error:
         say(f"not kept in the store: {error}")
-
-
-def names_of(text: str | None) -> tuple[str, ...] | None:
-    """`"siglip, dinov2"` -> its names; None if nothing was given."""
-    return tuple(name.strip() for name in text.split(",") if name.strip()) if text else None

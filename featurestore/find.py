@@ -1,7 +1,7 @@
 """Which store is meant: the one named, or the only one under features/, where extraction puts stores by default.
 
-Shared by all command lines, so that they agree. A place is a folder (`Path`) or a URL (text). Nothing heavy is
-imported: `--help` reads this room.
+Shared by all command lines, so that they agree, also on how several names are typed. A place is a folder (`Path`) or a
+URL (text). Nothing heavy is imported: `--help` reads this room.
 """
 
 from __future__ import annotations
@@ -56,6 +56,11 @@ def find_store(given: Place | None) -> Place:
     if not found:
         raise UserError(f"no store under {FEATURES.resolve()}: make one with `merv-pipeline extract`, or give its path")
     raise UserError(f"{len(found)} stores under {FEATURES}/, give the path of one: {', '.join(map(str, found))}")
+
+
+def names_of(text: str) -> list[str]:
+    """Names typed as one text, with commas between them."""
+    return [name for part in text.split(",") if (name := part.strip())]
 
 
 def store_first(words: Sequence[str], given: Place | None) -> tuple[Place, list[str]]:

@@ -51,7 +51,7 @@ _TEXTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class GroupRecord:
-    """The attributes of a group."""
+    """What made a group: the attributes of its zarr.json."""
 
     identity: FeatureIdentity
     weights: str  # "pretrained" or "random:SEED"
@@ -115,7 +115,7 @@ class GroupWriter:
                 return
 
     def _lengthen(self, array: str, rows: int) -> None:
-        """One try; who is overtaken looks again."""
+        """Try once to lengthen the array; where another writer was first, `grow` looks again."""
         key = array_metadata_key(self.kind, self.name, array)
         before = self.objects.get(key)
         spec = parse_array(array, before)
@@ -128,24 +128,17 @@ class GroupWriter:
 
 
 def create_or_open_group(
-    objects: Objects,
-    index: ClipIndex,
-    kind: str,
-    identity: FeatureIdentity,
-    *,
-    batch_shape: int,
-    weights_label: str,
-    codec: str | None,
+    objects: Objects, index: ClipIndex, kind: str, record: GroupRecord, *, codec: str | None
 ) -> GroupWriter:
     """Put the documents of a group that are not there; what is there must agree."""
+    batch_shape, name = record.batch_shape, record.identity.group_name
     if not isinstance(batch_shape, int) or batch_shape < 1:
         raise UserError(f"batch shape must be at least 1 clip, got {batch_shape!r}")
-    name = identity.group_name
-    specs = array_specs(identity, kind, blocks=0, block_rows=index.block_rows[kind], codec=codec or "blosc")
+    specs = array_specs(record.identity, kind, blocks=0, block_rows=index.block_rows[kind], codec=codec or "blosc")
     documents = {f"{kind}/zarr.json": document_bytes({"zarr_format": 3, "node_type": "group", "attributes": {}})}
     documents |= {array_metadata_key(kind, name, array): spec.document() for array, spec in specs.items()}
     documents[group_metadata_key(kind, name)] = group_document(
-        identity, weights_label=weights_label, batch_shape=batch_shape
+        record.identity, weights_label=record.weights, batch_shape=batch_shape
     )  # last: a group that has its zarr.json has its arrays
     for key, data in documents.items():
         if not objects.exists(key):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from featurestore.digests import canonical_json, record_digest
-from featurestore.errors import StoreDamagedError, StoreError
+from featurestore.errors import StoreDamagedError, StoreError, UserError
 from featurestore.layout import JOURNAL, journal_key, journal_names
 from featurestore.metadata import load_json
 from featurestore.places.objects import Objects, get_bounded
 
 MAX_JOURNAL_BYTES = 16 << 20
+THREADS_PER_CPU = 4
+MANY_THREADS = 256  # as a large server has: its stores are repaired and checked on small machines, slowly
 
 
 def journal_bytes(record: Mapping[str, Any]) -> bytes:
@@ -47,6 +51,36 @@ def driver_runs(objects: Objects) -> list[dict[str, Any]]:
             if _is_run(run):
                 runs.append(run)
     return sorted(runs, key=lambda run: run["started"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Maker:
+    """The newest run that wrote to a group."""
+
+    run: Mapping[str, Any]
+    encoder: str  # as the run names it
+    threads: int | None  # of torch, which decide the last bits of a sum; None where the run does not tell
+
+
+def maker_of(objects: Objects, group: str) -> Maker | None:
+    """Who made a group's tokens, as the journal tells; refuses a number of threads that this machine cannot start."""
+    for run in reversed(driver_runs(objects)):
+        for name, entry in run["encoders"].items():
+            if entry.get("group") == group:
+                threads = entry.get("threads")
+                _check_threads(threads, group)
+                return Maker(run=run, encoder=name, threads=threads)
+    return None
+
+
+def _check_threads(threads: Any, group: str) -> None:
+    """A stranger may name any number, and fewer threads than it says would make other bits: no cap, an error."""
+    most = max(MANY_THREADS, THREADS_PER_CPU * (os.cpu_count() or 1))
+    if threads is not None and not (type(threads) is int and 1 <= threads <= most):
+        raise UserError(
+            f"the journal says that {group} was computed with {threads!r:.40} threads, this machine starts 1 to "
+            f"{most}: use a larger machine, or fetch damaged blocks with `merv-pipeline repair --from OTHER_STORE`"
+        )
 
 
 def _is_run(record: Mapping[str, Any]) -> bool:

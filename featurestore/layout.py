@@ -65,6 +65,11 @@ def block_of(row: int, block_rows: int) -> int:
     return row // block_rows
 
 
+def slot_of(row: int, block_rows: int) -> int:
+    """Place of a row within its block."""
+    return row % block_rows
+
+
 def rows_of(block: int, block_rows: int) -> range:
     return range(block * block_rows, (block + 1) * block_rows)
 

@@ -8,16 +8,14 @@ counts for nothing. No host, path or clip id is in it: it travels with every pus
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from featurestore.digests import record_digest
-from featurestore.errors import StoreError
+from featurestore import measurements
+from featurestore.errors import StoreFormatError
 from featurestore.find import Place
 from featurestore.store import FeatureStore
-from featurestore.writer import StoreWriter
 
 JOURNAL_PREFIX = "parity-"  # of the records' names
 NOT_CHECKED = "not checked"
@@ -27,10 +25,7 @@ VERDICTS = {  # worst last
     "outside": "OUTSIDE TOLERANCE",
 }
 FRAMES = ("equal", "differ", "not compared")
-MAX_ROWS = 1000  # of a record: dozens of encoders and two kinds
-MAX_NUMBER = sys.float_info.max  # JSON knows whole numbers that no float holds
-_FORMAT = 1
-_TIME = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z")
+_PLAIN = re.compile(r"[\w.@+:/ -]{0,100}")
 _PLAIN = re.compile(r"[\w.@+:/ -]{0,100}")
 
 
@@ -64,10 +59,13 @@ class ParityRecord:
     rows: tuple[ParityRow, ...]
 
 
+_TEXTS = {field.name for kind in (ParityRecord, ParityRow) for field in fields(kind) if field.type == "str"}
+_CHOICES = {"verdict": tuple(VERDICTS), "frames": FRAMES}
+
+
 def keep_parity(place: Place, record: ParityRecord) -> str:
     """Put a record into the store's journal; returns its key. Places that are only read refuse."""
-    content = {"format": _FORMAT, **asdict(record), "rows": [asdict(row) for row in record.rows]}
-    return StoreWriter.open(place).journal(f"{JOURNAL_PREFIX}{record_digest(content)[:12]}", content)
+    return measurements.keep(place, JOURNAL_PREFIX, measurements.to_record(record))
 
 
 def read_parity(store: FeatureStore) -> dict[str, dict[str, Any]]:
@@ -76,12 +74,7 @@ def read_parity(store: FeatureStore) -> dict[str, dict[str, Any]]:
     A check is {"verdict", "time", "device", "machine", "rows"}, its verdict the worst of its rows.
     """
     found: dict[str, dict[str, Any]] = {key: {"verdict": NOT_CHECKED} for key in store.encoders}
-    try:
-        kept = store.journal(JOURNAL_PREFIX)
-    except StoreError:  # damaged: `verify` tells of it, and no tokens depend on it
-        return found
-    records = [parsed for _, record in kept if (parsed := parse_parity(record))]
-    for record in sorted(records, key=lambda record: record.time):
+    for record in measurements.read(store, JOURNAL_PREFIX, parse_parity):
         for key, identity in store.encoders.items():
             current = {kind: store.canaries.get(f"{kind}/{identity.group_name}") for kind in ("video", "image")}
             rows = [row for row in record.rows if row.identity == identity.id and row.canaries == current.get(row.kind)]
@@ -105,25 +98,24 @@ def parity_words(check: Mapping[str, Any] | None) -> str:
     return f"{VERDICTS[check['verdict']]}{error} on {check['device']}, {check['time'][:10]}"
 
 
-def parse_parity(record: Mapping[str, Any]) -> ParityRecord | None:
-    """A record that may be a stranger's; None where any field is not what it should be."""
-    try:
-        body = {key: value for key, value in record.items() if key != "format"}
-        rows = tuple(ParityRow(**row) for row in body.pop("rows")[:MAX_ROWS])
-        parsed = ParityRecord(**body, rows=rows)
-        good = record["format"] == _FORMAT and bool(_TIME.fullmatch(parsed.time))
-        texts = [parsed.snapshot, parsed.device, parsed.machine, *parsed.versions, *parsed.versions.values()]
-        good = good and all(map(_is_plain, texts)) and all(map(_is_sound, rows))
-    except (TypeError, KeyError, AttributeError, ValueError):
-        return None
-    return parsed if good else None
+def parse_parity(record: Mapping[str, Any], name: str) -> ParityRecord:
+    """A record that may be a stranger's, every field checked."""
+    if record.get("format") != measurements.FORMAT:
+        raise StoreFormatError(f"journal {name} is no parity record of this version: update, or remove it")
+    values = {key: value for key, value in record.items() if key != "format"}
+    return measurements.parse_values(ParityRecord, ParityRow, values, _is_sound, name)
 
 
-def _is_sound(row: ParityRow) -> bool:
-    texts = [getattr(row, field.name) for field in fields(row) if field.type == "str"]
-    numbers = [getattr(row, field.name) for field in fields(row) if field.type != "str"]
-    plain = all(map(_is_plain, texts)) and row.verdict in VERDICTS and row.frames in FRAMES
-    return plain and all(n is None or (type(n) in (int, float) and abs(n) <= MAX_NUMBER) for n in numbers)
+def _is_sound(key: str, value: Any) -> bool:
+    if key == "time":
+        return measurements.is_time(value)
+    if key == "versions":
+        return isinstance(value, dict) and all(map(_is_plain, [*value, *value.values()]))
+    if key in _CHOICES:
+        return value in _CHOICES[key]
+    if key in _TEXTS:
+        return _is_plain(value)
+    return value is None or measurements.is_number(value)
 
 
 def _is_plain(text: Any) -> bool:

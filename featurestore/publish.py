@@ -97,7 +97,7 @@ def _extend_group(
 ) -> GroupSummary:
     kind, group = name.split("/")
     record = read_group(objects, kind, group)
-    old = old or GroupSummary(identity=record.identity, weights=record.weights, batch_shape=record.batch_shape)
+    old = old or GroupSummary(**vars(record))
     receipts, counts, stored_bytes = dict(old.receipts), dict(old.counts), old.stored_bytes
     for block in sorted(blocks - {int(number) for number in old.receipts}):
         receipt = read_receipt(objects, kind, group, block, block_rows[kind])

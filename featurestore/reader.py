@@ -17,7 +17,7 @@ from featurestore.errors import StoreDamagedError, UserError
 from featurestore.foreign import foreign_reader
 from featurestore.groups import read_group
 from featurestore.identity import FeatureIdentity
-from featurestore.layout import array_metadata_key, block_of, group_prefix, shard_key
+from featurestore.layout import array_metadata_key, block_of, group_prefix, shard_key, slot_of
 from featurestore.lookup import Frames, time_steps
 from featurestore.metadata import ArraySpec, array_specs, parse_array, read_document
 from featurestore.places.by_url import in_parallel
@@ -126,10 +126,9 @@ class GroupReader:
 
     def _direct_reader(self, spec: ArraySpec) -> Callable[[int, np.ndarray], None]:
         def read(row: int, out: np.ndarray) -> None:
-            block = block_of(row, spec.block_rows)
-            key = shard_key(self.kind, self.group, spec.name, block)
+            key = shard_key(self.kind, self.group, spec.name, block_of(row, spec.block_rows))
             shard = self._cache.get(key, spec)
-            if not shard.read_row(row - block * spec.block_rows, out, self._cache.take_scratch()):
+            if not shard.read_row(slot_of(row, spec.block_rows), out, self._cache.take_scratch()):
                 raise StoreDamagedError(f"{key} lacks row {row} though its receipt has it; run `merv-pipeline verify`")
 
         return read

@@ -19,7 +19,7 @@ import numpy as np
 
 from featurestore.digests import canonical_json, record_digest
 from featurestore.errors import StoreDamagedError, StoreFormatError
-from featurestore.layout import ARRAYS, MAX_BLOCK_ROWS, receipt_key
+from featurestore.layout import ARRAYS, MAX_BLOCK_ROWS, receipt_key, slot_of
 from featurestore.metadata import load_json
 from featurestore.places.objects import Objects, get_bounded
 
@@ -104,6 +104,10 @@ class Receipt:
 
     def first_row(self) -> int:
         return self.block * len(self.rows)
+
+    def outcome(self, row: int) -> RowOutcome:
+        """What became of a row of the block; rows count as in the store."""
+        return self.rows[slot_of(row, len(self.rows))]
 
     def to_bytes(self) -> bytes:
         return (canonical_json(self._content() | {"digest": self.digest}) + "\n").encode()

@@ -16,8 +16,7 @@ import pyarrow as pa
 from featurestore.clips import KINDS
 from featurestore.digests import canonical_json, record_digest, sha256_hex
 from featurestore.errors import StoreDamagedError, StoreError, StoreFormatError, UserError
-from featurestore.groups import parse_identity
-from featurestore.identity import FeatureIdentity
+from featurestore.groups import GroupRecord, parse_identity
 from featurestore.layout import (
     GROUP_NAME,
     SAMPLES,
@@ -40,12 +39,9 @@ MAX_RECORD_BYTES = 256 << 20  # a million clips of four encoders have a record o
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupSummary:
-    """What a snapshot knows of one kind/group: its receipts, and their sums."""
+class GroupSummary(GroupRecord):
+    """What a snapshot knows of one kind/group: what made it, its receipts, and their sums."""
 
-    identity: FeatureIdentity
-    weights: str
-    batch_shape: int
     receipts: Mapping[str, str] = field(default_factory=dict)  # block number as text -> receipt digest
     counts: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(STATES, 0))  # rows by state
     stored_bytes: int = 0  # of all shards

@@ -16,7 +16,7 @@ from featurestore.clips import KINDS, Clip
 from featurestore.columns import SAMPLE_SCHEMA, samples_to_table, table_to_samples
 from featurestore.errors import IdentityConflictError, StoreFormatError, StoreNotFoundError, UserError
 from featurestore.find import Place, is_url, place_of
-from featurestore.groups import GroupWriter, create_or_open_group, encoder_groups
+from featurestore.groups import GroupRecord, GroupWriter, create_or_open_group, encoder_groups
 from featurestore.identity import FeatureIdentity
 from featurestore.journal import journal_bytes
 from featurestore.layout import (
@@ -181,15 +181,8 @@ class StoreWriter:
         """
         if not new_identity:
             self.check_identity(identity)
-        return create_or_open_group(
-            self.objects,
-            self._index,
-            kind,
-            identity,
-            batch_shape=batch_shape,
-            weights_label=weights_label,
-            codec=codec,
-        )
+        record = GroupRecord(identity=identity, weights=weights_label, batch_shape=batch_shape)
+        return create_or_open_group(self.objects, self._index, kind, record, codec=codec)
 
     def open_group(self, kind: str, group: str) -> GroupWriter:
         """A group that exists, by its name: what a worker needs to write a block."""

@@ -283,7 +283,7 @@ def _failures(receipts: Mapping[str, Receipt], wanted: Mapping[str, frozenset[in
     reasons = {}
     for name, receipt in receipts.items():
         for row in sorted(wanted[name]):
-            outcome = receipt.rows[row % len(receipt.rows)]
+            outcome = receipt.outcome(row)
             if outcome.state == "failed":
                 reasons[row] = outcome.reason if outcome.scope == "clip" else f"{name}: {outcome.reason}"
     return reasons

@@ -13,7 +13,7 @@ from typing import Any
 
 from featurestore.clips import KINDS
 from featurestore.errors import UserError, unknown_name
-from featurestore.find import Place, place_of
+from featurestore.find import Place, names_of, place_of
 from featurestore.identity import STORAGE_DTYPES, FeatureIdentity
 from featurestore.layout import check_block_rows
 from jobs.request import ClusterError, ClusterRequest, ClusterSettings
@@ -239,7 +239,7 @@ def _spelled_out(settings: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(long.get(name), str):
             long[name] = {"": long[name]}
     if isinstance(long.get("encoders"), str):
-        long["encoders"] = [name.strip() for name in long["encoders"].split(",") if name.strip()]
+        long["encoders"] = names_of(long["encoders"])
     if long.get("grid") == "raw":
         long["grid"] = None
     return long

@@ -21,6 +21,7 @@ from featurestore.clips import Clip
 from featurestore.columns import table_to_clips
 from featurestore.groups import GroupWriter
 from featurestore.identity import FeatureIdentity
+from featurestore.layout import block_of
 from featurestore.receipts import Receipt
 from featurestore.tombstones import tombstoned_clips
 from featurestore.writer import StoreWriter
@@ -144,11 +145,11 @@ def _clips_done_earlier(
     done = set()
     for clip_id, rows in older.items():
         for row in rows:
-            block = row // block_rows
+            block = block_of(row, block_rows)
             if block not in committed:
                 continue
             if block not in receipts:
                 receipts[block] = group.receipt(block)
-            if receipts[block].rows[row % block_rows].state == "ok":
+            if receipts[block].outcome(row).state == "ok":
                 done.add(clip_id)
     return done

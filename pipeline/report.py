@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from featurestore.clips import Clip
-from featurestore.distortion import loss_notes, loss_table, read_distortion, token_notes, token_table
+from featurestore.distortion import read_distortion
+from featurestore.distortion_table import loss_notes, loss_table, token_notes, token_table
 from featurestore.errors import MervCacheError
 from featurestore.find import Place, is_url, place_of
 from featurestore.parity import parity_words, read_parity

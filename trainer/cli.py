@@ -15,9 +15,9 @@ from typing import Any, get_args
 import click
 from click.core import ParameterSource
 
-from featurestore.command_line import CONTEXT, names_of, show_result, stacked
+from featurestore.command_line import CONTEXT, show_result, stacked
 from featurestore.errors import StoreNotFoundError, UserError
-from featurestore.find import FEATURES, ROOT_METADATA, Place, find_store, is_url, no_store_at
+from featurestore.find import FEATURES, ROOT_METADATA, Place, find_store, is_url, names_of, no_store_at
 from trainer.command import heavy_rooms, says_errors
 from trainer.config import (
     PROJECTORS,
@@ -232,8 +232,8 @@ def asked_place(
 
 def pop_live_words(options: dict[str, Any]) -> dict[str, Any]:
     """Take out the options of `live_options` that are no settings; `--encoders` is one, and is cut into names."""
-    if options.get("encoders") is not None:
-        options["encoders"] = list(names_of(options["encoders"]) or ())
+    if isinstance(options.get("encoders"), str):
+        options["encoders"] = names_of(options["encoders"])
     names = ("dataset", "root", "weights", "extract_config", "trust_media", "end_to_end")
     return {name: options.pop(name) for name in names if name in options}
 

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from featurestore.distortion import STORED, LossRecord, LossRow, now
+from featurestore.distortion import STORED, LossRecord, LossRow
 from featurestore.errors import UserError
 from featurestore.identity import STORAGE_DTYPES
+from featurestore.measurements import now
 from featurestore.quantise import OverflowedTokens, from_stored, to_stored
 from featurestore.samples import Sample
 from trainer.config import TrainConfig

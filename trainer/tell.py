@@ -67,7 +67,7 @@ def print_scores(result: Mapping[str, Any]) -> None:
 
 def print_losses(record: LossRecord) -> None:
     """A line per dtype, then what it was measured on."""
-    from featurestore.distortion import loss_notes, loss_table
+    from featurestore.distortion_table import loss_notes, loss_table
     from featurestore.plain_tables import console, table  # rich
 
     columns, rows = loss_table(record)

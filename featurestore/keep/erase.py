@@ -23,7 +23,7 @@ from featurestore.find import Place
 from featurestore.groups import GroupWriter, encoder_groups
 from featurestore.keep.rewrite import erase_rows
 from featurestore.keep.same_media import clips_of_same_media
-from featurestore.layout import SAMPLES, samples_files, samples_key
+from featurestore.layout import SAMPLES, block_of, samples_files, samples_key
 from featurestore.lease import StoreLease
 from featurestore.parquet import read_table, table_bytes, table_file
 from featurestore.parts import ClipIndex
@@ -57,23 +57,28 @@ def tombstone(
         if not clips:
             raise UserError("name at least one clip id; `merv-pipeline inspect` finds ids by path")
         known = tombstoned_clips(writer.objects)
-        same = []
-        if new := [clip for clip in clips if clip not in known]:  # else a removal that was cut short is finished
-            same = [clip for clip in clips_of_same_media(writer, new) if clip not in known and clip not in clips]
-            if same and everywhere is None:
-                raise UserError(_undecided(same))
-            new += same if everywhere else []
-            date = date or datetime.now(UTC).strftime("%Y-%m-%d")
-            put_tombstone(writer.objects, new, reason, date, _samples_holding(writer.objects, set(new)).values())
+        new = [clip for clip in clips if clip not in known]  # none: a removal that was cut short is finished
+        same = [clip for clip in clips_of_same_media(writer, new) if clip not in known] if new else []
+        if same and everywhere is None:
+            raise UserError(_undecided(same))
+        removed = [*new, *same] if everywhere else new
+        if removed:
+            _put_tombstone(writer.objects, removed, reason, date)
         blocks = erase_tombstoned(writer, progress)
         snapshot = writer.publish_snapshot()
     return {
-        "clips": sorted({*clips, *new}),
-        "already removed": len(set(clips) - set(new)),
+        "clips": sorted({*clips, *removed}),
+        "already removed": len(clips) - len(new),
         "others of the same media": {"removed" if everywhere else "left": same},
         "blocks rewritten": blocks,
         "snapshot": snapshot,
     }
+
+
+def _put_tombstone(objects: Objects, clips: Sequence[str], reason: str, date: str | None) -> None:
+    """The record of the removal, from which on it holds; it names the samples files that will be erased."""
+    holding = _samples_holding(objects, set(clips))
+    put_tombstone(objects, clips, reason, date or datetime.now(UTC).strftime("%Y-%m-%d"), holding.values())
 
 
 def _undecided(same: Sequence[str]) -> str:
@@ -112,7 +117,7 @@ def erase_tombstoned(writer: StoreWriter, progress: Progress = SILENT) -> int:
 def _by_block(rows: Collection[int], block_rows: int) -> dict[int, set[int]]:
     blocks: dict[int, set[int]] = defaultdict(set)
     for row in rows:
-        blocks[row // block_rows].add(row)
+        blocks[block_of(row, block_rows)].add(row)
     return blocks
 
 
@@ -128,7 +133,7 @@ def _samples_holding(objects: Objects, clips: Collection[str]) -> dict[str, str]
 
 
 def _erase_samples(objects: Objects, removed: Mapping[str, Tombstone], known: Collection[str]) -> None:
-    """The newest version of each name goes on without the clips' conversations; versions that have them are deleted."""
+    """Put a version of each name without the clips' conversations; delete the versions that have them."""
     holding = _samples_holding(objects, removed.keys())
     if not holding:
         return

@@ -18,11 +18,11 @@ from featurestore.metadata import (
     group_document,
     parse_array,
     parse_root,
+    read_document,
     root_document,
 )
-from featurestore.places.objects import Objects
+from featurestore.places.objects import Objects, get_bounded
 from featurestore.shards import Shard
-from featurestore.snapshots import GroupSummary
 
 
 def derived_document(objects: Objects, other: Objects | None, key: str, check: Verification) -> bytes:
@@ -46,7 +46,7 @@ def _root(objects: Objects, other: Objects | None, check: Verification) -> bytes
     for source in (objects, other):
         with suppress(MervCacheError, FileNotFoundError):
             if source is not None:
-                block_rows = parse_root(source.get(ROOT_METADATA))["block_rows"]
+                block_rows = parse_root(read_document(source, ROOT_METADATA))["block_rows"]
                 return root_document(datasets=datasets, block_rows=block_rows)
     raise StoreFormatError("no snapshot says how many rows its blocks have; give a copy with --from")
 
@@ -71,7 +71,7 @@ def _group(objects: Objects, other: Objects | None, key: str, kind: str, group: 
     raise StoreFormatError("no snapshot knows this group's identity; give a copy with --from")
 
 
-def _document(record: GroupRecord | GroupSummary) -> bytes:
+def _document(record: GroupRecord) -> bytes:
     return group_document(record.identity, weights_label=record.weights, batch_shape=record.batch_shape)
 
 
@@ -83,9 +83,8 @@ def _one_bit_away(objects: Objects, key: str, is_whole: Callable[[bytes], bool])
             return False
 
     with suppress(FileNotFoundError, MervCacheError):
-        data = objects.get(key)
-        if len(data) <= SEARCH_BYTES // 4:
-            return first_whole(data, range(len(data)), check)
+        data = get_bounded(objects, key, SEARCH_BYTES // 4)
+        return first_whole(data, range(len(data)), check)
     return None
 
 
@@ -107,7 +106,7 @@ def _codecs_of_siblings(objects: Objects, kind: str, group: str, array: str) -> 
     found = []
     for name in ARRAYS:
         with suppress(MervCacheError, FileNotFoundError):
-            stored = objects.get(array_metadata_key(kind, group, name)) if name != array else None
+            stored = read_document(objects, array_metadata_key(kind, group, name)) if name != array else None
             if stored and (spec := parse_array(name, stored)):
                 found.append(spec.codec)
     return found

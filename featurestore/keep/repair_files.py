@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 
-from featurestore.canaries import Canaries
+from featurestore.canaries import Canaries, max_canary_bytes
 from featurestore.digests import sha256_hex
 from featurestore.errors import MediaError, StoreError, UserError
 from featurestore.groups import GroupWriter
 from featurestore.identity import FeatureIdentity
-from featurestore.journal import parse_journal
+from featurestore.journal import MAX_JOURNAL_BYTES, parse_journal
 from featurestore.keep.flips import undo_document_flip, undo_flip
 from featurestore.keep.repair_documents import derived_document
 from featurestore.keep.repair_parts import rebuild_part
@@ -26,6 +26,7 @@ from featurestore.keep.verify import Verification
 from featurestore.layout import (
     CANARIES,
     JOURNAL,
+    MAX_BLOCK_ROWS,
     PARTS,
     RECEIPTS,
     ROOT_METADATA,
@@ -39,11 +40,13 @@ from featurestore.layout import (
     snapshot_keys,
 )
 from featurestore.metadata import parse_root, read_document
-from featurestore.parquet import own_digest_holds
+from featurestore.parquet import MAX_TABLE_BYTES, own_digest_holds
 from featurestore.parts import ClipIndex
-from featurestore.places.objects import Objects
-from featurestore.receipts import Receipt
+from featurestore.places.objects import Objects, get_bounded
+from featurestore.receipts import Receipt, max_receipt_bytes
+from featurestore.snapshots import MAX_RECORD_BYTES as MAX_SNAPSHOT_BYTES
 from featurestore.snapshots import Snapshot, load_snapshot
+from featurestore.tombstones import MAX_RECORD_BYTES as MAX_TOMBSTONE_BYTES
 from featurestore.tombstones import Tombstone
 
 MakeCanaries = Callable[[str, FeatureIdentity], bytes]  # kind, identity -> the file
@@ -93,10 +96,10 @@ class FileMender:
         def is_whole(data: bytes) -> bool:
             return sha256_hex(data) == sha256 if sha256 else own_digest_holds(data) is True
 
-        stored = _get(self._objects, key)
+        stored = _get(self._objects, key, MAX_TABLE_BYTES)
         if stored is not None and is_whole(stored):  # a later version of samples is what is missing
             return _left(key, "is whole, but does not fit the rest")
-        if found := self._mended(key, is_whole, lambda data: undo_flip(data, sha256) if sha256 else None):
+        if found := self._mended(key, MAX_TABLE_BYTES, is_whole, _undo_to(sha256)):
             return self._put(key, found)
         named = check.newest if check.newest and key in check.newest.parts else None
         if named and (made := rebuild_part(self._objects, named, key)):
@@ -121,11 +124,11 @@ class FileMender:
         table_key, record_key = snapshot_keys(snapshot_id)
         found = None
         if key == record_key:
-            found = self._mended_document(key, lambda data: Snapshot.parse(data, snapshot_id))
+            found = self._mended_document(key, MAX_SNAPSHOT_BYTES, lambda data: Snapshot.parse(data, snapshot_id))
         else:
             with suppress(StoreError):  # where the record is damaged as well
                 sha256 = load_snapshot(self._objects, snapshot_id).table_sha256
-                found = self._mended(key, lambda data: sha256_hex(data) == sha256, lambda data: undo_flip(data, sha256))
+                found = self._mended(key, MAX_TABLE_BYTES, lambda data: sha256_hex(data) == sha256, _undo_to(sha256))
         if found:
             return self._put(key, found)
         self._objects.delete(record_key)
@@ -143,14 +146,15 @@ class FileMender:
         def parse(data: bytes) -> Receipt:
             return Receipt.parse(data, kind=kind, group=group, block=block, block_rows=check.block_rows[kind])
 
-        stored = _get(self._objects, key)
+        most = max_receipt_bytes(check.block_rows.get(kind, MAX_BLOCK_ROWS))
+        stored = _get(self._objects, key, most)
         with suppress(StoreError):
             receipt = parse(stored) if stored is not None else None
             if receipt and named in (None, receipt.digest):
                 return _left(key, "is whole, but does not fit the clip parts")
             if receipt and receipt.number > 1:
                 return Repaired(key=key, done="is a newer receipt than the snapshot names: published")
-        if found := self._mended_document(key, lambda data: named in (None, parse(data).digest)):
+        if found := self._mended_document(key, most, lambda data: named in (None, parse(data).digest)):
             return self._put(key, found)
         if named is None:
             return self._remove(key, "no snapshot names it: run the same extract again, the block is committed anew")
@@ -160,7 +164,7 @@ class FileMender:
         name = record_name(key)
         if name is None:
             return _left(key, _STRANGE)
-        if found := self._mended_document(key, lambda data: parse_journal(data, name) is not None):
+        if found := self._mended_document(key, MAX_JOURNAL_BYTES, lambda data: parse_journal(data, name) is not None):
             return self._put(key, found)
         self._objects.delete(key)
         return Repaired(key=key, done="removed: it told of a run, no tokens depend on it")
@@ -169,7 +173,7 @@ class FileMender:
         tombstone_id = record_name(key)
         if tombstone_id is None:
             return _left(key, _STRANGE)
-        if found := self._mended_document(key, lambda data: Tombstone.parse(data, tombstone_id)):
+        if found := self._mended_document(key, MAX_TOMBSTONE_BYTES, lambda data: Tombstone.parse(data, tombstone_id)):
             return self._put(key, found)
         words = "cannot be restored and must not be lost: give a copy with --from, or repeat `merv-pipeline tombstone`"
         return _left(key, words)
@@ -189,13 +193,14 @@ class FileMender:
                 return False
             return sha256 in (None, sha256_hex(data))
 
-        if found := self._mended(key, is_whole, lambda data: undo_flip(data, sha256) if sha256 else None):
+        most = max_canary_bytes(kind, identity)
+        if found := self._mended(key, most, is_whole, _undo_to(sha256)):
             return self._put(key, found)
         if self._make_canaries and is_whole(made := self._make_canaries(kind, identity)):
             return self._put(key, (made, "computed again"))
         return self._remove(key, "no whole copy is known: the next extract with this encoder computes it again")
 
-    def _mended_document(self, key: str, check: Callable[[bytes], object]) -> Mended | None:
+    def _mended_document(self, key: str, max_bytes: int, check: Callable[[bytes], object]) -> Mended | None:
         """A JSON file that is whole again; `check` says so, by what it returns or raises."""
 
         def is_whole(data: bytes) -> bool:
@@ -204,16 +209,20 @@ class FileMender:
             except StoreError:
                 return False
 
-        return self._mended(key, is_whole, lambda data: undo_document_flip(data, is_whole))
+        return self._mended(key, max_bytes, is_whole, lambda data: undo_document_flip(data, is_whole))
 
     def _mended(
-        self, key: str, is_whole: Callable[[bytes], bool], undo: Callable[[bytes], bytes | None]
+        self,
+        key: str,
+        max_bytes: int,  # that a file of its kind can need
+        is_whole: Callable[[bytes], bool],
+        undo: Callable[[bytes], bytes | None],
     ) -> Mended | None:
         """The file with its flipped bit undone, else the other copy's."""
-        stored = _get(self._objects, key)
+        stored = _get(self._objects, key, max_bytes)
         if stored is not None and (mended := undo(stored)):
             return mended, "one flipped bit was undone"
-        fetched = _get(self._other, key)
+        fetched = _get(self._other, key, max_bytes)
         if fetched is not None and is_whole(fetched):
             return fetched, "fetched from the other copy"
         return None
@@ -228,12 +237,17 @@ class FileMender:
         return Repaired(key=key, done=f"removed, {why}")
 
 
-def _get(objects: Objects | None, key: str) -> bytes | None:
-    """The bytes of an object, if the place has it and gives it out."""
+def _get(objects: Objects | None, key: str, max_bytes: int) -> bytes | None:
+    """The bytes of an object, if the place has it and gives it out, and it is no larger than it can be."""
     try:
-        return objects.get(key) if objects is not None else None
+        return get_bounded(objects, key, max_bytes) if objects is not None else None
     except (FileNotFoundError, StoreError):
         return None
+
+
+def _undo_to(sha256: str | None) -> Callable[[bytes], bytes | None]:
+    """Turns back the one flipped bit of a file whose digest is known."""
+    return lambda data: undo_flip(data, sha256) if sha256 else None
 
 
 def _left(key: str, why: str) -> Repaired:

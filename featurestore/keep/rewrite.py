@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from featurestore.errors import StoreDamagedError
 from featurestore.groups import GroupWriter
-from featurestore.layout import receipt_key, shard_key
+from featurestore.layout import receipt_key, shard_key, slot_of
 from featurestore.metadata import ArraySpec
 from featurestore.places.objects import Objects
 from featurestore.receipts import Receipt, RowOutcome, row_digest
@@ -25,7 +25,7 @@ def erase_rows(group: GroupWriter, block: int, rows: Collection[int]) -> bool:
     """
     receipt = group.receipt(block) if block in group.committed_blocks() else None
     shards = open_shards(group.objects, group.kind, group.name, block, group.specs)
-    places = {row - block * group.block_rows for row in rows}
+    places = {slot_of(row, group.block_rows) for row in rows}
     try:
         is_in_shard = {name: bool(places & set(shard.rows())) for name, shard in shards.items()}
         skipped = receipt is None or all(receipt.rows[place].state in ("skipped", "empty") for place in places)

@@ -43,7 +43,7 @@ def check_writable(place: Place) -> None:
 
 
 def open_cached(place: Place, cache: Place | bool, cache_bytes: int | None) -> Objects:
-    """As `open_objects`; what comes from afar is kept on this machine, unless `cache` is False."""
+    """Like `open_objects`; what is read from a URL is kept on this machine, unless `cache` is False."""
     objects = open_objects(place)
     if not is_url(place_of(place)) or cache is False:
         return objects

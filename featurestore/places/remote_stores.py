@@ -125,7 +125,7 @@ READ_ONLY = ("http", "https", "hf")  # no listing and no conditional put there; 
 
 
 def read_only(url: str) -> UserError:
-    """What to say to who would write there."""
+    """The message for somebody who wants to write there."""
     if urlsplit(url).scheme == "hf":
         return UserError(
             f"{url} takes whole commits and is not written in place: write to a folder, s3://, gs:// or az://, then "

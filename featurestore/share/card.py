@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from featurestore.distortion import loss_notes, loss_table, read_distortion, token_notes, token_table
+from featurestore.distortion import read_distortion
+from featurestore.distortion_table import loss_notes, loss_table, token_notes, token_table
 from featurestore.errors import UserError
 from featurestore.layout import CARD
 from featurestore.parity import parity_words, read_parity

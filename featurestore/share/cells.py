@@ -18,9 +18,8 @@ from featurestore.canaries import Canaries, read_canaries
 from featurestore.clips import Clip
 from featurestore.errors import StoreDamagedError
 from featurestore.find import Place
-from featurestore.groups import read_arrays
-from featurestore.identity import FeatureIdentity
-from featurestore.layout import block_of, shard_key
+from featurestore.groups import GroupRecord, read_arrays
+from featurestore.layout import block_of, shard_key, slot_of
 from featurestore.metadata import ArraySpec
 from featurestore.places.by_url import in_parallel, open_objects
 from featurestore.reader import ShardCache
@@ -36,12 +35,9 @@ MAX_RECEIPTS = 512  # kept at hand
 
 
 @dataclass(frozen=True, kw_only=True)
-class CellGroup:
+class CellGroup(GroupRecord):
     """One encoder of one kind, as its cells' source has it."""
 
-    identity: FeatureIdentity
-    weights: str
-    batch_shape: int
     codec: str
 
 
@@ -142,15 +138,15 @@ class StoreCells:
             self.cells(name)
         row, is_ok = self._rows[name][clip_id]
         size = self.block_rows[kind]
-        block = block_of(row, size)
-        outcome = self._receipt(kind, group, block).rows[row % size]
+        block, slot = block_of(row, size), slot_of(row, size)
+        outcome = self._receipt(kind, group, block).outcome(row)
         if (outcome.state == "ok") != is_ok:
             raise StoreDamagedError(f"{self.name}: the receipt of {clip_id} and the snapshot differ; verify that store")
         chunks: dict[str, bytes] = {}
         stored: dict[str, np.ndarray] = {}
         for array, spec in self._stored_specs(name).items() if is_ok else ():
             shard = self._shards.get(shard_key(kind, group, array, block), spec)
-            chunk, items = shard.chunk(row % size), shard.decode(row % size)
+            chunk, items = shard.chunk(slot), shard.decode(slot)
             if chunk is None or items is None:
                 raise StoreDamagedError(f"{self.name}: {clip_id} is missing in its shard; verify that store")
             stored[array] = items
@@ -160,7 +156,7 @@ class StoreCells:
         return LoadedCell(outcome=outcome, chunks=chunks)
 
     def media(self) -> dict[str, str]:
-        """Receipts know it; those of one encoder are enough where it has all clips."""
+        """Read from receipts; one encoder's are enough where it has all clips."""
         found: dict[str, str] = {}
         for name in self._record.groups:
             kind, group = name.split("/")
@@ -168,11 +164,11 @@ class StoreCells:
             self.cells(name)
             for clip_id, (row, is_ok) in self._rows[name].items():
                 if is_ok and clip_id not in found:
-                    wanted[block_of(row, size)].append((row % size, clip_id))
+                    wanted[block_of(row, size)].append((row, clip_id))
             read = partial(self._receipt, kind, group)
             for receipt in in_parallel(read, sorted(wanted), self.parallel_reads):
-                for place, clip_id in wanted[receipt.block]:
-                    if sha256 := receipt.rows[place].media_sha256:
+                for row, clip_id in wanted[receipt.block]:
+                    if sha256 := receipt.outcome(row).media_sha256:
                         found[clip_id] = sha256
         return found
 

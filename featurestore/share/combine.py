@@ -31,6 +31,7 @@ from featurestore.samples import Sample
 from featurestore.share.cells import CellGroup, CellSource, LoadedCell
 from featurestore.share.same_cells import CellChooser, Chosen
 from featurestore.share.selection import Selection
+from featurestore.tombstones import Tombstone
 from featurestore.writer import StoreWriter
 
 
@@ -53,6 +54,18 @@ class Combined:
     samples: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Content:
+    """What goes into the new store, chosen among the sources; nothing is written for it."""
+
+    stones: list[Tombstone]  # removals that the sources know of
+    removed: frozenset[str]  # clip ids that they name
+    clips: Mapping[str, Clip]  # by id
+    groups: Mapping[str, CellGroup]  # by "kind/group"
+    chosen: Mapping[str, Chosen]  # by "kind/group", of those that have cells
+    chooser: CellChooser  # what it counted
+
+
 def combine(
     sources: Sequence[CellSource],
     out: Place,
@@ -65,32 +78,52 @@ def combine(
     selection = asked.with_samples(
         sample for source in sources for each in source.samples().values() for sample in each
     )
-    done = Combined(store=str(out), sources=[source.name for source in sources])
-    stones = [stone for source in sources for stone in source.tombstones()]
-    listed = _clips(sources, selection)
-    removed = {clip for stone in stones for clip in stone.clips}
-    clips = {clip_id: clip for clip_id, clip in listed.items() if clip_id not in removed}
-    groups = _groups(sources, selection)
-    chooser = CellChooser(sources, clips, removed)
-    chosen = {name: chooser.choose(name) for name in groups}
+    content = _choose(sources, selection)
+    done = _summary(sources, out, content)
     writer = StoreWriter.open_or_create(out, block_rows=dict(sources[0].block_rows))
-    for stone in stones:  # first: what one source took back is in none of the others' cells either
-        put_if_absent(writer.objects, tombstone_key(stone.id), stone.to_bytes())
-    _refuse_other_clips(writer, clips, out)
-    for together in _tried_alike(clips, chosen):
-        writer.add_clips(together)
-    done.clips, done.cells = len(clips), sum(map(len, chosen.values()))
-    done.removed, done.shared, done.differing = len(removed), chooser.shared, chooser.differing
-    done.renamed, done.other_media = chooser.renamed, chooser.other_media
+    _give_out_rows(writer, content, out)
     progress.start(done.cells)
-    for name, group in groups.items():
-        if chosen[name]:
-            _fill_group(writer, name, group, chosen[name], done, progress)
-            _take_canaries(writer, name, sources)
-    done.samples = _samples(writer, sources, clips, selection)
+    for name, chosen in content.chosen.items():
+        _fill_group(writer, name, content.groups[name], chosen, done, progress)
+        _take_canaries(writer, name, sources)
+    done.samples = _samples(writer, sources, content.clips, selection)
     _journal(writer, sources, asked)
     done.snapshot = writer.publish_snapshot()
     return done
+
+
+def _choose(sources: Sequence[CellSource], selection: Selection) -> _Content:
+    stones = [stone for source in sources for stone in source.tombstones()]
+    removed = frozenset(clip for stone in stones for clip in stone.clips)
+    listed = _clips(sources, selection)
+    clips = {clip_id: clip for clip_id, clip in listed.items() if clip_id not in removed}
+    groups = _groups(sources, selection)
+    chooser = CellChooser(sources, clips, removed)
+    chosen = {name: cells for name in groups if (cells := chooser.choose(name))}
+    return _Content(stones=stones, removed=removed, clips=clips, groups=groups, chosen=chosen, chooser=chooser)
+
+
+def _summary(sources: Sequence[CellSource], out: Place, content: _Content) -> Combined:
+    return Combined(
+        store=str(out),
+        sources=[source.name for source in sources],
+        clips=len(content.clips),
+        removed=len(content.removed),
+        cells=sum(map(len, content.chosen.values())),
+        shared=content.chooser.shared,
+        differing=content.chooser.differing,
+        renamed=content.chooser.renamed,
+        other_media=content.chooser.other_media,
+    )
+
+
+def _give_out_rows(writer: StoreWriter, content: _Content, out: Place) -> None:
+    """Rows for the clips, those that were tried alike together; removals first, so that none is shown."""
+    for stone in content.stones:  # what one source took back is in none of the others' cells either
+        put_if_absent(writer.objects, tombstone_key(stone.id), stone.to_bytes())
+    _refuse_other_clips(writer, content.clips, out)
+    for together in _tried_alike(content.clips, content.chosen):
+        writer.add_clips(together)
 
 
 def _clips(sources: Sequence[CellSource], selection: Selection) -> dict[str, Clip]:
@@ -157,7 +190,7 @@ def _fill_group(
 
 
 def _take_canaries(writer: StoreWriter, name: str, sources: Sequence[CellSource]) -> None:
-    """The first source's that has some."""
+    """Copy the canaries of the first source that has some."""
     for source in sources:
         if name in source.groups() and (canaries := source.canaries(name)):
             put_canaries(writer.objects, canaries)
@@ -192,7 +225,7 @@ def _fill_block(
         lay_cell(block, row, cell)
     receipt = block.commit()
     for (row, clip), cell in zip(planned, loaded, strict=True):
-        found = receipt.rows[row % len(receipt.rows)]
+        found = receipt.outcome(row)
         if (found.state, found.digest) != (cell.outcome.state, cell.outcome.digest):
             raise StoreDamagedError(f"the new store holds other tokens of {clip.clip_id}; remove it and run again")
 

@@ -43,7 +43,7 @@ class Parcel:
         return sum(int(shard["bytes"]) for shard in self.shards.values())
 
     def missing_bytes(self, there: Collection[str]) -> int:
-        """Of its shards whose keys are not `there`."""
+        """Bytes of the shards whose keys are not in `there`."""
         return sum(int(shard["bytes"]) for key, shard in self.shards.items() if key not in there)
 
 

@@ -46,7 +46,7 @@ class CellChooser:
             self._clip_footage |= known  # the first source that knows it says what a clip is
 
     def choose(self, name: str) -> Chosen:
-        """Of every clip the first source that committed its cell, else the first in which it failed."""
+        """Choose for each clip the first source that committed its cell, else the first where it failed."""
         chosen: Chosen = {}
         by_footage: dict[Footage, Choice] = {}
         for rank, source in enumerate(self._sources):

@@ -12,7 +12,7 @@ says what that costs; `subset` cuts instead, into a new store.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -66,6 +66,22 @@ class Transferred:
     card: bool | None = None  # was it written; False: somebody's own README stands there; None: only `push` writes one
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Trip:
+    """What is brought, from where to where."""
+
+    origin: Objects
+    writer: StoreWriter  # of the destination
+    snapshot: Snapshot  # of the source, pinned
+    selection: Selection
+    parcels: list[Parcel]
+    check: bool  # is all read back
+
+    @property
+    def target(self) -> Objects:
+        return self.writer.objects
+
+
 def transfer(
     source: Place,
     destination: Place,
@@ -80,35 +96,34 @@ def transfer(
     """Bring a destination up to the source's newest snapshot; resumable, and a no-op where nothing is new.
 
     `target` is the destination where the caller has opened it, as `push` does at the Hub: what is put last may then
-    wait for its `flush`. `progress` counts bytes, and starts
-    a second time if all is read back when all is sent.
+    wait for its `flush`. `progress` counts bytes, and starts a second time if all is read back when all is sent.
     """
     selection = selection or Selection()
     if selection.split is not None:
         raise UserError("whole blocks are sent, a split cannot be: make a `merv-pipeline subset` of it first")
     if target is None:
         check_writable(destination)
+    trip = _set_out(source, destination, target, selection, check)
+    done = _summary(source, destination, trip.parcels)
+    _copy_removals(trip)  # first: what was taken back must not be shown for a moment
+    _copy_parts(trip)
+    _make_groups(trip)
+    _send_all(trip, done, workers=workers, progress=progress)
+    _copy_canaries(trip)
+    _copy_journals(trip, with_journal)
+    erase_tombstoned(trip.writer)  # what earlier transfers brought of clips that were removed since
+    trip.target.flush()  # so that the last commit has the snapshot, and what describes it
+    done.snapshot = _finish(trip)
+    return done
+
+
+def _set_out(source: Place, destination: Place, target: Objects | None, selection: Selection, check: bool) -> _Trip:
+    """Everything is read and checked at the source before the destination is made."""
     origin = open_objects(source)
     snapshot = _pinned(origin, source)
     parcels = parcels_of(origin, snapshot, selection)
     writer = StoreWriter.open_or_create(destination, block_rows=dict(snapshot.block_rows), objects=target)
-    done = _summary(source, destination, parcels)
-    for stone in tombstone_ids(origin):  # first: what was taken back must not be shown for a moment
-        put_if_absent(writer.objects, tombstone_key(stone), origin.get(tombstone_key(stone)))
-    _copy_parts(origin, writer.objects, snapshot)
-    writer.add_clips([])  # names the datasets in zarr.json
-    _make_groups(origin, writer, snapshot, parcels)
-    send = partial(_send_all, origin, writer.objects, parcels, done, workers=workers, progress=progress)
-    send(check=check and not writer.objects.gathers)
-    if check and writer.objects.gathers:  # what is not committed cannot be read back
-        writer.objects.flush()
-        send(check=True)
-    _copy_canaries(origin, writer.objects, snapshot, selection, parcels, check=check)
-    _copy_journals(origin, writer.objects, with_journal)
-    erase_tombstoned(writer)  # what earlier transfers brought of clips that were removed since
-    writer.objects.flush()  # so that the last commit has the snapshot, and what describes it
-    done.snapshot = _finish(origin, writer, snapshot, selection)
-    return done
+    return _Trip(origin=origin, writer=writer, snapshot=snapshot, selection=selection, parcels=parcels, check=check)
 
 
 def _pinned(origin: Objects, source: Place) -> Snapshot:
@@ -131,81 +146,66 @@ def _summary(source: Place, destination: Place, parcels: list[Parcel]) -> Transf
     )
 
 
-def _copy_parts(origin: Objects, target: Objects, snapshot: Snapshot) -> None:
+def _copy_removals(trip: _Trip) -> None:
+    for stone in tombstone_ids(trip.origin):
+        put_if_absent(trip.target, tombstone_key(stone), trip.origin.get(tombstone_key(stone)))
+
+
+def _copy_parts(trip: _Trip) -> None:
     """Clip parts and samples; a part that is there must be the same, or the destination is another store."""
+    snapshot, target = trip.snapshot, trip.target
     named = dict(snapshot.parts) | {entry["key"]: entry["sha256"] for entry in snapshot.samples.values()}
     for key, sha256 in named.items():
-        if not target.exists(key) and put_if_absent(target, key, digested(origin, key, sha256)):
+        if not target.exists(key) and put_if_absent(target, key, digested(trip.origin, key, sha256)):
             continue
         if digest_of(target, key) != sha256:
             raise UserError(
                 f"the destination holds another store: its {key} differs; push into an empty place, or make one store "
                 "of both with `merv-pipeline union`"
             )
+    trip.writer.add_clips([])  # names the datasets in zarr.json
 
 
-def _make_groups(origin: Objects, writer: StoreWriter, snapshot: Snapshot, parcels: Iterable[Parcel]) -> None:
+def _make_groups(trip: _Trip) -> None:
     """Groups are made from their identity, as extraction makes them, with room for every row given out."""
-    index = ClipIndex(writer.objects, writer.block_rows)
-    for kind, group in sorted({(parcel.kind, parcel.group) for parcel in parcels}):
+    snapshot, index = trip.snapshot, ClipIndex(trip.target, trip.writer.block_rows)
+    for kind, group in sorted({(parcel.kind, parcel.group) for parcel in trip.parcels}):
         summary = snapshot.groups[f"{kind}/{group}"]
-        specs = read_arrays(origin, kind, summary.identity, snapshot.block_rows[kind])
-        create_or_open_group(
-            writer.objects,
-            index,
-            kind,
-            summary.identity,
-            batch_shape=summary.batch_shape,
-            weights_label=summary.weights,
-            codec=specs["tokens"].codec,
-        )
-
-
-def _copy_canaries(
-    origin: Objects,
-    target: Objects,
-    snapshot: Snapshot,
-    selection: Selection,
-    parcels: Iterable[Parcel],
-    *,
-    check: bool,
-) -> None:
-    """Of the groups that travel; those that are there must be the same, as the snapshot there says or their bytes."""
-    groups = {f"{parcel.kind}/{parcel.group}" for parcel in parcels}
-    newest = newest_snapshot_id(target)
-    known = load_snapshot(target, newest).canaries if newest else {}
-    for name, sha256 in snapshot.canaries.items():
-        if not selection.is_whole and name not in groups:
-            continue
-        key = canary_key(*name.split("/"))
-        if not target.exists(key):
-            put_if_absent(target, key, digested(origin, key, sha256))
-            if check:
-                target.flush()
-        elif known.get(name) == sha256 and not check:
-            continue
-        if (sha256_hex(target.get(key)) if check else digest_of(target, key)) != sha256:
-            raise _other_bytes(key)
+        specs = read_arrays(trip.origin, kind, summary.identity, snapshot.block_rows[kind])
+        create_or_open_group(trip.target, index, kind, summary, codec=specs["tokens"].codec)
 
 
 def _send_all(
-    origin: Objects,
-    target: Objects,
-    parcels: list[Parcel],
+    trip: _Trip,
+    done: Transferred,
+    *,
+    workers: int,
+    progress: Progress,
+) -> None:
+    """Send the parcels; where puts are gathered, what was sent is read back in a pass of its own."""
+    send = partial(_send_parcels, trip, done, workers=workers, progress=progress)
+    send(check=trip.check and not trip.target.gathers)
+    if trip.check and trip.target.gathers:  # what is not committed cannot be read back
+        trip.target.flush()
+        send(check=True)
+
+
+def _send_parcels(
+    trip: _Trip,
     done: Transferred,
     *,
     workers: int,
     check: bool,
     progress: Progress,
 ) -> None:
-    """Progress is what moves, so that a rate is one: the bytes to send, or all of them where all are read back."""
-    sizes = target.list_tree()
-    moving = [parcel.num_bytes if check else parcel.missing_bytes(sizes) for parcel in parcels]
+    """Send the parcels; progress counts bytes sent or, with check, all bytes read back."""
+    sizes = trip.target.list_tree()
+    moving = [parcel.num_bytes if check else parcel.missing_bytes(sizes) for parcel in trip.parcels]
     progress.start(sum(moving))
-    send = partial(_send, origin, target, sizes, check)
+    send = partial(_send, trip.origin, trip.target, sizes, check)
     with ThreadPoolExecutor(workers, thread_name_prefix="transfer") as pool:
         try:
-            for num_bytes, sent in zip(moving, pool.map(send, parcels), strict=True):
+            for num_bytes, sent in zip(moving, pool.map(send, trip.parcels), strict=True):
                 progress.advance(num_bytes)
                 done.sent_bytes += sent
                 done.sent_blocks += sent > 0
@@ -214,7 +214,27 @@ def _send_all(
             raise
 
 
-def _copy_journals(origin: Objects, target: Objects, with_journal: bool) -> None:
+def _copy_canaries(trip: _Trip) -> None:
+    """Copy the canaries of the transferred groups; ones that are there must have the same digest."""
+    target, groups = trip.target, {f"{parcel.kind}/{parcel.group}" for parcel in trip.parcels}
+    newest = newest_snapshot_id(target)
+    known = load_snapshot(target, newest).canaries if newest else {}
+    for name, sha256 in trip.snapshot.canaries.items():
+        if not trip.selection.is_whole and name not in groups:
+            continue
+        key = canary_key(*name.split("/"))
+        if not target.exists(key):
+            put_if_absent(target, key, digested(trip.origin, key, sha256))
+            if trip.check:
+                target.flush()
+        elif known.get(name) == sha256 and not trip.check:  # the snapshot there tells the digest
+            continue
+        if (sha256_hex(target.get(key)) if trip.check else digest_of(target, key)) != sha256:
+            raise _other_bytes(key)
+
+
+def _copy_journals(trip: _Trip, with_journal: bool) -> None:
+    origin, target = trip.origin, trip.target
     there = set(journal_names(target.list_names(JOURNAL)))
     for name in journal_names(origin.list_names(JOURNAL)):
         if name not in there and (with_journal or name.startswith((DISTORTION, PARITY))):  # no host, no path
@@ -277,15 +297,16 @@ def _other_bytes(key: str) -> UserError:
     )
 
 
-def _finish(origin: Objects, writer: StoreWriter, snapshot: Snapshot, selection: Selection) -> str:
+def _finish(trip: _Trip) -> str:
     """The snapshot itself where all of it arrived, else one of what is there now."""
-    if not selection.is_whole:
-        return publish(writer.objects, writer.block_rows)
+    target, snapshot = trip.target, trip.snapshot
+    if not trip.selection.is_whole:
+        return publish(target, trip.writer.block_rows)
     table_key, record_key = snapshot_keys(snapshot.id)
-    put_if_absent(writer.objects, table_key, digested(origin, table_key, snapshot.table_sha256))
-    put_if_absent(writer.objects, record_key, snapshot.to_bytes())
-    newest = newest_snapshot_id(writer.objects)
+    put_if_absent(target, table_key, digested(trip.origin, table_key, snapshot.table_sha256))
+    put_if_absent(target, record_key, snapshot.to_bytes())
+    newest = newest_snapshot_id(target)
     if newest != snapshot.id:  # the destination was ahead: its own older transfers of parts, or an extraction there
         with suppress(StoreError):
-            return publish(writer.objects, writer.block_rows)
+            return publish(target, trip.writer.block_rows)
     return newest or snapshot.id

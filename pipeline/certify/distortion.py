@@ -21,11 +21,12 @@ import numpy as np
 import pyarrow.compute as pc
 
 from featurestore.clips import KINDS, Clip
-from featurestore.distortion import TokenRecord, TokenRow, now
+from featurestore.distortion import TokenRecord, TokenRow
 from featurestore.errors import UserError
 from featurestore.find import Place
 from featurestore.groups import GroupWriter
 from featurestore.identity import STORAGE_DTYPES
+from featurestore.measurements import now
 from featurestore.progress import SILENT, Progress
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter

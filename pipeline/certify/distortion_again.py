@@ -65,7 +65,7 @@ def _encode(engine: Engine, run: EncoderRun, measured: MeasuredClips, roots: Map
 
 def _media(measured: MeasuredClips) -> dict[str, str | None]:
     """Clip id -> sha256 of the media that its committed tokens were made from."""
-    size, found = measured.group.block_rows, {}
+    group, found = measured.group, {}
     for clip, row in zip(measured.clips, measured.rows, strict=True):
-        found[clip.clip_id] = measured.group.receipt(block_of(row, size)).rows[row % size].media_sha256
+        found[clip.clip_id] = group.receipt(block_of(row, group.block_rows)).outcome(row).media_sha256
     return found

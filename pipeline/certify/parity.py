@@ -13,7 +13,6 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +22,8 @@ from featurestore.errors import StoreFormatError, UserError, unknown_name
 from featurestore.find import Place
 from featurestore.groups import read_group
 from featurestore.identity import FeatureIdentity
-from featurestore.journal import driver_runs
+from featurestore.journal import maker_of
+from featurestore.measurements import now
 from featurestore.parity import ParityRecord, ParityRow
 from featurestore.places.by_url import open_objects
 from featurestore.places.objects import Objects
@@ -66,7 +66,7 @@ def check_parity(
         rows = [row for key, identity in chosen.items() for row in check.rows(key, identity, say)]
         device_name = _device_name(engine.device)
     return ParityRecord(
-        time=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        time=now(),
         snapshot=store.snapshot,
         device=device_name,
         machine=platform.machine(),
@@ -175,11 +175,9 @@ def load_as_stored(
 
 def _made_with(objects: Objects, identity: FeatureIdentity) -> tuple[str, int | None]:
     """(weights SPEC, threads) of the newest run that wrote to the group, else what the group itself says."""
-    for run in reversed(driver_runs(objects)):
-        for name, entry in run["encoders"].items():
-            if entry.get("group") == identity.group_name:
-                given = run["config"]["weights"]
-                return given.get(name, given.get("", "hub")), entry.get("threads")
+    if maker := maker_of(objects, identity.group_name):
+        given = maker.run["config"]["weights"]
+        return given.get(maker.encoder, given.get("", "hub")), maker.threads
     kind = next(kind for kind in KINDS if identity.group_name in objects.list_names(kind))
     label = read_group(objects, kind, identity.group_name).weights
     return ("hub" if label == "pretrained" else label), None

@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from featurestore.clips import KINDS
-from featurestore.command_line import names_of, stacked
-from featurestore.find import find_store
+from featurestore.command_line import stacked
+from featurestore.find import find_store, names_of
 from pipeline.commands.options import AS_JSON
 from pipeline.commands.show import progress, says_errors, show_result
 
@@ -93,11 +93,15 @@ def selection(encoders: str | None, datasets: str | None, clips: str | None, **o
     from featurestore.share.selection import Selection, read_clip_list
 
     return Selection(
-        encoders=names_of(encoders),
-        datasets=names_of(datasets),
+        encoders=_names(encoders),
+        datasets=_names(datasets),
         clips=read_clip_list(clips) if clips else None,
         **others,
     )
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return tuple(names_of(text)) if text else None
 
 
 def _show_transferred(done: Any, as_json: bool) -> None:

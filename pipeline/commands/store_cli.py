@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from featurestore.command_line import names_of, say, tell_kept
-from featurestore.find import Place, find_store, store_first
+from featurestore.command_line import say, tell_kept
+from featurestore.find import Place, find_store, names_of, store_first
 from pipeline.commands.options import AS_JSON, ROOT, STORE_OPTION, WEIGHTS, takes_store
 from pipeline.commands.show import progress, says_errors, show_result
 from pipeline.config import ExtractConfig
@@ -92,7 +92,8 @@ def _parity(place: Place, *, encoders: str | None, weights: tuple[str, ...], **o
     from pipeline.certify.parity import check_parity
     from pipeline.encoders.weights import weights_by_encoder
 
-    record = check_parity(place, encoders=names_of(encoders), weights=weights_by_encoder(weights), say=say, **options)
+    chosen = names_of(encoders) if encoders else None
+    record = check_parity(place, encoders=chosen, weights=weights_by_encoder(weights), say=say, **options)
     tell_kept(lambda: keep_parity(place, record))
     return record
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from featurestore.errors import UserError
+from featurestore.find import names_of
 from featurestore.samples import Turn
 from pipeline.datasets.base import (
     DatasetSpec,
@@ -56,7 +57,7 @@ def _benchmarks(root: Path, wanted: str) -> list[Path]:
         deeper = sorted({path.parent.parent for path in root.glob(f"*/*/{QUESTIONS}")})
         hint = f"; did you mean --root {deeper[0]}?" if deeper else f"\n{DOWNLOAD}"
         raise UserError(f"no benchmark under {root}: expected BENCHMARK/{QUESTIONS}{hint}")
-    names = [name.strip() for name in wanted.split(",") if name.strip()]
+    names = names_of(wanted)
     known = [path.name for path in found]
     if unknown := [name for name in names if name not in known]:
         raise UserError(f"no benchmark {', '.join(unknown)} under {root}; there are {', '.join(known)}")

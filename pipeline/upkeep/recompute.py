@@ -17,7 +17,7 @@ from featurestore.errors import UserError
 from featurestore.find import Place
 from featurestore.groups import GroupWriter
 from featurestore.identity import FeatureIdentity
-from featurestore.journal import driver_runs
+from featurestore.journal import maker_of
 from featurestore.keep.repair_shards import Recomputed
 from featurestore.layout import (
     ROOT_METADATA,
@@ -31,7 +31,7 @@ from featurestore.places.by_url import open_objects
 from featurestore.receipts import Receipt
 from featurestore.writer import StoreWriter
 from pipeline.certify.parity import made_again
-from pipeline.config import ExtractConfig, read_config
+from pipeline.config import AUTO, ExtractConfig, read_config
 
 
 class Recompute:
@@ -44,20 +44,21 @@ class Recompute:
     def __call__(self, group: GroupWriter, receipt: Receipt) -> Recomputed:
         from pipeline.block import BlockTask, extract_block  # torch and the models
 
-        runs = driver_runs(group.objects)
-        run = next((run for run in reversed(runs) if _wrote_to(run, group.name)), None)
-        if run is None:
+        maker = maker_of(group.objects, group.name)
+        if maker is None:
             raise UserError(f"no journal tells how {group.name} was made: fetch the block with --from OTHER_STORE")
         name = group.identity.encoder
-        config = self._config(run)
+        config = self._config(maker.run)
         settings = next(entry for entry in config.encoder_settings if entry.name == name)
-        threads = next(entry["threads"] for entry in run["encoders"].values() if entry["group"] == group.name)
+        engine = replace(  # decode processes as suit this machine: they decide no byte
+            config.engine_settings, encoders=(settings,), threads=maker.threads or AUTO, decode_processes=AUTO
+        )
         ok = [row for row, outcome in enumerate(receipt.rows, start=receipt.first_row()) if outcome.state == "ok"]
         with tempfile.TemporaryDirectory(prefix="merv-repair-") as folder:
             _copy_documents(group, folder)
             task = BlockTask(
                 store=folder,
-                root=self._root or run["root"],
+                root=self._root or maker.run["root"],
                 kind=group.kind,
                 block=receipt.block,
                 rows=_rows(self._path, group, receipt),
@@ -65,7 +66,7 @@ class Recompute:
                 groups={name: group.name},
                 batch=group.batch_shape,
                 accept_damaged=config.accept_damaged,
-                engine=replace(config.engine_settings, encoders=(settings,), threads=threads),
+                engine=engine,
             )
             extract_block(task)
             return _made(group, receipt.block, folder)
@@ -81,10 +82,6 @@ class Recompute:
             settings["grid"] = "raw"
         given = {name: value for name, value in self._overrides.items() if value is not None}
         return read_config(None, settings | given)
-
-
-def _wrote_to(run: Mapping[str, Any], group: str) -> bool:
-    return any(entry.get("group") == group for entry in run["encoders"].values())
 
 
 def _copy_documents(group: GroupWriter, folder: str) -> None:

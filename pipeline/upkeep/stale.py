@@ -25,7 +25,7 @@ from featurestore.clips import KINDS, Clip
 from featurestore.errors import MediaError, MervCacheError
 from featurestore.identity import FeatureIdentity
 from featurestore.journal import driver_runs
-from featurestore.layout import JOURNAL, journal_names
+from featurestore.layout import JOURNAL, block_of, journal_names
 from featurestore.progress import SILENT, Progress
 from featurestore.receipts import RowOutcome
 from featurestore.snapshot_table import column
@@ -177,7 +177,7 @@ class _Started:
     def before(self, each: _Stored) -> float:
         """Unix seconds: files older than this are those that every token of the clip was made from."""
         first = self._first[each.clip.kind]
-        blocks = [row // self._block_rows[each.clip.kind] for row, _ in each.rows.values()]
+        blocks = [block_of(row, self._block_rows[each.clip.kind]) for row, _ in each.rows.values()]
         return min(float(first[b]) if b < len(first) else self._unknown for b in blocks) - CLOCK_SLACK_S
 
 
@@ -198,8 +198,8 @@ class _Receipts:
         self._receipt = lru_cache(MAX_RECEIPTS)(lambda kind, group, block: self._group(kind, group).receipt(block))
 
     def outcome(self, kind: str, encoder: str, row: int) -> RowOutcome:
-        size = self._store.block_rows[kind]
-        return self._receipt(kind, self._identities[encoder].group_name, row // size).rows[row % size]
+        block = block_of(row, self._store.block_rows[kind])
+        return self._receipt(kind, self._identities[encoder].group_name, block).outcome(row)
 
 
 def _look(each: _Stored, root: str, memory: MediaMemory, since: float, full: bool) -> tuple[Source | None, int]:

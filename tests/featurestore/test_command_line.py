@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from featurestore.command_line import names_of, says, show_result, stacked, tell_kept
+from featurestore.command_line import says, show_result, stacked, tell_kept
 from featurestore.errors import StoreError, UserError
 
 says_errors = says(UserError, interrupted="Interrupted. What was committed is kept.")
@@ -60,7 +60,3 @@ def test_a_measurement_that_cannot_be_kept_is_said_and_no_error(capsys):
     tell_kept(lambda: "journal/parity-1")
     tell_kept(refuse)
     assert capsys.readouterr() == ("", "kept as journal/parity-1\nnot kept in the store: the store is read-only\n")
-
-
-def test_names_are_cut_at_commas():
-    assert (names_of("siglip, dinov2,"), names_of(None), names_of("")) == (("siglip", "dinov2"), None, None)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from featurestore.errors import UserError
-from featurestore.find import check_room_for_store, find_store, no_store_at, store_first, stores_under
+from featurestore.find import check_room_for_store, find_store, names_of, no_store_at, store_first, stores_under
 from featurestore.layout import ROOT_METADATA
 from featurestore.writer import StoreWriter
 
@@ -82,3 +82,9 @@ def test_a_store_stands_before_the_names_that_are_looked_for_in_it(tmp_path, mon
         store_first(["clip", "a.zarr"], None)
     with pytest.raises(UserError, match=r"a\.zarr is the store: name a clip after it"):
         store_first(["a.zarr"], None)
+
+
+def test_names_with_commas_are_cut_and_empty_ones_left_out():
+    assert names_of("dinov2") == ["dinov2"]
+    assert names_of(" dinov2, siglip ,,") == ["dinov2", "siglip"]
+    assert names_of(" , ") == []

@@ -17,6 +17,7 @@ BLOCK_ROWS = st.integers(1, layout.MAX_BLOCK_ROWS)
 def test_a_row_lies_in_the_rows_of_its_block(row, block_rows):
     block = layout.block_of(row, block_rows)
     assert row in layout.rows_of(block, block_rows)
+    assert layout.rows_of(block, block_rows)[layout.slot_of(row, block_rows)] == row
     assert len(layout.rows_of(block, block_rows)) == block_rows
 
 

@@ -31,6 +31,7 @@ def test_a_receipt_comes_back_from_its_bytes():
     assert receipt.counts == {"ok": 1, "failed": 1, "skipped": 1, "empty": 1}
     assert receipt.stored_bytes == 1000
     assert receipt.first_row() == 12
+    assert [receipt.outcome(row).state for row in range(12, 16)] == ["ok", "failed", "skipped", "empty"]
 
 
 def test_rows_are_stored_as_columns():

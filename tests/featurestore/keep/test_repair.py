@@ -17,12 +17,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from sound_store import build
 
 from featurestore.clips import Clip
+from featurestore.journal import MAX_JOURNAL_BYTES, journal_bytes
 from featurestore.keep.findings import is_damaged
 from featurestore.keep.repair import repair_store
 from featurestore.keep.repair_parts import clip_of
 from featurestore.keep.repair_shards import Recomputed
 from featurestore.keep.verify import verify_store
+from featurestore.places.local_objects import LocalObjects
 from featurestore.store import FeatureStore
+
+HUGE_BYTES = 3 << 30
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +189,40 @@ def test_a_clip_part_and_a_tombstone_are_fetched_or_said_to_be_lost(store, sound
     assert "must not be lost" in words["tombstones"].done
     repair_store(store, other=sound)
     assert only_bytes(store) == before
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *("clips/part-00001.parquet", "samples/*.parquet", "snapshots/*.json", "snapshots/*.parquet", "journal/*.json"),
+        *("receipts/video/dinov2-*/00000000.json", "tombstones/*.json", "canaries/video/dinov2-*"),
+        "video/dinov2-*/tokens/c/0/0/0/0/0",
+    ],
+)
+def test_a_copy_with_more_bytes_than_such_a_file_can_need_is_not_read(store, sound, tmp_path, monkeypatch, pattern):
+    (file,) = sorted(store.glob(pattern))[-1:]
+    other = shutil.copytree(sound, tmp_path / "other.zarr")
+    os.truncate(other / file.relative_to(store), HUGE_BYTES)  # sparse: it takes no room
+    wreck(file)
+    real = LocalObjects.get
+
+    def get(objects: LocalObjects, key: str) -> bytes:
+        assert objects.size(key) < HUGE_BYTES, f"{key} is read"
+        return real(objects, key)
+
+    monkeypatch.setattr(LocalObjects, "get", get)
+    assert all("fetched" not in each.done for each in repair_store(store, other=other))
+
+
+def test_a_journal_of_the_other_copy_is_fetched_unless_it_is_larger_than_any_can_be(store, sound, tmp_path):
+    (file,) = (store / "journal").iterdir()
+    other = shutil.copytree(sound, tmp_path / "other.zarr")
+    (other / "journal" / file.name).write_bytes(journal_bytes({"words": "few"}))
+    wreck(file)
+    assert [each.done for each in repair_store(store, other=other)] == ["fetched from the other copy"]
+    (other / "journal" / file.name).write_bytes(journal_bytes({"words": "x" * MAX_JOURNAL_BYTES}))
+    wreck(file)
+    assert "removed" in repair_store(store, other=other)[0].done
 
 
 @pytest.mark.parametrize("how", [wreck, Path.unlink])

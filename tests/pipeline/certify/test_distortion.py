@@ -17,6 +17,7 @@ from featurestore.distortion import (
     STORED,
     LossRecord,
     LossRow,
+    TokenRecord,
     keep_record,
     parse_record,
     read_distortion,
@@ -144,7 +145,7 @@ def test_against_the_encoders_own_float32_the_stored_dtype_has_its_rounding_too(
     asked = ["distortion", str(tmp_path / "s.zarr"), "--sample", "2", "--reference", "encoders", "--json"]
     done = CliRunner().invoke(main, [*asked, "--root", str(media_root)])
     assert done.exit_code == 0, done.output
-    record = parse_record(json.loads(done.stdout), "printed")[1]
+    record = parse_record(json.loads(done.stdout), "printed")
     assert record.reference == "encoders"
     by_key = {(row.encoder, row.kind, row.dtype): row for row in record.rows}
     for (encoder, kind, dtype), row in by_key.items():
@@ -166,7 +167,7 @@ def test_the_command_keeps_what_it_prints_and_report_and_card_show_it(store, tmp
     done = CliRunner().invoke(main, ["distortion", str(store), "--sample", "2", "--json"])
     assert done.exit_code == 0, done.output
     printed = json.loads(done.stdout)
-    assert read_distortion(opened).tokens == parse_record(printed, "printed")[1]
+    assert read_distortion(opened).tokens == parse_record(printed, "printed")
     loss = LossRecord(
         time="2026-11-22T09:00:00Z",
         snapshot=opened.snapshot,
@@ -235,7 +236,7 @@ CRAFTED = [
 
 def test_a_stranger_s_record_is_checked_and_passed_over(store):
     record = to_record(measure_distortion(store, sample=1))
-    assert parse_record(record, "good")[0] == "tokens"
+    assert type(parse_record(record, "good")) is TokenRecord
     for number, change in enumerate(CRAFTED):
         with pytest.raises(StoreFormatError, match="journal bad"):
             parse_record(record | change, "bad")

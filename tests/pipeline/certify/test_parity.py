@@ -16,6 +16,7 @@ from PIL import Image
 from featurestore import FeatureStore, verify_store
 from featurestore.canaries import Canaries, read_canaries
 from featurestore.errors import MediaError, StoreFormatError, UserError
+from featurestore.journal import driver_runs
 from featurestore.parity import keep_parity, parity_words, read_parity
 from featurestore.places.by_url import open_objects
 from featurestore.writer import StoreWriter
@@ -273,7 +274,7 @@ def test_the_command_prints_verdicts_keeps_them_and_fails_outside_tolerance(stor
     identity = FeatureStore.open(store).encoders["siglip"]
     rewrite(store, identity, lambda tokens: tokens * np.float16(2))
     run = CliRunner().invoke(
-        main, ["verify", str(store), "--parity", "--encoders", "siglip", "--device", "cpu", "--json"]
+        main, ["verify", str(store), "--parity", "--encoders", "siglip,", "--device", "cpu", "--json"]
     )
     assert run.exit_code == 1
     rows = json.loads(run.stdout)["parity"]["rows"]
@@ -291,3 +292,20 @@ def test_report_and_card_tell_the_newest_check(store, tmp_path):
     text = card(FeatureStore.open(store), place="hf://x/y")
     assert "- siglip: equal to the bit on cpu" in text
     assert "- vivit: not checked" in text
+
+
+def test_a_strangers_number_of_threads_is_refused_by_parity_and_by_repair(store):
+    from featurestore.keep.repair import repair_store
+    from pipeline.upkeep.recompute import Recompute
+
+    run = driver_runs(open_objects(store))[-1]
+    encoders = {name: entry | {"threads": 10**6} for name, entry in run["encoders"].items()}
+    later = run | {"started": run["started"] + 1, "encoders": encoders}
+    StoreWriter.open(store).journal("later-driver", later)
+    with pytest.raises(UserError, match="was computed with 1000000 threads"):
+        check_parity(store, encoders=["siglip"], device="cpu")
+    shard = next((store / "video").glob("siglip-*/tokens/c/0/0/0/0/0"))
+    shard.write_bytes(bytes(shard.stat().st_size))
+    (left,) = repair_store(store, recompute=Recompute(store, root=None, weights=None, device="cpu"))
+    assert not left.is_mended
+    assert left.done.startswith("cannot be computed again: the journal says that siglip-")
