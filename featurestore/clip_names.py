@@ -36,7 +36,8 @@ def _only(name: str, ids: Collection[str]) -> str:
     if inside:
         raise UserError(f"{name!r} is part of {len(inside)} clip ids, give one, or its end: {_some(inside)}")
     near = _nearest(name, sorted(ids)[:MAX_COMPARED])
-    raise UserError(f"no clip of this store is named {name!r}" + (f"; near: {_some(near)}" if near else ""))
+    hint = f"; near: {_some(near)}" if near else f"; its ids are like {min(ids)}" if ids else ""
+    raise UserError(f"no clip of this store is named {name!r}{hint}")
 
 
 def _nearest(name: str, ids: Sequence[str]) -> list[str]:

@@ -195,7 +195,10 @@ def parse_root(data: bytes) -> dict[str, Any]:
     attributes = document.get("attributes") if isinstance(document, dict) else None
     record = attributes.get("merv_cache") if isinstance(attributes, dict) else None
     if not isinstance(record, dict):
-        raise StoreFormatError("zarr.json has no merv_cache attribute: this Zarr group is not a feature store")
+        raise StoreFormatError(
+            "zarr.json has no merv_cache attribute: this Zarr group is not a feature store; "
+            "give the path of one that `merv-pipeline extract` made"
+        )
     version = record.get("format")
     if version != FORMAT_VERSION or isinstance(version, bool):
         raise StoreFormatError(

@@ -10,29 +10,33 @@ from typing import Any
 
 import click
 
-from featurestore.find import find_store, store_first
+from featurestore.command_line import CONTEXT, say
+from featurestore.find import Place, store_first
 from pipeline.commands.cluster_cli import CLUSTER_COMMANDS
 from pipeline.commands.distortion_cli import distortion
 from pipeline.commands.explain_cli import EXPLAIN_COMMANDS
 from pipeline.commands.options import (
     AS_JSON,
-    STORE_ARGUMENT,
+    ROOT,
     STORE_OPTION,
     config_from_options,
     extraction_options,
+    takes_store,
 )
 from pipeline.commands.share_cli import SHARE_COMMANDS
-from pipeline.commands.show import friendly_errors, show_result, told_interrupts
+from pipeline.commands.show import says_errors, show_result, told_interrupts
 from pipeline.commands.store_cli import STORE_COMMANDS
+from pipeline.config import ExtractConfig
 
 
-@click.group(context_settings={"show_default": True, "help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(context_settings=CONTEXT)
 @click.version_option(package_name="merv-pipeline")
 def main() -> None:
     """Run the frozen encoders of a multi-encoder VideoLLM once, into a feature store that training reads."""
 
 
 @main.command()
+@says_errors
 @extraction_options
 @click.option("--retry-quarantine", is_flag=True, default=None, help="Try the clips again that failed before.")
 @click.option("--accept-damaged", is_flag=True, default=None, help="Take what can be decoded of damaged files.")
@@ -40,7 +44,10 @@ def main() -> None:
 @click.option("--refresh", is_flag=True, default=None, help="Compute clips again whose media changed since.")
 @click.option("--no-samples", "samples", flag_value=False, default=None, help="Leave the annotations out of the store.")
 @click.option(
-    "--max-failed", type=click.FloatRange(0, 1), help="Stop when more than this share failed.  [default: 0.5]"
+    "--max-failed",
+    type=click.FloatRange(0, 1),
+    show_default=str(ExtractConfig.max_failed),
+    help="Stop when more than this share failed.",
 )
 @click.option(
     "--forecast",
@@ -57,10 +64,10 @@ def main() -> None:
 @click.option(
     "--print-config", is_flag=True, help="Print every setting of this command as YAML for --config; do nothing."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@AS_JSON
 def extract(config_file: str | None, print_config: bool, as_json: bool, **options: Any) -> None:
     """Encode a dataset's clips into a feature store. Run it again to go on, or to add clips and encoders."""
-    with friendly_errors(), told_interrupts():
+    with told_interrupts():
         from pipeline.commands import tables
         from pipeline.extract import extract as run_extraction
 
@@ -68,28 +75,27 @@ def extract(config_file: str | None, print_config: bool, as_json: bool, **option
         if print_config:
             click.echo(config.to_yaml(), nl=False)
             return
-        summary = run_extraction(config, say=lambda line: click.echo(line, err=True))
+        summary = run_extraction(config, say=say)
         show_result(summary.to_dict(), as_json, lambda: tables.summary(summary))
 
 
 @main.command()
+@says_errors
 @extraction_options
 @click.option("--probe", type=click.IntRange(0), default=4, help="Clips of each kind to really encode.")
-@click.option("--json", "as_json", is_flag=True, help="Print the forecast as JSON.")
+@AS_JSON
 def plan(config_file: str | None, probe: int, as_json: bool, **options: Any) -> None:
     """Say what an extraction would cost. Clips, bytes, files and hours, by stage, kind and encoder."""
     from pipeline.commands import tables
     from pipeline.forecast import forecast
 
-    with friendly_errors():
-        config = config_from_options(config_file, options)
-        result = forecast(config, probe=probe, say=lambda line: click.echo(line, err=True))
-        show_result(result.to_dict(), as_json, lambda: tables.forecast(result))
+    result = forecast(config_from_options(config_file, options), probe=probe, say=say)
+    show_result(result.to_dict(), as_json, lambda: tables.forecast(result))
 
 
 @main.command()
-@STORE_ARGUMENT
-@STORE_OPTION
+@says_errors
+@takes_store
 @click.option(
     "--watch",
     "every_s",
@@ -101,23 +107,24 @@ def plan(config_file: str | None, probe: int, as_json: bool, **options: Any) -> 
     help="Look again and again, until all is committed; give it behind the store.",
 )
 @AS_JSON
-def status(store: str | None, store_option: str | None, every_s: float | None, as_json: bool) -> None:
+def status(place: Place, every_s: float | None, as_json: bool) -> None:
     """Say what is committed, to do and quarantined. Per encoder."""
+    if every_s is not None:
+        from pipeline.commands.watch_show import show
+        from pipeline.watch import watch
+
+        show(watch(place, every_s), as_json=as_json)
+        return
     from pipeline.commands import tables
     from pipeline.status import store_status
+    from pipeline.upkeep.quarantine import quarantined
 
-    with friendly_errors():
-        if every_s is not None:
-            from pipeline.commands.watch_show import show
-            from pipeline.watch import watch
-
-            show(watch(find_store(store or store_option), every_s), as_json=as_json)
-            return
-        result = store_status(find_store(store or store_option))
-        show_result(result, as_json, lambda: tables.status(result))
+    result = store_status(place)
+    show_result(result, as_json, lambda: tables.status(result, quarantined(place)))
 
 
 @main.command()
+@says_errors
 @click.argument("words", nargs=-1, required=True, metavar="[STORE] CLIP|ENCODER")
 @STORE_OPTION
 @AS_JSON
@@ -129,52 +136,45 @@ def inspect(words: tuple[str, ...], store_option: str | None, as_json: bool) -> 
     from pipeline.commands import tables
     from pipeline.status import inspect_store
 
-    with friendly_errors():
-        place, names = store_first(words, store_option)
-        if len(names) != 1:
-            raise click.UsageError(f"one clip or encoder at a time, got {len(names)}: {', '.join(names)}")
-        result = inspect_store(place, names[0])
-        show_result(result, as_json, lambda: tables.details(result))
+    place, names = store_first(words, store_option)
+    if len(names) != 1:
+        raise click.UsageError(f"one clip or encoder at a time, got {len(names)}: {', '.join(names)}")
+    result = inspect_store(place, names[0])
+    show_result(result, as_json, lambda: tables.details(result))
 
 
 @main.command()
-@STORE_ARGUMENT
-@STORE_OPTION
+@says_errors
+@takes_store
 @click.option(
     "--out",
     type=click.Path(dir_okay=False),
     show_default="NAME-report.html beside the store",
     help="HTML file to write.",
 )
-@click.option(
-    "--root",
-    type=click.Path(file_okay=False),
-    show_default="as at extraction",
-    help="Folder of the media, for thumbnails.",
-)
-@click.option("--clips", type=click.IntRange(1, 64), default=8, help="Clips to picture.")
-def report(store: str | None, store_option: str | None, out: str | None, root: str | None, clips: int) -> None:
+@ROOT
+@click.option("--clips", "num_clips", type=click.IntRange(1, 64), default=8, help="Clips to picture.")
+def report(place: Place, **options: Any) -> None:
     """Write one HTML page about a store. What each encoder sees in some clips, sizes, rates and failures."""
     from pipeline.report import write_report
 
-    with friendly_errors():
-        click.echo(write_report(find_store(store or store_option), out=out, root=root, num_clips=clips))
+    click.echo(write_report(place, **options))
 
 
 @main.command()
+@says_errors
 @AS_JSON
 def encoders(as_json: bool) -> None:
     """List the encoders. The four of MERV, the others that come along, and plug-ins."""
     from pipeline.commands import tables
     from pipeline.encoders import ENCODERS
 
-    with friendly_errors():
-        show_result(
-            [tables.encoder_row(spec) for spec in ENCODERS.values()], as_json, lambda: tables.encoders(ENCODERS)
-        )
+    rows = [tables.encoder_row(spec) for spec in ENCODERS.values()]
+    show_result(rows, as_json, lambda: tables.encoders(rows))
 
 
 @main.command()
+@says_errors
 @click.argument("name", required=False)
 @AS_JSON
 def datasets(name: str | None, as_json: bool) -> None:
@@ -182,14 +182,12 @@ def datasets(name: str | None, as_json: bool) -> None:
     from pipeline.commands import tables
     from pipeline.datasets import DATASETS, dataset_spec
 
-    with friendly_errors():
-        if name:
-            row = tables.dataset_details(dataset_spec(name))
-            show_result(row, as_json, lambda: tables.details(row))
-        else:
-            show_result(
-                [tables.dataset_row(spec) for spec in DATASETS.values()], as_json, lambda: tables.datasets(DATASETS)
-            )
+    if name:
+        told = tables.dataset_details(dataset_spec(name))
+        show_result(told, as_json, lambda: tables.details(told))
+    else:
+        rows = [tables.dataset_row(spec) for spec in DATASETS.values()]
+        show_result(rows, as_json, lambda: tables.rows_of(rows))
 
 
 for command in (*STORE_COMMANDS, *EXPLAIN_COMMANDS, *SHARE_COMMANDS, *CLUSTER_COMMANDS, distortion):

@@ -127,7 +127,7 @@ def _distortion_tables(store: FeatureStore) -> str:
     if found.loss:
         parts += [_table(*loss_table(found.loss)), *map(_quiet, loss_notes(found.loss))]
     else:
-        parts.append(_quiet(f"Loss not measured: run merv-eval distortion --checkpoint RUN --from {store.path}"))
+        parts.append(_quiet(f"Loss not measured: run merv-eval distortion --checkpoint RUN --store {store.path}"))
     return "".join(parts)
 
 

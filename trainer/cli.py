@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 from click.core import ParameterSource
 
+from featurestore.command_line import CONTEXT, show_result, stacked
 from featurestore.errors import StoreNotFoundError, UserError
 from featurestore.find import FEATURES, ROOT_METADATA, Place, find_store, is_url, names_of, no_store_at
-from trainer.command import CONTEXT, heavy_rooms, says_errors
+from trainer.command import heavy_rooms, says_errors
 from trainer.config import (
     PROJECTORS,
     RECORD_FILE,
@@ -38,7 +39,7 @@ from trainer.tell import print_plan, result_lines
 
 ONLY_STORE = "-"  # --from-cache without a path: the only store under features/
 
-_LIVE_OPTIONS = [
+live_options = stacked(  # what is encoded on the spot, in the words of `merv-pipeline extract`
     click.option("--end-to-end", is_flag=True, help="Decode and encode while training, instead of --from-cache."),
     click.option("--dataset", help="End to end: dataset by name; `merv-pipeline datasets` lists them."),
     click.option("--root", type=click.Path(file_okay=False), help="End to end: folder of media and annotations."),
@@ -49,7 +50,7 @@ _LIVE_OPTIONS = [
         "--weights",
         metavar="SPEC",
         multiple=True,
-        help="End to end: hub, a folder or random:SEED; or NAME=SPEC. Repeat.",
+        help="End to end: hub, a folder or random:SEED; or NAME=SPEC. Repeatable.",
     ),
     click.option(
         "--extract-config",
@@ -59,17 +60,11 @@ _LIVE_OPTIONS = [
     click.option(
         "--trust-media", is_flag=True, help="End to end: do not decode every clip once before the first step."
     ),
-]
-
-
-def live_options(command: Callable) -> Callable:
-    """Decorator: what is encoded on the spot, in the words of `merv-pipeline extract`."""
-    for option in reversed(_LIVE_OPTIONS):
-        command = option(command)
-    return command
+)
 
 
 @click.command(context_settings=CONTEXT)
+@says_errors
 @click.option(
     "--from-cache",
     "store",
@@ -86,7 +81,7 @@ def live_options(command: Callable) -> Callable:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="YAML of settings that differ from the recipe's; unknown ones are errors.",
 )
-@click.option("--llm", help="Hub id, local folder, or fresh:NAME.  [default: the recipe's]")
+@click.option("--llm", show_default="the recipe's", help="Hub id, local folder, or fresh:NAME.")
 @click.option(
     "--mode",
     type=click.Choice([*get_args(Mode), MODE_FULL]),
@@ -106,7 +101,9 @@ def live_options(command: Callable) -> Callable:
 @click.option("--limit", type=click.IntRange(min=1), help="Train on at most so many samples.")
 @click.option("--init", metavar="RUN", help="Start from the weights of this run or export.")
 @click.option("--eval-every", type=click.IntRange(min=1), help="Validate on held-out samples every so many steps.")
-@click.option("--track", "trackers", multiple=True, type=click.Choice(get_args(Tracker)), help="Also log to; repeat.")
+@click.option(
+    "--track", "trackers", multiple=True, type=click.Choice(get_args(Tracker)), help="Also log to. Repeatable."
+)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/merv"), help="Folder of the run.")
 @click.option(
     "--resume",
@@ -119,14 +116,12 @@ def live_options(command: Callable) -> Callable:
     help="Train on several processes through accelerate: ddp, or fsdp for models too large for one GPU. After a SIGTERM"
     " they have 10 minutes to write a checkpoint.",
 )
-@click.option("--processes", type=click.IntRange(min=1), help="Of --launch.  [default: one per GPU]")
+@click.option("--processes", type=click.IntRange(min=1), show_default="one per GPU", help="Of --launch.")
 @click.option("--dry-run", is_flag=True, help="Print parameters, steps, lengths and dropped samples; train nothing.")
 @click.option("--print-config", is_flag=True, help="Print every setting in force as YAML for --config; do nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@says_errors
 def train_main(
     store: str | None,
-    recipe: str,
     config_file: Path | None,
     out: Path,
     resume: str | None,
@@ -138,34 +133,37 @@ def train_main(
     **options: Any,
 ) -> None:
     """Train projectors and fusion, and the LLM if asked, from the tokens of a feature store or end to end."""
-    start, earlier = asked_recipe(recipe, options), None
-    if resume not in (None, "auto"):
-        out = Path(resume)
-        start, earlier = read_stages(out), earlier_record(out)
+    start, out, earlier = starting_point(resume, out, options)
     words = pop_live_words(options)  # what is left are settings
-    place = None if print_config else asked_place(store, words, earlier)
     only = options.pop("stage") if len(start) > 1 else None
     stages = resolve_stages(start, config_file, options)
     if print_config:
         click.echo(to_yaml(stages), nl=False)
         return
-    if not dry_run and not is_launched():  # one of several ranks may find what the first has begun
+    place = asked_place(store, words, earlier)
+    if dry_run:
+        told = heavy_rooms().dry_run_stages(stages, place)
+        show_result(told, as_json, lambda: print_plan(told))
+        return
+    if not is_launched():  # one of several ranks may find what the first has begun
         if resume is None:
             check_is_free(out, stages, only)
         if launch is not None:
             relaunch(launch, processes, sys.argv[1:])
-    run = heavy_rooms()
-    if dry_run:
-        told = run.dry_run_stages(stages, place)
-        click.echo(json.dumps(told)) if as_json else print_plan(told)
-        return
-    results = run.train_in_stages(stages, place, out, resume=resume is not None, only=only)
-    if not is_first_rank():
-        return
-    if as_json:
-        click.echo(json.dumps({**results[-1], **({"stages": results} if len(stages) > 1 else {})}))
-        return
-    click.echo("\n".join(result_lines(results)))
+    results = heavy_rooms().train_in_stages(stages, place, out, resume=resume is not None, only=only)
+    if is_first_rank():
+        told = {**results[-1], "stages": results} if len(stages) > 1 else results[-1]
+        show_result(told, as_json, lambda: click.echo("\n".join(result_lines(results))))
+
+
+def starting_point(
+    resume: str | None, out: Path, options: dict[str, Any]
+) -> tuple[Stages, Path, dict[str, Any] | None]:
+    """Settings to start from, the folder of the run, and the record of the run that is resumed if one is named."""
+    recipe = asked_recipe(options.pop("recipe"), options)
+    if resume in (None, "auto"):
+        return recipe, out, None
+    return read_stages(Path(resume)), Path(resume), earlier_record(Path(resume))
 
 
 def asked_recipe(name: str, options: dict[str, Any]) -> Stages:

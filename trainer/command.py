@@ -1,40 +1,25 @@
-"""What the command lines of this room share: their settings, their errors, and the door to the heavy rooms.
+"""What the command lines of this room share beside `featurestore.command_line`: the door to the heavy rooms.
 
 torch is imported behind `heavy_rooms`, inside a command, so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
-from collections.abc import Callable
 from types import ModuleType
-from typing import Any
 
-import click
-
+from featurestore.command_line import says
 from featurestore.errors import MervCacheError
 
-CONTEXT = {"show_default": True, "help_option_names": ["-h", "--help"], "max_content_width": 110}
+says_errors = says(
+    MervCacheError, interrupted="Interrupted. What was written is kept; merv-train goes on with --resume auto."
+)
 
 
 def no_file(path: object) -> str:
     """The message for a media file that is not there, with the path as it was typed."""
     return f"there is no file {path}; give a video or an image that exists"
-
-
-def says_errors(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Print the message of our own errors and leave with code 1; everything else is a bug and keeps its traceback."""
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return command(*args, **kwargs)
-        except MervCacheError as error:
-            raise click.ClickException(str(error)) from error
-
-    return wrapped
 
 
 def heavy_rooms() -> ModuleType:

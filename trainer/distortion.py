@@ -16,12 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from featurestore.distortion import STORED, LossRecord, LossRow
-from featurestore.distortion_table import loss_notes, loss_table
 from featurestore.errors import UserError
 from featurestore.identity import STORAGE_DTYPES
 from featurestore.measurements import now
@@ -95,7 +92,7 @@ def measure_losses(
     loaded = load_run(run, best=best)
     path = store or loaded.record.store
     if not path:
-        raise UserError(f"{run} names no store of its own; give the one whose tokens it reads with --from")
+        raise UserError(f"{run} names no store of its own; give the one whose tokens it reads with --store")
     config = replace(loaded.built.config, eval_split=split, eval_limit=limit, eval_every=None)
     samples, source = open_store_for(loaded, path, names=config.samples)
     _refuse_missing_split(samples, split)
@@ -112,16 +109,6 @@ def measure_losses(
         weights=", ".join(sorted({facts["weights"] for facts in source.facts.values()})),
         rows=rows,
     )
-
-
-def print_losses(record: LossRecord) -> None:
-    """A table on stdout: a line per dtype, then what it was measured on."""
-    columns, rows = loss_table(record)
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*row)
-    for part in (table, *loss_notes(record)):
-        Console().print(part, markup=False, highlight=False, soft_wrap=True)
 
 
 def _refuse_missing_split(samples: Sequence[Sample], split: str) -> None:

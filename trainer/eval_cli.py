@@ -9,12 +9,14 @@ from typing import Any
 
 import click
 
-from featurestore.errors import MervCacheError, UserError
-from trainer.command import CONTEXT, heavy_rooms, no_file, says_errors
+from featurestore.command_line import CONTEXT, say, show_result, tell_kept
+from featurestore.errors import UserError
+from trainer.command import heavy_rooms, no_file, says_errors
 from trainer.runs.chain import check_are_runs
-from trainer.tell import print_scores
+from trainer.tell import print_losses, print_scores
 
 CHECKPOINT = click.option("--checkpoint", type=click.Path(path_type=Path), required=True, help="Folder of a run.")
+OWN_STORE = "the one the run was trained on"
 
 
 @click.group(context_settings=CONTEXT)
@@ -23,23 +25,25 @@ def eval_main() -> None:
 
 
 @eval_main.command("run")
+@says_errors
 @CHECKPOINT
-@click.option("--store", help="Store of the questions' clips.  [default: the one the run was trained on]")
+@click.option("--store", show_default=OWN_STORE, help="Store of the questions' clips.")
 @click.option("--dataset", help="Decode and encode the clips of this dataset's questions now, instead of --store.")
 @click.option("--root", type=click.Path(file_okay=False), help="Folder of the dataset's media and annotations.")
-@click.option("--weights", metavar="SPEC", multiple=True, help="Of encoders that run now: where they are; as in ask.")
+@click.option(
+    "--weights", metavar="SPEC", multiple=True, help="Of encoders that run now: where they are; as in ask. Repeatable."
+)
 @click.option("--split", default="heldout", help="Split whose questions are asked.")
 @click.option(
     "--beside",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="Another run that answers the same questions, such as a text-only one; may be repeated.",
+    help="Another run that answers the same questions, such as a text-only one. Repeatable.",
 )
 @click.option("--best", is_flag=True, help="Of every run, the best checkpoint by validation instead of the newest.")
 @click.option("--limit", type=click.IntRange(min=1), help="Ask at most so many questions.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, help="Questions at once, with all their options.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON, answers included.")
-@says_errors
 def eval_run(checkpoint: Path, store: str | None, beside: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     """Multiple-choice accuracy by category, beside chance and beside other runs."""
     check_are_runs(checkpoint, *beside)
@@ -47,20 +51,17 @@ def eval_run(checkpoint: Path, store: str | None, beside: tuple[Path, ...], as_j
     from trainer.evaluate import EvaluationRequest, evaluate_run
 
     result = evaluate_run(checkpoint, EvaluationRequest(store=store, **options), beside)
-    if as_json:
-        click.echo(json.dumps(result))
-    else:
-        print_scores(result)
+    show_result(result, as_json, lambda: print_scores(result))
 
 
 @eval_main.command("distortion")
+@says_errors
 @CHECKPOINT
-@click.option("--from", "store", help="Store of the tokens.  [default: the one the run was trained on]")
+@click.option("--store", show_default=OWN_STORE, help="Store of the tokens.")
 @click.option("--split", default="heldout", help="Split whose samples the loss is of.")
 @click.option("--limit", type=click.IntRange(min=1), default=256, help="Samples, at most.")
 @click.option("--best", is_flag=True, help="The best checkpoint by validation instead of the newest.")
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
-@says_errors
 def eval_distortion(checkpoint: Path, store: str | None, as_json: bool, **options: Any) -> None:
     """Validation loss on the stored tokens, and on the same tokens in each storage dtype.
 
@@ -69,30 +70,24 @@ def eval_distortion(checkpoint: Path, store: str | None, as_json: bool, **option
     check_are_runs(checkpoint)
     heavy_rooms()
     from featurestore.distortion import keep_record, to_record
-    from trainer.distortion import measure_losses, print_losses
+    from trainer.distortion import measure_losses
 
     place, measured = measure_losses(checkpoint, store, **options)
     record = to_record(measured)
-    try:
-        click.echo(f"kept as {keep_record(place, record)}", err=True)
-    except MervCacheError as error:
-        click.echo(f"not kept in the store: {error}", err=True)
-    if as_json:
-        click.echo(json.dumps(record))
-    else:
-        print_losses(measured)
+    tell_kept(lambda: keep_record(place, record))
+    show_result(record, as_json, lambda: print_losses(measured))
 
 
 @eval_main.command("export")
+@says_errors
 @CHECKPOINT
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to make; it must not exist.")
 @click.option("--best", is_flag=True, help="The best checkpoint by validation instead of the newest.")
-@click.option("--name", help="Title of the model card.  [default: the folder's name]")
+@click.option("--name", show_default="the folder's name", help="Title of the model card.")
 @click.option("--license", default="unknown", help="Licence in the card's head, such as apache-2.0.")
 @click.option("--with-llm", is_flag=True, help="Copy a frozen LLM's weights too, instead of naming the LLM.")
 @click.option("--merge-lora", is_flag=True, help="Add LoRA adapters to the LLM's weights, instead of a peft folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
-@says_errors
 def eval_export(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> None:
     """Write a run as a folder to give away: safetensors, settings, tokenizer, model card."""
     check_are_runs(checkpoint)
@@ -101,10 +96,11 @@ def eval_export(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> N
 
     result = export_run(checkpoint, out, **options)
     words = f"{result['out']}: step {result['step']}, {result['bytes'] / 1e6:.1f} MB; fill in the licence in README.md"
-    _say(result, words, as_json=as_json)
+    show_result(result, as_json, lambda: click.echo(words))
 
 
 @eval_main.command("import-official")
+@says_errors
 @click.argument("checkpoint_file", metavar="CHECKPOINT.pt", type=click.Path(path_type=Path))
 @click.option(
     "--config",
@@ -115,9 +111,8 @@ def eval_export(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> N
 )
 @click.option("--llm", required=True, help="Hub id or folder of the LLM it was trained from: tokenizer and sizes.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run to make.")
-@click.option("--store", help="Store whose tokens the run will read.  [default: any with tokens of its sizes]")
+@click.option("--store", show_default="any with tokens of its sizes", help="Store whose tokens the run will read.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was imported as JSON.")
-@says_errors
 def eval_import_official(checkpoint_file: Path, config_file: Path, as_json: bool, **options: Any) -> None:
     """Make a run of a checkpoint of princetonvisualai/merv; only tensors are read from it, no code is run."""
     heavy_rooms()
@@ -125,10 +120,11 @@ def eval_import_official(checkpoint_file: Path, config_file: Path, as_json: bool
 
     result = import_official(checkpoint_file, config_file, **options)
     words = f"{result['run']}: step {result['step']}, encoders {', '.join(result['encoders'])}"
-    _say(result, words, as_json=as_json)
+    show_result(result, as_json, lambda: click.echo(words))
 
 
 @eval_main.command("ask")
+@says_errors
 @click.argument("questions", nargs=-1)
 @CHECKPOINT
 @click.option("--video", type=click.Path(path_type=Path), help="Video file, or a folder of frames.")
@@ -139,10 +135,10 @@ def eval_import_official(checkpoint_file: Path, config_file: Path, as_json: bool
     "--weights",
     metavar="SPEC",
     multiple=True,
-    help="Where encoders' weights are: hub, a folder or random:SEED; or NAME=SPEC. Repeat.  [default: as in training]",
+    show_default="as in training",
+    help="Where encoders' weights are: hub, a folder or random:SEED; or NAME=SPEC. Repeatable.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print questions and answers as JSON.")
-@says_errors
 def eval_ask(questions: tuple[str, ...], checkpoint: Path, as_json: bool, **options: Any) -> None:
     """Answer QUESTIONS about a video or an image; without any, ask at the terminal, one a line."""
     if not questions and not is_terminal():
@@ -158,7 +154,7 @@ def eval_ask(questions: tuple[str, ...], checkpoint: Path, as_json: bool, **opti
 
     with Asker(checkpoint, weights=weights) as asker:
         for note in asker.notes:
-            click.echo(note, err=True)
+            say(note)
         asked = [questions] if questions else ([line] for line in iter(_next_question, ""))
         for part in asked:
             answers = asker.answers(part, **options)
@@ -167,11 +163,6 @@ def eval_ask(questions: tuple[str, ...], checkpoint: Path, as_json: bool, **opti
                 click.echo(json.dumps({"answers": pairs, "looked": asker.looks, "notes": asker.notes}))
             else:
                 click.echo("\n".join(answers))
-
-
-def _say(result: dict[str, Any], words: str, *, as_json: bool) -> None:
-    """All of a result for a program, a line of it for a person."""
-    click.echo(json.dumps(result) if as_json else words)
 
 
 def is_terminal() -> bool:

@@ -1,13 +1,16 @@
-"""Tell: what `merv-train` and `merv-eval run` say to a person on stdout; programs get the same facts with `--json`.
+"""Tell: what `merv-train` and `merv-eval` say to a person on stdout; programs get the same facts with `--json`.
 
-Comes in: the facts of a dry run, the results of a run, or its scores. Goes out: text. rich is imported where it draws:
-the command lines read this room for `--help`.
+Comes in: the facts of a dry run, results, scores or losses. Goes out: text. rich is imported where it draws: the
+command lines read this room for `--help`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from featurestore.distortion import LossRecord
 
 GB = 1e9
 MEMORY_PARTS = ("parameters", "gradients", "moments", "tokens", "activations", "total")
@@ -15,15 +18,12 @@ MEMORY_PARTS = ("parameters", "gradients", "moments", "tokens", "activations", "
 
 def print_plan(told: Mapping[str, Any]) -> None:
     """What a dry run found, a column per stage."""
-    from rich.console import Console
-    from rich.table import Table
+    from featurestore.plain_tables import table  # rich
 
     stages = told.get("stages") or {"": told}
     columns = [plan_rows(stage) for stage in stages.values()]
-    table = Table("", *stages, show_header=len(stages) > 1)
-    for name in dict.fromkeys(name for column in columns for name in column):
-        table.add_row(name, *(column.get(name, "-") for column in columns))
-    Console().print(table)
+    names = dict.fromkeys(name for column in columns for name in column)
+    table(("", *stages), [(name, *(column.get(name, "-") for column in columns)) for name in names])
 
 
 def plan_rows(told: Mapping[str, Any]) -> dict[str, str]:
@@ -51,25 +51,37 @@ def plan_rows(told: Mapping[str, Any]) -> dict[str, str]:
     return rows | ({"starts from": told["init"]} if "init" in told else {})
 
 
+def print_scores(result: Mapping[str, Any]) -> None:
+    """Accuracy beside chance and beside other runs, a line per category."""
+    from featurestore.plain_tables import table  # rich
+
+    columns = ("questions about", "number", "accuracy", "chance", *result["beside"])
+    others = [{row["category"]: row for row in rows} for rows in result["beside"].values()]
+    rows = []
+    for row in result["scores"]:
+        shares = (row, *(other[row["category"]] for other in others))
+        accuracies = [f"{share['accuracy']:.2f}" for share in shares]
+        rows.append((row["category"], row["questions"], accuracies[0], f"{row['chance']:.2f}", *accuracies[1:]))
+    table(columns, rows, right=columns[1:])
+
+
+def print_losses(record: LossRecord) -> None:
+    """A line per dtype, then what it was measured on."""
+    from featurestore.distortion_table import loss_notes, loss_table
+    from featurestore.plain_tables import console, table  # rich
+
+    columns, rows = loss_table(record)
+    table(columns, rows, right=columns[1:])
+    for note in loss_notes(record):
+        console().print(note)
+
+
 def result_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line per stage that was trained; the last one says what to do next."""
     lines = [f"{result['run']}: {_done(result)}" for result in results]
     if lines and results[-1]["steps"] == results[-1]["num_steps"]:
         lines[-1] += f"; next: merv-eval run --checkpoint {results[-1]['run']}"
     return lines
-
-
-def print_scores(result: Mapping[str, Any]) -> None:
-    """A table on stdout: a line per category."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("questions about", "number", "accuracy", "chance", *result["beside"])
-    others = [{row["category"]: row for row in rows} for rows in result["beside"].values()]
-    for row in result["scores"]:
-        cells = [f"{other[row['category']]['accuracy']:.2f}" for other in others]
-        table.add_row(row["category"], str(row["questions"]), f"{row['accuracy']:.2f}", f"{row['chance']:.2f}", *cells)
-    Console().print(table)
 
 
 def _done(result: Mapping[str, Any]) -> str:

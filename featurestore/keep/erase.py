@@ -8,7 +8,7 @@ running it once too often changes nothing. Orphan shards are emptied as well: th
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 
 import pyarrow as pa
@@ -28,6 +28,7 @@ from featurestore.lease import StoreLease
 from featurestore.parquet import read_table, table_bytes, table_file
 from featurestore.parts import ClipIndex
 from featurestore.places.objects import Objects
+from featurestore.progress import SILENT, Progress
 from featurestore.tombstones import Tombstone, put_tombstone, read_tombstones, tombstoned_clips
 from featurestore.writer import StoreWriter
 
@@ -39,7 +40,7 @@ def tombstone(
     reason: str,
     date: str | None = None,
     everywhere: bool | None = None,
-    on_block: Callable[[], None] = lambda: None,
+    progress: Progress = SILENT,
 ) -> dict[str, object]:
     """Remove clips from a store for good; returns what was done.
 
@@ -63,7 +64,7 @@ def tombstone(
         removed = [*new, *same] if everywhere else new
         if removed:
             _put_tombstone(writer.objects, removed, reason, date)
-        blocks = erase_tombstoned(writer, on_block)
+        blocks = erase_tombstoned(writer, progress)
         snapshot = writer.publish_snapshot()
     return {
         "clips": sorted({*clips, *removed}),
@@ -90,7 +91,7 @@ def _undecided(same: Sequence[str]) -> str:
     )
 
 
-def erase_tombstoned(writer: StoreWriter, on_block: Callable[[], None] = lambda: None) -> int:
+def erase_tombstoned(writer: StoreWriter, progress: Progress = SILENT) -> int:
     """Take whatever the store's tombstones name off the disk; returns how many blocks were rewritten.
 
     For a store that took over tombstones from another one (pull, union), and for one whose tombstone was cut short.
@@ -103,11 +104,13 @@ def erase_tombstoned(writer: StoreWriter, on_block: Callable[[], None] = lambda:
     index, rewritten = ClipIndex(writer.objects, writer.block_rows).refresh(), 0
     for kind in KINDS:
         blocks = _by_block(index.rows_of_clips(kind, removed), writer.block_rows[kind])
-        for name in encoder_groups(writer.objects, kind) if blocks else ():
+        groups = encoder_groups(writer.objects, kind) if blocks else ()
+        progress.start(len(blocks) * len(groups))
+        for name in groups:
             group = GroupWriter.open(writer.objects, index, kind, name)
             for block, rows in sorted(blocks.items()):
                 rewritten += erase_rows(group, block, rows)
-                on_block()
+                progress.advance()
     return rewritten
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 
-from featurestore.errors import MervCacheError
-from featurestore.find import Place
+from featurestore.errors import MervCacheError, StoreNotFoundError
+from featurestore.find import Place, no_store_at
 from featurestore.keep.erase import erase_tombstoned
 from featurestore.keep.findings import Finding
 from featurestore.keep.repair_files import FileMender, MakeCanaries, open_group
@@ -32,6 +32,7 @@ from featurestore.layout import (
 from featurestore.lease import StoreLease
 from featurestore.places.by_url import open_objects
 from featurestore.places.objects import Objects
+from featurestore.progress import SILENT, Progress
 from featurestore.writer import StoreWriter
 
 _PASSES = 12  # there are nine classes of files
@@ -46,12 +47,18 @@ def repair_store(
     canaries: MakeCanaries | None = None,
     new_bytes: bool = False,
     say: Callable[[Repaired], None] = lambda done: None,
+    progress: Progress = SILENT,
 ) -> list[Repaired]:
-    """Put right what a full verification finds; [] for a sound store, which is left exactly as it is."""
+    """Put right what a full verification finds; [] for a sound store, which is left exactly as it is.
+
+    `progress` is that of the full look, which is taken again where documents had to be mended.
+    """
     objects = open_objects(path)
+    if not objects.exists(ROOT_METADATA) and not any(map(objects.list_names, (PARTS, SNAPSHOTS))):
+        raise StoreNotFoundError(no_store_at(path))  # before a lease makes a folder there
     with StoreLease(path, "repair"):
         copy = open_objects(other) if other is not None else None
-        work = _Repair(objects, copy, FileMender(objects, copy, canaries), say)
+        work = _Repair(objects, copy, FileMender(objects, copy, canaries), say, progress)
         work.documents()
         work.shards(recompute, new_bytes)
         work.publish(path)
@@ -62,9 +69,15 @@ class _Repair:
     """One pass of mending over a store."""
 
     def __init__(
-        self, objects: Objects, other: Objects | None, files: FileMender, say: Callable[[Repaired], None]
+        self,
+        objects: Objects,
+        other: Objects | None,
+        files: FileMender,
+        say: Callable[[Repaired], None],
+        progress: Progress,
     ) -> None:
         self._objects, self._other, self._files, self._say = objects, other, files, say
+        self._progress = progress
         self.done: list[Repaired] = []
         self._settled: set[str] = set()  # keys that are not looked at again
         self._check = Verification(objects, is_full=False)
@@ -76,7 +89,8 @@ class _Repair:
         """
         for is_full in (False, True):
             for _ in range(_PASSES):
-                check = Verification(self._objects, is_full=is_full)
+                progress = self._progress if is_full else SILENT
+                check = Verification(self._objects, is_full=is_full, progress=progress)
                 check.run()
                 self._check = check
                 keys = {finding.key for finding in _damage(check) if self._is_document(finding.key)}

@@ -8,7 +8,6 @@ for what it finds. Damage breaks a promise; a stray is something that lies about
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
@@ -61,6 +60,7 @@ from featurestore.parquet import own_digest_holds, read_table, table_file
 from featurestore.parts import ClipIndex
 from featurestore.places.by_url import in_parallel, open_objects
 from featurestore.places.objects import Objects, get_bounded
+from featurestore.progress import SILENT, Progress
 from featurestore.receipts import max_receipt_bytes
 from featurestore.snapshots import Snapshot, load_snapshot
 from featurestore.tombstones import Tombstone, read_tombstone, tombstone_ids
@@ -76,20 +76,18 @@ def verify_store(
     level: Level = "quick",
     *,
     workers: int = WORKERS,
-    on_blocks: Callable[[int], None] = lambda total: None,
-    on_block: Callable[[int], None] = lambda num_bytes: None,
+    progress: Progress = SILENT,
 ) -> list[Finding]:
     """Everything that is damaged, missing or out of place, damage first; an empty list is a sound store.
 
-    `on_blocks` is told how many blocks there are, `on_block` the bytes of each that is done.
+    `progress` counts blocks, and their MB.
     """
     if level not in LEVELS:
         raise UserError(f"level must be one of {', '.join(LEVELS)}, got {level!r}")
     objects = open_objects(path)
     if not objects.exists(ROOT_METADATA) and not objects.list_names(PARTS):  # a root that is lost is a finding
         raise StoreNotFoundError(no_store_at(path))
-    check = Verification(objects, is_full=level == "full", workers=workers)
-    check.on_blocks, check.on_block = on_blocks, on_block
+    check = Verification(objects, is_full=level == "full", workers=workers, progress=progress)
     check.run()
     return check.findings.sorted()
 
@@ -97,12 +95,11 @@ def verify_store(
 class Verification:
     """One pass over a store; collects findings."""
 
-    def __init__(self, objects: Objects, *, is_full: bool, workers: int = 1) -> None:
+    def __init__(self, objects: Objects, *, is_full: bool, workers: int = 1, progress: Progress = SILENT) -> None:
         self.objects = objects
         self.is_full = is_full
         self.workers = workers
-        self.on_blocks: Callable[[int], None] = lambda total: None
-        self.on_block: Callable[[int], None] = lambda num_bytes: None
+        self.progress = progress
         self.findings = Findings()
         self.index: ClipIndex | None = None
         self.block_rows: dict[str, int] = {}
@@ -249,7 +246,7 @@ class Verification:
         return [(kind, record, block) for block in sorted(blocks)]
 
     def _blocks(self, blocks: list[tuple[str, GroupRecord, int]]) -> None:
-        self.on_blocks(len(blocks))
+        self.progress.start(len(blocks))
         width = max(self.workers, self.objects.parallel_reads)
         in_parallel(self._block, blocks, width)
 
@@ -261,7 +258,7 @@ class Verification:
         if receipt and specs and self.is_full:
             removed = self.removed_rows[kind] & set(range(block * size, (block + 1) * size))
             check_shards(self.findings, self.objects, receipt, specs, removed)
-        self.on_block(receipt.stored_bytes if receipt else 0)
+        self.progress.advance(MB=receipt.stored_bytes / 1e6 if receipt else 0)
 
     def _arrays(self, kind: str, record: GroupRecord) -> dict[str, ArraySpec]:
         block_rows, identity = self.block_rows[kind], record.identity

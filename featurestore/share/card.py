@@ -111,7 +111,7 @@ def _distortion(store: FeatureStore) -> list[str]:
         lines += ["Bytes, reading speed and error: not measured; run `merv-pipeline distortion STORE`.", ""]
     if found.loss:
         return [*lines, *_table(*loss_table(found.loss)), "", *map(_line, loss_notes(found.loss)), ""]
-    return [*lines, "Change in loss: not measured; run `merv-eval distortion --checkpoint RUN --from STORE`.", ""]
+    return [*lines, "Change in loss: not measured; run `merv-eval distortion --checkpoint RUN --store STORE`.", ""]
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -9,7 +9,7 @@ along. Killed in the middle and run again, it goes on where it was: rows are giv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ from featurestore.layout import block_of, journal_key, tombstone_key
 from featurestore.lookup import encoder_keys
 from featurestore.places.by_url import in_parallel
 from featurestore.places.objects import put_if_absent
+from featurestore.progress import SILENT, Progress
 from featurestore.samples import Sample
 from featurestore.share.cells import CellGroup, CellSource, LoadedCell
 from featurestore.share.same_cells import CellChooser, Chosen
@@ -70,8 +71,7 @@ def combine(
     out: Place,
     *,
     selection: Selection | None = None,
-    on_start: Callable[[int], None] = lambda cells: None,
-    on_copied: Callable[[int], None] = lambda cells: None,
+    progress: Progress = SILENT,
 ) -> Combined:
     """Lay the selected cells of the sources into `out`, a new store or one that an interrupted run left."""
     asked = selection or Selection()
@@ -82,9 +82,9 @@ def combine(
     done = _summary(sources, out, content)
     writer = StoreWriter.open_or_create(out, block_rows=dict(sources[0].block_rows))
     _give_out_rows(writer, content, out)
-    on_start(done.cells)
+    progress.start(done.cells)
     for name, chosen in content.chosen.items():
-        _fill_group(writer, name, content.groups[name], chosen, done, on_copied)
+        _fill_group(writer, name, content.groups[name], chosen, done, progress)
         _take_canaries(writer, name, sources)
     done.samples = _samples(writer, sources, content.clips, selection)
     _journal(writer, sources, asked)
@@ -172,7 +172,7 @@ def _fill_group(
     group: CellGroup,
     chosen: Chosen,
     done: Combined,
-    on_copied: Callable[[int], None],
+    progress: Progress,
 ) -> None:
     kind = name.split("/")[0]
     rows: dict[int, list[tuple[int, Clip]]] = {}
@@ -186,7 +186,7 @@ def _fill_group(
             _fill_block(target, target.begin(block, [row for row, _ in planned]), name, planned, chosen)
             done.blocks += 1
             done.copied += len(planned)
-        on_copied(len(planned))
+        progress.advance(len(planned))
 
 
 def _take_canaries(writer: StoreWriter, name: str, sources: Sequence[CellSource]) -> None:

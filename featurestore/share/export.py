@@ -35,6 +35,7 @@ from featurestore.metadata import array_specs
 from featurestore.parts import table_bytes
 from featurestore.places.by_url import in_parallel
 from featurestore.places.objects import machine_faults
+from featurestore.progress import SILENT, Progress
 from featurestore.share.cells import CellGroup, CellSource, LoadedCell, decoded_cell
 from featurestore.share.selection import Selection
 
@@ -64,8 +65,7 @@ def export(
     *,
     format: str,
     selection: Selection | None = None,
-    on_start: Callable[[int], None] = lambda cells: None,
-    on_copied: Callable[[int], None] = lambda cells: None,
+    progress: Progress = SILENT,
 ) -> Exported:
     """Write the selected cells into an empty folder."""
     if format not in FORMATS:
@@ -81,10 +81,10 @@ def export(
     _put_head(files, source, selection, format, clips, groups)
     cells = {name: source.cells(name) for name in groups}
     done = Exported(folder=str(folder), clips=len(clips))
-    on_start(sum(sum(clip.clip_id in cells[name] for clip in clips) for name in groups))
+    progress.start(sum(sum(clip.clip_id in cells[name] for clip in clips) for name in groups))
     for name in groups:
         numbered = [(number, clip) for number, clip in enumerate(clips) if clip.clip_id in cells[name]]
-        done.cells += _export_group(source, files, name, numbered, format, on_copied)
+        done.cells += _export_group(source, files, name, numbered, format, progress)
         if canaries := source.canaries(name):
             files.put(canary_key(*name.split("/")), canaries.to_bytes())
     files.close()
@@ -123,7 +123,7 @@ def _export_group(
     name: str,
     numbered: list[tuple[int, Clip]],
     format: str,
-    on_copied: Callable[[int], None],
+    progress: Progress,
 ) -> int:
     kind = name.split("/")[0]
     group, size = source.groups()[name], source.block_rows[kind]
@@ -140,7 +140,7 @@ def _export_group(
         ]
         for path, data in FORMATS[format](f"data/{name}", block // size, rows) if rows else ():
             files.put(path, data)
-        on_copied(len(part))
+        progress.advance(len(part))
     files.put(f"cells/{name}.parquet", table_bytes(pa.Table.from_pylist(lines, schema=CELL_SCHEMA)))
     return len(lines)
 

@@ -12,7 +12,7 @@ says what that costs; `subset` cuts instead, into a new store.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -38,6 +38,7 @@ from featurestore.parity import JOURNAL_PREFIX as PARITY
 from featurestore.parts import ClipIndex
 from featurestore.places.by_url import check_writable, open_objects
 from featurestore.places.objects import Objects, digest_of, put_if_absent
+from featurestore.progress import SILENT, Progress
 from featurestore.publish import publish
 from featurestore.receipts import Receipt
 from featurestore.share.parcels import Parcel, digested, parcels_of
@@ -90,13 +91,12 @@ def transfer(
     workers: int = WORKERS,
     check: bool = False,
     with_journal: bool = True,
-    on_start: Callable[[int], None] = lambda total_bytes: None,
-    on_sent: Callable[[int], None] = lambda sent_bytes: None,
+    progress: Progress = SILENT,
 ) -> Transferred:
     """Bring a destination up to the source's newest snapshot; resumable, and a no-op where nothing is new.
 
     `target` is the destination where the caller has opened it, as `push` does at the Hub: what is put last may then
-    wait for its `flush`. `on_start` is told a second total if all is read back when all is sent.
+    wait for its `flush`. `progress` counts bytes, and starts a second time if all is read back when all is sent.
     """
     selection = selection or Selection()
     if selection.split is not None:
@@ -108,7 +108,7 @@ def transfer(
     _copy_removals(trip)  # first: what was taken back must not be shown for a moment
     _copy_parts(trip)
     _make_groups(trip)
-    _send_all(trip, done, workers=workers, on_start=on_start, on_sent=on_sent)
+    _send_all(trip, done, workers=workers, progress=progress)
     _copy_canaries(trip)
     _copy_journals(trip, with_journal)
     erase_tombstoned(trip.writer)  # what earlier transfers brought of clips that were removed since
@@ -180,11 +180,10 @@ def _send_all(
     done: Transferred,
     *,
     workers: int,
-    on_start: Callable[[int], None],
-    on_sent: Callable[[int], None],
+    progress: Progress,
 ) -> None:
     """Send the parcels; where puts are gathered, what was sent is read back in a pass of its own."""
-    send = partial(_send_parcels, trip, done, workers=workers, on_start=on_start, on_sent=on_sent)
+    send = partial(_send_parcels, trip, done, workers=workers, progress=progress)
     send(check=trip.check and not trip.target.gathers)
     if trip.check and trip.target.gathers:  # what is not committed cannot be read back
         trip.target.flush()
@@ -197,18 +196,17 @@ def _send_parcels(
     *,
     workers: int,
     check: bool,
-    on_start: Callable[[int], None],
-    on_sent: Callable[[int], None],
+    progress: Progress,
 ) -> None:
     """Send the parcels; progress counts bytes sent or, with check, all bytes read back."""
     sizes = trip.target.list_tree()
     moving = [parcel.num_bytes if check else parcel.missing_bytes(sizes) for parcel in trip.parcels]
-    on_start(sum(moving))
+    progress.start(sum(moving))
     send = partial(_send, trip.origin, trip.target, sizes, check)
     with ThreadPoolExecutor(workers, thread_name_prefix="transfer") as pool:
         try:
             for num_bytes, sent in zip(moving, pool.map(send, trip.parcels), strict=True):
-                on_sent(num_bytes)
+                progress.advance(num_bytes)
                 done.sent_bytes += sent
                 done.sent_blocks += sent > 0
         except BaseException:

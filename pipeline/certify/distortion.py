@@ -27,6 +27,7 @@ from featurestore.find import Place
 from featurestore.groups import GroupWriter
 from featurestore.identity import STORAGE_DTYPES
 from featurestore.measurements import now
+from featurestore.progress import SILENT, Progress
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
 
@@ -59,8 +60,7 @@ def measure_distortion(
     seed: int = 0,
     scratch: Path | None = None,
     again: Again | None = None,
-    on_start: Callable[[int], None] = lambda measurements: None,
-    on_done: Callable[[], None] = lambda: None,
+    progress: Progress = SILENT,
 ) -> TokenRecord:
     """Measure every storage dtype on at most `sample` clips of each encoder and kind, chosen by `seed`.
 
@@ -70,7 +70,7 @@ def measure_distortion(
     drawn = list(_drawn_clips(store, StoreWriter.open(place), sample, seed))
     if not drawn:
         raise UserError(f"{place} holds no committed tokens yet: nothing can be measured; run the extraction first")
-    on_start(len(drawn) * len(STORAGE_DTYPES))
+    progress.start(len(drawn) * len(STORAGE_DTYPES))
     rows = []
     temporary = partial(tempfile.TemporaryDirectory, prefix="merv-distortion-", dir=scratch)
     for each in drawn:
@@ -79,7 +79,7 @@ def measure_distortion(
             for dtype in STORAGE_DTYPES:
                 with temporary() as folder:
                     rows.append(_measure(known, dtype, Path(folder)))
-                on_done()
+                progress.advance()
     return TokenRecord(
         time=now(),
         snapshot=store.snapshot,

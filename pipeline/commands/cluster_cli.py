@@ -8,10 +8,11 @@ import click
 
 from jobs.submit import TEMPLATES, submit_script
 from pipeline.commands.options import CLUSTER_OPTION, config_from_options
-from pipeline.commands.show import friendly_errors
+from pipeline.commands.show import says_errors
 
 
 @click.command("submit-script")
+@says_errors
 @click.argument("template", type=click.Choice(list(TEMPLATES)), default=next(iter(TEMPLATES)))
 @click.option(
     "--config",
@@ -30,11 +31,10 @@ def submit(template: str, config_file: str, **options: Any) -> None:
     TEMPLATE one-allocation: scheduler, one worker per GPU and the driver in one job; driver: a small job that submits
     a job per worker itself.
     """
-    with friendly_errors():
-        config = config_from_options(config_file, options)
-        request = config.cluster_request
-        script = submit_script(template, request.settings, config=config_file, num_workers=request.num_workers)
-        click.echo(script, nl=False)
+    config = config_from_options(config_file, options)
+    request = config.cluster_request
+    script = submit_script(template, request.settings, config=config_file, num_workers=request.num_workers)
+    click.echo(script, nl=False)
 
 
 CLUSTER_COMMANDS = (submit,)

@@ -8,14 +8,15 @@ from typing import Any
 
 import click
 
-from featurestore.find import find_store
-from pipeline.commands.options import AS_JSON, STORE_ARGUMENT, STORE_OPTION
-from pipeline.commands.show import friendly_errors, progress, show_result, tell_kept
+from featurestore.command_line import tell_kept
+from featurestore.find import Place
+from pipeline.commands.options import AS_JSON, DEVICE, ROOT, WEIGHTS, takes_store
+from pipeline.commands.show import progress, says_errors, show_result
 
 
 @click.command()
-@STORE_ARGUMENT
-@STORE_OPTION
+@says_errors
+@takes_store
 @click.option("--sample", type=click.IntRange(1), default=64, help="Clips of each encoder and kind, at most.")
 @click.option("--seed", type=int, default=0, help="Chooses the clips.")
 @click.option(
@@ -30,13 +31,12 @@ from pipeline.commands.show import friendly_errors, progress, show_result, tell_
     default="store",
     help="What errors are against: the stored tokens, or the encoders' float32, computed again from the media.",
 )
-@click.option("--root", type=click.Path(file_okay=False), show_default="as at extraction", help="Folder of the media.")
-@click.option("--weights", metavar="SPEC", multiple=True, show_default="as at extraction", help="As for extract.")
-@click.option("--device", show_default="cuda where there is one, else cpu", help="cpu, cuda, cuda:1, ...")
+@ROOT
+@WEIGHTS
+@DEVICE
 @AS_JSON
 def distortion(
-    store: str | None,
-    store_option: str | None,
+    place: Place,
     reference: str,
     root: str | None,
     weights: tuple[str, ...],
@@ -54,17 +54,15 @@ def distortion(
     from pipeline.certify.distortion import measure_distortion
     from pipeline.commands import store_tables
 
-    with friendly_errors():
-        place = find_store(store or store_option)
-        with ExitStack() as stack:
-            if reference == "encoders":
-                from pipeline.certify.distortion_again import encoded_again
-                from pipeline.encoders.weights import weights_by_encoder
+    with ExitStack() as stack:
+        if reference == "encoders":
+            from pipeline.certify.distortion_again import encoded_again
+            from pipeline.encoders.weights import weights_by_encoder
 
-                made_of = {"root": root, "weights": weights_by_encoder(weights), "device": device}
-                options["again"] = stack.enter_context(encoded_again(place, **made_of))
-            total, done = stack.enter_context(progress("distortion", "measurements"))
-            measured = measure_distortion(place, **options, on_start=total, on_done=done)
-        record = to_record(measured)
-        tell_kept(lambda: keep_record(place, record))
-        show_result(record, as_json, lambda: store_tables.distortion(measured))
+            made_of = {"root": root, "weights": weights_by_encoder(weights), "device": device}
+            options["again"] = stack.enter_context(encoded_again(place, **made_of))
+        shown = stack.enter_context(progress("distortion", "measurements"))
+        measured = measure_distortion(place, **options, progress=shown)
+    record = to_record(measured)
+    tell_kept(lambda: keep_record(place, record))
+    show_result(record, as_json, lambda: store_tables.distortion(measured))

@@ -6,12 +6,14 @@ from typing import Any
 
 import click
 
+from featurestore.command_line import say
 from featurestore.find import find_store
 from pipeline.commands.options import AS_JSON, extraction_options, given_options
-from pipeline.commands.show import friendly_errors, progress, show_result
+from pipeline.commands.show import progress, says_errors, show_result
 
 
 @click.command()
+@says_errors
 @click.argument("place", type=click.Path(), required=False, metavar="[STORE]")
 @extraction_options
 @click.option(
@@ -37,21 +39,21 @@ def explain(
     Options are those of `extract`. What is not given is as in the store's newest run, or with --config as there and by
     default. Nothing is written to the store.
     """
-    with friendly_errors():
-        from pipeline.upkeep.explain import explain as run_explain
-        from pipeline.upkeep.explain import explained_config
+    from pipeline.upkeep.explain import explain as run_explain
+    from pipeline.upkeep.explain import explained_config
 
-        store = find_store(place or options.pop("store", None))
-        config, settings = explained_config(store, config_file, given_options(options))
-        if print_config:
-            click.echo(config.to_yaml(), nl=False)
-            return
-        with progress("media", "clips") as (total, done):
-            hooks = {"on_clips": total, "on_clip": done, "say": lambda line: click.echo(line, err=True)}
-            found = run_explain(store, config, settings=settings, full=media == "full", probe=probe, **hooks)
-        from pipeline.commands.explain_tables import explanation
+    store = find_store(place or options.pop("store", None))
+    config, settings = explained_config(store, config_file, given_options(options))
+    if print_config:
+        click.echo(config.to_yaml(), nl=False)
+        return
+    with progress("media", "clips") as shown:
+        found = run_explain(
+            store, config, settings=settings, full=media == "full", probe=probe, progress=shown, say=say
+        )
+    from pipeline.commands.explain_tables import explanation
 
-        show_result(found.to_dict(), as_json, lambda: explanation(found))
+    show_result(found.to_dict(), as_json, lambda: explanation(found))
 
 
 _TAKEN_OVER = "dataset root encoders weights stage kind limit decoder compute_dtype storage_dtype grid".split()

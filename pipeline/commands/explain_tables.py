@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.commands.tables import console, duration, plural, size, strong, table
+from featurestore.plain_tables import console, strong, table
+from pipeline.commands.tables import duration, plural, size
 from pipeline.upkeep.explain import EncoderChange, Explanation
 from pipeline.upkeep.explain_costs import Cost
 
@@ -27,11 +28,7 @@ def explanation(found: Explanation) -> None:
     out.print(f"settings that were not given: those of {found.settings}")
     for change in found.encoders:
         _encoder(change)
-    rows = [_cost_row(change, cost) for change in found.encoders for cost in change.costs]
-    if rows:
-        columns = ("to compute", "kind", "missing", "changed media", "quarantined", "bytes", "time", "from")
-        table("", columns, rows, right=columns[2:7])
-        _total(found.encoders)
+    _costs(found.encoders)
     if found.untouched:
         out.print(f"not asked for, and as they are: {', '.join(found.untouched)}")
     for name, count in found.other_datasets.items():
@@ -53,7 +50,7 @@ def _encoder(change: EncoderChange) -> None:
         rows = [(name, _short(old), _short(new)) for name, (old, new) in change.fields.items()]
         if "weights_sha256" in change.fields:
             rows.append(("weights", *map(str, change.labels)))
-        table("", ("field", "stored", "wanted"), rows)
+        table(("field", "stored", "wanted"), rows)
     for words in change.stays:
         out.print(f"stays: {words}", soft_wrap=True)
     for name, versions in change.versions.items():
@@ -63,11 +60,29 @@ def _encoder(change: EncoderChange) -> None:
         )
 
 
+def _costs(changes: Sequence[EncoderChange]) -> None:
+    """What is to compute, and below it where its bytes and times are from: beside them it would fold every row."""
+    costs = [(change, cost) for change in changes for cost in change.costs]
+    if not costs:
+        return
+    columns = ("to compute", "kind", "missing", "changed media", "quarantined", "bytes", "time")
+    table(columns, [_cost_row(change, cost) for change, cost in costs], right=columns[2:])
+    sources: dict[str, list[str]] = {}
+    for change, cost in costs:
+        if cost.clips:
+            words = f"bytes: {cost.bytes_from}; time: {cost.seconds_from}"
+            sources.setdefault(words, []).append(f"{change.encoder} {cost.kind}")
+    for words, named in sources.items():
+        console().print(f"{', '.join(named)}: {words}", soft_wrap=True)
+    if any(cost.quarantined for _, cost in costs):
+        console().print("quarantined clips are in no other figure: --retry-quarantine tries them")
+    _total(changes)
+
+
 def _cost_row(change: EncoderChange, cost: Cost) -> Sequence[Any]:
     time = "-" if cost.seconds is None else duration(cost.seconds)
-    came = f"time: {cost.seconds_from}; bytes: {cost.bytes_from}" if cost.clips else "--retry-quarantine tries them"
     amounts = (size(cost.bytes), time) if cost.clips else ("-", "-")
-    return (change.encoder, cost.kind, cost.missing, cost.stale, cost.quarantined, *amounts, came)
+    return (change.encoder, cost.kind, cost.missing, cost.stale, cost.quarantined, *amounts)
 
 
 def _total(changes: Sequence[EncoderChange]) -> None:

@@ -6,20 +6,20 @@ config file's value, or the default of `ExtractConfig`, stands.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import click
 
 from featurestore.clips import KINDS
+from featurestore.command_line import Command, stacked
+from featurestore.find import find_store
 from featurestore.identity import STORAGE_DTYPES
 from pipeline.config import COMPUTE_DTYPES, DECODER_NAMES, ExtractConfig, read_config
-from pipeline.encoders.registry import MERV_ENCODERS
 from pipeline.encoders.weights import weights_by_encoder
 
 STAGES = ("align", "finetune")
 
-STORE_ARGUMENT = click.argument("store", type=click.Path(), required=False)
 STORE_OPTION = click.option(
     "--store",
     "store_option",
@@ -27,6 +27,13 @@ STORE_OPTION = click.option(
     show_default="the only one under features/",
     help="The store, as for extract.",
 )
+ROOT = click.option(
+    "--root", type=click.Path(file_okay=False), show_default="as at extraction", help="Folder of the media."
+)
+WEIGHTS = click.option(
+    "--weights", metavar="SPEC", multiple=True, show_default="as at extraction", help="As for extract. Repeatable."
+)
+DEVICE = click.option("--device", show_default="cuda where there is one, else cpu", help="cpu, cuda, cuda:1, ...")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 CLUSTER_OPTION = click.option(
     "--cluster",
@@ -34,7 +41,7 @@ CLUSTER_OPTION = click.option(
     multiple=True,
     help="A setting of cuda or slurm, such as partition=gpu or walltime=8:00:00; see jobs/README.md. Repeatable.",
 )
-_OPTIONS = [
+extraction_options = stacked(  # what would be extracted, from where, with what, and where it runs
     click.option("--dataset", help="Dataset by name; `merv-pipeline datasets` lists them."),
     click.option(
         "--root",
@@ -44,7 +51,9 @@ _OPTIONS = [
     ),
     click.option("--store", type=click.Path(), show_default="features/DATASET.zarr", help="Feature store to write."),
     click.option("--reuse", metavar="STORE", help="Copy what this other store holds of the same media; folder or URL."),
-    click.option("--encoders", metavar="LIST", show_default=",".join(MERV_ENCODERS), help="Encoders, comma separated."),
+    click.option(
+        "--encoders", metavar="LIST", show_default=",".join(ExtractConfig.encoders), help="Encoders, comma separated."
+    ),
     click.option(
         "--weights",
         metavar="SPEC",
@@ -71,20 +80,25 @@ _OPTIONS = [
     click.option(
         "--decoder",
         type=click.Choice(DECODER_NAMES),
-        show_default="frames/1",
+        show_default=ExtractConfig.decoder,
         help="frames/1 is frame-exact; the others are for parity with published work.",
     ),
     click.option(
         "--compute-dtype",
         type=click.Choice(COMPUTE_DTYPES),
-        show_default="bfloat16",
+        show_default=ExtractConfig.compute_dtype,
         help="Arithmetic of the encoders.",
     ),
-    click.option("--storage-dtype", type=click.Choice(STORAGE_DTYPES), show_default="float16", help="Stored numbers."),
+    click.option(
+        "--storage-dtype",
+        type=click.Choice(STORAGE_DTYPES),
+        show_default=ExtractConfig.storage_dtype,
+        help="Stored numbers.",
+    ),
     click.option(
         "--grid",
         metavar="T,H,W",
-        show_default="16,8,8",
+        show_default=",".join(map(str, ExtractConfig.grid)),
         help="Stored tokens per clip, or raw: each encoder's own grid.",
     ),
     click.option(
@@ -96,22 +110,27 @@ _OPTIONS = [
     click.option(
         "--scheduler",
         metavar="NAME|ADDRESS",
-        show_default="local",
+        show_default=ExtractConfig.scheduler,
         help="local, cuda (this machine's GPUs), slurm, tcp://HOST:PORT, or a scheduler file.",
     ),
     click.option(
         "--workers", type=click.IntRange(1), show_default="1, with cuda one per GPU", help="Worker processes."
     ),
     CLUSTER_OPTION,
-    click.option("--device", show_default="cuda where there is one, else cpu", help="cpu, cuda, cuda:1, ..."),
-]
+    DEVICE,
+)
 
 
-def extraction_options(command: Callable) -> Callable:
-    """Decorator: the options that say what would be extracted, from where, with what, and where it runs."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+def takes_store(command: Command) -> Command:
+    """Decorator: the command is given the place of the store named behind it or by --store, else of the only one."""
+
+    @click.argument("store", type=click.Path(), required=False)
+    @STORE_OPTION
+    @functools.wraps(command)
+    def wrapped(store: str | None, store_option: str | None, **options: Any) -> Any:
+        return command(find_store(store or store_option), **options)
+
+    return wrapped
 
 
 def config_from_options(config_file: str | None, options: dict[str, Any]) -> ExtractConfig:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
 from featurestore.clips import KINDS
+from featurestore.command_line import stacked
 from featurestore.find import find_store, names_of
 from pipeline.commands.options import AS_JSON
-from pipeline.commands.show import friendly_errors, show_result
+from pipeline.commands.show import progress, says_errors, show_result
 
 URLS = """URLs: s3://BUCKET/FOLDER, gs://, az:// and file:// to read and write; hf://datasets/USER/REPO[@BRANCH][/FOLDER]
 to read and push to, in commits, the snapshot in the last; https:// to read. Endpoint, region and credentials come from
@@ -31,69 +30,62 @@ KIND = click.option("--kind", type=click.Choice(KINDS), show_default="both", hel
 SPLIT = click.option(
     "--split", metavar="NAME", show_default="all", help="Conversations of this split, and their clips: train, heldout."
 )
-TRANSFER_OPTIONS = (
+transfer_options = stacked(
     ENCODERS,
     DATASETS,
     CLIPS,
     click.option("--workers", type=click.IntRange(1, 64), default=4, help="Blocks in flight, each about 100 MB."),
     click.option("--check", is_flag=True, help="Read everything back at the destination and compare digests."),
-    click.option("--journal/--no-journal", default=True, help="Send the journals too: they name hosts and paths."),
+    click.option(
+        "--journal/--no-journal", "with_journal", default=True, help="Send the journals too: they name hosts and paths."
+    ),
     AS_JSON,
 )
-
-
-def _with(*options: Callable) -> Callable:
-    def decorate(command: Callable) -> Callable:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
+cell_options = stacked(DATASETS, SPLIT, ENCODERS, CLIPS, KIND, AS_JSON)
+MB = 1e6
 
 
 @click.command(epilog=URLS)
+@says_errors
 @click.argument("store")
 @click.argument("url")
-@_with(*TRANSFER_OPTIONS)
+@transfer_options
 @click.option(
     "--license", show_default="as before, else unknown", help="Of the data, for the card: cc-by-4.0, other, ..."
 )
-def push(store: str, url: str, license: str | None, as_json: bool, **options: Any) -> None:
+def push(store: str, url: str, as_json: bool, **options: Any) -> None:
     """Send a store to a bucket, a folder or the Hub, with a card.
 
     Run again to go on, or to send what is new. Clips and datasets are sent as the whole blocks that hold them; the
     answer tells what that costs. To cut instead, make a `subset` first.
     """
-    with friendly_errors():
-        from featurestore.share.push import push as run_push
+    from featurestore.share.push import push as run_push
 
-        with _progress("push") as hooks:
-            done = run_push(find_store(store), url, license=license, **_transfer_options(options), **hooks)
-        _show_transferred(done, as_json)
+    options = _selected(options)
+    with progress("push", "MB", size=MB) as shown:
+        done = run_push(find_store(store), url, **options, progress=shown)
+    _show_transferred(done, as_json)
 
 
 @click.command(epilog=URLS)
+@says_errors
 @click.argument("url")
 @click.argument("store")
-@_with(*TRANSFER_OPTIONS)
+@transfer_options
 def pull(url: str, store: str, as_json: bool, **options: Any) -> None:
     """Fetch a store, or some encoders of it. Run again to go on, or to fetch what is new."""
-    with friendly_errors():
-        from featurestore.share.transfer import transfer
+    from featurestore.share.transfer import transfer
 
-        with _progress("pull") as hooks:
-            done = transfer(url, store, **_transfer_options(options), **hooks)
-        _show_transferred(done, as_json)
+    options = _selected(options)
+    with progress("pull", "MB", size=MB) as shown:
+        done = transfer(url, store, **options, progress=shown)
+    _show_transferred(done, as_json)
 
 
-def _transfer_options(options: dict[str, Any]) -> dict[str, Any]:
-    names = {name: options.pop(name) for name in ("encoders", "datasets", "clips")}
-    return {
-        "selection": selection(**names),
-        "workers": options["workers"],
-        "check": options["check"],
-        "with_journal": options["journal"],
-    }
+def _selected(options: dict[str, Any]) -> dict[str, Any]:
+    """Options with a `Selection` in place of the words that make it."""
+    words = {name: options.pop(name) for name in ("encoders", "datasets", "clips")}
+    return {**options, "selection": selection(**words)}
 
 
 def selection(encoders: str | None, datasets: str | None, clips: str | None, **others: str | None) -> Any:
@@ -101,39 +93,15 @@ def selection(encoders: str | None, datasets: str | None, clips: str | None, **o
     from featurestore.share.selection import Selection, read_clip_list
 
     return Selection(
-        encoders=_names(encoders), datasets=_names(datasets), clips=read_clip_list(clips) if clips else None, **others
+        encoders=_names(encoders),
+        datasets=_names(datasets),
+        clips=read_clip_list(clips) if clips else None,
+        **others,
     )
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:
     return tuple(names_of(text)) if text else None
-
-
-@contextmanager
-def _progress(label: str, unit: str = "MB") -> Iterator[dict[str, Callable[[int], None]]]:
-    """Hooks told a total and then amounts (bytes, shown as MB): done, rate, ETA on stderr; a new total starts anew."""
-    from jobs.progress import RunProgress
-
-    bars: list[RunProgress] = []
-    done, scale = 0, 1e6 if unit == "MB" else 1
-
-    def start(total: int) -> None:
-        nonlocal done
-        done = 0
-        if bars:
-            bars.pop().__exit__(None, None, None)
-        bars.append(RunProgress(label, total=math.ceil(total / scale), unit=unit).__enter__())
-
-    def sent(amount: int) -> None:
-        nonlocal done
-        done += amount
-        bars[0].advance(math.ceil(done / scale) - bars[0].done)
-
-    try:
-        yield {"on_start": start, "on_sent": sent}
-    finally:
-        for bar in bars:
-            bar.__exit__(None, None, None)
 
 
 def _show_transferred(done: Any, as_json: bool) -> None:
@@ -143,17 +111,19 @@ def _show_transferred(done: Any, as_json: bool) -> None:
 
 
 @click.command()
+@says_errors
 @click.argument("store")
 @click.argument("out")
-@_with(DATASETS, SPLIT, ENCODERS, CLIPS, KIND, AS_JSON)
+@cell_options
 def subset(store: str, out: str, as_json: bool, **names: Any) -> None:
     """Make a new store of a part of one. Nothing is computed, every row is checked."""
     _combine([store], out, as_json, names)
 
 
 @click.command()
+@says_errors
 @click.argument("stores", nargs=-1, required=True, metavar="STORE... OUT")
-@_with(DATASETS, SPLIT, ENCODERS, CLIPS, KIND, AS_JSON)
+@cell_options
 def union(stores: tuple[str, ...], as_json: bool, **names: Any) -> None:
     """Make a new store OUT of several. Where two hold a clip of one encoder, the first one's tokens are taken."""
     if len(stores) < 3:
@@ -162,53 +132,48 @@ def union(stores: tuple[str, ...], as_json: bool, **names: Any) -> None:
 
 
 @click.command("export")
+@says_errors
 @click.argument("store")
 @click.argument("out", type=click.Path(file_okay=False))
 @click.option("--format", type=click.Choice(("webdataset", "safetensors")), default="webdataset", help="Kind of files.")
-@_with(DATASETS, SPLIT, ENCODERS, CLIPS, KIND, AS_JSON)
+@cell_options
 def export_store(store: str, out: str, format: str, as_json: bool, **names: Any) -> None:
     """Write a store as plain files. Tars of .npy, one per block, or safetensors, one per clip; with SHA256SUMS."""
-    with friendly_errors():
-        from featurestore.share.cells import StoreCells
-        from featurestore.share.export import export
-        from pipeline.commands import tables
+    from featurestore.share.cells import StoreCells
+    from featurestore.share.export import export
+    from pipeline.commands import tables
 
-        with _progress("export", "clips") as hooks:
-            source = StoreCells(find_store(store))
-            done = export(source, out, format=format, selection=selection(**names), **_cell_hooks(hooks))
-        show_result(vars(done), as_json, lambda: tables.details(vars(done)))
+    with progress("export", "cells") as shown:
+        source = StoreCells(find_store(store))
+        done = export(source, out, format=format, selection=selection(**names), progress=shown)
+    show_result(vars(done), as_json, lambda: tables.details(vars(done)))
 
 
 @click.command("import")
+@says_errors
 @click.argument("folder", type=click.Path(exists=True, file_okay=False))
 @click.argument("out")
 @AS_JSON
 def import_store(folder: str, out: str, as_json: bool) -> None:
     """Make a store of an exported folder. Checked as a stranger's: paths, sizes, digests."""
-    with friendly_errors():
-        from featurestore.share.exported import ExportCells
+    from featurestore.share.exported import ExportCells
 
-        _lay(lambda: [ExportCells(folder)], out, as_json, None)
+    _lay([ExportCells(folder)], out, as_json, None)
 
 
 def _combine(stores: Sequence[str], out: str, as_json: bool, names: dict[str, Any]) -> None:
-    with friendly_errors():
-        from featurestore.share.cells import StoreCells
+    from featurestore.share.cells import StoreCells
 
-        _lay(lambda: [StoreCells(find_store(store)) for store in stores], out, as_json, selection(**names))
+    _lay([StoreCells(find_store(store)) for store in stores], out, as_json, selection(**names))
 
 
-def _lay(sources: Callable[[], list], out: str, as_json: bool, chosen: Any) -> None:
+def _lay(sources: Sequence[Any], out: str, as_json: bool, chosen: Any) -> None:
     from featurestore.share.combine import combine
     from pipeline.commands.share_tables import combined
 
-    with _progress("copy", "cells") as hooks:
-        done = combine(sources(), find_store(out), selection=chosen, **_cell_hooks(hooks))
+    with progress("copy", "cells") as shown:
+        done = combine(sources, find_store(out), selection=chosen, progress=shown)
     show_result(vars(done), as_json, lambda: combined(done))
-
-
-def _cell_hooks(hooks: dict[str, Callable[[int], None]]) -> dict[str, Callable[[int], None]]:
-    return {"on_start": hooks["on_start"], "on_copied": hooks["on_sent"]}
 
 
 SHARE_COMMANDS = (push, pull, subset, union, export_store, import_store)

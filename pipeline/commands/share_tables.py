@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from featurestore.plain_tables import console, strong
 from featurestore.share.combine import Combined
 from featurestore.share.transfer import Transferred
-from pipeline.commands.tables import console, counted, plural, size, strong
+from pipeline.commands.tables import counted, plural, size
 
 
 def transferred(done: Transferred) -> None:

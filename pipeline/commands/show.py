@@ -1,30 +1,27 @@
-"""What every command does around its one library call: friendly errors, progress, results as a table or as JSON."""
+"""What commands do around their one library call: friendly errors, interrupts, progress, results."""
 
 from __future__ import annotations
 
-import json
+import math
 import signal
-import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-import click
-
+from featurestore import command_line
+from featurestore.command_line import say, says
 from featurestore.errors import MervCacheError
+from featurestore.progress import Progress
 from jobs.clusters import ClusterError
 
-
-@contextmanager
-def friendly_errors() -> Iterator[None]:
-    """Errors that carry a message for a person are printed without a traceback; exit code 1."""
-    try:
-        yield
-    except (MervCacheError, ClusterError) as error:
-        raise click.ClickException(str(error)) from error
-    except KeyboardInterrupt:
-        click.echo("\nInterrupted. What was committed is kept; run the same command again to go on.", err=True)
-        sys.exit(130)
+says_errors = says(
+    MervCacheError,
+    ClusterError,
+    interrupted="Interrupted. What was committed is kept; run the same command again to go on.",
+)
+show_result = partial(command_line.show_result, indent=2)
 
 
 @contextmanager
@@ -33,7 +30,7 @@ def told_interrupts() -> Iterator[None]:
 
     def answer(number: int, frame: Any) -> None:
         signal.signal(number, signal.default_int_handler)
-        click.echo("\nstopping: what is committed is kept (once more to stop without waiting)", err=True)
+        say("\nstopping: what is committed is kept (once more to stop without waiting)")
         raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -45,37 +42,38 @@ def told_interrupts() -> Iterator[None]:
             signal.signal(number, signal.default_int_handler)
 
 
-def show_result(result: Any, as_json: bool, show: Callable[[], None]) -> None:
-    """JSON on stdout for a program, else what `show` prints for a person."""
-    if as_json:
-        click.echo(json.dumps(result, indent=2, default=str))
-    else:
-        show()
-
-
 @contextmanager
-def progress(label: str, unit: str) -> Iterator[tuple[Callable[[int], None], Callable[..., None]]]:
-    """Two functions for a library call: one is told the total, the other is called for each item done."""
-    from jobs.progress import RunProgress  # rich
-
-    bars: list[RunProgress] = []
-
-    def total(count: int) -> None:
-        bars.append(RunProgress(label, total=count, unit=unit).__enter__())
-
-    def done(num_bytes: int | None = None) -> None:
-        bars[0].advance(1, **({} if num_bytes is None else {"MB": num_bytes / 1e6}))
-
+def progress(label: str, unit: str, *, size: float = 1) -> Iterator[Progress]:
+    """Shows on stderr what a library call tells: done, rates, ETA; `size` is how many of its items make a unit."""
+    shown = _Shown(label, unit, size)
     try:
-        yield total, done
+        yield shown
     finally:
-        for bar in bars:
-            bar.__exit__(None, None, None)
+        shown.close()
 
 
-def tell_kept(keep: Callable[[], str]) -> None:
-    """Keep a measurement in the journal where the store can be written; it is worth printing all the same."""
-    try:
-        click.echo(f"kept as {keep()}", err=True)
-    except MervCacheError as error:
-        click.echo(f"not kept in the store: {error}", err=True)
+class _Shown:
+    """A line of progress for every start."""
+
+    def __init__(self, label: str, unit: str, size: float) -> None:
+        self._label, self._unit, self._size = label, unit, size
+        self._lock = threading.Lock()
+        self._line = None
+        self._items = 0
+
+    def start(self, total: int) -> None:
+        from jobs.progress import RunProgress  # rich, on a terminal
+
+        self.close()
+        self._items = 0
+        self._line = RunProgress(self._label, total=math.ceil(total / self._size), unit=self._unit).__enter__()
+
+    def advance(self, items: int = 1, **amounts: float) -> None:
+        with self._lock:
+            self._items += items
+            self._line.advance(math.ceil(self._items / self._size) - self._line.done, **amounts)
+
+    def close(self) -> None:
+        line, self._line = self._line, None
+        if line is not None:
+            line.__exit__(None, None, None)

@@ -7,17 +7,16 @@ from typing import Any
 
 import click
 
-from featurestore.find import find_store, names_of, store_first
-from pipeline.commands.options import AS_JSON, STORE_ARGUMENT, STORE_OPTION
-from pipeline.commands.show import friendly_errors, progress, show_result, tell_kept
-
-_ROOT_HELP = "Folder of the media."
-_ROOT = click.option("--root", type=click.Path(file_okay=False), show_default="as at extraction", help=_ROOT_HELP)
+from featurestore.command_line import say, tell_kept
+from featurestore.find import Place, find_store, names_of, store_first
+from pipeline.commands.options import AS_JSON, ROOT, STORE_OPTION, WEIGHTS, takes_store
+from pipeline.commands.show import progress, says_errors, show_result
+from pipeline.config import ExtractConfig
 
 
 @click.command()
-@STORE_ARGUMENT
-@STORE_OPTION
+@says_errors
+@takes_store
 @click.option("--full", is_flag=True, help="Read every byte; quick checks names, sizes and digests of metadata.")
 @click.option(
     "--media",
@@ -35,20 +34,22 @@ _ROOT = click.option("--root", type=click.Path(file_okay=False), show_default="a
     help="With --parity: file of clip ids, one a line, whose media are encoded again instead.",
 )
 @click.option("--encoders", metavar="LIST", show_default="all", help="With --parity: only these, comma separated.")
-@click.option("--weights", metavar="SPEC", multiple=True, show_default="as at extraction", help="With --parity.")
+@click.option(
+    "--weights", metavar="SPEC", multiple=True, show_default="as at extraction", help="With --parity. Repeatable."
+)
 @click.option("--device", show_default="cuda where there is one, else cpu", help="With --parity: cpu, cuda, ...")
-@_ROOT
+@ROOT
 @click.option("--workers", type=click.IntRange(1), default=2, help="Blocks, or media, checked at once.")
 @AS_JSON
 def verify(
-    store: str | None,
-    store_option: str | None,
+    place: Place,
     full: bool,
     media: str | None,
     root: str | None,
     workers: int,
+    parity: bool,
     as_json: bool,
-    **parity: Any,
+    **again: Any,
 ) -> None:
     """Check that a store is sound. Exit code 1 where anything is damaged, 0 where only strays lie about.
 
@@ -58,23 +59,23 @@ def verify(
     from featurestore.keep.findings import is_damaged
     from featurestore.keep.verify import verify_store
 
-    with friendly_errors():
-        place = find_store(store or store_option)
-        with progress("verify", "blocks") as (total, done):
-            findings = verify_store(place, "full" if full else "quick", workers=workers, on_blocks=total, on_block=done)
-        if media:
-            from pipeline.upkeep.verify_media import verify_media
+    if not parity and any(again.values()):
+        raise click.UsageError("--clips, --encoders, --weights and --device say what --parity does: add --parity")
+    with progress("verify", "blocks") as shown:
+        findings = verify_store(place, "full" if full else "quick", workers=workers, progress=shown)
+    if media:
+        from pipeline.upkeep.verify_media import verify_media
 
-            with progress("media", "clips") as (total, done):
-                findings += verify_media(place, media, root=root, workers=workers, on_clips=total, on_clip=done)
-        told = {"store": str(place), "mode": "full" if full else "quick", "media": media}
-        told["findings"] = [vars(finding) for finding in findings]
-        checked = _parity(place, root, parity)
-        told |= {"parity": checked and asdict(checked)}
-        show_result(told, as_json, lambda: _show_verified(findings, full, media, checked))
-        is_outside = checked is not None and any(row.verdict == "outside" for row in checked.rows)
-        if is_damaged(findings) or is_outside:
-            click.get_current_context().exit(1)
+        with progress("media", "clips") as shown:
+            findings += verify_media(place, media, root=root, workers=workers, progress=shown)
+    told = {"store": str(place), "mode": "full" if full else "quick", "media": media}
+    told["findings"] = [vars(finding) for finding in findings]
+    checked = _parity(place, root=root, **again) if parity else None
+    told |= {"parity": checked and asdict(checked)}
+    show_result(told, as_json, lambda: _show_verified(findings, full, media, checked))
+    is_outside = checked is not None and any(row.verdict == "outside" for row in checked.rows)
+    if is_damaged(findings) or is_outside:
+        click.get_current_context().exit(1)
 
 
 def _show_verified(findings: list, full: bool, media: str | None, checked: Any) -> None:
@@ -85,46 +86,32 @@ def _show_verified(findings: list, full: bool, media: str | None, checked: Any) 
         store_tables.parity(checked)
 
 
-def _parity(place: Any, root: str | None, options: dict[str, Any]) -> Any:
-    """The parity check that was asked for, kept in the journal where the store can be written; None if none was."""
+def _parity(place: Place, *, encoders: str | None, weights: tuple[str, ...], **options: Any) -> Any:
+    """The parity check that was asked for, kept in the journal where the store can be written."""
     from featurestore.parity import keep_parity
+    from pipeline.certify.parity import check_parity
     from pipeline.encoders.weights import weights_by_encoder
 
-    clips, encoders, weights = options["clips"], options["encoders"], options["weights"]
-    if not options["parity"]:
-        if clips or encoders or weights or options["device"]:
-            raise click.UsageError("--clips, --encoders, --weights and --device say what --parity does: add --parity")
-        return None
-    from pipeline.certify.parity import check_parity
-
-    record = check_parity(
-        place,
-        encoders=names_of(encoders) if encoders else None,
-        weights=weights_by_encoder(weights),
-        device=options["device"],
-        clips=clips,
-        root=root,
-        say=lambda line: click.echo(line, err=True),
-    )
+    chosen = names_of(encoders) if encoders else None
+    record = check_parity(place, encoders=chosen, weights=weights_by_encoder(weights), say=say, **options)
     tell_kept(lambda: keep_parity(place, record))
     return record
 
 
 @click.command()
-@STORE_ARGUMENT
-@STORE_OPTION
+@says_errors
+@takes_store
 @click.option("--from", "other", type=click.Path(), help="Another copy of the store: a folder or URL.")
 @click.option("--recompute", is_flag=True, help="Compute what no copy has from the media.")
-@_ROOT
-@click.option("--weights", metavar="SPEC", multiple=True, show_default="as at extraction", help="As for extract.")
+@ROOT
+@WEIGHTS
 @click.option("--device", show_default="as at extraction", help="cpu, cuda, cuda:1, ...")
 @click.option(
     "--new-bytes", is_flag=True, help="Take what this machine computes though its bytes differ: a numbered receipt."
 )
 @AS_JSON
 def repair(
-    store: str | None,
-    store_option: str | None,
+    place: Place,
     other: str | None,
     recompute: bool,
     root: str | None,
@@ -138,26 +125,26 @@ def repair(
     from pipeline.commands import store_tables
     from pipeline.encoders.weights import weights_by_encoder
 
-    with friendly_errors():
-        place = find_store(store or store_option)
-        again = None
-        if recompute or root or new_bytes:
-            from pipeline.upkeep.recompute import Recompute
+    again = None
+    if recompute or root or new_bytes:
+        from pipeline.upkeep.recompute import Recompute
 
-            again = Recompute(place, root=root, weights=weights_by_encoder(weights), device=device)
+        again = Recompute(place, root=root, weights=weights_by_encoder(weights), device=device)
+    with progress("verify", "blocks") as shown:
         done = repair_store(
             place,
             other=find_store(other) if other else None,
             recompute=again,
             canaries=again.canaries if again else None,
             new_bytes=new_bytes,
-            say=lambda each: click.echo(f"{each.key}: {each.done}", err=True),
+            say=lambda each: say(f"{each.key}: {each.done}"),
+            progress=shown,
         )
-        told = {"store": str(place), "from": other, "recompute": again is not None, "new_bytes": new_bytes}
-        told["repaired"] = [vars(each) for each in done]
-        show_result(told, as_json, lambda: store_tables.repaired(done))
-        if not all(each.is_mended for each in done):
-            click.get_current_context().exit(1)
+    told = {"store": str(place), "from": other, "recompute": again is not None, "new_bytes": new_bytes}
+    told["repaired"] = [vars(each) for each in done]
+    show_result(told, as_json, lambda: store_tables.repaired(done))
+    if not all(each.is_mended for each in done):
+        click.get_current_context().exit(1)
 
 
 @click.group()
@@ -170,61 +157,45 @@ _REASON = click.option("--reason", metavar="TEXT", show_default="any", help="Fai
 
 
 @quarantine.command("list")
-@STORE_ARGUMENT
-@STORE_OPTION
+@says_errors
+@takes_store
 @_ENCODER
 @_REASON
 @AS_JSON
-def list_quarantine(
-    store: str | None, store_option: str | None, encoder: str | None, reason: str | None, as_json: bool
-) -> None:
+def list_quarantine(place: Place, encoder: str | None, reason: str | None, as_json: bool) -> None:
     """List what failed: clip, encoder and reason."""
     from pipeline.commands import store_tables
     from pipeline.upkeep.quarantine import quarantined
 
-    with friendly_errors():
-        rows = quarantined(find_store(store or store_option), encoder=encoder, reason=reason)
-        show_result(rows, as_json, lambda: store_tables.quarantined(rows))
+    rows = quarantined(place, encoder=encoder, reason=reason)
+    show_result(rows, as_json, lambda: store_tables.quarantined(rows))
 
 
 @quarantine.command()
-@STORE_ARGUMENT
-@STORE_OPTION
+@says_errors
+@takes_store
 @_ENCODER
 @_REASON
 @click.option("--decoder", show_default="as at extraction", help="Another decoder: another identity of the features.")
 @click.option("--accept-damaged", is_flag=True, default=None, help="Take what can be decoded of damaged files.")
 @click.option("--new-identity", is_flag=True, default=None, help="Keep changed features beside the stored ones.")
-@_ROOT
+@ROOT
 @click.option("--device", show_default="as at extraction", help="cpu, cuda, cuda:1, ...")
-@click.option("--scheduler", show_default="local", help="As for extract.")
+@click.option("--scheduler", show_default=ExtractConfig.scheduler, help="As for extract.")
 @AS_JSON
-def retry(
-    store: str | None,
-    store_option: str | None,
-    encoder: str | None,
-    reason: str | None,
-    as_json: bool,
-    **overrides: Any,
-) -> None:
+def retry(place: Place, encoder: str | None, reason: str | None, as_json: bool, **overrides: Any) -> None:
     """Extract quarantined clips again, with the settings that the store's journal tells."""
     from pipeline.commands import tables
     from pipeline.upkeep.quarantine import retry as retry_quarantine
 
-    with friendly_errors():
-        summaries = retry_quarantine(
-            find_store(store or store_option),
-            encoder=encoder,
-            reason=reason,
-            overrides=overrides,
-            say=lambda line: click.echo(line, err=True),
-        )
-        show_result(
-            [summary.to_dict() for summary in summaries], as_json, lambda: [tables.summary(each) for each in summaries]
-        )
+    summaries = retry_quarantine(place, encoder=encoder, reason=reason, overrides=overrides, say=say)
+    show_result(
+        [summary.to_dict() for summary in summaries], as_json, lambda: [tables.summary(each) for each in summaries]
+    )
 
 
 @click.command()
+@says_errors
 @click.argument("clips", nargs=-1, required=True, metavar="[STORE] CLIP...")
 @click.option("--reason", required=True, help="Why, for whoever reads the store later: a licence, a consent withdrawn.")
 @click.option(
@@ -248,10 +219,10 @@ def tombstone(
     from featurestore.keep.erase import tombstone as remove
     from pipeline.commands import tables
 
-    with friendly_errors():
-        place, names = store_first(clips, store_option)
-        result = remove(place, names, reason=reason, everywhere=everywhere)
-        show_result(result, as_json, lambda: tables.details(result))
+    place, names = store_first(clips, store_option)
+    with progress("erase", "blocks") as shown:
+        result = remove(place, names, reason=reason, everywhere=everywhere, progress=shown)
+    show_result(result, as_json, lambda: tables.details(result))
 
 
 STORE_COMMANDS: tuple[click.Command, ...] = (verify, repair, quarantine, tombstone)

@@ -9,7 +9,8 @@ from typing import Any
 from featurestore.distortion import TokenRecord
 from featurestore.distortion_table import token_notes, token_table
 from featurestore.parity import VERDICTS, ParityRecord
-from pipeline.commands.tables import console, counted, plural, strong, table
+from featurestore.plain_tables import console, strong, table
+from pipeline.commands.tables import counted, failures, plural
 
 _MEDIA = {
     "quick": "media that were touched since the first run are compared, --media full compares all",
@@ -26,7 +27,7 @@ def findings(found: Sequence, full: bool, media: str | None = None) -> None:
     damage = sum(finding.severity == "damage" for finding in found)
     if found:
         rows = [(finding.severity, finding.key, finding.problem, finding.advice) for finding in found]
-        table("", ("severity", "object", "problem", "what to do"), rows)
+        table(("severity", "object", "problem", "what to do"), rows)
     if damage:
         out.print(strong(f"damage: {plural(damage, 'finding')}"), f", {len(found) - damage} strays ({level})", sep="")
     else:
@@ -46,7 +47,7 @@ def parity(checked: ParityRecord) -> None:
             figures = (f"{row.max_abs:.1e}", f"{row.relative:.1e}", f"{row.cosine_min:.6f}")
         limits = f"{row.tolerance:.1e}, {row.cosine_tolerance:.6f}"
         rows.append((row.encoder, row.kind, row.clips, row.frames, *figures, limits, VERDICTS[row.verdict]))
-    table("", columns, rows, right=("clips", "max abs", "relative", "cosine"))
+    table(columns, rows, right=("clips", "max abs", "relative", "cosine"))
     out.print(f"on {checked.device}, {checked.machine}, with torch {checked.versions.get('torch', 'unknown')}")
     if any(row.frames == "differ" for row in checked.rows):
         out.print("frames differ: decoding or resizing drifted (PyAV, Pillow), before any encoder saw them")
@@ -59,7 +60,7 @@ def repaired(done: Sequence) -> None:
         out.print("no damage found: nothing was touched")
         return
     rows = [("mended" if each.is_mended else "NOT MENDED", each.key, each.done) for each in done]
-    table("", ("", "object", "what was done"), rows)
+    table(("", "object", "what was done"), rows)
     left = sum(not each.is_mended for each in done)
     out.print(
         strong(f"{len(done) - left} mended, {left} not"), "; `merv-pipeline verify --full` reads every byte", sep=""
@@ -67,19 +68,18 @@ def repaired(done: Sequence) -> None:
 
 
 def quarantined(rows: Sequence[Mapping[str, Any]]) -> None:
-    """One line per clip and encoder, and the clips of each reason counted, whatever the number of their encoders."""
+    """One line per clip and reason, whatever the number of encoders, and how many clips each reason has."""
     if not rows:
         console().print("no clip is quarantined (of those asked for)")
         return
-    columns = ("clip_id", "encoder", "scope", "reason")
-    table("", columns, [[row[name] for name in columns] for row in rows])
-    failed = {(row["clip_id"], row["reason"]) for row in rows}
-    counted("reason", "clips", Counter(reason for _, reason in failed))
+    found = failures(rows)
+    table(("clip", "encoders", "reason"), [(clip, encoders, reason) for (clip, reason), encoders in found.items()])
+    counted("reason", "clips", Counter(reason for _, reason in found))
 
 
 def distortion(record: TokenRecord) -> None:
     """One line per encoder, kind and dtype, then what it was measured on."""
     columns, rows = token_table(record)
-    table("", columns, rows, right=columns[3:])
+    table(columns, rows, right=columns[3:])
     for note in token_notes(record):
         console().print(note)

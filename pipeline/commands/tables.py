@@ -2,41 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
-from rich.text import Text
-
+from featurestore.plain_tables import console, strong, table
 from pipeline.summary import DECODING
-
-PIPED_WIDTH = 160  # characters: rich would fold tables at 80 where stdout is not a terminal
-
-
-def console() -> Console:
-    """Words as they are: paths and reasons are strangers', so that nothing in brackets is markup."""
-    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
-
-
-def strong(words: str) -> Text:
-    return Text(words, style="bold")
-
-
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Sequence[str] = ()) -> None:
-    """Print a plain table; columns named in `right` hold numbers. Cells are a stranger's words: no markup in them."""
-    drawn = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        drawn.add_column(column, justify="right" if column in right else "left", overflow="fold")
-    for row in rows:
-        drawn.add_row(*[Text(str(cell)) for cell in row])
-    out = console()
-    # One space between columns where two would fold cells: `status` then fits a terminal of 80 characters.
-    unfolded = Measurement.get(out, out.options.update(max_width=10_000), drawn).maximum
-    drawn.collapse_padding = unfolded > out.width
-    out.print(drawn)
 
 
 def size(num_bytes: float) -> str:
@@ -104,7 +75,7 @@ def _stages(stage_s: Mapping[str, float]) -> None:
     total = stage_s["total"]
     stages["rest"] = max(0.0, total - sum(stages.values()))
     rows = [(name, f"{s:.1f}", f"{s / total:.0%}") for name, s in sorted(stages.items(), key=lambda item: -item[1])]
-    table("", ("stage", "seconds", "share"), rows, right=("seconds", "share"))
+    table(("stage", "seconds", "share"), rows, right=("seconds", "share"))
     console().print(f"decoding took {beside:.1f} s in processes of its own, beside these stages")
 
 
@@ -116,17 +87,18 @@ def counted(title: str, unit: str, counts: Mapping[str, int]) -> None:
     """A table of counts, largest first; nothing where there are none."""
     if counts:
         rows = sorted(counts.items(), key=lambda item: -item[1])
-        table("", (title, unit), rows, right=(unit,))
+        table((title, unit), rows, right=(unit,))
 
 
-def status(result: Mapping[str, Any]) -> None:
+def status(result: Mapping[str, Any], quarantine: Sequence[Mapping[str, Any]]) -> None:
+    """What a store holds; failures by reason, a clip's own once and not per encoder."""
     out = console()
     out.print(strong(result["store"]), f"  snapshot {result['snapshot']}, {size(result['bytes'])}", sep="")
     out.print(", ".join(plural(n, f"{kind} clip") for kind, n in result["clips"].items()) or "no clips")
     columns = ("encoder", "identity", "weights", "grid", "width", "storage", "committed", "failed", "to_do")
     rows = [[_cell(entry[name]) for name in columns] for entry in result["encoders"]]
     shown = tuple(column.replace("_", " ") for column in columns)
-    table("", shown, rows, right=("width", "committed", "failed", "to do"))
+    table(shown, rows, right=("width", "committed", "failed", "to do"))
     if run := result["last run"]:
         out.print(f"last run: {duration(run['seconds'])}, {size(run['bytes'])} for {plural(run['clips'], 'clip')}")
         if run["predicted"]:
@@ -137,18 +109,25 @@ def status(result: Mapping[str, Any]) -> None:
             "was interrupted: the next snapshot shows them"
         )
     counted("samples", "count", result["samples"])
-    counted("quarantined", "clips", result["quarantine"])
+    failed = Counter((reason, encoders) for (_, reason), encoders in failures(quarantine).items())
+    if failed:
+        rows = [(*names, clips) for names, clips in failed.most_common()]
+        table(("quarantined", "encoders", "clips"), rows, right=("clips",))
     for stone in result["tombstones"]:
         out.print(f"{plural(stone['clips'], 'clip')} removed on {stone['date']}: {stone['reason']}")
 
 
+def failures(quarantine: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], str]:
+    """(clip, reason) -> the encoders that it failed at; a clip's own fault is that of all of them."""
+    found: dict[tuple[str, str], dict[str, None]] = {}
+    for row in quarantine:
+        encoder = "all encoders" if row["scope"] == "clip" else row["encoder"]
+        found.setdefault((row["clip_id"], row["reason"]), {})[encoder] = None
+    return {failure: ", ".join(encoders) for failure, encoders in found.items()}
+
+
 def details(result: Mapping[str, Any]) -> None:
-    drawn = Table(box=None, pad_edge=False, show_header=False)
-    drawn.add_column(style="bold")
-    drawn.add_column(overflow="fold")
-    for name, value in result.items():
-        drawn.add_row(Text(name), Text(_cell(value)))
-    console().print(drawn)
+    table(("", ""), [(name, _cell(value)) for name, value in result.items()])
 
 
 def _cell(value: Any) -> str:
@@ -180,7 +159,7 @@ def forecast(result) -> None:
         )
         for r in result.rows
     ]
-    table("", columns, rows, right=columns[3:])
+    table(columns, rows, right=columns[3:])
     if reusable := sum(r.reusable for r in result.rows):
         to_do = sum(r.to_do for r in result.rows)
         out.print(
@@ -213,10 +192,10 @@ def encoder_row(spec) -> dict[str, Any]:
     }
 
 
-def encoders(found: Mapping[str, Any]) -> None:
-    rows = [encoder_row(spec) for spec in found.values()]
-    columns = tuple(rows[0])
-    table("", columns, [[_cell(row[name]) for name in columns] for row in rows], right=("frames", "width"))
+def encoders(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Two tables: names of weights and of layers are too long to stand beside the sizes."""
+    for columns in (("encoder", "frames", "grid", "width", "summary"), ("encoder", "weights", "layer")):
+        rows_of([{name: row[name] for name in columns} for row in rows], right=("frames", "width"))
 
 
 def dataset_row(spec) -> dict[str, Any]:
@@ -229,6 +208,6 @@ def dataset_details(spec) -> dict[str, Any]:
     return {**dataset_row(spec), "stages": stages, "what to get": spec.download, **options}
 
 
-def datasets(found: Mapping[str, Any]) -> None:
-    rows = [dataset_row(spec) for spec in found.values()]
-    table("", tuple(rows[0]), [[_cell(value) for value in row.values()] for row in rows])
+def rows_of(rows: Sequence[Mapping[str, Any]], *, right: Sequence[str] = ()) -> None:
+    """A table whose headings are the rows' keys."""
+    table(tuple(rows[0]), [[_cell(value) for value in row.values()] for row in rows], right=right)

@@ -33,10 +33,11 @@ def line(progress: Progress) -> str:
 
 
 def _table(progress: Progress) -> None:
-    columns = ("encoder", "clips", "of", "blocks", "of blocks", "rate of the last 5 min", "left")
+    columns = ("encoder", "clips", "of", "blocks", "of", "rate", "left")
     rows = [(e.encoder, e.clips, e.all_clips, e.blocks, e.all_blocks, _rate(e), _left(e)) for e in progress.encoders]
     left = progress.seconds_left
-    tables.table(time.strftime("%H:%M:%S  (Ctrl-C leaves; the run goes on)"), columns, rows, right=columns[1:])
+    tables.console().print(time.strftime("%H:%M:%S  rates are of the last 5 min (Ctrl-C leaves; the run goes on)"))
+    tables.table(columns, rows, right=columns[1:])
     if progress.is_done:
         tables.console().print("every block given out is committed")
     elif left is not None:

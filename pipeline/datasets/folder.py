@@ -19,7 +19,13 @@ def collect(builder: ListingBuilder, options: Mapping[str, Any]) -> None:
     """Add every media file; a name that cannot be a clip's path is refused and counted."""
     del options
     real_root = os.path.realpath(builder.root)
-    for path in sorted(_media_paths(builder)):
+    paths = sorted(_media_paths(builder))
+    if not paths:
+        raise UserError(
+            f"no video or image under {builder.root} (links to folders are not followed): give --root the folder that "
+            "holds them"
+        )
+    for path in paths:
         if _leads_out(real_root, path):
             builder.reject("a linked file whose target is outside the root", path)
             continue

@@ -26,6 +26,7 @@ from featurestore.errors import MediaError, MervCacheError
 from featurestore.identity import FeatureIdentity
 from featurestore.journal import driver_runs
 from featurestore.layout import JOURNAL, block_of, journal_names
+from featurestore.progress import SILENT, Progress
 from featurestore.receipts import RowOutcome
 from featurestore.snapshot_table import column
 from featurestore.snapshots import load_snapshot, newest_snapshot_id, read_snapshot_table
@@ -88,8 +89,7 @@ def stale_media(
     *,
     full: bool = False,
     budget_bytes: int | None = None,  # read at most so much; None: whatever it takes
-    on_clips: Callable[[int], None] = lambda total: None,
-    on_clip: Callable[[], None] = lambda: None,
+    progress: Progress = SILENT,
     on_compare: Callable[[int, int], None] = lambda clips, num_bytes: None,
 ) -> StaleMedia:
     """Which listed clips' tokens, at the newest snapshot, were made from other bytes than their media hold now.
@@ -97,9 +97,9 @@ def stale_media(
     `on_compare` is told how many clips' media, and how many bytes of them, are read for that.
     """
     stored = _stored(store, listing.clips, identities)
-    on_clips(len(stored))
+    progress.start(len(stored))
     with media_memory() as memory, ThreadPoolExecutor(4) as pool:
-        media = _Media(root=listing.root, memory=memory, runs=_Runs(store), full=full, on_clip=on_clip)
+        media = _Media(root=listing.root, memory=memory, runs=_Runs(store), full=full, progress=progress)
         looks = [look for portion in pool.map(media.look_at_all, _portions(stored)) for look in portion]
         to_read, left = _within([look for look in looks if look.state == "touched"], budget_bytes)
         on_compare(len(to_read), sum(look.num_bytes for look in to_read))
@@ -132,14 +132,14 @@ class _Media:
     memory: MediaMemory
     runs: _Runs
     full: bool  # take no date and no remembered digest for an answer
-    on_clip: Callable[[], None]  # called once for each clip that is done with
+    progress: Progress  # advanced once for each clip that is done with
 
     def look_at_all(self, some: Iterable[_Stored]) -> list[_Look]:
         """A look at each of the clips; those whose media need no reading are done with."""
         looks = [self.look_at(each) for each in some]
         for look in looks:
             if look.state != "touched":
-                self.on_clip()
+                self.progress.advance()
         return looks
 
     def look_at(self, each: _Stored) -> _Look:
@@ -164,7 +164,7 @@ class _Media:
         except (MervCacheError, OSError):
             return None
         finally:
-            self.on_clip()
+            self.progress.advance()
 
 
 def _within(looks: list[_Look], budget_bytes: int | None) -> tuple[list[_Look], list[_Look]]:

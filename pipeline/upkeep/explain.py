@@ -18,6 +18,7 @@ from featurestore.errors import MediaError, UserError
 from featurestore.find import Place
 from featurestore.identity import FeatureIdentity
 from featurestore.journal import driver_runs
+from featurestore.progress import SILENT, Progress
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
 from pipeline.config import OF_ONE_RUN, EncoderSettings, ExtractConfig, read_config
@@ -80,8 +81,7 @@ def explain(
     settings: str = "the config",
     full: bool = False,
     probe: int = 0,
-    on_clips: Callable[[int], None] = lambda total: None,
-    on_clip: Callable[[], None] = lambda: None,
+    progress: Progress = SILENT,
     say: Say = lambda line: None,
 ) -> Explanation:
     """What `extract` would do with this config; `full` reads every medium, `probe` clips of each kind are encoded."""
@@ -90,8 +90,7 @@ def explain(
     listing, problem = _listing(config)
     wanted = [_wanted(each, store, runs, say) for each in config.encoder_settings]
     if listing is not None:
-        hooks = {"on_clips": on_clips, "on_clip": on_clip}
-        media = stale_media(StoreWriter.open(path), listing, _compared(store, wanted), full=full, **hooks)
+        media = stale_media(StoreWriter.open(path), listing, _compared(store, wanted), full=full, progress=progress)
     clips = listing.clips if listing else _stored_clips(store, config)
     measured = probe_costs(config, listing, probe, say) if probe and listing else {}
     evidence = Evidence(store=store, runs=runs, measured=measured)

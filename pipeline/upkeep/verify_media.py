@@ -8,7 +8,7 @@ under an old date, or a store whose journal is lost; a folder that was copied si
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
@@ -17,6 +17,7 @@ from featurestore.columns import table_to_clips
 from featurestore.errors import MervCacheError, UserError
 from featurestore.find import Place
 from featurestore.keep.findings import Finding
+from featurestore.progress import SILENT, Progress
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
 from pipeline.decode.source import Source
@@ -34,8 +35,7 @@ def verify_media(
     *,
     root: str | None = None,
     workers: int = 2,
-    on_clips: Callable[[int], None] = lambda total: None,
-    on_clip: Callable[[], None] = lambda: None,
+    progress: Progress = SILENT,
 ) -> list[Finding]:
     """Media that are gone or whose bytes are no longer those that the receipts name; keys are clip ids."""
     if level not in MEDIA_LEVELS:
@@ -45,10 +45,10 @@ def verify_media(
     roots = media_roots(runs, root)
     since = min((run["started"] for run in runs), default=0.0) if level == "quick" else 0.0
     known = _media_digests(path, set(store.tombstones) and {c for s in store.tombstones.values() for c in s.clips})
-    on_clips(len(known))
+    progress.start(len(known))
 
     def check(entry: tuple[Clip, set[str]]) -> Finding | None:
-        on_clip()
+        progress.advance()
         return _check(*entry, roots, since)
 
     with ThreadPoolExecutor(workers) as pool:

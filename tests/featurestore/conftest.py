@@ -35,6 +35,25 @@ BASE = FeatureIdentity(
 )
 
 
+class Told:
+    """A `Progress` that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.totals: list[int] = []
+        self.items: list[int] = []
+
+    def start(self, total: int) -> None:
+        self.totals.append(total)
+
+    def advance(self, items: int = 1, **amounts: float) -> None:
+        self.items.append(items)
+
+
+@pytest.fixture
+def told() -> Told:
+    return Told()
+
+
 def tiny_identity(**changes) -> FeatureIdentity:
     return replace(BASE, **changes)
 

@@ -34,7 +34,7 @@ def test_an_end_after_a_slash_goes_before_an_end_within_a_name():
         ("films/", "'films/' is part of 2 clip ids, give one, or its end: d/films/v1.mp4, d/films/v11.mp4"),
         ("v1.mp5", "no clip of this store is named 'v1.mp5'; near: "),
         ("d/films/v1.avi", "no clip of this store is named 'd/films/v1.avi'; near: d/films/v1.mp4"),
-        ("zzzzzz", "no clip of this store is named 'zzzzzz'"),
+        ("zzzzzz", "no clip of this store is named 'zzzzzz'; its ids are like d/films/v1.mp4"),
         ("", "no clip of this store is named ''"),
     ],
 )

@@ -14,7 +14,7 @@ from featurestore.keep.verify import verify_store
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
 from pipeline.cli import main
-from pipeline.commands import tables
+from pipeline.commands import store_tables, tables
 from pipeline.upkeep.quarantine import quarantined, retry, retry_configs
 from pipeline.upkeep.verify_media import verify_media
 
@@ -201,8 +201,39 @@ def test_a_retry_asks_for_no_forecast_and_overwrites_no_report_of_the_run_that_f
     assert (config.scheduler, config.workers, config.cluster, config.reuse) == ("local", 0, {}, "theirs.zarr")
 
 
+FAILED = [
+    {"clip_id": "d/v1.mp4", "encoder": "siglip", "scope": "clip", "reason": "not a video"},
+    {"clip_id": "d/v1.mp4", "encoder": "vivit", "scope": "clip", "reason": "not a video"},
+    {"clip_id": "d/v2.mp4", "encoder": "siglip", "scope": "encoder", "reason": "overflow"},
+    {"clip_id": "d/v2.mp4", "encoder": "vivit", "scope": "encoder", "reason": "overflow"},
+]
+
+
+def test_a_clip_that_failed_is_a_line_per_reason_whatever_the_number_of_encoders(capsys):
+    store_tables.quarantined(FAILED)
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["clip", "encoders", "reason"],
+        ["d/v1.mp4", "all", "encoders", "not", "a", "video"],
+        ["d/v2.mp4", "siglip,", "vivit", "overflow"],
+        ["reason", "clips"],
+        ["not", "a", "video", "1"],
+        ["overflow", "1"],
+    ]
+
+
+def test_status_counts_clips_and_not_cells_that_failed(lab):
+    media = lab.copy_of_root()
+    (media / BROKEN).write_bytes(b"")
+    lab.extract(encoders=["siglip", "vivit"], limit=4)
+    assert sorted(result_of("status", lab.store)["quarantine"].values()) == [1, 1]
+    told = call("status", lab.store).stdout
+    head, line = told[told.index("quarantined") :].splitlines()[:2]
+    assert head.split() == ["quarantined", "encoders", "clips"]
+    assert line.endswith("  all encoders      1")
+
+
 def test_a_table_prints_a_strangers_brackets_as_they_are(capsys):
-    tables.table("", ("clip",), [("d/x[/bar].mp4",), ("d/[bold].mp4",)])
+    tables.table(("clip",), [("d/x[/bar].mp4",), ("d/[bold].mp4",)])
     tables.details({"reason": "[/] gone"})
     printed = capsys.readouterr().out
     assert [words for words in ("d/x[/bar].mp4", "d/[bold].mp4", "[/] gone") if words not in printed] == []
