@@ -54,6 +54,15 @@ class _Attempt:
     future: Future
 
 
+@dataclass(frozen=True, kw_only=True)
+class Listener:
+    """Who hears what happens while tasks run."""
+
+    report: Callable[[Task, str, Report], None] | None = None  # task, attempt, what it tells of itself; on a thread
+    waiting: Callable[[float], None] = lambda seconds: None  # how long there has been no worker; 0 when one has come
+    workers_came: Callable[[list[str]], None] = lambda addresses: None  # since the start; what it raises ends the run
+
+
 def run_tasks(
     client: Client,
     function: Callable[..., Any],
@@ -62,46 +71,36 @@ def run_tasks(
     attempts: int = 2,
     is_final: Callable[[BaseException], bool] = lambda error: False,
     after_deaths: Callable[..., Any] | None = None,
-    on_report: Callable[[Task, str, Report], None] | None = None,
     worker_wait_s: float = WORKER_WAIT_S[""],
-    on_wait: Callable[[float], None] = lambda seconds: None,
-    check_new: Callable[[list[str]], None] = lambda addresses: None,
+    listener: Listener = Listener(),
 ) -> Iterator[Outcome]:
     """Yield every task's outcome as it finishes; a failed one is tried again unless `is_final` says not to.
 
     Another worker tries it again, if there is one: a device that has gone bad fails at once, is idle, and would be
-    given everything. `check_new` is told the addresses of workers that have come since the start; what it raises ends
-    the run.
-
-    A task that Dask gave up because workers died under it is run once more by `after_deaths`, with the same arguments,
-    when all the others are done: one at a time, so that nobody else is blamed for what it does. `on_report` is told
-    (task, attempt, counts) what running tasks report, on another thread. Without any worker for `worker_wait_s` the run
-    ends with `ClusterError`; `on_wait` is told meanwhile for how many seconds there has been none, and 0 at the end of
-    it. Closing the generator cancels what has not started, so that an interrupted driver leaves no work behind.
+    given everything. A task that Dask gave up because workers died under it is run once more by `after_deaths`, with
+    the same arguments, when all the others are done: one at a time, so that nobody else is blamed for what it does.
+    Without any worker for `worker_wait_s` the run ends with `ClusterError`. Closing the generator cancels what has not
+    started, so that an interrupted driver leaves no work behind.
     """
     remaining, deadly = iter(tasks), deque[Task]()
-    workers = _Workers(client, worker_wait_s, on_wait, check_new)
-    with _Window(client, workers, on_report) as window:
+    workers = _Workers(client, worker_wait_s, listener)
+    with _Window(client, workers, listener.report) as window:
         while True:
             window.fill(function, remaining)
             if not window.running:
                 if not deadly:
                     return
                 window.submit(after_deaths, deadly.popleft(), attempts)
-            done = window.next()
-            if done is None:
+            if (ended := window.next()) is None:
                 continue
-            outcome = _outcome(client, done)
-            if outcome is None:
-                window.watch(done)
-                continue
+            attempt, outcome = ended
             if outcome.error is None or is_final(outcome.error):
                 pass
-            elif after_deaths not in (None, done.function) and _killed_workers(outcome.error):
-                deadly.append(done.task)
+            elif after_deaths not in (None, attempt.function) and _killed_workers(outcome.error):
+                deadly.append(attempt.task)
                 continue
-            elif done.number < attempts:
-                window.submit(done.function, done.task, done.number + 1, avoid=outcome.failed_on)
+            elif attempt.number < attempts:
+                window.submit(attempt.function, attempt.task, attempt.number + 1, avoid=outcome.failed_on)
                 continue
             window.fill(function, remaining)  # before the caller takes its time over the outcome
             yield outcome
@@ -110,14 +109,8 @@ def run_tasks(
 class _Workers:
     """Which workers there are, looked at now and then, and for how long there has been none."""
 
-    def __init__(
-        self,
-        client: Client,
-        wait_s: float,
-        on_wait: Callable[[float], None],
-        check_new: Callable[[list[str]], None],
-    ) -> None:
-        self._client, self._wait_s, self._on_wait, self._check_new = client, wait_s, on_wait, check_new
+    def __init__(self, client: Client, wait_s: float, listener: Listener) -> None:
+        self._client, self._wait_s, self._listener = client, wait_s, listener
         self._looked = self._seen = time.monotonic()
         self.addresses = _addresses(client)
 
@@ -128,13 +121,13 @@ class _Workers:
             return
         self._looked, before, self.addresses = now, self.addresses, _addresses(self._client)
         if new := sorted(self.addresses - before):
-            self._check_new(new)
+            self._listener.workers_came(new)
         if self.addresses:
             self._seen = now
             if not before:
-                self._on_wait(0.0)
+                self._listener.waiting(0.0)
             return
-        self._on_wait(now - self._seen)
+        self._listener.waiting(now - self._seen)
         if now - self._seen >= self._wait_s:
             raise ClusterError(
                 f"the cluster has had no worker for {now - self._seen:.0f} s; what was committed is kept: start "
@@ -181,14 +174,21 @@ class _Window:
         self.running[attempt.future.key] = attempt
         attempt.future.add_done_callback(self._finished.put)
 
-    def next(self) -> _Attempt | None:
-        """An attempt that has ended; None now and then, when there may be room for more."""
+    def next(self) -> tuple[_Attempt, Outcome] | None:
+        """An attempt that has ended, and how; None now and then, when there may be room for more."""
         try:
             future = self._finished.get(timeout=RECOUNT_S)
         except Empty:
             future = None
         self._workers.look()
-        return self.running.pop(future.key) if future else None
+        if future is None:
+            return None
+        attempt = self.running.pop(future.key)
+        outcome = _outcome(self._client, attempt)
+        if outcome is None:
+            self.watch(attempt)
+            return None
+        return attempt, outcome
 
     def _pass_on(self, on_report: Callable[[Task, str, Report], None], key: str, attempt: str, counts: Report) -> None:
         """Reports of other drivers' tasks come by as well."""

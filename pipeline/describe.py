@@ -19,7 +19,7 @@ from featurestore.places.by_url import open_objects
 from featurestore.tombstones import tombstoned_clips
 from featurestore.writer import StoreWriter
 from jobs.reports import Report
-from jobs.run import Task, run_tasks
+from jobs.run import Listener, Task, run_tasks
 from pipeline.config import ExtractConfig
 from pipeline.datasets import DatasetListing
 from pipeline.encoders.remembered import fingerprint, remember, remembered_sha256
@@ -46,7 +46,12 @@ class Loading:
             self._told.add(name)
             self._say(f"{name} loaded in {seconds:.1f} s")
 
-    def on_report(self, task: Task, attempt: str, report: Report) -> None:
+    @property
+    def listener(self) -> Listener:
+        """For a run of tasks that load encoders."""
+        return Listener(report=self._hear)
+
+    def _hear(self, task: Task, attempt: str, report: Report) -> None:
         self.tell(report["loaded"], report["seconds"])
 
 
@@ -55,7 +60,7 @@ def describe(client: Client, config: ExtractConfig, say: Say = lambda line: None
     from pipeline.engine import describe_encoders  # only here and in workers: it imports torch
 
     loading = Loading(say)
-    encoders = on_a_worker(client, config, describe_encoders, config.engine_settings, on_report=loading.on_report)
+    encoders = on_a_worker(client, config, describe_encoders, config.engine_settings, listener=loading.listener)
     for name, encoder in encoders.items():
         loading.tell(name, encoder.load_s)  # a report may come late or never
     _remember(config, encoders, say)
@@ -67,12 +72,12 @@ def on_a_worker(
     config: ExtractConfig,
     function: Callable[..., Any],
     *arguments: Any,
-    on_report: Callable[[Task, str, Report], None] | None = None,
+    listener: Listener = Listener(),
 ) -> Any:
     """Run the function on any one worker and return its result; raises if no worker appears in time."""
     task = Task(key=f"{function.__name__}-{uuid.uuid4().hex}", arguments=arguments)
     wait_s = config.cluster_request.worker_wait_s
-    (outcome,) = run_tasks(client, function, [task], attempts=1, worker_wait_s=wait_s, on_report=on_report)
+    (outcome,) = run_tasks(client, function, [task], attempts=1, worker_wait_s=wait_s, listener=listener)
     if outcome.error is None:
         return outcome.result
     if isinstance(outcome.error, MervCacheError):

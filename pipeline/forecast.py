@@ -88,8 +88,7 @@ def forecast(config: ExtractConfig, *, probe: int = 4, say: Callable[[str], None
         workers = max(present, config.workers)
         number = min(MAX_WORKERS, max(1, present))
         chosen = {kind: spread_clips([c for c in listing.clips if c.kind == kind], probe * number) for kind in KINDS}
-        report = Loading(say).on_report
-        probed = probe_workers(client, config, listing.root, chosen, workers=number, on_report=report)
+        probed = probe_workers(client, config, listing.root, chosen, workers=number, listener=Loading(say).listener)
     done = _settled(config, probed.identities)
     reusable = _reusable(config, listing, probed.identities)
     rows = tuple(_rows(config, listing, done, reusable, probed))

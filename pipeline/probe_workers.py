@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 import statistics
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from featurestore.clips import Clip
-from jobs.reports import Report
-from jobs.run import Task, run_tasks
+from jobs.run import Listener, Task, run_tasks
 from pipeline.config import ExtractConfig
 from pipeline.worker_reports import Probe, ProbeRecord
 
@@ -34,7 +33,7 @@ def probe_workers(
     chosen: Mapping[str, Sequence[Clip]],
     *,
     workers: int,
-    on_report: Callable[[Task, str, Report], None] | None = None,
+    listener: Listener = Listener(),
 ) -> Probe:
     """Probe the chosen clips, dealt out to `workers` workers of the cluster."""
     from pipeline.probe import probe_clips  # imports torch
@@ -50,7 +49,7 @@ def probe_workers(
     ]
     probes = []
     wait_s = config.cluster_request.worker_wait_s
-    for outcome in run_tasks(client, probe_clips, tasks, attempts=1, worker_wait_s=wait_s, on_report=on_report):
+    for outcome in run_tasks(client, probe_clips, tasks, attempts=1, worker_wait_s=wait_s, listener=listener):
         if outcome.error is not None:
             raise outcome.error
         probes.append(outcome.result)

@@ -20,7 +20,7 @@ from featurestore.writer import StoreWriter
 from jobs.clusters import check_cluster
 from jobs.progress import Counts, RunProgress
 from jobs.request import ClusterRequest
-from jobs.run import Outcome, Task, run_tasks
+from jobs.run import Listener, Outcome, Task, run_tasks
 from pipeline.config import ExtractConfig
 from pipeline.crash_marks import forget_all
 from pipeline.prediction import from_first_blocks
@@ -73,10 +73,12 @@ def _outcomes(
         tasks,
         is_final=lambda error: isinstance(error, RunStoppedError),
         after_deaths=extract_suspect,
-        on_report=lambda task, attempt, told: progress.report(task.key, attempt, _counts(BlockCounts(**told))),
         worker_wait_s=request.worker_wait_s,
-        on_wait=lambda seconds: progress.wait(_waiting(seconds, request.worker_wait_s)),
-        check_new=lambda addresses: check_cluster(client, request, addresses),
+        listener=Listener(
+            report=lambda task, attempt, told: progress.report(task.key, attempt, _counts(BlockCounts(**told))),
+            waiting=lambda seconds: progress.wait(_waiting(seconds, request.worker_wait_s)),
+            workers_came=lambda addresses: check_cluster(client, request, addresses),
+        ),
     )
 
 

@@ -85,8 +85,7 @@ def probe_costs(config: ExtractConfig, listing: DatasetListing, probe: int, say:
 
     chosen = {kind: spread_clips([c for c in listing.clips if c.kind == kind], probe) for kind in KINDS}
     with connect(config.cluster_request, say=say) as client:
-        report = Loading(say).on_report
-        return probe_workers(client, config, listing.root, chosen, workers=1, on_report=report).clips
+        return probe_workers(client, config, listing.root, chosen, workers=1, listener=Loading(say).listener).clips
 
 
 def _priced(evidence: Evidence, identity: FeatureIdentity, kind: str, counts: dict[str, int]) -> Cost:

@@ -7,7 +7,7 @@ import pytest
 
 from jobs.clusters import ClusterRequest, connect
 from jobs.reports import TaskReporter, metered
-from jobs.run import Task, run_tasks
+from jobs.run import Listener, Task, run_tasks
 
 heard = threading.Event()  # tasks run in this process: they may wait until the driver has heard them
 
@@ -46,7 +46,7 @@ def test_the_driver_hears_what_a_task_counts_while_it_runs(client):
         heard.set()
 
     heard.clear()
-    (outcome,) = run_tasks(client, count_aloud, [Task(key="aloud", arguments=(7,))], on_report=hear)
+    (outcome,) = run_tasks(client, count_aloud, [Task(key="aloud", arguments=(7,))], listener=Listener(report=hear))
     assert outcome.result == 7
     assert reports == [("aloud", {"clips": 7, "seconds": {"decode wait": 0.5}}, 32)]
 
@@ -66,7 +66,7 @@ def test_reports_of_tasks_that_are_not_ours_are_not_passed_on(client):
         heard.set()
 
     heard.clear()
-    list(run_tasks(client, count_aloud, tasks(), on_report=hear))
+    list(run_tasks(client, count_aloud, tasks(), listener=Listener(report=hear)))
     assert all_keys.count("somebody-else") == 1000
     assert ours == ["ours"]
 

@@ -10,7 +10,7 @@ import pytest
 
 from jobs import run
 from jobs.clusters import ClusterError, ClusterRequest, ClusterSettings, connect
-from jobs.run import Task, run_tasks
+from jobs.run import Listener, Task, run_tasks
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_without_any_worker_the_run_ends_after_its_time_and_says_how_to_go_on(cl
     waited = []
     with connect(ClusterRequest(scheduler=cluster.scheduler_address)) as client:
         tasks = (Task(key=f"abs-{n}", arguments=(-n,)) for n in range(100))
-        outcomes = run_tasks(client, abs, tasks, worker_wait_s=0.5, on_wait=waited.append)
+        outcomes = run_tasks(client, abs, tasks, worker_wait_s=0.5, listener=Listener(waiting=waited.append))
         assert next(outcomes).error is None
         lose_the_worker(cluster)
         with pytest.raises(ClusterError, match=r"no worker for \d+ s; what was committed is kept: .*run the same comm"):
@@ -60,7 +60,9 @@ def test_a_worker_that_comes_in_time_takes_the_work_up_again(cluster):
         helper = threading.Thread(target=come_back)
         helper.start()
         tasks = [Task(key=f"abs-{n}", arguments=(-n,)) for n in range(5)]
-        results = sorted(outcome.result for outcome in run_tasks(client, abs, tasks, on_wait=on_wait))
+        results = sorted(
+            outcome.result for outcome in run_tasks(client, abs, tasks, listener=Listener(waiting=on_wait))
+        )
         helper.join()
     assert results == [0, 1, 2, 3, 4]
     assert waited[0] > 0
@@ -91,7 +93,7 @@ def test_workers_that_come_later_are_checked_and_may_end_the_run(cluster):
     with connect(ClusterRequest(scheduler=cluster.scheduler_address)) as client:
         there = set(client.scheduler_info(n_workers=-1)["workers"])
         tasks = (Task(key=f"nap-{n}", arguments=(0.05,)) for n in range(10_000))
-        outcomes = run_tasks(client, time.sleep, tasks, check_new=refuse)
+        outcomes = run_tasks(client, time.sleep, tasks, listener=Listener(workers_came=refuse))
         next(outcomes)
         cluster.scale(2)
         with pytest.raises(ClusterError, match="shares a GPU"):
