@@ -26,14 +26,14 @@ import click
 import numpy as np
 from tiny_encoders import install
 
-from pipeline.worker_reports import BlockReport
+from pipeline.worker.reports import BlockReport
 
 ROWS, BATCH = 16, 4
 
 
 def compute(task) -> BlockReport:
     """What a worker does for one block."""
-    from pipeline.suspect import compute_block
+    from pipeline.worker.suspect import compute_block
 
     return compute_block(task)
 
@@ -52,7 +52,7 @@ def idle_times(stream: list[dict], began: float, ended: float) -> tuple[float, f
 
 def warm_up(settings, seconds: float) -> None:
     """Load the encoder; sleep, so that every process of a pool gets one of these."""
-    from pipeline.engine import engine_for
+    from pipeline.worker.engine import engine_for
 
     engine_for(settings)
     time.sleep(seconds)
@@ -70,11 +70,11 @@ def draw(folder: Path, number: int) -> None:
 def planned_tasks(folder: Path, blocks: int) -> Callable[[str], list]:
     """Name of a store -> tasks of all its blocks; rows are given out."""
     from featurestore.writer import StoreWriter
-    from pipeline.block import BlockTask
     from pipeline.config import ExtractConfig
     from pipeline.datasets import load_dataset
-    from pipeline.engine import close_engines, describe_encoders
     from pipeline.plan import plan_blocks
+    from pipeline.worker.block import BlockTask
+    from pipeline.worker.engine import close_engines, describe_encoders
 
     draw(folder / "media", blocks * ROWS)
     listing = load_dataset("folder", folder / "media")

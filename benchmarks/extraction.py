@@ -34,7 +34,7 @@ from pipeline.extract import extract
 from pipeline.views import View, distinct_views
 
 if TYPE_CHECKING:
-    from pipeline.engine import EncoderRun
+    from pipeline.worker.engine import EncoderRun
 
 CORES = len(os.sched_getaffinity(0))
 
@@ -79,7 +79,7 @@ def one_round(config: ExtractConfig, listing: DatasetListing) -> dict:
 
 def bare(config: ExtractConfig, listing: DatasetListing) -> dict:
     """Seconds of decoding alone on all cores, then of the forwards alone."""
-    from pipeline.engine import engine_for
+    from pipeline.worker.engine import engine_for
 
     engine = engine_for(config.engine_settings)
     views = distinct_views(run.view for run in engine.encoders.values())

@@ -136,8 +136,8 @@ def check_encoders(config: ExtractConfig) -> dict[str, Any]:
     from extraction import decode_all
 
     from pipeline.datasets import load_dataset
-    from pipeline.engine import engine_for
     from pipeline.views import distinct_views
+    from pipeline.worker.engine import engine_for
 
     engine = engine_for(config.engine_settings)
     batch = config.batch.get("video") or engine.batch_of("video")
@@ -170,7 +170,7 @@ def check_extraction(config: ExtractConfig) -> dict[str, Any]:
     from extraction import one_round
 
     from pipeline.datasets import load_dataset
-    from pipeline.engine import close_engines
+    from pipeline.worker.engine import close_engines
 
     listing = load_dataset(config.dataset, config.root, kind=config.kind, **config.options)
     figures = one_round(config, listing)

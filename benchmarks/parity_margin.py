@@ -42,7 +42,7 @@ def encode(out: Path, encoders: str, dtypes: str, threads: int, batch: int, devi
     """Encode the canary videos into the folder OUT."""
     import torch
 
-    from pipeline.engine import EncoderRun
+    from pipeline.worker.engine import EncoderRun
 
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)

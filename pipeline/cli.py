@@ -87,7 +87,7 @@ def extract(config_file: str | None, print_config: bool, as_json: bool, **option
 def plan(config_file: str | None, probe: int, as_json: bool, **options: Any) -> None:
     """Say what an extraction would cost. Clips, bytes, files and hours, by stage, kind and encoder."""
     from pipeline.commands import tables
-    from pipeline.forecast import forecast
+    from pipeline.costs.forecast import forecast
 
     result = forecast(config_from_options(config_file, options), probe=probe, say=say)
     show_result(result.to_dict(), as_json, lambda: tables.forecast(result))

@@ -26,7 +26,7 @@ from pipeline.encoders.remembered import fingerprint, remember, remembered_sha25
 from pipeline.encoders.weights import parse_weights
 from pipeline.plan import plan_blocks
 from pipeline.resume.stale import stale_media
-from pipeline.worker_reports import EncoderDescription
+from pipeline.worker.reports import EncoderDescription
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -57,7 +57,7 @@ class Loading:
 
 def describe(client: Client, config: ExtractConfig, say: Say = lambda line: None) -> dict[str, EncoderDescription]:
     """Have a worker load the encoders and describe them; `say` gets a line for each, with the seconds it took."""
-    from pipeline.engine import describe_encoders  # only here and in workers: it imports torch
+    from pipeline.worker.engine import describe_encoders  # only here and in workers: it imports torch
 
     loading = Loading(say)
     encoders = on_a_worker(client, config, describe_encoders, config.engine_settings, listener=loading.listener)

@@ -27,17 +27,17 @@ from jobs.dashboard import dashboard_lines, performance_report
 from jobs.run import Task
 from pipeline.admission import check_store
 from pipeline.config import ExtractConfig
+from pipeline.costs.prediction import read_plan
 from pipeline.datasets import DatasetListing, list_clips
 from pipeline.describe import Say, describe, on_a_worker, settled
 from pipeline.keep_samples import add_listed_samples
 from pipeline.plan import NOTHING_STALE, PlannedBlock, plan_blocks
-from pipeline.prediction import read_plan
 from pipeline.resume.refresh import look_at_media, told_identities
 from pipeline.resume.reuse import OtherStore
 from pipeline.resume.second_try import clips_to_retry
 from pipeline.run_blocks import run_blocks
 from pipeline.summary import ExtractSummary, run_record
-from pipeline.worker_reports import EncoderDescription
+from pipeline.worker.reports import EncoderDescription
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -233,7 +233,7 @@ class Extraction:
 
     def tasks(self, blocks: Collection[PlannedBlock]) -> Iterator[Task]:
         """A task for each block, each made when the cluster has room for it."""
-        from pipeline.block import BlockTask
+        from pipeline.worker.block import BlockTask
 
         of_this_run = partial(
             BlockTask,

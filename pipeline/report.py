@@ -26,7 +26,7 @@ from featurestore.find import Place, is_url, place_of
 from featurestore.parity import parity_words, read_parity
 from featurestore.store import FeatureStore
 from pipeline.commands.tables import duration, predicted, size
-from pipeline.ledger import media_roots
+from pipeline.costs.ledger import media_roots
 from pipeline.status import store_status
 from pipeline.summary import DECODING
 from pipeline.token_maps import principal_maps

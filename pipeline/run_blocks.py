@@ -22,10 +22,10 @@ from jobs.progress import Counts, RunProgress
 from jobs.request import ClusterRequest
 from jobs.run import Listener, Outcome, Task, run_tasks
 from pipeline.config import ExtractConfig
-from pipeline.crash_marks import forget_all
-from pipeline.prediction import from_first_blocks
+from pipeline.costs.prediction import from_first_blocks
 from pipeline.summary import DECODING, ExtractSummary
-from pipeline.worker_reports import BlockCounts
+from pipeline.worker.crash_marks import forget_all
+from pipeline.worker.reports import BlockCounts
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -65,7 +65,7 @@ def _outcomes(
     client: Client, tasks: Iterator[Task], progress: RunProgress, request: ClusterRequest
 ) -> Iterator[Outcome]:
     """Outcomes as blocks end; what happens meanwhile moves the progress line."""
-    from pipeline.suspect import compute_block, extract_suspect
+    from pipeline.worker.suspect import compute_block, extract_suspect
 
     return run_tasks(
         client,

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from featurestore.clip_names import clips_named
 from featurestore.errors import UserError
 from featurestore.store import FeatureStore
-from pipeline.prediction import last_run
+from pipeline.costs.prediction import last_run
 
 
 def store_status(path: str | Path) -> dict[str, Any]:

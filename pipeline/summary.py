@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.config import ExtractConfig
 from pipeline.datasets import DatasetListing
-from pipeline.worker_reports import BlockReport
+from pipeline.worker.reports import BlockReport
 
 DECODING = "decode (in its processes)"  # a stage that runs beside the others
 

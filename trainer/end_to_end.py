@@ -42,7 +42,7 @@ from pipeline.datasets import DatasetListing, list_clips
 from pipeline.decode.job import Decoded
 from pipeline.encoders.network import EncoderNetwork, build_network
 from pipeline.encoders.weights import fill_random, weights_by_encoder
-from pipeline.engine import EncoderRun, Engine, decode_job, encode_batch, free_cores
+from pipeline.worker.engine import EncoderRun, Engine, decode_job, encode_batch, free_cores
 from trainer.config import LISTING, TrainConfig, used_encoders
 from trainer.data.batches import named_samples
 from trainer.data.tokens import ClipTokens, MemoryTokens, Part, TokenSource

@@ -31,7 +31,7 @@ from pipeline.config import EngineSettings
 
 if TYPE_CHECKING:
     from pipeline.decode.job import Decoded
-    from pipeline.engine import EncoderRun, Engine
+    from pipeline.worker.engine import EncoderRun, Engine
 
 RENDERING = "canaries/1"  # of the pictures below: other pictures get another number
 WIDTH, HEIGHT = 320, 240  # larger than an encoder's input, and not square: a crop and a shrinking filter have work
@@ -108,7 +108,7 @@ def media_bytes(name: str) -> bytes:
 
 def decode_canaries(engine: Engine, runs: Sequence[EncoderRun], kind: str) -> dict[str, Decoded]:
     """The small frames of a kind's canaries, in every view that the encoders ask for, through the decode processes."""
-    from pipeline.engine import decode_job
+    from pipeline.worker.engine import decode_job
 
     with tempfile.TemporaryDirectory(prefix="merv-canaries-") as root:
         futures = {}
@@ -124,7 +124,7 @@ def encode_canaries(run: EncoderRun, kind: str, batch: int, decoded: Mapping[str
 
     One whose tokens do not fit the storage dtype is left out, as a clip's would be quarantined.
     """
-    from pipeline.engine import encode_batch
+    from pipeline.worker.engine import encode_batch
 
     names, clips, rows = list(decoded), [], []
     for start in range(0, len(names), batch):
@@ -182,7 +182,7 @@ def write_canaries(task: CanaryTask) -> dict[str, list[str]]:
 
     A decoder that cannot read our files costs the certificate, never the extraction.
     """
-    from pipeline.engine import engine_for
+    from pipeline.worker.engine import engine_for
 
     engine, objects = engine_for(task.engine), StoreWriter.open(task.store).objects
     written: list[str] = []

@@ -21,10 +21,10 @@ from featurestore.places.by_url import open_objects
 from pipeline.certify.distortion import Again, Floats, MeasuredClips
 from pipeline.certify.parity import engine_without_encoders, load_as_stored
 from pipeline.certify.parity_clips import encode_clips
-from pipeline.ledger import media_roots
+from pipeline.costs.ledger import media_roots
 
 if TYPE_CHECKING:
-    from pipeline.engine import EncoderRun, Engine
+    from pipeline.worker.engine import EncoderRun, Engine
 
 
 @contextmanager

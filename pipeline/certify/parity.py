@@ -37,7 +37,7 @@ from pipeline.summary import software_versions
 
 if TYPE_CHECKING:
     from pipeline.decode.job import Decoded
-    from pipeline.engine import EncoderRun, Engine
+    from pipeline.worker.engine import EncoderRun, Engine
 
 MAX_PARAMETERS = 1 << 34  # that a stranger's identity may make us build
 
@@ -87,7 +87,7 @@ def made_again(
 @contextmanager
 def engine_without_encoders(device: str | None) -> Iterator[Engine]:
     """A device and one decode process; encoders are loaded one at a time, by `load_as_stored`."""
-    from pipeline.engine import Engine  # torch and the models
+    from pipeline.worker.engine import Engine  # torch and the models
 
     with closing(Engine(EngineSettings(encoders=(), device=device or "auto", decode_processes=1))) as engine:
         yield engine
@@ -159,7 +159,7 @@ def load_as_stored(
     """The encoder that made a store's tokens; refused if what is loaded has another identity."""
     import torch
 
-    from pipeline.engine import EncoderRun
+    from pipeline.worker.engine import EncoderRun
 
     made_with, threads = _made_with(objects, identity)
     own_weights = weights.get(identity.encoder, weights.get("", made_with))

@@ -22,10 +22,10 @@ from featurestore.quantise import OverflowedTokens, to_stored
 from featurestore.share.cells import LoadedCell, StoreCells, decoded_cell
 from featurestore.store import FeatureStore
 from pipeline.certify.parity_figures import compare
-from pipeline.ledger import media_roots
+from pipeline.costs.ledger import media_roots
 
 if TYPE_CHECKING:
-    from pipeline.engine import EncoderRun, Engine
+    from pipeline.worker.engine import EncoderRun, Engine
 
 MAX_CLIPS = 1000  # a check, not an extraction
 
@@ -80,7 +80,7 @@ def encode_clips(
     media: Mapping[str, str | None],
 ) -> list[dict[str, np.ndarray]]:
     """float32 arrays of at most `batch` clips, as this machine makes them; `media` is clip id -> sha256 of its file."""
-    from pipeline.engine import decode_job, encode_batch
+    from pipeline.worker.engine import decode_job, encode_batch
 
     futures = []
     for clip in clips:

@@ -22,10 +22,10 @@ from featurestore.progress import SILENT, Progress
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
 from pipeline.config import OF_ONE_RUN, EncoderSettings, ExtractConfig, read_config
+from pipeline.costs.ledger import changed_versions, settings_of
 from pipeline.datasets import DatasetListing, list_clips
 from pipeline.decode.source import Source
 from pipeline.encoders.remembered import fingerprint, remember, remembered_sha256
-from pipeline.ledger import changed_versions, settings_of
 from pipeline.resume.stale import StaleMedia, stale_media
 from pipeline.upkeep.explain_costs import Cost, Evidence, costs_of, probe_costs
 

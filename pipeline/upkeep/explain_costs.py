@@ -19,10 +19,10 @@ from featurestore.identity import FeatureIdentity
 from featurestore.metadata import clip_bytes
 from featurestore.store import FeatureStore
 from pipeline.config import ExtractConfig
+from pipeline.costs.ledger import past_rate
 from pipeline.datasets import DatasetListing
-from pipeline.ledger import past_rate
 from pipeline.resume.stale import StaleMedia
-from pipeline.worker_reports import ProbeRecord
+from pipeline.worker.reports import ProbeRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +79,9 @@ def costs_of(evidence: Evidence, identity: FeatureIdentity, clips: Sequence[Clip
 def probe_costs(config: ExtractConfig, listing: DatasetListing, probe: int, say: Callable[[str], None]) -> Measured:
     """`probe` clips of each kind, really decoded and encoded on a worker of the cluster asked for."""
     from jobs.clusters import connect
+    from pipeline.costs.forecast import spread_clips
+    from pipeline.costs.probe_workers import probe_workers
     from pipeline.describe import Loading
-    from pipeline.forecast import spread_clips
-    from pipeline.probe_workers import probe_workers
 
     chosen = {kind: spread_clips([c for c in listing.clips if c.kind == kind], probe) for kind in KINDS}
     with connect(config.cluster_request, say=say) as client:

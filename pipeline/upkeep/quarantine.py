@@ -15,7 +15,7 @@ from featurestore.journal import driver_runs
 from featurestore.places.by_url import open_objects
 from featurestore.store import FeatureStore
 from pipeline.config import OF_ONE_RUN, ExtractConfig, read_config
-from pipeline.ledger import settings_of
+from pipeline.costs.ledger import settings_of
 from pipeline.summary import ExtractSummary
 
 # A retry lists the whole dataset, for the quarantine names its clips; samples stay as they are; damage is judged anew.

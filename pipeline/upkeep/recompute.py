@@ -32,7 +32,7 @@ from featurestore.receipts import Receipt
 from featurestore.writer import StoreWriter
 from pipeline.certify.parity import made_again
 from pipeline.config import AUTO, ExtractConfig, read_config
-from pipeline.ledger import settings_of
+from pipeline.costs.ledger import settings_of
 
 
 class Recompute:
@@ -43,7 +43,7 @@ class Recompute:
         self._overrides = {"weights": dict(weights) if weights else None, "device": device}
 
     def __call__(self, group: GroupWriter, receipt: Receipt) -> Recomputed:
-        from pipeline.block import BlockTask, extract_block  # torch and the models
+        from pipeline.worker.block import BlockTask, extract_block  # torch and the models
 
         maker = maker_of(group.objects, group.name)
         if maker is None:

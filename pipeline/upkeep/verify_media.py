@@ -20,8 +20,8 @@ from featurestore.keep.findings import Finding
 from featurestore.progress import SILENT, Progress
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
+from pipeline.costs.ledger import media_roots
 from pipeline.decode.source import Source
-from pipeline.ledger import media_roots
 from pipeline.media_memory import newest_touch_s
 
 MediaLevel = Literal["quick", "full"]

@@ -21,8 +21,6 @@ import torch
 from transformers import Dinov2WithRegistersModel, SiglipVisionModel, VivitModel  # noqa: F401
 
 import featurestore.store  # noqa: F401
-import pipeline.block
-import pipeline.encoders.languagebind_tower  # noqa: F401
 from pipeline.cli import main
 
 

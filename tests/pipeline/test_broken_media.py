@@ -18,10 +18,10 @@ from PIL import Image
 
 from featurestore import FeatureStore, verify_store
 from featurestore.errors import MediaError, RunStoppedError
-from pipeline.block import extract_block
 from pipeline.decode.pool import DecodePool
-from pipeline.engine import close_engines, engine_for
 from pipeline.media import DENIED_REASON
+from pipeline.worker.block import extract_block
+from pipeline.worker.engine import close_engines, engine_for
 
 MOODY = (sys.executable, "-P", str(Path(__file__).with_name("moody_worker.py")))
 ENCODERS = ("languagebind", "siglip")
@@ -282,7 +282,7 @@ def test_media_that_a_worker_may_not_read_are_no_broken_clips(lab, monkeypatch):
 
     *_, tasks = lab.plan(encoders=("siglip",))
     monkeypatch.setattr(DecodePool, "submit", refuse)
-    monkeypatch.setattr("pipeline.block.resolve_media", deny)
+    monkeypatch.setattr("pipeline.worker.block.resolve_media", deny)
     with pytest.raises(RunStoppedError, match=r"all 4 media files .* or may not be read by this worker"):
         extract_block(tasks[0])
     assert not list(lab.store.glob("receipts/*/*/*"))

@@ -12,9 +12,9 @@ import zarr
 
 from featurestore import FeatureStore, verify_store
 from featurestore.errors import IdentityConflictError, RunStoppedError, UserError
-from pipeline.block import extract_block
 from pipeline.extract import Extraction
 from pipeline.summary import ExtractSummary
+from pipeline.worker.block import extract_block
 
 TWO = ("languagebind", "siglip")
 

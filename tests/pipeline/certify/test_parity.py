@@ -43,7 +43,7 @@ class InThisProcess(DecodePool):
 @pytest.fixture
 def store(extracted, tmp_path, monkeypatch):
     """A copy of the finished store that a test may write to."""
-    monkeypatch.setattr("pipeline.engine.DecodePool", InThisProcess)
+    monkeypatch.setattr("pipeline.worker.engine.DecodePool", InThisProcess)
     return shutil.copytree(extracted.store, tmp_path / "copy.zarr")
 
 

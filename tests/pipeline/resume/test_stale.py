@@ -13,7 +13,7 @@ from pipeline.decode.source import Source
 from pipeline.media_memory import media_memory, newest_touch_s
 from pipeline.resume.stale import CLOCK_SLACK_S, _file_touch_s, _Rows, _Runs, _Stored
 from pipeline.summary import ExtractSummary
-from pipeline.worker_reports import BlockReport, EncoderWork
+from pipeline.worker.reports import BlockReport, EncoderWork
 
 ROWS = 4
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from featurestore import FeatureStore
 from featurestore.errors import UserError
 from pipeline.cli import main
-from pipeline.ledger import changed_versions, past_rate
+from pipeline.costs.ledger import changed_versions, past_rate
 from pipeline.summary import software_versions
 from pipeline.upkeep.explain import _wanted, explain, explained_config
 

@@ -6,9 +6,9 @@ import statistics
 
 import pytest
 
-from pipeline.forecast import forecast
-from pipeline.probe_workers import standard_error
-from pipeline.worker_reports import ProbeRecord
+from pipeline.costs.forecast import forecast
+from pipeline.costs.probe_workers import standard_error
+from pipeline.worker.reports import ProbeRecord
 
 TWO = ("languagebind", "siglip")
 

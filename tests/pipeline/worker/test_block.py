@@ -15,10 +15,10 @@ import torch
 from featurestore import FeatureStore
 from featurestore.errors import RunStoppedError, StoreNotFoundError
 from featurestore.writer import StoreWriter
-from pipeline.block import extract_block
-from pipeline.engine import close_engines, engine_for
 from pipeline.extract import extract
-from pipeline.worker_reports import BlockReport
+from pipeline.worker.block import extract_block
+from pipeline.worker.engine import close_engines, engine_for
+from pipeline.worker.reports import BlockReport
 
 TWO = ("languagebind", "siglip")
 
@@ -130,7 +130,7 @@ def test_a_block_reports_what_it_has_done_in_the_words_of_its_end(lab, monkeypat
     """Clips are their share of all forwards; counts only grow, and end as the receipts say."""
     told = []
     *_, tasks = lab.plan(encoders=TWO)  # which loads the encoders, and tells of that
-    monkeypatch.setattr("pipeline.block.TaskReporter.tell", lambda self, counts: told.append(counts()))
+    monkeypatch.setattr("pipeline.worker.block.TaskReporter.tell", lambda self, counts: told.append(counts()))
     end = extract_block(tasks[0])
     assert [report["clips"] for report in told] == [1, 2, 3, 4]  # two batches of two clips, two encoders
     assert [report["frames"] for report in told] == [32, 32, 64, 64]

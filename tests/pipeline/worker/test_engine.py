@@ -13,7 +13,15 @@ import torch
 from featurestore.clips import Clip
 from featurestore.errors import UserError
 from pipeline.decode.job import DecodeJob
-from pipeline.engine import EncoderRun, Engine, close_engines, decode_job, describe_encoders, encode_batch, engine_for
+from pipeline.worker.engine import (
+    EncoderRun,
+    Engine,
+    close_engines,
+    decode_job,
+    describe_encoders,
+    encode_batch,
+    engine_for,
+)
 
 
 @pytest.fixture(scope="module")

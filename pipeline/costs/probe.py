@@ -19,8 +19,8 @@ from featurestore.quantise import OverflowedTokens, to_stored
 from featurestore.shards import encode_row
 from pipeline.config import EngineSettings
 from pipeline.decode.job import Decoded
-from pipeline.engine import EncoderRun, Engine, decode_job, encode_batch, reporting_engine
-from pipeline.worker_reports import EncoderProbe, Probe, ProbeRecord
+from pipeline.worker.engine import EncoderRun, Engine, decode_job, encode_batch, reporting_engine
+from pipeline.worker.reports import EncoderProbe, Probe, ProbeRecord
 
 
 def probe_clips(

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from featurestore.writer import StoreWriter
-from pipeline import device_memory
+from pipeline.worker import device_memory
 from pipeline.config import DEFAULT_BATCH
-from pipeline.device_memory import CudaMemory, clips_that_fit
-from pipeline.engine import Engine, close_engines
+from pipeline.worker.device_memory import CudaMemory, clips_that_fit
+from pipeline.worker.engine import Engine, close_engines
 
 
 @dataclass

@@ -10,8 +10,8 @@ from click.testing import CliRunner
 from featurestore import FeatureStore
 from featurestore.errors import UserError
 from pipeline.cli import main
-from pipeline.forecast import forecast
-from pipeline.prediction import Prediction, from_first_blocks, read_plan
+from pipeline.costs.forecast import forecast
+from pipeline.costs.prediction import Prediction, from_first_blocks, read_plan
 from pipeline.report import write_report
 from pipeline.status import store_status
 

@@ -23,11 +23,11 @@ from jobs.reports import TaskReporter
 from pipeline.config import EncoderSettings, EngineSettings, default_batch
 from pipeline.decode.job import DecodeJob
 from pipeline.decode.pool import DecodePool
-from pipeline.device_memory import clips_that_fit, device_memory
 from pipeline.encoders import load_encoder
 from pipeline.encoders.remembered import fingerprint
 from pipeline.views import View, distinct_views
-from pipeline.worker_reports import EncoderDescription
+from pipeline.worker.device_memory import clips_that_fit, device_memory
+from pipeline.worker.reports import EncoderDescription
 
 OnLoaded = Callable[[str, float], None]  # an encoder's name, and the seconds that loading it took
 MAX_DECODERS = 8  # decode processes, unless a number is asked for

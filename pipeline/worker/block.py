@@ -26,11 +26,11 @@ from jobs.reports import TaskReporter, metered
 from pipeline.config import EngineSettings
 from pipeline.decode.ahead import decode_ahead
 from pipeline.decode.job import Decoded, DecodeJob
-from pipeline.engine import Engine, decode_job, encode_batch, engine_for
 from pipeline.media import UNREACHABLE, folder_has_gone, resolve_media
 from pipeline.resume.reuse import ReuseTask, copy_cells
 from pipeline.summary import DECODING
-from pipeline.worker_reports import BlockCounts, BlockReport, EncoderWork
+from pipeline.worker.engine import Engine, decode_job, encode_batch, engine_for
+from pipeline.worker.reports import BlockCounts, BlockReport, EncoderWork
 
 WRITES_IN_FLIGHT = 2  # batches compressed behind the encoder; bounds the memory
 

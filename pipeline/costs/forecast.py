@@ -27,10 +27,10 @@ from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
 from jobs.clusters import connect
 from pipeline.config import ExtractConfig
+from pipeline.costs.probe_workers import INTERVAL, MAX_WORKERS, probe_workers, standard_error
 from pipeline.datasets import DatasetListing, list_clips
 from pipeline.describe import Loading
-from pipeline.probe_workers import INTERVAL, MAX_WORKERS, probe_workers, standard_error
-from pipeline.worker_reports import Probe, ProbeRecord
+from pipeline.worker.reports import Probe, ProbeRecord
 
 FILES_PER_BLOCK = 2  # a shard and its receipt
 

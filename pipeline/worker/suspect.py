@@ -21,13 +21,13 @@ from typing import Any
 
 from featurestore.errors import RunStoppedError
 from jobs.reports import TaskReporter
-from pipeline import crash_marks
-from pipeline.block import BlockTask, EncoderRow, Watch, extract_block
+from pipeline.worker import crash_marks
 from pipeline.decode.worker import die_with_parent
-from pipeline.engine import close_engines
-from pipeline.worker_reports import BlockCounts, BlockReport
+from pipeline.worker.block import BlockTask, EncoderRow, Watch, extract_block
+from pipeline.worker.engine import close_engines
+from pipeline.worker.reports import BlockCounts, BlockReport
 
-COMMAND = (sys.executable, "-P", "-m", "pipeline.suspect")
+COMMAND = (sys.executable, "-P", "-m", "pipeline.worker.suspect")
 TRIES = 2  # a crash may be the machine's; the second one on the same clip is the clip's
 MAX_CULPRITS = 3  # of one block; more of them speak of the machine
 LAST_WORDS_S = 10.0  # for a process that has told its result to end

@@ -21,7 +21,7 @@ from featurestore.find import is_url
 from featurestore.layout import TEMPORARY
 
 if TYPE_CHECKING:
-    from pipeline.block import BlockTask
+    from pipeline.worker.block import BlockTask
 
 FOLDER = "crashes"
 

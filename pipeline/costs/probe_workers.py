@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from featurestore.clips import Clip
 from jobs.run import Listener, Task, run_tasks
 from pipeline.config import ExtractConfig
-from pipeline.worker_reports import Probe, ProbeRecord
+from pipeline.worker.reports import Probe, ProbeRecord
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -36,7 +36,7 @@ def probe_workers(
     listener: Listener = Listener(),
 ) -> Probe:
     """Probe the chosen clips, dealt out to `workers` workers of the cluster."""
-    from pipeline.probe import probe_clips  # imports torch
+    from pipeline.costs.probe import probe_clips  # imports torch
 
     parts = [{kind: clips[n::workers] for kind, clips in chosen.items()} for n in range(workers)]
     tasks = [
