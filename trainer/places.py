@@ -84,6 +84,7 @@ def open_store_for(run: LoadedRun, path: str, *, names: Sequence[str] = ()) -> t
     store = FeatureStore.open(path)
     keys = {identity.id: key for key, identity in store.encoders.items()}
     wanted = {encoder: keys.get(shape.identity, encoder) for encoder, shape in run.record.shapes.items()}
+    wanted = wanted or {key: key for key in store.encoders}  # text only: asked of the clips that all runs are asked of
     stored = {encoder: key for encoder, key in wanted.items() if key in store.encoders}
     if not stored:
         raise UserError(
