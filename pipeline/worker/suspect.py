@@ -21,8 +21,8 @@ from typing import Any
 
 from featurestore.errors import RunStoppedError
 from jobs.reports import TaskReporter
-from pipeline.worker import crash_marks
 from pipeline.decode.worker import die_with_parent
+from pipeline.worker import crash_marks
 from pipeline.worker.block import BlockTask, EncoderRow, Watch, extract_block
 from pipeline.worker.engine import close_engines
 from pipeline.worker.reports import BlockCounts, BlockReport

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from featurestore.writer import StoreWriter
-from pipeline.worker import device_memory
 from pipeline.config import DEFAULT_BATCH
+from pipeline.worker import device_memory
 from pipeline.worker.device_memory import CudaMemory, clips_that_fit
 from pipeline.worker.engine import Engine, close_engines
 
