@@ -225,7 +225,7 @@ def _outcome(client: Client, attempt: _Attempt) -> Outcome | None:
     try:
         error = future.exception(timeout=RECOUNT_S)
         result = None if error is not None else future.result(timeout=RECOUNT_S)
-    except TimeoutError:
+    except OSError:  # too slow, or the way to it is cut: the next look tells whether the scheduler is gone
         return None
     failed_on = _failed_on(client, future.key) if error is not None else ()
     future.release()

@@ -55,7 +55,7 @@ def train_chain(both, tokens, stages, tmp_path):
     """Trains the chain, by default whole."""
 
     def train(out="whole", source=tokens, samples=both, stages=stages, **options):
-        return train_stages(stages, lambda config: (samples, source), tmp_path / out, is_quiet=True, **options)
+        return train_stages(stages, lambda config, run: (samples, source), tmp_path / out, is_quiet=True, **options)
 
     return train
 
@@ -184,7 +184,7 @@ def test_one_stage_of_a_chain_can_be_trained_at_a_time(train_chain, tmp_path):
 
 
 def test_a_dry_run_describes_every_stage_and_writes_nothing(both, tokens, stages, tmp_path):
-    told = describe_stages(stages, lambda config: (both, tokens))["stages"]
+    told = describe_stages(stages, lambda config, run: (both, tokens))["stages"]
     assert list(told) == list(NAMES)
     assert (told["align"]["steps"], told["finetune"]["steps"]) == (4, 6)
     assert told["finetune"]["init"] == "all weights of stage align"
