@@ -42,6 +42,14 @@ def check_room_for_store(place: Place) -> None:
         raise UserError(f"no store can be made at {place}: {nearest} may not be written to; give another --store")
 
 
+def check_is_another(source: Place, destination: Place) -> None:
+    """Refuse to write what is read: a store brought to its own place would look as if something had been done."""
+    source, destination = place_of(source), place_of(destination)
+    same = str(source) == str(destination) if is_url(source) else Path(source).resolve() == Path(destination).resolve()
+    if same:
+        raise UserError(f"{destination} is the store itself: name another place for what is made of it")
+
+
 def is_url(place: Place) -> bool:
     return "://" in str(place)
 
@@ -72,7 +80,9 @@ def store_first(words: Sequence[str], given: Place | None) -> tuple[Place, list[
         others = [word for word in words if word != stores[0]]
         raise UserError(f"the store goes first: {' '.join([stores[0], *others])}")
     if len(words) == 1:
-        raise UserError(f"{words[0]} is the store: name a clip after it, or to inspect, an encoder that `status` lists")
+        raise UserError(
+            f"{words[0]} is the store: name a clip behind it (to `inspect`, an encoder that `status` lists)"
+        )
     return place_of(words[0]), list(words[1:])
 
 

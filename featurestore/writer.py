@@ -60,7 +60,7 @@ class StoreWriter:
         wanted, path = check_block_rows(block_rows), place_of(path)
         if not is_url(path):
             with machine_faults(f"make {path}"):
-                Path(path).mkdir(parents=True, exist_ok=True)
+                _make_folder(Path(path))
         objects = open_objects(path) if objects is None else objects
         objects.sweep()
         if not objects.exists(ROOT_METADATA):
@@ -245,6 +245,13 @@ class StoreWriter:
             if self.objects.get(ROOT_METADATA) == wanted:
                 return
             self.objects.replace(ROOT_METADATA, wanted)
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"no store can be made at {path}: {error.strerror}; choose another place") from error
 
 
 def check_holds_nothing_else(objects: Objects, path: Place) -> None:

@@ -7,6 +7,7 @@ frames and no tokens, and its state is never the truth about what is done.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,18 @@ DISTRIBUTION = "merv-pipeline"  # what every worker must have, in the driver's v
 CLUSTERS: dict[str, Callable[..., object]] = {"local": local, "cuda": cuda, "slurm": slurm}
 
 
+def check_scheduler(scheduler: str) -> None:
+    """Raise `ClusterError` for what is neither a cluster's name, nor an address, nor a file."""
+    if scheduler in CLUSTERS or "://" in scheduler or Path(scheduler).is_file():
+        return
+    nearest = difflib.get_close_matches(scheduler, CLUSTERS, n=1)
+    hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+    raise ClusterError(
+        f"unknown scheduler {scheduler!r}{hint}: give one of {', '.join(CLUSTERS)}, an address such as "
+        "tcp://HOST:8786, or the path of a scheduler file"
+    )
+
+
 @contextmanager
 def connect(request: ClusterRequest, *, say: Callable[[str], None] = lambda line: None) -> Iterator[Client]:
     """A client of the cluster asked for; what we started is stopped at the end, what we joined is left running.
@@ -37,15 +50,8 @@ def connect(request: ClusterRequest, *, say: Callable[[str], None] = lambda line
     """
     if request.num_workers < 0:
         raise ClusterError(f"a run needs at least one worker, got {request.num_workers}")
-    if request.scheduler in CLUSTERS:
-        opener = CLUSTERS[request.scheduler]
-    elif "://" in request.scheduler or Path(request.scheduler).is_file():
-        opener = join
-    else:
-        raise ClusterError(
-            f"unknown scheduler {request.scheduler!r}: give one of {', '.join(CLUSTERS)}, an address such as "
-            "tcp://HOST:8786, or the path of a scheduler file"
-        )
+    check_scheduler(request.scheduler)
+    opener = CLUSTERS.get(request.scheduler, join)
     import dask  # 0.1 s: not at the top, --help reads this room
     from distributed.gc import disable_gc_diagnosis  # its defaults, too, must be there before ours are laid over them
 

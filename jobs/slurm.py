@@ -45,12 +45,26 @@ def slurm(request: ClusterRequest, say: Callable[[str], None]) -> Iterator[Clien
     per_job = max(1, settings.gpus)
     num_jobs = math.ceil((request.num_workers or per_job) / per_job)
     with SLURMCluster(**job_options(settings, dashboard=request.dashboard)) as cluster, Client(cluster) as client:
+        _check_submits(cluster.job_script())
         keeper = _Keeper(cluster, num_jobs, _logs(settings), say)
         cluster.scale(jobs=num_jobs)
         say(f"slurm: submitted {num_jobs} x {per_job} (jobs x workers), waiting for the first; logs: {_logs(settings)}")
         _wait_for_first(client, keeper, settings)
         with keeper:
             yield client
+
+
+def _check_submits(script: str) -> None:
+    """Raise what SLURM says of a job that it would refuse: jobqueue submits in the background and would not tell."""
+    try:
+        answer = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise ClusterError("--scheduler slurm: there is no sbatch here; run the command on a login node") from error
+    if answer.returncode:
+        raise ClusterError(
+            f"SLURM refuses the job that a worker would live in: {answer.stderr.strip()}; mend the cluster settings "
+            "(partition, account, walltime, gpus, cpus, memory, directives) or ask whether SLURM is up"
+        )
 
 
 def job_options(settings: ClusterSettings, *, dashboard: bool = False) -> dict[str, Any]:

@@ -43,6 +43,12 @@ def _whose(settings: ClusterSettings) -> list[str]:
 def _sizes(settings: ClusterSettings, num_workers: int) -> list[str]:
     """What the one job asks for: `num_workers` spread over nodes of `gpus` each."""
     per_node = max(1, settings.gpus)
+    if num_workers > per_node and num_workers % per_node:
+        less = num_workers // per_node * per_node
+        raise ClusterError(
+            f"{num_workers} workers do not fill whole nodes of {per_node} GPUs: give --workers {less} or "
+            f"{less + per_node}"
+        )
     options = [f"--nodes={math.ceil(num_workers / per_node)}", f"--ntasks-per-node={min(num_workers, per_node)}"]
     options += [f"--gres=gpu:{min(num_workers, per_node)}"] if settings.gpus else []
     options += [f"--cpus-per-task={max(1, settings.cpus // per_node)}", f"--time={settings.walltime}"]

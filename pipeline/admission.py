@@ -6,30 +6,38 @@ again where something is written, for another driver may have been there meanwhi
 
 from __future__ import annotations
 
-from featurestore.find import check_room_for_store
+from featurestore.find import Place, check_room_for_store
 from featurestore.layout import ROOT_METADATA
 from featurestore.places.by_url import check_writable, open_objects
 from featurestore.writer import StoreWriter, check_holds_nothing_else
+from jobs.clusters import check_scheduler
 from pipeline.config import ExtractConfig
 
 
-def check_store(config: ExtractConfig) -> None:
-    """Raise what the place, or the store in it, has against the config.
+def check_request(config: ExtractConfig) -> None:
+    """Raise what the place, or the store in it, has against the config, and what no cluster is called.
 
-    Errors: `UserError` for a place where no store can be and for other block rows; `IdentityConflictError` where an
-    encoder is stored under other settings.
+    Errors: `ClusterError` for an unknown scheduler; `UserError` for a place where no store can be and for other block
+    rows; `IdentityConflictError` where an encoder is stored under other settings.
     """
+    check_scheduler(config.scheduler)
     place = config.store_path
-    check_writable(place)
-    check_room_for_store(place)
-    objects = open_objects(place)
-    if not objects.exists(ROOT_METADATA):
-        check_holds_nothing_else(objects, place)
+    check_place(place)
+    if not open_objects(place).exists(ROOT_METADATA):
         return
     store = StoreWriter.open(place)
     store.check_block_rows(config.block_rows)
     if not config.new_identity:
         _check_settings(store, config)
+
+
+def check_place(place: Place) -> None:
+    """Raise `UserError` where no store can be, or where something else is."""
+    check_writable(place)
+    check_room_for_store(place)
+    objects = open_objects(place)
+    if not objects.exists(ROOT_METADATA):
+        check_holds_nothing_else(objects, place)
 
 
 def _check_settings(store: StoreWriter, config: ExtractConfig) -> None:

@@ -73,7 +73,7 @@ def check_grid(native: Grid, grid: Grid) -> None:
     if grid[0] > native[0]:
         raise UserError(
             f"cannot align {native[0]} time steps to {grid[0]}: pooling never adds steps; ask for a grid of at most "
-            f"{native[0]} steps, give the encoder more frames, or name native_time if these are a still's features"
+            f"{native[0]} steps, or give the encoder more frames"
         )
 
 

@@ -25,7 +25,7 @@ from featurestore.writer import StoreWriter
 from jobs.clusters import connect
 from jobs.dashboard import dashboard_lines, performance_report
 from jobs.run import Task
-from pipeline.admission import check_store
+from pipeline.admission import check_request
 from pipeline.config import ExtractConfig
 from pipeline.costs.prediction import read_plan
 from pipeline.datasets import DatasetListing, list_clips
@@ -49,7 +49,7 @@ def extract(config: ExtractConfig, *, quiet: bool = False, say: Say = lambda lin
     Raises `IdentityConflictError` where an encoder is stored under another identity, and `RunStoppedError` where the
     environment failed; in both cases everything committed so far stays.
     """
-    check_store(config)
+    check_request(config)
     listing = list_clips(config)
     summary = ExtractSummary.begin(config, listing)
     if config.forecast:

@@ -21,7 +21,7 @@ import numpy as np
 from featurestore.clips import Clip
 from featurestore.distortion import read_distortion
 from featurestore.distortion_table import loss_notes, loss_table, token_notes, token_table
-from featurestore.errors import MervCacheError
+from featurestore.errors import MervCacheError, UserError
 from featurestore.find import Place, is_url, place_of
 from featurestore.parity import parity_words, read_parity
 from featurestore.store import FeatureStore
@@ -56,7 +56,10 @@ def write_report(path: Place, *, out: str | Path | None = None, root: str | None
         quarantine=_quarantine_table(store),
     )
     target = Path(out) if out else path.with_name(f"{path.name.removesuffix('.zarr')}-report.html")
-    target.write_text(page)
+    try:
+        target.write_text(page)
+    except OSError as error:
+        raise UserError(f"the page cannot be written to {target}: {error.strerror}; give another --out") from error
     return target
 
 

@@ -19,7 +19,7 @@ from featurestore.clips import Clip
 from featurestore.columns import table_to_clips
 from featurestore.digests import record_digest
 from featurestore.errors import StoreDamagedError, UserError
-from featurestore.find import Place
+from featurestore.find import Place, check_is_another
 from featurestore.groups import GroupWriter
 from featurestore.journal import journal_bytes
 from featurestore.layout import block_of, journal_key, tombstone_key
@@ -74,6 +74,8 @@ def combine(
     progress: Progress = SILENT,
 ) -> Combined:
     """Lay the selected cells of the sources into `out`, a new store or one that an interrupted run left."""
+    for source in sources:
+        check_is_another(source.name, out)
     asked = selection or Selection()
     selection = asked.with_samples(
         sample for source in sources for each in source.samples().values() for sample in each

@@ -21,7 +21,7 @@ from functools import partial
 from featurestore.digests import sha256_hex
 from featurestore.distortion import JOURNAL_PREFIX as DISTORTION
 from featurestore.errors import StoreDamagedError, StoreError, StoreNotFoundError, UserError
-from featurestore.find import Place, no_store_at, place_of
+from featurestore.find import Place, check_is_another, no_store_at, place_of
 from featurestore.groups import create_or_open_group, read_arrays
 from featurestore.keep.erase import erase_tombstoned
 from featurestore.layout import (
@@ -101,6 +101,7 @@ def transfer(
     selection = selection or Selection()
     if selection.split is not None:
         raise UserError("whole blocks are sent, a split cannot be: make a `merv-pipeline subset` of it first")
+    check_is_another(source, destination)
     if target is None:
         check_writable(destination)
     trip = _set_out(source, destination, target, selection, check)

@@ -60,6 +60,8 @@ def summary(result) -> None:
         out.print(f"{result.reused} cells (clip and encoder) were copied from another store")
     if result.halvings:
         out.print(f"{result.halvings} batches were halved for lack of device memory: give a smaller batch")
+    if result.unchanged:
+        out.print(f"{plural(result.unchanged, 'clip')} failed as before and stay quarantined")
     if result.reasons:
         out.print("after mending the cause: the same command with --retry-quarantine")
     out.print(f"look: merv-pipeline report {result.store}")

@@ -45,6 +45,8 @@ def _table(progress: Progress) -> None:
 
 
 def _rate(encoder: EncoderProgress) -> str:
+    if encoder.is_done:
+        return "-"
     return "not moving" if encoder.clips_per_s is None else f"{encoder.clips_per_s:.2f} clips/s"
 
 

@@ -26,6 +26,7 @@ from featurestore.snapshots import newest_snapshot_id
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
 from jobs.clusters import connect
+from pipeline.admission import check_place
 from pipeline.config import ExtractConfig
 from pipeline.costs.probe_workers import INTERVAL, MAX_WORKERS, probe_workers, standard_error
 from pipeline.datasets import DatasetListing, list_clips
@@ -81,6 +82,7 @@ def forecast(config: ExtractConfig, *, probe: int = 4, say: Callable[[str], None
 
     `probe` clips of each kind are really encoded on each of up to eight workers.
     """
+    check_place(config.store_path)
     listing = list_clips(config)
     say(f"{config.dataset}: {len(listing.clips)} clips listed; loading {', '.join(config.encoders)} for a probe")
     with connect(config.cluster_request, say=say) as client:

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from featurestore.errors import UserError
-from featurestore.find import check_room_for_store, find_store, names_of, no_store_at, store_first, stores_under
+from featurestore.find import (
+    check_is_another,
+    check_room_for_store,
+    find_store,
+    names_of,
+    no_store_at,
+    store_first,
+    stores_under,
+)
 from featurestore.layout import ROOT_METADATA
 from featurestore.writer import StoreWriter
 
@@ -80,7 +88,7 @@ def test_a_store_stands_before_the_names_that_are_looked_for_in_it(tmp_path, mon
     assert store_first(["clip", "a.zarr"], "b.zarr") == (Path("b.zarr"), ["clip", "a.zarr"])
     with pytest.raises(UserError, match=r"the store goes first: a\.zarr clip"):
         store_first(["clip", "a.zarr"], None)
-    with pytest.raises(UserError, match=r"a\.zarr is the store: name a clip after it"):
+    with pytest.raises(UserError, match=r"a\.zarr is the store: name a clip behind it"):
         store_first(["a.zarr"], None)
 
 
@@ -88,3 +96,12 @@ def test_names_with_commas_are_cut_and_empty_ones_left_out():
     assert names_of("dinov2") == ["dinov2"]
     assert names_of(" dinov2, siglip ,,") == ["dinov2", "siglip"]
     assert names_of(" , ") == []
+
+
+def test_a_store_is_not_written_to_its_own_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for source, destination in (("a.zarr", tmp_path / "a.zarr"), ("s3://b/a.zarr", "s3://b/a.zarr/")):
+        with pytest.raises(UserError, match="is the store itself: name another place"):
+            check_is_another(source, destination)
+    check_is_another("a.zarr", "s3://b/a.zarr")
+    check_is_another("a.zarr", "b.zarr")

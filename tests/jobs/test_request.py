@@ -38,7 +38,7 @@ def test_a_walltime_is_so_many_seconds(walltime, seconds):
     assert parse_walltime(walltime) == seconds
 
 
-def test_workers_retire_ten_minutes_before_their_job_or_at_half_of_a_short_one():
+def test_workers_retire_four_minutes_before_their_job_or_at_half_of_a_short_one():
     assert lifetime("12:00:00") == ["--lifetime", "42960s", "--lifetime-stagger", "96s"]
     assert lifetime("00:10:00") == ["--lifetime", "360s", "--lifetime-stagger", "96s"]
 

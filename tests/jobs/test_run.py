@@ -173,8 +173,9 @@ def test_a_scheduler_that_others_run_is_joined_by_address():
         assert len(cluster.workers) == 1  # leaving does not stop what we did not start
 
 
-def test_an_unknown_scheduler_lists_the_known_ones():
-    with pytest.raises(ClusterError, match=f"unknown scheduler 'slrum': give one of {', '.join(CLUSTERS)}"):
+def test_an_unknown_scheduler_names_the_nearest_and_lists_the_known_ones():
+    told = rf"unknown scheduler 'slrum' \(did you mean 'slurm'\?\): give one of {', '.join(CLUSTERS)}"
+    with pytest.raises(ClusterError, match=told):
         connect(ClusterRequest(scheduler="slrum")).__enter__()
 
 

@@ -72,3 +72,8 @@ def test_what_the_script_says_to_dask_is_what_every_cluster_is_told():
 def test_an_unknown_template_lists_the_known_ones():
     with pytest.raises(ClusterError, match="unknown template 'two'; known: one-allocation, driver"):
         submit_script("two", SITE, config="e.yaml")
+
+
+def test_workers_that_do_not_fill_their_nodes_are_not_rounded_in_silence():
+    with pytest.raises(ClusterError, match="6 workers do not fill whole nodes of 4 GPUs: give --workers 4 or 8"):
+        submit_script("one-allocation", ClusterSettings(gpus=4), config="e.yaml", num_workers=6)

@@ -3,6 +3,8 @@
 import pytest
 
 from featurestore.errors import IdentityConflictError, UserError
+from jobs.clusters import ClusterError
+from pipeline.costs.forecast import forecast
 
 
 @pytest.fixture
@@ -32,6 +34,17 @@ def test_a_folder_of_something_else_is_told_and_left_as_it_is(ask, tmp_path):
     with pytest.raises(UserError, match=r"thesis is not empty and not a feature store \(it holds 'chapter1.tex'\)"):
         ask(store=tmp_path / "thesis")
     assert [file.name for file in (tmp_path / "thesis").iterdir()] == ["chapter1.tex"]
+
+
+def test_a_scheduler_that_is_none_is_told_though_there_may_be_nothing_to_do(ask):
+    with pytest.raises(ClusterError, match="unknown scheduler 'slrm'"):
+        ask(scheduler="slrm")
+
+
+def test_a_plan_is_not_made_for_a_place_where_no_store_can_be(lab, tmp_path):
+    (tmp_path / "film.mp4").touch()
+    with pytest.raises(UserError, match="is not empty and not a feature store"):
+        forecast(lab.config(store=tmp_path))
 
 
 def test_settings_that_fit_are_let_in(ask):

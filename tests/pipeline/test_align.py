@@ -78,7 +78,7 @@ def test_no_grid_keeps_the_encoders_own_as_float32():
 
 
 def test_more_time_steps_than_there_are_are_refused_with_the_ways_out():
-    with pytest.raises(UserError, match=r"cannot align 8 time steps to 16: .* at most 8 steps, give the encoder more"):
+    with pytest.raises(UserError, match=r"cannot align 8 time steps to 16: .* at most 8 steps, or give the enc"):
         align(features(1, 8, 14, 14, 2))
 
 

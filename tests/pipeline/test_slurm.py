@@ -192,6 +192,12 @@ def test_a_worker_that_retires_before_its_walltime_hands_its_block_to_the_next_j
     assert verify_store(tiny.store, "full") == []
 
 
+def test_a_job_that_slurm_refuses_is_told_before_anybody_waits_for_it(slurm_site, tmp_path):
+    request = ClusterRequest(scheduler="slurm", device="cpu", settings=settings(tmp_path, partition="nowhere"))
+    with pytest.raises(ClusterError, match=r"(?s)SLURM refuses the job .*invalid partition specified: nowhere.*mend"):
+        connect(request).__enter__()
+
+
 def test_jobs_that_end_without_a_worker_are_told_with_what_they_said(slurm_site, tmp_path, monkeypatch):
     monkeypatch.setattr(slurm, "CHECK_S", 1.0)
     wrong = settings(tmp_path, prologue=("echo no such module >&2; exit 3",))

@@ -126,7 +126,7 @@ def test_a_folder_without_a_run_is_said_before_anything_is_loaded(here, monkeypa
     (here / "run").mkdir()
     (here / "run" / "config.yaml").touch()
     monkeypatch.setattr("trainer.eval_cli.heavy_rooms", lambda: pytest.fail("loaded"))
-    assert "nothing holds no checkpoint; give the folder" in error_of(call(eval_main, *words))
+    assert "nothing holds no run; give the folder" in error_of(call(eval_main, *words))
 
 
 def test_options_win_over_the_file_and_the_file_over_the_recipe(here):
@@ -171,11 +171,13 @@ def test_an_unknown_encoder_lists_those_of_the_store(here):
 
 
 def test_an_llm_that_is_nowhere_says_what_can_be_given(here):
-    assert "LLM './nowhere' cannot be loaded" in error_of(train("--llm", "./nowhere"))
+    assert "LLM './nowhere' cannot be loaded: there is no such folder; give a Hub id" in error_of(
+        train("--llm", "./nowhere")
+    )
 
 
 def test_a_folder_that_is_no_run_is_an_error(here):
-    assert "nothing holds no checkpoint" in error_of(call(eval_main, "run", "--checkpoint", "nothing"))
+    assert "nothing holds no run" in error_of(call(eval_main, "run", "--checkpoint", "nothing"))
     assert "nothing is not a run" in error_of(call(train_main, "--resume", "nothing"))
 
 

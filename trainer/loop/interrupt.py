@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,16 +12,27 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def terminated() -> Iterator[Callable[[], bool]]:
-    """A question that turns true once SIGTERM has come: the step is finished and a checkpoint written, then we stop."""
+    """A question that turns true once SIGTERM or Ctrl-C has come: the step is finished, a checkpoint written, we stop.
+
+    A second Ctrl-C stops at once.
+    """
     told = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield told.is_set  # signals reach the main thread only
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+
+    def stop(number: int, frame: object) -> None:
+        told.set()
+        if number == signal.SIGINT:
+            print("\nstopping after this step, which is saved (once more to stop at once)", file=sys.stderr, flush=True)
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield told.is_set
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Alarm:

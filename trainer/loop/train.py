@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from rich.console import Console
 
 from featurestore.errors import UserError
 from featurestore.samples import Sample
@@ -35,6 +36,7 @@ from trainer.loop.validate import Validation
 from trainer.model.video_llm import VideoLLM
 from trainer.runs import checkpoint
 from trainer.runs.folder import starting_point, write_folder
+from trainer.runs.metrics import METRICS_FILE
 from trainer.runs.shards import plain, whole
 
 
@@ -119,6 +121,7 @@ class _Loop:
         num_steps = self.plan.batches.num_steps
         stop = min(num_steps, stop_at if stop_at is not None else num_steps)
         steps = Prefetch(self._read, start, stop, depth=self.config.prefetch_batches)
+        self._say_start(start, is_quiet)
         shown = self._progress(start, is_quiet)
         done, loss = start, torch.tensor(float("nan"))
         with steps, shown, terminated() as is_terminated:
@@ -222,6 +225,20 @@ class _Loop:
 
     def _is_best(self, validated: Mapping[str, float]) -> bool:
         return bool(validated) and (self.best is None or checkpoint.goodness(validated) > self.best)
+
+    def _say_start(self, start: int, is_quiet: bool) -> None:
+        """What a log should begin with; a run that was stopped before its first checkpoint begins anew, and says so."""
+        if is_quiet or not self.accelerator.is_main_process:
+            return
+        begins = f"goes on behind step {start}" if start else "starts"
+        if not start and (self.out / METRICS_FILE).exists():
+            begins = "had no checkpoint yet and starts again"
+        config, tokens = self.config, self.plan.record.store or "media that are decoded and encoded now"
+        told = (
+            f"{self.out} {begins}: {self.plan.batches.num_steps} steps of {config.batch_size} samples, {config.llm},"
+            f" tokens of {tokens}; a checkpoint every {config.checkpoint_every} steps"
+        )
+        Console(stderr=True).print(told, markup=False, highlight=False, soft_wrap=True)
 
     def _is_time(self) -> bool:
         """Whether a checkpoint is due by the first rank's clock."""

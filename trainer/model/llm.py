@@ -87,6 +87,8 @@ def where_to_look(name: str) -> dict[str, bool]:
 
     if Path(name).is_dir():
         return {}
+    if name.startswith(("/", ".", "~")):  # no id of the Hub does
+        raise UserError(_no_llm(name, "there is no such folder"))
     try:
         model_info(name, timeout=HUB_TIMEOUT_S)
     except (HfHubHTTPError, ValueError):

@@ -53,7 +53,9 @@ def check_are_runs(*folders: Path) -> None:
 
 def no_checkpoint(run: Path) -> str:
     """The message for a folder that holds nothing trained."""
-    return f"{run} holds no checkpoint; give the folder that merv-train wrote with --out"
+    if (run / CONFIG_FILE).is_file():
+        return f"{run} was stopped before its first checkpoint; go on with merv-train --resume {run}"
+    return f"{run} holds no run; give the folder that merv-train wrote with --out"
 
 
 def last_stage(run: Path) -> Path:

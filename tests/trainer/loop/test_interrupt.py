@@ -2,6 +2,8 @@ import os
 import signal
 import threading
 
+import pytest
+
 from trainer.loop.interrupt import Alarm, terminated
 
 
@@ -31,6 +33,17 @@ def test_sigterm_is_remembered_and_the_handler_put_back():
         os.kill(os.getpid(), signal.SIGTERM)
         assert is_terminated()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_ctrl_c_is_remembered_once_and_the_second_one_stops_at_once(capsys):
+    before = signal.getsignal(signal.SIGINT)
+    with terminated() as is_terminated:
+        signal.raise_signal(signal.SIGINT)
+        assert is_terminated()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert "stopping after this step, which is saved" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_outside_the_main_thread_signals_are_left_alone():

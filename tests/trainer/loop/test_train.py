@@ -43,6 +43,27 @@ def test_a_small_model_learns_its_samples_by_heart(tmp_path, config, samples, to
     assert found[-1] < 0.1
 
 
+def test_a_log_says_what_begins_and_that_a_run_without_checkpoint_begins_again(
+    tmp_path, config, samples, tokens, capsys
+):
+    out = tmp_path / "run"
+
+    def said(**options):
+        train(config, samples, tokens, out, resume=True, **options)
+        return capsys.readouterr().err.splitlines()[0]
+
+    assert said(stop_at=2).startswith(f"{out} starts: 6 steps of {config.batch_size} samples, {config.llm}, tokens of ")
+    assert said(stop_at=4).startswith(f"{out} goes on behind step 2: ")
+    shutil.rmtree(out / "checkpoints")
+    assert said().startswith(f"{out} had no checkpoint yet and starts again: ")
+
+
+def test_a_run_is_refused_where_none_can_be_kept(tmp_path, config, samples, tokens):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"a run is a folder, and .*file is a file: give another --out"):
+        run_to_end(config, samples, tokens, tmp_path / "file" / "run")
+
+
 def test_processes_that_opened_different_data_are_refused(tmp_path, config, samples, tokens, monkeypatch):
     """As if another process had opened the store a snapshot earlier."""
     monkeypatch.setattr("trainer.loop.train.gather_object", lambda found: [*found, "0" * 64])
