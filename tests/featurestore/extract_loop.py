@@ -23,11 +23,11 @@ def main(path: str, first: int, noise: int) -> None:
     writer = kit.writer()
     for stop in (10, 22):  # two batches: a dataset that grew
         writer.add_clips([*(video(n) for n in range(stop)), *(image(n) for n in range(stop // 2))])
-        clips = clips_by_row(writer)
         for kind in ("video", "image"):
             for identity in IDENTITIES:
                 group = kit.group(identity, kind)
                 blocks = group.missing_blocks()
+                clips = clips_by_row(kit.writer())  # after them: another program may have given out more rows meanwhile
                 for block in blocks[first:] + blocks[:first]:
                     fill_block(group.begin(block), clips[kind], identity, BROKEN, noise).commit()
         writer.publish_snapshot()
