@@ -27,7 +27,10 @@ def terminated() -> Iterator[Callable[[], bool]]:
             print("\nstopping after this step, which is saved (once more to stop at once)", file=sys.stderr, flush=True)
             signal.signal(signal.SIGINT, before[signal.SIGINT])
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    # A shell starts what it puts in the background deaf to Ctrl-C, which is then meant for somebody else.
+    is_deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    heard = (signal.SIGTERM,) if is_deaf else (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, stop) for number in heard}
     try:
         yield told.is_set
     finally:

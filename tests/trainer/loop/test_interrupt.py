@@ -35,7 +35,23 @@ def test_sigterm_is_remembered_and_the_handler_put_back():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_ctrl_c_is_remembered_once_and_the_second_one_stops_at_once(capsys):
+@pytest.fixture
+def hears_ctrl_c():
+    """As in a terminal's foreground; a suite that runs in the background was started deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_in_the_background_stays_ignored(hears_ctrl_c):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with terminated() as is_terminated:
+        signal.raise_signal(signal.SIGINT)
+        assert not is_terminated()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_ctrl_c_is_remembered_once_and_the_second_one_stops_at_once(hears_ctrl_c, capsys):
     before = signal.getsignal(signal.SIGINT)
     with terminated() as is_terminated:
         signal.raise_signal(signal.SIGINT)
