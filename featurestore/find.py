@@ -33,13 +33,17 @@ def place_of(given: Place) -> Place:
 def check_room_for_store(place: Place) -> None:
     """Refuse a place where no store can be made, before anything is loaded for it; makes nothing."""
     place = place_of(place)
-    if is_url(place):
-        return
-    nearest = next(folder for folder in (place.absolute(), *place.absolute().parents) if os.path.lexists(folder))
+    if not is_url(place):
+        check_room(place, "store", "--store")
+
+
+def check_room(path: Path, thing: str, option: str) -> None:
+    """Refuse a path where no folder can be made for a `thing`, which `option` names."""
+    nearest = next(folder for folder in (path.absolute(), *path.absolute().parents) if os.path.lexists(folder))
     if not nearest.is_dir():
-        raise UserError(f"a store is a folder, and {nearest} is a file: give another --store")
+        raise UserError(f"a {thing} is a folder, and {nearest} is a file: give another {option}")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"no store can be made at {place}: {nearest} may not be written to; give another --store")
+        raise UserError(f"no {thing} can be made at {path}: {nearest} may not be written to; give another {option}")
 
 
 def check_is_another(source: Place, destination: Place) -> None:

@@ -21,23 +21,23 @@ def check_request(config: ExtractConfig) -> None:
     rows; `IdentityConflictError` where an encoder is stored under other settings.
     """
     check_scheduler(config.scheduler)
-    place = config.store_path
-    check_place(place)
-    if not open_objects(place).exists(ROOT_METADATA):
+    if not check_place(config.store_path):
         return
-    store = StoreWriter.open(place)
+    store = StoreWriter.open(config.store_path)
     store.check_block_rows(config.block_rows)
     if not config.new_identity:
         _check_settings(store, config)
 
 
-def check_place(place: Place) -> None:
-    """Raise `UserError` where no store can be, or where something else is."""
+def check_place(place: Place) -> bool:
+    """Raise `UserError` where no store can be, or where something else is; returns whether there is a store."""
     check_writable(place)
     check_room_for_store(place)
     objects = open_objects(place)
-    if not objects.exists(ROOT_METADATA):
+    is_there = objects.exists(ROOT_METADATA)
+    if not is_there:
         check_holds_nothing_else(objects, place)
+    return is_there
 
 
 def _check_settings(store: StoreWriter, config: ExtractConfig) -> None:

@@ -58,7 +58,8 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 _s3, _web, _toys = _load("featurestore/s3_server"), _load("featurestore/web_server"), _load("toy_stores")
-_hub = _load("featurestore/hub_server")
+_hub, _terminals = _load("featurestore/hub_server"), _load("terminals")
 s3, s3_endpoint, web = _s3.s3, _s3.s3_endpoint, _web.web
 hub = _hub.hub
+stepped_clock, terminal = _terminals.stepped_clock, _terminals.terminal
 toy_identity, write_store = _toys.toy_identity, _toys.write_store

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
+from featurestore.command_line import say
 from featurestore.errors import UserError
 from featurestore.samples import Sample
 from trainer.bar import Bar
@@ -152,4 +152,4 @@ def _keep_scores(run: Path, result: Mapping[str, Any], source: ScoreSource) -> N
     try:
         write_scores(last_stage(run), result, source)
     except OSError as error:
-        Console(stderr=True).print(f"the scores were not kept in {run}: {error.strerror}", markup=False)
+        say(f"the scores were not kept in {run}: {error.strerror}")

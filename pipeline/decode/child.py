@@ -21,6 +21,13 @@ LAST_WORDS_S = 5.0  # a crashed process needs a moment until its status is there
 START_TIMEOUT_S = 120.0  # imports from a slow share
 STDERR_BYTES = 1 << 20  # kept of what the child's libraries print
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYAV_LOGGING": "off"}
+# Signals that a process does not send itself: a person, a cluster, or a kernel short of memory does.
+FROM_OUTSIDE = frozenset((signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+
+
+def how_it_ended(status: int) -> str:
+    """An exit status in words: "signal SIGSEGV" or "exit status 1"."""
+    return f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
 
 
 class DecodeChild:
@@ -71,8 +78,8 @@ class DecodeChild:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
-    def end(self, *, hangs: bool) -> str:
-        """Reap what has ended, kill what runs on, close; returns "signal SIGSEGV" or "exit status 1"."""
+    def end(self, *, hangs: bool) -> int:
+        """Reap what has ended, kill what runs on, close; returns the exit status, below zero for a signal."""
         self._process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(0 if hangs else LAST_WORDS_S)  # after its pipe closed: let it tell how it died
@@ -81,7 +88,7 @@ class DecodeChild:
         status = self._process.wait()
         for stream in (self._process.stdout, self._stderr):
             stream.close()
-        return f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        return status
 
     def wait_until_ready(self) -> None:
         """Wait until the process takes jobs; `RunStoppedError` if it does not start, which blames no clip."""

@@ -21,12 +21,11 @@ from concurrent.futures import Future
 
 from featurestore.errors import MediaError, RunStoppedError, UserError
 from pipeline.decode import protocol
-from pipeline.decode.child import DecodeChild
+from pipeline.decode.child import FROM_OUTSIDE, DecodeChild, how_it_ended
 from pipeline.decode.job import Decoded, DecodeJob
 
 WORKER_COMMAND = (sys.executable, "-P", "-m", "pipeline.decode.worker")
 TRIES = 2  # a timeout or a crash may be the machine's; the second one is the clip's
-KILLED_FROM_OUTSIDE = frozenset(f"signal {name}" for name in ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP"))
 
 
 class DecodePool:
@@ -164,11 +163,11 @@ class _Minder(threading.Thread):
                 self._child = DecodeChild(self._command)
             return self._child
 
-    def _end_child(self, *, hangs: bool) -> str:
-        """Reap the child, killing it if need be; returns how it ended, in words."""
+    def _end_child(self, *, hangs: bool) -> int:
+        """Reap the child, killing it if need be; returns its exit status."""
         with self._lock:
             child, self._child = self._child, None
-        return child.end(hangs=hangs) if child else ""
+        return child.end(hangs=hangs) if child else 0
 
 
 def _hanging_share(job: DecodeJob) -> RunStoppedError:
@@ -178,11 +177,12 @@ def _hanging_share(job: DecodeJob) -> RunStoppedError:
     )
 
 
-def _crash(job: DecodeJob, status: str) -> MediaError | RunStoppedError:
-    if status not in KILLED_FROM_OUTSIDE:
-        return MediaError(f"decoder crashed: {status}")
+def _crash(job: DecodeJob, status: int) -> MediaError | RunStoppedError:
+    how = how_it_ended(status)
+    if -status not in FROM_OUTSIDE:
+        return MediaError(f"decoder crashed: {how}")
     return RunStoppedError(
-        f"the process that decoded {job.clip.path} was killed from outside ({status}), twice; if it was for lack of "
+        f"the process that decoded {job.clip.path} was killed from outside ({how}), twice; if it was for lack of "
         "memory, give the job more or use fewer decode_processes, and run the same command again; nothing was "
         "quarantined"
     )

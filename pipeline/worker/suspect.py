@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import threading
@@ -21,6 +20,7 @@ from typing import Any
 
 from featurestore.errors import RunStoppedError
 from jobs.reports import TaskReporter
+from pipeline.decode.child import FROM_OUTSIDE, how_it_ended
 from pipeline.decode.worker import die_with_parent
 from pipeline.worker import crash_marks
 from pipeline.worker.block import BlockTask, EncoderRow, Watch, extract_block
@@ -58,22 +58,22 @@ def extract_suspect(task: BlockTask) -> BlockReport:
             continue
         if last is None or len(crashed) == MAX_CULPRITS:
             raise RunStoppedError(
-                f"{_name(task)} brings its process down ({_how(status)}) "
+                f"{_name(task)} brings its process down ({how_it_ended(status)}) "
                 + ("before its first clip" if last is None else f"on more than {MAX_CULPRITS} clips")
                 + ": it is the machine or the encoders' libraries rather than the clips; everything committed so far "
                 "is kept, run the same command again after mending the cause"
             )
-        crashed[last] = f"encoding crashes the process: {_how(status)}"
+        crashed[last] = f"encoding crashes the process: {how_it_ended(status)}"
 
 
 def _check_its_own_doing(task: BlockTask, last: EncoderRow | None, status: int) -> None:
     """Stop the run if a person, a cluster, or a kernel short of memory killed the process: that blames no clip."""
-    if status >= 0 or -status not in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    if -status not in FROM_OUTSIDE:
         return
     at = f", while {last.encoder} encoded {dict(task.rows)[last.row].clip_id}" if last else ""
     raise RunStoppedError(
-        f"{_name(task)} was killed from outside ({_how(status)}){at}; if it was for lack of memory, give a smaller "
-        "--batch in the config or a larger machine, and run the same command again"
+        f"{_name(task)} was killed from outside ({how_it_ended(status)}){at}; if it was for lack of memory, give a "
+        "smaller --batch in the config or a larger machine, and run the same command again"
     )
 
 
@@ -127,10 +127,6 @@ def _report(answer: dict[str, Any]) -> BlockReport:
 
 def _name(task: BlockTask) -> str:
     return f"block {task.block} of {task.kind}"
-
-
-def _how(status: int) -> str:
-    return f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
 
 
 def main() -> None:

@@ -3,25 +3,17 @@
 import io
 import threading
 
+import pytest
+
 from jobs.progress import Counts, RunProgress
 
 
-class SteppedClock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def monotonic(self) -> float:
-        return self.now
+@pytest.fixture
+def clock(stepped_clock):
+    return stepped_clock("jobs.progress")
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_the_line_tells_done_failed_rates_and_the_time_left(monkeypatch):
-    clock = SteppedClock()
-    monkeypatch.setattr("jobs.progress.time", clock)
+def test_the_line_tells_done_failed_rates_and_the_time_left(clock):
     progress = RunProgress("extract", total=40, unit="clips", stream=io.StringIO())
     clock.now += 5
     progress.advance(10, failed=1, frames=320, MB=2.5)
@@ -29,9 +21,7 @@ def test_the_line_tells_done_failed_rates_and_the_time_left(monkeypatch):
     assert progress.text(60) == "10/40 clips, 1 failed, ETA 0:00:15, 2.0 clips/s"  # what matters most stays longest
 
 
-def test_rates_and_the_time_left_are_of_the_last_minutes(monkeypatch):
-    clock = SteppedClock()
-    monkeypatch.setattr("jobs.progress.time", clock)
+def test_rates_and_the_time_left_are_of_the_last_minutes(clock):
     progress = RunProgress("extract", total=100_000, unit="clips", stream=io.StringIO())
     for _ in range(360):  # an hour of one worker: a clip every ten seconds
         clock.now += 10
@@ -45,9 +35,7 @@ def test_rates_and_the_time_left_are_of_the_last_minutes(monkeypatch):
     assert ", ETA 2:41:04, 10.0 clips/s" in progress.text()
 
 
-def test_while_nothing_moves_the_time_left_is_unknown(monkeypatch):
-    clock = SteppedClock()
-    monkeypatch.setattr("jobs.progress.time", clock)
+def test_while_nothing_moves_the_time_left_is_unknown(clock):
     progress = RunProgress("extract", total=9, unit="clips", stream=io.StringIO())
     progress.advance(3)
     for _ in range(70):
@@ -56,9 +44,8 @@ def test_while_nothing_moves_the_time_left_is_unknown(monkeypatch):
     assert "3/9 clips, 0 failed, ETA unknown, 0 clips/s" in line
 
 
-def test_a_log_of_a_day_has_some_hundred_lines(monkeypatch):
-    clock, log = SteppedClock(), io.StringIO()
-    monkeypatch.setattr("jobs.progress.time", clock)
+def test_a_log_of_a_day_has_some_hundred_lines(clock):
+    log = io.StringIO()
     with RunProgress("extract", total=10**6, unit="clips", stream=log) as progress:
         for _ in range(24 * 360):
             clock.now += 10
@@ -66,8 +53,7 @@ def test_a_log_of_a_day_has_some_hundred_lines(monkeypatch):
     assert 300 < len(log.getvalue().splitlines()) < 700
 
 
-def test_a_terminal_that_cannot_draw_over_a_line_gets_a_log(monkeypatch):
-    terminal = Terminal()
+def test_a_terminal_that_cannot_draw_over_a_line_gets_a_log(terminal, monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
     with RunProgress("extract", total=2, unit="clips", stream=terminal) as progress:
         progress.advance(2)
@@ -78,9 +64,8 @@ def test_before_anything_is_done_the_time_left_is_unknown():
     assert RunProgress("x", total=3, unit="clips", stream=io.StringIO()).text().endswith("ETA unknown, 0 clips/s")
 
 
-def test_in_a_log_file_a_line_is_written_now_and_then_and_at_the_end(monkeypatch):
-    clock, log = SteppedClock(), io.StringIO()
-    monkeypatch.setattr("jobs.progress.time", clock)
+def test_in_a_log_file_a_line_is_written_now_and_then_and_at_the_end(clock):
+    log = io.StringIO()
     with RunProgress("extract", total=4, unit="clips", stream=log) as progress:
         for _ in range(4):
             clock.now += 6
@@ -89,9 +74,8 @@ def test_in_a_log_file_a_line_is_written_now_and_then_and_at_the_end(monkeypatch
     assert [line.split(",")[0] for line in lines] == ["extract: 2/4 clips", "extract: 4/4 clips"]
 
 
-def test_a_log_ends_with_what_came_after_its_last_line(monkeypatch):
-    clock, log = SteppedClock(), io.StringIO()
-    monkeypatch.setattr("jobs.progress.time", clock)
+def test_a_log_ends_with_what_came_after_its_last_line(clock):
+    log = io.StringIO()
     with RunProgress("extract", total=4, unit="clips", stream=log) as progress:
         clock.now += 12
         progress.advance(3)
@@ -100,9 +84,8 @@ def test_a_log_ends_with_what_came_after_its_last_line(monkeypatch):
     assert log.getvalue().splitlines()[-1] == "extract: 4/4 clips, 0 failed, took 0:00:14, 0.29 clips/s"
 
 
-def test_a_line_of_a_log_has_120_characters_at_most(monkeypatch):
-    clock, log = SteppedClock(), io.StringIO()
-    monkeypatch.setattr("jobs.progress.time", clock)
+def test_a_line_of_a_log_has_120_characters_at_most(clock):
+    log = io.StringIO()
     stages = {"languagebind": 336.0, "dinov2": 215.4, "vivit": 182.4, "siglip": 49.1, "decode wait": 2.7}
     with RunProgress("extract", total=1_000_000, unit="clips", stream=log) as progress:
         clock.now += 3600
@@ -127,9 +110,7 @@ def test_without_work_there_is_no_line():
     assert log.getvalue() == ""
 
 
-def test_on_a_terminal_one_live_line_is_drawn(monkeypatch):
-    monkeypatch.setenv("TERM", "xterm")
-    terminal = Terminal()
+def test_on_a_terminal_one_live_line_is_drawn(terminal):
     with RunProgress("extract", total=2, unit="clips", stream=terminal) as progress:
         progress.advance(2, failed=1)
     assert "2/2 clips, 1 failed" in terminal.getvalue()

@@ -4,28 +4,12 @@ import io
 
 import pytest
 
-from trainer import bar
 from trainer.bar import Bar
 
 
-class SteppedClock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
 @pytest.fixture
-def clock(monkeypatch):
-    clock = SteppedClock()
-    monkeypatch.setattr(bar, "time", clock)
-    return clock
+def clock(stepped_clock):
+    return stepped_clock("trainer.bar")
 
 
 def test_a_log_has_a_line_now_and_then_with_what_is_left_and_one_at_the_end(clock):
@@ -58,16 +42,14 @@ def test_a_loop_that_did_nothing_leaves_no_line():
     assert log.getvalue() == ""
 
 
-def test_quiet_writes_nothing_anywhere():
-    for stream in (io.StringIO(), Terminal()):
+def test_quiet_writes_nothing_anywhere(terminal):
+    for stream in (io.StringIO(), terminal):
         with Bar("train", total=2, is_quiet=True, stream=stream) as shown:
             shown.advance(2)
         assert stream.getvalue() == ""
 
 
-def test_on_a_terminal_a_live_bar_tells_the_same(monkeypatch):
-    monkeypatch.setenv("TERM", "xterm")
-    terminal = Terminal()
+def test_on_a_terminal_a_live_bar_tells_the_same(terminal):
     with Bar("train", total=2, stream=terminal) as shown:
         shown.advance(2)
         shown.tell("loss 0.5")

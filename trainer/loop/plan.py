@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
+from featurestore.command_line import say
 from featurestore.errors import UserError
 from featurestore.samples import Sample
 from trainer.config import TrainConfig
@@ -62,10 +62,10 @@ def make_plan(
     data = select(samples, source, config)
     built, loaded = _build(config, data, source, run, words)
     if loaded and rank == 0:
-        Console(stderr=True).print(loaded.message, markup=False, highlight=False, soft_wrap=True)
+        say(loaded.message)
     _check_room(built)
     if rank == 0 and (said := _cut_by_context(built, data.samples)):
-        Console(stderr=True).print(said, markup=False, highlight=False, soft_wrap=True)
+        say(said)
     batches = Batches(
         data,
         source,

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from rich.console import Console
 
+from featurestore.command_line import say
 from featurestore.errors import UserError
 from featurestore.samples import Sample
 from trainer.config import TrainConfig
@@ -238,7 +238,7 @@ class _Loop:
             f"{self.out} {begins}: {self.plan.batches.num_steps} steps of {config.batch_size} samples, {config.llm},"
             f" tokens of {tokens}; a checkpoint every {config.checkpoint_every} steps"
         )
-        Console(stderr=True).print(told, markup=False, highlight=False, soft_wrap=True)
+        say(told)
 
     def _is_time(self) -> bool:
         """Whether a checkpoint is due by the first rank's clock."""

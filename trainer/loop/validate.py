@@ -20,9 +20,9 @@ from itertools import islice
 
 import torch
 from accelerate import Accelerator
-from rich.console import Console
 from torch import Tensor
 
+from featurestore.command_line import say
 from featurestore.errors import UserError
 from featurestore.samples import Sample
 from trainer.config import TrainConfig
@@ -47,7 +47,7 @@ class Validation:
         self.modality = {sample.sample_id: modality(sample, stills) for sample in self.samples}
         if not held_out and accelerator.is_main_process:
             said = f"no caption of split {self.config.eval_split!r}: stage {self.config.stage} is not validated"
-            Console(stderr=True).print(said, markup=False, highlight=False, soft_wrap=True)
+            say(said)
 
     def _questions(self, held_out: Sequence[Sample]) -> list[Sample]:
         """Those that are read to their end."""

@@ -6,11 +6,11 @@ RUN/llm/          tokenizer, and the sizes of a fresh LLM
 
 from __future__ import annotations
 
-import os
 from dataclasses import fields
 from pathlib import Path
 
 from featurestore.errors import UserError
+from featurestore.find import check_room
 from trainer.config import CONFIG_FILE, TrainConfig, read_config
 from trainer.model.build import Built
 from trainer.model.llm import save_shape
@@ -37,7 +37,7 @@ FREE_ON_RESUME = {
 
 def starting_point(out: Path, config: TrainConfig, resume: bool) -> Path | None:
     """The checkpoint to go on from; an existing run is neither overwritten nor continued with other settings."""
-    _check_room(out)
+    check_room(out, "run", "--out")
     if not (out / CONFIG_FILE).exists():
         return None
     if not resume:
@@ -50,15 +50,6 @@ def starting_point(out: Path, config: TrainConfig, resume: bool) -> Path | None:
             f"{out} was started with other settings ({values}); resume with the same, or choose another --out"
         )
     return checkpoint.newest(out)
-
-
-def _check_room(out: Path) -> None:
-    """Refuse a place where no run can be kept, before anything is loaded for it."""
-    nearest = next(folder for folder in (out.absolute(), *out.absolute().parents) if os.path.lexists(folder))
-    if not nearest.is_dir():
-        raise UserError(f"a run is a folder, and {nearest} is a file: give another --out")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"no run can be kept at {out}: {nearest} may not be written to; give another --out")
 
 
 def _free(config: TrainConfig) -> set[str]:
