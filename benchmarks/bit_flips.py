@@ -24,9 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "features
 
 from sound_store import add_unpublished, build
 
-from featurestore.keep.findings import is_damaged
-from featurestore.keep.repair import repair_store
-from featurestore.keep.verify import verify_store
+from featurestore.maintenance.repair import repair_store
+from featurestore.maintenance.verify import is_damaged, verify_store
 
 
 @click.command()

@@ -25,7 +25,7 @@ import click
 import numpy as np
 
 from featurestore.clips import KINDS, Clip
-from featurestore.errors import MediaError
+from mervcache.errors import MediaError
 from pipeline.config import ExtractConfig
 from pipeline.datasets import DatasetListing, load_dataset
 from pipeline.decode.decoders import decode_clip

@@ -22,7 +22,7 @@ import yaml
 from tiny_encoders import install
 
 from featurestore import FeatureStore
-from featurestore.keep.verify import verify_store
+from featurestore.maintenance.verify import verify_store
 
 SERVER = Path(__file__).parents[1] / "tests" / "pipeline" / "extract_server.py"
 DETERMINISTIC = ("zarr.json", "clips", "samples", "video", "image", "receipts")

@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 import torch
 
-from featurestore.samples import Sample
+from featurestore.clips import Sample
 from trainer.config import TrainConfig
 from trainer.data.batches import make_batch, select
 from trainer.data.collate import Batch, collate

@@ -24,7 +24,7 @@ from pathlib import Path
 import click
 import yaml
 
-from featurestore.keep.verify import verify_store
+from featurestore.maintenance.verify import verify_store
 from pipeline.datasets import load_dataset
 
 DETERMINISTIC = ("zarr.json", "clips", "samples", "video", "image", "receipts")

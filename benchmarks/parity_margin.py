@@ -15,9 +15,9 @@ from pathlib import Path
 
 import click
 
-from featurestore.canaries import Canaries
 from featurestore.clips import Clip
 from featurestore.identity import FeatureIdentity
+from featurestore.reference_clips import Canaries
 from pipeline.certify.canaries import CLIPS, encode_canaries, media_bytes
 from pipeline.certify.parity_figures import compare as figures
 from pipeline.config import EncoderSettings

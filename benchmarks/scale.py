@@ -32,7 +32,7 @@ from synthetic import synthetic_identity
 from featurestore import FeatureStore
 from featurestore.clips import Clip
 from featurestore.layout import receipt_key
-from featurestore.receipts import Receipt, RowOutcome
+from featurestore.records import Receipt, RowOutcome
 from featurestore.writer import StoreWriter
 from pipeline.plan import plan_blocks
 

@@ -24,7 +24,7 @@ from synthetic import synthetic_identity
 from torch import Tensor
 
 from featurestore import Clip, FeatureStore, StoreWriter
-from featurestore.samples import Sample, Turn
+from featurestore.clips import Sample, Turn
 from trainer.config import OptimizerConfig, TrainConfig
 from trainer.data.tokens import MemoryTokens, StoreTokens, TokenSource
 from trainer.loop.train import train

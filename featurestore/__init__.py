@@ -8,11 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from featurestore.clips import Clip
+    from featurestore.clips import Clip, Sample
     from featurestore.dataset import FeatureDataset
     from featurestore.identity import FeatureIdentity
-    from featurestore.keep.verify import verify_store
-    from featurestore.samples import Sample
+    from featurestore.maintenance.verify import verify_store
     from featurestore.store import FeatureStore
     from featurestore.writer import StoreWriter
 
@@ -21,9 +20,9 @@ _ROOMS = {
     "FeatureDataset": "featurestore.dataset",
     "FeatureIdentity": "featurestore.identity",
     "FeatureStore": "featurestore.store",
-    "Sample": "featurestore.samples",
+    "Sample": "featurestore.clips",
     "StoreWriter": "featurestore.writer",
-    "verify_store": "featurestore.keep.verify",
+    "verify_store": "featurestore.maintenance.verify",
 }
 __all__ = [
     "Clip",

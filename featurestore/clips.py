@@ -3,16 +3,31 @@
 Comes in: what a dataset lists. Goes out: `Clip` values; their Parquet columns stand in `columns.py`.
 A clip's id is made from what names it (dataset, path, span), not from its bytes: ids must exist before any
 media is read. Equality of content is the receipt's `media_sha256`.
+
+Samples: a conversation about a clip (or about nothing, for text-only records), as training reads it.
+
+Comes in: annotation records, already parsed by a dataset. Goes out: `Sample` values; their Parquet columns stand in
+`columns.py`. Evaluation questions are samples too: one human turn, one gpt turn, and options.
+
+Columns: clips and samples as the rows of Parquet tables.
+
+Comes in: `Clip` and `Sample` values, or tables read from a store. Goes out: the other of the two; what is read is
+checked anew. Apart from the values because pyarrow takes half a second to load and a command line's help needs none.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Literal
 
-from featurestore.errors import UserError
+import pyarrow as pa
+
+from mervcache.errors import StoreFormatError, UserError
+from mervcache.files import record_digest
 
 Kind = Literal["video", "image"]
 KINDS: tuple[Kind, ...] = ("video", "image")
@@ -81,3 +96,139 @@ def check_relative_path(path: str) -> None:
         problem = "it holds an empty, '.' or '..' part"
     if problem:
         raise UserError(f"media path {path[:200]!r} is refused: {problem}; paths are relative to the dataset's root")
+
+
+Role = Literal["human", "gpt"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """One message of a conversation."""
+
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """A clip and the conversation about it."""
+
+    sample_id: str
+    clip_id: str | None  # None: text only
+    turns: tuple[Turn, ...]  # alternate human, gpt, human, ...
+    stage: str  # "align" (stage 1 captions), "finetune" (stage 2) or "eval"
+    split: str = "train"  # "train" or "heldout"
+    source: str  # what a mix is weighted by: "videochatgpt", "llava_image", "text", a benchmark's name
+    category: str | None = None  # kind of question where known: "colour", "direction", ...
+    options: tuple[str, ...] = ()  # multiple choice; empty: open-ended
+    answer_index: int | None = None  # 0-based index into options
+
+    def __post_init__(self) -> None:
+        expected = ("human", "gpt")
+        roles = tuple(turn.role for turn in self.turns)
+        if not roles or len(roles) % 2 or any(role != expected[i % 2] for i, role in enumerate(roles)):
+            raise UserError(f"sample {self.sample_id!r}: turns must alternate human, gpt, got {list(roles)}")
+        if not all(isinstance(turn.text, str) for turn in self.turns):
+            raise UserError(f"sample {self.sample_id!r} has a turn without text")
+        if self.options and not (self.answer_index is not None and 0 <= self.answer_index < len(self.options)):
+            raise UserError(
+                f"sample {self.sample_id!r}: answer_index {self.answer_index} is not one of {len(self.options)} options"
+            )
+
+    @property
+    def digest(self) -> str:
+        """32 hex digits over every field: part of a run's data digest."""
+        return record_digest(self.to_record())[:32]
+
+    def to_record(self) -> dict:
+        """Plain values by column."""
+        record = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        record["turns"] = [{"role": turn.role, "text": turn.text} for turn in self.turns]
+        record["options"] = list(self.options)
+        return record
+
+    @classmethod
+    def from_record(cls, record: dict) -> Sample:
+        """Inverse of `to_record`; every sample is checked anew."""
+        turns = tuple(Turn(**turn) for turn in record["turns"])
+        return cls(**{**record, "turns": turns, "options": tuple(record["options"] or ())})
+
+
+CLIP_SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("clip_id", pa.string(), nullable=False),
+        pa.field("dataset", pa.string(), nullable=False),
+        pa.field("path", pa.string(), nullable=False),
+        pa.field("start_s", pa.float64()),
+        pa.field("end_s", pa.float64()),
+        pa.field("end_frame", pa.int64()),
+        pa.field("kind", pa.string(), nullable=False),
+    ]
+)
+
+SAMPLE_SCHEMA = pa.schema(
+    [
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("clip_id", pa.string()),
+        pa.field("stage", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("category", pa.string()),
+        pa.field(
+            "turns",
+            pa.list_(pa.struct([pa.field("role", pa.string()), pa.field("text", pa.string())])),
+            nullable=False,
+        ),
+        pa.field("options", pa.list_(pa.string()), nullable=False),
+        pa.field("answer_index", pa.int64()),
+    ]
+)
+
+
+def clips_to_table(rows: Iterable[tuple[int, Clip]]) -> pa.Table:
+    """(row, clip) pairs -> a table of `CLIP_SCHEMA`."""
+    pairs = list(rows)
+    columns: dict[str, list] = {"row": [row for row, _ in pairs]}
+    for name in CLIP_SCHEMA.names[1:]:  # column by column: a dict per clip takes three times as long
+        value_of = attrgetter(name)
+        columns[name] = [value_of(clip) for _, clip in pairs]
+    return pa.Table.from_pydict(columns, schema=CLIP_SCHEMA)
+
+
+def table_to_clips(table: pa.Table) -> list[tuple[int, Clip]]:
+    """A table of `CLIP_SCHEMA` -> (row, clip) pairs, every clip checked anew."""
+    try:
+        columns = [table[name].to_pylist() for name in CLIP_SCHEMA.names]  # a dict per clip takes three times as long
+        return [(row, _checked_clip(*values)) for row, *values in zip(*columns, strict=True)]
+    except (TypeError, KeyError, UserError) as error:
+        raise StoreFormatError(f"clip parts hold something that is no clip: {error}") from error
+
+
+def _checked_clip(
+    clip_id: str,
+    dataset: str,
+    path: str,
+    start_s: float | None,
+    end_s: float | None,
+    end_frame: int | None,
+    kind: str,
+) -> Clip:
+    """Values in the order of `CLIP_SCHEMA`, after the row."""
+    clip = Clip(dataset=dataset, path=path, kind=kind, start_s=start_s, end_s=end_s, end_frame=end_frame)
+    if clip.clip_id != clip_id:
+        raise UserError(f"clip id {clip_id!r} does not belong to its own path and span, expected {clip.clip_id!r}")
+    return clip
+
+
+def samples_to_table(samples: Iterable[Sample]) -> pa.Table:
+    """Samples -> a table of `SAMPLE_SCHEMA`, in the order given."""
+    return pa.Table.from_pylist([sample.to_record() for sample in samples], schema=SAMPLE_SCHEMA)
+
+
+def table_to_samples(table: pa.Table) -> list[Sample]:
+    """A table of `SAMPLE_SCHEMA` -> samples."""
+    try:
+        return [Sample.from_record(record) for record in table.to_pylist()]
+    except (TypeError, KeyError, AttributeError, UserError) as error:
+        raise StoreFormatError(f"samples hold something that is no conversation: {error}") from error

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from featurestore.errors import UserError
-from featurestore.samples import Sample
+from featurestore.clips import Sample
 from featurestore.store import FeatureStore
+from mervcache.errors import UserError
 
 
 class FeatureDataset(Dataset):

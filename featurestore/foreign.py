@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from featurestore.errors import MervCacheError, StoreDamagedError, StoreFormatError
-from featurestore.metadata import MAX_CHUNK_BYTES, ArraySpec, load_json, read_document
-from featurestore.places.objects import Objects, get_bounded
+from featurestore.objects.base import Objects, get_bounded
+from featurestore.zarr_metadata import MAX_CHUNK_BYTES, ArraySpec, read_document
+from mervcache.errors import MervCacheError, StoreDamagedError, StoreFormatError
+from mervcache.files import load_json
 
 _MAX_CHUNKS = 4096  # objects read for one row
 _COMPRESSORS = ("gzip", "zstd", "blosc")

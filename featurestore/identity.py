@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any, Literal
 
-from featurestore.digests import record_digest
-from featurestore.errors import StoreFormatError, UserError
+from mervcache.errors import StoreFormatError, UserError
+from mervcache.files import record_digest
 
 StorageDtype = Literal["float16", "bfloat16", "uint8"]
 STORAGE_DTYPES: tuple[StorageDtype, ...] = ("float16", "bfloat16", "uint8")

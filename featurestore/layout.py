@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 
 from featurestore.clips import KINDS
-from featurestore.errors import StoreFormatError, UserError
+from mervcache.errors import StoreFormatError, UserError
 
 FORMAT_VERSION = 1
 DEFAULT_BLOCK_ROWS: dict[str, int] = {"video": 64, "image": 256}

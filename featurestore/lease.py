@@ -17,10 +17,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from featurestore.errors import MervCacheError, UserError
-from featurestore.find import Place, is_url, place_of
 from featurestore.layout import TEMPORARY
-from featurestore.places.objects import machine_faults, put_if_absent
+from featurestore.locate import Place, is_url, place_of
+from featurestore.objects.base import machine_faults, put_if_absent
+from mervcache.errors import MervCacheError, UserError
 
 STALE_AFTER_S = 120.0
 LEASE_NAME = "driver.lease"
@@ -148,7 +148,7 @@ class _LeaseObject:
     """A lease in a bucket; its age is the object's, by the server's clock."""
 
     def __init__(self, url: str) -> None:
-        from featurestore.places.remote_objects import open_remote  # needs obstore, which a folder does not
+        from featurestore.objects.remote import open_remote  # needs obstore, which a folder does not
 
         self._objects = open_remote(url)
         self._key = f"{TEMPORARY}/{LEASE_NAME}"

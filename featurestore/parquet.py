@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from featurestore.digests import sha256_hex
-from featurestore.errors import StoreFormatError
-from featurestore.parquet_pages import ColumnSize, column_sizes
-from featurestore.places.objects import Objects, get_bounded
+from featurestore.objects.base import Objects, get_bounded
+from featurestore.parquet_guard import ColumnSize, column_sizes
+from mervcache.errors import StoreFormatError
+from mervcache.files import sha256_hex
 
 MAX_TABLE_BYTES = 2 << 30  # of a file; ten million clips take 1 GB
 _ROW_GROUP_ROWS = 1 << 16

@@ -6,11 +6,17 @@
 
 A store is opened at a snapshot and stays there, so what it says never changes while it is open. It pickles as its path
 and snapshot: loader workers open it anew, on first use.
+
+Clips by the names that people type: a whole id, or an end of one that no other clip has.
+
+`tombstone` and `inspect` understand the same names. An end begins at a slash wherever that names a clip ("v1.mp4" is
+videos/v1.mp4 and not videos/old-v1.mp4), else anywhere. What fits several clips or none is an error with a few ids.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import difflib
+from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -18,29 +24,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featurestore.columns import CLIP_SCHEMA, SAMPLE_SCHEMA, table_to_samples
-from featurestore.digests import sha256_hex
-from featurestore.errors import (
-    ClipUnavailableError,
-    StoreDamagedError,
-    StoreError,
-    StoreNotFoundError,
-    UserError,
-)
-from featurestore.find import Place, no_store_at, place_of
+from featurestore.clips import CLIP_SCHEMA, SAMPLE_SCHEMA, Sample, table_to_samples
 from featurestore.identity import FeatureIdentity
-from featurestore.journal import MAX_JOURNAL_BYTES, driver_runs, parse_journal
 from featurestore.layout import JOURNAL, ROOT_METADATA, journal_key, journal_names, receipt_blocks, receipts_prefix
-from featurestore.lookup import ClipLines, Frames, encoder_keys
-from featurestore.metadata import parse_root, read_document
+from featurestore.locate import Place, no_store_at, place_of
+from featurestore.objects.base import Objects, get_bounded
+from featurestore.objects.open import open_cached, open_objects
 from featurestore.parquet import read_table, table_file
-from featurestore.places.by_url import open_cached, open_objects
-from featurestore.places.objects import Objects, get_bounded
-from featurestore.reader import BatchReader
-from featurestore.samples import Sample
-from featurestore.snapshot_table import column
-from featurestore.snapshots import load_snapshot, newest_snapshot_id, read_snapshot_table
-from featurestore.tombstones import Tombstone, read_tombstones
+from featurestore.reader import BatchReader, ClipLines, Frames, encoder_keys
+from featurestore.records import MAX_JOURNAL_BYTES, Tombstone, driver_runs, parse_journal, read_tombstones
+from featurestore.snapshots import column, load_snapshot, newest_snapshot_id, read_snapshot_table
+from featurestore.zarr_metadata import parse_root, read_document
+from mervcache.errors import ClipUnavailableError, StoreDamagedError, StoreError, StoreNotFoundError, UserError
+from mervcache.files import sha256_hex
 
 
 class FeatureStore:
@@ -325,3 +321,42 @@ class FeatureStore:
 _EMPTY_QUARANTINE = pa.schema(
     [(name, pa.string()) for name in ("clip_id", "path", "encoder", "reason", "scope")]
 ).empty_table()
+
+SHOWN = 3  # ids in an error
+MAX_COMPARED = 20_000  # ids that are searched for a similar one: a million would take a minute
+
+
+def clips_named(known: Collection[str], names: Iterable[str]) -> list[str]:
+    """The id of each name, in the order given.
+
+    >>> clips_named(["d/films/v1.mp4", "d/films/v11.mp4"], ["films/v1.mp4"])
+    ['d/films/v1.mp4']
+    """
+    ids = known if isinstance(known, set | frozenset | dict) else dict.fromkeys(known)
+    return [name if name in ids else _only(name, ids) for name in names]
+
+
+def _only(name: str, ids: Collection[str]) -> str:
+    found = [clip_id for clip_id in ids if clip_id.endswith("/" + name)] if name else []
+    found = found or [clip_id for clip_id in ids if name and clip_id.endswith(name)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UserError(f"{name!r} is the end of {len(found)} clip ids, give more of one: {_some(sorted(found))}")
+    inside = sorted(clip_id for clip_id in ids if name and name in clip_id)
+    if inside:
+        raise UserError(f"{name!r} is part of {len(inside)} clip ids, give one, or its end: {_some(inside)}")
+    near = _nearest(name, sorted(ids)[:MAX_COMPARED])
+    hint = f"; near: {_some(near)}" if near else f"; its ids are like {min(ids)}" if ids else ""
+    raise UserError(f"no clip of this store is named {name!r}{hint}")
+
+
+def _nearest(name: str, ids: Sequence[str]) -> list[str]:
+    """Ids whose end looks like the name."""
+    ends = {clip_id[-max(1, len(name)) :]: clip_id for clip_id in reversed(ids)}
+    whole = difflib.get_close_matches(name, ids, n=SHOWN, cutoff=0.6)
+    return list(dict.fromkeys([*whole, *(ends[end] for end in difflib.get_close_matches(name, ends, n=SHOWN))]))[:SHOWN]
+
+
+def _some(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:SHOWN]) + (", ..." if ids[SHOWN:] else "")

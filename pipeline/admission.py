@@ -6,9 +6,9 @@ again where something is written, for another driver may have been there meanwhi
 
 from __future__ import annotations
 
-from featurestore.find import Place, check_room_for_store
 from featurestore.layout import ROOT_METADATA
-from featurestore.places.by_url import check_writable, open_objects
+from featurestore.locate import Place, check_room_for_store
+from featurestore.objects.open import check_writable, open_objects
 from featurestore.writer import StoreWriter, check_holds_nothing_else
 from jobs.clusters import check_scheduler
 from pipeline.config import ExtractConfig

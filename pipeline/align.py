@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 
-if TYPE_CHECKING:  # torch costs a second to import, and plan only needs the checks
+if TYPE_CHECKING:
     import torch
 
 Grid = tuple[int, int, int]

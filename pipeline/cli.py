@@ -10,19 +10,12 @@ from typing import Any
 
 import click
 
-from featurestore.command_line import CONTEXT, say
-from featurestore.find import Place, store_first
+from featurestore.locate import Place, store_first
+from mervcache.console import CONTEXT, say
 from pipeline.commands.cluster_cli import CLUSTER_COMMANDS
 from pipeline.commands.distortion_cli import distortion
 from pipeline.commands.explain_cli import EXPLAIN_COMMANDS
-from pipeline.commands.options import (
-    AS_JSON,
-    ROOT,
-    STORE_OPTION,
-    config_from_options,
-    extraction_options,
-    takes_store,
-)
+from pipeline.commands.options import AS_JSON, ROOT, STORE_OPTION, config_from_options, extraction_options, takes_store
 from pipeline.commands.share_cli import SHARE_COMMANDS
 from pipeline.commands.show import says_errors, show_result, told_interrupts
 from pipeline.commands.store_cli import STORE_COMMANDS

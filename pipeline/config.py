@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from featurestore.clips import KINDS
-from featurestore.errors import UserError, unknown_name
-from featurestore.find import Place, names_of, place_of
 from featurestore.identity import STORAGE_DTYPES, FeatureIdentity
 from featurestore.layout import check_block_rows
+from featurestore.locate import Place, names_of, place_of
 from jobs.request import ClusterError, ClusterRequest, ClusterSettings
+from mervcache.errors import UserError, unknown_name
 from pipeline.encoders.base import EncoderSpec
 from pipeline.encoders.identity import feature_identity
 from pipeline.encoders.registry import ENCODERS, MERV_ENCODERS, encoder_spec

@@ -11,15 +11,14 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from featurestore.errors import MervCacheError, RunStoppedError
 from featurestore.identity import FeatureIdentity
-from featurestore.journal import driver_runs
 from featurestore.layout import ROOT_METADATA
-from featurestore.places.by_url import open_objects
-from featurestore.tombstones import tombstoned_clips
+from featurestore.objects.open import open_objects
+from featurestore.records import driver_runs, tombstoned_clips
 from featurestore.writer import StoreWriter
 from jobs.reports import Report
 from jobs.run import Listener, Task, run_tasks
+from mervcache.errors import MervCacheError, RunStoppedError
 from pipeline.config import ExtractConfig
 from pipeline.datasets import DatasetListing
 from pipeline.encoders.remembered import fingerprint, remember, remembered_sha256

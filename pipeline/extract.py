@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from featurestore.clips import KINDS
-from featurestore.errors import MervCacheError, RunStoppedError
-from featurestore.find import is_url
 from featurestore.identity import FeatureIdentity
 from featurestore.lease import StoreLease
-from featurestore.metadata import clip_bytes
+from featurestore.locate import is_url
 from featurestore.writer import StoreWriter
+from featurestore.zarr_metadata import clip_bytes
 from jobs.clusters import connect
 from jobs.dashboard import dashboard_lines, performance_report
 from jobs.run import Task
+from mervcache.errors import MervCacheError, RunStoppedError
 from pipeline.admission import check_request
 from pipeline.config import ExtractConfig
 from pipeline.costs.prediction import read_plan

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from featurestore.samples import Sample
+from featurestore.clips import Sample
 from featurestore.writer import StoreWriter
 from pipeline.datasets import DatasetListing
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from featurestore.clips import check_relative_path
-from featurestore.errors import MediaError, RunStoppedError, UserError
+from mervcache.errors import MediaError, RunStoppedError, UserError
 from pipeline.tar_index import tar_index
 
 VIDEO_EXTENSIONS = frozenset(

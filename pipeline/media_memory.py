@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
-from featurestore.digests import record_digest
-from featurestore.user_cache import user_cache
+from mervcache.files import record_digest, user_cache
 from pipeline.decode.source import Source
 from pipeline.media import FrameFolder, TarMember
 

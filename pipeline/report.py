@@ -19,12 +19,18 @@ from typing import Any
 import numpy as np
 
 from featurestore.clips import Clip
-from featurestore.distortion import read_distortion
-from featurestore.distortion_table import loss_notes, loss_table, token_notes, token_table
-from featurestore.errors import MervCacheError, UserError
-from featurestore.find import Place, is_url, place_of
-from featurestore.parity import parity_words, read_parity
+from featurestore.locate import Place, is_url, place_of
+from featurestore.quality import (
+    loss_notes,
+    loss_table,
+    parity_words,
+    read_distortion,
+    read_parity,
+    token_notes,
+    token_table,
+)
 from featurestore.store import FeatureStore
+from mervcache.errors import MervCacheError, UserError
 from pipeline.commands.tables import duration, predicted, size
 from pipeline.costs.ledger import media_roots
 from pipeline.status import store_status

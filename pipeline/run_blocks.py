@@ -15,12 +15,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featurestore.errors import RunStoppedError
 from featurestore.writer import StoreWriter
 from jobs.clusters import check_cluster
 from jobs.progress import Counts, RunProgress
 from jobs.request import ClusterRequest
 from jobs.run import Listener, Outcome, Task, run_tasks
+from mervcache.errors import RunStoppedError
 from pipeline.config import ExtractConfig
 from pipeline.costs.prediction import from_first_blocks
 from pipeline.summary import DECODING, ExtractSummary

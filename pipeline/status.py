@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from featurestore.clip_names import clips_named
-from featurestore.errors import UserError
-from featurestore.store import FeatureStore
+from featurestore.store import FeatureStore, clips_named
+from mervcache.errors import UserError
 from pipeline.costs.prediction import last_run
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from featurestore.clips import check_relative_path
-from featurestore.errors import MediaError, UserError
+from mervcache.errors import MediaError, UserError
 
 BLOCK_BYTES = 512  # unit of the tar format
 MAX_EXTENDED_BYTES = 1 << 20  # of one long-name or pax header

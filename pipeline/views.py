@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 
 BASE_FRAMES = 32  # sampled per clip; an encoder with n frames takes every (32 // n)-th (princetonvisualai/merv)
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from featurestore.clips import KINDS
-from featurestore.find import Place, is_url, place_of
 from featurestore.layout import receipt_blocks, receipt_key, receipts_prefix
 from featurestore.lease import StoreLease
+from featurestore.locate import Place, is_url, place_of
 from featurestore.writer import StoreWriter
 
 WINDOW_S = 300.0  # rates are of the last five minutes

@@ -11,7 +11,7 @@ import pytest
 
 from featurestore import Clip, FeatureIdentity, StoreWriter
 from featurestore.clips import KINDS
-from featurestore.digests import sha256_hex
+from mervcache.files import sha256_hex
 
 TOY = FeatureIdentity(
     encoder="toy",

@@ -20,9 +20,8 @@ from typing import Any
 
 import torch
 
-from featurestore.clips import Clip
-from featurestore.errors import UserError
-from featurestore.samples import Turn
+from featurestore.clips import Clip, Turn
+from mervcache.errors import UserError
 from trainer.command import no_file
 from trainer.data.batches import make_batch
 from trainer.data.tokens import MemoryTokens, TokenSource

@@ -15,9 +15,9 @@ from typing import Any, get_args
 import click
 from click.core import ParameterSource
 
-from featurestore.command_line import CONTEXT, show_result, stacked
-from featurestore.errors import StoreNotFoundError, UserError
-from featurestore.find import FEATURES, ROOT_METADATA, Place, find_store, is_url, names_of, no_store_at
+from featurestore.locate import FEATURES, ROOT_METADATA, Place, find_store, is_url, names_of, no_store_at
+from mervcache.console import CONTEXT, show_result, stacked
+from mervcache.errors import StoreNotFoundError, UserError
 from trainer.command import heavy_rooms, says_errors
 from trainer.config import (
     PROJECTORS,

@@ -1,4 +1,4 @@
-"""What the command lines of this room share beside `featurestore.command_line`: the door to the heavy rooms.
+"""What the command lines of this room share beside `mervcache.console`: the door to the heavy rooms.
 
 torch is imported behind `heavy_rooms`, inside a command, so that `--help` answers at once.
 """
@@ -9,8 +9,8 @@ import os
 import sys
 from types import ModuleType
 
-from featurestore.command_line import says
-from featurestore.errors import MervCacheError
+from mervcache.console import says
+from mervcache.errors import MervCacheError
 
 says_errors = says(
     MervCacheError, interrupted="Interrupted. What was written is kept; merv-train goes on with --resume auto."

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
-from featurestore.errors import UserError, unknown_name
+from mervcache.errors import UserError, unknown_name
 from trainer.overlay import load_yaml, overlay, plain
 
 LISTING = ("dataset", "root", "options", "stage", "kind", "limit")  # settings of an extraction that say what is listed

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from featurestore.command_line import CONTEXT
-from featurestore.errors import UserError
-from featurestore.samples import Turn
+from featurestore.clips import Turn
+from mervcache.console import CONTEXT
+from mervcache.errors import UserError
 from trainer.command import keep_bars_to_terminals, says_errors
 from trainer.runs.files import whole_folder
 

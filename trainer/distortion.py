@@ -18,12 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from featurestore.distortion import STORED, LossRecord, LossRow
-from featurestore.errors import UserError
+from featurestore.clips import Sample
 from featurestore.identity import STORAGE_DTYPES
-from featurestore.measurements import now
-from featurestore.quantise import OverflowedTokens, from_stored, to_stored
-from featurestore.samples import Sample
+from featurestore.quality import STORED, LossRecord, LossRow, now
+from featurestore.storage_dtypes import OverflowedTokens, from_stored, to_stored
+from mervcache.errors import UserError
 from trainer.config import TrainConfig
 from trainer.data.tokens import ClipTokens, PrefixedTokens, StoreTokens, TokenSource
 from trainer.loop.ranks import make_accelerator

@@ -34,8 +34,8 @@ from torch import Tensor, nn
 
 from featurestore import FeatureIdentity, Sample
 from featurestore.clips import KINDS, Clip
-from featurestore.digests import canonical_json
-from featurestore.errors import UserError, unknown_name
+from mervcache.errors import UserError, unknown_name
+from mervcache.files import canonical_json
 from pipeline.align import align, align_time
 from pipeline.config import EncoderSettings, EngineSettings, ExtractConfig, read_config
 from pipeline.datasets import DatasetListing, list_clips

@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from featurestore.command_line import CONTEXT, say, show_result, tell_kept
-from featurestore.errors import UserError
+from mervcache.console import CONTEXT, say, show_result, tell_kept
+from mervcache.errors import UserError
 from trainer.command import heavy_rooms, no_file, says_errors
 from trainer.runs.chain import check_are_runs
 from trainer.tell import print_losses, print_scores
@@ -69,11 +69,11 @@ def eval_distortion(checkpoint: Path, store: str | None, as_json: bool, **option
     """
     check_are_runs(checkpoint)
     heavy_rooms()
-    from featurestore.distortion import keep_record, to_record
+    from featurestore.quality import distortion_record, keep_record
     from trainer.distortion import measure_losses
 
     place, measured = measure_losses(checkpoint, store, **options)
-    record = to_record(measured)
+    record = distortion_record(measured)
     tell_kept(lambda: keep_record(place, record))
     show_result(record, as_json, lambda: print_losses(measured))
 

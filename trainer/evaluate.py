@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from featurestore.command_line import say
-from featurestore.errors import UserError
-from featurestore.samples import Sample
+from featurestore.clips import Sample
+from mervcache.console import say
+from mervcache.errors import UserError
 from trainer.bar import Bar
 from trainer.config import LISTING, LiveRequest
 from trainer.data.tokens import TokenSource

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import yaml
 
-from featurestore.errors import UserError, unknown_name
+from mervcache.errors import UserError, unknown_name
 
 NUM_LISTED = 8  # known names in a message; a run has some sixty settings
 OTHER_WORDS = {  # what other trainers call a setting

@@ -11,8 +11,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from featurestore import FeatureStore
-from featurestore.errors import StoreError, UserError, unknown_name
-from featurestore.samples import Sample
+from featurestore.clips import Sample
+from mervcache.errors import StoreError, UserError, unknown_name
 from trainer.config import LiveRequest, TrainConfig, used_encoders
 from trainer.data.batches import named_samples
 from trainer.data.tokens import StoreTokens, TokenShape, TokenSource

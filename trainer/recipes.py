@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from featurestore.errors import UserError, unknown_name
+from mervcache.errors import UserError, unknown_name
 from trainer.config import OptimizerConfig, ProjectorConfig, TrainConfig
 
 

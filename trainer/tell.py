@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from featurestore.distortion import LossRecord
+    from featurestore.quality import LossRecord
 
 GB = 1e9
 MEMORY_PARTS = ("parameters", "gradients", "moments", "tokens", "activations", "total")
@@ -18,7 +18,7 @@ MEMORY_PARTS = ("parameters", "gradients", "moments", "tokens", "activations", "
 
 def print_plan(told: Mapping[str, Any]) -> None:
     """What a dry run found, a column per stage."""
-    from featurestore.plain_tables import table  # rich
+    from mervcache.console import table  # rich
 
     stages = told.get("stages") or {"": told}
     columns = [plan_rows(stage) for stage in stages.values()]
@@ -53,7 +53,7 @@ def plan_rows(told: Mapping[str, Any]) -> dict[str, str]:
 
 def print_scores(result: Mapping[str, Any]) -> None:
     """Accuracy beside chance and beside other runs, a line per category."""
-    from featurestore.plain_tables import table  # rich
+    from mervcache.console import table  # rich
 
     columns = ("questions about", "number", "accuracy", "chance", *result["beside"])
     others = [{row["category"]: row for row in rows} for rows in result["beside"].values()]
@@ -67,8 +67,11 @@ def print_scores(result: Mapping[str, Any]) -> None:
 
 def print_losses(record: LossRecord) -> None:
     """A line per dtype, then what it was measured on."""
-    from featurestore.distortion_table import loss_notes, loss_table
-    from featurestore.plain_tables import console, table  # rich
+    from featurestore.quality import loss_notes, loss_table
+    from mervcache.console import (
+        console,
+        table,  # rich
+    )
 
     columns, rows = loss_table(record)
     table(columns, rows, right=columns[1:])

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from featurestore.canaries import Canaries, Canary, put_canaries
 from featurestore.clips import Clip
-from featurestore.digests import sha256_hex
-from featurestore.errors import MediaError
 from featurestore.identity import FeatureIdentity
 from featurestore.layout import CANARIES, canary_groups
-from featurestore.quantise import OverflowedTokens, to_stored
+from featurestore.reference_clips import Canaries, Canary, put_canaries
+from featurestore.storage_dtypes import OverflowedTokens, to_stored
 from featurestore.writer import StoreWriter
+from mervcache.errors import MediaError
+from mervcache.files import sha256_hex
 from pipeline.certify.canary_files import avi, ppm
 from pipeline.config import EngineSettings
 
@@ -148,7 +148,7 @@ def _canary(name: str, decoded: Decoded, frames: np.ndarray) -> Canary:
 
 
 def _stacked(rows: list[dict[str, np.ndarray]], run: EncoderRun, kind: str) -> dict[str, np.ndarray]:
-    from featurestore.metadata import array_specs
+    from featurestore.zarr_metadata import array_specs
 
     specs = array_specs(run.identity, kind, blocks=0, block_rows=1)
     empty = {name: np.empty((0, *spec.row_shape), spec.dtype) for name, spec in specs.items()}

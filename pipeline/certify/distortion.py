@@ -21,15 +21,13 @@ import numpy as np
 import pyarrow.compute as pc
 
 from featurestore.clips import KINDS, Clip
-from featurestore.distortion import TokenRecord, TokenRow
-from featurestore.errors import UserError
-from featurestore.find import Place
-from featurestore.groups import GroupWriter
 from featurestore.identity import STORAGE_DTYPES
-from featurestore.measurements import now
-from featurestore.progress import SILENT, Progress
+from featurestore.locate import Place
+from featurestore.quality import TokenRecord, TokenRow, now
 from featurestore.store import FeatureStore
-from featurestore.writer import StoreWriter
+from featurestore.writer import GroupWriter, StoreWriter
+from mervcache.console import SILENT, ProgressCallback
+from mervcache.errors import UserError
 
 READ_BATCH = 8  # clips in memory at once
 REPEATS = 3  # of every timing, of which the fastest counts: others share the machine
@@ -60,7 +58,7 @@ def measure_distortion(
     seed: int = 0,
     scratch: Path | None = None,
     again: Again | None = None,
-    progress: Progress = SILENT,
+    progress: ProgressCallback = SILENT,
 ) -> TokenRecord:
     """Measure every storage dtype on at most `sample` clips of each encoder and kind, chosen by `seed`.
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from featurestore.clips import Clip
-from featurestore.find import Place
-from featurestore.journal import driver_runs
 from featurestore.layout import block_of
-from featurestore.places.by_url import open_objects
+from featurestore.locate import Place
+from featurestore.objects.open import open_objects
+from featurestore.records import driver_runs
 from pipeline.certify.distortion import Again, Floats, MeasuredClips
 from pipeline.certify.parity import engine_without_encoders, load_as_stored
 from pipeline.certify.parity_clips import encode_clips

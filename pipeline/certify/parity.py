@@ -16,19 +16,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featurestore.canaries import Canaries, read_canaries
 from featurestore.clips import KINDS
-from featurestore.errors import StoreFormatError, UserError, unknown_name
-from featurestore.find import Place
-from featurestore.groups import read_group
 from featurestore.identity import FeatureIdentity
-from featurestore.journal import maker_of
-from featurestore.measurements import now
-from featurestore.parity import ParityRecord, ParityRow
-from featurestore.places.by_url import open_objects
-from featurestore.places.objects import Objects
-from featurestore.share.selection import read_clip_list
+from featurestore.locate import Place
+from featurestore.objects.base import Objects
+from featurestore.objects.open import open_objects
+from featurestore.quality import ParityRecord, ParityRow, now
+from featurestore.records import maker_of
+from featurestore.reference_clips import Canaries, read_canaries
 from featurestore.store import FeatureStore
+from featurestore.transfer.merge import read_clip_list
+from featurestore.zarr_metadata import read_group
+from mervcache.errors import StoreFormatError, UserError, unknown_name
 from pipeline.certify.canaries import CLIPS, RENDERING, decode_canaries, encode_canaries
 from pipeline.certify.parity_clips import check_clips, clips_by_kind
 from pipeline.certify.parity_figures import compare

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from featurestore.clips import KINDS, Clip
-from featurestore.errors import ClipUnavailableError, UserError, unknown_name
-from featurestore.find import Place
-from featurestore.journal import driver_runs
-from featurestore.metadata import array_specs
-from featurestore.parity import ParityRow
-from featurestore.places.by_url import open_objects
-from featurestore.quantise import OverflowedTokens, to_stored
-from featurestore.share.cells import LoadedCell, StoreCells, decoded_cell
+from featurestore.locate import Place
+from featurestore.objects.open import open_objects
+from featurestore.quality import ParityRow
+from featurestore.records import driver_runs
+from featurestore.storage_dtypes import OverflowedTokens, to_stored
 from featurestore.store import FeatureStore
+from featurestore.transfer.merge import LoadedCell, StoreCells, decoded_cell
+from featurestore.zarr_metadata import array_specs
+from mervcache.errors import ClipUnavailableError, UserError, unknown_name
 from pipeline.certify.parity_figures import compare
 from pipeline.costs.ledger import media_roots
 

@@ -15,9 +15,9 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from featurestore.identity import FeatureIdentity
-from featurestore.metadata import array_specs
-from featurestore.parity import ParityRow
-from featurestore.quantise import from_stored
+from featurestore.quality import ParityRow
+from featurestore.storage_dtypes import from_stored
+from featurestore.zarr_metadata import array_specs
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
 STEPS = {"float16": 2**-10, "bfloat16": 2**-7, "uint8": 2**-5}  # one unit in the last place

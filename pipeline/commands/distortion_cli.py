@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from featurestore.command_line import tell_kept
-from featurestore.find import Place
+from featurestore.locate import Place
+from mervcache.console import tell_kept
 from pipeline.commands.options import AS_JSON, DEVICE, ROOT, WEIGHTS, takes_store
 from pipeline.commands.show import progress, says_errors, show_result
 
@@ -50,7 +50,7 @@ def distortion(
     temporary stores and read back. The result is kept in the store's journal, for `report` and the card; `merv-eval
     distortion` adds what a trained run makes of each dtype.
     """
-    from featurestore.distortion import keep_record, to_record
+    from featurestore.quality import distortion_record, keep_record
     from pipeline.certify.distortion import measure_distortion
     from pipeline.commands import store_tables
 
@@ -63,6 +63,6 @@ def distortion(
             options["again"] = stack.enter_context(encoded_again(place, **made_of))
         shown = stack.enter_context(progress("distortion", "measurements"))
         measured = measure_distortion(place, **options, progress=shown)
-    record = to_record(measured)
+    record = distortion_record(measured)
     tell_kept(lambda: keep_record(place, record))
     show_result(record, as_json, lambda: store_tables.distortion(measured))

@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from featurestore.command_line import say
-from featurestore.find import find_store
+from featurestore.locate import find_store
+from mervcache.console import say
 from pipeline.commands.options import AS_JSON, extraction_options, given_options
 from pipeline.commands.show import progress, says_errors, show_result
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from featurestore.plain_tables import console, strong, table
+from mervcache.console import console, strong, table
 from pipeline.commands.tables import duration, plural, size
 from pipeline.upkeep.explain import EncoderChange, Explanation
 from pipeline.upkeep.explain_costs import Cost

@@ -12,9 +12,9 @@ from typing import Any
 import click
 
 from featurestore.clips import KINDS
-from featurestore.command_line import Command, stacked
-from featurestore.find import find_store
 from featurestore.identity import STORAGE_DTYPES
+from featurestore.locate import find_store
+from mervcache.console import Command, stacked
 from pipeline.config import COMPUTE_DTYPES, DECODER_NAMES, ExtractConfig, read_config
 from pipeline.encoders.weights import weights_by_encoder
 

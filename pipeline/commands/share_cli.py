@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from featurestore.clips import KINDS
-from featurestore.command_line import stacked
-from featurestore.find import find_store, names_of
+from featurestore.locate import find_store, names_of
+from mervcache.console import stacked
 from pipeline.commands.options import AS_JSON
 from pipeline.commands.show import progress, says_errors, show_result
 
@@ -59,7 +59,7 @@ def push(store: str, url: str, as_json: bool, **options: Any) -> None:
     Run again to go on, or to send what is new. Clips and datasets are sent as the whole blocks that hold them; the
     answer tells what that costs. To cut instead, make a `subset` first.
     """
-    from featurestore.share.push import push as run_push
+    from featurestore.transfer.sync import push as run_push
 
     options = _selected(options)
     with progress("push", "MB", size=MB) as shown:
@@ -74,7 +74,7 @@ def push(store: str, url: str, as_json: bool, **options: Any) -> None:
 @transfer_options
 def pull(url: str, store: str, as_json: bool, **options: Any) -> None:
     """Fetch a store, or some encoders of it. Run again to go on, or to fetch what is new."""
-    from featurestore.share.transfer import transfer
+    from featurestore.transfer.sync import transfer
 
     options = _selected(options)
     with progress("pull", "MB", size=MB) as shown:
@@ -90,7 +90,7 @@ def _selected(options: dict[str, Any]) -> dict[str, Any]:
 
 def selection(encoders: str | None, datasets: str | None, clips: str | None, **others: str | None) -> Any:
     """Options as typed -> a `Selection`; `others` are its kind and split."""
-    from featurestore.share.selection import Selection, read_clip_list
+    from featurestore.transfer.merge import Selection, read_clip_list
 
     return Selection(
         encoders=_names(encoders),
@@ -139,8 +139,8 @@ def union(stores: tuple[str, ...], as_json: bool, **names: Any) -> None:
 @cell_options
 def export_store(store: str, out: str, format: str, as_json: bool, **names: Any) -> None:
     """Write a store as plain files. Tars of .npy, one per block, or safetensors, one per clip; with SHA256SUMS."""
-    from featurestore.share.cells import StoreCells
-    from featurestore.share.export import export
+    from featurestore.transfer.export import export
+    from featurestore.transfer.merge import StoreCells
     from pipeline.commands import tables
 
     with progress("export", "cells") as shown:
@@ -156,19 +156,19 @@ def export_store(store: str, out: str, format: str, as_json: bool, **names: Any)
 @AS_JSON
 def import_store(folder: str, out: str, as_json: bool) -> None:
     """Make a store of an exported folder. Checked as a stranger's: paths, sizes, digests."""
-    from featurestore.share.exported import ExportCells
+    from featurestore.transfer.export import ExportCells
 
     _lay([ExportCells(folder)], out, as_json, None)
 
 
 def _combine(stores: Sequence[str], out: str, as_json: bool, names: dict[str, Any]) -> None:
-    from featurestore.share.cells import StoreCells
+    from featurestore.transfer.merge import StoreCells
 
     _lay([StoreCells(find_store(store)) for store in stores], out, as_json, selection(**names))
 
 
 def _lay(sources: Sequence[Any], out: str, as_json: bool, chosen: Any) -> None:
-    from featurestore.share.combine import combine
+    from featurestore.transfer.merge import combine
     from pipeline.commands.share_tables import combined
 
     with progress("copy", "cells") as shown:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from featurestore.plain_tables import console, strong
-from featurestore.share.combine import Combined
-from featurestore.share.transfer import Transferred
+from featurestore.transfer.merge import Combined
+from featurestore.transfer.sync import Transferred
+from mervcache.console import console, strong
 from pipeline.commands.tables import counted, plural, size
 
 

@@ -10,18 +10,17 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from featurestore import command_line
-from featurestore.command_line import say, says
-from featurestore.errors import MervCacheError
-from featurestore.progress import Progress
 from jobs.clusters import ClusterError
+from mervcache import console
+from mervcache.console import ProgressCallback, say, says
+from mervcache.errors import MervCacheError
 
 says_errors = says(
     MervCacheError,
     ClusterError,
     interrupted="Interrupted. What was committed is kept; run the same command again to go on.",
 )
-show_result = partial(command_line.show_result, indent=2)
+show_result = partial(console.show_result, indent=2)
 
 
 @contextmanager
@@ -43,7 +42,7 @@ def told_interrupts() -> Iterator[None]:
 
 
 @contextmanager
-def progress(label: str, unit: str, *, size: float = 1) -> Iterator[Progress]:
+def progress(label: str, unit: str, *, size: float = 1) -> Iterator[ProgressCallback]:
     """Shows on stderr what a library call tells: done, rates, ETA; `size` is how many of its items make a unit."""
     shown = _Shown(label, unit, size)
     try:

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from featurestore.command_line import say, tell_kept
-from featurestore.find import Place, find_store, names_of, store_first
+from featurestore.locate import Place, find_store, names_of, store_first
+from mervcache.console import say, tell_kept
 from pipeline.commands.options import AS_JSON, ROOT, STORE_OPTION, WEIGHTS, takes_store
 from pipeline.commands.show import progress, says_errors, show_result
 from pipeline.config import ExtractConfig
@@ -56,8 +56,7 @@ def verify(
     With --parity, also whether this machine's libraries, decoder and encoders make the tokens that the store holds:
     exit code 1 where they are outside the tolerance. The result is kept in the store's journal.
     """
-    from featurestore.keep.findings import is_damaged
-    from featurestore.keep.verify import verify_store
+    from featurestore.maintenance.verify import is_damaged, verify_store
 
     if not parity and any(again.values()):
         raise click.UsageError("--clips, --encoders, --weights and --device say what --parity does: add --parity")
@@ -88,7 +87,7 @@ def _show_verified(findings: list, full: bool, media: str | None, checked: Any) 
 
 def _parity(place: Place, *, encoders: str | None, weights: tuple[str, ...], **options: Any) -> Any:
     """The parity check that was asked for, kept in the journal where the store can be written."""
-    from featurestore.parity import keep_parity
+    from featurestore.quality import keep_parity
     from pipeline.certify.parity import check_parity
     from pipeline.encoders.weights import weights_by_encoder
 
@@ -121,7 +120,7 @@ def repair(
     as_json: bool,
 ) -> None:
     """Mend what `verify --full` finds damaged. What is whole is not touched; exit code 1 if something is left."""
-    from featurestore.keep.repair import repair_store
+    from featurestore.maintenance.repair import repair_store
     from pipeline.commands import store_tables
     from pipeline.encoders.weights import weights_by_encoder
 
@@ -216,7 +215,7 @@ def tombstone(
     computed again. Other copies of the store take the removal over when they are pushed to or pull from it. Where the
     same video has other ids too (of another dataset, another span), they are named, and you say whether they go.
     """
-    from featurestore.keep.erase import tombstone as remove
+    from featurestore.maintenance.tombstone import tombstone as remove
     from pipeline.commands import tables
 
     place, names = store_first(clips, store_option)

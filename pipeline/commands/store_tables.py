@@ -6,10 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from featurestore.distortion import TokenRecord
-from featurestore.distortion_table import token_notes, token_table
-from featurestore.parity import VERDICTS, ParityRecord
-from featurestore.plain_tables import console, strong, table
+from featurestore.quality import VERDICTS, ParityRecord, TokenRecord, token_notes, token_table
+from mervcache.console import console, strong, table
 from pipeline.commands.tables import counted, failures, plural
 
 _MEDIA = {

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from featurestore.plain_tables import console, strong, table
+from mervcache.console import console, strong, table
 from pipeline.summary import DECODING
 
 

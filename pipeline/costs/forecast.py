@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from featurestore.clips import KINDS, Clip
-from featurestore.find import Place, is_url
 from featurestore.identity import FeatureIdentity
 from featurestore.layout import ROOT_METADATA, check_block_rows
-from featurestore.metadata import clip_bytes
-from featurestore.places.by_url import open_objects
+from featurestore.locate import Place, is_url
+from featurestore.objects.open import open_objects
 from featurestore.snapshots import newest_snapshot_id
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
+from featurestore.zarr_metadata import clip_bytes
 from jobs.clusters import connect
 from pipeline.admission import check_place
 from pipeline.config import ExtractConfig

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from featurestore.errors import UserError
 from featurestore.store import FeatureStore
+from mervcache.errors import UserError
 
 FIRST_SHARE = 0.05  # of the clips: then the pace is known, and most of the run is still to come
 

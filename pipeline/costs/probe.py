@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from featurestore.clips import Clip
-from featurestore.errors import MediaError
 from featurestore.identity import FeatureIdentity
-from featurestore.metadata import array_specs
-from featurestore.quantise import OverflowedTokens, to_stored
-from featurestore.shards import encode_row
+from featurestore.reader import encode_row
+from featurestore.storage_dtypes import OverflowedTokens, to_stored
+from featurestore.zarr_metadata import array_specs
+from mervcache.errors import MediaError
 from pipeline.config import EngineSettings
 from pipeline.decode.job import Decoded
 from pipeline.worker.engine import EncoderRun, Engine, decode_job, encode_batch, reporting_engine

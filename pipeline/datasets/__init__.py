@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featurestore.clips import KINDS
-from featurestore.errors import UserError, unknown_name
+from mervcache.errors import UserError, unknown_name
 from pipeline.datasets import demo, evaluation, folder, videollava, webdataset
 from pipeline.datasets.base import DatasetListing, DatasetSpec, ListingBuilder, Option, Rejected
 

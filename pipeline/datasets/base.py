@@ -17,9 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from featurestore.clips import Clip, Kind, check_relative_path
-from featurestore.errors import UserError
-from featurestore.samples import Sample, Turn
+from featurestore.clips import Clip, Kind, Sample, Turn, check_relative_path
+from mervcache.errors import UserError
 
 EXAMPLES_KEPT = 5  # of refused records, per reason
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from featurestore.errors import UserError
-from featurestore.samples import Turn
+from featurestore.clips import Turn
+from mervcache.errors import UserError
 from pipeline.datasets.base import DatasetSpec, ListingBuilder, Option
 from pipeline.datasets.demo_scene import SPLITS, Question, Scene, make_scene, questions_of
 

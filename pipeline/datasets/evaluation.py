@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from featurestore.errors import UserError
-from featurestore.find import names_of
-from featurestore.samples import Turn
+from featurestore.clips import Turn
+from featurestore.locate import names_of
+from mervcache.errors import UserError
 from pipeline.datasets.base import (
     DatasetSpec,
     ListingBuilder,

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from pipeline.datasets.base import DatasetSpec, ListingBuilder, RecordError
 from pipeline.media import kind_of_path
 

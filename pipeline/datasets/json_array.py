@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 
 WINDOW_CHARS = 1 << 22
 MAX_RECORD_CHARS = 1 << 26  # a record that is longer is not an annotation

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from featurestore.errors import RunStoppedError, UserError
+from mervcache.errors import RunStoppedError, UserError
 
 FOLDER = "spool"
 READ_BYTES = 1 << 22

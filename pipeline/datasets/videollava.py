@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from pipeline.datasets.base import (
     DatasetSpec,
     ListingBuilder,

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from featurestore.errors import MediaError, UserError
-from featurestore.samples import Turn
+from featurestore.clips import Turn
+from mervcache.errors import MediaError, UserError
 from pipeline.datasets.base import DatasetSpec, ListingBuilder, Option, RecordError, check_text, parse_turns
 from pipeline.datasets.spool import is_remote, spool_shards
 from pipeline.media import LocalFile, kind_of_path, resolve_media

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 
-from featurestore.errors import MediaError
+from mervcache.errors import MediaError
 from pipeline.decode.job import Decoded, DecodeJob
 from pipeline.decode.pool import DecodePool
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from featurestore.errors import RunStoppedError, UserError
+from mervcache.errors import RunStoppedError, UserError
 from pipeline.decode import protocol
 from pipeline.decode.job import Decoded, DecodeJob, FailedClipError
 

@@ -14,7 +14,7 @@ import av
 import numpy as np
 from av.stream import Disposition
 
-from featurestore.errors import MediaError
+from mervcache.errors import MediaError
 from pipeline.decode.source import Source
 from pipeline.media import LocalFile
 

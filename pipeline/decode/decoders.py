@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from featurestore.errors import MediaError, UserError, unknown_name
+from mervcache.errors import MediaError, UserError, unknown_name
 from pipeline.decode import stills
 from pipeline.decode.collector import FrameCollector
 from pipeline.decode.job import DEFAULT_DECODER, Decoded, DecodeJob, FailedClipError, Reading

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
-from featurestore.errors import MediaError, UserError
+from mervcache.errors import MediaError, UserError
 from pipeline.decode.collector import FrameCollector
 from pipeline.decode.container import open_video
 from pipeline.decode.job import Reading

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from featurestore.errors import MediaError, UserError
+from mervcache.errors import MediaError, UserError
 from pipeline.decode.collector import FrameCollector
 from pipeline.decode.container import FORMATS, check_pixels, open_video
 from pipeline.decode.job import Reading

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import av
 
-from featurestore.errors import MediaError
+from mervcache.errors import MediaError
 from pipeline.decode.collector import FrameCollector
 from pipeline.decode.container import OpenVideo, open_video, reason
 from pipeline.decode.job import Reading

@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from featurestore.clips import Clip
-from featurestore.errors import MediaError, UserError
+from mervcache.errors import MediaError, UserError
 from pipeline.views import BASE_FRAMES
 
 

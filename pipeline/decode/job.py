@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from featurestore.clips import Clip
-from featurestore.errors import MediaError, UserError
+from mervcache.errors import MediaError, UserError
 from pipeline.views import BASE_FRAMES, ResizeRule, View
 
 if TYPE_CHECKING:

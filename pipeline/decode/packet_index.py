@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import av
 
-from featurestore.errors import MediaError
+from mervcache.errors import MediaError
 from pipeline.decode import in_order
 from pipeline.decode.collector import FrameCollector
 from pipeline.decode.container import OpenVideo, open_video

@@ -19,7 +19,7 @@ import sys
 import threading
 from concurrent.futures import Future
 
-from featurestore.errors import MediaError, RunStoppedError, UserError
+from mervcache.errors import MediaError, RunStoppedError, UserError
 from pipeline.decode import protocol
 from pipeline.decode.child import FROM_OUTSIDE, DecodeChild, how_it_ended
 from pipeline.decode.job import Decoded, DecodeJob

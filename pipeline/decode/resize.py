@@ -15,7 +15,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from pipeline.views import ResizeRule
 
 PILLOW_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}

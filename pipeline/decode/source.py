@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from featurestore.errors import MediaError, RunStoppedError
+from mervcache.errors import MediaError, RunStoppedError
 from pipeline.media import FrameFolder, LocalFile, Media, TarMember, resolve_media
 
 READ_BYTES = 1 << 20

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from featurestore.errors import MediaError
+from mervcache.errors import MediaError
 from pipeline.decode.collector import FrameCollector
 from pipeline.decode.container import check_pixels
 from pipeline.decode.job import Reading

@@ -17,7 +17,7 @@ import sys
 import traceback
 from typing import Any
 
-from featurestore.errors import MediaError, RunStoppedError, UserError
+from mervcache.errors import MediaError, RunStoppedError, UserError
 from pipeline.decode import protocol
 from pipeline.decode.decoders import OUT_OF_MEMORY, decode_clip
 from pipeline.decode.job import Decoded, DecodeJob

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from pipeline.views import BASE_FRAMES, ResizeRule, View
 
 Grid = tuple[int, int, int]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from pipeline.encoders.base import EncoderSpec
 from pipeline.encoders.network import EncoderNetwork
 

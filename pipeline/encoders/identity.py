@@ -6,8 +6,8 @@ worker has told it the hash.
 
 from __future__ import annotations
 
-from featurestore.errors import UserError
 from featurestore.identity import FeatureIdentity
+from mervcache.errors import UserError
 from pipeline.align import DEFAULT_GRID, Grid, aligned_period, check_grid
 from pipeline.encoders.base import EncoderSpec
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from pipeline.encoders.base import EncoderSpec
 from pipeline.encoders.huggingface import check_same_architecture, refuse_final_norm
 from pipeline.encoders.network import EncoderNetwork

@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from pipeline.align import DEFAULT_GRID, Grid, align, align_time
 from pipeline.encoders.base import EncoderSpec
 from pipeline.encoders.network import EncoderNetwork, build_network

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from pipeline.encoders.base import EncoderSpec
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 
-from featurestore.errors import UserError, unknown_name
+from mervcache.errors import UserError, unknown_name
 from pipeline.encoders.base import EncoderSpec
 from pipeline.encoders.clip import CLIP
 from pipeline.encoders.dinov2 import DINOV2

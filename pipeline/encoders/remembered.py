@@ -19,9 +19,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from featurestore.digests import record_digest
-from featurestore.errors import UserError
-from featurestore.user_cache import user_cache
+from mervcache.errors import UserError
+from mervcache.files import record_digest, user_cache
 from pipeline.encoders.base import EncoderSpec
 from pipeline.encoders.weights import parse_weights
 

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from pipeline.encoders.base import EncoderSpec
 
-if TYPE_CHECKING:  # torch comes in with the workers; the command line only parses
+if TYPE_CHECKING:
     import torch
 
     from pipeline.encoders.network import EncoderNetwork

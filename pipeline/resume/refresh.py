@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 
 from featurestore.clips import KINDS
 from featurestore.identity import FeatureIdentity
-from featurestore.lookup import encoder_keys
+from featurestore.reader import encoder_keys
 from featurestore.writer import StoreWriter
 from pipeline.datasets import DatasetListing
 from pipeline.plan import plan_blocks

@@ -14,13 +14,12 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from featurestore.clips import Clip
-from featurestore.errors import MediaError
 from featurestore.identity import FeatureIdentity
-from featurestore.share.cells import StoreCells
-from featurestore.share.combine import lay_cell
+from featurestore.transfer.merge import StoreCells, lay_cell
+from mervcache.errors import MediaError
 
 if TYPE_CHECKING:
-    from featurestore.blocks import BlockWriter
+    from featurestore.writer import BlockWriter
     from pipeline.plan import PlannedBlock
 
 Proposals = dict[str, str]  # clip id here -> clip id there

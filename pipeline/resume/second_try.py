@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from featurestore.clips import Clip
-from featurestore.errors import MediaError
 from featurestore.identity import FeatureIdentity
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
+from mervcache.errors import MediaError
 from pipeline.config import EngineSettings, ExtractConfig
 from pipeline.datasets import DatasetListing
 from pipeline.decode.ahead import decode_ahead
@@ -75,7 +75,10 @@ def _failed(store: StoreWriter, config: ExtractConfig, identities: Mapping[str, 
 
 def try_decoding(settings: EngineSettings, root: str, clips: list[Clip], accept_damaged: bool) -> dict[str, str]:
     """Clip id -> reason of those that cannot be decoded; run by a worker."""
-    from pipeline.worker.engine import decode_job, engine_for  # torch
+    from pipeline.worker.engine import (
+        decode_job,
+        engine_for,  # torch
+    )
 
     engine = engine_for(settings)
     encoders = engine.encoders.values()

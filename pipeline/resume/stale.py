@@ -22,16 +22,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from featurestore.clips import KINDS, Clip
-from featurestore.errors import MediaError, MervCacheError
 from featurestore.identity import FeatureIdentity
-from featurestore.journal import driver_runs
 from featurestore.layout import JOURNAL, block_of, journal_names
-from featurestore.progress import SILENT, Progress
-from featurestore.receipts import RowOutcome
-from featurestore.snapshot_table import column
-from featurestore.snapshots import load_snapshot, newest_snapshot_id, read_snapshot_table
-from featurestore.tombstones import tombstoned_clips
+from featurestore.records import RowOutcome, driver_runs, tombstoned_clips
+from featurestore.snapshots import column, load_snapshot, newest_snapshot_id, read_snapshot_table
 from featurestore.writer import StoreWriter
+from mervcache.console import SILENT, ProgressCallback
+from mervcache.errors import MediaError, MervCacheError
 from pipeline.datasets import DatasetListing
 from pipeline.decode.source import Source
 from pipeline.media_memory import MediaMemory, media_memory, newest_touch_s
@@ -89,7 +86,7 @@ def stale_media(
     *,
     full: bool = False,
     budget_bytes: int | None = None,  # read at most so much; None: whatever it takes
-    progress: Progress = SILENT,
+    progress: ProgressCallback = SILENT,
     on_compare: Callable[[int, int], None] = lambda clips, num_bytes: None,
 ) -> StaleMedia:
     """Which listed clips' tokens, at the newest snapshot, were made from other bytes than their media hold now.
@@ -132,7 +129,7 @@ class _Media:
     memory: MediaMemory
     runs: _Runs
     full: bool  # take no date and no remembered digest for an answer
-    progress: Progress  # advanced once for each clip that is done with
+    progress: ProgressCallback  # advanced once for each clip that is done with
 
     def look_at_all(self, some: Iterable[_Stored]) -> list[_Look]:
         """A look at each of the clips; those whose media need no reading are done with."""

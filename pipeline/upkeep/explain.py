@@ -14,13 +14,13 @@ from functools import cached_property
 from typing import Any, Literal
 
 from featurestore.clips import KINDS, Clip
-from featurestore.errors import MediaError, UserError
-from featurestore.find import Place
 from featurestore.identity import FeatureIdentity
-from featurestore.journal import driver_runs
-from featurestore.progress import SILENT, Progress
+from featurestore.locate import Place
+from featurestore.records import driver_runs
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
+from mervcache.console import SILENT, ProgressCallback
+from mervcache.errors import MediaError, UserError
 from pipeline.config import OF_ONE_RUN, EncoderSettings, ExtractConfig, read_config
 from pipeline.costs.ledger import changed_versions, settings_of
 from pipeline.datasets import DatasetListing, list_clips
@@ -81,7 +81,7 @@ def explain(
     settings: str = "the config",
     full: bool = False,
     probe: int = 0,
-    progress: Progress = SILENT,
+    progress: ProgressCallback = SILENT,
     say: Say = lambda line: None,
 ) -> Explanation:
     """What `extract` would do with this config; `full` reads every medium, `probe` clips of each kind are encoded."""

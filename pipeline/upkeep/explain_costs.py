@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 
 from featurestore.clips import KINDS, Clip
 from featurestore.identity import FeatureIdentity
-from featurestore.metadata import clip_bytes
 from featurestore.store import FeatureStore
+from featurestore.zarr_metadata import clip_bytes
 from pipeline.config import ExtractConfig
 from pipeline.costs.ledger import past_rate
 from pipeline.datasets import DatasetListing

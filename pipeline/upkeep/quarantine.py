@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from featurestore.errors import UserError
-from featurestore.find import Place
-from featurestore.journal import driver_runs
-from featurestore.places.by_url import open_objects
+from featurestore.locate import Place
+from featurestore.objects.open import open_objects
+from featurestore.records import driver_runs
 from featurestore.store import FeatureStore
+from mervcache.errors import UserError
 from pipeline.config import OF_ONE_RUN, ExtractConfig, read_config
 from pipeline.costs.ledger import settings_of
 from pipeline.summary import ExtractSummary

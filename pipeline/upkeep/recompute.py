@@ -12,24 +12,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from featurestore.columns import table_to_clips
-from featurestore.errors import UserError
-from featurestore.find import Place
-from featurestore.groups import GroupWriter
+from featurestore.clips import table_to_clips
 from featurestore.identity import FeatureIdentity
-from featurestore.journal import maker_of
-from featurestore.keep.repair_shards import Recomputed
-from featurestore.layout import (
-    ROOT_METADATA,
-    array_metadata_key,
-    group_metadata_key,
-    receipt_key,
-    rows_of,
-    shard_key,
-)
-from featurestore.places.by_url import open_objects
-from featurestore.receipts import Receipt
-from featurestore.writer import StoreWriter
+from featurestore.layout import ROOT_METADATA, array_metadata_key, group_metadata_key, receipt_key, rows_of, shard_key
+from featurestore.locate import Place
+from featurestore.maintenance.repair import Recomputed
+from featurestore.objects.open import open_objects
+from featurestore.records import Receipt, maker_of
+from featurestore.writer import GroupWriter, StoreWriter
+from mervcache.errors import UserError
 from pipeline.certify.parity import made_again
 from pipeline.config import AUTO, ExtractConfig, read_config
 from pipeline.costs.ledger import settings_of
@@ -43,7 +34,10 @@ class Recompute:
         self._overrides = {"weights": dict(weights) if weights else None, "device": device}
 
     def __call__(self, group: GroupWriter, receipt: Receipt) -> Recomputed:
-        from pipeline.worker.block import BlockTask, extract_block  # torch and the models
+        from pipeline.worker.block import (
+            BlockTask,
+            extract_block,  # torch and the models
+        )
 
         maker = maker_of(group.objects, group.name)
         if maker is None:

@@ -12,14 +12,13 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
-from featurestore.clips import Clip
-from featurestore.columns import table_to_clips
-from featurestore.errors import MervCacheError, UserError
-from featurestore.find import Place
-from featurestore.keep.findings import Finding
-from featurestore.progress import SILENT, Progress
+from featurestore.clips import Clip, table_to_clips
+from featurestore.locate import Place
+from featurestore.maintenance.verify import Finding
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
+from mervcache.console import SILENT, ProgressCallback
+from mervcache.errors import MervCacheError, UserError
 from pipeline.costs.ledger import media_roots
 from pipeline.decode.source import Source
 from pipeline.media_memory import newest_touch_s
@@ -35,7 +34,7 @@ def verify_media(
     *,
     root: str | None = None,
     workers: int = 2,
-    progress: Progress = SILENT,
+    progress: ProgressCallback = SILENT,
 ) -> list[Finding]:
     """Media that are gone or whose bytes are no longer those that the receipts name; keys are clip ids."""
     if level not in MEDIA_LEVELS:

@@ -16,13 +16,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from featurestore.blocks import BlockWriter
 from featurestore.clips import Clip
-from featurestore.errors import MediaError, RunStoppedError
-from featurestore.receipts import Receipt
-from featurestore.writer import StoreWriter
+from featurestore.records import Receipt
+from featurestore.writer import BlockWriter, StoreWriter
 from jobs import metrics
 from jobs.reports import TaskReporter, metered
+from mervcache.errors import MediaError, RunStoppedError
 from pipeline.config import EngineSettings
 from pipeline.decode.ahead import decode_ahead
 from pipeline.decode.job import Decoded, DecodeJob

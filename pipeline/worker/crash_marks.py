@@ -17,8 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featurestore.find import is_url
 from featurestore.layout import TEMPORARY
+from featurestore.locate import is_url
 
 if TYPE_CHECKING:
     from pipeline.worker.block import BlockTask

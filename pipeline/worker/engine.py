@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from featurestore.clips import KINDS, Clip
-from featurestore.errors import UserError
 from featurestore.identity import FeatureIdentity
 from jobs.reports import TaskReporter
+from mervcache.errors import UserError
 from pipeline.config import EncoderSettings, EngineSettings, default_batch
 from pipeline.decode.job import DecodeJob
 from pipeline.decode.pool import DecodePool

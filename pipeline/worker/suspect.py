@@ -18,8 +18,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from featurestore.errors import RunStoppedError
 from jobs.reports import TaskReporter
+from mervcache.errors import RunStoppedError
 from pipeline.decode.child import FROM_OUTSIDE, how_it_ended
 from pipeline.decode.worker import die_with_parent
 from pipeline.worker import crash_marks

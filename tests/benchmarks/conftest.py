@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from featurestore import Clip
-from featurestore.samples import Sample, Turn
+from featurestore.clips import Sample, Turn
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 COLOURS = ("red", "green", "blue")

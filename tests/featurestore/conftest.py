@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from featurestore.canaries import Canaries, Canary, put_canaries
 from featurestore.clips import Clip
-from featurestore.digests import sha256_hex
 from featurestore.identity import FeatureIdentity
-from featurestore.quantise import to_stored
+from featurestore.reference_clips import Canaries, Canary, put_canaries
+from featurestore.storage_dtypes import to_stored
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
+from mervcache.files import sha256_hex
 
 SHA256 = "b" * 64
 BASE = FeatureIdentity(
@@ -135,7 +135,7 @@ def canaries_of(kind: str, identity: FeatureIdentity, noise: int = 0) -> Canarie
 
 
 def clips_by_row(writer: StoreWriter) -> dict[str, dict[int, Clip]]:
-    from featurestore.columns import table_to_clips
+    from featurestore.clips import table_to_clips
 
     rows: dict[str, dict[int, Clip]] = {"video": {}, "image": {}}
     for row, clip in table_to_clips(writer.clips()):

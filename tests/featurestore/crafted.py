@@ -19,12 +19,12 @@ import google_crc32c
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from featurestore.digests import canonical_json
-from featurestore.errors import MervCacheError
-from featurestore.find import ROOT_METADATA
-from featurestore.keep.verify import verify_store
+from featurestore.locate import ROOT_METADATA
+from featurestore.maintenance.verify import verify_store
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
+from mervcache.errors import MervCacheError
+from mervcache.files import canonical_json
 
 DEEP = 3000
 HUGE = (2**31 - 1, 2**31, 2**40, 2**62, 2**63, 2**64 - 1, 10**400)

@@ -17,19 +17,16 @@ import google_crc32c
 import numpy as np
 from crafted import Choices
 
-from featurestore.canaries import Canaries
-from featurestore.columns import CLIP_SCHEMA, SAMPLE_SCHEMA, table_to_clips, table_to_samples
-from featurestore.errors import MervCacheError
+from featurestore.clips import CLIP_SCHEMA, SAMPLE_SCHEMA, table_to_clips, table_to_samples
 from featurestore.identity import FeatureIdentity
-from featurestore.journal import parse_journal
-from featurestore.metadata import ArraySpec, parse_array, parse_root
+from featurestore.objects.base import parse_listing
 from featurestore.parquet import read_table
-from featurestore.places.listing import parse_listing
-from featurestore.receipts import Receipt
-from featurestore.shards import build_shard, decode_row, encode_row, parse_index
-from featurestore.snapshot_table import snapshot_schema
-from featurestore.snapshots import Snapshot
-from featurestore.tombstones import Tombstone
+from featurestore.reader import build_shard, decode_row, encode_row, parse_index
+from featurestore.records import Receipt, Tombstone, parse_journal
+from featurestore.reference_clips import Canaries
+from featurestore.snapshots import Snapshot, snapshot_schema
+from featurestore.zarr_metadata import ArraySpec, parse_array, parse_root
+from mervcache.errors import MervCacheError
 
 Case = tuple[str, bytes, Callable[[bytes], Any]]
 

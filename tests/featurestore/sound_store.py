@@ -9,8 +9,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from conftest import BASE, Kit, clips_by_row, fill_block, image, tiny_identity, video
 
-from featurestore.keep.erase import tombstone
-from featurestore.samples import Sample, Turn
+from featurestore.clips import Sample, Turn
+from featurestore.maintenance.tombstone import tombstone
 
 TURNS = (Turn(role="human", text="what?"), Turn(role="gpt", text="that"))
 SMALL = {"architecture": {"class": "Tiny"}, "grid": (2, 1, 2), "width": 4}

@@ -8,10 +8,10 @@ import json
 import numpy as np
 import pytest
 
-from featurestore.errors import StoreDamagedError, UserError
 from featurestore.layout import shard_key
-from featurestore.receipts import LOST, row_digest
-from featurestore.shards import Shard, build_shard, encode_row
+from featurestore.reader import Shard, build_shard, encode_row
+from featurestore.records import LOST, row_digest
+from mervcache.errors import StoreDamagedError, UserError
 
 FULL = {"prefix_tokens": 3, "storage_dtype": "uint8"}  # an identity with every array
 
@@ -127,7 +127,7 @@ def test_who_comes_second_gets_the_receipt_of_the_first(make, block):
 
 def orphan(kit, group, clips, make, rows, noise, arrays) -> None:
     """The shards that a killed attempt left: some arrays, some rows, no receipt."""
-    from featurestore.quantise import to_stored
+    from featurestore.storage_dtypes import to_stored
 
     stored = {
         row: to_stored(make.floats(clips[row], group.identity, noise), group.identity.storage_dtype) for row in rows

@@ -17,17 +17,14 @@ from hypothesis import strategies as st
 from safetensors.numpy import load
 
 from featurestore import FeatureStore, verify_store
-from featurestore.canaries import MAX_HEADER_BYTES, Canaries, read_canaries
-from featurestore.errors import MediaError, MervCacheError, StoreDamagedError, StoreFormatError, UserError
-from featurestore.keep.erase import tombstone
-from featurestore.keep.repair import repair_store
-from featurestore.places.by_url import open_objects
-from featurestore.share.cells import StoreCells
-from featurestore.share.combine import combine
-from featurestore.share.export import FORMATS, export
-from featurestore.share.exported import ExportCells
-from featurestore.share.selection import Selection
-from featurestore.share.transfer import transfer
+from featurestore.maintenance.repair import repair_store
+from featurestore.maintenance.tombstone import tombstone
+from featurestore.objects.open import open_objects
+from featurestore.reference_clips import MAX_HEADER_BYTES, Canaries, read_canaries
+from featurestore.transfer.export import FORMATS, ExportCells, export
+from featurestore.transfer.merge import Selection, StoreCells, combine
+from featurestore.transfer.sync import transfer
+from mervcache.errors import MediaError, MervCacheError, StoreDamagedError, StoreFormatError, UserError
 
 DTYPES = ("float16", "bfloat16", "uint8")
 
@@ -251,7 +248,7 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[2])
 from conftest import Kit
-from featurestore.places import local_objects
+from featurestore.objects import local as local_objects
 real = getattr(local_objects.os, sys.argv[3])
 def die(*arguments, **options):
     if "canaries" in str(arguments) or sys.argv[3] == "fsync":

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from featurestore.command_line import says, show_result, stacked, tell_kept
-from featurestore.errors import StoreError, UserError
+from mervcache.console import says, show_result, stacked, tell_kept
+from mervcache.errors import StoreError, UserError
 
 says_errors = says(UserError, interrupted="Interrupted. What was committed is kept.")
 

@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from featurestore import FeatureDataset
-from featurestore.errors import UserError
-from featurestore.samples import Sample, Turn
+from featurestore.clips import Sample, Turn
+from mervcache.errors import UserError
 
 IDS = [f"tiny/videos/{n}.mp4" for n in range(4)]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from featurestore.errors import UserError
-from featurestore.find import (
+from featurestore.layout import ROOT_METADATA
+from featurestore.locate import (
     check_is_another,
     check_room_for_store,
     find_store,
@@ -16,8 +16,8 @@ from featurestore.find import (
     store_first,
     stores_under,
 )
-from featurestore.layout import ROOT_METADATA
 from featurestore.writer import StoreWriter
+from mervcache.errors import UserError
 
 
 @pytest.fixture

@@ -22,12 +22,12 @@ from crafted import CHANGES, change, exercise, newest_record, write_json
 from single_readers import cases_of, read_one
 from sound_store import add_unpublished, build
 
-from featurestore.columns import CLIP_SCHEMA
-from featurestore.errors import MervCacheError, StoreError, StoreFormatError
-from featurestore.keep.verify import verify_store
+from featurestore.clips import CLIP_SCHEMA
+from featurestore.maintenance.verify import verify_store
 from featurestore.parquet import own_digest_holds, read_table, table_bytes
+from featurestore.parquet_guard import read_struct
 from featurestore.store import FeatureStore
-from featurestore.thrift import read_struct
+from mervcache.errors import MervCacheError, StoreError, StoreFormatError
 
 DRAWN = settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]

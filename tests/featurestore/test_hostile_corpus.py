@@ -16,17 +16,14 @@ sys.path.insert(0, str(Path(__file__).parent / "hostile_corpus"))
 from binary_cases import SPEC, clips, parquet
 from json_cases import IDENTITY, group, receipt, root, sealed, snapshot
 
-from featurestore import errors
-from featurestore.columns import CLIP_SCHEMA, SAMPLE_SCHEMA, table_to_clips, table_to_samples
-from featurestore.groups import parse_group
-from featurestore.journal import parse_journal
-from featurestore.metadata import parse_root
+from featurestore.clips import CLIP_SCHEMA, SAMPLE_SCHEMA, table_to_clips, table_to_samples
+from featurestore.objects.base import parse_listing
 from featurestore.parquet import read_table
-from featurestore.places.listing import parse_listing
-from featurestore.receipts import Receipt
-from featurestore.shards import decode_row, parse_index
+from featurestore.reader import decode_row, parse_index
+from featurestore.records import Receipt, Tombstone, parse_journal
 from featurestore.snapshots import Snapshot
-from featurestore.tombstones import Tombstone
+from featurestore.zarr_metadata import parse_group, parse_root
+from mervcache import errors
 
 FOLDER = Path(__file__).parent / "hostile_corpus"
 CASES = json.loads((FOLDER / "cases.json").read_text())

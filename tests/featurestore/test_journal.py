@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from featurestore.errors import UserError
-from featurestore.journal import maker_of
+from featurestore.records import maker_of
 from featurestore.writer import StoreWriter
+from mervcache.errors import UserError
 
 GROUP = "dinov2-0123456789ab"
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featurestore import layout
-from featurestore.errors import StoreFormatError, UserError
+from mervcache.errors import StoreFormatError, UserError
 
 ROWS = st.integers(0, 1 << 40)
 BLOCK_ROWS = st.integers(1, layout.MAX_BLOCK_ROWS)

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from featurestore.errors import UserError
 from featurestore.lease import StoreLease
+from mervcache.errors import UserError
 
 
 def test_a_second_driver_is_told_who_works_and_may_start_when_the_first_is_done(tmp_path):

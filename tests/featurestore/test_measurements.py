@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from featurestore import measurements
-from featurestore.errors import StoreFormatError
+from featurestore import quality
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
+from mervcache.errors import StoreFormatError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +31,11 @@ def record_of(time: str, *values: float) -> Record:
 
 def parse(record: Mapping[str, Any], name: str) -> Record:
     values = {key: value for key, value in record.items() if key not in ("format", "by")}
-    return measurements.parse_values(Record, Row, values, is_sound, name)
+    return quality.parse_values(Record, Row, values, is_sound, name)
 
 
 def is_sound(key: str, value: Any) -> bool:
-    return measurements.is_time(value) if key == "time" else measurements.is_number(value)
+    return quality.is_time(value) if key == "time" else quality.is_number(value)
 
 
 @pytest.fixture
@@ -47,16 +47,16 @@ def place(tmp_path):
 def test_records_come_back_the_oldest_first_and_others_are_left_out(place):
     late, early = record_of("2026-11-22T09:00:01Z", 1.5), record_of("2026-11-22T09:00:00Z", 2, 3)
     for record in (late, early):
-        measurements.keep(place, "speed-", measurements.to_record(record, by="hand"))
-    measurements.keep(place, "speed-", measurements.to_record(record_of("yesterday", 1)))
-    measurements.keep(place, "other-", measurements.to_record(early))
-    assert measurements.read(FeatureStore.open(place), "speed-", parse) == [early, late]
+        quality.keep_measurement(place, "speed-", quality.measurement_record(record, by="hand"))
+    quality.keep_measurement(place, "speed-", quality.measurement_record(record_of("yesterday", 1)))
+    quality.keep_measurement(place, "other-", quality.measurement_record(early))
+    assert quality.read_measurements(FeatureStore.open(place), "speed-", parse) == [early, late]
 
 
 def test_a_damaged_journal_has_no_records(place):
-    key = measurements.keep(place, "speed-", measurements.to_record(record_of("2026-11-22T09:00:00Z", 1)))
+    key = quality.keep_measurement(place, "speed-", quality.measurement_record(record_of("2026-11-22T09:00:00Z", 1)))
     (place / key).write_bytes((place / key).read_bytes()[:-9])
-    assert measurements.read(FeatureStore.open(place), "speed-", parse) == []
+    assert quality.read_measurements(FeatureStore.open(place), "speed-", parse) == []
 
 
 @pytest.mark.parametrize("rows", [[{"value": 1}] * 1001, "many", None, [3], [{}], [{"value": 1, "more": 1}]])
@@ -68,10 +68,10 @@ def test_rows_that_are_too_many_or_of_other_fields_are_refused(rows):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400, True, "1", None, [1]])
 def test_a_number_is_one_that_a_float_holds(value):
-    assert not measurements.is_number(value)
-    assert measurements.is_number(-(10**300))
+    assert not quality.is_number(value)
+    assert quality.is_number(-(10**300))
 
 
 def test_the_time_of_a_record_is_one_that_is_believed():
-    assert measurements.is_time(measurements.now())
-    assert not measurements.is_time("2026-11-22 09:00:00")
+    assert quality.is_time(quality.now())
+    assert not quality.is_time("2026-11-22 09:00:00")

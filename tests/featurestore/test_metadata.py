@@ -9,8 +9,7 @@ import pytest
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 
-from featurestore.errors import StoreFormatError, UserError
-from featurestore.metadata import (
+from featurestore.zarr_metadata import (
     DIMENSIONS,
     FILL_VALUES,
     ITEM_SIZES,
@@ -18,11 +17,12 @@ from featurestore.metadata import (
     ArraySpec,
     array_specs,
     clip_bytes,
-    load_json,
     parse_array,
     parse_root,
     root_document,
 )
+from mervcache.errors import StoreFormatError, UserError
+from mervcache.files import load_json
 
 
 def spec_of(name="tokens", dtype="float16", codec="blosc", **changes) -> ArraySpec:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from featurestore.plain_tables import fitted, row_lines, table
+from mervcache.console import fitted, row_lines, table
 
 ROWS = [("languagebind", "video", "1,080", "35.4 MB", "a reason of many words"), ("vivit", "image", "3", "9.0 kB", "")]
 COLUMNS = ("encoder", "kind", "to do", "bytes", "reason")

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from featurestore.errors import UserError
-from featurestore.quantise import (
+from featurestore.storage_dtypes import (
     OverflowedTokens,
     from_bfloat16_bits,
     from_stored,
@@ -19,6 +18,7 @@ from featurestore.quantise import (
     to_stored,
     to_uint8,
 )
+from mervcache.errors import UserError
 
 FLOATS = hnp.arrays(np.float32, (3, 2, 2, 5), elements=st.floats(-1e4, 1e4, width=32))
 

@@ -8,9 +8,9 @@ import random
 import numpy as np
 import pytest
 
-from featurestore.digests import canonical_json
-from featurestore.errors import MervCacheError, StoreDamagedError, StoreFormatError
-from featurestore.receipts import Receipt, RowOutcome, row_digest
+from featurestore.records import Receipt, RowOutcome, row_digest
+from mervcache.errors import MervCacheError, StoreDamagedError, StoreFormatError
+from mervcache.files import canonical_json
 
 PLACE = {"kind": "video", "group": "dinov2-0123456789ab", "block": 3}
 

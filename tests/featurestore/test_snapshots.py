@@ -8,10 +8,9 @@ import threading
 import numpy as np
 import pytest
 
-from featurestore.errors import StoreDamagedError, StoreError, StoreFormatError
-from featurestore.places.local_objects import LocalObjects
-from featurestore.publish import publish
-from featurestore.snapshots import Snapshot, load_snapshot, read_snapshot_table
+from featurestore.objects.local import LocalObjects
+from featurestore.snapshots import Snapshot, load_snapshot, publish, read_snapshot_table
+from mervcache.errors import StoreDamagedError, StoreError, StoreFormatError
 
 
 def snapshot_files(kit) -> list[str]:
@@ -189,7 +188,7 @@ def test_a_damaged_snapshot_is_refused(kit, make):
 def test_a_forged_snapshot_cannot_name_what_is_not_the_stores(kit, make, change):
     import hashlib
 
-    from featurestore.digests import canonical_json
+    from mervcache.files import canonical_json
 
     kit.writer().add_clips([make.video(0)])
     content = json.loads((kit.path / "snapshots" / f"{kit.fill()}.json").read_text())

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from featurestore import FeatureStore
-from featurestore.errors import (
+from featurestore.clips import Sample, Turn
+from mervcache.errors import (
     ClipUnavailableError,
     StoreDamagedError,
     StoreError,
@@ -18,7 +19,6 @@ from featurestore.errors import (
     StoreNotFoundError,
     UserError,
 )
-from featurestore.samples import Sample, Turn
 
 BOUNDS = {"float16": 2e-3, "bfloat16": 1.6e-2, "uint8": 1.5e-2}  # of normal values within 4.5
 VIDEOS = [f"tiny/videos/{n}.mp4" for n in range(6)]

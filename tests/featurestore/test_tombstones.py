@@ -11,18 +11,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from featurestore.digests import sha256_hex
-from featurestore.errors import ClipUnavailableError, StoreDamagedError, StoreError, UserError
-from featurestore.keep.erase import erase_tombstoned, tombstone
-from featurestore.keep.same_media import clips_of_same_media
-from featurestore.keep.verify import verify_store
-from featurestore.samples import Sample, Turn
-from featurestore.shards import encode_row
-from featurestore.share.cells import StoreCells
-from featurestore.share.combine import combine
-from featurestore.share.transfer import transfer
+from featurestore.clips import Sample, Turn
+from featurestore.maintenance.tombstone import clips_of_same_media, erase_tombstoned, tombstone
+from featurestore.maintenance.verify import verify_store
+from featurestore.reader import encode_row
+from featurestore.records import read_tombstones
 from featurestore.store import FeatureStore
-from featurestore.tombstones import read_tombstones
+from featurestore.transfer.merge import StoreCells, combine
+from featurestore.transfer.sync import transfer
+from mervcache.errors import ClipUnavailableError, StoreDamagedError, StoreError, UserError
+from mervcache.files import sha256_hex
 
 GONE = "tiny/videos/2.mp4"
 TURNS = (Turn(role="human", text="what?"), Turn(role="gpt", text="a secret"))
@@ -45,7 +43,7 @@ def filled(kit, make):
 def bytes_of_row(kit, make) -> bytes:
     tokens = make.floats(make.video(2), make.identity())["tokens"].astype(np.float16)
     group = kit.group(make.identity())
-    from featurestore.shards import encode_row
+    from featurestore.reader import encode_row
 
     return encode_row(group.specs["tokens"], tokens)
 
@@ -153,7 +151,8 @@ def test_another_store_takes_the_removal_over_with_the_record(filled, make, tmp_
 
 def test_a_removal_that_was_killed_is_finished_by_the_same_command(filled, make, tmp_path):
     program = (
-        "import os, signal, sys; from featurestore.places import local_objects; from featurestore.keep import erase\n"
+        "import os, signal, sys; from featurestore.objects import local as local_objects\n"
+        "from featurestore.maintenance import tombstone as erase\n"
         "left = int(sys.argv[2]); real = local_objects.LocalObjects.replace\n"
         "def replace(self, key, data):\n"
         "    global left\n"

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from featurestore.errors import IdentityConflictError, StoreFormatError, StoreNotFoundError, UserError
-from featurestore.samples import Sample, Turn
+from featurestore.clips import Sample, Turn
 from featurestore.writer import StoreWriter
+from mervcache.errors import IdentityConflictError, StoreFormatError, StoreNotFoundError, UserError
 
 
 def sample(number: int, clip_id: str | None = "tiny/videos/0.mp4") -> Sample:

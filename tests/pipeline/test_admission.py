@@ -2,8 +2,8 @@
 
 import pytest
 
-from featurestore.errors import IdentityConflictError, UserError
 from jobs.clusters import ClusterError
+from mervcache.errors import IdentityConflictError, UserError
 from pipeline.costs.forecast import forecast
 
 

@@ -8,15 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import adaptive_avg_pool2d, adaptive_avg_pool3d
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from pipeline import align as align_module
-from pipeline.align import (
-    adaptive_windows,
-    align,
-    align_time,
-    aligned_period,
-    pool_axis,
-)
+from pipeline.align import adaptive_windows, align, align_time, aligned_period, pool_axis
 
 sizes = st.integers(1, 9)
 

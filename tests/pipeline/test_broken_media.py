@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from featurestore import FeatureStore, verify_store
-from featurestore.errors import MediaError, RunStoppedError
+from mervcache.errors import MediaError, RunStoppedError
 from pipeline.decode.pool import DecodePool
 from pipeline.media import DENIED_REASON
 from pipeline.worker.block import extract_block

@@ -8,7 +8,7 @@ from dataclasses import fields
 import click
 import pytest
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from pipeline.commands.options import config_from_options
 from pipeline.config import DECODER_NAMES, DEFAULT_BATCH, OF_ONE_RUN, ExtractConfig, default_batch, read_config
 

@@ -11,7 +11,7 @@ import pytest
 import zarr
 
 from featurestore import FeatureStore, verify_store
-from featurestore.errors import IdentityConflictError, RunStoppedError, UserError
+from mervcache.errors import IdentityConflictError, RunStoppedError, UserError
 from pipeline.extract import Extraction
 from pipeline.summary import ExtractSummary
 from pipeline.worker.block import extract_block

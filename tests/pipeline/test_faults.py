@@ -21,7 +21,7 @@ import yaml
 
 from featurestore import FeatureStore, verify_store
 from featurestore.clips import Clip
-from featurestore.errors import RunStoppedError
+from mervcache.errors import RunStoppedError
 from pipeline.decode.job import DecodeJob
 from pipeline.decode.pool import DecodePool
 from pipeline.views import ResizeRule, View

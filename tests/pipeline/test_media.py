@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from featurestore.errors import MediaError, RunStoppedError
+from mervcache.errors import MediaError, RunStoppedError
 from pipeline.media import FrameFolder, LocalFile, frame_order, kind_of_path, resolve_media
 
 

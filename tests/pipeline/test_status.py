@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from featurestore import FeatureStore
-from featurestore.errors import StoreError, StoreNotFoundError, UserError
+from mervcache.errors import StoreError, StoreNotFoundError, UserError
 from pipeline.status import inspect_store, store_status
 
 CLIP = "videollava/videochatgpt_tune/v1.mp4"

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featurestore.clips import check_relative_path
-from featurestore.errors import MediaError, UserError
+from mervcache.errors import MediaError, UserError
 from pipeline.media import TarMember, resolve_media
 from pipeline.tar_index import MAX_EXTENDED_BYTES, tar_index
 

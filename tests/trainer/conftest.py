@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from featurestore import Clip, FeatureStore
-from featurestore.samples import Sample, Turn
+from featurestore.clips import Sample, Turn
 from trainer.config import OptimizerConfig, ProjectorConfig, TrainConfig
 from trainer.data.tokens import MemoryTokens
 from trainer.model.llm import FRESH_LLMS, FreshLLM, load_llm

@@ -11,7 +11,7 @@ import yaml
 from click.testing import CliRunner
 
 import trainer
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from trainer import eval_cli
 from trainer.ask import Asker, asked_clip
 from trainer.config import OptimizerConfig, ProjectorConfig, TrainConfig

@@ -4,7 +4,7 @@ import typing
 
 import pytest
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from trainer import config as room
 from trainer.config import ProjectorConfig, TrainConfig
 from trainer.data.prompts import PROMPTS

@@ -7,8 +7,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from featurestore.errors import UserError
-from featurestore.samples import Turn
+from featurestore.clips import Turn
+from mervcache.errors import UserError
 from trainer.convert_gguf import convert, file_of_package, main
 from trainer.data.prompts import IGNORE_INDEX, Renderer
 from trainer.model.llm import load_llm

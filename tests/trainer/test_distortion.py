@@ -11,9 +11,9 @@ import torch
 from click.testing import CliRunner
 
 from featurestore import Clip, FeatureStore, StoreWriter
-from featurestore.distortion import STORED, read_distortion
-from featurestore.errors import UserError
-from featurestore.quantise import OverflowedTokens
+from featurestore.quality import STORED, read_distortion
+from featurestore.storage_dtypes import OverflowedTokens
+from mervcache.errors import UserError
 from trainer.data.tokens import MemoryTokens, PrefixedTokens
 from trainer.distortion import cast_tokens, measure_losses
 from trainer.eval_cli import eval_main

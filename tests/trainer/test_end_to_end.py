@@ -10,7 +10,7 @@ import torch
 
 from featurestore import FeatureStore
 from featurestore.clips import Clip
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from trainer.config import PROJECTORS, FusionConfig, OptimizerConfig, ProjectorConfig, TrainConfig
 from trainer.data.tokens import PrefixedTokens
 from trainer.end_to_end import live_source

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from trainer.cli import asked_place, pop_live_words, train_main
 from trainer.config import LiveRequest
 

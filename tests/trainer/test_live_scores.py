@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from featurestore import FeatureIdentity, FeatureStore
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from pipeline.config import EncoderSettings
 from pipeline.config import read_config as read_extract_config
 from pipeline.encoders.network import build_network

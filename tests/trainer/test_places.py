@@ -13,10 +13,9 @@ import yaml
 from click.testing import CliRunner
 
 from featurestore import FeatureStore, StoreWriter
-from featurestore.errors import UserError
-from featurestore.share.cells import StoreCells
-from featurestore.share.combine import combine
-from featurestore.share.push import push
+from featurestore.transfer.merge import StoreCells, combine
+from featurestore.transfer.sync import push
+from mervcache.errors import UserError
 from trainer.cli import train_main
 from trainer.data.tokens import MemoryTokens
 from trainer.eval_cli import eval_main

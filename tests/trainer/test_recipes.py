@@ -1,6 +1,6 @@
 import pytest
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from trainer.recipes import FULL_RECIPE, MODE_FULL, RECIPES, get_recipe, get_stages
 
 

@@ -16,8 +16,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from featurestore.errors import UserError, unknown_name
-from featurestore.samples import Sample
+from featurestore.clips import Sample
+from mervcache.errors import UserError, unknown_name
 from trainer.config import TrainConfig
 from trainer.data.collate import Batch, collate, distinct_clips
 from trainer.data.order import Group, Order, Stream, balanced_share, rank_share

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from trainer.data.prompts import IGNORE_INDEX, Rendered
 from trainer.data.tokens import ClipTokens
 

@@ -18,8 +18,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from featurestore.digests import canonical_json
-from featurestore.errors import UserError
+from mervcache.errors import UserError
+from mervcache.files import canonical_json
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from featurestore.errors import UserError, unknown_name
-from featurestore.samples import Turn
+from featurestore.clips import Turn
+from mervcache.errors import UserError, unknown_name
 from trainer.config import PromptName, VisualPosition
 
 IGNORE_INDEX = -100  # label of a position without supervision, torch's default

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from featurestore import FeatureStore, Sample
-from featurestore.errors import UserError
-from featurestore.parity import read_parity
+from featurestore.quality import read_parity
+from mervcache.errors import UserError
 
 Part = Literal["tokens", "prefix"]  # of what a store holds of an encoder: its grid, or class and register tokens
 

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from trainer.config import CONFIG_FILE
 from trainer.give.model_card import UNKNOWN_LICENSE, CardFacts, model_card
 from trainer.give.official import IMPORT_FILE

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from featurestore.parity import parity_words
+from featurestore.quality import parity_words
 from trainer.config import TrainConfig, TrainLLM
 from trainer.model.llm import FRESH_PREFIX
 from trainer.runs.record import RunRecord

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from featurestore import FeatureStore
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from trainer.config import CONFIG_FILE, TrainConfig, used_encoders
 from trainer.data.tokens import StoreTokens, TokenShape
 from trainer.give.official_config import OfficialConfig, parse_settings, read_settings, run_config

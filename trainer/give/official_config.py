@@ -15,7 +15,7 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
-from featurestore.errors import UserError, unknown_name
+from mervcache.errors import UserError, unknown_name
 from trainer.config import FusionConfig, FusionName, HeadName, ProjectorConfig, PromptName, TrainConfig
 from trainer.give.official_names import HEAD_LAYERS
 from trainer.overlay import load_yaml, overlay

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from trainer.config import FusionName, HeadName
 
 Weights = Mapping[str, Tensor]

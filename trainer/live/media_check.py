@@ -21,7 +21,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TextIO
 
-from featurestore.errors import MediaError
+from mervcache.errors import MediaError
 from trainer.bar import Bar
 
 POLL_S = 1.0  # between looks at what the first rank has found so far

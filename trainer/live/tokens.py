@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from featurestore import FeatureIdentity, Sample
 from featurestore.clips import Clip
-from featurestore.errors import MediaError, UserError
-from featurestore.quantise import OverflowedTokens, from_stored, to_stored
+from featurestore.storage_dtypes import OverflowedTokens, from_stored, to_stored
+from mervcache.errors import MediaError, UserError
 from trainer.data.tokens import ClipTokens, Part, PrefixedTokens, TokenShape, TokenSource
 from trainer.live.ahead import Ahead
 from trainer.live.media_check import MediaCheck

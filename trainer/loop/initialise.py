@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from featurestore.errors import UserError
-from featurestore.samples import Sample
+from featurestore.clips import Sample
+from mervcache.errors import UserError
 from trainer.config import TrainConfig, read_config
 from trainer.data.tokens import TokenShape
 from trainer.model.adapt import is_adapter

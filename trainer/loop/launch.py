@@ -16,7 +16,7 @@ from typing import Literal
 
 import click
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 
 Launch = Literal["ddp", "fsdp"]
 LAUNCH_FILES: dict[Launch, Path] = {

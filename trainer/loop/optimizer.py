@@ -8,7 +8,7 @@ from math import cos, pi
 import torch
 from torch.nn import Parameter
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from trainer.config import OptimizerConfig
 from trainer.model.adapt import is_adapter
 from trainer.model.video_llm import VideoLLM

@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from trainer.config import TrainConfig
 from trainer.loop.trackers import TRACKERS_FOLDER
 from trainer.model.adapt import decoder_layers

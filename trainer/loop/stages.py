@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from featurestore.errors import UserError, unknown_name
-from featurestore.samples import Sample
+from featurestore.clips import Sample
+from mervcache.errors import UserError, unknown_name
 from trainer.config import CONFIG_FILE, TrainConfig, read_config
 from trainer.loop.launch import is_first_rank
 from trainer.overlay import overlay, plain

@@ -14,7 +14,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from trainer.config import TrainConfig
 
 TRACKERS_FOLDER, PROJECT = "trackers", "merv-train"

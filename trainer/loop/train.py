@@ -18,9 +18,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from featurestore.command_line import say
-from featurestore.errors import UserError
-from featurestore.samples import Sample
+from featurestore.clips import Sample
+from mervcache.console import say
+from mervcache.errors import UserError
 from trainer.config import TrainConfig
 from trainer.data.batches import Step
 from trainer.data.order import derive_seed

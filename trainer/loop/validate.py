@@ -22,9 +22,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from featurestore.command_line import say
-from featurestore.errors import UserError
-from featurestore.samples import Sample
+from featurestore.clips import Sample
+from mervcache.console import say
+from mervcache.errors import UserError
 from trainer.config import TrainConfig
 from trainer.data.order import derive_seed
 from trainer.data.prompts import reason_to_refuse

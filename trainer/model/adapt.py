@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from featurestore.errors import UserError, unknown_name
+from mervcache.errors import UserError, unknown_name
 from trainer.config import LoraConfig, TrainConfig
 
 

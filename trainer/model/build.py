@@ -12,8 +12,8 @@ from itertools import chain
 import torch
 from torch import nn
 
-from featurestore.errors import UserError
-from featurestore.samples import Sample
+from featurestore.clips import Sample
+from mervcache.errors import UserError
 from trainer.config import TrainConfig, used_encoders
 from trainer.data.order import derive_seed
 from trainer.data.prompts import PROMPTS, Renderer

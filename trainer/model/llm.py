@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from featurestore.errors import UserError, unknown_name
+from mervcache.errors import UserError, unknown_name
 from trainer.model.quantise import quantised_loading
 
 FRESH_PREFIX = "fresh:"

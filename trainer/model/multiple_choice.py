@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from featurestore.errors import UserError
-from featurestore.samples import Sample, Turn
+from featurestore.clips import Sample, Turn
+from mervcache.errors import UserError
 from trainer.data.batches import make_batch
 from trainer.data.collate import Batch
 from trainer.data.tokens import TokenSource

@@ -15,7 +15,7 @@ from math import prod
 
 from torch import Tensor, nn
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from trainer.config import HeadName, ProjectorConfig
 from trainer.data.tokens import ClipTokens, PrefixedTokens, TokenShape
 from trainer.model.resamplers import RESAMPLERS, Grid

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from featurestore.errors import UserError, unknown_name
+from mervcache.errors import UserError, unknown_name
 
 
 def quantised_loading(name: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from trainer.config import ProjectorConfig, ResamplerName, row_of
 from trainer.data.tokens import Part, PrefixedTokens, TokenShape
 

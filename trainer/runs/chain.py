@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from trainer.config import CONFIG_FILE, TrainConfig, read_config
 from trainer.overlay import load_yaml, overlay
 from trainer.recipes import Stage, Stages

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from featurestore.errors import StoreDamagedError, UserError
+from mervcache.errors import StoreDamagedError, UserError
 from trainer.runs.files import file_sha256, give_usual_modes
 from trainer.runs.shards import placed_like
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from featurestore.errors import StoreDamagedError, UserError
+from mervcache.errors import StoreDamagedError, UserError
 from trainer.config import TrainConfig, read_config
 from trainer.model.adapt import is_adapter
 from trainer.model.build import new_llm

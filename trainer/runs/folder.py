@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
-from featurestore.errors import UserError
-from featurestore.find import check_room
+from featurestore.locate import check_room
+from mervcache.errors import UserError
 from trainer.config import CONFIG_FILE, TrainConfig, read_config
 from trainer.model.build import Built
 from trainer.model.llm import save_shape

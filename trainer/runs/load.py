@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from trainer.config import read_config
 from trainer.runs import checkpoint
 from trainer.runs.chain import last_stage, no_checkpoint

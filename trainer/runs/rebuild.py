@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from trainer.config import TrainConfig
 from trainer.model.build import Built, build, llm_dtype, new_llm
 from trainer.model.llm import LoadedLLM, holds_shape, load_saved_shape

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from trainer.runs.files import replace_text
 
 SCORES_FOLDER = "scores"

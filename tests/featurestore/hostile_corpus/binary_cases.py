@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from featurestore.columns import CLIP_SCHEMA, SAMPLE_SCHEMA
-from featurestore.metadata import ArraySpec
-from featurestore.shards import ABSENT, encode_row
+from featurestore.clips import CLIP_SCHEMA, SAMPLE_SCHEMA
+from featurestore.reader import ABSENT, encode_row
+from featurestore.zarr_metadata import ArraySpec
 
 SPEC = ArraySpec(name="tokens", rows=4, row_shape=(2, 2, 2, 4), block_rows=4, dtype="float16")
 Case = tuple[str, bytes, str, str, str]  # name, bytes, reader, error and words of it, why

@@ -6,10 +6,10 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from featurestore.digests import canonical_json, record_digest
 from featurestore.identity import FeatureIdentity
-from featurestore.metadata import document_bytes
-from featurestore.receipts import COLUMNS
+from featurestore.records import COLUMNS
+from featurestore.zarr_metadata import document_bytes
+from mervcache.files import canonical_json, record_digest
 
 IDENTITY = FeatureIdentity(
     encoder="dinov2",

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from featurestore.errors import StoreError
-from featurestore.journal import journal_bytes, parse_journal
-from featurestore.keep.flips import flip_by_crc, flipped, undo_document_flip, undo_flip
+from featurestore.maintenance.repair import flip_by_crc, flipped, undo_document_flip, undo_flip
+from featurestore.records import journal_bytes, parse_journal
+from mervcache.errors import StoreError
 
 
 @given(st.binary(min_size=1, max_size=300), st.data())

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from featurestore.errors import ClipUnavailableError
-from featurestore.keep.erase import tombstone
-from featurestore.keep.repair import repair_store
-from featurestore.keep.verify import verify_store
-from featurestore.places.by_url import open_objects
-from featurestore.share.push import push
+from featurestore.maintenance.repair import repair_store
+from featurestore.maintenance.tombstone import tombstone
+from featurestore.maintenance.verify import verify_store
+from featurestore.objects.open import open_objects
 from featurestore.store import FeatureStore
+from featurestore.transfer.sync import push
+from mervcache.errors import ClipUnavailableError
 
 GONE = "tiny/videos/2.mp4"
 

@@ -17,13 +17,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from sound_store import build
 
 from featurestore.clips import Clip
-from featurestore.journal import MAX_JOURNAL_BYTES, journal_bytes
-from featurestore.keep.findings import is_damaged
-from featurestore.keep.repair import repair_store
-from featurestore.keep.repair_parts import clip_of
-from featurestore.keep.repair_shards import Recomputed
-from featurestore.keep.verify import verify_store
-from featurestore.places.local_objects import LocalObjects
+from featurestore.maintenance.repair import Recomputed, clip_of, repair_store
+from featurestore.maintenance.verify import is_damaged, verify_store
+from featurestore.objects.local import LocalObjects
+from featurestore.records import MAX_JOURNAL_BYTES, journal_bytes
 from featurestore.store import FeatureStore
 
 HUGE_BYTES = 3 << 30
@@ -293,7 +290,8 @@ def test_other_bytes_are_refused_unless_asked_for_and_then_get_a_numbered_receip
 def test_a_repair_that_was_killed_is_finished_by_the_same_command(store, sound):
     before = only_bytes(store)
     program = (
-        "import os, signal, sys; from featurestore.places import local_objects; from featurestore.keep import repair\n"
+        "import os, signal, sys; from featurestore.objects import local as local_objects\n"
+        "from featurestore.maintenance import repair\n"
         "left = int(sys.argv[3]); real = local_objects.LocalObjects.replace\n"
         "def replace(self, key, data):\n"
         "    global left\n"

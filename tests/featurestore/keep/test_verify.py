@@ -11,10 +11,9 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 
-from featurestore.errors import StoreNotFoundError, UserError
-from featurestore.keep.findings import is_damaged
-from featurestore.keep.verify import verify_store
-from featurestore.samples import Sample, Turn
+from featurestore.clips import Sample, Turn
+from featurestore.maintenance.verify import is_damaged, verify_store
+from mervcache.errors import StoreNotFoundError, UserError
 
 TURNS = (Turn(role="human", text="what?"), Turn(role="gpt", text="that"))
 
@@ -141,7 +140,7 @@ def test_a_shard_without_a_receipt_is_work_in_progress(store):
 
 def test_files_of_a_killed_run_are_found_and_swept_by_the_next(store, sound):
     program = (
-        "import os, signal, sys; from featurestore.places.local_objects import LocalObjects;"
+        "import os, signal, sys; from featurestore.objects.local import LocalObjects;"
         "place = LocalObjects(sys.argv[1]); place._write_temporary(b'half'); os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", program, str(store)], check=False)

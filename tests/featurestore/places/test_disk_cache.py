@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from featurestore.errors import UserError
-from featurestore.places.by_url import open_objects
-from featurestore.places.disk_cache import _CacheFolder, cache_bound, cache_folder
-from featurestore.places.remote_objects import RemoteObjects
-from featurestore.share.push import push
+from featurestore.objects.cache import _CacheFolder, cache_bound, cache_folder
+from featurestore.objects.open import open_objects
+from featurestore.objects.remote import RemoteObjects
 from featurestore.store import FeatureStore
+from featurestore.transfer.sync import push
+from mervcache.errors import UserError
 
 
 @pytest.fixture

@@ -12,13 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from featurestore.errors import RunStoppedError, UserError
-from featurestore.keep.erase import tombstone
-from featurestore.keep.verify import verify_store
-from featurestore.places.by_url import open_objects
-from featurestore.share.push import push
-from featurestore.share.transfer import transfer
+from featurestore.maintenance.tombstone import tombstone
+from featurestore.maintenance.verify import verify_store
+from featurestore.objects.open import open_objects
 from featurestore.store import FeatureStore
+from featurestore.transfer.sync import push, transfer
+from mervcache.errors import RunStoppedError, UserError
 
 
 def load(path: Path):

@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from featurestore.errors import AlreadyExistsError, RunStoppedError, StoreFormatError
-from featurestore.places.local_objects import LocalObjects
-from featurestore.places.objects import put_if_absent
+from featurestore.objects.base import put_if_absent
+from featurestore.objects.local import LocalObjects
+from mervcache.errors import AlreadyExistsError, RunStoppedError, StoreFormatError
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_temporary_folders_of_dead_processes_are_swept_and_those_of_living_ones_
     ours = LocalObjects(tmp_path)
     ours.put_new("key", b"data")
     program = (
-        "import os, signal; from featurestore.places.local_objects import LocalObjects;"
+        "import os, signal; from featurestore.objects.local import LocalObjects;"
         f"place = LocalObjects({str(tmp_path)!r}); place.put_new('other', b'data');"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )

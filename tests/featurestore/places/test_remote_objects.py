@@ -14,16 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from featurestore.errors import AlreadyExistsError, RunStoppedError, StoreFormatError, StoreNotFoundError, UserError
-from featurestore.find import place_of
 from featurestore.lease import StoreLease
-from featurestore.places.by_url import open_objects
-from featurestore.places.listing import listing_bytes
-from featurestore.places.local_objects import LocalObjects
-from featurestore.places.objects import put_if_absent
-from featurestore.places.remote_objects import RemoteObjects, WebObjects
-from featurestore.places.remote_stores import hub_address
+from featurestore.locate import place_of
+from featurestore.objects.base import listing_bytes, put_if_absent
+from featurestore.objects.local import LocalObjects
+from featurestore.objects.open import open_objects
+from featurestore.objects.remote import RemoteObjects, WebObjects, hub_address
 from featurestore.store import FeatureStore
+from mervcache.errors import AlreadyExistsError, RunStoppedError, StoreFormatError, StoreNotFoundError, UserError
 
 
 @pytest.fixture(params=["folder", "memory", "s3"])
@@ -154,11 +152,11 @@ def test_a_put_whose_answer_was_lost_knows_its_own_mark(s3, monkeypatch):
 def test_a_server_that_ignores_the_condition_is_refused(s3, monkeypatch):
     import obstore
 
-    from featurestore.places import remote_objects
+    from featurestore.objects import remote
 
     put = obstore.put
     monkeypatch.setattr(obstore, "put", lambda *a, **o: put(*a, **{**o, "mode": "overwrite"}))
-    monkeypatch.setattr(remote_objects, "_proven", set())
+    monkeypatch.setattr(remote, "_proven", set())
     with pytest.raises(UserError, match="ignores conditional puts"):
         open_objects(s3).put_new("key", b"data")
     monkeypatch.setattr(obstore, "put", put)

@@ -12,16 +12,12 @@ import tarfile
 import numpy as np
 import pytest
 
-from featurestore.clips import Clip
-from featurestore.errors import StoreDamagedError, StoreFormatError, UserError
-from featurestore.keep.verify import verify_store
-from featurestore.samples import Sample, Turn
-from featurestore.share.cells import StoreCells
-from featurestore.share.combine import combine
-from featurestore.share.export import FORMATS, export
-from featurestore.share.exported import ExportCells
-from featurestore.share.selection import Selection
+from featurestore.clips import Clip, Sample, Turn
+from featurestore.maintenance.verify import verify_store
 from featurestore.store import FeatureStore
+from featurestore.transfer.export import FORMATS, ExportCells, export
+from featurestore.transfer.merge import Selection, StoreCells, combine
+from mervcache.errors import StoreDamagedError, StoreFormatError, UserError
 
 
 def sample(number: int, clip: Clip | None, text: str = "What?") -> Sample:
@@ -143,9 +139,9 @@ def test_the_same_union_has_the_same_bytes_and_a_second_run_adds_nothing(stores,
 def test_killed_at_any_put_a_union_goes_on_to_the_same_store(stores, tmp_path):
     program = """
 import os, signal, sys
-from featurestore.places.local_objects import LocalObjects
-from featurestore.share.cells import StoreCells
-from featurestore.share.combine import combine
+from featurestore.objects.local import LocalObjects
+from featurestore.transfer.merge import StoreCells
+from featurestore.transfer.merge import combine
 left, put = int(sys.argv[4]), LocalObjects.put_new
 def put_new(self, key, data):
     global left

@@ -8,16 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from featurestore.keep.erase import tombstone
-from featurestore.keep.verify import verify_store
-from featurestore.share.cells import StoreCells
-from featurestore.share.combine import combine
-from featurestore.share.export import export
-from featurestore.share.exported import ExportCells
-from featurestore.share.push import push
-from featurestore.share.selection import Selection
-from featurestore.share.transfer import transfer
+from featurestore.maintenance.tombstone import tombstone
+from featurestore.maintenance.verify import verify_store
 from featurestore.store import FeatureStore
+from featurestore.transfer.export import ExportCells, export
+from featurestore.transfer.merge import Selection, StoreCells, combine
+from featurestore.transfer.sync import push, transfer
 
 BOTH, ONE = Selection(), Selection(encoders=("dinov2",))
 

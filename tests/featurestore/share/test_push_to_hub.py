@@ -11,16 +11,15 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
-from featurestore.errors import RunStoppedError, StoreDamagedError, UserError
-from featurestore.keep.erase import tombstone
-from featurestore.keep.verify import verify_store
-from featurestore.places import hub_objects
-from featurestore.places.by_url import open_objects
-from featurestore.places.hub_objects import HubObjects
-from featurestore.share.push import push
-from featurestore.share.selection import Selection
-from featurestore.share.transfer import transfer
+from featurestore.maintenance.tombstone import tombstone
+from featurestore.maintenance.verify import verify_store
+from featurestore.objects import hub as hub_objects
+from featurestore.objects.hub import HubObjects
+from featurestore.objects.open import open_objects
 from featurestore.store import FeatureStore
+from featurestore.transfer.merge import Selection
+from featurestore.transfer.sync import push, transfer
+from mervcache.errors import RunStoppedError, StoreDamagedError, UserError
 
 URL = "hf://datasets/lab/feats"
 
@@ -98,8 +97,8 @@ def test_pushing_again_makes_no_commit_and_what_is_new_goes_alone(full, hub, mak
 
 PROGRAM = """
 import sys
-from featurestore.places import hub_objects
-from featurestore.share.push import push
+from featurestore.objects import hub as hub_objects
+from featurestore.transfer.sync import push
 hub_objects.MAX_FILES = 6
 push(sys.argv[1], sys.argv[2])
 """

@@ -9,13 +9,11 @@ import numpy as np
 import pytest
 
 from featurestore.clips import Clip
-from featurestore.digests import sha256_hex
-from featurestore.keep.erase import tombstone
-from featurestore.keep.verify import verify_store
-from featurestore.share.cells import StoreCells
-from featurestore.share.combine import combine
-from featurestore.share.export import export
-from featurestore.share.exported import ExportCells
+from featurestore.maintenance.tombstone import tombstone
+from featurestore.maintenance.verify import verify_store
+from featurestore.transfer.export import ExportCells, export
+from featurestore.transfer.merge import StoreCells, combine
+from mervcache.files import sha256_hex
 
 
 def media_by_name(clip: Clip) -> str:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from featurestore.errors import UserError
-from featurestore.keep.verify import verify_store
-from featurestore.samples import Sample, Turn
-from featurestore.share.cells import StoreCells
-from featurestore.share.combine import combine
-from featurestore.share.export import export
-from featurestore.share.exported import ExportCells
-from featurestore.share.selection import Selection
-from featurestore.share.transfer import transfer
+from featurestore.clips import Sample, Turn
+from featurestore.maintenance.verify import verify_store
+from featurestore.transfer.export import ExportCells, export
+from featurestore.transfer.merge import Selection, StoreCells, combine
+from featurestore.transfer.sync import transfer
+from mervcache.errors import UserError
 
 TURNS = (Turn(role="human", text="what?"), Turn(role="gpt", text="that"))
 

@@ -12,16 +12,15 @@ import time
 import numpy as np
 import pytest
 
-from featurestore.errors import StoreDamagedError, StoreError, StoreFormatError, StoreNotFoundError, UserError
-from featurestore.keep.erase import tombstone
-from featurestore.keep.verify import verify_store
-from featurestore.places.by_url import open_objects
-from featurestore.share.card import card
-from featurestore.share.push import push
-from featurestore.share.selection import Selection, read_clip_list
-from featurestore.share.transfer import transfer
+from featurestore.maintenance.tombstone import tombstone
+from featurestore.maintenance.verify import verify_store
+from featurestore.objects.open import open_objects
 from featurestore.snapshots import newest_snapshot_id
 from featurestore.store import FeatureStore
+from featurestore.transfer.dataset_card import card
+from featurestore.transfer.merge import Selection, read_clip_list
+from featurestore.transfer.sync import push, transfer
+from mervcache.errors import StoreDamagedError, StoreError, StoreFormatError, StoreNotFoundError, UserError
 
 
 @pytest.fixture
@@ -189,9 +188,9 @@ def test_a_source_without_store_or_snapshot_says_so(tmp_path, kit):
 
 PROGRAM = """
 import sys
-from featurestore.places.local_objects import LocalObjects
-from featurestore.share.transfer import transfer
-import featurestore.share.transfer as t
+from featurestore.objects.local import LocalObjects
+from featurestore.transfer.sync import transfer
+import featurestore.transfer.sync as t
 stop = int(sys.argv[3])
 count = 0
 put = LocalObjects.put_new
@@ -228,7 +227,7 @@ def test_killed_before_any_put_a_pull_leaves_an_older_store_or_none_and_complete
 
 
 def test_killed_at_some_moment_a_push_to_a_bucket_completes_when_run_again(full, s3):
-    program = f"from featurestore.share.push import push; push({str(full.path)!r}, {s3!r})"
+    program = f"from featurestore.transfer.sync import push; push({str(full.path)!r}, {s3!r})"
     process = subprocess.Popen([sys.executable, "-c", program])
     objects = open_objects(s3)
     deadline = time.monotonic() + 60

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from featurestore import FeatureStore, verify_store
-from featurestore.canaries import read_canaries
 from featurestore.clips import Clip
-from featurestore.digests import sha256_hex
-from featurestore.places.by_url import open_objects
+from featurestore.objects.open import open_objects
+from featurestore.reference_clips import read_canaries
+from mervcache.files import sha256_hex
 from pipeline.certify.canaries import CLIPS, HEIGHT, NUM_FRAMES, WIDTH, media_bytes, noise, scene, still
 from pipeline.certify.canary_files import i420, ppm
 from pipeline.decode.decoders import DECODERS, decode_clip

@@ -14,12 +14,12 @@ from click.testing import CliRunner
 from PIL import Image
 
 from featurestore import FeatureStore, verify_store
-from featurestore.canaries import Canaries, read_canaries
-from featurestore.errors import MediaError, StoreFormatError, UserError
-from featurestore.journal import driver_runs
-from featurestore.parity import keep_parity, parity_words, read_parity
-from featurestore.places.by_url import open_objects
+from featurestore.objects.open import open_objects
+from featurestore.quality import keep_parity, parity_words, read_parity
+from featurestore.records import driver_runs
+from featurestore.reference_clips import Canaries, read_canaries
 from featurestore.writer import StoreWriter
+from mervcache.errors import MediaError, StoreFormatError, UserError
 from pipeline.certify.parity import check_parity
 from pipeline.certify.parity_figures import STEPS, TOLERANCES, compare
 from pipeline.cli import main
@@ -130,7 +130,7 @@ def rewrite(store, identity, change) -> None:
 
 
 def test_repair_computes_lost_canaries_again_to_the_digest_that_they_had(store):
-    from featurestore.keep.repair import repair_store
+    from featurestore.maintenance.repair import repair_store
     from pipeline.upkeep.recompute import Recompute
 
     file = next((store / "canaries" / "video").glob("vivit-*"))
@@ -284,7 +284,7 @@ def test_the_command_prints_verdicts_keeps_them_and_fails_outside_tolerance(stor
 
 
 def test_report_and_card_tell_the_newest_check(store, tmp_path):
-    from featurestore.share.card import card
+    from featurestore.transfer.dataset_card import card
     from pipeline.report import write_report
 
     keep_parity(store, check_parity(store, encoders=["siglip"], device="cpu"))
@@ -295,7 +295,7 @@ def test_report_and_card_tell_the_newest_check(store, tmp_path):
 
 
 def test_a_strangers_number_of_threads_is_refused_by_parity_and_by_repair(store):
-    from featurestore.keep.repair import repair_store
+    from featurestore.maintenance.repair import repair_store
     from pipeline.upkeep.recompute import Recompute
 
     run = driver_runs(open_objects(store))[-1]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from featurestore.keep.verify import verify_store
+from featurestore.maintenance.verify import verify_store
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
 from pipeline.cli import main

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from featurestore import FeatureStore
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from pipeline.cli import main
 from pipeline.costs.forecast import forecast
 from pipeline.costs.prediction import Prediction, from_first_blocks, read_plan

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from featurestore.clips import KINDS, check_relative_path
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from pipeline.datasets import DATASETS, DatasetListing, load_dataset
 from pipeline.media import resolve_media
 

@@ -9,17 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from pipeline.datasets import load_dataset
-from pipeline.datasets.demo_render import (
-    RGB,
-    draw_cover,
-    encode_mp4,
-    encode_png,
-    paint_rgb,
-    paint_yuv420,
-    yuv_of,
-)
+from pipeline.datasets.demo_render import RGB, draw_cover, encode_mp4, encode_png, paint_rgb, paint_yuv420, yuv_of
 from pipeline.datasets.demo_scene import FAMILIES, SPLITS, Scene, make_scene, questions_of
 
 SMALL = {"train": 12, "heldout": 4, "size": 32, "num_frames": 4}

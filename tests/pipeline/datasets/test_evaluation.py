@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from featurestore.errors import UserError
-from featurestore.samples import Turn
+from featurestore.clips import Turn
+from mervcache.errors import UserError
 from pipeline.datasets import DatasetListing, load_dataset
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from pipeline.datasets import json_array
 from pipeline.datasets.json_array import read_json_array
 

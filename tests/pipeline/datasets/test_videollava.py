@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from featurestore.errors import UserError
-from featurestore.samples import Turn
+from featurestore.clips import Turn
+from mervcache.errors import UserError
 from pipeline.datasets import load_dataset
 from pipeline.datasets.videollava import source_of
 

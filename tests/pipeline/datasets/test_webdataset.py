@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 
-from featurestore.errors import RunStoppedError, UserError
-from featurestore.samples import Turn
+from featurestore.clips import Turn
+from mervcache.errors import RunStoppedError, UserError
 from pipeline.datasets import load_dataset, spool
 from pipeline.media import TarMember, resolve_media
 

@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from featurestore.errors import RunStoppedError
+from mervcache.errors import RunStoppedError
 from pipeline.decode import worker
 from pipeline.decode.decoders import DECODERS
 from pipeline.decode.source import Source

@@ -11,7 +11,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from featurestore.errors import MediaError, RunStoppedError, UserError
+from mervcache.errors import MediaError, RunStoppedError, UserError
 from pipeline.decode import source as source_module
 from pipeline.decode.cut_short import ends_early
 from pipeline.decode.decoders import DECODERS, decode_clip

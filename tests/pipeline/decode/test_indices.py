@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featurestore.clips import Clip
-from featurestore.errors import MediaError, UserError
+from mervcache.errors import MediaError, UserError
 from pipeline.decode.indices import every_nth, frame_indices
 
 NTSC = 30000 / 1001

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from featurestore.errors import MediaError, RunStoppedError, UserError
+from mervcache.errors import MediaError, RunStoppedError, UserError
 from pipeline.decode.decoders import decode_clip
 from pipeline.decode.pool import DecodePool
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from pipeline.decode.resize import crop_corner, resize, scaled_size
 from pipeline.views import ResizeRule
 

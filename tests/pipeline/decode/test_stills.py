@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from featurestore.errors import MediaError
+from mervcache.errors import MediaError
 from pipeline.decode.decoders import decode_clip
 from pipeline.views import ResizeRule, View
 

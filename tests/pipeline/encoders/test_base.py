@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from pipeline.encoders import ENCODERS, base
 from pipeline.encoders.network import build_network
 from pipeline.views import ResizeRule, View

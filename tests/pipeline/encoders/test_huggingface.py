@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from pipeline.encoders import load_encoder
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])

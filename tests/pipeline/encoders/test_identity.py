@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from featurestore.errors import UserError
 from featurestore.identity import FeatureIdentity
+from mervcache.errors import UserError
 from pipeline.encoders import ENCODERS
 from pipeline.encoders.identity import feature_identity
 

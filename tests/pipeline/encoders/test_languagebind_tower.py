@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from pipeline.encoders import ENCODERS, load_encoder
 from pipeline.encoders.network import build_network
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from pipeline.align import align
 from pipeline.encoders import load_encoder
 from pipeline.encoders.identity import feature_identity

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from pipeline.encoders import ENCODERS, MERV_ENCODERS, encoder_spec, load_encoder
 from pipeline.encoders.identity import feature_identity
 from pipeline.encoders.registry import EncoderTable

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from pipeline.encoders import load_encoder
 from pipeline.encoders.weights import parse_weights, weights_sha256
 

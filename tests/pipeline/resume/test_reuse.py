@@ -52,8 +52,8 @@ def test_the_plan_tells_what_the_other_store_saves(lab, extracted):
 
 @pytest.mark.parametrize("scheme", ["s3"])
 def test_an_extraction_into_a_bucket_gives_the_bytes_of_one_into_a_folder(lab, s3, scheme, tmp_path):
-    from featurestore.places.by_url import open_objects
-    from featurestore.share.transfer import transfer
+    from featurestore.objects.open import open_objects
+    from featurestore.transfer.sync import transfer
 
     lab.extract(encoders=ONE, kind="video", limit=5)
     summary = lab.extract(encoders=ONE, kind="video", limit=5, store=s3)

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from featurestore.clips import Clip
-from featurestore.journal import driver_runs
+from featurestore.records import driver_runs
 from featurestore.writer import StoreWriter
 from pipeline.decode.source import Source
 from pipeline.media_memory import media_memory, newest_touch_s

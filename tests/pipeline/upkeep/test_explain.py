@@ -11,7 +11,7 @@ import yaml
 from click.testing import CliRunner
 
 from featurestore import FeatureStore
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from pipeline.cli import main
 from pipeline.costs.ledger import changed_versions, past_rate
 from pipeline.summary import software_versions

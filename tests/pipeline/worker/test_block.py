@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from featurestore import FeatureStore
-from featurestore.errors import RunStoppedError, StoreNotFoundError
 from featurestore.writer import StoreWriter
+from mervcache.errors import RunStoppedError, StoreNotFoundError
 from pipeline.extract import extract
 from pipeline.worker.block import extract_block
 from pipeline.worker.engine import close_engines, engine_for

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from featurestore.clips import Clip
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from pipeline.decode.job import DecodeJob
 from pipeline.worker.engine import (
     EncoderRun,

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from featurestore.clips import Clip
-from featurestore.errors import RunStoppedError
+from mervcache.errors import RunStoppedError
 from pipeline.config import EngineSettings
 from pipeline.worker.block import BlockTask
 from pipeline.worker.reports import BlockReport, EncoderWork

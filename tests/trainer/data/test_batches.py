@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from featurestore.errors import UserError
-from featurestore.samples import Turn
+from featurestore.clips import Turn
+from mervcache.errors import UserError
 from trainer.data.batches import Batches, lies_in_fraction, select
 from trainer.data.prompts import IGNORE_INDEX
 from trainer.model.build import build, new_llm

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from trainer.data.collate import collate, distinct_clips
 from trainer.data.prompts import IGNORE_INDEX, Rendered
 from trainer.data.tokens import PrefixedTokens

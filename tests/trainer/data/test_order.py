@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from trainer.data.order import Group, Order, Stream, balanced_share, permutation, rank_share
 
 SIZES = st.integers(1, 60)

@@ -4,8 +4,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from featurestore.errors import UserError
-from featurestore.samples import Turn
+from featurestore.clips import Turn
+from mervcache.errors import UserError
 from trainer.data.prompts import IGNORE_INDEX, LLAMA2_SYSTEM, PROMPTS, VICUNA_SYSTEM, Renderer, clean, reason_to_refuse
 from trainer.model.llm import word_tokenizer
 

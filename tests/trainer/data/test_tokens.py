@@ -3,11 +3,11 @@ import pytest
 import torch
 
 from featurestore import FeatureStore
-from featurestore.canaries import Canaries, Canary, put_canaries
-from featurestore.errors import UserError
-from featurestore.parity import ParityRecord, ParityRow, keep_parity, parity_words
-from featurestore.places.by_url import open_objects
+from featurestore.objects.open import open_objects
+from featurestore.quality import ParityRecord, ParityRow, keep_parity, parity_words
+from featurestore.reference_clips import Canaries, Canary, put_canaries
 from featurestore.writer import StoreWriter
+from mervcache.errors import UserError
 from trainer.data.tokens import MemoryTokens, StoreTokens
 
 

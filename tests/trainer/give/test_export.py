@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 
-from featurestore.errors import StoreDamagedError, UserError
+from mervcache.errors import StoreDamagedError, UserError
 from trainer.config import FusionConfig, LoraConfig
 from trainer.data.batches import make_batch
 from trainer.eval_cli import eval_main

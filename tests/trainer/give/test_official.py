@@ -8,7 +8,7 @@ import yaml
 from click.testing import CliRunner
 from torch import nn
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from trainer.config import FusionConfig
 from trainer.data.batches import make_batch
 from trainer.data.tokens import MemoryTokens

@@ -1,6 +1,6 @@
 import pytest
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from trainer.give.official_config import parse_settings, read_settings, run_config
 
 RELEASED = {  # config.json of the released merv-frozen, as far as it is read

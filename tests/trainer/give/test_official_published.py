@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from trainer.give.official import _convert
 from trainer.give.official_config import parse_settings
 from trainer.model.llm import load_llm

@@ -6,7 +6,7 @@ import zipfile
 import pytest
 import torch
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from trainer.give.official import read_checkpoint
 
 

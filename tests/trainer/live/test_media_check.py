@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from featurestore.errors import MediaError, RunStoppedError
+from mervcache.errors import MediaError, RunStoppedError
 from trainer.live import media_check
 from trainer.live.media_check import MediaCheck
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from featurestore.errors import StoreDamagedError, UserError
+from mervcache.errors import StoreDamagedError, UserError
 from trainer.config import FusionConfig, LoraConfig
 from trainer.data.tokens import MemoryTokens
 from trainer.give.export import export_run

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from torch.distributed.launcher.api import LaunchConfig
 
 from featurestore import StoreWriter
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from trainer.cli import train_main
 from trainer.loop.launch import LAUNCH_FILES, launch_command, launch_environment, num_processes
 

@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from featurestore.errors import UserError
-from featurestore.samples import Turn
+from featurestore.clips import Turn
+from mervcache.errors import UserError
 from trainer.config import FusionConfig, LoraConfig
 from trainer.evaluate import answer_all
 from trainer.loop.plan import describe, make_plan

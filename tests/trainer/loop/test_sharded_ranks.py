@@ -13,7 +13,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from trainer.config import TrainConfig
 from trainer.loop.launch import LAUNCH_FILES
 from trainer.loop.ranks import make_accelerator

@@ -9,8 +9,8 @@ import yaml
 from click.testing import CliRunner
 
 from featurestore import StoreWriter
-from featurestore.errors import UserError
-from featurestore.samples import Turn
+from featurestore.clips import Turn
+from mervcache.errors import UserError
 from trainer.cli import train_main
 from trainer.config import OptimizerConfig, read_config
 from trainer.data.tokens import MemoryTokens

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from trainer.config import TrainConfig
 from trainer.loop.trackers import flat
 from trainer.loop.train import train

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from featurestore.errors import StoreDamagedError, UserError
+from mervcache.errors import StoreDamagedError, UserError
 from trainer.config import FusionConfig, read_config
 from trainer.data.tokens import MemoryTokens
 from trainer.loop.optimizer import build_optimizer, rate_factor

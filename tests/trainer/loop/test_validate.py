@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from featurestore import FeatureStore
-from featurestore.errors import UserError
-from featurestore.samples import Turn
+from featurestore.clips import Turn
+from mervcache.errors import UserError
 from trainer.data.tokens import MemoryTokens, StoreTokens
 from trainer.loop.plan import make_plan
 from trainer.loop.ranks import make_accelerator

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from featurestore.samples import Sample, Turn
+from featurestore.clips import Sample, Turn
 from trainer.config import TrainConfig
 from trainer.data.tokens import MemoryTokens
 from trainer.overlay import overlay

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from trainer.config import LoraConfig, TrainConfig
 from trainer.loop.optimizer import build_optimizer, current_rates, set_rates
 from trainer.loop.plan import make_plan

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from trainer.model.llm import load_llm
 
 

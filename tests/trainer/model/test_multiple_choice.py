@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from featurestore.errors import UserError
-from featurestore.samples import Turn
+from featurestore.clips import Turn
+from mervcache.errors import UserError
 from trainer.loop.train import train
 from trainer.model.multiple_choice import Answer, answer_all, batch_of, questions, summarise, with_answer
 from trainer.runs.load import load_run

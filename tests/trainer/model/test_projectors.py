@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from trainer.cli import resolve_stages
 from trainer.config import ProjectorConfig
 from trainer.data.tokens import PrefixedTokens, TokenShape

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from featurestore import Clip, FeatureStore
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from trainer.config import PROJECTORS
 from trainer.data.batches import make_batch
 from trainer.data.tokens import PrefixedTokens, StoreTokens

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from trainer.config import PROJECTORS, ProjectorConfig
 from trainer.data.tokens import PrefixedTokens, TokenShape
 from trainer.model.projectors import HEADS, Projector

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from featurestore import FeatureStore
-from featurestore.errors import UserError
+from mervcache.errors import UserError
 from trainer.evaluate import EvaluationRequest, evaluate_run
 from trainer.loop.train import train
 from trainer.places import open_store

@@ -1,0 +1,318 @@
+"""A folder as a place to keep bytes: durable, exclusive, and closed to paths that lead out of it.
+
+Files of a folder that several processes write, each opened, named and made durable the careful way.
+
+A file counts as put when its name cannot be lost by a power cut: its bytes and its folder's entry are on the disk.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import socket
+import stat
+import time
+import uuid
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+
+from featurestore.layout import TEMPORARY
+from featurestore.objects.base import Buffer, machine_faults
+from mervcache.errors import AlreadyExistsError, StoreFormatError
+
+_NO_LINK = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
+
+
+def open_plain(path: str, key: str) -> int:
+    """A handle of a plain file: a pipe or device in a stranger's store would be waited for without end."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except NotADirectoryError as error:
+        raise FileNotFoundError(error.errno, error.strerror, path) from None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise StoreFormatError(f"{key} is refused: it is no plain file")
+    return handle
+
+
+def link_exclusively(temporary: str, path: str, lock: str) -> None:
+    """Give a written file its name, unless the name is taken; `lock` serves file systems without links."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        # A retransmitted link on NFS can report the success of its first try as "exists".
+        if not os.path.samefile(temporary, path):
+            raise _taken(path) from None
+    except OSError as error:
+        if error.errno not in _NO_LINK:
+            raise
+        with file_lock(lock):  # no links on this file system: look, then rename, one process at a time
+            if os.path.exists(path):
+                raise _taken(path) from None
+            os.rename(temporary, path)
+
+
+def _taken(path: str) -> AlreadyExistsError:
+    return AlreadyExistsError(f"{os.path.basename(path)} exists already: another process was first, read what it wrote")
+
+
+@contextmanager
+def file_lock(path: str) -> Iterator[None]:
+    """Hold an advisory lock; nothing where the file system has none."""
+    import fcntl  # POSIX only
+
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def make_folder(path: str) -> None:
+    """Make missing folders durably: a file's entry is safe only if its folder's own entry is."""
+    if not os.path.isdir(path):
+        make_folder(os.path.dirname(path))
+        with suppress(FileExistsError):
+            os.mkdir(path)
+        sync_folder(os.path.dirname(path))
+
+
+def sync_folder(path: str) -> None:
+    """Make the names in a folder durable."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+_ABANDONED_AFTER_S = 86_400
+
+
+class LocalObjects:
+    """A folder. Puts are exclusive and survive a power cut: temporary file, fsync, link, fsync of the folder."""
+
+    parallel_reads = 1  # a disk's queue is filled by the loader's workers
+    gathers = False
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = os.path.realpath(root)
+        self._run = f"{_process_space()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._count = 0
+        weakref.finalize(self, _remove_if_empty, os.path.join(self.root, TEMPORARY, self._run))
+        self._checked_folders: set[str] = set()
+
+    def __reduce__(self) -> tuple:
+        return (LocalObjects, (self.root,))  # a new process gets a temporary folder of its own
+
+    def put_new(self, key: str, data: Buffer | Sequence[Buffer]) -> None:
+        path = self._path(key)
+        with machine_faults(f"write {key}"):
+            make_folder(os.path.dirname(path))
+            temporary = self._write_temporary(data)
+            try:
+                link_exclusively(temporary, path, self._path(f"{TEMPORARY}/rename.lock"))
+            finally:
+                with suppress(FileNotFoundError):
+                    os.unlink(temporary)
+            sync_folder(os.path.dirname(path))
+
+    def replace(self, key: str, data: bytes) -> None:
+        path = self._path(key)
+        with machine_faults(f"write {key}"):
+            make_folder(os.path.dirname(path))
+            os.rename(self._write_temporary(data), path)
+            sync_folder(os.path.dirname(path))
+
+    def swap(self, key: str, old: bytes, new: bytes) -> bool:
+        with self.locked("metadata"):
+            if self.get(key) != old:
+                return False
+            self.replace(key, new)
+        return True
+
+    def get(self, key: str) -> bytes:
+        with machine_faults(f"read {key}"), os.fdopen(open_plain(self._path(key), key), "rb") as file:
+            return file.read()
+
+    def open(self, key: str) -> LocalObject:
+        with machine_faults(f"read {key}"):
+            return LocalObject(self._path(key), key)
+
+    def size(self, key: str) -> int:
+        with machine_faults(f"read {key}"):
+            handle = open_plain(self._path(key), key)
+            try:
+                return os.fstat(handle).st_size
+            finally:
+                os.close(handle)
+
+    def exists(self, key: str) -> bool:
+        with machine_faults(f"read {key}"):
+            return os.path.exists(self._path(key))
+
+    def list_names(self, prefix: str) -> list[str]:
+        with machine_faults(f"list {prefix or 'the store'}"):
+            try:
+                return sorted(os.listdir(self._path(prefix) if prefix else self.root))
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+
+    def list_tree(self, prefix: str = "") -> dict[str, int]:
+        """Files only, links and temporary ones left aside."""
+        sizes: dict[str, int] = {}
+        with machine_faults(f"list {prefix or 'the store'}"):
+            for folder, _, names in os.walk(self._path(prefix) if prefix else self.root):
+                for path in (os.path.join(folder, name) for name in names):
+                    key = os.path.relpath(path, self.root).replace(os.sep, "/")
+                    if not os.path.islink(path) and not key.startswith(f"{TEMPORARY}/"):
+                        sizes[key] = os.stat(path).st_size
+        return sizes
+
+    def as_zarr(self) -> str:
+        """For zarr-python, where an array has codecs of somebody else's."""
+        return self.root
+
+    def delete(self, key: str) -> None:
+        path = self._path(key)
+        with machine_faults(f"delete {key}"), suppress(FileNotFoundError):
+            os.unlink(path)
+            sync_folder(os.path.dirname(path))
+
+    def strange(self) -> list[str]:
+        """Keys of what is neither a plain file nor a folder: links, pipes, devices."""
+        found = []
+        for folder, folders, names in os.walk(self.root):
+            for path in (os.path.join(folder, name) for name in (*folders, *names)):
+                if not stat.S_ISREG(mode := os.lstat(path).st_mode) and not stat.S_ISDIR(mode):
+                    found.append(os.path.relpath(path, self.root).replace(os.sep, "/"))
+        return sorted(found)
+
+    @contextmanager
+    def locked(self, name: str) -> Iterator[None]:
+        """Hold an advisory lock among processes that share the folder; a no-op where locks are not supported."""
+        path = self._path(f"{TEMPORARY}/{name}.lock")
+        with machine_faults(f"lock {name}"):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with file_lock(path):
+                yield
+
+    def sweep(self) -> None:
+        """Remove temporary folders whose process is dead for certain, or that are a day old."""
+        for name in self.abandoned():
+            shutil.rmtree(os.path.join(self.root, TEMPORARY, name), ignore_errors=True)
+
+    def abandoned(self) -> list[str]:
+        """Names of temporary folders that no living process owns."""
+        return [name for name in self.list_names(TEMPORARY) if self._is_abandoned(name)]
+
+    def flush(self) -> None:
+        """A put is there at once."""
+
+    def known_sha256(self, key: str) -> str | None:
+        return None
+
+    def _is_abandoned(self, name: str) -> bool:
+        path = os.path.join(self.root, TEMPORARY, name)
+        if name == self._run or not os.path.isdir(path):
+            return False
+        with suppress(FileNotFoundError):
+            if time.time() - os.stat(path).st_mtime > _ABANDONED_AFTER_S:
+                return True
+        space, _, owner = name.rpartition("-")[0].rpartition("-")
+        if space != _process_space() or not owner.isdigit():
+            return False  # another machine's: only age can tell
+        try:
+            os.kill(int(owner), 0)
+        except ProcessLookupError:
+            return True
+        except OSError:
+            pass
+        return False
+
+    def _path(self, key: str) -> str:
+        """The file of a key; refuses keys and links that lead out of the root (a store may be a stranger's)."""
+        parts = key.split("/")
+        if any(part in ("", ".", "..") or "\0" in part for part in parts):
+            raise StoreFormatError(f"object key {key!r} is refused: it must be a plain relative path")
+        path = os.path.join(self.root, *parts)
+        folder = os.path.dirname(path)
+        if folder not in self._checked_folders or os.path.islink(path):
+            for place in (folder, path):
+                real = os.path.realpath(place)
+                if not (real + os.sep).startswith(self.root.rstrip(os.sep) + os.sep):
+                    raise StoreFormatError(f"{key} is refused: a symbolic link leads out of the store")
+                if real != place:
+                    raise StoreFormatError(f"{key} is refused: a store holds no symbolic links, put the file there")
+            if len(self._checked_folders) < 100_000 and os.path.isdir(folder):
+                self._checked_folders.add(folder)
+        return path
+
+    def _write_temporary(self, data: Buffer | Sequence[Buffer]) -> str:
+        folder = os.path.join(self.root, TEMPORARY, self._run)
+        os.makedirs(folder, exist_ok=True)
+        self._count += 1
+        path = os.path.join(folder, f"{self._count}-{uuid.uuid4().hex[:8]}")
+        pieces = [data] if isinstance(data, bytes | bytearray | memoryview) else data
+        with open(path, "xb", buffering=0) as file:
+            for piece in pieces:
+                rest = memoryview(piece).cast("B")
+                while rest:
+                    rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+        return path
+
+
+class LocalObject:
+    """An open file of a `LocalObjects`."""
+
+    _file = -1  # until it is open
+
+    def __init__(self, path: str, key: str) -> None:
+        self._file = open_plain(path, key)
+        self.size = os.fstat(self._file).st_size
+
+    def read_into(self, offset: int, buffers: Sequence[memoryview]) -> int:
+        views, done = list(buffers), 0
+        with machine_faults("read a shard"):
+            while views:
+                count = os.preadv(self._file, views, offset + done)
+                if count == 0:
+                    break  # end of file
+                done += count
+                while views and count >= len(views[0]):
+                    count -= len(views.pop(0))
+                if views:  # a short read: network file systems do that
+                    views[0] = views[0][count:]
+        return done
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _remove_if_empty(folder: str) -> None:
+    with suppress(OSError):
+        os.rmdir(folder)
+
+
+@cache
+def _process_space() -> str:
+    """Names the host, its boot and its process namespace: within one, a process id is alive or it is not."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        boot, namespace = "0", 0
+    host = "".join(c for c in socket.gethostname().split(".")[0] if c.isalnum()) or "host"
+    return f"{host}-{boot}-{namespace}"

@@ -1,0 +1,61 @@
+"""Where a store lies -> the objects there: a folder, or a bucket or web address by its URL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import urlsplit
+
+from featurestore.locate import Place, is_url, place_of
+from featurestore.objects.base import Objects
+from featurestore.objects.local import LocalObjects
+
+
+def open_objects(place: Place) -> Objects:
+    """A folder as it is; a URL after a first word with its server, so that mistakes are told at once."""
+    place = place_of(place)
+    if not is_url(place):
+        return LocalObjects(place)
+    from featurestore.objects.remote import open_remote  # needs obstore, which a folder does not
+
+    return open_remote(str(place))
+
+
+def open_hub(place: Place) -> Objects | None:
+    """A repository of the Hub, to push to; None of any other place."""
+    place = place_of(place)
+    if not is_url(place) or urlsplit(str(place)).scheme != "hf":
+        return None
+    from featurestore.objects.hub import HubObjects  # needs the Hub's library
+
+    return HubObjects(str(place))
+
+
+def check_writable(place: Place) -> None:
+    """Refuse the web and the Hub at once, before a server is asked for anything or a store is read to be sent there."""
+    place = place_of(place)
+    if is_url(place):
+        from featurestore.objects.remote import READ_ONLY, read_only
+
+        if urlsplit(str(place)).scheme in READ_ONLY:
+            raise read_only(str(place))
+
+
+def open_cached(place: Place, cache: Place | bool, cache_bytes: int | None) -> Objects:
+    """Like `open_objects`; what is read from a URL is kept on this machine, unless `cache` is False."""
+    objects = open_objects(place)
+    if not is_url(place_of(place)) or cache is False:
+        return objects
+    from featurestore.objects.cache import CachedObjects, cache_bound, cache_folder
+
+    return CachedObjects(objects, cache_folder(None if cache is True else cache), cache_bound(cache_bytes))
+
+
+def in_parallel(call: Callable[[Any], Any], items: Iterable[Any], width: int) -> list[Any]:
+    """Results in the order of the items; with a width of 1 nothing is started."""
+    items = list(items)
+    if width == 1 or len(items) < 2:
+        return [call(item) for item in items]
+    with ThreadPoolExecutor(min(width, len(items)), thread_name_prefix="store") as pool:
+        return list(pool.map(call, items))
