@@ -136,8 +136,8 @@ def compare(tasks: Callable[[str], list], workers: int, rounds: int) -> None:
     from distributed import get_task_stream
 
     from jobs.clusters import connect
-    from jobs.request import ClusterRequest
     from jobs.run import Task, run_tasks
+    from jobs.settings import ClusterRequest
 
     idle = []
 

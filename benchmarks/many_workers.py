@@ -37,7 +37,7 @@ def cluster(workers: int) -> Iterator[Client]:
     import dask
     from distributed import Client, LocalCluster
 
-    from jobs.request import DASK_SETTINGS
+    from jobs.settings import DASK_SETTINGS
 
     here = str(Path(__file__).parent)
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -89,7 +89,7 @@ async def serve(address: str, number: int) -> None:
     import dask
     from distributed import Worker
 
-    from jobs.request import DASK_SETTINGS
+    from jobs.settings import DASK_SETTINGS
 
     with dask.config.set(DASK_SETTINGS):
         workers = [Worker(address, nthreads=1, memory_limit=0) for _ in range(number)]

@@ -21,6 +21,10 @@ import difflib
 from collections.abc import Iterable
 
 
+class ClusterError(Exception):
+    """The cluster asked for cannot be started or reached; the message says what to do."""
+
+
 class MervCacheError(Exception):
     """Root of all errors that carry a message for a person: what is wrong, the values, what to do next."""
 

@@ -15,8 +15,8 @@ from featurestore.clips import KINDS
 from featurestore.identity import STORAGE_DTYPES, FeatureIdentity
 from featurestore.layout import check_block_rows
 from featurestore.locate import Place, names_of, place_of
-from jobs.request import ClusterError, ClusterRequest, ClusterSettings
-from mervcache.errors import UserError, unknown_name
+from jobs.settings import ClusterRequest, ClusterSettings
+from mervcache.errors import ClusterError, UserError, unknown_name
 from pipeline.encoders.base import EncoderSpec
 from pipeline.encoders.identity import feature_identity
 from pipeline.encoders.registry import ENCODERS, MERV_ENCODERS, encoder_spec
@@ -128,7 +128,7 @@ class ExtractConfig:
     retry_reason: str | None = None  # of the quarantine, only clips whose reason holds this text
     scheduler: str = "local"
     workers: int = AUTO  # one; with cuda, or jobs of several GPUs, one per GPU
-    cluster: Mapping[str, Any] = field(default_factory=dict)  # jobs.request.ClusterSettings, for cuda and slurm
+    cluster: Mapping[str, Any] = field(default_factory=dict)  # jobs.settings.ClusterSettings, for cuda and slurm
     device: str = "auto"  # auto: cuda where torch sees one, else cpu
     threads: int = AUTO  # torch threads per worker
     decode_processes: int = AUTO  # per worker

@@ -16,8 +16,7 @@ from featurestore.layout import ROOT_METADATA
 from featurestore.objects.open import open_objects
 from featurestore.records import driver_runs, tombstoned_clips
 from featurestore.writer import StoreWriter
-from jobs.reports import Report
-from jobs.run import Listener, Task, run_tasks
+from jobs.run import Listener, Report, Task, run_tasks
 from mervcache.errors import MervCacheError, RunStoppedError
 from pipeline.config import ExtractConfig
 from pipeline.datasets import DatasetListing

@@ -22,7 +22,7 @@ from featurestore.locate import is_url
 from featurestore.writer import StoreWriter
 from featurestore.zarr_metadata import clip_bytes
 from jobs.clusters import connect
-from jobs.dashboard import dashboard_lines, performance_report
+from jobs.metrics import dashboard_lines, performance_report
 from jobs.run import Task
 from mervcache.errors import MervCacheError, RunStoppedError
 from pipeline.admission import check_request

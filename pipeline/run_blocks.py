@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 from featurestore.writer import StoreWriter
 from jobs.clusters import check_cluster
-from jobs.progress import Counts, RunProgress
-from jobs.request import ClusterRequest
 from jobs.run import Listener, Outcome, Task, run_tasks
+from jobs.settings import ClusterRequest
+from mervcache.console import Counts, RunProgress
 from mervcache.errors import RunStoppedError
 from pipeline.config import ExtractConfig
 from pipeline.costs.prediction import from_first_blocks

@@ -25,7 +25,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def stepped_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], SteppedClock]:
-    """`stepped_clock("jobs.progress")`: that module reads this clock until the test ends."""
+    """`stepped_clock("mervcache.console")`: that module reads this clock until the test ends."""
 
     def set_for(module: str) -> SteppedClock:
         clock = SteppedClock()

@@ -68,10 +68,7 @@ def print_scores(result: Mapping[str, Any]) -> None:
 def print_losses(record: LossRecord) -> None:
     """A line per dtype, then what it was measured on."""
     from featurestore.quality import loss_notes, loss_table
-    from mervcache.console import (
-        console,
-        table,  # rich
-    )
+    from mervcache.console import console, table
 
     columns, rows = loss_table(record)
     table(columns, rows, right=columns[1:])

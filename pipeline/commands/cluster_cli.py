@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from jobs.submit import TEMPLATES, submit_script
+from jobs.slurm import TEMPLATES, submit_script
 from pipeline.commands.options import CLUSTER_OPTION, config_from_options
 from pipeline.commands.show import says_errors
 

@@ -61,7 +61,7 @@ class _Shown:
         self._items = 0
 
     def start(self, total: int) -> None:
-        from jobs.progress import RunProgress  # rich, on a terminal
+        from mervcache.console import RunProgress  # rich, on a terminal
 
         self.close()
         self._items = 0

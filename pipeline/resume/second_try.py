@@ -75,10 +75,7 @@ def _failed(store: StoreWriter, config: ExtractConfig, identities: Mapping[str, 
 
 def try_decoding(settings: EngineSettings, root: str, clips: list[Clip], accept_damaged: bool) -> dict[str, str]:
     """Clip id -> reason of those that cannot be decoded; run by a worker."""
-    from pipeline.worker.engine import (
-        decode_job,
-        engine_for,  # torch
-    )
+    from pipeline.worker.engine import decode_job, engine_for
 
     engine = engine_for(settings)
     encoders = engine.encoders.values()

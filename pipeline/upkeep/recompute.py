@@ -34,10 +34,7 @@ class Recompute:
         self._overrides = {"weights": dict(weights) if weights else None, "device": device}
 
     def __call__(self, group: GroupWriter, receipt: Receipt) -> Recomputed:
-        from pipeline.worker.block import (
-            BlockTask,
-            extract_block,  # torch and the models
-        )
+        from pipeline.worker.block import BlockTask, extract_block
 
         maker = maker_of(group.objects, group.name)
         if maker is None:

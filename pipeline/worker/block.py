@@ -20,7 +20,7 @@ from featurestore.clips import Clip
 from featurestore.records import Receipt
 from featurestore.writer import BlockWriter, StoreWriter
 from jobs import metrics
-from jobs.reports import TaskReporter, metered
+from jobs.run import TaskReporter, metered
 from mervcache.errors import MediaError, RunStoppedError
 from pipeline.config import EngineSettings
 from pipeline.decode.ahead import decode_ahead

@@ -18,7 +18,7 @@ import torch
 
 from featurestore.clips import KINDS, Clip
 from featurestore.identity import FeatureIdentity
-from jobs.reports import TaskReporter
+from jobs.run import TaskReporter
 from mervcache.errors import UserError
 from pipeline.config import EncoderSettings, EngineSettings, default_batch
 from pipeline.decode.job import DecodeJob

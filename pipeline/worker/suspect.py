@@ -18,7 +18,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from jobs.reports import TaskReporter
+from jobs.run import TaskReporter
 from mervcache.errors import RunStoppedError
 from pipeline.decode.child import FROM_OUTSIDE, how_it_ended
 from pipeline.decode.worker import die_with_parent

@@ -11,13 +11,13 @@ import types
 
 import pytest
 
-from jobs import gpus
+from jobs import clusters
 from jobs.clusters import ClusterError, ClusterRequest, ClusterSettings, connect
 from jobs.pin import pinned
 
 FAKE_CUDA = """
 import os
-from jobs import gpus
+from jobs import clusters as gpus
 
 def device_count():
     return len(gpus.visible_gpus()) if "CUDA_VISIBLE_DEVICES" in os.environ else 4
@@ -38,8 +38,8 @@ def fake_cuda(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     fake = importlib.import_module("fake_cuda")
-    monkeypatch.setattr(gpus, "device_count", fake.device_count)
-    monkeypatch.setattr(gpus, "device_uuid", fake.device_uuid)
+    monkeypatch.setattr(clusters, "device_count", fake.device_count)
+    monkeypatch.setattr(clusters, "device_uuid", fake.device_uuid)
     monkeypatch.setitem(sys.modules, "dask_cuda", None)  # as if it could not be installed
     yield fake
     sys.modules.pop("fake_cuda", None)
@@ -81,7 +81,7 @@ def test_with_fake_gpus_dask_cuda_is_asked_for_one_process_per_gpu_where_it_is_t
 
     module = types.SimpleNamespace(LocalCUDACluster=fake_cluster)
     monkeypatch.setitem(sys.modules, "dask_cuda", module)
-    monkeypatch.setattr(gpus, "device_uuid", lambda device: "GPU-0")
+    monkeypatch.setattr(clusters, "device_uuid", lambda device: "GPU-0")
     with connect(request(devices="2,3")) as client:
         assert client.submit(abs, -2).result() == 2
     assert (asked["devices"], asked["threads_per_worker"]) == (["2", "3"], 1)
@@ -103,9 +103,9 @@ def test_with_fake_gpus_more_workers_than_gpus_or_one_named_twice_is_refused(fak
 
 def test_visible_gpus_are_those_of_the_environment(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a, 3")
-    assert gpus.visible_gpus() == ["GPU-a", "3"]
+    assert clusters.visible_gpus() == ["GPU-a", "3"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    assert gpus.visible_gpus() == []
+    assert clusters.visible_gpus() == []
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import urllib.request
 
 from jobs import metrics
 from jobs.clusters import ClusterRequest, connect
-from jobs.dashboard import dashboard_lines, performance_report
+from jobs.metrics import dashboard_lines, performance_report
 
 
 def test_what_a_task_counts_stands_at_its_workers_endpoint_beside_dasks_own():

@@ -5,12 +5,12 @@ import threading
 
 import pytest
 
-from jobs.progress import Counts, RunProgress
+from mervcache.console import Counts, RunProgress
 
 
 @pytest.fixture
 def clock(stepped_clock):
-    return stepped_clock("jobs.progress")
+    return stepped_clock("mervcache.console")
 
 
 def test_the_line_tells_done_failed_rates_and_the_time_left(clock):

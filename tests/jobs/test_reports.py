@@ -6,8 +6,7 @@ import time
 import pytest
 
 from jobs.clusters import ClusterRequest, connect
-from jobs.reports import TaskReporter, metered
-from jobs.run import Listener, Task, run_tasks
+from jobs.run import Listener, Task, TaskReporter, metered, run_tasks
 
 heard = threading.Event()  # tasks run in this process: they may wait until the driver has heard them
 

@@ -4,8 +4,9 @@ import dask
 import pytest
 import yaml
 
-from jobs.request import DASK_SETTINGS, ClusterError, ClusterSettings, parse_walltime, worker_environment
+from jobs.settings import DASK_SETTINGS, ClusterSettings, parse_walltime, worker_environment
 from jobs.slurm import job_options, lifetime
+from mervcache.errors import ClusterError
 
 
 def test_a_small_yaml_gives_every_setting_its_type():

@@ -4,8 +4,9 @@ import subprocess
 
 import pytest
 
-from jobs.request import ClusterError, ClusterSettings, worker_environment
-from jobs.submit import TEMPLATES, submit_script
+from jobs.settings import ClusterSettings, worker_environment
+from jobs.slurm import TEMPLATES, submit_script
+from mervcache.errors import ClusterError
 
 SITE = ClusterSettings(
     gpus=4,

@@ -14,7 +14,7 @@ import pytest
 
 from featurestore import FeatureStore
 from jobs import run
-from jobs.request import ClusterError
+from mervcache.errors import ClusterError
 
 DASK = Path(sys.executable).with_name("dask")
 

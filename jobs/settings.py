@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from mervcache.errors import ClusterError
+
 DASK_SETTINGS = {
     "distributed.scheduler.allowed-failures": 2,  # worker deaths before a task is given up
     "distributed.scheduler.worker-ttl": "30 minutes",  # a long native call must not look like a dead worker
@@ -26,10 +28,6 @@ DASK_SETTINGS = {
 }
 WORKER_WAIT_S = {"": 600.0, "slurm": 86_400.0}  # scheduler -> seconds without any worker before a run stops
 AUTO_WORKERS = 0  # as many as the cluster suggests: one, or one per GPU
-
-
-class ClusterError(Exception):
-    """The cluster asked for cannot be started or reached; the message says what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
