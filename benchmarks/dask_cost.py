@@ -33,7 +33,7 @@ ROWS, BATCH = 16, 4
 
 def compute(task) -> BlockReport:
     """What a worker does for one block."""
-    from pipeline.worker.suspect import compute_block
+    from pipeline.worker.isolate import compute_block
 
     return compute_block(task)
 

@@ -27,9 +27,9 @@ import numpy as np
 from PIL import Image
 
 from featurestore.clips import Clip
-from pipeline.decode import source as source_module
+from pipeline import media as source_module
 from pipeline.decode.decoders import decode_clip
-from pipeline.decode.job import DecodeJob
+from pipeline.decode.sampling import DecodeJob
 from pipeline.views import ResizeRule, View
 
 VIEW = View(rule=ResizeRule(), num_frames=16)

@@ -29,7 +29,7 @@ from mervcache.errors import MediaError
 from pipeline.config import ExtractConfig
 from pipeline.datasets import DatasetListing, load_dataset
 from pipeline.decode.decoders import decode_clip
-from pipeline.decode.job import DecodeJob
+from pipeline.decode.sampling import DecodeJob
 from pipeline.extract import extract
 from pipeline.views import View, distinct_views
 

@@ -18,9 +18,9 @@ import click
 from featurestore.clips import Clip
 from featurestore.identity import FeatureIdentity
 from featurestore.reference_clips import Canaries
-from pipeline.certify.canaries import CLIPS, encode_canaries, media_bytes
-from pipeline.certify.parity_figures import compare as figures
 from pipeline.config import EncoderSettings
+from pipeline.parity import compare as figures
+from pipeline.reference_clips import CLIPS, encode_canaries, media_bytes
 
 FRAMES = {"dinov2": 2, "siglip": 2, "languagebind": 8, "vivit": 32}
 STEPS = {"dinov2": 2, "siglip": 2, "languagebind": 8, "vivit": 16}
@@ -64,7 +64,7 @@ def encode(out: Path, encoders: str, dtypes: str, threads: int, batch: int, devi
 
 def _decoded(run) -> dict:
     from pipeline.decode.decoders import decode_clip
-    from pipeline.decode.job import DecodeJob
+    from pipeline.decode.sampling import DecodeJob
 
     with tempfile.TemporaryDirectory() as root:
         for name in CLIPS["video"]:

@@ -30,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featurestore.clips import CLIP_SCHEMA, KINDS, Clip, clips_to_table
+from featurestore.clips import KINDS, Clip
 from featurestore.layout import (
     CANARIES,
     GROUP_NAME,
@@ -55,6 +55,7 @@ from featurestore.objects.base import Objects, get_bounded, put_if_absent
 from featurestore.parquet import read_table, table_bytes, table_file
 from featurestore.records import STATES, Receipt, read_receipt, tombstone_ids
 from featurestore.reference_clips import canary_digest
+from featurestore.schemas import CLIP_SCHEMA, clips_to_table
 from featurestore.zarr_metadata import GroupRecord, encoder_groups, parse_identity, read_group
 from mervcache.errors import StoreDamagedError, StoreError, StoreFormatError, UserError
 from mervcache.files import canonical_json, load_json, record_digest, sha256_hex

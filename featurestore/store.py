@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featurestore.clips import CLIP_SCHEMA, SAMPLE_SCHEMA, Sample, table_to_samples
+from featurestore.clips import Sample
 from featurestore.identity import FeatureIdentity
 from featurestore.layout import JOURNAL, ROOT_METADATA, journal_key, journal_names, receipt_blocks, receipts_prefix
 from featurestore.locate import Place, no_store_at, place_of
@@ -33,6 +33,7 @@ from featurestore.objects.open import open_cached, open_objects
 from featurestore.parquet import read_table, table_file
 from featurestore.reader import BatchReader, ClipLines, Frames, encoder_keys
 from featurestore.records import MAX_JOURNAL_BYTES, Tombstone, driver_runs, parse_journal, read_tombstones
+from featurestore.schemas import CLIP_SCHEMA, SAMPLE_SCHEMA, table_to_samples
 from featurestore.snapshots import column, load_snapshot, newest_snapshot_id, read_snapshot_table
 from featurestore.zarr_metadata import parse_root, read_document
 from mervcache.errors import ClipUnavailableError, StoreDamagedError, StoreError, StoreNotFoundError, UserError

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from featurestore.clips import KINDS, SAMPLE_SCHEMA, Clip, Sample, samples_to_table, table_to_samples
+from featurestore.clips import KINDS, Clip, Sample
 from featurestore.identity import FeatureIdentity
 from featurestore.layout import (
     CARD,
@@ -61,6 +61,7 @@ from featurestore.records import (
     row_digest,
     tombstoned_clips,
 )
+from featurestore.schemas import SAMPLE_SCHEMA, samples_to_table, table_to_samples
 from featurestore.snapshots import ClipIndex, allocate, part_bytes, publish, read_table, table_bytes
 from featurestore.storage_dtypes import OverflowedTokens, to_stored
 from featurestore.zarr_metadata import (

@@ -31,13 +31,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from types import TracebackType
-from typing import Any, Protocol, TextIO
-
-from rich.cells import cell_len
-from rich.console import Console
-from rich.text import Text
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from mervcache.errors import MervCacheError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
 
 Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
@@ -107,11 +107,15 @@ Grid = Sequence[Sequence[str]]
 
 
 def console() -> Console:
-    """Words as they are: paths and reasons are strangers', so that nothing in brackets is markup."""
+    """Words as they are: paths and reasons are untrusted, so nothing in brackets is markup."""
+    from rich.console import Console  # --help does not need it
+
     return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
 
 
 def strong(words: str) -> Text:
+    from rich.text import Text
+
     return Text(words, style="bold")
 
 
@@ -120,6 +124,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Seque
 
     Without headings the first column names the rows, and is bold instead.
     """
+    from rich.text import Text
+
     out, head = console(), [columns] if any(columns) else []
     grid = [[_printable(cell) for cell in row] for row in (*head, *rows)]
     at_right = [column in right for column in columns]
@@ -155,11 +161,15 @@ def _narrowest(cell: str, *, is_number: bool) -> int:
 
 
 def _width(cell: str) -> int:
+    from rich.cells import cell_len
+
     return max(map(cell_len, cell.split("\n")))
 
 
 def row_lines(row: Sequence[str], at_right: Sequence[bool], widths: Sequence[int], gap: str) -> list[str]:
     """A row as lines on the screen, as many as its tallest cell has."""
+    from rich.cells import cell_len
+
     cells = [_wrapped(cell, width) for cell, width in zip(row, widths, strict=True)]
     lines = []
     for parts in zip_longest(*cells, fillvalue=""):
@@ -171,6 +181,8 @@ def row_lines(row: Sequence[str], at_right: Sequence[bool], widths: Sequence[int
 
 def _wrapped(text: str, width: int) -> list[str]:
     """Lines of at most so many characters, broken at spaces only."""
+    from rich.cells import cell_len
+
     lines: list[str] = []
     for line in text.split("\n"):
         if cell_len(line) <= width:

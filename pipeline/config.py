@@ -17,8 +17,7 @@ from featurestore.layout import check_block_rows
 from featurestore.locate import Place, names_of, place_of
 from jobs.settings import ClusterRequest, ClusterSettings
 from mervcache.errors import ClusterError, UserError, unknown_name
-from pipeline.encoders.base import EncoderSpec
-from pipeline.encoders.identity import feature_identity
+from pipeline.encoders.base import EncoderSpec, feature_identity
 from pipeline.encoders.registry import ENCODERS, MERV_ENCODERS, encoder_spec
 from pipeline.encoders.weights import check_weights_spec
 

@@ -2,45 +2,234 @@
 
 Comes in: an `ExtractConfig`. Goes out: a store with every block committed that could be, and a summary. The driver
 moves no frames and no tokens and loads no model; it may be killed at any moment, and the same command goes on.
+
+Blocks on the cluster: handed out, watched, counted.
+
+Comes in: tasks, a store and a summary to fill. Goes out: the summary's counts. Workers commit the blocks themselves;
+what they report while they compute only moves the progress line. A block that workers died of is computed once more,
+alone and under suspicion.
+
+What a store refuses, told before anything is listed or loaded: loading four encoders takes a minute and more.
+
+Comes in: an `ExtractConfig`. Goes out: nothing, or the error that the run would end with. The same questions are asked
+again where something is written, for another driver may have been there meanwhile.
+
+Samples into the store, so that a narrow run takes nothing away.
+
+Comes in: a listing, perhaps of a few clips only (`--limit`, `--kind`, a folder that is not mounted today). Goes out:
+new versions of the samples. A listing speaks for the clips that it lists; of every other clip in the store, whose
+tokens stay as well, the samples stay. Stored samples are read only where there are such clips.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+import traceback
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from featurestore.clips import KINDS
+from featurestore.clips import KINDS, Sample
 from featurestore.identity import FeatureIdentity
+from featurestore.layout import ROOT_METADATA
 from featurestore.lease import StoreLease
-from featurestore.locate import is_url
-from featurestore.writer import StoreWriter
+from featurestore.locate import Place, check_room_for_store, is_url
+from featurestore.objects.open import check_writable, open_objects
+from featurestore.writer import StoreWriter, check_holds_nothing_else
 from featurestore.zarr_metadata import clip_bytes
-from jobs.clusters import connect
+from jobs.clusters import check_cluster, check_scheduler, connect
 from jobs.metrics import dashboard_lines, performance_report
-from jobs.run import Task
+from jobs.run import Listener, Outcome, Task, run_tasks
+from jobs.settings import ClusterRequest
+from mervcache.console import Counts, RunProgress
 from mervcache.errors import MervCacheError, RunStoppedError
-from pipeline.admission import check_request
 from pipeline.config import ExtractConfig
-from pipeline.costs.prediction import read_plan
 from pipeline.datasets import DatasetListing, list_clips
-from pipeline.describe import Say, describe, on_a_worker, settled
-from pipeline.keep_samples import add_listed_samples
 from pipeline.plan import NOTHING_STALE, PlannedBlock, plan_blocks
-from pipeline.resume.refresh import look_at_media, told_identities
-from pipeline.resume.reuse import OtherStore
-from pipeline.resume.second_try import clips_to_retry
-from pipeline.run_blocks import run_blocks
-from pipeline.summary import ExtractSummary, run_record
-from pipeline.worker.reports import EncoderDescription
+from pipeline.refresh import look_at_media, told_identities
+from pipeline.retry import clips_to_retry
+from pipeline.reuse import OtherStore
+from pipeline.run_encoders import Say, describe, on_a_worker, settled
+from pipeline.summary import DECODING, ExtractSummary, from_first_blocks, read_plan, run_record
+from pipeline.worker.isolate import forget_all
+from pipeline.worker.reports import BlockCounts, EncoderDescription
 
 if TYPE_CHECKING:
     from distributed import Client
+
+BESIDE = ("total", DECODING)  # not counted as a worker's stages: the total, and decoding, which runs beside
+SNAPSHOT_INTERVAL_S = 180.0
+MIN_FAILED = 32  # clips; below this a share of failures says nothing
+
+
+def run_blocks(
+    client: Client,
+    store: StoreWriter,
+    tasks: Iterator[Task],
+    summary: ExtractSummary,
+    config: ExtractConfig,
+    *,
+    total: int,  # clips in all the tasks
+    quiet: bool,
+) -> None:
+    """Hand out the tasks and count what comes back; readers see the store grow meanwhile."""
+    published = time.monotonic()
+    with (
+        RunProgress("extract", total=total, unit="clips", quiet=quiet) as progress,
+        closing(_outcomes(client, tasks, progress, config.cluster_request)) as outcomes,
+    ):
+        for outcome in outcomes:
+            _count(outcome, summary, progress)
+            _predict(summary, total, progress.elapsed_s)
+            _check_failures(summary, config.max_failed)
+            if time.monotonic() - published > SNAPSHOT_INTERVAL_S:
+                store.publish_snapshot()
+                published = time.monotonic()
+    forget_all(str(config.store_path))
+
+
+def _outcomes(
+    client: Client, tasks: Iterator[Task], progress: RunProgress, request: ClusterRequest
+) -> Iterator[Outcome]:
+    """Outcomes as blocks end; what happens meanwhile moves the progress line."""
+    from pipeline.worker.isolate import compute_block, extract_suspect
+
+    return run_tasks(
+        client,
+        compute_block,
+        tasks,
+        is_final=lambda error: isinstance(error, RunStoppedError),
+        after_deaths=extract_suspect,
+        worker_wait_s=request.worker_wait_s,
+        listener=Listener(
+            report=lambda task, attempt, told: progress.report(task.key, attempt, _counts(BlockCounts(**told))),
+            waiting=lambda seconds: progress.wait(_waiting(seconds, request.worker_wait_s)),
+            workers_came=lambda addresses: check_cluster(client, request, addresses),
+        ),
+    )
+
+
+def _waiting(seconds: float, limit_s: float) -> str:
+    """What the progress line says where the cluster has no worker."""
+    return f"no worker for {seconds:.0f} s, stops after {limit_s:.0f} s" if seconds else ""
+
+
+def _count(outcome: Outcome, summary: ExtractSummary, progress: RunProgress) -> None:
+    """Count a block that is done; raise for one that could not be computed."""
+    if outcome.error is not None:
+        if isinstance(outcome.error, RunStoppedError):
+            raise outcome.error
+        raise RunStoppedError(
+            f"block {outcome.task.key} failed twice: {type(outcome.error).__name__}: {outcome.error}"
+            f"{_where(outcome.error)}; "
+            "everything committed so far is kept, run the same command again after mending the cause"
+        ) from outcome.error
+    summary.add(outcome.result)
+    progress.finish(outcome.task.key, _counts(outcome.result))
+
+
+def _check_failures(summary: ExtractSummary, max_failed: float) -> None:
+    """Stop the run where more than its share of clips failed: then it is not the clips."""
+    if summary.failed >= MIN_FAILED and summary.failed > max_failed * summary.clips:
+        raise RunStoppedError(
+            f"{summary.failed} of {summary.clips} clips failed, more than --max-failed {max_failed:g}: "
+            f"{_worst(summary.reasons)}; mend the cause, or raise --max-failed, and run again"
+        )
+
+
+def _predict(summary: ExtractSummary, total: int, seconds: float) -> None:
+    """Where nobody planned, a run's own first blocks tell what the whole will cost."""
+    if summary.predicted is None:
+        early = from_first_blocks(done=summary.clips, total=total, seconds=seconds, num_bytes=summary.bytes)
+        summary.predicted = early and early.to_dict()
+
+
+def _counts(block: BlockCounts) -> Counts:
+    """A block's counts, so far or at its end, as the progress line shows them."""
+    return Counts(
+        done=block.clips,
+        failed=block.failed,
+        amounts={"frames": block.frames, "MB": block.bytes / 1e6},
+        seconds={name.removeprefix("encode:"): s for name, s in block.seconds.items() if name not in BESIDE},
+        notes={"batches halved": block.halvings},
+    )
+
+
+def _where(error: BaseException) -> str:
+    """File and line that raised: what a bug report needs."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+
+
+def _worst(reasons: dict[str, int]) -> str:
+    """The three most frequent reasons."""
+    return ", ".join(f"{count} x {reason}" for reason, count in Counter(reasons).most_common(3))
+
+
+def check_request(config: ExtractConfig) -> None:
+    """Raise what the place, or the store in it, has against the config, and what no cluster is called.
+
+    Errors: `ClusterError` for an unknown scheduler; `UserError` for a place where no store can be and for other block
+    rows; `IdentityConflictError` where an encoder is stored under other settings.
+    """
+    check_scheduler(config.scheduler)
+    if not check_place(config.store_path):
+        return
+    store = StoreWriter.open(config.store_path)
+    store.check_block_rows(config.block_rows)
+    if not config.new_identity:
+        _check_settings(store, config)
+
+
+def check_place(place: Place) -> bool:
+    """Raise `UserError` where no store can be, or where something else is; returns whether there is a store."""
+    check_writable(place)
+    check_room_for_store(place)
+    objects = open_objects(place)
+    is_there = objects.exists(ROOT_METADATA)
+    if not is_there:
+        check_holds_nothing_else(objects, place)
+    return is_there
+
+
+def _check_settings(store: StoreWriter, config: ExtractConfig) -> None:
+    """All of an identity but what the weights hash to is known by now: as if they were the stored ones."""
+    for settings in config.encoder_settings:
+        stored = store.stored_identities(settings.name)
+        asked = [settings.identity(known.weights_sha256) for known in stored]
+        if stored and not {identity.id for identity in asked} & {known.id for known in stored}:
+            store.check_identity(asked[0])
+
+
+def add_listed_samples(store: StoreWriter, listing: DatasetListing, *, is_whole: bool) -> None:
+    """Write a dataset's samples; `is_whole` says that nothing was left out of the listing by request."""
+    listed = {clip.clip_id for clip in listing.clips}
+    is_growing_only = is_whole and listed.issuperset(store.clips()["clip_id"].to_pylist())
+
+    def stays(sample: Sample) -> bool:
+        return not is_whole if sample.clip_id is None else sample.clip_id not in listed
+
+    for name, samples in listing.samples.items():
+        store.add_samples(name, samples if is_growing_only else merged(store.samples(name), samples, stays))
+
+
+def merged(stored: Iterable[Sample], listed: Sequence[Sample], stays: Callable[[Sample], bool]) -> list[Sample]:
+    """Listed samples, and of the stored ones those that stay, in the stored order; new ones follow."""
+    fresh = {_key(sample): sample for sample in listed}
+    kept = [sample for sample in stored if _key(sample) in fresh or stays(sample)]
+    if all(_key(sample) in fresh for sample in kept):
+        return list(listed)
+    return [*(fresh.pop(_key(sample), sample) for sample in kept), *fresh.values()]
+
+
+def _key(sample: Sample) -> tuple[str, str | None]:
+    """An edited annotation file may give one clip's record id to another."""
+    return sample.sample_id, sample.clip_id
 
 
 def extract(config: ExtractConfig, *, quiet: bool = False, say: Say = lambda line: None) -> ExtractSummary:
@@ -190,7 +379,7 @@ class Extraction:
 
     def add_canaries(self, client: Client) -> None:
         """Canaries for the groups that have none, before the first block: a run that is cut short has them."""
-        from pipeline.certify.canaries import CanaryTask, missing_canaries, write_canaries
+        from pipeline.reference_clips import CanaryTask, missing_canaries, write_canaries
 
         if missing := missing_canaries(self.store, self.identities, self.kinds):
             task = CanaryTask(store=str(self.config.store_path), engine=self.config.engine_settings, groups=missing)

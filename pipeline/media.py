@@ -7,19 +7,39 @@ devices, pipes and sockets are refused before anybody opens them.
 
 What is wrong with one clip is a `MediaError` whose text holds no absolute path; a root that is gone or a share that
 stopped answering is a `RunStoppedError`, because it would otherwise quarantine the whole dataset.
+
+Remembered media: what a file's bytes hash to, so that a file that nobody touched is not read again to learn it.
+
+Comes in: a clip's source. Goes out: its sha256, as receipts have it. Kept under the user's cache folder by place, size
+and times (the change time too: it tells a file put in another's place under an old date). Without that folder every
+digest is taken anew, which costs time and nothing else.
+
+Source: a clip's bytes, wherever they lie, and their digest.
+
+A local file and a tar member are read alike; a folder of frames is a list of files. The digest is taken first, from
+the whole file: it warms the page cache for the decoder, and a disk that fails shows here, through plain reads, where
+it cannot be taken for a damaged clip.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
+import io
 import os
 import re
+import sqlite3
 import stat
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from featurestore.clips import check_relative_path
 from mervcache.errors import MediaError, RunStoppedError, UserError
+from mervcache.files import record_digest, user_cache
 from pipeline.tar_index import tar_index
 
 VIDEO_EXTENSIONS = frozenset(
@@ -187,3 +207,219 @@ def _check_root(root: Path | str) -> RunStoppedError | None:
         return RunStoppedError(f"dataset root {root} is empty; check that its disk is mounted")
     except OSError as error:
         return RunStoppedError(f"dataset root {root} is gone: {error.strerror}; check that its disk is mounted")
+
+
+READ_BYTES = 1 << 20
+# A clip cannot cause these: the disk, the share, the account or this process is at fault.
+MACHINE_ERRNOS = frozenset(
+    getattr(errno, name)
+    for name in (
+        *("EIO", "EREMOTEIO", "ESTALE", "ENOSPC", "EDQUOT", "ENODEV", "ENXIO", "EMFILE", "ENFILE", "EKEYEXPIRED"),
+        *("ENOTCONN", "ECONNRESET", "ECONNABORTED", "ESHUTDOWN", "EHOSTDOWN", "EHOSTUNREACH", "ETIMEDOUT"),
+        *("ENETDOWN", "ENETUNREACH", "ENOLINK", "ECOMM"),
+    )
+    if hasattr(errno, name)
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The media of one clip, found and safe under its root."""
+
+    root: str
+    path: str  # relative, as the clip names it
+    media: Media
+
+    @classmethod
+    def find(cls, root: str, path: str) -> Source:
+        """Resolve a clip's path; `MediaError` if nothing readable is there, `RunStoppedError` if the root is gone."""
+        return cls(root, path, resolve_media(root, path))
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of everything that decoding may read."""
+        if isinstance(self.media, TarMember):
+            return self.media.size
+        paths = self.media.paths if isinstance(self.media, FrameFolder) else (self.media.path,)
+        return sum(os.stat(path).st_size for path in paths)
+
+    def open(self) -> BinaryIO:
+        """The bytes of a file or tar member, readable and seekable."""
+        assert not isinstance(self.media, FrameFolder), "a folder of frames has no bytes of its own"
+        if isinstance(self.media, LocalFile):
+            return open(self.media.path, "rb")
+        window = FileWindow(self.media.tar_path, self.media.offset, self.media.size)
+        return io.BufferedReader(window, buffer_size=READ_BYTES)
+
+    def head(self, num_bytes: int = 16) -> bytes:
+        """The first bytes, by which formats are told apart."""
+        with self.open() as file:
+            return file.read(num_bytes)
+
+    def sha256(self) -> str:
+        """Digest of a file's or tar member's bytes; of a folder's sorted "name NUL size NUL sha256" lines."""
+        if isinstance(self.media, TarMember):
+            with self.open() as file:
+                return _digest(file)
+        if isinstance(self.media, LocalFile):
+            return _file_sha256(self.media.path)
+        lines = sorted(f"{p.name}\0{os.stat(p).st_size}\0{_file_sha256(p)}\n" for p in self.media.paths)
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def read_through(self) -> None:
+        """Read every byte once more, to tell a failing disk from a damaged clip."""
+        paths = self.media.paths if isinstance(self.media, FrameFolder) else ()
+        for file in [self.open()] if not paths else map(_open_plain, paths):
+            with file:
+                while file.read(READ_BYTES):
+                    pass
+
+    def explain(self, error: OSError) -> MediaError | RunStoppedError:
+        """Whose fault an error of reading is: the clip's or the machine's."""
+        if error.errno in MACHINE_ERRNOS:
+            return RunStoppedError(f"cannot read {self.path} under {self.root}: {os.strerror(error.errno)}")
+        try:
+            Source.find(self.root, self.path)
+        except (MediaError, RunStoppedError) as found:
+            return found
+        return MediaError(f"media file cannot be read: {os.strerror(error.errno) if error.errno else 'unknown error'}")
+
+
+class FileWindow(io.RawIOBase):
+    """`size` bytes of a file from `offset` on, as a file of its own."""
+
+    def __init__(self, path: Path, offset: int, size: int) -> None:
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
+        self._offset, self._size, self._position = offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        wanted = max(0, min(len(buffer), self._size - self._position))
+        data = os.pread(self._file.fileno(), wanted, self._offset + self._position)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        if base + offset < 0:
+            raise OSError(errno.EINVAL, "seek before the start")
+        self._position = base + offset
+        return self._position
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+_KNOWN_SHA256: dict[tuple[str, int, int], str] = {}  # (path, bytes, mtime in ns) -> sha256, for this process
+
+
+def _open_plain(path: Path) -> BinaryIO:
+    return open(path, "rb")
+
+
+def _file_sha256(path: Path) -> str:
+    """Digest of a file; clips of one file (spans) take it once per process."""
+    status = os.stat(path)
+    key = (str(path), status.st_size, status.st_mtime_ns)
+    if key not in _KNOWN_SHA256:
+        with open(path, "rb") as file:
+            _KNOWN_SHA256[key] = _digest(file)
+    return _KNOWN_SHA256[key]
+
+
+def _digest(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(READ_BYTES):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+_TABLE = "CREATE TABLE IF NOT EXISTS media (place TEXT PRIMARY KEY, stamp TEXT, sha256 TEXT) WITHOUT ROWID"
+_FIND = "SELECT stamp, sha256 FROM media WHERE place = ?"
+_LOCK_WAIT_S = 5.0  # another process may be writing
+
+
+def memory_file() -> Path:
+    """The database, of this user on this machine."""
+    return user_cache() / "merv-pipeline" / "media.sqlite"
+
+
+class MediaMemory:
+    """Digests of media; safe to use from several threads. Make one with `media_memory`."""
+
+    def __init__(self, database: sqlite3.Connection | None) -> None:
+        self._database = database  # None: nothing is remembered
+        self.fresh: dict[str, tuple[str, str]] = {}  # place -> stamp, sha256
+        self._lock = threading.Lock()
+
+    def known(self, source: Source) -> str | None:
+        """The remembered sha256, if the media were not touched since; None if there is none."""
+        with self._lock, suppress(sqlite3.Error):
+            found = self._database and self._database.execute(_FIND, (_place(source),)).fetchone()
+            return found[1] if found and found[0] == _stamp(source) else None
+        return None
+
+    def sha256(self, source: Source, *, anew: bool = False) -> str:
+        """The sha256 of the media's bytes as they are now; `anew` reads them even if it is remembered."""
+        if not anew and (sha256 := self.known(source)):
+            return sha256
+        stamp = _stamp(source)  # before the bytes: what changes while they are read is not remembered as read
+        sha256 = source.sha256()
+        with self._lock:
+            self.fresh[_place(source)] = (stamp, sha256)
+        return sha256
+
+
+@contextmanager
+def media_memory(file: Callable[[], Path] = memory_file) -> Iterator[MediaMemory]:
+    """Open the digest cache; new digests are saved on exit."""
+    database = None
+    if file().is_file():
+        with suppress(sqlite3.Error, OSError):
+            database = sqlite3.connect(file(), timeout=_LOCK_WAIT_S, check_same_thread=False)  # guarded by a lock
+    memory = MediaMemory(database)
+    try:
+        yield memory
+    finally:
+        if database is not None:
+            database.close()
+        if memory.fresh:
+            _write(file(), memory.fresh)
+
+
+def newest_touch_s(source: Source) -> float:
+    """When the newest of a clip's files was last written or put in its place, in Unix seconds."""
+    return max(max(status.st_mtime, status.st_ctime) for status in map(os.stat, _paths(source)))
+
+
+def _paths(source: Source) -> list[Path]:
+    if isinstance(source.media, FrameFolder):
+        return [*source.media.paths, *sorted({Path(path).parent for path in source.media.paths})]
+    return [source.media.tar_path if isinstance(source.media, TarMember) else source.media.path]
+
+
+def _place(source: Source) -> str:
+    if isinstance(source.media, TarMember):
+        return f"{source.media.tar_path}#{source.media.offset}"
+    return str(_paths(source)[-1])  # of frames, their folder
+
+
+def _stamp(source: Source) -> str:
+    found = map(os.stat, _paths(source))
+    return record_digest([[s.st_size, s.st_mtime_ns, s.st_ctime_ns] for s in found])[:32]
+
+
+def _write(file: Path, fresh: dict[str, tuple[str, str]]) -> None:
+    with suppress(sqlite3.Error, OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(file, timeout=_LOCK_WAIT_S)) as database, database:
+            database.execute(_TABLE)
+            rows = [(place, *entry) for place, entry in fresh.items()]
+            database.executemany("INSERT OR REPLACE INTO media VALUES (?, ?, ?)", rows)

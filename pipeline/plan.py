@@ -17,10 +17,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featurestore.clips import Clip, table_to_clips
+from featurestore.clips import Clip
 from featurestore.identity import FeatureIdentity
 from featurestore.layout import block_of
 from featurestore.records import Receipt, tombstoned_clips
+from featurestore.schemas import table_to_clips
 from featurestore.writer import GroupWriter, StoreWriter
 
 NOTHING_STALE: Mapping[str, Collection[str]] = MappingProxyType({})

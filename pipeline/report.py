@@ -2,6 +2,11 @@
 
 Comes in: a store, and the media where they are at hand. Goes out: the path of a page without scripts or links, to be
 mailed or put beside the store. Token maps are principal components of the stored tokens themselves.
+
+Token maps: tokens as colours, so that a person sees what an encoder sees.
+
+Comes in: tokens of some clips of one encoder. Goes out: a small RGB image per clip and time step. Colours are the first
+three principal components over all the tokens given, so they can be compared between the clips of one call.
 """
 
 from __future__ import annotations
@@ -31,11 +36,28 @@ from featurestore.quality import (
 )
 from featurestore.store import FeatureStore
 from mervcache.errors import MervCacheError, UserError
-from pipeline.commands.tables import duration, predicted, size
-from pipeline.costs.ledger import media_roots
+from pipeline.cli.render import duration, predicted, size
 from pipeline.status import store_status
-from pipeline.summary import DECODING
-from pipeline.token_maps import principal_maps
+from pipeline.summary import DECODING, media_roots
+
+CLIPPED = (1.0, 99.0)  # percentiles that become black and full colour: outlier tokens must not grey out the rest
+
+
+def principal_maps(tokens_BTHWD: np.ndarray) -> np.ndarray:
+    """float tokens [B, T, H, W, D] -> uint8 RGB maps [B, T, H, W, 3]."""
+    shape = tokens_BTHWD.shape[:-1]
+    flat = tokens_BTHWD.reshape(-1, tokens_BTHWD.shape[-1]).astype(np.float32)
+    flat = flat - flat.mean(axis=0)
+    _, directions = np.linalg.eigh(flat.T @ flat)  # [D, D], ascending: D is small against the number of tokens
+    strongest = directions[:, ::-1][:, : min(3, flat.shape[1])]
+    strongest = strongest * np.where(strongest.sum(axis=0) < 0, -1, 1)  # a sign of its own would flip between runs
+    components = flat @ strongest
+    low, high = np.percentile(components, CLIPPED, axis=0)
+    scaled = np.clip((components - low) / np.maximum(high - low, 1e-12), 0, 1)
+    maps = np.zeros((len(scaled), 3), np.uint8)
+    maps[:, : scaled.shape[1]] = np.round(255 * scaled)
+    return maps.reshape(*shape, 3)
+
 
 STEPS = 8  # time steps pictured per clip
 THUMBNAIL = 96  # pixels per side
@@ -172,7 +194,7 @@ def _clip_html(clip: dict, maps_THWC: dict[str, np.ndarray], thumbnails: np.ndar
 def _thumbnails(clip: dict, roots: dict[str, str]) -> np.ndarray | None:
     """uint8 [STEPS or 1, S, S, 3], or None where the media are not at hand."""
     from pipeline.decode.decoders import decode_clip
-    from pipeline.decode.job import DecodeJob
+    from pipeline.decode.sampling import DecodeJob
     from pipeline.views import ResizeRule, View
 
     folder = roots.get(clip["dataset"], roots.get(""))

@@ -2,18 +2,34 @@
 
 Comes in: what blocks report as they are committed. Goes out: counts, and a record of how they came about (settings,
 host, versions), which is provenance: it decides no bytes.
+
+Predictions: what a run was thought to cost, kept beside what it did cost.
+
+Comes in: what `merv-pipeline plan --json` printed, or, where nobody planned, the pace of a run's own first blocks. Goes
+out: a `Prediction` for the run's record in the journal, and the newest run's, side by side with what it came to.
+
+The ledger: what a store's journal tells of past runs. What encoders cost, with which libraries, of which media.
+
+Comes in: the records of a store's extractions. Goes out: measured seconds per clip, by kind and encoder, for whoever
+asks what computing would cost. A rate holds for the same network in the same arithmetic; grid, storage, weights and
+decoder do not change what a forward takes.
 """
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 import uuid
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+from featurestore.identity import FeatureIdentity
+from featurestore.store import FeatureStore
+from mervcache.errors import UserError
 from pipeline.config import ExtractConfig
 from pipeline.datasets import DatasetListing
 from pipeline.worker.reports import BlockReport
@@ -130,3 +146,144 @@ def software_versions() -> dict[str, str]:
             return "absent"
 
     return {name: found(name) for name in ("merv-pipeline", "torch", "transformers", "av", "pillow", "numpy", "zarr")}
+
+
+FIRST_SHARE = 0.05  # of the clips: then the pace is known, and most of the run is still to come
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What was expected of a whole run."""
+
+    by: str  # "plan", or "its first N clips"
+    clips: int
+    seconds: float | None  # None: a plan without a probe
+    interval_s: tuple[float, float] | None  # None: nobody knows
+    bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def read_plan(path: str | Path) -> Prediction:
+    """The prediction in a file that holds what `merv-pipeline plan --json` printed."""
+    try:
+        plan = json.loads(Path(path).read_text())
+        by_clip: dict[tuple[str, str], int] = {}  # an encoder's rows count the same clips once more
+        for row in plan["rows"]:
+            group = (row["stage"], row["kind"])
+            by_clip[group] = max(by_clip.get(group, 0), int(row["to_do"]))
+        start_s = float(plan.get("startup_s", 0.0))  # a run counts its seconds from when the encoders are loaded
+        seconds = None if plan["seconds"] is None else float(plan["seconds"]) - start_s
+        low_high = plan["interval_s"]
+        interval = low_high and (float(low_high[0]) - start_s, float(low_high[1]) - start_s)
+        return Prediction(
+            by="plan", clips=sum(by_clip.values()), seconds=seconds, interval_s=interval, bytes=int(plan["bytes"])
+        )
+    except OSError as error:
+        raise UserError(f"forecast {path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError(f"{path} holds no forecast: save one with `merv-pipeline plan --json > {path}`") from error
+
+
+def from_first_blocks(*, done: int, total: int, seconds: float, num_bytes: int) -> Prediction | None:
+    """Once a twentieth is done: the rest at the same pace and size. None before that, and when all is done."""
+    if not FIRST_SHARE * total <= done < total:
+        return None
+    scale = total / done
+    return Prediction(
+        by=f"its first {done} clips",
+        clips=total,
+        seconds=seconds * scale,
+        interval_s=None,
+        bytes=round(num_bytes * scale),
+    )
+
+
+def last_run(store: FeatureStore) -> dict[str, Any] | None:
+    """Of the newest run that computed anything: run, clips, seconds, bytes and what was predicted (or None)."""
+    busy = [run["summary"] for run in store.runs() if run["summary"]["clips"]]
+    if not busy:
+        return None
+    newest = max(busy, key=lambda summary: summary["run"])  # a run's name begins with its time
+    return {
+        "run": newest["run"],
+        "clips": newest["clips"],
+        "seconds": newest["elapsed_s"],
+        "bytes": newest["bytes"],
+        "predicted": newest.get("predicted"),
+    }
+
+
+_DECIDES_COST = ("encoder", "architecture", "num_frames", "compute_dtype")  # fields of an identity
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    """Seconds of a worker per clip, all told: encoding, and its share of waiting for decoders and of writing."""
+
+    seconds: float
+    clips: int  # that were measured
+    source: str  # "3 runs on cpu", for a person
+
+
+def past_rate(
+    runs: Sequence[Mapping[str, Any]], stored: Mapping[str, FeatureIdentity], wanted: FeatureIdentity, kind: str
+) -> Rate | None:
+    """What the encoder took in the store's own runs; None where no run computed this network on this kind.
+
+    `stored` is group name -> identity. Runs on other devices than the newest one's are left out.
+    """
+    found: list[tuple[str, float, float]] = []  # device, clips, seconds
+    for run in runs:
+        entry = run["encoders"].get(wanted.encoder, {})
+        made = run["summary"].get("made", {}).get(f"{kind}/{wanted.encoder}", {})
+        if made.get("clips") and made.get("seconds") and _costs_the_same(stored.get(entry.get("group", "")), wanted):
+            overhead = _overhead(run["summary"]["stage_s"])
+            found.append((str(entry.get("device", "?")), made["clips"], made["seconds"] * overhead))
+    if not found:
+        return None
+    device = found[-1][0]
+    mine = [(clips, seconds) for other, clips, seconds in found if other == device]
+    clips = sum(clips for clips, _ in mine)
+    words = f"{clips} clips of {len(mine)} run{'s' if len(mine) > 1 else ''} on {device}"
+    return Rate(seconds=sum(seconds for _, seconds in mine) / clips, clips=int(clips), source=words)
+
+
+def changed_versions(runs: Sequence[Mapping[str, Any]], group: str) -> dict[str, dict[str, Any]]:
+    """By library, where they differ: the versions that made a group's tokens, and the version here."""
+    here, made_with = software_versions(), {}
+    for run in runs:
+        wrote = any(entry.get("group") == group for entry in run["encoders"].values()) and run["summary"]["clips"]
+        for name, version in run.get("versions", {}).items() if wrote else ():
+            made_with.setdefault(name, set()).add(version)
+    return {
+        name: {"made with": sorted(versions), "here": here[name]}
+        for name, versions in made_with.items()
+        if name in here and versions != {here[name]}
+    }
+
+
+def settings_of(run: Mapping[str, Any], *, without: Collection[str] = ()) -> dict[str, Any]:
+    """A run's settings in the words that `read_config` takes, for whoever repeats it, without those named."""
+    settings = {name: value for name, value in run["config"].items() if name not in without}
+    return settings | {"grid": settings.get("grid") or "raw"}
+
+
+def media_roots(runs: Iterable[Mapping], root: str | None) -> dict[str, str]:
+    """Dataset -> folder of its media: as given, else as its newest run says; "" stands for every other dataset."""
+    known = {run["config"]["dataset"]: run["root"] for run in runs}
+    return {"": root} if root else known
+
+
+def _costs_the_same(stored: FeatureIdentity | None, wanted: FeatureIdentity) -> bool:
+    if stored is None:
+        return False
+    ours, theirs = stored.to_dict(), wanted.to_dict()
+    return all(ours[name] == theirs[name] for name in _DECIDES_COST)
+
+
+def _overhead(stage_s: Mapping[str, float]) -> float:
+    """Whole seconds of the blocks over those of all encoders: what a forward brings along."""
+    encode_s = sum(seconds for name, seconds in stage_s.items() if name.startswith("encode:"))
+    return max(1.0, stage_s.get("total", 0.0) / encode_s) if encode_s else 1.0

@@ -1,8 +1,7 @@
-"""Views: the small frames that an encoder asks of the decoder.
+"""Views: the small frames that an encoder wants from the decoder.
 
-A view says how many frames of the clip an encoder sees and how each is brought to the encoder's input size. The
-decode processes make every distinct view once, so that encoders with one rule share the work. No torch here: the
-decode processes import this room.
+A view says how many frames of a clip an encoder sees and how each is resized. Decode processes make every distinct view
+once, so encoders with one rule share the work. Only plain values: encoder specs and `--help` import this module.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ from mervcache.files import canonical_json
 from pipeline.align import align, align_time
 from pipeline.config import EncoderSettings, EngineSettings, ExtractConfig, read_config
 from pipeline.datasets import DatasetListing, list_clips
-from pipeline.decode.job import Decoded
+from pipeline.decode.sampling import Decoded
 from pipeline.encoders.network import EncoderNetwork, build_network
 from pipeline.encoders.weights import fill_random, weights_by_encoder
 from pipeline.worker.engine import EncoderRun, Engine, decode_job, encode_batch, free_cores

@@ -47,7 +47,7 @@ from dataclasses import dataclass, replace
 import google_crc32c
 import numpy as np
 
-from featurestore.clips import CLIP_SCHEMA, KINDS, Clip
+from featurestore.clips import KINDS, Clip
 from featurestore.identity import FeatureIdentity
 from featurestore.layout import (
     ARRAYS,
@@ -92,6 +92,7 @@ from featurestore.records import (
 )
 from featurestore.records import MAX_RECORD_BYTES as MAX_TOMBSTONE_BYTES
 from featurestore.reference_clips import Canaries, max_canary_bytes
+from featurestore.schemas import CLIP_SCHEMA
 from featurestore.snapshots import MAX_RECORD_BYTES as MAX_SNAPSHOT_BYTES
 from featurestore.snapshots import ClipIndex, Snapshot, allocate, column, load_snapshot, part_bytes, read_snapshot_table
 from featurestore.writer import GroupWriter, StoreWriter

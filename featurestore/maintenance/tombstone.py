@@ -26,7 +26,7 @@ from datetime import UTC, datetime
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featurestore.clips import KINDS, SAMPLE_SCHEMA
+from featurestore.clips import KINDS
 from featurestore.layout import SAMPLES, block_of, receipt_key, samples_files, samples_key, shard_key, slot_of
 from featurestore.lease import StoreLease
 from featurestore.locate import Place
@@ -43,6 +43,7 @@ from featurestore.records import (
     row_digest,
     tombstoned_clips,
 )
+from featurestore.schemas import SAMPLE_SCHEMA
 from featurestore.snapshots import ClipIndex
 from featurestore.store import clips_named
 from featurestore.writer import GroupWriter, StoreWriter

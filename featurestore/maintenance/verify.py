@@ -26,7 +26,7 @@ from typing import Literal
 
 import pyarrow as pa
 
-from featurestore.clips import KINDS, SAMPLE_SCHEMA
+from featurestore.clips import KINDS
 from featurestore.identity import FeatureIdentity
 from featurestore.layout import (
     CANARIES,
@@ -76,6 +76,7 @@ from featurestore.records import (
     tombstone_ids,
 )
 from featurestore.reference_clips import Canaries, max_canary_bytes
+from featurestore.schemas import SAMPLE_SCHEMA
 from featurestore.snapshots import ClipIndex, Snapshot, load_snapshot
 from featurestore.zarr_metadata import (
     ArraySpec,

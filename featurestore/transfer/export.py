@@ -34,18 +34,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from featurestore.clips import (
-    CLIP_SCHEMA,
-    KINDS,
-    SAMPLE_SCHEMA,
-    Clip,
-    Sample,
-    check_relative_path,
-    clips_to_table,
-    samples_to_table,
-    table_to_clips,
-    table_to_samples,
-)
+from featurestore.clips import KINDS, Clip, Sample, check_relative_path
 from featurestore.layout import (
     GROUP_NAME,
     SAMPLES_NAME,
@@ -61,6 +50,14 @@ from featurestore.objects.open import in_parallel
 from featurestore.reader import encode_row, encoder_keys
 from featurestore.records import RowOutcome, Tombstone
 from featurestore.reference_clips import Canaries, max_canary_bytes
+from featurestore.schemas import (
+    CLIP_SCHEMA,
+    SAMPLE_SCHEMA,
+    clips_to_table,
+    samples_to_table,
+    table_to_clips,
+    table_to_samples,
+)
 from featurestore.snapshots import read_table, table_bytes
 from featurestore.transfer.merge import Cell, CellGroup, CellSource, LoadedCell, Selection, check_cell, decoded_cell
 from featurestore.zarr_metadata import CODECS, ArraySpec, array_specs, parse_identity

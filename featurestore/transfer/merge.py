@@ -32,7 +32,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from featurestore.clips import KINDS, Clip, Sample, table_to_clips
+from featurestore.clips import KINDS, Clip, Sample
 from featurestore.layout import block_of, journal_key, shard_key, slot_of, tombstone_key
 from featurestore.locate import Place, check_is_another
 from featurestore.objects.base import put_if_absent
@@ -40,6 +40,7 @@ from featurestore.objects.open import in_parallel, open_objects
 from featurestore.reader import ShardCache, decode_row, encode_row, encoder_keys
 from featurestore.records import Receipt, RowOutcome, Tombstone, journal_bytes, read_receipt, row_digest
 from featurestore.reference_clips import Canaries, put_canaries, read_canaries
+from featurestore.schemas import table_to_clips
 from featurestore.snapshots import column, load_snapshot, read_snapshot_table
 from featurestore.store import FeatureStore
 from featurestore.writer import BlockWriter, GroupWriter, StoreWriter

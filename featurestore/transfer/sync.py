@@ -26,7 +26,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from featurestore.clips import CLIP_SCHEMA, table_to_clips
 from featurestore.layout import (
     CARD,
     JOURNAL,
@@ -51,6 +50,7 @@ from featurestore.quality import DISTORTION_PREFIX as DISTORTION
 from featurestore.quality import PARITY_PREFIX as PARITY
 from featurestore.reader import encoder_keys
 from featurestore.records import Receipt, max_receipt_bytes, tombstone_ids
+from featurestore.schemas import CLIP_SCHEMA, table_to_clips
 from featurestore.snapshots import ClipIndex, Snapshot, load_snapshot, newest_snapshot_id, publish, read_table
 from featurestore.store import FeatureStore
 from featurestore.transfer.dataset_card import write_card

@@ -30,7 +30,7 @@ from pipeline.datasets.base import (
     is_safe,
     record_id,
 )
-from pipeline.datasets.json_array import read_json_array
+from pipeline.datasets.videollava import read_json_array
 from pipeline.media import kind_of_path
 
 MAX_FRAME = 2**31  # 2 years of video at 30 frames per second; columns of stores hold 64 bits

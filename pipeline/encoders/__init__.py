@@ -15,7 +15,7 @@ from pipeline.encoders.base import EncoderSpec
 from pipeline.encoders.registry import ENCODERS, MERV_ENCODERS, encoder_spec
 
 if TYPE_CHECKING:
-    from pipeline.encoders.loaded import LoadedEncoder
+    from pipeline.encoders.loading import LoadedEncoder
 
 __all__ = ["ENCODERS", "MERV_ENCODERS", "EncoderSpec", "encoder_spec", "load_encoder"]
 
@@ -24,6 +24,6 @@ def load_encoder(
     spec: EncoderSpec, weights: str, *, device: str = "cpu", compute_dtype: str = "float32"
 ) -> LoadedEncoder:
     """An encoder ready to run; `weights` is `hub`, a folder or `random:SEED`, compute dtype float32 or bfloat16."""
-    from pipeline.encoders.loaded import LoadedEncoder  # torch
+    from pipeline.encoders.loading import LoadedEncoder  # torch
 
     return LoadedEncoder.load(spec, weights, device=device, compute_dtype=compute_dtype)

@@ -16,12 +16,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 from mervcache.errors import UserError, unknown_name
 from pipeline.encoders.base import EncoderSpec
-from pipeline.encoders.clip import CLIP
-from pipeline.encoders.dinov2 import DINOV2
-from pipeline.encoders.languagebind import LANGUAGEBIND
-from pipeline.encoders.siglip import SIGLIP
-from pipeline.encoders.videomae import VIDEOMAE
-from pipeline.encoders.vivit import VIVIT
+from pipeline.encoders.published import CLIP, DINOV2, LANGUAGEBIND, SIGLIP, VIDEOMAE, VIVIT
 
 ENTRY_POINT_GROUP = "merv.encoders"
 MERV_ENCODERS = ("languagebind", "dinov2", "vivit", "siglip")  # in the order of princetonvisualai/merv

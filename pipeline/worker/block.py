@@ -23,10 +23,10 @@ from jobs import metrics
 from jobs.run import TaskReporter, metered
 from mervcache.errors import MediaError, RunStoppedError
 from pipeline.config import EngineSettings
-from pipeline.decode.ahead import decode_ahead
-from pipeline.decode.job import Decoded, DecodeJob
+from pipeline.decode.pool import decode_ahead
+from pipeline.decode.sampling import Decoded, DecodeJob
 from pipeline.media import UNREACHABLE, folder_has_gone, resolve_media
-from pipeline.resume.reuse import ReuseTask, copy_cells
+from pipeline.reuse import ReuseTask, copy_cells
 from pipeline.summary import DECODING
 from pipeline.worker.engine import Engine, decode_job, encode_batch, engine_for
 from pipeline.worker.reports import BlockCounts, BlockReport, EncoderWork

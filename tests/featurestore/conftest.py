@@ -135,7 +135,7 @@ def canaries_of(kind: str, identity: FeatureIdentity, noise: int = 0) -> Canarie
 
 
 def clips_by_row(writer: StoreWriter) -> dict[str, dict[int, Clip]]:
-    from featurestore.clips import table_to_clips
+    from featurestore.schemas import table_to_clips
 
     rows: dict[str, dict[int, Clip]] = {"video": {}, "image": {}}
     for row, clip in table_to_clips(writer.clips()):

@@ -17,13 +17,13 @@ import google_crc32c
 import numpy as np
 from crafted import Choices
 
-from featurestore.clips import CLIP_SCHEMA, SAMPLE_SCHEMA, table_to_clips, table_to_samples
 from featurestore.identity import FeatureIdentity
 from featurestore.objects.base import parse_listing
 from featurestore.parquet import read_table
 from featurestore.reader import build_shard, decode_row, encode_row, parse_index
 from featurestore.records import Receipt, Tombstone, parse_journal
 from featurestore.reference_clips import Canaries
+from featurestore.schemas import CLIP_SCHEMA, SAMPLE_SCHEMA, table_to_clips, table_to_samples
 from featurestore.snapshots import Snapshot, snapshot_schema
 from featurestore.zarr_metadata import ArraySpec, parse_array, parse_root
 from mervcache.errors import MervCacheError

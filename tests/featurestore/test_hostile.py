@@ -22,10 +22,10 @@ from crafted import CHANGES, change, exercise, newest_record, write_json
 from single_readers import cases_of, read_one
 from sound_store import add_unpublished, build
 
-from featurestore.clips import CLIP_SCHEMA
 from featurestore.maintenance.verify import verify_store
 from featurestore.parquet import own_digest_holds, read_table, table_bytes
 from featurestore.parquet_guard import read_struct
+from featurestore.schemas import CLIP_SCHEMA
 from featurestore.store import FeatureStore
 from mervcache.errors import MervCacheError, StoreError, StoreFormatError
 

@@ -137,8 +137,8 @@ class Lab:
         """What a run does before its first block: (encoders, listing, blocks, tasks); rows are given out."""
         from jobs.clusters import ClusterRequest, connect
         from pipeline.datasets import list_clips
-        from pipeline.describe import describe
         from pipeline.extract import Extraction
+        from pipeline.run_encoders import describe
         from pipeline.summary import ExtractSummary
 
         config = self.config(**changes)

@@ -21,7 +21,7 @@ import torch
 from transformers import Dinov2WithRegistersModel, SiglipVisionModel, VivitModel  # noqa: F401
 
 import featurestore.store  # noqa: F401
-from pipeline.cli import main
+from pipeline.cli.extract import main
 
 
 def serve() -> None:

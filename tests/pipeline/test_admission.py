@@ -4,7 +4,7 @@ import pytest
 
 from jobs.clusters import ClusterError
 from mervcache.errors import IdentityConflictError, UserError
-from pipeline.costs.forecast import forecast
+from pipeline.forecast import forecast
 
 
 @pytest.fixture

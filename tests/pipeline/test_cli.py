@@ -13,7 +13,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from pipeline.cli import main
+from pipeline.cli.extract import main
 
 COMMANDS = ("extract", "plan", "status", "inspect", "report", "verify", "encoders", "datasets")
 HEAVY = {"torch", "pyarrow", "transformers", "distributed", "dask", "zarr", "av", "accelerate", "PIL", "rich"}
@@ -71,7 +71,7 @@ def test_the_list_of_commands_is_whole_on_a_terminal_of_80_columns():
 def test_help_imports_nothing_heavy():
     """It is asked for often, and torch alone takes seconds to load."""
     program = (
-        "import sys; from pipeline.cli import main\n"
+        "import sys; from pipeline.cli.extract import main\n"
         f"for command in ([], *([name] for name in {COMMANDS})):\n"
         "    main([*command, '--help'], standalone_mode=False)\n"
         f"print('LOADED', sorted({HEAVY} & set(sys.modules)))"

@@ -9,7 +9,7 @@ import click
 import pytest
 
 from mervcache.errors import UserError
-from pipeline.commands.options import config_from_options
+from pipeline.cli.options import config_from_options
 from pipeline.config import DECODER_NAMES, DEFAULT_BATCH, OF_ONE_RUN, ExtractConfig, default_batch, read_config
 
 

@@ -22,8 +22,8 @@ import yaml
 from featurestore import FeatureStore, verify_store
 from featurestore.clips import Clip
 from mervcache.errors import RunStoppedError
-from pipeline.decode.job import DecodeJob
 from pipeline.decode.pool import DecodePool
+from pipeline.decode.sampling import DecodeJob
 from pipeline.views import ResizeRule, View
 
 SERVER = Path(__file__).with_name("extract_server.py")

@@ -68,8 +68,9 @@ def test_daemonic_workers_of_another_cluster_write_the_bytes_of_a_local_run(lab,
     """The videos by scheduler file; the stills by address, until the only worker leaves, then with another one."""
     from distributed import Client
 
-    from pipeline import extract, run_blocks
+    from pipeline import extract
 
+    run_blocks = extract.run_blocks
     changes = {"encoders": ["languagebind"]}
     assert lab.extract(scheduler=str(cluster.file), kind="video", **changes).clips == 9
     with Client(scheduler_file=str(cluster.file)) as client:
@@ -79,7 +80,7 @@ def test_daemonic_workers_of_another_cluster_write_the_bytes_of_a_local_run(lab,
     def leave_first(*arguments, quiet: bool, **options) -> None:
         cluster.worker.terminate()
         cluster.worker.wait()
-        run_blocks.run_blocks(*arguments, quiet=False, **options)
+        run_blocks(*arguments, quiet=False, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(extract, "run_blocks", leave_first)

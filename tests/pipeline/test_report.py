@@ -13,8 +13,7 @@ import pytest
 from PIL import Image
 
 from featurestore import FeatureStore
-from pipeline.report import STEPS, write_report
-from pipeline.token_maps import principal_maps
+from pipeline.report import STEPS, principal_maps, write_report
 
 
 class Page(HTMLParser):

@@ -11,9 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 from featurestore.lease import StoreLease
-from pipeline.cli import main
-from pipeline.commands.watch_show import line
-from pipeline.watch import Watcher, rate, watch
+from pipeline.cli.extract import line, main
+from pipeline.status import Watcher, rate, watch
 
 NOW = 1_000_000.0
 # Nine videos and five stills in blocks of four: rows of the blocks, in the order in which they are committed here.

@@ -14,10 +14,9 @@ from featurestore.clips import Clip
 from featurestore.objects.open import open_objects
 from featurestore.reference_clips import read_canaries
 from mervcache.files import sha256_hex
-from pipeline.certify.canaries import CLIPS, HEIGHT, NUM_FRAMES, WIDTH, media_bytes, noise, scene, still
-from pipeline.certify.canary_files import i420, ppm
 from pipeline.decode.decoders import DECODERS, decode_clip
-from pipeline.decode.job import DecodeJob
+from pipeline.decode.sampling import DecodeJob
+from pipeline.reference_clips import CLIPS, HEIGHT, NUM_FRAMES, WIDTH, i420, media_bytes, noise, ppm, scene, still
 from pipeline.views import ResizeRule, View
 
 RENDERED = {  # of canaries/1: other bytes need another number there

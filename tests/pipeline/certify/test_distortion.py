@@ -28,8 +28,8 @@ from featurestore.transfer.dataset_card import card
 from featurestore.transfer.sync import push
 from featurestore.writer import StoreWriter
 from mervcache.errors import StoreFormatError, UserError
-from pipeline.certify.distortion import measure_distortion
-from pipeline.cli import main
+from pipeline.cli.extract import main
+from pipeline.distortion import measure_distortion
 from pipeline.report import write_report
 
 IDS = [f"set/{n}.mp4" for n in range(4)]

@@ -20,12 +20,11 @@ from featurestore.records import driver_runs
 from featurestore.reference_clips import Canaries, read_canaries
 from featurestore.writer import StoreWriter
 from mervcache.errors import MediaError, StoreFormatError, UserError
-from pipeline.certify.parity import check_parity
-from pipeline.certify.parity_figures import STEPS, TOLERANCES, compare
-from pipeline.cli import main
+from pipeline.cli.extract import main
 from pipeline.decode import decoders, resize
 from pipeline.decode.pool import DecodePool
-from pipeline.encoders import loaded
+from pipeline.encoders import loading
+from pipeline.parity import STEPS, TOLERANCES, check_parity, compare
 
 
 class InThisProcess(DecodePool):
@@ -72,19 +71,19 @@ def test_other_weights_are_refused_by_their_digest(extracted):
 
 def test_an_encoder_that_drifted_is_found_though_its_weights_have_the_same_digest(verdicts, monkeypatch):
     """As a library would: what is loaded is the same, what is computed is not."""
-    real = loaded.LoadedEncoder._normalise
-    monkeypatch.setattr(loaded.LoadedEncoder, "_normalise", lambda self, frames: real(self, frames) * 1.02)
+    real = loading.LoadedEncoder._normalise
+    monkeypatch.setattr(loading.LoadedEncoder, "_normalise", lambda self, frames: real(self, frames) * 1.02)
     assert verdicts("siglip") == {"siglip video": "equal outside", "siglip image": "equal outside"}
 
 
 def test_one_weight_changed_after_loading_is_found(verdicts, monkeypatch):
-    real = loaded.fill_weights
+    real = loading.fill_weights
 
     def fill(network, source):
         real(network, source)
         monkeypatch.setattr(network, "finish", lambda finish=network.finish: (finish(), _spoil(network)), raising=False)
 
-    monkeypatch.setattr(loaded, "fill_weights", fill)
+    monkeypatch.setattr(loading, "fill_weights", fill)
     assert verdicts("dinov2", "vivit") == {
         f"{name} {kind}": "equal outside" for name in ("dinov2", "vivit") for kind in ("video", "image")
     }
@@ -131,7 +130,7 @@ def rewrite(store, identity, change) -> None:
 
 def test_repair_computes_lost_canaries_again_to_the_digest_that_they_had(store):
     from featurestore.maintenance.repair import repair_store
-    from pipeline.upkeep.recompute import Recompute
+    from pipeline.recompute import Recompute
 
     file = next((store / "canaries" / "video").glob("vivit-*"))
     data = file.read_bytes()
@@ -164,8 +163,8 @@ def test_a_store_without_canaries_says_what_to_do(store):
 
 def test_an_encoder_of_monstrous_size_is_not_built(store):
     from featurestore.identity import FeatureIdentity
-    from pipeline.certify.parity import _refuse_monsters
     from pipeline.config import EncoderSettings
+    from pipeline.parity import _refuse_monsters
 
     identity = FeatureStore.open(store).encoders["siglip"]
     huge = FeatureIdentity.from_dict(
@@ -296,7 +295,7 @@ def test_report_and_card_tell_the_newest_check(store, tmp_path):
 
 def test_a_strangers_number_of_threads_is_refused_by_parity_and_by_repair(store):
     from featurestore.maintenance.repair import repair_store
-    from pipeline.upkeep.recompute import Recompute
+    from pipeline.recompute import Recompute
 
     run = driver_runs(open_objects(store))[-1]
     encoders = {name: entry | {"threads": 10**6} for name, entry in run["encoders"].items()}

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from featurestore import FeatureStore
-from pipeline.cli import main
+from pipeline.cli.extract import main
 
 
 def run(*words) -> tuple[int, str]:

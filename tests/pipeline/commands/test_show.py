@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from pipeline.commands.show import progress
+from pipeline.cli.options import progress
 
 
 def test_what_is_counted_in_bytes_is_shown_in_mb_and_every_start_is_a_line(capsys):

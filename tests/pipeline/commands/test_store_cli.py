@@ -13,10 +13,10 @@ from click.testing import CliRunner, Result
 from featurestore.maintenance.verify import verify_store
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
-from pipeline.cli import main
-from pipeline.commands import store_tables, tables
-from pipeline.upkeep.quarantine import quarantined, retry, retry_configs
-from pipeline.upkeep.verify_media import verify_media
+from pipeline.cli import render
+from pipeline.cli.extract import main
+from pipeline.quarantine import quarantined, retry, retry_configs
+from pipeline.recompute import verify_media
 
 BROKEN = "videochatgpt_tune/v1.mp4"
 
@@ -81,13 +81,11 @@ def test_media_that_changed_are_found_by_quick_and_full(store, media):
 
 
 def test_quick_reads_no_file_that_is_older_than_the_first_run(store, media, monkeypatch):
-    from pipeline.decode.source import Source
+    from pipeline.media import Source
 
     read: list[str] = []
     monkeypatch.setattr(Source, "sha256", lambda self: read.append(self.path) or "0" * 64)
-    monkeypatch.setattr(
-        "pipeline.upkeep.verify_media.newest_touch_s", lambda source: 1.0 if "v0" in source.path else 9e9
-    )
+    monkeypatch.setattr("pipeline.recompute.newest_touch_s", lambda source: 1.0 if "v0" in source.path else 9e9)
     verify_media(store, "quick", root=str(media))
     assert "videochatgpt_tune/v0.mp4" not in read
     assert "videochatgpt_tune/v1.mp4" in read
@@ -210,7 +208,7 @@ FAILED = [
 
 
 def test_a_clip_that_failed_is_a_line_per_reason_whatever_the_number_of_encoders(capsys):
-    store_tables.quarantined(FAILED)
+    render.quarantined(FAILED)
     assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
         ["clip", "encoders", "reason"],
         ["d/v1.mp4", "all", "encoders", "not", "a", "video"],
@@ -233,7 +231,7 @@ def test_status_counts_clips_and_not_cells_that_failed(lab):
 
 
 def test_a_table_prints_a_strangers_brackets_as_they_are(capsys):
-    tables.table(("clip",), [("d/x[/bar].mp4",), ("d/[bold].mp4",)])
-    tables.details({"reason": "[/] gone"})
+    render.table(("clip",), [("d/x[/bar].mp4",), ("d/[bold].mp4",)])
+    render.details({"reason": "[/] gone"})
     printed = capsys.readouterr().out
     assert [words for words in ("d/x[/bar].mp4", "d/[bold].mp4", "[/] gone") if words not in printed] == []

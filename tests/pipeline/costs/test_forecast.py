@@ -6,8 +6,7 @@ import statistics
 
 import pytest
 
-from pipeline.costs.forecast import forecast
-from pipeline.costs.probe_workers import standard_error
+from pipeline.forecast import forecast, standard_error
 from pipeline.worker.reports import ProbeRecord
 
 TWO = ("languagebind", "siglip")

@@ -9,11 +9,11 @@ from click.testing import CliRunner
 
 from featurestore import FeatureStore
 from mervcache.errors import UserError
-from pipeline.cli import main
-from pipeline.costs.forecast import forecast
-from pipeline.costs.prediction import Prediction, from_first_blocks, read_plan
+from pipeline.cli.extract import main
+from pipeline.forecast import forecast
 from pipeline.report import write_report
 from pipeline.status import store_status
+from pipeline.summary import Prediction, from_first_blocks, read_plan
 
 
 def test_the_pace_of_the_first_blocks_is_that_of_the_whole_run():

@@ -11,8 +11,20 @@ from PIL import Image
 
 from mervcache.errors import UserError
 from pipeline.datasets import load_dataset
-from pipeline.datasets.demo_render import RGB, draw_cover, encode_mp4, encode_png, paint_rgb, paint_yuv420, yuv_of
-from pipeline.datasets.demo_scene import FAMILIES, SPLITS, Scene, make_scene, questions_of
+from pipeline.datasets.demo import (
+    FAMILIES,
+    RGB,
+    SPLITS,
+    Scene,
+    draw_cover,
+    encode_mp4,
+    encode_png,
+    make_scene,
+    paint_rgb,
+    paint_yuv420,
+    questions_of,
+    yuv_of,
+)
 
 SMALL = {"train": 12, "heldout": 4, "size": 32, "num_frames": 4}
 SCENES = [make_scene(0, split, number) for split in SPLITS for number in range(240)]

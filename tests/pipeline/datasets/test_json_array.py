@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mervcache.errors import UserError
-from pipeline.datasets import json_array
-from pipeline.datasets.json_array import read_json_array
+from pipeline.datasets import videollava
+from pipeline.datasets.videollava import read_json_array
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -70,10 +70,10 @@ def test_records_before_the_break_are_given_out(tmp_path):
 
 
 def test_a_record_without_end_is_refused_and_not_read_to_the_end_of_the_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_array, "MAX_RECORD_CHARS", 1000)
+    monkeypatch.setattr(videollava, "MAX_RECORD_CHARS", 1000)
     (tmp_path / "a.json").write_text('["' + "x" * 100_000)
     with open(tmp_path / "a.json") as file:
-        window = json_array._Window(file, tmp_path / "a.json", 100)
+        window = videollava._Window(file, tmp_path / "a.json", 100)
         with pytest.raises(UserError, match="Unterminated string"):
             list(window.elements())
         assert file.tell() < 20_000

@@ -15,7 +15,8 @@ import webdataset
 
 from featurestore.clips import Turn
 from mervcache.errors import RunStoppedError, UserError
-from pipeline.datasets import load_dataset, spool
+from pipeline.datasets import load_dataset
+from pipeline.datasets import webdataset as spool
 from pipeline.media import TarMember, resolve_media
 
 ALIGN = "webdataset-align"

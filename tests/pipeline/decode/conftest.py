@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from featurestore.clips import Clip
-from pipeline.decode.job import Decoded, DecodeJob
+from pipeline.decode.sampling import Decoded, DecodeJob
 from pipeline.views import ResizeRule, View
 
 WIDTH, HEIGHT = 192, 96  # 3 x 3 blocks of 64 x 32 pixels: 9 bits

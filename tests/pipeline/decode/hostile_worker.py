@@ -9,7 +9,7 @@ from pathlib import Path
 from mervcache.errors import RunStoppedError
 from pipeline.decode import worker
 from pipeline.decode.decoders import DECODERS
-from pipeline.decode.source import Source
+from pipeline.media import Source
 
 
 def spin(source, collector, *, accept_damaged):

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from mervcache.errors import MediaError, RunStoppedError, UserError
-from pipeline.decode import source as source_module
-from pipeline.decode.cut_short import ends_early
+from pipeline import media as source_module
 from pipeline.decode.decoders import DECODERS, decode_clip
-from pipeline.decode.job import DecodeJob, FailedClipError
-from pipeline.decode.source import Source
+from pipeline.decode.pyav import ends_early
+from pipeline.decode.sampling import DecodeJob, FailedClipError
+from pipeline.media import Source
 from pipeline.views import ResizeRule, View
 
 
@@ -193,10 +193,10 @@ def test_running_out_of_memory_is_the_clips_fault(studio, clip_file, monkeypatch
 
 
 def test_views_share_one_decode_and_one_resize_per_rule(studio, clip_file, monkeypatch) -> None:
-    from pipeline.decode import collector
+    from pipeline.decode import sampling
 
-    rules, resize = [], collector.resize
-    monkeypatch.setattr(collector, "resize", lambda frame, rule: rules.append(rule) or resize(frame, rule))
+    rules, resize = [], sampling.resize
+    monkeypatch.setattr(sampling, "resize", lambda frame, rule: rules.append(rule) or resize(frame, rule))
     one = ResizeRule(size=8)
     views = (View(rule=one, num_frames=16), View(rule=one, num_frames=32), View(rule=ResizeRule(size=9), num_frames=16))
     frames = decode_clip(studio.job(clip_file, views=views)).frames

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from featurestore.clips import Clip
 from mervcache.errors import MediaError, UserError
-from pipeline.decode.indices import every_nth, frame_indices
+from pipeline.decode.sampling import every_nth, frame_indices
 
 NTSC = 30000 / 1001
 # The example for N = 100 of the public reference: 16 of 32 samples, the last frame is never seen.

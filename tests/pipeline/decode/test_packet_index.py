@@ -8,12 +8,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.decode import in_order, packet_index
-from pipeline.decode.collector import FrameCollector
-from pipeline.decode.container import open_video
+from pipeline.decode import pyav
 from pipeline.decode.decoders import decode_clip
-from pipeline.decode.packets import PacketIndex, UntrustedIndexError, scan_packets
-from pipeline.decode.source import Source
+from pipeline.decode.pyav import PacketIndex, UntrustedIndexError, open_video, scan_packets
+from pipeline.decode.sampling import FrameCollector
+from pipeline.media import Source
 from pipeline.views import ResizeRule, View
 
 NATIVE = View(rule=ResizeRule(size=96, filter="bilinear"), num_frames=32)
@@ -62,7 +61,7 @@ def read_both(studio, path, **options) -> tuple[np.ndarray, np.ndarray, str]:
     source, collector = Source.find(job.root, job.clip.path), FrameCollector(job)
     with open_video(source) as video:
         index = scan_packets(video)
-    in_order.read_frames(source, index, collector, accept_damaged=False)
+    pyav.read_in_order(source, index, collector, accept_damaged=False)
     decoded = decode_clip(job)
     return decoded.frames[NATIVE], collector.frames()[NATIVE], decoded.decoder
 
@@ -113,9 +112,9 @@ def test_an_index_that_lies_falls_back_to_order_with_the_same_frames(studio, mon
 def test_frames_nobody_asked_for_are_not_converted(studio, monkeypatch) -> None:
     path = studio.film("a.mp4", frames=100, options={"g": "250", "bf": "3"})
     converted = []
-    to_rgb = packet_index.OpenVideo.to_rgb
+    to_rgb = pyav.OpenVideo.to_rgb
     monkeypatch.setattr(
-        packet_index.OpenVideo, "to_rgb", lambda self, frame: converted.append(frame.pts) or to_rgb(self, frame)
+        pyav.OpenVideo, "to_rgb", lambda self, frame: converted.append(frame.pts) or to_rgb(self, frame)
     )
     view = View(rule=ResizeRule(size=8), num_frames=4)
     decode_clip(studio.job(path, views=(view,)))
@@ -125,7 +124,7 @@ def test_frames_nobody_asked_for_are_not_converted(studio, monkeypatch) -> None:
 def test_every_real_clip_decodes_as_in_plain_order(real_media) -> None:
     """Real files: the index path was taken (AVI apart) and gives the frames of a decode from start to end."""
     from featurestore.clips import Clip
-    from pipeline.decode.job import DecodeJob
+    from pipeline.decode.sampling import DecodeJob
 
     view = View(rule=ResizeRule(size=32), num_frames=8)
     names = ["hazard_clips/tc_discard_first_keyframe.mp4", "hazard_clips/tc_h265_video.mp4"]
@@ -136,7 +135,7 @@ def test_every_real_clip_decodes_as_in_plain_order(real_media) -> None:
         source, collector = Source.find(job.root, name), FrameCollector(job)
         with open_video(source) as video:
             index = scan_packets(video)
-        in_order.read_frames(source, index, collector, accept_damaged=False)
+        pyav.read_in_order(source, index, collector, accept_damaged=False)
         decoded = decode_clip(job)
         assert decoded.decoder == ("frames/1+sequential" if name.endswith("avi") else "frames/1")
         assert np.array_equal(decoded.frames[view], collector.frames()[view]), name

@@ -171,7 +171,7 @@ def test_children_die_with_their_parent_even_while_they_hang(studio, clip_file) 
     script = f"""
         from pathlib import Path
         from featurestore.clips import Clip
-        from pipeline.decode.job import DecodeJob
+        from pipeline.decode.sampling import DecodeJob
         from pipeline.decode.pool import DecodePool
         from pipeline.views import ResizeRule, View
         clip = Clip(dataset="d", path="a.mp4", kind="video")
@@ -199,7 +199,7 @@ def test_a_folder_named_pipeline_where_the_user_stands_is_not_imported(studio, c
 
 def test_decode_processes_do_not_import_torch_or_zarr() -> None:
     script = """
-        import sys, pipeline.decode.worker, pipeline.decode.packet_index, pipeline.decode.pool
+        import sys, pipeline.decode.worker, pipeline.decode.pyav, pipeline.decode.pool
         print(sorted({"torch", "transformers", "zarr", "distributed"} & set(sys.modules)))
     """
     done = subprocess.run(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.decode import protocol
+from pipeline.decode import worker as protocol
 
 HOSTILE = [sys.executable, "-P", str(Path(__file__).with_name("hostile_worker.py"))]
 

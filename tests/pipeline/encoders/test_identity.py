@@ -7,7 +7,7 @@ import pytest
 from featurestore.identity import FeatureIdentity
 from mervcache.errors import UserError
 from pipeline.encoders import ENCODERS
-from pipeline.encoders.identity import feature_identity
+from pipeline.encoders.base import feature_identity
 
 
 def identity(spec, **changes):

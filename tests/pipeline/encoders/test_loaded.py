@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from mervcache.errors import UserError
 from pipeline.align import align
 from pipeline.encoders import load_encoder
-from pipeline.encoders.identity import feature_identity
+from pipeline.encoders.base import feature_identity
 
 BUILT_IN = ("languagebind", "dinov2", "vivit", "siglip", "clip", "videomae")
 GRIDS = dict.fromkeys(BUILT_IN, (16, 4, 4)) | {"videomae": (8, 4, 4)}

@@ -11,7 +11,7 @@ import torch
 
 from mervcache.errors import UserError
 from pipeline.encoders import ENCODERS, MERV_ENCODERS, encoder_spec, load_encoder
-from pipeline.encoders.identity import feature_identity
+from pipeline.encoders.base import feature_identity
 from pipeline.encoders.registry import EncoderTable
 
 PLUG_IN = Path(__file__).with_name("vit_plugin.py")
@@ -117,7 +117,7 @@ def test_a_plug_in_cannot_take_a_name_that_is_taken(install):
 
 
 @pytest.mark.parametrize(
-    "builder", ["no_such_module:build", "pipeline.encoders.clip:no_such", "pipeline.encoders.clip"]
+    "builder", ["no_such_module:build", "pipeline.encoders.published:no_such", "pipeline.encoders.published"]
 )
 def test_a_builder_that_is_not_there_is_named(builder, spec_of):
     with pytest.raises(UserError, match=f"builder '{builder}' of clip is not a module:function"):

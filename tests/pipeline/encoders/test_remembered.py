@@ -7,8 +7,9 @@ import shutil
 
 import pytest
 
-from pipeline.encoders import load_encoder, remembered
-from pipeline.encoders.remembered import fingerprint, remember, remembered_sha256
+from pipeline.encoders import load_encoder
+from pipeline.encoders import weights as remembered
+from pipeline.encoders.weights import fingerprint, remember, remembered_sha256
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ import pytest
 from click.testing import CliRunner
 
 from featurestore import FeatureStore, verify_store
-from pipeline.cli import main
-from pipeline.decode.source import Source
-from pipeline.encoders import remembered
+from pipeline.cli.extract import main
+from pipeline.encoders import weights
 from pipeline.extract import extract
-from pipeline.resume.stale import stale_media
-from pipeline.upkeep.verify_media import verify_media
+from pipeline.media import Source
+from pipeline.recompute import verify_media
+from pipeline.refresh import stale_media
 
 CLIP = "videollava/videochatgpt_tune/v1.mp4"
 ONE = {"encoders": ("siglip",), "limit": 3, "canaries": False}
@@ -85,7 +85,7 @@ def test_refresh_computes_the_changed_clip_in_a_new_row_and_touches_no_old_byte(
 def test_a_refresh_that_was_cut_short_goes_on_in_the_rows_it_had(filled):
     exchange(filled)
     store_rows = len(FeatureStore.open(filled.store).clips)
-    from pipeline.resume.refresh import look_at_media
+    from pipeline.refresh import look_at_media
 
     encoders, listing, _, _ = filled.plan(**ONE)
     from featurestore.writer import StoreWriter
@@ -129,7 +129,7 @@ def test_only_files_that_were_touched_since_their_run_are_read_and_each_once(fil
     read: list[str] = []
     digest = Source.sha256
     monkeypatch.setattr(Source, "sha256", lambda self: read.append(self.path) or digest(self))
-    monkeypatch.setattr("pipeline.resume.stale.CLOCK_SLACK_S", 0.0)  # the media are copied a moment before the run
+    monkeypatch.setattr("pipeline.refresh.CLOCK_SLACK_S", 0.0)  # the media are copied a moment before the run
     exchange(filled)
     store, listing = StoreWriter.open(filled.store), load_dataset("videollava", str(filled.root), limit=3)
     identities = FeatureStore.open(filled.store).encoders
@@ -166,11 +166,11 @@ def test_a_run_with_nothing_to_do_loads_nothing_and_one_with_work_loads(filled, 
 
 def test_a_wrong_remembered_digest_is_replaced_by_what_was_loaded(filled):
     settings = filled.config(**ONE).encoder_settings[0]
-    mark = remembered.fingerprint(settings.spec, settings.weights)
-    right = remembered.remembered_sha256(mark)
+    mark = weights.fingerprint(settings.spec, settings.weights)
+    right = weights.remembered_sha256(mark)
     assert right == FeatureStore.open(filled.store).encoders["siglip"].weights_sha256
-    assert remembered.remember(mark, "0" * 64)
+    assert weights.remember(mark, "0" * 64)
     summary, said = run(filled)
     assert summary.clips == 0  # loaded, found equal to what is stored
     assert "the remembered digest of siglip's weights was wrong: replaced" in said
-    assert remembered.remembered_sha256(mark) == right
+    assert weights.remembered_sha256(mark) == right

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from featurestore import FeatureStore, verify_store
-from pipeline.costs.forecast import forecast
+from pipeline.forecast import forecast
 
 ONE = ["siglip"]
 

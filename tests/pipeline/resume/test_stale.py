@@ -9,9 +9,8 @@ import pytest
 from featurestore.clips import Clip
 from featurestore.records import driver_runs
 from featurestore.writer import StoreWriter
-from pipeline.decode.source import Source
-from pipeline.media_memory import media_memory, newest_touch_s
-from pipeline.resume.stale import CLOCK_SLACK_S, _file_touch_s, _Rows, _Runs, _Stored
+from pipeline.media import Source, media_memory, newest_touch_s
+from pipeline.refresh import CLOCK_SLACK_S, _file_touch_s, _Rows, _Runs, _Stored
 from pipeline.summary import ExtractSummary
 from pipeline.worker.reports import BlockReport, EncoderWork
 

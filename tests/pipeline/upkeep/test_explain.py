@@ -12,10 +12,9 @@ from click.testing import CliRunner
 
 from featurestore import FeatureStore
 from mervcache.errors import UserError
-from pipeline.cli import main
-from pipeline.costs.ledger import changed_versions, past_rate
-from pipeline.summary import software_versions
-from pipeline.upkeep.explain import _wanted, explain, explained_config
+from pipeline.cli.extract import main
+from pipeline.explain import _wanted, explain, explained_config
+from pipeline.summary import changed_versions, past_rate, software_versions
 
 ONE = {"encoders": ("siglip",), "canaries": False}
 

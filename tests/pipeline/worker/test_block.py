@@ -141,8 +141,8 @@ def test_a_block_reports_what_it_has_done_in_the_words_of_its_end(lab, monkeypat
 
 def test_an_encoder_short_of_device_memory_halves_its_batches_and_every_account_says_so(lab, extracted, monkeypatch):
     """The network itself refuses more than one clip, as CUDA's allocator would."""
-    from pipeline.commands import tables
-    from pipeline.encoders.loaded import LoadedEncoder
+    from pipeline.cli import render
+    from pipeline.encoders.loading import LoadedEncoder
 
     whole = LoadedEncoder.encode_tokens
 
@@ -167,7 +167,7 @@ def test_an_encoder_short_of_device_memory_halves_its_batches_and_every_account_
     assert record["summary"]["halvings"] == 8
     printed = io.StringIO()
     monkeypatch.setattr("sys.stdout", printed)
-    tables.summary(summary)
+    render.summary(summary)
     assert "8 batches were halved for lack of device memory: give a smaller batch" in printed.getvalue()
     ids = store.clips["clip_id"].to_pylist()
     ours, theirs = (FeatureStore.open(place).read(ids, encoder="siglip") for place in (lab.store, extracted.store))

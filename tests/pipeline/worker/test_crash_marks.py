@@ -9,12 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.worker.crash_marks import forget, forget_all, has_crashed, marked
+from pipeline.worker.isolate import forget, forget_all, has_crashed, marked
 
 BLOCK = """
 import signal, sys
 from types import SimpleNamespace
-from pipeline.worker.crash_marks import marked
+from pipeline.worker.isolate import marked
 with marked(SimpleNamespace(store=sys.argv[1], kind="video", block=1, batch=2)):
     signal.raise_signal(int(sys.argv[2]))
 """

@@ -9,9 +9,8 @@ import torch
 
 from featurestore.writer import StoreWriter
 from pipeline.config import DEFAULT_BATCH
-from pipeline.worker import device_memory
-from pipeline.worker.device_memory import CudaMemory, clips_that_fit
-from pipeline.worker.engine import Engine, close_engines
+from pipeline.worker import engine as device_memory
+from pipeline.worker.engine import CudaMemory, Engine, clips_that_fit, close_engines
 
 
 @dataclass

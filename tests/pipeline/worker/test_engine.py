@@ -12,7 +12,7 @@ import torch
 
 from featurestore.clips import Clip
 from mervcache.errors import UserError
-from pipeline.decode.job import DecodeJob
+from pipeline.decode.sampling import DecodeJob
 from pipeline.worker.engine import (
     EncoderRun,
     Engine,

@@ -11,8 +11,8 @@ from featurestore.clips import Clip
 from mervcache.errors import RunStoppedError
 from pipeline.config import EngineSettings
 from pipeline.worker.block import BlockTask
+from pipeline.worker.isolate import extract_suspect
 from pipeline.worker.reports import BlockReport, EncoderWork
-from pipeline.worker.suspect import extract_suspect
 
 # Stands in for the child: announces its rows, dies where it is told to, and does what `fate` says of each row.
 CHILD = """
@@ -58,7 +58,7 @@ def suspect(tmp_path, monkeypatch):
 
     def run(**fates):
         plain = {name.lstrip("_"): fate for name, fate in fates.items()}
-        monkeypatch.setattr("pipeline.worker.suspect.COMMAND", (sys.executable, "-c", CHILD, json.dumps(plain)))
+        monkeypatch.setattr("pipeline.worker.isolate.COMMAND", (sys.executable, "-c", CHILD, json.dumps(plain)))
         return extract_suspect(task)
 
     return run

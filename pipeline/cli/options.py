@@ -1,0 +1,242 @@
+"""The command line's options that commands share: which store, and for `extract` and `plan` what is extracted.
+
+Comes in: words typed by a person. Goes out: an `ExtractConfig`. Every option is None when it is not given, so that the
+config file's value, or the default of `ExtractConfig`, stands.
+
+What commands do around their one library call: friendly errors, interrupts, progress, results.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import click
+
+from featurestore.clips import KINDS
+from featurestore.identity import STORAGE_DTYPES
+from featurestore.locate import find_store
+from jobs.clusters import ClusterError
+from mervcache import console
+from mervcache.console import Command, ProgressCallback, say, says, stacked
+from mervcache.errors import MervCacheError
+from pipeline.config import COMPUTE_DTYPES, DECODER_NAMES, ExtractConfig, read_config
+from pipeline.encoders.weights import weights_by_encoder
+
+STAGES = ("align", "finetune")
+
+STORE_OPTION = click.option(
+    "--store",
+    "store_option",
+    type=click.Path(),
+    show_default="the only one under features/",
+    help="The store, as for extract.",
+)
+ROOT = click.option(
+    "--root", type=click.Path(file_okay=False), show_default="as at extraction", help="Folder of the media."
+)
+WEIGHTS = click.option(
+    "--weights", metavar="SPEC", multiple=True, show_default="as at extraction", help="As for extract. Repeatable."
+)
+DEVICE = click.option("--device", show_default="cuda where there is one, else cpu", help="cpu, cuda, cuda:1, ...")
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+CLUSTER_OPTION = click.option(
+    "--cluster",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="A setting of cuda or slurm, such as partition=gpu or walltime=8:00:00; see jobs/README.md. Repeatable.",
+)
+extraction_options = stacked(  # what would be extracted, from where, with what, and where it runs
+    click.option("--dataset", help="Dataset by name; `merv-pipeline datasets` lists them."),
+    click.option(
+        "--root",
+        type=click.Path(file_okay=False),
+        show_default="the dataset's own, e.g. data/videollava",
+        help="Folder of media and annotations.",
+    ),
+    click.option("--store", type=click.Path(), show_default="features/DATASET.zarr", help="Feature store to write."),
+    click.option("--reuse", metavar="STORE", help="Copy what this other store holds of the same media; folder or URL."),
+    click.option(
+        "--encoders", metavar="LIST", show_default=",".join(ExtractConfig.encoders), help="Encoders, comma separated."
+    ),
+    click.option(
+        "--weights",
+        metavar="SPEC",
+        multiple=True,
+        show_default="hub",
+        help="hub, a folder, or random:SEED; NAME=SPEC sets one encoder. Repeatable.",
+    ),
+    click.option(
+        "--config",
+        "config_file",
+        type=click.Path(dir_okay=False),
+        help="YAML file with any setting; options given here win over it.",
+    ),
+    click.option(
+        "--option",
+        "options",
+        metavar="KEY=VALUE",
+        multiple=True,
+        help="An option of the dataset; `merv-pipeline datasets NAME` tells them. Repeatable.",
+    ),
+    click.option("--stage", type=click.Choice(STAGES), show_default="all", help="Records of this training stage only."),
+    click.option("--kind", type=click.Choice(KINDS), show_default="both", help="Clips of this kind only."),
+    click.option("--limit", type=click.IntRange(1), show_default="all", help="Only the first so many clips."),
+    click.option(
+        "--decoder",
+        type=click.Choice(DECODER_NAMES),
+        show_default=ExtractConfig.decoder,
+        help="frames/1 is frame-exact; the others are for parity with published work.",
+    ),
+    click.option(
+        "--compute-dtype",
+        type=click.Choice(COMPUTE_DTYPES),
+        show_default=ExtractConfig.compute_dtype,
+        help="Arithmetic of the encoders.",
+    ),
+    click.option(
+        "--storage-dtype",
+        type=click.Choice(STORAGE_DTYPES),
+        show_default=ExtractConfig.storage_dtype,
+        help="Stored numbers.",
+    ),
+    click.option(
+        "--grid",
+        metavar="T,H,W",
+        show_default=",".join(map(str, ExtractConfig.grid)),
+        help="Stored tokens per clip, or raw: each encoder's own grid.",
+    ),
+    click.option(
+        "--prefix-tokens",
+        is_flag=True,
+        default=None,
+        help="Store class and register tokens beside, of the encoders that have them.",
+    ),
+    click.option(
+        "--scheduler",
+        metavar="NAME|ADDRESS",
+        show_default=ExtractConfig.scheduler,
+        help="local, cuda (this machine's GPUs), slurm, tcp://HOST:PORT, or a scheduler file.",
+    ),
+    click.option(
+        "--workers", type=click.IntRange(1), show_default="1, with cuda one per GPU", help="Worker processes."
+    ),
+    CLUSTER_OPTION,
+    DEVICE,
+)
+
+
+def takes_store(command: Command) -> Command:
+    """Decorator: the command is given the place of the store named behind it or by --store, else of the only one."""
+
+    @click.argument("store", type=click.Path(), required=False)
+    @STORE_OPTION
+    @functools.wraps(command)
+    def wrapped(store: str | None, store_option: str | None, **options: Any) -> Any:
+        return command(find_store(store or store_option), **options)
+
+    return wrapped
+
+
+def config_from_options(config_file: str | None, options: dict[str, Any]) -> ExtractConfig:
+    """Options as click gives them, over the config file."""
+    return read_config(config_file, given_options(options))
+
+
+def given_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Those that were given, as settings."""
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    if "weights" in given:
+        given["weights"] = weights_by_encoder(given["weights"])
+    if "options" in given:
+        given["options"] = _pairs("--option", given["options"])
+    if "cluster" in given:
+        given["cluster"] = _pairs("--cluster", given["cluster"])
+    if given.get("grid", "raw") != "raw":
+        given["grid"] = _grid(given["grid"])
+    return given
+
+
+def _pairs(option: str, pairs: tuple[str, ...]) -> dict[str, Any]:
+    """`("spool_gb=100",)` -> name -> value, numbers and booleans as YAML reads them."""
+    import yaml  # only where it is needed: --help reads this room
+
+    if wrong := [pair for pair in pairs if "=" not in pair]:
+        raise click.BadParameter(f"{option} is KEY=VALUE, got {wrong[0]!r}")
+    return {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in pairs)}
+
+
+def _grid(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(n) for n in text.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"--grid is T,H,W such as 16,8,8, or raw; got {text!r}") from error
+
+
+says_errors = says(
+    MervCacheError,
+    ClusterError,
+    interrupted="Interrupted. What was committed is kept; run the same command again to go on.",
+)
+show_result = partial(console.show_result, indent=2)
+
+
+@contextmanager
+def told_interrupts() -> Iterator[None]:
+    """Ctrl-C and SIGTERM are answered at once, for what runs may need a while to stop; the second one is final."""
+
+    def answer(number: int, frame: Any) -> None:
+        signal.signal(number, signal.default_int_handler)
+        say("\nstopping: what is committed is kept (once more to stop without waiting)")
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, answer)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
+
+
+@contextmanager
+def progress(label: str, unit: str, *, size: float = 1) -> Iterator[ProgressCallback]:
+    """Shows on stderr what a library call tells: done, rates, ETA; `size` is how many of its items make a unit."""
+    shown = _Shown(label, unit, size)
+    try:
+        yield shown
+    finally:
+        shown.close()
+
+
+class _Shown:
+    """A line of progress for every start."""
+
+    def __init__(self, label: str, unit: str, size: float) -> None:
+        self._label, self._unit, self._size = label, unit, size
+        self._lock = threading.Lock()
+        self._line = None
+        self._items = 0
+
+    def start(self, total: int) -> None:
+        from mervcache.console import RunProgress  # rich, on a terminal
+
+        self.close()
+        self._items = 0
+        self._line = RunProgress(self._label, total=math.ceil(total / self._size), unit=self._unit).__enter__()
+
+    def advance(self, items: int = 1, **amounts: float) -> None:
+        with self._lock:
+            self._items += items
+            self._line.advance(math.ceil(self._items / self._size) - self._line.done, **amounts)
+
+    def close(self) -> None:
+        line, self._line = self._line, None
+        if line is not None:
+            line.__exit__(None, None, None)

@@ -1,0 +1,295 @@
+"""Commands that keep a store in order: verify, repair, quarantine, tombstone.
+
+The command that measures storage dtypes on a store's own tokens. Thin: parse, call one library function, print.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from featurestore.locate import Place, find_store, names_of, store_first
+from mervcache.console import say, tell_kept
+from pipeline.cli.options import (
+    AS_JSON,
+    DEVICE,
+    ROOT,
+    STORE_OPTION,
+    WEIGHTS,
+    progress,
+    says_errors,
+    show_result,
+    takes_store,
+)
+from pipeline.config import ExtractConfig
+
+
+@click.command()
+@says_errors
+@takes_store
+@click.option("--full", is_flag=True, help="Read every byte; quick checks names, sizes and digests of metadata.")
+@click.option(
+    "--media",
+    type=click.Choice(["quick", "full"]),
+    show_default="not looked at",
+    help="Look for media that changed since: quick hashes those touched since the first run, full hashes all.",
+)
+@click.option(
+    "--parity", is_flag=True, help="Encode the store's canaries again on this machine and compare; needs the weights."
+)
+@click.option(
+    "--clips",
+    type=click.Path(exists=True, dir_okay=False),
+    show_default="the canaries",
+    help="With --parity: file of clip ids, one a line, whose media are encoded again instead.",
+)
+@click.option("--encoders", metavar="LIST", show_default="all", help="With --parity: only these, comma separated.")
+@click.option(
+    "--weights", metavar="SPEC", multiple=True, show_default="as at extraction", help="With --parity. Repeatable."
+)
+@click.option("--device", show_default="cuda where there is one, else cpu", help="With --parity: cpu, cuda, ...")
+@ROOT
+@click.option("--workers", type=click.IntRange(1), default=2, help="Blocks, or media, checked at once.")
+@AS_JSON
+def verify(
+    place: Place,
+    full: bool,
+    media: str | None,
+    root: str | None,
+    workers: int,
+    parity: bool,
+    as_json: bool,
+    **again: Any,
+) -> None:
+    """Check that a store is sound. Exit code 1 where anything is damaged, 0 where only strays lie about.
+
+    With --parity, also whether this machine's libraries, decoder and encoders make the tokens that the store holds:
+    exit code 1 where they are outside the tolerance. The result is kept in the store's journal.
+    """
+    from featurestore.maintenance.verify import is_damaged, verify_store
+
+    if not parity and any(again.values()):
+        raise click.UsageError("--clips, --encoders, --weights and --device say what --parity does: add --parity")
+    with progress("verify", "blocks") as shown:
+        findings = verify_store(place, "full" if full else "quick", workers=workers, progress=shown)
+    if media:
+        from pipeline.recompute import verify_media
+
+        with progress("media", "clips") as shown:
+            findings += verify_media(place, media, root=root, workers=workers, progress=shown)
+    told = {"store": str(place), "mode": "full" if full else "quick", "media": media}
+    told["findings"] = [vars(finding) for finding in findings]
+    checked = _parity(place, root=root, **again) if parity else None
+    told |= {"parity": checked and asdict(checked)}
+    show_result(told, as_json, lambda: _show_verified(findings, full, media, checked))
+    is_outside = checked is not None and any(row.verdict == "outside" for row in checked.rows)
+    if is_damaged(findings) or is_outside:
+        click.get_current_context().exit(1)
+
+
+def _show_verified(findings: list, full: bool, media: str | None, checked: Any) -> None:
+    from pipeline.cli import render
+
+    render.findings(findings, full, media)
+    if checked is not None:
+        render.parity(checked)
+
+
+def _parity(place: Place, *, encoders: str | None, weights: tuple[str, ...], **options: Any) -> Any:
+    """The parity check that was asked for, kept in the journal where the store can be written."""
+    from featurestore.quality import keep_parity
+    from pipeline.encoders.weights import weights_by_encoder
+    from pipeline.parity import check_parity
+
+    chosen = names_of(encoders) if encoders else None
+    record = check_parity(place, encoders=chosen, weights=weights_by_encoder(weights), say=say, **options)
+    tell_kept(lambda: keep_parity(place, record))
+    return record
+
+
+@click.command()
+@says_errors
+@takes_store
+@click.option("--from", "other", type=click.Path(), help="Another copy of the store: a folder or URL.")
+@click.option("--recompute", is_flag=True, help="Compute what no copy has from the media.")
+@ROOT
+@WEIGHTS
+@click.option("--device", show_default="as at extraction", help="cpu, cuda, cuda:1, ...")
+@click.option(
+    "--new-bytes", is_flag=True, help="Take what this machine computes though its bytes differ: a numbered receipt."
+)
+@AS_JSON
+def repair(
+    place: Place,
+    other: str | None,
+    recompute: bool,
+    root: str | None,
+    weights: tuple[str, ...],
+    device: str | None,
+    new_bytes: bool,
+    as_json: bool,
+) -> None:
+    """Mend what `verify --full` finds damaged. What is whole is not touched; exit code 1 if something is left."""
+    from featurestore.maintenance.repair import repair_store
+    from pipeline.cli import render
+    from pipeline.encoders.weights import weights_by_encoder
+
+    again = None
+    if recompute or root or new_bytes:
+        from pipeline.recompute import Recompute
+
+        again = Recompute(place, root=root, weights=weights_by_encoder(weights), device=device)
+    with progress("verify", "blocks") as shown:
+        done = repair_store(
+            place,
+            other=find_store(other) if other else None,
+            recompute=again,
+            canaries=again.canaries if again else None,
+            new_bytes=new_bytes,
+            say=lambda each: say(f"{each.key}: {each.done}"),
+            progress=shown,
+        )
+    told = {"store": str(place), "from": other, "recompute": again is not None, "new_bytes": new_bytes}
+    told["repaired"] = [vars(each) for each in done]
+    show_result(told, as_json, lambda: render.repaired(done))
+    if not all(each.is_mended for each in done):
+        click.get_current_context().exit(1)
+
+
+@click.group()
+def quarantine() -> None:
+    """List clips that failed, or try them again."""
+
+
+_ENCODER = click.option("--encoder", show_default="all", help="Failures of this encoder only.")
+_REASON = click.option("--reason", metavar="TEXT", show_default="any", help="Failures whose reason holds this text.")
+
+
+@quarantine.command("list")
+@says_errors
+@takes_store
+@_ENCODER
+@_REASON
+@AS_JSON
+def list_quarantine(place: Place, encoder: str | None, reason: str | None, as_json: bool) -> None:
+    """List what failed: clip, encoder and reason."""
+    from pipeline.cli import render
+    from pipeline.quarantine import quarantined
+
+    rows = quarantined(place, encoder=encoder, reason=reason)
+    show_result(rows, as_json, lambda: render.quarantined(rows))
+
+
+@quarantine.command()
+@says_errors
+@takes_store
+@_ENCODER
+@_REASON
+@click.option("--decoder", show_default="as at extraction", help="Another decoder: another identity of the features.")
+@click.option("--accept-damaged", is_flag=True, default=None, help="Take what can be decoded of damaged files.")
+@click.option("--new-identity", is_flag=True, default=None, help="Keep changed features beside the stored ones.")
+@ROOT
+@click.option("--device", show_default="as at extraction", help="cpu, cuda, cuda:1, ...")
+@click.option("--scheduler", show_default=ExtractConfig.scheduler, help="As for extract.")
+@AS_JSON
+def retry(place: Place, encoder: str | None, reason: str | None, as_json: bool, **overrides: Any) -> None:
+    """Extract quarantined clips again, with the settings that the store's journal tells."""
+    from pipeline.cli import render
+    from pipeline.quarantine import retry as retry_quarantine
+
+    summaries = retry_quarantine(place, encoder=encoder, reason=reason, overrides=overrides, say=say)
+    show_result(
+        [summary.to_dict() for summary in summaries], as_json, lambda: [render.summary(each) for each in summaries]
+    )
+
+
+@click.command()
+@says_errors
+@click.argument("clips", nargs=-1, required=True, metavar="[STORE] CLIP...")
+@click.option("--reason", required=True, help="Why, for whoever reads the store later: a licence, a consent withdrawn.")
+@click.option(
+    "--everywhere/--only-these",
+    default=None,
+    show_default="asked for, where there are any",
+    help="Whether other clips made from the same media, of any dataset and span, are removed as well.",
+)
+@STORE_OPTION
+@AS_JSON
+def tombstone(
+    clips: tuple[str, ...], reason: str, everywhere: bool | None, store_option: str | None, as_json: bool
+) -> None:
+    """Remove clips for good, tokens and conversations.
+
+    Name a clip by its id, or by an end of it that no other clip has. Readers no longer have it, and its tokens and
+    conversations are erased from the files. Ids stay, in the clip parts and in the tombstone, so that they are never
+    computed again. Other copies of the store take the removal over when they are pushed to or pull from it. Where the
+    same video has other ids too (of another dataset, another span), they are named, and you say whether they go.
+    """
+    from featurestore.maintenance.tombstone import tombstone as remove
+    from pipeline.cli import render
+
+    place, names = store_first(clips, store_option)
+    with progress("erase", "blocks") as shown:
+        result = remove(place, names, reason=reason, everywhere=everywhere, progress=shown)
+    show_result(result, as_json, lambda: render.details(result))
+
+
+STORE_COMMANDS: tuple[click.Command, ...] = (verify, repair, quarantine, tombstone)
+
+
+@click.command()
+@says_errors
+@takes_store
+@click.option("--sample", type=click.IntRange(1), default=64, help="Clips of each encoder and kind, at most.")
+@click.option("--seed", type=int, default=0, help="Chooses the clips.")
+@click.option(
+    "--scratch",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    show_default="the system's",
+    help="Folder for temporary stores: one encoder and dtype at a time; reading speed is that of its disk.",
+)
+@click.option(
+    "--reference",
+    type=click.Choice(["store", "encoders"]),
+    default="store",
+    help="What errors are against: the stored tokens, or the encoders' float32, computed again from the media.",
+)
+@ROOT
+@WEIGHTS
+@DEVICE
+@AS_JSON
+def distortion(
+    place: Place,
+    reference: str,
+    root: str | None,
+    weights: tuple[str, ...],
+    device: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure what each storage dtype takes and loses.
+
+    Bytes, reading speed and error, on the store's own tokens: a sample is written in float16, bfloat16 and uint8 into
+    temporary stores and read back. The result is kept in the store's journal, for `report` and the card; `merv-eval
+    distortion` adds what a trained run makes of each dtype.
+    """
+    from featurestore.quality import distortion_record, keep_record
+    from pipeline.cli import render
+    from pipeline.distortion import measure_distortion
+
+    with ExitStack() as stack:
+        if reference == "encoders":
+            from pipeline.distortion import encoded_again
+            from pipeline.encoders.weights import weights_by_encoder
+
+            made_of = {"root": root, "weights": weights_by_encoder(weights), "device": device}
+            options["again"] = stack.enter_context(encoded_again(place, **made_of))
+        shown = stack.enter_context(progress("distortion", "measurements"))
+        measured = measure_distortion(place, **options, progress=shown)
+    record = distortion_record(measured)
+    tell_kept(lambda: keep_record(place, record))
+    show_result(record, as_json, lambda: render.distortion(measured))

@@ -1,0 +1,115 @@
+"""Reuse: cells that another store holds under the same identity are copied instead of computed.
+
+The driver proposes: same clip id, else the same file name and span, whatever the path. The worker decides: it digests
+the media it would decode, and takes a cell only if the other store's was made of exactly these bytes.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from featurestore.clips import Clip
+from featurestore.identity import FeatureIdentity
+from featurestore.transfer.merge import StoreCells, lay_cell
+from mervcache.errors import MediaError
+
+if TYPE_CHECKING:
+    from featurestore.writer import BlockWriter
+    from pipeline.plan import PlannedBlock
+
+Proposals = dict[str, str]  # clip id here -> clip id there
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReuseTask:
+    """What a worker may copy into one block; small and picklable."""
+
+    store: str
+    snapshot: str
+    cells: Mapping[str, Mapping[int, str]]  # encoder -> row here -> clip id there
+
+
+class OtherStore:
+    """A colleague's store, as the driver sees it."""
+
+    def __init__(self, place: str) -> None:
+        self._source = StoreCells(place)
+        self._clips = {clip.clip_id: clip for clip in self._source.clips()}
+        counted = Counter(map(_name, self._clips.values()))
+        self._by_name = {_name(clip): clip_id for clip_id, clip in self._clips.items() if counted[_name(clip)] == 1}
+        self._proposals: dict[tuple[str, str], set[str]] = {}
+
+    def proposals(self, identity: FeatureIdentity, clips: Iterable[Clip]) -> Proposals:
+        """Which of the clips have committed tokens of this identity there."""
+        found: Proposals = {}
+        for clip in clips:
+            twin = clip.clip_id if clip.clip_id in self._clips else self._by_name.get(_name(clip))
+            if twin is not None and twin in self._committed(clip.kind, identity.group_name):
+                found[clip.clip_id] = twin
+        return found
+
+    def task(self, block: PlannedBlock, identities: Mapping[str, FeatureIdentity]) -> ReuseTask | None:
+        """What of a block may be copied; None if nothing."""
+        cells: dict[str, dict[int, str]] = {}
+        for encoder, rows in block.wanted.items():
+            wanted = {row: clip for row, clip in block.rows if row in rows}
+            twins = self.proposals(identities[encoder], wanted.values())
+            if twins:
+                cells[encoder] = {row: twins[clip.clip_id] for row, clip in wanted.items() if clip.clip_id in twins}
+        place = self._source.provenance()
+        return ReuseTask(store=place["store"], snapshot=place["snapshot"], cells=cells) if cells else None
+
+    def _committed(self, kind: str, group: str) -> set[str]:
+        if (kind, group) not in self._proposals:
+            name = f"{kind}/{group}"
+            cells = self._source.cells(name) if name in self._source.groups() else {}
+            self._proposals[kind, group] = {clip_id for clip_id, cell in cells.items() if cell.is_ok}
+        return self._proposals[kind, group]
+
+
+def copy_cells(
+    task: ReuseTask,
+    root: str,
+    clips: Mapping[int, Clip],
+    kind: str,
+    writers: Mapping[str, BlockWriter],
+    groups: Mapping,
+) -> dict[str, frozenset[int]]:
+    """Copy what was made of the same bytes; returns the rows that need no computing, by encoder."""
+    source = _source(task.store, task.snapshot)
+    copied: dict[str, frozenset[int]] = {}
+    for encoder, cells in task.cells.items():
+        name, writer, done = f"{kind}/{groups[encoder]}", writers[encoder], set()
+        for row, clip_id in cells.items():
+            digest = _media_sha256(root, clips[row].path)
+            if digest is None:
+                continue  # decoding says what is wrong with it
+            loaded = source.load(name, clip_id, writer.specs)
+            if loaded.outcome.media_sha256 == digest:
+                lay_cell(writer, row, loaded)
+                done.add(row)
+        copied[encoder] = frozenset(done)
+    return copied
+
+
+@lru_cache(2)
+def _source(store: str, snapshot: str) -> StoreCells:
+    return StoreCells(store, snapshot=snapshot)
+
+
+def _media_sha256(root: str, path: str) -> str | None:
+    from pipeline.media import Source
+
+    try:
+        return Source.find(root, path).sha256()
+    except (MediaError, OSError):
+        return None
+
+
+def _name(clip: Clip) -> tuple:
+    return (posixpath.basename(clip.path), clip.kind, clip.start_s, clip.end_s, clip.end_frame)
