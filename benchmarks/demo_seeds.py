@@ -17,9 +17,8 @@ from typing import Any
 
 import click
 
-from trainer.config import TrainConfig
-from trainer.overlay import overlay
-from trainer.recipes import get_recipe
+from mervcache.config import overlay
+from trainer.config import TrainConfig, get_recipe
 
 Scores = Mapping[str, Mapping[str, Any]]  # category -> its line of an evaluation
 
@@ -48,7 +47,7 @@ def scores_of(config: TrainConfig, store: str, out: Path) -> tuple[Scores, Score
     """Train with and without visual tokens; the scores of both on the held-out questions."""
     from trainer.evaluate import EvaluationRequest, evaluate_run
     from trainer.loop.train import train
-    from trainer.places import open_store
+    from trainer.sources import open_store
 
     seen, read = out / f"{config.seed}", out / f"{config.seed}-text-only"
     for each, folder in ((config, seen), (replace(config, mode="text-only"), read)):

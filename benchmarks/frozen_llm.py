@@ -19,15 +19,13 @@ import torch
 
 from featurestore.clips import Sample
 from trainer.config import TrainConfig
-from trainer.data.batches import make_batch, select
-from trainer.data.collate import Batch, collate
+from trainer.data.batches import Batch, collate, make_batch, select
 from trainer.data.prompts import Renderer
 from trainer.data.tokens import TokenSource
-from trainer.model.build import Built, new_llm
-from trainer.model.video_llm import VideoLLM
-from trainer.places import open_store
+from trainer.model.video_llm import Built, VideoLLM, new_llm
 from trainer.runs.load import load_run
-from trainer.runs.metrics import read_metrics
+from trainer.runs.run_record import read_metrics
+from trainer.sources import open_store
 
 BATCH = 8  # samples per forward
 EDGE = 5  # steps whose losses are averaged at either end of a run

@@ -14,12 +14,12 @@ import torch
 
 from pipeline.encoders import MERV_ENCODERS, encoder_spec
 from trainer.config import TrainConfig
-from trainer.data.collate import Batch, collate
+from trainer.data.batches import Batch, collate
 from trainer.data.prompts import IGNORE_INDEX, Rendered
 from trainer.data.tokens import TokenShape
-from trainer.loop.optimizer import build_optimizer, set_rates
-from trainer.model.build import Built, build, count_parameters
+from trainer.loop.train import build_optimizer, set_rates
 from trainer.model.llm import LoadedLLM, word_tokenizer
+from trainer.model.video_llm import Built, build, count_parameters
 
 SEED = 0
 ANSWER_SHARE = 0.25  # of the text tokens
@@ -66,7 +66,7 @@ def frozen_step(size: StepSize, device: str, *, micro_batch: int, checkpointing:
 
 
 def seeded_model(size: StepSize, device: str, checkpointing: bool) -> Built:
-    """Projectors, fusion and a frozen bf16 Llama on the device, as `trainer.model.build` puts them together."""
+    """Projectors, fusion and a frozen bf16 Llama on the device, as `trainer.model.video_llm` puts them together."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(SEED)

@@ -24,9 +24,8 @@ from typing import Any
 
 import click
 
-from trainer.config import TrainConfig
-from trainer.overlay import overlay
-from trainer.recipes import get_recipe
+from mervcache.config import overlay
+from trainer.config import TrainConfig, get_recipe
 
 EDGE = 10  # steps at the end of a run whose training losses are averaged
 
@@ -103,8 +102,8 @@ def measure(task: Task) -> dict[str, Any]:
 
     from trainer.evaluate import EvaluationRequest, evaluate_run
     from trainer.loop.train import train
-    from trainer.places import open_store
-    from trainer.runs.metrics import read_metrics
+    from trainer.runs.run_record import read_metrics
+    from trainer.sources import open_store
 
     torch.set_num_threads(1)
     out = Path(task.out)
@@ -132,7 +131,7 @@ def measure_text_only(task: Task) -> dict[str, Any]:
     from frozen_llm import plain_llm
 
     from trainer.model.multiple_choice import answer_all, questions
-    from trainer.places import open_store
+    from trainer.sources import open_store
 
     torch.set_num_threads(1)
     samples, source = open_store(task.store, task.config)

@@ -28,8 +28,8 @@ from trainer.end_to_end import live_source
 from trainer.loop.train import train
 from trainer.model.fusion import FUSIONS
 from trainer.model.llm import FRESH_LLMS, FreshLLM
-from trainer.places import open_store
-from trainer.runs.metrics import read_metrics
+from trainer.runs.run_record import read_metrics
+from trainer.sources import open_store
 
 RATE = 1e-4
 

@@ -29,7 +29,7 @@ from trainer.config import OptimizerConfig, TrainConfig
 from trainer.data.tokens import MemoryTokens, StoreTokens, TokenSource
 from trainer.loop.train import train
 from trainer.model.llm import FRESH_LLMS, FreshLLM
-from trainer.runs.metrics import read_metrics
+from trainer.runs.run_record import read_metrics
 
 GRID = (16, 8, 8)
 WIDTHS = {"dinov2": 1024, "vivit": 768, "siglip": 768, "languagebind": 1024}

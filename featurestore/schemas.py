@@ -10,10 +10,7 @@ from operator import attrgetter
 
 import pyarrow as pa
 
-from featurestore.clips import (
-    Clip,
-    Sample,
-)
+from featurestore.clips import Clip, Sample
 from mervcache.errors import StoreFormatError, UserError
 
 CLIP_SCHEMA = pa.schema(

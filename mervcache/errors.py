@@ -21,6 +21,11 @@ import difflib
 from collections.abc import Iterable
 
 
+def no_file(path: object) -> str:
+    """The message for a media file that is not there, with the path as it was typed."""
+    return f"there is no file {path}; give a video or an image that exists"
+
+
 class ClusterError(Exception):
     """The cluster asked for cannot be started or reached; the message says what to do."""
 

@@ -21,12 +21,10 @@ from typing import Any
 import torch
 
 from featurestore.clips import Clip, Turn
-from mervcache.errors import UserError
-from trainer.command import no_file
+from mervcache.errors import UserError, no_file
 from trainer.data.batches import make_batch
 from trainer.data.tokens import MemoryTokens, TokenSource
-from trainer.runs.load import load_run
-from trainer.runs.rebuild import LoadedRun
+from trainer.runs.load import LoadedRun, load_run
 
 Span = tuple[float | None, float | None]  # seconds; None: the file's start or end
 WHOLE: Span = (None, None)

@@ -2,40 +2,167 @@
 
 Thin: parse, call one function of the house, print. Results go to stdout (`--json` for programs), progress to stderr,
 and an error that a person can act on is its message without a traceback.
+
+Command line of trained runs: `merv-eval`. Thin: parse, call one function of the house, print.
+
+Tell: what `merv-train` and `merv-eval` say to a person on stdout; programs get the same facts with `--json`.
+
+Comes in: the facts of a dry run, results, scores or losses. Goes out: text. rich is imported where it draws: the
+command lines read this room for `--help`.
+
+What the command lines of this room share beside `mervcache.console`: the door to the heavy rooms.
+
+torch is imported behind `heavy_rooms`, inside a command, so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 from click.core import ParameterSource
 
 from featurestore.locate import FEATURES, ROOT_METADATA, Place, find_store, is_url, names_of, no_store_at
-from mervcache.console import CONTEXT, show_result, stacked
-from mervcache.errors import StoreNotFoundError, UserError
-from trainer.command import heavy_rooms, says_errors
+from mervcache.config import load_yaml
+from mervcache.console import CONTEXT, say, says, show_result, stacked, tell_kept
+from mervcache.errors import MervCacheError, StoreNotFoundError, UserError, no_file
 from trainer.config import (
+    FULL_RECIPE,
+    MODE_FULL,
     PROJECTORS,
+    RECIPES,
     RECORD_FILE,
     FusionName,
     HeadName,
     LiveRequest,
     Mode,
     Quantisation,
+    Stages,
     Tracker,
     TrainLLM,
+    get_stages,
 )
 from trainer.loop.launch import Launch, is_first_rank, is_launched, relaunch
 from trainer.loop.stages import lay_over, to_yaml
-from trainer.overlay import load_yaml
-from trainer.recipes import FULL_RECIPE, MODE_FULL, RECIPES, Stages, get_stages
-from trainer.runs.chain import check_is_free, read_stages, stage_folder
-from trainer.tell import print_plan, result_lines
+from trainer.runs.stage_folders import check_are_runs, check_is_free, read_stages, stage_folder
+
+if TYPE_CHECKING:
+    from featurestore.quality import LossRecord
+
+GB = 1e9
+MEMORY_PARTS = ("parameters", "gradients", "moments", "tokens", "activations", "total")
+
+
+def print_plan(told: Mapping[str, Any]) -> None:
+    """What a dry run found, a column per stage."""
+    from mervcache.console import table  # rich
+
+    stages = told.get("stages") or {"": told}
+    columns = [plan_rows(stage) for stage in stages.values()]
+    names = dict.fromkeys(name for column in columns for name in column)
+    table(("", *stages), [(name, *(column.get(name, "-") for column in columns)) for name in names])
+
+
+def plan_rows(told: Mapping[str, Any]) -> dict[str, str]:
+    """The rows of one stage: what a person decides by before a run."""
+    text, memory = told["text_tokens"], told["memory_bytes"]
+    context = f" of {told['context']:,}" if told["context"] else ""
+    rows = {
+        "steps": f"{told['steps']:,} of {told['batch_size']:,} samples",
+        "samples": f"{told['samples']:,}",
+        "dropped": _counts(told["dropped"]),
+        "unread": _counts(told["unread"]),
+        "text tokens": f"median {text['median']:,}, longest {text['longest']:,}",
+        "visual tokens": f"{told['visual_tokens']:,}",
+        "longest sequence": f"{told['longest_sequence']:,}{context}",
+    }
+    if told["cut"]:
+        rows["texts cut"] = f"{told['cut']:,} at {told['text_limit']:,} tokens"
+    if told["without_answer"]:
+        rows["answer cut off"] = f"{told['without_answer']:,}"
+    for part, sizes in told["parameters"].items():
+        rows[f"trained of {part}"] = f"{sizes['trained']:,} of {sizes['total']:,}"
+    for part in MEMORY_PARTS:
+        about = "about " if part in ("activations", "total") else ""  # activations are a rough formula
+        rows[f"GB, {part}"] = f"{about}{memory[part] / GB:.3g}"
+    return rows | ({"starts from": told["init"]} if "init" in told else {})
+
+
+def print_scores(result: Mapping[str, Any]) -> None:
+    """Accuracy beside chance and beside other runs, a line per category."""
+    from mervcache.console import table  # rich
+
+    columns = ("questions about", "number", "accuracy", "chance", *result["beside"])
+    others = [{row["category"]: row for row in rows} for rows in result["beside"].values()]
+    rows = []
+    for row in result["scores"]:
+        shares = (row, *(other[row["category"]] for other in others))
+        accuracies = [f"{share['accuracy']:.2f}" for share in shares]
+        rows.append((row["category"], row["questions"], accuracies[0], f"{row['chance']:.2f}", *accuracies[1:]))
+    table(columns, rows, right=columns[1:])
+
+
+def print_losses(record: LossRecord) -> None:
+    """A line per dtype, then what it was measured on."""
+    from featurestore.quality import loss_notes, loss_table
+    from mervcache.console import console, table
+
+    columns, rows = loss_table(record)
+    table(columns, rows, right=columns[1:])
+    for note in loss_notes(record):
+        console().print(note)
+
+
+def result_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line per stage that was trained; the last one says what to do next."""
+    lines = [f"{result['run']}: {_done(result)}" for result in results]
+    if lines and results[-1]["steps"] == results[-1]["num_steps"]:
+        lines[-1] += f"; next: merv-eval run --checkpoint {results[-1]['run']}"
+    return lines
+
+
+def _done(result: Mapping[str, Any]) -> str:
+    steps, num_steps = result["steps"], result["num_steps"]
+    if steps < num_steps:
+        return f"stopped and saved at step {steps} of {num_steps}; go on with --resume auto"
+    return f"step {steps} of {num_steps}, loss {result['loss']:.4f}"
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items()) or "none"
+
+
+says_errors = says(
+    MervCacheError, interrupted="Interrupted. What was written is kept; merv-train goes on with --resume auto."
+)
+
+
+def heavy_rooms() -> ModuleType:
+    """`trainer.run` with torch and transformers.
+
+    OpenMP threads that spin while they wait take each other's cores away: on two cores beside other work, training the
+    demo fell from 185 to 20 samples/s, and to 115 where they sleep. Read once, when torch is loaded.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from trainer import run
+
+    keep_bars_to_terminals()
+    return run
+
+
+def keep_bars_to_terminals() -> None:
+    """Let transformers draw its bars only where a person looks: in a log every update is a line."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging  # transformers takes seconds
+
+        logging.disable_progress_bar()
+
 
 ONLY_STORE = "-"  # --from-cache without a path: the only store under features/
 
@@ -243,6 +370,181 @@ def _existing(store: Place) -> Place:
     if not is_url(store) and not (Path(store) / ROOT_METADATA).is_file():
         raise StoreNotFoundError(no_store_at(store))
     return store
+
+
+CHECKPOINT = click.option("--checkpoint", type=click.Path(path_type=Path), required=True, help="Folder of a run.")
+OWN_STORE = "the one the run was trained on"
+
+
+@click.group(context_settings=CONTEXT)
+def eval_main() -> None:
+    """Measure trained runs, give them away, take in others."""
+
+
+@eval_main.command("run")
+@says_errors
+@CHECKPOINT
+@click.option("--store", show_default=OWN_STORE, help="Store of the questions' clips.")
+@click.option("--dataset", help="Decode and encode the clips of this dataset's questions now, instead of --store.")
+@click.option("--root", type=click.Path(file_okay=False), help="Folder of the dataset's media and annotations.")
+@click.option(
+    "--weights", metavar="SPEC", multiple=True, help="Of encoders that run now: where they are; as in ask. Repeatable."
+)
+@click.option("--split", default="heldout", help="Split whose questions are asked.")
+@click.option(
+    "--beside",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Another run that answers the same questions, such as a text-only one. Repeatable.",
+)
+@click.option("--best", is_flag=True, help="Of every run, the best checkpoint by validation instead of the newest.")
+@click.option("--limit", type=click.IntRange(min=1), help="Ask at most so many questions.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=16, help="Questions at once, with all their options.")
+@click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON, answers included.")
+def eval_run(checkpoint: Path, store: str | None, beside: tuple[Path, ...], as_json: bool, **options: Any) -> None:
+    """Multiple-choice accuracy by category, beside chance and beside other runs."""
+    check_are_runs(checkpoint, *beside)
+    heavy_rooms()
+    from trainer.evaluate import EvaluationRequest, evaluate_run
+
+    result = evaluate_run(checkpoint, EvaluationRequest(store=store, **options), beside)
+    show_result(result, as_json, lambda: print_scores(result))
+
+
+@eval_main.command("distortion")
+@says_errors
+@CHECKPOINT
+@click.option("--store", show_default=OWN_STORE, help="Store of the tokens.")
+@click.option("--split", default="heldout", help="Split whose samples the loss is of.")
+@click.option("--limit", type=click.IntRange(min=1), default=256, help="Samples, at most.")
+@click.option("--best", is_flag=True, help="The best checkpoint by validation instead of the newest.")
+@click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
+def eval_distortion(checkpoint: Path, store: str | None, as_json: bool, **options: Any) -> None:
+    """Validation loss on the stored tokens, and on the same tokens in each storage dtype.
+
+    The result is kept in the store's journal, beside what `merv-pipeline distortion` measures.
+    """
+    check_are_runs(checkpoint)
+    heavy_rooms()
+    from featurestore.quality import distortion_record, keep_record
+    from trainer.distortion import measure_losses
+
+    place, measured = measure_losses(checkpoint, store, **options)
+    record = distortion_record(measured)
+    tell_kept(lambda: keep_record(place, record))
+    show_result(record, as_json, lambda: print_losses(measured))
+
+
+@eval_main.command("export")
+@says_errors
+@CHECKPOINT
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to make; it must not exist.")
+@click.option("--best", is_flag=True, help="The best checkpoint by validation instead of the newest.")
+@click.option("--name", show_default="the folder's name", help="Title of the model card.")
+@click.option("--license", default="unknown", help="Licence in the card's head, such as apache-2.0.")
+@click.option("--with-llm", is_flag=True, help="Copy a frozen LLM's weights too, instead of naming the LLM.")
+@click.option("--merge-lora", is_flag=True, help="Add LoRA adapters to the LLM's weights, instead of a peft folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+def eval_export(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> None:
+    """Write a run as a folder to give away: safetensors, settings, tokenizer, model card."""
+    check_are_runs(checkpoint)
+    heavy_rooms()
+    from trainer.runs.export import export_run
+
+    result = export_run(checkpoint, out, **options)
+    words = f"{result['out']}: step {result['step']}, {result['bytes'] / 1e6:.1f} MB; fill in the licence in README.md"
+    show_result(result, as_json, lambda: click.echo(words))
+
+
+@eval_main.command("import-official")
+@says_errors
+@click.argument("checkpoint_file", metavar="CHECKPOINT.pt", type=click.Path(path_type=Path))
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The config.json that lies beside the checkpoint; YAML is read too.",
+)
+@click.option("--llm", required=True, help="Hub id or folder of the LLM it was trained from: tokenizer and sizes.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run to make.")
+@click.option("--store", show_default="any with tokens of its sizes", help="Store whose tokens the run will read.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was imported as JSON.")
+def eval_import_official(checkpoint_file: Path, config_file: Path, as_json: bool, **options: Any) -> None:
+    """Make a run of a checkpoint of princetonvisualai/merv; only tensors are read from it, no code is run."""
+    heavy_rooms()
+    from trainer.official import import_official
+
+    result = import_official(checkpoint_file, config_file, **options)
+    words = f"{result['run']}: step {result['step']}, encoders {', '.join(result['encoders'])}"
+    show_result(result, as_json, lambda: click.echo(words))
+
+
+@eval_main.command("ask")
+@says_errors
+@click.argument("questions", nargs=-1)
+@CHECKPOINT
+@click.option("--video", type=click.Path(path_type=Path), help="Video file, or a folder of frames.")
+@click.option("--image", type=click.Path(path_type=Path), help="Image file.")
+@click.option("--span", metavar="START,END", help="Part of the video, in seconds; either may be left out.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, help="Longest answer, in tokens.")
+@click.option(
+    "--weights",
+    metavar="SPEC",
+    multiple=True,
+    show_default="as in training",
+    help="Where encoders' weights are: hub, a folder or random:SEED; or NAME=SPEC. Repeatable.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print questions and answers as JSON.")
+def eval_ask(questions: tuple[str, ...], checkpoint: Path, as_json: bool, **options: Any) -> None:
+    """Answer QUESTIONS about a video or an image; without any, ask at the terminal, one a line."""
+    if not questions and not is_terminal():
+        raise UserError('what is the question? Give it behind the options: merv-eval ask ... "What happens?"')
+    options["span"] = parse_span(options["span"])
+    for path in (options["video"], options["image"]):
+        if path is not None and not path.exists():  # said before a run is loaded for it
+            raise UserError(no_file(path))
+    weights = options.pop("weights")
+    check_are_runs(checkpoint)
+    heavy_rooms()
+    from trainer.ask import Asker  # torch
+
+    with Asker(checkpoint, weights=weights) as asker:
+        for note in asker.notes:
+            say(note)
+        asked = [questions] if questions else ([line] for line in iter(_next_question, ""))
+        for part in asked:
+            answers = asker.answers(part, **options)
+            if as_json:
+                pairs = [{"question": q, "answer": a} for q, a in zip(part, answers, strict=True)]
+                click.echo(json.dumps({"answers": pairs, "looked": asker.looks, "notes": asker.notes}))
+            else:
+                click.echo("\n".join(answers))
+
+
+def is_terminal() -> bool:
+    """Whether a person sits at standard input."""
+    return sys.stdin.isatty()
+
+
+def _next_question() -> str:
+    """A line from the terminal; "" ends, and so does the end of input."""
+    click.echo("? ", nl=False, err=True)  # answers alone go to stdout
+    return sys.stdin.readline().strip()
+
+
+def parse_span(text: str | None) -> tuple[float | None, float | None]:
+    """`"1.5,4"`, `",4"` or `"1.5,"` in seconds."""
+    if text is None:
+        return None, None
+    parts = text.split(",")
+    try:
+        if len(parts) != 2:
+            raise ValueError
+        start, end = (float(part) if part.strip() else None for part in parts)
+    except ValueError:
+        raise UserError(f"--span is START,END in seconds, such as 1.5,4 or ,4; got {text!r}") from None
+    return start, end
 
 
 if __name__ == "__main__":

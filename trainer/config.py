@@ -3,6 +3,11 @@
 Comes in: a recipe's name, a YAML file, command-line options. Goes out: a `TrainConfig`. Later layers win over
 earlier ones. This room imports no torch: the command line reads it for `--help`, and that has to be instant. The
 names of heads and fusions are therefore listed here, and the rooms that build them must offer exactly these.
+
+Recipes: whole training configurations by name; a config file or options may change any of their settings.
+
+A recipe is a tuple of named stages, each a whole run: most have one, `merv-full` has two of which the second starts
+from all weights of the first. `trainer/loop/stages.py` lays settings over a recipe and trains it.
 """
 
 from __future__ import annotations
@@ -15,8 +20,8 @@ from typing import Any, Literal
 
 import yaml
 
+from mervcache.config import load_yaml, overlay, plain
 from mervcache.errors import UserError, unknown_name
-from trainer.overlay import load_yaml, overlay, plain
 
 LISTING = ("dataset", "root", "options", "stage", "kind", "limit")  # settings of an extraction that say what is listed
 CONFIG_FILE, RECORD_FILE = "config.yaml", "run.json"  # in a run's folder
@@ -54,7 +59,7 @@ class ProjectorConfig:
     frame_divisor: int = 1  # T after the resampler = stored T / this, where grid is None: "3D" in the ablation
     head: HeadName = "linear"
     pre_layer_norm: bool = False  # layer norm before the head
-    standardise: bool = False  # see trainer/model/standardise.py: for small runs with encoders of unlike scale
+    standardise: bool = False  # see trainer/model/projectors.py: for small runs with encoders of unlike scale
 
     def __post_init__(self) -> None:
         if self.frame_divisor < 1 or min(self.grid or (1,)) < 1:
@@ -250,3 +255,89 @@ def used_encoders(config: TrainConfig, available: list[str]) -> list[str]:
             raise UserError(unknown_name("encoder", encoder, available))
     chosen = list(config.encoders or available)
     return chosen[:1] if config.fusion.name == "first" else chosen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One part of a recipe, trained in one go."""
+
+    name: str  # its folder's name where a recipe has several
+    config: TrainConfig
+
+
+Stages = tuple[Stage, ...]
+
+RECIPES: dict[str, Stages] = {
+    # Projectors and fusion trained under a frozen LLM, with the batch of arXiv 2501.01426's second stage. Its rate of
+    # 2e-5 is for an LLM that is trained too; under a frozen one it hardly moves a projector (benchmarks/README.md).
+    "merv-frozen": (
+        Stage(name="finetune", config=TrainConfig(optimizer=OptimizerConfig(projector_lr=1e-3, fusion_lr=1e-3))),
+    ),
+    # What the released code does under the same name: the LLM is trained too, from the same first step. Its decay of
+    # 0.1 is nominal: on several GPUs it is decided after FSDP has flattened the tensors, and flat ones do not decay.
+    "merv-frozen-released": (
+        Stage(
+            name="finetune",
+            config=TrainConfig(
+                train_llm="full",
+                optimizer=OptimizerConfig(weight_decay=0.1),
+                loss="micro_batch_means",
+                sampler="split_modality",
+                activation_checkpointing=True,
+            ),
+        ),
+    ),
+    # Both stages with the LLM trained: captions first, then instructions from all weights of the first stage.
+    "merv-full": (
+        Stage(
+            name="align",
+            config=TrainConfig(
+                stage="align",
+                prompt="caption",
+                train_llm="full",
+                optimizer=OptimizerConfig(projector_lr=1e-4, fusion_lr=1e-4, llm_lr=1e-4),
+                batch_size=256,
+                micro_batch_size=16,
+                activation_checkpointing=True,
+            ),
+        ),
+        Stage(
+            name="finetune",
+            config=TrainConfig(train_llm="full", sampler="split_modality", activation_checkpointing=True),
+        ),
+    ),
+    # A small fresh LLM that learns synthetic clips on two CPU cores; see the docstring of trainer/model/projectors.py.
+    "demo": (
+        Stage(
+            name="finetune",
+            config=TrainConfig(
+                llm="fresh:tiny",
+                train_llm="full",
+                projector=ProjectorConfig(grid=(4, 4, 4), standardise=True),
+                optimizer=OptimizerConfig(projector_lr=2e-3, fusion_lr=2e-3, llm_lr=2e-3, warmup_ratio=0.05),
+                batch_size=32,
+                micro_batch_size=32,
+                max_steps=600,
+                precision="fp32",
+                log_every=20,
+                checkpoint_every=300,
+            ),
+        ),
+    ),
+}
+MODE_FULL, FULL_RECIPE = "full", "merv-full"  # `--mode full` is another way to type `--recipe merv-full`
+
+
+def get_stages(name: str) -> Stages:
+    """The recipe of that name."""
+    if name not in RECIPES:
+        raise UserError(unknown_name("recipe", name, list(RECIPES)))
+    return RECIPES[name]
+
+
+def get_recipe(name: str) -> TrainConfig:
+    """The settings of a recipe of one stage."""
+    stages = get_stages(name)
+    if len(stages) > 1:
+        raise UserError(f"recipe {name} has stages {', '.join(s.name for s in stages)}; choose one of one stage")
+    return stages[0].config

@@ -22,8 +22,8 @@ import click
 from featurestore.clips import Turn
 from mervcache.console import CONTEXT
 from mervcache.errors import UserError
-from trainer.command import keep_bars_to_terminals, says_errors
-from trainer.runs.files import whole_folder
+from mervcache.files import whole_folder
+from trainer.cli import keep_bars_to_terminals, says_errors
 
 if TYPE_CHECKING:
     from torch import nn

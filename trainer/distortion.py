@@ -25,11 +25,11 @@ from featurestore.storage_dtypes import OverflowedTokens, from_stored, to_stored
 from mervcache.errors import UserError
 from trainer.config import TrainConfig
 from trainer.data.tokens import ClipTokens, PrefixedTokens, StoreTokens, TokenSource
-from trainer.loop.ranks import make_accelerator
-from trainer.loop.validate import Validation
-from trainer.model.build import Built
-from trainer.places import open_store_for
+from trainer.loop.distributed import make_accelerator
+from trainer.loop.plan import Validation
+from trainer.model.video_llm import Built
 from trainer.runs.load import load_run
+from trainer.sources import open_store_for
 
 _LOSS = "val_loss"
 

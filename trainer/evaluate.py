@@ -15,18 +15,15 @@ from typing import Any
 import torch
 
 from featurestore.clips import Sample
-from mervcache.console import say
+from mervcache.console import Bar, say
 from mervcache.errors import UserError
-from trainer.bar import Bar
 from trainer.config import LISTING, LiveRequest
 from trainer.data.tokens import TokenSource
 from trainer.model.multiple_choice import Answer, answer_all, questions, showable, summarise
-from trainer.places import TokenPlace, opened_for
-from trainer.runs.chain import last_stage
-from trainer.runs.load import load_run
-from trainer.runs.rebuild import LoadedRun
-from trainer.runs.record import RunRecord
-from trainer.runs.scores import ScoreSource, write_scores
+from trainer.runs.load import LoadedRun, load_run
+from trainer.runs.run_record import RunRecord, ScoreSource, write_scores
+from trainer.runs.stage_folders import last_stage
+from trainer.sources import TokenPlace, opened_for
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from trainer.config import Stages
 from trainer.loop.stages import describe_stages, train_stages
-from trainer.places import TokenPlace, opened, store_of
-from trainer.recipes import Stages
+from trainer.sources import TokenPlace, opened, store_of
 
 
 def dry_run_stages(stages: Stages, place: TokenPlace) -> dict[str, Any]:

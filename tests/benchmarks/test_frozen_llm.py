@@ -11,7 +11,7 @@ def test_a_run_is_shown_beside_its_llm_alone_and_beside_other_clips(tmp_path, qu
     from frozen_llm import main
 
     from trainer.loop.train import train
-    from trainer.places import open_store
+    from trainer.sources import open_store
 
     config = TrainConfig(
         llm=str(llm_folder),

@@ -12,15 +12,15 @@ from click.testing import CliRunner
 
 import trainer
 from mervcache.errors import UserError
-from trainer import eval_cli
+from trainer import cli
 from trainer.ask import Asker, asked_clip
+from trainer.cli import eval_main, parse_span
 from trainer.config import OptimizerConfig, ProjectorConfig, TrainConfig
-from trainer.eval_cli import eval_main, parse_span
 from trainer.loop.train import train
 from trainer.model.llm import FRESH_LLMS, FreshLLM
-from trainer.places import open_store
 from trainer.runs.load import load_run
-from trainer.runs.record import RunRecord
+from trainer.runs.run_record import RunRecord
+from trainer.sources import open_store
 
 QUESTION = "What colour is it?"
 CONFIG = TrainConfig(
@@ -156,7 +156,7 @@ def test_without_a_question_a_terminal_is_asked_and_a_pipe_is_an_error(run, medi
     assert refused.exit_code == 1
     assert "what is the question?" in refused.stderr
 
-    monkeypatch.setattr(eval_cli, "is_terminal", lambda: True)
+    monkeypatch.setattr(cli, "is_terminal", lambda: True)
     answered = ask(*command, input=f"{QUESTION}\n{QUESTION}\n\n")
     assert answered.exit_code == 0, answered.output
     assert answered.stdout == "red\nred\n"

@@ -4,12 +4,12 @@ import io
 
 import pytest
 
-from trainer.bar import Bar
+from mervcache.console import Bar
 
 
 @pytest.fixture
 def clock(stepped_clock):
-    return stepped_clock("trainer.bar")
+    return stepped_clock("mervcache.console")
 
 
 def test_a_log_has_a_line_now_and_then_with_what_is_left_and_one_at_the_end(clock):

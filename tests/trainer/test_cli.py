@@ -5,10 +5,9 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from trainer.cli import train_main
-from trainer.eval_cli import eval_main
-from trainer.overlay import overlay
-from trainer.recipes import get_recipe
+from mervcache.config import overlay
+from trainer.cli import eval_main, train_main
+from trainer.config import get_recipe
 
 SMALL = {
     "llm": "fresh:mini",
@@ -125,7 +124,7 @@ def test_a_place_that_is_wrong_is_said_before_anything_is_loaded(here, monkeypat
 def test_a_folder_without_a_run_is_said_before_anything_is_loaded(here, monkeypatch, words):
     (here / "run").mkdir()
     (here / "run" / "config.yaml").touch()
-    monkeypatch.setattr("trainer.eval_cli.heavy_rooms", lambda: pytest.fail("loaded"))
+    monkeypatch.setattr("trainer.cli.heavy_rooms", lambda: pytest.fail("loaded"))
     assert "nothing holds no run; give the folder" in error_of(call(eval_main, *words))
 
 

@@ -4,7 +4,7 @@ import sys
 import pytest
 from transformers.utils import logging
 
-from trainer.command import keep_bars_to_terminals
+from trainer.cli import keep_bars_to_terminals
 
 
 class Terminal(io.StringIO):

@@ -4,14 +4,13 @@ import typing
 
 import pytest
 
+from mervcache.config import load_yaml, overlay
 from mervcache.errors import UserError
 from trainer import config as room
-from trainer.config import ProjectorConfig, TrainConfig
+from trainer.config import RECIPES, ProjectorConfig, TrainConfig, get_recipe
 from trainer.data.prompts import PROMPTS
 from trainer.model.fusion import FUSIONS
 from trainer.model.projectors import HEADS, RESAMPLERS
-from trainer.overlay import load_yaml, overlay
-from trainer.recipes import RECIPES, get_recipe
 
 
 def test_a_config_survives_its_own_yaml(tmp_path, config):
@@ -125,5 +124,5 @@ def test_a_table_offers_exactly_the_names_that_a_config_may_say(table, names):
 
 
 def test_config_recipes_and_command_line_import_no_torch():
-    code = "import sys, trainer.cli, trainer.recipes; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    code = "import sys, trainer.cli, trainer.config; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

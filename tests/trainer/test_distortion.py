@@ -14,15 +14,14 @@ from featurestore import Clip, FeatureStore, StoreWriter
 from featurestore.quality import STORED, read_distortion
 from featurestore.storage_dtypes import OverflowedTokens
 from mervcache.errors import UserError
+from trainer.cli import eval_main
 from trainer.data.tokens import MemoryTokens, PrefixedTokens
 from trainer.distortion import cast_tokens, measure_losses
-from trainer.eval_cli import eval_main
-from trainer.loop.plan import make_plan
-from trainer.loop.ranks import make_accelerator
+from trainer.loop.distributed import make_accelerator
+from trainer.loop.plan import Validation, make_plan
 from trainer.loop.train import train
-from trainer.loop.validate import Validation
-from trainer.places import open_store
 from trainer.runs.load import load_run
+from trainer.sources import open_store
 
 DTYPES = ("float16", "bfloat16", "uint8")
 

@@ -13,16 +13,14 @@ from featurestore.clips import Clip
 from mervcache.errors import UserError
 from trainer.config import PROJECTORS, FusionConfig, OptimizerConfig, ProjectorConfig, TrainConfig
 from trainer.data.tokens import PrefixedTokens
-from trainer.end_to_end import live_source
-from trainer.live.tokens import through_storage
+from trainer.end_to_end import live_source, through_storage
 from trainer.loop.plan import make_plan
 from trainer.loop.train import train
 from trainer.model.fusion import FUSIONS
 from trainer.model.llm import FRESH_LLMS, FreshLLM
-from trainer.places import open_store
 from trainer.runs.load import load_run
-from trainer.runs.metrics import read_metrics
-from trainer.runs.record import RunRecord
+from trainer.runs.run_record import RunRecord, read_metrics
+from trainer.sources import open_store
 
 ENCODERS = ["dinov2", "languagebind", "siglip", "vivit"]  # in the order of a store
 

@@ -15,17 +15,17 @@ from pipeline.config import EncoderSettings
 from pipeline.config import read_config as read_extract_config
 from pipeline.encoders.network import build_network
 from pipeline.extract import extract
+from trainer.cli import eval_main
 from trainer.config import OptimizerConfig, ProjectorConfig, TrainConfig
 from trainer.end_to_end import live_source
-from trainer.eval_cli import eval_main
 from trainer.evaluate import EvaluationRequest, evaluate_run
-from trainer.give.export import export_run
 from trainer.loop.train import train
 from trainer.model.llm import FRESH_LLMS, FreshLLM
-from trainer.places import open_store
 from trainer.runs import checkpoint
+from trainer.runs.export import export_run
 from trainer.runs.load import load_run
-from trainer.runs.scores import read_scores
+from trainer.runs.run_record import read_scores
+from trainer.sources import open_store
 
 ASKED = {"one": "red", "two": "green", "three": "blue"}  # name of a film -> its colour
 OPTIONS = ["red", "green", "blue", "white"]

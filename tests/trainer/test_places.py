@@ -16,13 +16,11 @@ from featurestore import FeatureStore, StoreWriter
 from featurestore.transfer.merge import StoreCells, combine
 from featurestore.transfer.sync import push
 from mervcache.errors import UserError
-from trainer.cli import train_main
+from trainer.cli import eval_main, train_main
 from trainer.data.tokens import MemoryTokens
-from trainer.eval_cli import eval_main
-from trainer.places import check_identities
 from trainer.runs import checkpoint
-from trainer.runs.metrics import read_metrics
-from trainer.runs.record import RunRecord
+from trainer.runs.run_record import RunRecord, read_metrics
+from trainer.sources import check_identities
 
 CACHE_BYTES = 48 * 1024  # fewer than the store's, so that room has to be made
 SETTINGS = {

@@ -8,8 +8,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from trainer.cli import train_main
-from trainer.eval_cli import eval_main
+from trainer.cli import eval_main, train_main
 from trainer.loop.launch import launch_command
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text()

@@ -1,7 +1,7 @@
 import pytest
 
 from mervcache.errors import UserError
-from trainer.recipes import FULL_RECIPE, MODE_FULL, RECIPES, get_recipe, get_stages
+from trainer.config import FULL_RECIPE, MODE_FULL, RECIPES, get_recipe, get_stages
 
 
 def test_the_full_recipe_trains_captions_and_then_instructions_with_the_paper_numbers():

@@ -4,25 +4,131 @@ Comes in: the samples of a store and a token source. Goes out: `TrainingData` (k
 was dropped and why, the data digest) and `Batches`, which makes the micro-batches of any step from the step's number
 alone. Samples are never replaced: a clip without tokens drops its samples, and the count is reported. Lengths are
 known from the samples of a step alone, so nothing is tokenised before it is read.
+
+Collate: rendered conversations and the tokens of their clips -> one padded batch.
+
+The batch knows where everything goes before the model runs: lengths, labels and mask are made here, on the CPU and
+ahead of time, from lengths and never from `id != pad` (a tokenizer whose pad is its end token would lose its ends).
+A clip that several samples share is projected once.
+
+B samples, C distinct clips, L padded text length, S padded length with visual tokens, N visual tokens.
+
+Prefetch: steps are read and collated ahead of the device by one thread, in order.
+
+A thread is enough: reading and decompressing release the interpreter lock, and a step's rows are one read. What the
+loop waits here is the price of the data, and it is measured.
 """
 
 from __future__ import annotations
 
 import hashlib
+import queue
+import threading
+import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Generic, TypeVar
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from featurestore.clips import Sample
 from mervcache.errors import UserError, unknown_name
 from trainer.config import TrainConfig
-from trainer.data.collate import Batch, collate, distinct_clips
 from trainer.data.order import Group, Order, Stream, balanced_share, rank_share
-from trainer.data.prompts import Rendered, Renderer, reason_to_refuse
-from trainer.data.tokens import TokenSource
+from trainer.data.prompts import IGNORE_INDEX, Rendered, Renderer, reason_to_refuse
+from trainer.data.tokens import ClipTokens, TokenSource
+
+MOVED = ("input_ids_BL", "labels_BS", "attention_mask_BS")  # what a batch has on the device, besides its tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What one forward reads; `clip_rows`, `lengths` and `visual_at` stay on the CPU, so nothing waits for a device."""
+
+    input_ids_BL: Tensor  # int64, right-padded with 0
+    labels_BS: Tensor  # int64 in the layout with visual tokens; IGNORE_INDEX everywhere but on answers
+    attention_mask_BS: Tensor  # int64, 1 on real positions
+    lengths: tuple[int, ...]  # text tokens of each sample
+    visual_at: tuple[int, ...]  # text position before which a sample's visual tokens stand
+    clip_rows: tuple[int, ...]  # row of the sample's clip in `tokens`; -1 for text only
+    tokens: Mapping[str, ClipTokens]  # encoder -> tokens_CTHWD, maybe with prefix; empty if no sample has a clip
+    first_label: int  # smallest labelled position, S if there is none: no logits are needed before
+
+    @property
+    def supervised_B(self) -> Tensor:
+        """Supervised tokens of each sample."""
+        return (self.labels_BS != IGNORE_INDEX).sum(1)
+
+    @property
+    def num_supervised(self) -> int:
+        return int(self.supervised_B.sum())
+
+    def pinned(self) -> Batch:
+        """The same batch in page-locked memory: a GPU copies from it while it computes."""
+        moved = {name: getattr(self, name).pin_memory() for name in MOVED}
+        tokens = {encoder: value.pin_memory() for encoder, value in self.tokens.items()}
+        return replace(self, **moved, tokens=tokens)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on `device`."""
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in MOVED}
+        tokens = {encoder: value.to(device, non_blocking=True) for encoder, value in self.tokens.items()}
+        return replace(self, **moved, tokens=tokens)
+
+
+def collate(
+    rendered: Sequence[Rendered],
+    clip_rows: Sequence[int],
+    tokens: Mapping[str, ClipTokens],
+    *,
+    num_visual_tokens: int,
+    context: int | None = None,
+) -> Batch:
+    """One batch; `context` is the longest sequence that the LLM takes: in training texts have been cut to fit it."""
+    totals = [
+        len(sample.input_ids) + (num_visual_tokens if row >= 0 else 0)
+        for sample, row in zip(rendered, clip_rows, strict=True)
+    ]
+    if context is not None and max(totals) > context:
+        raise UserError(
+            f"{num_visual_tokens} visual tokens and {max(len(s.input_ids) for s in rendered)} text tokens exceed the"
+            f" LLM's context of {context}; shorten the text"
+        )
+    labels_BS = _pad([_with_gap(s, num_visual_tokens * (row >= 0)) for s, row in zip(rendered, clip_rows, strict=True)])
+    labelled = (labels_BS != IGNORE_INDEX).any(0).nonzero()
+    return Batch(
+        input_ids_BL=_pad([sample.input_ids for sample in rendered], fill=0),
+        labels_BS=labels_BS,
+        attention_mask_BS=(torch.arange(max(totals))[None] < torch.tensor(totals)[:, None]).long(),
+        lengths=tuple(len(sample.input_ids) for sample in rendered),
+        visual_at=tuple(sample.visual_at for sample in rendered),
+        clip_rows=tuple(clip_rows),
+        tokens=dict(tokens),
+        first_label=int(labelled[0]) if len(labelled) else max(totals),
+    )
+
+
+def distinct_clips(clip_ids: Sequence[str | None]) -> tuple[list[str], list[int]]:
+    """Clips in order of first use, and for every sample the row of its clip, -1 for none."""
+    rows = {clip_id: row for row, clip_id in enumerate(dict.fromkeys(c for c in clip_ids if c is not None))}
+    return list(rows), [-1 if clip_id is None else rows[clip_id] for clip_id in clip_ids]
+
+
+def _with_gap(sample: Rendered, num_visual_tokens: int) -> list[int]:
+    """Labels with unsupervised places where the visual tokens will stand."""
+    gap = [IGNORE_INDEX] * num_visual_tokens
+    return [*sample.labels[: sample.visual_at], *gap, *sample.labels[sample.visual_at :]]
+
+
+def _pad(rows: Sequence[Sequence[int]], fill: int = IGNORE_INDEX) -> Tensor:
+    """int64 [rows, longest], padded at the right."""
+    longest = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows], dtype=torch.long)
+
 
 VISUAL, TEXT = "visual", "text"  # streams of the split_modality sampler: a cached image costs what a cached video costs
 # Rendered samples that stay in memory, about 48 bytes per token: a small set from epoch to epoch, of a large one what a
@@ -254,3 +360,52 @@ def _nothing_there(samples: Sequence[Sample], config: TrainConfig) -> str:
         advice = "add some with `merv-pipeline extract --dataset NAME --root DIR --store STORE`"
     asked = f"stage {config.stage!r} and split {config.split!r}"
     return f"no samples of {asked}; there are {listed or 'none at all'}; {advice}"
+
+
+T = TypeVar("T")
+
+
+class Prefetch(Generic[T]):
+    """Iterates `make(start)`, ..., `make(stop - 1)`, up to `depth` of them made ahead; closes its thread on exit."""
+
+    def __init__(self, make: Callable[[int], T], start: int, stop: int, *, depth: int) -> None:
+        self.waited_s = 0.0  # time the consumer stood still, in all
+        self._queue: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=max(depth, 1))
+        self._stopped = threading.Event()
+        self._count = stop - start
+        self._thread = threading.Thread(target=self._run, args=(make, start, stop), name="prefetch", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Prefetch[T]:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def __iter__(self) -> Iterator[T]:
+        for _ in range(self._count):
+            began = time.perf_counter()
+            made, error = self._queue.get()
+            self.waited_s += time.perf_counter() - began
+            if error is not None:
+                raise error
+            yield made
+
+    def _run(self, make: Callable[[int], T], start: int, stop: int) -> None:
+        for step in range(start, stop):
+            try:
+                item = (make(step), None)
+            except BaseException as error:  # handed to the consumer, which raises it
+                item = (None, error)
+            if not self._put(item) or item[1] is not None:
+                return
+
+    def _put(self, item: tuple[T | None, BaseException | None]) -> bool:
+        while not self._stopped.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False

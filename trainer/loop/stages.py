@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from featurestore.clips import Sample
+from mervcache.config import overlay, plain
 from mervcache.errors import UserError, unknown_name
-from trainer.config import CONFIG_FILE, TrainConfig, read_config
+from mervcache.files import replace_text
+from trainer.config import CONFIG_FILE, Stage, Stages, TrainConfig, read_config
 from trainer.loop.launch import is_first_rank
-from trainer.overlay import overlay, plain
-from trainer.recipes import Stage, Stages
-from trainer.runs.chain import STAGES_FILE, check_is_free, stage_folder
-from trainer.runs.files import replace_text
+from trainer.runs.stage_folders import STAGES_FILE, check_is_free, stage_folder
 
 if TYPE_CHECKING:
     from trainer.data.tokens import TokenSource
@@ -160,8 +159,8 @@ def _prepare_folder(out: Path, stages: Stages, only: str | None, resume: bool) -
 def _look_ahead(stages: Stages, open_tokens: OpenTokens) -> list[str]:
     """Find out before the first step that every stage has samples; all texts that a fresh LLM must know words of."""
     from trainer.data.batches import select
-    from trainer.model.build import texts_of
     from trainer.model.llm import FRESH_PREFIX
+    from trainer.model.video_llm import texts_of
 
     texts: list[str] = []
     for stage in stages:
@@ -188,10 +187,8 @@ def _with_start(stages: Stages, stage: Stage, out: Path) -> TrainConfig:
 def _finished(folder: Path, config: TrainConfig) -> TrainResult | None:
     """The result of a run that is at its end, so that nothing is loaded for it; None if there is more to train."""
     from trainer.loop.train import TrainResult
-    from trainer.runs.checkpoint import best
-    from trainer.runs.folder import starting_point
-    from trainer.runs.metrics import read_metrics
-    from trainer.runs.record import RunRecord
+    from trainer.runs.checkpoint import best, starting_point
+    from trainer.runs.run_record import RunRecord, read_metrics
 
     checkpoint = starting_point(folder, config, resume=True)
     if checkpoint is None:

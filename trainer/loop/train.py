@@ -4,40 +4,242 @@ The loss is the cross-entropy summed over the supervised tokens of the global ba
 depends neither on ranks nor on accumulation; the number is known on every rank without asking, because order and
 labels are. Random numbers are seeded per step. A run that is killed and resumed therefore has the losses of one that
 was not, to the bit on the CPU. accelerate brings device, precision and data parallelism.
+
+Optimizer: AdamW with a group per part and decay, and the learning rate as a function of the step.
+
+Interrupt: when a run leaves its loop or writes a checkpoint before its time: told to end, or by the clock.
+
+Progress: what a person sees of a run on stderr, and what a program reads of it in `trainer/runs/run_record.py`.
+
+A step's row is written every `log_every` steps and before every checkpoint, together with the speed of the steps since
+the last write.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import cos, pi
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch.nn import Parameter
 
 from featurestore.clips import Sample
-from mervcache.console import say
+from mervcache.console import Bar, say
 from mervcache.errors import UserError
-from trainer.config import TrainConfig
-from trainer.data.batches import Step
+from trainer.config import OptimizerConfig, TrainConfig
+from trainer.data.batches import Prefetch, Step
 from trainer.data.order import derive_seed
-from trainer.data.prefetch import Prefetch
 from trainer.data.tokens import TokenSource
-from trainer.loop import trackers
-from trainer.loop.interrupt import Alarm, terminated
-from trainer.loop.optimizer import build_optimizer, current_rates, set_rates
-from trainer.loop.plan import Plan, fit_standardisation, make_plan
-from trainer.loop.progress import RunProgress
-from trainer.loop.ranks import any_rank, deterministic, make_accelerator, prepare
-from trainer.loop.validate import Validation
+from trainer.loop import distributed
+from trainer.loop.distributed import any_rank, deterministic, make_accelerator, prepare
+from trainer.loop.plan import Plan, Validation, fit_standardisation, make_plan
+from trainer.model.llm import is_adapter
 from trainer.model.video_llm import VideoLLM
 from trainer.runs import checkpoint
-from trainer.runs.folder import starting_point, write_folder
-from trainer.runs.metrics import METRICS_FILE
-from trainer.runs.shards import plain, whole
+from trainer.runs.checkpoint import plain, starting_point, whole, write_folder
+from trainer.runs.run_record import METRICS_FILE, open_metrics
+
+PARTS = {  # module of VideoLLM -> its setting
+    "projectors": "projector_lr",
+    "fusion": "fusion_lr",
+    "llm": "llm_lr",
+    "trained_encoders": "encoder_lr",
+}
+ADAPTERS = "lora_lr"  # of the adapters inside the LLM
+
+
+def build_optimizer(model: VideoLLM, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Groups by part; tensors with fewer than two axes never decay. Rates are set by `set_rates` before each step."""
+    members: dict[tuple[str, bool], list[Parameter]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            members[rate_setting(name), parameter.ndim > 1 and not name.endswith(".bias")].append(parameter)
+    groups = [
+        {
+            "params": parameters,
+            "weight_decay": config.weight_decay if decays else 0.0,
+            "rate": setting,
+            "peak": getattr(config, setting),
+            "lr": 0.0,
+        }
+        for (setting, decays), parameters in members.items()
+    ]
+    if not groups:
+        raise UserError("nothing is trained: the fusion and the projectors have no parameters and the LLM is frozen")
+    return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps)
+
+
+def rate_setting(name: str) -> str:
+    """The setting that holds the learning rate of the parameter of that name."""
+    part = name.partition(".")[0]
+    return ADAPTERS if part == "llm" and is_adapter(name) else PARTS[part]
+
+
+def set_rates(optimizer: torch.optim.Optimizer, step: int, num_steps: int, config: OptimizerConfig) -> None:
+    """Every group's rate for step 0, 1, ..."""
+    factor = rate_factor(step, num_steps, int(config.warmup_ratio * num_steps))
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+
+
+def current_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Setting -> the rate now, of what is trained."""
+    return {group["rate"]: group["lr"] for group in optimizer.param_groups}
+
+
+def rate_factor(step: int, num_steps: int, num_warmup: int) -> float:
+    """Share of the peak rate: linear up over `num_warmup` steps, then half a cosine to zero.
+
+    As `get_cosine_schedule_with_warmup` of transformers, but warming up from the first step, which has rate 0 there.
+    """
+    if step < num_warmup:
+        return (step + 1) / num_warmup
+    return 0.5 * (1 + cos(pi * (step - num_warmup) / max(1, num_steps - num_warmup)))
+
+
+@contextlib.contextmanager
+def terminated() -> Iterator[Callable[[], bool]]:
+    """A question that turns true once SIGTERM or Ctrl-C has come: the step is finished, a checkpoint written, we stop.
+
+    A second Ctrl-C stops at once.
+    """
+    told = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield told.is_set  # signals reach the main thread only
+        return
+
+    def stop(number: int, frame: object) -> None:
+        told.set()
+        if number == signal.SIGINT:
+            print("\nstopping after this step, which is saved (once more to stop at once)", file=sys.stderr, flush=True)
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
+
+    # A shell starts what it puts in the background deaf to Ctrl-C, which is then meant for somebody else.
+    is_deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    heard = (signal.SIGTERM,) if is_deaf else (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, stop) for number in heard}
+    try:
+        yield told.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Alarm:
+    """Rings when `minutes` have passed since it was set; never, without minutes."""
+
+    def __init__(self, minutes: float | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._minutes, self._clock = minutes, clock
+        self.set()
+
+    def set(self) -> None:
+        """Start anew."""
+        self._began = self._clock()
+
+    def rings(self) -> bool:
+        """Whether the time is over."""
+        return self._minutes is not None and self._clock() - self._began >= 60 * self._minutes
+
+
+class RunProgress:
+    """A bar on stderr and the metrics file; silent on ranks that are not the first."""
+
+    def __init__(
+        self,
+        run: Path,
+        *,
+        start: int,
+        stop: int,
+        is_first_rank: bool,
+        is_quiet: bool = False,
+        log: Callable[[Mapping[str, Any]], None] | None = None,
+    ) -> None:
+        """`log` is told every row that is written: the door to other trackers."""
+        self._file, self._log = None, log
+        self._seen = ""  # of the last validation
+        self._rows: list[dict[str, Any]] = []
+        self._began = time.perf_counter()
+        self._waited_s = 0.0
+        self._bar = Bar("train", total=stop, start=start, is_quiet=is_quiet or not is_first_rank)
+        if is_first_rank:
+            self._file = open_metrics(run / METRICS_FILE, start)
+
+    def __enter__(self) -> RunProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+        if self._file is not None:
+            self._file.close()
+
+    def advance(self, row: dict[str, Any]) -> None:
+        """One step done; tensors in `row` are read at the next `flush`, so that no step waits for the device."""
+        self._rows.append(row)
+        self._bar.advance()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside counts as no step's."""
+        began = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - began
+
+    def flush(self, *, waited_s: float, is_synced: bool = False) -> None:
+        """Write the rows since the last flush; `waited_s` is all the time the loop has waited for data.
+
+        `is_synced`: they outlive a power cut, as the checkpoint does that is written next.
+        """
+        if not self._rows:
+            return
+        rows = [{name: _number(value) for name, value in row.items()} for row in self._rows]
+        seconds = time.perf_counter() - self._began
+        speed = {
+            "samples_per_s": sum(row["samples"] for row in rows) / seconds,
+            "tokens_per_s": sum(row["tokens"] for row in rows) / seconds,
+            "wait_share": min((waited_s - self._waited_s) / seconds, 1.0),
+        }
+        rows = [{**row, **speed} for row in rows]
+        if self._file is not None:
+            self._file.writelines(json.dumps(row) + "\n" for row in rows)
+            self._file.flush()
+            if is_synced:
+                os.fsync(self._file.fileno())
+        for row in rows if self._log is not None else ():
+            self._log(row)
+        self._seen = next((_validation(row) for row in reversed(rows) if "val_loss" in row), self._seen)
+        self._bar.tell(_facts(rows[-1]) + self._seen)
+        self._rows, self._waited_s, self._began = [], waited_s, time.perf_counter()
+
+
+def _facts(row: Mapping[str, Any]) -> str:
+    rate = max((value for name, value in row.items() if name.endswith("_lr")), default=0.0)
+    return (
+        f"loss {row['loss']:.4f}  lr {rate:.1e}  {row['samples_per_s']:.1f} samples/s"
+        f"  {row['tokens_per_s']:.0f} tokens/s  waits {row['wait_share']:.0%}"
+    )
+
+
+def _validation(row: Mapping[str, Any]) -> str:
+    accuracy = f", accuracy {row['val_accuracy']:.2f} (chance {row['val_chance']:.2f})" if "val_accuracy" in row else ""
+    return f"  held out: loss {row['val_loss']:.4f}{accuracy}"
+
+
+def _number(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +269,7 @@ def train(
 ) -> TrainResult:
     """Train to the end, or to step `stop_at`; `resume` goes on from the newest checkpoint in `out`, if there is one."""
     out = Path(out)
-    trackers.check_trackers(config)
+    distributed.check_trackers(config)
     accelerator = make_accelerator(config, out)
     folder = starting_point(out, config, resume)
     accelerator.wait_for_everyone()  # before the first rank writes what the others look for
@@ -117,7 +319,7 @@ class _Loop:
         """Start, or go on from the checkpoint `folder`, and step to the end, to `stop_at`, or until told to stop."""
         start = self._restore_model(folder)
         model, optimizer = self._prepare(folder, start)
-        trackers.start_trackers(self.accelerator, self.config, self.out, start)
+        distributed.start_trackers(self.accelerator, self.config, self.out, start)
         num_steps = self.plan.batches.num_steps
         stop = min(num_steps, stop_at if stop_at is not None else num_steps)
         steps = Prefetch(self._read, start, stop, depth=self.config.prefetch_batches)
@@ -135,7 +337,7 @@ class _Loop:
                 self._keep(done, validated, shown, waited_s=steps.waited_s, is_due=is_last or is_time)
                 if is_last:
                     break
-        trackers.stop_trackers(self.accelerator)
+        distributed.stop_trackers(self.accelerator)
         return self._result(done, float(loss))
 
     def _prepare(self, folder: Path | None, start: int) -> tuple[torch.nn.Module, Any]:
@@ -155,7 +357,7 @@ class _Loop:
             stop=self.plan.batches.num_steps,
             is_first_rank=self.accelerator.is_main_process,
             is_quiet=is_quiet,
-            log=lambda row: trackers.log(self.accelerator, row),
+            log=lambda row: distributed.log(self.accelerator, row),
         )
 
     def _keep(

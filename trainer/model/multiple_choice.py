@@ -15,10 +15,9 @@ import torch
 
 from featurestore.clips import Sample, Turn
 from mervcache.errors import UserError
-from trainer.data.batches import make_batch
-from trainer.data.collate import Batch
+from trainer.data.batches import Batch, make_batch
 from trainer.data.tokens import TokenSource
-from trainer.model.build import Built
+from trainer.model.video_llm import Built
 
 OVERALL = "all"  # category of the line over all samples
 UNNAMED = "no category"  # that of samples which name none

@@ -6,20 +6,352 @@ resampler's grid, in time, row, column order. A resampler, an optional layer nor
 layer: behind a resampler without parameters, before one that is trained.
 
 B batch, T time, H W height width, D encoder width, N visual tokens, M LLM width.
+
+Resamplers: an encoder's stored tokens -> tokens on the grid that the LLM sees, the first half of a projector.
+
+Comes in: what a source gives for one encoder. Goes out: tokens_BTHWD on the resampler's grid, of the encoder's width
+or, behind convolutions, of the LLM's. These are the rows of the projector ablation of arXiv 2501.01426 as
+princetonvisualai/merv computes them. The average has no parameters and commutes with a linear head, so a pooled store
+serves it exactly; what is trained was run on the encoder's own grid, so it refuses a pooled store instead of quietly
+being another model. No resampler holds a parameter that cannot change its output.
+
+B clips, T time, H W height width, K prefix tokens, D encoder width, M LLM width, X frames of all clips, P tokens of a
+frame, Q queries.
+
+Standardise: every channel to mean 0 and deviation 1, with constants measured once on the training tokens.
+
+Encoders differ in scale by orders of magnitude (a last layer after its norm beside un-normed inner layers), and a
+channel's constant part can be far larger than what differs between clips. Large runs learn their way round this; a run
+of some hundred steps does not, so small recipes turn it on. It is off by default, as in arXiv 2501.01426. The constants
+are buffers: a checkpoint carries them, and nothing is measured again when it is used. They stand in front of the first
+trained layer: what is behind it changes while it learns, and constants measured there would be wrong after a step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from math import prod
+from math import prod, sqrt
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mervcache.errors import UserError
-from trainer.config import HeadName, ProjectorConfig
-from trainer.data.tokens import ClipTokens, PrefixedTokens, TokenShape
-from trainer.model.resamplers import RESAMPLERS, Grid
-from trainer.model.standardise import Standardise
+from trainer.config import HeadName, ProjectorConfig, ResamplerName, row_of
+from trainer.data.tokens import ClipTokens, Part, PrefixedTokens, TokenShape
+
+Grid = tuple[int, int, int]
+TRAINED_GRID = (8, 8)  # H, W behind a trained resampler where the config names none: 64 tokens per frame
+NUM_HEADS = 8  # of the attention
+INIT_STD = 0.02  # of the attention's weights
+STAGE_DEPTH = 3  # blocks before, and blocks behind the pooling of the 2D convolution
+EXTRACT_OPTIONS = {  # what a resampler needs of a store, as a name for it -> how it is extracted
+    "raw": "--grid raw",
+    "class": "--prefix-tokens",
+    "raw-class": "--grid raw --prefix-tokens",
+}
+
+
+class Resampler(nn.Module):
+    """What all resamplers share: what they read, and the grid and width of what comes out."""
+
+    reads: tuple[Part, ...] = ("tokens",)  # tokens alone come as a tensor, else as `PrefixedTokens`
+    is_trained = False
+
+    def __init__(self, grid: Grid, width: int) -> None:
+        super().__init__()
+        self.grid, self.width = grid, width
+
+    def start_head(self, head: nn.Module) -> None:
+        """Give the head the starting weights that belong to this resampler; torch's own stay by default."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Average(Resampler):
+    """Adaptive average pooling over T, H and W; the identity when both grids are equal.
+
+    The 2D average of the paper is the case of equal T. Grids that were pooled before must nest (each target divides the
+    stored one): averages of overlapping windows, 14 -> 8, pooled again to 4, are not the average of the 14-grid.
+    """
+
+    def __init__(self, config: ProjectorConfig, stored: TokenShape, llm_width: int) -> None:
+        grid = config.grid or (_divided_time(config, stored), *stored.grid[1:])
+        super().__init__(grid, stored.width)
+        _check_not_finer(grid, stored.grid)
+        if stored.is_pooled and any(have % want for want, have in zip(grid, stored.grid, strict=True)):
+            raise UserError(
+                f"projector grid {_words(grid)} does not nest in the stored grid {_words(stored.grid)}, which is pooled"
+                " already: choose divisors of the stored grid, or make a store of the encoders' own grids:"
+                f" {_extract_command('raw')}"
+            )
+
+    def forward(self, tokens_BTHWD: Tensor) -> Tensor:
+        return average_windows(tokens_BTHWD.float(), self.grid)
+
+
+class Attention(Resampler):
+    """Learned queries attend to each frame's tokens: the attentive pooler of V-JEPA (arXiv 2404.08471), one block.
+
+    q = q + attention(q, LN(x)), q = q + MLP(LN(q)), a query for each place of the grid. Weights start truncated normal,
+    biases zero, and the two layers that end a residual branch are divided by sqrt(2). The keys have no bias: it adds
+    the same to all scores of a query and cancels in the softmax.
+    """
+
+    is_trained = True
+
+    def __init__(self, config: ProjectorConfig, stored: TokenShape, llm_width: int) -> None:
+        width = stored.width
+        super().__init__(_trained_grid(config, stored, keeps_time=True), width)
+        if width % NUM_HEADS:
+            raise UserError(f"attention has {NUM_HEADS} heads, which do not divide the encoder's width {width}")
+        self.query_QD = nn.Parameter(torch.empty(self.grid[1] * self.grid[2], width))
+        self.token_norm, self.query_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query, self.value = nn.Linear(width, width), nn.Linear(width, width)
+        self.key = nn.Linear(width, width, bias=False)
+        self.out = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        nn.init.trunc_normal_(self.query_QD, std=INIT_STD)
+        self.apply(_start_small)
+        with torch.no_grad():
+            self.out.weight /= sqrt(2)
+            self.mlp[-1].weight /= sqrt(2)
+
+    def start_head(self, head: nn.Module) -> None:
+        head.apply(_start_small)
+
+    def forward(self, tokens_BTHWD: Tensor) -> Tensor:
+        batch = len(tokens_BTHWD)
+        tokens_XPD = self.token_norm(tokens_BTHWD.flatten(0, 1).flatten(1, 2))
+        query_XQD = self.query_QD.expand(len(tokens_XPD), -1, -1)
+        query_XQD = query_XQD + self._attend(query_XQD, tokens_XPD)
+        query_XQD = query_XQD + self.mlp(self.query_norm(query_XQD))
+        return query_XQD.unflatten(1, self.grid[1:]).unflatten(0, (batch, -1))  # (B T) (H W) D -> B T H W D
+
+    def _attend(self, query_XQD: Tensor, tokens_XPD: Tensor) -> Tensor:
+        projected = self.query(query_XQD), self.key(tokens_XPD), self.value(tokens_XPD)
+        by_head = [each.unflatten(-1, (NUM_HEADS, -1)).transpose(1, 2) for each in projected]
+        return self.out(F.scaled_dot_product_attention(*by_head).transpose(1, 2).flatten(2))
+
+
+class Convolution(Resampler):
+    """Three RegNet blocks, average pooling, three blocks, per frame: Honeybee's C-Abstractor (arXiv 2312.06742)."""
+
+    is_trained = True
+
+    def __init__(self, config: ProjectorConfig, stored: TokenShape, llm_width: int) -> None:
+        super().__init__(_trained_grid(config, stored, keeps_time=True), llm_width)
+        widths = [stored.width] + [llm_width] * (STAGE_DEPTH - 1)
+        self.before = nn.Sequential(*(RegBlock(width, llm_width) for width in widths))
+        self.behind = nn.Sequential(*(RegBlock(llm_width, llm_width) for _ in range(STAGE_DEPTH)))
+
+    def forward(self, tokens_BTHWD: Tensor) -> Tensor:
+        batch = len(tokens_BTHWD)
+        mixed_XHWM = self.before(tokens_BTHWD.flatten(0, 1))
+        pooled_BTHWM = average_windows(mixed_XHWM.unflatten(0, (batch, -1)), self.grid)
+        return self.behind(pooled_BTHWM.flatten(0, 1)).unflatten(0, (batch, -1))
+
+
+class RegBlock(nn.Module):
+    """A RegNet bottleneck of ratio 1 and stride 1 with depth-wise convolution (arXiv 2003.13678, 1709.01507).
+
+    1 x 1, depth-wise 3 x 3, squeeze and excite, 1 x 1, beside a shortcut; layer norm over channels behind every
+    convolution, SiLU. Channels stand last, so 1 x 1 convolutions are linear layers.
+    """
+
+    def __init__(self, width: int, width_out: int) -> None:
+        super().__init__()
+        excited = round(width / 4)
+        self.first = _linear_norm(width, width_out)
+        self.depthwise = nn.Conv2d(width_out, width_out, 3, padding=1, groups=width_out, bias=False)
+        self.depthwise_norm = nn.LayerNorm(width_out)
+        self.squeeze, self.excite = nn.Linear(width_out, excited), nn.Linear(excited, width_out)
+        self.last = _linear_norm(width_out, width_out)
+        self.shortcut = nn.Identity() if width == width_out else _linear_norm(width, width_out)
+
+    def forward(self, tokens_XHWD: Tensor) -> Tensor:
+        mixed_XHWM = F.silu(self.first(tokens_XHWD))
+        mixed_XHWM = F.silu(self.depthwise_norm(self.depthwise(mixed_XHWM.movedim(-1, 1)).movedim(1, -1)))
+        mean_XM = mixed_XHWM.mean((1, 2))
+        gate_XM = self.excite(F.silu(self.squeeze(mean_XM))).sigmoid()
+        mixed_XHWM = self.last(mixed_XHWM * gate_XM[:, None, None])
+        return F.silu(mixed_XHWM + self.shortcut(tokens_XHWD))
+
+
+class Convolution3D(Resampler):
+    """One 3 x 3 x 3 convolution at the stored resolution, then average pooling."""
+
+    is_trained = True
+
+    def __init__(self, config: ProjectorConfig, stored: TokenShape, llm_width: int) -> None:
+        super().__init__(_trained_grid(config, stored, keeps_time=False), llm_width)
+        self.convolution = nn.Conv3d(stored.width, llm_width, 3, padding=1)
+
+    def forward(self, tokens_BTHWD: Tensor) -> Tensor:
+        mixed_BTHWM = self.convolution(tokens_BTHWD.movedim(-1, 1)).movedim(1, -1)
+        return average_windows(mixed_BTHWM, self.grid)
+
+
+class ClassToken(Resampler):
+    """Each frame's class token alone, so T tokens; of an encoder with one class token per clip, T times the same.
+
+    A pooled store serves as well as a raw one: pooling leaves class tokens alone, but for means over merged frames.
+    """
+
+    reads = ("prefix",)
+
+    def __init__(self, config: ProjectorConfig, stored: TokenShape, llm_width: int) -> None:
+        super().__init__((stored.grid[0], 1, 1), stored.width)
+        _check_class_token(stored, "class")
+
+    def forward(self, tokens: PrefixedTokens) -> Tensor:
+        return tokens.prefix_BTKD[:, :, :1, None].float()  # registers stand behind the class token
+
+
+class AllTokens(Resampler):
+    """Each frame's class token and then its whole raw grid, row by row: a grid of T x (1 + H W) x 1."""
+
+    reads = ("tokens", "prefix")
+
+    def __init__(self, config: ProjectorConfig, stored: TokenShape, llm_width: int) -> None:
+        time, height, width = stored.grid
+        super().__init__((time, 1 + height * width, 1), stored.width)
+        _check_raw(config, stored, "raw-class")
+        _check_class_token(stored, "raw-class")
+
+    def forward(self, tokens: PrefixedTokens) -> Tensor:
+        # float32 first: under autocast the CPU cannot join halves
+        class_BT1D, patches_BTPD = tokens.prefix_BTKD[:, :, :1].float(), tokens.tokens_BTHWD.flatten(2, 3).float()
+        return torch.cat([class_BT1D, patches_BTPD], dim=2).unsqueeze(3)
+
+
+def average_windows(tokens_BTHWD: Tensor, grid: Grid) -> Tensor:
+    """Means over torch's adaptive windows; the tensor itself where it has that grid."""
+    if tuple(tokens_BTHWD.shape[1:4]) == tuple(grid):
+        return tokens_BTHWD
+    return F.adaptive_avg_pool3d(tokens_BTHWD.movedim(-1, 1), grid).movedim(1, -1)
+
+
+def _linear_norm(width: int, width_out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, width_out, bias=False), nn.LayerNorm(width_out))
+
+
+def _start_small(module: nn.Module) -> None:
+    """Linear layers as V-JEPA starts them."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=INIT_STD)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _trained_grid(config: ProjectorConfig, stored: TokenShape, *, keeps_time: bool) -> Grid:
+    """Where a trained resampler ends, once it is clear that the store serves it."""
+    _check_raw(config, stored, "raw")
+    grid = config.grid or (_divided_time(config, stored), *TRAINED_GRID)
+    _check_not_finer(grid, stored.grid)
+    if keeps_time and grid[0] != stored.grid[0]:
+        raise UserError(
+            f"projector {row_of(config.resampler)} works frame by frame: its grid {_words(grid)} must keep the"
+            f" {stored.grid[0]} time steps of the store; 3d-average and 3d-convolution can merge them"
+        )
+    return grid
+
+
+def _divided_time(config: ProjectorConfig, stored: TokenShape) -> int:
+    time, rest = divmod(stored.grid[0], config.frame_divisor)
+    if rest:
+        raise UserError(f"frame_divisor {config.frame_divisor} does not divide the {stored.grid[0]} stored time steps")
+    return time
+
+
+def _check_not_finer(grid: Grid, stored: Grid) -> None:
+    if any(want > have for want, have in zip(grid, stored, strict=True)):
+        raise UserError(
+            f"projector grid {_words(grid)} is finer than the stored grid {_words(stored)}; set projector.grid to a"
+            " coarser one, or extract a finer one"
+        )
+
+
+def _check_raw(config: ProjectorConfig, stored: TokenShape, needed: str) -> None:
+    """Refuse any pooled grid, the encoder's own size included: a store says that it pooled, not what from."""
+    if stored.is_pooled:
+        raise UserError(
+            f"projector {row_of(config.resampler)} reads the encoder's own grid, the stored {_words(stored.grid)} is"
+            f" pooled: make a raw store with {_extract_command(needed)}, or choose --projector 2d-average"
+        )
+
+
+def _check_class_token(stored: TokenShape, needed: str) -> None:
+    if not stored.num_prefix:
+        raise UserError(
+            "no class token is stored of it. If the encoder has one, make a store that holds it with"
+            f" {_extract_command(needed)}; if it has none, as SigLIP, leave it out of the setting encoders"
+        )
+
+
+def _extract_command(needed: str) -> str:
+    """Advise a separate store: raw and pooled tokens of one encoder would be hard to tell apart in one."""
+    return (
+        f"`merv-pipeline extract --dataset NAME {EXTRACT_OPTIONS[needed]} --store features/NAME-{needed}.zarr` and the"
+        " --config, --weights and --root that this store was made with"
+    )
+
+
+def _words(grid: Grid) -> str:
+    return "x".join(map(str, grid))
+
+
+RESAMPLERS: dict[ResamplerName, type[Resampler]] = {  # made of a config, what is stored, and the LLM's width
+    "average": Average,
+    "attention": Attention,
+    "convolution": Convolution,
+    "convolution_3d": Convolution3D,
+    "class_token": ClassToken,
+    "all_tokens": AllTokens,
+}
+
+
+def parts_of(config: ProjectorConfig) -> tuple[Part, ...]:
+    """What a projector reads of a clip."""
+    return RESAMPLERS[config.resampler].reads
+
+
+EPS = 1e-6  # deviation of a channel that never changes
+
+
+class Standardise(nn.Module):
+    """(tokens - mean) / deviation by channel; the identity until `fit`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean_D", torch.zeros(width))
+        self.register_buffer("std_D", torch.ones(width))
+
+    def forward(self, tokens_BTHWD: Tensor) -> Tensor:
+        return (tokens_BTHWD - self.mean_D) / self.std_D
+
+    def fit(self, moments: Moments) -> None:
+        """Take the constants from what was measured."""
+        mean_D = moments.total_D / moments.count
+        variance_D = (moments.square_D / moments.count - mean_D.square()).clamp_min(0)
+        self.mean_D.copy_(mean_D)
+        self.std_D.copy_(variance_D.sqrt().clamp_min(EPS))
+
+
+class Moments:
+    """Sums of tokens and of their squares over clips and positions, in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total_D = self.square_D = torch.zeros((), dtype=torch.float64)
+
+    def add(self, tokens_BTHWD: Tensor) -> None:
+        for tokens_PD in tokens_BTHWD.flatten(1, 3):  # a clip at a time: a raw grid is 32 MiB in float64
+            exact_PD = tokens_PD.double()
+            self.count += len(exact_PD)
+            self.total_D = self.total_D + exact_PD.sum(0)
+            self.square_D = self.square_D + exact_PD.square().sum(0)
 
 
 class Projector(nn.Module):

@@ -7,6 +7,16 @@
 
 Nothing else is state: order and random numbers are functions of the seed and the step, the learning rate of the step.
 Which checkpoint is the best is written nowhere: it follows from what the checkpoints say about their validation.
+
+Folder: a run's folder before its first step, and whether a run may go on in it.
+
+RUN/config.yaml   the settings in force     RUN/run.json   what the data and the model were
+RUN/llm/          tokenizer, and the sizes of a fresh LLM
+
+Shards: tensors that lie cut up on several ranks (FSDP's `DTensor`), and the same tensors whole.
+
+A checkpoint holds whole tensors, so it can be read by one process or by any other number of ranks. On one rank and
+under DDP every tensor is whole already, and these functions change nothing.
 """
 
 from __future__ import annotations
@@ -15,16 +25,49 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from featurestore.locate import check_room
 from mervcache.errors import StoreDamagedError, UserError
-from trainer.runs.files import file_sha256, give_usual_modes
-from trainer.runs.shards import placed_like
+from mervcache.files import file_sha256, give_usual_modes, replace_text
+from trainer.config import CONFIG_FILE, TrainConfig, read_config
+from trainer.model.llm import save_shape
+from trainer.model.video_llm import Built
+from trainer.runs.run_record import LLM_FOLDER, RunRecord
+
+
+def whole(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Tensors put together from all ranks, one at a time, and onto the CPU where they are kept.
+
+    Every rank must call it with the same names in the same order; those that write nothing say keep=False.
+    """
+    found = {}
+    for name, value in tensors.items():
+        full = plain(value.detach())
+        if keep:
+            found[name] = full.cpu()
+    return found
+
+
+def plain(value: Tensor) -> Tensor:
+    """The tensor itself, put together where it is cut up."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def placed_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor on the device of `parameter`, cut up as it is; every rank brings the same value."""
+    value = value.to(parameter.device)
+    if not hasattr(parameter, "device_mesh"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+
 
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
 LLM_PREFIX = "llm."  # of its names in the model
@@ -190,3 +233,51 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# Settings that change neither weights nor losses beyond the rounding of sums: a resumed run may have others.
+FREE_ON_RESUME = {
+    "activation_checkpointing",
+    "allow_fresh_frozen",
+    "checkpoint_every",
+    "checkpoint_minutes",
+    "deterministic",
+    "eval_every",
+    "eval_limit",
+    "eval_split",
+    "keep_checkpoints",
+    "log_every",
+    "prefetch_batches",
+    "trackers",
+}
+
+
+def starting_point(out: Path, config: TrainConfig, resume: bool) -> Path | None:
+    """The checkpoint to go on from; an existing run is neither overwritten nor continued with other settings."""
+    check_room(out, "run", "--out")
+    if not (out / CONFIG_FILE).exists():
+        return None
+    if not resume:
+        raise UserError(f"{out} holds a run already; go on with --resume auto, or choose another --out")
+    before = read_config(out)
+    names = [field.name for field in fields(config) if field.name not in _free(config)]
+    if odd := [name for name in names if getattr(before, name) != getattr(config, name)]:
+        values = "; ".join(f"{name} was {getattr(before, name)!r}, is {getattr(config, name)!r}" for name in odd)
+        raise UserError(
+            f"{out} was started with other settings ({values}); resume with the same, or choose another --out"
+        )
+    return newest(out)
+
+
+def _free(config: TrainConfig) -> set[str]:
+    """Settings that may change: a loss per token is one sum, however cut; the mean of micro-batches is not."""
+    return FREE_ON_RESUME | ({"micro_batch_size"} if config.loss == "per_token" else set())
+
+
+def write_folder(out: Path, built: Built, record: RunRecord, *, is_new: bool) -> None:
+    """Write settings, record and tokenizer, before the first step; a resumed run's settings may have changed."""
+    out.mkdir(parents=True, exist_ok=True)
+    if is_new:
+        save_shape(built.llm, out / LLM_FOLDER)
+        record.write(out)
+    replace_text(out / CONFIG_FILE, built.config.to_yaml())

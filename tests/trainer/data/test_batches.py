@@ -10,7 +10,7 @@ from featurestore.clips import Turn
 from mervcache.errors import UserError
 from trainer.data.batches import Batches, lies_in_fraction, select
 from trainer.data.prompts import IGNORE_INDEX
-from trainer.model.build import build, new_llm
+from trainer.model.video_llm import build, new_llm
 
 
 def batches_of(samples, tokens, config, **options):

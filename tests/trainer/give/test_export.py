@@ -9,18 +9,17 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 
 from mervcache.errors import StoreDamagedError, UserError
+from trainer.cli import eval_main
 from trainer.config import FusionConfig, LoraConfig
 from trainer.data.batches import make_batch
-from trainer.eval_cli import eval_main
 from trainer.evaluate import EvaluationRequest, evaluate_run
-from trainer.give.export import export_run
 from trainer.loop.train import train
 from trainer.model.llm import load_llm
-from trainer.places import open_store
 from trainer.runs import checkpoint
-from trainer.runs.exported import load_export
-from trainer.runs.load import load_run
-from trainer.runs.metrics import read_metrics
+from trainer.runs.export import export_run
+from trainer.runs.load import load_export, load_run
+from trainer.runs.run_record import read_metrics
+from trainer.sources import open_store
 
 
 @pytest.fixture
@@ -187,7 +186,7 @@ def test_an_export_can_be_exported_again(make, out, tmp_path, samples, tokens):
 
 
 def test_large_llms_lie_in_shards(make, out, samples, tokens, monkeypatch):
-    monkeypatch.setattr("trainer.give.export.MAX_SHARD", "40KB")
+    monkeypatch.setattr("trainer.runs.export.MAX_SHARD", "40KB")
     run = make()
     told = export_run(run, out)
     assert "llm/model.safetensors.index.json" in told["files"]

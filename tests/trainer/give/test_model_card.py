@@ -6,8 +6,8 @@ from huggingface_hub import ModelCard
 
 from trainer.config import TrainConfig
 from trainer.data.tokens import TokenShape
-from trainer.give.model_card import CardFacts, hub_id, model_card, random_parts
-from trainer.runs.record import RunRecord
+from trainer.runs.model_card import CardFacts, hub_id, model_card, random_parts
+from trainer.runs.run_record import RunRecord
 
 
 @pytest.fixture

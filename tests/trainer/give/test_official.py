@@ -9,16 +9,15 @@ from click.testing import CliRunner
 from torch import nn
 
 from mervcache.errors import UserError
+from trainer.cli import eval_main
 from trainer.config import FusionConfig
 from trainer.data.batches import make_batch
 from trainer.data.tokens import MemoryTokens
-from trainer.eval_cli import eval_main
 from trainer.evaluate import EvaluationRequest, evaluate_run
-from trainer.give.official import import_official
-from trainer.give.official_names import MAX_LISTED, check_names
 from trainer.model.llm import load_llm
-from trainer.places import check_identities, open_store
+from trainer.official import MAX_LISTED, check_names, import_official
 from trainer.runs.load import load_run
+from trainer.sources import check_identities, open_store
 
 WIDTH, TIME, SIDE = 32, 4, 2  # of fresh:mini; of the visual tokens
 ENCODERS = {"languagebind-video-noclass": 6, "dinov2-video-all-tokens": 8}  # id -> width

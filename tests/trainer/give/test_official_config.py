@@ -1,7 +1,7 @@
 import pytest
 
 from mervcache.errors import UserError
-from trainer.give.official_config import parse_settings, read_settings, run_config
+from trainer.official import parse_settings, read_settings, run_config
 
 RELEASED = {  # config.json of the released merv-frozen, as far as it is read
     "arch_specifier": "no-align+3davg+linear",

@@ -9,9 +9,8 @@ import torch
 from transformers import LlamaConfig
 
 from mervcache.errors import UserError
-from trainer.give.official import _convert
-from trainer.give.official_config import parse_settings
 from trainer.model.llm import load_llm
+from trainer.official import _convert, parse_settings
 
 SETTINGS = {
     "arch_specifier": "no-align+3davg+linear",

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mervcache.errors import UserError
-from trainer.give.official import read_checkpoint
+from trainer.official import read_checkpoint
 
 
 class Bomb:

@@ -1,7 +1,7 @@
 import threading
 from concurrent.futures import Future
 
-from trainer.live.ahead import Ahead
+from trainer.end_to_end import Ahead
 
 
 class Started:

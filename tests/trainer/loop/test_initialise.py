@@ -7,13 +7,13 @@ import torch
 from mervcache.errors import StoreDamagedError, UserError
 from trainer.config import FusionConfig, LoraConfig
 from trainer.data.tokens import MemoryTokens
-from trainer.give.export import export_run
 from trainer.loop.plan import fit_standardisation, make_plan
 from trainer.loop.train import train
 from trainer.model.llm import FRESH_LLMS, FreshLLM
 from trainer.runs import checkpoint
+from trainer.runs.export import export_run
 from trainer.runs.load import load_run
-from trainer.runs.record import RunRecord
+from trainer.runs.run_record import RunRecord
 
 
 def weights_of(run):

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from trainer.loop.interrupt import Alarm, terminated
+from trainer.loop.train import Alarm, terminated
 
 
 def test_an_alarm_rings_after_its_minutes_and_is_set_again():

@@ -3,8 +3,8 @@ import time
 import pytest
 import torch
 
-from trainer.loop.progress import RunProgress
-from trainer.runs.metrics import METRICS_FILE, read_metrics
+from trainer.loop.train import RunProgress
+from trainer.runs.run_record import METRICS_FILE, read_metrics
 
 
 def row(step, **more):

@@ -1,8 +1,7 @@
 import pytest
 
 from trainer.runs import checkpoint
-from trainer.runs.metrics import read_metrics
-from trainer.runs.record import RunRecord
+from trainer.runs.run_record import RunRecord, read_metrics
 
 SCRIPT = """
 import json

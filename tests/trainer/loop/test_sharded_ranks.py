@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 
 from mervcache.errors import UserError
 from trainer.config import TrainConfig
+from trainer.loop.distributed import make_accelerator
 from trainer.loop.launch import LAUNCH_FILES
-from trainer.loop.ranks import make_accelerator
 from trainer.runs import checkpoint
-from trainer.runs.metrics import read_metrics
+from trainer.runs.run_record import read_metrics
 
 SCRIPT = """
 import json
@@ -30,7 +30,7 @@ from accelerate.utils import DistributedType
 from toy_runs import as_captions, toy_config, toy_questions, toy_tokens, two_stages
 
 import trainer.loop.train
-from trainer.loop import ranks
+from trainer.loop import distributed as ranks
 from trainer.loop.stages import train_stages
 
 held = []  # share of the elements of the model's parameters that this process holds

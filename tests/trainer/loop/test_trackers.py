@@ -4,9 +4,9 @@ import pytest
 
 from mervcache.errors import UserError
 from trainer.config import TrainConfig
-from trainer.loop.trackers import flat
+from trainer.loop.distributed import flat
 from trainer.loop.train import train
-from trainer.runs.metrics import read_metrics
+from trainer.runs.run_record import read_metrics
 
 
 def logged(run):
@@ -36,7 +36,7 @@ def test_a_resumed_run_is_one_curve(tmp_path, config, samples, tokens):
 def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_written(
     tmp_path, config, samples, tokens, monkeypatch
 ):
-    monkeypatch.setattr("trainer.loop.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("trainer.loop.distributed.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"tracker wandb is not installed: pip install 'merv-pipeline\[track\]'"):
         train(replace(config, trackers=("wandb",)), samples, tokens, tmp_path / "run", is_quiet=True)
     assert not (tmp_path / "run").exists()

@@ -7,14 +7,13 @@ from featurestore import FeatureStore
 from featurestore.clips import Turn
 from mervcache.errors import UserError
 from trainer.data.tokens import MemoryTokens, StoreTokens
-from trainer.loop.plan import make_plan
-from trainer.loop.ranks import make_accelerator
+from trainer.loop.distributed import make_accelerator
+from trainer.loop.plan import Validation, heldout_samples, make_plan, modality
 from trainer.loop.train import train
-from trainer.loop.validate import Validation, heldout_samples, modality
 from trainer.model.multiple_choice import answer_all, summarise
 from trainer.runs import checkpoint
 from trainer.runs.load import load_run
-from trainer.runs.metrics import read_metrics
+from trainer.runs.run_record import read_metrics
 
 
 @pytest.fixture

@@ -7,10 +7,9 @@ from dataclasses import replace
 import torch
 
 from featurestore.clips import Sample, Turn
-from trainer.config import TrainConfig
+from mervcache.config import overlay
+from trainer.config import Stage, Stages, TrainConfig, get_recipe
 from trainer.data.tokens import MemoryTokens
-from trainer.overlay import overlay
-from trainer.recipes import Stage, Stages, get_recipe
 
 
 def toy_config(**changes: object) -> TrainConfig:

@@ -6,15 +6,12 @@ from safetensors.torch import load_file
 
 from mervcache.errors import UserError
 from trainer.config import LoraConfig, TrainConfig
-from trainer.loop.optimizer import build_optimizer, current_rates, set_rates
 from trainer.loop.plan import make_plan
-from trainer.loop.train import train
-from trainer.model.adapt import add_adapters, checkpoint_layers, decoder_layers
-from trainer.model.llm import load_llm
-from trainer.model.quantise import quantised_loading
+from trainer.loop.train import build_optimizer, current_rates, set_rates, train
+from trainer.model.llm import add_adapters, checkpoint_layers, decoder_layers, load_llm, quantised_loading
 from trainer.runs import checkpoint
 from trainer.runs.load import load_run
-from trainer.runs.metrics import read_metrics
+from trainer.runs.run_record import read_metrics
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -135,10 +132,10 @@ def test_an_llm_without_layers_to_checkpoint_is_refused():
 def test_quantisation_says_what_it_needs(monkeypatch):
     with pytest.raises(UserError, match=r"unknown llm_quant 'int3', .*known: int8, nf4"):
         quantised_loading("int3")
-    monkeypatch.setattr("trainer.model.quantise.find_spec", lambda name: None)
+    monkeypatch.setattr("trainer.model.llm.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs bitsandbytes: pip install 'merv-pipeline\[quant\]' \(untested"):
         quantised_loading("nf4")
-    monkeypatch.setattr("trainer.model.quantise.find_spec", lambda name: True)
+    monkeypatch.setattr("trainer.model.llm.find_spec", lambda name: True)
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="needs a CUDA device and none is visible"):
             quantised_loading("nf4")

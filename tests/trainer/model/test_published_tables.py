@@ -15,8 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trainer.config import PROJECTORS, FusionConfig, ProjectorConfig
 from trainer.data.tokens import TokenShape
 from trainer.model.fusion import build_fusion
-from trainer.model.projectors import build_projectors
-from trainer.model.resamplers import RESAMPLERS
+from trainer.model.projectors import RESAMPLERS, build_projectors
 
 LLM_WIDTH = 4096  # LLaMA-2-7B
 WIDTHS = {"languagebind": 1024, "dinov2": 1024, "vivit": 768, "siglip": 768}

@@ -14,9 +14,9 @@ from trainer.data.batches import make_batch
 from trainer.data.tokens import PrefixedTokens, StoreTokens
 from trainer.loop.train import train
 from trainer.model.llm import FRESH_LLMS, FreshLLM
-from trainer.places import open_store
 from trainer.runs.load import load_run
-from trainer.runs.metrics import read_metrics
+from trainer.runs.run_record import read_metrics
+from trainer.sources import open_store
 
 WIDTHS = {"dinov2": 16, "siglip": 8, "vivit": 8}
 PREFIX = {"dinov2": 3, "siglip": 0, "vivit": 1}

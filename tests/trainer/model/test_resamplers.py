@@ -9,8 +9,7 @@ from torch.nn import functional as F
 from mervcache.errors import UserError
 from trainer.config import PROJECTORS, ProjectorConfig
 from trainer.data.tokens import PrefixedTokens, TokenShape
-from trainer.model.projectors import HEADS, Projector
-from trainer.model.resamplers import RESAMPLERS, average_windows
+from trainer.model.projectors import HEADS, RESAMPLERS, Projector, average_windows
 
 RAW = TokenShape(grid=(4, 9, 9), width=16, is_pooled=False, identity="test", num_prefix=3)
 POOLED = replace(RAW, grid=(4, 8, 8), is_pooled=True)

@@ -3,10 +3,10 @@ import stat
 
 import pytest
 
-from trainer.give.export import export_run
+from mervcache.files import file_sha256, give_usual_modes, replace_text, whole_folder
 from trainer.loop.train import train
 from trainer.runs import checkpoint
-from trainer.runs.files import file_sha256, give_usual_modes, replace_text, whole_folder
+from trainer.runs.export import export_run
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 import json
 
-from trainer.runs.metrics import METRICS_FILE, open_metrics, read_metrics
+from trainer.runs.run_record import METRICS_FILE, open_metrics, read_metrics
 
 
 def test_a_resumed_curve_keeps_the_lines_before_its_start(tmp_path):

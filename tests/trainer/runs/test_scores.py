@@ -7,8 +7,8 @@ from featurestore import FeatureStore
 from mervcache.errors import UserError
 from trainer.evaluate import EvaluationRequest, evaluate_run
 from trainer.loop.train import train
-from trainer.places import open_store
-from trainer.runs.scores import ScoreSource, read_scores, write_scores
+from trainer.runs.run_record import ScoreSource, read_scores, write_scores
+from trainer.sources import open_store
 
 RESULT = {"data_digest": "d" * 64, "step": 3, "scores": [], "beside": {}, "answers": []}
 

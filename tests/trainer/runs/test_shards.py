@@ -2,7 +2,7 @@
 
 import torch
 
-from trainer.runs.shards import placed_like, plain, whole
+from trainer.runs.checkpoint import placed_like, plain, whole
 
 
 def test_whole_tensors_stay_what_they_are():

@@ -21,15 +21,13 @@ from featurestore.clips import Sample
 from mervcache.errors import UserError
 from trainer.config import TrainConfig, read_config
 from trainer.data.tokens import TokenShape
-from trainer.model.adapt import is_adapter
-from trainer.model.build import Built, new_llm
-from trainer.model.llm import LoadedLLM
+from trainer.model.llm import LoadedLLM, is_adapter
+from trainer.model.video_llm import Built, new_llm
 from trainer.runs import checkpoint
-from trainer.runs.chain import last_stage
 from trainer.runs.checkpoint import LLM_PREFIX
-from trainer.runs.exported import is_export, read_weights
-from trainer.runs.rebuild import resumed_llm
-from trainer.runs.record import RunRecord
+from trainer.runs.load import is_export, read_weights, resumed_llm
+from trainer.runs.run_record import RunRecord
+from trainer.runs.stage_folders import last_stage
 
 FUSION_PREFIX = "fusion."
 BASE = ".base_layer."  # in names of parameters beside adapters, as peft makes them

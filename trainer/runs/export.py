@@ -1,4 +1,4 @@
-"""Export: a run -> a folder that can be given away; `trainer/runs/exported.py` reads it.
+"""Export: a run -> a folder that can be given away; `trainer/runs/load.py` reads it.
 
     OUT/README.md                 model card
     OUT/config.yaml, run.json     settings and record of the run
@@ -26,14 +26,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mervcache.errors import UserError
+from mervcache.files import whole_folder
 from trainer.config import CONFIG_FILE
-from trainer.give.model_card import UNKNOWN_LICENSE, CardFacts, model_card
-from trainer.give.official import IMPORT_FILE
-from trainer.model.adapt import is_adapter
-from trainer.model.build import Built
+from trainer.model.llm import is_adapter
+from trainer.model.video_llm import Built
+from trainer.official import IMPORT_FILE
 from trainer.runs import checkpoint
-from trainer.runs.chain import last_stage
-from trainer.runs.exported import (
+from trainer.runs.load import (
     ADAPTER_FILE,
     ADAPTER_FOLDER,
     ADAPTER_PREFIX,
@@ -42,14 +41,13 @@ from trainer.runs.exported import (
     WORDS,
     ExportRecord,
     LLMWeights,
+    LoadedRun,
+    load_run,
     weight_digests,
 )
-from trainer.runs.files import whole_folder
-from trainer.runs.load import load_run
-from trainer.runs.metrics import METRICS_FILE, read_metrics
-from trainer.runs.rebuild import LoadedRun
-from trainer.runs.record import LLM_FOLDER, software_versions
-from trainer.runs.scores import read_scores
+from trainer.runs.model_card import UNKNOWN_LICENSE, CardFacts, model_card
+from trainer.runs.run_record import LLM_FOLDER, METRICS_FILE, read_metrics, read_scores, software_versions
+from trainer.runs.stage_folders import last_stage
 
 CARD_FILE, ENCODERS_FILE = "README.md", "encoders.json"
 MAX_SHARD = "5GB"

@@ -12,10 +12,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from mervcache.config import load_yaml, overlay
 from mervcache.errors import UserError
-from trainer.config import CONFIG_FILE, TrainConfig, read_config
-from trainer.overlay import load_yaml, overlay
-from trainer.recipes import Stage, Stages
+from trainer.config import CONFIG_FILE, Stage, Stages, TrainConfig, read_config
 
 STAGES_FILE = "stages.yaml"  # in the folder of a chain
 

@@ -17,10 +17,10 @@ from trainer.config import LiveRequest, TrainConfig, used_encoders
 from trainer.data.batches import named_samples
 from trainer.data.tokens import StoreTokens, TokenShape, TokenSource
 from trainer.loop.stages import OpenTokens
-from trainer.model.resamplers import parts_of
+from trainer.model.projectors import parts_of
 from trainer.runs import checkpoint
-from trainer.runs.rebuild import LoadedRun
-from trainer.runs.record import UNBOUND, RunRecord
+from trainer.runs.load import LoadedRun
+from trainer.runs.run_record import UNBOUND, RunRecord
 
 TokenPlace = str | LiveRequest  # a store's path, or what is encoded on the spot
 

@@ -18,7 +18,7 @@ import yaml
 from featurestore.quality import parity_words
 from trainer.config import TrainConfig, TrainLLM
 from trainer.model.llm import FRESH_PREFIX
-from trainer.runs.record import RunRecord
+from trainer.runs.run_record import RunRecord
 
 LIBRARY = "merv-pipeline"
 UNKNOWN_LICENSE = "unknown"  # a value that model hubs know
@@ -42,7 +42,7 @@ class CardFacts:
     llm_weights: str  # where the LLM's weights are, in words
     llm_revision: str | None  # commit of the Hub's LLM
     license: str = UNKNOWN_LICENSE
-    scores: Sequence[Mapping[str, Any]] = ()  # as trainer/runs/scores.py reads them
+    scores: Sequence[Mapping[str, Any]] = ()  # as trainer/runs/run_record.py reads them
     losses: Sequence[float] = ()  # of the last steps before the checkpoint; one batch's says little
     steps_trained: int | None = None  # by the whole run, of which the checkpoint may be an earlier one
     validation: Mapping[str, float] | None = None  # of the exported checkpoint

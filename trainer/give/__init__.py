@@ -1,1 +1,0 @@
-"""Runs as folders to give away, and released checkpoints as runs."""

@@ -1,1 +1,0 @@
-"""Tokens made on the spot instead of read from a store."""

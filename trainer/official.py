@@ -1,0 +1,559 @@
+"""Official: a checkpoint of princetonvisualai/merv -> a run's folder, as if merv-train had written it.
+
+Comes in: CHECKPOINT.pt ({"model": state dicts by part, ...}), the config.json beside it, and the LLM it was trained
+from, for its tokenizer and sizes. Goes out: a run that holds all of its weights, with `imported.json` for where they
+come from. The file is a pickle made elsewhere: only tensors and plain containers are read from it (weights_only), so
+no code in it can run, and it is mapped, not copied. Encoders are frozen there: it holds none of their weights.
+
+A run knows the identities of its tokens; a checkpoint does not. With a store the import is bound to the identities in
+it; without one the run takes tokens of the right sizes from any store, and it is the user's word that they fit.
+
+Official names: tensors of a released princetonvisualai/merv checkpoint -> tensors of our model, by exact rules.
+
+Comes in: the state dicts of a checkpoint by part. Goes out: our names with the tensors, and what was left out because
+it cannot change any output. Every name of the checkpoint must be used or be known to be dead, and every name of our
+model must be found: whatever is left over on either side is an error that lists it.
+
+Names as princetonvisualai/merv writes them (training/strategies/fsdp.py splits the state dict of models/vidlms/merv.py
+by its first name; modules are those of util/nn_utils.py; llm_backbone holds its transformers model as `llm`):
+
+    projectors      {i}.projector.projector.{weight,bias}       i: place in video_backbone_ids; linear head
+                    {i}.projector.projector.{0,2}.{weight,bias} gelu-mlp; {0,2,4} for fused-gelu-mlp
+    feature_fusion  Q, attention.{q,k,v}_proj_weight, attention.in_proj_bias, attention.out_proj.{weight,bias}
+                    attention.in_proj_weight, of q, k and v together, where the LLM is as wide as the query
+                    projector.{weight,bias}                     concat_channel
+                    0.{weight,bias}, 1.projector.{weight,bias}  concat_channel_ln
+                    scalar                                      scalar
+    llm_backbone    llm.{name in transformers}
+    projector, adapter   what older releases call a single encoder's projectors.0 and feature_fusion
+
+B batch, E query width, M LLM width.
+
+Official config: the config.json of a princetonvisualai/merv run -> our settings of the same model.
+
+Comes in: the file, with the model's settings at its top or under "model" (conf/models.py there). Goes out: an
+`OfficialConfig` with what shapes the model, checked against what can be imported, and the `TrainConfig` that builds it.
+Their settings say several things in one text ("no-align+3davg+frame2+linear"), so this room takes it apart; nothing
+else of ours does that.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from featurestore import FeatureStore
+from mervcache.config import load_yaml, overlay
+from mervcache.errors import UserError, unknown_name
+from mervcache.files import file_sha256, whole_folder
+from trainer.config import (
+    CONFIG_FILE,
+    FusionConfig,
+    FusionName,
+    HeadName,
+    ProjectorConfig,
+    PromptName,
+    TrainConfig,
+    used_encoders,
+)
+from trainer.data.tokens import StoreTokens, TokenShape
+from trainer.model.llm import LoadedLLM, save_shape, where_to_look
+from trainer.model.video_llm import build, count_parameters
+from trainer.runs import checkpoint
+from trainer.runs.run_record import LLM_FOLDER, UNBOUND, RunRecord, software_versions
+
+Weights = Mapping[str, Tensor]
+PARTS = ("projectors", "feature_fusion", "llm_backbone")
+OLD_PARTS = {"projector": "projectors", "adapter": "feature_fusion"}
+HEAD_LAYERS: dict[HeadName, tuple[str, ...]] = {
+    "linear": ("",),
+    "gelu-mlp": ("0.", "2."),
+    "fused-gelu-mlp": ("0.", "2.", "4."),
+}
+MAX_LISTED = 20  # names in an error; a wrong --llm makes hundreds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Take:
+    """One of our tensors and how it is cut from an official one."""
+
+    name: str
+    cut: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+
+Rules = dict[str, tuple[Take, ...]]  # official name -> our tensors; none: it cannot change any output
+
+
+def split_parts(model: Mapping[str, Weights]) -> dict[str, Weights]:
+    """State dicts by the present names of the parts, without empty ones; an error names those that are not known."""
+    parts = {name: weights for name, weights in model.items() if weights}
+    for old, new in OLD_PARTS.items():
+        if old in parts:
+            if new in parts:
+                raise UserError(f"the checkpoint holds both {old!r} and {new!r}, of which one is the old name")
+            prefix = "0." if old == "projector" else ""  # it was one module, not a list
+            parts[new] = {f"{prefix}{name}": tensor for name, tensor in parts.pop(old).items()}
+    if unknown := sorted(set(parts) - set(PARTS)):
+        raise UserError(f"the checkpoint holds unknown parts {', '.join(unknown)}; known: {', '.join(PARTS)}")
+    return parts
+
+
+def our_weights(parts: Mapping[str, Weights], rules: Mapping[str, Rules]) -> dict[str, Tensor]:
+    """Our names with their tensors, after every official name has been accounted for."""
+    for part, weights in parts.items():
+        check_names(f"checkpoint part {part!r}", set(weights), set(rules.get(part, {})))
+    if missing := [part for part, known in rules.items() if known and part not in parts]:
+        raise UserError(f"the checkpoint holds no {', '.join(missing)}; an import needs projectors, fusion and LLM")
+    return {
+        take.name: take.cut(weights[name])
+        for part, weights in parts.items()
+        for name, takes in rules[part].items()
+        for take in takes
+    }
+
+
+def check_names(what: str, found: set[str], wanted: set[str]) -> None:
+    """Both sets must be equal; an error lists what is missing and what is unknown."""
+    missing, unknown = sorted(wanted - found), sorted(found - wanted)
+    if missing or unknown:
+        told = [f"{label}: {_listed(names)}" for label, names in (("missing", missing), ("unknown", unknown)) if names]
+        raise UserError(f"{what} does not fit the config and the LLM; {'; '.join(told)}")
+
+
+def projector_rules(num_encoders: int, num_used: int, head: HeadName) -> Rules:
+    """Averages hold no weights, so a projector is its head; those that the fusion never reads are left out."""
+    return {
+        f"{index}.projector.projector.{layer}{kind}": (
+            (Take(name=f"projectors.{index}.head.{layer}{kind}"),) if index < num_used else ()
+        )
+        for index in range(num_encoders)
+        for layer in HEAD_LAYERS[head]
+        for kind in ("weight", "bias")
+    }
+
+
+def llm_rules(names: Iterable[str], found: Iterable[str]) -> Rules:
+    """transformers' names, unchanged; `inv_freq` is a constant of the position code that old versions saved."""
+    constants = {name: () for name in found if name.endswith("rotary_emb.inv_freq")}
+    return {**{f"llm.{name}": (Take(name=f"llm.{name}"),) for name in names}, **constants}
+
+
+def fusion_rules(fusion: FusionName, found: Weights) -> Rules:
+    """The rules of one fusion; `found` decides how a MultiheadAttention holds its projections."""
+    return FUSION_RULES[fusion](found)
+
+
+def _cross_attention(found: Weights) -> Rules:
+    """Of the MultiheadAttention only the weights of its softmax are used, and of these only what they depend on.
+
+    score_e = (W_q Q + b_q) . (W_k xbar_e + b_k) / sqrt(E). The bias of the keys adds (W_q Q + b_q) . b_k, the same for
+    every encoder e, and a softmax does not see what is added to all its scores. The value projection, its bias and the
+    output projection make the attention's output, which the reference computes and throws away: it mixes the encoders'
+    own tokens by the weights. So these four are left out, and the fused tokens stay equal up to rounding.
+    """
+    width = found["Q"].shape[-1] if "Q" in found else 0
+
+    def rows(start: int, stop: int) -> Callable[[Tensor], Tensor]:
+        return lambda tensor: tensor[start * width : stop * width]
+
+    query, keys = "fusion.query_projection", "fusion.key_projection.weight"
+    rules: Rules = {
+        "Q": (Take(name="fusion.query_Q", cut=lambda tensor: tensor[0]),),  # [1, E]
+        "attention.in_proj_bias": (Take(name=f"{query}.bias", cut=rows(0, 1)),),  # [3E]: queries, keys, values
+        "attention.out_proj.weight": (),
+        "attention.out_proj.bias": (),
+    }
+    if "attention.in_proj_weight" in found:  # torch keeps one [3E, E] where keys and values are as wide as the query
+        takes = (Take(name=f"{query}.weight", cut=rows(0, 1)), Take(name=keys, cut=rows(1, 2)))
+        return {**rules, "attention.in_proj_weight": takes}
+    return {
+        **rules,
+        "attention.q_proj_weight": (Take(name=f"{query}.weight"),),
+        "attention.k_proj_weight": (Take(name=keys),),
+        "attention.v_proj_weight": (),
+    }
+
+
+def _concat_channel(found: Weights) -> Rules:
+    return {f"projector.{kind}": (Take(name=f"fusion.linear.{kind}"),) for kind in ("weight", "bias")}
+
+
+def _concat_channel_ln(found: Weights) -> Rules:
+    norm = {f"0.{kind}": (Take(name=f"fusion.norm.{kind}"),) for kind in ("weight", "bias")}
+    return norm | {f"1.{name}": takes for name, takes in _concat_channel(found).items()}
+
+
+FUSION_RULES: dict[FusionName, Callable[[Weights], Rules]] = {
+    "cross_attention_released": _cross_attention,
+    "concat_sequence": lambda found: {},
+    "concat_channel": _concat_channel,
+    "concat_channel_ln": _concat_channel_ln,
+    "learnable_weights": lambda found: {"scalar": (Take(name="fusion.scores_E"),)},
+    "first": lambda found: {},
+}
+
+
+def check_shapes(weights: Weights, wanted: Mapping[str, torch.Size]) -> None:
+    """Names and sizes must be those of the model that the config builds."""
+    check_names("the checkpoint", set(weights), set(wanted))
+    odd = [
+        f"{name} is {list(tensor.shape)}, should be {list(wanted[name])}"
+        for name, tensor in weights.items()
+        if tensor.shape != wanted[name]
+    ]
+    if odd:
+        raise UserError(f"the checkpoint does not fit the config and the LLM in size: {_listed(odd)}")
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + more
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfficialEncoder:
+    """An id in video_backbone_ids: our name for it, and how many of its frames make one time step."""
+
+    name: str
+    frames_per_step: int = 1
+
+
+ENCODERS: dict[str, OfficialEncoder] = {
+    "languagebind-video-noclass": OfficialEncoder(name="languagebind"),
+    "dinov2-video-all-tokens": OfficialEncoder(name="dinov2"),
+    "vivit-google-b-all-no-cls-16frames": OfficialEncoder(name="vivit", frames_per_step=2),
+    "siglip-vit-b16-224px-all-no-cls": OfficialEncoder(name="siglip"),
+}
+FUSION_NAMES: dict[str, FusionName] = {
+    "cross_attention_avg_lq": "cross_attention_released",
+    "concat": "concat_sequence",
+    "concat_channel": "concat_channel",
+    "concat_channel_ln": "concat_channel_ln",
+    "scalar": "learnable_weights",
+    "first": "first",
+}
+PROMPT_NAMES: dict[str, PromptName] = {
+    "llama2-7b-pure": "pure",
+    "llama2-13b-pure": "pure",
+    "llama3-8b-pure": "pure",
+    "vicuna-v15-7b": "vicuna",
+    "vicuna-v15-13b": "vicuna",
+    "llama2-7b-chat": "llama2_chat",
+    "llama2-13b-chat": "llama2_chat",
+    "llama3.1-8b-chat": "chat_template",
+    "qwen2.5-7b-instruct": "chat_template",
+    "qwen2.5-3b-instruct": "chat_template",
+}
+AVERAGES = ("avg", "3davg")  # the resamplers without weights; both are ours
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfficialConfig:
+    """The official settings that shape the model, under their official names."""
+
+    arch_specifier: str = ""  # resampler, "frameK" and head, joined by "+"
+    feature_fusion: str = "cross_attention_avg_lq"
+    video_backbone_ids: tuple[str, ...] = ()  # the order of the projectors
+    llm_backbone_id: str = ""
+    llm_max_length: int = 2048  # tokens of text
+    num_frames: tuple[int, ...] = ()  # of every encoder
+    projector_token_length: int = 64  # per time step, a square
+
+    def __post_init__(self) -> None:
+        for encoder in self.video_backbone_ids:
+            _check("video_backbone_id", encoder, ENCODERS)
+        _check("feature_fusion", self.feature_fusion, FUSION_NAMES)
+        if len(self.num_frames) != len(self.video_backbone_ids):
+            raise UserError(
+                f"official config: {len(self.video_backbone_ids)} video_backbone_ids need as many num_frames,"
+                f" got {len(self.num_frames)}"
+            )
+        if isqrt(max(self.projector_token_length, 0)) ** 2 != self.projector_token_length:
+            raise UserError(
+                f"official config: projector_token_length must be a square, got {self.projector_token_length}"
+            )
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """Our names, in the order of the projectors."""
+        return tuple(ENCODERS[encoder].name for encoder in self.video_backbone_ids)
+
+    @property
+    def fusion(self) -> FusionName:
+        return FUSION_NAMES[self.feature_fusion]
+
+    @property
+    def head(self) -> HeadName:
+        return _check("head in arch_specifier", self.arch_specifier.split("+")[-1], HEAD_LAYERS)
+
+    @property
+    def frame_divisor(self) -> int:
+        """K of "frameK", which the 3D average reads and the 2D average does not."""
+        found = re.search(r"frame([1-9]\d*)", self.arch_specifier)
+        return int(found[1]) if found and "3davg" in self.arch_specifier.split("+") else 1
+
+    @property
+    def num_used(self) -> int:
+        """Encoders whose tokens reach the LLM."""
+        return 1 if self.fusion == "first" else len(self.encoders)
+
+    def grid(self, index: int) -> tuple[int, int, int]:
+        """T, H, W of encoder `index`, before the frames are divided."""
+        side = isqrt(self.projector_token_length)
+        return self.num_frames[index] // ENCODERS[self.video_backbone_ids[index]].frames_per_step, side, side
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The model's settings in config.json (or YAML), with or without the training settings around them."""
+    settings = load_yaml(path)
+    return settings["model"] if isinstance(settings.get("model"), dict) else settings
+
+
+def parse_settings(settings: Mapping[str, Any]) -> OfficialConfig:
+    """What shapes the model; an error where it cannot be imported."""
+    found = {field.name: settings[field.name] for field in fields(OfficialConfig) if field.name in settings}
+    needed = ("arch_specifier", "video_backbone_ids", "llm_backbone_id")
+    if missing := [name for name in needed if not found.get(name)]:
+        raise UserError(f"the official config has no {', '.join(missing)}; give the config.json of the checkpoint")
+    frames = found.setdefault("num_frames", 16)
+    if isinstance(frames, int):
+        found["num_frames"] = [frames] * len(found["video_backbone_ids"])
+    config = overlay(OfficialConfig(), found, where="official config: ")
+    if not set(AVERAGES) & set(config.arch_specifier.split("+")):
+        raise UserError(
+            f"arch_specifier {config.arch_specifier!r} cannot be imported: only projectors that average"
+            f" ({', '.join(AVERAGES)}) are"
+        )
+    _check("llm_backbone_id", config.llm_backbone_id, PROMPT_NAMES)
+    return config
+
+
+def run_config(
+    official: OfficialConfig, settings: Mapping[str, Any], *, llm: str, query_width: int | None
+) -> TrainConfig:
+    """Our settings of the same model, with the numbers of the second stage that trained it."""
+    lr = settings.get("finetune_learning_rate", 2e-5)
+    changes = {
+        "encoders": official.encoders[: official.num_used],
+        "prompt": PROMPT_NAMES[official.llm_backbone_id],
+        "max_text_tokens": official.llm_max_length,
+        "exceed_context": official.fusion == "concat_sequence",  # theirs is not checked, and LLaMA-2's is full of it
+        "optimizer": {
+            "projector_lr": lr,
+            "fusion_lr": lr,
+            "llm_lr": lr,
+            "weight_decay": settings.get("finetune_weight_decay", 0.1),
+            "warmup_ratio": settings.get("finetune_warmup_ratio", 0.03),
+            "clip_norm": settings.get("finetune_max_grad_norm", 1.0),
+        },
+        "batch_size": settings.get("finetune_global_batch_size", 128),
+        "micro_batch_size": settings.get("finetune_per_device_batch_size", 8),
+    }
+    time, height, width = official.grid(0)
+    fusion = FusionConfig(name=official.fusion)
+    return replace(
+        overlay(TrainConfig(llm=llm, train_llm="full"), changes),
+        projector=ProjectorConfig(grid=(time // official.frame_divisor, height, width), head=official.head),
+        fusion=fusion if query_width is None else replace(fusion, query_width=query_width),
+    )
+
+
+def _check(what: str, name: str, table: Mapping[str, Any]) -> Any:
+    if name not in table:
+        raise UserError(unknown_name(what, name, table))
+    return name
+
+
+IMPORT_FILE = "imported.json"
+SOURCE = "princetonvisualai/merv"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imported:
+    """Everything that is written."""
+
+    config: TrainConfig
+    record: RunRecord
+    llm: LoadedLLM  # without weights, on torch's meta device
+    weights: Weights
+    origin: Mapping[str, Any]
+
+
+def import_official(
+    checkpoint_file: Path, config_file: Path, *, llm: str, out: Path, store: str | None = None
+) -> dict[str, Any]:
+    """Make the run `out`, whole or not at all; with `store`, bound to the identities it holds."""
+    out = Path(out)
+    if out.exists():
+        raise UserError(f"{out} exists already; choose another --out")
+    settings = read_settings(config_file)
+    imported = _convert(read_checkpoint(checkpoint_file), parse_settings(settings), settings, llm, store)
+    origin = {
+        "source": SOURCE,
+        "file": Path(checkpoint_file).name,
+        "sha256": file_sha256(checkpoint_file),
+        "config": settings,
+        **imported.origin,
+    }
+    _write(out, imported, origin)
+    record = imported.record
+    return {
+        "run": str(out),
+        "step": record.num_steps,
+        "encoders": {encoder: shape.identity for encoder, shape in record.shapes.items()},
+        "parameters": record.parameters,
+        "left_out": origin["left_out"],
+    }
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The file's tensors in plain dicts, mapped and not copied; whatever else it holds is refused, not run."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError as error:
+        raise UserError(f"checkpoint {path} cannot be read: {error.strerror or error}") from error
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+        raise UserError(
+            f"checkpoint {path} is refused, and nothing in it was run: {_reason(error)}; only tensors in plain"
+            " containers are read, as torch.save writes them since version 1.6"
+        ) from error
+    model = saved.get("model") if isinstance(saved, dict) else None
+    if not isinstance(model, dict) or not all(_is_state_dict(weights) for weights in model.values()):
+        raise UserError(f'checkpoint {path} holds no {{"model": {{PART: {{NAME: tensor}}}}}} as {SOURCE} writes it')
+    return saved
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, without torch's advice to load the file with code and all."""
+    if not isinstance(error, pickle.UnpicklingError):
+        return str(error).strip().partition("\n")[0]
+    named = re.search(r"GLOBAL ([\w.]+)", str(error))
+    return f"it asks for {named[1]}" if named else "it is no plain data"
+
+
+def _is_state_dict(weights: Any) -> bool:
+    return isinstance(weights, dict) and all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+        for name, tensor in weights.items()
+    )
+
+
+def _convert(
+    saved: Mapping[str, Any],
+    official: OfficialConfig,
+    settings: Mapping[str, Any],
+    llm_name: str,
+    store: str | None,
+) -> Imported:
+    """The run's values; all names and sizes have been compared with the model that its config builds."""
+    parts = split_parts(saved["model"])
+    fusion, llm_part = parts.get("feature_fusion", {}), parts.get("llm_backbone", {})
+    query_width = fusion["Q"].shape[-1] if "Q" in fusion else None
+    config = run_config(official, settings, llm=llm_name, query_width=query_width)
+    llm = empty_llm(llm_name, llm_part)
+    rules = {
+        "projectors": projector_rules(len(official.encoders), official.num_used, official.head),
+        "feature_fusion": fusion_rules(official.fusion, fusion),
+        "llm_backbone": llm_rules(llm.model.state_dict(), llm_part),
+    }
+    weights = our_weights(parts, rules)
+    shapes, facts = _token_shapes(official, config, weights, store)
+    with torch.device("meta"):
+        model = build(config, shapes, llm).model
+    check_shapes(weights, {name: tensor.shape for name, tensor in model.state_dict().items()})
+    step = saved.get("step", 0)
+    record = RunRecord(
+        store=store or "",
+        data_digest=f"not known, trained by {SOURCE}",
+        num_samples=0,
+        dropped={},
+        shapes=shapes,
+        parameters=count_parameters(model),
+        num_visual_tokens=model.num_visual_tokens,
+        num_steps=step if isinstance(step, int) else 0,
+        encoders=facts,
+        software=software_versions(),
+    )
+    dead = [f"{part}.{name}" for part, known in rules.items() for name, takes in known.items() if not takes]
+    return Imported(config=config, record=record, llm=llm, weights=weights, origin={"left_out": sorted(dead)})
+
+
+def empty_llm(name: str, saved: Weights) -> LoadedLLM:
+    """Tokenizer and sizes of `name`, without weights, as wide a vocabulary as `saved` has rows.
+
+    The reference adds a token <PAD> and fills the embeddings up to a multiple of 64 rows (LLaMA-2: 32,000 -> 32,064).
+    No text holds these tokens, but their scores are in every softmax, so the rows are kept.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # takes seconds
+
+    where = where_to_look(name)
+    try:
+        tokenizer, sizes = AutoTokenizer.from_pretrained(name, **where), AutoConfig.from_pretrained(name, **where)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"LLM {name!r} cannot be loaded: {str(error).splitlines()[0]}; give the Hub id or folder of the LLM that"
+            " the checkpoint was trained from"
+        ) from error
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(sizes)
+        embedding = model.get_input_embeddings().weight
+        key = next(key for key, parameter in model.named_parameters() if parameter is embedding)
+        found = saved.get(f"llm.{key}", embedding)
+        if len(found) < len(tokenizer):
+            raise UserError(
+                f"the checkpoint's LLM knows {len(found)} tokens, the tokenizer of {name!r} has {len(tokenizer)}: give"
+                " the LLM it was trained from"
+            )
+        if tokenizer.pad_token is None and len(found) > len(tokenizer):
+            tokenizer.add_special_tokens({"pad_token": "<PAD>"})
+        sizes.get_text_config().vocab_size = len(found)
+        model = AutoModelForCausalLM.from_config(sizes, dtype=found.dtype)
+    return LoadedLLM(model=model, tokenizer=tokenizer, is_fresh=True)  # its weights are nowhere but in this run
+
+
+def _token_shapes(
+    official: OfficialConfig, config: TrainConfig, weights: Weights, store: str | None
+) -> tuple[dict[str, TokenShape], dict[str, Any]]:
+    """What the run reads, in the order of its encoders, and what is known of it."""
+    if store is not None:
+        opened = FeatureStore.open(store)
+        source = StoreTokens(opened, used_encoders(config, list(opened.encoders)))
+        return dict(source.shapes), dict(source.facts)
+    layer = HEAD_LAYERS[official.head][0]
+    shapes = {
+        encoder: TokenShape(
+            grid=official.grid(index),
+            width=weights[f"projectors.{index}.head.{layer}weight"].shape[1],
+            is_pooled=True,
+            identity=f"{UNBOUND}{official.video_backbone_ids[index]}",
+        )
+        for index, encoder in enumerate(config.encoders)
+    }
+    return shapes, {}
+
+
+def _write(out: Path, imported: Imported, origin: Mapping[str, Any]) -> None:
+    """The run's folder, whole or not at all."""
+    with whole_folder(out) as folder:
+        save_shape(imported.llm, folder / LLM_FOLDER)
+        imported.record.write(folder)
+        (folder / CONFIG_FILE).write_text(imported.config.to_yaml())
+        (folder / IMPORT_FILE).write_text(json.dumps(origin, indent=1) + "\n")
+        checkpoint.save(
+            folder,
+            step=imported.record.num_steps,
+            weights=imported.weights,
+            optimizer={},
+            data_digest=imported.record.data_digest,
+            identities={encoder: shape.identity for encoder, shape in imported.record.shapes.items()},
+            keep=1,
+        )
