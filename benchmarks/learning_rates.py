@@ -111,7 +111,7 @@ def measure(task: Task) -> dict[str, Any]:
     if done.exists():
         return json.loads(done.read_text())
     samples, source = open_store(task.store, task.config)
-    train(task.config, samples, source, out, store=task.store, resume=True, is_quiet=True)
+    train(task.config, samples, source, out, store=task.store, resume=True, quiet=True)
     losses = [row["loss"] for row in read_metrics(out)]
     answers = evaluate_run(out, EvaluationRequest(store=task.store, limit=task.questions))["answers"]
     row = {

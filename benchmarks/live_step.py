@@ -94,7 +94,7 @@ def compare(
             changed = replace(config, fusion=FusionConfig(name=fusion, query_width=256))
             steps = {}
             for name, (samples, source) in {"store": stored, "live": live}.items():
-                train(changed, samples, source, folder / f"{name}-{fusion}", is_quiet=True)
+                train(changed, samples, source, folder / f"{name}-{fusion}", quiet=True)
                 steps[name] = read_metrics(folder / f"{name}-{fusion}")
             pairs = zip(steps["store"], steps["live"], strict=True)
             seconds = {

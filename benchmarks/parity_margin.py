@@ -17,10 +17,10 @@ import click
 
 from featurestore.clips import Clip
 from featurestore.identity import FeatureIdentity
-from featurestore.reference_clips import Canaries
+from featurestore.reference_clips import ReferenceClips
 from pipeline.config import EncoderSettings
 from pipeline.parity import compare as figures
-from pipeline.reference_clips import CLIPS, encode_canaries, media_bytes
+from pipeline.reference_clips import CLIPS, encode_reference_clips, media_bytes
 
 FRAMES = {"dinov2": 2, "siglip": 2, "languagebind": 8, "vivit": 32}
 STEPS = {"dinov2": 2, "siglip": 2, "languagebind": 8, "vivit": 16}
@@ -56,7 +56,7 @@ def encode(out: Path, encoders: str, dtypes: str, threads: int, batch: int, devi
                 compute_dtype=dtype,
             )
             run, started = EncoderRun(settings, device), time.perf_counter()
-            canaries = encode_canaries(run, "video", batch, _decoded(run))
+            canaries = encode_reference_clips(run, "video", batch, _decoded(run))
             (out / f"{name}-{dtype}.safetensors").write_bytes(canaries.to_bytes())
             (out / f"{name}-{dtype}.json").write_text(json.dumps(run.identity.to_dict()))
             click.echo(f"{name} {dtype}: {time.perf_counter() - started:.1f} s")
@@ -92,9 +92,9 @@ def _print(label: str, one: Path, other: Path) -> None:
     click.echo(f"{label}: relative {row.relative:.1e}, 1 - cosine {1 - row.cosine_min:.1e}, max abs {row.max_abs:.1e}")
 
 
-def _read(file: Path) -> Canaries:
+def _read(file: Path) -> ReferenceClips:
     identity = FeatureIdentity.from_dict(json.loads(file.with_suffix(".json").read_text()))
-    return Canaries.parse(file.read_bytes(), "video", identity)
+    return ReferenceClips.parse(file.read_bytes(), "video", identity)
 
 
 if __name__ == "__main__":

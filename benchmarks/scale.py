@@ -59,7 +59,7 @@ def put_receipt(store: StoreWriter, _: str, block: int, first: int, stop: int) -
     rows = tuple(ok if row < stop else RowOutcome(state="empty") for row in range(first, first + 64))
     shards = {"tokens": {"sha256": "0" * 64, "bytes": 1000}}
     receipt = Receipt(kind="video", group=IDENTITY.group_name, block=block, rows=rows, shards=shards)
-    store.objects.put_new(receipt_key("video", IDENTITY.group_name, block), receipt.to_bytes())
+    store.objects.put_exclusive(receipt_key("video", IDENTITY.group_name, block), receipt.to_bytes())
 
 
 def measure(num_clips: int, workers: int, folder: Path) -> dict[str, float]:

@@ -99,7 +99,7 @@ def compare(folder: Path, config: TrainConfig, num_clips: int, rounds: int) -> d
 
 def measure(config: TrainConfig, samples: list[Sample], source: TokenSource, out: Path) -> list[dict]:
     """Metrics of the steps that count."""
-    train(replace(config, seed=7), samples, source, out, is_quiet=True)
+    train(replace(config, seed=7), samples, source, out, quiet=True)
     return read_metrics(out)[WARM_UP:]
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from featurestore.store import FeatureStore
     from featurestore.writer import StoreWriter
 
-_ROOMS = {
+_LAZY_IMPORTS = {
     "Clip": "featurestore.clips",
     "FeatureDataset": "featurestore.dataset",
     "FeatureIdentity": "featurestore.identity",
@@ -36,8 +36,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
+    if name not in _LAZY_IMPORTS:
         raise AttributeError(f"module 'featurestore' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(_ROOMS[name]), name)
+    return getattr(importlib.import_module(_LAZY_IMPORTS[name]), name)

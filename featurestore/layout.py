@@ -126,12 +126,12 @@ def journal_key(name: str) -> str:
     return f"{JOURNAL}/{name}.json"
 
 
-def canary_key(kind: str, group: str) -> str:
+def reference_clip_key(kind: str, group: str) -> str:
     """Tokens of clips that everybody can render, see canaries.py."""
     return f"{CANARIES}/{group_prefix(kind, group)}.safetensors"
 
 
-def canary_groups(names: list[str]) -> set[str]:
+def reference_clip_groups(names: list[str]) -> set[str]:
     """Groups that have canaries, among file names."""
     return {match[1] for name in names if (match := _CANARY_FILE.fullmatch(name))}
 
@@ -140,7 +140,7 @@ def receipt_key(kind: str, group: str, block: int) -> str:
     return f"{receipts_prefix(kind, group)}/{block:08d}.json"
 
 
-def canary_place(key: str) -> tuple[str, str] | None:
+def reference_clip_place(key: str) -> tuple[str, str] | None:
     """(kind, group) of the key of canaries; None of any other key."""
     top, _, rest = key.partition("/")
     kind, _, file = rest.partition("/")

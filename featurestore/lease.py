@@ -26,7 +26,7 @@ STALE_AFTER_S = 120.0
 LEASE_NAME = "driver.lease"
 
 
-class _Paper(Protocol):
+class LeaseBackend(Protocol):
     """What a lease is written on."""
 
     def create(self, text: str) -> bool: ...  # False if there is one
@@ -45,7 +45,7 @@ class StoreLease:
 
     def __init__(self, path: Place, run_id: str, *, stale_after_s: float = STALE_AFTER_S) -> None:
         place = place_of(path)
-        self._paper: _Paper = _LeaseObject(str(place)) if is_url(place) else _LeaseFile(Path(place))
+        self._paper: LeaseBackend = _LeaseObject(str(place)) if is_url(place) else _LeaseFile(Path(place))
         self._owner = {"host": socket.gethostname(), "pid": os.getpid(), "run": run_id, "since": time.time()}
         self._stale_after_s = stale_after_s
         self._stop = threading.Event()
@@ -161,14 +161,14 @@ class _LeaseObject:
 
     def touch(self, text: str) -> None:
         """Put it anew, unless somebody took it over."""
-        self._objects.swap(self._key, text.encode(), text.encode())
+        self._objects.compare_and_swap(self._key, text.encode(), text.encode())
 
     def remove(self) -> None:
         self._objects.delete(self._key)
 
     def age_s(self) -> float | None:
         probe = f"{TEMPORARY}/clock-{uuid.uuid4().hex}"
-        self._objects.put_new(probe, b"")
+        self._objects.put_exclusive(probe, b"")
         try:
             return (self._objects.modified(probe) - self._objects.modified(self._key)).total_seconds()
         except FileNotFoundError:

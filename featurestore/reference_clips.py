@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from featurestore.identity import FeatureIdentity
-from featurestore.layout import ARRAYS, canary_key
+from featurestore.layout import ARRAYS, reference_clip_key
 from featurestore.objects.base import Objects, get_bounded, put_if_absent
 from featurestore.zarr_metadata import ArraySpec, array_specs
 from mervcache.errors import StoreDamagedError, StoreFormatError
@@ -34,7 +34,7 @@ _ALIGNMENT = 8  # safetensors pads its header to it
 
 
 @dataclass(frozen=True, kw_only=True)
-class Canary:
+class ReferenceClip:
     """What one canary was before it was encoded."""
 
     name: str  # "scene": the renderer knows it
@@ -43,13 +43,13 @@ class Canary:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Canaries:
+class ReferenceClips:
     """The canaries of one encoder and kind."""
 
     kind: str
     identity: FeatureIdentity
     rendering: str  # "canaries/1": who renders the clips again
-    clips: tuple[Canary, ...]  # in the order of the arrays' rows
+    clips: tuple[ReferenceClip, ...]  # in the order of the arrays' rows
     arrays: Mapping[str, np.ndarray]  # by name in layout.ARRAYS: stored items [clip, *row shape]
 
     def stored(self, name: str) -> dict[str, np.ndarray] | None:
@@ -90,12 +90,12 @@ class Canaries:
         return head | {"rendering": self.rendering, "clips": clips}
 
     @classmethod
-    def parse(cls, data: bytes, kind: str, identity: FeatureIdentity) -> Canaries:
+    def parse(cls, data: bytes, kind: str, identity: FeatureIdentity) -> ReferenceClips:
         """Canaries from their file, whole, undamaged, and of this group."""
-        what = canary_key(kind, identity.group_name)
+        what = reference_clip_key(kind, identity.group_name)
         try:
             record, start = _read_record(data, what)
-            clips = tuple(Canary(**entry) for entry in record["clips"])
+            clips = tuple(ReferenceClip(**entry) for entry in record["clips"])
             arrays = _arrays(memoryview(data)[start:], kind, identity, len(clips))
             rendering = record["rendering"]
             found = cls(kind=kind, identity=identity, rendering=rendering, clips=clips, arrays=arrays)
@@ -108,29 +108,29 @@ class Canaries:
         return found
 
 
-def read_canaries(objects: Objects, kind: str, identity: FeatureIdentity) -> Canaries:
+def read_reference_clips(objects: Objects, kind: str, identity: FeatureIdentity) -> ReferenceClips:
     """The canaries of a group; FileNotFoundError where it has none."""
-    data = get_bounded(objects, canary_key(kind, identity.group_name), max_canary_bytes(kind, identity))
-    return Canaries.parse(data, kind, identity)
+    data = get_bounded(objects, reference_clip_key(kind, identity.group_name), max_reference_clip_bytes(kind, identity))
+    return ReferenceClips.parse(data, kind, identity)
 
 
-def put_canaries(objects: Objects, canaries: Canaries) -> bool:
+def put_reference_clips(objects: Objects, canaries: ReferenceClips) -> bool:
     """Keep a group's canaries unless it has some; False if it has, and those stand."""
-    return put_if_absent(objects, canary_key(canaries.kind, canaries.identity.group_name), canaries.to_bytes())
+    return put_if_absent(objects, reference_clip_key(canaries.kind, canaries.identity.group_name), canaries.to_bytes())
 
 
-def canary_digest(objects: Objects, kind: str, identity: FeatureIdentity) -> str | None:
+def reference_clip_digest(objects: Objects, kind: str, identity: FeatureIdentity) -> str | None:
     """sha256 of a group's canary file; None where there is none, or a damaged one, which `verify` tells of."""
     try:
-        key = canary_key(kind, identity.group_name)
-        data = get_bounded(objects, key, max_canary_bytes(kind, identity))
-        Canaries.parse(data, kind, identity)
+        key = reference_clip_key(kind, identity.group_name)
+        data = get_bounded(objects, key, max_reference_clip_bytes(kind, identity))
+        ReferenceClips.parse(data, kind, identity)
     except (FileNotFoundError, StoreFormatError, StoreDamagedError):
         return None
     return sha256_hex(data)
 
 
-def max_canary_bytes(kind: str, identity: FeatureIdentity) -> int:
+def max_reference_clip_bytes(kind: str, identity: FeatureIdentity) -> int:
     """What a file of canaries can need."""
     return 8 + MAX_HEADER_BYTES + MAX_CANARIES * sum(spec.row_bytes for spec in _specs(kind, identity).values())
 
@@ -163,7 +163,7 @@ def _arrays(data: memoryview, kind: str, identity: FeatureIdentity, count: int) 
     return arrays
 
 
-def _is_sound(clip: Canary) -> bool:
+def _is_sound(clip: ReferenceClip) -> bool:
     texts = (clip.name, clip.media_sha256, clip.frames_sha256)
     if not all(type(text) is str for text in texts):
         return False

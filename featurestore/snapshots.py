@@ -39,12 +39,12 @@ from featurestore.layout import (
     SAMPLES,
     SNAPSHOTS,
     block_number,
-    canary_groups,
     check_block_rows,
     part_key,
     part_numbers,
     receipt_blocks,
     receipts_prefix,
+    reference_clip_groups,
     samples_key,
     samples_versions,
     sealed_blocks,
@@ -54,7 +54,7 @@ from featurestore.layout import (
 from featurestore.objects.base import Objects, get_bounded, put_if_absent
 from featurestore.parquet import read_table, table_bytes, table_file
 from featurestore.records import STATES, Receipt, read_receipt, tombstone_ids
-from featurestore.reference_clips import canary_digest
+from featurestore.reference_clips import reference_clip_digest
 from featurestore.schemas import CLIP_SCHEMA, clips_to_table
 from featurestore.zarr_metadata import GroupRecord, encoder_groups, parse_identity, read_group
 from mervcache.errors import StoreDamagedError, StoreError, StoreFormatError, UserError
@@ -473,7 +473,7 @@ def _build(
         block_rows=dict(block_rows),
         table_sha256=sha256_hex(data),
         tombstones=tombstones,
-        canaries=_canary_digests(objects, groups, base),
+        canaries=_reference_clip_digests(objects, groups, base),
     ), data
 
 
@@ -508,14 +508,16 @@ def _part_digests(objects: Objects, count: int, parent: Snapshot | None) -> dict
     return known
 
 
-def _canary_digests(objects: Objects, groups: Mapping[str, GroupSummary], base: Snapshot | None) -> dict[str, str]:
+def _reference_clip_digests(
+    objects: Objects, groups: Mapping[str, GroupSummary], base: Snapshot | None
+) -> dict[str, str]:
     """Canaries that are there and whole; those that `base` knows never change."""
     found: dict[str, str] = {}
     for kind in KINDS:
-        present = canary_groups(objects.list_names(f"{CANARIES}/{kind}"))
+        present = reference_clip_groups(objects.list_names(f"{CANARIES}/{kind}"))
         for name in (name for name in groups if name.startswith(f"{kind}/") and name.split("/")[1] in present):
             sha256 = base.canaries.get(name) if base else None
-            if sha256 := sha256 or canary_digest(objects, kind, groups[name].identity):
+            if sha256 := sha256 or reference_clip_digest(objects, kind, groups[name].identity):
                 found[name] = sha256
     return found
 

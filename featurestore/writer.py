@@ -83,7 +83,7 @@ _PENDING = "0" * 32  # digest of an added row until the bytes on disk are digest
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockTarget:
+class GroupHandle:
     """The encoder's group that blocks go to."""
 
     objects: Objects
@@ -100,7 +100,7 @@ class BlockTarget:
 class BlockWriter:
     """Collects the outcome of every planned row of one block; memory is bounded by the block's encoded bytes."""
 
-    def __init__(self, group: BlockTarget, block: int, planned: Iterable[int]) -> None:
+    def __init__(self, group: GroupHandle, block: int, planned: Iterable[int]) -> None:
         self._group = group
         self._objects = group.objects
         self.block = block
@@ -301,7 +301,7 @@ class GroupWriter:
 
     def begin(self, block: int, rows: Iterable[int] | None = None) -> BlockWriter:
         """Start a block; `rows` are its planned rows where the caller knows them (saves reading the clip parts)."""
-        target = BlockTarget(
+        target = GroupHandle(
             objects=self.objects,
             kind=self.kind,
             identity=self.identity,
@@ -327,7 +327,7 @@ class GroupWriter:
         before = self.objects.get(key)
         spec = parse_array(array, before)
         if spec is not None and spec.rows < rows:
-            self.objects.swap(key, before, spec.with_rows(rows).document())
+            self.objects.compare_and_swap(key, before, spec.with_rows(rows).document())
 
     def _read_specs(self) -> dict[str, ArraySpec]:
         self.specs = read_arrays(self.objects, self.kind, self.identity, self.block_rows)
@@ -383,7 +383,7 @@ class StoreWriter:
             with machine_faults(f"make {path}"):
                 _make_folder(Path(path))
         objects = open_objects(path) if objects is None else objects
-        objects.sweep()
+        objects.cleanup_tmp()
         if not objects.exists(ROOT_METADATA):
             check_holds_nothing_else(objects, path)
             put_if_absent(objects, ROOT_METADATA, root_document(datasets=[], block_rows=wanted))

@@ -64,7 +64,7 @@ def local(request: ClusterRequest, say: Callable[[str], None]) -> Iterator[Clien
         Client(cluster) as client,
     ):
         if num_workers > 1:
-            client.register_plugin(deaf_to_interrupts())
+            client.register_plugin(ignore_sigint())
         yield client
 
 
@@ -74,7 +74,7 @@ def threads_environment(num_workers: int) -> dict[str, str]:
     return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
 
 
-def deaf_to_interrupts() -> WorkerPlugin:
+def ignore_sigint() -> WorkerPlugin:
     """Ctrl-C reaches every process of the terminal; the driver stops its workers, they need not print how they die."""
     from distributed import WorkerPlugin
 
@@ -188,7 +188,7 @@ def cuda(request: ClusterRequest, say: Callable[[str], None]) -> Iterator[Client
                 silence_logs=50,
             )
         with cluster, Client(cluster) as client:
-            client.register_plugin(deaf_to_interrupts())
+            client.register_plugin(ignore_sigint())
             yield client
 
 

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 INSTALL = "pip install 'merv-pipeline[slurm]'"
 MARGIN_S = 240  # before the walltime; longer would gain nothing: Dask gives the block in hand to another worker at once
 CHECK_S = 5.0  # between looks at the queue while no worker has come
-KEEP_S = 30.0  # between looks at jobs that ended
-MAX_FRUITLESS = 5  # jobs, for each that is wanted, that ended one after the other before their worker came
+POLL_S = 30.0  # between looks at jobs that ended
+MAX_FAILED_JOBS = 5  # jobs, for each that is wanted, that ended one after the other before their worker came
 TAIL_LINES = 15  # of a job's log, in an error
 
 
@@ -53,7 +53,7 @@ def slurm(request: ClusterRequest, say: Callable[[str], None]) -> Iterator[Clien
     num_jobs = math.ceil((request.num_workers or per_job) / per_job)
     with SLURMCluster(**job_options(settings, dashboard=request.dashboard)) as cluster, Client(cluster) as client:
         _check_submits(cluster.job_script())
-        keeper = _Keeper(cluster, num_jobs, _logs(settings), say)
+        keeper = _JobReplacer(cluster, num_jobs, _logs(settings), say)
         cluster.scale(jobs=num_jobs)
         say(f"slurm: submitted {num_jobs} x {per_job} (jobs x workers), waiting for the first; logs: {_logs(settings)}")
         _wait_for_first(client, keeper, settings)
@@ -121,7 +121,7 @@ def _logs(settings: ClusterSettings) -> Path:
     return Path(settings.log_directory).absolute()
 
 
-def _wait_for_first(client: Client, keeper: _Keeper, settings: ClusterSettings) -> None:
+def _wait_for_first(client: Client, keeper: _JobReplacer, settings: ClusterSettings) -> None:
     """A queue may take hours, so there is no limit; but jobs that all ended without a worker will bring none."""
     while True:
         try:
@@ -158,7 +158,7 @@ def _note_names(names: set[str]) -> SchedulerPlugin:
     return NoteNames()
 
 
-class _Keeper(threading.Thread):
+class _JobReplacer(threading.Thread):
     """Keeps the number of jobs: those that ended, by walltime or by accident, are submitted anew."""
 
     def __init__(self, cluster: SLURMCluster, num_jobs: int, logs: Path, say: Callable[[str], None]) -> None:
@@ -183,7 +183,7 @@ class _Keeper(threading.Thread):
         return set() if "Invalid job id" in answer.stderr else None  # SLURM forgets jobs that ended long ago
 
     def run(self) -> None:
-        while not self._is_over.wait(KEEP_S):
+        while not self._is_over.wait(POLL_S):
             # Looked up before the queue is: a job that is being submitted meanwhile is in no answer, and has not ended.
             submitted = {name: job for name, job in list(self._cluster.workers.items()) if job.job_id}
             live = self.live_jobs() if submitted else set()
@@ -192,7 +192,7 @@ class _Keeper(threading.Thread):
             for name, job in submitted.items():
                 if str(job.job_id) not in live and self._cluster.workers.get(name) is job:
                     self._replace(name, str(job.job_id))
-            if self._fruitless < MAX_FRUITLESS * self._num_jobs:
+            if self._fruitless < MAX_FAILED_JOBS * self._num_jobs:
                 self._cluster.scale(jobs=self._num_jobs)  # submits what its list lacks; no more than the number
 
     def _replace(self, name: str, job_id: str) -> None:
@@ -201,16 +201,16 @@ class _Keeper(threading.Thread):
         its_workers = {worker for worker in set(self._seen) if worker == str(name) or worker.startswith(f"{name}-")}
         self._seen -= its_workers  # the next job has the same name
         self._fruitless = 0 if its_workers else self._fruitless + 1
-        if self._fruitless < MAX_FRUITLESS * self._num_jobs:
+        if self._fruitless < MAX_FAILED_JOBS * self._num_jobs:
             self._say(f"slurm: job {job_id} has ended and the run has not: another one is submitted")
-        elif self._fruitless == MAX_FRUITLESS * self._num_jobs:
+        elif self._fruitless == MAX_FAILED_JOBS * self._num_jobs:
             tail = _tail(self._logs, {job_id})
             self._say(
                 f"slurm: {self._fruitless} jobs ended before their workers came, no more are submitted; the last lines "
                 f"in {self._logs}:\n{tail}"
             )
 
-    def __enter__(self) -> _Keeper:
+    def __enter__(self) -> _JobReplacer:
         self.start()
         return self
 

@@ -39,7 +39,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TextIO, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mervcache.errors import MervCacheError
 
@@ -52,7 +51,7 @@ Decorator = Callable[[Command], Command]
 CONTEXT = {"show_default": True, "help_option_names": ["-h", "--help"], "max_content_width": 110}  # of click
 
 
-def says(*errors: type[Exception], interrupted: str) -> Decorator:
+def handle_errors(*errors: type[Exception], interrupted: str) -> Decorator:
     """Decorator: the message of these errors without a traceback and exit code 1; `interrupted` and 130 after Ctrl-C.
 
     Everything else is a bug and keeps its traceback. It goes on top, right below the command's own decorator, for what
@@ -92,7 +91,7 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def show_result(result: Any, as_json: bool, show: Callable[[], None], *, indent: int | None = None) -> None:
+def print_result(result: Any, as_json: bool, show: Callable[[], None], *, indent: int | None = None) -> None:
     """JSON on stdout for a program, else what `show` prints for a person."""
     if as_json:
         print(json.dumps(result, indent=indent, default=str), flush=True)
@@ -100,7 +99,7 @@ def show_result(result: Any, as_json: bool, show: Callable[[], None], *, indent:
         show()
 
 
-def tell_kept(keep: Callable[[], str]) -> None:
+def report_saved(keep: Callable[[], str]) -> None:
     """Keep a measurement in the journal where the store can be written; it is worth printing all the same."""
     try:
         say(f"kept as {keep()}")
@@ -452,15 +451,18 @@ class Bar:
     """`with Bar("train", total=600, start=120) as bar: bar.advance(); bar.tell("loss 1.25")`."""
 
     def __init__(
-        self, label: str, *, total: int, start: int = 0, is_quiet: bool = False, stream: TextIO | None = None
+        self, label: str, *, total: int, start: int = 0, quiet: bool = False, stream: TextIO | None = None
     ) -> None:
+        from rich.console import Console  # --help does not need it
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
         self.label, self.total, self.facts = label, total, ""
         self._start = self._done = self._written = start
         self._began = self._last_line = time.monotonic()
         self._stream = stream or sys.stderr
         is_terminal = self._stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
-        is_live = is_terminal and not is_quiet
-        self._logs = not is_live and not is_quiet
+        is_live = is_terminal and not quiet
+        self._logs = not is_live and not quiet
         self._live = Progress(
             TextColumn(label),
             BarColumn(),

@@ -54,14 +54,14 @@ def user_cache() -> Path:
 
 
 @contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
+def atomic_directory(out: Path) -> Iterator[Path]:
     """An empty folder to fill, which becomes `out` where the block ends; where it fails, nothing is left of it."""
     temporary = _beside(out)
     shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had this number: in containers all have 1
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        give_usual_modes(temporary)
+        apply_umask(temporary)
         temporary.rename(out)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -81,7 +81,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def give_usual_modes(folder: Path) -> None:
+def apply_umask(folder: Path) -> None:
     """Give every file of weights under `folder` the mode that any new file gets there: 0666 without the umask's bits.
 
     safetensors writes through a temporary file that only its owner may read, and leaves it so: a colleague could then

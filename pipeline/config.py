@@ -213,9 +213,11 @@ class ExtractConfig:
         return yaml.safe_dump(plain, sort_keys=False)
 
 
-OF_ONE_RUN = frozenset(  # settings of one run and its place: who repeats a run as its journal tells leaves them out
-    "new_identity refresh retry_quarantine retry_reason reuse forecast dashboard performance_report".split()
-    + "scheduler workers cluster".split()
+RUN_ONLY_SETTINGS = (
+    frozenset(  # settings of one run and its place: who repeats a run as its journal tells leaves them out
+        "new_identity refresh retry_quarantine retry_reason reuse forecast dashboard performance_report".split()
+        + "scheduler workers cluster".split()
+    )
 )
 
 

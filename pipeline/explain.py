@@ -31,7 +31,7 @@ from featurestore.writer import StoreWriter
 from featurestore.zarr_metadata import clip_bytes
 from mervcache.console import SILENT, ProgressCallback
 from mervcache.errors import MediaError, UserError
-from pipeline.config import OF_ONE_RUN, EncoderSettings, ExtractConfig, read_config
+from pipeline.config import RUN_ONLY_SETTINGS, EncoderSettings, ExtractConfig, read_config
 from pipeline.datasets import DatasetListing, list_clips
 from pipeline.encoders.weights import fingerprint, remember, remembered_sha256
 from pipeline.media import Source
@@ -244,7 +244,7 @@ def explained_config(path: Place, config_file: str | None, given: Mapping[str, A
     if config_file or not mine:
         return read_config(config_file, given), config_file or "`extract`, for the store has no journal of a run"
     run, known = mine[-1], {setting.name for setting in fields(ExtractConfig)}  # a newer version may have others
-    base = {name: value for name, value in settings_of(run, without=OF_ONE_RUN).items() if name in known}
+    base = {name: value for name, value in settings_of(run, without=RUN_ONLY_SETTINGS).items() if name in known}
     if given.get("dataset", base["dataset"]) != base["dataset"]:
         base |= dict.fromkeys(("stage", "kind", "limit", "root")) | {"options": {}}
     else:

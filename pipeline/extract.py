@@ -51,10 +51,10 @@ from mervcache.errors import MervCacheError, RunStoppedError
 from pipeline.config import ExtractConfig
 from pipeline.datasets import DatasetListing, list_clips
 from pipeline.plan import NOTHING_STALE, PlannedBlock, plan_blocks
-from pipeline.refresh import look_at_media, told_identities
+from pipeline.refresh import identity_notes, scan_media
 from pipeline.retry import clips_to_retry
 from pipeline.reuse import OtherStore
-from pipeline.run_encoders import Say, describe, on_a_worker, settled
+from pipeline.run_encoders import Say, describe, is_up_to_date, on_a_worker
 from pipeline.summary import DECODING, ExtractSummary, from_first_blocks, read_plan, run_record
 from pipeline.worker.isolate import forget_all
 from pipeline.worker.reports import BlockCounts, EncoderDescription
@@ -245,9 +245,9 @@ def extract(config: ExtractConfig, *, quiet: bool = False, say: Say = lambda lin
         summary.predicted = read_plan(config.forecast).to_dict()
     for note in listing.notes:
         say(note)
-    if (encoders := settled(config, listing)) is not None:
+    if (encoders := is_up_to_date(config, listing)) is not None:
         with Extraction.begin(config, listing, encoders, summary, say) as extraction:
-            extraction.settle()
+            extraction.finish_without_work()
         return summary
     say(f"{config.dataset}: {len(listing.clips)} clips listed; loading {', '.join(config.encoders)}")
     with (
@@ -312,12 +312,12 @@ class Extraction:
         """Kinds of the listed clips."""
         return [kind for kind in KINDS if any(clip.kind == kind for clip in self.listing.clips)]
 
-    def settle(self) -> None:
+    def finish_without_work(self) -> None:
         """A run that has nothing to compute: a look at the media, samples, and its record."""
         started = time.time()
         self.stale_clips()
         self.add_samples()
-        self.sum_up(started)
+        self.write_record(started)
 
     def fill(self, client: Client, *, quiet: bool) -> None:
         """Give out rows, plan what is missing, and run it."""
@@ -325,13 +325,13 @@ class Extraction:
         if self.config.retry_quarantine:
             self.retry_quarantine(client)
         if self.config.canaries:
-            self.add_canaries(client)
-        for line in told_identities(self.store, self.identities) if self.config.new_identity else ():
+            self.add_reference_clips(client)
+        for line in identity_notes(self.store, self.identities) if self.config.new_identity else ():
             self.say(line)
         blocks = self.plan()
         self.check_space(blocks)
         total, tasks = sum(block.num_clips for block in blocks), self.tasks(blocks)
-        with self.summed_up():
+        with self.recording():
             run_blocks(client, self.store, tasks, self.summary, self.config, total=total, quiet=quiet)
 
     def register(self) -> None:
@@ -377,13 +377,15 @@ class Extraction:
             )
         self.store.add_clips(second.clips, retry=True)
 
-    def add_canaries(self, client: Client) -> None:
+    def add_reference_clips(self, client: Client) -> None:
         """Canaries for the groups that have none, before the first block: a run that is cut short has them."""
-        from pipeline.reference_clips import CanaryTask, missing_canaries, write_canaries
+        from pipeline.reference_clips import ReferenceClipTask, missing_reference_clips, write_reference_clips
 
-        if missing := missing_canaries(self.store, self.identities, self.kinds):
-            task = CanaryTask(store=str(self.config.store_path), engine=self.config.engine_settings, groups=missing)
-            done = on_a_worker(client, self.config, write_canaries, task)
+        if missing := missing_reference_clips(self.store, self.identities, self.kinds):
+            task = ReferenceClipTask(
+                store=str(self.config.store_path), engine=self.config.engine_settings, groups=missing
+            )
+            done = on_a_worker(client, self.config, write_reference_clips, task)
             self.summary.canaries = done["written"]
             for problem in done["problems"]:
                 self.say(f"no canaries, which `verify --parity` needs: {problem}")
@@ -395,7 +397,7 @@ class Extraction:
 
     def stale_clips(self) -> Mapping[str, Collection[str]]:
         """Look at the media, count and tell what changed; by encoder, the clips to compute again for it."""
-        found = look_at_media(self.store, self.listing, self.identities, refresh=self.config.refresh, say=self.say)
+        found = scan_media(self.store, self.listing, self.identities, refresh=self.config.refresh, say=self.say)
         self.summary.not_compared = len(found.not_compared)
         if self.config.refresh:
             self.summary.refreshed = len(found.clips)
@@ -446,18 +448,18 @@ class Extraction:
             yield Task(key=f"{block.kind}-{block.block:08d}-of-{block.batch}-{self.summary.run}", arguments=(task,))
 
     @contextmanager
-    def summed_up(self) -> Iterator[None]:
+    def recording(self) -> Iterator[None]:
         """However the run ends, readers see what was committed and the journal tells what happened."""
         started = time.time()
         try:
             yield
         except BaseException:
             with suppress(MervCacheError):  # the first error is the one to tell: on a full disk this fails as well
-                self.sum_up(started)
+                self.write_record(started)
             raise
-        self.sum_up(started)
+        self.write_record(started)
 
-    def sum_up(self, started: float) -> None:
+    def write_record(self, started: float) -> None:
         """Publish what is committed and write the run's record; `started` is a Unix time."""
         self.summary.elapsed_s = time.time() - started
         self.summary.snapshot = self.store.publish_snapshot()

@@ -276,12 +276,12 @@ def _settled(config: ExtractConfig, identities: Mapping[str, FeatureIdentity]) -
         return {name: set() for name in identities}
     store = FeatureStore.open(config.store_path)
     clips, quarantine = store.clips, [] if config.retry_quarantine else store.quarantine.to_pylist()
-    settled = {}
+    is_up_to_date = {}
     for name, identity in identities.items():
         key = next((key for key, stored in store.encoders.items() if stored.id == identity.id), None)
         committed = clips.filter(clips[key])["clip_id"].to_pylist() if key else []
-        settled[name] = set(committed) | {row["clip_id"] for row in quarantine if row["encoder"] == key}
-    return settled
+        is_up_to_date[name] = set(committed) | {row["clip_id"] for row in quarantine if row["encoder"] == key}
+    return is_up_to_date
 
 
 def _reusable(

@@ -39,14 +39,14 @@ from featurestore.objects.base import Objects
 from featurestore.objects.open import open_objects
 from featurestore.quality import ParityRecord, ParityRow, now
 from featurestore.records import driver_runs, maker_of
-from featurestore.reference_clips import Canaries, read_canaries
+from featurestore.reference_clips import ReferenceClips, read_reference_clips
 from featurestore.storage_dtypes import OverflowedTokens, from_stored, to_stored
 from featurestore.store import FeatureStore
 from featurestore.transfer.merge import LoadedCell, StoreCells, decoded_cell, read_clip_list
 from featurestore.zarr_metadata import array_specs, read_group
 from mervcache.errors import ClipUnavailableError, StoreFormatError, UserError, unknown_name
 from pipeline.config import EncoderSettings, EngineSettings
-from pipeline.reference_clips import CLIPS, RENDERING, decode_canaries, encode_canaries
+from pipeline.reference_clips import CLIPS, RENDERING, decode_reference_clips, encode_reference_clips
 from pipeline.summary import media_roots, software_versions
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ def check_parity(
     chosen = _chosen(store, encoders)
     listed = clips_by_kind(store, read_clip_list(clips)) if clips else None
     if listed is None:
-        _refuse_without_canaries(place, store, chosen)
+        _refuse_without_reference_clips(place, store, chosen)
     with engine_without_encoders(device) as engine:
         check = _Check(place=place, store=store, engine=engine, weights=weights or {}, listed=listed, root=root)
         rows = [row for key, identity in chosen.items() for row in check.rows(key, identity, say)]
@@ -236,11 +236,11 @@ def check_parity(
 
 def made_again(
     objects: Objects, kind: str, identity: FeatureIdentity, weights: Mapping[str, str], device: str | None
-) -> Canaries:
+) -> ReferenceClips:
     """A group's canaries as this machine makes them."""
     with engine_without_encoders(device) as engine:
         run = load_as_stored(objects, identity.encoder, identity, weights, engine.device)
-        return _own_canaries(objects, kind, run, decode_canaries(engine, [run], kind))
+        return _own_reference_clips(objects, kind, run, decode_reference_clips(engine, [run], kind))
 
 
 @contextmanager
@@ -265,25 +265,25 @@ class _Check:
 
     def rows(self, key: str, identity: FeatureIdentity, say: Callable[[str], None]) -> list[ParityRow]:
         """Load one encoder and check it; a row for each kind of which there is anything to compare."""
-        kinds = _kinds_with_canaries(self.store, identity) if self.listed is None else list(self.listed)
+        kinds = _kinds_with_reference_clips(self.store, identity) if self.listed is None else list(self.listed)
         if not kinds:
             say(f"{key}: no canaries, not checked")
             return []
         say(f"{key}: loading")
         run = load_as_stored(open_objects(self.place), key, identity, self.weights, self.engine.device)
-        check = self._of_canaries if self.listed is None else self._of_clips
+        check = self._of_reference_clips if self.listed is None else self._of_clips
         return [row for kind in kinds if (row := check(run, key, kind)).clips]
 
     def _of_clips(self, run: EncoderRun, key: str, kind: str) -> ParityRow:
         return check_clips(self.place, self.engine, run, key, kind, self.listed[kind], root=self.root)
 
-    def _of_canaries(self, run: EncoderRun, key: str, kind: str) -> ParityRow:
+    def _of_reference_clips(self, run: EncoderRun, key: str, kind: str) -> ParityRow:
         objects = open_objects(self.place)
-        theirs = read_canaries(objects, kind, run.identity)
+        theirs = read_reference_clips(objects, kind, run.identity)
         _refuse_other_pictures(theirs, key)
-        decoded = decode_canaries(self.engine, [run], kind)
+        decoded = decode_reference_clips(self.engine, [run], kind)
         _refuse_other_media(theirs, decoded, key)
-        mine = _own_canaries(objects, kind, run, decoded)
+        mine = _own_reference_clips(objects, kind, run, decoded)
         here = {clip.name: clip for clip in mine.clips}
         same = all(here[c.name].frames_sha256 == c.frames_sha256 for c in theirs.clips if c.name in here)
         row = compare(key, kind, run.identity, [(theirs.stored(c.name), mine.stored(c.name)) for c in theirs.clips])
@@ -291,9 +291,11 @@ class _Check:
         return replace(row, canaries=sha256, frames="equal" if same else "differ")
 
 
-def _own_canaries(objects: Objects, kind: str, run: EncoderRun, decoded: Mapping[str, Decoded]) -> Canaries:
+def _own_reference_clips(
+    objects: Objects, kind: str, run: EncoderRun, decoded: Mapping[str, Decoded]
+) -> ReferenceClips:
     """In the batch shape of the encoder's group."""
-    return encode_canaries(run, kind, read_group(objects, kind, run.identity.group_name).batch_shape, decoded)
+    return encode_reference_clips(run, kind, read_group(objects, kind, run.identity.group_name).batch_shape, decoded)
 
 
 def _chosen(store: FeatureStore, encoders: Sequence[str] | None) -> dict[str, FeatureIdentity]:
@@ -308,7 +310,7 @@ def _chosen(store: FeatureStore, encoders: Sequence[str] | None) -> dict[str, Fe
     }
 
 
-def _kinds_with_canaries(store: FeatureStore, identity: FeatureIdentity) -> list[str]:
+def _kinds_with_reference_clips(store: FeatureStore, identity: FeatureIdentity) -> list[str]:
     return [kind for kind in KINDS if f"{kind}/{identity.group_name}" in store.canaries]
 
 
@@ -325,7 +327,7 @@ def load_as_stored(
     if threads and device == "cpu":
         torch.set_num_threads(threads)  # they decide the last bits of a sum
     settings = EncoderSettings.of_identity(identity, own_weights)
-    _refuse_monsters(settings, key)
+    _check_parameter_count(settings, key)
     run = EncoderRun(settings, device)
     if odd := run.identity.differences(identity):
         _refuse(key, own_weights, odd)
@@ -342,7 +344,7 @@ def _made_with(objects: Objects, identity: FeatureIdentity) -> tuple[str, int | 
     return ("hub" if label == "pretrained" else label), None
 
 
-def _refuse_monsters(settings: EncoderSettings, key: str) -> None:
+def _check_parameter_count(settings: EncoderSettings, key: str) -> None:
     """An identity may be a stranger's, and a network is allocated before its weights can be compared."""
     sizes = settings.spec.architecture
     width, layers = sizes["hidden_size"], sizes["num_layers"]
@@ -361,15 +363,15 @@ def _refuse(key: str, weights: str, odd: Mapping[str, tuple]) -> None:
     raise UserError(f"{key}: this version builds another encoder than the identity says: {fields}")
 
 
-def _refuse_without_canaries(place: Place, store: FeatureStore, chosen: Mapping[str, FeatureIdentity]) -> None:
-    if not any(_kinds_with_canaries(store, identity) for identity in chosen.values()):
+def _refuse_without_reference_clips(place: Place, store: FeatureStore, chosen: Mapping[str, FeatureIdentity]) -> None:
+    if not any(_kinds_with_reference_clips(store, identity) for identity in chosen.values()):
         raise UserError(
             f"{place} has no canaries of {', '.join(chosen) or 'any encoder'}: run its `merv-pipeline extract` again, "
             "which adds them where it made the tokens; or name clips of the store with --clips, and their --root"
         )
 
 
-def _refuse_other_media(canaries: Canaries, decoded: Mapping[str, Decoded], key: str) -> None:
+def _refuse_other_media(canaries: ReferenceClips, decoded: Mapping[str, Decoded], key: str) -> None:
     for clip in canaries.clips:
         if clip.media_sha256 != decoded[clip.name].media_sha256:
             raise StoreFormatError(
@@ -377,7 +379,7 @@ def _refuse_other_media(canaries: Canaries, decoded: Mapping[str, Decoded], key:
             )
 
 
-def _refuse_other_pictures(canaries: Canaries, key: str) -> None:
+def _refuse_other_pictures(canaries: ReferenceClips, key: str) -> None:
     names = {clip.name for clip in canaries.clips}
     if canaries.rendering != RENDERING or not names <= set(CLIPS[canaries.kind]):
         raise UserError(

@@ -14,7 +14,7 @@ from featurestore.objects.open import open_objects
 from featurestore.records import driver_runs
 from featurestore.store import FeatureStore
 from mervcache.errors import UserError
-from pipeline.config import OF_ONE_RUN, ExtractConfig, read_config
+from pipeline.config import RUN_ONLY_SETTINGS, ExtractConfig, read_config
 from pipeline.summary import ExtractSummary, settings_of
 
 # A retry lists the whole dataset, for the quarantine names its clips; samples stay as they are; damage is judged anew.
@@ -83,7 +83,7 @@ def _newest_run(runs: list[dict[str, Any]], dataset: str, group: str) -> int:
 def _config(
     path: Place, run: Mapping[str, Any], encoders: set[str], reason: str | None, overrides: Mapping[str, Any]
 ) -> ExtractConfig:
-    settings = settings_of(run, without=(OF_ONE_RUN | _CHOSEN_ANEW) - _KEPT)
+    settings = settings_of(run, without=(RUN_ONLY_SETTINGS | _CHOSEN_ANEW) - _KEPT)
     settings |= {"root": run["root"], "store": str(path), "samples": False}
     settings |= {"encoders": [name for name in settings["encoders"] if name in encoders]}
     settings |= {"retry_quarantine": True, "retry_reason": reason}

@@ -91,7 +91,7 @@ def _copy_documents(group: GroupWriter, folder: str) -> None:
     target, kind = open_objects(folder), group.kind
     arrays = [array_metadata_key(kind, group.name, array) for array in group.specs]
     for key in (ROOT_METADATA, f"{kind}/{ROOT_METADATA}", group_metadata_key(kind, group.name), *arrays):
-        target.put_new(key, group.objects.get(key))
+        target.put_exclusive(key, group.objects.get(key))
 
 
 def _rows(path: Place, group: GroupWriter, receipt: Receipt) -> tuple:

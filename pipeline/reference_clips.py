@@ -25,8 +25,8 @@ import numpy as np
 
 from featurestore.clips import Clip
 from featurestore.identity import FeatureIdentity
-from featurestore.layout import CANARIES, canary_groups
-from featurestore.reference_clips import Canaries, Canary, put_canaries
+from featurestore.layout import CANARIES, reference_clip_groups
+from featurestore.reference_clips import ReferenceClip, ReferenceClips, put_reference_clips
 from featurestore.storage_dtypes import OverflowedTokens, to_stored
 from featurestore.writer import StoreWriter
 from mervcache.errors import MediaError
@@ -156,7 +156,7 @@ def media_bytes(name: str) -> bytes:
     return avi((draw(number) for number in range(NUM_FRAMES)), width=WIDTH, height=HEIGHT, fps=FPS)
 
 
-def decode_canaries(engine: Engine, runs: Sequence[EncoderRun], kind: str) -> dict[str, Decoded]:
+def decode_reference_clips(engine: Engine, runs: Sequence[EncoderRun], kind: str) -> dict[str, Decoded]:
     """The small frames of a kind's canaries, in every view that the encoders ask for, through the decode processes."""
     from pipeline.worker.engine import decode_job
 
@@ -169,7 +169,7 @@ def decode_canaries(engine: Engine, runs: Sequence[EncoderRun], kind: str) -> di
         return {name: future.result() for name, future in futures.items()}
 
 
-def encode_canaries(run: EncoderRun, kind: str, batch: int, decoded: Mapping[str, Decoded]) -> Canaries:
+def encode_reference_clips(run: EncoderRun, kind: str, batch: int, decoded: Mapping[str, Decoded]) -> ReferenceClips:
     """The canaries as a group of this encoder keeps them, each in a slot of the group's own batch shape.
 
     One whose tokens do not fit the storage dtype is left out, as a clip's would be quarantined.
@@ -186,15 +186,15 @@ def encode_canaries(run: EncoderRun, kind: str, batch: int, decoded: Mapping[str
                 rows.append(to_stored({key: a[slot] for key, a in arrays.items()}, run.identity.storage_dtype))
             except OverflowedTokens:
                 continue
-            clips.append(_canary(name, decoded[name], frames[slot]))
-    return Canaries(
+            clips.append(_reference_clip(name, decoded[name], frames[slot]))
+    return ReferenceClips(
         kind=kind, identity=run.identity, rendering=RENDERING, clips=tuple(clips), arrays=_stacked(rows, run, kind)
     )
 
 
-def _canary(name: str, decoded: Decoded, frames: np.ndarray) -> Canary:
+def _reference_clip(name: str, decoded: Decoded, frames: np.ndarray) -> ReferenceClip:
     shaped = f"{frames.shape}\n".encode() + np.ascontiguousarray(frames).tobytes()
-    return Canary(name=name, media_sha256=decoded.media_sha256, frames_sha256=sha256_hex(shaped))
+    return ReferenceClip(name=name, media_sha256=decoded.media_sha256, frames_sha256=sha256_hex(shaped))
 
 
 def _stacked(rows: list[dict[str, np.ndarray]], run: EncoderRun, kind: str) -> dict[str, np.ndarray]:
@@ -206,7 +206,7 @@ def _stacked(rows: list[dict[str, np.ndarray]], run: EncoderRun, kind: str) -> d
 
 
 @dataclass(frozen=True, kw_only=True)
-class CanaryTask:
+class ReferenceClipTask:
     """Groups that have no canaries yet; small and picklable."""
 
     store: str
@@ -214,20 +214,20 @@ class CanaryTask:
     groups: Mapping[str, Mapping[str, int]]  # kind -> encoder -> batch shape
 
 
-def missing_canaries(
+def missing_reference_clips(
     store: StoreWriter, identities: Mapping[str, FeatureIdentity], kinds: Iterable[str]
 ) -> dict[str, dict[str, int]]:
     """Kind -> encoder -> batch shape of the groups that have no canaries yet, by listing names."""
     missing: dict[str, dict[str, int]] = {}
     for kind in kinds:
-        present = canary_groups(store.objects.list_names(f"{CANARIES}/{kind}"))
+        present = reference_clip_groups(store.objects.list_names(f"{CANARIES}/{kind}"))
         for name, group in ((name, identity.group_name) for name, identity in identities.items()):
             if group not in present:
                 missing.setdefault(kind, {})[name] = store.open_group(kind, group).batch_shape
     return missing
 
 
-def write_canaries(task: CanaryTask) -> dict[str, list[str]]:
+def write_reference_clips(task: ReferenceClipTask) -> dict[str, list[str]]:
     """Run on a worker: put the canaries that are missing; returns "written" groups and "problems" in words.
 
     A decoder that cannot read our files costs the certificate, never the extraction.
@@ -240,11 +240,11 @@ def write_canaries(task: CanaryTask) -> dict[str, list[str]]:
     for kind, batches in task.groups.items():
         runs = {name: engine.encoders[name] for name in batches}
         try:
-            decoded = decode_canaries(engine, list(runs.values()), kind)
+            decoded = decode_reference_clips(engine, list(runs.values()), kind)
         except MediaError as error:
             problems.append(f"{kind}: {error}")
             continue
         for name, run in runs.items():
-            if put_canaries(objects, encode_canaries(run, kind, batches[name], decoded)):
+            if put_reference_clips(objects, encode_reference_clips(run, kind, batches[name], decoded)):
                 written.append(f"{kind}/{run.identity.group_name}")
     return {"written": written, "problems": problems}

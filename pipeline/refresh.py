@@ -77,7 +77,7 @@ class _Stored:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)  # there may be a million of them
-class _Look:
+class _Scan:
     """What a look at a clip's media says, before any of them is read."""
 
     stored: _Stored
@@ -104,11 +104,11 @@ def stale_media(
     progress.start(len(stored))
     with media_memory() as memory, ThreadPoolExecutor(4) as pool:
         media = _Media(root=listing.root, memory=memory, runs=_Runs(store), full=full, progress=progress)
-        looks = [look for portion in pool.map(media.look_at_all, _portions(stored)) for look in portion]
-        to_read, left = _within([look for look in looks if look.state == "touched"], budget_bytes)
+        looks = [look for portion in pool.map(media.scan_all, _chunks(stored)) for look in portion]
+        to_read, left = _fit_budget([look for look in looks if look.state == "touched"], budget_bytes)
         on_compare(len(to_read), sum(look.num_bytes for look in to_read))
         digests = dict(zip((look.stored for look in to_read), pool.map(media.sha256, to_read), strict=True))
-    changed, failed = _judged(digests, _Receipts(store, identities))
+    changed, failed = _classify(digests, _Receipts(store, identities))
     gone = [look.stored for look in looks if look.state == "gone"]
     unreadable = [each for each, sha256 in digests.items() if sha256 is None]
     return StaleMedia(
@@ -120,7 +120,7 @@ def stale_media(
     )
 
 
-def _portions(stored: Sequence[_Stored]) -> list[Sequence[_Stored]]:
+def _chunks(stored: Sequence[_Stored]) -> list[Sequence[_Stored]]:
     return [stored[first : first + PORTION] for first in range(0, len(stored), PORTION)]
 
 
@@ -138,7 +138,7 @@ class _Media:
     full: bool  # take no date and no remembered digest for an answer
     progress: ProgressCallback  # advanced once for each clip that is done with
 
-    def look_at_all(self, some: Iterable[_Stored]) -> list[_Look]:
+    def scan_all(self, some: Iterable[_Stored]) -> list[_Scan]:
         """A look at each of the clips; those whose media need no reading are done with."""
         looks = [self.look_at(each) for each in some]
         for look in looks:
@@ -146,22 +146,22 @@ class _Media:
                 self.progress.advance()
         return looks
 
-    def look_at(self, each: _Stored) -> _Look:
+    def look_at(self, each: _Stored) -> _Scan:
         """By the dates of the files, one system call or two for most of them; with `full`, all count as touched."""
         path, since = each.clip.path, 0.0 if self.full else self.runs.began(each)
         touch_s = None if self.full else _file_touch_s(self.root, path)
         if touch_s is not None and touch_s < since:
-            return _Look(stored=each, state="untouched")
+            return _Scan(stored=each, state="untouched")
         try:
             source = Source.find(self.root, path)
             if not self.full and touch_s is None and newest_touch_s(source) < since:
-                return _Look(stored=each, state="untouched")
+                return _Scan(stored=each, state="untouched")
             is_known = not self.full and self.memory.known(source)
-            return _Look(stored=each, state="touched", source=source, num_bytes=0 if is_known else source.num_bytes)
+            return _Scan(stored=each, state="touched", source=source, num_bytes=0 if is_known else source.num_bytes)
         except (MediaError, OSError):
-            return _Look(stored=each, state="gone")
+            return _Scan(stored=each, state="gone")
 
-    def sha256(self, look: _Look) -> str | None:
+    def sha256(self, look: _Scan) -> str | None:
         """Of touched media; None where they cannot be read after all."""
         try:
             return self.memory.sha256(look.source, anew=self.full)
@@ -171,7 +171,7 @@ class _Media:
             self.progress.advance()
 
 
-def _within(looks: list[_Look], budget_bytes: int | None) -> tuple[list[_Look], list[_Look]]:
+def _fit_budget(looks: list[_Scan], budget_bytes: int | None) -> tuple[list[_Scan], list[_Scan]]:
     """Those whose bytes fit the budget together, the small ones first, and the others."""
     if budget_bytes is None:
         return looks, []
@@ -182,7 +182,7 @@ def _within(looks: list[_Look], budget_bytes: int | None) -> tuple[list[_Look], 
     return taken, left
 
 
-def _judged(
+def _classify(
     digests: Mapping[_Stored, str | None], receipts: _Receipts
 ) -> tuple[dict[str, frozenset[str]], frozenset[str]]:
     """(encoder -> clips that are stale for it, clips whose new bytes failed), given what the bytes are now."""
@@ -238,7 +238,7 @@ class _Runs:
         for kind in KINDS:
             first = np.full(store.sealed_blocks(kind), np.inf)
             for run in runs:
-                for begin, stop in _spans(run, kind):
+                for begin, stop in _ranges(run, kind):
                     first[begin:stop] = np.minimum(first[begin:stop], run["started"])
             self._first[kind] = np.where(np.isinf(first), self._unknown, first)
 
@@ -249,7 +249,7 @@ class _Runs:
         return min(float(first[b]) if b < len(first) else self._unknown for b in blocks) - CLOCK_SLACK_S
 
 
-def _spans(run: Mapping[str, Any], kind: str) -> list[tuple[int, int]]:
+def _ranges(run: Mapping[str, Any], kind: str) -> list[tuple[int, int]]:
     """Blocks that a run committed, as its record has it; a journal may be a stranger's."""
     blocks = run.get("blocks")
     spans = blocks.get(kind, []) if isinstance(blocks, Mapping) else []
@@ -284,11 +284,11 @@ def _file_touch_s(root: str, path: str) -> float | None:
     return max(max(status.st_mtime, status.st_ctime) for status in found)
 
 
-UNASKED_BYTES = 2 << 30  # of touched media that an extraction reads to compare them, a few seconds' worth
-TOLD_BYTES = 1 << 30  # from here on a person may wonder what takes so long
+MAX_UNREQUESTED_READ_BYTES = 2 << 30  # of touched media that an extraction reads to compare them, a few seconds' worth
+WARN_BYTES = 1 << 30  # from here on a person may wonder what takes so long
 
 
-def look_at_media(
+def scan_media(
     store: StoreWriter,
     listing: DatasetListing,
     identities: Mapping[str, FeatureIdentity],
@@ -301,10 +301,10 @@ def look_at_media(
         store.publish_snapshot()  # what a run that was cut short has refreshed is not to be given rows again
 
     def comparing(clips: int, num_bytes: int) -> None:
-        if num_bytes > TOLD_BYTES:
+        if num_bytes > WARN_BYTES:
             say(f"comparing {clips} media that were touched since: {num_bytes / 1e9:.1f} GB to read, once")
 
-    budget = None if refresh else UNASKED_BYTES
+    budget = None if refresh else MAX_UNREQUESTED_READ_BYTES
     found = stale_media(store, listing, identities, budget_bytes=budget, on_compare=comparing)
     if refresh:
         _give_rows(store, listing, identities, found)
@@ -326,7 +326,7 @@ def _give_rows(
     store.add_clips([clip for clip in listing.clips if clip.clip_id in without], retry=True)
 
 
-def told_identities(store: StoreWriter, identities: Mapping[str, FeatureIdentity]) -> list[str]:
+def identity_notes(store: StoreWriter, identities: Mapping[str, FeatureIdentity]) -> list[str]:
     """What becomes of the tokens that were there, where an encoder is now stored under several identities."""
     groups = [f"{kind}/{name}" for kind in KINDS for name in store.encoder_groups(kind)]
     keys = {group: key for key, group in encoder_keys(groups).items()}

@@ -29,7 +29,7 @@ Reasons = dict[str, set[tuple[str, str]]]  # clip id -> (scope, reason) of its f
 
 
 @dataclass(frozen=True, kw_only=True)
-class SecondTry:
+class RetryPlan:
     """What is to become of the clips that failed."""
 
     clips: tuple[Clip, ...]  # these may do better now: they get new rows
@@ -42,18 +42,18 @@ def clips_to_retry(
     config: ExtractConfig,
     listing: DatasetListing,
     identities: Mapping[str, FeatureIdentity],
-) -> SecondTry:
+) -> RetryPlan:
     """Of the listed clips that failed with any of the encoders, those that may do better now."""
     failed = _failed(store, config, identities)
     clips = tuple(clip for clip in listing.clips if clip.clip_id in failed)
     suspects = [clip for clip in clips if {scope for scope, _ in failed[clip.clip_id]} == {"clip"}]
     if not suspects or config.reuse:  # another store may have tokens of media that cannot be decoded here
-        return SecondTry(clips=clips)
+        return RetryPlan(clips=clips)
     found = on_a_worker(
         client, config, try_decoding, config.engine_settings, str(listing.root), suspects, config.accept_damaged
     )
     same = {clip_id for clip_id, reason in found.items() if failed[clip_id] == {("clip", reason)}}
-    return SecondTry(clips=tuple(clip for clip in clips if clip.clip_id not in same), unchanged=len(same))
+    return RetryPlan(clips=tuple(clip for clip in clips if clip.clip_id not in same), unchanged=len(same))
 
 
 def _failed(store: StoreWriter, config: ExtractConfig, identities: Mapping[str, FeatureIdentity]) -> Reasons:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from featurestore.clips import Clip
 from featurestore.identity import FeatureIdentity
-from featurestore.transfer.merge import StoreCells, lay_cell
+from featurestore.transfer.merge import StoreCells, copy_cell
 from mervcache.errors import MediaError
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def copy_cells(
                 continue  # decoding says what is wrong with it
             loaded = source.load(name, clip_id, writer.specs)
             if loaded.outcome.media_sha256 == digest:
-                lay_cell(writer, row, loaded)
+                copy_cell(writer, row, loaded)
                 done.add(row)
         copied[encoder] = frozenset(done)
     return copied

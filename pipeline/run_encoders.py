@@ -2,7 +2,7 @@
 
 Comes in: an `ExtractConfig`. Goes out: `EncoderDescription` by name. The driver has no torch: a worker loads the
 encoders and tells. What their weights hashed to is remembered, so that a run that turns out to have nothing to do says
-so at once (`settled`). Memory decides nothing that is written: tokens are computed under what a worker loaded.
+so at once (`is_up_to_date`). Memory decides nothing that is written: tokens are computed under what a worker loaded.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def remembered_identities(config: ExtractConfig) -> dict[str, FeatureIdentity] |
     return found
 
 
-def settled(config: ExtractConfig, listing: DatasetListing) -> dict[str, EncoderDescription] | None:
+def is_up_to_date(config: ExtractConfig, listing: DatasetListing) -> dict[str, EncoderDescription] | None:
     """The encoders, if the store lacks nothing of the listing under their remembered digests; None: load them and see.
 
     Device and threads are those of the last run that had the encoder, for the record of this one.
@@ -134,9 +134,9 @@ def _lacks_anything(
         if shapes != {config.batch.get(kind)} and kind in config.batch:
             return True  # another batch shape than the stored one is an error, told where groups are made
     if config.canaries:
-        from pipeline.reference_clips import missing_canaries  # only where they are asked for
+        from pipeline.reference_clips import missing_reference_clips  # only where they are asked for
 
-        if missing_canaries(store, identities, kinds):
+        if missing_reference_clips(store, identities, kinds):
             return True
     clip_ids = {clip.clip_id for clip in listing.clips}
     if not clip_ids <= {*store.clips()["clip_id"].to_pylist(), *tombstoned_clips(store.objects)}:

@@ -166,7 +166,7 @@ class Progress:
         return asdict(self) | {"seconds_left": self.seconds_left, "is_done": self.is_done}
 
 
-class Watcher:
+class ProgressMonitor:
     """Remembers when each block was first seen; every look lists names and nothing else."""
 
     def __init__(self, place: Place) -> None:
@@ -255,7 +255,7 @@ def _goes_on(commits: list[tuple[float, int]], since: float) -> bool:
 
 def watch(place: Place, every_s: float, *, sleep: Callable[[float], None] = time.sleep) -> Iterator[Progress]:
     """A look every `every_s` seconds, until every block given out is committed."""
-    watcher = Watcher(place)
+    watcher = ProgressMonitor(place)
     while True:
         progress = watcher.look(time.time())
         yield progress

@@ -101,7 +101,7 @@ class ExtractSummary:
     @property
     def block_spans(self) -> dict[str, list[list[int]]]:
         """Committed blocks by kind, as half-open [first, stop) ranges."""
-        return {kind: _spans(sorted(set(blocks))) for kind, blocks in sorted(self.blocks_of.items())}
+        return {kind: _ranges(sorted(set(blocks))) for kind, blocks in sorted(self.blocks_of.items())}
 
 
 def run_record(
@@ -124,7 +124,7 @@ def run_record(
     }
 
 
-def _spans(numbers: list[int]) -> list[list[int]]:
+def _ranges(numbers: list[int]) -> list[list[int]]:
     """Ascending numbers as half-open [first, stop) ranges."""
     spans: list[list[int]] = []
     for number in numbers:

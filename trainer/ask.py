@@ -75,7 +75,7 @@ class Asker:
         """An answer to each question about one video or image, which is decoded and encoded once."""
         clip_id, source = None, MemoryTokens([], {})
         if self.looks:
-            root, clip = asked_clip(video, image, span)
+            root, clip = parse_clip(video, image, span)
             source = self._opened_source()
             source.include(root, [clip])
             clip_id = clip.clip_id
@@ -139,7 +139,7 @@ class Asker:
         return sorted({self.run.built.renderer.tokenizer.eos_token_id, *(end for end in told if end is not None)})
 
 
-def asked_clip(video: Path | str | None, image: Path | str | None, span: Span = WHOLE) -> tuple[str, Clip]:
+def parse_clip(video: Path | str | None, image: Path | str | None, span: Span = WHOLE) -> tuple[str, Clip]:
     """Root folder and clip of a file that a person names."""
     if (video is None) == (image is None):
         raise UserError("this run looks at what it is asked about: give one video or one image")

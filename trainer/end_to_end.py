@@ -305,7 +305,7 @@ class LiveTokens(TokenSource):
         try:
             decoded = self._ahead.take(clip_id).result()
         except MediaError as error:
-            hint = "; without --trust-media such clips are found and left out before the first step"
+            hint = "; without --skip-media-check such clips are found and left out before the first step"
             is_unlooked = self._check is None and self.live is not None
             raise UserError(f"{clip_id} cannot be decoded: {error}{hint if is_unlooked else ''}") from error
         known = self._check.media_sha256.get(clip_id) if self._check is not None else None

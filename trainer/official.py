@@ -54,7 +54,7 @@ from torch import Tensor
 from featurestore import FeatureStore
 from mervcache.config import load_yaml, overlay
 from mervcache.errors import UserError, unknown_name
-from mervcache.files import file_sha256, whole_folder
+from mervcache.files import atomic_directory, file_sha256
 from trainer.config import (
     CONFIG_FILE,
     FusionConfig,
@@ -543,7 +543,7 @@ def _token_shapes(
 
 def _write(out: Path, imported: Imported, origin: Mapping[str, Any]) -> None:
     """The run's folder, whole or not at all."""
-    with whole_folder(out) as folder:
+    with atomic_directory(out) as folder:
         save_shape(imported.llm, folder / LLM_FOLDER)
         imported.record.write(folder)
         (folder / CONFIG_FILE).write_text(imported.config.to_yaml())

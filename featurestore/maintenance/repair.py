@@ -61,11 +61,11 @@ from featurestore.layout import (
     SNAPSHOTS,
     TOMBSTONES,
     array_metadata_key,
-    canary_place,
     next_batch_row,
     receipt_key,
     receipt_place,
     record_name,
+    reference_clip_place,
     rows_of,
     samples_files,
     sealed_blocks,
@@ -91,7 +91,7 @@ from featurestore.records import (
     row_digest,
 )
 from featurestore.records import MAX_RECORD_BYTES as MAX_TOMBSTONE_BYTES
-from featurestore.reference_clips import Canaries, max_canary_bytes
+from featurestore.reference_clips import ReferenceClips, max_reference_clip_bytes
 from featurestore.schemas import CLIP_SCHEMA
 from featurestore.snapshots import MAX_RECORD_BYTES as MAX_SNAPSHOT_BYTES
 from featurestore.snapshots import ClipIndex, Snapshot, allocate, column, load_snapshot, part_bytes, read_snapshot_table
@@ -538,7 +538,7 @@ def clip_of(clip_id: str, kind: str) -> Clip:
     )
 
 
-MakeCanaries = Callable[[str, FeatureIdentity], bytes]  # kind, identity -> the file
+MakeReferenceClips = Callable[[str, FeatureIdentity], bytes]  # kind, identity -> the file
 Mended = tuple[bytes, str]  # bytes that are whole, and where they come from
 _STRANGE = "is no file of a store: move it elsewhere"
 
@@ -552,8 +552,8 @@ def open_group(objects: Objects, kind: str, group: str) -> GroupWriter:
 class FileMender:
     """Mends files of a store, one at a time; `other` is another copy of it, `canaries` makes a group's file again."""
 
-    def __init__(self, objects: Objects, other: Objects | None, canaries: MakeCanaries | None = None) -> None:
-        self._objects, self._other, self._make_canaries = objects, other, canaries
+    def __init__(self, objects: Objects, other: Objects | None, canaries: MakeReferenceClips | None = None) -> None:
+        self._objects, self._other, self._make_reference_clips = objects, other, canaries
         self._menders = {
             PARTS: self._mend_table,
             SAMPLES: self._mend_table,
@@ -561,7 +561,7 @@ class FileMender:
             RECEIPTS: self._mend_receipt,
             JOURNAL: self._mend_journal,
             TOMBSTONES: self._mend_tombstone,
-            CANARIES: self._mend_canaries,
+            CANARIES: self._mend_reference_clips,
         }
 
     def mend(self, key: str, check: Verification) -> Repaired:
@@ -667,9 +667,9 @@ class FileMender:
         words = "cannot be restored and must not be lost: give a copy with --from, or repeat `merv-pipeline tombstone`"
         return _left(key, words)
 
-    def _mend_canaries(self, key: str, check: Verification) -> Repaired:
+    def _mend_reference_clips(self, key: str, check: Verification) -> Repaired:
         """By the snapshot's digest and its own; what is lost is computed again, no tokens depend on it."""
-        kind, group = canary_place(key) or ("", "")
+        kind, group = reference_clip_place(key) or ("", "")
         identity = check.identities.get((kind, group))
         if identity is None:
             return _left(key, _STRANGE)
@@ -677,15 +677,15 @@ class FileMender:
 
         def is_whole(data: bytes) -> bool:
             try:
-                Canaries.parse(data, kind, identity)
+                ReferenceClips.parse(data, kind, identity)
             except StoreError:
                 return False
             return sha256 in (None, sha256_hex(data))
 
-        most = max_canary_bytes(kind, identity)
+        most = max_reference_clip_bytes(kind, identity)
         if found := self._mended(key, most, is_whole, _undo_to(sha256)):
             return self._put(key, found)
-        if self._make_canaries and is_whole(made := self._make_canaries(kind, identity)):
+        if self._make_reference_clips and is_whole(made := self._make_reference_clips(kind, identity)):
             return self._put(key, (made, "computed again"))
         return self._remove(key, "no whole copy is known: the next extract with this encoder computes it again")
 
@@ -752,7 +752,7 @@ def repair_store(
     *,
     other: Place | None = None,
     recompute: Recompute | None = None,
-    canaries: MakeCanaries | None = None,
+    canaries: MakeReferenceClips | None = None,
     new_bytes: bool = False,
     say: Callable[[Repaired], None] = lambda done: None,
     progress: ProgressCallback = SILENT,

@@ -164,7 +164,7 @@ def tombstone(
     *,
     reason: str,
     date: str | None = None,
-    everywhere: bool | None = None,
+    all_copies: bool | None = None,
     progress: ProgressCallback = SILENT,
 ) -> dict[str, object]:
     """Remove clips from a store for good; returns what was done.
@@ -172,7 +172,7 @@ def tombstone(
     Clips are named as `featurestore.store` has it. From the record on, readers that open the store list and read
     none of them. A clip that the store has never seen is a mistake.
 
-    Where other clips were made from the same media, `everywhere` says whether these go too: a consent is about the
+    Where other clips were made from the same media, `all_copies` says whether these go too: a consent is about the
     video, a licence may be about one dataset's copy. Neither can be undone or is safe to guess, so without a word
     nothing is removed and an error names them.
     """
@@ -184,9 +184,9 @@ def tombstone(
         known = tombstoned_clips(writer.objects)
         new = [clip for clip in clips if clip not in known]  # none: a removal that was cut short is finished
         same = [clip for clip in clips_of_same_media(writer, new) if clip not in known] if new else []
-        if same and everywhere is None:
+        if same and all_copies is None:
             raise UserError(_undecided(same))
-        removed = [*new, *same] if everywhere else new
+        removed = [*new, *same] if all_copies else new
         if removed:
             _put_tombstone(writer.objects, removed, reason, date)
         blocks = erase_tombstoned(writer, progress)
@@ -194,7 +194,7 @@ def tombstone(
     return {
         "clips": sorted({*clips, *removed}),
         "already removed": len(clips) - len(new),
-        "others of the same media": {"removed" if everywhere else "left": same},
+        "others of the same media": {"removed" if all_copies else "left": same},
         "blocks rewritten": blocks,
         "snapshot": snapshot,
     }
@@ -211,8 +211,8 @@ def _undecided(same: Sequence[str]) -> str:
     others = "1 other clip of this store was" if len(same) == 1 else f"{len(same)} other clips of this store were"
     return (
         f"nothing was removed: {others} made from the same media: {shown}. Say "
-        "--everywhere to remove these as well (a consent withdrawn is about the video, whatever its name), or "
-        "--only-these to leave them (a licence may be about one dataset's copy)"
+        "--all-copies to remove these as well (a consent withdrawn is about the video, whatever its name), or "
+        "--exact-ids to leave them (a licence may be about one dataset's copy)"
     )
 
 
@@ -277,4 +277,4 @@ def _erase_samples(objects: Objects, removed: Mapping[str, Tombstone], known: Co
 def _put_without(objects: Objects, key: str, target: str, removed: Collection[str]) -> None:
     table = read_table(objects.get(key), SAMPLE_SCHEMA, key)
     gone = pc.fill_null(pc.is_in(table["clip_id"], pa.array(sorted(removed), pa.string())), False)
-    objects.put_new(target, table_bytes(table.filter(pc.invert(gone))))
+    objects.put_exclusive(target, table_bytes(table.filter(pc.invert(gone))))

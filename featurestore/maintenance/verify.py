@@ -40,8 +40,6 @@ from featurestore.layout import (
     SNAPSHOTS,
     TEMPORARY,
     array_metadata_key,
-    canary_groups,
-    canary_key,
     group_metadata_key,
     journal_key,
     journal_names,
@@ -50,6 +48,8 @@ from featurestore.layout import (
     receipt_blocks,
     receipt_key,
     receipts_prefix,
+    reference_clip_groups,
+    reference_clip_key,
     rows_of,
     samples_files,
     sealed_blocks,
@@ -75,7 +75,7 @@ from featurestore.records import (
     row_digest,
     tombstone_ids,
 )
-from featurestore.reference_clips import Canaries, max_canary_bytes
+from featurestore.reference_clips import ReferenceClips, max_reference_clip_bytes
 from featurestore.schemas import SAMPLE_SCHEMA
 from featurestore.snapshots import ClipIndex, Snapshot, load_snapshot
 from featurestore.zarr_metadata import (
@@ -242,7 +242,7 @@ def _sha256(objects: Objects, key: str) -> str:
     return total.hexdigest()
 
 
-def check_canaries(
+def check_reference_clips(
     findings: Findings,
     objects: Objects,
     identities: Mapping[tuple[str, str], FeatureIdentity],
@@ -253,24 +253,24 @@ def check_canaries(
     """Damaged or lost canaries of the store's groups; those of a group that it has not are told as strays elsewhere."""
     named = dict(newest.canaries) if newest else {}
     for kind in KINDS:
-        for group in canary_groups(objects.list_names(f"{CANARIES}/{kind}")):
+        for group in reference_clip_groups(objects.list_names(f"{CANARIES}/{kind}")):
             sha256 = named.pop(f"{kind}/{group}", None)
             if identity := identities.get((kind, group)):
                 _check(findings, objects, kind, identity, sha256, is_full)
     for name in named:
-        findings.found(canary_key(*name.split("/")), "is missing though the newest snapshot names it")
+        findings.found(reference_clip_key(*name.split("/")), "is missing though the newest snapshot names it")
 
 
 def _check(
     findings: Findings, objects: Objects, kind: str, identity: FeatureIdentity, sha256: str | None, is_full: bool
 ) -> None:
-    key = canary_key(kind, identity.group_name)
+    key = reference_clip_key(kind, identity.group_name)
     with findings.reading(key):
         if not is_full:
             objects.size(key)
             return
-        data = get_bounded(objects, key, max_canary_bytes(kind, identity))
-        Canaries.parse(data, kind, identity)
+        data = get_bounded(objects, key, max_reference_clip_bytes(kind, identity))
+        ReferenceClips.parse(data, kind, identity)
         if sha256 is not None and sha256_hex(data) != sha256:
             findings.found(key, "does not match the digest that its snapshot holds")
 
@@ -286,7 +286,7 @@ def find_strays(findings: Findings, objects: Objects, specs: Specs, *, is_full: 
             findings.stray(
                 f"{TEMPORARY}/{name}", "was left by an interrupted run", "the next extract sweeps it; or delete it"
             )
-    for key in objects.strange() if hasattr(objects, "strange") else ():
+    for key in objects.non_regular_files() if hasattr(objects, "non_regular_files") else ():
         findings.found(key, "is a link or device; a store holds plain files", "put the file in its place, or delete it")
     for key in sorted(objects.list_tree()):
         if key in findings.looked_at or key in _BESIDE or key.split("/")[0] == TEMPORARY:
@@ -363,7 +363,7 @@ class Verification:
         self._root()
         self._blocks([block for kind in KINDS for block in self._kind(kind)])
         self._named_receipts()
-        check_canaries(self.findings, self.objects, self.identities, self.newest, is_full=self.is_full)
+        check_reference_clips(self.findings, self.objects, self.identities, self.newest, is_full=self.is_full)
         self._journal()
         find_strays(self.findings, self.objects, self.specs, is_full=self.is_full)
 

@@ -1,9 +1,9 @@
 """The one door to bytes: named objects that are put once, whole and durably.
 
 `Objects` is what the store asks of a place to keep bytes: `LocalObjects` is a folder, `RemoteObjects` a bucket, where
-`put_new` is one conditional put, and `HubObjects` a repository of the Hub, where puts are gathered into commits. Every
-failure of the machine (disk full, share gone) becomes a `RunStoppedError` here, so that no caller mistakes it for a
-broken clip.
+`put_exclusive` is one conditional put, and `HubObjects` a repository of the Hub, where puts are gathered into commits.
+Every failure of the machine (disk full, share gone) becomes a `RunStoppedError` here, so that no caller mistakes it for
+a broken clip.
 
 What the Hub's errors mean to a person: token, repository, branch, another's commit; each with the next step.
 
@@ -66,13 +66,13 @@ class Objects(Protocol):
     """Named bytes. Keys are relative POSIX paths; a missing key raises FileNotFoundError."""
 
     parallel_reads: int  # requests that are worth having in flight at once
-    gathers: bool  # others see a put after `flush` only
+    defers_visibility: bool  # others see a put after `flush` only
 
-    def put_new(self, key: str, data: Buffer | Sequence[Buffer]) -> None: ...  # AlreadyExistsError if taken
+    def put_exclusive(self, key: str, data: Buffer | Sequence[Buffer]) -> None: ...  # AlreadyExistsError if taken
 
     def replace(self, key: str, data: bytes) -> None: ...  # metadata that grows; and `repair` and `tombstone`
 
-    def swap(self, key: str, old: bytes, new: bytes) -> bool: ...  # replace if it still is `old`; False if it is not
+    def compare_and_swap(self, key: str, old: bytes, new: bytes) -> bool: ...  # False if it is no longer `old`
 
     def get(self, key: str) -> bytes: ...
 
@@ -90,7 +90,7 @@ class Objects(Protocol):
 
     def abandoned(self) -> list[str]: ...  # temporary folders that no living process owns
 
-    def sweep(self) -> None: ...  # remove them
+    def cleanup_tmp(self) -> None: ...  # remove them
 
     def flush(self) -> None: ...  # what was put until now is there for others; nothing to do unless the place gathers
 
@@ -109,7 +109,7 @@ def scatter(data: memoryview, buffers: Sequence[memoryview]) -> None:
 def put_if_absent(objects: Objects, key: str, data: Buffer | Sequence[Buffer]) -> bool:
     """Put unless the name is taken; False if somebody was first, whose bytes then stand."""
     try:
-        objects.put_new(key, data)
+        objects.put_exclusive(key, data)
     except AlreadyExistsError:
         return False
     return True

@@ -30,7 +30,7 @@ MAX_WAITING_BYTES = 256 << 20  # of what is in memory
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Held:
+class RemoteFile:
     """A file that is committed."""
 
     size: int
@@ -41,7 +41,7 @@ class HubObjects:
     """`hf://datasets/USER/REPO[@BRANCH][/FOLDER]`, opened to push. One at a time; threads may share it."""
 
     parallel_reads = 16
-    gathers = True
+    defers_visibility = True
 
     def __init__(self, url: str) -> None:
         self.root = url.rstrip("/")
@@ -53,7 +53,7 @@ class HubObjects:
         self._held = self._look()
         self._reader = self._reader_at_head()
 
-    def put_new(self, key: str, data: Buffer | Sequence[Buffer]) -> None:
+    def put_exclusive(self, key: str, data: Buffer | Sequence[Buffer]) -> None:
         self._refuse_taken(key)
         addition = self._prepare(key, whole(data))
         with self._lock:
@@ -65,7 +65,7 @@ class HubObjects:
         with self._lock:
             self._gather(key, addition)
 
-    def swap(self, key: str, old: bytes, new: bytes) -> bool:
+    def compare_and_swap(self, key: str, old: bytes, new: bytes) -> bool:
         with self._lock:
             if self.get(key) != old:
                 return False
@@ -135,13 +135,13 @@ class HubObjects:
             self._waiting = {}
             self._reader = self._reader_at_head()
 
-    def sweep(self) -> None:
+    def cleanup_tmp(self) -> None:
         """Nothing is ever half-written here."""
 
     def abandoned(self) -> list[str]:
         return []
 
-    def _look(self) -> dict[str, _Held]:
+    def _look(self) -> dict[str, RemoteFile]:
         """The files below the folder at the head of the branch, which becomes ours to go on from."""
         from huggingface_hub import RepoFile
         from huggingface_hub.errors import EntryNotFoundError
@@ -157,7 +157,7 @@ class HubObjects:
                 found = []
         start = len(self._path(""))
         return {
-            entry.path[start:]: _Held(size=entry.size, sha256=entry.lfs.sha256 if entry.lfs else None)
+            entry.path[start:]: RemoteFile(size=entry.size, sha256=entry.lfs.sha256 if entry.lfs else None)
             for entry in found
             if isinstance(entry, RepoFile)
         }
@@ -178,13 +178,13 @@ class HubObjects:
         if len(self._waiting) >= MAX_FILES or in_memory >= MAX_WAITING_BYTES:
             self.flush()
 
-    def _find(self, key: str) -> _Held:
+    def _find(self, key: str) -> RemoteFile:
         from huggingface_hub import CommitOperationAdd
 
         with self._lock:
             waiting = self._waiting.get(key)
             if isinstance(waiting, CommitOperationAdd):
-                return _Held(size=waiting.upload_info.size, sha256=waiting.upload_info.sha256.hex())
+                return RemoteFile(size=waiting.upload_info.size, sha256=waiting.upload_info.sha256.hex())
             if waiting is None and key in self._held:
                 return self._held[key]
         raise FileNotFoundError(f"{key} is not at {self.root}")

@@ -99,7 +99,7 @@ class LocalObjects:
     """A folder. Puts are exclusive and survive a power cut: temporary file, fsync, link, fsync of the folder."""
 
     parallel_reads = 1  # a disk's queue is filled by the loader's workers
-    gathers = False
+    defers_visibility = False
 
     def __init__(self, root: str | Path) -> None:
         self.root = os.path.realpath(root)
@@ -111,7 +111,7 @@ class LocalObjects:
     def __reduce__(self) -> tuple:
         return (LocalObjects, (self.root,))  # a new process gets a temporary folder of its own
 
-    def put_new(self, key: str, data: Buffer | Sequence[Buffer]) -> None:
+    def put_exclusive(self, key: str, data: Buffer | Sequence[Buffer]) -> None:
         path = self._path(key)
         with machine_faults(f"write {key}"):
             make_folder(os.path.dirname(path))
@@ -130,7 +130,7 @@ class LocalObjects:
             os.rename(self._write_temporary(data), path)
             sync_folder(os.path.dirname(path))
 
-    def swap(self, key: str, old: bytes, new: bytes) -> bool:
+    def compare_and_swap(self, key: str, old: bytes, new: bytes) -> bool:
         with self.locked("metadata"):
             if self.get(key) != old:
                 return False
@@ -185,7 +185,7 @@ class LocalObjects:
             os.unlink(path)
             sync_folder(os.path.dirname(path))
 
-    def strange(self) -> list[str]:
+    def non_regular_files(self) -> list[str]:
         """Keys of what is neither a plain file nor a folder: links, pipes, devices."""
         found = []
         for folder, folders, names in os.walk(self.root):
@@ -203,7 +203,7 @@ class LocalObjects:
             with file_lock(path):
                 yield
 
-    def sweep(self) -> None:
+    def cleanup_tmp(self) -> None:
         """Remove temporary folders whose process is dead for certain, or that are a day old."""
         for name in self.abandoned():
             shutil.rmtree(os.path.join(self.root, TEMPORARY, name), ignore_errors=True)

@@ -156,7 +156,7 @@ class RemoteObjects:
     """A folder of a bucket."""
 
     parallel_reads = 16  # requests in flight: one waits 10-50 ms for its first byte
-    gathers = False
+    defers_visibility = False
 
     def __init__(self, url: str, store: ObjectStore | None = None) -> None:
         self.root = url.rstrip("/")
@@ -165,7 +165,7 @@ class RemoteObjects:
     def __reduce__(self) -> tuple:
         return (type(self), (self.root,))
 
-    def greet(self) -> None:
+    def ping(self) -> None:
         """Ask for anything, with little patience: a wrong address or key is told in seconds, not in minutes."""
         import obstore
 
@@ -175,14 +175,14 @@ class RemoteObjects:
             return
         self._look_for_bucket(hurried)
 
-    def put_new(self, key: str, data: Buffer | Sequence[Buffer]) -> None:
+    def put_exclusive(self, key: str, data: Buffer | Sequence[Buffer]) -> None:
         self._prove_exclusive()
         self._create(key, whole(data))
 
     def replace(self, key: str, data: bytes) -> None:
         self._put(key, data, mode="overwrite")
 
-    def swap(self, key: str, old: bytes, new: bytes) -> bool:
+    def compare_and_swap(self, key: str, old: bytes, new: bytes) -> bool:
         from obstore.exceptions import PreconditionError
 
         with remote_faults(f"read {key}", self.root):
@@ -248,7 +248,7 @@ class RemoteObjects:
         with remote_faults(f"delete {key}", self.root):
             obstore.delete(self._store, checked(key))
 
-    def sweep(self) -> None:
+    def cleanup_tmp(self) -> None:
         """Nothing is ever half-written here."""
 
     def abandoned(self) -> list[str]:
@@ -340,13 +340,13 @@ class WebObjects(RemoteObjects):
         start = f"{checked(prefix)}/" if prefix else ""
         return {key: size for key, size in self._listed().items() if key.startswith(start)}
 
-    def put_new(self, key: str, data: Buffer | Sequence[Buffer]) -> None:
+    def put_exclusive(self, key: str, data: Buffer | Sequence[Buffer]) -> None:
         raise read_only(self.root)
 
     def replace(self, key: str, data: bytes) -> None:
         raise read_only(self.root)
 
-    def swap(self, key: str, old: bytes, new: bytes) -> bool:
+    def compare_and_swap(self, key: str, old: bytes, new: bytes) -> bool:
         raise read_only(self.root)
 
     def delete(self, key: str) -> None:
@@ -390,7 +390,7 @@ class RemoteObject:
 def open_remote(url: str) -> RemoteObjects:
     """The place behind a URL, after a first word with it."""
     place = (WebObjects if urlsplit(url).scheme in READ_ONLY else RemoteObjects)(url)
-    place.greet()
+    place.ping()
     return place
 
 

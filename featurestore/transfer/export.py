@@ -39,9 +39,9 @@ from featurestore.layout import (
     GROUP_NAME,
     SAMPLES_NAME,
     TOMBSTONES,
-    canary_key,
     check_block_rows,
     record_name,
+    reference_clip_key,
     tombstone_key,
 )
 from featurestore.objects.base import get_bounded, machine_faults
@@ -49,7 +49,7 @@ from featurestore.objects.local import LocalObjects
 from featurestore.objects.open import in_parallel
 from featurestore.reader import encode_row, encoder_keys
 from featurestore.records import RowOutcome, Tombstone
-from featurestore.reference_clips import Canaries, max_canary_bytes
+from featurestore.reference_clips import ReferenceClips, max_reference_clip_bytes
 from featurestore.schemas import (
     CLIP_SCHEMA,
     SAMPLE_SCHEMA,
@@ -112,7 +112,7 @@ def export(
         numbered = [(number, clip) for number, clip in enumerate(clips) if clip.clip_id in cells[name]]
         done.cells += _export_group(source, files, name, numbered, format, progress)
         if canaries := source.canaries(name):
-            files.put(canary_key(*name.split("/")), canaries.to_bytes())
+            files.put(reference_clip_key(*name.split("/")), canaries.to_bytes())
     files.close()
     done.files, done.bytes = len(files.sums), files.bytes
     return done
@@ -307,12 +307,12 @@ class ExportCells:
             if outcome.state == "ok" and outcome.media_sha256
         }
 
-    def canaries(self, name: str) -> Canaries | None:
+    def canaries(self, name: str) -> ReferenceClips | None:
         kind, group = name.split("/")
-        key, identity = canary_key(kind, group), self._groups[name].identity
+        key, identity = reference_clip_key(kind, group), self._groups[name].identity
         if key not in self._sums:
             return None
-        return Canaries.parse(self._read(key, max_canary_bytes(kind, identity)), kind, identity)
+        return ReferenceClips.parse(self._read(key, max_reference_clip_bytes(kind, identity)), kind, identity)
 
     def samples(self) -> dict[str, list[Sample]]:
         found: dict[str, list[Sample]] = {}

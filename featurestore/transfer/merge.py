@@ -39,7 +39,7 @@ from featurestore.objects.base import put_if_absent
 from featurestore.objects.open import in_parallel, open_objects
 from featurestore.reader import ShardCache, decode_row, encode_row, encoder_keys
 from featurestore.records import Receipt, RowOutcome, Tombstone, journal_bytes, read_receipt, row_digest
-from featurestore.reference_clips import Canaries, put_canaries, read_canaries
+from featurestore.reference_clips import ReferenceClips, put_reference_clips, read_reference_clips
 from featurestore.schemas import table_to_clips
 from featurestore.snapshots import column, load_snapshot, read_snapshot_table
 from featurestore.store import FeatureStore
@@ -92,7 +92,7 @@ class CellSource(Protocol):
 
     def media(self) -> dict[str, str]: ...  # sha256 of the media by clip id, of clips that have tokens
 
-    def canaries(self, name: str) -> Canaries | None: ...  # of a group, checked by their digest
+    def canaries(self, name: str) -> ReferenceClips | None: ...  # of a group, checked by their digest
 
     def samples(self) -> dict[str, list[Sample]]: ...
 
@@ -190,10 +190,10 @@ class StoreCells:
                         found[clip_id] = sha256
         return found
 
-    def canaries(self, name: str) -> Canaries | None:
+    def canaries(self, name: str) -> ReferenceClips | None:
         if name not in self._record.canaries:
             return None
-        return read_canaries(self._objects, name.split("/")[0], self._record.groups[name].identity)
+        return read_reference_clips(self._objects, name.split("/")[0], self._record.groups[name].identity)
 
     def samples(self) -> dict[str, list[Sample]]:
         return {name: self._store.samples(name) for name in self._store.sample_names}
@@ -448,7 +448,7 @@ def combine(
     progress.start(done.cells)
     for name, chosen in content.chosen.items():
         _fill_group(writer, name, content.groups[name], chosen, done, progress)
-        _take_canaries(writer, name, sources)
+        _take_reference_clips(writer, name, sources)
     done.samples = _samples(writer, sources, content.clips, selection)
     _journal(writer, sources, asked)
     done.snapshot = writer.publish_snapshot()
@@ -552,11 +552,11 @@ def _fill_group(
         progress.advance(len(planned))
 
 
-def _take_canaries(writer: StoreWriter, name: str, sources: Sequence[CellSource]) -> None:
+def _take_reference_clips(writer: StoreWriter, name: str, sources: Sequence[CellSource]) -> None:
     """Copy the canaries of the first source that has some."""
     for source in sources:
         if name in source.groups() and (canaries := source.canaries(name)):
-            put_canaries(writer.objects, canaries)
+            put_reference_clips(writer.objects, canaries)
             return
 
 
@@ -585,7 +585,7 @@ def _fill_block(
     width = max(chosen[clip.clip_id].source.parallel_reads for _, clip in planned)
     loaded = in_parallel(load, [clip for _, clip in planned], width)
     for (row, _), cell in zip(planned, loaded, strict=True):
-        lay_cell(block, row, cell)
+        copy_cell(block, row, cell)
     receipt = block.commit()
     for (row, clip), cell in zip(planned, loaded, strict=True):
         found = receipt.outcome(row)
@@ -593,7 +593,7 @@ def _fill_block(
             raise StoreDamagedError(f"the new store holds other tokens of {clip.clip_id}; remove it and run again")
 
 
-def lay_cell(block: BlockWriter, row: int, cell: LoadedCell) -> None:
+def copy_cell(block: BlockWriter, row: int, cell: LoadedCell) -> None:
     """A cell of another store into a row of a block in the making."""
     outcome = cell.outcome
     if outcome.state == "ok":

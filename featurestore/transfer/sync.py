@@ -33,10 +33,10 @@ from featurestore.layout import (
     ROOT_METADATA,
     TEMPORARY,
     block_of,
-    canary_key,
     journal_key,
     journal_names,
     receipt_key,
+    reference_clip_key,
     shard_key,
     snapshot_keys,
     tombstone_key,
@@ -63,7 +63,7 @@ from mervcache.files import sha256_hex
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parcel:
+class BlockTransfer:
     """One block of one group: its shards, and the receipt that covers them."""
 
     kind: str
@@ -85,7 +85,7 @@ class Parcel:
         return sum(int(shard["bytes"]) for key, shard in self.shards.items() if key not in there)
 
 
-def parcels_of(origin: Objects, snapshot: Snapshot, selection: Selection) -> list[Parcel]:
+def parcels_of(origin: Objects, snapshot: Snapshot, selection: Selection) -> list[BlockTransfer]:
     """The blocks to have, every receipt read and checked against the snapshot."""
     keys = encoder_keys(snapshot.groups)
     wanted = set(selection.groups(keys))
@@ -121,7 +121,7 @@ def _parcel(
     block: int,
     digest: str,
     asked: set[int] | None,
-) -> Parcel:
+) -> BlockTransfer:
     key = receipt_key(kind, group, block)
     try:
         data = get_bounded(origin, key, max_receipt_bytes(block_rows[kind]))
@@ -131,7 +131,7 @@ def _parcel(
     if receipt.digest != digest:
         raise StoreDamagedError(f"{key} is not the receipt that the snapshot names; run `merv-pipeline verify`")
     ok = {row for row, outcome in enumerate(receipt.rows, start=receipt.first_row()) if outcome.state == "ok"}
-    return Parcel(
+    return BlockTransfer(
         kind=kind,
         group=group,
         block=block,
@@ -172,14 +172,14 @@ class Transferred:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Trip:
+class TransferPlan:
     """What is brought, from where to where."""
 
     origin: Objects
     writer: StoreWriter  # of the destination
     snapshot: Snapshot  # of the source, pinned
     selection: Selection
-    parcels: list[Parcel]
+    parcels: list[BlockTransfer]
     check: bool  # is all read back
 
     @property
@@ -215,7 +215,7 @@ def transfer(
     _copy_parts(trip)
     _make_groups(trip)
     _send_all(trip, done, workers=workers, progress=progress)
-    _copy_canaries(trip)
+    _copy_reference_clips(trip)
     _copy_journals(trip, with_journal)
     erase_tombstoned(trip.writer)  # what earlier transfers brought of clips that were removed since
     trip.target.flush()  # so that the last commit has the snapshot, and what describes it
@@ -223,13 +223,17 @@ def transfer(
     return done
 
 
-def _set_out(source: Place, destination: Place, target: Objects | None, selection: Selection, check: bool) -> _Trip:
+def _set_out(
+    source: Place, destination: Place, target: Objects | None, selection: Selection, check: bool
+) -> TransferPlan:
     """Everything is read and checked at the source before the destination is made."""
     origin = open_objects(source)
     snapshot = _pinned(origin, source)
     parcels = parcels_of(origin, snapshot, selection)
     writer = StoreWriter.open_or_create(destination, block_rows=dict(snapshot.block_rows), objects=target)
-    return _Trip(origin=origin, writer=writer, snapshot=snapshot, selection=selection, parcels=parcels, check=check)
+    return TransferPlan(
+        origin=origin, writer=writer, snapshot=snapshot, selection=selection, parcels=parcels, check=check
+    )
 
 
 def _pinned(origin: Objects, source: Place) -> Snapshot:
@@ -240,7 +244,7 @@ def _pinned(origin: Objects, source: Place) -> Snapshot:
     return load_snapshot(origin, newest)
 
 
-def _summary(source: Place, destination: Place, parcels: list[Parcel]) -> Transferred:
+def _summary(source: Place, destination: Place, parcels: list[BlockTransfer]) -> Transferred:
     asked = sum(parcel.rows_asked for parcel in parcels)
     return Transferred(
         source=str(source),
@@ -252,12 +256,12 @@ def _summary(source: Place, destination: Place, parcels: list[Parcel]) -> Transf
     )
 
 
-def _copy_removals(trip: _Trip) -> None:
+def _copy_removals(trip: TransferPlan) -> None:
     for stone in tombstone_ids(trip.origin):
         put_if_absent(trip.target, tombstone_key(stone), trip.origin.get(tombstone_key(stone)))
 
 
-def _copy_parts(trip: _Trip) -> None:
+def _copy_parts(trip: TransferPlan) -> None:
     """Clip parts and samples; a part that is there must be the same, or the destination is another store."""
     snapshot, target = trip.snapshot, trip.target
     named = dict(snapshot.parts) | {entry["key"]: entry["sha256"] for entry in snapshot.samples.values()}
@@ -272,7 +276,7 @@ def _copy_parts(trip: _Trip) -> None:
     trip.writer.add_clips([])  # names the datasets in zarr.json
 
 
-def _make_groups(trip: _Trip) -> None:
+def _make_groups(trip: TransferPlan) -> None:
     """Groups are made from their identity, as extraction makes them, with room for every row given out."""
     snapshot, index = trip.snapshot, ClipIndex(trip.target, trip.writer.block_rows)
     for kind, group in sorted({(parcel.kind, parcel.group) for parcel in trip.parcels}):
@@ -282,7 +286,7 @@ def _make_groups(trip: _Trip) -> None:
 
 
 def _send_all(
-    trip: _Trip,
+    trip: TransferPlan,
     done: Transferred,
     *,
     workers: int,
@@ -290,14 +294,14 @@ def _send_all(
 ) -> None:
     """Send the parcels; where puts are gathered, what was sent is read back in a pass of its own."""
     send = partial(_send_parcels, trip, done, workers=workers, progress=progress)
-    send(check=trip.check and not trip.target.gathers)
-    if trip.check and trip.target.gathers:  # what is not committed cannot be read back
+    send(check=trip.check and not trip.target.defers_visibility)
+    if trip.check and trip.target.defers_visibility:  # what is not committed cannot be read back
         trip.target.flush()
         send(check=True)
 
 
 def _send_parcels(
-    trip: _Trip,
+    trip: TransferPlan,
     done: Transferred,
     *,
     workers: int,
@@ -320,7 +324,7 @@ def _send_parcels(
             raise
 
 
-def _copy_canaries(trip: _Trip) -> None:
+def _copy_reference_clips(trip: TransferPlan) -> None:
     """Copy the canaries of the transferred groups; ones that are there must have the same digest."""
     target, groups = trip.target, {f"{parcel.kind}/{parcel.group}" for parcel in trip.parcels}
     newest = newest_snapshot_id(target)
@@ -328,7 +332,7 @@ def _copy_canaries(trip: _Trip) -> None:
     for name, sha256 in trip.snapshot.canaries.items():
         if not trip.selection.is_whole and name not in groups:
             continue
-        key = canary_key(*name.split("/"))
+        key = reference_clip_key(*name.split("/"))
         if not target.exists(key):
             put_if_absent(target, key, digested(trip.origin, key, sha256))
             if trip.check:
@@ -339,7 +343,7 @@ def _copy_canaries(trip: _Trip) -> None:
             raise _other_bytes(key)
 
 
-def _copy_journals(trip: _Trip, with_journal: bool) -> None:
+def _copy_journals(trip: TransferPlan, with_journal: bool) -> None:
     origin, target = trip.origin, trip.target
     there = set(journal_names(target.list_names(JOURNAL)))
     for name in journal_names(origin.list_names(JOURNAL)):
@@ -347,7 +351,7 @@ def _copy_journals(trip: _Trip, with_journal: bool) -> None:
             put_if_absent(target, journal_key(name), origin.get(journal_key(name)))
 
 
-def _send(origin: Objects, target: Objects, sizes: Mapping[str, int], check: bool, parcel: Parcel) -> int:
+def _send(origin: Objects, target: Objects, sizes: Mapping[str, int], check: bool, parcel: BlockTransfer) -> int:
     """Put what is not there of one block, the receipt last; returns the bytes that were sent."""
     key = receipt_key(parcel.kind, parcel.group, parcel.block)
     is_replaced = key in sizes and _is_older(target.get(key), parcel)
@@ -370,7 +374,7 @@ def _send(origin: Objects, target: Objects, sizes: Mapping[str, int], check: boo
     return sent
 
 
-def _is_older(there: bytes, parcel: Parcel) -> bool:
+def _is_older(there: bytes, parcel: BlockTransfer) -> bool:
     """True of a receipt that repair or tombstone replaced since it was sent; any other difference is another store."""
     if sha256_hex(there) == parcel.receipt_sha256:
         return False
@@ -403,7 +407,7 @@ def _other_bytes(key: str) -> UserError:
     )
 
 
-def _finish(trip: _Trip) -> str:
+def _finish(trip: TransferPlan) -> str:
     """The snapshot itself where all of it arrived, else one of what is there now."""
     target, snapshot = trip.target, trip.snapshot
     if not trip.selection.is_whole:

@@ -31,11 +31,11 @@ from pipeline.cli.options import (
     config_from_options,
     extraction_options,
     given_options,
+    handle_cli_errors,
+    handle_interrupts,
+    print_result,
     progress,
-    says_errors,
-    show_result,
     takes_store,
-    told_interrupts,
 )
 from pipeline.cli.share import SHARE_COMMANDS
 from pipeline.cli.store import STORE_COMMANDS, distortion
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@says_errors
+@handle_cli_errors
 @click.argument("place", type=click.Path(), required=False, metavar="[STORE]")
 @extraction_options
 @click.option(
@@ -86,7 +86,7 @@ def explain(
         )
     from pipeline.cli.render import explanation
 
-    show_result(found.to_dict(), as_json, lambda: explanation(found))
+    print_result(found.to_dict(), as_json, lambda: explanation(found))
 
 
 _TAKEN_OVER = "dataset root encoders weights stage kind limit decoder compute_dtype storage_dtype grid".split()
@@ -101,7 +101,7 @@ EXPLAIN_COMMANDS = (explain,)
 
 
 @click.command("submit-script")
-@says_errors
+@handle_cli_errors
 @click.argument("template", type=click.Choice(list(TEMPLATES)), default=next(iter(TEMPLATES)))
 @click.option(
     "--config",
@@ -185,7 +185,7 @@ def main() -> None:
 
 
 @main.command()
-@says_errors
+@handle_cli_errors
 @extraction_options
 @click.option("--retry-quarantine", is_flag=True, default=None, help="Try the clips again that failed before.")
 @click.option("--accept-damaged", is_flag=True, default=None, help="Take what can be decoded of damaged files.")
@@ -216,7 +216,7 @@ def main() -> None:
 @AS_JSON
 def extract(config_file: str | None, print_config: bool, as_json: bool, **options: Any) -> None:
     """Encode a dataset's clips into a feature store. Run it again to go on, or to add clips and encoders."""
-    with told_interrupts():
+    with handle_interrupts():
         from pipeline.cli import render
         from pipeline.extract import extract as run_extraction
 
@@ -225,11 +225,11 @@ def extract(config_file: str | None, print_config: bool, as_json: bool, **option
             click.echo(config.to_yaml(), nl=False)
             return
         summary = run_extraction(config, say=say)
-        show_result(summary.to_dict(), as_json, lambda: render.summary(summary))
+        print_result(summary.to_dict(), as_json, lambda: render.summary(summary))
 
 
 @main.command()
-@says_errors
+@handle_cli_errors
 @extraction_options
 @click.option("--probe", type=click.IntRange(0), default=4, help="Clips of each kind to really encode.")
 @AS_JSON
@@ -239,11 +239,11 @@ def plan(config_file: str | None, probe: int, as_json: bool, **options: Any) -> 
     from pipeline.forecast import forecast
 
     result = forecast(config_from_options(config_file, options), probe=probe, say=say)
-    show_result(result.to_dict(), as_json, lambda: render.forecast(result))
+    print_result(result.to_dict(), as_json, lambda: render.forecast(result))
 
 
 @main.command()
-@says_errors
+@handle_cli_errors
 @takes_store
 @click.option(
     "--watch",
@@ -268,11 +268,11 @@ def status(place: Place, every_s: float | None, as_json: bool) -> None:
     from pipeline.status import store_status
 
     result = store_status(place)
-    show_result(result, as_json, lambda: render.status(result, quarantined(place)))
+    print_result(result, as_json, lambda: render.status(result, quarantined(place)))
 
 
 @main.command()
-@says_errors
+@handle_cli_errors
 @click.argument("words", nargs=-1, required=True, metavar="[STORE] CLIP|ENCODER")
 @STORE_OPTION
 @AS_JSON
@@ -288,11 +288,11 @@ def inspect(words: tuple[str, ...], store_option: str | None, as_json: bool) -> 
     if len(names) != 1:
         raise click.UsageError(f"one clip or encoder at a time, got {len(names)}: {', '.join(names)}")
     result = inspect_store(place, names[0])
-    show_result(result, as_json, lambda: render.details(result))
+    print_result(result, as_json, lambda: render.details(result))
 
 
 @main.command()
-@says_errors
+@handle_cli_errors
 @takes_store
 @click.option(
     "--out",
@@ -310,7 +310,7 @@ def report(place: Place, **options: Any) -> None:
 
 
 @main.command()
-@says_errors
+@handle_cli_errors
 @AS_JSON
 def encoders(as_json: bool) -> None:
     """List the encoders. The four of MERV, the others that come along, and plug-ins."""
@@ -318,11 +318,11 @@ def encoders(as_json: bool) -> None:
     from pipeline.encoders import ENCODERS
 
     rows = [render.encoder_row(spec) for spec in ENCODERS.values()]
-    show_result(rows, as_json, lambda: render.encoders(rows))
+    print_result(rows, as_json, lambda: render.encoders(rows))
 
 
 @main.command()
-@says_errors
+@handle_cli_errors
 @click.argument("name", required=False)
 @AS_JSON
 def datasets(name: str | None, as_json: bool) -> None:
@@ -332,10 +332,10 @@ def datasets(name: str | None, as_json: bool) -> None:
 
     if name:
         told = render.dataset_details(dataset_spec(name))
-        show_result(told, as_json, lambda: render.details(told))
+        print_result(told, as_json, lambda: render.details(told))
     else:
         rows = [render.dataset_row(spec) for spec in DATASETS.values()]
-        show_result(rows, as_json, lambda: render.rows_of(rows))
+        print_result(rows, as_json, lambda: render.rows_of(rows))
 
 
 for command in (*STORE_COMMANDS, *EXPLAIN_COMMANDS, *SHARE_COMMANDS, *CLUSTER_COMMANDS, distortion):

@@ -24,7 +24,7 @@ from featurestore.identity import STORAGE_DTYPES
 from featurestore.locate import find_store
 from jobs.clusters import ClusterError
 from mervcache import console
-from mervcache.console import Command, ProgressCallback, say, says, stacked
+from mervcache.console import Command, ProgressCallback, handle_errors, say, stacked
 from mervcache.errors import MervCacheError
 from pipeline.config import COMPUTE_DTYPES, DECODER_NAMES, ExtractConfig, read_config
 from pipeline.encoders.weights import weights_by_encoder
@@ -179,16 +179,16 @@ def _grid(text: str) -> tuple[int, ...]:
         raise click.BadParameter(f"--grid is T,H,W such as 16,8,8, or raw; got {text!r}") from error
 
 
-says_errors = says(
+handle_cli_errors = handle_errors(
     MervCacheError,
     ClusterError,
     interrupted="Interrupted. What was committed is kept; run the same command again to go on.",
 )
-show_result = partial(console.show_result, indent=2)
+print_result = partial(console.print_result, indent=2)
 
 
 @contextmanager
-def told_interrupts() -> Iterator[None]:
+def handle_interrupts() -> Iterator[None]:
     """Ctrl-C and SIGTERM are answered at once, for what runs may need a while to stop; the second one is final."""
 
     def answer(number: int, frame: Any) -> None:

@@ -10,7 +10,7 @@ import click
 from featurestore.clips import KINDS
 from featurestore.locate import find_store, names_of
 from mervcache.console import stacked
-from pipeline.cli.options import AS_JSON, progress, says_errors, show_result
+from pipeline.cli.options import AS_JSON, handle_cli_errors, print_result, progress
 
 URLS = """URLs: s3://BUCKET/FOLDER, gs://, az:// and file:// to read and write; hf://datasets/USER/REPO[@BRANCH][/FOLDER]
 to read and push to, in commits, the snapshot in the last; https:// to read. Endpoint, region and credentials come from
@@ -45,7 +45,7 @@ MB = 1e6
 
 
 @click.command(epilog=URLS)
-@says_errors
+@handle_cli_errors
 @click.argument("store")
 @click.argument("url")
 @transfer_options
@@ -67,7 +67,7 @@ def push(store: str, url: str, as_json: bool, **options: Any) -> None:
 
 
 @click.command(epilog=URLS)
-@says_errors
+@handle_cli_errors
 @click.argument("url")
 @click.argument("store")
 @transfer_options
@@ -106,11 +106,11 @@ def _names(text: str | None) -> tuple[str, ...] | None:
 def _show_transferred(done: Any, as_json: bool) -> None:
     from pipeline.cli.render import transferred
 
-    show_result(vars(done), as_json, lambda: transferred(done))
+    print_result(vars(done), as_json, lambda: transferred(done))
 
 
 @click.command()
-@says_errors
+@handle_cli_errors
 @click.argument("store")
 @click.argument("out")
 @cell_options
@@ -120,7 +120,7 @@ def subset(store: str, out: str, as_json: bool, **names: Any) -> None:
 
 
 @click.command()
-@says_errors
+@handle_cli_errors
 @click.argument("stores", nargs=-1, required=True, metavar="STORE... OUT")
 @cell_options
 def union(stores: tuple[str, ...], as_json: bool, **names: Any) -> None:
@@ -131,7 +131,7 @@ def union(stores: tuple[str, ...], as_json: bool, **names: Any) -> None:
 
 
 @click.command("export")
-@says_errors
+@handle_cli_errors
 @click.argument("store")
 @click.argument("out", type=click.Path(file_okay=False))
 @click.option("--format", type=click.Choice(("webdataset", "safetensors")), default="webdataset", help="Kind of files.")
@@ -145,11 +145,11 @@ def export_store(store: str, out: str, format: str, as_json: bool, **names: Any)
     with progress("export", "cells") as shown:
         source = StoreCells(find_store(store))
         done = export(source, out, format=format, selection=selection(**names), progress=shown)
-    show_result(vars(done), as_json, lambda: render.details(vars(done)))
+    print_result(vars(done), as_json, lambda: render.details(vars(done)))
 
 
 @click.command("import")
-@says_errors
+@handle_cli_errors
 @click.argument("folder", type=click.Path(exists=True, file_okay=False))
 @click.argument("out")
 @AS_JSON
@@ -172,7 +172,7 @@ def _lay(sources: Sequence[Any], out: str, as_json: bool, chosen: Any) -> None:
 
     with progress("copy", "cells") as shown:
         done = combine(sources, find_store(out), selection=chosen, progress=shown)
-    show_result(vars(done), as_json, lambda: combined(done))
+    print_result(vars(done), as_json, lambda: combined(done))
 
 
 SHARE_COMMANDS = (push, pull, subset, union, export_store, import_store)

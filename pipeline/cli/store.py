@@ -13,23 +13,23 @@ from typing import Any
 import click
 
 from featurestore.locate import Place, find_store, names_of, store_first
-from mervcache.console import say, tell_kept
+from mervcache.console import report_saved, say
 from pipeline.cli.options import (
     AS_JSON,
     DEVICE,
     ROOT,
     STORE_OPTION,
     WEIGHTS,
+    handle_cli_errors,
+    print_result,
     progress,
-    says_errors,
-    show_result,
     takes_store,
 )
 from pipeline.config import ExtractConfig
 
 
 @click.command()
-@says_errors
+@handle_cli_errors
 @takes_store
 @click.option("--full", is_flag=True, help="Read every byte; quick checks names, sizes and digests of metadata.")
 @click.option(
@@ -85,7 +85,7 @@ def verify(
     told["findings"] = [vars(finding) for finding in findings]
     checked = _parity(place, root=root, **again) if parity else None
     told |= {"parity": checked and asdict(checked)}
-    show_result(told, as_json, lambda: _show_verified(findings, full, media, checked))
+    print_result(told, as_json, lambda: _show_verified(findings, full, media, checked))
     is_outside = checked is not None and any(row.verdict == "outside" for row in checked.rows)
     if is_damaged(findings) or is_outside:
         click.get_current_context().exit(1)
@@ -107,12 +107,12 @@ def _parity(place: Place, *, encoders: str | None, weights: tuple[str, ...], **o
 
     chosen = names_of(encoders) if encoders else None
     record = check_parity(place, encoders=chosen, weights=weights_by_encoder(weights), say=say, **options)
-    tell_kept(lambda: keep_parity(place, record))
+    report_saved(lambda: keep_parity(place, record))
     return record
 
 
 @click.command()
-@says_errors
+@handle_cli_errors
 @takes_store
 @click.option("--from", "other", type=click.Path(), help="Another copy of the store: a folder or URL.")
 @click.option("--recompute", is_flag=True, help="Compute what no copy has from the media.")
@@ -155,7 +155,7 @@ def repair(
         )
     told = {"store": str(place), "from": other, "recompute": again is not None, "new_bytes": new_bytes}
     told["repaired"] = [vars(each) for each in done]
-    show_result(told, as_json, lambda: render.repaired(done))
+    print_result(told, as_json, lambda: render.repaired(done))
     if not all(each.is_mended for each in done):
         click.get_current_context().exit(1)
 
@@ -170,7 +170,7 @@ _REASON = click.option("--reason", metavar="TEXT", show_default="any", help="Fai
 
 
 @quarantine.command("list")
-@says_errors
+@handle_cli_errors
 @takes_store
 @_ENCODER
 @_REASON
@@ -181,11 +181,11 @@ def list_quarantine(place: Place, encoder: str | None, reason: str | None, as_js
     from pipeline.quarantine import quarantined
 
     rows = quarantined(place, encoder=encoder, reason=reason)
-    show_result(rows, as_json, lambda: render.quarantined(rows))
+    print_result(rows, as_json, lambda: render.quarantined(rows))
 
 
 @quarantine.command()
-@says_errors
+@handle_cli_errors
 @takes_store
 @_ENCODER
 @_REASON
@@ -202,17 +202,17 @@ def retry(place: Place, encoder: str | None, reason: str | None, as_json: bool, 
     from pipeline.quarantine import retry as retry_quarantine
 
     summaries = retry_quarantine(place, encoder=encoder, reason=reason, overrides=overrides, say=say)
-    show_result(
+    print_result(
         [summary.to_dict() for summary in summaries], as_json, lambda: [render.summary(each) for each in summaries]
     )
 
 
 @click.command()
-@says_errors
+@handle_cli_errors
 @click.argument("clips", nargs=-1, required=True, metavar="[STORE] CLIP...")
 @click.option("--reason", required=True, help="Why, for whoever reads the store later: a licence, a consent withdrawn.")
 @click.option(
-    "--everywhere/--only-these",
+    "--all-copies/--exact-ids",
     default=None,
     show_default="asked for, where there are any",
     help="Whether other clips made from the same media, of any dataset and span, are removed as well.",
@@ -220,7 +220,7 @@ def retry(place: Place, encoder: str | None, reason: str | None, as_json: bool, 
 @STORE_OPTION
 @AS_JSON
 def tombstone(
-    clips: tuple[str, ...], reason: str, everywhere: bool | None, store_option: str | None, as_json: bool
+    clips: tuple[str, ...], reason: str, all_copies: bool | None, store_option: str | None, as_json: bool
 ) -> None:
     """Remove clips for good, tokens and conversations.
 
@@ -234,15 +234,15 @@ def tombstone(
 
     place, names = store_first(clips, store_option)
     with progress("erase", "blocks") as shown:
-        result = remove(place, names, reason=reason, everywhere=everywhere, progress=shown)
-    show_result(result, as_json, lambda: render.details(result))
+        result = remove(place, names, reason=reason, all_copies=all_copies, progress=shown)
+    print_result(result, as_json, lambda: render.details(result))
 
 
 STORE_COMMANDS: tuple[click.Command, ...] = (verify, repair, quarantine, tombstone)
 
 
 @click.command()
-@says_errors
+@handle_cli_errors
 @takes_store
 @click.option("--sample", type=click.IntRange(1), default=64, help="Clips of each encoder and kind, at most.")
 @click.option("--seed", type=int, default=0, help="Chooses the clips.")
@@ -291,5 +291,5 @@ def distortion(
         shown = stack.enter_context(progress("distortion", "measurements"))
         measured = measure_distortion(place, **options, progress=shown)
     record = distortion_record(measured)
-    tell_kept(lambda: keep_record(place, record))
-    show_result(record, as_json, lambda: render.distortion(measured))
+    report_saved(lambda: keep_record(place, record))
+    print_result(record, as_json, lambda: render.distortion(measured))

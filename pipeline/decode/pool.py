@@ -37,7 +37,7 @@ from mervcache.errors import MediaError, RunStoppedError, UserError
 from pipeline.decode import worker
 from pipeline.decode.sampling import Decoded, DecodeJob, FailedClipError
 
-LAST_WORDS_S = 5.0  # a crashed process needs a moment until its status is there
+EXIT_GRACE_S = 5.0  # a crashed process needs a moment until its status is there
 START_TIMEOUT_S = 120.0  # imports from a slow share
 STDERR_BYTES = 1 << 20  # kept of what the child's libraries print
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYAV_LOGGING": "off"}
@@ -102,7 +102,7 @@ class DecodeChild:
         """Reap what has ended, kill what runs on, close; returns the exit status, below zero for a signal."""
         self._process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(0 if hangs else LAST_WORDS_S)  # after its pipe closed: let it tell how it died
+            self._process.wait(0 if hangs else EXIT_GRACE_S)  # after its pipe closed: let it tell how it died
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)  # the programs it had started go too
         status = self._process.wait()
@@ -168,7 +168,7 @@ class DecodePool:
         self._closed = threading.Event()
         self._lock = threading.Lock()
         command = (*worker_command, "--memory-bytes", str(memory_bytes), "--parent", str(os.getpid()))
-        self._minders = [_Minder(self._jobs, self._closed, command, timeout_s) for _ in range(num_processes)]
+        self._minders = [_WorkerThread(self._jobs, self._closed, command, timeout_s) for _ in range(num_processes)]
         for minder in self._minders:
             minder.start()
 
@@ -209,7 +209,7 @@ class DecodePool:
                     item[1].cancel()
 
 
-class _Minder(threading.Thread):
+class _WorkerThread(threading.Thread):
     """One thread, one child at a time.
 
     The child is started by this thread and by no other: Linux sends the parent-death signal when the *thread* that

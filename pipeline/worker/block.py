@@ -59,14 +59,14 @@ class EncoderRow(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Watch:
+class CrashProbe:
     """Runs a suspect block one clip per forward, announcing each clip before it is encoded."""
 
     announce: Callable[[EncoderRow, BlockCounts], None]  # with the counts so far
     crashed: Mapping[EncoderRow, str]  # what brought a process down -> how; not tried again
 
 
-def extract_block(task: BlockTask, *, watch: Watch | None = None) -> BlockReport:
+def extract_block(task: BlockTask, *, watch: CrashProbe | None = None) -> BlockReport:
     """Compute and commit one block; while it runs, its counts so far are reported to the driver now and then."""
     started = time.monotonic()
     engine = engine_for(task.engine)
@@ -95,7 +95,7 @@ def _count(report: BlockReport) -> None:
 class _BlockWork:
     """The state of one block in the making."""
 
-    def __init__(self, task: BlockTask, engine: Engine, watch: Watch | None) -> None:
+    def __init__(self, task: BlockTask, engine: Engine, watch: CrashProbe | None) -> None:
         self.task, self.engine, self._watch = task, engine, watch
         self.seconds: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()

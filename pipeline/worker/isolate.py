@@ -37,7 +37,7 @@ from jobs.run import TaskReporter
 from mervcache.errors import RunStoppedError
 from pipeline.decode.pool import FROM_OUTSIDE, how_it_ended
 from pipeline.decode.worker import die_with_parent
-from pipeline.worker.block import BlockTask, EncoderRow, Watch, extract_block
+from pipeline.worker.block import BlockTask, CrashProbe, EncoderRow, extract_block
 from pipeline.worker.engine import close_engines
 from pipeline.worker.reports import BlockCounts, BlockReport
 
@@ -110,7 +110,7 @@ def _mark_name(task: BlockTask) -> str:
 COMMAND = (sys.executable, "-P", "-m", "pipeline.worker.isolate")
 TRIES = 2  # a crash may be the machine's; the second one on the same clip is the clip's
 MAX_CULPRITS = 3  # of one block; more of them speak of the machine
-LAST_WORDS_S = 10.0  # for a process that has told its result to end
+EXIT_GRACE_S = 10.0  # for a process that has told its result to end
 
 
 def compute_block(task: BlockTask) -> BlockReport:
@@ -174,7 +174,7 @@ def _run_child(
             else:
                 answer = message
         try:
-            status = child.wait(LAST_WORDS_S)
+            status = child.wait(EXIT_GRACE_S)
         except subprocess.TimeoutExpired:
             child.kill()
             status = child.wait()
@@ -222,7 +222,7 @@ def main() -> None:
         send({"encoding": cell, "counts": counts.to_dict()})
 
     try:
-        send({"report": extract_block(task, watch=Watch(announce=announce, crashed=crashed)).to_dict()})
+        send({"report": extract_block(task, watch=CrashProbe(announce=announce, crashed=crashed)).to_dict()})
     except RunStoppedError as error:
         send({"stopped": str(error)})
     except Exception as error:

@@ -22,7 +22,7 @@ def test_a_run_is_shown_beside_its_llm_alone_and_beside_other_clips(tmp_path, qu
         precision="fp32",
     )
     samples, source = open_store(str(question_store), config)
-    train(config, samples, source, tmp_path / "run", store=str(question_store), is_quiet=True)
+    train(config, samples, source, tmp_path / "run", store=str(question_store), quiet=True)
     result = CliRunner().invoke(main, [str(tmp_path / "run")], catch_exceptions=False)
     found = json.loads(result.stdout)
     assert (found["steps"], found["samples below"]) == (60, 16)

@@ -12,7 +12,7 @@ import pytest
 
 from featurestore.clips import Clip
 from featurestore.identity import FeatureIdentity
-from featurestore.reference_clips import Canaries, Canary, put_canaries
+from featurestore.reference_clips import ReferenceClip, ReferenceClips, put_reference_clips
 from featurestore.storage_dtypes import to_stored
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
@@ -108,28 +108,28 @@ class Kit:
                     fill_block(group.begin(block), rows[kind], identity, broken, noise, self.media).commit()
         return writer.publish_snapshot()
 
-    def add_canaries(self, identity: FeatureIdentity = BASE, noise: int = 0) -> str:
+    def add_reference_clips(self, identity: FeatureIdentity = BASE, noise: int = 0) -> str:
         """Canaries of the groups of an encoder that are there; returns the snapshot that names them."""
         writer = self.writer()
         for kind in ("video", "image"):
             if identity.group_name in writer.encoder_groups(kind):
-                put_canaries(writer.objects, canaries_of(kind, identity, noise))
+                put_reference_clips(writer.objects, reference_clips_of(kind, identity, noise))
         return writer.publish_snapshot()
 
     def open(self) -> FeatureStore:
         return FeatureStore.open(self.path)
 
 
-def canaries_of(kind: str, identity: FeatureIdentity, noise: int = 0) -> Canaries:
+def reference_clips_of(kind: str, identity: FeatureIdentity, noise: int = 0) -> ReferenceClips:
     """Two canaries whose tokens are a pure function of kind, name and identity."""
     names = ("scene", "noise")
     clips = [Clip(dataset="canaries", path=f"{name}.x", kind=kind) for name in names]
     rows = [to_stored(floats_of(clip, identity, noise), identity.storage_dtype) for clip in clips]
-    return Canaries(
+    return ReferenceClips(
         kind=kind,
         identity=identity,
         rendering="canaries/1",
-        clips=tuple(Canary(name=name, media_sha256="c" * 64, frames_sha256="d" * 64) for name in names),
+        clips=tuple(ReferenceClip(name=name, media_sha256="c" * 64, frames_sha256="d" * 64) for name in names),
         arrays={array: np.stack([row[array] for row in rows]) for array in rows[0]},
     )
 
@@ -167,7 +167,7 @@ def make():
         video = staticmethod(video)
         image = staticmethod(image)
         floats = staticmethod(floats_of)
-        canaries = staticmethod(canaries_of)
+        canaries = staticmethod(reference_clips_of)
         fill_block = staticmethod(fill_block)
         clips_by_row = staticmethod(clips_by_row)
         kit = Kit

@@ -22,7 +22,7 @@ from featurestore.objects.base import parse_listing
 from featurestore.parquet import read_table
 from featurestore.reader import build_shard, decode_row, encode_row, parse_index
 from featurestore.records import Receipt, Tombstone, parse_journal
-from featurestore.reference_clips import Canaries
+from featurestore.reference_clips import ReferenceClips
 from featurestore.schemas import CLIP_SCHEMA, SAMPLE_SCHEMA, table_to_clips, table_to_samples
 from featurestore.snapshots import Snapshot, snapshot_schema
 from featurestore.zarr_metadata import ArraySpec, parse_array, parse_root
@@ -61,7 +61,7 @@ def cases_of(store: Path) -> list[Case]:
         identity = FeatureIdentity.from_dict(
             json.loads((store / "video" / file.stem / "zarr.json").read_text())["attributes"]["identity"]
         )
-        reader = partial(Canaries.parse, kind="video", identity=identity)
+        reader = partial(ReferenceClips.parse, kind="video", identity=identity)
         found.append((file.name, file.read_bytes(), reader))
     found.append(("root", (store / "zarr.json").read_bytes(), parse_root))
     found.append(

@@ -36,7 +36,7 @@ def build(path: Path) -> Kit:
     kit.fill(SIGLIP, codec="none")
     kit.fill()
     for identity in (BASE, VIVIT):
-        kit.add_canaries(identity)
+        kit.add_reference_clips(identity)
     writer.journal("run-1-driver", {"host": "h", "seconds": 1.5})
     tombstone(path, [video(3).clip_id, image(1).clip_id], reason="the licence was withdrawn", date="2026-11-20")
     return kit

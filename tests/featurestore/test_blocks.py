@@ -135,7 +135,7 @@ def orphan(kit, group, clips, make, rows, noise, arrays) -> None:
     for name in arrays:
         spec = group.specs[name]
         pieces = build_shard(spec, {row: encode_row(spec, stored[row][name]) for row in rows})
-        group.objects.put_new(shard_key("video", group.name, name, 0), pieces)
+        group.objects.put_exclusive(shard_key("video", group.name, name, 0), pieces)
 
 
 @pytest.mark.parametrize("identity", [{}, FULL], ids=["float16", "uint8+prefix"])

@@ -20,7 +20,7 @@ from featurestore import FeatureStore, verify_store
 from featurestore.maintenance.repair import repair_store
 from featurestore.maintenance.tombstone import tombstone
 from featurestore.objects.open import open_objects
-from featurestore.reference_clips import MAX_HEADER_BYTES, Canaries, read_canaries
+from featurestore.reference_clips import MAX_HEADER_BYTES, ReferenceClips, read_reference_clips
 from featurestore.transfer.export import FORMATS, ExportCells, export
 from featurestore.transfer.merge import Selection, StoreCells, combine
 from featurestore.transfer.sync import transfer
@@ -36,7 +36,7 @@ def full(make, tmp_path):
     kit.writer().add_clips([*(make.video(n) for n in range(4)), make.image(0)])
     for identity in (make.identity(), make.identity(encoder="vivit", storage_dtype="uint8", prefix_tokens=2)):
         kit.fill(identity)
-        kit.add_canaries(identity)
+        kit.add_reference_clips(identity)
     return kit
 
 
@@ -56,7 +56,7 @@ def test_the_file_is_safetensors_that_any_reader_opens_and_ours_reads_back(make,
         assert np.array_equal(opened[name], items)
         assert opened[name].shape[0] == 2
     assert int.from_bytes(data[:8], "little") % 8 == 0
-    again = Canaries.parse(data, kind, identity)
+    again = ReferenceClips.parse(data, kind, identity)
     assert again.clips == canaries.clips
     assert again.to_bytes() == data
 
@@ -70,8 +70,8 @@ def test_a_row_is_found_by_the_canarys_name(make):
 def test_a_group_whose_tokens_overflowed_has_a_file_without_rows(make):
     identity = make.identity()
     empty = {"tokens": np.empty((0, *identity.grid, identity.width), np.float16)}
-    canaries = Canaries(kind="video", identity=identity, rendering="canaries/1", clips=(), arrays=empty)
-    assert Canaries.parse(canaries.to_bytes(), "video", identity).clips == ()
+    canaries = ReferenceClips(kind="video", identity=identity, rendering="canaries/1", clips=(), arrays=empty)
+    assert ReferenceClips.parse(canaries.to_bytes(), "video", identity).clips == ()
 
 
 def test_no_flipped_bit_goes_unseen(make):
@@ -81,15 +81,15 @@ def test_no_flipped_bit_goes_unseen(make):
         changed = bytearray(data)
         changed[place] ^= 1 << place % 8
         with pytest.raises((StoreDamagedError, StoreFormatError)):
-            Canaries.parse(bytes(changed), "video", identity)
+            ReferenceClips.parse(bytes(changed), "video", identity)
 
 
 def test_another_groups_canaries_are_refused(make):
     data = make.canaries("video", make.identity()).to_bytes()
     with pytest.raises((StoreDamagedError, StoreFormatError)):
-        Canaries.parse(data, "video", make.identity(layer="another layer"))
+        ReferenceClips.parse(data, "video", make.identity(layer="another layer"))
     with pytest.raises((StoreDamagedError, StoreFormatError)):
-        Canaries.parse(make.canaries("image", make.identity()).to_bytes(), "video", make.identity())
+        ReferenceClips.parse(make.canaries("image", make.identity()).to_bytes(), "video", make.identity())
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -108,7 +108,7 @@ def test_another_groups_canaries_are_refused(make):
 def test_a_strangers_bytes_are_an_error_of_ours_or_nothing(make, head, size, rest):
     data = (len(head) if size is None else size).to_bytes(8, "little") + head + rest
     with pytest.raises(MervCacheError):
-        Canaries.parse(data, "video", make.identity())
+        ReferenceClips.parse(data, "video", make.identity())
 
 
 def test_a_file_larger_than_its_identity_allows_is_not_loaded(full, make):
@@ -116,7 +116,7 @@ def test_a_file_larger_than_its_identity_allows_is_not_loaded(full, make):
     with file.open("ab") as sink:
         sink.truncate(MAX_HEADER_BYTES + (1 << 20))
     with pytest.raises(StoreFormatError, match="more than the"):
-        read_canaries(open_objects(full.path), "video", make.identity())
+        read_reference_clips(open_objects(full.path), "video", make.identity())
 
 
 def test_the_newest_snapshot_names_them_and_one_without_them_reads_as_before(full, kit, make):
@@ -134,14 +134,14 @@ def test_what_is_added_later_changes_no_byte_that_was_there(kit, make):
     kit.writer().add_clips([make.video(0)])
     kit.fill()
     before = {file: file.read_bytes() for file in kit.path.rglob("*") if file.is_file()}
-    kit.add_canaries()
+    kit.add_reference_clips()
     assert {file: file.read_bytes() for file in before} == before
     assert verify_store(kit.path, "full") == []
 
 
 def test_who_is_first_wins(full, make):
     before = files(full.path)
-    full.add_canaries(noise=1)
+    full.add_reference_clips(noise=1)
     assert files(full.path) == before
 
 
@@ -231,7 +231,7 @@ def test_a_union_takes_the_first_that_there_are(full, make, tmp_path):
     other = make.kit(tmp_path / "other.zarr")
     other.writer().add_clips([make.video(8)])
     other.fill()
-    other.add_canaries(noise=1)
+    other.add_reference_clips(noise=1)
     combine([StoreCells(without.path), StoreCells(full.path), StoreCells(other.path)], tmp_path / "union.zarr")
     assert files(tmp_path / "union.zarr") == files(full.path)
     assert verify_store(tmp_path / "union.zarr", "full") == []
@@ -270,6 +270,6 @@ def test_killed_while_they_are_put_nothing_is_lost_and_the_same_call_finishes(ki
     assert files(kit.path) == {}
     assert kit.open().snapshot == before
     assert not [finding for finding in verify_store(kit.path, "full") if finding.severity == "damage"]
-    kit.add_canaries()
+    kit.add_reference_clips()
     assert len(files(kit.path)) == 1
     assert verify_store(kit.path, "full") == [] or all(f.key.startswith("tmp/") for f in verify_store(kit.path))

@@ -6,14 +6,14 @@ import json
 
 import pytest
 
-from mervcache.console import says, show_result, stacked, tell_kept
+from mervcache.console import handle_errors, print_result, report_saved, stacked
 from mervcache.errors import StoreError, UserError
 
-says_errors = says(UserError, interrupted="Interrupted. What was committed is kept.")
+handle_cli_errors = handle_errors(UserError, interrupted="Interrupted. What was committed is kept.")
 
 
 def raising(error: BaseException):
-    @says_errors
+    @handle_cli_errors
     def command(*, number: int) -> None:
         raise error
 
@@ -47,8 +47,8 @@ def test_of_several_decorators_the_first_is_on_top():
 
 
 def test_a_result_is_json_for_a_program_and_words_for_a_person(capsys):
-    show_result({"clips": 3}, True, lambda: print("never"))
-    show_result({"clips": 3}, False, lambda: print("3 clips"))
+    print_result({"clips": 3}, True, lambda: print("never"))
+    print_result({"clips": 3}, False, lambda: print("3 clips"))
     first, second = capsys.readouterr().out.splitlines()
     assert (json.loads(first), second) == ({"clips": 3}, "3 clips")
 
@@ -57,6 +57,6 @@ def test_a_measurement_that_cannot_be_kept_is_said_and_no_error(capsys):
     def refuse():
         raise StoreError("the store is read-only")
 
-    tell_kept(lambda: "journal/parity-1")
-    tell_kept(refuse)
+    report_saved(lambda: "journal/parity-1")
+    report_saved(refuse)
     assert capsys.readouterr() == ("", "kept as journal/parity-1\nnot kept in the store: the store is read-only\n")

@@ -256,7 +256,7 @@ def twice(kit, make):
 
 def test_the_same_video_under_other_ids_is_named_and_nothing_is_removed_without_a_word(twice):
     kit, others = twice
-    with pytest.raises(UserError, match=r"nothing was removed: 2 other clips .*--everywhere .*--only-these") as refused:
+    with pytest.raises(UserError, match=r"nothing was removed: 2 other clips .*--all-copies .*--exact-ids") as refused:
         tombstone(kit.path, [GONE], reason="consent")
     assert all(clip_id in str(refused.value) for clip_id in others)
     assert not read_tombstones(kit.writer().objects)
@@ -271,7 +271,7 @@ def test_everywhere_removes_every_clip_of_the_video_from_the_files_too(twice, ma
     spec = kit.group(make.identity()).specs["tokens"]
     needles = [encode_row(spec, before.read([clip_id], encoder="dinov2")[0]) for clip_id in (GONE, *others)]
     assert all(any(needle in file.read_bytes() for file in shards()) for needle in needles)
-    done = tombstone(kit.path, [GONE], reason="consent", everywhere=True)
+    done = tombstone(kit.path, [GONE], reason="consent", all_copies=True)
     assert done["clips"] == sorted([GONE, *others])
     assert done["others of the same media"] == {"removed": sorted(others)}
     assert not any(needle in file.read_bytes() for file in shards() for needle in needles)
@@ -286,7 +286,7 @@ def test_everywhere_removes_every_clip_of_the_video_from_the_files_too(twice, ma
 
 def test_only_these_leaves_the_others_and_says_which(twice):
     kit, others = twice
-    done = tombstone(kit.path, [GONE], reason="licence", everywhere=False)
+    done = tombstone(kit.path, [GONE], reason="licence", all_copies=False)
     assert (done["clips"], done["others of the same media"]) == ([GONE], {"left": sorted(others)})
     assert set(others) <= set(kit.open().clips["clip_id"].to_pylist())
     assert verify_store(kit.path, "full") == []

@@ -10,7 +10,7 @@ import pytest
 
 from mervcache.errors import UserError
 from pipeline.cli.options import config_from_options
-from pipeline.config import DECODER_NAMES, DEFAULT_BATCH, OF_ONE_RUN, ExtractConfig, default_batch, read_config
+from pipeline.config import DECODER_NAMES, DEFAULT_BATCH, RUN_ONLY_SETTINGS, ExtractConfig, default_batch, read_config
 
 
 def test_defaults_are_the_published_four_encoders_on_the_published_grid():
@@ -21,7 +21,7 @@ def test_defaults_are_the_published_four_encoders_on_the_published_grid():
 
 
 def test_what_is_left_out_of_a_repeated_run_are_settings():
-    assert {setting.name for setting in fields(ExtractConfig)} >= OF_ONE_RUN
+    assert {setting.name for setting in fields(ExtractConfig)} >= RUN_ONLY_SETTINGS
 
 
 def test_what_is_given_on_the_command_line_wins_over_the_file(tmp_path):

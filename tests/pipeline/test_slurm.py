@@ -168,7 +168,7 @@ def test_a_job_that_is_requeued_half_way_goes_on_where_it_was(tiny, slurm_site, 
 
 def test_a_worker_that_retires_before_its_walltime_hands_its_block_to_the_next_job(tiny, slurm_site, monkeypatch):
     """The first job's worker lives for eight seconds, of which it spends the last ones in the middle of a block."""
-    monkeypatch.setattr(slurm, "KEEP_S", 0.5)
+    monkeypatch.setattr(slurm, "POLL_S", 0.5)
     monkeypatch.setattr(slurm, "lifetime", lambda walltime: ["--lifetime", "$LIFETIME"])
     expected, gate, said = tiny.expected(), tiny.lab.Gate(tiny.store), []
     first = tiny.folder / "first"
@@ -207,8 +207,8 @@ def test_jobs_that_end_without_a_worker_are_told_with_what_they_said(slurm_site,
 
 
 def test_a_job_that_is_lost_is_replaced_but_not_for_ever_by_jobs_that_end_at_once(slurm_site, tmp_path, monkeypatch):
-    monkeypatch.setattr(slurm, "KEEP_S", 0.5)
-    monkeypatch.setattr(slurm, "MAX_FRUITLESS", 2)
+    monkeypatch.setattr(slurm, "POLL_S", 0.5)
+    monkeypatch.setattr(slurm, "MAX_FAILED_JOBS", 2)
     first, second = tmp_path / "first", tmp_path / "second"
     only_twice = f"mkdir {first} || mkdir {second} || {{ echo the module is gone >&2; exit 3; }}"
     wishes = settings(tmp_path, prologue=(only_twice,))

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from featurestore.lease import StoreLease
 from pipeline.cli.extract import line, main
-from pipeline.status import Watcher, rate, watch
+from pipeline.status import ProgressMonitor, rate, watch
 
 NOW = 1_000_000.0
 # Nine videos and five stills in blocks of four: rows of the blocks, in the order in which they are committed here.
@@ -35,7 +35,7 @@ def running(extracted, tmp_path) -> Path:
 
 
 def test_a_run_in_the_middle_is_told_from_its_receipts(running):
-    found = {entry.encoder.split("-")[0]: entry for entry in Watcher(running).look(NOW).encoders}
+    found = {entry.encoder.split("-")[0]: entry for entry in ProgressMonitor(running).look(NOW).encoders}
     siglip, vivit = found["siglip"], found["vivit"]
     assert (siglip.blocks, siglip.all_blocks, siglip.clips, siglip.all_clips) == (2, 5, 8, 14)
     assert siglip.clips_per_s == pytest.approx(4 / 20)  # the first commit starts the clock
@@ -48,13 +48,13 @@ def test_while_a_run_has_the_store_its_pace_counts_from_when_it_took_it(running)
         record = lease.holder()
         for began, per_s in ((NOW - 40, 8 / 40), (NOW - 15, 4 / 20), (NOW - 4000, 4 / 20)):
             (running / "tmp" / "driver.lease").write_text(json.dumps({**record, "since": began}))
-            siglip = next(e for e in Watcher(running).look(NOW).encoders if e.encoder.startswith("siglip"))
+            siglip = next(e for e in ProgressMonitor(running).look(NOW).encoders if e.encoder.startswith("siglip"))
             assert siglip.clips_per_s == pytest.approx(per_s)
 
 
 def test_without_snapshots_a_young_run_is_watched_all_the_same(running):
     shutil.rmtree(running / "snapshots")
-    assert Watcher(running).look(NOW).seconds_left == pytest.approx(30)
+    assert ProgressMonitor(running).look(NOW).seconds_left == pytest.approx(30)
 
 
 def test_watching_ends_when_everything_given_out_is_committed(running, extracted):

@@ -100,7 +100,7 @@ def brief(tmp_path, config, samples, tokens):
     from trainer.loop.train import train
     from trainer.runs.load import load_run
 
-    train(replace(config, max_steps=1), samples, tokens, tmp_path / "run", is_quiet=True)
+    train(replace(config, max_steps=1), samples, tokens, tmp_path / "run", quiet=True)
     return load_run(tmp_path / "run")
 
 

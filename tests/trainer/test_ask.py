@@ -13,7 +13,7 @@ from click.testing import CliRunner
 import trainer
 from mervcache.errors import UserError
 from trainer import cli
-from trainer.ask import Asker, asked_clip
+from trainer.ask import Asker, parse_clip
 from trainer.cli import eval_main, parse_span
 from trainer.config import OptimizerConfig, ProjectorConfig, TrainConfig
 from trainer.loop.train import train
@@ -40,7 +40,7 @@ def trained(config, store, out):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(FRESH_LLMS, "mini", FreshLLM(hidden_size=32, num_layers=1, num_heads=2, context=64))
         samples, source = open_store(str(store), config)
-        train(config, samples, source, out, store=str(store), is_quiet=True)
+        train(config, samples, source, out, store=str(store), quiet=True)
     return out
 
 
@@ -111,7 +111,7 @@ def test_what_cannot_be_asked_is_said(asker, media_root, media_lab):
     with pytest.raises(UserError, match="context of 64"):
         asker.answer("colour " * 80, video=video)
     with pytest.raises(UserError, match="an image has none"):
-        asked_clip(None, media_root / "pictures/red.png", (1.0, None))
+        parse_clip(None, media_root / "pictures/red.png", (1.0, None))
 
 
 def test_a_file_that_is_not_there_is_said_before_the_run_is_loaded(tmp_path):

@@ -44,7 +44,7 @@ def test_a_loop_that_did_nothing_leaves_no_line():
 
 def test_quiet_writes_nothing_anywhere(terminal):
     for stream in (io.StringIO(), terminal):
-        with Bar("train", total=2, is_quiet=True, stream=stream) as shown:
+        with Bar("train", total=2, quiet=True, stream=stream) as shown:
             shown.advance(2)
         assert stream.getvalue() == ""
 

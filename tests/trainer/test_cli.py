@@ -43,13 +43,13 @@ def test_the_only_store_is_trained_from_and_the_run_answers_held_out_questions(h
     assert "train" in result.stderr  # progress is not among the results
     assert train("--mode", "text-only", "--out", "words").exit_code == 0
 
-    result = call(eval_main, "run", "--checkpoint", "run", "--beside", "words", "--json")
+    result = call(eval_main, "run", "--checkpoint", "run", "--baseline", "words", "--json")
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
     assert told["scores"][0]["questions"] == told["beside"]["words"][0]["questions"] == 3
     assert told["scores"][0]["chance"] == pytest.approx(1 / 3)
 
-    result = call(eval_main, "run", "--checkpoint", "run", "--beside", "words")
+    result = call(eval_main, "run", "--checkpoint", "run", "--baseline", "words")
     assert "colour" in result.stdout
     assert "chance" in result.stdout
 
@@ -105,7 +105,7 @@ def test_a_finished_run_says_what_comes_next(here):
 
 def test_a_place_that_is_wrong_is_said_before_anything_is_loaded(here, monkeypatch):
     assert train("--out", "run").exit_code == 0
-    monkeypatch.setattr("trainer.cli.heavy_rooms", lambda: pytest.fail("loaded"))
+    monkeypatch.setattr("trainer.cli.load_torch_modules", lambda: pytest.fail("loaded"))
     assert "run holds a run already; go on with --resume auto" in error_of(train("--out", "run"))
     message = error_of(call(train_main, "--from-cache", "features/ty.zarr"))
     assert "no feature store at features/ty.zarr; nearby: features/toy.zarr" in message
@@ -115,7 +115,7 @@ def test_a_place_that_is_wrong_is_said_before_anything_is_loaded(here, monkeypat
     "words",
     [
         ("run", "--checkpoint", "nothing"),
-        ("run", "--checkpoint", "run", "--beside", "nothing"),
+        ("run", "--checkpoint", "run", "--baseline", "nothing"),
         ("distortion", "--checkpoint", "nothing"),
         ("export", "--checkpoint", "nothing", "--out", "new"),
         ("ask", "--checkpoint", "nothing", "What?"),
@@ -124,7 +124,7 @@ def test_a_place_that_is_wrong_is_said_before_anything_is_loaded(here, monkeypat
 def test_a_folder_without_a_run_is_said_before_anything_is_loaded(here, monkeypatch, words):
     (here / "run").mkdir()
     (here / "run" / "config.yaml").touch()
-    monkeypatch.setattr("trainer.cli.heavy_rooms", lambda: pytest.fail("loaded"))
+    monkeypatch.setattr("trainer.cli.load_torch_modules", lambda: pytest.fail("loaded"))
     assert "nothing holds no run; give the folder" in error_of(call(eval_main, *words))
 
 

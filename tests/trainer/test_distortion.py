@@ -30,7 +30,7 @@ DTYPES = ("float16", "bfloat16", "uint8")
 def run(tmp_path, config, question_store):
     """A run of one step on the store: not clever, but its loss depends on every token."""
     samples, source = open_store(str(question_store), config)
-    train(replace(config, max_steps=1), samples, source, tmp_path / "first", store=str(question_store), is_quiet=True)
+    train(replace(config, max_steps=1), samples, source, tmp_path / "first", store=str(question_store), quiet=True)
     return tmp_path / "first"
 
 

@@ -74,7 +74,7 @@ def losses(run):
 
 
 def train_quietly(config, samples, source, out, **options):
-    train(config, samples, source, out, is_quiet=True, **options)
+    train(config, samples, source, out, quiet=True, **options)
     return losses(out)
 
 
@@ -119,7 +119,7 @@ def test_validation_in_bf16_sees_the_tokens_of_float32_encoders_as_training_does
     rows = {}
     for name, (samples, source) in {"cache": cached, "live": live}.items():
         held_out = [replace(sample, sample_id=f"h-{sample.sample_id}", split="heldout") for sample in samples]
-        train(config, [*samples, *held_out], source, tmp_path / name, is_quiet=True)
+        train(config, [*samples, *held_out], source, tmp_path / name, quiet=True)
         rows[name] = [(row["loss"], row["val_loss"]) for row in read_metrics(tmp_path / name)]
     assert rows["live"] == rows["cache"]
 
@@ -199,7 +199,7 @@ def test_a_resumed_run_looks_at_nothing_twice_and_has_the_losses_of_a_whole_one(
 def test_trusted_media_are_not_looked_at_and_a_broken_clip_ends_the_run(tmp_path, opened_live):
     with (
         opened_live(out=tmp_path / "run", is_trusted=True) as (samples, source),
-        pytest.raises(UserError, match=r"films/broken\.mp4 cannot be decoded: .*without --trust-media"),
+        pytest.raises(UserError, match=r"films/broken\.mp4 cannot be decoded: .*without --skip-media-check"),
     ):
         train_quietly(toy_config(max_steps=2), samples, source, tmp_path / "run")
     assert not list((tmp_path / "run").glob("media-*"))

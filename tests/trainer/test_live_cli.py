@@ -7,7 +7,7 @@ import yaml
 from click.testing import CliRunner
 
 from mervcache.errors import UserError
-from trainer.cli import asked_place, pop_live_words, train_main
+from trainer.cli import pop_live_options, resolve_source, train_main
 from trainer.config import LiveRequest
 
 NOTHING = {
@@ -17,7 +17,7 @@ NOTHING = {
     "encoders": None,
     "weights": (),
     "extract_config": None,
-    "trust_media": False,
+    "skip_media_check": False,
 }
 
 
@@ -27,7 +27,7 @@ def train(*arguments):
 
 def test_the_words_of_an_extraction_become_a_request():
     options = {**NOTHING, "end_to_end": True, "dataset": "demo", "weights": ("random:0",), "encoders": "siglip, dinov2"}
-    place = asked_place(None, pop_live_words(options))
+    place = resolve_source(None, pop_live_options(options))
     assert place == LiveRequest(settings={"dataset": "demo", "weights": ("random:0",)})
     assert options == {"encoders": ["siglip", "dinov2"]}  # what a run from a store may say too
 
@@ -35,8 +35,8 @@ def test_the_words_of_an_extraction_become_a_request():
 def test_a_resumed_run_goes_on_where_its_record_says():
     settings = {"dataset": "demo", "root": "/old", "decoder": "frames/1"}
     recorded = {"store": "", "live": {**settings, "trust_media": True}}
-    assert asked_place(None, {**NOTHING}, recorded) == LiveRequest(settings=settings, is_trusted=True)
-    moved = asked_place(None, {**NOTHING, "end_to_end": True, "root": "/new"}, recorded)
+    assert resolve_source(None, {**NOTHING}, recorded) == LiveRequest(settings=settings, is_trusted=True)
+    moved = resolve_source(None, {**NOTHING, "end_to_end": True, "root": "/new"}, recorded)
     assert moved.settings == {**settings, "root": "/new"}
 
 
@@ -50,12 +50,12 @@ def test_a_resumed_run_goes_on_where_its_record_says():
             {"dataset": "demo", "weights": ("hub",)},
             "--dataset, --weights say .* give --end-to-end",
         ),
-        (None, {"trust_media": True}, "--trust-media say"),
+        (None, {"skip_media_check": True}, "--skip-media-check say"),
     ],
 )
 def test_words_that_do_not_go_together_are_errors(store, given, message):
     with pytest.raises(UserError, match=message):
-        asked_place(store, {**NOTHING, **given})
+        resolve_source(store, {**NOTHING, **given})
 
 
 def test_end_to_end_without_a_dataset_asks_for_one():

@@ -78,7 +78,7 @@ def run(small, media_lab, media_root, tmp_path_factory):
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("runs") / "live"
     with live_source(CONFIG, media_lab.settings(media_root)) as (samples, source):
-        train(CONFIG, samples, source, out, is_quiet=True)
+        train(CONFIG, samples, source, out, quiet=True)
     return out
 
 
@@ -166,7 +166,7 @@ def test_a_run_from_a_store_may_be_asked_live_and_has_the_scores_of_the_store(
     """To rounding: such a run does not know the batch shape of the extraction."""
     config = TrainConfig(**{**CONFIG.__dict__, "train_encoders": (), "max_steps": 2})
     samples, source = open_store(str(extracted), config)
-    train(config, samples, source, tmp_path / "run", store=str(extracted), is_quiet=True)
+    train(config, samples, source, tmp_path / "run", store=str(extracted), quiet=True)
     asked = tmp_path / "quiz.zarr"
     extract(read_extract_config(None, {**media_lab.settings(quiz, store=str(asked)), "dataset": "eval"}), quiet=True)
     assert len(FeatureStore.open(asked).clips) == 5
@@ -180,10 +180,10 @@ def test_a_run_from_a_store_may_be_asked_live_and_has_the_scores_of_the_store(
 def test_runs_beside_are_asked_at_the_same_place(run, small, tmp_path, media_lab, media_root, extracted, quiz):
     words = TrainConfig(**{**CONFIG.__dict__, "train_encoders": (), "mode": "text-only", "max_steps": 1})
     with live_source(words, media_lab.settings(media_root)) as (samples, source):
-        train(words, samples, source, tmp_path / "words", is_quiet=True)
+        train(words, samples, source, tmp_path / "words", quiet=True)
     cached = TrainConfig(**{**CONFIG.__dict__, "train_encoders": (), "max_steps": 1})
     samples, source = open_store(str(extracted), cached)
-    train(cached, samples, source, tmp_path / "cached", store=str(extracted), is_quiet=True)
+    train(cached, samples, source, tmp_path / "cached", store=str(extracted), quiet=True)
     others = [tmp_path / "words", tmp_path / "cached"]
     result = evaluate_run(run, EvaluationRequest(dataset="eval", root=str(quiz)), others)
     assert [rows[0]["questions"] for rows in result["beside"].values()] == [4, 4]

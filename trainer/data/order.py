@@ -99,7 +99,7 @@ class Order:
         """Whole batches of every stream in so many epochs, at least one."""
         return max(1, sum(int(epochs * stream.num_per_epoch) // self.batch_size for stream in self.streams))
 
-    def unread(self, epochs: float) -> dict[str, int]:
+    def num_dropped(self, epochs: float) -> dict[str, int]:
         """stream -> readings of these epochs that fill no batch any more before the run ends."""
         done = self.batches_before(self.num_steps(epochs))
         rest = [int(epochs * s.num_per_epoch) - n * self.batch_size for s, n in zip(self.streams, done, strict=True)]

@@ -246,7 +246,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "without_answer": sum(sample.num_supervised == 0 for sample in rendered),  # behind the cut: they train nothing
         "samples_per_epoch": order.num_per_epoch,  # by the sources' weights
         "steps": plan.batches.num_steps,
-        "unread": order.unread(config.epochs) if config.max_steps is None else {},  # at the end they fill no batch
+        "unread": order.num_dropped(config.epochs) if config.max_steps is None else {},  # at the end they fill no batch
         "batch_size": config.batch_size,
         "visual_tokens": plan.record.num_visual_tokens,
         "text_tokens": {"median": lengths[len(lengths) // 2], "longest": lengths[-1]},

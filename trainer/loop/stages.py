@@ -32,7 +32,7 @@ OWN = "stages"  # key of a config file that holds the settings of single stages
 OpenTokens = Callable[[TrainConfig, Path | None], "tuple[Sequence[Sample], TokenSource]"]
 
 
-def lay_over(stages: Stages, settings: Mapping[str, Any], options: Mapping[str, Any]) -> Stages:
+def merge_settings(stages: Stages, settings: Mapping[str, Any], options: Mapping[str, Any]) -> Stages:
     """A recipe, then a file's settings, then those the file has for one stage, then options: later ones win.
 
     Of what is said for a whole chain, `init` is where its first stage starts, and `prompt` leaves a caption stage as it
@@ -63,7 +63,7 @@ def train_stages(
     store: str = "",
     resume: bool = False,
     only: str | None = None,
-    is_quiet: bool = False,
+    quiet: bool = False,
 ) -> list[TrainResult]:
     """Train the stages in turn, or the one named `only`; a stage that is told to stop ends the chain.
 
@@ -83,7 +83,7 @@ def train_stages(
         result = _finished(folder, config) if resume else None
         if result is None:
             samples, source = open_tokens(config, folder)
-            result = train(config, samples, source, folder, store=store, resume=resume, words=words, is_quiet=is_quiet)
+            result = train(config, samples, source, folder, store=store, resume=resume, words=words, quiet=quiet)
             # accelerate ties a model to itself: until it is collected, its memory and that of its optimizer are taken.
             gc.collect()
         results.append(result)
@@ -187,10 +187,10 @@ def _with_start(stages: Stages, stage: Stage, out: Path) -> TrainConfig:
 def _finished(folder: Path, config: TrainConfig) -> TrainResult | None:
     """The result of a run that is at its end, so that nothing is loaded for it; None if there is more to train."""
     from trainer.loop.train import TrainResult
-    from trainer.runs.checkpoint import best, starting_point
+    from trainer.runs.checkpoint import best, resolve_start
     from trainer.runs.run_record import RunRecord, read_metrics
 
-    checkpoint = starting_point(folder, config, resume=True)
+    checkpoint = resolve_start(folder, config, resume=True)
     if checkpoint is None:
         return None
     record, step = RunRecord.read(folder), int(checkpoint.name.removeprefix("step-"))

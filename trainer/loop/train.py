@@ -49,7 +49,7 @@ from trainer.loop.plan import Plan, Validation, fit_standardisation, make_plan
 from trainer.model.llm import is_adapter
 from trainer.model.video_llm import VideoLLM
 from trainer.runs import checkpoint
-from trainer.runs.checkpoint import plain, starting_point, whole, write_folder
+from trainer.runs.checkpoint import plain, resolve_start, whole, write_folder
 from trainer.runs.run_record import METRICS_FILE, open_metrics
 
 PARTS = {  # module of VideoLLM -> its setting
@@ -164,7 +164,7 @@ class RunProgress:
         start: int,
         stop: int,
         is_first_rank: bool,
-        is_quiet: bool = False,
+        quiet: bool = False,
         log: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> None:
         """`log` is told every row that is written: the door to other trackers."""
@@ -173,7 +173,7 @@ class RunProgress:
         self._rows: list[dict[str, Any]] = []
         self._began = time.perf_counter()
         self._waited_s = 0.0
-        self._bar = Bar("train", total=stop, start=start, is_quiet=is_quiet or not is_first_rank)
+        self._bar = Bar("train", total=stop, start=start, quiet=quiet or not is_first_rank)
         if is_first_rank:
             self._file = open_metrics(run / METRICS_FILE, start)
 
@@ -265,13 +265,13 @@ def train(
     resume: bool = False,
     stop_at: int | None = None,
     words: Sequence[str] = (),
-    is_quiet: bool = False,
+    quiet: bool = False,
 ) -> TrainResult:
     """Train to the end, or to step `stop_at`; `resume` goes on from the newest checkpoint in `out`, if there is one."""
     out = Path(out)
     distributed.check_trackers(config)
     accelerator = make_accelerator(config, out)
-    folder = starting_point(out, config, resume)
+    folder = resolve_start(out, config, resume)
     accelerator.wait_for_everyone()  # before the first rank writes what the others look for
     plan = make_plan(
         config,
@@ -288,7 +288,7 @@ def train(
     if accelerator.is_main_process:
         write_folder(out, plan.built, plan.record, is_new=folder is None)
     with deterministic(config.deterministic):
-        return _Loop(plan, source, accelerator, validation, out).run(folder, stop_at, is_quiet)
+        return _Loop(plan, source, accelerator, validation, out).run(folder, stop_at, quiet)
 
 
 def _check_same_data(accelerator: Accelerator, plan: Plan) -> None:
@@ -315,7 +315,7 @@ class _Loop:
         self.alarm = Alarm(self.config.checkpoint_minutes)
         self.best: tuple[float, float] | None = None  # goodness of the best validation so far
 
-    def run(self, folder: Path | None, stop_at: int | None, is_quiet: bool) -> TrainResult:
+    def run(self, folder: Path | None, stop_at: int | None, quiet: bool) -> TrainResult:
         """Start, or go on from the checkpoint `folder`, and step to the end, to `stop_at`, or until told to stop."""
         start = self._restore_model(folder)
         model, optimizer = self._prepare(folder, start)
@@ -323,8 +323,8 @@ class _Loop:
         num_steps = self.plan.batches.num_steps
         stop = min(num_steps, stop_at if stop_at is not None else num_steps)
         steps = Prefetch(self._read, start, stop, depth=self.config.prefetch_batches)
-        self._say_start(start, is_quiet)
-        shown = self._progress(start, is_quiet)
+        self._say_start(start, quiet)
+        shown = self._progress(start, quiet)
         done, loss = start, torch.tensor(float("nan"))
         with steps, shown, terminated() as is_terminated:
             for number, step in enumerate(steps, start=start):
@@ -349,14 +349,14 @@ class _Loop:
             self.best = checkpoint.best_goodness(self.out)
         return prepared
 
-    def _progress(self, start: int, is_quiet: bool) -> RunProgress:
+    def _progress(self, start: int, quiet: bool) -> RunProgress:
         """Bar, metrics file and trackers; opening it drops the lines of steps that will be done again."""
         return RunProgress(
             self.out,
             start=start,
             stop=self.plan.batches.num_steps,
             is_first_rank=self.accelerator.is_main_process,
-            is_quiet=is_quiet,
+            quiet=quiet,
             log=lambda row: distributed.log(self.accelerator, row),
         )
 
@@ -428,9 +428,9 @@ class _Loop:
     def _is_best(self, validated: Mapping[str, float]) -> bool:
         return bool(validated) and (self.best is None or checkpoint.goodness(validated) > self.best)
 
-    def _say_start(self, start: int, is_quiet: bool) -> None:
+    def _say_start(self, start: int, quiet: bool) -> None:
         """What a log should begin with; a run that was stopped before its first checkpoint begins anew, and says so."""
-        if is_quiet or not self.accelerator.is_main_process:
+        if quiet or not self.accelerator.is_main_process:
             return
         begins = f"goes on behind step {start}" if start else "starts"
         if not start and (self.out / METRICS_FILE).exists():

@@ -110,7 +110,7 @@ class LearnableWeights(Fusion):
         return _mix(embeddings, weights_E.expand(len(embeddings[0]), -1))
 
 
-class EqualMix(Fusion):
+class MeanFusion(Fusion):
     """O = mean of X_e: the paper's "25%-Mixed" of four encoders."""
 
     def forward(self, embeddings: Sequence[Tensor]) -> Fused:
@@ -118,7 +118,7 @@ class EqualMix(Fusion):
         return _mix(embeddings, first_BNM.new_full((len(first_BNM), self.num_encoders), 1 / self.num_encoders))
 
 
-class First(Fusion):
+class SingleEncoder(Fusion):
     """The first encoder alone; the others are not even read."""
 
     def forward(self, embeddings: Sequence[Tensor]) -> Fused:
@@ -148,8 +148,8 @@ FUSIONS: dict[FusionName, Callable[[int, int, FusionConfig], Fusion]] = {
     "concat_channel": lambda encoders, width, config: ConcatChannel(encoders, width, has_norm=False),
     "concat_channel_ln": lambda encoders, width, config: ConcatChannel(encoders, width, has_norm=True),
     "learnable_weights": lambda encoders, width, config: LearnableWeights(encoders, width),
-    "equal_mix": lambda encoders, width, config: EqualMix(encoders, width),
-    "first": lambda encoders, width, config: First(encoders, width),
+    "equal_mix": lambda encoders, width, config: MeanFusion(encoders, width),
+    "first": lambda encoders, width, config: SingleEncoder(encoders, width),
 }
 
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from featurestore.locate import check_room
 from mervcache.errors import StoreDamagedError, UserError
-from mervcache.files import file_sha256, give_usual_modes, replace_text
+from mervcache.files import apply_umask, file_sha256, replace_text
 from trainer.config import CONFIG_FILE, TrainConfig, read_config
 from trainer.model.llm import save_shape
 from trainer.model.video_llm import Built
@@ -103,7 +103,7 @@ def save(
     temporary.mkdir(parents=True)
     save_file(_on_cpu(weights), temporary / MODEL_FILE)
     save_file(_on_cpu(optimizer), temporary / OPTIMIZER_FILE)
-    give_usual_modes(temporary)
+    apply_umask(temporary)
     digests = {name: file_sha256(temporary / name) for name in (MODEL_FILE, OPTIMIZER_FILE)}
     state = CheckpointState(
         step=step,
@@ -252,7 +252,7 @@ FREE_ON_RESUME = {
 }
 
 
-def starting_point(out: Path, config: TrainConfig, resume: bool) -> Path | None:
+def resolve_start(out: Path, config: TrainConfig, resume: bool) -> Path | None:
     """The checkpoint to go on from; an existing run is neither overwritten nor continued with other settings."""
     check_room(out, "run", "--out")
     if not (out / CONFIG_FILE).exists():

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mervcache.errors import UserError
-from mervcache.files import whole_folder
+from mervcache.files import atomic_directory
 from trainer.config import CONFIG_FILE
 from trainer.model.llm import is_adapter
 from trainer.model.video_llm import Built
@@ -70,7 +70,7 @@ def export_run(
         raise UserError(f"{out} exists already; choose another --out")
     loaded = load_run(run, best=best)
     kind = _llm_weights(loaded.built, with_llm=with_llm, merge_lora=merge_lora)
-    with whole_folder(out) as folder:
+    with atomic_directory(out) as folder:
         dtype = str(loaded.built.llm.model.dtype).removeprefix("torch.")
         revision = getattr(loaded.built.llm.model.config, "_commit_hash", None)
         _write_weights(folder, loaded.built, kind, merge_lora=merge_lora)

@@ -30,7 +30,7 @@ def sound(tmp_path_factory, make):
     writer.add_samples("mix", [Sample(sample_id="2", clip_id=None, turns=TURNS, stage="align", source="x")])
     kit.fill(make.identity(encoder="vivit", storage_dtype="uint8", prefix_tokens=2))
     kit.fill()
-    kit.add_canaries()
+    kit.add_reference_clips()
     writer.journal("run-1-driver", {"host": "h", "seconds": 1.5})
     return kit
 

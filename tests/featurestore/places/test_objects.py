@@ -22,15 +22,15 @@ def objects(tmp_path):
 
 
 def test_a_new_object_holds_its_pieces_and_leaves_no_temporary_file(objects, tmp_path):
-    objects.put_new("a/b/c", [b"one ", memoryview(b"two"), bytearray(b" three")])
+    objects.put_exclusive("a/b/c", [b"one ", memoryview(b"two"), bytearray(b" three")])
     assert objects.get("a/b/c") == b"one two three"
     assert [path for path in (tmp_path / "tmp").rglob("*") if path.is_file()] == []
 
 
 def test_the_first_put_of_a_name_wins(objects):
-    objects.put_new("key", b"first")
+    objects.put_exclusive("key", b"first")
     with pytest.raises(AlreadyExistsError, match="another process was first"):
-        objects.put_new("key", b"second")
+        objects.put_exclusive("key", b"second")
     assert objects.get("key") == b"first"
 
 
@@ -50,7 +50,7 @@ def test_a_link_that_succeeded_but_was_reported_as_existing_is_a_success(objects
         raise FileExistsError(errno.EEXIST, "File exists")
 
     monkeypatch.setattr(os, "link", retransmitted)
-    objects.put_new("key", b"ours")
+    objects.put_exclusive("key", b"ours")
     assert objects.get("key") == b"ours"
 
 
@@ -59,7 +59,7 @@ def test_where_links_are_not_supported_a_rename_is_as_exclusive(objects, monkeyp
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
     monkeypatch.setattr(os, "link", unsupported)
-    objects.put_new("key", b"first")
+    objects.put_exclusive("key", b"first")
     assert not put_if_absent(objects, "key", b"second")
     assert objects.get("key") == b"first"
 
@@ -71,7 +71,7 @@ def test_a_fault_of_the_machine_stops_the_run_and_names_the_next_step(objects, m
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(RunStoppedError, match=r"cannot write key: .*(run the same command|fix the owner|remount)"):
-        objects.put_new("key", b"data")
+        objects.put_exclusive("key", b"data")
     monkeypatch.undo()
     assert not objects.exists("key")
 
@@ -92,11 +92,11 @@ def test_a_link_out_of_the_store_is_not_followed(tmp_path):
         with pytest.raises(StoreFormatError, match="leads out of the store"):
             objects.get(key)
     with pytest.raises(StoreFormatError, match="leads out of the store"):
-        objects.put_new("folder/new", b"x")
+        objects.put_exclusive("folder/new", b"x")
 
 
 def test_ranged_reads_fill_several_buffers_and_stop_at_the_end(objects):
-    objects.put_new("key", bytes(range(100)))
+    objects.put_exclusive("key", bytes(range(100)))
     opened = objects.open("key")
     first, second = bytearray(3), bytearray(4)
     assert opened.read_into(10, [memoryview(first), memoryview(second)]) == 7
@@ -111,7 +111,7 @@ def test_listing_a_folder_that_is_not_there_is_empty(objects):
 
 def test_temporary_folders_of_dead_processes_are_swept_and_those_of_living_ones_stay(tmp_path):
     ours = LocalObjects(tmp_path)
-    ours.put_new("key", b"data")
+    ours.put_exclusive("key", b"data")
     program = (
         "import os, signal; from featurestore.objects.local import LocalObjects;"
         f"place = LocalObjects({str(tmp_path)!r}); place.put_new('other', b'data');"
@@ -121,12 +121,12 @@ def test_temporary_folders_of_dead_processes_are_swept_and_those_of_living_ones_
     assert len(os.listdir(tmp_path / "tmp")) == 2
     other = LocalObjects(tmp_path)
     assert len(other.abandoned()) == 1
-    other.sweep()
+    other.cleanup_tmp()
     assert len(os.listdir(tmp_path / "tmp")) == 1
     del ours, other
     assert os.listdir(tmp_path / "tmp") == []
 
 
 def test_a_pickled_place_opens_the_same_root(objects):
-    objects.put_new("key", b"data")
+    objects.put_exclusive("key", b"data")
     assert pickle.loads(pickle.dumps(objects)).get("key") == b"data"

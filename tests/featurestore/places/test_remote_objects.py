@@ -36,15 +36,15 @@ def objects(request, tmp_path):
 
 
 def test_a_new_object_holds_its_pieces(objects):
-    objects.put_new("a/b/c", [b"one ", memoryview(b"two"), bytearray(b" three")])
+    objects.put_exclusive("a/b/c", [b"one ", memoryview(b"two"), bytearray(b" three")])
     assert objects.get("a/b/c") == b"one two three"
     assert objects.size("a/b/c") == 13
 
 
 def test_the_first_put_of_a_name_wins(objects):
-    objects.put_new("key", b"first")
+    objects.put_exclusive("key", b"first")
     with pytest.raises(AlreadyExistsError, match="another process was first"):
-        objects.put_new("key", b"second")
+        objects.put_exclusive("key", b"second")
     assert objects.get("key") == b"first"
 
 
@@ -61,20 +61,20 @@ def test_of_many_racing_puts_exactly_one_wins(objects):
 
 
 def test_a_swap_needs_the_old_bytes(objects):
-    objects.put_new("key", b"old")
-    assert not objects.swap("key", b"other", b"new")
+    objects.put_exclusive("key", b"old")
+    assert not objects.compare_and_swap("key", b"other", b"new")
     assert objects.get("key") == b"old"
-    assert objects.swap("key", b"old", b"new")
+    assert objects.compare_and_swap("key", b"old", b"new")
     assert objects.get("key") == b"new"
 
 
 def test_of_many_racing_swaps_none_is_lost(objects):
-    objects.put_new("count", b"0")
+    objects.put_exclusive("count", b"0")
 
     def count_up(_):
         while True:
             before = objects.get("count")
-            if objects.swap("count", before, b"%d" % (int(before) + 1)):
+            if objects.compare_and_swap("count", before, b"%d" % (int(before) + 1)):
                 return
 
     with ThreadPoolExecutor(4) as pool:
@@ -83,7 +83,7 @@ def test_of_many_racing_swaps_none_is_lost(objects):
 
 
 def test_ranged_reads_fill_several_buffers_and_stop_at_the_end(objects):
-    objects.put_new("key", bytes(range(100)))
+    objects.put_exclusive("key", bytes(range(100)))
     opened = objects.open("key")
     first, second = bytearray(3), bytearray(4)
     assert opened.size == 100
@@ -97,7 +97,7 @@ def test_ranged_reads_fill_several_buffers_and_stop_at_the_end(objects):
 
 def test_names_are_listed_a_level_at_a_time_and_as_a_tree(objects):
     for key in ("top", "a/one", "a/two", "a/deep/three", "ab/four"):
-        objects.put_new(key, b"12345")
+        objects.put_exclusive(key, b"12345")
     assert objects.list_names("a") == ["deep", "one", "two"]
     assert [name for name in objects.list_names("") if name != "tmp"] == ["a", "ab", "top"]
     assert objects.list_names("nowhere") == []
@@ -106,7 +106,7 @@ def test_names_are_listed_a_level_at_a_time_and_as_a_tree(objects):
 
 def test_more_names_than_one_answer_holds_are_all_listed(objects):
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda number: objects.put_new(f"many/{number:05d}", b""), range(1010)))
+        list(pool.map(lambda number: objects.put_exclusive(f"many/{number:05d}", b""), range(1010)))
     assert objects.list_names("many") == [f"{number:05d}" for number in range(1010)]
 
 
@@ -118,10 +118,10 @@ def test_what_is_missing_is_missing(objects):
 
 
 def test_a_deleted_object_is_gone_and_its_name_free(objects):
-    objects.put_new("key", b"one")
+    objects.put_exclusive("key", b"one")
     objects.delete("key")
     assert not objects.exists("key")
-    objects.put_new("key", b"two")
+    objects.put_exclusive("key", b"two")
     assert objects.get("key") == b"two"
 
 
@@ -136,14 +136,14 @@ def test_a_put_whose_answer_was_lost_knows_its_own_mark(s3, monkeypatch):
     from obstore.exceptions import AlreadyExistsError as Taken
 
     objects, put = open_objects(s3), obstore.put
-    objects.put_new("before", b"")  # the server's proof is done
+    objects.put_exclusive("before", b"")  # the server's proof is done
 
     def repeated(*arguments, **options):
         put(*arguments, **options)
         return put(*arguments, **options)
 
     monkeypatch.setattr(obstore, "put", repeated)
-    objects.put_new("key", b"ours")
+    objects.put_exclusive("key", b"ours")
     monkeypatch.undo()
     assert issubclass(Taken, Exception)
     assert RemoteObjects(s3, objects._store).get("key") == b"ours"
@@ -158,14 +158,14 @@ def test_a_server_that_ignores_the_condition_is_refused(s3, monkeypatch):
     monkeypatch.setattr(obstore, "put", lambda *a, **o: put(*a, **{**o, "mode": "overwrite"}))
     monkeypatch.setattr(remote, "_proven", set())
     with pytest.raises(UserError, match="ignores conditional puts"):
-        open_objects(s3).put_new("key", b"data")
+        open_objects(s3).put_exclusive("key", b"data")
     monkeypatch.setattr(obstore, "put", put)
     assert open_objects(s3).list_tree() == {}
 
 
 def test_a_pickled_place_opens_the_same_bucket(s3):
     objects = open_objects(s3)
-    objects.put_new("key", b"data")
+    objects.put_exclusive("key", b"data")
     assert pickle.loads(pickle.dumps(objects)).get("key") == b"data"
 
 
@@ -261,7 +261,7 @@ def test_urls_that_mean_nothing_are_refused(url, message):
 
 def test_a_file_url_is_a_folder(tmp_path):
     assert place_of(f"file://{tmp_path}/a%20b") == Path(tmp_path) / "a b"
-    open_objects(f"file://{tmp_path}").put_new("key", b"data")
+    open_objects(f"file://{tmp_path}").put_exclusive("key", b"data")
     assert (tmp_path / "key").read_bytes() == b"data"
 
 
@@ -280,7 +280,11 @@ def test_a_web_server_is_read_by_the_listing_and_never_written(web):
     objects = open_objects(web.url)
     assert (objects.list_names(""), objects.list_names("a")) == (["a", "top"], ["one"])
     assert objects.get("a/one") == b"12345"
-    for write in (lambda: objects.put_new("b", b""), lambda: objects.replace("b", b""), lambda: objects.delete("b")):
+    for write in (
+        lambda: objects.put_exclusive("b", b""),
+        lambda: objects.replace("b", b""),
+        lambda: objects.delete("b"),
+    ):
         with pytest.raises(UserError, match="can only be read"):
             write()
 

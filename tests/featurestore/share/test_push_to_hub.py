@@ -206,10 +206,10 @@ def test_a_gitignore_by_which_the_hub_would_leave_files_out_is_refused(full, hub
 
 def test_a_place_at_the_hub_swaps_deletes_and_reads_what_waits(hub):
     objects = HubObjects(URL)
-    objects.put_new("a/one", b"1")
+    objects.put_exclusive("a/one", b"1")
     assert (objects.get("a/one"), objects.size("a/one"), objects.list_names("")) == (b"1", 1, [".gitattributes", "a"])
-    assert objects.swap("a/one", b"2", b"3") is False
-    assert objects.swap("a/one", b"1", b"22") is True
+    assert objects.compare_and_swap("a/one", b"2", b"3") is False
+    assert objects.compare_and_swap("a/one", b"1", b"22") is True
     buffer = bytearray(1)
     assert objects.open("a/one").read_into(1, [memoryview(buffer)]) == 1  # by ranges: committed first
     assert (bytes(buffer), hub.commits) == (b"2", [["a/one"]])
@@ -222,7 +222,7 @@ def test_a_place_at_the_hub_swaps_deletes_and_reads_what_waits(hub):
 
 
 def test_the_hub_is_not_written_in_place(tmp_path, hub):
-    for write in (lambda objects: objects.put_new("b", b""), lambda objects: objects.delete("b")):
+    for write in (lambda objects: objects.put_exclusive("b", b""), lambda objects: objects.delete("b")):
         with pytest.raises(UserError, match=r"not written in place.*merv-pipeline push STORE hf://datasets/lab/feats"):
             write(open_objects(URL))
     with pytest.raises(UserError, match="not written in place"):

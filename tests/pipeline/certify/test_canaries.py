@@ -12,7 +12,7 @@ from PIL import Image
 from featurestore import FeatureStore, verify_store
 from featurestore.clips import Clip
 from featurestore.objects.open import open_objects
-from featurestore.reference_clips import read_canaries
+from featurestore.reference_clips import read_reference_clips
 from mervcache.files import sha256_hex
 from pipeline.decode.decoders import DECODERS, decode_clip
 from pipeline.decode.sampling import DecodeJob
@@ -80,7 +80,7 @@ def test_extraction_puts_canaries_beside_every_group_and_the_snapshot_names_them
     assert sorted(extracted.summary.canaries) == sorted(store.canaries)
     for identity in store.encoders.values():
         for kind, names in CLIPS.items():
-            canaries = read_canaries(open_objects(extracted.store), kind, identity)
+            canaries = read_reference_clips(open_objects(extracted.store), kind, identity)
             assert tuple(clip.name for clip in canaries.clips) == names
             assert canaries.arrays["tokens"].shape == (len(names), *identity.grid_of(kind), identity.width)
             assert {clip.media_sha256 for clip in canaries.clips} == {RENDERED[name] for name in names}

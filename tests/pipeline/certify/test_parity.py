@@ -17,7 +17,7 @@ from featurestore import FeatureStore, verify_store
 from featurestore.objects.open import open_objects
 from featurestore.quality import keep_parity, parity_words, read_parity
 from featurestore.records import driver_runs
-from featurestore.reference_clips import Canaries, read_canaries
+from featurestore.reference_clips import ReferenceClips, read_reference_clips
 from featurestore.writer import StoreWriter
 from mervcache.errors import MediaError, StoreFormatError, UserError
 from pipeline.cli.extract import main
@@ -122,7 +122,7 @@ def test_tokens_that_another_machine_made_are_measured(store, extracted):
 def rewrite(store, identity, change) -> None:
     """Other canaries of the same encoder, and a snapshot that names them."""
     file = store / "canaries" / "video" / f"{identity.group_name}.safetensors"
-    before = read_canaries(open_objects(store), "video", identity)
+    before = read_reference_clips(open_objects(store), "video", identity)
     after = replace(before, arrays={name: change(items) for name, items in before.arrays.items()})
     file.write_bytes(after.to_bytes())
     StoreWriter.open(store).publish_snapshot(anew=True)
@@ -144,7 +144,7 @@ def test_repair_computes_lost_canaries_again_to_the_digest_that_they_had(store):
 def test_pictures_of_another_version_are_not_compared(store):
     identity = FeatureStore.open(store).encoders["siglip"]
     file = store / "canaries" / "video" / f"{identity.group_name}.safetensors"
-    before = Canaries.parse(file.read_bytes(), "video", identity)
+    before = ReferenceClips.parse(file.read_bytes(), "video", identity)
     file.write_bytes(replace(before, rendering="canaries/9").to_bytes())
     with pytest.raises(UserError, match="this version renders 'canaries/1'"):
         check_parity(store, encoders=["siglip"], device="cpu")
@@ -164,14 +164,14 @@ def test_a_store_without_canaries_says_what_to_do(store):
 def test_an_encoder_of_monstrous_size_is_not_built(store):
     from featurestore.identity import FeatureIdentity
     from pipeline.config import EncoderSettings
-    from pipeline.parity import _refuse_monsters
+    from pipeline.parity import _check_parameter_count
 
     identity = FeatureStore.open(store).encoders["siglip"]
     huge = FeatureIdentity.from_dict(
         {**identity.to_dict(), "architecture": {**identity.architecture, "num_layers": 10**9}}
     )
     with pytest.raises(StoreFormatError, match="more than any encoder has"):
-        _refuse_monsters(EncoderSettings.of_identity(huge, "random:0"), "siglip")
+        _check_parameter_count(EncoderSettings.of_identity(huge, "random:0"), "siglip")
 
 
 def test_real_clips_of_the_store_are_encoded_again_and_others_refused(store, extracted, tmp_path):

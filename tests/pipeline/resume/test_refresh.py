@@ -85,14 +85,14 @@ def test_refresh_computes_the_changed_clip_in_a_new_row_and_touches_no_old_byte(
 def test_a_refresh_that_was_cut_short_goes_on_in_the_rows_it_had(filled):
     exchange(filled)
     store_rows = len(FeatureStore.open(filled.store).clips)
-    from pipeline.refresh import look_at_media
+    from pipeline.refresh import scan_media
 
     encoders, listing, _, _ = filled.plan(**ONE)
     from featurestore.writer import StoreWriter
 
     identities = {name: encoder.identity for name, encoder in encoders.items()}
     store = StoreWriter.open(filled.store)
-    found = look_at_media(store, listing, identities, refresh=True, say=lambda line: None)  # and killed
+    found = scan_media(store, listing, identities, refresh=True, say=lambda line: None)  # and killed
     assert found.changed == {"siglip": {CLIP}}
     plain, _ = run(filled)
     assert (plain.clips, plain.changed) == (0, 1)  # a run that did not ask leaves the waiting row alone

@@ -56,14 +56,14 @@ def test_split_batches_are_whole_of_one_modality_and_lose_and_repeat_nothing(
         assert len({index < num_visual for index in batch}) == 1
         counts.update(batch)
     # What is unread after these epochs is less than a batch of each modality, and is counted.
-    unread = {"visual": epochs * num_visual % batch_size, "text": epochs * num_text % batch_size}
+    num_dropped = {"visual": epochs * num_visual % batch_size, "text": epochs * num_text % batch_size}
     if num_steps:
-        assert order.unread(epochs) == {name: unread[name] for name in [s.name for s in order.streams]}
+        assert order.num_dropped(epochs) == {name: num_dropped[name] for name in [s.name for s in order.streams]}
     for name, indices in {"visual": range(num_visual), "text": range(num_visual, num_visual + num_text)}.items():
         readings = [counts[index] for index in indices]
         assert max(readings, default=0) <= epochs
         assert max(readings, default=0) - min(readings, default=0) <= 1
-        assert epochs * len(readings) - sum(readings) == unread[name]
+        assert epochs * len(readings) - sum(readings) == num_dropped[name]
 
 
 @given(
@@ -134,7 +134,7 @@ def test_epochs_are_as_long_as_the_weights_say():
     assert order.num_per_epoch == 5 + 10 + 6
     counts = Counter(read(order, 3))
     assert [sum(counts[i] for i in part) for part in (range(10), range(10, 20), range(20, 24))] == [5, 10, 6]
-    assert (order.num_steps(1), order.num_steps(2.5), order.unread(2.5)) == (3, 7, {"all": 3})
+    assert (order.num_steps(1), order.num_steps(2.5), order.num_dropped(2.5)) == (3, 7, {"all": 3})
 
 
 @given(seed=SEEDS, epoch=st.integers(0, 1000))
@@ -155,7 +155,12 @@ def test_the_order_is_the_same_on_every_machine():
 def test_steps_are_whole_batches_and_at_least_one():
     order = one_stream(num_samples=10, batch_size=4)
     assert [order.num_steps(epochs) for epochs in (0.1, 1, 2, 2.5)] == [1, 2, 5, 6]
-    assert [order.unread(epochs) for epochs in (0.1, 1, 2, 2.5)] == [{"all": 0}, {"all": 2}, {"all": 0}, {"all": 1}]
+    assert [order.num_dropped(epochs) for epochs in (0.1, 1, 2, 2.5)] == [
+        {"all": 0},
+        {"all": 2},
+        {"all": 0},
+        {"all": 1},
+    ]
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused():

@@ -5,7 +5,7 @@ import torch
 from featurestore import FeatureStore
 from featurestore.objects.open import open_objects
 from featurestore.quality import ParityRecord, ParityRow, keep_parity, parity_words
-from featurestore.reference_clips import Canaries, Canary, put_canaries
+from featurestore.reference_clips import ReferenceClip, ReferenceClips, put_reference_clips
 from featurestore.writer import StoreWriter
 from mervcache.errors import UserError
 from trainer.data.tokens import MemoryTokens, StoreTokens
@@ -45,8 +45,12 @@ def test_a_run_records_the_newest_parity_check_of_each_encoder_or_that_there_is_
     identity = store.encoders["dinov2"]
     objects = open_objects(store.path)
     rows = {"tokens": np.zeros((2, *identity.grid, identity.width), np.float16)}
-    clips = tuple(Canary(name=name, media_sha256=sha256, frames_sha256=sha256) for name, sha256 in digests.items())
-    put_canaries(objects, Canaries(kind="video", identity=identity, rendering="canaries/1", clips=clips, arrays=rows))
+    clips = tuple(
+        ReferenceClip(name=name, media_sha256=sha256, frames_sha256=sha256) for name, sha256 in digests.items()
+    )
+    put_reference_clips(
+        objects, ReferenceClips(kind="video", identity=identity, rendering="canaries/1", clips=clips, arrays=rows)
+    )
     StoreWriter.open(store.path).publish_snapshot()
     store = FeatureStore.open(store.path)
     row = ParityRow(

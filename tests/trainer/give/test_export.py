@@ -38,7 +38,7 @@ def make(tmp_path, config, samples, tokens):
 
     def run(**changes):
         settings = replace(config, max_steps=2, **changes)
-        train(settings, samples, tokens, tmp_path / "run", is_quiet=True)
+        train(settings, samples, tokens, tmp_path / "run", quiet=True)
         return tmp_path / "run"
 
     return run
@@ -240,7 +240,7 @@ def test_another_format_and_no_export_are_refused(make, out, tmp_path):
 def store_run(tmp_path, config, question_store):
     """A run of a real store, evaluated on all and on some of its questions."""
     samples, source = open_store(str(question_store), config)
-    train(replace(config, max_steps=2), samples, source, tmp_path / "run", store=str(question_store), is_quiet=True)
+    train(replace(config, max_steps=2), samples, source, tmp_path / "run", store=str(question_store), quiet=True)
     evaluate_run(tmp_path / "run", EvaluationRequest())
     evaluate_run(tmp_path / "run", EvaluationRequest(limit=2))
     return tmp_path / "run"

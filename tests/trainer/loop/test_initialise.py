@@ -21,7 +21,7 @@ def weights_of(run):
 
 
 def run_to_end(config, samples, tokens, out, **options):
-    return train(config, samples, tokens, out, is_quiet=True, **options)
+    return train(config, samples, tokens, out, quiet=True, **options)
 
 
 @pytest.fixture

@@ -94,7 +94,7 @@ def test_visual_tokens_that_fill_the_context_are_refused_before_the_first_step(
     in_a_row = replace(config, fusion=FusionConfig(name="concat_sequence"))
     words = r"16 visual tokens \(fusion concat_sequence of 2 encoders\) leave 31 of the LLM's context of 47 to text"
     with pytest.raises(UserError, match=words):
-        train(in_a_row, samples, tokens, tmp_path / "run", is_quiet=True)
+        train(in_a_row, samples, tokens, tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
     make_plan(config, samples, tokens)  # mixed, they leave 39
     make_plan(replace(in_a_row, max_text_tokens=31), samples, tokens)
@@ -108,7 +108,7 @@ def test_rotary_positions_may_go_beyond_the_context(tmp_path, config, samples, t
     beyond = replace(config, fusion=FusionConfig(name="concat_sequence"), exceed_context=True, max_steps=1)
     told = describe(make_plan(beyond, samples, tokens))
     assert (told["longest_sequence"], told["context"], told["text_limit"], told["cut"]) == (28, None, 2048, 0)
-    assert train(beyond, samples, tokens, tmp_path / "run", is_quiet=True).loss > 0
+    assert train(beyond, samples, tokens, tmp_path / "run", quiet=True).loss > 0
     run = load_run(tmp_path / "run")
     assert len(list(answer_all(run.built, samples[:2], tokens))) == 2
 

@@ -38,7 +38,7 @@ def test_a_person_sees_loss_rate_speed_waiting_and_the_last_validation(tmp_path,
 
 
 def test_a_pause_is_no_steps_time(tmp_path):
-    with progress(tmp_path, is_quiet=True) as shown:
+    with progress(tmp_path, quiet=True) as shown:
         shown.advance(row(0))
         with shown.paused():
             time.sleep(0.3)
@@ -48,7 +48,7 @@ def test_a_pause_is_no_steps_time(tmp_path):
 
 def test_every_written_row_is_told_to_the_log(tmp_path):
     told = []
-    with progress(tmp_path, is_quiet=True, log=told.append) as shown:
+    with progress(tmp_path, quiet=True, log=told.append) as shown:
         shown.advance(row(0))
         shown.advance(row(1))
         assert told == []

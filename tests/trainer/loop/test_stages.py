@@ -15,7 +15,7 @@ from trainer.cli import eval_main, train_main
 from trainer.config import OptimizerConfig, Stage, get_stages, read_config
 from trainer.data.tokens import MemoryTokens
 from trainer.loop import train as train_rooms
-from trainer.loop.stages import describe_stages, lay_over, train_stages
+from trainer.loop.stages import describe_stages, merge_settings, train_stages
 from trainer.runs.load import load_run
 from trainer.runs.run_record import RunRecord, read_metrics
 from trainer.runs.stage_folders import STAGES_FILE, last_stage, read_stages
@@ -52,7 +52,7 @@ def train_chain(both, tokens, stages, tmp_path):
     """Trains the chain, by default whole."""
 
     def train(out="whole", source=tokens, samples=both, stages=stages, **options):
-        return train_stages(stages, lambda config, run: (samples, source), tmp_path / out, is_quiet=True, **options)
+        return train_stages(stages, lambda config, run: (samples, source), tmp_path / out, quiet=True, **options)
 
     return train
 
@@ -119,7 +119,7 @@ def test_a_stage_lets_its_model_go_before_the_next_one_begins(both, tokens, stag
     bf16 = tuple(replace(stage, config=replace(stage.config, precision="bf16")) for stage in stages)
     gc.disable()  # nothing but what a stage does at its end
     try:
-        train_stages(bf16, open_tokens, tmp_path / "run", is_quiet=True)
+        train_stages(bf16, open_tokens, tmp_path / "run", quiet=True)
     finally:
         gc.enable()
     assert alive[-1] == [False]
@@ -209,7 +209,7 @@ def test_options_win_over_a_stage_of_the_file_and_that_over_the_whole_file():
         "optimizer": {"llm_lr": 1e-3, "fusion_lr": 1e-3},
         "stages": {"align": {"batch_size": 64, "seed": 3, "optimizer": {"llm_lr": 5e-4}}},
     }
-    first, second = (stage.config for stage in lay_over(get_stages("merv-full"), settings, {"seed": 9}))
+    first, second = (stage.config for stage in merge_settings(get_stages("merv-full"), settings, {"seed": 9}))
     assert (first.batch_size, second.batch_size) == (64, 32)
     assert (first.seed, second.seed) == (9, 9)
     assert first.optimizer == OptimizerConfig(projector_lr=1e-4, fusion_lr=1e-3, llm_lr=5e-4)
@@ -217,15 +217,15 @@ def test_options_win_over_a_stage_of_the_file_and_that_over_the_whole_file():
 
 
 def test_a_prompt_for_a_whole_chain_leaves_captions_alone_and_a_start_is_that_of_the_first_stage():
-    first, second = lay_over(get_stages("merv-full"), {"prompt": "vicuna"}, {"init": "runs/before"})
+    first, second = merge_settings(get_stages("merv-full"), {"prompt": "vicuna"}, {"init": "runs/before"})
     assert (first.config.prompt, second.config.prompt) == ("caption", "vicuna")
     assert (first.config.init, second.config.init) == ("runs/before", None)
-    own = lay_over(get_stages("merv-full"), {"stages": {"align": {"prompt": "pure"}}}, {})
+    own = merge_settings(get_stages("merv-full"), {"stages": {"align": {"prompt": "pure"}}}, {})
     assert own[0].config.prompt == "pure"
 
 
 def test_settings_of_one_stage_are_those_of_a_recipe_of_one():
-    (stage,) = lay_over(get_stages("merv-frozen"), {"prompt": "vicuna", "stage": "align"}, {"init": "runs/a"})
+    (stage,) = merge_settings(get_stages("merv-frozen"), {"prompt": "vicuna", "stage": "align"}, {"init": "runs/a"})
     whole = get_stages("merv-frozen")[0].config
     assert stage.config == replace(whole, prompt="vicuna", stage="align", init="runs/a")
 
@@ -233,13 +233,13 @@ def test_settings_of_one_stage_are_those_of_a_recipe_of_one():
 def test_odd_stages_in_a_file_are_errors():
     full = get_stages("merv-full")
     with pytest.raises(UserError, match="unknown stage in stages 'algin', the nearest known one is 'align'"):
-        lay_over(full, {"stages": {"algin": {}}}, {})
+        merge_settings(full, {"stages": {"algin": {}}}, {})
     with pytest.raises(UserError, match="setting stages is a mapping"):
-        lay_over(full, {"stages": ["align"]}, {})
+        merge_settings(full, {"stages": ["align"]}, {})
     with pytest.raises(UserError, match="this recipe has its own stages, align, finetune"):
-        lay_over(full, {"stage": "align"}, {})
+        merge_settings(full, {"stage": "align"}, {})
     with pytest.raises(UserError, match="unknown setting 'batchsize'"):
-        lay_over(full, {"stages": {"align": {"batchsize": 2}}}, {})
+        merge_settings(full, {"stages": {"align": {"batchsize": 2}}}, {})
 
 
 @pytest.fixture

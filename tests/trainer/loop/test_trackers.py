@@ -20,7 +20,7 @@ def logged(run):
 
 def test_tensorboard_holds_every_row(tmp_path, config, samples, tokens):
     run = tmp_path / "run"
-    train(replace(config, trackers=("tensorboard",)), samples, tokens, run, is_quiet=True)
+    train(replace(config, trackers=("tensorboard",)), samples, tokens, run, quiet=True)
     found, rows = logged(run), read_metrics(run)
     for name in ("loss", "grad_norm", "projector_lr", "tokens_per_s", "wait_share"):
         assert found[name] == pytest.approx({row["step"]: row[name] for row in rows}, rel=1e-5), name
@@ -28,8 +28,8 @@ def test_tensorboard_holds_every_row(tmp_path, config, samples, tokens):
 
 def test_a_resumed_run_is_one_curve(tmp_path, config, samples, tokens):
     run, settings = tmp_path / "run", replace(config, trackers=("tensorboard",))
-    train(settings, samples, tokens, run, stop_at=3, is_quiet=True)
-    train(settings, samples, tokens, run, resume=True, is_quiet=True)
+    train(settings, samples, tokens, run, stop_at=3, quiet=True)
+    train(settings, samples, tokens, run, resume=True, quiet=True)
     assert sorted(logged(run)["loss"]) == list(range(6))
 
 
@@ -38,7 +38,7 @@ def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_written(
 ):
     monkeypatch.setattr("trainer.loop.distributed.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"tracker wandb is not installed: pip install 'merv-pipeline\[track\]'"):
-        train(replace(config, trackers=("wandb",)), samples, tokens, tmp_path / "run", is_quiet=True)
+        train(replace(config, trackers=("wandb",)), samples, tokens, tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
 
 

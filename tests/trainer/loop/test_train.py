@@ -24,7 +24,7 @@ def losses(run):
 
 
 def run_to_end(config, samples, tokens, out, **options):
-    return train(config, samples, tokens, out, is_quiet=True, **options)
+    return train(config, samples, tokens, out, quiet=True, **options)
 
 
 @pytest.fixture
@@ -343,7 +343,7 @@ def test_counts_of_nothing_are_refused(config, changes):
 @pytest.mark.parametrize("clip_norm", [0.01, 0.0])
 def test_gradients_are_clipped_to_one_norm_over_all_parts_or_left_alone(tmp_path, config, samples, tokens, clip_norm):
     settings = replace(config, max_steps=1, optimizer=replace(config.optimizer, clip_norm=clip_norm))
-    train(settings, samples, tokens, tmp_path / "run", is_quiet=True)
+    train(settings, samples, tokens, tmp_path / "run", quiet=True)
     moments = load_file(checkpoint.newest(tmp_path / "run") / checkpoint.OPTIMIZER_FILE)
     # AdamW's first moment after one step is a tenth of the gradient it was given.
     given = sum(value.double().square().sum() for name, value in moments.items() if name.endswith("/exp_avg")) ** 0.5

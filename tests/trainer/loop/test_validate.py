@@ -102,7 +102,7 @@ def test_rows_say_what_was_found_and_the_best_checkpoint_is_kept_besides_the_las
     tmp_path, validated, samples, heldout, tokens
 ):
     settings = replace(validated, max_steps=12, keep_checkpoints=1, log_every=5)
-    result = train(settings, [*samples, *heldout], tokens, tmp_path / "run", is_quiet=True)
+    result = train(settings, [*samples, *heldout], tokens, tmp_path / "run", quiet=True)
     rows = {row["step"] + 1: row for row in read_metrics(tmp_path / "run")}
     scored = {step: row for step, row in rows.items() if "val_loss" in row}
     assert list(scored) == [2, 4, 6, 8, 10, 12]
@@ -121,10 +121,10 @@ def test_validation_changes_no_loss_and_a_resumed_run_remembers_its_best(
     tmp_path, config, validated, samples, heldout, tokens
 ):
     everything = [*samples, *heldout]
-    train(config, everything, tokens, tmp_path / "without", is_quiet=True)
-    train(validated, everything, tokens, tmp_path / "with", is_quiet=True)
-    train(validated, everything, tokens, tmp_path / "parts", stop_at=3, is_quiet=True)
-    result = train(validated, everything, tokens, tmp_path / "parts", resume=True, is_quiet=True)
+    train(config, everything, tokens, tmp_path / "without", quiet=True)
+    train(validated, everything, tokens, tmp_path / "with", quiet=True)
+    train(validated, everything, tokens, tmp_path / "parts", stop_at=3, quiet=True)
+    result = train(validated, everything, tokens, tmp_path / "parts", resume=True, quiet=True)
     without, whole, parts = (read_metrics(tmp_path / name) for name in ("without", "with", "parts"))
     assert [row["loss"] for row in whole] == [row["loss"] for row in without]
     for name in ("loss", "val_loss", "val_accuracy"):
@@ -150,7 +150,7 @@ def test_the_best_is_the_most_accurate_then_the_one_of_smaller_loss_then_the_fir
 
 
 def test_a_run_that_was_not_validated_has_no_best(tmp_path, config, samples, tokens):
-    train(replace(config, max_steps=1), samples, tokens, tmp_path / "run", is_quiet=True)
+    train(replace(config, max_steps=1), samples, tokens, tmp_path / "run", quiet=True)
     with pytest.raises(UserError, match="was validated: train with --eval-every, or leave out --best"):
         load_run(tmp_path / "run", best=True)
 
@@ -168,7 +168,7 @@ def test_the_same_samples_are_held_out_whatever_their_order_and_text_only_if_it_
 
 def test_nothing_held_out_is_said_before_the_first_step(tmp_path, validated, samples, tokens):
     with pytest.raises(UserError, match="no sample of split 'heldout' has tokens; splits found: train"):
-        train(validated, samples, tokens, tmp_path / "run", is_quiet=True)
+        train(validated, samples, tokens, tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
 
 
@@ -205,7 +205,7 @@ def test_a_stage_without_held_out_captions_is_trained_unvalidated_and_says_so(
     tmp_path, captioned, samples, heldout, tokens, capsys
 ):
     everything = [*map(as_caption, samples), *heldout]
-    result = train(replace(captioned, max_steps=2), everything, tokens, tmp_path / "run", is_quiet=True)
+    result = train(replace(captioned, max_steps=2), everything, tokens, tmp_path / "run", quiet=True)
     assert "no caption of split 'heldout': stage align is not validated" in capsys.readouterr().err
     assert (result.steps, result.best) == (2, "")
     assert not any("val_loss" in row for row in read_metrics(tmp_path / "run"))

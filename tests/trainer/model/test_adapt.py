@@ -69,7 +69,7 @@ def test_adapters_have_their_own_rate(lora, samples, tokens):
 def test_a_checkpoint_holds_adapters_and_visual_path_and_gives_the_model_back(tmp_path, lora, samples, tokens):
     lora = replace(lora, optimizer=replace(lora.optimizer, lora_lr=1e-2))
     plan = make_plan(lora, samples, tokens)
-    train(lora, samples, tokens, tmp_path / "run", is_quiet=True)
+    train(lora, samples, tokens, tmp_path / "run", quiet=True)
     held = load_file(checkpoint.newest(tmp_path / "run") / checkpoint.MODEL_FILE)
     of_llm = {name for name in held if name.startswith("llm.")}
     assert len(of_llm) == 2 * 2 * len(LINEAR)  # A and B in each of two layers
@@ -83,9 +83,9 @@ def test_a_checkpoint_holds_adapters_and_visual_path_and_gives_the_model_back(tm
 
 
 def test_a_stopped_run_with_adapters_and_dropout_has_the_same_losses_to_the_bit(tmp_path, lora, samples, tokens):
-    train(lora, samples, tokens, tmp_path / "whole", is_quiet=True)
-    train(lora, samples, tokens, tmp_path / "parts", stop_at=3, is_quiet=True)
-    train(lora, samples, tokens, tmp_path / "parts", resume=True, is_quiet=True)
+    train(lora, samples, tokens, tmp_path / "whole", quiet=True)
+    train(lora, samples, tokens, tmp_path / "parts", stop_at=3, quiet=True)
+    train(lora, samples, tokens, tmp_path / "parts", resume=True, quiet=True)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert losses(tmp_path / "whole")[0] != losses(tmp_path / "whole")[-1]
 

@@ -12,7 +12,7 @@ from trainer.runs.load import load_run
 
 @pytest.fixture
 def trained(tmp_path, config, samples, tokens):
-    train(replace(config, max_steps=60, checkpoint_every=60), samples, tokens, tmp_path / "run", is_quiet=True)
+    train(replace(config, max_steps=60, checkpoint_every=60), samples, tokens, tmp_path / "run", quiet=True)
     return load_run(tmp_path / "run")
 
 
@@ -76,7 +76,7 @@ def test_a_question_that_would_be_cut_is_said_before_any_is_answered(brief, samp
 
 
 def test_a_run_is_scored_in_the_precision_it_was_trained_in(tmp_path, config, samples, tokens):
-    train(replace(config, max_steps=2, precision="bf16"), samples, tokens, tmp_path / "run", is_quiet=True)
+    train(replace(config, max_steps=2, precision="bf16"), samples, tokens, tmp_path / "run", quiet=True)
     built = load_run(tmp_path / "run").built
     (found,) = answer_all(built, samples[:1], tokens)
     batch = batch_of(built, [with_answer(samples[0], option) for option in samples[0].options], tokens)

@@ -85,7 +85,7 @@ def settings_of(config, row, encoders=("dinov2", "vivit")):
 @pytest.mark.parametrize("row", PROJECTORS)
 def test_a_run_with_any_projector_trains_and_is_used_again(row, tmp_path, config, raw_store):
     samples, source = open_store(str(raw_store), settings_of(config, row))
-    train(settings_of(config, row), samples, source, tmp_path / "run", is_quiet=True)
+    train(settings_of(config, row), samples, source, tmp_path / "run", quiet=True)
     losses = [metrics["loss"] for metrics in read_metrics(tmp_path / "run")]
     loaded = load_run(tmp_path / "run")
     assert loaded.record.num_visual_tokens == loaded.built.model.num_visual_tokens == NUM_VISUAL[row]
@@ -101,7 +101,7 @@ def test_an_encoder_without_class_token_is_named(tmp_path, config, raw_store):
     settings = settings_of(config, "class-token", encoders=("dinov2", "siglip"))
     samples, source = open_store(str(raw_store), settings)
     with pytest.raises(UserError, match="siglip: no class token is stored of it"):
-        train(settings, samples, source, tmp_path / "run", is_quiet=True)
+        train(settings, samples, source, tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
 
 

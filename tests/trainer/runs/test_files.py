@@ -3,7 +3,7 @@ import stat
 
 import pytest
 
-from mervcache.files import file_sha256, give_usual_modes, replace_text, whole_folder
+from mervcache.files import apply_umask, atomic_directory, file_sha256, replace_text
 from trainer.loop.train import train
 from trainer.runs import checkpoint
 from trainer.runs.export import export_run
@@ -24,14 +24,14 @@ def modes(folder):
 def test_weights_get_what_the_umask_leaves_and_nothing_else_changes(tmp_path, open_umask):
     for name in ("a.safetensors", "b.json"):
         (tmp_path / name).touch(mode=0o600)
-    give_usual_modes(tmp_path)
+    apply_umask(tmp_path)
     assert modes(tmp_path) == {"a.safetensors": 0o664}
     assert stat.S_IMODE((tmp_path / "b.json").stat().st_mode) == 0o600
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.json"]
 
 
 def test_whoever_may_read_a_run_may_read_its_weights(tmp_path, config, samples, tokens, open_umask):
-    train(config, samples, tokens, tmp_path / "run", is_quiet=True)
+    train(config, samples, tokens, tmp_path / "run", quiet=True)
     assert modes(checkpoint.newest(tmp_path / "run")) == {"model.safetensors": 0o664, "optimizer.safetensors": 0o664}
     export_run(tmp_path / "run", tmp_path / "export")
     found = modes(tmp_path / "export")
@@ -41,7 +41,7 @@ def test_whoever_may_read_a_run_may_read_its_weights(tmp_path, config, samples, 
 
 def test_a_folder_is_there_whole_when_its_block_ends(tmp_path, open_umask):
     out = tmp_path / "deep" / "out"
-    with whole_folder(out) as folder:
+    with atomic_directory(out) as folder:
         (folder / "a.safetensors").touch(mode=0o600)
         assert folder.parent == out.parent  # a rename from another disk would be a copy
         assert not out.exists()
@@ -53,14 +53,14 @@ def test_what_a_killed_process_of_the_same_number_left_is_no_hindrance(tmp_path)
     left = tmp_path / f".tmp-export-{os.getpid()}"
     left.mkdir()
     (left / "half").touch()
-    with whole_folder(tmp_path / "export") as folder:
+    with atomic_directory(tmp_path / "export") as folder:
         (folder / "a").touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["export", "a"]
 
 
 def test_of_a_folder_that_fails_nothing_is_left(tmp_path):
     def half_of_it():
-        with whole_folder(tmp_path / "out") as folder:
+        with atomic_directory(tmp_path / "out") as folder:
             (folder / "half").write_text("half")
             raise KeyboardInterrupt
 

@@ -23,7 +23,7 @@ def run(tmp_path, config, question_store):
     """A run of one step on a real store."""
     samples, tokens = open_store(str(question_store), config)
     config = replace(config, max_steps=1, encoders=("dinov2",))
-    train(config, samples, tokens, tmp_path / "run", store=str(question_store), is_quiet=True)
+    train(config, samples, tokens, tmp_path / "run", store=str(question_store), quiet=True)
     return tmp_path / "run"
 
 
