@@ -38,11 +38,10 @@ from itertools import zip_longest
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TextIO, TypeVar
 
-from rich.console import Console
-
 from mervcache.errors import MervCacheError
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.text import Text
 
 Command = Callable[..., Any]

@@ -114,7 +114,7 @@ def test_temporary_folders_of_dead_processes_are_swept_and_those_of_living_ones_
     ours.put_exclusive("key", b"data")
     program = (
         "import os, signal; from featurestore.objects.local import LocalObjects;"
-        f"place = LocalObjects({str(tmp_path)!r}); place.put_new('other', b'data');"
+        f"place = LocalObjects({str(tmp_path)!r}); place.put_exclusive('other', b'data');"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", program], check=False)
