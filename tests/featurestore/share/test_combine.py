@@ -142,14 +142,14 @@ import os, signal, sys
 from featurestore.objects.local import LocalObjects
 from featurestore.transfer.merge import StoreCells
 from featurestore.transfer.merge import combine
-left, put = int(sys.argv[4]), LocalObjects.put_new
-def put_new(self, key, data):
+left, put = int(sys.argv[4]), LocalObjects.put_exclusive
+def put_exclusive(self, key, data):
     global left
     left -= 1
     if left < 0:
         os.kill(os.getpid(), signal.SIGKILL)
     put(self, key, data)
-LocalObjects.put_new = put_new
+LocalObjects.put_exclusive = put_exclusive
 combine([StoreCells(sys.argv[1]), StoreCells(sys.argv[2])], sys.argv[3])
 """
     out, kills = tmp_path / "killed.zarr", 0

@@ -193,15 +193,15 @@ from featurestore.transfer.sync import transfer
 import featurestore.transfer.sync as t
 stop = int(sys.argv[3])
 count = 0
-put = LocalObjects.put_new
-def put_new(self, key, data):
+put = LocalObjects.put_exclusive
+def put_exclusive(self, key, data):
     global count
     count += 1
     if count == stop:
         import os, signal
         os.kill(os.getpid(), signal.SIGKILL)
     put(self, key, data)
-LocalObjects.put_new = put_new
+LocalObjects.put_exclusive = put_exclusive
 transfer(sys.argv[1], sys.argv[2], workers=1)
 """
 

@@ -19,7 +19,7 @@ questions, tokens = toy_questions(12), toy_tokens(12)
 
 
 def single(out):
-    train(toy_config(max_steps=6), questions, tokens, out, is_quiet=True)
+    train(toy_config(max_steps=6), questions, tokens, out, quiet=True)
 
 
 def chain(out, resume=False, dies=False):
@@ -32,7 +32,7 @@ def chain(out, resume=False, dies=False):
         return [*questions, *as_captions(questions)], tokens
 
     stages = two_stages(toy_config(max_steps=4), align_steps=3)
-    train_stages(stages, open_tokens, out, resume=resume, is_quiet=True)
+    train_stages(stages, open_tokens, out, resume=resume, quiet=True)
 
 
 if __name__ == "__main__":

@@ -62,9 +62,9 @@ def go(out, changes, resume=False, stop_at=None, is_chain=False):
     config = toy_config(max_steps=4, eval_every=2, checkpoint_every=2, keep_checkpoints=5, **changes)
     if is_chain:
         both = [*samples, *as_captions(samples)]
-        train_stages(two_stages(config, align_steps=2), lambda asked, run: (both, tokens), out, is_quiet=True)
+        train_stages(two_stages(config, align_steps=2), lambda asked, run: (both, tokens), out, quiet=True)
         return
-    trainer.loop.train.train(config, samples, tokens, out, resume=resume, stop_at=stop_at, is_quiet=True)
+    trainer.loop.train.train(config, samples, tokens, out, resume=resume, stop_at=stop_at, quiet=True)
 
 
 if __name__ == "__main__":
