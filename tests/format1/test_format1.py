@@ -315,7 +315,7 @@ def test_a_run_is_scored_and_exported_and_its_export_scores_the_same(format1, co
     monkeypatch.chdir(format1)
     folder, store = copy(f"runs/{name}"), format1 / "store.zarr"
     run("merv-eval", "export", "--checkpoint", folder, "--out", folder / "export")
-    expected = scores(folder, store, "--beside", format1 / "exports/demo")
+    expected = scores(folder, store, "--baseline", format1 / "exports/demo")
     assert expected
     assert scores(folder / "export", store) == expected
 
