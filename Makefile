@@ -7,7 +7,7 @@ DEMO_CONFIG := pipeline/demo.yaml
 
 LLM := models/smollm2-135m
 
-.PHONY: setup demo test lint bench smollm2 gpu-check
+.PHONY: setup demo check test lint bench smollm2 gpu-check
 setup: $(STAMP)
 
 # torch goes first, so that nothing else pulls another build of it.
@@ -36,6 +36,10 @@ $(LLM)/config.json: | $(STAMP)
 
 test: setup lint
 	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
+
+# The quick part of the tests, for every change.
+check: setup lint
+	$(BIN)/python -m pytest -q -n 2 -m "not slow"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -2,47 +2,29 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from hypothesis import settings
 
-# The same cases every time: a test fails because of what was changed. New cases are benchmarks/fuzz.py's to find.
+from tests.featurestore.hub_server import hub
+from tests.featurestore.s3_server import s3, s3_endpoint
+from tests.featurestore.web_server import web
+from tests.terminals import stepped_clock, terminal
+from tests.toy_stores import toy_identity, write_store
+
+__all__ = ["hub", "s3", "s3_endpoint", "stepped_clock", "terminal", "toy_identity", "web", "write_store"]  # fixtures
+
+# The same cases every time: a test fails because of what was changed. New cases are tests/stress/fuzz.py's to find.
 settings.register_profile("same", deadline=None, derandomize=True)
 settings.load_profile("same")
 
-# Files of few and long tests go first: at the end of a run on several processes they would keep one of them alone.
-LONG = (
-    "test_slurm.py",
-    "test_faults.py",
-    "test_suspect.py",
-    "test_fault_kinds.py",
-    "test_launch.py",
-    "test_sharded_ranks.py",
-    "test_ranks.py",
-    "test_gpu_check.py",
-    "test_stages.py",
-    "test_outside_cluster.py",
-    "test_transfer.py",
-)
 
-
-def pytest_collection_modifyitems(items: list) -> None:
-    places = {name: place for place, name in enumerate(LONG)}
-    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))  # stable: the order within a file stays
-
-
-def _load(name: str) -> ModuleType:
-    """A fixture module by its file: test folders are not packages."""
-    path = Path(__file__).parent / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow files first: at the end of a run on several processes they would keep one of them alone."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # stable: the order within a file stays
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -55,11 +37,3 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         del os.environ["XDG_CACHE_HOME"]
     else:
         os.environ["XDG_CACHE_HOME"] = before
-
-
-_s3, _web, _toys = _load("featurestore/s3_server"), _load("featurestore/web_server"), _load("toy_stores")
-_hub, _terminals = _load("featurestore/hub_server"), _load("terminals")
-s3, s3_endpoint, web = _s3.s3, _s3.s3_endpoint, _web.web
-hub = _hub.hub
-stepped_clock, terminal = _terminals.stepped_clock, _terminals.terminal
-toy_identity, write_store = _toys.toy_identity, _toys.write_store

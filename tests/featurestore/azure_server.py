@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -20,19 +19,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.featurestore.s3_server import free_port, wait_for
+
 ACCOUNT = "devstoreaccount1"  # Azurite's own, with its published key
 KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 PROGRAM = Path(os.environ.get("MERV_AZURITE", "nowhere")) / "dist/src/blob/main.js"
 ADVICE = "Azurite is not here: npm install --prefix FOLDER azurite; MERV_AZURITE=FOLDER/node_modules/azurite"
 IS_INSTALLED = PROGRAM.is_file() and shutil.which("node") is not None
-
-
-def _s3_server():
-    """Ports and waiting are the S3 server's."""
-    spec = importlib.util.spec_from_file_location("azure_s3_server", Path(__file__).with_name("s3_server.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def put_container(endpoint: str, container: str) -> None:
@@ -48,8 +41,7 @@ def put_container(endpoint: str, container: str) -> None:
 
 @pytest.fixture(scope="session")
 def azure_endpoint():
-    server = _s3_server()
-    port = server.free_port()
+    port = free_port()
     options = ["--inMemoryPersistence", "--silent", "--skipApiVersionCheck", "--disableTelemetry"]
     process = subprocess.Popen(
         ["node", str(PROGRAM), *options, "--blobHost", "127.0.0.1", "--blobPort", str(port)],
@@ -57,7 +49,7 @@ def azure_endpoint():
         stderr=subprocess.DEVNULL,
     )
     try:
-        server.wait_for(f"http://127.0.0.1:{port}/", process)
+        wait_for(f"http://127.0.0.1:{port}/", process)
         yield f"http://127.0.0.1:{port}/{ACCOUNT}"
     finally:
         process.terminate()

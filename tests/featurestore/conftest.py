@@ -17,6 +17,10 @@ from featurestore.storage_dtypes import to_stored
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
 from mervcache.files import sha256_hex
+from tests.featurestore.azure_server import azure, azure_endpoint
+from tests.featurestore.gcs_server import gcs
+
+__all__ = ["azure", "azure_endpoint", "gcs"]  # fixtures of modules beside this one
 
 SHA256 = "b" * 64
 BASE = FeatureIdentity(

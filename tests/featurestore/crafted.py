@@ -1,6 +1,6 @@
 """Crafted stores: valid ones changed on purpose, by bytes and by structure, and everything a reader would do with them.
 
-Shared by `test_hostile.py` (hypothesis chooses) and `benchmarks/fuzz.py` (a random generator chooses). A change keeps
+Shared by `test_hostile.py` (hypothesis chooses) and `tests/stress/fuzz.py` (a random generator chooses). A change keeps
 digests and checksums right wherever it can: a stranger can compute them as well as we can.
 """
 

@@ -1,6 +1,6 @@
 """A program for the fault tests: brings a store up to a fixed plan, as often as it is run, until it is killed.
 
-    python extract_loop.py STORE FIRST_BLOCK NOISE
+    python -m tests.featurestore.extract_loop STORE FIRST_BLOCK NOISE
 
 Starts at FIRST_BLOCK and goes round, so that two of them work on the same blocks in different orders.
 """
@@ -10,9 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from conftest import BASE, Kit, clips_by_row, fill_block, image, tiny_identity, video
+from tests.featurestore.conftest import BASE, Kit, clips_by_row, fill_block, image, tiny_identity, video
 
 IDENTITIES = [BASE, tiny_identity(encoder="vivit", storage_dtype="uint8", prefix_tokens=3, grid=(4, 4, 4), width=64)]
 BROKEN = ("videos/5.mp4", "images/2.jpg")

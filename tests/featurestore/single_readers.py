@@ -1,6 +1,6 @@
 """Each reader of a file by itself, on bytes changed at random: thousands of cases in the time of one whole store.
 
-Shared by `test_hostile.py` and `benchmarks/fuzz.py`. Chunks get their checksum made right, so that the decompressor
+Shared by `test_hostile.py` and `tests/stress/fuzz.py`. Chunks get their checksum made right, so that the decompressor
 sees them.
 """
 
@@ -15,7 +15,6 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
-from crafted import Choices
 
 from featurestore.identity import FeatureIdentity
 from featurestore.objects.base import parse_listing
@@ -27,6 +26,7 @@ from featurestore.schemas import CLIP_SCHEMA, SAMPLE_SCHEMA, table_to_clips, tab
 from featurestore.snapshots import Snapshot, snapshot_schema
 from featurestore.zarr_metadata import ArraySpec, parse_array, parse_root
 from mervcache.errors import MervCacheError
+from tests.featurestore.crafted import Choices
 
 Case = tuple[str, bytes, Callable[[bytes], Any]]
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from conftest import BASE, Kit, clips_by_row, fill_block, image, tiny_identity, video
 
 from featurestore.clips import Sample, Turn
 from featurestore.maintenance.tombstone import tombstone
+from tests.featurestore.conftest import BASE, Kit, clips_by_row, fill_block, image, tiny_identity, video
 
 TURNS = (Turn(role="human", text="what?"), Turn(role="gpt", text="that"))
 SMALL = {"architecture": {"class": "Tiny"}, "grid": (2, 1, 2), "width": 4}

@@ -14,11 +14,14 @@ import pytest
 
 from featurestore import FeatureStore, verify_store
 
-PROGRAM = Path(__file__).with_name("extract_loop.py")
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def start(path, first=0, noise=0) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, str(PROGRAM), str(path), str(first), str(noise)])
+    program = [sys.executable, "-m", "tests.featurestore.extract_loop"]
+    return subprocess.Popen([*program, str(path), str(first), str(noise)], cwd=ROOT)
 
 
 def run(path, **options) -> None:

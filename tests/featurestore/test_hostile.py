@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +15,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from crafted import CHANGES, change, exercise, newest_record, write_json
-from single_readers import cases_of, read_one
-from sound_store import add_unpublished, build
-
 from featurestore.maintenance.verify import verify_store
 from featurestore.parquet import own_digest_holds, read_table, table_bytes
 from featurestore.parquet_guard import read_struct
 from featurestore.schemas import CLIP_SCHEMA
 from featurestore.store import FeatureStore
 from mervcache.errors import MervCacheError, StoreError, StoreFormatError
+from tests.featurestore.crafted import CHANGES, change, exercise, newest_record, write_json
+from tests.featurestore.single_readers import cases_of, read_one
+from tests.featurestore.sound_store import add_unpublished, build
 
 DRAWN = settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "hostile_corpus"))
-
-from binary_cases import SPEC, clips, parquet
-from json_cases import IDENTITY, group, receipt, root, sealed, snapshot
 
 from featurestore.objects.base import parse_listing
 from featurestore.parquet import read_table
@@ -24,6 +18,8 @@ from featurestore.schemas import CLIP_SCHEMA, SAMPLE_SCHEMA, table_to_clips, tab
 from featurestore.snapshots import Snapshot
 from featurestore.zarr_metadata import parse_group, parse_root
 from mervcache import errors
+from tests.featurestore.hostile_corpus.binary_cases import SPEC, clips, parquet
+from tests.featurestore.hostile_corpus.json_cases import IDENTITY, group, receipt, root, sealed, snapshot
 
 FOLDER = Path(__file__).parent / "hostile_corpus"
 CASES = json.loads((FOLDER / "cases.json").read_text())

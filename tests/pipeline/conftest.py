@@ -14,6 +14,9 @@ import pytest
 from PIL import Image
 
 from pipeline.config import ExtractConfig, read_config
+from tests.pipeline.slurm_site import slurm_site
+
+__all__ = ["slurm_site"]  # fixtures of modules beside this one
 
 ENCODERS = ("languagebind", "dinov2", "vivit", "siglip")
 TOY = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_layers": 2, "num_heads": 2}

@@ -26,6 +26,8 @@ from pipeline.decode.pool import DecodePool
 from pipeline.decode.sampling import DecodeJob
 from pipeline.views import ResizeRule, View
 
+pytestmark = pytest.mark.slow
+
 SERVER = Path(__file__).with_name("extract_server.py")
 KILLS = int(os.environ.get("MERV_KILLS", "8"))
 NUM_BLOCKS = 5

@@ -16,6 +16,8 @@ from featurestore import FeatureStore
 from jobs import run
 from mervcache.errors import ClusterError
 
+pytestmark = pytest.mark.slow
+
 DASK = Path(sys.executable).with_name("dask")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import threading
 import time
@@ -17,20 +16,11 @@ from featurestore import verify_store
 from jobs import slurm
 from jobs.clusters import ClusterError, ClusterRequest, ClusterSettings, connect
 from pipeline.encoders.registry import ENCODERS, EncoderTable
+from tests.stress import fault_lab
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+pytestmark = pytest.mark.slow
+
 TEMPLATES = Path(slurm.__file__).with_name("templates")
-
-
-def _fixture_module(name: str):
-    """By its file: test folders are not packages."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-slurm_site = _fixture_module("slurm_site").slurm_site
 
 
 @pytest.fixture
@@ -99,8 +89,7 @@ class Tiny:
 @pytest.fixture
 def tiny(tmp_path, monkeypatch) -> Tiny:
     """The plug-in is known here, and to jobs by their environment."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    lab = importlib.import_module("fault_lab")
+    lab = fault_lab
     lab.install(tmp_path / "plugins")
     monkeypatch.syspath_prepend(tmp_path / "plugins")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "plugins"))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
 import socket
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -180,10 +178,8 @@ def question_store(tmp_path, make_question_store):
 @pytest.fixture(scope="session")
 def media_lab():
     """The module of coloured films and toy encoders beside this file."""
-    path = Path(__file__).with_name("media_lab.py")
-    spec = importlib.util.spec_from_file_location("trainer_media_lab", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    from tests.trainer import media_lab as module  # torch and the pipeline
+
     return module
 
 

@@ -1,6 +1,6 @@
 """Write the kept corpus: small files that a stranger could give us, each with the error that refuses it and the reason.
 
-    python tests/featurestore/hostile_corpus/make_corpus.py
+    python -m tests.featurestore.hostile_corpus.make_corpus
 
 Files stay as they were written (another version of the Parquet library would write others); `cases.json` lists them for
 `test_hostile_corpus.py`.
@@ -11,8 +11,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import binary_cases
-import json_cases
+from tests.featurestore.hostile_corpus import binary_cases, json_cases
 
 FOLDER = Path(__file__).parent
 SOURCES = (

@@ -12,16 +12,13 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from sound_store import build
-
 from featurestore.clips import Clip
 from featurestore.maintenance.repair import Recomputed, clip_of, repair_store
 from featurestore.maintenance.verify import is_damaged, verify_store
 from featurestore.objects.local import LocalObjects
 from featurestore.records import MAX_JOURNAL_BYTES, journal_bytes
 from featurestore.store import FeatureStore
+from tests.featurestore.sound_store import build
 
 HUGE_BYTES = 3 << 30
 

@@ -5,9 +5,7 @@ Azure's part runs where Azurite is installed; Google's server is our own reading
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,22 +16,13 @@ from featurestore.objects.open import open_objects
 from featurestore.store import FeatureStore
 from featurestore.transfer.sync import push, transfer
 from mervcache.errors import RunStoppedError, UserError
+from tests.featurestore.azure_server import ADVICE, IS_INSTALLED
+from tests.featurestore.places import test_remote_objects
 
-
-def load(path: Path):
-    spec = importlib.util.spec_from_file_location(f"far_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-_azure, _gcs = (load(Path(__file__).parents[1] / f"{name}_server.py") for name in ("azure", "gcs"))
-azure_endpoint, azure, gcs = _azure.azure_endpoint, _azure.azure, _gcs.gcs
-PLACES = ["gcs", "azure"] if _azure.IS_INSTALLED else ["gcs"]
-_near = load(Path(__file__).with_name("test_remote_objects.py"))
+PLACES = ["gcs", "azure"] if IS_INSTALLED else ["gcs"]
 CONTRACT = {
     name: test
-    for name, test in vars(_near).items()
+    for name, test in vars(test_remote_objects).items()
     if name.startswith("test_") and list(inspect.signature(test).parameters) == ["objects"]
 }
 
@@ -82,7 +71,7 @@ def test_a_missing_bucket_is_told(far):
         open_objects(f"{scheme}://absent/store")
 
 
-@pytest.mark.skipif(not _azure.IS_INSTALLED, reason=_azure.ADVICE)
+@pytest.mark.skipif(not IS_INSTALLED, reason=ADVICE)
 def test_a_wrong_key_of_azure_is_told(azure, monkeypatch):
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "d3Jvbmc=")
     with pytest.raises(RunStoppedError, match=r"refused these credentials.*AZURE_STORAGE_ACCOUNT_KEY"):

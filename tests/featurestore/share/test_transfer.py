@@ -22,6 +22,8 @@ from featurestore.transfer.merge import Selection, read_clip_list
 from featurestore.transfer.sync import push, transfer
 from mervcache.errors import StoreDamagedError, StoreError, StoreFormatError, StoreNotFoundError, UserError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def full(kit, make):

@@ -1,6 +1,5 @@
 """What every dataset promises, whatever its layout."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +10,7 @@ from featurestore.clips import KINDS, check_relative_path
 from mervcache.errors import UserError
 from pipeline.datasets import DATASETS, DatasetListing, load_dataset
 from pipeline.media import resolve_media
-
-spec = importlib.util.spec_from_file_location("layouts", Path(__file__).with_name("conftest.py"))
-layouts = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(layouts)
+from tests.pipeline.datasets import conftest as layouts
 
 OPTIONS = {"demo": {"train": 12, "heldout": 3, "size": 32, "num_frames": 4}}
 

@@ -14,6 +14,8 @@ from pipeline.worker.block import BlockTask
 from pipeline.worker.isolate import extract_suspect
 from pipeline.worker.reports import BlockReport, EncoderWork
 
+pytestmark = pytest.mark.slow
+
 # Stands in for the child: announces its rows, dies where it is told to, and does what `fate` says of each row.
 CHILD = """
 import json, os, pickle, signal, sys

@@ -10,18 +10,16 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="session")
 def run_here():
-    """What a script defines: `run_here(SCRIPT)["go"](...)`; it finds `toy_runs` beside this file."""
+    """What a script defines: `run_here(SCRIPT)["go"](...)`."""
 
     def names_of(script):
         names = {"__name__": "script"}
-        with pytest.MonkeyPatch.context() as patch:
-            patch.syspath_prepend(str(HERE))
-            exec(compile(script, "script", "exec"), names)
+        exec(compile(script, "script", "exec"), names)
         return names
 
     return names_of
@@ -40,7 +38,7 @@ def run_by_two():
             "WORLD_SIZE": "2",
             "ACCELERATE_USE_CPU": "true",
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(HERE.parents[2]), str(HERE)]),
+            "PYTHONPATH": str(ROOT),
         }
         started = [
             subprocess.Popen(

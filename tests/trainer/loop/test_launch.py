@@ -14,6 +14,8 @@ from mervcache.errors import UserError
 from trainer.cli import train_main
 from trainer.loop.launch import LAUNCH_FILES, launch_command, launch_environment, num_processes
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 SETTINGS = {
     "llm": "fresh:tiny",

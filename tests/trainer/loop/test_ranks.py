@@ -3,6 +3,8 @@ import pytest
 from trainer.runs import checkpoint
 from trainer.runs.run_record import RunRecord, read_metrics
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
 import json
 import os
@@ -10,7 +12,7 @@ import signal
 import sys
 
 import torch
-from toy_runs import as_captions, toy_config, toy_questions, toy_tokens, two_stages
+from tests.trainer.loop.toy_runs import as_captions, toy_config, toy_questions, toy_tokens, two_stages
 
 from trainer.loop.stages import train_stages
 from trainer.loop.train import train

@@ -20,6 +20,8 @@ from trainer.loop.launch import LAUNCH_FILES
 from trainer.runs import checkpoint
 from trainer.runs.run_record import read_metrics
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
 import json
 import sys
@@ -27,7 +29,7 @@ import sys
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from toy_runs import as_captions, toy_config, toy_questions, toy_tokens, two_stages
+from tests.trainer.loop.toy_runs import as_captions, toy_config, toy_questions, toy_tokens, two_stages
 
 import trainer.loop.train
 from trainer.loop import distributed as ranks

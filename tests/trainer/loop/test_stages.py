@@ -20,6 +20,8 @@ from trainer.runs.load import load_run
 from trainer.runs.run_record import RunRecord, read_metrics
 from trainer.runs.stage_folders import STAGES_FILE, last_stage, read_stages
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("align", "finetune")
 
 

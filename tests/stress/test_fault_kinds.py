@@ -1,14 +1,15 @@
-"""Every kind of fault that `benchmarks/faults.py` makes, once; kills and full disks have tests of their own."""
+"""Every kind of fault that `faults.py` makes, once; kills and full disks have tests of their own."""
 
 from __future__ import annotations
 
-import importlib
 import random
-from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from tests.stress import faults
+
+pytestmark = pytest.mark.slow
+
 KINDS = [
     "decode process stopped",
     "scheduler killed",
@@ -23,21 +24,14 @@ KINDS = [
 
 
 @pytest.fixture(scope="module")
-def faults():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        yield importlib.import_module("faults")
-
-
-@pytest.fixture(scope="module")
-def fault_lab(faults, tmp_path_factory):
+def fault_lab(tmp_path_factory):
     lab = faults.FaultLab(tmp_path_factory.mktemp("faults") / "lab")
     yield lab
     lab.close()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_after_a_fault_the_same_command_ends_with_an_undisturbed_store(kind, faults, fault_lab):
+def test_after_a_fault_the_same_command_ends_with_an_undisturbed_store(kind, fault_lab):
     try:
         faults.FAULTS[kind](fault_lab, random.Random(0))
     except faults.CannotBeMade as reason:

@@ -1,6 +1,6 @@
 """Kill an extraction at random moments, again and again, and compare what it ends with.
 
-    python benchmarks/kills.py [--kills 20] [--seed 0] [--workers 1]
+    python -m tests.stress.kills [--kills 20] [--seed 0] [--workers 1]
 
 The demo's clips are extracted once undisturbed. Then the same command is started in a process of its own, killed with
 SIGKILL at a random moment (every other time just after it committed something), and started again, until it has been

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from tiny_encoders import install
 
+from benchmarks.tiny_encoders import install
 from featurestore import FeatureStore
 from featurestore.maintenance.verify import verify_store
 
-SERVER = Path(__file__).parents[1] / "tests" / "pipeline" / "extract_server.py"
+SERVER = Path(__file__).parents[1] / "pipeline" / "extract_server.py"
 DETERMINISTIC = ("zarr.json", "clips", "samples", "video", "image", "receipts")
 STILLS, FILMS, ROWS, BATCH = 20, 4, 4, 2
 BLOCKS = STILLS // ROWS + FILMS // ROWS

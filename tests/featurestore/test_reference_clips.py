@@ -246,16 +246,15 @@ def test_an_export_carries_them(full, tmp_path, format):
 
 KILLED = """
 import os, signal, sys
-sys.path.insert(0, sys.argv[2])
-from conftest import Kit
+from tests.featurestore.conftest import Kit
 from featurestore.objects import local as local_objects
-real = getattr(local_objects.os, sys.argv[3])
+real = getattr(local_objects.os, sys.argv[2])
 def die(*arguments, **options):
-    if "canaries" in str(arguments) or sys.argv[3] == "fsync":
+    if "canaries" in str(arguments) or sys.argv[2] == "fsync":
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*arguments, **options)
-setattr(local_objects.os, sys.argv[3], die)
-Kit(sys.argv[1]).add_canaries()
+setattr(local_objects.os, sys.argv[2], die)
+Kit(sys.argv[1]).add_reference_clips()
 """
 
 
@@ -264,8 +263,9 @@ def test_killed_while_they_are_put_nothing_is_lost_and_the_same_call_finishes(ki
     kit.writer().add_clips([make.video(0)])
     kit.fill()
     before = kit.open().snapshot
-    command = [sys.executable, "-c", KILLED, str(kit.path), str(Path(__file__).parent), moment]
-    died = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONPATH": os.getcwd()}, check=False)
+    command = [sys.executable, "-c", KILLED, str(kit.path), moment]
+    root = Path(__file__).resolve().parents[2]
+    died = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONPATH": str(root)}, check=False)
     assert died.returncode == -signal.SIGKILL, died.stderr
     assert files(kit.path) == {}
     assert kit.open().snapshot == before

@@ -1,6 +1,6 @@
 """Change stores on purpose, as a stranger could, and do everything a reader does: nothing may come of it but an error.
 
-    python benchmarks/fuzz.py [--minutes 10] [--seed 0] [--corpus DIR]
+    python -m tests.stress.fuzz [--minutes 10] [--seed 0] [--corpus DIR]
 
 A change is of bytes or of structure (JSON, identities, arrays, Parquet tables and pages, shards, names); digests and
 checksums are made right again. A finding is whatever is not a `MervCacheError`, takes more than 2 s of processor time
@@ -25,8 +25,6 @@ import traceback
 from pathlib import Path
 
 import click
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "featurestore"))
 
 MAX_SECONDS, MAX_BYTES, HANG_S = 2.0, 500 << 20, 60
 SINGLE = 500  # cases of one reader each after every case of a whole store
@@ -72,7 +70,17 @@ def supervise(minutes: float, seed: int, corpus: Path | None) -> int:
         kept = sorted(int(file.stem) for file in corpus.glob("*.json")) if corpus and corpus.exists() else []
         log.write_text(json.dumps({"corpus": kept}) + "\n")
         while (left := (ends - time.monotonic()) / 60) > 0:
-            command = [sys.executable, __file__, "--child", folder, "--minutes", str(left), "--seed", str(seed)]
+            command = [
+                sys.executable,
+                "-m",
+                "tests.stress.fuzz",
+                "--child",
+                folder,
+                "--minutes",
+                str(left),
+                "--seed",
+                str(seed),
+            ]
             code = subprocess.run(command, check=False).returncode
             entries = [json.loads(line) for line in log.read_text().splitlines()]
             done = [entry for entry in entries if "seed" in entry]
@@ -105,9 +113,10 @@ def keep(corpus: Path | None, entry: dict) -> None:
 
 def run_child(folder: Path, minutes: float, seed: int) -> None:
     import zarr  # noqa: F401 - loaded by a reader of foreign arrays; a second that is not the case's
-    from crafted import change, exercise
-    from single_readers import cases_of, read_one
-    from sound_store import add_unpublished, build
+
+    from tests.featurestore.crafted import change, exercise
+    from tests.featurestore.single_readers import cases_of, read_one
+    from tests.featurestore.sound_store import add_unpublished, build
 
     faulthandler.enable()
     sound = folder / "sound.zarr"
@@ -203,8 +212,8 @@ def peak() -> int:
 
 
 def run_one(case: int) -> int:
-    from crafted import change, exercise
-    from sound_store import add_unpublished, build
+    from tests.featurestore.crafted import change, exercise
+    from tests.featurestore.sound_store import add_unpublished, build
 
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         sound, store = Path(folder) / "sound.zarr", Path(folder) / "case.zarr"

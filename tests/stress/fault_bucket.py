@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
-from fault_lab import FILMS, STILLS, FaultLab, check
-
 from featurestore import FeatureStore
+from tests.featurestore import s3_server
+from tests.stress.fault_lab import FILMS, STILLS, FaultLab, check
 
-SERVER = Path(__file__).parents[1] / "tests" / "featurestore" / "s3_server.py"
+SERVER = Path(s3_server.__file__)
 EXPIRED = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
 KEYS = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests", "AWS_REGION": "us-east-1"}
 
@@ -87,15 +87,12 @@ def credentials_expired(lab: FaultLab, rng: random.Random) -> str:
 @contextmanager
 def bucket(lab: FaultLab) -> Iterator[tuple[Door, str, dict[str, str]]]:
     """A door, the URL of a store behind it, and what the environment must say to reach it."""
-    sys.path.insert(0, str(SERVER.parent))
-    from s3_server import free_port, put_bucket, wait_for  # the tests' own server
-
-    port = free_port()
+    port = s3_server.free_port()
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     server = subprocess.Popen([sys.executable, str(SERVER), str(port)], **quiet)
     try:
-        wait_for(f"http://127.0.0.1:{port}/moto-api/", server)
-        put_bucket(f"http://127.0.0.1:{port}", "faults")
+        s3_server.wait_for(f"http://127.0.0.1:{port}/moto-api/", server)
+        s3_server.put_bucket(f"http://127.0.0.1:{port}", "faults")
         door = Door(port)
         url = f"http://127.0.0.1:{door.server_port}"
         yield door, "s3://faults/features.zarr", {**KEYS, "AWS_ENDPOINT_URL": url, "AWS_ALLOW_HTTP": "true"}

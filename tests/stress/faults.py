@@ -1,6 +1,6 @@
 """Break an extraction in every way there is, and look at what the same command makes of it afterwards.
 
-    python benchmarks/faults.py [--kind NAME ...] [--times 1] [--seed 0]
+    python -m tests.stress.faults [--kind NAME ...] [--times 1] [--seed 0]
 
 Each kind of fault makes a store, disturbs its making, runs the same command again and judges what is there: the bytes
 of an undisturbed run, no clip lost or twice, nothing for `verify --full` to find, nothing done again but the blocks in
@@ -21,8 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import click
-from fault_bucket import credentials_expired
-from fault_lab import (
+
+from featurestore import FeatureStore
+from tests.stress.fault_bucket import credentials_expired
+from tests.stress.fault_lab import (
     BLOCKS,
     FILMS,
     STILLS,
@@ -39,8 +41,6 @@ from fault_lab import (
     receipts,
     until,
 )
-
-from featurestore import FeatureStore
 
 SLOW = {"TINY_DELAY_S": "0.05"}  # a forward: so that there is a run to disturb
 

@@ -1,6 +1,6 @@
 """Flip bits of a store and ask `verify --full` what it finds; then let `repair` mend some, one at a time.
 
-    python benchmarks/bit_flips.py [--flips 5000] [--seed 0] [--repairs 200]
+    python -m tests.stress.bit_flips [--flips 5000] [--seed 0] [--repairs 200]
 
 The store is small and has every kind of file, some newer than its newest snapshot. Flips are spread over all files
 evenly, at random bits, in sets of files that do not vouch for one another. A flip counts as found if the verification
@@ -20,12 +20,9 @@ from pathlib import Path
 
 import click
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "featurestore"))
-
-from sound_store import add_unpublished, build
-
 from featurestore.maintenance.repair import repair_store
 from featurestore.maintenance.verify import is_damaged, verify_store
+from tests.featurestore.sound_store import add_unpublished, build
 
 
 @click.command()
