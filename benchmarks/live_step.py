@@ -23,10 +23,9 @@ import torch
 
 from pipeline.config import read_config
 from pipeline.extract import extract
-from trainer.config import FusionConfig, FusionName, OptimizerConfig, TrainConfig
+from trainer.config import FUSIONS, FusionConfig, OptimizerConfig, TrainConfig
 from trainer.end_to_end import live_source
 from trainer.loop.train import train
-from trainer.model.fusion import FUSIONS
 from trainer.model.llm import FRESH_LLMS, FreshLLM
 from trainer.runs.run_record import read_metrics
 from trainer.sources import open_store
@@ -46,7 +45,7 @@ RATE = 1e-4
 @click.option("--steps", default=3, help="Steps, the first of which does not count.")
 @click.option("--threads", default=2, help="Threads that compute.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-def main(config_file: str | None, fusions: tuple[FusionName, ...], as_json: bool, **options: Any) -> None:
+def main(config_file: str | None, fusions: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Print seconds per step from the store and end to end, their ratio, and the largest difference of a loss."""
     torch.set_num_threads(options["threads"])
     FRESH_LLMS["bench"] = FreshLLM(hidden_size=256, num_layers=4, num_heads=4, context=8192)
@@ -80,7 +79,7 @@ def compare(
     config: TrainConfig,
     settings: dict[str, Any],
     config_file: str | None,
-    fusions: tuple[FusionName, ...],
+    fusions: tuple[str, ...],
 ) -> list[dict[str, Any]]:
     """A row per fusion; the live encoders are loaded once for all of them."""
     store = str(folder / "bench.zarr")

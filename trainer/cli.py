@@ -34,12 +34,12 @@ from mervcache.console import CONTEXT, handle_errors, print_result, report_saved
 from mervcache.errors import MervCacheError, StoreNotFoundError, UserError, no_file
 from trainer.config import (
     FULL_RECIPE,
+    FUSIONS,
+    HEADS,
     MODE_FULL,
     PROJECTORS,
     RECIPES,
     RECORD_FILE,
-    FusionName,
-    HeadName,
     LiveRequest,
     Mode,
     Quantisation,
@@ -215,8 +215,8 @@ live_options = stacked(  # what is encoded on the spot, in the words of `merv-pi
     help=f"{MODE_FULL} is the recipe {FULL_RECIPE}; text-only drops the visual tokens: the baseline.",
 )
 @click.option("--projector", type=click.Choice(list(PROJECTORS)), help="Resampler of each encoder's tokens.")
-@click.option("--head", type=click.Choice(get_args(HeadName)), help="Trained head behind the resampler.")
-@click.option("--fusion", type=click.Choice(get_args(FusionName)), help="How the encoders' tokens are mixed.")
+@click.option("--head", type=click.Choice(list(HEADS)), help="Trained head behind the resampler.")
+@click.option("--fusion", type=click.Choice(list(FUSIONS)), help="How the encoders' tokens are mixed.")
 @click.option("--train-llm", type=click.Choice(get_args(TrainLLM)), help="How much of the LLM is trained.")
 @click.option(
     "--llm-quant",

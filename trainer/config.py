@@ -1,18 +1,13 @@
-"""Every setting of a training run, as one typed value that YAML can say and a run keeps beside its weights.
+"""Settings of a training run: one typed `TrainConfig`, and the recipes (named configurations) that it starts from.
 
-Comes in: a recipe's name, a YAML file, command-line options. Goes out: a `TrainConfig`. Later layers win over
-earlier ones. This room imports no torch: the command line reads it for `--help`, and that has to be instant. The
-names of heads and fusions are therefore listed here, and the rooms that build them must offer exactly these.
-
-Recipes: whole training configurations by name; a config file or options may change any of their settings.
-
-A recipe is a tuple of named stages, each a whole run: most have one, `merv-full` has two of which the second starts
-from all weights of the first. `trainer/loop/stages.py` lays settings over a recipe and trains it.
+Later layers win: recipe, config file, command-line options. Imports no torch, because `--help` reads this module: what
+is chosen by name (fusions, resamplers, heads) is listed here as `module:name` and imported when a model is built.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,33 +30,60 @@ Tracker = Literal["tensorboard", "wandb"]
 Precision = Literal["fp32", "bf16"]
 PromptName = Literal["pure", "vicuna", "llama2_chat", "chat_template", "caption"]
 VisualPosition = Literal["after_bos", "first"]
-ResamplerName = Literal["average", "attention", "convolution", "convolution_3d", "class_token", "all_tokens"]
-TIME_RESAMPLERS: tuple[ResamplerName, ...] = ("average", "convolution_3d")  # may merge time steps
-HeadName = Literal["linear", "gelu-mlp", "fused-gelu-mlp"]
-FusionName = Literal[
-    "cross_attention",
-    "cross_attention_released",
-    "concat_sequence",
-    "concat_channel",
-    "concat_channel_ln",
-    "learnable_weights",
-    "equal_mix",
-    "first",
-]
+
+# What a model is made of, by name; adding a fusion, resampler or head is a class in its module and a row here.
+FUSIONS = {
+    "cross_attention": "trainer.model.fusion:CrossAttention",
+    "cross_attention_released": "trainer.model.fusion:CrossAttentionReleased",
+    "concat_sequence": "trainer.model.fusion:ConcatSequence",
+    "concat_channel": "trainer.model.fusion:ConcatChannel",
+    "concat_channel_ln": "trainer.model.fusion:ConcatChannelNorm",
+    "learnable_weights": "trainer.model.fusion:LearnableWeights",
+    "equal_mix": "trainer.model.fusion:MeanFusion",
+    "first": "trainer.model.fusion:SingleEncoder",
+}
+SINGLE_ENCODER_FUSIONS = ("first",)  # read the first encoder only
+RESAMPLERS = {
+    "average": "trainer.model.projectors:Average",
+    "attention": "trainer.model.projectors:Attention",
+    "convolution": "trainer.model.projectors:Convolution",
+    "convolution_3d": "trainer.model.projectors:Convolution3D",
+    "class_token": "trainer.model.projectors:ClassToken",
+    "all_tokens": "trainer.model.projectors:AllTokens",
+}
+TIME_RESAMPLERS = ("average", "convolution_3d")  # may merge time steps
+HEADS = {
+    "linear": "trainer.model.projectors:linear",
+    "gelu-mlp": "trainer.model.projectors:gelu_mlp",
+    "fused-gelu-mlp": "trainer.model.projectors:fused_gelu_mlp",
+}
+
+
+def import_choice(table: Mapping[str, str], name: str) -> Any:
+    """The class or function that `table` names, imported now."""
+    module, _, attribute = table[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _check_choice(setting: str, name: str, table: Mapping[str, str]) -> None:
+    if name not in table:
+        raise UserError(unknown_name(f"value of {setting}", name, list(table)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectorConfig:
     """One encoder's way from stored tokens to the LLM's width; every encoder gets its own weights."""
 
-    resampler: ResamplerName = "average"
+    resampler: str = "average"  # a name in RESAMPLERS
     grid: tuple[int, int, int] | None = None  # T, H, W after the resampler; None: stored T and, trained, 8 x 8
     frame_divisor: int = 1  # T after the resampler = stored T / this, where grid is None: "3D" in the ablation
-    head: HeadName = "linear"
+    head: str = "linear"  # a name in HEADS
     pre_layer_norm: bool = False  # layer norm before the head
     standardise: bool = False  # see trainer/model/projectors.py: for small runs with encoders of unlike scale
 
     def __post_init__(self) -> None:
+        _check_choice("projector.resampler", self.resampler, RESAMPLERS)
+        _check_choice("projector.head", self.head, HEADS)
         if self.frame_divisor < 1 or min(self.grid or (1,)) < 1:
             raise UserError(f"projector grid and frame_divisor are at least 1, got {self.grid}, {self.frame_divisor}")
         if self.frame_divisor > 1 and self.resampler not in TIME_RESAMPLERS:
@@ -79,7 +101,7 @@ class ProjectorConfig:
         return self.frame_divisor == 1 and self.resampler not in ("class_token", "all_tokens")
 
 
-# The rows of the projector ablation (arXiv 2501.01426): any head of `HeadName` goes with each of them.
+# The rows of the projector ablation (arXiv 2501.01426): any head goes with each of them.
 PROJECTORS: dict[str, ProjectorConfig] = {
     "2d-average": ProjectorConfig(),  # the paper's default; its 8 x 8 is the store's grid, of a raw one set grid
     "2d-attention": ProjectorConfig(resampler="attention"),
@@ -91,7 +113,7 @@ PROJECTORS: dict[str, ProjectorConfig] = {
 }
 
 
-def row_of(resampler: ResamplerName) -> str:
+def row_of(resampler: str) -> str:
     """What `--projector` calls a resampler."""
     return next(row for row, preset in PROJECTORS.items() if preset.resampler == resampler)
 
@@ -100,8 +122,11 @@ def row_of(resampler: ResamplerName) -> str:
 class FusionConfig:
     """How the encoders' visual tokens become one sequence."""
 
-    name: FusionName = "cross_attention"
+    name: str = "cross_attention"  # a name in FUSIONS
     query_width: int = 3072  # of cross_attention_released only
+
+    def __post_init__(self) -> None:
+        _check_choice("fusion.name", self.name, FUSIONS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,7 +279,7 @@ def used_encoders(config: TrainConfig, available: list[str]) -> list[str]:
         if encoder not in available:
             raise UserError(unknown_name("encoder", encoder, available))
     chosen = list(config.encoders or available)
-    return chosen[:1] if config.fusion.name == "first" else chosen
+    return chosen[:1] if config.fusion.name in SINGLE_ENCODER_FUSIONS else chosen
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,8 +58,6 @@ from mervcache.files import atomic_directory, file_sha256
 from trainer.config import (
     CONFIG_FILE,
     FusionConfig,
-    FusionName,
-    HeadName,
     ProjectorConfig,
     PromptName,
     TrainConfig,
@@ -74,7 +72,7 @@ from trainer.runs.run_record import LLM_FOLDER, UNBOUND, RunRecord, software_ver
 Weights = Mapping[str, Tensor]
 PARTS = ("projectors", "feature_fusion", "llm_backbone")
 OLD_PARTS = {"projector": "projectors", "adapter": "feature_fusion"}
-HEAD_LAYERS: dict[HeadName, tuple[str, ...]] = {
+HEAD_LAYERS: dict[str, tuple[str, ...]] = {
     "linear": ("",),
     "gelu-mlp": ("0.", "2."),
     "fused-gelu-mlp": ("0.", "2.", "4."),
@@ -129,7 +127,7 @@ def check_names(what: str, found: set[str], wanted: set[str]) -> None:
         raise UserError(f"{what} does not fit the config and the LLM; {'; '.join(told)}")
 
 
-def projector_rules(num_encoders: int, num_used: int, head: HeadName) -> Rules:
+def projector_rules(num_encoders: int, num_used: int, head: str) -> Rules:
     """Averages hold no weights, so a projector is its head; those that the fusion never reads are left out."""
     return {
         f"{index}.projector.projector.{layer}{kind}": (
@@ -147,7 +145,7 @@ def llm_rules(names: Iterable[str], found: Iterable[str]) -> Rules:
     return {**{f"llm.{name}": (Take(name=f"llm.{name}"),) for name in names}, **constants}
 
 
-def fusion_rules(fusion: FusionName, found: Weights) -> Rules:
+def fusion_rules(fusion: str, found: Weights) -> Rules:
     """The rules of one fusion; `found` decides how a MultiheadAttention holds its projections."""
     return FUSION_RULES[fusion](found)
 
@@ -192,7 +190,7 @@ def _concat_channel_ln(found: Weights) -> Rules:
     return norm | {f"1.{name}": takes for name, takes in _concat_channel(found).items()}
 
 
-FUSION_RULES: dict[FusionName, Callable[[Weights], Rules]] = {
+FUSION_RULES: dict[str, Callable[[Weights], Rules]] = {
     "cross_attention_released": _cross_attention,
     "concat_sequence": lambda found: {},
     "concat_channel": _concat_channel,
@@ -233,7 +231,7 @@ ENCODERS: dict[str, OfficialEncoder] = {
     "vivit-google-b-all-no-cls-16frames": OfficialEncoder(name="vivit", frames_per_step=2),
     "siglip-vit-b16-224px-all-no-cls": OfficialEncoder(name="siglip"),
 }
-FUSION_NAMES: dict[str, FusionName] = {
+FUSION_NAMES: dict[str, str] = {
     "cross_attention_avg_lq": "cross_attention_released",
     "concat": "concat_sequence",
     "concat_channel": "concat_channel",
@@ -288,11 +286,11 @@ class OfficialConfig:
         return tuple(ENCODERS[encoder].name for encoder in self.video_backbone_ids)
 
     @property
-    def fusion(self) -> FusionName:
+    def fusion(self) -> str:
         return FUSION_NAMES[self.feature_fusion]
 
     @property
-    def head(self) -> HeadName:
+    def head(self) -> str:
         return _check("head in arch_specifier", self.arch_specifier.split("+")[-1], HEAD_LAYERS)
 
     @property

@@ -6,11 +6,19 @@ import pytest
 
 from mervcache.config import load_yaml, overlay
 from mervcache.errors import UserError
-from trainer import config as room
-from trainer.config import RECIPES, ProjectorConfig, TrainConfig, get_recipe
+from trainer.config import (
+    FUSIONS,
+    HEADS,
+    RECIPES,
+    RESAMPLERS,
+    FusionConfig,
+    ProjectorConfig,
+    PromptName,
+    TrainConfig,
+    get_recipe,
+    import_choice,
+)
 from trainer.data.prompts import PROMPTS
-from trainer.model.fusion import FUSIONS
-from trainer.model.projectors import HEADS, RESAMPLERS
 
 
 def test_a_config_survives_its_own_yaml(tmp_path, config):
@@ -115,12 +123,26 @@ def test_an_unknown_recipe_lists_the_known_ones():
         get_recipe("merv")
 
 
+@pytest.mark.parametrize(("table", "name"), [(t, n) for t in (FUSIONS, HEADS, RESAMPLERS) for n in t])
+def test_what_a_table_names_can_be_imported(table, name):
+    assert callable(import_choice(table, name))
+
+
+def test_the_prompt_formats_are_those_that_a_config_may_say():
+    assert tuple(PROMPTS) == typing.get_args(PromptName)
+
+
 @pytest.mark.parametrize(
-    ("table", "names"),
-    [(FUSIONS, "FusionName"), (HEADS, "HeadName"), (RESAMPLERS, "ResamplerName"), (PROMPTS, "PromptName")],
+    ("make", "message"),
+    [
+        (lambda: FusionConfig(name="cross_atention"), "unknown value of fusion.name 'cross_atention'.*cross_attention"),
+        (lambda: ProjectorConfig(resampler="avrage"), "unknown value of projector.resampler 'avrage'.*average"),
+        (lambda: ProjectorConfig(head="lin"), "unknown value of projector.head 'lin'.*linear"),
+    ],
 )
-def test_a_table_offers_exactly_the_names_that_a_config_may_say(table, names):
-    assert tuple(table) == typing.get_args(getattr(room, names))
+def test_a_name_that_no_table_has_is_an_error_with_the_nearest_one(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
 
 
 def test_config_recipes_and_command_line_import_no_torch():

@@ -11,12 +11,11 @@ import torch
 from featurestore import FeatureStore
 from featurestore.clips import Clip
 from mervcache.errors import UserError
-from trainer.config import PROJECTORS, FusionConfig, OptimizerConfig, ProjectorConfig, TrainConfig
+from trainer.config import FUSIONS, PROJECTORS, FusionConfig, OptimizerConfig, ProjectorConfig, TrainConfig
 from trainer.data.tokens import PrefixedTokens
 from trainer.end_to_end import live_source, through_storage
 from trainer.loop.plan import make_plan
 from trainer.loop.train import train
-from trainer.model.fusion import FUSIONS
 from trainer.model.llm import FRESH_LLMS, FreshLLM
 from trainer.runs.load import load_run
 from trainer.runs.run_record import RunRecord, read_metrics

@@ -1,30 +1,32 @@
-"""Fusion: the visual tokens of several encoders -> one sequence, and what weight each encoder got.
+"""Fusions: the visual tokens of several encoders -> one sequence, and the weight that each encoder got.
 
-Comes in: one embeddings_BNM per encoder, in the order of the encoders. Goes out: fused_BNM (concat_sequence: E x N
-tokens) and weights_BE, or None where the formula has no weights. Definitions from arXiv 2501.01426, section 3.3 and
-its ablation tables; `cross_attention_released` as princetonvisualai/merv computes it. No fusion holds a parameter
-that cannot change its output.
+Definitions from arXiv 2501.01426, section 3.3 and its ablation tables; `cross_attention_released` as
+princetonvisualai/merv computes it. No fusion holds a parameter that cannot change its output. `trainer.config.FUSIONS`
+lists them by name.
 
 B batch, E encoders, N visual tokens, M LLM width, Q query width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import sqrt
 
 import torch
 from torch import Tensor, nn
 
-from trainer.config import FusionConfig, FusionName
+from trainer.config import FUSIONS, FusionConfig, import_choice
 
 Fused = tuple[Tensor, Tensor | None]
 
 
 class Fusion(nn.Module):
-    """What all fusions share: sizes, and how many encoders and tokens they use and give."""
+    """Base class: one embeddings_BNM per encoder, in the order of the encoders -> fused_BNM and weights_BE.
 
-    def __init__(self, num_encoders: int, width: int) -> None:
+    Weights are None where the formula has none; `concat_sequence` gives E x N tokens, all others N.
+    """
+
+    def __init__(self, num_encoders: int, width: int, config: FusionConfig) -> None:
         super().__init__()
         self.num_encoders, self.width = num_encoders, width
 
@@ -42,8 +44,8 @@ class CrossAttention(Fusion):
     One learned query Q of the LLM's width, so one weight per encoder and sample, the same for all tokens.
     """
 
-    def __init__(self, num_encoders: int, width: int) -> None:
-        super().__init__(num_encoders, width)
+    def __init__(self, num_encoders: int, width: int, config: FusionConfig) -> None:
+        super().__init__(num_encoders, width, config)
         self.query_M = nn.Parameter(_xavier_row(width))
 
     def forward(self, embeddings: Sequence[Tensor]) -> Fused:
@@ -59,8 +61,9 @@ class CrossAttentionReleased(Fusion):
     which adds the same to every encoder's score and cancels in the softmax.
     """
 
-    def __init__(self, num_encoders: int, width: int, query_width: int) -> None:
-        super().__init__(num_encoders, width)
+    def __init__(self, num_encoders: int, width: int, config: FusionConfig) -> None:
+        super().__init__(num_encoders, width, config)
+        query_width = config.query_width
         self.query_Q = nn.Parameter(_xavier_row(query_width))
         self.query_projection = nn.Linear(query_width, query_width)
         self.key_projection = nn.Linear(width, query_width, bias=False)
@@ -76,7 +79,7 @@ class CrossAttentionReleased(Fusion):
 
 
 class ConcatSequence(Fusion):
-    """All encoders' tokens one after the other: E times the visual length."""
+    """All encoders' tokens, one encoder after the other: E times the visual length."""
 
     def num_tokens(self, num_tokens: int) -> int:
         return self.num_encoders * num_tokens
@@ -86,11 +89,11 @@ class ConcatSequence(Fusion):
 
 
 class ConcatChannel(Fusion):
-    """Channels side by side, optionally normed, then Linear(E x M -> M)."""
+    """Concatenated channels, then Linear(E x M -> M)."""
 
-    def __init__(self, num_encoders: int, width: int, has_norm: bool) -> None:
-        super().__init__(num_encoders, width)
-        self.norm = nn.LayerNorm(num_encoders * width) if has_norm else None
+    def __init__(self, num_encoders: int, width: int, config: FusionConfig) -> None:
+        super().__init__(num_encoders, width, config)
+        self.norm: nn.LayerNorm | None = None
         self.linear = nn.Linear(num_encoders * width, width)
 
     def forward(self, embeddings: Sequence[Tensor]) -> Fused:
@@ -98,11 +101,19 @@ class ConcatChannel(Fusion):
         return self.linear(joined_BNC if self.norm is None else self.norm(joined_BNC)), None
 
 
+class ConcatChannelNorm(ConcatChannel):
+    """As `ConcatChannel`, with a layer norm over all E x M channels before the linear layer."""
+
+    def __init__(self, num_encoders: int, width: int, config: FusionConfig) -> None:
+        super().__init__(num_encoders, width, config)
+        self.norm = nn.LayerNorm(num_encoders * width)
+
+
 class LearnableWeights(Fusion):
     """O = sum_e softmax(s)_e X_e; s ~ N(0, 1) at the start, the same for every sample."""
 
-    def __init__(self, num_encoders: int, width: int) -> None:
-        super().__init__(num_encoders, width)
+    def __init__(self, num_encoders: int, width: int, config: FusionConfig) -> None:
+        super().__init__(num_encoders, width, config)
         self.scores_E = nn.Parameter(torch.randn(num_encoders))
 
     def forward(self, embeddings: Sequence[Tensor]) -> Fused:
@@ -119,7 +130,7 @@ class MeanFusion(Fusion):
 
 
 class SingleEncoder(Fusion):
-    """The first encoder alone; the others are not even read."""
+    """The first encoder alone; the others are not read."""
 
     def forward(self, embeddings: Sequence[Tensor]) -> Fused:
         return embeddings[0], embeddings[0].new_ones(len(embeddings[0]), 1)
@@ -139,20 +150,6 @@ def _xavier_row(width: int) -> Tensor:
     return nn.init.xavier_uniform_(torch.empty(1, width))[0]
 
 
-FUSIONS: dict[FusionName, Callable[[int, int, FusionConfig], Fusion]] = {
-    "cross_attention": lambda encoders, width, config: CrossAttention(encoders, width),
-    "cross_attention_released": lambda encoders, width, config: CrossAttentionReleased(
-        encoders, width, config.query_width
-    ),
-    "concat_sequence": lambda encoders, width, config: ConcatSequence(encoders, width),
-    "concat_channel": lambda encoders, width, config: ConcatChannel(encoders, width, has_norm=False),
-    "concat_channel_ln": lambda encoders, width, config: ConcatChannel(encoders, width, has_norm=True),
-    "learnable_weights": lambda encoders, width, config: LearnableWeights(encoders, width),
-    "equal_mix": lambda encoders, width, config: MeanFusion(encoders, width),
-    "first": lambda encoders, width, config: SingleEncoder(encoders, width),
-}
-
-
 def build_fusion(config: FusionConfig, num_encoders: int, width: int) -> Fusion:
-    """The fusion of that name for these sizes."""
-    return FUSIONS[config.name](num_encoders, width, config)
+    """The fusion that the config names, for these sizes."""
+    return import_choice(FUSIONS, config.name)(num_encoders, width, config)

@@ -29,7 +29,7 @@ trained layer: what is behind it changes while it learns, and constants measured
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from math import prod, sqrt
 
 import torch
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mervcache.errors import UserError
-from trainer.config import HeadName, ProjectorConfig, ResamplerName, row_of
+from trainer.config import HEADS, RESAMPLERS, ProjectorConfig, import_choice, row_of
 from trainer.data.tokens import ClipTokens, Part, PrefixedTokens, TokenShape
 
 Grid = tuple[int, int, int]
@@ -302,19 +302,9 @@ def _words(grid: Grid) -> str:
     return "x".join(map(str, grid))
 
 
-RESAMPLERS: dict[ResamplerName, type[Resampler]] = {  # made of a config, what is stored, and the LLM's width
-    "average": Average,
-    "attention": Attention,
-    "convolution": Convolution,
-    "convolution_3d": Convolution3D,
-    "class_token": ClassToken,
-    "all_tokens": AllTokens,
-}
-
-
 def parts_of(config: ProjectorConfig) -> tuple[Part, ...]:
     """What a projector reads of a clip."""
-    return RESAMPLERS[config.resampler].reads
+    return import_choice(RESAMPLERS, config.resampler).reads
 
 
 EPS = 1e-6  # deviation of a channel that never changes
@@ -359,11 +349,11 @@ class Projector(nn.Module):
 
     def __init__(self, config: ProjectorConfig, stored: TokenShape, llm_width: int) -> None:
         super().__init__()
-        self.resampler = RESAMPLERS[config.resampler](config, stored, llm_width)
+        self.resampler: Resampler = import_choice(RESAMPLERS, config.resampler)(config, stored, llm_width)
         self.standardise = Standardise(stored.width) if config.standardise else None
         width = self.resampler.width
         self.norm = nn.LayerNorm(width) if config.pre_layer_norm else None
-        self.head = HEADS[config.head](width, llm_width)
+        self.head: nn.Module = import_choice(HEADS, config.head)(width, llm_width)
         self.resampler.start_head(self.head)
 
     @property
@@ -429,10 +419,3 @@ def fused_gelu_mlp(width: int, llm_width: int) -> nn.Module:
         nn.GELU(),
         nn.Linear(llm_width, llm_width),
     )
-
-
-HEADS: dict[HeadName, Callable[[int, int], nn.Module]] = {
-    "linear": linear,
-    "gelu-mlp": gelu_mlp,
-    "fused-gelu-mlp": fused_gelu_mlp,
-}

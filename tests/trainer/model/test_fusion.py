@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainer.config import FusionConfig
-from trainer.model.fusion import FUSIONS, build_fusion
+from trainer.config import FUSIONS, FusionConfig
+from trainer.model.fusion import build_fusion
 
 E, N, M = 4, 1024, 4096  # encoders, visual tokens, LLM width of arXiv 2501.01426
 

@@ -6,9 +6,9 @@ from torch.nn import functional as F
 
 from mervcache.errors import UserError
 from trainer.cli import resolve_stages
-from trainer.config import ProjectorConfig, get_stages
+from trainer.config import HEADS, ProjectorConfig, get_stages
 from trainer.data.tokens import PrefixedTokens, TokenShape
-from trainer.model.projectors import HEADS, Moments, Projector, build_projectors
+from trainer.model.projectors import Moments, Projector, build_projectors
 
 
 def shape(grid, width, is_pooled=True, num_prefix=0):

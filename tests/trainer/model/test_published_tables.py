@@ -12,10 +12,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trainer.config import PROJECTORS, FusionConfig, ProjectorConfig
+from trainer.config import PROJECTORS, RESAMPLERS, FusionConfig, ProjectorConfig, import_choice
 from trainer.data.tokens import TokenShape
 from trainer.model.fusion import build_fusion
-from trainer.model.projectors import RESAMPLERS, build_projectors
+from trainer.model.projectors import build_projectors
 
 LLM_WIDTH = 4096  # LLaMA-2-7B
 WIDTHS = {"languagebind": 1024, "dinov2": 1024, "vivit": 768, "siglip": 768}
@@ -44,7 +44,7 @@ def languagebind(num_frames):
 
 def resampler_at_real_size(config, num_frames):
     with torch.device("meta"):
-        built = RESAMPLERS[config.resampler](config, languagebind(num_frames), LLM_WIDTH)
+        built = import_choice(RESAMPLERS, config.resampler)(config, languagebind(num_frames), LLM_WIDTH)
         return built, torch.empty(1, num_frames, 16, 16, 1024)
 
 

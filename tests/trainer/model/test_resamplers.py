@@ -7,9 +7,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from mervcache.errors import UserError
-from trainer.config import PROJECTORS, ProjectorConfig
+from trainer.config import HEADS, PROJECTORS, RESAMPLERS, ProjectorConfig, import_choice
 from trainer.data.tokens import PrefixedTokens, TokenShape
-from trainer.model.projectors import HEADS, RESAMPLERS, Projector, average_windows
+from trainer.model.projectors import Projector, average_windows
 
 RAW = TokenShape(grid=(4, 9, 9), width=16, is_pooled=False, identity="test", num_prefix=3)
 POOLED = replace(RAW, grid=(4, 8, 8), is_pooled=True)
@@ -28,7 +28,9 @@ NUM_TOKENS = {
 def resampler(name, *, grid=None, frame_divisor=1, stored=RAW):
     """With weights that are large enough for every one to matter."""
     torch.manual_seed(1)
-    built = RESAMPLERS[name](ProjectorConfig(resampler=name, grid=grid, frame_divisor=frame_divisor), stored, LLM_WIDTH)
+    built = import_choice(RESAMPLERS, name)(
+        ProjectorConfig(resampler=name, grid=grid, frame_divisor=frame_divisor), stored, LLM_WIDTH
+    )
     return randomised(built)
 
 
@@ -50,7 +52,7 @@ def prefixed(stored, batch=2):
 
 
 def given_to(name, stored=RAW):
-    return prefixed(stored) if "prefix" in RESAMPLERS[name].reads else tokens_of(stored)
+    return prefixed(stored) if "prefix" in import_choice(RESAMPLERS, name).reads else tokens_of(stored)
 
 
 @pytest.mark.parametrize("head", HEADS)
