@@ -1,9 +1,9 @@
 """Align: features on an encoder's own grid -> tokens on the grid that all encoders share.
 
 Adaptive average pooling with torch's windows, as separable means: output i of an axis of n inputs and m outputs is
-the mean of inputs floor(i n / m) up to ceil((i + 1) n / m). It has no parameters and stands before the trainable
-projector, which is why caching its output loses nothing. Sums are written as element-wise additions in a fixed order
-rather than as a reduction or a matrix product, so that bits depend neither on batch nor threads nor device.
+the mean of inputs floor(i n / m) up to ceil((i + 1) n / m). It has no parameters and precedes the trainable projector,
+so caching its output loses nothing. Sums are element-wise additions in a fixed order rather than a reduction or a
+matrix product, so that bits depend on neither batch, threads nor device.
 
 B batch, T time steps, H W patch rows and columns, K prefix tokens, D encoder width.
 """
@@ -72,7 +72,7 @@ def check_grid(native: Grid, grid: Grid) -> None:
         raise UserError(f"a grid is three numbers >= 1, time x height x width, got {grid}")
     if grid[0] > native[0]:
         raise UserError(
-            f"cannot align {native[0]} time steps to {grid[0]}: pooling never adds steps; ask for a grid of at most "
+            f"cannot align {native[0]} time steps to {grid[0]}: pooling never adds steps; use a grid of at most "
             f"{native[0]} steps, or give the encoder more frames"
         )
 

@@ -1,24 +1,9 @@
-"""Media: from a clip's path, relative to the dataset's root, to the bytes on this machine.
+"""Media of a clip: from a path relative to the dataset's root to the bytes and their digest.
 
-Comes in: a root folder and a POSIX path out of an annotation file. Goes out: a `LocalFile`, a `FrameFolder` (one image
-per frame) or a `TarMember` ("shards/00000.tar/000000001.mp4"). Annotations are data from strangers, so nothing outside
-the real root is ever named: a symbolic link inside the root may not lead out of it (the root itself may be a link), and
-devices, pipes and sockets are refused before anybody opens them.
-
-What is wrong with one clip is a `MediaError` whose text holds no absolute path; a root that is gone or a share that
-stopped answering is a `RunStoppedError`, because it would otherwise quarantine the whole dataset.
-
-Remembered media: what a file's bytes hash to, so that a file that nobody touched is not read again to learn it.
-
-Comes in: a clip's source. Goes out: its sha256, as receipts have it. Kept under the user's cache folder by place, size
-and times (the change time too: it tells a file put in another's place under an old date). Without that folder every
-digest is taken anew, which costs time and nothing else.
-
-Source: a clip's bytes, wherever they lie, and their digest.
-
-A local file and a tar member are read alike; a folder of frames is a list of files. The digest is taken first, from
-the whole file: it warms the page cache for the decoder, and a disk that fails shows here, through plain reads, where
-it cannot be taken for a damaged clip.
+Paths come from untrusted annotations, so nothing outside the real root is ever opened: a symbolic link inside the root
+may not lead out of it (the root itself may be a link), and devices, pipes and sockets are refused. A fault of one clip
+is a `MediaError` whose text holds no absolute path; a root that is gone or a share that stopped responding is a
+`RunStoppedError`, because it would otherwise quarantine the whole dataset.
 """
 
 from __future__ import annotations
@@ -31,9 +16,9 @@ import re
 import sqlite3
 import stat
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -51,11 +36,21 @@ VIDEO_EXTENSIONS = frozenset(
 )
 IMAGE_EXTENSIONS = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
 
-_REFUSED_PATH = "media path is refused: it is absolute, climbs out of the root or cannot be a file name"
 MISSING_REASON = "media file is missing"
 DENIED_REASON = "media file may not be read: permission denied"
-UNREACHABLE = frozenset((MISSING_REASON, DENIED_REASON))  # may be the clip's fault, or a share's or a node's
+UNREACHABLE = frozenset((MISSING_REASON, DENIED_REASON))  # the clip's fault, or a share's or a node's
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+READ_BYTES = 1 << 20
+# A clip cannot cause these: the disk, the share, the account or this process is at fault.
+MACHINE_ERRNOS = frozenset(
+    getattr(errno, name)
+    for name in (
+        *("EIO", "EREMOTEIO", "ESTALE", "ENOSPC", "EDQUOT", "ENODEV", "ENXIO", "EMFILE", "ENFILE", "EKEYEXPIRED"),
+        *("ENOTCONN", "ECONNRESET", "ECONNABORTED", "ESHUTDOWN", "EHOSTDOWN", "EHOSTUNREACH", "ETIMEDOUT"),
+        *("ENETDOWN", "ENETUNREACH", "ENOLINK", "ECOMM"),
+    )
+    if hasattr(errno, name)
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +74,7 @@ class TarMember:
     tar_path: Path  # real, absolute
     offset: int
     size: int
-    name: str  # inside the archive; its extension tells the kind of media
+    name: str  # inside the archive; its extension gives the kind of media
 
 
 Media = LocalFile | FrameFolder | TarMember
@@ -91,15 +86,25 @@ def resolve_media(root: Path | str, path: str) -> Media:
         check_relative_path(path)
         path.encode()
     except (UserError, UnicodeEncodeError):
-        raise MediaError(_REFUSED_PATH) from None
+        raise MediaError(
+            "media path is refused: it is absolute, climbs out of the root or cannot be a file name"
+        ) from None
     try:
         return _resolve(os.path.realpath(root), path)
     except OSError as error:
-        raise _explain(error, root) from error
+        if error.errno == errno.ELOOP:
+            raise MediaError("media path is a loop of symbolic links") from error
+        if error.errno in _MISSING:  # a missing file under a root that is gone is no fault of the clip
+            raise (_check_root(root) or MediaError(MISSING_REASON)) from error
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise (_check_root(root) or MediaError(DENIED_REASON)) from error
+        raise RunStoppedError(
+            f"dataset root {root} cannot be read: {error.strerror}; check that its disk is there"
+        ) from error
 
 
 def folder_has_gone(root: Path | str, path: str) -> bool:
-    """Is the folder that should hold the clip's file missing or empty, as a share leaves it that was unmounted?"""
+    """True if the folder that should hold the clip's file is missing or empty, as after its share was unmounted."""
     root = os.path.realpath(root)
     folder = os.path.dirname(os.path.join(root, _split_tar(root, path)[0]))
     try:
@@ -125,13 +130,21 @@ def frame_order(name: str) -> tuple:
 def _resolve(root: str, path: str) -> Media:
     tar, member = _split_tar(root, path)
     if member:
-        return _tar_member(_inside(root, tar), member)
+        return _resolve_tar_member(_inside(root, tar), member)
     real = _inside(root, path)
     status = os.stat(real)
-    if stat.S_ISDIR(status.st_mode):
-        return FrameFolder(_frames(root, real))
-    _check_regular(status)
-    return LocalFile(Path(real))
+    if not stat.S_ISDIR(status.st_mode):
+        _check_regular(status)
+        return LocalFile(Path(real))
+    with os.scandir(real) as entries:
+        names = [entry.name for entry in entries if not entry.name.startswith(".")]
+    names = [name for name in names if os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS]
+    if not names:
+        raise MediaError("frame folder holds no images")
+    frames = [_inside(root, os.path.join(real, name)) for name in sorted(names, key=frame_order)]
+    for frame in frames:
+        _check_regular(os.stat(frame))
+    return FrameFolder(tuple(map(Path, frames)))
 
 
 def _split_tar(root: str, path: str) -> tuple[str, str]:
@@ -159,22 +172,7 @@ def _check_regular(status: os.stat_result) -> None:
         raise MediaError("media file is empty")
 
 
-def _frames(root: str, folder: str) -> tuple[Path, ...]:
-    with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if _is_frame_name(entry.name)]
-    if not names:
-        raise MediaError("frame folder holds no images")
-    paths = [_inside(root, os.path.join(folder, name)) for name in sorted(names, key=frame_order)]
-    for path in paths:
-        _check_regular(os.stat(path))
-    return tuple(map(Path, paths))
-
-
-def _is_frame_name(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
-
-
-def _tar_member(tar_path: str, name: str) -> TarMember:
+def _resolve_tar_member(tar_path: str, name: str) -> TarMember:
     _check_regular(os.stat(tar_path))
     index = tar_index(tar_path)
     if name in index.refused:
@@ -187,17 +185,6 @@ def _tar_member(tar_path: str, name: str) -> TarMember:
     return TarMember(Path(tar_path), offset, size, name)
 
 
-def _explain(error: OSError, root: Path | str) -> MediaError | RunStoppedError:
-    """One clip's fault, or the whole root's: a missing file in a root that is gone says nothing about the clip."""
-    if error.errno == errno.ELOOP:
-        return MediaError("media path is a loop of symbolic links")
-    if error.errno in _MISSING:
-        return _check_root(root) or MediaError(MISSING_REASON)
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return _check_root(root) or MediaError(DENIED_REASON)
-    return RunStoppedError(f"dataset root {root} cannot be read: {error.strerror}; check that its disk is there")
-
-
 def _check_root(root: Path | str) -> RunStoppedError | None:
     """The error for a root that is gone; an empty folder is what an unmounted share leaves behind."""
     try:
@@ -207,19 +194,6 @@ def _check_root(root: Path | str) -> RunStoppedError | None:
         return RunStoppedError(f"dataset root {root} is empty; check that its disk is mounted")
     except OSError as error:
         return RunStoppedError(f"dataset root {root} is gone: {error.strerror}; check that its disk is mounted")
-
-
-READ_BYTES = 1 << 20
-# A clip cannot cause these: the disk, the share, the account or this process is at fault.
-MACHINE_ERRNOS = frozenset(
-    getattr(errno, name)
-    for name in (
-        *("EIO", "EREMOTEIO", "ESTALE", "ENOSPC", "EDQUOT", "ENODEV", "ENXIO", "EMFILE", "ENFILE", "EKEYEXPIRED"),
-        *("ENOTCONN", "ECONNRESET", "ECONNABORTED", "ESHUTDOWN", "EHOSTDOWN", "EHOSTUNREACH", "ETIMEDOUT"),
-        *("ENETDOWN", "ENETUNREACH", "ENOLINK", "ECOMM"),
-    )
-    if hasattr(errno, name)
-)
 
 
 @dataclass(frozen=True)
@@ -236,12 +210,18 @@ class Source:
         return cls(root, path, resolve_media(root, path))
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the bytes: the file, the frames, or the archive."""
+        if isinstance(self.media, FrameFolder):
+            return self.media.paths
+        return (self.media.tar_path if isinstance(self.media, TarMember) else self.media.path,)
+
+    @property
     def num_bytes(self) -> int:
         """Size of everything that decoding may read."""
         if isinstance(self.media, TarMember):
             return self.media.size
-        paths = self.media.paths if isinstance(self.media, FrameFolder) else (self.media.path,)
-        return sum(os.stat(path).st_size for path in paths)
+        return sum(os.stat(path).st_size for path in self.files)
 
     def open(self) -> BinaryIO:
         """The bytes of a file or tar member, readable and seekable."""
@@ -252,12 +232,16 @@ class Source:
         return io.BufferedReader(window, buffer_size=READ_BYTES)
 
     def head(self, num_bytes: int = 16) -> bytes:
-        """The first bytes, by which formats are told apart."""
+        """The first bytes, which identify the format."""
         with self.open() as file:
             return file.read(num_bytes)
 
     def sha256(self) -> str:
-        """Digest of a file's or tar member's bytes; of a folder's sorted "name NUL size NUL sha256" lines."""
+        """Digest of a file's or tar member's bytes; of a folder's sorted "name NUL size NUL sha256" lines.
+
+        Taken before decoding, of the whole file: it warms the page cache, and a failing disk shows here, through plain
+        reads, where it cannot be mistaken for a damaged clip.
+        """
         if isinstance(self.media, TarMember):
             with self.open() as file:
                 return _digest(file)
@@ -267,15 +251,15 @@ class Source:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def read_through(self) -> None:
-        """Read every byte once more, to tell a failing disk from a damaged clip."""
-        paths = self.media.paths if isinstance(self.media, FrameFolder) else ()
-        for file in [self.open()] if not paths else map(_open_plain, paths):
-            with file:
+        """Read every byte once more, to distinguish a failing disk from a damaged clip."""
+        is_folder = isinstance(self.media, FrameFolder)
+        for opener in [partial(open, path, "rb") for path in self.files] if is_folder else [self.open]:
+            with opener() as file:
                 while file.read(READ_BYTES):
                     pass
 
     def explain(self, error: OSError) -> MediaError | RunStoppedError:
-        """Whose fault an error of reading is: the clip's or the machine's."""
+        """The error to raise for a failed read: `MediaError` (the clip) or `RunStoppedError` (the machine)."""
         if error.errno in MACHINE_ERRNOS:
             return RunStoppedError(f"cannot read {self.path} under {self.root}: {os.strerror(error.errno)}")
         try:
@@ -320,12 +304,8 @@ class FileWindow(io.RawIOBase):
 _KNOWN_SHA256: dict[tuple[str, int, int], str] = {}  # (path, bytes, mtime in ns) -> sha256, for this process
 
 
-def _open_plain(path: Path) -> BinaryIO:
-    return open(path, "rb")
-
-
 def _file_sha256(path: Path) -> str:
-    """Digest of a file; clips of one file (spans) take it once per process."""
+    """Digest of a file; clips of one file (spans) take it once per process, until it changes."""
     status = os.stat(path)
     key = (str(path), status.st_size, status.st_mtime_ns)
     if key not in _KNOWN_SHA256:
@@ -341,85 +321,77 @@ def _digest(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-_TABLE = "CREATE TABLE IF NOT EXISTS media (place TEXT PRIMARY KEY, stamp TEXT, sha256 TEXT) WITHOUT ROWID"
-_FIND = "SELECT stamp, sha256 FROM media WHERE place = ?"
-_LOCK_WAIT_S = 5.0  # another process may be writing
+class DigestCache:
+    """Digests of media from earlier runs, so that a file that was not touched is not read again. A context manager.
 
+    Kept in a SQLite file by location, size and times (the change time too: it reveals a file that replaced another and
+    kept its old date); new digests are saved on exit. Without that file every digest is taken anew, which costs time
+    and nothing else. Safe to use from several threads.
+    """
 
-def memory_file() -> Path:
-    """The database, of this user on this machine."""
-    return user_cache() / "merv-pipeline" / "media.sqlite"
+    _CREATE = "CREATE TABLE IF NOT EXISTS media (place TEXT PRIMARY KEY, stamp TEXT, sha256 TEXT) WITHOUT ROWID"
+    _LOCK_WAIT_S = 5.0  # another process may be writing
 
-
-class MediaMemory:
-    """Digests of media; safe to use from several threads. Make one with `media_memory`."""
-
-    def __init__(self, database: sqlite3.Connection | None) -> None:
-        self._database = database  # None: nothing is remembered
-        self.fresh: dict[str, tuple[str, str]] = {}  # place -> stamp, sha256
+    def __init__(self, file: Path | None = None) -> None:
+        self._file = file or user_cache() / "merv-pipeline" / "media.sqlite"
+        self._database: sqlite3.Connection | None = None  # None: nothing is known
+        self._new: dict[str, tuple[str, str]] = {}  # location -> stamp, sha256
         self._lock = threading.Lock()
 
+    def __enter__(self) -> DigestCache:
+        if self._file.is_file():
+            with suppress(sqlite3.Error, OSError):
+                self._database = sqlite3.connect(
+                    self._file, timeout=self._LOCK_WAIT_S, check_same_thread=False
+                )  # guarded by the lock
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._database is not None:
+            self._database.close()
+        if self._new:
+            with suppress(sqlite3.Error, OSError):
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                with closing(sqlite3.connect(self._file, timeout=self._LOCK_WAIT_S)) as database, database:
+                    database.execute(self._CREATE)
+                    rows = [(location, *entry) for location, entry in self._new.items()]
+                    database.executemany("INSERT OR REPLACE INTO media VALUES (?, ?, ?)", rows)
+
     def known(self, source: Source) -> str | None:
-        """The remembered sha256, if the media were not touched since; None if there is none."""
+        """The sha256 from an earlier run, if the media were not touched since; None if there is none."""
         with self._lock, suppress(sqlite3.Error):
-            found = self._database and self._database.execute(_FIND, (_place(source),)).fetchone()
-            return found[1] if found and found[0] == _stamp(source) else None
+            query, location = "SELECT stamp, sha256 FROM media WHERE place = ?", self._location(source)
+            row = self._database and self._database.execute(query, (location,)).fetchone()
+            return row[1] if row and row[0] == self._stamp(source) else None
         return None
 
     def sha256(self, source: Source, *, anew: bool = False) -> str:
-        """The sha256 of the media's bytes as they are now; `anew` reads them even if it is remembered."""
+        """The sha256 of the media's bytes as they are now; `anew` reads them even if it is known."""
         if not anew and (sha256 := self.known(source)):
             return sha256
-        stamp = _stamp(source)  # before the bytes: what changes while they are read is not remembered as read
+        stamp = self._stamp(source)  # before the bytes: what changes while they are read is not saved as read
         sha256 = source.sha256()
         with self._lock:
-            self.fresh[_place(source)] = (stamp, sha256)
+            self._new[self._location(source)] = (stamp, sha256)
         return sha256
 
+    @staticmethod
+    def _location(source: Source) -> str:
+        if isinstance(source.media, TarMember):
+            return f"{source.media.tar_path}#{source.media.offset}"
+        return str(_files_and_folders(source)[-1])  # of frames, their folder
 
-@contextmanager
-def media_memory(file: Callable[[], Path] = memory_file) -> Iterator[MediaMemory]:
-    """Open the digest cache; new digests are saved on exit."""
-    database = None
-    if file().is_file():
-        with suppress(sqlite3.Error, OSError):
-            database = sqlite3.connect(file(), timeout=_LOCK_WAIT_S, check_same_thread=False)  # guarded by a lock
-    memory = MediaMemory(database)
-    try:
-        yield memory
-    finally:
-        if database is not None:
-            database.close()
-        if memory.fresh:
-            _write(file(), memory.fresh)
+    @staticmethod
+    def _stamp(source: Source) -> str:
+        found = map(os.stat, _files_and_folders(source))
+        return record_digest([[s.st_size, s.st_mtime_ns, s.st_ctime_ns] for s in found])[:32]
 
 
 def newest_touch_s(source: Source) -> float:
-    """When the newest of a clip's files was last written or put in its place, in Unix seconds."""
-    return max(max(status.st_mtime, status.st_ctime) for status in map(os.stat, _paths(source)))
+    """When the newest of a clip's files was last written or moved to its location, in Unix seconds."""
+    return max(max(status.st_mtime, status.st_ctime) for status in map(os.stat, _files_and_folders(source)))
 
 
-def _paths(source: Source) -> list[Path]:
-    if isinstance(source.media, FrameFolder):
-        return [*source.media.paths, *sorted({Path(path).parent for path in source.media.paths})]
-    return [source.media.tar_path if isinstance(source.media, TarMember) else source.media.path]
-
-
-def _place(source: Source) -> str:
-    if isinstance(source.media, TarMember):
-        return f"{source.media.tar_path}#{source.media.offset}"
-    return str(_paths(source)[-1])  # of frames, their folder
-
-
-def _stamp(source: Source) -> str:
-    found = map(os.stat, _paths(source))
-    return record_digest([[s.st_size, s.st_mtime_ns, s.st_ctime_ns] for s in found])[:32]
-
-
-def _write(file: Path, fresh: dict[str, tuple[str, str]]) -> None:
-    with suppress(sqlite3.Error, OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(file, timeout=_LOCK_WAIT_S)) as database, database:
-            database.execute(_TABLE)
-            rows = [(place, *entry) for place, entry in fresh.items()]
-            database.executemany("INSERT OR REPLACE INTO media VALUES (?, ?, ?)", rows)
+def _files_and_folders(source: Source) -> list[Path]:
+    folders = {path.parent for path in source.files} if isinstance(source.media, FrameFolder) else ()
+    return [*source.files, *sorted(folders)]

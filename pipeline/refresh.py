@@ -3,7 +3,7 @@
 Comes in: a store, a listing, and the encoders asked about. Goes out: which clips changed, by encoder. Receipts hold the
 sha256 of what each row was made from; the newest committed row of a clip counts. As few files are read as possible. A
 clip whose files were last touched before the run that made its tokens is unchanged (`quick`); the digests of the others
-are remembered from the last time (`media_memory.py`). `full` reads every file.
+are remembered from the last time (`media.DigestCache`). `full` reads every file.
 
 What quick cannot see: a file exchanged on a file system whose clock was set back, and bits that rotted under an old
 date.
@@ -37,7 +37,7 @@ from featurestore.writer import StoreWriter
 from mervcache.console import SILENT, ProgressCallback
 from mervcache.errors import MediaError, MervCacheError
 from pipeline.datasets import DatasetListing
-from pipeline.media import MediaMemory, Source, media_memory, newest_touch_s
+from pipeline.media import DigestCache, Source, newest_touch_s
 from pipeline.plan import plan_blocks
 
 CLOCK_SLACK_S = 60.0  # by which a file server's clock may be behind the driver's
@@ -102,7 +102,7 @@ def stale_media(
     """
     stored = _stored(store, listing.clips, identities)
     progress.start(len(stored))
-    with media_memory() as memory, ThreadPoolExecutor(4) as pool:
+    with DigestCache() as memory, ThreadPoolExecutor(4) as pool:
         media = _Media(root=listing.root, memory=memory, runs=_Runs(store), full=full, progress=progress)
         looks = [look for portion in pool.map(media.scan_all, _chunks(stored)) for look in portion]
         to_read, left = _fit_budget([look for look in looks if look.state == "touched"], budget_bytes)
@@ -133,7 +133,7 @@ class _Media:
     """The media under a root, looked at from several threads."""
 
     root: str
-    memory: MediaMemory
+    memory: DigestCache
     runs: _Runs
     full: bool  # take no date and no remembered digest for an answer
     progress: ProgressCallback  # advanced once for each clip that is done with

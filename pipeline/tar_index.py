@@ -1,10 +1,8 @@
-"""Tar index: where each media file lies inside a plain tar archive, read from its headers alone.
+"""Index of an uncompressed tar (ustar, GNU, pax): name -> offset and size of its regular files, from headers alone.
 
-Comes in: a path to an uncompressed tar (ustar, GNU or pax). Goes out: name -> (offset, size) of its regular files.
-Python's `tarfile` is not used: it reads a pax header of any claimed size into memory, some versions loop on negative
-sizes, and archives are data from strangers. Here a header is 512 bytes, an extended header at most
-`MAX_EXTENDED_BYTES`, offsets only grow, and nothing is ever extracted: links, devices, sparse files and names that
-climb out have no entry.
+Python's `tarfile` is not used, because archives are untrusted: it reads a pax header of any claimed size into memory,
+and some versions loop on negative sizes. Here an extended header has at most `MAX_EXTENDED_BYTES`, offsets only grow,
+and nothing is extracted: links, devices, sparse files and names that climb out have no entry.
 """
 
 from __future__ import annotations
@@ -23,9 +21,9 @@ MAX_MEMBERS = 2_000_000  # of one archive: about 400 MB of index
 CACHED_ARCHIVES = 32  # indexes kept in a process; one of 10,000 members is about 2 MB
 
 REGULAR = (b"0", b"\0", b"7")
-SPARSE = b"S"  # GNU's own sparse format: extension blocks may stand between header and data
+SPARSE = b"S"  # GNU's own sparse format: extension blocks may follow the header
 EXTENDED = (b"L", b"K", b"x", b"g")  # headers that describe the member after them
-WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # their size field promises nothing
+WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # their size field is ignored
 FOLDER = b"5"
 OTHER_KINDS = {
     b"1": "a link",
@@ -72,9 +70,15 @@ def _read_index(descriptor: int, archive_bytes: int) -> TarIndex:
     refused: dict[str, str] = {}
     try:
         for header, offset in _walk(descriptor, archive_bytes):
-            name = _safe_name(header.name)
-            if name is None or header.kind == FOLDER:
+            if header.name is None or header.kind == FOLDER:
                 continue
+            name = header.name
+            while name.startswith("./"):
+                name = name[2:]
+            try:
+                check_relative_path(name)
+            except UserError:
+                continue  # a name that no clip can have
             if len(members) + len(refused) >= MAX_MEMBERS:
                 raise MediaError(f"tar archive has more than {MAX_MEMBERS} members")
             members.pop(name, None)
@@ -95,7 +99,7 @@ class _DamagedTarError(Exception):
 
 
 def _walk(descriptor: int, archive_bytes: int) -> Iterator[tuple[_Header, int]]:
-    """Yield every member's header, long names applied, with the offset of its data."""
+    """Yield every member's header, extended headers applied, with the offset of its data."""
     offset, overrides = 0, {}
     while True:
         block = os.pread(descriptor, BLOCK_BYTES, offset)
@@ -104,27 +108,28 @@ def _walk(descriptor: int, archive_bytes: int) -> Iterator[tuple[_Header, int]]:
                 raise _DamagedTarError
             return  # a zero block or the end of the file ends the archive
         header = _parse_header(block)
-        data = _data_start(descriptor, offset, header, block)
+        data = offset + BLOCK_BYTES
+        has_more = header.kind == SPARSE and block[482]  # blocks that map the holes of GNU's sparse files
+        while has_more:
+            extension = os.pread(descriptor, BLOCK_BYTES, data)
+            if len(extension) < BLOCK_BYTES:
+                raise _DamagedTarError
+            data, has_more = data + BLOCK_BYTES, extension[504]
         if header.kind in EXTENDED:
-            overrides |= _read_extended(descriptor, header, data, archive_bytes)
+            if header.size > MAX_EXTENDED_BYTES or data + header.size > archive_bytes:
+                raise _DamagedTarError
+            content = os.pread(descriptor, header.size, data)
+            if header.kind == b"L":
+                overrides["path"] = _decode(content.split(b"\0", 1)[0])
+            elif header.kind == b"x":
+                overrides |= _parse_pax(content)
+            # b"K" names a link's target, b"g" holds defaults: neither matters here
         else:
             header, overrides = _apply(header, overrides), {}
             if data + header.size > archive_bytes:
                 raise _DamagedTarError
             yield header, data
         offset = data + -(-header.size // BLOCK_BYTES) * BLOCK_BYTES
-
-
-def _data_start(descriptor: int, offset: int, header: _Header, block: bytes) -> int:
-    """Where data begin: after the header and, for GNU's sparse files, after the blocks that map their holes."""
-    data = offset + BLOCK_BYTES
-    has_more = header.kind == SPARSE and block[482]
-    while has_more:
-        extension = os.pread(descriptor, BLOCK_BYTES, data)
-        if len(extension) < BLOCK_BYTES:
-            raise _DamagedTarError
-        data, has_more = data + BLOCK_BYTES, extension[504]
-    return data
 
 
 def _parse_header(block: bytes) -> _Header:
@@ -154,16 +159,6 @@ def _number(digits: bytes) -> int:
     return value
 
 
-def _read_extended(descriptor: int, header: _Header, data: int, archive_bytes: int) -> dict[str, str | None]:
-    """What a long-name or pax header says about the next member: `path`, `size` and GNU sparse keys."""
-    if header.size > MAX_EXTENDED_BYTES or data + header.size > archive_bytes:
-        raise _DamagedTarError
-    content = os.pread(descriptor, header.size, data)
-    if header.kind == b"L":
-        return {"path": _decode(content.split(b"\0", 1)[0])}
-    return _parse_pax(content) if header.kind == b"x" else {}  # b"K" names a link's target, b"g" holds defaults
-
-
 def _parse_pax(content: bytes) -> dict[str, str | None]:
     """`LENGTH key=value\\n` records; keys that do not matter here are dropped."""
     found: dict[str, str | None] = {}
@@ -182,7 +177,7 @@ def _parse_pax(content: bytes) -> dict[str, str | None]:
 
 
 def _apply(header: _Header, overrides: dict[str, str | None]) -> _Header:
-    """The header with what extended headers before it said."""
+    """The header with the path, size and sparse flag of the extended headers before it."""
     size = header.size
     if "size" in overrides and header.kind not in WITHOUT_DATA:
         text = overrides["size"] or ""
@@ -198,16 +193,3 @@ def _decode(name: bytes) -> str | None:
         return name.decode("utf-8")
     except UnicodeDecodeError:
         return None
-
-
-def _safe_name(name: str | None) -> str | None:
-    """The member's name without a leading "./", or None for a name that no clip can have."""
-    if name is None:
-        return None
-    while name.startswith("./"):
-        name = name[2:]
-    try:
-        check_relative_path(name)
-    except UserError:
-        return None
-    return name

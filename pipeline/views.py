@@ -1,7 +1,7 @@
-"""Views: the small frames that an encoder wants from the decoder.
+"""Views: which frames of a clip an encoder sees, and how each is resized.
 
-A view says how many frames of a clip an encoder sees and how each is resized. Decode processes make every distinct view
-once, so encoders with one rule share the work. Only plain values: encoder specs and `--help` import this module.
+Decode processes make every distinct view once, so encoders with the same rule share the work. Plain values only:
+encoder specs and `--help` import this module.
 """
 
 from __future__ import annotations
@@ -41,5 +41,5 @@ class View:
 
 
 def distinct_views(views: Iterable[View]) -> tuple[View, ...]:
-    """Each view once, in the order in which they are asked for."""
+    """Each view once, in order of first use."""
     return tuple(dict.fromkeys(views))

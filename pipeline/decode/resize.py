@@ -1,11 +1,11 @@
-"""Resize: one native RGB frame to one small square frame, as each encoder's own preprocessing does it.
+"""Resize one native RGB frame to one small square frame, as each encoder's own preprocessing does it.
 
-Two families exist in the encoders: Pillow's filters, which average over what they shrink, and torch's `interpolate`
-(align_corners=False, no antialias), which reads four pixels whatever the scale. The second is written in numpy,
-because importing torch would make every decode process 200 MB larger and a second slower to replace. It works on the
-crop alone: 4 x S x S pixels are read, however large or long the frame.
+There are two families: Pillow's filters, which average over what they shrink, and torch's `interpolate`
+(align_corners=False, no antialias), which reads four pixels whatever the scale. The second is written in numpy, because
+importing torch would make every decode process 200 MB larger and a second slower to replace; it reads 4 x S x S pixels,
+however large the frame.
 
-Legend: H W height and width of the frame, S side of the small frame, C = 3 channels RGB, uint8 throughout.
+H W height and width of the frame, S side of the small frame, C = 3 channels RGB, uint8 throughout.
 """
 
 from __future__ import annotations
@@ -22,52 +22,29 @@ PILLOW_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampl
 
 
 def resize(frame_HWC: np.ndarray, rule: ResizeRule) -> np.ndarray:
-    """uint8 [H, W, 3] -> uint8 [S, S, 3] by the rule."""
-    family = FAMILIES.get((rule.fit, rule.antialias))
-    if family is None:
-        known = "; ".join(f"fit={fit}, antialias={antialias}" for fit, antialias in FAMILIES)
-        raise UserError(f"no resize with fit={rule.fit!r}, antialias={rule.antialias}; known: {known}")
-    return family(frame_HWC, rule)
+    """uint8 [H, W, 3] -> uint8 [S, S, 3] by the rule.
 
-
-def _squash_pillow(frame_HWC: np.ndarray, rule: ResizeRule) -> np.ndarray:
-    """The whole frame to S x S, aspect ratio ignored: torchvision's Resize((S, S)) on a PIL image."""
+    - squash: the whole frame, aspect ratio ignored: torchvision's `Resize((S, S))`
+    - centre-crop: short side to S, centre S x S, without making the part that is cut off. With antialias torchvision's
+      `Resize(S)` and `CenterCrop(S)` on a PIL image; without, LanguageBind's video transform, on uint8
+    """
+    height, width = frame_HWC.shape[:2]
+    size = rule.size
+    if rule.fit not in ("squash", "centre-crop"):
+        raise UserError(f"no resize with fit={rule.fit!r}; use squash or centre-crop")
+    (scaled_height, scaled_width), (top, left) = (size, size), (0, 0)
+    if rule.fit == "centre-crop":
+        scaled_height, scaled_width = scaled_size(height, width, size)
+        top, left = crop_corner(scaled_height, scaled_width, size)
+    if not rule.antialias:
+        rows, columns = _taps(height, scaled_height, top, size), _taps(width, scaled_width, left, size)
+        return _interpolate(frame_HWC, rows, columns, rule)
+    box = None  # in pixels of the frame; None is the whole of it
+    if rule.fit == "centre-crop":
+        y_scale, x_scale = height / scaled_height, width / scaled_width
+        box = (left * x_scale, top * y_scale, (left + size) * x_scale, (top + size) * y_scale)
     image = Image.fromarray(np.ascontiguousarray(frame_HWC))
-    return np.asarray(image.resize((rule.size, rule.size), PILLOW_FILTERS[rule.filter]))
-
-
-def _crop_pillow(frame_HWC: np.ndarray, rule: ResizeRule) -> np.ndarray:
-    """Short side to S, centre S x S: torchvision's Resize(S) and CenterCrop(S), without making the cut-off part."""
-    height, width = frame_HWC.shape[:2]
-    long_height, long_width = scaled_size(height, width, rule.size)
-    top, left = crop_corner(long_height, long_width, rule.size)
-    y_scale, x_scale = height / long_height, width / long_width
-    box = (left * x_scale, top * y_scale, (left + rule.size) * x_scale, (top + rule.size) * y_scale)
-    image = Image.fromarray(np.ascontiguousarray(frame_HWC))
-    return np.asarray(image.resize((rule.size, rule.size), PILLOW_FILTERS[rule.filter], box=box))
-
-
-def _squash_torch(frame_HWC: np.ndarray, rule: ResizeRule) -> np.ndarray:
-    height, width = frame_HWC.shape[:2]
-    rows, columns = _taps(height, rule.size, 0, rule.size), _taps(width, rule.size, 0, rule.size)
-    return _interpolate(frame_HWC, rows, columns, rule)
-
-
-def _crop_torch(frame_HWC: np.ndarray, rule: ResizeRule) -> np.ndarray:
-    """Short side to S, long side to floor(ratio * S), centre crop: LanguageBind's video transform, on uint8."""
-    height, width = frame_HWC.shape[:2]
-    long_height, long_width = scaled_size(height, width, rule.size)
-    top, left = crop_corner(long_height, long_width, rule.size)
-    rows, columns = _taps(height, long_height, top, rule.size), _taps(width, long_width, left, rule.size)
-    return _interpolate(frame_HWC, rows, columns, rule)
-
-
-FAMILIES = {
-    ("squash", True): _squash_pillow,
-    ("centre-crop", True): _crop_pillow,
-    ("squash", False): _squash_torch,
-    ("centre-crop", False): _crop_torch,
-}
+    return np.asarray(image.resize((size, size), PILLOW_FILTERS[rule.filter], box=box))
 
 
 def scaled_size(height: int, width: int, size: int) -> tuple[int, int]:

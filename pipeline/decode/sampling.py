@@ -1,22 +1,7 @@
-"""What is asked of a decode process and what it gives back.
+"""The decode job, which frames of its clip are sampled, and the collector that resizes them.
 
-Plain values, light to import: the driver's side holds them, the child's side gets them as JSON. A job names the media
-by root and relative path; no open file and no frame of native size ever crosses the pipe.
-
-Collector: native frames come in one at a time, the small frames of every view go out.
-
-A reader asks `choose` which frame indices are wanted and calls `add` for each, in any order; a frame wanted twice is
-decoded and resized once. A native frame is dropped as soon as it is resized, so one native frame is the peak.
-
-Which frames of a clip are sampled: the reference's expression, literally.
-
-The public reference code (princetonvisualai/merv) computes, for N frames at `fps`,
-
-    np.linspace(start * fps, min(N - 1, end * fps - 1), 32, dtype=int)        start = 0, end = N / fps by default
-
-and an encoder with n frames takes every (32 // n)-th of these. It is kept to the letter, floating point included:
-N / fps * fps - 1 can fall just below N - 1, and then the last index is N - 2. That happens for about 3 % of (N, fps),
-so `linspace(0, N - 1)` is not the same rule. numpy's integer linspace rounds down.
+Plain values, light to import: the driver builds jobs and sends them to decode processes as JSON. A job names its media
+by root and relative path; no open file and no frame of native size crosses the pipe.
 """
 
 from __future__ import annotations
@@ -33,6 +18,7 @@ from pipeline.decode.resize import resize
 from pipeline.views import BASE_FRAMES, ResizeRule, View
 
 DEFAULT_DECODER = "frames/1"
+OUT_OF_MEMORY = "decoding needs more memory than a decode process may use"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +54,7 @@ class Decoded:
 
     frames: dict[View, np.ndarray] = field(repr=False)
     """uint8 [view.num_frames, S, S, 3] RGB for a video; [1, S, S, 3] for a still, which the encoder repeats."""
-    media_sha256: str  # of the media's bytes: see `digests.media_sha256`
+    media_sha256: str  # of the media's bytes: see `media.Source.sha256`
     decoder: str  # what made the pixels, for the receipt: no versions, the same on every machine
     num_frames: int  # N of the whole media as the reader counts; 1 for a still
     fps: float  # average frames per second; 0.0 where the media has no clock (stills, GIFs)
@@ -85,7 +71,7 @@ class FailedClipError(MediaError):
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What a reader says about the media it has read."""
+    """What a reader reports about the media it has read."""
 
     num_frames: int  # N, in presentation order, what is shown only
     fps: float  # average; 0.0 without a clock
@@ -95,11 +81,28 @@ class Reading:
 def frame_indices(clip: Clip, num_frames: int, fps: float) -> np.ndarray:
     """int64 [BASE_FRAMES]: indices into the media's frames in presentation order, never out of range.
 
+    The reference code (princetonvisualai/merv) computes, for N frames at `fps`,
+
+        np.linspace(start * fps, min(N - 1, end * fps - 1), 32, dtype=int)        start = 0, end = N / fps by default
+
+    and an encoder with n frames takes every (32 // n)-th of these. It is kept literally, floating point included:
+    N / fps * fps - 1 can fall just below N - 1, and then the last index is N - 2. That happens for about 3 % of
+    (N, fps), so `linspace(0, N - 1)` is not the same rule. numpy's integer linspace rounds down.
+
     fps 0.0 means that the media has no clock (a GIF): the whole of it is sampled, and a span is an error.
     """
     if num_frames < 1:
         raise MediaError("video holds no frames")
-    first, last = _bounds(clip, num_frames, fps)
+    if clip.end_frame is not None:
+        first, last = 0, min(num_frames - 1, clip.end_frame)
+    elif not fps > 0:
+        if clip.start_s is not None or clip.end_s is not None:
+            raise MediaError("span in seconds of media that has no frame rate")
+        first, last = 0, num_frames - 1
+    else:
+        start = 0 if clip.start_s is None else clip.start_s
+        end = num_frames / fps if clip.end_s is None else clip.end_s
+        first, last = start * fps, min(num_frames - 1, end * fps - 1)
     if first > num_frames - 1:
         raise MediaError("span begins beyond the end of the video")
     indices = np.linspace(first, last, BASE_FRAMES, dtype=int)
@@ -115,22 +118,13 @@ def every_nth(num_frames: int) -> slice:
     return slice(None, None, BASE_FRAMES // num_frames)
 
 
-def _bounds(clip: Clip, num_frames: int, fps: float) -> tuple[float, float]:
-    """First and last position, in frames, as the reference has them."""
-    if clip.end_frame is not None:
-        return 0, min(num_frames - 1, clip.end_frame)
-    has_span = clip.start_s is not None or clip.end_s is not None
-    if not fps > 0:
-        if has_span:
-            raise MediaError("span in seconds of media that has no frame rate")
-        return 0, num_frames - 1
-    start = 0 if clip.start_s is None else clip.start_s
-    end = num_frames / fps if clip.end_s is None else clip.end_s
-    return start * fps, min(num_frames - 1, end * fps - 1)
-
-
 class FrameCollector:
-    """The views of one job, being filled."""
+    """Resizes native frames, one at a time, into the arrays of a job's views.
+
+    A reader calls `choose` for the frame indices that are wanted and `add` for each of them, in any order. A frame
+    wanted twice is decoded and resized once, and a native frame is dropped as soon as it is resized, so one native
+    frame is the peak.
+    """
 
     def __init__(self, job: DecodeJob) -> None:
         self._job = job
@@ -141,13 +135,20 @@ class FrameCollector:
     def choose(self, num_frames: int, fps: float) -> list[int]:
         """Frame indices wanted of media with `num_frames` frames: distinct, ascending.
 
-        Called again, with a better count, it starts anew.
+        A second call, with a better count, starts over.
         """
-        job = self._job
-        if job.clip.kind == "image":
-            return self._expect({view: np.zeros(1, dtype=int) for view in job.views})
-        indices = frame_indices(job.clip, num_frames, fps)
-        return self._expect({view: indices[every_nth(view.num_frames)] for view in job.views})
+        if self._job.clip.kind == "image":
+            wanted = {view: np.zeros(1, dtype=int) for view in self._job.views}
+        else:
+            indices = frame_indices(self._job.clip, num_frames, fps)
+            wanted = {view: indices[every_nth(view.num_frames)] for view in self._job.views}
+        self._slots = {}
+        for view, indices in wanted.items():
+            self._frames[view] = np.zeros((len(indices), view.rule.size, view.rule.size, 3), dtype=np.uint8)
+            for position, index in enumerate(indices.tolist()):
+                self._slots.setdefault(index, {}).setdefault(view, []).append(position)
+        self._missing = set(self._slots)
+        return sorted(self._slots)
 
     def add(self, index: int, frame_HWC: np.ndarray) -> None:
         """Bring one native RGB frame, uint8 [H, W, 3], to every view that wants it."""
@@ -159,20 +160,10 @@ class FrameCollector:
         self._missing.discard(index)
 
     def missing(self) -> list[int]:
-        """Chosen indices that no frame came for, ascending."""
+        """Chosen indices that no frame was added for, ascending."""
         return sorted(self._missing)
 
     def frames(self) -> dict[View, np.ndarray]:
-        """The filled views; every chosen index must have come."""
+        """The filled views; every chosen index must have been added."""
         assert not self._missing, f"reader returned without frames {self.missing()[:5]}"
         return self._frames
-
-    def _expect(self, indices: dict[View, np.ndarray]) -> list[int]:
-        self._slots = {}
-        for view, wanted in indices.items():
-            shape = (len(wanted), view.rule.size, view.rule.size, 3)
-            self._frames[view] = np.zeros(shape, dtype=np.uint8)
-            for position, index in enumerate(wanted.tolist()):
-                self._slots.setdefault(index, {}).setdefault(view, []).append(position)
-        self._missing = set(self._slots)
-        return sorted(self._slots)

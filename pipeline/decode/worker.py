@@ -1,16 +1,15 @@
-"""A decode process: takes jobs from its standard input, answers on its standard output, until the pipe closes.
+"""A decode process: reads jobs from its standard input and writes results to its standard output until the pipe closes.
 
-Started by the pool as `python -P -m pipeline.decode.worker`; -P keeps a folder of the user's named pipeline/ in the
-working directory from being imported in our place. The process is meant to be killed: it holds nothing that
-matters, and it limits its own memory and processor time, because media can make a decoder ask for any amount of both.
-
-Messages between the pool and its decode processes: a JSON header and raw bytes behind it, over pipes.
+The pool starts it as `python -P -m pipeline.decode.worker`; -P keeps a folder named pipeline/ in the user's working
+directory from being imported instead. It may be killed at any time, and limits its own memory and processor time,
+because media can make a decoder use any amount of both. The pool imports this module for the message format below, so
+decoders are imported in `main`.
 
     8 bytes   lengths of header and body, two big-endian uint32
     header    JSON
     body      frames, uint8, one view after the other
 
-No pickle: a decode process reads files from strangers, and what it sends back must not be able to run code.
+No pickle: a decode process reads untrusted files, and what it sends back must not be able to run code.
 """
 
 from __future__ import annotations
@@ -27,25 +26,27 @@ import struct
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 from mervcache.errors import MediaError, RunStoppedError, UserError
-from pipeline.decode.decoders import OUT_OF_MEMORY, decode_clip
-from pipeline.decode.sampling import Decoded, DecodeJob
+from pipeline.decode.sampling import OUT_OF_MEMORY, Decoded, DecodeJob
 from pipeline.media import Source
 
 LENGTHS = struct.Struct(">II")
 MAX_HEADER_BYTES = 1 << 20
 MAX_BODY_BYTES = 1 << 31  # 2 GiB: 32 frames of 4,000 x 4,000 pixels
-SLOWEST_BYTES_PER_S = 4e6  # media is given this long on top of the timeout: a 1 GB file four minutes more
+SLOWEST_BYTES_PER_S = 4e6  # added to the timeout for reading the media: four minutes for a file of 1 GB
+CPU_SLACK = 2.0  # processor seconds per second allowed, so that the parent's deadline comes first
+PR_SET_PDEATHSIG = 1  # Linux's prctl option: the signal to get when the parent dies
 
 
 class PipeClosedError(Exception):
-    """The other side is gone."""
+    """The other process closed the pipe or broke the message format."""
 
 
 class DeadlineError(Exception):
-    """Nothing complete came in time."""
+    """No complete message arrived in time."""
 
 
 def allowed_s(timeout_s: float, media_bytes: int) -> float:
@@ -81,25 +82,16 @@ def _read_exactly(pipe: int, num_bytes: int, deadline: float | None) -> bytearra
     data = bytearray(num_bytes)
     view = memoryview(data)
     while view:
-        _wait_readable(pipe, deadline)
+        if deadline is not None:
+            poll = select.poll()  # not select(): a driver may hold more than 1,024 open files
+            poll.register(pipe, select.POLLIN)
+            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                raise DeadlineError
         count = os.readv(pipe, [view])
         if count == 0:
             raise PipeClosedError
         view = view[count:]
     return data
-
-
-def _wait_readable(pipe: int, deadline: float | None) -> None:
-    if deadline is None:
-        return
-    poll = select.poll()  # not select(): a driver may hold more than 1,024 open files
-    poll.register(pipe, select.POLLIN)
-    if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-        raise DeadlineError
-
-
-CPU_SLACK = 2.0  # processor seconds per second allowed: the parent's clock is to strike first
-PR_SET_PDEATHSIG = 1  # Linux's prctl option: the signal to get when the parent dies
 
 
 def main() -> None:
@@ -109,66 +101,65 @@ def main() -> None:
     parser.add_argument("--parent", type=int, default=0, help="process id of the parent")
     arguments = parser.parse_args()
     die_with_parent(arguments.parent)
+    from pipeline.decode.decoders import decode_clip  # FFmpeg's libraries; before "ready", so that no job pays for it
+
     if arguments.memory_bytes:
         resource.setrlimit(resource.RLIMIT_AS, (arguments.memory_bytes, arguments.memory_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash is an answer, not a file of 4 GB
-    jobs, answers = _take_over_pipes()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash is reported, no core file of 4 GB is written
+    # both pipes move to other numbers, so that nothing a library prints or reads can reach them
+    jobs, results = os.dup(0), os.dup(1)
+    devnull = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(devnull, 0)
+    os.dup2(2, 1)
+    os.close(devnull)
     try:
-        send(answers, {"ready": os.getpid()})
+        send(results, {"ready": os.getpid()})
         while True:
             record, _ = receive(jobs)
-            _serve(record, answers)
+            _serve(record, results, decode_clip)
     except PipeClosedError:
         return
 
 
-def _serve(record: dict[str, Any], answers: int) -> None:
-    """Decode one job and answer; every outcome but a crash is an answer."""
+def _serve(record: dict[str, Any], results: int, decode_clip: Callable[..., Decoded]) -> None:
+    """Decode one job and send its result; every outcome but a crash is a result."""
     job = DecodeJob.from_record(record["job"])
     try:
         media_bytes = Source.find(job.root, job.clip.path).num_bytes
-        send(answers, {"started": media_bytes})
+        send(results, {"started": media_bytes})
         _limit_processor_time(CPU_SLACK * allowed_s(record["timeout_s"], media_bytes))
-        decoded = decode_clip(job, on_read=lambda: send(answers, {"read": True}))
+        decoded = decode_clip(job, on_read=lambda: send(results, {"read": True}))
     except PipeClosedError:
         raise
     except Exception as error:
-        send(answers, _error_record(error))
+        match error:
+            case MediaError():
+                kind, message = "media", str(error)
+            case UserError():
+                kind, message = "user", str(error)
+            case RunStoppedError():
+                kind, message = "stopped", str(error)
+            case MemoryError():
+                kind, message = "media", OUT_OF_MEMORY
+            case OSError():
+                kind, message = "stopped", f"decode process: {error}"
+            case _:  # foreseen by no reader: recorded by its type, traceback on stderr
+                traceback.print_exception(error)
+                kind, message = "media", f"decoder failed: {type(error).__name__}"
+        send(results, {"error": kind, "message": message, "media_sha256": getattr(error, "media_sha256", None)})
         return
     frames = [decoded.frames[view] for view in job.views]
-    header = {"decoded": _decoded_record(decoded), "shapes": [list(array.shape) for array in frames]}
-    send(answers, header, *(array.reshape(-1).data for array in frames))
-
-
-def _error_record(error: Exception) -> dict[str, Any]:
-    """The answer for a clip that did not decode; what no reader foresaw is named by type, its traceback on stderr."""
-    if isinstance(error, MediaError):
-        return {"error": "media", "message": str(error), "media_sha256": getattr(error, "media_sha256", None)}
-    if isinstance(error, UserError):
-        return {"error": "user", "message": str(error)}
-    if isinstance(error, RunStoppedError):
-        return {"error": "stopped", "message": str(error)}
-    if isinstance(error, MemoryError):
-        return {"error": "media", "message": OUT_OF_MEMORY}
-    if isinstance(error, OSError):
-        return {"error": "stopped", "message": f"decode process: {error}"}
-    traceback.print_exception(error)
-    return {"error": "media", "message": f"decoder failed: {type(error).__name__}"}
-
-
-def _decoded_record(decoded: Decoded) -> dict[str, Any]:
-    names = ("media_sha256", "decoder", "num_frames", "fps", "seconds")
-    return {name: getattr(decoded, name) for name in names}
-
-
-def _take_over_pipes() -> tuple[int, int]:
-    """The two pipes under other numbers, so that whatever a library prints or reads cannot reach them."""
-    jobs, answers = os.dup(0), os.dup(1)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.dup2(2, 1)
-    os.close(nothing)
-    return jobs, answers
+    header = {
+        "decoded": {
+            "media_sha256": decoded.media_sha256,
+            "decoder": decoded.decoder,
+            "num_frames": decoded.num_frames,
+            "fps": decoded.fps,
+            "seconds": decoded.seconds,
+        },
+        "shapes": [list(array.shape) for array in frames],
+    }
+    send(results, header, *(array.reshape(-1).data for array in frames))
 
 
 def _limit_processor_time(cpu_s: float) -> None:
@@ -184,7 +175,7 @@ def die_with_parent(parent: int) -> None:
     """Have the kernel end this process when its parent dies, even while it spins in native code (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if parent and os.getppid() != parent:  # it died before we asked
+    if parent and os.getppid() != parent:  # it died before the call above
         sys.exit(1)
 
 

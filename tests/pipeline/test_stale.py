@@ -9,7 +9,7 @@ import pytest
 from featurestore.clips import Clip
 from featurestore.records import driver_runs
 from featurestore.writer import StoreWriter
-from pipeline.media import Source, media_memory, newest_touch_s
+from pipeline.media import DigestCache, Source, newest_touch_s
 from pipeline.refresh import CLOCK_SLACK_S, _file_touch_s, _Rows, _Runs, _Stored
 from pipeline.summary import ExtractSummary
 from pipeline.worker.reports import BlockReport, EncoderWork
@@ -115,20 +115,20 @@ def test_a_folder_of_frames_is_remembered_until_one_of_them_is_touched(tmp_path)
     (tmp_path / "frames").mkdir()
     for number in range(3):
         (tmp_path / "frames" / f"{number}.png").write_bytes(b"%d" % number)
-    with media_memory(lambda: tmp_path / "m.sqlite") as memory:
+    with DigestCache(tmp_path / "m.sqlite") as cache:
         source = Source.find(str(tmp_path), "frames")
         assert newest_touch_s(source) > 0
-        assert memory.known(source) is None
-        assert memory.sha256(source) == source.sha256()
-    with media_memory(lambda: tmp_path / "m.sqlite") as memory:
-        assert memory.known(source) == source.sha256()
+        assert cache.known(source) is None
+        assert cache.sha256(source) == source.sha256()
+    with DigestCache(tmp_path / "m.sqlite") as cache:
+        assert cache.known(source) == source.sha256()
         os.utime(tmp_path / "frames" / "1.png", (5, 5))
-        assert memory.known(source) is None
+        assert cache.known(source) is None
 
 
 def test_a_memory_that_is_no_database_remembers_nothing_and_ends_nothing(tmp_path):
     (tmp_path / "m.sqlite").write_bytes(b"no database at all" * 100)
     (tmp_path / "a.mp4").write_bytes(b"a")
     source = Source.find(str(tmp_path), "a.mp4")
-    with media_memory(lambda: tmp_path / "m.sqlite") as memory:
-        assert memory.sha256(source) == source.sha256()
+    with DigestCache(tmp_path / "m.sqlite") as cache:
+        assert cache.sha256(source) == source.sha256()

@@ -111,9 +111,7 @@ def test_what_is_not_the_clips_doing_stops_the_run_and_blames_no_clip(studio, cl
     hanging = studio.film("hangs.mp4")
     with DecodePool(2, timeout_s=1.0, worker_command=HOSTILE) as pool:
         stalled, killed = pool.submit(studio.job(hanging)), pool.submit(studio.job(clip_file, decoder="be_killed"))
-        with pytest.raises(
-            RunStoppedError, match=r"the bytes of hangs.mp4 .* did not come in time, twice: .* share hangs"
-        ):
+        with pytest.raises(RunStoppedError, match=r"hangs.mp4 .* twice: .* share hangs"):
             stalled.result()
         with pytest.raises(
             RunStoppedError, match=r"a.mp4 was killed from outside \(signal SIGKILL\), twice; .* memory"
@@ -141,7 +139,7 @@ def test_process_that_cannot_start_stops_the_run_with_its_last_words(studio, cli
     command = (sys.executable, "-P", "-c", "import sys; sys.exit('no such library')")
     with (
         DecodePool(1, worker_command=command) as pool,
-        pytest.raises(RunStoppedError, match="did not start; it said: no such library"),
+        pytest.raises(RunStoppedError, match="did not start; .* no such library"),
     ):
         pool.submit(studio.job(clip_file)).result()
     with (
