@@ -26,16 +26,16 @@ def no_file(path: object) -> str:
     return f"there is no file {path}; give a video or an image that exists"
 
 
-class ClusterError(Exception):
-    """The cluster asked for cannot be started or reached; the message says what to do."""
-
-
 class MervCacheError(Exception):
     """Root of all errors that carry a message for a person: what is wrong, the values, what to do next."""
 
 
 class UserError(MervCacheError):
     """The request cannot be done as asked."""
+
+
+class ClusterError(MervCacheError):
+    """The requested cluster cannot be started or reached."""
 
 
 class StoreError(MervCacheError):

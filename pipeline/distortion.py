@@ -36,7 +36,7 @@ from featurestore.quality import TokenRecord, TokenRow, now
 from featurestore.records import driver_runs
 from featurestore.store import FeatureStore
 from featurestore.writer import GroupWriter, StoreWriter
-from mervcache.console import SILENT, ProgressCallback
+from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import UserError
 from pipeline.parity import encode_clips, engine_without_encoders, load_as_stored
 from pipeline.summary import media_roots
@@ -73,7 +73,7 @@ def measure_distortion(
     seed: int = 0,
     scratch: Path | None = None,
     again: Again | None = None,
-    progress: ProgressCallback = SILENT,
+    progress: ProgressLine = SILENT,
 ) -> TokenRecord:
     """Measure every storage dtype on at most `sample` clips of each encoder and kind, chosen by `seed`.
 

@@ -29,7 +29,7 @@ from featurestore.records import driver_runs
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
 from featurestore.zarr_metadata import clip_bytes
-from mervcache.console import SILENT, ProgressCallback
+from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import MediaError, UserError
 from pipeline.config import RUN_ONLY_SETTINGS, EncoderSettings, ExtractConfig, read_config
 from pipeline.datasets import DatasetListing, list_clips
@@ -207,7 +207,7 @@ def explain(
     settings: str = "the config",
     full: bool = False,
     probe: int = 0,
-    progress: ProgressCallback = SILENT,
+    progress: ProgressLine = SILENT,
     say: Say = lambda line: None,
 ) -> Explanation:
     """What `extract` would do with this config; `full` reads every medium, `probe` clips of each kind are encoded."""

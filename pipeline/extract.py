@@ -46,7 +46,7 @@ from jobs.clusters import check_cluster, check_scheduler, connect
 from jobs.metrics import dashboard_lines, performance_report
 from jobs.run import Listener, Outcome, Task, run_tasks
 from jobs.settings import ClusterRequest
-from mervcache.console import Counts, RunProgress
+from mervcache.console import Counts, ProgressLine
 from mervcache.errors import MervCacheError, RunStoppedError
 from pipeline.config import ExtractConfig
 from pipeline.datasets import DatasetListing, list_clips
@@ -80,7 +80,7 @@ def run_blocks(
     """Hand out the tasks and count what comes back; readers see the store grow meanwhile."""
     published = time.monotonic()
     with (
-        RunProgress("extract", total=total, unit="clips", quiet=quiet) as progress,
+        ProgressLine("extract", total=total, unit="clips", quiet=quiet) as progress,
         closing(_outcomes(client, tasks, progress, config.cluster_request)) as outcomes,
     ):
         for outcome in outcomes:
@@ -94,7 +94,7 @@ def run_blocks(
 
 
 def _outcomes(
-    client: Client, tasks: Iterator[Task], progress: RunProgress, request: ClusterRequest
+    client: Client, tasks: Iterator[Task], progress: ProgressLine, request: ClusterRequest
 ) -> Iterator[Outcome]:
     """Outcomes as blocks end; what happens meanwhile moves the progress line."""
     from pipeline.worker.isolate import compute_block, extract_suspect
@@ -119,7 +119,7 @@ def _waiting(seconds: float, limit_s: float) -> str:
     return f"no worker for {seconds:.0f} s, stops after {limit_s:.0f} s" if seconds else ""
 
 
-def _count(outcome: Outcome, summary: ExtractSummary, progress: RunProgress) -> None:
+def _count(outcome: Outcome, summary: ExtractSummary, progress: ProgressLine) -> None:
     """Count a block that is done; raise for one that could not be computed."""
     if outcome.error is not None:
         if isinstance(outcome.error, RunStoppedError):

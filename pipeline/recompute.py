@@ -31,7 +31,7 @@ from featurestore.records import Receipt, maker_of
 from featurestore.schemas import table_to_clips
 from featurestore.store import FeatureStore
 from featurestore.writer import GroupWriter, StoreWriter
-from mervcache.console import SILENT, ProgressCallback
+from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import MervCacheError, UserError
 from pipeline.config import AUTO, ExtractConfig, read_config
 from pipeline.media import Source, newest_touch_s
@@ -123,7 +123,7 @@ def verify_media(
     *,
     root: str | None = None,
     workers: int = 2,
-    progress: ProgressCallback = SILENT,
+    progress: ProgressLine = SILENT,
 ) -> list[Finding]:
     """Media that are gone or whose bytes are no longer those that the receipts name; keys are clip ids."""
     if level not in MEDIA_LEVELS:

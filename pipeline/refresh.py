@@ -34,7 +34,7 @@ from featurestore.reader import encoder_keys
 from featurestore.records import RowOutcome, driver_runs, tombstoned_clips
 from featurestore.snapshots import column, load_snapshot, newest_snapshot_id, read_snapshot_table
 from featurestore.writer import StoreWriter
-from mervcache.console import SILENT, ProgressCallback
+from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import MediaError, MervCacheError
 from pipeline.datasets import DatasetListing
 from pipeline.media import DigestCache, Source, newest_touch_s
@@ -93,7 +93,7 @@ def stale_media(
     *,
     full: bool = False,
     budget_bytes: int | None = None,  # read at most so much; None: whatever it takes
-    progress: ProgressCallback = SILENT,
+    progress: ProgressLine = SILENT,
     on_compare: Callable[[int, int], None] = lambda clips, num_bytes: None,
 ) -> StaleMedia:
     """Which listed clips' tokens, at the newest snapshot, were made from other bytes than their media hold now.
@@ -136,7 +136,7 @@ class _Media:
     memory: DigestCache
     runs: _Runs
     full: bool  # take no date and no remembered digest for an answer
-    progress: ProgressCallback  # advanced once for each clip that is done with
+    progress: ProgressLine  # advanced once for each clip that is done with
 
     def scan_all(self, some: Iterable[_Stored]) -> list[_Scan]:
         """A look at each of the clips; those whose media need no reading are done with."""

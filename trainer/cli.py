@@ -30,8 +30,8 @@ from click.core import ParameterSource
 
 from featurestore.locate import FEATURES, ROOT_METADATA, Place, find_store, is_url, names_of, no_store_at
 from mervcache.config import load_yaml
-from mervcache.console import CONTEXT, handle_errors, print_result, report_saved, say, stacked
-from mervcache.errors import MervCacheError, StoreNotFoundError, UserError, no_file
+from mervcache.console import CONTEXT, echo, handle_errors, print_result, report_saved, stacked
+from mervcache.errors import StoreNotFoundError, UserError, no_file
 from trainer.config import (
     FULL_RECIPE,
     FUSIONS,
@@ -139,7 +139,7 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 
 handle_cli_errors = handle_errors(
-    MervCacheError, interrupted="Interrupted. What was written is kept; merv-train goes on with --resume auto."
+    interrupted="Interrupted. What was written is kept; merv-train goes on with --resume auto."
 )
 
 
@@ -509,7 +509,7 @@ def eval_ask(questions: tuple[str, ...], checkpoint: Path, as_json: bool, **opti
 
     with Asker(checkpoint, weights=weights) as asker:
         for note in asker.notes:
-            say(note)
+            echo(note)
         asked = [questions] if questions else ([line] for line in iter(_next_question, ""))
         for part in asked:
             answers = asker.answers(part, **options)

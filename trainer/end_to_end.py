@@ -63,7 +63,7 @@ from torch import Tensor, nn
 from featurestore import FeatureIdentity, Sample
 from featurestore.clips import KINDS, Clip
 from featurestore.storage_dtypes import OverflowedTokens, from_stored, to_stored
-from mervcache.console import Bar
+from mervcache.console import ProgressLine
 from mervcache.errors import MediaError, UserError, unknown_name
 from mervcache.files import canonical_json
 from pipeline.align import align, align_time
@@ -100,8 +100,8 @@ class MediaCheck:
             self._load()
         if not unknown:
             return
-        with _appending(self._path) as file, Bar("decoding every clip once", total=len(unknown)) as bar:
-            for record in bar.over(_outcomes(unknown, submit, limit)):
+        with _appending(self._path) as file, ProgressLine("decode", total=len(unknown), unit="clips") as line:
+            for record in line.over(_outcomes(unknown, submit, limit)):
                 self._keep(record)
                 file.write(f"\n{json.dumps(record)}")  # the end of a line that a killed run left comes first
                 file.flush()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from featurestore.clips import Sample
-from mervcache.console import Bar, say
+from mervcache.console import ProgressLine, echo
 from mervcache.errors import UserError
 from trainer.config import LISTING, LiveRequest
 from trainer.data.tokens import TokenSource
@@ -99,9 +99,9 @@ def report(run: LoadedRun, answers: Sequence[Answer], beside: Mapping[str, Seque
 
 
 def _answers(run: LoadedRun, asked: Sequence[Sample], source: TokenSource, request: EvaluationRequest) -> list[Answer]:
-    with Bar("questions", total=len(asked)) as bar:
+    with ProgressLine("score", total=len(asked), unit="questions") as line:
         answers = answer_all(run.built, asked, source, batch_size=request.batch_size, device=_device())
-        return list(bar.over(answers))
+        return list(line.over(answers))
 
 
 def _answers_beside(path: Path, asked: Sequence[Sample], place: TokenPlace, request: EvaluationRequest) -> list[Answer]:
@@ -149,4 +149,4 @@ def _keep_scores(run: Path, result: Mapping[str, Any], source: ScoreSource) -> N
     try:
         write_scores(last_stage(run), result, source)
     except OSError as error:
-        say(f"the scores were not kept in {run}: {error.strerror}")
+        echo(f"the scores were not kept in {run}: {error.strerror}")

@@ -110,7 +110,7 @@ from featurestore.zarr_metadata import (
     read_group,
     root_document,
 )
-from mervcache.console import SILENT, ProgressCallback
+from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import MediaError, MervCacheError, StoreError, StoreFormatError, StoreNotFoundError, UserError
 from mervcache.files import sha256_hex
 
@@ -755,7 +755,7 @@ def repair_store(
     canaries: MakeReferenceClips | None = None,
     new_bytes: bool = False,
     say: Callable[[Repaired], None] = lambda done: None,
-    progress: ProgressCallback = SILENT,
+    progress: ProgressLine = SILENT,
 ) -> list[Repaired]:
     """Put right what a full verification finds; [] for a sound store, which is left exactly as it is.
 
@@ -782,7 +782,7 @@ class _Repair:
         other: Objects | None,
         files: FileMender,
         say: Callable[[Repaired], None],
-        progress: ProgressCallback,
+        progress: ProgressLine,
     ) -> None:
         self._objects, self._other, self._files, self._say = objects, other, files, say
         self._progress = progress

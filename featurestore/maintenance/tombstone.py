@@ -48,7 +48,7 @@ from featurestore.snapshots import ClipIndex
 from featurestore.store import clips_named
 from featurestore.writer import GroupWriter, StoreWriter
 from featurestore.zarr_metadata import ArraySpec, encoder_groups
-from mervcache.console import SILENT, ProgressCallback
+from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import StoreDamagedError, UserError
 from mervcache.files import sha256_hex
 
@@ -165,7 +165,7 @@ def tombstone(
     reason: str,
     date: str | None = None,
     all_copies: bool | None = None,
-    progress: ProgressCallback = SILENT,
+    progress: ProgressLine = SILENT,
 ) -> dict[str, object]:
     """Remove clips from a store for good; returns what was done.
 
@@ -216,7 +216,7 @@ def _undecided(same: Sequence[str]) -> str:
     )
 
 
-def erase_tombstoned(writer: StoreWriter, progress: ProgressCallback = SILENT) -> int:
+def erase_tombstoned(writer: StoreWriter, progress: ProgressLine = SILENT) -> int:
     """Take whatever the store's tombstones name off the disk; returns how many blocks were rewritten.
 
     For a store that took over tombstones from another one (pull, union), and for one whose tombstone was cut short.

@@ -91,7 +91,7 @@ from featurestore.zarr_metadata import (
     root_document,
     without_digest,
 )
-from mervcache.console import SILENT, ProgressCallback
+from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import MervCacheError, StoreNotFoundError, UserError
 from mervcache.files import sha256_hex
 
@@ -317,7 +317,7 @@ def verify_store(
     level: Level = "quick",
     *,
     workers: int = WORKERS,
-    progress: ProgressCallback = SILENT,
+    progress: ProgressLine = SILENT,
 ) -> list[Finding]:
     """Everything that is damaged, missing or out of place, damage first; an empty list is a sound store.
 
@@ -336,9 +336,7 @@ def verify_store(
 class Verification:
     """One pass over a store; collects findings."""
 
-    def __init__(
-        self, objects: Objects, *, is_full: bool, workers: int = 1, progress: ProgressCallback = SILENT
-    ) -> None:
+    def __init__(self, objects: Objects, *, is_full: bool, workers: int = 1, progress: ProgressLine = SILENT) -> None:
         self.objects = objects
         self.is_full = is_full
         self.workers = workers

@@ -61,7 +61,7 @@ from featurestore.schemas import (
 from featurestore.snapshots import read_table, table_bytes
 from featurestore.transfer.merge import Cell, CellGroup, CellSource, LoadedCell, Selection, check_cell, decoded_cell
 from featurestore.zarr_metadata import CODECS, ArraySpec, array_specs, parse_identity
-from mervcache.console import SILENT, ProgressCallback
+from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import StoreDamagedError, StoreFormatError, UserError, unknown_name
 from mervcache.files import canonical_json, load_json, sha256_hex
 
@@ -91,7 +91,7 @@ def export(
     *,
     format: str,
     selection: Selection | None = None,
-    progress: ProgressCallback = SILENT,
+    progress: ProgressLine = SILENT,
 ) -> Exported:
     """Write the selected cells into an empty folder."""
     if format not in FORMATS:
@@ -149,7 +149,7 @@ def _export_group(
     name: str,
     numbered: list[tuple[int, Clip]],
     format: str,
-    progress: ProgressCallback,
+    progress: ProgressLine,
 ) -> int:
     kind = name.split("/")[0]
     group, size = source.groups()[name], source.block_rows[kind]

@@ -45,7 +45,7 @@ from featurestore.snapshots import column, load_snapshot, read_snapshot_table
 from featurestore.store import FeatureStore
 from featurestore.writer import BlockWriter, GroupWriter, StoreWriter
 from featurestore.zarr_metadata import ArraySpec, GroupRecord, read_arrays
-from mervcache.console import SILENT, ProgressCallback
+from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import StoreDamagedError, UserError, unknown_name
 from mervcache.files import record_digest
 
@@ -432,7 +432,7 @@ def combine(
     out: Place,
     *,
     selection: Selection | None = None,
-    progress: ProgressCallback = SILENT,
+    progress: ProgressLine = SILENT,
 ) -> Combined:
     """Lay the selected cells of the sources into `out`, a new store or one that an interrupted run left."""
     for source in sources:
@@ -535,7 +535,7 @@ def _fill_group(
     group: CellGroup,
     chosen: Chosen,
     done: Combined,
-    progress: ProgressCallback,
+    progress: ProgressLine,
 ) -> None:
     kind = name.split("/")[0]
     rows: dict[int, list[tuple[int, Clip]]] = {}

@@ -57,7 +57,7 @@ from featurestore.transfer.dataset_card import write_card
 from featurestore.transfer.merge import Selection
 from featurestore.writer import StoreWriter, create_or_open_group
 from featurestore.zarr_metadata import read_arrays
-from mervcache.console import SILENT, ProgressCallback
+from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import StoreDamagedError, StoreError, StoreNotFoundError, UserError
 from mervcache.files import sha256_hex
 
@@ -196,7 +196,7 @@ def transfer(
     workers: int = WORKERS,
     check: bool = False,
     with_journal: bool = True,
-    progress: ProgressCallback = SILENT,
+    progress: ProgressLine = SILENT,
 ) -> Transferred:
     """Bring a destination up to the source's newest snapshot; resumable, and a no-op where nothing is new.
 
@@ -290,7 +290,7 @@ def _send_all(
     done: Transferred,
     *,
     workers: int,
-    progress: ProgressCallback,
+    progress: ProgressLine,
 ) -> None:
     """Send the parcels; where puts are gathered, what was sent is read back in a pass of its own."""
     send = partial(_send_parcels, trip, done, workers=workers, progress=progress)
@@ -306,7 +306,7 @@ def _send_parcels(
     *,
     workers: int,
     check: bool,
-    progress: ProgressCallback,
+    progress: ProgressLine,
 ) -> None:
     """Send the parcels; progress counts bytes sent or, with check, all bytes read back."""
     sizes = trip.target.list_tree()

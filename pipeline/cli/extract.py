@@ -22,7 +22,7 @@ import click
 
 from featurestore.locate import Place, find_store, store_first
 from jobs.slurm import TEMPLATES, submit_script
-from mervcache.console import CONTEXT, say
+from mervcache.console import CONTEXT, ProgressLine, echo, handle_interrupts
 from pipeline.cli.options import (
     AS_JSON,
     CLUSTER_OPTION,
@@ -32,9 +32,7 @@ from pipeline.cli.options import (
     extraction_options,
     given_options,
     handle_cli_errors,
-    handle_interrupts,
     print_result,
-    progress,
     takes_store,
 )
 from pipeline.cli.share import SHARE_COMMANDS
@@ -80,9 +78,9 @@ def explain(
     if print_config:
         click.echo(config.to_yaml(), nl=False)
         return
-    with progress("media", "clips") as shown:
+    with ProgressLine("media", unit="clips") as progress:
         found = run_explain(
-            store, config, settings=settings, full=media == "full", probe=probe, progress=shown, say=say
+            store, config, settings=settings, full=media == "full", probe=probe, progress=progress, say=echo
         )
     from pipeline.cli.render import explanation
 
@@ -216,7 +214,7 @@ def main() -> None:
 @AS_JSON
 def extract(config_file: str | None, print_config: bool, as_json: bool, **options: Any) -> None:
     """Encode a dataset's clips into a feature store. Run it again to go on, or to add clips and encoders."""
-    with handle_interrupts():
+    with handle_interrupts("stopping: what is committed is kept (once more to stop without waiting)"):
         from pipeline.cli import render
         from pipeline.extract import extract as run_extraction
 
@@ -224,7 +222,7 @@ def extract(config_file: str | None, print_config: bool, as_json: bool, **option
         if print_config:
             click.echo(config.to_yaml(), nl=False)
             return
-        summary = run_extraction(config, say=say)
+        summary = run_extraction(config, say=echo)
         print_result(summary.to_dict(), as_json, lambda: render.summary(summary))
 
 
@@ -238,7 +236,7 @@ def plan(config_file: str | None, probe: int, as_json: bool, **options: Any) -> 
     from pipeline.cli import render
     from pipeline.forecast import forecast
 
-    result = forecast(config_from_options(config_file, options), probe=probe, say=say)
+    result = forecast(config_from_options(config_file, options), probe=probe, say=echo)
     print_result(result.to_dict(), as_json, lambda: render.forecast(result))
 
 

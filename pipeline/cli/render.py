@@ -17,7 +17,7 @@ from typing import Any
 from featurestore.quality import VERDICTS, ParityRecord, TokenRecord, token_notes, token_table
 from featurestore.transfer.merge import Combined
 from featurestore.transfer.sync import Transferred
-from mervcache.console import console, strong, table
+from mervcache.console import bold, console, table
 from pipeline.explain import Cost, EncoderChange, Explanation
 from pipeline.summary import DECODING
 
@@ -52,7 +52,7 @@ def summary(result) -> None:
     """What an extraction did: counts, rates, seconds per stage, quarantine by reason."""
     out = console()
     ok, seconds = result.clips - result.failed, max(result.elapsed_s, 1e-9)
-    out.print(strong(result.store), f"  snapshot {result.snapshot}", sep="")
+    out.print(bold(result.store), f"  snapshot {result.snapshot}", sep="")
     if not result.clips:
         out.print(f"nothing to do: all {result.listed} clips listed are committed or quarantined, `status` counts them")
     else:
@@ -107,7 +107,7 @@ def counted(title: str, unit: str, counts: Mapping[str, int]) -> None:
 def status(result: Mapping[str, Any], quarantine: Sequence[Mapping[str, Any]]) -> None:
     """What a store holds; failures by reason, a clip's own once and not per encoder."""
     out = console()
-    out.print(strong(result["store"]), f"  snapshot {result['snapshot']}, {size(result['bytes'])}", sep="")
+    out.print(bold(result["store"]), f"  snapshot {result['snapshot']}, {size(result['bytes'])}", sep="")
     out.print(", ".join(plural(n, f"{kind} clip") for kind, n in result["clips"].items()) or "no clips")
     columns = ("encoder", "identity", "weights", "grid", "width", "storage", "committed", "failed", "to_do")
     rows = [[_cell(entry[name]) for name in columns] for entry in result["encoders"]]
@@ -180,11 +180,11 @@ def forecast(result) -> None:
             f"the other store saves {reusable} of {to_do} cells ({reusable / to_do:.0%}), where the media are the same"
         )
     free = "" if result.free_bytes is None else f", {size(result.free_bytes)} free"
-    out.print(strong(size(result.bytes)), f" to write at {result.store}{free}", sep="")
+    out.print(bold(size(result.bytes)), f" to write at {result.store}{free}", sep="")
     if result.seconds:
         low, high = (duration(s) for s in result.interval_s)
         workers = plural(result.workers, "worker")
-        out.print(strong(duration(result.seconds)), f" with {workers} like this one ({low} to {high})", sep="")
+        out.print(bold(duration(result.seconds)), f" with {workers} like this one ({low} to {high})", sep="")
         out.print(
             f"from a probe of {plural(result.probed, 'clip')} on {plural(result.probed_workers, 'worker')} "
             f"({result.device}); the range is {result.interval}. The rows tell the encoders alone; "
@@ -244,7 +244,7 @@ def findings(found: Sequence, full: bool, media: str | None = None) -> None:
         rows = [(finding.severity, finding.key, finding.problem, finding.advice) for finding in found]
         table(("severity", "object", "problem", "what to do"), rows)
     if damage:
-        out.print(strong(f"damage: {plural(damage, 'finding')}"), f", {len(found) - damage} strays ({level})", sep="")
+        out.print(bold(f"damage: {plural(damage, 'finding')}"), f", {len(found) - damage} strays ({level})", sep="")
     else:
         strays = f", {plural(len(found), 'stray')}" if found else ""
         out.print(f"no damage found{strays} ({level})")
@@ -278,7 +278,7 @@ def repaired(done: Sequence) -> None:
     table(("", "object", "what was done"), rows)
     left = sum(not each.is_mended for each in done)
     out.print(
-        strong(f"{len(done) - left} mended, {left} not"), "; `merv-pipeline verify --full` reads every byte", sep=""
+        bold(f"{len(done) - left} mended, {left} not"), "; `merv-pipeline verify --full` reads every byte", sep=""
     )
 
 
@@ -304,7 +304,7 @@ def transferred(done: Transferred) -> None:
     """What a push or pull did."""
     out = console()
     out.print(
-        strong(done.destination), f"  snapshot {done.snapshot}, {', '.join(done.encoders) or 'no encoders'}", sep=""
+        bold(done.destination), f"  snapshot {done.snapshot}, {', '.join(done.encoders) or 'no encoders'}", sep=""
     )
     out.print(
         f"{plural(done.sent_blocks, 'block')} of {done.blocks} moved, {size(done.sent_bytes)} of {size(done.bytes)}; "
@@ -321,7 +321,7 @@ def transferred(done: Transferred) -> None:
 def combined(done: Combined) -> None:
     """What a union, subset or import laid out."""
     out = console()
-    out.print(strong(done.store), f"  snapshot {done.snapshot}", sep="")
+    out.print(bold(done.store), f"  snapshot {done.snapshot}", sep="")
     out.print(f"{done.clips} clips, {done.cells} cells (clip and encoder), {done.copied} of them copied in this run")
     if done.shared:
         out.print(
@@ -352,7 +352,7 @@ _WEIGHTS = {
 def explanation(found: Explanation) -> None:
     """Encoders, what differs, what it costs, the media, and the next commands."""
     out = console()
-    out.print(strong(found.store), f"  snapshot {found.snapshot}, dataset {found.dataset}", sep="")
+    out.print(bold(found.store), f"  snapshot {found.snapshot}, dataset {found.dataset}", sep="")
     out.print(f"settings that were not given: those of {found.settings}")
     for change in found.encoders:
         _encoder(change)
@@ -370,7 +370,7 @@ def _encoder(change: EncoderChange) -> None:
     out = console()
     out.print(
         "\n",
-        strong(change.encoder),
+        bold(change.encoder),
         f" {change.identity}: {_STATES[change.state]} ({_WEIGHTS[change.weights]})",
         sep="",
     )
@@ -421,7 +421,7 @@ def _total(changes: Sequence[EncoderChange]) -> None:
     time = f"{duration(sum(known))} on one worker" if known else "a time that nobody knows"
     if known and len(known) < len(costs):
         time += f", and {plural(len(costs) - len(known), 'row')} of unknown time"
-    console().print("in all ", strong(f"{size(sum(cost.bytes for cost in costs))} and {time}"), sep="")
+    console().print("in all ", bold(f"{size(sum(cost.bytes for cost in costs))} and {time}"), sep="")
 
 
 def _media(found: Explanation) -> None:

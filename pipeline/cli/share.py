@@ -9,8 +9,8 @@ import click
 
 from featurestore.clips import KINDS
 from featurestore.locate import find_store, names_of
-from mervcache.console import stacked
-from pipeline.cli.options import AS_JSON, handle_cli_errors, print_result, progress
+from mervcache.console import ProgressLine, stacked
+from pipeline.cli.options import AS_JSON, handle_cli_errors, print_result
 
 URLS = """URLs: s3://BUCKET/FOLDER, gs://, az:// and file:// to read and write; hf://datasets/USER/REPO[@BRANCH][/FOLDER]
 to read and push to, in commits, the snapshot in the last; https:// to read. Endpoint, region and credentials come from
@@ -61,8 +61,8 @@ def push(store: str, url: str, as_json: bool, **options: Any) -> None:
     from featurestore.transfer.sync import push as run_push
 
     options = _selected(options)
-    with progress("push", "MB", size=MB) as shown:
-        done = run_push(find_store(store), url, **options, progress=shown)
+    with ProgressLine("push", unit="MB", scale=MB) as progress:
+        done = run_push(find_store(store), url, **options, progress=progress)
     _show_transferred(done, as_json)
 
 
@@ -76,8 +76,8 @@ def pull(url: str, store: str, as_json: bool, **options: Any) -> None:
     from featurestore.transfer.sync import transfer
 
     options = _selected(options)
-    with progress("pull", "MB", size=MB) as shown:
-        done = transfer(url, store, **options, progress=shown)
+    with ProgressLine("pull", unit="MB", scale=MB) as progress:
+        done = transfer(url, store, **options, progress=progress)
     _show_transferred(done, as_json)
 
 
@@ -142,9 +142,9 @@ def export_store(store: str, out: str, format: str, as_json: bool, **names: Any)
     from featurestore.transfer.merge import StoreCells
     from pipeline.cli import render
 
-    with progress("export", "cells") as shown:
+    with ProgressLine("export", unit="cells") as progress:
         source = StoreCells(find_store(store))
-        done = export(source, out, format=format, selection=selection(**names), progress=shown)
+        done = export(source, out, format=format, selection=selection(**names), progress=progress)
     print_result(vars(done), as_json, lambda: render.details(vars(done)))
 
 
@@ -170,8 +170,8 @@ def _lay(sources: Sequence[Any], out: str, as_json: bool, chosen: Any) -> None:
     from featurestore.transfer.merge import combine
     from pipeline.cli.render import combined
 
-    with progress("copy", "cells") as shown:
-        done = combine(sources, find_store(out), selection=chosen, progress=shown)
+    with ProgressLine("copy", unit="cells") as progress:
+        done = combine(sources, find_store(out), selection=chosen, progress=progress)
     print_result(vars(done), as_json, lambda: combined(done))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from featurestore.locate import Place, find_store, names_of, store_first
-from mervcache.console import report_saved, say
+from mervcache.console import ProgressLine, echo, report_saved
 from pipeline.cli.options import (
     AS_JSON,
     DEVICE,
@@ -22,7 +22,6 @@ from pipeline.cli.options import (
     WEIGHTS,
     handle_cli_errors,
     print_result,
-    progress,
     takes_store,
 )
 from pipeline.config import ExtractConfig
@@ -74,13 +73,13 @@ def verify(
 
     if not parity and any(again.values()):
         raise click.UsageError("--clips, --encoders, --weights and --device say what --parity does: add --parity")
-    with progress("verify", "blocks") as shown:
-        findings = verify_store(place, "full" if full else "quick", workers=workers, progress=shown)
+    with ProgressLine("verify", unit="blocks") as progress:
+        findings = verify_store(place, "full" if full else "quick", workers=workers, progress=progress)
     if media:
         from pipeline.recompute import verify_media
 
-        with progress("media", "clips") as shown:
-            findings += verify_media(place, media, root=root, workers=workers, progress=shown)
+        with ProgressLine("media", unit="clips") as progress:
+            findings += verify_media(place, media, root=root, workers=workers, progress=progress)
     told = {"store": str(place), "mode": "full" if full else "quick", "media": media}
     told["findings"] = [vars(finding) for finding in findings]
     checked = _parity(place, root=root, **again) if parity else None
@@ -106,7 +105,7 @@ def _parity(place: Place, *, encoders: str | None, weights: tuple[str, ...], **o
     from pipeline.parity import check_parity
 
     chosen = names_of(encoders) if encoders else None
-    record = check_parity(place, encoders=chosen, weights=weights_by_encoder(weights), say=say, **options)
+    record = check_parity(place, encoders=chosen, weights=weights_by_encoder(weights), say=echo, **options)
     report_saved(lambda: keep_parity(place, record))
     return record
 
@@ -143,15 +142,15 @@ def repair(
         from pipeline.recompute import Recompute
 
         again = Recompute(place, root=root, weights=weights_by_encoder(weights), device=device)
-    with progress("verify", "blocks") as shown:
+    with ProgressLine("verify", unit="blocks") as progress:
         done = repair_store(
             place,
             other=find_store(other) if other else None,
             recompute=again,
             canaries=again.canaries if again else None,
             new_bytes=new_bytes,
-            say=lambda each: say(f"{each.key}: {each.done}"),
-            progress=shown,
+            say=lambda each: echo(f"{each.key}: {each.done}"),
+            progress=progress,
         )
     told = {"store": str(place), "from": other, "recompute": again is not None, "new_bytes": new_bytes}
     told["repaired"] = [vars(each) for each in done]
@@ -201,7 +200,7 @@ def retry(place: Place, encoder: str | None, reason: str | None, as_json: bool, 
     from pipeline.cli import render
     from pipeline.quarantine import retry as retry_quarantine
 
-    summaries = retry_quarantine(place, encoder=encoder, reason=reason, overrides=overrides, say=say)
+    summaries = retry_quarantine(place, encoder=encoder, reason=reason, overrides=overrides, say=echo)
     print_result(
         [summary.to_dict() for summary in summaries], as_json, lambda: [render.summary(each) for each in summaries]
     )
@@ -233,8 +232,8 @@ def tombstone(
     from pipeline.cli import render
 
     place, names = store_first(clips, store_option)
-    with progress("erase", "blocks") as shown:
-        result = remove(place, names, reason=reason, all_copies=all_copies, progress=shown)
+    with ProgressLine("erase", unit="blocks") as progress:
+        result = remove(place, names, reason=reason, all_copies=all_copies, progress=progress)
     print_result(result, as_json, lambda: render.details(result))
 
 
@@ -288,8 +287,8 @@ def distortion(
 
             made_of = {"root": root, "weights": weights_by_encoder(weights), "device": device}
             options["again"] = stack.enter_context(encoded_again(place, **made_of))
-        shown = stack.enter_context(progress("distortion", "measurements"))
-        measured = measure_distortion(place, **options, progress=shown)
+        progress = stack.enter_context(ProgressLine("distortion", unit="measurements"))
+        measured = measure_distortion(place, **options, progress=progress)
     record = distortion_record(measured)
     report_saved(lambda: keep_record(place, record))
     print_result(record, as_json, lambda: render.distortion(measured))

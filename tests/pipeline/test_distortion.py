@@ -209,7 +209,7 @@ def test_a_store_that_is_only_read_is_measured_all_the_same(store, web):
     done = CliRunner().invoke(main, ["distortion", f"{web.url}/s.zarr", "--sample", "1", "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["sample"] == 1
-    assert "not kept in the store: http" in done.stderr
+    assert "not saved in the store: http" in done.stderr
 
 
 def test_a_store_without_tokens_says_what_is_missing(tmp_path):

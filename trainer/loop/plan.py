@@ -41,7 +41,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from featurestore.clips import Sample
-from mervcache.console import say
+from mervcache.console import echo
 from mervcache.errors import UserError
 from trainer.config import TrainConfig
 from trainer.data.batches import Batches, TrainingData, select
@@ -148,10 +148,10 @@ def make_plan(
     data = select(samples, source, config)
     built, loaded = _build(config, data, source, run, words)
     if loaded and rank == 0:
-        say(loaded.message)
+        echo(loaded.message)
     _check_room(built)
     if rank == 0 and (said := _cut_by_context(built, data.samples)):
-        say(said)
+        echo(said)
     batches = Batches(
         data,
         source,
@@ -308,7 +308,7 @@ class Validation:
         self.modality = {sample.sample_id: modality(sample, stills) for sample in self.samples}
         if not held_out and accelerator.is_main_process:
             said = f"no caption of split {self.config.eval_split!r}: stage {self.config.stage} is not validated"
-            say(said)
+            echo(said)
 
     def _questions(self, held_out: Sequence[Sample]) -> list[Sample]:
         """Those that are read to their end."""

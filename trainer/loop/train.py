@@ -37,7 +37,7 @@ from accelerate.utils import gather_object
 from torch.nn import Parameter
 
 from featurestore.clips import Sample
-from mervcache.console import Bar, say
+from mervcache.console import ProgressLine, echo
 from mervcache.errors import UserError
 from trainer.config import OptimizerConfig, TrainConfig
 from trainer.data.batches import Prefetch, Step
@@ -154,7 +154,7 @@ class Alarm:
         return self._minutes is not None and self._clock() - self._began >= 60 * self._minutes
 
 
-class RunProgress:
+class MetricsWriter:
     """A bar on stderr and the metrics file; silent on ranks that are not the first."""
 
     def __init__(
@@ -173,23 +173,23 @@ class RunProgress:
         self._rows: list[dict[str, Any]] = []
         self._began = time.perf_counter()
         self._waited_s = 0.0
-        self._bar = Bar("train", total=stop, start=start, quiet=quiet or not is_first_rank)
+        self._line = ProgressLine("train", total=stop, first=start, unit="steps", quiet=quiet or not is_first_rank)
         if is_first_rank:
             self._file = open_metrics(run / METRICS_FILE, start)
 
-    def __enter__(self) -> RunProgress:
-        self._bar.start()
+    def __enter__(self) -> MetricsWriter:
+        self._line.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._bar.stop()
+        self._line.__exit__(*exception)
         if self._file is not None:
             self._file.close()
 
     def advance(self, row: dict[str, Any]) -> None:
         """One step done; tensors in `row` are read at the next `flush`, so that no step waits for the device."""
         self._rows.append(row)
-        self._bar.advance()
+        self._line.advance()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -221,7 +221,7 @@ class RunProgress:
         for row in rows if self._log is not None else ():
             self._log(row)
         self._seen = next((_validation(row) for row in reversed(rows) if "val_loss" in row), self._seen)
-        self._bar.tell(_facts(rows[-1]) + self._seen)
+        self._line.set_postfix(_facts(rows[-1]) + self._seen)
         self._rows, self._waited_s, self._began = [], waited_s, time.perf_counter()
 
 
@@ -349,9 +349,9 @@ class _Loop:
             self.best = checkpoint.best_goodness(self.out)
         return prepared
 
-    def _progress(self, start: int, quiet: bool) -> RunProgress:
+    def _progress(self, start: int, quiet: bool) -> MetricsWriter:
         """Bar, metrics file and trackers; opening it drops the lines of steps that will be done again."""
-        return RunProgress(
+        return MetricsWriter(
             self.out,
             start=start,
             stop=self.plan.batches.num_steps,
@@ -361,7 +361,7 @@ class _Loop:
         )
 
     def _keep(
-        self, done: int, validated: Mapping[str, float], shown: RunProgress, *, waited_s: float, is_due: bool
+        self, done: int, validated: Mapping[str, float], shown: MetricsWriter, *, waited_s: float, is_due: bool
     ) -> None:
         """Write the rows and a checkpoint, each where it is due; a new best validation is always kept."""
         saves = is_due or done % self.config.checkpoint_every == 0 or self._is_best(validated)
@@ -418,7 +418,7 @@ class _Loop:
             "supervised_tokens": step.num_supervised,
         }
 
-    def _validate(self, done: int, shown: RunProgress) -> dict[str, float]:
+    def _validate(self, done: int, shown: MetricsWriter) -> dict[str, float]:
         """Held-out metrics where they are due: every so many steps, and when all is done."""
         if self.validation is None or (done % self.config.eval_every and done != self.plan.batches.num_steps):
             return {}
@@ -440,7 +440,7 @@ class _Loop:
             f"{self.out} {begins}: {self.plan.batches.num_steps} steps of {config.batch_size} samples, {config.llm},"
             f" tokens of {tokens}; a checkpoint every {config.checkpoint_every} steps"
         )
-        say(told)
+        echo(told)
 
     def _is_time(self) -> bool:
         """Whether a checkpoint is due by the first rank's clock."""

@@ -3,7 +3,7 @@ import time
 import pytest
 import torch
 
-from trainer.loop.train import RunProgress
+from trainer.loop.train import MetricsWriter
 from trainer.runs.run_record import METRICS_FILE, read_metrics
 
 
@@ -20,7 +20,7 @@ def row(step, **more):
 
 
 def progress(run, **options):
-    return RunProgress(run, start=0, stop=4, is_first_rank=True, **options)
+    return MetricsWriter(run, start=0, stop=4, is_first_rank=True, **options)
 
 
 def test_a_person_sees_loss_rate_speed_waiting_and_the_last_validation(tmp_path, capsys):
@@ -58,7 +58,7 @@ def test_every_written_row_is_told_to_the_log(tmp_path):
 
 
 def test_other_ranks_write_nothing(tmp_path):
-    with RunProgress(tmp_path, start=0, stop=2, is_first_rank=False) as shown:
+    with MetricsWriter(tmp_path, start=0, stop=2, is_first_rank=False) as shown:
         shown.advance(row(0))
         shown.flush(waited_s=0.0)
     assert not (tmp_path / METRICS_FILE).exists()
