@@ -76,9 +76,7 @@ from pipeline.worker.engine import EncoderRun, Engine, decode_job, encode_batch,
 from trainer.config import LISTING, TrainConfig, used_encoders
 from trainer.data.batches import named_samples
 from trainer.data.tokens import ClipTokens, MemoryTokens, Part, PrefixedTokens, TokenShape, TokenSource
-from trainer.loop.launch import is_first_rank
 from trainer.model.projectors import parts_of
-from trainer.runs.run_record import RunRecord
 
 POLL_S = 1.0  # between looks at what the first rank has found so far
 
@@ -215,6 +213,14 @@ class FrozenEncoder(LiveEncoder, Protocol):
 
     def tokens(self, kind: str, frames: Sequence[np.ndarray]) -> list[Arrays]:
         """uint8 frames_THWC of at most `batch[kind]` clips -> {"tokens": [T, H, W, D], "prefix": [T, K, D]} of each."""
+
+
+class TokenRecord(Protocol):
+    """What a run's record says about its tokens; `trainer.runs` imports this module, so its class is not named."""
+
+    shapes: Mapping[str, TokenShape]
+    encoders: Mapping[str, Mapping[str, Any]]  # of each: identity, weights label, weights_from
+    live: Mapping[str, Any] | None  # of an end-to-end run: the extraction's settings
 
 
 class DecodedClip(Protocol):
@@ -435,7 +441,7 @@ def live_source(
 @contextmanager
 def dataset_like(
     config: TrainConfig,
-    record: RunRecord,
+    record: TokenRecord,
     media: Mapping[str, Any],
     *,
     trained: Mapping[str, TrainedEncoder],
@@ -463,7 +469,7 @@ def dataset_like(
 @contextmanager
 def source_like(
     config: TrainConfig,
-    record: RunRecord,
+    record: TokenRecord,
     *,
     trained: Mapping[str, TrainedEncoder],
     weights: Sequence[str] = (),
@@ -578,7 +584,7 @@ def _check_in(out: Path | None, extract: ExtractConfig) -> MediaCheck:
     """The check whose findings are kept in the run's folder; another root or way of decoding has a file of its own."""
     asked = {"root": extract.root, "decoder": extract.decoder, "accept_damaged": extract.accept_damaged}
     name = f"media-{hashlib.sha256(canonical_json(asked).encode()).hexdigest()[:12]}.jsonl"
-    return MediaCheck(out / name if out is not None else None, is_first_rank=is_first_rank())
+    return MediaCheck(out / name if out is not None else None, is_first_rank=os.environ.get("RANK", "0") == "0")
 
 
 def _of_this_rank(settings: EngineSettings) -> EngineSettings:
@@ -591,7 +597,7 @@ def _of_this_rank(settings: EngineSettings) -> EngineSettings:
     return settings
 
 
-def _encoder_of(record: RunRecord, name: str, weights: str | None, device: str) -> EncoderRun:
+def _encoder_of(record: TokenRecord, name: str, weights: str | None, device: str) -> EncoderRun:
     """The encoder whose tokens the run was trained on, or an error that names what differs."""
     if name not in record.encoders:
         run = EncoderRun(EncoderSettings(name=name, weights=weights or "hub"), device)
