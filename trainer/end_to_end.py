@@ -1,43 +1,10 @@
-"""End to end: tokens made on the spot, through the code that extraction runs. The trainer's one door to the pipeline.
+"""Live tokens: media decoded and encoded while training runs, by the code that extraction runs.
 
-Comes in: a training config and the settings of an extraction. Goes out: samples and `LiveTokens`, a source like a
-store's; model, loop and order of the batches do not know the difference. Decode processes, views, encoders, batch
-shape, alignment and storage dtype are extraction's own. **Tolerance**: on one machine, with the batch shape and torch
-threads of the extraction, live tokens have the bits of stored ones, and a run on the CPU has the same losses to the
-bit. With another shape, thread count or device they differ by rounding.
-
-What cannot be decoded must be known before the first step, as it is in a store: every clip is decoded once up front,
-see `media_check.py`. `is_trusted` leaves that out, and a clip that then fails ends the run. So does a clip whose tokens
-overflow the storage dtype, with the advice to take bfloat16: to find it early would cost a pass of all encoders.
-
-Encoders named in `train_encoders` join the model with weights in float32; their tokens are cast to no storage dtype:
-nothing is stored, and the cast has no gradient. Their first tokens are those of a store to the rounding of that cast.
+The only module of `trainer` that imports `pipeline`. On one machine, with the extraction's batch shape and number of
+torch threads, live tokens are bit-identical to stored ones, and so are the losses of a run on the CPU; with another
+batch shape, thread count or device they differ by rounding.
 
 B clips, T time, H W height width, C colours, K prefix tokens, D encoder width.
-
-Live tokens: a token source that makes what it is asked for, as a store's source reads it.
-
-Comes in: encoders and a way to decode, both from `end_to_end.py`, which alone knows the pipeline. Goes out: tokens with
-the bits of stored ones: in the fixed batch shape of each kind, through the storage dtype and back, a still's period
-repeated. Decoding runs ahead of the encoders, for the clips that the batches say come next.
-
-B clips, T time, H W height width, C colours, K prefix tokens, D encoder width.
-
-Media check: every clip of an end-to-end run is decoded once before the first step.
-
-A store knows which clips failed, because it has decoded them all; a live source must look for itself. Which samples are
-left decides the batches of every step, so what cannot be decoded has to be known before the first one: a clip that
-failed in the middle of a run could only be swapped, skipped or fatal, and none of them is the run that a cache gives.
-The look costs one decoding of the clips (no encoder runs); what it found stands in the run's folder, a line per clip
-as it is found, so a resumed run looks at nothing twice and a person can list what is broken and why:
-
-    {"clip_id": "demo/videos/0001.mp4", "media_sha256": "..."}
-    {"clip_id": "demo/videos/0002.mp4", "reason": "container is damaged"}
-
-Ahead: work on what will be asked for soon is started before it is asked for, a bounded number at a time.
-
-Comes in: names in the order in which they will be taken, and a function that starts the work on one. What a name's
-work brings stays in memory until it is taken, so the bound is a bound of memory.
 """
 
 from __future__ import annotations
@@ -47,13 +14,12 @@ import json
 import os
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Generic, Protocol, TextIO, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -68,7 +34,7 @@ from mervcache.errors import MediaError, UserError, unknown_name
 from mervcache.files import canonical_json
 from pipeline.align import align, align_time
 from pipeline.config import EncoderSettings, EngineSettings, ExtractConfig, read_config
-from pipeline.datasets import DatasetListing, list_clips
+from pipeline.datasets import list_clips
 from pipeline.decode.sampling import Decoded
 from pipeline.encoders.network import EncoderNetwork, build_network
 from pipeline.encoders.weights import fill_random, weights_by_encoder
@@ -76,340 +42,19 @@ from pipeline.worker.engine import EncoderRun, Engine, decode_job, encode_batch,
 from trainer.config import LISTING, TrainConfig, used_encoders
 from trainer.data.batches import named_samples
 from trainer.data.tokens import ClipTokens, MemoryTokens, Part, PrefixedTokens, TokenShape, TokenSource
-from trainer.loop.launch import is_first_rank
 from trainer.model.projectors import parts_of
-from trainer.runs.run_record import RunRecord
 
-POLL_S = 1.0  # between looks at what the first rank has found so far
-
-
-class MediaCheck:
-    """What is known of the clips' media: digests of those that can be decoded, reasons for those that cannot."""
-
-    def __init__(self, path: Path | None, *, is_first_rank: bool = True) -> None:
-        self.media_sha256: dict[str, str] = {}
-        self.broken: dict[str, str] = {}
-        self._path, self._is_first_rank = path, is_first_rank
-        self._read_lines = 0
-
-    def look(self, clip_ids: Sequence[str], submit: Callable[[str], Future], *, limit: int) -> None:
-        """Decode the clips that are not known yet, `limit` at once. Other ranks wait for what the first one writes."""
-        self._load()
-        while (unknown := self._unknown(clip_ids)) and self._path is not None and not self._is_first_rank:
-            time.sleep(POLL_S)
-            self._load()
-        if not unknown:
-            return
-        with _appending(self._path) as file, ProgressLine("decode", total=len(unknown), unit="clips") as line:
-            for record in line.over(_outcomes(unknown, submit, limit)):
-                self._keep(record)
-                file.write(f"\n{json.dumps(record)}")  # the end of a line that a killed run left comes first
-                file.flush()
-
-    def _unknown(self, clip_ids: Sequence[str]) -> list[str]:
-        return [clip_id for clip_id in clip_ids if clip_id not in self.media_sha256 and clip_id not in self.broken]
-
-    def _keep(self, record: dict[str, Any]) -> None:
-        if "reason" in record:
-            self.broken[record["clip_id"]] = record["reason"]
-        else:
-            self.media_sha256[record["clip_id"]] = record["media_sha256"]
-
-    def _load(self) -> None:
-        """Lines that are new since the last time; one that was cut short is left out and its clip looked at again."""
-        if self._path is None or not self._path.is_file():
-            return
-        with self._path.open() as file:
-            lines = file.read().split("\n")
-        for line in lines[self._read_lines :]:
-            try:
-                self._keep(json.loads(line))
-            except (ValueError, KeyError, TypeError):
-                continue
-        self._read_lines = max(0, len(lines) - 1)  # the last line may still be growing
-
-
-def _outcomes(clip_ids: Iterable[str], submit: Callable[[str], Future], limit: int) -> Iterator[dict[str, Any]]:
-    """A record per clip, in order, with at most `limit` clips in work."""
-    ahead: deque[tuple[str, Future]] = deque()
-    for clip_id in clip_ids:
-        ahead.append((clip_id, submit(clip_id)))
-        if len(ahead) >= limit:
-            yield _outcome(*ahead.popleft())
-    while ahead:
-        yield _outcome(*ahead.popleft())
-
-
-def _outcome(clip_id: str, future: Future) -> dict[str, Any]:
-    try:
-        return {"clip_id": clip_id, "media_sha256": future.result().media_sha256}
-    except MediaError as reason:
-        return {"clip_id": clip_id, "reason": str(reason)}
-
-
-def _appending(path: Path | None) -> TextIO:
-    if path is None:
-        return open(os.devnull, "w")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.open("a")
-
-
-T = TypeVar("T")
-
-
-class Ahead(Generic[T]):
-    """Futures by name, at most `limit` of them started and not yet taken; safe among threads."""
-
-    def __init__(self, submit: Callable[[str], Future[T]], limit: int) -> None:
-        self._submit, self._limit = submit, max(limit, 1)
-        self._waiting: dict[str, None] = {}  # an ordered set
-        self._started: dict[str, Future[T]] = {}
-        self._lock = threading.Lock()
-
-    def expect(self, names: Iterable[str]) -> None:
-        """These names come next, in this order; what was expected before and is not among them is given up."""
-        with self._lock:
-            wanted = dict.fromkeys(names)
-            for name in [name for name in self._started if name not in wanted]:
-                self._started.pop(name).cancel()
-            self._waiting = {name: None for name in wanted if name not in self._started}
-            self._fill()
-
-    def take(self, name: str) -> Future[T]:
-        """The work on `name`, started now if it was not; another taker of the same name starts it anew."""
-        with self._lock:
-            self._waiting.pop(name, None)
-            future = self._started.pop(name, None) or self._submit(name)
-            self._fill()
-            return future
-
-    def _fill(self) -> None:
-        while self._waiting and len(self._started) < self._limit:
-            name = next(iter(self._waiting))
-            del self._waiting[name]
-            self._started[name] = self._submit(name)
-
+POLL_S = 1.0  # how often other ranks read what the first rank has written of its media check
 
 Arrays = dict[str, np.ndarray]
 
 
-class FrameCount(Protocol):
-    """How many frames of a clip an encoder wants."""
+class TokenRecord(Protocol):
+    """What a run's record says about its tokens; `trainer.runs` imports this module, so its class is not named here."""
 
-    num_frames: int
-
-
-class LiveEncoder(Protocol):
-    """What is asked of every encoder, frozen or trained."""
-
-    identity: FeatureIdentity
-    label: str  # "pretrained" or "random:SEED"
-    weights_from: str  # "hub", a folder or "random:SEED"
-    view: FrameCount
-
-
-class FrozenEncoder(LiveEncoder, Protocol):
-    """An encoder that is not trained: frames in, floats out."""
-
-    batch: Mapping[str, int]  # kind -> clips per forward
-
-    def tokens(self, kind: str, frames: Sequence[np.ndarray]) -> list[Arrays]:
-        """uint8 frames_THWC of at most `batch[kind]` clips -> {"tokens": [T, H, W, D], "prefix": [T, K, D]} of each."""
-
-
-class DecodedClip(Protocol):
-    """What decoding brings."""
-
-    frames: Mapping[Hashable, np.ndarray]  # view -> uint8 [T, H, W, C]; T = 1 of a still
-    media_sha256: str
-
-
-class LiveTokens(TokenSource):
-    """Tokens of media, made when they are asked for."""
-
-    def __init__(
-        self,
-        decode: Callable[[str, Clip], Future[DecodedClip]],  # root folder and clip -> frames of every encoder's view
-        frozen: Mapping[str, FrozenEncoder],
-        trained: Mapping[str, nn.Module],  # each a `LiveEncoder` that joins the model
-        *,
-        num_ahead: int,  # clips decoded and not yet encoded
-        parts: Sequence[Part] = ("tokens",),  # of what the encoders give
-        check: MediaCheck | None = None,  # None: the media are trusted
-        live: Mapping[str, Any] | None = None,  # settings that a resumed run starts from
-    ) -> None:
-        self.trained, self.live = trained, live
-        self._decode, self._frozen, self._parts, self._check = decode, frozen, parts, check
-        encoders: dict[str, LiveEncoder] = {**frozen, **trained}
-        names = sorted(encoders, key=lambda name: encoders[name].identity.group_name)  # as a store lists them
-        self._encoders = {name: encoders[name] for name in names}
-        self.shapes = {name: self._shape(name) for name in names}
-        self.facts = {
-            name: {"weights": e.label, "weights_from": e.weights_from, "identity": e.identity.to_dict()}
-            for name, e in self._encoders.items()
-        }
-        self._clips: dict[str, tuple[str, Clip]] = {}  # clip id -> root folder, clip
-        self._num_ahead, self._ahead = num_ahead, Ahead[DecodedClip](self._submit, num_ahead)
-        self._lock = threading.Lock()  # one fetch at a time: a device runs one encoder at a time anyway
-
-    def include(self, root: str, clips: Iterable[Clip]) -> None:
-        """Let these clips be asked for; their paths are relative to `root`."""
-        self._clips.update((clip.clip_id, (root, clip)) for clip in clips)
-
-    def fetch(self, clip_ids: Sequence[str]) -> dict[str, ClipTokens]:
-        """As every source does; for a trained encoder uint8 frames_BTHWC, which the model encodes itself."""
-        rows: dict[str, dict[int, Arrays]] = {name: {} for name in self._encoders}
-        with self._lock:
-            for kind, places in self._of_one_shape(clip_ids):
-                decoded = [self._decoded(clip_ids[place]) for place in places]
-                for name in self._encoders:
-                    rows[name] |= zip(places, self._made(name, kind, decoded), strict=True)
-        return {name: self._stacked([found[place] for place in sorted(found)]) for name, found in rows.items()}
-
-    def expect(self, clip_ids: Iterable[str]) -> None:
-        self._ahead.expect(clip_ids)
-
-    def available(self, clip_ids: Iterable[str]) -> set[str]:
-        """Those that are listed and can be decoded; decodes what was not looked at before."""
-        listed = sorted({clip_id for clip_id in clip_ids if clip_id in self._clips})
-        if self._check is not None:
-            self._check.look(listed, self._submit, limit=self._num_ahead)
-            listed = [clip_id for clip_id in listed if clip_id not in self._check.broken]
-        return set(listed)
-
-    def stills(self, clip_ids: Iterable[str]) -> set[str]:
-        return {clip_id for clip_id in clip_ids if clip_id in self._clips and self._clips[clip_id][1].kind == "image"}
-
-    def data_digest(self, clip_ids: Iterable[str], samples: Iterable[Sample]) -> str:
-        """Over clips, digests of their media where looked at, identities and samples: what decides the tokens."""
-        media = self._check.media_sha256 if self._check is not None else {}
-        identities = " ".join(shape.identity for shape in self.shapes.values())
-        parts = [f"clip\t{clip_id}\t{media.get(clip_id, 'trusted')}\t{identities}" for clip_id in set(clip_ids)]
-        parts += [f"sample\t{sample.digest}" for sample in samples]
-        return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()
-
-    def _shape(self, name: str) -> TokenShape:
-        identity = self._encoders[name].identity
-        return TokenShape(
-            grid=identity.grid,
-            width=identity.width,
-            is_pooled=identity.pooling != "none",
-            identity=identity.id + ("+trained" if name in self.trained else ""),  # no store holds these
-            num_prefix=identity.prefix_tokens,
-        )
-
-    def _submit(self, clip_id: str) -> Future[DecodedClip]:
-        return self._decode(*self._clips[clip_id])
-
-    def _decoded(self, clip_id: str) -> DecodedClip:
-        try:
-            decoded = self._ahead.take(clip_id).result()
-        except MediaError as error:
-            hint = "; without --skip-media-check such clips are found and left out before the first step"
-            is_unlooked = self._check is None and self.live is not None
-            raise UserError(f"{clip_id} cannot be decoded: {error}{hint if is_unlooked else ''}") from error
-        known = self._check.media_sha256.get(clip_id) if self._check is not None else None
-        if known not in (None, decoded.media_sha256):
-            raise UserError(f"the media of {clip_id} have changed since the run began; start a new run")
-        return decoded
-
-    def _of_one_shape(self, clip_ids: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
-        """Places in `clip_ids` that are encoded together."""
-        kinds = [self._clips[clip_id][1].kind for clip_id in clip_ids]
-        for kind in sorted(set(kinds), reverse=True):
-            places = [place for place, each in enumerate(kinds) if each == kind]
-            size = min((encoder.batch[kind] for encoder in self._frozen.values()), default=len(places))
-            yield from ((kind, places[start : start + size]) for start in range(0, len(places), size))
-
-    def _made(self, name: str, kind: str, decoded: Sequence[DecodedClip]) -> list[Arrays]:
-        """What a store would give back of each clip, or the frames of a trained encoder."""
-        encoder = self._encoders[name]
-        frames = [clip.frames[encoder.view] for clip in decoded]
-        if name in self.trained:  # a still becomes a clip of equal frames, so that both fit one tensor
-            return [{"frames": repeated(frames_THWC, encoder.view.num_frames)} for frames_THWC in frames]
-        return [through_storage(arrays, encoder.identity) for arrays in self._frozen[name].tokens(kind, frames)]
-
-    def _stacked(self, rows: Sequence[Arrays]) -> ClipTokens:
-        stacked = {part: torch.from_numpy(np.stack([row[part] for row in rows])) for part in rows[0]}
-        return stacked["frames"] if "frames" in stacked else chosen(**stacked, parts=self._parts)
-
-
-def through_storage(arrays: Mapping[str, np.ndarray], identity: FeatureIdentity) -> Arrays:
-    """Float tokens of one clip -> what a store gives back of them: rounded, a still's period repeated."""
-    try:
-        stored = to_stored(arrays, identity.storage_dtype)
-    except OverflowedTokens as error:
-        raise UserError(
-            f"{identity.encoder}: {error}; a store would leave the clip out, a live run ends here:"
-            " set storage_dtype: bfloat16 in --extract-config"
-        ) from error
-    logical_dtype = "bfloat16" if identity.storage_dtype == "bfloat16" else None
-    affine = {name: stored[name] for name in ("scale", "offset") if name in stored}
-    return {
-        part: repeated(from_stored(stored[part], logical_dtype=logical_dtype, **affine), identity.grid[0])
-        for part in arrays
-    }
-
-
-def repeated(values_T: np.ndarray, time: int) -> np.ndarray:
-    """One period of a still -> all time steps."""
-    return values_T if len(values_T) == time else values_T[np.arange(time) % len(values_T)]
-
-
-def chosen(tokens: Tensor, prefix: Tensor | None = None, *, parts: Sequence[Part]) -> ClipTokens:
-    """tokens_BTHWD and prefix_BTKD as a resampler that reads `parts` wants them."""
-    if "prefix" not in parts:
-        return tokens
-    return PrefixedTokens(tokens_BTHWD=tokens if "tokens" in parts else None, prefix_BTKD=prefix)
-
-
-class FixedBatch:
-    """A frozen encoder as extraction runs it: batches of one shape, so that neighbours never change a clip's bits."""
-
-    def __init__(self, run: EncoderRun, batch: Mapping[str, int]) -> None:
-        self._run, self.batch = run, batch
-        self.identity, self.label, self.view = run.identity, run.weights_label, run.view
-        self.weights_from = run.settings.weights
-
-    def tokens(self, kind: str, frames: Sequence[np.ndarray]) -> list[Arrays]:
-        """Of at most `batch[kind]` clips; the rest of the batch is padding."""
-        slots = [*range(len(frames)), *[None] * (self.batch[kind] - len(frames))]
-        arrays, _ = encode_batch(self._run, dict(enumerate(frames)), slots)
-        return [{part: values[slot] for part, values in arrays.items()} for slot in range(len(frames))]
-
-
-class TrainedEncoder(nn.Module):
-    """An encoder inside the model that is trained: uint8 frames in, aligned tokens out, gradients all the way.
-
-    Without dropout, like a frozen one; under a run's bf16 its matrix products are bfloat16, its weights stay float32.
-    """
-
-    def __init__(
-        self,
-        network: EncoderNetwork,
-        identity: FeatureIdentity,
-        parts: Sequence[Part],
-        *,
-        label: str,  # of the weights that training starts from
-        weights_from: str,
-    ) -> None:
-        super().__init__()
-        self.network = network.requires_grad_(True)
-        self.identity, self.view, self._parts = identity, network.spec.view, parts
-        self.label, self.weights_from = label, weights_from
-        for name, values in (("mean_C", network.spec.mean), ("std_C", network.spec.std)):
-            self.register_buffer(name, torch.tensor(values), persistent=False)
-
-    def train(self, mode: bool = True) -> TrainedEncoder:
-        return super().train(False)
-
-    def forward(self, frames_BTHWC: Tensor) -> ClipTokens:
-        pixels_BTHWC = (frames_BTHWC.float() / 255 - self.mean_C) / self.std_C
-        features_BTHWD, prefix_BTKD = self.network(pixels_BTHWC.permute(0, 1, 4, 2, 3).contiguous())
-        tokens_BTHWD = align(features_BTHWD, None if self.identity.pooling == "none" else self.identity.grid)
-        if prefix_BTKD is not None and "prefix" in self._parts:
-            prefix_BTKD = align_time(prefix_BTKD, self.identity.grid[0])
-        return chosen(tokens_BTHWD, prefix_BTKD, parts=self._parts)
+    shapes: Mapping[str, TokenShape]
+    encoders: Mapping[str, Mapping[str, Any]]  # of each: identity, weights label, weights_from
+    live: Mapping[str, Any] | None  # of an end-to-end run: the extraction's settings
 
 
 @contextmanager
@@ -418,16 +63,40 @@ def live_source(
     settings: Mapping[str, Any],
     config_file: Path | None = None,
     *,
-    out: Path | None = None,  # the run's folder, which keeps what the look at the media has found
-    is_trusted: bool = False,
+    out: Path | None = None,  # the run's folder, which keeps the results of the media check
+    is_trusted: bool = False,  # no media check: a clip that cannot be decoded ends the run
 ) -> Iterator[tuple[list[Sample], LiveTokens]]:
     """Samples and tokens of a dataset; `settings` and `config_file` are those of `merv-pipeline extract`."""
-    extract = _extraction(config, settings, config_file)
-    listing = _listing(extract)
+    extract = _extract_config(config, settings, config_file)
+    listing = list_clips(extract)
     samples = named_samples(config.samples, sorted(listing.samples), listing.samples.__getitem__)
-    extract = replace(extract, root=listing.root)
-    with closing(Engine(_of_this_rank(replace(extract.engine_settings, encoders=())))) as engine:
-        source = _open(config, extract, engine, None if is_trusted else _check_in(out, extract))
+    extract, parts = replace(extract, root=listing.root), parts_of(config.projector)
+    with closing(Engine(_settings_of_this_rank(replace(extract.engine_settings, encoders=())))) as engine:
+        frozen, trained = {}, {}
+        for encoder in extract.encoder_settings:
+            if encoder.name in config.train_encoders:
+                run = EncoderRun(replace(encoder, compute_dtype="float32"), "cpu")
+                trained[encoder.name] = TrainableEncoder(
+                    run.loaded.network,
+                    run.identity,
+                    parts,
+                    weights_label=run.weights_label,
+                    weights_from=encoder.weights,
+                )
+            else:
+                frozen[encoder.name] = EncoderRun(encoder, engine.device)
+        batch = _batch_sizes(extract, engine)
+        source = LiveTokens(
+            engine,
+            frozen,
+            trained,
+            batch,
+            parts=parts,
+            num_ahead=2 * batch["video"],
+            accept_damaged=extract.accept_damaged,
+            check=None if is_trusted else _kept_check(out, extract),
+            live=yaml.safe_load(extract.to_yaml()) | {"trust_media": is_trusted},
+        )
         source.include(listing.root, listing.clips)
         yield samples, source
 
@@ -435,22 +104,22 @@ def live_source(
 @contextmanager
 def dataset_like(
     config: TrainConfig,
-    record: RunRecord,
+    record: TokenRecord,
     media: Mapping[str, Any],
     *,
-    trained: Mapping[str, TrainedEncoder],
+    trained: Mapping[str, TrainableEncoder],
     weights: Sequence[str] = (),
     device: str = "auto",
 ) -> Iterator[tuple[list[Sample], TokenSource]]:
     """Samples of a dataset and tokens for a finished run, made as those it was trained on, in batches.
 
-    `media` says dataset, root and what else decides a listing, in the words of an extraction. A clip that cannot be
-    decoded has no tokens, as in a store. A run that was trained on text alone gets the samples, and tokens of nothing.
+    `media` holds dataset, root and other settings of an extraction that decide a listing. A clip that cannot be decoded
+    has no tokens, as in a store. A run that was trained on text alone gets the samples and a source without tokens.
     """
-    known = {name: value for name, value in (record.live or {}).items() if name not in (*LISTING, "trust_media")}
-    extract = read_config(None, {**known, **media})
-    listing = _listing(extract)
-    is_own = extract.dataset == (record.live or {}).get("dataset")  # others have other sets
+    recorded = {name: value for name, value in (record.live or {}).items() if name not in (*LISTING, "trust_media")}
+    extract = read_config(None, {**recorded, **media})
+    listing = list_clips(extract)
+    is_own = extract.dataset == (record.live or {}).get("dataset")  # other datasets have other sample sets
     samples = named_samples(config.samples if is_own else (), sorted(listing.samples), listing.samples.__getitem__)
     if not record.shapes:
         yield samples, MemoryTokens([], {})
@@ -463,9 +132,9 @@ def dataset_like(
 @contextmanager
 def source_like(
     config: TrainConfig,
-    record: RunRecord,
+    record: TokenRecord,
     *,
-    trained: Mapping[str, TrainedEncoder],
+    trained: Mapping[str, TrainableEncoder],
     weights: Sequence[str] = (),
     device: str = "auto",
     extract: ExtractConfig | None = None,
@@ -473,40 +142,336 @@ def source_like(
     """Tokens for a finished run, made as those it was trained on: one clip at a time, or as `extract` would.
 
     `weights` are SPEC or NAME=SPEC, where the weights are now; by default where the record says they were. An encoder
-    that the record does not describe (an imported model's) is taken as published.
+    that the record does not describe (an imported model's) is loaded as published.
     """
     given = weights_by_encoder(tuple(weights))
     settings = EngineSettings(encoders=(), decode_processes=1) if extract is None else extract.engine_settings
     with closing(Engine(replace(settings, encoders=(), device=device))) as engine:
         batch, options = dict.fromkeys(KINDS, 1), {}
         if extract is not None:
-            batch = _batch(extract, engine)
+            batch = _batch_sizes(extract, engine)
             check = MediaCheck(None)
             options = {"num_ahead": 2 * batch["video"], "accept_damaged": extract.accept_damaged, "check": check}
-        frozen = {}
-        for name in record.shapes:
-            if name not in trained:
-                spec = given.get(name, given.get(""))
-                frozen[name] = FixedBatch(_encoder_of(record, name, spec, engine.device), batch)
-        yield _live_tokens(engine, frozen, trained, parts=parts_of(config.projector), **options)
+        frozen = {
+            name: _recorded_encoder(record, name, given.get(name, given.get("")), engine.device)
+            for name in record.shapes
+            if name not in trained
+        }
+        yield LiveTokens(engine, frozen, trained, batch, parts=parts_of(config.projector), **options)
 
 
-def empty_encoders(config: TrainConfig, encoders: Mapping[str, Mapping[str, Any]]) -> dict[str, TrainedEncoder]:
-    """The encoders a run has trained, by its record, in shape only: their weights are in its checkpoints."""
+def empty_encoders(config: TrainConfig, encoders: Mapping[str, Mapping[str, Any]]) -> dict[str, TrainableEncoder]:
+    """The encoders that a run has trained, by its record; their weights are in the run's checkpoints."""
     made = {}
     for name in config.train_encoders:
-        fact = encoders[name]
-        identity = FeatureIdentity.from_dict(fact["identity"])
+        facts = encoders[name]
+        identity = FeatureIdentity.from_dict(facts["identity"])
         network = build_network(EncoderSettings.of_identity(identity, "random:0").spec)
         fill_random(network, 0)
         network.finish()
-        made[name] = TrainedEncoder(
-            network, identity, parts_of(config.projector), label=fact["weights"], weights_from=fact["weights_from"]
+        made[name] = TrainableEncoder(
+            network,
+            identity,
+            parts_of(config.projector),
+            weights_label=facts["weights"],
+            weights_from=facts["weights_from"],
         )
     return made
 
 
-def _extraction(config: TrainConfig, settings: Mapping[str, Any], config_file: Path | None) -> ExtractConfig:
+class LiveTokens(TokenSource):
+    """Tokens of media, decoded and encoded when they are fetched: frozen encoders as extraction runs them.
+
+    Decoding runs ahead of the encoders, for the clips that `expect` names.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        frozen: Mapping[str, EncoderRun],
+        trained: Mapping[str, TrainableEncoder],  # these join the model; their frames are fetched
+        batch: Mapping[str, int],  # kind -> clips per forward of a frozen encoder
+        *,
+        parts: Sequence[Part] = ("tokens",),  # which arrays the projector reads
+        num_ahead: int = 0,  # clips decoded and not yet encoded, besides one for each decode process
+        accept_damaged: bool = False,
+        check: MediaCheck | None = None,  # None: the media are trusted
+        live: Mapping[str, Any] | None = None,  # settings that a resumed run starts from
+    ) -> None:
+        encoders: dict[str, EncoderRun | TrainableEncoder] = {**frozen, **trained}
+        decoders = sorted({encoder.identity.decode for encoder in encoders.values()})
+        if len(decoders) != 1:
+            raise UserError(f"encoders must agree on one decoder, got {', '.join(decoders) or 'no encoder'}")
+        self._encoders = dict(sorted(encoders.items(), key=lambda item: item[1].identity.group_name))  # as in a store
+        self.shapes = {
+            name: TokenShape(
+                grid=encoder.identity.grid,
+                width=encoder.identity.width,
+                is_pooled=encoder.identity.pooling != "none",
+                identity=encoder.identity.id + ("+trained" if name in trained else ""),  # no store holds these
+                num_prefix=encoder.identity.prefix_tokens,
+            )
+            for name, encoder in self._encoders.items()
+        }
+        self.facts = {
+            name: {
+                "weights": encoder.weights_label,
+                "weights_from": encoder.weights_from if name in trained else encoder.settings.weights,
+                "identity": encoder.identity.to_dict(),
+            }
+            for name, encoder in self._encoders.items()
+        }
+        self.trained, self.live = trained, live
+        self._engine, self._parts, self._check, self._accept_damaged = engine, parts, check, accept_damaged
+        self._batch = batch if frozen else {}
+        self._clips: dict[str, tuple[str, Clip]] = {}  # clip id -> root folder, clip
+        self._num_ahead = num_ahead + engine.num_decoders
+        self._prefetch = ClipPrefetch(self._submit, self._num_ahead)
+        self._lock = threading.Lock()  # one fetch at a time: a device runs one encoder at a time anyway
+
+    def include(self, root: str, clips: Iterable[Clip]) -> None:
+        """Add clips that may be fetched; their paths are relative to `root`."""
+        self._clips.update((clip.clip_id, (root, clip)) for clip in clips)
+
+    def fetch(self, clip_ids: Sequence[str]) -> dict[str, ClipTokens]:
+        """Tokens by encoder; for a trained encoder uint8 frames_BTHWC, which the model encodes itself."""
+        kinds = [self._clips[clip_id][1].kind for clip_id in clip_ids]
+        rows: dict[str, dict[int, Arrays]] = {name: {} for name in self._encoders}
+        with self._lock:
+            for kind in sorted(set(kinds), reverse=True):
+                places = [place for place, other in enumerate(kinds) if other == kind]
+                size = self._batch.get(kind, len(places))
+                for chunk in (places[start : start + size] for start in range(0, len(places), size)):
+                    decoded = [self._decoded(clip_ids[place]) for place in chunk]
+                    for name in self._encoders:
+                        rows[name] |= zip(chunk, self._encode(name, kind, decoded), strict=True)
+        tokens: dict[str, ClipTokens] = {}
+        for name, found in rows.items():
+            ordered = [found[place] for place in sorted(found)]
+            stacked = {part: torch.from_numpy(np.stack([row[part] for row in ordered])) for part in ordered[0]}
+            tokens[name] = stacked["frames"] if "frames" in stacked else _select_parts(**stacked, parts=self._parts)
+        return tokens
+
+    def expect(self, clip_ids: Iterable[str]) -> None:
+        self._prefetch.expect(clip_ids)
+
+    def available(self, clip_ids: Iterable[str]) -> set[str]:
+        """The clips that are listed and can be decoded; decodes those that were not checked before."""
+        listed = sorted({clip_id for clip_id in clip_ids if clip_id in self._clips})
+        if self._check is not None:
+            self._check.scan(listed, self._submit, limit=self._num_ahead)
+            listed = [clip_id for clip_id in listed if clip_id not in self._check.broken]
+        return set(listed)
+
+    def stills(self, clip_ids: Iterable[str]) -> set[str]:
+        return {clip_id for clip_id in clip_ids if clip_id in self._clips and self._clips[clip_id][1].kind == "image"}
+
+    def data_digest(self, clip_ids: Iterable[str], samples: Iterable[Sample]) -> str:
+        """Over clips, digests of their media where checked, identities and samples: what decides the tokens."""
+        media = self._check.media_sha256 if self._check is not None else {}
+        identities = " ".join(shape.identity for shape in self.shapes.values())
+        parts = [f"clip\t{clip_id}\t{media.get(clip_id, 'trusted')}\t{identities}" for clip_id in set(clip_ids)]
+        parts += [f"sample\t{sample.digest}" for sample in samples]
+        return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()
+
+    def _submit(self, clip_id: str) -> Future[Decoded]:
+        """Start decoding a clip, once for the views of all encoders."""
+        root, clip = self._clips[clip_id]
+        job = decode_job(root, clip, self._encoders.values(), accept_damaged=self._accept_damaged)
+        return self._engine.pool.submit(job)
+
+    def _decoded(self, clip_id: str) -> Decoded:
+        try:
+            decoded = self._prefetch.take(clip_id).result()
+        except MediaError as error:
+            hint = ""
+            if self._check is None and self.live is not None:
+                hint = "; without --skip-media-check such clips are found and left out before the first step"
+            raise UserError(f"{clip_id} cannot be decoded: {error}{hint}") from error
+        known = self._check.media_sha256.get(clip_id) if self._check is not None else None
+        if known not in (None, decoded.media_sha256):
+            raise UserError(f"the media of {clip_id} have changed since the run began; start a new run")
+        return decoded
+
+    def _encode(self, name: str, kind: str, decoded: Sequence[Decoded]) -> list[Arrays]:
+        """Of each clip what a store would return, or the frames for a trained encoder."""
+        encoder = self._encoders[name]
+        frames = [clip.frames[encoder.view] for clip in decoded]
+        if name in self.trained:  # a still becomes a clip of equal frames, so that both fit one tensor
+            return [{"frames": _repeat(frames_THWC, encoder.view.num_frames)} for frames_THWC in frames]
+        # Batches of one shape, padded with zeros, so that neighbours never change a clip's bits.
+        slots = [*range(len(frames)), *[None] * (self._batch[kind] - len(frames))]
+        arrays, _ = encode_batch(encoder, dict(enumerate(frames)), slots)
+        return [
+            through_storage({part: values[slot] for part, values in arrays.items()}, encoder.identity)
+            for slot in range(len(frames))
+        ]
+
+
+class TrainableEncoder(nn.Module):
+    """An encoder inside the model that is trained: uint8 frames in, aligned tokens out, differentiable throughout.
+
+    Without dropout, like a frozen one. Its weights stay float32; under a run's bf16 its matrix products are bfloat16.
+    Its tokens are cast to no storage dtype: nothing is stored, and the cast has no gradient.
+    """
+
+    def __init__(
+        self,
+        network: EncoderNetwork,
+        identity: FeatureIdentity,
+        parts: Sequence[Part],
+        *,
+        weights_label: str,  # of the weights that training starts from
+        weights_from: str,  # "hub", a folder or "random:SEED"
+    ) -> None:
+        super().__init__()
+        self.network = network.requires_grad_(True)
+        self.identity, self.view, self._parts = identity, network.spec.view, parts
+        self.weights_label, self.weights_from = weights_label, weights_from
+        for name, values in (("mean_C", network.spec.mean), ("std_C", network.spec.std)):
+            self.register_buffer(name, torch.tensor(values), persistent=False)
+
+    def train(self, mode: bool = True) -> TrainableEncoder:
+        return super().train(False)
+
+    def forward(self, frames_BTHWC: Tensor) -> ClipTokens:
+        pixels_BTHWC = (frames_BTHWC.float() / 255 - self.mean_C) / self.std_C
+        features_BTHWD, prefix_BTKD = self.network(pixels_BTHWC.permute(0, 1, 4, 2, 3).contiguous())
+        tokens_BTHWD = align(features_BTHWD, None if self.identity.pooling == "none" else self.identity.grid)
+        if prefix_BTKD is not None and "prefix" in self._parts:
+            prefix_BTKD = align_time(prefix_BTKD, self.identity.grid[0])
+        return _select_parts(tokens_BTHWD, prefix_BTKD, parts=self._parts)
+
+
+class MediaCheck:
+    """Decodes every clip of an end-to-end run once before the first step, and keeps the results in the run's folder.
+
+    Which samples are left decides the batches of every step, so clips that cannot be decoded must be known before the
+    first one, as they are in a store. The file has a line per clip, so a resumed run decodes nothing twice:
+
+        {"clip_id": "demo/videos/0001.mp4", "media_sha256": "..."}
+        {"clip_id": "demo/videos/0002.mp4", "reason": "container is damaged"}
+
+    Tokens that overflow the storage dtype are not looked for: that would cost a pass of all encoders.
+    """
+
+    def __init__(self, path: Path | None, *, is_first_rank: bool = True) -> None:
+        self.media_sha256: dict[str, str] = {}
+        self.broken: dict[str, str] = {}  # clip id -> reason
+        self._path, self._is_first_rank = path, is_first_rank
+        self._read_lines = 0
+
+    def scan(self, clip_ids: Sequence[str], submit: Callable[[str], Future[Decoded]], *, limit: int) -> None:
+        """Decode the clips that are not known yet, `limit` at once. Other ranks wait for what the first one writes."""
+        self._load()
+        while (unknown := self._unknown(clip_ids)) and self._path is not None and not self._is_first_rank:
+            time.sleep(POLL_S)
+            self._load()
+        if not unknown:
+            return
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        prefetch = ClipPrefetch(submit, limit - 1)
+        prefetch.expect(unknown)
+        line = ProgressLine("decode", total=len(unknown), unit="clips")
+        with open(self._path or os.devnull, "a") as file, line as bar:
+            for clip_id in bar.over(unknown):
+                try:
+                    record = {"clip_id": clip_id, "media_sha256": prefetch.take(clip_id).result().media_sha256}
+                except MediaError as reason:
+                    record = {"clip_id": clip_id, "reason": str(reason)}
+                self._add(record)
+                file.write(f"\n{json.dumps(record)}")  # the newline ends a line that a killed run left unfinished
+                file.flush()
+
+    def _unknown(self, clip_ids: Sequence[str]) -> list[str]:
+        return [clip_id for clip_id in clip_ids if clip_id not in self.media_sha256 and clip_id not in self.broken]
+
+    def _add(self, record: Mapping[str, str]) -> None:
+        if "reason" in record:
+            self.broken[record["clip_id"]] = record["reason"]
+        else:
+            self.media_sha256[record["clip_id"]] = record["media_sha256"]
+
+    def _load(self) -> None:
+        """Read the lines that are new; one that was cut short is left out, and its clip decoded again."""
+        if self._path is None or not self._path.is_file():
+            return
+        lines = self._path.read_text().split("\n")
+        for line in lines[self._read_lines :]:
+            try:
+                self._add(json.loads(line))
+            except (ValueError, KeyError, TypeError):
+                continue
+        self._read_lines = max(0, len(lines) - 1)  # the last line may still be growing
+
+
+class ClipPrefetch:
+    """Decodes clips ahead of their use: at most `limit` are started and not yet taken. Thread-safe."""
+
+    def __init__(self, submit: Callable[[str], Future[Decoded]], limit: int) -> None:
+        self._submit, self._limit = submit, max(limit, 1)
+        self._waiting: dict[str, None] = {}  # an ordered set
+        self._started: dict[str, Future[Decoded]] = {}
+        self._lock = threading.Lock()
+
+    def expect(self, clip_ids: Iterable[str]) -> None:
+        """These clips are taken next, in this order; earlier expectations that are not among them are cancelled."""
+        with self._lock:
+            wanted = dict.fromkeys(clip_ids)
+            for clip_id in [clip_id for clip_id in self._started if clip_id not in wanted]:
+                self._started.pop(clip_id).cancel()
+            self._waiting = {clip_id: None for clip_id in wanted if clip_id not in self._started}
+            self._fill()
+
+    def take(self, clip_id: str) -> Future[Decoded]:
+        """The clip's future, started now if it was not; taken again, it is started anew."""
+        with self._lock:
+            self._waiting.pop(clip_id, None)
+            future = self._started.pop(clip_id, None) or self._submit(clip_id)
+            self._fill()
+            return future
+
+    def _fill(self) -> None:
+        while self._waiting and len(self._started) < self._limit:
+            clip_id = next(iter(self._waiting))
+            del self._waiting[clip_id]
+            self._started[clip_id] = self._submit(clip_id)
+
+
+def through_storage(arrays: Mapping[str, np.ndarray], identity: FeatureIdentity) -> Arrays:
+    """Float tokens of one clip -> what a store returns for them: rounded, a still's period repeated.
+
+    Raises UserError for tokens that overflow the identity's storage dtype; a store would leave the clip out.
+    """
+    try:
+        stored = to_stored(arrays, identity.storage_dtype)
+    except OverflowedTokens as error:
+        raise UserError(
+            f"{identity.encoder}: {error}; a store would leave the clip out, a live run ends here:"
+            " set storage_dtype: bfloat16 in --extract-config"
+        ) from error
+    logical_dtype = "bfloat16" if identity.storage_dtype == "bfloat16" else None
+    affine = {name: stored[name] for name in ("scale", "offset") if name in stored}
+    return {
+        part: _repeat(from_stored(stored[part], logical_dtype=logical_dtype, **affine), identity.grid[0])
+        for part in arrays
+    }
+
+
+def _repeat(values_T: np.ndarray, time: int) -> np.ndarray:
+    """One period of a still -> all time steps."""
+    return values_T if len(values_T) == time else values_T[np.arange(time) % len(values_T)]
+
+
+def _select_parts(tokens: Tensor, prefix: Tensor | None = None, *, parts: Sequence[Part]) -> ClipTokens:
+    """tokens_BTHWD and prefix_BTKD as a resampler that reads `parts` takes them."""
+    if "prefix" not in parts:
+        return tokens
+    return PrefixedTokens(tokens_BTHWD=tokens if "tokens" in parts else None, prefix_BTKD=prefix)
+
+
+def _extract_config(config: TrainConfig, settings: Mapping[str, Any], config_file: Path | None) -> ExtractConfig:
     """The extraction whose tokens are made: its encoders are those that the run uses, in a store's order."""
     given = {name: value for name, value in settings.items() if value not in (None, ())}
     if isinstance(given.get("weights"), tuple):
@@ -520,68 +485,7 @@ def _extraction(config: TrainConfig, settings: Mapping[str, Any], config_file: P
     return replace(extract, encoders=tuple(names), prefix_tokens=extract.prefix_tokens or needs_prefix)
 
 
-def _open(config: TrainConfig, extract: ExtractConfig, engine: Engine, check: MediaCheck | None) -> LiveTokens:
-    """Encoders loaded: frozen ones on the device, trained ones as modules that the model takes along."""
-    frozen, trained, parts = {}, {}, parts_of(config.projector)
-    batch = _batch(extract, engine)
-    for settings in extract.encoder_settings:
-        if settings.name in config.train_encoders:
-            run = EncoderRun(replace(settings, compute_dtype="float32"), "cpu")
-            trained[settings.name] = TrainedEncoder(
-                run.loaded.network, run.identity, parts, label=run.weights_label, weights_from=settings.weights
-            )
-        else:
-            frozen[settings.name] = FixedBatch(EncoderRun(settings, engine.device), batch)
-    return _live_tokens(
-        engine,
-        frozen,
-        trained,
-        num_ahead=2 * batch["video"],
-        accept_damaged=extract.accept_damaged,
-        parts=parts,
-        check=check,
-        live=yaml.safe_load(extract.to_yaml()) | {"trust_media": check is None},
-    )
-
-
-def _batch(extract: ExtractConfig, engine: Engine) -> dict[str, int]:
-    """Clips per forward by kind, as an extraction has them."""
-    return {kind: extract.batch.get(kind) or engine.batch_of(kind) for kind in KINDS}
-
-
-def _listing(extract: ExtractConfig) -> DatasetListing:
-    return list_clips(extract)
-
-
-def _live_tokens(
-    engine: Engine,
-    frozen: Mapping[str, FixedBatch],
-    trained: Mapping[str, TrainedEncoder],
-    *,
-    num_ahead: int = 0,
-    accept_damaged: bool = False,
-    **options: Any,
-) -> LiveTokens:
-    """A source whose clips the engine's processes decode, once for all encoders."""
-    encoders = [*frozen.values(), *trained.values()]
-    decoders = sorted({encoder.identity.decode for encoder in encoders})
-    if len(decoders) != 1:
-        raise UserError(f"encoders must agree on one decoder, got {', '.join(decoders) or 'no encoder'}")
-
-    def decode(root: str, clip: Clip) -> Future[Decoded]:
-        return engine.pool.submit(decode_job(root, clip, encoders, accept_damaged=accept_damaged))
-
-    return LiveTokens(decode, frozen, trained, num_ahead=num_ahead + engine.num_decoders, **options)
-
-
-def _check_in(out: Path | None, extract: ExtractConfig) -> MediaCheck:
-    """The check whose findings are kept in the run's folder; another root or way of decoding has a file of its own."""
-    asked = {"root": extract.root, "decoder": extract.decoder, "accept_damaged": extract.accept_damaged}
-    name = f"media-{hashlib.sha256(canonical_json(asked).encode()).hexdigest()[:12]}.jsonl"
-    return MediaCheck(out / name if out is not None else None, is_first_rank=is_first_rank())
-
-
-def _of_this_rank(settings: EngineSettings) -> EngineSettings:
+def _settings_of_this_rank(settings: EngineSettings) -> EngineSettings:
     """Ranks of one machine each take their device and their share of the cores."""
     rank, ranks = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if settings.device == "auto" and torch.cuda.is_available():
@@ -591,7 +495,19 @@ def _of_this_rank(settings: EngineSettings) -> EngineSettings:
     return settings
 
 
-def _encoder_of(record: RunRecord, name: str, weights: str | None, device: str) -> EncoderRun:
+def _batch_sizes(extract: ExtractConfig, engine: Engine) -> dict[str, int]:
+    """Clips per forward by kind, as an extraction has them."""
+    return {kind: extract.batch.get(kind) or engine.batch_of(kind) for kind in KINDS}
+
+
+def _kept_check(out: Path | None, extract: ExtractConfig) -> MediaCheck:
+    """The check whose results are kept in the run's folder; another root or way of decoding has its own file."""
+    decides = {"root": extract.root, "decoder": extract.decoder, "accept_damaged": extract.accept_damaged}
+    name = f"media-{hashlib.sha256(canonical_json(decides).encode()).hexdigest()[:12]}.jsonl"
+    return MediaCheck(out / name if out is not None else None, is_first_rank=os.environ.get("RANK", "0") == "0")
+
+
+def _recorded_encoder(record: TokenRecord, name: str, weights: str | None, device: str) -> EncoderRun:
     """The encoder whose tokens the run was trained on, or an error that names what differs."""
     if name not in record.encoders:
         run = EncoderRun(EncoderSettings(name=name, weights=weights or "hub"), device)
@@ -602,14 +518,14 @@ def _encoder_of(record: RunRecord, name: str, weights: str | None, device: str) 
                 f" {(*wanted.grid, wanted.width)}, and its record does not say what made them"
             )
         return run
-    fact = record.encoders[name]
-    spec = weights or fact.get("weights_from", fact["weights"])
-    recorded = FeatureIdentity.from_dict(fact["identity"])
+    facts = record.encoders[name]
+    spec = weights or facts.get("weights_from", facts["weights"])
+    recorded = FeatureIdentity.from_dict(facts["identity"])
     run = EncoderRun(EncoderSettings.of_identity(recorded, "hub" if spec == "pretrained" else spec), device)
-    if odd := recorded.differences(run.identity):
-        values = "; ".join(f"{field}: {before!r} then, {now!r} now" for field, (before, now) in odd.items())
+    if differing := recorded.differences(run.identity):
+        values = "; ".join(f"{field}: {before!r} then, {now!r} now" for field, (before, now) in differing.items())
         raise UserError(
-            f"{name} is not the encoder that the run was trained on ({values}); say where its weights are with"
+            f"{name} is not the encoder that the run was trained on ({values}); name the folder of its weights with"
             f" --weights {name}=FOLDER"
         )
     return run

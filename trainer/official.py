@@ -67,7 +67,7 @@ from trainer.data.tokens import StoreTokens, TokenShape
 from trainer.model.llm import LoadedLLM, save_shape, where_to_look
 from trainer.model.video_llm import build, count_parameters
 from trainer.runs import checkpoint
-from trainer.runs.run_record import LLM_FOLDER, UNBOUND, RunRecord, software_versions
+from trainer.runs.run_record import IMPORT_FILE, LLM_FOLDER, UNBOUND, RunRecord, software_versions
 
 Weights = Mapping[str, Tensor]
 PARTS = ("projectors", "feature_fusion", "llm_backbone")
@@ -371,7 +371,6 @@ def _check(what: str, name: str, table: Mapping[str, Any]) -> Any:
     return name
 
 
-IMPORT_FILE = "imported.json"
 SOURCE = "princetonvisualai/merv"
 
 

@@ -30,7 +30,6 @@ from mervcache.files import atomic_directory
 from trainer.config import CONFIG_FILE
 from trainer.model.llm import is_adapter
 from trainer.model.video_llm import Built
-from trainer.official import IMPORT_FILE
 from trainer.runs import checkpoint
 from trainer.runs.load import (
     ADAPTER_FILE,
@@ -46,7 +45,14 @@ from trainer.runs.load import (
     weight_digests,
 )
 from trainer.runs.model_card import UNKNOWN_LICENSE, CardFacts, model_card
-from trainer.runs.run_record import LLM_FOLDER, METRICS_FILE, read_metrics, read_scores, software_versions
+from trainer.runs.run_record import (
+    IMPORT_FILE,
+    LLM_FOLDER,
+    METRICS_FILE,
+    read_metrics,
+    read_scores,
+    software_versions,
+)
 from trainer.runs.stage_folders import last_stage
 
 CARD_FILE, ENCODERS_FILE = "README.md", "encoders.json"

@@ -35,6 +35,7 @@ from trainer.config import RECORD_FILE
 from trainer.data.tokens import TokenShape
 
 LLM_FOLDER = "llm"
+IMPORT_FILE = "imported.json"  # of a run made of a foreign checkpoint: where its weights come from
 PACKAGES = ("merv-pipeline", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "peft")
 UNBOUND = "unbound:"  # begins the identity in an imported run, whose weights do not say what made their tokens
 

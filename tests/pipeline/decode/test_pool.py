@@ -139,7 +139,7 @@ def test_process_that_cannot_start_stops_the_run_with_its_last_words(studio, cli
     command = (sys.executable, "-P", "-c", "import sys; sys.exit('no such library')")
     with (
         DecodePool(1, worker_command=command) as pool,
-        pytest.raises(RunStoppedError, match="did not start; .* no such library"),
+        pytest.raises(RunStoppedError, match=r"did not start; .* no such library"),
     ):
         pool.submit(studio.job(clip_file)).result()
     with (

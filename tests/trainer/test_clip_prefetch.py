@@ -1,7 +1,7 @@
 import threading
 from concurrent.futures import Future
 
-from trainer.end_to_end import Ahead
+from trainer.end_to_end import ClipPrefetch
 
 
 class Started:
@@ -18,48 +18,48 @@ class Started:
 
 def test_work_is_started_in_order_and_no_further_than_the_limit():
     started = Started()
-    ahead = Ahead(started, limit=2)
-    ahead.expect("abcd")
+    prefetch = ClipPrefetch(started, limit=2)
+    prefetch.expect("abcd")
     assert started.names == ["a", "b"]
-    assert ahead.take("a") is started.futures["a"]
+    assert prefetch.take("a") is started.futures["a"]
     assert started.names == ["a", "b", "c"]
 
 
 def test_what_was_not_expected_is_started_when_it_is_taken():
     started = Started()
-    ahead = Ahead(started, limit=1)
-    ahead.expect("ab")
-    assert ahead.take("b") is started.futures["b"]
-    ahead.take("z")
+    prefetch = ClipPrefetch(started, limit=1)
+    prefetch.expect("ab")
+    assert prefetch.take("b") is started.futures["b"]
+    prefetch.take("z")
     assert started.names == ["a", "b", "z"]
 
 
 def test_a_name_taken_twice_is_worked_on_twice():
     started = Started()
-    ahead = Ahead(started, limit=3)
-    ahead.expect(["a", "a"])
+    prefetch = ClipPrefetch(started, limit=3)
+    prefetch.expect(["a", "a"])
     assert started.names == ["a"]
-    assert ahead.take("a") is not ahead.take("a")
+    assert prefetch.take("a") is not prefetch.take("a")
     assert started.names == ["a", "a"]
 
 
 def test_a_new_expectation_keeps_what_it_shares_and_gives_up_the_rest():
     started = Started()
-    ahead = Ahead(started, limit=2)
-    ahead.expect("ab")
-    ahead.expect("bc")
+    prefetch = ClipPrefetch(started, limit=2)
+    prefetch.expect("ab")
+    prefetch.expect("bc")
     assert started.futures["a"].cancelled()
     assert started.names == ["a", "b", "c"]
-    assert ahead.take("b") is started.futures["b"]
+    assert prefetch.take("b") is started.futures["b"]
 
 
 def test_takers_of_many_threads_all_get_their_own():
     started = Started()
-    ahead = Ahead(started, limit=4)
+    prefetch = ClipPrefetch(started, limit=4)
     names = [str(number) for number in range(64)]
-    ahead.expect(names)
+    prefetch.expect(names)
     taken = {}
-    threads = [threading.Thread(target=lambda n=name: taken.__setitem__(n, ahead.take(n))) for name in names]
+    threads = [threading.Thread(target=lambda n=name: taken.__setitem__(n, prefetch.take(n))) for name in names]
     for thread in threads:
         thread.start()
     for thread in threads:
