@@ -27,7 +27,7 @@ LONG = (
     "test_gpu_check.py",
     "test_stages.py",
     "test_outside_cluster.py",
-    "test_transfer.py",
+    "test_sync.py",
 )
 
 

@@ -30,7 +30,7 @@ def load(path: Path):
 _azure, _gcs = (load(Path(__file__).parents[1] / f"{name}_server.py") for name in ("azure", "gcs"))
 azure_endpoint, azure, gcs = _azure.azure_endpoint, _azure.azure, _gcs.gcs
 PLACES = ["gcs", "azure"] if _azure.IS_INSTALLED else ["gcs"]
-_near = load(Path(__file__).with_name("test_remote_objects.py"))
+_near = load(Path(__file__).with_name("test_contract.py"))
 CONTRACT = {
     name: test
     for name, test in vars(_near).items()
