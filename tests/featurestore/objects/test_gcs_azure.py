@@ -17,12 +17,12 @@ from featurestore.store import FeatureStore
 from featurestore.transfer.sync import push, transfer
 from mervcache.errors import RunStoppedError, UserError
 from tests.featurestore.azure_server import ADVICE, IS_INSTALLED
-from tests.featurestore.places import test_remote_objects
+from tests.featurestore.objects import test_contract
 
 PLACES = ["gcs", "azure"] if IS_INSTALLED else ["gcs"]
 CONTRACT = {
     name: test
-    for name, test in vars(test_remote_objects).items()
+    for name, test in vars(test_contract).items()
     if name.startswith("test_") and list(inspect.signature(test).parameters) == ["objects"]
 }
 
