@@ -8,7 +8,7 @@ bit. With another shape, thread count or device they differ by rounding.
 
 What cannot be decoded must be known before the first step, as it is in a store: every clip is decoded once up front,
 see `media_check.py`. `is_trusted` leaves that out, and a clip that then fails ends the run. So does a clip whose tokens
-overflow the storage dtype, with the advice to take bfloat16: to find it early would cost a pass of all encoders.
+overflow the storage dtype, with the advice to take a wider one: to find it early would cost a pass of all encoders.
 
 Encoders named in `train_encoders` join the model with weights in float32; their tokens are cast to no storage dtype:
 nothing is stored, and the cast has no gradient. Their first tokens are those of a store to the rounding of that cast.
@@ -62,7 +62,7 @@ from torch import Tensor, nn
 
 from featurestore import FeatureIdentity, Sample
 from featurestore.clips import KINDS, Clip
-from featurestore.storage_dtypes import OverflowedTokens, from_stored, to_stored
+from featurestore.storage_dtypes import WIDEST, OverflowedTokens, from_stored, to_stored
 from mervcache.console import Bar
 from mervcache.errors import MediaError, UserError, unknown_name
 from mervcache.files import canonical_json
@@ -341,14 +341,10 @@ def through_storage(arrays: Mapping[str, np.ndarray], identity: FeatureIdentity)
     except OverflowedTokens as error:
         raise UserError(
             f"{identity.encoder}: {error}; a store would leave the clip out, a live run ends here:"
-            " set storage_dtype: bfloat16 in --extract-config"
+            f" set storage_dtype: {WIDEST} in --extract-config"
         ) from error
-    logical_dtype = "bfloat16" if identity.storage_dtype == "bfloat16" else None
-    affine = {name: stored[name] for name in ("scale", "offset") if name in stored}
-    return {
-        part: repeated(from_stored(stored[part], logical_dtype=logical_dtype, **affine), identity.grid[0])
-        for part in arrays
-    }
+    floats = from_stored(stored, identity.storage_dtype)
+    return {part: repeated(floats[part], identity.grid[0]) for part in arrays}
 
 
 def repeated(values_T: np.ndarray, time: int) -> np.ndarray:

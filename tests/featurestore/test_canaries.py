@@ -255,7 +255,7 @@ def die(*arguments, **options):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*arguments, **options)
 setattr(local_objects.os, sys.argv[3], die)
-Kit(sys.argv[1]).add_canaries()
+Kit(sys.argv[1]).add_reference_clips()
 """
 
 
