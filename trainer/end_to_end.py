@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from featurestore import FeatureIdentity, Sample
 from featurestore.clips import KINDS, Clip
-from featurestore.storage_dtypes import OverflowedTokens, from_stored, to_stored
+from featurestore.storage_dtypes import WIDEST, OverflowedTokens, from_stored, to_stored
 from mervcache.console import ProgressLine
 from mervcache.errors import MediaError, UserError, unknown_name
 from mervcache.files import canonical_json
