@@ -22,7 +22,6 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
@@ -49,7 +48,7 @@ from trainer.config import (
     get_stages,
 )
 from trainer.loop.launch import Launch, is_first_rank, is_launched, relaunch
-from trainer.loop.stages import merge_settings, to_yaml
+from trainer.loop.stages import dry_run_stages, merge_settings, to_yaml, train_in_stages
 from trainer.runs.stage_folders import check_are_runs, check_is_free, read_stages, stage_folder
 
 if TYPE_CHECKING:
@@ -143,17 +142,14 @@ handle_cli_errors = handle_errors(
 )
 
 
-def load_torch_modules() -> ModuleType:
-    """`trainer.run` with torch and transformers.
+def load_torch_modules() -> None:
+    """Set what torch and transformers read when they are loaded; commands import what needs them after this call.
 
     OpenMP threads that spin while they wait take each other's cores away: on two cores beside other work, training the
     demo fell from 185 to 20 samples/s, and to 115 where they sleep. Read once, when torch is loaded.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from trainer import run
-
     keep_bars_to_terminals()
-    return run
 
 
 def keep_bars_to_terminals() -> None:
@@ -269,7 +265,8 @@ def train_main(
         return
     place = resolve_source(store, words, earlier)
     if dry_run:
-        told = load_torch_modules().dry_run_stages(stages, place)
+        load_torch_modules()
+        told = dry_run_stages(stages, place)
         print_result(told, as_json, lambda: print_plan(told))
         return
     if not is_launched():  # one of several ranks may find what the first has begun
@@ -277,7 +274,8 @@ def train_main(
             check_is_free(out, stages, only)
         if launch is not None:
             relaunch(launch, processes, sys.argv[1:])
-    results = load_torch_modules().train_in_stages(stages, place, out, resume=resume is not None, only=only)
+    load_torch_modules()
+    results = train_in_stages(stages, place, out, resume=resume is not None, only=only)
     if is_first_rank():
         told = {**results[-1], "stages": results} if len(stages) > 1 else results[-1]
         print_result(told, as_json, lambda: click.echo("\n".join(result_lines(results))))

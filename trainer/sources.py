@@ -6,7 +6,7 @@ imported only where it runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -16,13 +16,14 @@ from mervcache.errors import StoreError, UserError, unknown_name
 from trainer.config import LiveRequest, TrainConfig, used_encoders
 from trainer.data.batches import named_samples
 from trainer.data.tokens import StoreTokens, TokenShape, TokenSource
-from trainer.loop.stages import OpenTokens
 from trainer.model.projectors import parts_of
 from trainer.runs import checkpoint
 from trainer.runs.load import LoadedRun
 from trainer.runs.run_record import UNBOUND, RunRecord
 
 TokenPlace = str | LiveRequest  # a store's path, or what is encoded on the spot
+# Settings, and the folder of a run that may have begun with them -> its samples and tokens.
+OpenTokens = Callable[[TrainConfig, Path | None], tuple[Sequence[Sample], TokenSource]]
 
 
 def store_of(place: TokenPlace) -> str:

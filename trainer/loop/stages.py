@@ -1,58 +1,85 @@
-"""Stages: settings laid over a recipe, and its stages trained one after another.
+"""Recipes of several stages: settings merged over a recipe, and each stage trained from the weights of the one before.
 
-Comes in: a recipe, a config file, options. Goes out: finished runs. What a chain has done is read from its folders, so
-resuming it is calling it again. torch is imported where training begins: the command line reads this room for `--help`.
+What was trained already is read from the folders (`trainer/runs/stage_folders.py`), so a chain is resumed by the same
+call. torch is imported inside functions, because the command line imports this module for `--help`.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from featurestore.clips import Sample
 from mervcache.config import overlay, plain
 from mervcache.errors import UserError, unknown_name
 from mervcache.files import replace_text
-from trainer.config import CONFIG_FILE, Stage, Stages, TrainConfig, read_config
+from trainer.config import CONFIG_FILE, Stages, TrainConfig, read_config
 from trainer.loop.launch import is_first_rank
 from trainer.runs.stage_folders import STAGES_FILE, check_is_free, stage_folder
 
 if TYPE_CHECKING:
-    from trainer.data.tokens import TokenSource
     from trainer.loop.train import TrainResult
+    from trainer.sources import OpenTokens, TokenPlace
 
-OWN = "stages"  # key of a config file that holds the settings of single stages
-
-# Settings, and the folder of a run that may have begun with them -> its samples and tokens.
-OpenTokens = Callable[[TrainConfig, Path | None], "tuple[Sequence[Sample], TokenSource]"]
+STAGES_KEY = "stages"  # of a config file: holds the settings of single stages
 
 
 def merge_settings(stages: Stages, settings: Mapping[str, Any], options: Mapping[str, Any]) -> Stages:
     """A recipe, then a file's settings, then those the file has for one stage, then options: later ones win.
 
-    Of what is said for a whole chain, `init` is where its first stage starts, and `prompt` leaves a caption stage as it
-    is. One overlay for all layers: a file may name a frozen LLM that only `--train-llm full` makes sense of.
+    Of settings for a whole chain, `init` is where its first stage starts, and `prompt` leaves a caption stage as it
+    is. All layers are merged before they are checked: a file may name a frozen LLM that is valid only with an option
+    such as `--train-llm full`.
     """
-    own = settings.get(OWN) or {}
-    if not isinstance(own, Mapping) or not all(isinstance(value, Mapping) for value in own.values()):
-        raise UserError(f"setting {OWN} is a mapping of stage names to settings, got {own!r}")
+    by_stage = settings.get(STAGES_KEY) or {}
+    if not isinstance(by_stage, Mapping) or not all(isinstance(value, Mapping) for value in by_stage.values()):
+        raise UserError(f"setting {STAGES_KEY} is a mapping of stage names to settings, got {by_stage!r}")
     names = [stage.name for stage in stages]
-    if unknown := [name for name in own if name not in names]:
-        raise UserError(unknown_name(f"stage in {OWN}", unknown[0], names))
-    common = {name: value for name, value in settings.items() if name != OWN}
+    if unknown := [name for name in by_stage if name not in names]:
+        raise UserError(unknown_name(f"stage in {STAGES_KEY}", unknown[0], names))
+    common = {name: value for name, value in settings.items() if name != STAGES_KEY}
     if len(stages) > 1 and "stage" in common:
-        raise UserError(f"this recipe has its own stages, {', '.join(names)}: say `stage` under `{OWN}: {{NAME: ...}}`")
-    laid = []
+        raise UserError(
+            f"this recipe has its own stages, {', '.join(names)}: set `stage` under `{STAGES_KEY}: {{NAME: ...}}`"
+        )
+    merged = []
     for index, stage in enumerate(stages):
-        kept = _kept(stage, index) if len(stages) > 1 else set()
-        layers = [_without(common, kept), own.get(stage.name, {}), _without(options, kept)]
-        laid.append(replace(stage, config=overlay(stage.config, _merge(layers))))
-    return tuple(laid)
+        fixed: set[str] = set()  # settings that are not changed for the whole chain
+        if len(stages) > 1:
+            fixed = {"stage", *(["init"] if index else []), *(["prompt"] if stage.config.prompt == "caption" else [])}
+        layers = [_without(common, fixed), by_stage.get(stage.name, {}), _without(options, fixed)]
+        merged.append(replace(stage, config=overlay(stage.config, _merge(layers))))
+    return tuple(merged)
+
+
+def to_yaml(stages: Stages) -> str:
+    """A config file that gives these settings over any recipe of the same stages."""
+    if len(stages) == 1:
+        return stages[0].config.to_yaml()
+    return yaml.safe_dump({STAGES_KEY: _settings_by_stage(stages)}, sort_keys=False)
+
+
+def train_in_stages(
+    stages: Stages, place: TokenPlace, out: Path, *, resume: bool, only: str | None = None
+) -> list[dict[str, Any]]:
+    """Train a recipe's stages with the tokens of a place; a `TrainResult` of each as a dict."""
+    from trainer.sources import opened, store_of
+
+    with opened(place, out) as open_tokens:
+        results = train_stages(stages, open_tokens, out, store=store_of(place), resume=resume, only=only)
+    return [asdict(result) for result in results]
+
+
+def dry_run_stages(stages: Stages, place: TokenPlace) -> dict[str, Any]:
+    """Everything that is known before the first step of every stage, with the tokens of a place."""
+    from trainer.sources import opened, store_of
+
+    with opened(place) as open_tokens:
+        return describe_stages(stages, open_tokens, store=store_of(place))
 
 
 def train_stages(
@@ -65,22 +92,32 @@ def train_stages(
     only: str | None = None,
     quiet: bool = False,
 ) -> list[TrainResult]:
-    """Train the stages in turn, or the one named `only`; a stage that is told to stop ends the chain.
+    """Train the stages in turn, or the one named `only`; a stage that stops before its end is the last one.
 
-    `open_tokens` gives the samples and the token source of a stage's settings.
+    `open_tokens` gives the samples and the token source of a stage's settings. With `resume` finished stages are
+    skipped, and an unfinished one goes on from its newest checkpoint.
     """
     from trainer.loop.train import train
     from trainer.runs.checkpoint import newest
 
     out = Path(out)
-    chosen = _chosen(stages, only)
+    names = [stage.name for stage in stages]
+    if only is not None and only not in names:
+        raise UserError(unknown_name("stage of this recipe", only, names))
     _prepare_folder(out, stages, only, resume)
     is_new = newest(stage_folder(out, stages, stages[0])) is None  # a stage without checkpoint starts over
-    words = _look_ahead(stages, open_tokens) if len(stages) > 1 and is_new else ()
+    words = _check_samples(stages, open_tokens) if len(stages) > 1 and is_new else ()
     results: list[TrainResult] = []
-    for stage in chosen:
-        config, folder = _with_start(stages, stage, out), stage_folder(out, stages, stage)
-        result = _finished(folder, config) if resume else None
+    for index, stage in enumerate(stages):
+        if only not in (None, stage.name):
+            continue
+        config, folder = stage.config, stage_folder(out, stages, stage)
+        if index and config.init is None:
+            # A stage that has begun keeps the path it began with: the chain's folder may have been renamed since.
+            has_begun = (folder / CONFIG_FILE).exists()
+            init = read_config(folder).init if has_begun else str(out / stages[index - 1].name)
+            config = replace(config, init=init)
+        result = _finished_result(folder, config) if resume else None
         if result is None:
             samples, source = open_tokens(config, folder)
             result = train(config, samples, source, folder, store=store, resume=resume, words=words, quiet=quiet)
@@ -93,30 +130,17 @@ def train_stages(
 
 
 def describe_stages(stages: Stages, open_tokens: OpenTokens, *, store: str = "") -> dict[str, Any]:
-    """What a dry run tells, of each stage where there are several; a later stage's start is not trained yet."""
+    """The report of a dry run, of each stage where there are several; a later stage's start is not trained yet."""
     from trainer.loop.plan import describe, make_plan
 
-    words = _look_ahead(stages, open_tokens) if len(stages) > 1 else ()
-    told = {}
+    words = _check_samples(stages, open_tokens) if len(stages) > 1 else ()
+    reports = {}
     for index, stage in enumerate(stages):
         samples, source = open_tokens(stage.config, None)
-        told[stage.name] = describe(make_plan(stage.config, samples, source, store=store, words=words))
+        reports[stage.name] = describe(make_plan(stage.config, samples, source, store=store, words=words))
         if index and stage.config.init is None:
-            told[stage.name]["init"] = f"all weights of stage {stages[index - 1].name}"
-    return {OWN: told} if len(stages) > 1 else told[stages[0].name]
-
-
-def to_yaml(stages: Stages) -> str:
-    """A config file that gives these settings over any recipe of the same stages."""
-    if len(stages) == 1:
-        return stages[0].config.to_yaml()
-    own = {stage.name: plain(asdict(stage.config)) for stage in stages}
-    return yaml.safe_dump({OWN: own}, sort_keys=False)
-
-
-def _kept(stage: Stage, index: int) -> set[str]:
-    """Settings of a chain's stage that are not changed by what is said for the whole chain."""
-    return {"stage"} | ({"init"} if index else set()) | ({"prompt"} if stage.config.prompt == "caption" else set())
+            reports[stage.name]["init"] = f"all weights of stage {stages[index - 1].name}"
+    return {STAGES_KEY: reports} if len(stages) > 1 else reports[stages[0].name]
 
 
 def _without(settings: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
@@ -134,11 +158,8 @@ def _merge(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return merged
 
 
-def _chosen(stages: Stages, only: str | None) -> Stages:
-    names = [stage.name for stage in stages]
-    if only is not None and only not in names:
-        raise UserError(unknown_name("stage of this recipe", only, names))
-    return tuple(stage for stage in stages if only in (None, stage.name))
+def _settings_by_stage(stages: Stages) -> dict[str, Any]:
+    return {stage.name: plain(asdict(stage.config)) for stage in stages}
 
 
 def _prepare_folder(out: Path, stages: Stages, only: str | None, resume: bool) -> None:
@@ -152,12 +173,11 @@ def _prepare_folder(out: Path, stages: Stages, only: str | None, resume: bool) -
     if not resume:
         check_is_free(out, stages, only)
     out.mkdir(parents=True, exist_ok=True)
-    settings = {stage.name: plain(asdict(stage.config)) for stage in stages}
-    replace_text(out / STAGES_FILE, yaml.safe_dump(settings, sort_keys=False))
+    replace_text(out / STAGES_FILE, yaml.safe_dump(_settings_by_stage(stages), sort_keys=False))
 
 
-def _look_ahead(stages: Stages, open_tokens: OpenTokens) -> list[str]:
-    """Find out before the first step that every stage has samples; all texts that a fresh LLM must know words of."""
+def _check_samples(stages: Stages, open_tokens: OpenTokens) -> list[str]:
+    """Check before the first step that every stage has samples; returns all texts a fresh LLM must know words of."""
     from trainer.data.batches import select
     from trainer.model.llm import FRESH_PREFIX
     from trainer.model.video_llm import texts_of
@@ -173,18 +193,7 @@ def _look_ahead(stages: Stages, open_tokens: OpenTokens) -> list[str]:
     return texts
 
 
-def _with_start(stages: Stages, stage: Stage, out: Path) -> TrainConfig:
-    """A stage's settings with the run before it as its start."""
-    index, folder = stages.index(stage), out / stage.name
-    if index == 0 or stage.config.init is not None:
-        return stage.config
-    # A stage that has begun keeps the path it began with: the chain's folder may have another name by now.
-    has_begun = (folder / CONFIG_FILE).exists()
-    init = read_config(folder).init if has_begun else str(out / stages[index - 1].name)
-    return replace(stage.config, init=init)
-
-
-def _finished(folder: Path, config: TrainConfig) -> TrainResult | None:
+def _finished_result(folder: Path, config: TrainConfig) -> TrainResult | None:
     """The result of a run that is at its end, so that nothing is loaded for it; None if there is more to train."""
     from trainer.loop.train import TrainResult
     from trainer.runs.checkpoint import best, resolve_start

@@ -1,10 +1,8 @@
-"""Chain: the folder of a run of several stages.
+"""The folder of a run of several stages; a recipe of one stage is RUN itself. Imports no torch.
 
-    RUN/stages.yaml    name -> settings, in order
-    RUN/align/         each stage is a complete run; a later one has `init:` the one before
-    RUN/finetune/
-
-A recipe of one stage is RUN itself.
+RUN/stages.yaml    name -> settings, in order
+RUN/align/         each stage is a complete run; a later one has `init:` the one before
+RUN/finetune/
 """
 
 from __future__ import annotations
@@ -20,12 +18,12 @@ STAGES_FILE = "stages.yaml"  # in the folder of a chain
 
 
 def stage_folder(out: Path, stages: Stages, stage: Stage) -> Path:
-    """Where a stage's run lies."""
+    """The run folder of a stage."""
     return Path(out) / stage.name if len(stages) > 1 else Path(out)
 
 
 def check_is_free(out: Path, stages: Stages, only: str | None = None) -> None:
-    """Refuse a folder in which a run of these stages, or of the one named `only`, has begun."""
+    """Raise UserError for a folder in which a run of these stages, or of the one named `only`, has begun."""
     chosen = [stage for stage in stages if only in (None, stage.name)]
     if begun := [s.name for s in chosen if (stage_folder(out, stages, s) / CONFIG_FILE).exists()]:
         held = ", ".join(begun) if len(stages) > 1 else "a run"
@@ -44,7 +42,7 @@ def read_stages(run: Path) -> Stages:
 
 
 def check_are_runs(*folders: Path) -> None:
-    """Refuse a folder without a run or an export in it; torch, which reads them, takes seconds to load."""
+    """Raise UserError for a folder without a run or an export in it, before torch is loaded to read it."""
     for run in map(last_stage, folders):
         if not (run / CONFIG_FILE).is_file():
             raise UserError(no_checkpoint(run))
@@ -58,6 +56,6 @@ def no_checkpoint(run: Path) -> str:
 
 
 def last_stage(run: Path) -> Path:
-    """The folder of the run that a folder stands for: of a chain, its last stage."""
+    """The run's own folder: of a chain of stages, that of its last one."""
     stages = read_stages(run) if (Path(run) / STAGES_FILE).is_file() else ()
     return stage_folder(run, stages, stages[-1]) if stages else Path(run)
