@@ -14,14 +14,13 @@ worker has told it the hash.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from featurestore.identity import FeatureIdentity
-from mervcache.errors import UserError
+from mervcache.errors import UserError, unknown_name
 from pipeline.align import DEFAULT_GRID, aligned_period, check_grid
 from pipeline.views import BASE_FRAMES, ResizeRule, View
 
@@ -135,7 +134,7 @@ class EncoderSpec:
         """
         for key in overrides:
             if key not in self.architecture:
-                raise UserError(_unknown_key(self, key))
+                raise UserError(unknown_name(f"{self.name} architecture key", key, sorted(self.architecture)))
         merged = {**self.architecture, **overrides}
         if "hidden_size" in overrides and "mlp_size" not in overrides and _is_size(merged["hidden_size"]):
             ratio = self.architecture["mlp_size"] / self.architecture["hidden_size"]
@@ -198,12 +197,6 @@ def _check_multiple(spec: EncoderSpec, whole: str, part: str, reason: str) -> No
 
 def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _unknown_key(spec: EncoderSpec, key: str) -> str:
-    near = difflib.get_close_matches(key, spec.architecture, n=1)
-    hint = f", did you mean {near[0]}" if near else ""
-    return f"{spec.name} has no architecture key {key!r}{hint}; known keys: {', '.join(sorted(spec.architecture))}"
 
 
 def feature_identity(
