@@ -39,7 +39,7 @@ _API = {  # public name -> where it is defined
     "pull": "featurestore.transfer.sync:transfer",
     "push": "featurestore.transfer.sync:push",
     "read_extract_config": "pipeline.config:read_config",
-    "train": "trainer.run:train_in_stages",
+    "train": "trainer.loop.stages:train_in_stages",
     "verify_store": "featurestore.maintenance.verify:verify_store",
 }
 __all__ = [*_API]
