@@ -53,7 +53,9 @@ def test_a_users_file_that_hides_a_package_is_named_and_not_run(tmp_path, packag
     done = python("import mervcache; mervcache.FeatureStore", tmp_path)
     assert done.stdout == ""
     last = done.stderr.splitlines()[-1]
-    assert last.startswith(f"ImportError: {tmp_path / package}.py hides the package '{package}' of MERV Cache: rename it")
+    assert last.startswith(
+        f"ImportError: {tmp_path / package}.py hides the package '{package}' of MERV Cache: rename it"
+    )
 
 
 def test_a_folder_of_the_same_name_without_python_files_hides_nothing(tmp_path):
