@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.worker.engine import EncoderRun, encode_batch
+from pipeline.worker.engine import TokenEncoder, encode_batch
 
 LARGEST = 65504.0  # of float16
 SMALLEST_NORMAL = 2.0**-14  # below it float16 loses digits
 
 
-def neighbours(run: EncoderRun, clips: Sequence[np.ndarray]) -> dict[str, Any]:
+def neighbours(run: TokenEncoder, clips: Sequence[np.ndarray]) -> dict[str, Any]:
     """Tokens of a clip in a full batch beside those of the same clip at the same place of a batch of zeros.
 
     A store promises the first two figures to be equal. A batch of one is another shape and may differ; how much is
@@ -44,7 +44,7 @@ def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
     return one.tobytes() == other.tobytes()
 
 
-def float16_fit(run: EncoderRun, clips: Sequence[np.ndarray]) -> dict[str, Any]:
+def float16_fit(run: TokenEncoder, clips: Sequence[np.ndarray]) -> dict[str, Any]:
     """How the tokens, float32 before they are stored, sit in float16's range."""
     arrays, _ = encode_batch(run, dict(enumerate(clips)), list(range(len(clips))))
     return range_of(arrays["tokens"]) | {"weights": run.weights_label}

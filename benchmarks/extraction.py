@@ -34,7 +34,7 @@ from pipeline.extract import extract
 from pipeline.views import View, distinct_views
 
 if TYPE_CHECKING:
-    from pipeline.worker.engine import EncoderRun
+    from pipeline.worker.engine import TokenEncoder
 
 CORES = len(os.sched_getaffinity(0))
 
@@ -115,7 +115,7 @@ def _decode(job: DecodeJob) -> dict | None:
 
 
 def _forward(
-    run: EncoderRun, clips: Sequence[Clip], decoded: Sequence[dict | None], batch_sizes: Mapping[str, int]
+    run: TokenEncoder, clips: Sequence[Clip], decoded: Sequence[dict | None], batch_sizes: Mapping[str, int]
 ) -> float:
     seconds = 0.0
     for kind in KINDS:

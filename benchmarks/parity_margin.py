@@ -42,7 +42,7 @@ def encode(out: Path, encoders: str, dtypes: str, threads: int, batch: int, devi
     """Encode the canary videos into the folder OUT."""
     import torch
 
-    from pipeline.worker.engine import EncoderRun
+    from pipeline.worker.engine import TokenEncoder
 
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def encode(out: Path, encoders: str, dtypes: str, threads: int, batch: int, devi
                 grid=(STEPS[name], 8, 8),
                 compute_dtype=dtype,
             )
-            run, started = EncoderRun(settings, device), time.perf_counter()
+            run, started = TokenEncoder(settings, device), time.perf_counter()
             canaries = encode_reference_clips(run, "video", batch, _decoded(run))
             (out / f"{name}-{dtype}.safetensors").write_bytes(canaries.to_bytes())
             (out / f"{name}-{dtype}.json").write_text(json.dumps(run.identity.to_dict()))

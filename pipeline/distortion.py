@@ -42,7 +42,7 @@ from pipeline.parity import encode_clips, engine_without_encoders, load_as_store
 from pipeline.summary import media_roots
 
 if TYPE_CHECKING:
-    from pipeline.worker.engine import EncoderRun, Engine
+    from pipeline.worker.engine import Engine, TokenEncoder
 
 READ_BATCH = 8  # clips in memory at once
 REPEATS = 3  # of every timing, of which the fastest counts: others share the machine
@@ -253,7 +253,7 @@ def encoded_again(
     """Encodes clips of a store again on this machine; its decode process lives until the context is left."""
     objects = open_objects(place)
     roots = media_roots(driver_runs(objects), root)
-    loaded: dict[str, EncoderRun] = {}  # one encoder at a time
+    loaded: dict[str, TokenEncoder] = {}  # one encoder at a time
     with engine_without_encoders(device) as engine:
 
         def again(measured: MeasuredClips, folder: Path) -> Floats:
@@ -266,7 +266,9 @@ def encoded_again(
         yield again
 
 
-def _encode(engine: Engine, run: EncoderRun, measured: MeasuredClips, roots: Mapping[str, str], folder: Path) -> Floats:
+def _encode(
+    engine: Engine, run: TokenEncoder, measured: MeasuredClips, roots: Mapping[str, str], folder: Path
+) -> Floats:
     """In the batch shape of the clips' group, into files of the folder."""
     media, batch = _media(measured), measured.group.batch_shape
     for start in range(0, len(measured.clips), batch):

@@ -50,7 +50,7 @@ from pipeline.datasets import DatasetListing, list_clips
 from pipeline.decode.sampling import Decoded
 from pipeline.extract import check_place
 from pipeline.run_encoders import Loading
-from pipeline.worker.engine import EncoderRun, Engine, decode_job, encode_batch, reporting_engine
+from pipeline.worker.engine import Engine, TokenEncoder, decode_job, encode_batch, reporting_engine
 from pipeline.worker.reports import EncoderProbe, Probe, ProbeRecord
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def _record(engine: Engine, decoded: Decoded, encoders: Mapping[str, EncoderProb
     return ProbeRecord(decode_s=decoded.seconds, wall_s=wall_s, encoders=encoders)
 
 
-def _probe_encoder(run: EncoderRun, kind: str, together: Sequence[Decoded], batch: int) -> EncoderProbe:
+def _probe_encoder(run: TokenEncoder, kind: str, together: Sequence[Decoded], batch: int) -> EncoderProbe:
     """Encode these clips in one forward of a full batch."""
     frames = {slot: decoded.frames[run.view] for slot, decoded in enumerate(together)}
     started = time.perf_counter()

@@ -128,14 +128,12 @@ def frame_order(name: str) -> tuple:
 
 
 def _resolve(root: str, path: str) -> Media:
-    tar, member = _split_tar(root, path)
-    if member:
-        return _resolve_tar_member(_inside(root, tar), member)
+    path, member = _split_tar(root, path)
     real = _inside(root, path)
     status = os.stat(real)
-    if not stat.S_ISDIR(status.st_mode):
+    if member or not stat.S_ISDIR(status.st_mode):
         _check_regular(status)
-        return LocalFile(Path(real))
+        return _find_member(real, member) if member else LocalFile(Path(real))
     with os.scandir(real) as entries:
         names = [entry.name for entry in entries if not entry.name.startswith(".")]
     names = [name for name in names if os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS]
@@ -172,8 +170,7 @@ def _check_regular(status: os.stat_result) -> None:
         raise MediaError("media file is empty")
 
 
-def _resolve_tar_member(tar_path: str, name: str) -> TarMember:
-    _check_regular(os.stat(tar_path))
+def _find_member(tar_path: str, name: str) -> TarMember:
     index = tar_index(tar_path)
     if name in index.refused:
         raise MediaError(f"tar member is {index.refused[name]}, not a regular file")

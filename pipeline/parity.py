@@ -51,7 +51,7 @@ from pipeline.summary import media_roots, software_versions
 
 if TYPE_CHECKING:
     from pipeline.decode.sampling import Decoded
-    from pipeline.worker.engine import EncoderRun, Engine
+    from pipeline.worker.engine import Engine, TokenEncoder
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
 WORST_TOKEN = 4
@@ -127,7 +127,7 @@ def clips_by_kind(store: FeatureStore, clip_ids: Collection[str]) -> dict[str, l
 
 
 def check_clips(
-    place: Place, engine: Engine, run: EncoderRun, key: str, kind: str, clip_ids: Sequence[str], *, root: str | None
+    place: Place, engine: Engine, run: TokenEncoder, key: str, kind: str, clip_ids: Sequence[str], *, root: str | None
 ) -> ParityRow:
     """Encode clips of a store again, a batch of the group's shape at a time, and compare."""
     cells, name = StoreCells(place), f"{kind}/{run.identity.group_name}"
@@ -157,7 +157,7 @@ def _load(cells: StoreCells, name: str, clip_id: str, key: str, specs: Mapping) 
 
 def encode_clips(
     engine: Engine,
-    run: EncoderRun,
+    run: TokenEncoder,
     batch: int,
     clips: Sequence[Clip],
     roots: Mapping[str, str],
@@ -181,7 +181,7 @@ def encode_clips(
     return [{name: items[slot] for name, items in arrays.items()} for slot in frames]
 
 
-def _stored(arrays: Mapping[str, np.ndarray], run: EncoderRun) -> dict[str, np.ndarray] | None:
+def _stored(arrays: Mapping[str, np.ndarray], run: TokenEncoder) -> dict[str, np.ndarray] | None:
     """As extraction stores them; None where the tokens overflow here."""
     try:
         return to_stored(arrays, run.identity.storage_dtype)
@@ -265,10 +265,10 @@ class _Check:
         check = self._of_reference_clips if self.listed is None else self._of_clips
         return [row for kind in kinds if (row := check(run, key, kind)).clips]
 
-    def _of_clips(self, run: EncoderRun, key: str, kind: str) -> ParityRow:
+    def _of_clips(self, run: TokenEncoder, key: str, kind: str) -> ParityRow:
         return check_clips(self.place, self.engine, run, key, kind, self.listed[kind], root=self.root)
 
-    def _of_reference_clips(self, run: EncoderRun, key: str, kind: str) -> ParityRow:
+    def _of_reference_clips(self, run: TokenEncoder, key: str, kind: str) -> ParityRow:
         objects = open_objects(self.place)
         theirs = read_reference_clips(objects, kind, run.identity)
         _refuse_other_pictures(theirs, key)
@@ -283,7 +283,7 @@ class _Check:
 
 
 def _own_reference_clips(
-    objects: Objects, kind: str, run: EncoderRun, decoded: Mapping[str, Decoded]
+    objects: Objects, kind: str, run: TokenEncoder, decoded: Mapping[str, Decoded]
 ) -> ReferenceClips:
     """In the batch shape of the encoder's group."""
     return encode_reference_clips(run, kind, read_group(objects, kind, run.identity.group_name).batch_shape, decoded)
@@ -307,11 +307,11 @@ def _kinds_with_reference_clips(store: FeatureStore, identity: FeatureIdentity) 
 
 def load_as_stored(
     objects: Objects, key: str, identity: FeatureIdentity, weights: Mapping[str, str], device: str
-) -> EncoderRun:
+) -> TokenEncoder:
     """The encoder that made a store's tokens; refused if what is loaded has another identity."""
     import torch
 
-    from pipeline.worker.engine import EncoderRun
+    from pipeline.worker.engine import TokenEncoder
 
     made_with, threads = _made_with(objects, identity)
     own_weights = weights.get(identity.encoder, weights.get("", made_with))
@@ -319,7 +319,7 @@ def load_as_stored(
         torch.set_num_threads(threads)  # they decide the last bits of a sum
     settings = EncoderSettings.of_identity(identity, own_weights)
     _check_parameter_count(settings, key)
-    run = EncoderRun(settings, device)
+    run = TokenEncoder(settings, device)
     if odd := run.identity.differences(identity):
         _refuse(key, own_weights, odd)
     return run

@@ -35,7 +35,7 @@ from pipeline.config import EngineSettings
 
 if TYPE_CHECKING:
     from pipeline.decode.sampling import Decoded
-    from pipeline.worker.engine import EncoderRun, Engine
+    from pipeline.worker.engine import Engine, TokenEncoder
 
 
 def ppm(picture_HWC: np.ndarray) -> bytes:
@@ -156,7 +156,7 @@ def media_bytes(name: str) -> bytes:
     return avi((draw(number) for number in range(NUM_FRAMES)), width=WIDTH, height=HEIGHT, fps=FPS)
 
 
-def decode_reference_clips(engine: Engine, runs: Sequence[EncoderRun], kind: str) -> dict[str, Decoded]:
+def decode_reference_clips(engine: Engine, runs: Sequence[TokenEncoder], kind: str) -> dict[str, Decoded]:
     """The small frames of a kind's canaries, in every view that the encoders ask for, through the decode processes."""
     from pipeline.worker.engine import decode_job
 
@@ -169,7 +169,7 @@ def decode_reference_clips(engine: Engine, runs: Sequence[EncoderRun], kind: str
         return {name: future.result() for name, future in futures.items()}
 
 
-def encode_reference_clips(run: EncoderRun, kind: str, batch: int, decoded: Mapping[str, Decoded]) -> ReferenceClips:
+def encode_reference_clips(run: TokenEncoder, kind: str, batch: int, decoded: Mapping[str, Decoded]) -> ReferenceClips:
     """The canaries as a group of this encoder keeps them, each in a slot of the group's own batch shape.
 
     One whose tokens do not fit the storage dtype is left out, as a clip's would be quarantined.
@@ -197,7 +197,7 @@ def _reference_clip(name: str, decoded: Decoded, frames: np.ndarray) -> Referenc
     return ReferenceClip(name=name, media_sha256=decoded.media_sha256, frames_sha256=sha256_hex(shaped))
 
 
-def _stacked(rows: list[dict[str, np.ndarray]], run: EncoderRun, kind: str) -> dict[str, np.ndarray]:
+def _stacked(rows: list[dict[str, np.ndarray]], run: TokenEncoder, kind: str) -> dict[str, np.ndarray]:
     from featurestore.zarr_metadata import array_specs
 
     specs = array_specs(run.identity, kind, blocks=0, block_rows=1)

@@ -38,7 +38,7 @@ from pipeline.datasets import list_clips
 from pipeline.decode.sampling import Decoded
 from pipeline.encoders.network import EncoderNetwork, build_network
 from pipeline.encoders.weights import fill_random, weights_by_encoder
-from pipeline.worker.engine import EncoderRun, Engine, decode_job, encode_batch, free_cores
+from pipeline.worker.engine import Engine, TokenEncoder, decode_job, encode_batch, free_cores
 from trainer.config import LISTING, TrainConfig, used_encoders
 from trainer.data.batches import named_samples
 from trainer.data.tokens import ClipTokens, MemoryTokens, Part, PrefixedTokens, TokenShape, TokenSource
@@ -75,7 +75,7 @@ def live_source(
         frozen, trained = {}, {}
         for encoder in extract.encoder_settings:
             if encoder.name in config.train_encoders:
-                run = EncoderRun(replace(encoder, compute_dtype="float32"), "cpu")
+                run = TokenEncoder(replace(encoder, compute_dtype="float32"), "cpu")
                 trained[encoder.name] = TrainableEncoder(
                     run.loaded.network,
                     run.identity,
@@ -84,7 +84,7 @@ def live_source(
                     weights_from=encoder.weights,
                 )
             else:
-                frozen[encoder.name] = EncoderRun(encoder, engine.device)
+                frozen[encoder.name] = TokenEncoder(encoder, engine.device)
         batch = _batch_sizes(extract, engine)
         source = LiveTokens(
             engine,
@@ -188,7 +188,7 @@ class LiveTokens(TokenSource):
     def __init__(
         self,
         engine: Engine,
-        frozen: Mapping[str, EncoderRun],
+        frozen: Mapping[str, TokenEncoder],
         trained: Mapping[str, TrainableEncoder],  # these join the model; their frames are fetched
         batch: Mapping[str, int],  # kind -> clips per forward of a frozen encoder
         *,
@@ -198,7 +198,7 @@ class LiveTokens(TokenSource):
         check: MediaCheck | None = None,  # None: the media are trusted
         live: Mapping[str, Any] | None = None,  # settings that a resumed run starts from
     ) -> None:
-        encoders: dict[str, EncoderRun | TrainableEncoder] = {**frozen, **trained}
+        encoders: dict[str, TokenEncoder | TrainableEncoder] = {**frozen, **trained}
         decoders = sorted({encoder.identity.decode for encoder in encoders.values()})
         if len(decoders) != 1:
             raise UserError(f"encoders must agree on one decoder, got {', '.join(decoders) or 'no encoder'}")
@@ -503,10 +503,10 @@ def _kept_check(out: Path | None, extract: ExtractConfig) -> MediaCheck:
     return MediaCheck(out / name if out is not None else None, is_first_rank=os.environ.get("RANK", "0") == "0")
 
 
-def _recorded_encoder(record: TokenRecord, name: str, weights: str | None, device: str) -> EncoderRun:
+def _recorded_encoder(record: TokenRecord, name: str, weights: str | None, device: str) -> TokenEncoder:
     """The encoder whose tokens the run was trained on, or an error that names what differs."""
     if name not in record.encoders:
-        run = EncoderRun(EncoderSettings(name=name, weights=weights or "hub"), device)
+        run = TokenEncoder(EncoderSettings(name=name, weights=weights or "hub"), device)
         wanted, made = record.shapes[name], run.identity
         if (wanted.grid, wanted.width) != (made.grid, made.width):
             raise UserError(
@@ -517,7 +517,7 @@ def _recorded_encoder(record: TokenRecord, name: str, weights: str | None, devic
     facts = record.encoders[name]
     spec = weights or facts.get("weights_from", facts["weights"])
     recorded = FeatureIdentity.from_dict(facts["identity"])
-    run = EncoderRun(EncoderSettings.of_identity(recorded, "hub" if spec == "pretrained" else spec), device)
+    run = TokenEncoder(EncoderSettings.of_identity(recorded, "hub" if spec == "pretrained" else spec), device)
     if differing := recorded.differences(run.identity):
         values = "; ".join(f"{field}: {before!r} then, {now!r} now" for field, (before, now) in differing.items())
         raise UserError(

@@ -182,7 +182,7 @@ class _Videos:
         return cls(root, folder, dict(pairs))
 
     def find(self, name: str) -> str | None:
-        """The path of the video called `name`, relative to the root; None (and noted in `unknown`) where there is none."""
+        """The path of the video called `name`, relative to the root; None (and noted in `unknown`) if there is none."""
         if self.table is not None:
             if name not in self.table:
                 raise RecordError(f"video is not in {VIDEO_TABLE}")

@@ -41,9 +41,9 @@ class Engine:
         self.device = _check_device(settings.device)
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        self.encoders: dict[str, EncoderRun] = {}
+        self.encoders: dict[str, TokenEncoder] = {}
         for each in settings.encoders:
-            self.encoders[each.name] = EncoderRun(each, self.device)
+            self.encoders[each.name] = TokenEncoder(each, self.device)
             on_loaded(each.name, self.encoders[each.name].load_s)
         self.num_decoders = settings.decode_processes or free_cores()
         self.pool = DecodePool(self.num_decoders, timeout_s=settings.decode_timeout_s)
@@ -68,8 +68,8 @@ class Engine:
         self.pool.close()
 
 
-class EncoderRun:
-    """One loaded encoder with the settings it runs under: uint8 frames in, aligned tokens out."""
+class TokenEncoder:
+    """A loaded `Encoder` with the settings of a run: uint8 frames in, aligned tokens to store out."""
 
     def __init__(self, settings: EncoderSettings, device: str) -> None:
         spec = settings.spec
@@ -115,7 +115,7 @@ def decode_job(root: str, clip: Clip, encoders: Collection[HasView], *, accept_d
 
 
 def encode_batch(
-    run: EncoderRun, frames_by_row: Mapping[int, np.ndarray], rows: Sequence[int | None]
+    run: TokenEncoder, frames_by_row: Mapping[int, np.ndarray], rows: Sequence[int | None]
 ) -> tuple[dict[str, np.ndarray], int]:
     """Encode a batch of fixed shape: rows without frames are zeroed, so that neighbours never change a clip's bits.
 
@@ -129,7 +129,7 @@ def encode_batch(
     return _halve_until_it_fits(run, batch)
 
 
-def _halve_until_it_fits(run: EncoderRun, batch: np.ndarray) -> tuple[dict[str, np.ndarray], int]:
+def _halve_until_it_fits(run: TokenEncoder, batch: np.ndarray) -> tuple[dict[str, np.ndarray], int]:
     try:
         return run.tokens(batch), 0
     except torch.OutOfMemoryError:

@@ -1,4 +1,7 @@
 import json
+import os
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -71,12 +74,20 @@ def test_records_before_the_break_are_given_out(tmp_path):
 
 def test_a_record_without_end_is_refused_and_not_read_to_the_end_of_the_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(videollava, "MAX_RECORD_CHARS", 1000)
-    (tmp_path / "a.json").write_text('["' + "x" * 100_000)
-    with open(tmp_path / "a.json") as file:
-        window = videollava._Window(file, tmp_path / "a.json", 100)
-        with pytest.raises(UserError, match="Unterminated string"):
-            list(window.elements())
-        assert file.tell() < 20_000
+    os.mkfifo(tmp_path / "a.json")
+
+    def write_for_ever() -> None:
+        with suppress(BrokenPipeError), open(tmp_path / "a.json", "wb", buffering=0) as pipe:
+            pipe.write(b'["')
+            while True:
+                pipe.write(b"x" * 1000)
+
+    writer = threading.Thread(target=write_for_ever, daemon=True)
+    writer.start()
+    with pytest.raises(UserError, match="Unterminated string"):
+        list(read_json_array(tmp_path / "a.json", 100))
+    writer.join(30)
+    assert not writer.is_alive()
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "[" + "9" * 10_000 + "]"])

@@ -14,8 +14,8 @@ from featurestore.clips import Clip
 from mervcache.errors import UserError
 from pipeline.decode.sampling import DecodeJob
 from pipeline.worker.engine import (
-    EncoderRun,
     Engine,
+    TokenEncoder,
     close_engines,
     decode_job,
     describe_encoders,
@@ -25,8 +25,8 @@ from pipeline.worker.engine import (
 
 
 @pytest.fixture(scope="module")
-def run(extracted) -> EncoderRun:
-    return EncoderRun(extracted.config(encoders=["siglip"]).encoder_settings[0], "cpu")
+def run(extracted) -> TokenEncoder:
+    return TokenEncoder(extracted.config(encoders=["siglip"]).encoder_settings[0], "cpu")
 
 
 def noise(seed: int) -> np.ndarray:
@@ -43,7 +43,7 @@ def test_a_clip_has_the_same_bits_whoever_sits_beside_it_or_nobody(run):
     assert not np.array_equal(alone["tokens"][0], beside["tokens"][1])
 
 
-class ShortOfMemory(EncoderRun):
+class ShortOfMemory(TokenEncoder):
     """An encoder on a device that holds `room` clips."""
 
     def tokens(self, frames_BTHWC):
@@ -98,12 +98,12 @@ def test_what_the_driver_is_told_of_an_encoder_is_whole_and_travels(extracted):
 
 def test_encoders_ask_for_each_view_of_a_clip_once_and_agree_on_the_decoder(extracted):
     settings = extracted.config(encoders=["dinov2", "siglip", "languagebind"]).engine_settings
-    dinov2, siglip, languagebind = (EncoderRun(each, "cpu") for each in settings.encoders)
+    dinov2, siglip, languagebind = (TokenEncoder(each, "cpu") for each in settings.encoders)
     assert dinov2.view == siglip.view != languagebind.view
     clip, views = Clip(dataset="d", path="a.mp4", kind="video"), (dinov2.view, languagebind.view)
     job = decode_job("media", clip, [dinov2, siglip, languagebind], accept_damaged=True)
     assert job == DecodeJob(root="media", clip=clip, views=views, decoder="frames/1", accept_damaged=True)
-    other = EncoderRun(replace(settings.encoders[1], decoder="decord"), "cpu")
+    other = TokenEncoder(replace(settings.encoders[1], decoder="decord"), "cpu")
     with pytest.raises(ValueError, match="too many values"):
         decode_job("media", clip, [dinov2, other])
 
