@@ -72,7 +72,7 @@ def planned_tasks(folder: Path, blocks: int) -> Callable[[str], list]:
     from featurestore.writer import StoreWriter
     from pipeline.config import ExtractConfig
     from pipeline.datasets import load_dataset
-    from pipeline.plan import plan_blocks
+    from pipeline.plan import StoreView, plan_blocks
     from pipeline.worker.block import BlockTask
     from pipeline.worker.engine import close_engines, describe_encoders
 
@@ -96,7 +96,7 @@ def planned_tasks(folder: Path, blocks: int) -> Callable[[str], list]:
         store.ensure_group("image", identity, batch_shape=BATCH, weights_label="random:0")
         store.add_clips(listing.clips)
         store.grow_groups()
-        planned = plan_blocks(store, {"tiny": identity}, clip_ids={clip.clip_id for clip in listing.clips})
+        planned = plan_blocks(StoreView(store), {"tiny": identity}, clip_ids={clip.clip_id for clip in listing.clips})
         common = BlockTask(
             store=str(folder / name),
             root=str(listing.root),

@@ -34,7 +34,7 @@ from featurestore.clips import Clip
 from featurestore.layout import receipt_key
 from featurestore.records import Receipt, RowOutcome
 from featurestore.writer import StoreWriter
-from pipeline.plan import plan_blocks
+from pipeline.plan import StoreView, plan_blocks
 
 IDENTITY = synthetic_identity(
     "still", (1, 1, 1), 1, architecture={"hidden_size": 1}, frame_rule="linspace-32/1", decode="frames/1"
@@ -82,7 +82,7 @@ def measure(num_clips: int, workers: int, folder: Path) -> dict[str, float]:
         store.grow_groups()
     del clips
     with timed("plan"):
-        blocks = plan_blocks(store, {"still": IDENTITY}, clip_ids=ids)
+        blocks = plan_blocks(StoreView(store), {"still": IDENTITY}, clip_ids=ids)
     tasks = [(str(place), b.block, min(b.wanted["still"]), max(b.wanted["still"]) + 1) for b in blocks]
     del blocks
     seconds |= {f"dask {side}": cost for side, cost in many_workers.cost(tasks, workers).items()}
@@ -92,7 +92,7 @@ def measure(num_clips: int, workers: int, folder: Path) -> dict[str, float]:
     with timed("snapshot"):
         store.publish_snapshot()
     with timed("resume"):
-        left = plan_blocks(StoreWriter.open(place), {"still": IDENTITY}, clip_ids=ids)
+        left = plan_blocks(StoreView(StoreWriter.open(place)), {"still": IDENTITY}, clip_ids=ids)
     assert not left
     with timed("open"):
         opened = FeatureStore.open(place)

@@ -62,7 +62,7 @@ def __dir__() -> list[str]:
 
 
 def _check_nothing_hides_our_packages() -> None:
-    """Raise ImportError where a user's file, such as a `trainer.py` next to a notebook, is found instead of a package."""
+    """Raise ImportError where a user's file, such as a `trainer.py` next to a notebook, hides one of our packages."""
     home = Path(__file__).resolve().parents[1]
     for package in ("featurestore", "jobs", "pipeline", "trainer"):
         spec = importlib.util.find_spec(package)

@@ -1,21 +1,16 @@
-"""Explain: what an extraction with other settings would have to compute, what it would cost, and what stays valid.
+"""What an extraction with other settings would have to compute, what it would cost, and what stays valid.
 
-Comes in: a store and settings; those that are not given are taken from the newest run in the store's journal. Goes
-out: an `Explanation`: by encoder the fields of its identity that differ and the clips, hours and bytes of the
-difference, and what became of the media. Nothing is written to the store. Costs are those of its own runs, or of a
-probe.
-
-What is to be computed, counted and priced: by encoder and kind, in clips, hours and bytes.
-
-Comes in: a store, an identity that is wanted, the clips and what became of their media. Goes out: `Cost` rows. Seconds
-are those of the store's own runs or of a probe; bytes are those of the encoder's stored clips, else of the probe, else
-before compression. Each row says which.
+Nothing is written to the store. Settings that are not given come from the newest run in its journal. Seconds are those
+of the store's own runs or of a probe; bytes are those of the encoder's stored clips, else of a probe, else before
+compression; each `Cost` names its source.
 """
 
 from __future__ import annotations
 
+import logging
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal
@@ -35,9 +30,15 @@ from pipeline.config import RUN_ONLY_SETTINGS, EncoderSettings, ExtractConfig, r
 from pipeline.datasets import DatasetListing, list_clips
 from pipeline.encoders.weights import cache_weights_digest, cached_weights_digest, weights_fingerprint
 from pipeline.media import Source
+from pipeline.plan import StoreView
 from pipeline.refresh import StaleMedia, stale_media
 from pipeline.summary import changed_versions, past_rate, settings_of
 from pipeline.worker.reports import ProbeRecord
+
+log = logging.getLogger(__name__)
+
+State = Literal["same", "changed", "new"]
+POOLABLE = {"grid", "pooling", "still_period"}  # identity fields that training may change by pooling stored tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class Cost:
     quarantined: int  # failed before; left alone but with --retry-quarantine, and in no other figure here
     bytes: int  # of missing and stale clips
     bytes_from: str
-    seconds: float | None  # of one worker; None: nobody knows
+    seconds: float | None  # of one worker; None: unknown
     seconds_from: str
 
     @property
@@ -58,110 +59,9 @@ class Cost:
         return self.missing + self.stale
 
 
-Measured = Mapping[str, Sequence[ProbeRecord]]  # kind -> probed clips
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evidence:
-    """What prices are taken from."""
-
-    store: FeatureStore
-    runs: Sequence[Mapping[str, Any]]  # of the store, oldest first
-    measured: Measured  # empty without a probe
-
-
-def costs_of(evidence: Evidence, identity: FeatureIdentity, clips: Sequence[Clip], media: StaleMedia) -> list[Cost]:
-    """A row for each kind of which something is to be computed."""
-    store = evidence.store
-    key = next((key for key, stored in store.encoders.items() if stored.id == identity.id), None)
-    removed = {clip for stone in store.tombstones.values() for clip in stone.clips}
-    held = set(store.clips.filter(store.clips[key])["clip_id"].to_pylist()) if key else set()
-    failed = set()
-    if key:
-        quarantine = store.quarantine
-        failed = set(quarantine.filter(pc.equal(quarantine["encoder"], key))["clip_id"].to_pylist())
-    stale = media.changed.get(identity.encoder, frozenset()) if key else frozenset()
-    found = []
-    for kind in KINDS:
-        ids = {clip.clip_id for clip in clips if clip.kind == kind} - removed
-        missing, again, waiting = ids - held - failed, ids & stale, ids & failed
-        if missing or again or waiting:
-            counts = {"missing": len(missing), "stale": len(again), "quarantined": len(waiting)}
-            found.append(_priced(evidence, identity, kind, counts))
-    return found
-
-
-def probe_costs(config: ExtractConfig, listing: DatasetListing, probe: int, say: Callable[[str], None]) -> Measured:
-    """`probe` clips of each kind, really decoded and encoded on a worker of the cluster asked for."""
-    from jobs.clusters import connect
-    from pipeline.forecast import probe_workers, spread_clips
-    from pipeline.run_encoders import Loading
-
-    chosen = {kind: spread_clips([c for c in listing.clips if c.kind == kind], probe) for kind in KINDS}
-    with connect(config.cluster_request, say=say) as client:
-        return probe_workers(client, config, listing.root, chosen, workers=1, listener=Loading(say).listener).clips
-
-
-def _priced(evidence: Evidence, identity: FeatureIdentity, kind: str, counts: dict[str, int]) -> Cost:
-    """Counted clips of one kind, with the bytes and seconds that they would take."""
-    clips = counts["missing"] + counts["stale"]
-    probed = [clip for clip in evidence.measured.get(kind, ()) if identity.encoder in clip.encoders]
-    per_clip, bytes_from = _bytes_per_clip(evidence.store, identity, kind, probed)
-    seconds, seconds_from = _seconds_per_clip(evidence, identity, kind, probed)
-    return Cost(
-        kind=kind,
-        **counts,
-        bytes=round(clips * per_clip),
-        bytes_from=bytes_from,
-        seconds=None if seconds is None else clips * seconds,
-        seconds_from=seconds_from,
-    )
-
-
-def _seconds_per_clip(
-    evidence: Evidence, identity: FeatureIdentity, kind: str, probed: Sequence[ProbeRecord]
-) -> tuple[float | None, str]:
-    """Seconds of one worker, and where they are from: the probe, else the store's own runs."""
-    if probed:
-        each = [_share(clip, identity.encoder) for clip in probed]
-        return statistics.fmean(each), f"a probe of {len(each)} clips"
-    stored = {one.group_name: one for one in evidence.store.encoders.values()}
-    rate = past_rate(evidence.runs, stored, identity, kind)
-    if rate is None:
-        return None, "no run of this store computed it: give --probe 4"
-    return rate.seconds, rate.source
-
-
-def _share(clip: ProbeRecord, encoder: str) -> float:
-    """An encoder's part of a probed clip's time: its own, and of decoding what does not hide behind the encoders."""
-    encode_s = sum(probed.seconds for probed in clip.encoders.values())
-    return clip.encoders[encoder].seconds * max(1.0, clip.wall_s / encode_s if encode_s else 1.0)
-
-
-def _bytes_per_clip(
-    store: FeatureStore, identity: FeatureIdentity, kind: str, probed: Sequence[ProbeRecord]
-) -> tuple[float, str]:
-    """Stored bytes: of the encoder's nearest stored identity, scaled by the sizes before compression."""
-    if probed:
-        sizes = [clip.encoders[identity.encoder].stored_bytes for clip in probed]
-        return statistics.fmean(sizes), f"a probe of {len(sizes)} clips"
-    mine = [one for one in store.encoders.values() if one.encoder == identity.encoder]
-    for one in sorted(mine, key=lambda one: len(one.changes(identity))):
-        stored_bytes, clips = store.stored_bytes(one, kind)
-        if clips:
-            scale = clip_bytes(identity, kind) / clip_bytes(one, kind)
-            words = f"its {clips} stored clips" + ("" if scale == 1 else f", times {scale:.3g}")
-            return stored_bytes / clips * scale, words
-    return float(clip_bytes(identity, kind)), "before compression"
-
-
-State = Literal["same", "changed", "new"]
-Say = Callable[[str], None]
-
-
 @dataclass(frozen=True, kw_only=True)
 class EncoderChange:
-    """One encoder as it is wanted, beside what the store holds of it."""
+    """One encoder as the settings want it, compared with what the store holds of it."""
 
     encoder: str
     state: State
@@ -177,27 +77,43 @@ class EncoderChange:
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """What a change would mean for a store."""
+    """What a change of settings would mean for a store."""
 
     store: str
     snapshot: str
     dataset: str
-    root: str | None  # folder of the media that were looked at; None: they are not here
+    root: str | None  # folder of the media that were checked; None: they are not here
     settings: str  # where settings that were not given come from
     encoders: tuple[EncoderChange, ...]
-    untouched: tuple[str, ...]  # stored encoders that the settings do not ask for
-    other_datasets: Mapping[str, int]  # clips of datasets that this does not speak of
-    looked_at: int = 0  # clips with tokens whose media were looked at
+    untouched: tuple[str, ...]  # stored encoders that the settings do not name
+    other_datasets: Mapping[str, int]  # clips of datasets that this does not cover
+    looked_at: int = 0  # clips with tokens whose media were checked
     changed: tuple[str, ...] = ()  # clips whose media changed and that --refresh would compute
     failed: tuple[str, ...] = ()  # clips whose new media were tried and failed
-    gone: tuple[str, ...] = ()  # clips with tokens whose media are not there or cannot be read; these stay good
+    gone: tuple[str, ...] = ()  # clips with tokens whose media are absent or cannot be read; their tokens stay valid
     unlisted: int = 0  # clips of the dataset in the store that its listing no longer names
-    new: int = 0  # clips listed that the store has never seen
-    problem: str = ""  # why the media were not looked at
+    new: int = 0  # clips listed that are not in the store
+    problem: str = ""  # why the media were not checked
     next: tuple[str, ...] = field(default=())  # what to do, in words
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def explained_config(path: Place, config_file: str | None, given: Mapping[str, Any]) -> tuple[ExtractConfig, str]:
+    """(config, where its settings come from): a file's, else those of the newest run of the dataset, or of any."""
+    given = dict(given) | {"store": str(path)}
+    runs = driver_runs(StoreWriter.open(path).objects)
+    of_dataset = [run for run in runs if run["config"]["dataset"] == given.get("dataset")] or runs
+    if config_file or not of_dataset:
+        return read_config(config_file, given), config_file or "`extract`, because the store's journal has no run"
+    run, known = of_dataset[-1], {setting.name for setting in fields(ExtractConfig)}  # a newer version may have others
+    base = {name: value for name, value in settings_of(run, without=RUN_ONLY_SETTINGS).items() if name in known}
+    if given.get("dataset", base["dataset"]) != base["dataset"]:
+        base |= dict.fromkeys(("stage", "kind", "limit", "root")) | {"options": {}}
+    else:
+        base["root"] = run["root"]
+    return read_config(base, given), f"run {run['summary']['run']} of {run['config']['dataset']}"
 
 
 def explain(
@@ -208,19 +124,31 @@ def explain(
     full: bool = False,
     probe: int = 0,
     progress: ProgressLine = SILENT,
-    say: Say = lambda line: None,
 ) -> Explanation:
-    """What `extract` would do with this config; `full` reads every medium, `probe` clips of each kind are encoded."""
-    store, media = FeatureStore.open(path), StaleMedia()
-    runs = store.runs()
-    listing, problem = _listing(config)
-    wanted = [_wanted(each, store, runs, say) for each in config.encoder_settings]
-    if listing is not None:
-        media = stale_media(StoreWriter.open(path), listing, _compared(store, wanted), full=full, progress=progress)
-    clips = listing.clips if listing else _stored_clips(store, config)
-    measured = probe_costs(config, listing, probe, say) if probe and listing else {}
-    evidence = Evidence(store=store, runs=runs, measured=measured)
-    changes = tuple(_change(one, evidence, clips, media) for one in wanted)
+    """What `extract` would do with this config.
+
+    `settings` says where the config is from; `full` reads every media file; `probe` clips of each kind are encoded on
+    a worker of the config's cluster.
+    """
+    store, view = FeatureStore.open(path), StoreView(StoreWriter.open(path))
+    try:
+        listing, problem = list_clips(config), ""
+    except UserError as error:
+        listing, problem = None, str(error).splitlines()[0]
+    wanted = [resolve_weights(settings, store, view.runs) for settings in config.encoder_settings]
+    in_dataset = [clip for clip in store_clips(store) if clip.dataset == config.dataset]
+    in_dataset = [clip for clip in in_dataset if config.kind in (None, clip.kind)]
+    if listing is None:
+        media, probed, clips, counts = StaleMedia(), {}, in_dataset, {}
+    else:
+        # Compare with tokens that are stored as wanted, else with whatever is stored.
+        ids = {identity.id for identity in store.encoders.values()}
+        same = {one.settings.name: one.identity for one in wanted if one.identity.id in ids}
+        media = stale_media(view, listing, same or store.encoders, full=full, progress=progress)
+        probed = _probe(config, listing, probe) if probe else {}
+        clips, counts = listing.clips, _media_counts(config, listing, in_dataset, media, view.removed)
+    changes = tuple(_change(one, store, view, probed, clips, media) for one in wanted)
+    named = {one.identity.id for one in wanted} | set(config.encoders)
     return Explanation(
         store=str(path),
         snapshot=store.snapshot,
@@ -228,41 +156,17 @@ def explain(
         root=listing and listing.root,
         settings=settings,
         encoders=changes,
-        untouched=_untouched(store, config, wanted),
-        other_datasets=_others(store, config.dataset),
+        untouched=tuple(key for key, one in store.encoders.items() if not {one.id, one.encoder} & named),
+        other_datasets=dict(Counter(name for name in store.clips["dataset"].to_pylist() if name != config.dataset)),
         problem=problem,
-        next=_next(changes, media, problem),
-        **_media_counts(store, config, listing, media),
+        next=_next_steps(changes, media, problem),
+        **counts,
     )
 
 
-def explained_config(path: Place, config_file: str | None, given: Mapping[str, Any]) -> tuple[ExtractConfig, str]:
-    """(config, where its settings come from): a file's, else those of the newest run of the dataset, or of any."""
-    given = dict(given) | {"store": str(path)}
-    runs = driver_runs(StoreWriter.open(path).objects)
-    mine = [run for run in runs if run["config"]["dataset"] == given.get("dataset")] or runs
-    if config_file or not mine:
-        return read_config(config_file, given), config_file or "`extract`, for the store has no journal of a run"
-    run, known = mine[-1], {setting.name for setting in fields(ExtractConfig)}  # a newer version may have others
-    base = {name: value for name, value in settings_of(run, without=RUN_ONLY_SETTINGS).items() if name in known}
-    if given.get("dataset", base["dataset"]) != base["dataset"]:
-        base |= dict.fromkeys(("stage", "kind", "limit", "root")) | {"options": {}}
-    else:
-        base["root"] = run["root"]
-    words = f"run {run['summary']['run']} of {run['config']['dataset']}"
-    return read_config(base, given), words
-
-
-def _listing(config: ExtractConfig) -> tuple[DatasetListing | None, str]:
-    try:
-        return list_clips(config), ""
-    except UserError as error:
-        return None, str(error).splitlines()[0]
-
-
 @dataclass(frozen=True, kw_only=True)
-class _Wanted:
-    """An encoder as the config asks for it."""
+class WantedEncoder:
+    """An encoder as the config names it, with the digest of its weights."""
 
     settings: EncoderSettings
     weights_sha256: str
@@ -273,70 +177,179 @@ class _Wanted:
         return self.settings.identity(self.weights_sha256)
 
 
-def _wanted(settings: EncoderSettings, store: FeatureStore, runs: list[dict[str, Any]], say: Say) -> _Wanted:
-    """The digest of an encoder's weights is remembered, else learned by loading them, else as the store has it."""
-    mark = weights_fingerprint(settings.spec, settings.weights)
-    if sha256 := cached_weights_digest(mark):
-        return _Wanted(settings=settings, weights_sha256=sha256, known="remembered")
+def resolve_weights(settings: EncoderSettings, store: FeatureStore, runs: Sequence[Mapping[str, Any]]) -> WantedEncoder:
+    """The digest of an encoder's weights: from the cache, else by loading them.
+
+    Where they cannot be loaded here, the digest is that of the newest of `runs` whose config names the same weights.
+    """
+    files = weights_fingerprint(settings.spec, settings.weights)
+    if sha256 := cached_weights_digest(files):
+        return WantedEncoder(settings=settings, weights_sha256=sha256, known="remembered")
     from pipeline.encoders import load_encoder  # torch
 
-    say(f"loading {settings.name} to learn what its weights hash to; it is remembered then")
+    log.info("loading %s for the digest of its weights, which is cached from then on", settings.name)
     try:
         sha256 = load_encoder(settings.spec, settings.weights).weights_sha256
     except UserError:
-        if sha256 := _as_stored(settings, store, runs):
-            return _Wanted(settings=settings, weights_sha256=sha256, known="assumed")
+        stored = {identity.group_name: identity for identity in store.encoders.values()}
+        for run in reversed(runs):
+            named = run["config"].get("weights", {})
+            group = run["encoders"].get(settings.name, {}).get("group")
+            if named.get(settings.name, named.get("", "hub")) == settings.weights and group in stored:
+                sha256 = stored[group].weights_sha256
+                return WantedEncoder(settings=settings, weights_sha256=sha256, known="assumed")
         raise
-    if mark == weights_fingerprint(settings.spec, settings.weights):
-        cache_weights_digest(mark, sha256)
-    return _Wanted(settings=settings, weights_sha256=sha256, known="loaded")
+    if files == weights_fingerprint(settings.spec, settings.weights):
+        cache_weights_digest(files, sha256)
+    return WantedEncoder(settings=settings, weights_sha256=sha256, known="loaded")
 
 
-def _as_stored(settings: EncoderSettings, store: FeatureStore, runs: list[dict[str, Any]]) -> str | None:
-    """The digest of the newest run that named its weights in the same words: they are not on this machine."""
-    stored = {identity.group_name: identity for identity in store.encoders.values()}
-    for run in reversed(runs):
-        named = run["config"].get("weights", {})
-        group = run["encoders"].get(settings.name, {}).get("group")
-        if named.get(settings.name, named.get("", "hub")) == settings.weights and group in stored:
-            return stored[group].weights_sha256
-    return None
+def store_clips(store: FeatureStore) -> list[Clip]:
+    """Every clip of the store's snapshot."""
+    names = ("dataset", "path", "kind", "start_s", "end_s", "end_frame")
+    return [Clip(**record) for record in store.clips.select(names).to_pylist()]
 
 
-def _compared(store: FeatureStore, wanted: Sequence[_Wanted]) -> dict[str, FeatureIdentity]:
-    """Encoders whose tokens the media are compared with: those stored as wanted, else whatever is stored."""
-    stored = {identity.id for identity in store.encoders.values()}
-    same = {one.settings.name: one.identity for one in wanted if one.identity.id in stored}
-    return same or store.encoders
+def _probe(config: ExtractConfig, listing: DatasetListing, probe: int) -> dict[str, Sequence[ProbeRecord]]:
+    """Kind -> probed clips."""
+    from jobs.clusters import connect
+    from pipeline.forecast import probe_workers, spread_clips
+
+    chosen = {kind: spread_clips([c for c in listing.clips if c.kind == kind], probe) for kind in KINDS}
+    with connect(config.cluster_request, say=log.info) as client:
+        return probe_workers(client, config, listing.root, chosen, workers=1).clips
 
 
-def _untouched(store: FeatureStore, config: ExtractConfig, wanted: Sequence[_Wanted]) -> tuple[str, ...]:
-    """Stored encoders that the config neither names nor has under the identity wanted."""
-    asked = {one.identity.id for one in wanted} | set(config.encoders)
-    return tuple(key for key, one in store.encoders.items() if not {one.id, one.encoder} & asked)
+def _media_counts(
+    config: ExtractConfig,
+    listing: DatasetListing,
+    in_dataset: Iterable[Clip],
+    media: StaleMedia,
+    removed: frozenset[str],
+) -> dict[str, Any]:
+    listed = {clip.clip_id for clip in listing.clips}
+    known = {clip.clip_id for clip in in_dataset}
+    is_narrowed = config.limit is not None or config.stage is not None
+    unlisted = [] if is_narrowed else [clip for clip in in_dataset if clip.clip_id not in listed]
+    absent = {clip.clip_id for clip in unlisted if not _has_media(listing.root, clip)}
+    return {
+        "looked_at": media.looked_at,
+        "changed": tuple(sorted(media.clips)),
+        "failed": tuple(sorted(media.failed)),
+        "gone": tuple(sorted(media.gone | absent)),
+        "unlisted": len(unlisted) - len(absent),
+        "new": len(listed - known - removed),
+    }
 
 
-def _change(one: _Wanted, evidence: Evidence, clips: Sequence[Clip], media: StaleMedia) -> EncoderChange:
+def _has_media(root: str, clip: Clip) -> bool:
+    try:
+        return Source.find(root, clip.path) is not None
+    except MediaError:
+        return False
+
+
+def _change(
+    wanted: WantedEncoder,
+    store: FeatureStore,
+    view: StoreView,
+    probed: Mapping[str, Sequence[ProbeRecord]],
+    clips: Sequence[Clip],
+    media: StaleMedia,
+) -> EncoderChange:
     """What the config means for one encoder: the fields that differ, what stays, what is to be computed."""
-    store, name, wanted = evidence.store, one.settings.name, one.identity
-    stored = {key: identity for key, identity in store.encoders.items() if identity.encoder == name}
-    nearest = min(stored.values(), key=lambda identity: len(identity.changes(wanted)), default=None)
-    changes = nearest.changes(wanted) if nearest else {}
-    state: State = "new" if nearest is None else "changed" if changes else "same"
-    costs = costs_of(evidence, wanted, clips, media)
-    label = store.info()["groups"][nearest.group_name]["weights"] if nearest else None
+    name, identity = wanted.settings.name, wanted.identity
+    stored = {key: known for key, known in store.encoders.items() if known.encoder == name}
+    nearest = min(stored.values(), key=lambda known: len(known.changes(identity)), default=None)
+    changes = nearest.changes(identity) if nearest else {}
+    costs = _costs(identity, store, view, probed, clips, media)
     return EncoderChange(
         encoder=name,
-        state=state,
-        identity=wanted.id,
-        stored=tuple(identity.id for identity in stored.values()),
-        weights=one.known,
-        labels=(label, one.settings.weights),
+        state="new" if nearest is None else "changed" if changes else "same",
+        identity=identity.id,
+        stored=tuple(known.id for known in stored.values()),
+        weights=wanted.known,
+        labels=(store.info()["groups"][nearest.group_name]["weights"] if nearest else None, wanted.settings.weights),
         fields=changes,
-        stays=tuple(_stays(store, stored, nearest, wanted, changes, sum(cost.stale for cost in costs))),
+        stays=tuple(_stays(store, stored, nearest, identity, changes, sum(cost.stale for cost in costs))),
         costs=tuple(costs),
-        versions=changed_versions(evidence.runs, nearest.group_name) if nearest else {},
+        versions=changed_versions(view.runs, nearest.group_name) if nearest else {},
     )
+
+
+def _costs(
+    identity: FeatureIdentity,
+    store: FeatureStore,
+    view: StoreView,
+    probed: Mapping[str, Sequence[ProbeRecord]],
+    clips: Sequence[Clip],
+    media: StaleMedia,
+) -> list[Cost]:
+    """A row for each kind of which something is to be computed."""
+    key = next((key for key, stored in store.encoders.items() if stored.id == identity.id), None)
+    held, failed, stale = set(), set(), frozenset()
+    if key:
+        quarantine = store.quarantine
+        held = set(store.clips.filter(store.clips[key])["clip_id"].to_pylist())
+        failed = set(quarantine.filter(pc.equal(quarantine["encoder"], key))["clip_id"].to_pylist())
+        stale = media.changed.get(identity.encoder, frozenset())
+    costs = []
+    for kind in KINDS:
+        ids = {clip.clip_id for clip in clips if clip.kind == kind} - view.removed
+        counts = {"missing": len(ids - held - failed), "stale": len(ids & stale), "quarantined": len(ids & failed)}
+        if not any(counts.values()):
+            continue
+        to_do = counts["missing"] + counts["stale"]
+        records = [record for record in probed.get(kind, ()) if identity.encoder in record.encoders]
+        per_clip, bytes_from = _bytes_per_clip(store, identity, kind, records)
+        seconds, seconds_from = _seconds_per_clip(store, view.runs, identity, kind, records)
+        costs.append(
+            Cost(
+                kind=kind,
+                **counts,
+                bytes=round(to_do * per_clip),
+                bytes_from=bytes_from,
+                seconds=None if seconds is None else to_do * seconds,
+                seconds_from=seconds_from,
+            )
+        )
+    return costs
+
+
+def _bytes_per_clip(
+    store: FeatureStore, identity: FeatureIdentity, kind: str, probed: Sequence[ProbeRecord]
+) -> tuple[float, str]:
+    """Stored bytes, and their source; stored clips of another identity are scaled by the sizes before compression."""
+    if probed:
+        sizes = [record.encoders[identity.encoder].stored_bytes for record in probed]
+        return statistics.fmean(sizes), f"a probe of {len(sizes)} clips"
+    stored = [known for known in store.encoders.values() if known.encoder == identity.encoder]
+    for known in sorted(stored, key=lambda known: len(known.changes(identity))):
+        stored_bytes, clips = store.stored_bytes(known, kind)
+        if clips:
+            scale = clip_bytes(identity, kind) / clip_bytes(known, kind)
+            source = f"its {clips} stored clips" + ("" if scale == 1 else f", times {scale:.3g}")
+            return stored_bytes / clips * scale, source
+    return float(clip_bytes(identity, kind)), "before compression"
+
+
+def _seconds_per_clip(
+    store: FeatureStore,
+    runs: Sequence[Mapping[str, Any]],
+    identity: FeatureIdentity,
+    kind: str,
+    probed: Sequence[ProbeRecord],
+) -> tuple[float | None, str]:
+    """Seconds of one worker, and their source."""
+    if probed:
+        shares = []
+        for record in probed:  # the encoder's own time, and its share of decoding that takes longer than all encoders
+            encode_s = sum(cost.seconds for cost in record.encoders.values())
+            scale = max(1.0, record.wall_s / encode_s if encode_s else 1.0)
+            shares.append(record.encoders[identity.encoder].seconds * scale)
+        return statistics.fmean(shares), f"a probe of {len(shares)} clips"
+    rate = past_rate(runs, {known.group_name: known for known in store.encoders.values()}, identity, kind)
+    return (rate.seconds, rate.source) if rate else (None, "no run of this store computed it: give --probe 4")
 
 
 def _stays(
@@ -352,96 +365,44 @@ def _stays(
         return []
     held = {key: sum(store.clips[key].to_pylist()) for key in stored}
     if not changes:
-        key = next(key for key, one in stored.items() if one.id == wanted.id)
+        key = next(key for key, known in stored.items() if known.id == wanted.id)
         return [f"the tokens of {held[key] - num_stale} clips" + (f"; {num_stale} changed since" if num_stale else "")]
-    words = [f"{count} clips under {key}, as they are, beside the new ones" for key, count in held.items()]
-    if set(changes) <= {"grid", "pooling", "still_period"}:
-        words.append(_grid_words(nearest, wanted))
+    lines = [f"{count} clips under {key}, as they are, alongside the new ones" for key, count in held.items()]
+    if set(changes) <= POOLABLE:
+        have, want = ("x".join(map(str, grid)) for grid in (nearest.grid, wanted.grid))
+        axes, is_raw = list(zip(nearest.grid, wanted.grid, strict=True)), nearest.pooling == "none"
+        if all(old >= new and (is_raw or old % new == 0) for old, new in axes):  # windows nest: the means are equal
+            lines.append(
+                f"training can pool the stored {have} to {want} itself (projector.grid), up to the rounding of "
+                "storage: then nothing is to be computed"
+            )
+        else:
+            is_finer = any(old < new for old, new in axes)
+            reason = f"{want} is finer" if is_finer else "those were pooled already, and windows overlap"
+            lines.append(f"{want} cannot be had from the stored {have}: {reason}")
     if "storage_dtype" in changes:
-        words.append("stored numbers are rounded once already: no storage dtype can be had exactly from another")
-    return words
+        lines.append("stored numbers are rounded once already: no storage dtype can be had exactly from another")
+    return lines
 
 
-def _grid_words(stored: FeatureIdentity, wanted: FeatureIdentity) -> str:
-    """Averages of averages are the averages only where windows nest, as the projectors of training have it."""
-    have, want, is_raw = _grid(stored.grid), _grid(wanted.grid), stored.pooling == "none"
-    axes = list(zip(stored.grid, wanted.grid, strict=True))
-    if all(old >= new and (is_raw or old % new == 0) for old, new in axes):
-        return (
-            f"training can pool the stored {have} to {want} itself (projector.grid), up to the rounding of storage: "
-            "then nothing is to be computed"
-        )
-    reason = (
-        f"{want} is finer" if any(old < new for old, new in axes) else "those were pooled already, and windows overlap"
-    )
-    return f"{want} cannot be had from the stored {have}: {reason}"
-
-
-def _grid(grid: tuple[int, ...]) -> str:
-    return "x".join(map(str, grid))
-
-
-def _stored_clips(store: FeatureStore, config: ExtractConfig) -> list[Clip]:
-    names = ("dataset", "path", "kind", "start_s", "end_s", "end_frame")
-    clips = [Clip(**record) for record in store.clips.select(names).to_pylist()]
-    kinds = (config.kind,) if config.kind else KINDS
-    return [clip for clip in clips if clip.dataset == config.dataset and clip.kind in kinds]
-
-
-def _others(store: FeatureStore, dataset: str) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for name in store.clips["dataset"].to_pylist():
-        if name != dataset:
-            counts[name] = counts.get(name, 0) + 1
-    return counts
-
-
-def _media_counts(
-    store: FeatureStore, config: ExtractConfig, listing: DatasetListing | None, media: StaleMedia
-) -> dict[str, Any]:
-    if listing is None:
-        return {}
-    listed = {clip.clip_id for clip in listing.clips}
-    known = {clip.clip_id for clip in _stored_clips(store, config)}
-    removed = {clip for stone in store.tombstones.values() for clip in stone.clips}
-    narrowed = config.limit is not None or config.stage is not None
-    left = [] if narrowed else [clip for clip in _stored_clips(store, config) if clip.clip_id not in listed]
-    absent = {clip.clip_id for clip in left if not _is_there(listing.root, clip)}
-    return {
-        "looked_at": media.looked_at,
-        "changed": tuple(sorted(media.clips)),
-        "failed": tuple(sorted(media.failed)),
-        "gone": tuple(sorted(media.gone | absent)),
-        "unlisted": len(left) - len(absent),
-        "new": len(listed - known - removed),
-    }
-
-
-def _is_there(root: str, clip: Clip) -> bool:
-    try:
-        return Source.find(root, clip.path) is not None
-    except MediaError:
-        return False
-
-
-def _next(changes: Sequence[EncoderChange], media: StaleMedia, problem: str) -> tuple[str, ...]:
+def _next_steps(changes: Sequence[EncoderChange], media: StaleMedia, problem: str) -> tuple[str, ...]:
     """The commands that would bring the store up to the settings."""
-    words = []
+    steps = []
     missing = any(cost.missing for change in changes if change.state != "changed" for cost in change.costs)
     changed = [change.encoder for change in changes if change.state == "changed"]
     if missing or any(change.state == "new" for change in changes):
-        words.append("`merv-pipeline extract` with these settings computes what is missing")
+        steps.append("`merv-pipeline extract` with these settings computes what is missing")
     if media.clips:
-        words.append(
+        steps.append(
             "`merv-pipeline extract --refresh` with these settings computes the changed clips again, in new rows"
         )
     if changed:
-        words.append(
-            f"`merv-pipeline extract --new-identity` keeps other tokens of {', '.join(changed)} beside the stored "
+        steps.append(
+            f"`merv-pipeline extract --new-identity` keeps other tokens of {', '.join(changed)} alongside the stored "
             "ones, which stay; then name them by id, or drop the old ones with `merv-pipeline subset`"
         )
     if any(change.versions for change in changes):
-        words.append("`merv-pipeline verify --parity` tells whether other library versions change any token")
+        steps.append("`merv-pipeline verify --parity` checks whether other library versions change any token")
     if problem:
-        words.append("give --root DIR, the folder of the media, to have them compared")
-    return tuple(words) or ("nothing: the store holds all that these settings ask for",)
+        steps.append("give --root DIR, the folder of the media, to have them compared")
+    return tuple(steps) or ("nothing: the store holds all that these settings need",)

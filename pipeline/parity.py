@@ -22,9 +22,10 @@ be `WORST_TOKEN` times as far off as the clip, which its cosine tells. benchmark
 
 from __future__ import annotations
 
+import logging
 import math
 import platform
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,6 +53,8 @@ from pipeline.summary import media_roots, software_versions
 if TYPE_CHECKING:
     from pipeline.decode.sampling import Decoded
     from pipeline.worker.engine import Engine, TokenEncoder
+
+log = logging.getLogger(__name__)
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
 WORST_TOKEN = 4
@@ -200,7 +203,6 @@ def check_parity(
     device: str | None = None,
     clips: str | Path | None = None,
     root: str | None = None,
-    say: Callable[[str], None] = lambda line: None,
 ) -> ParityRecord:
     """Encode again and compare; `clips`, a file of clip ids of the store, takes the place of the canaries.
 
@@ -213,7 +215,7 @@ def check_parity(
         _refuse_without_reference_clips(place, store, chosen)
     with engine_without_encoders(device) as engine:
         check = _Check(place=place, store=store, engine=engine, weights=weights or {}, listed=listed, root=root)
-        rows = [row for key, identity in chosen.items() for row in check.rows(key, identity, say)]
+        rows = [row for key, identity in chosen.items() for row in check.rows(key, identity)]
         device_name = _device_name(engine.device)
     return ParityRecord(
         time=now(),
@@ -254,13 +256,13 @@ class _Check:
     listed: Mapping[str, Sequence[str]] | None  # kind -> clips of the store; None: the canaries
     root: str | None  # of the clips' media, where it is not what the journal says
 
-    def rows(self, key: str, identity: FeatureIdentity, say: Callable[[str], None]) -> list[ParityRow]:
+    def rows(self, key: str, identity: FeatureIdentity) -> list[ParityRow]:
         """Load one encoder and check it; a row for each kind of which there is anything to compare."""
         kinds = _kinds_with_reference_clips(self.store, identity) if self.listed is None else list(self.listed)
         if not kinds:
-            say(f"{key}: no canaries, not checked")
+            log.info("%s: no reference clips, not checked", key)
             return []
-        say(f"{key}: loading")
+        log.info("%s: loading", key)
         run = load_as_stored(open_objects(self.place), key, identity, self.weights, self.engine.device)
         check = self._of_reference_clips if self.listed is None else self._of_clips
         return [row for kind in kinds if (row := check(run, key, kind)).clips]

@@ -1,18 +1,7 @@
-"""The summary of an extraction: what the run did, for the person who waits and for the store's journal.
+"""The record of a run: what it did, its predicted alongside its measured cost, and what earlier records say of cost.
 
-Comes in: what blocks report as they are committed. Goes out: counts, and a record of how they came about (settings,
-host, versions), which is provenance: it decides no bytes.
-
-Predictions: what a run was thought to cost, kept beside what it did cost.
-
-Comes in: what `merv-pipeline plan --json` printed, or, where nobody planned, the pace of a run's own first blocks. Goes
-out: a `Prediction` for the run's record in the journal, and the newest run's, side by side with what it came to.
-
-The ledger: what a store's journal tells of past runs. What encoders cost, with which libraries, of which media.
-
-Comes in: the records of a store's extractions. Goes out: measured seconds per clip, by kind and encoder, for whoever
-asks what computing would cost. A rate holds for the same network in the same arithmetic; grid, storage, weights and
-decoder do not change what a forward takes.
+It is provenance (settings, host, versions, times) in the store's journal, and decides no stored bytes. Its keys are
+read back by `explain`, `quarantine retry`, `status` and forecasts.
 """
 
 from __future__ import annotations
@@ -34,12 +23,14 @@ from pipeline.config import ExtractConfig
 from pipeline.datasets import DatasetListing
 from pipeline.worker.reports import BlockReport
 
-DECODING = "decode (in its processes)"  # a stage that runs beside the others
+DECODING = "decode (in its processes)"  # a stage that runs in parallel with the others
+FIRST_SHARE = 0.05  # of the clips: then the pace is known, and most of the run is still to come
+DECIDES_COST = ("encoder", "architecture", "num_frames", "compute_dtype")  # fields of an identity
 
 
 @dataclass(kw_only=True)
 class ExtractSummary:
-    """What a run did; amounts are of this run, not of the store."""
+    """What a run did; amounts are of this run, not of the store. Field names are keys of the journal."""
 
     store: str
     run: str
@@ -56,9 +47,9 @@ class ExtractSummary:
     frames: int = 0
     bytes: int = 0
     blocks: int = 0
-    canaries: list[str] = field(default_factory=list)  # "kind/group" whose canaries this run wrote
+    canaries: list[str] = field(default_factory=list)  # "kind/group" whose reference clips this run wrote
     reused: int = 0  # cells (clip and encoder) copied from another store
-    predicted: dict[str, Any] | None = None  # a `Prediction`: beside elapsed_s and bytes, what was expected
+    predicted: dict[str, Any] | None = None  # a `Prediction`, for comparison with elapsed_s and bytes
     halvings: int = 0  # batches cut for lack of device memory
     elapsed_s: float = 0.0
     stage_s: dict[str, float] = field(default_factory=dict)  # summed over workers
@@ -70,7 +61,7 @@ class ExtractSummary:
 
     @classmethod
     def begin(cls, config: ExtractConfig, listing: DatasetListing) -> ExtractSummary:
-        """The summary of a run that has listed its clips and done nothing yet; it gives the run its name."""
+        """The summary of a run that has listed its clips and done nothing yet; it names the run."""
         return cls(
             store=str(config.store_path),
             run=f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:8]}",
@@ -78,7 +69,7 @@ class ExtractSummary:
             listed=len(listing.clips),
             samples=sum(len(samples) for samples in listing.samples.values()),
             missing=dict(listing.missing),
-            rejected={reason: found.count for reason, found in listing.rejected.items()},
+            rejected={reason: records.count for reason, records in listing.rejected.items()},
         )
 
     def add(self, block: BlockReport) -> None:
@@ -101,7 +92,15 @@ class ExtractSummary:
     @property
     def block_spans(self) -> dict[str, list[list[int]]]:
         """Committed blocks by kind, as half-open [first, stop) ranges."""
-        return {kind: _ranges(sorted(set(blocks))) for kind, blocks in sorted(self.blocks_of.items())}
+        spans: dict[str, list[list[int]]] = {}
+        for kind, blocks in sorted(self.blocks_of.items()):
+            ranges = spans.setdefault(kind, [])
+            for block in sorted(set(blocks)):
+                if ranges and ranges[-1][1] == block:
+                    ranges[-1][1] += 1
+                else:
+                    ranges.append([block, block + 1])
+        return spans
 
 
 def run_record(
@@ -111,7 +110,7 @@ def run_record(
     summary: ExtractSummary,
     started: float,
 ) -> dict[str, Any]:
-    """A run for the journal; `encoders` tells each one's group, device and threads, `started` is a Unix time."""
+    """A run for the journal; `encoders` gives each one's group, device and threads, `started` is a Unix time."""
     return {
         "started": started,
         "host": socket.gethostname(),
@@ -124,31 +123,17 @@ def run_record(
     }
 
 
-def _ranges(numbers: list[int]) -> list[list[int]]:
-    """Ascending numbers as half-open [first, stop) ranges."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and spans[-1][1] == number:
-            spans[-1][1] += 1
-        else:
-            spans.append([number, number + 1])
-    return spans
-
-
 def software_versions() -> dict[str, str]:
-    """Installed versions of what decodes, resizes, computes and stores."""
+    """Installed versions of what decodes, resizes, computes and stores; "absent" for what is not installed."""
     from importlib.metadata import PackageNotFoundError, version
 
-    def found(name: str) -> str:
+    versions = {}
+    for name in ("merv-pipeline", "torch", "transformers", "av", "pillow", "numpy", "zarr"):
         try:
-            return version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            return "absent"
-
-    return {name: found(name) for name in ("merv-pipeline", "torch", "transformers", "av", "pillow", "numpy", "zarr")}
-
-
-FIRST_SHARE = 0.05  # of the clips: then the pace is known, and most of the run is still to come
+            versions[name] = "absent"
+    return versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +143,7 @@ class Prediction:
     by: str  # "plan", or "its first N clips"
     clips: int
     seconds: float | None  # None: a plan without a probe
-    interval_s: tuple[float, float] | None  # None: nobody knows
+    interval_s: tuple[float, float] | None  # None: unknown
     bytes: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -166,19 +151,21 @@ class Prediction:
 
 
 def read_plan(path: str | Path) -> Prediction:
-    """The prediction in a file that holds what `merv-pipeline plan --json` printed."""
+    """The prediction in a file that holds what `merv-pipeline plan --json` printed; `UserError` for any other file."""
     try:
         plan = json.loads(Path(path).read_text())
-        by_clip: dict[tuple[str, str], int] = {}  # an encoder's rows count the same clips once more
+        by_clip: dict[tuple[str, str], int] = {}  # every encoder's rows count the same clips
         for row in plan["rows"]:
             group = (row["stage"], row["kind"])
             by_clip[group] = max(by_clip.get(group, 0), int(row["to_do"]))
-        start_s = float(plan.get("startup_s", 0.0))  # a run counts its seconds from when the encoders are loaded
-        seconds = None if plan["seconds"] is None else float(plan["seconds"]) - start_s
-        low_high = plan["interval_s"]
-        interval = low_high and (float(low_high[0]) - start_s, float(low_high[1]) - start_s)
+        startup_s = float(plan.get("startup_s", 0.0))  # a run measures its seconds from when the encoders are loaded
+        interval = plan["interval_s"]
         return Prediction(
-            by="plan", clips=sum(by_clip.values()), seconds=seconds, interval_s=interval, bytes=int(plan["bytes"])
+            by="plan",
+            clips=sum(by_clip.values()),
+            seconds=None if plan["seconds"] is None else float(plan["seconds"]) - startup_s,
+            interval_s=interval and (float(interval[0]) - startup_s, float(interval[1]) - startup_s),
+            bytes=int(plan["bytes"]),
         )
     except OSError as error:
         raise UserError(f"forecast {path} cannot be read: {error.strerror}") from error
@@ -186,8 +173,8 @@ def read_plan(path: str | Path) -> Prediction:
         raise UserError(f"{path} holds no forecast: save one with `merv-pipeline plan --json > {path}`") from error
 
 
-def from_first_blocks(*, done: int, total: int, seconds: float, num_bytes: int) -> Prediction | None:
-    """Once a twentieth is done: the rest at the same pace and size. None before that, and when all is done."""
+def predict_from_first_blocks(*, done: int, total: int, seconds: float, num_bytes: int) -> Prediction | None:
+    """The whole run at the pace and size of the clips so far; None before `FIRST_SHARE` is done, and when all is."""
     if not FIRST_SHARE * total <= done < total:
         return None
     scale = total / done
@@ -215,12 +202,9 @@ def last_run(store: FeatureStore) -> dict[str, Any] | None:
     }
 
 
-_DECIDES_COST = ("encoder", "architecture", "num_frames", "compute_dtype")  # fields of an identity
-
-
 @dataclass(frozen=True, kw_only=True)
 class Rate:
-    """Seconds of a worker per clip, all told: encoding, and its share of waiting for decoders and of writing."""
+    """Worker seconds per clip, including decode wait and write time."""
 
     seconds: float
     clips: int  # that were measured
@@ -232,22 +216,30 @@ def past_rate(
 ) -> Rate | None:
     """What the encoder took in the store's own runs; None where no run computed this network on this kind.
 
-    `stored` is group name -> identity. Runs on other devices than the newest one's are left out.
+    `stored` is group name -> identity. A rate holds for the same network in the same arithmetic (`DECIDES_COST`); grid,
+    storage, weights and decoder do not change a forward's time. Runs on other devices than the newest one's are left
+    out.
     """
-    found: list[tuple[str, float, float]] = []  # device, clips, seconds
+    measured: list[tuple[str, float, float]] = []  # device, clips, seconds
     for run in runs:
-        entry = run["encoders"].get(wanted.encoder, {})
-        made = run["summary"].get("made", {}).get(f"{kind}/{wanted.encoder}", {})
-        if made.get("clips") and made.get("seconds") and _costs_the_same(stored.get(entry.get("group", "")), wanted):
-            overhead = _overhead(run["summary"]["stage_s"])
-            found.append((str(entry.get("device", "?")), made["clips"], made["seconds"] * overhead))
-    if not found:
+        entry, summary = run["encoders"].get(wanted.encoder, {}), run["summary"]
+        made = summary.get("made", {}).get(f"{kind}/{wanted.encoder}", {})
+        identity = stored.get(entry.get("group", ""))
+        if not (identity and made.get("clips") and made.get("seconds")):
+            continue
+        ran, needed = identity.to_dict(), wanted.to_dict()
+        if any(ran[name] != needed[name] for name in DECIDES_COST):
+            continue
+        encode_s = sum(seconds for name, seconds in summary["stage_s"].items() if name.startswith("encode:"))
+        overhead = max(1.0, summary["stage_s"].get("total", 0.0) / encode_s) if encode_s else 1.0
+        measured.append((str(entry.get("device", "?")), made["clips"], made["seconds"] * overhead))
+    if not measured:
         return None
-    device = found[-1][0]
-    mine = [(clips, seconds) for other, clips, seconds in found if other == device]
-    clips = sum(clips for clips, _ in mine)
-    words = f"{clips} clips of {len(mine)} run{'s' if len(mine) > 1 else ''} on {device}"
-    return Rate(seconds=sum(seconds for _, seconds in mine) / clips, clips=int(clips), source=words)
+    device = measured[-1][0]
+    on_device = [(clips, seconds) for name, clips, seconds in measured if name == device]
+    clips = sum(clips for clips, _ in on_device)
+    source = f"{clips} clips of {len(on_device)} run{'s' if len(on_device) > 1 else ''} on {device}"
+    return Rate(seconds=sum(seconds for _, seconds in on_device) / clips, clips=int(clips), source=source)
 
 
 def changed_versions(runs: Sequence[Mapping[str, Any]], group: str) -> dict[str, dict[str, Any]]:
@@ -265,25 +257,11 @@ def changed_versions(runs: Sequence[Mapping[str, Any]], group: str) -> dict[str,
 
 
 def settings_of(run: Mapping[str, Any], *, without: Collection[str] = ()) -> dict[str, Any]:
-    """A run's settings in the words that `read_config` takes, for whoever repeats it, without those named."""
+    """A run's settings in the form that `read_config` takes, to repeat the run, without those named."""
     settings = {name: value for name, value in run["config"].items() if name not in without}
     return settings | {"grid": settings.get("grid") or "raw"}
 
 
 def media_roots(runs: Iterable[Mapping], root: str | None) -> dict[str, str]:
-    """Dataset -> folder of its media: as given, else as its newest run says; "" stands for every other dataset."""
-    known = {run["config"]["dataset"]: run["root"] for run in runs}
-    return {"": root} if root else known
-
-
-def _costs_the_same(stored: FeatureIdentity | None, wanted: FeatureIdentity) -> bool:
-    if stored is None:
-        return False
-    ours, theirs = stored.to_dict(), wanted.to_dict()
-    return all(ours[name] == theirs[name] for name in _DECIDES_COST)
-
-
-def _overhead(stage_s: Mapping[str, float]) -> float:
-    """Whole seconds of the blocks over those of all encoders: what a forward brings along."""
-    encode_s = sum(seconds for name, seconds in stage_s.items() if name.startswith("encode:"))
-    return max(1.0, stage_s.get("total", 0.0) / encode_s) if encode_s else 1.0
+    """Dataset -> folder of its media: as given, else as in its newest run; "" is the key for every other dataset."""
+    return {"": root} if root else {run["config"]["dataset"]: run["root"] for run in runs}

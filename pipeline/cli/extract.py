@@ -22,7 +22,7 @@ import click
 
 from featurestore.locate import Place, find_store, store_first
 from jobs.slurm import TEMPLATES, submit_script
-from mervcache.console import CONTEXT, ProgressLine, echo, handle_interrupts
+from mervcache.console import CONTEXT, ProgressLine, handle_interrupts
 from pipeline.cli.options import (
     AS_JSON,
     CLUSTER_OPTION,
@@ -79,9 +79,7 @@ def explain(
         click.echo(config.to_yaml(), nl=False)
         return
     with ProgressLine("media", unit="clips") as progress:
-        found = run_explain(
-            store, config, settings=settings, full=media == "full", probe=probe, progress=progress, say=echo
-        )
+        found = run_explain(store, config, settings=settings, full=media == "full", probe=probe, progress=progress)
     from pipeline.cli.render import explanation
 
     print_result(found.to_dict(), as_json, lambda: explanation(found))
@@ -222,7 +220,7 @@ def extract(config_file: str | None, print_config: bool, as_json: bool, **option
         if print_config:
             click.echo(config.to_yaml(), nl=False)
             return
-        summary = run_extraction(config, say=echo)
+        summary = run_extraction(config)
         print_result(summary.to_dict(), as_json, lambda: render.summary(summary))
 
 
@@ -236,7 +234,7 @@ def plan(config_file: str | None, probe: int, as_json: bool, **options: Any) -> 
     from pipeline.cli import render
     from pipeline.forecast import forecast
 
-    result = forecast(config_from_options(config_file, options), probe=probe, say=echo)
+    result = forecast(config_from_options(config_file, options), probe=probe)
     print_result(result.to_dict(), as_json, lambda: render.forecast(result))
 
 

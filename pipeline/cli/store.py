@@ -105,7 +105,7 @@ def _parity(place: Place, *, encoders: str | None, weights: tuple[str, ...], **o
     from pipeline.parity import check_parity
 
     chosen = names_of(encoders) if encoders else None
-    record = check_parity(place, encoders=chosen, weights=weights_by_encoder(weights), say=echo, **options)
+    record = check_parity(place, encoders=chosen, weights=weights_by_encoder(weights), **options)
     report_saved(lambda: keep_parity(place, record))
     return record
 
@@ -200,7 +200,7 @@ def retry(place: Place, encoder: str | None, reason: str | None, as_json: bool, 
     from pipeline.cli import render
     from pipeline.quarantine import retry as retry_quarantine
 
-    summaries = retry_quarantine(place, encoder=encoder, reason=reason, overrides=overrides, say=echo)
+    summaries = retry_quarantine(place, encoder=encoder, reason=reason, overrides=overrides)
     print_result(
         [summary.to_dict() for summary in summaries], as_json, lambda: [render.summary(each) for each in summaries]
     )

@@ -136,27 +136,31 @@ class Lab:
 
         return extract(self.config(**changes), quiet=True)
 
-    def plan(self, **changes):
-        """What a run does before its first block: (encoders, listing, blocks, tasks); rows are given out."""
-        from jobs.clusters import ClusterRequest, connect
+    def extraction(self, **changes):
+        """A run that has listed its clips; returns the `Extraction`, which is not opened yet."""
         from pipeline.datasets import list_clips
-        from pipeline.extract import Extraction
-        from pipeline.run_encoders import describe
+        from pipeline.extract import Extraction, check_request
         from pipeline.summary import ExtractSummary
 
         config = self.config(**changes)
+        objects, view = check_request(config)
         listing = list_clips(config)
         summary = ExtractSummary.begin(config, listing)
-        with (
-            connect(ClusterRequest()) as client,
-            Extraction.begin(config, listing, describe(client, config), summary) as extraction,
-        ):
+        return Extraction(config=config, listing=listing, summary=summary, objects=objects, view=view)
+
+    def plan(self, **changes):
+        """What a run does before its first block: (extraction, blocks, tasks); rows are allocated."""
+        from jobs.clusters import ClusterRequest, connect
+        from pipeline.run_encoders import describe
+
+        extraction = self.extraction(**changes)
+        with connect(ClusterRequest()) as client, extraction.open(describe(client, extraction.config)):
             extraction.register()
-            if config.retry_quarantine:
+            if extraction.config.retry_quarantine:
                 extraction.retry_quarantine(client)
             blocks = extraction.plan()
             tasks = [task.arguments[0] for task in extraction.tasks(blocks)]
-        return extraction.encoders, listing, blocks, tasks
+        return extraction, blocks, tasks
 
     def copy_of_root(self, name: str = "media") -> Path:
         """A copy of the media that a test may spoil; the lab reads it from now on."""

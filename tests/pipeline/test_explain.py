@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from featurestore import FeatureStore
 from mervcache.errors import UserError
 from pipeline.cli.extract import main
-from pipeline.explain import _wanted, explain, explained_config
+from pipeline.explain import explain, explained_config, resolve_weights
 from pipeline.summary import changed_versions, past_rate, software_versions
 
 ONE = {"encoders": ("siglip",), "canaries": False}
@@ -35,7 +35,7 @@ def test_where_nothing_changes_nothing_is_to_be_computed(extracted):
     assert {change.weights for change in found.encoders} == {"remembered"}
     assert found.encoders[0].stays == ("the tokens of 14 clips",)
     assert (found.looked_at, found.changed, found.new, found.gone) == (14, (), 0, ())
-    assert found.next == ("nothing: the store holds all that these settings ask for",)
+    assert found.next == ("nothing: the store holds all that these settings need",)
 
 
 def test_another_grid_names_the_field_and_prices_every_clip_by_past_runs(extracted):
@@ -57,7 +57,7 @@ def test_another_grid_names_the_field_and_prices_every_clip_by_past_runs(extract
     assert costs["video"].seconds_from == "9 clips of 1 run on cpu"
     assert any("training can pool the stored 8x3x3 to 4x3x3 itself" in words for words in change.stays)
     assert any("14 clips under siglip, as they are" in words for words in change.stays)
-    assert "extract --new-identity` keeps other tokens of siglip beside" in found.next[0]
+    assert "extract --new-identity` keeps other tokens of siglip" in found.next[0]
 
 
 @pytest.mark.parametrize(
@@ -114,10 +114,10 @@ def test_weights_that_are_not_here_are_taken_for_the_stored_ones_only_where_a_ru
     store = FeatureStore.open(extracted.store)
     stored, settings = store.encoders["siglip"], replace(extracted.config(**ONE).encoder_settings[0], weights="/gone")
     run = {"config": {"weights": {"": "/gone"}}, "encoders": {"siglip": {"group": stored.group_name}}}
-    wanted = _wanted(settings, store, [run], lambda line: None)
+    wanted = resolve_weights(settings, store, [run])
     assert (wanted.identity.id, wanted.known) == (stored.id, "assumed")
     with pytest.raises(UserError, match="no folder of weights at '/gone'"):
-        _wanted(settings, store, [], lambda line: None)
+        resolve_weights(settings, store, [])
 
 
 def test_library_versions_that_made_tokens_are_told_where_they_are_others_than_here():

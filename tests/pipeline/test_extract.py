@@ -12,8 +12,6 @@ import zarr
 
 from featurestore import FeatureStore, verify_store
 from mervcache.errors import IdentityConflictError, RunStoppedError, UserError
-from pipeline.extract import Extraction
-from pipeline.summary import ExtractSummary
 from pipeline.worker.block import extract_block
 
 TWO = ("languagebind", "siglip")
@@ -239,15 +237,11 @@ def test_annotations_stay_out_of_the_store_where_a_licence_forbids_them(lab):
 
 def test_a_store_that_would_not_fit_the_disk_is_refused_before_the_first_block(lab):
     changes = {"encoders": ("siglip",), "kind": "video", "limit": 1}
-    config = lab.config(**changes)
-    encoders, listing, (block,), _ = lab.plan(**changes)
+    extraction, (block,), _ = lab.plan(**changes)
     far_more = replace(block, wanted={"siglip": range(10**12)})  # 4,608 bytes each
-    with Extraction.begin(config, listing, encoders, ExtractSummary.begin(config, listing)) as extraction:
-        with pytest.raises(
-            RunStoppedError, match=r"the run needs about 4608000.0 GB and .* GB free; choose another disk"
-        ):
-            extraction.check_space([far_more])
-        extraction.check_space([block])
+    with pytest.raises(RunStoppedError, match=r"the run needs about 4608000.0 GB and .* GB free; choose another disk"):
+        extraction.check_space([far_more])
+    extraction.check_space([block])
 
 
 def test_stored_tokens_are_whole_shards_that_plain_zarr_reads(extracted):

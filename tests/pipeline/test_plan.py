@@ -7,7 +7,7 @@ import pytest
 
 from featurestore.clips import Clip
 from featurestore.writer import StoreWriter
-from pipeline.plan import plan_blocks
+from pipeline.plan import StoreView, plan_blocks
 
 ROWS = 4
 
@@ -45,7 +45,7 @@ def commit(group, rows, failed=(), skipped=()):
 
 
 def plan(store, identities, clips):
-    found = plan_blocks(store, identities, clip_ids={clip.clip_id for clip in clips})
+    found = plan_blocks(StoreView(store), identities, clip_ids={clip.clip_id for clip in clips})
     return [(b.kind, b.block, {name: sorted(rows) for name, rows in b.wanted.items()}) for b in found]
 
 
@@ -114,7 +114,7 @@ def test_encoders_of_different_batch_shapes_get_a_block_each(store, both):
     store.add_clips(clips)
     store.ensure_group("video", both["a"], batch_shape=2, weights_label="random:0")
     store.ensure_group("video", both["b"], batch_shape=8, weights_label="random:0")
-    found = plan_blocks(store, both, clip_ids={clip.clip_id for clip in clips})
+    found = plan_blocks(StoreView(store), both, clip_ids={clip.clip_id for clip in clips})
     assert [(b.block, b.batch, sorted(b.wanted)) for b in found] == [(0, 2, ["a"]), (0, 8, ["b"])]
 
 
@@ -123,6 +123,6 @@ def test_a_block_counts_a_clip_once_however_many_encoders_want_it(store, both):
     store.add_clips(clips)
     made = groups(store, both)
     commit(made["a"], [0, 1, 2])
-    (block,) = plan_blocks(store, both, clip_ids={clips[0].clip_id})
+    (block,) = plan_blocks(StoreView(store), both, clip_ids={clips[0].clip_id})
     assert (block.num_clips, block.clip_ids) == (3, {clip.clip_id for clip in clips})
     assert [row for row, _ in block.rows] == [0, 1, 2]

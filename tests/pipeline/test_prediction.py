@@ -13,17 +13,17 @@ from pipeline.cli.extract import main
 from pipeline.forecast import forecast
 from pipeline.report import write_report
 from pipeline.status import store_status
-from pipeline.summary import Prediction, from_first_blocks, read_plan
+from pipeline.summary import Prediction, predict_from_first_blocks, read_plan
 
 
 def test_the_pace_of_the_first_blocks_is_that_of_the_whole_run():
-    early = from_first_blocks(done=10, total=200, seconds=30.0, num_bytes=1000)
+    early = predict_from_first_blocks(done=10, total=200, seconds=30.0, num_bytes=1000)
     assert early == Prediction(by="its first 10 clips", clips=200, seconds=600.0, interval_s=None, bytes=20000)
 
 
 @pytest.mark.parametrize("done", [0, 9, 200])
 def test_before_a_twentieth_and_after_the_end_there_is_nothing_to_predict(done):
-    assert from_first_blocks(done=done, total=200, seconds=30.0, num_bytes=1000) is None
+    assert predict_from_first_blocks(done=done, total=200, seconds=30.0, num_bytes=1000) is None
 
 
 def test_a_file_that_is_no_plan_is_refused_with_the_command_that_makes_one(tmp_path):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -75,11 +75,11 @@ class Tiny:
         self.extract(store=self.folder / "features" / "local.zarr")
         return self.lab.hashes(self.folder / "features" / "local.zarr")
 
-    def extract(self, say: Callable[[str], None] = print, **changes):
+    def extract(self, **changes):
         from pipeline.config import read_config
         from pipeline.extract import extract
 
-        return extract(read_config(None, self.settings(**changes)), quiet=True, say=say)
+        return extract(read_config(None, self.settings(**changes)), quiet=True)
 
     def commits(self) -> dict:
         """Receipt -> what changes when it is written anew."""
@@ -97,15 +97,15 @@ def tiny(tmp_path, monkeypatch) -> Tiny:
     return Tiny(tmp_path, lab)
 
 
-def test_jobs_that_the_driver_submits_write_the_bytes_of_a_local_run(lab, slurm_site, elsewhere, expected):
-    said = []
+def test_jobs_that_the_driver_submits_write_the_bytes_of_a_local_run(lab, slurm_site, elsewhere, expected, caplog):
+    caplog.set_level(logging.INFO)
     from pipeline.extract import extract
 
     cluster = {"cpus": 1, "gpus": 1, "walltime": "00:20:00", "log_directory": str(lab.folder / "logs")}
     config = lab.config(encoders=["languagebind"], scheduler="slurm", cluster=cluster)
-    summary = extract(config, quiet=True, say=said.append)
+    summary = extract(config, quiet=True)
     assert (summary.clips, summary.failed) == (14, 0)
-    assert any(line.startswith("slurm: submitted 1 x 1") for line in said), said
+    assert any(line.startswith("slurm: submitted 1 x 1") for line in caplog.messages), caplog.messages
     assert lab.hashes(lab.store) == expected
     assert slurm_site.call("squeue", "--noheader", "--states=pending,running") == ""
 
@@ -155,11 +155,14 @@ def test_a_job_that_is_requeued_half_way_goes_on_where_it_was(tiny, slurm_site, 
     assert before.items() <= tiny.commits().items()
 
 
-def test_a_worker_that_retires_before_its_walltime_hands_its_block_to_the_next_job(tiny, slurm_site, monkeypatch):
+def test_a_worker_that_retires_before_its_walltime_leaves_its_block_to_the_next_job(
+    tiny, slurm_site, monkeypatch, caplog
+):
     """The first job's worker lives for eight seconds, of which it spends the last ones in the middle of a block."""
+    caplog.set_level(logging.INFO)
     monkeypatch.setattr(slurm, "POLL_S", 0.5)
     monkeypatch.setattr(slurm, "lifetime", lambda walltime: ["--lifetime", "$LIFETIME"])
-    expected, gate, said = tiny.expected(), tiny.lab.Gate(tiny.store), []
+    expected, gate = tiny.expected(), tiny.lab.Gate(tiny.store)
     first = tiny.folder / "first"
     lives = f"if mkdir {first}; then export LIFETIME=8s; else export LIFETIME=20m; fi"
     for name, value in gate.environment.items():
@@ -174,9 +177,9 @@ def test_a_worker_that_retires_before_its_walltime_hands_its_block_to_the_next_j
     helper = threading.Thread(target=open_when_it_retires, daemon=True)
     helper.start()
     cluster = {"cpus": 1, "gpus": 0, "walltime": "00:20:00", "log_directory": str(logs), "prologue": [lives]}
-    summary = tiny.extract(said.append, scheduler="slurm", cluster=cluster)
+    summary = tiny.extract(scheduler="slurm", cluster=cluster)
     assert summary.failed == 0
-    assert len(list(logs.glob("*.err"))) >= 2, said  # one job after the other
+    assert len(list(logs.glob("*.err"))) >= 2, caplog.messages  # one job after the other
     assert tiny.lab.hashes(tiny.store) == expected
     assert verify_store(tiny.store, "full") == []
 

@@ -10,7 +10,8 @@ from featurestore.clips import Clip
 from featurestore.records import driver_runs
 from featurestore.writer import StoreWriter
 from pipeline.media import DigestCache, Source, newest_touch_s
-from pipeline.refresh import CLOCK_SLACK_S, _file_touch_s, _Rows, _Runs, _Stored
+from pipeline.plan import StoreView
+from pipeline.refresh import CLOCK_SLACK_S, RunStarts, _file_touch_s, _NewestRows
 from pipeline.summary import ExtractSummary
 from pipeline.worker.reports import BlockReport, EncoderWork
 
@@ -34,9 +35,8 @@ def run_of(started: float) -> dict:
 
 
 def suspect_from(store: StoreWriter, *rows: int) -> float:
-    clip = Clip(dataset="d", path="0.mp4", kind="video")
-    rows_by_encoder = {f"e{n}": _Rows(row, -1) for n, row in enumerate(rows)}
-    return _Runs(store).began(_Stored(clip=clip, rows=rows_by_encoder)) + CLOCK_SLACK_S
+    rows_by_encoder = {f"e{n}": _NewestRows(row, -1) for n, row in enumerate(rows)}
+    return RunStarts(StoreView(store)).unchanged_before("video", rows_by_encoder) + CLOCK_SLACK_S
 
 
 def test_a_clip_is_as_old_as_the_earliest_run_of_its_blocks(store):
