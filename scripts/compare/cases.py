@@ -7,6 +7,7 @@ relative to the work folder.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from typing import Any
 import yaml
 
 from compare import stand_ins
-from compare.sides import CommandError, Side
+from compare.sides import CommandError, Side, link_tree
 
 MERV = "languagebind,dinov2,vivit,siglip"
 TOY_SIZES = {"image_size": 64, "patch_size": 16, "hidden_size": 64, "num_layers": 2, "num_heads": 4}
@@ -38,10 +39,17 @@ VARIANTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {  # name -> setti
     "concat-sequence": ({}, ("--fusion", "concat_sequence")),
     "concat-channel-ln": ({}, ("--fusion", "concat_channel_ln", "--head", "gelu-mlp")),
     "cross-attention-released": ({}, ("--fusion", "cross_attention_released", "--head", "fused-gelu-mlp")),
-    "learnable-weights": ({}, ("--fusion", "learnable_weights", "--projector", "2d-attention")),
-    "equal-mix": ({"sampler": "split_modality"}, ("--fusion", "equal_mix", "--projector", "2d-convolution")),
-    "first": ({"loss": "micro_batch_means"}, ("--fusion", "first", "--projector", "3d-convolution")),
+    "learnable-weights": ({}, ("--fusion", "learnable_weights", "--projector", "3d-average")),
+    "equal-mix": ({"sampler": "split_modality"}, ("--fusion", "equal_mix")),
+    "first": ({"loss": "micro_batch_means"}, ("--fusion", "first", "--head", "gelu-mlp")),
     "from-another-run": ({"eval_every": 2}, ("--init", "train-cache/run", "--encoders", "siglip,dinov2")),
+}
+RAW_PROJECTORS = {  # those that read the encoders' own grids -> the grid that they make of them
+    "2d-attention": (16, 4, 4),
+    "2d-convolution": (16, 4, 4),
+    "3d-convolution": (4, 4, 4),
+    "all-tokens": None,
+    "class-token": None,
 }
 
 
@@ -54,17 +62,19 @@ class Bench:
     media: Path  # its copy, with two damaged files; made on first use
     ports: dict[str, int]
     case: str = ""
-    done: set[str] = field(default_factory=set)
+    done: dict[str, bool] = field(default_factory=dict)  # case -> whether it succeeded
 
     def run_case(self, name: str) -> None:
         """Run a case unless this side has it already."""
         if name in self.done:
+            if not self.done[name]:
+                raise CommandError(f"{self.side.name}: {name} failed before")
             return
-        outer, self.case = self.case, name
+        outer, self.case, self.done[name] = self.case, name, False
         try:
             (self.side.work / name).mkdir()
             CASES[name](self)
-            self.done.add(name)
+            self.done[name] = True
         finally:
             self.case = outer
 
@@ -94,8 +104,6 @@ class Bench:
         if self.media_root is None or not self.media_root.is_dir():
             raise CommandError(f"no media at {self.media_root}: give --media-root")
         if not self.media.is_dir():
-            from compare.sides import link_tree
-
             link_tree(self.media_root, self.media)
             for suffix in (".mp4", ".jpg"):
                 file = sorted(self.media.rglob(f"*{suffix}"))[1]
@@ -130,9 +138,11 @@ def demo_store(bench: Bench) -> None:
     bench.record("first", *words, "--limit", "50")
     bench.record("rest", *words)
     bench.record("again", *words)
+    raw = ["--grid", "raw", "--encoders", "dinov2,siglip", "--prefix-tokens", "--store", f"{bench.case}/raw.zarr"]
+    bench.record("raw", *words, *raw)
     bench.record("status", "merv-pipeline", "status", store)
     bench.record("verify", "merv-pipeline", "verify", store, "--full")
-    bench.record("video", "merv-pipeline", "inspect", store, "train/00000.mp4", codes=(0, 1, 2))
+    bench.record("video", "merv-pipeline", "inspect", store, "train/00000.mp4")
     bench.record("encoder", "merv-pipeline", "inspect", store, "dinov2")
 
 
@@ -237,7 +247,15 @@ def train_variants(bench: Bench) -> None:
     bench.run_case("train-cache")
     for name, (settings, options) in VARIANTS.items():
         bench.run(*_train(bench, name, *cache, *options, settings={"max_steps": 5, **settings}))
-    stages = bench.settings("stages", {**TRAINING, "max_steps": 3, "llm": "fresh:tiny", "precision": "fp32"})
+    for name, grid in RAW_PROJECTORS.items():
+        raw = ["--from-cache", "demo-store/raw.zarr", "--projector", name]
+        raw += ["--encoders", "dinov2"] if grid is None else []
+        settings = {"max_steps": 5, "batch_size": 4, **({"projector": {"grid": list(grid)}} if grid else {})}
+        bench.run(*_train(bench, name, *raw, settings=settings))
+    stages = bench.settings(
+        "stages",
+        {**TRAINING, "max_steps": 3, "llm": "fresh:tiny", "precision": "fp32", "projector": {"grid": [4, 4, 4]}},
+    )
     words = ["merv-train", "--mode", "full", *cache, "--config", stages, "--out", f"{bench.case}/two-stages"]
     bench.run(*words)
 
@@ -323,7 +341,7 @@ def maintenance(bench: Bench) -> None:
     bench.run_case("demo-store")
     whole, case, program = "demo-store/demo.zarr", bench.case, "merv-pipeline"
     for name in ("from-copy", "recomputed", "removed"):
-        bench.run(program, "pull", whole, f"{case}/{name}.zarr")
+        shutil.copytree(bench.side.work / whole, bench.side.work / case / f"{name}.zarr")
     for name, how in {"from-copy": ("--from", whole), "recomputed": ("--recompute",)}.items():
         store = f"{case}/{name}.zarr"
         _damage(bench.side.work / store)
@@ -331,8 +349,8 @@ def maintenance(bench: Bench) -> None:
         bench.record(f"{name}-repaired", program, "repair", store, *how)
         bench.record(f"{name}-sound", program, "verify", store, "--full")
     store = f"{case}/removed.zarr"
-    clip = sorted((bench.side.work / "demo-store" / "media").rglob("*.mp4"))[0].name
-    bench.record("removed", program, "tombstone", store, clip, "--reason", "withdrawn", "--all-copies")
+    clips = ("demo/train/00001.mp4", "demo/heldout/00002.mp4")
+    bench.record("removed", program, "tombstone", store, *clips, "--reason", "withdrawn", "--all-copies")
     bench.record("removed-sound", program, "verify", store, "--full")
     bench.record("removed-status", program, "status", store)
 
