@@ -275,9 +275,10 @@ def run_export(bench: Bench) -> None:
     bench.run_case("train-cache")
     bench.run_case("train-variants")
     bench.record("run", "merv-eval", "export", "--checkpoint", "train-cache/run", "--out", f"{bench.case}/run")
-    lora = ("--checkpoint", "train-variants/lora", "--with-llm")
-    bench.record("lora", "merv-eval", "export", *lora, "--out", f"{bench.case}/lora")
-    bench.record("merged", "merv-eval", "export", *lora, "--merge-lora", "--out", f"{bench.case}/merged")
+    merged = ("--checkpoint", "train-variants/lora", "--with-llm", "--merge-lora")
+    bench.record("merged", "merv-eval", "export", *merged, "--out", f"{bench.case}/merged")
+    moved = ("--checkpoint", f"{bench.case}/run", "--store", "demo-store/demo.zarr", "--limit", "8")
+    bench.record("score-of-export", "merv-eval", "run", *moved)
 
 
 def push_pull(bench: Bench) -> None:
@@ -309,6 +310,7 @@ def _push_and_pull(bench: Bench, store: str, url: str, name: str) -> None:
     bench.record(f"pull-{name}", "merv-pipeline", "pull", url, f"{bench.case}/from-{name}.zarr", "--check")
     part = ("merv-pipeline", "pull", url, f"{bench.case}/part-from-{name}.zarr", "--encoders", "dinov2,siglip")
     bench.record(f"part-{name}", *part)
+    bench.record(f"verify-{name}", "merv-pipeline", "verify", f"{bench.case}/from-{name}.zarr", "--full", codes=(0, 1))
     bench.record(f"status-{name}", "merv-pipeline", "status", url)
 
 
