@@ -115,8 +115,9 @@ class Bench:
 
 def demo_settings(root: Path) -> dict[str, Any]:
     """The settings of `make demo`, wherever the checkout keeps them."""
-    found = [path for path in root.rglob("demo.yaml") if not any(part.startswith(".") for part in path.parts[1:-1])]
-    return yaml.safe_load(min(found, key=lambda path: len(path.parts)).read_text())
+    found = [path.relative_to(root) for path in root.rglob("demo.yaml")]
+    found = [path for path in found if not path.parts[0].startswith((".", "build"))]
+    return yaml.safe_load((root / min(found, key=lambda path: len(path.parts))).read_text())
 
 
 def settings_in_force(bench: Bench) -> None:
