@@ -313,15 +313,15 @@ def first_failure(output: str) -> str:
     return lines[0][:160] if lines else ""
 
 
-def run_green(copy: Copy, located: Sequence[Located]) -> dict[tuple[str, ...], float]:
-    """Seconds of each distinct set of tests on the unchanged source; all must pass."""
-    seconds: dict[tuple[str, ...], float] = {}
-    for paths in dict.fromkeys(each.test_paths for each in located):
-        run = copy.pytest(paths, 1800)
+def run_green(copy: Copy, located: Sequence[Located]) -> dict[str, float]:
+    """Seconds of each test file or folder on the unchanged source; all must pass."""
+    seconds: dict[str, float] = {}
+    for path in dict.fromkeys(path for each in located for path in each.test_paths):
+        run = copy.pytest([path], 1800)
         if run.code != 0:
-            raise FaultsError(f"{' '.join(paths)} must pass without a fault:\n{run.output[-3000:]}")
-        seconds[paths] = run.seconds
-        print(f"green {run.seconds:6.1f} s, {check_own_modules(run)} modules  {' '.join(paths)}", flush=True)
+            raise FaultsError(f"{path} must pass without a fault:\n{run.output[-3000:]}")
+        seconds[path] = run.seconds
+        print(f"green {run.seconds:6.1f} s, {check_own_modules(run)} modules  {path}", flush=True)
     return seconds
 
 
@@ -387,13 +387,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             copies.put(copy)
         green_s = run_green(made[0], located)
         with ThreadPoolExecutor(options.jobs) as pool:
-            runs = [pool.submit(run_fault, copies, each, green_s[each.test_paths]) for each in located]
+            runs = [pool.submit(run_fault, copies, each, sum(map(green_s.get, each.test_paths))) for each in located]
             results = [run.result() for run in runs]
         for copy in made:
             copy.close()
     missed = [each["id"] for each in results if each["verdict"] == "missed"]
     summary = {"faults": results, "caught": len(results) - len(missed), "missed": missed}
-    summary["green_seconds"] = {" ".join(paths): round(seconds, 1) for paths, seconds in green_s.items()}
+    summary["green_seconds"] = {path: round(seconds, 1) for path, seconds in green_s.items()}
     if options.json:
         options.json.write_text(json.dumps(summary, indent=1) + "\n")
     print(f"caught {summary['caught']} of {len(results)}; missed: {', '.join(map(str, missed)) or 'none'}")
