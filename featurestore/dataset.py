@@ -20,7 +20,7 @@ from mervcache.errors import UserError
 class FeatureDataset(Dataset):
     """Item i is {"clip_id": str, ENCODER: tokens_THWD, ...}, and "sample" where samples were given.
 
-    Tokens are float16, or float32 for stores of bfloat16 and uint8. Text-only samples carry no tokens.
+    Tokens are float16, or float32 where the storage dtype is another. Text-only samples carry no tokens.
     """
 
     def __init__(self, store: FeatureStore, items: Sequence[str] | Sequence[Sample], encoders: Sequence[str]) -> None:

@@ -10,13 +10,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
+from featurestore.storage_dtypes import storage_dtype
 from mervcache.errors import StoreFormatError, UserError
 from mervcache.files import record_digest
 
-StorageDtype = Literal["float16", "bfloat16", "uint8"]
-STORAGE_DTYPES: tuple[StorageDtype, ...] = ("float16", "bfloat16", "uint8")
 IDENTITY_LENGTH = 12  # hex digits in a group's name
 
 
@@ -46,11 +45,10 @@ class FeatureIdentity:
     width: int  # D
     prefix_tokens: int = 0  # class and register tokens stored beside, K
     compute_dtype: str = "float32"  # "float32" or "bfloat16": the forward's arithmetic
-    storage_dtype: StorageDtype = "float16"
+    storage_dtype: str = "float16"  # a name in STORAGE_DTYPES
 
     def __post_init__(self) -> None:
-        if self.storage_dtype not in STORAGE_DTYPES:
-            raise UserError(f"storage dtype must be one of {', '.join(STORAGE_DTYPES)}, got {self.storage_dtype!r}")
+        storage_dtype(self.storage_dtype)  # checks the name
         if not self.encoder or not all(c.islower() or c.isdigit() or c in "_." for c in self.encoder):
             raise UserError(f"encoder names are lower case letters, digits, '_' and '.', got {self.encoder!r}")
         object.__setattr__(self, "grid", tuple(self.grid))

@@ -29,8 +29,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from featurestore.identity import STORAGE_DTYPES
 from featurestore.locate import Place
+from featurestore.storage_dtypes import STORAGE_DTYPES
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
 from mervcache.errors import StoreError, StoreFormatError
@@ -284,16 +284,14 @@ class Distortion:
 
 
 REFERENCES: dict[str, str] = {
-    "store": "Errors are against what the store holds: its own dtype has none by construction (and, for uint8, what "
-    "rounding twice costs). What that dtype rounded at extraction is not in the table; by the format it is at most "
-    "2^-11 of a value for float16, 2^-8 for bfloat16, and half a step of (max - min) / 255 of clip and channel for "
-    "uint8.",
+    "store": "Errors are against what the store holds: its own dtype has none by construction (and, for an affine "
+    "dtype, what rounding twice costs). What that dtype rounded at extraction is not in the table; by the format it is "
+    f"at most {', '.join(f'{entry.error} for {name}' for name, entry in STORAGE_DTYPES.items())}.",
     "encoders": "Errors are against the encoders' own float32, computed again from the media by the machine that "
     "measured.",
 }
 _RECORDS: dict[str, tuple[type, type]] = {"tokens": (TokenRecord, TokenRow), "loss": (LossRecord, LossRow)}
 _DISTORTION_TEXTS = {"snapshot", "run", "split", "weights", "encoder", "identity", "kind"}
-_DISTORTION_CHOICES = {"reference": tuple(REFERENCES), "dtype": (*STORAGE_DTYPES, STORED)}
 
 
 def distortion_record(measured: TokenRecord | LossRecord) -> dict[str, Any]:
@@ -333,8 +331,10 @@ def _is_valid_distortion(key: str, value: Any) -> bool:
         return is_time(value)
     if key == "by_modality":
         return isinstance(value, dict) and set(value) <= MODALITIES and all(map(is_number, value.values()))
-    if key in _DISTORTION_CHOICES:  # tuples: what cannot be hashed is not in them
-        return value in _DISTORTION_CHOICES[key]
+    if key == "reference":
+        return value in tuple(REFERENCES)  # tuples: what cannot be hashed is not in them
+    if key == "dtype":
+        return value in (*STORAGE_DTYPES, STORED)
     if key in _DISTORTION_TEXTS:
         return isinstance(value, str) and len(value) <= MAX_TEXT
     return value is None or isinstance(value, bool) or is_number(value)

@@ -24,23 +24,18 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import pyarrow as pa
-from numcodecs import blosc
 
 from featurestore.foreign import foreign_reader
 from featurestore.identity import FeatureIdentity
 from featurestore.layout import array_metadata_key, block_of, group_prefix, shard_key, slot_of
 from featurestore.objects.base import Objects, OpenObject
 from featurestore.objects.open import in_parallel
-from featurestore.storage_dtypes import from_bfloat16_bits, from_stored
-from featurestore.zarr_metadata import BLOSC_BLOCK_BYTES, ArraySpec, array_specs, parse_array, read_document, read_group
+from featurestore.storage_dtypes import prefix_dtype, storage_dtype
+from featurestore.zarr_metadata import CODECS, ArraySpec, array_specs, parse_array, read_document, read_group
 from mervcache.errors import ClipUnavailableError, StoreDamagedError, StoreFormatError, UserError
-
-# With more than one blosc thread the same array gives different bytes. zarr-python sets this too.
-blosc.use_threads = False
 
 ABSENT = 2**64 - 1
 CRC_BYTES = 4
-BLOSC_HEADER_BYTES = 16
 _PIECE_BYTES = 8 << 20
 
 
@@ -49,10 +44,8 @@ def encode_row(spec: ArraySpec, row: np.ndarray) -> bytes:
     if row.shape != spec.row_shape or row.dtype != np.dtype(spec.dtype):
         raise ValueError(f"{spec.name} row must be {spec.row_shape} {spec.dtype}, got {row.shape} {row.dtype}")
     items = np.ascontiguousarray(row, dtype=np.dtype(spec.dtype).newbyteorder("<"))
-    if spec.codec == "blosc":
-        payload = blosc.compress(items, b"zstd", 1, blosc.SHUFFLE, BLOSC_BLOCK_BYTES)
-    else:
-        payload = items.tobytes()
+    compress = CODECS[spec.codec].compress
+    payload = compress(items) if compress else items.tobytes()
     return payload + struct.pack("<I", google_crc32c.value(payload))
 
 
@@ -60,21 +53,16 @@ def decode_row(spec: ArraySpec, chunk: np.ndarray, out: np.ndarray) -> None:
     """One chunk of uint8 items -> `out`, a contiguous array of the row's shape and dtype."""
     payload = chunk[:-CRC_BYTES]
     _check_crc(spec, payload, chunk[-CRC_BYTES:])
-    if spec.codec == "none":
+    decompress = CODECS[spec.codec].decompress
+    if decompress is None:
         if len(payload) != spec.row_bytes:
             raise StoreDamagedError(f"{spec.name}: a row holds {len(payload)} bytes instead of {spec.row_bytes}")
         out.reshape(-1).view(np.uint8)[:] = payload
         return
-    # The blosc header names the decompressed size: never let data decide how much memory is taken.
-    claimed = int(payload[4:8].view("<u4")[0]) if len(payload) >= BLOSC_HEADER_BYTES else -1
-    if claimed != spec.row_bytes:
-        raise StoreDamagedError(f"{spec.name}: a row claims {claimed} bytes instead of {spec.row_bytes}")
-    if int(payload[12:16].view("<u4")[0]) != len(payload):  # or blosc would read past the end
-        raise StoreDamagedError(f"{spec.name}: a row claims to be compressed to another length than it has")
     try:
-        blosc.decompress(payload, out)
-    except RuntimeError as error:
-        raise StoreDamagedError(f"{spec.name}: a row cannot be decompressed ({error})") from error
+        decompress(payload, out)
+    except ValueError as error:
+        raise StoreDamagedError(f"{spec.name}: a row {error}") from error
 
 
 def build_shard(spec: ArraySpec, chunks: Mapping[int, bytes]) -> list[bytes]:
@@ -129,7 +117,7 @@ class Shard:
         offset, length = map(int, self._index[row])
         if offset == ABSENT:
             return False
-        if self.spec.codec == "none" and length == self.spec.row_bytes + CRC_BYTES:
+        if CODECS[self.spec.codec].decompress is None and length == self.spec.row_bytes + CRC_BYTES:
             # One read straight into its place; the copy is what uncompressed reading would otherwise cost.
             items, crc = out.reshape(-1).view(np.uint8), np.empty(CRC_BYTES, dtype=np.uint8)
             self._read_exactly(offset, [memoryview(items), memoryview(crc)], length)
@@ -282,26 +270,26 @@ class GroupReader:
         self._row_readers: dict[str, Callable[[int, np.ndarray], None]] = {}
         # Sizes follow from the identity; block rows and codec do not matter to them.
         self.specs = array_specs(self.identity, kind, blocks=0, block_rows=1)
+        self._tokens = storage_dtype(self.identity.storage_dtype)
+        self._prefix = storage_dtype(prefix_dtype(self.identity.storage_dtype))
 
     def output_dtype(self, array: str = "tokens") -> np.dtype:
-        """What reading gives: float16 stays, all others become float32."""
-        return np.dtype("float16" if self.specs[array].dtype == "float16" else "float32")
+        """What reading gives."""
+        return np.dtype((self._prefix if array == "prefix" else self._tokens).float_dtype)
 
     def read_row(self, array: str, row: int, out: np.ndarray, steps: np.ndarray | None = None) -> None:
         """Row `row` as floats into `out`; `steps` picks stored time steps, None takes all in order."""
-        spec = self.specs[array]
-        if spec.dtype == "float16" and steps is None and out.flags.c_contiguous:
+        spec, dtype = self.specs[array], self._prefix if array == "prefix" else self._tokens
+        if dtype.decode is None and steps is None and out.flags.c_contiguous:
             self.read_stored(array, row, out)
             return
         stored = np.empty(spec.row_shape, dtype=spec.dtype)
         self.read_stored(array, row, stored)
         picked = stored if steps is None else stored[steps]
-        if spec.logical_dtype == "bfloat16" and out.flags.c_contiguous:
-            from_bfloat16_bits(picked, out)
-        elif spec.dtype == "uint8":
-            out[...] = from_stored(picked, logical_dtype=None, **self._affine(row))
+        if dtype.decode is None:
+            out[...] = picked
         else:
-            out[...] = from_stored(picked, logical_dtype=spec.logical_dtype)
+            dtype.decode(picked, self._sidecars(row) if dtype.is_affine else {}, out)
 
     def read_stored(self, array: str, row: int, out: np.ndarray) -> None:
         """Row `row` as it is stored, into a contiguous array of the stored dtype."""
@@ -309,7 +297,7 @@ class GroupReader:
             self._row_readers[array] = self._make_row_reader(array)
         self._row_readers[array](row, out)
 
-    def _affine(self, row: int) -> dict[str, np.ndarray]:
+    def _sidecars(self, row: int) -> dict[str, np.ndarray]:
         values = {name: np.empty(self.specs[name].row_shape, dtype=np.float32) for name in ("scale", "offset")}
         for name, out in values.items():
             self.read_stored(name, row, out)

@@ -27,7 +27,6 @@ from mervcache.files import canonical_json, load_json, sha256_hex
 MAX_CANARIES = 4  # of one group: each costs a clip's bytes
 MAX_HEADER_BYTES = 1 << 16
 _VERSION = 1
-_DTYPES = {"float16": "F16", "float32": "F32", "uint16": "U16", "uint8": "U8"}  # Zarr's name -> safetensors'
 _NAME = re.compile(r"[a-z0-9-]{1,40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ALIGNMENT = 8  # safetensors pads its header to it
@@ -65,7 +64,7 @@ class ReferenceClips:
             items = self._items(name)
             shape = list(items.shape)
             header[name] = {
-                "dtype": _DTYPES[items.dtype.name],
+                "dtype": f"{items.dtype.kind.upper()}{8 * items.itemsize}",  # as safetensors names it: F16, U8
                 "shape": shape,
                 "data_offsets": [offset, offset + items.nbytes],
             }

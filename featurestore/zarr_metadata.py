@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
+
+import numpy as np
+from numcodecs import blosc
 
 from featurestore.identity import FeatureIdentity
 from featurestore.layout import (
@@ -22,6 +26,7 @@ from featurestore.layout import (
     group_metadata_key,
 )
 from featurestore.objects.base import Objects, get_bounded
+from featurestore.storage_dtypes import SIDECAR_DTYPE, STORAGE_DTYPES, item_facts, prefix_dtype, storage_dtype
 from mervcache.errors import StoreFormatError, UserError
 from mervcache.files import load_json, record_digest
 
@@ -130,16 +135,53 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
     "scale": ("row", "channel"),
     "offset": ("row", "channel"),
 }
-# Stored bfloat16 is its bits: zarr-python 3.1 has no such type. 0x7fc1 is a NaN with a payload that no encoder makes,
-# so a missing row never looks like a value.
-FILL_VALUES: dict[str, Any] = {"float16": "NaN", "float32": "NaN", "uint16": 0x7FC1, "uint8": 0}
-ITEM_SIZES: dict[str, int] = {"float16": 2, "float32": 4, "uint16": 2, "uint8": 1}
-CODECS: tuple[str, ...] = ("blosc", "none")
-BLOSC_BLOCK_BYTES = 1 << 20  # automatic blocks at level 1 compress 1.27x where this gives 1.45x
 MAX_CHUNK_BYTES = 128 << 20  # a clip's raw grid is under 20 MiB; a larger claim is hostile
 MAX_DOCUMENT_BYTES = 4 << 20  # of a zarr.json
 _LITTLE_ENDIAN: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
 _INDEX_CODECS = [_LITTLE_ENDIAN, {"name": "crc32c"}]
+
+# With more than one blosc thread the same array gives different bytes. zarr-python sets this too.
+blosc.use_threads = False
+_BLOSC_HEADER_BYTES = 16
+_BLOSC_BLOCK_BYTES = 1 << 20  # automatic blocks at level 1 compress 1.27x where this gives 1.45x
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codec:
+    """How a row's items are compressed; None leaves them as they are."""
+
+    metadata: Callable[[int], list[dict[str, Any]]]  # bytes of an item -> Zarr codecs between `bytes` and `crc32c`
+    compress: Callable[[np.ndarray], bytes] | None
+    decompress: Callable[[np.ndarray, np.ndarray], None] | None  # uint8 payload, contiguous out; ValueError if damaged
+
+
+def _blosc_metadata(item_bytes: int) -> list[dict[str, Any]]:
+    sizes = {"typesize": item_bytes, "blocksize": _BLOSC_BLOCK_BYTES}
+    return [{"name": "blosc", "configuration": {"cname": "zstd", "clevel": 1, "shuffle": "shuffle"} | sizes}]
+
+
+def _blosc_decompress(payload: np.ndarray, out: np.ndarray) -> None:
+    # blosc trusts the sizes in its header, which decide how much it writes and how far it reads.
+    claimed = int(payload[4:8].view("<u4")[0]) if len(payload) >= _BLOSC_HEADER_BYTES else -1
+    if claimed != out.nbytes:
+        raise ValueError(f"claims {claimed} bytes instead of {out.nbytes}")
+    if int(payload[12:16].view("<u4")[0]) != len(payload):
+        raise ValueError("claims to be compressed to another length than it has")
+    try:
+        blosc.decompress(payload, out)
+    except RuntimeError as error:
+        raise ValueError(f"cannot be decompressed ({error})") from error
+
+
+CODECS: dict[str, Codec] = {
+    "blosc": Codec(
+        metadata=_blosc_metadata,
+        compress=lambda items: blosc.compress(items, b"zstd", 1, blosc.SHUFFLE, _BLOSC_BLOCK_BYTES),
+        decompress=_blosc_decompress,
+    ),
+    "none": Codec(metadata=lambda _: [], compress=None, decompress=None),
+}
+DEFAULT_CODEC = "blosc"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,9 +192,9 @@ class ArraySpec:
     rows: int  # length of axis 0
     row_shape: tuple[int, ...]
     block_rows: int
-    dtype: str  # of the stored items: a key of FILL_VALUES
-    codec: str = "blosc"  # a name in CODECS
-    logical_dtype: str | None = None  # "bfloat16" where uint16 holds its bits
+    dtype: str  # Zarr data type of the stored items, which numpy knows by the same name
+    codec: str = DEFAULT_CODEC  # a name in CODECS
+    logical_dtype: str | None = None  # name of the storage dtype where it is not that of the Zarr data type
 
     def __post_init__(self) -> None:
         if self.codec not in CODECS:
@@ -163,9 +205,9 @@ class ArraySpec:
                 f"outside 1..{MAX_CHUNK_BYTES}"
             )
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
-        return math.prod(self.row_shape) * ITEM_SIZES[self.dtype]
+        return math.prod(self.row_shape) * item_facts(self.dtype, self.logical_dtype)[1]
 
     @property
     def index_bytes(self) -> int:
@@ -177,68 +219,62 @@ class ArraySpec:
 
     def document(self) -> bytes:
         """The array's zarr.json."""
+        return document_bytes(self.to_metadata())
+
+    def to_metadata(self) -> dict[str, Any]:
+        """The content of the array's zarr.json."""
+        fill_value, item_bytes = item_facts(self.dtype, self.logical_dtype)
         # Single bytes have no order, and zarr-python names none.
-        inner: list[dict[str, Any]] = [_LITTLE_ENDIAN if ITEM_SIZES[self.dtype] > 1 else {"name": "bytes"}]
-        if self.codec == "blosc":
-            blosc = {"cname": "zstd", "clevel": 1, "shuffle": "shuffle", "typesize": ITEM_SIZES[self.dtype]}
-            inner.append({"name": "blosc", "configuration": blosc | {"blocksize": BLOSC_BLOCK_BYTES}})
-        inner.append({"name": "crc32c"})
+        to_bytes = _LITTLE_ENDIAN if item_bytes > 1 else {"name": "bytes"}
         sharding = {
             "chunk_shape": [1, *self.row_shape],
-            "codecs": inner,
+            "codecs": [to_bytes, *CODECS[self.codec].metadata(item_bytes), {"name": "crc32c"}],
             "index_codecs": _INDEX_CODECS,
             "index_location": "end",
         }
-        return document_bytes(
-            {
-                "zarr_format": 3,
-                "node_type": "array",
-                "shape": [self.rows, *self.row_shape],
-                "data_type": self.dtype,
-                "chunk_grid": {
-                    "name": "regular",
-                    "configuration": {"chunk_shape": [self.block_rows, *self.row_shape]},
-                },
-                "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-                "fill_value": FILL_VALUES[self.dtype],
-                "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-                "attributes": {"logical_dtype": self.logical_dtype} if self.logical_dtype else {},
-                "dimension_names": list(DIMENSIONS[self.name]),
-                "storage_transformers": [],
-            }
-        )
+        return {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": [self.rows, *self.row_shape],
+            "data_type": self.dtype,
+            "chunk_grid": {
+                "name": "regular",
+                "configuration": {"chunk_shape": [self.block_rows, *self.row_shape]},
+            },
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "fill_value": fill_value,
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+            "attributes": {"logical_dtype": self.logical_dtype} if self.logical_dtype else {},
+            "dimension_names": list(DIMENSIONS[self.name]),
+            "storage_transformers": [],
+        }
 
 
 def array_specs(
-    identity: FeatureIdentity, kind: str, *, blocks: int, block_rows: int, codec: str = "blosc"
+    identity: FeatureIdentity, kind: str, *, blocks: int, block_rows: int, codec: str = DEFAULT_CODEC
 ) -> dict[str, ArraySpec]:
     """The arrays of an encoder's group, by name, in the order of layout.ARRAYS."""
     time, height, width = identity.grid_of(kind)
-    dtype, logical = {
-        "float16": ("float16", None),
-        "bfloat16": ("uint16", "bfloat16"),
-        "uint8": ("uint8", None),
-    }[identity.storage_dtype]
-    small, small_logical = (dtype, logical) if dtype != "uint8" else ("float16", None)  # prefix tokens are few
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {}  # array -> (shape of a row, name of a dtype)
+    if identity.prefix_tokens:
+        shape = (time, identity.prefix_tokens, identity.width)
+        shapes["prefix"] = shape, prefix_dtype(identity.storage_dtype)
+    if storage_dtype(identity.storage_dtype).is_affine:
+        shapes |= dict.fromkeys(("scale", "offset"), ((identity.width,), SIDECAR_DTYPE))
+    shapes["tokens"] = (time, height, width, identity.width), identity.storage_dtype
 
-    def spec(name: str, shape: tuple[int, ...], dtype: str, logical: str | None) -> ArraySpec:
-        return ArraySpec(
+    specs: dict[str, ArraySpec] = {}
+    for name, (shape, logical) in shapes.items():
+        dtype = STORAGE_DTYPES[logical].zarr_dtype if logical in STORAGE_DTYPES else logical
+        specs[name] = ArraySpec(
             name=name,
             rows=blocks * block_rows,
             row_shape=shape,
             block_rows=block_rows,
             dtype=dtype,
             codec=codec,
-            logical_dtype=logical,
+            logical_dtype=logical if logical != dtype else None,
         )
-
-    specs: dict[str, ArraySpec] = {}
-    if identity.prefix_tokens:
-        shape = (time, identity.prefix_tokens, identity.width)
-        specs["prefix"] = spec("prefix", shape, small, small_logical)
-    if dtype == "uint8":
-        specs |= {name: spec(name, (identity.width,), "float32", None) for name in ("scale", "offset")}
-    specs["tokens"] = spec("tokens", (time, height, width, identity.width), dtype, logical)
     return specs
 
 
@@ -310,23 +346,25 @@ def parse_root(data: bytes) -> dict[str, Any]:
 
 
 def parse_array(name: str, data: bytes) -> ArraySpec | None:
-    """The spec of an array that we can read directly, or None for any other valid Zarr array."""
+    """The spec of an array that is read and written here; None of any other valid Zarr array."""
     document = load_json(data, f"zarr.json of {name}")
     try:
-        sharding = document["codecs"][0]["configuration"]
-        chunk, shard = sharding["chunk_shape"], document["chunk_grid"]["configuration"]["chunk_shape"]
+        chunk_shape = document["chunk_grid"]["configuration"]["chunk_shape"]
         spec = ArraySpec(
             name=name,
             rows=int(document["shape"][0]),
             row_shape=tuple(int(n) for n in document["shape"][1:]),
-            block_rows=int(shard[0]),
+            block_rows=int(chunk_shape[0]),
             dtype=document["data_type"],
-            codec="blosc" if any(codec["name"] == "blosc" for codec in sharding["codecs"]) else "none",
             logical_dtype=document.get("attributes", {}).get("logical_dtype"),
         )
-        ours = json.loads(spec.document())
-        bounded = 1 <= spec.block_rows <= MAX_BLOCK_ROWS and chunk[0] == 1
+        if not 1 <= spec.block_rows <= MAX_BLOCK_ROWS:
+            return None
+        decisive = ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "codecs")
+        for candidate in (replace(spec, codec=codec) for codec in CODECS):
+            expected = candidate.to_metadata()
+            if all(expected[key] == document.get(key) for key in decisive):
+                return candidate
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RecursionError, UserError):
-        return None
-    decides = ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "codecs")
-    return spec if bounded and all(ours[key] == document.get(key) for key in decides) else None
+        pass
+    return None

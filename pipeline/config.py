@@ -6,15 +6,16 @@ known one: a misspelt setting that is silently ignored costs a night on a cluste
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from featurestore.clips import KINDS
-from featurestore.identity import STORAGE_DTYPES, FeatureIdentity
+from featurestore.identity import FeatureIdentity
 from featurestore.layout import check_block_rows
 from featurestore.locate import Place, names_of, place_of
+from featurestore.storage_dtypes import STORAGE_DTYPES
 from jobs.settings import ClusterRequest, ClusterSettings
 from mervcache.errors import ClusterError, UserError, unknown_name
 from pipeline.encoders.base import EncoderSpec, feature_identity
@@ -319,6 +320,6 @@ def _checked_encoders(names: Any) -> tuple[str, ...]:
     return listed
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: str, choices: Collection[str]) -> None:
     if value not in choices:
         raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -28,12 +28,12 @@ import numpy as np
 import pyarrow.compute as pc
 
 from featurestore.clips import KINDS, Clip
-from featurestore.identity import STORAGE_DTYPES
 from featurestore.layout import block_of
 from featurestore.locate import Place
 from featurestore.objects.open import open_objects
 from featurestore.quality import TokenRecord, TokenRow, now
 from featurestore.records import driver_runs
+from featurestore.storage_dtypes import STORAGE_DTYPES
 from featurestore.store import FeatureStore
 from featurestore.writer import GroupWriter, StoreWriter
 from mervcache.console import SILENT, ProgressLine

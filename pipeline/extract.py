@@ -40,6 +40,7 @@ from featurestore.layout import ROOT_METADATA
 from featurestore.lease import StoreLease
 from featurestore.locate import Place, check_room_for_store, is_url
 from featurestore.objects.open import check_writable, open_objects
+from featurestore.storage_dtypes import SMALLEST
 from featurestore.writer import StoreWriter, check_holds_nothing_else
 from featurestore.zarr_metadata import clip_bytes
 from jobs.clusters import check_cluster, check_scheduler, connect
@@ -419,7 +420,8 @@ class Extraction:
         if needed > free:
             raise RunStoppedError(
                 f"the run needs about {needed / 1e9:.1f} GB and {place} has {free / 1e9:.1f} GB free; "
-                "choose another disk with --store, fewer clips with --limit, or --storage-dtype uint8"
+                "choose another disk with --store, fewer clips with --limit, or "
+                f"--storage-dtype {SMALLEST}"
             )
 
     def tasks(self, blocks: Collection[PlannedBlock]) -> Iterator[Task]:

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from featurestore.clips import Sample
-from featurestore.identity import STORAGE_DTYPES
 from featurestore.quality import STORED, LossRecord, LossRow, now
-from featurestore.storage_dtypes import OverflowedTokens, from_stored, to_stored
+from featurestore.storage_dtypes import STORAGE_DTYPES, OverflowedTokens, from_stored, prefix_dtype, to_stored
 from mervcache.errors import UserError
 from trainer.config import TrainConfig
 from trainer.data.tokens import ClipTokens, PrefixedTokens, StoreTokens, TokenSource
@@ -69,19 +68,14 @@ def cast_tokens(tokens: ClipTokens, dtype: str) -> ClipTokens:
         grid = tokens.tokens_BTHWD
         return PrefixedTokens(
             tokens_BTHWD=None if grid is None else cast_tokens(grid, dtype),
-            prefix_BTKD=_cast(tokens.prefix_BTKD, "float16" if dtype == "uint8" else dtype),  # as stores keep them
+            prefix_BTKD=_cast(tokens.prefix_BTKD, prefix_dtype(dtype)),
         )
     return _cast(tokens, dtype)
 
 
 def _cast(clips: Tensor, dtype: str) -> Tensor:
-    return torch.from_numpy(np.stack([_round(clip, dtype) for clip in clips.float().numpy()]))
-
-
-def _round(clip: np.ndarray, dtype: str) -> np.ndarray:
-    stored = to_stored({"tokens": clip}, dtype)
-    sidecars = {name: stored.get(name) for name in ("scale", "offset")}
-    return from_stored(stored["tokens"], logical_dtype="bfloat16" if dtype == "bfloat16" else None, **sidecars)
+    stored = [to_stored({"tokens": clip}, dtype) for clip in clips.float().numpy()]
+    return torch.from_numpy(np.stack([from_stored(arrays, dtype)["tokens"] for arrays in stored]))
 
 
 def measure_losses(

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from featurestore import FeatureIdentity, Sample
 from featurestore.clips import KINDS, Clip
-from featurestore.storage_dtypes import OverflowedTokens, from_stored, to_stored
+from featurestore.storage_dtypes import WIDEST, OverflowedTokens, from_stored, to_stored
 from mervcache.console import ProgressLine
 from mervcache.errors import MediaError, UserError, unknown_name
 from mervcache.files import canonical_json
@@ -449,14 +449,10 @@ def through_storage(arrays: Mapping[str, np.ndarray], identity: FeatureIdentity)
     except OverflowedTokens as error:
         raise UserError(
             f"{identity.encoder}: {error}; a store would leave the clip out, a live run ends here:"
-            " set storage_dtype: bfloat16 in --extract-config"
+            f" set storage_dtype: {WIDEST} in --extract-config"
         ) from error
-    logical_dtype = "bfloat16" if identity.storage_dtype == "bfloat16" else None
-    affine = {name: stored[name] for name in ("scale", "offset") if name in stored}
-    return {
-        part: _repeat(from_stored(stored[part], logical_dtype=logical_dtype, **affine), identity.grid[0])
-        for part in arrays
-    }
+    floats = from_stored(stored, identity.storage_dtype)
+    return {part: _repeat(floats[part], identity.grid[0]) for part in arrays}
 
 
 def _repeat(values_T: np.ndarray, time: int) -> np.ndarray:

@@ -13,8 +13,8 @@ from typing import Any
 import click
 
 from featurestore.clips import KINDS
-from featurestore.identity import STORAGE_DTYPES
 from featurestore.locate import find_store
+from featurestore.storage_dtypes import STORAGE_DTYPES
 from mervcache import console
 from mervcache.console import Command, handle_errors, stacked
 from pipeline.config import COMPUTE_DTYPES, DECODER_NAMES, ExtractConfig, read_config
@@ -93,7 +93,7 @@ extraction_options = stacked(  # what would be extracted, from where, with what,
     ),
     click.option(
         "--storage-dtype",
-        type=click.Choice(STORAGE_DTYPES),
+        type=click.Choice(tuple(STORAGE_DTYPES)),
         show_default=ExtractConfig.storage_dtype,
         help="Stored numbers.",
     ),

@@ -272,8 +272,8 @@ def distortion(
 ) -> None:
     """Measure what each storage dtype takes and loses.
 
-    Bytes, reading speed and error, on the store's own tokens: a sample is written in float16, bfloat16 and uint8 into
-    temporary stores and read back. The result is kept in the store's journal, for `report` and the card; `merv-eval
+    Bytes, reading speed and error, on the store's own tokens: a sample is written in every storage dtype into temporary
+    stores and read back. The result is kept in the store's journal, for `report` and the card; `merv-eval
     distortion` adds what a trained run makes of each dtype.
     """
     from featurestore.quality import distortion_record, keep_record

@@ -9,10 +9,9 @@ import pytest
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 
+from featurestore.storage_dtypes import item_facts
 from featurestore.zarr_metadata import (
     DIMENSIONS,
-    FILL_VALUES,
-    ITEM_SIZES,
     MAX_CHUNK_BYTES,
     ArraySpec,
     array_specs,
@@ -24,6 +23,8 @@ from featurestore.zarr_metadata import (
 from mervcache.errors import StoreFormatError, UserError
 from mervcache.files import load_json
 
+ITEMS = ("float16", "float32", "uint16", "uint8")  # Zarr data types of the arrays of all storage dtypes
+
 
 def spec_of(name="tokens", dtype="float16", codec="blosc", **changes) -> ArraySpec:
     shape = {"tokens": (4, 2, 2, 8), "prefix": (4, 3, 8), "scale": (8,)}[name]
@@ -32,11 +33,12 @@ def spec_of(name="tokens", dtype="float16", codec="blosc", **changes) -> ArraySp
 
 
 @pytest.mark.parametrize("codec", ["blosc", "none"])
-@pytest.mark.parametrize("dtype", list(ITEM_SIZES))
+@pytest.mark.parametrize("dtype", ITEMS)
 @pytest.mark.parametrize("name", ["tokens", "prefix", "scale"])
 def test_the_document_is_the_one_that_zarr_python_makes(name, dtype, codec):
     spec = spec_of(name, dtype, codec)
-    blosc = BloscCodec(cname="zstd", clevel=1, shuffle="shuffle", typesize=ITEM_SIZES[dtype], blocksize=1 << 20)
+    fill_value, item_bytes = item_facts(dtype, None)
+    blosc = BloscCodec(cname="zstd", clevel=1, shuffle="shuffle", typesize=item_bytes, blocksize=1 << 20)
     store = zarr.storage.MemoryStore()
     zarr.create_array(
         store,
@@ -44,7 +46,7 @@ def test_the_document_is_the_one_that_zarr_python_makes(name, dtype, codec):
         shards=(4, *spec.row_shape),
         chunks=(1, *spec.row_shape),
         dtype=dtype,
-        fill_value=float("nan") if FILL_VALUES[dtype] == "NaN" else FILL_VALUES[dtype],
+        fill_value=float("nan") if fill_value == "NaN" else fill_value,
         compressors=[blosc, Crc32cCodec()] if codec == "blosc" else [Crc32cCodec()],
         dimension_names=DIMENSIONS[name],
     )
@@ -53,7 +55,7 @@ def test_the_document_is_the_one_that_zarr_python_makes(name, dtype, codec):
 
 
 @pytest.mark.parametrize("codec", ["blosc", "none"])
-@pytest.mark.parametrize("dtype", list(ITEM_SIZES))
+@pytest.mark.parametrize("dtype", ITEMS)
 def test_a_document_parses_back_to_its_spec(dtype, codec):
     spec = spec_of(dtype=dtype, codec=codec, logical_dtype="bfloat16" if dtype == "uint16" else None)
     assert parse_array("tokens", spec.document()) == spec

@@ -18,13 +18,14 @@ from featurestore.objects.open import open_objects
 from featurestore.quality import keep_parity, parity_words, read_parity
 from featurestore.records import driver_runs
 from featurestore.reference_clips import ReferenceClips, read_reference_clips
+from featurestore.storage_dtypes import STORAGE_DTYPES
 from featurestore.writer import StoreWriter
 from mervcache.errors import MediaError, StoreFormatError, UserError
 from pipeline.cli.extract import main
 from pipeline.decode import decoders, resize
 from pipeline.decode.pool import DecodePool
 from pipeline.encoders import loading
-from pipeline.parity import STEPS, TOLERANCES, check_parity, compare
+from pipeline.parity import TOLERANCES, check_parity, compare
 
 
 class InThisProcess(DecodePool):
@@ -60,7 +61,7 @@ def test_the_machine_that_made_them_makes_them_again_to_the_bit(extracted):
     assert len(record.rows) == 2 * len(extracted.ENCODERS)
     for row in record.rows:
         assert (row.frames, row.verdict, row.max_abs, row.relative, row.cosine_min) == ("equal", "equal", 0, 0, 1)
-        assert row.tolerance == pytest.approx(TOLERANCES["float32"] + STEPS["float16"])
+        assert row.tolerance == pytest.approx(TOLERANCES["float32"] + STORAGE_DTYPES["float16"].step)
 
 
 def test_other_weights_are_refused_by_their_digest(extracted):
