@@ -23,7 +23,6 @@ compute on, before any work starts.
 
 from __future__ import annotations
 
-import difflib
 import os
 import signal
 import sys
@@ -37,7 +36,7 @@ from weakref import WeakKeyDictionary
 from jobs.run import check_workers
 from jobs.settings import DASK_SETTINGS, ClusterRequest, ClusterSettings
 from jobs.slurm import slurm
-from mervcache.errors import ClusterError
+from mervcache.errors import ClusterError, unknown_name
 
 if TYPE_CHECKING:
     from distributed import Client, SpecCluster, WorkerPlugin
@@ -262,11 +261,9 @@ def check_scheduler(scheduler: str) -> None:
     """Raise `ClusterError` for what is neither a cluster's name, nor an address, nor a file."""
     if scheduler in CLUSTERS or "://" in scheduler or Path(scheduler).is_file():
         return
-    nearest = difflib.get_close_matches(scheduler, CLUSTERS, n=1)
-    hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
     raise ClusterError(
-        f"unknown scheduler {scheduler!r}{hint}: give one of {', '.join(CLUSTERS)}, an address such as "
-        "tcp://HOST:8786, or the path of a scheduler file"
+        f"{unknown_name('scheduler', scheduler, CLUSTERS)}; or give an address such as tcp://HOST:8786, or the path of "
+        "a scheduler file"
     )
 
 

@@ -6,12 +6,12 @@ file may be used with several; each reads what concerns it. An unknown one is an
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
+from mervcache.config import from_settings
 from mervcache.errors import ClusterError
 
 DASK_SETTINGS = {
@@ -60,13 +60,8 @@ class ClusterSettings:
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any]) -> ClusterSettings:
         """Settings as YAML or a command line gives them, every name and type checked."""
-        known = {setting.name: str(setting.type) for setting in fields(cls)}
-        for name in given:
-            if name not in known:
-                nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-                hint = f", the nearest known one is {nearest[0]!r}" if nearest else ""
-                raise ClusterError(f"unknown cluster setting {name!r}{hint}; known: {', '.join(known)}")
-        return cls(**{name: _checked(name, value, known[name]) for name, value in given.items() if value is not None})
+        settings = {name: _spelled_out(name, value) for name, value in given.items()}
+        return from_settings(cls, settings, where="cluster.", error=ClusterError, see="jobs/settings.py lists all")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,17 +109,10 @@ def worker_environment() -> dict[str, str]:
     }
 
 
-def _checked(name: str, value: Any, annotated: str) -> Any:
+def _spelled_out(name: Any, value: Any) -> Any:
+    """Short spellings as the values of the fields: a list of devices, a single line of a list."""
     if name in ("walltime", "worker_wait") and type(value) is int:  # YAML reads 12:00:00 as seconds, in base 60
-        value = f"{value // 3600:02}:{value // 60 % 60:02}:{value % 60:02}"
+        return f"{value // 3600:02}:{value // 60 % 60:02}:{value % 60:02}"
     if name == "devices" and isinstance(value, list | int) and not isinstance(value, bool):
-        value = ",".join(map(str, value if isinstance(value, list) else [value]))
-    if annotated.startswith("tuple"):
-        lines = [value] if isinstance(value, str) else value
-        if isinstance(lines, list | tuple) and all(isinstance(line, str) for line in lines):
-            return tuple(lines)
-        raise ClusterError(f"cluster: {name} must be a list of texts, got {value!r}")
-    accepted, words = {"bool": (bool, "true or false"), "int": (int, "a whole number")}.get(annotated, (str, "text"))
-    if type(value) is not accepted:
-        raise ClusterError(f"cluster: {name} must be {words}, got {value!r}")
-    return value
+        return ",".join(map(str, value if isinstance(value, list) else [value]))
+    return [value] if name in ("directives", "prologue") and isinstance(value, str) else value

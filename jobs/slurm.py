@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.settings import ClusterRequest, ClusterSettings, parse_walltime, worker_environment
-from mervcache.errors import ClusterError
+from mervcache.errors import ClusterError, unknown_name
 
 if TYPE_CHECKING:
     from dask_jobqueue import SLURMCluster
@@ -228,7 +228,7 @@ TEMPLATES = {
 def submit_script(name: str, settings: ClusterSettings, *, config: str, num_workers: int = 0) -> str:
     """The template `name` for `num_workers` workers (0: those of one node) with `config` as its settings' file."""
     if name not in TEMPLATES:
-        raise ClusterError(f"unknown template {name!r}; known: {', '.join(TEMPLATES)}")
+        raise ClusterError(unknown_name("template", name, TEMPLATES))
     text = Path(__file__).with_name("templates").joinpath(f"{name}.sbatch").read_text()
     wanted = num_workers or max(1, settings.gpus)
     options = _whose(settings) + (_sizes(settings, wanted) if name == "one-allocation" else [])

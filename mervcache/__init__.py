@@ -1,1 +1,74 @@
-"""Base package shared by featurestore, jobs, pipeline and trainer: errors, console output, typed configs, files."""
+"""The Python API of MERV Cache, and the base package that featurestore, jobs, pipeline and trainer share.
+
+    import mervcache
+
+    mervcache.extract(mervcache.ExtractConfig(dataset="demo"))       # encode clips into features/demo.zarr
+    store = mervcache.open_store("features/demo.zarr")
+    mervcache.train(mervcache.get_stages("demo"), "features/demo.zarr", "runs/demo")
+    print(mervcache.ask("runs/demo", "What colour is the shape?", video="clip.mp4"))
+
+Names are imported when they are first used: `import mervcache` loads neither torch nor pyarrow.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+_API = {  # public name -> where it is defined
+    "Asker": "trainer.ask:Asker",
+    "Clip": "featurestore.clips:Clip",
+    "EvaluationRequest": "trainer.evaluate:EvaluationRequest",
+    "ExtractConfig": "pipeline.config:ExtractConfig",
+    "FeatureDataset": "featurestore.dataset:FeatureDataset",
+    "FeatureIdentity": "featurestore.identity:FeatureIdentity",
+    "FeatureStore": "featurestore.store:FeatureStore",
+    "MervCacheError": "mervcache.errors:MervCacheError",
+    "Sample": "featurestore.clips:Sample",
+    "TrainConfig": "trainer.config:TrainConfig",
+    "ask": "trainer.ask:ask",
+    "evaluate": "trainer.evaluate:evaluate_run",
+    "export_run": "trainer.runs.export:export_run",
+    "extract": "pipeline.extract:extract",
+    "forecast": "pipeline.forecast:forecast",
+    "get_stages": "trainer.config:get_stages",
+    "load_run": "trainer.runs.load:load_run",
+    "open_store": "featurestore.store:FeatureStore.open",
+    "pull": "featurestore.transfer.sync:transfer",
+    "push": "featurestore.transfer.sync:push",
+    "read_extract_config": "pipeline.config:read_config",
+    "train": "trainer.loop.stages:train_in_stages",
+    "verify_store": "featurestore.maintenance.verify:verify_store",
+}
+__all__ = [*_API]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _API:
+        raise AttributeError(f"module 'mervcache' has no attribute {name!r}")
+    _check_nothing_hides_our_packages()
+    module, _, path = _API[name].partition(":")
+    value: Any = importlib.import_module(module)
+    for part in path.split("."):
+        value = getattr(value, part)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_API})
+
+
+def _check_nothing_hides_our_packages() -> None:
+    """Raise ImportError where a user's file, such as a `trainer.py` next to a notebook, is found instead of a package."""
+    home = Path(__file__).resolve().parents[1]
+    for package in ("featurestore", "jobs", "pipeline", "trainer"):
+        spec = importlib.util.find_spec(package)
+        expected = home / package / "__init__.py"
+        if spec is None or not spec.origin or not expected.is_file() or Path(spec.origin).resolve() == expected:
+            continue
+        raise ImportError(
+            f"{spec.origin} hides the package {package!r} of MERV Cache: rename it, or start Python in another folder"
+        )

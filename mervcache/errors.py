@@ -1,18 +1,19 @@
-"""Every error a person or a caller can act on, sorted by what they would do about it.
+"""The error tree: every error that a caller can act on, by what to do about it.
 
     MervCacheError
-    ├── UserError              the request cannot be done as asked: change the command, config or path
-    ├── StoreError             something about one store
-    │   ├── StoreNotFoundError     no store there: extract one, or fix the path
-    │   ├── StoreFormatError       not a store we can read: newer version, foreign or hostile metadata
+    ├── UserError              the request is invalid: change the command, config or path
+    ├── ClusterError           the cluster cannot be started or reached: change its settings, or start it
+    ├── StoreError             a problem with one store
+    │   ├── StoreNotFoundError     no store at that path: extract one, or fix the path
+    │   ├── StoreFormatError       not a store that this version reads: newer, foreign or hostile metadata
     │   ├── StoreDamagedError      bytes differ from their digest: verify, then repair
     │   ├── IdentityConflictError  the encoder is stored under another identity: explain, --new-identity
     │   ├── ClipUnavailableError   the clip has no committed tokens of that encoder
-    │   └── AlreadyExistsError     an exclusive put lost: somebody was first, re-read what they wrote
-    ├── MediaError             one clip cannot be decoded: quarantine it, carry on
+    │   └── AlreadyExistsError     an exclusive put came second: read what the first writer wrote
+    ├── MediaError             one clip cannot be decoded: quarantine it and continue
     └── RunStoppedError        the machine, not the clip: disk full, share gone, credentials expired
 
-Command lines print the message of a ``MervCacheError`` without a traceback; anything else is our bug.
+Command lines print the message of a ``MervCacheError`` without a traceback; any other error is a bug.
 """
 
 from __future__ import annotations
@@ -21,17 +22,12 @@ import difflib
 from collections.abc import Iterable
 
 
-def no_file(path: object) -> str:
-    """The message for a media file that is not there, with the path as it was typed."""
-    return f"there is no file {path}; give a video or an image that exists"
-
-
 class MervCacheError(Exception):
-    """Root of all errors that carry a message for a person: what is wrong, the values, what to do next."""
+    """Root of the tree; the message gives what is wrong, the values and what to do next."""
 
 
 class UserError(MervCacheError):
-    """The request cannot be done as asked."""
+    """The request is invalid."""
 
 
 class ClusterError(MervCacheError):
@@ -39,15 +35,15 @@ class ClusterError(MervCacheError):
 
 
 class StoreError(MervCacheError):
-    """Something about one feature store."""
+    """A problem with one feature store."""
 
 
 class StoreNotFoundError(StoreError):
-    """There is no feature store at that path."""
+    """No feature store exists at that path."""
 
 
 class StoreFormatError(StoreError):
-    """What is there is not a feature store that this version can read."""
+    """The data is not a feature store that this version can read."""
 
 
 class StoreDamagedError(StoreError):
@@ -59,11 +55,11 @@ class IdentityConflictError(StoreError):
 
 
 class ClipUnavailableError(StoreError):
-    """A clip has no committed tokens of the encoder asked for."""
+    """A clip has no committed tokens of the requested encoder."""
 
 
 class AlreadyExistsError(StoreError):
-    """An exclusive put found the name taken by other bytes."""
+    """An exclusive put found other bytes under that name."""
 
 
 class MediaError(MervCacheError):
@@ -78,13 +74,23 @@ class RunStoppedError(MervCacheError):
     """The environment failed, not a clip: stop the run and quarantine nothing."""
 
 
-def unknown_name(what: str, name: object, known: Iterable[str]) -> str:
-    """The message for a name that is in no table: the nearest known one, then all of them.
+def nearest_name(name: object, known: Iterable[str]) -> str:
+    """The known name that is most like `name`; "" where none is."""
+    return next(iter(difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)), "")
+
+
+def unknown_name(what: str, name: object, known: Iterable[object], *, nearest: str | None = None) -> str:
+    """The message for an unknown name: the nearest known one, then all of them.
 
     >>> unknown_name("dataset", "videolava", ["demo", "videollava"])
     "unknown dataset 'videolava', the nearest known one is 'videollava'; known: demo, videollava"
     """
     listed = [str(entry) for entry in known]
-    nearest = difflib.get_close_matches(str(name), listed, n=1, cutoff=0.5)
-    hint = f", the nearest known one is {nearest[0]!r}" if nearest else ""
+    nearest = nearest_name(name, listed) if nearest is None else nearest
+    hint = f", the nearest known one is {nearest!r}" if nearest else ""
     return f"unknown {what} {name!r}{hint}; known: {', '.join(listed) or 'none'}"
+
+
+def no_file(path: object) -> str:
+    """The message for a media file that does not exist."""
+    return f"there is no file {path}; give a video or an image that exists"

@@ -7,7 +7,7 @@ known one: a misspelt setting that is silently ignored costs a night on a cluste
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from featurestore.layout import check_block_rows
 from featurestore.locate import Place, names_of, place_of
 from featurestore.storage_dtypes import STORAGE_DTYPES
 from jobs.settings import ClusterRequest, ClusterSettings
+from mervcache.config import check_names, check_types, load_yaml
 from mervcache.errors import ClusterError, UserError, unknown_name
 from pipeline.encoders.base import EncoderSpec, feature_identity
 from pipeline.encoders.registry import ENCODERS, MERV_ENCODERS, encoder_spec
@@ -26,14 +27,6 @@ COMPUTE_DTYPES = ("float32", "bfloat16")
 DECODER_NAMES = ("frames/1", "decord", "ffmpeg")  # of `decode.decoders.DECODERS`, which loads too much for --help
 AUTO = 0  # "choose for the machine"
 DEFAULT_BATCH = {"cpu": {"video": 2, "image": 8}, "cuda": {"video": 8, "image": 64}}  # clips per forward
-
-_WORDS = {  # a setting's type, as annotated -> what it accepts, in words
-    "int": (int, "a whole number"),
-    "float": ((int, float), "a number"),
-    "bool": (bool, "true or false"),
-    "str": (str, "text"),
-    "Mapping": (Mapping, "`name: value` pairs"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,12 +132,12 @@ class ExtractConfig:
     performance_report: str | None = None  # HTML file; None: with a dashboard beside the store, else none
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        object.__setattr__(self, "grid", _checked_grid(self.grid))
+        object.__setattr__(self, "encoders", _checked_encoders(self.encoders))
+        check_types(self)
         _check_choice("storage_dtype", self.storage_dtype, STORAGE_DTYPES)
         _check_choice("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
         _check_choice("decoder", self.decoder, DECODER_NAMES)
-        object.__setattr__(self, "grid", _checked_grid(self.grid))
-        object.__setattr__(self, "encoders", _checked_encoders(self.encoders))
         _check_keys(self)
         for settings in self.encoder_settings:  # a misspelt size is told now, not after a listing of a million clips
             encoder_spec(settings.name).with_architecture(settings.architecture)
@@ -224,12 +217,12 @@ RUN_ONLY_SETTINGS = (
 
 def read_config(path: str | Path | Mapping[str, Any] | None, overrides: Mapping[str, Any]) -> ExtractConfig:
     """Settings of a YAML file, or as they are given, with the command line's laid over them; None there: not given."""
-    settings = _spelled_out(path if isinstance(path, Mapping) else _read_yaml(path)) if path else {}
+    settings = _spelled_out(path if isinstance(path, Mapping) else load_yaml(path)) if path else {}
     given = {name: value for name, value in overrides.items() if value is not None}
     for name, value in _spelled_out(given).items():
         merges = isinstance(value, Mapping) and isinstance(settings.get(name), Mapping)
         settings[name] = {**settings[name], **value} if merges else value
-    _check_known(settings, path)
+    check_names(ExtractConfig, settings, source=f"{path}: " if isinstance(path, str | Path) else "settings: ")
     if "dataset" not in settings:
         raise UserError("which dataset? give --dataset NAME; `merv-pipeline datasets` lists them")
     return ExtractConfig(**settings)
@@ -251,39 +244,6 @@ def _spelled_out(settings: Mapping[str, Any]) -> dict[str, Any]:
     if long.get("grid") == "raw":
         long["grid"] = None
     return long
-
-
-def _read_yaml(path: str | Path) -> Mapping[str, Any]:
-    import yaml
-
-    try:
-        settings = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"config file {path} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"config file {path} is not YAML: {error}") from error
-    if not isinstance(settings, Mapping):
-        raise UserError(f"config file {path} must hold `setting: value` lines, got {type(settings).__name__}")
-    return settings
-
-
-def _check_known(settings: Mapping[str, Any], path: str | Path | Mapping[str, Any] | None) -> None:
-    known = [f.name for f in fields(ExtractConfig)]
-    for name in settings:
-        if name not in known:
-            where = path if isinstance(path, str | Path) else "settings"
-            raise UserError(f"{where}: {unknown_name('setting', name, known)}")
-
-
-def _check_types(config: ExtractConfig) -> None:
-    """A file may hold anything: say which setting has a wrong value before somebody calculates with it."""
-    for setting in fields(config):
-        value, annotated = getattr(config, setting.name), str(setting.type)
-        accepted, words = _WORDS.get(annotated.split("[")[0].removesuffix(" | None"), (object, ""))
-        is_bool_elsewhere = isinstance(value, bool) and accepted not in (bool, object)
-        if (value is None and "None" in annotated) or (isinstance(value, accepted) and not is_bool_elsewhere):
-            continue
-        raise UserError(f"{setting.name} must be {words}, got {value!r}")
 
 
 def _check_keys(config: ExtractConfig) -> None:

@@ -33,7 +33,7 @@ from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import MediaError, UserError
 from pipeline.config import RUN_ONLY_SETTINGS, EncoderSettings, ExtractConfig, read_config
 from pipeline.datasets import DatasetListing, list_clips
-from pipeline.encoders.weights import fingerprint, remember, remembered_sha256
+from pipeline.encoders.weights import cache_weights_digest, cached_weights_digest, weights_fingerprint
 from pipeline.media import Source
 from pipeline.refresh import StaleMedia, stale_media
 from pipeline.summary import changed_versions, past_rate, settings_of
@@ -275,8 +275,8 @@ class _Wanted:
 
 def _wanted(settings: EncoderSettings, store: FeatureStore, runs: list[dict[str, Any]], say: Say) -> _Wanted:
     """The digest of an encoder's weights is remembered, else learned by loading them, else as the store has it."""
-    mark = fingerprint(settings.spec, settings.weights)
-    if sha256 := remembered_sha256(mark):
+    mark = weights_fingerprint(settings.spec, settings.weights)
+    if sha256 := cached_weights_digest(mark):
         return _Wanted(settings=settings, weights_sha256=sha256, known="remembered")
     from pipeline.encoders import load_encoder  # torch
 
@@ -287,8 +287,8 @@ def _wanted(settings: EncoderSettings, store: FeatureStore, runs: list[dict[str,
         if sha256 := _as_stored(settings, store, runs):
             return _Wanted(settings=settings, weights_sha256=sha256, known="assumed")
         raise
-    if mark == fingerprint(settings.spec, settings.weights):
-        remember(mark, sha256)
+    if mark == weights_fingerprint(settings.spec, settings.weights):
+        cache_weights_digest(mark, sha256)
     return _Wanted(settings=settings, weights_sha256=sha256, known="loaded")
 
 

@@ -57,7 +57,7 @@ from pipeline.retry import clips_to_retry
 from pipeline.reuse import OtherStore
 from pipeline.run_encoders import Say, describe, is_up_to_date, on_a_worker
 from pipeline.summary import DECODING, ExtractSummary, from_first_blocks, read_plan, run_record
-from pipeline.worker.isolate import forget_all
+from pipeline.worker.isolate import remove_all_marks
 from pipeline.worker.reports import BlockCounts, EncoderDescription
 
 if TYPE_CHECKING:
@@ -91,21 +91,21 @@ def run_blocks(
             if time.monotonic() - published > SNAPSHOT_INTERVAL_S:
                 store.publish_snapshot()
                 published = time.monotonic()
-    forget_all(str(config.store_path))
+    remove_all_marks(str(config.store_path))
 
 
 def _outcomes(
     client: Client, tasks: Iterator[Task], progress: ProgressLine, request: ClusterRequest
 ) -> Iterator[Outcome]:
     """Outcomes as blocks end; what happens meanwhile moves the progress line."""
-    from pipeline.worker.isolate import compute_block, extract_suspect
+    from pipeline.worker.isolate import compute_block, extract_isolated
 
     return run_tasks(
         client,
         compute_block,
         tasks,
         is_final=lambda error: isinstance(error, RunStoppedError),
-        after_deaths=extract_suspect,
+        after_deaths=extract_isolated,
         worker_wait_s=request.worker_wait_s,
         listener=Listener(
             report=lambda task, attempt, told: progress.report(task.key, attempt, _counts(BlockCounts(**told))),

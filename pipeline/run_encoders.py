@@ -20,7 +20,7 @@ from jobs.run import Listener, Report, Task, run_tasks
 from mervcache.errors import MervCacheError, RunStoppedError
 from pipeline.config import ExtractConfig
 from pipeline.datasets import DatasetListing
-from pipeline.encoders.weights import fingerprint, parse_weights, remember, remembered_sha256
+from pipeline.encoders.weights import cache_weights_digest, cached_weights_digest, parse_weights, weights_fingerprint
 from pipeline.plan import plan_blocks
 from pipeline.refresh import stale_media
 from pipeline.worker.reports import EncoderDescription
@@ -89,7 +89,7 @@ def remembered_identities(config: ExtractConfig) -> dict[str, FeatureIdentity] |
     """Identities by what the weights hashed to when they were last loaded; None where that is not known of all."""
     found = {}
     for settings in config.encoder_settings:
-        sha256 = remembered_sha256(fingerprint(settings.spec, settings.weights))
+        sha256 = cached_weights_digest(weights_fingerprint(settings.spec, settings.weights))
         if sha256 is None:
             return None
         found[settings.name] = settings.identity(sha256)
@@ -160,6 +160,6 @@ def _remember(config: ExtractConfig, encoders: Mapping[str, EncoderDescription],
     """Keep what the weights hashed to, where this machine sees the files that the worker read."""
     for settings in config.encoder_settings:
         loaded = encoders[settings.name]
-        mark = fingerprint(settings.spec, settings.weights)
-        if mark == loaded.fingerprint and remember(mark, loaded.identity.weights_sha256):
+        mark = weights_fingerprint(settings.spec, settings.weights)
+        if mark == loaded.fingerprint and cache_weights_digest(mark, loaded.identity.weights_sha256):
             say(f"the remembered digest of {settings.name}'s weights was wrong: replaced by that of what was loaded")

@@ -136,6 +136,12 @@ class Asker:
         return sorted({self.run.built.renderer.tokenizer.eos_token_id, *(end for end in ends if end is not None)})
 
 
+def ask(run: Path | str, question: str, *, weights: Sequence[str] = (), device: str = "auto", **media: Any) -> str:
+    """A run's answer to one question about a `video` or an `image`; keep an `Asker` open for several."""
+    with Asker(run, weights=weights, device=device) as asker:
+        return asker.answer(question, **media)
+
+
 def parse_clip(video: Path | str | None, image: Path | str | None, span: Span = WHOLE) -> tuple[str, Clip]:
     """Root folder and clip of a media file.
 

@@ -1,12 +1,8 @@
-"""What every dataset hands over, and what all of them share on the way there.
+"""What all datasets share: `DatasetSpec`, the `DatasetListing` that it gives, and the `ListingBuilder` that fills one.
 
-Comes in: annotation records, one at a time. Goes out: a `DatasetListing` of clips made unique, in annotation order, and
-the samples that speak of them. A dataset is a `DatasetSpec` whose `collect` fills a `ListingBuilder`; filters, the
-search for missing media and the count of refused records are written once, here.
-
-Annotations are data from strangers: a record that is malformed is refused, counted and shown by example, and never
-ends the listing. Media that are annotated but not there are counted by folder and left out together with their samples,
-so that a later listing picks them up when they have appeared.
+Annotations are untrusted: a malformed record is refused, counted and shown by example, and never ends the listing.
+Media that are annotated but not there are counted by folder and left out together with their samples, so that a later
+listing picks them up when they have appeared.
 """
 
 from __future__ import annotations
@@ -34,14 +30,12 @@ class Rejected:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetListing:
-    """A dataset as extraction reads it: what to encode and what is said about it."""
+    """A dataset as extraction reads it: clips to encode, and their samples."""
 
     name: str
     root: str  # absolute folder that clip paths are relative to
     clips: tuple[Clip, ...]  # unique, present, in annotation order
-    samples: Mapping[
-        str, tuple[Sample, ...]
-    ]  # NAME of samples/NAME.parquet -> samples, each of a listed clip or of none
+    samples: Mapping[str, tuple[Sample, ...]]  # NAME of samples/NAME.parquet -> samples of listed clips or of none
     missing: Mapping[str, int] = field(default_factory=dict)  # folder -> clips whose media are not there
     rejected: Mapping[str, Rejected] = field(default_factory=dict)  # reason -> records refused for it
     notes: tuple[str, ...] = ()  # what was chosen on the user's behalf
@@ -90,7 +84,7 @@ class ListingBuilder:
         self._rejected: dict[str, list] = {}
 
     def wants(self, stage: str) -> bool:
-        """True if samples of this stage were asked for."""
+        """True if samples of this stage are requested."""
         return self.stage in (None, stage)
 
     def add_clip(
@@ -121,7 +115,12 @@ class ListingBuilder:
         self, name: str, record_id: str, clip_id: str | None, turns: tuple[Turn, ...], **fields: Any
     ) -> None:
         """Add to samples/NAME; the id is `STAGE/RECORD_ID`, with `#2`, `#3`, ... where records share one."""
-        sample_id = self._unique_id(f"{fields['stage']}/{record_id}")
+        sample_id = wanted = f"{fields['stage']}/{record_id}"
+        number = 1
+        while sample_id in self._sample_ids:
+            number += 1
+            sample_id = f"{wanted}#{number}"
+        self._sample_ids.add(sample_id)
         self._samples.setdefault(name, []).append(Sample(sample_id=sample_id, clip_id=clip_id, turns=turns, **fields))
 
     def declare_samples(self, name: str) -> None:
@@ -159,7 +158,7 @@ class ListingBuilder:
         )
 
     def _kept_samples(self, clip_ids: set[str], kind: str | None, limit: int | None) -> dict[str, tuple[Sample, ...]]:
-        """Samples of kept clips; text-only ones where no kind was asked for, at most `limit` of them per name."""
+        """Samples of kept clips; text-only ones if no kind is requested, at most `limit` of them per name."""
         kept = {}
         for name, samples in self._samples.items():
             texts_left = 0 if kind else len(samples) if limit is None else limit
@@ -173,14 +172,6 @@ class ListingBuilder:
                     chosen.append(sample)
             kept[name] = tuple(chosen)
         return kept
-
-    def _unique_id(self, wanted: str) -> str:
-        sample_id, number = wanted, 1
-        while sample_id in self._sample_ids:
-            number += 1
-            sample_id = f"{wanted}#{number}"
-        self._sample_ids.add(sample_id)
-        return sample_id
 
 
 def is_safe(path: str) -> bool:
@@ -203,30 +194,26 @@ def find_missing(root: Path, clips: Iterable[Clip]) -> dict[str, dict[str, int]]
         paths = wanted.setdefault(clip.path.rpartition("/")[0], {})
         paths[clip.path] = paths.get(clip.path, 0) + 1
     missing = {}
+    real_root = os.path.realpath(root)
     for folder, paths in wanted.items():
-        names = _names_in(root, folder)
+        place = root / folder
+        try:
+            with os.scandir(place) as entries:
+                names = frozenset(entry.name for entry in entries)
+        except (FileNotFoundError, NotADirectoryError):
+            missing[folder] = paths
+            continue
+        except OSError as error:
+            raise UserError(f"media folder {place} cannot be listed: {error.strerror}") from error
+        real_place = os.path.realpath(place)
+        if os.path.commonpath((real_root, real_place)) != real_root:
+            raise UserError(
+                f"media folder {place} is a link out of the dataset root, and nothing outside the root is read; "
+                f"bind-mount {real_place} there, or make the root a folder that holds both"
+            )
         if absent := {path: n for path, n in paths.items() if path.rpartition("/")[2] not in names}:
             missing[folder] = absent
     return missing
-
-
-def _names_in(root: Path, folder: str) -> frozenset[str]:
-    """Names in one folder, none where it does not exist; refuses a folder that a link leads out of the root."""
-    path = root / folder
-    try:
-        with os.scandir(path) as entries:
-            names = frozenset(entry.name for entry in entries)
-    except (FileNotFoundError, NotADirectoryError):
-        return frozenset()
-    except OSError as error:
-        raise UserError(f"media folder {path} cannot be listed: {error.strerror}") from error
-    real_root = os.path.realpath(root)
-    if os.path.commonpath((real_root, os.path.realpath(path))) != real_root:
-        raise UserError(
-            f"media folder {path} is a link out of the dataset root, and nothing outside the root is read; "
-            f"bind-mount {os.path.realpath(path)} there, or make the root a folder that holds both"
-        )
-    return names
 
 
 def parse_turns(conversation: object) -> tuple[Turn, ...]:
@@ -237,22 +224,20 @@ def parse_turns(conversation: object) -> tuple[Turn, ...]:
     """
     if not isinstance(conversation, list) or not conversation:
         raise RecordError("conversation is not a list of turns")
-    turns = tuple([_parse_turn(turn, i) for i, turn in enumerate(conversation)])
+    turns = []
+    for position, turn in enumerate(conversation):
+        if not isinstance(turn, dict):
+            raise RecordError("turn is not an object")
+        name = turn.get("from")
+        role = ROLES.get(name) if isinstance(name, str) else None
+        if role is None:
+            raise RecordError(f"turn has an unknown role (known: {', '.join(ROLES)})")
+        if role != ("gpt" if position % 2 else "human"):
+            raise RecordError("turns do not alternate human, gpt")
+        turns.append(Turn(role=role, text=check_text(turn.get("value"))))
     if len(turns) % 2:
         raise RecordError("last question has no answer")
-    return turns
-
-
-def _parse_turn(turn: object, position: int) -> Turn:
-    if not isinstance(turn, dict):
-        raise RecordError("turn is not an object")
-    name, text = turn.get("from"), turn.get("value")
-    role = ROLES.get(name) if isinstance(name, str) else None
-    if role is None:
-        raise RecordError(f"turn is from nobody known ({', '.join(ROLES)})")
-    if role != ("gpt" if position % 2 else "human"):
-        raise RecordError("turns do not alternate human, gpt")
-    return Turn(role=role, text=check_text(text))
+    return tuple(turns)
 
 
 def check_text(text: object) -> str:

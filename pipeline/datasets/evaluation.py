@@ -1,11 +1,9 @@
 """Evaluation sets in the layout of princetonvisualai/merv: one folder per benchmark.
 
-Comes in: `BENCHMARK/test_q.json`, `BENCHMARK/test_a.json` and the videos, under `BENCHMARK/videos/NAME.*` (a file, or a
-folder of frames) or wherever `BENCHMARK/videos.txt` says (NAME, TAB, path). Goes out: one set of held-out samples per
-benchmark, with its span or end frame in the clip, and options and answer index where it is multiple choice.
-
-A span of the reference may hold NaN: at the start it means 0, at the end the end of the file. An `end_frame` of 0 or
-more replaces the span.
+A folder holds `test_q.json`, `test_a.json` and the videos: `videos/NAME.*` (a file, or a folder of frames) or, if there
+is a `videos.txt` (NAME, TAB, path), the paths in it. Each benchmark gives one set of held-out samples, with a span or
+end frame in the clip, and options and answer index where it is multiple choice. A span may hold NaN: at the start it
+means 0, at the end the end of the file. An `end_frame` of 0 or more replaces the span.
 """
 
 from __future__ import annotations
@@ -43,43 +41,41 @@ the evaluation part of the README of princetonvisualai/merv and in TRAIN_AND_VAL
 
 def collect(builder: ListingBuilder, options: Mapping[str, Any]) -> None:
     """Read every benchmark under the root, in the order of their names; the root may itself be one benchmark."""
-    annotations = builder.root
-    folders = _benchmarks(annotations, str(options["benchmarks"]))
-    builder.root = _media_root(annotations, str(options["media_root"]), folders)
-    for folder in folders:
-        _collect_benchmark(builder, folder)
-
-
-def _benchmarks(root: Path, wanted: str) -> list[Path]:
+    root = builder.root
     is_benchmark = (root / QUESTIONS).is_file()
-    found = [root] if is_benchmark else sorted(path.parent for path in root.glob(f"*/{QUESTIONS}"))
-    if not found:
+    folders = [root] if is_benchmark else sorted(path.parent for path in root.glob(f"*/{QUESTIONS}"))
+    if not folders:
         deeper = sorted({path.parent.parent for path in root.glob(f"*/*/{QUESTIONS}")})
         hint = f"; did you mean --root {deeper[0]}?" if deeper else f"\n{DOWNLOAD}"
         raise UserError(f"no benchmark under {root}: expected BENCHMARK/{QUESTIONS}{hint}")
-    names = names_of(wanted)
-    known = [path.name for path in found]
-    if unknown := [name for name in names if name not in known]:
+    requested, known = names_of(str(options["benchmarks"])), [path.name for path in folders]
+    if unknown := [name for name in requested if name not in known]:
         raise UserError(f"no benchmark {', '.join(unknown)} under {root}; there are {', '.join(known)}")
-    return [path for path in found if not names or path.name in names]
+    folders = [path for path in folders if not requested or path.name in requested]
 
-
-def _media_root(root: Path, option: str, folders: list[Path]) -> Path:
-    """The folder that clip paths are relative to: the root, or a folder above it."""
+    option = str(options["media_root"])
     if not option:
         option = ".." if any((folder / VIDEO_TABLE).is_file() for folder in folders) else "."
     media_root = Path(os.path.normpath(root / option))
     if not media_root.is_dir() or not root.is_relative_to(media_root):
         raise UserError(f"media_root must be the root {root} or a folder above it, got {media_root}")
-    return media_root
+    builder.root = media_root  # clip paths are relative to it
+    for folder in folders:
+        _collect_benchmark(builder, folder)
 
 
 def _collect_benchmark(builder: ListingBuilder, folder: Path) -> None:
     name = f"{builder.name}-{folder.name}"
     if not (folder / ANSWERS).is_file():
-        raise UserError(f"benchmark {folder.name} has {QUESTIONS} but no {ANSWERS} beside it in {folder}")
+        raise UserError(f"benchmark {folder.name} has {QUESTIONS} but no {ANSWERS} in {folder}")
     builder.declare_samples(name)
-    answers = _read_answers(builder, folder)
+    answers: dict[str, dict] = {}  # question id -> answer row; a second answer to one question is refused
+    for position, row in each_record(builder, read_json_array(folder / ANSWERS), f"{folder.name}/{ANSWERS}"):
+        try:
+            if answers.setdefault(record_id(row.get("question_id")), row) is not row:
+                raise RecordError("question has two answers")
+        except RecordError as error:
+            builder.reject(str(error), f"{folder.name}/{ANSWERS} record {position} (id {row.get('question_id')!r})")
     videos = _Videos.of(builder.root, folder)
     for position, row in each_record(builder, read_json_array(folder / QUESTIONS), f"{folder.name}/{QUESTIONS}"):
         try:
@@ -87,8 +83,10 @@ def _collect_benchmark(builder: ListingBuilder, folder: Path) -> None:
             if question_id not in answers:
                 raise RecordError("question has no answer")
             fields = _question_fields(row, answers[question_id])
-            clip_id = _clip_of(builder, row, videos)
-            if clip_id is not None:
+            path = videos.find(check_text(row.get("video_name")))
+            span = _span(row)
+            if path is not None:
+                clip_id = builder.add_clip(path, kind_of_path(path) or "video", **span)
                 builder.add_sample(name, f"{folder.name}/{question_id}", clip_id, source=folder.name, **fields)
         except RecordError as error:
             builder.reject(str(error), f"{folder.name}/{QUESTIONS} record {position} (id {row.get('question_id')!r})")
@@ -96,21 +94,8 @@ def _collect_benchmark(builder: ListingBuilder, folder: Path) -> None:
         builder.miss(place, len(names))
 
 
-def _read_answers(builder: ListingBuilder, folder: Path) -> dict[str, dict]:
-    """Question id -> answer row; a second answer to one question is refused, whatever it says."""
-    answers: dict[str, dict] = {}
-    for position, row in each_record(builder, read_json_array(folder / ANSWERS), f"{folder.name}/{ANSWERS}"):
-        try:
-            question_id = record_id(row.get("question_id"))
-            if answers.setdefault(question_id, row) is not row:
-                raise RecordError("question has two answers")
-        except RecordError as error:
-            builder.reject(str(error), f"{folder.name}/{ANSWERS} record {position} (id {row.get('question_id')!r})")
-    return answers
-
-
 def _question_fields(row: dict, answer: dict) -> dict[str, Any]:
-    """Turns, options and answer index of one question; the prompt around them is the evaluator's business."""
+    """Turns, options and answer index of one question; the evaluator adds the prompt."""
     options = _options(row)
     index = answer.get("answer_id") if options else None
     if options and (isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(options)):
@@ -138,13 +123,6 @@ def _options(row: dict) -> tuple[str, ...]:
     if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= len(options):
         raise RecordError("num_option is not a number of the options")
     return tuple(check_text(option) for option in options[:number])
-
-
-def _clip_of(builder: ListingBuilder, row: dict, videos: _Videos) -> str | None:
-    """The clip's id, or None for a video that is not there under any extension."""
-    path = videos.find(check_text(row.get("video_name")))
-    span = _span(row)
-    return None if path is None else builder.add_clip(path, kind_of_path(path) or "video", **span)
 
 
 def _span(row: dict) -> dict[str, float | int | None]:
@@ -178,7 +156,7 @@ def _seconds(value: object) -> float | None:
 
 @dataclass
 class _Videos:
-    """Where a benchmark's videos lie: by table, else by listing each folder once."""
+    """Paths of a benchmark's videos: by table, else by listing each folder once."""
 
     root: Path  # that paths are relative to
     folder: str  # of the videos, relative to the root
@@ -189,11 +167,22 @@ class _Videos:
     @classmethod
     def of(cls, root: Path, benchmark: Path) -> _Videos:
         folder = "/".join((*benchmark.relative_to(root).parts, VIDEOS))
-        table = benchmark / VIDEO_TABLE
-        return cls(root, folder, _read_table(table) if table.is_file() else None)
+        path = benchmark / VIDEO_TABLE
+        if not path.is_file():
+            return cls(root, folder, None)
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from error
+        pairs = [line.split("\t") for line in lines if line.strip()]
+        for i, pair in enumerate(pairs, start=1):
+            if len(pair) != 2:
+                got = "<TAB>".join(pair)[:200]
+                raise UserError(f"{path}, entry {i}: expected NAME, one tab, path; got {got!r}")
+        return cls(root, folder, dict(pairs))
 
     def find(self, name: str) -> str | None:
-        """The path of the video called `name`, relative to the root; None (and remembered) where there is none."""
+        """The path of the video called `name`, relative to the root; None (and noted in `unknown`) where there is none."""
         if self.table is not None:
             if name not in self.table:
                 raise RecordError(f"video is not in {VIDEO_TABLE}")
@@ -203,7 +192,7 @@ class _Videos:
         if not is_safe(f"{folder}/{stem}"):
             raise RecordError("media path is unsafe")
         if folder not in self.listed:
-            self.listed[folder] = _by_stem(self.root / folder)
+            self.listed[folder] = _names_by_stem(self.root / folder)
         file_name = self.listed[folder].get(stem)
         if file_name is None:
             self.unknown.setdefault(folder, set()).add(stem)
@@ -211,7 +200,7 @@ class _Videos:
         return f"{folder}/{file_name}"
 
 
-def _by_stem(folder: Path) -> dict[str, str]:
+def _names_by_stem(folder: Path) -> dict[str, str]:
     """Name without extension -> entry; of several, a video file before a folder of frames before anything else."""
     ranked: dict[str, tuple[int, str]] = {}
     try:
@@ -228,19 +217,6 @@ def _by_stem(folder: Path) -> dict[str, str]:
     except OSError as error:
         raise UserError(f"media folder {folder} cannot be listed: {error.strerror}") from error
     return {stem: name for stem, (_, name) in ranked.items()}
-
-
-def _read_table(path: Path) -> dict[str, str]:
-    """`NAME TAB path` lines."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    pairs = [line.split("\t") for line in lines if line.strip()]
-    for number, pair in enumerate(pairs, start=1):
-        if len(pair) != 2:
-            raise UserError(f"{path}, entry {number}: expected NAME, one tab, path; got {'<TAB>'.join(pair)[:200]!r}")
-    return dict(pairs)
 
 
 SPEC = DatasetSpec(

@@ -4,7 +4,7 @@
     encoder = load_encoder(spec, "random:0", compute_dtype="bfloat16")
     features_BTHWD, _ = encoder.encode(frames_BTHWC)
 
-Importing this room is cheap; torch and transformers come in with `load_encoder`.
+Importing this package is cheap; `load_encoder` imports torch and transformers.
 """
 
 from __future__ import annotations
@@ -15,15 +15,13 @@ from pipeline.encoders.base import EncoderSpec
 from pipeline.encoders.registry import ENCODERS, MERV_ENCODERS, encoder_spec
 
 if TYPE_CHECKING:
-    from pipeline.encoders.loading import LoadedEncoder
+    from pipeline.encoders.loading import Encoder
 
 __all__ = ["ENCODERS", "MERV_ENCODERS", "EncoderSpec", "encoder_spec", "load_encoder"]
 
 
-def load_encoder(
-    spec: EncoderSpec, weights: str, *, device: str = "cpu", compute_dtype: str = "float32"
-) -> LoadedEncoder:
+def load_encoder(spec: EncoderSpec, weights: str, *, device: str = "cpu", compute_dtype: str = "float32") -> Encoder:
     """An encoder ready to run; `weights` is `hub`, a folder or `random:SEED`, compute dtype float32 or bfloat16."""
-    from pipeline.encoders.loading import LoadedEncoder  # torch
+    from pipeline.encoders.loading import Encoder  # torch
 
-    return LoadedEncoder.load(spec, weights, device=device, compute_dtype=compute_dtype)
+    return Encoder.load(spec, weights, device=device, compute_dtype=compute_dtype)

@@ -1,27 +1,21 @@
-"""What an encoder is, before any weights are loaded.
+"""What an encoder is, before any weights are loaded, and the identity of its tokens.
 
-A spec declares which frames an encoder wants, which grid of features it gives and where its published weights are.
-The sizes live in one dict, `architecture`; grid, width, view and layer follow from it, so a toy or a larger model of
-the same family is one `with_architecture` away. No torch here: plan, status and the decode processes read specs.
+The sizes are in one dict, `architecture`; grid, width, view and layer follow from it, so a toy or a larger model of the
+same family is one `with_architecture` away. No torch here: plan, status and the driver read specs, and apart from the
+weights' digest an identity needs nothing of the weights.
 
 T time steps, H W patch rows and columns, D width, K prefix tokens (class and register tokens).
-
-The identity of an encoder's tokens, made from its spec, its weights' hash and what is stored of it.
-
-Apart from the weights' hash nothing here needs the weights, so a driver can make identities without torch once a
-worker has told it the hash.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from featurestore.identity import FeatureIdentity
-from mervcache.errors import UserError
+from mervcache.errors import UserError, unknown_name
 from pipeline.align import DEFAULT_GRID, aligned_period, check_grid
 from pipeline.views import BASE_FRAMES, ResizeRule, View
 
@@ -34,21 +28,15 @@ HALF = (0.5, 0.5, 0.5)
 
 ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "gelu_fast", "quick_gelu")
 _SIZES = (
-    "image_size",
-    "patch_size",
-    "num_frames",
-    "tubelet_frames",
-    "hidden_size",
-    "num_layers",
-    "num_heads",
-    "mlp_size",
+    *("image_size", "patch_size", "num_frames", "tubelet_frames"),
+    *("hidden_size", "num_layers", "num_heads", "mlp_size"),
 )
 _REQUIRED = (*_SIZES, "activation", "norm_eps")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSpec:
-    """One frozen encoder: what it wants, what it gives, where its weights are."""
+    """One frozen encoder: its input frames, its output grid, and where its weights are."""
 
     name: str  # "dinov2"
     summary: str  # one line for lists
@@ -113,16 +101,16 @@ class EncoderSpec:
 
     @property
     def view(self) -> View:
-        """The frames to ask of the decoder."""
+        """The frames that the decoder has to make."""
         return View(rule=self.resize, num_frames=self.num_frames)
 
     @property
     def frame_rule(self) -> str:
-        """How the frames are chosen among the clip's 32, in the words of the identity."""
+        """How the frames are chosen among the clip's 32, as written in the identity."""
         return f"linspace-{BASE_FRAMES}/{BASE_FRAMES // self.num_frames}"
 
     def preprocessing(self) -> dict[str, Any]:
-        """Resize rule, mean and std, as they stand in the identity."""
+        """Resize rule, mean and std, as written in the identity."""
         return self.resize.to_dict() | {"mean": list(self.mean), "std": list(self.std)}
 
     def with_architecture(self, overrides: Mapping[str, Any]) -> EncoderSpec:
@@ -135,7 +123,7 @@ class EncoderSpec:
         """
         for key in overrides:
             if key not in self.architecture:
-                raise UserError(_unknown_key(self, key))
+                raise UserError(unknown_name(f"architecture key of {self.name}", key, sorted(self.architecture)))
         merged = {**self.architecture, **overrides}
         if "hidden_size" in overrides and "mlp_size" not in overrides and _is_size(merged["hidden_size"]):
             ratio = self.architecture["mlp_size"] / self.architecture["hidden_size"]
@@ -150,7 +138,7 @@ class EncoderSpec:
 
 
 def _check_architecture(spec: EncoderSpec) -> None:
-    """Refuse sizes that the network cannot have, in the words of who wrote them."""
+    """Refuse sizes that the network cannot have."""
     sizes = spec.architecture
     if missing := [key for key in _REQUIRED if key not in sizes]:
         raise UserError(f"architecture of {spec.name} lacks {', '.join(missing)}")
@@ -165,25 +153,20 @@ def _check_architecture(spec: EncoderSpec) -> None:
         )
     _check_multiple(spec, "image_size", "patch_size", "so that patches tile the image")
     _check_multiple(spec, "hidden_size", "num_heads", "so that heads have equal width")
-    _check_frames(spec)
-    if sizes["num_layers"] <= spec.skipped_blocks:
+    if sizes["num_frames"] > BASE_FRAMES or BASE_FRAMES % sizes["num_frames"]:
         raise UserError(
-            f"num_layers of {spec.name} must be at least {spec.skipped_blocks + 1}, got {sizes['num_layers']}: its "
-            f"last {spec.skipped_blocks} are never run"
-        )
-
-
-def _check_frames(spec: EncoderSpec) -> None:
-    num_frames = spec.architecture["num_frames"]
-    if num_frames > BASE_FRAMES or BASE_FRAMES % num_frames:
-        raise UserError(
-            f"num_frames of {spec.name} must divide the {BASE_FRAMES} frames sampled per clip, got {num_frames}; "
-            "use 1, 2, 4, 8, 16 or 32"
+            f"num_frames of {spec.name} must divide the {BASE_FRAMES} frames sampled per clip, got "
+            f"{sizes['num_frames']}; use 1, 2, 4, 8, 16 or 32"
         )
     _check_multiple(spec, "num_frames", "tubelet_frames", "so that every time step is whole")
     if spec.temporal_reach == "chunk":
         reason = "because it attends within chunks of that many frames; a partial chunk has no meaning"
         _check_multiple(spec, "num_frames", "frames_per_chunk", reason)
+    if sizes["num_layers"] <= spec.skipped_blocks:
+        raise UserError(
+            f"num_layers of {spec.name} must be at least {spec.skipped_blocks + 1}, got {sizes['num_layers']}: its "
+            f"last {spec.skipped_blocks} are never run"
+        )
 
 
 def _check_multiple(spec: EncoderSpec, whole: str, part: str, reason: str) -> None:
@@ -200,12 +183,6 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _unknown_key(spec: EncoderSpec, key: str) -> str:
-    near = difflib.get_close_matches(key, spec.architecture, n=1)
-    hint = f", did you mean {near[0]}" if near else ""
-    return f"{spec.name} has no architecture key {key!r}{hint}; known keys: {', '.join(sorted(spec.architecture))}"
-
-
 def feature_identity(
     spec: EncoderSpec,
     *,
@@ -213,7 +190,7 @@ def feature_identity(
     compute_dtype: str,
     decode: str,
     grid: Grid | None = DEFAULT_GRID,  # None: the encoder's own
-    prefix_tokens: bool = False,  # whether class and register tokens are stored beside
+    prefix_tokens: bool = False,  # whether class and register tokens are stored too
     storage_dtype: str = "float16",
 ) -> FeatureIdentity:
     """Everything that decides the bytes, and nothing else."""

@@ -1,8 +1,8 @@
-"""Vision models of transformers as encoders: the part that all families share.
+"""Vision models of transformers as encoders: what all families share.
 
-A family passes its model class and its sizes in that class's own words; this room cuts the blocks whose output nobody
-reads, loads checkpoints, and sorts tokens into a grid. A checkpoint is refused if one of our weights is missing in it
-or if its config.json says another architecture: heads, activation and epsilon do not show in shapes.
+A family passes its model class and its sizes under that class's config names; this module cuts the blocks that the
+features do not need, loads checkpoints, and sorts tokens into a grid. A checkpoint is refused if it lacks a weight or
+if its config.json describes another architecture: heads, activation and epsilon do not show in shapes.
 
 B batch, T time steps, H W patch rows and columns, N all tokens, K prefix tokens, D width.
 """
@@ -33,7 +33,7 @@ class HuggingFaceNetwork(EncoderNetwork):
         config_class: type,
         sizes: Mapping[str, Any],  # config values that a checkpoint's config.json must agree with
         *,
-        choices: Mapping[str, Any] | None = None,  # config values that are ours to choose
+        choices: Mapping[str, Any] | None = None,  # config values that a checkpoint need not agree with
         model_options: Mapping[str, Any] | None = None,  # keyword arguments of the model class
         final_norm: str | None = "layernorm",  # attribute of the last LayerNorm, if it takes all tokens
         unused: tuple[str, ...] = (),  # parameters and modules that do not touch the features
@@ -74,7 +74,11 @@ class HuggingFaceNetwork(EncoderNetwork):
         return features_BTHWD, prefix_BTKD if self.spec.prefix_tokens else None
 
     def load_published(self, folder: Path) -> None:
-        self._check_config(folder)
+        published = type(self._config).from_pretrained(folder, local_files_only=True)
+        expected = {**self._sizes, "num_hidden_layers": self.spec.architecture["num_layers"]}
+        expected = {key: value for key, value in expected.items() if key not in self._choices}
+        found = {key: getattr(published, key, None) for key in expected}
+        check_same_architecture(self.spec, folder, expected, found)
         with _quiet_transformers():
             model, report = self._model_class.from_pretrained(
                 folder,
@@ -111,12 +115,6 @@ class HuggingFaceNetwork(EncoderNetwork):
             setattr(owner, attribute, nn.Identity() if isinstance(getattr(owner, attribute), nn.Module) else None)
         return model
 
-    def _check_config(self, folder: Path) -> None:
-        published = type(self._config).from_pretrained(folder, local_files_only=True)
-        expected = {**self._sizes, "num_hidden_layers": self.spec.architecture["num_layers"]}
-        found = {key: getattr(published, key, None) for key in expected if key not in self._choices}
-        check_same_architecture(self.spec, folder, {key: expected[key] for key in found}, found)
-
 
 def refuse_final_norm(spec: EncoderSpec) -> None:
     """For families whose last LayerNorm only ever saw a class token or a mean: on patches it was not trained."""
@@ -139,7 +137,7 @@ def check_same_architecture(
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Hide the table of unused weights (text towers, cut blocks) and the progress bar: we check what is missing."""
+    """Hide the table of unused weights (text towers, cut blocks) and the progress bar."""
     from transformers.utils import logging
 
     verbosity, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

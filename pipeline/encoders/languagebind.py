@@ -45,18 +45,6 @@ class LanguageBindTower(EncoderNetwork):
         return features_BTHWD, hidden_BTND[:, :, :1]
 
     def load_published(self, folder: Path) -> None:
-        self._check_config(folder)
-        wanted = self.state_dict()
-        found = read_checkpoint(folder, wanted)
-        if missing := sorted(wanted.keys() - found.keys()):
-            raise UserError(
-                f"weights of {self.spec.name} in {folder} are incomplete: {len(missing)} missing, {missing[0]} first; "
-                f"the checkpoint must hold merged, dense weights, as {self.spec.hub_id} does"
-            )
-        weights = {name: found[name].float() for name in wanted}
-        self.load_state_dict(weights, strict=True, assign=True)
-
-    def _check_config(self, folder: Path) -> None:
         path = folder / "config.json"
         if not path.is_file():
             raise UserError(f"{folder} has no config.json; copy it from {self.spec.hub_id}")
@@ -76,6 +64,15 @@ class LanguageBindTower(EncoderNetwork):
         }
         # an absent key cannot contradict: published configs leave out what equals CLIP's defaults
         check_same_architecture(self.spec, folder, expected, {key: config.get(key, expected[key]) for key in expected})
+        wanted = self.state_dict()
+        found = read_checkpoint(folder, wanted)
+        if missing := sorted(wanted.keys() - found.keys()):
+            raise UserError(
+                f"weights of {self.spec.name} in {folder} are incomplete: {len(missing)} missing, {missing[0]} first; "
+                f"the checkpoint must hold merged, dense weights, as {self.spec.hub_id} does"
+            )
+        weights = {name: found[name].float() for name in wanted}
+        self.load_state_dict(weights, strict=True, assign=True)
 
 
 class _VisionTower(nn.Module):
@@ -124,17 +121,14 @@ class _Block(nn.Module):
 
     def forward(self, hidden_XND: torch.Tensor) -> torch.Tensor:
         if self.chunk > 1:  # the reference leaves time out where there is none
-            hidden_XND = self._attend_over_time(hidden_XND)
+            positions = hidden_XND.shape[1]
+            # [(B G t), N, D] -> [(B G N), t, D]: time is the sequence, positions are batch
+            by_time = hidden_XND.unflatten(0, (-1, self.chunk)).transpose(1, 2).flatten(0, 1)
+            by_time = by_time + self.temporal_embedding
+            by_time = by_time + self.temporal_attn(self.temporal_layer_norm1(by_time))
+            hidden_XND = by_time.unflatten(0, (-1, positions)).transpose(1, 2).flatten(0, 1)
         hidden_XND = hidden_XND + self.self_attn(self.layer_norm1(hidden_XND))
         return hidden_XND + self.mlp(self.layer_norm2(hidden_XND))
-
-    def _attend_over_time(self, hidden_XND: torch.Tensor) -> torch.Tensor:
-        positions = hidden_XND.shape[1]
-        # [(B G t), N, D] -> [(B G N), t, D]: time is the sequence, positions are batch
-        by_time = hidden_XND.unflatten(0, (-1, self.chunk)).transpose(1, 2).flatten(0, 1)
-        by_time = by_time + self.temporal_embedding
-        by_time = by_time + self.temporal_attn(self.temporal_layer_norm1(by_time))
-        return by_time.unflatten(0, (-1, positions)).transpose(1, 2).flatten(0, 1)
 
 
 class _Attention(nn.Module):

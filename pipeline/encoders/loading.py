@@ -1,11 +1,9 @@
 """An encoder with weights: uint8 frames in, features out.
 
-Precision, exactly: pixels are (x / 255 - mean) / std in float32 on the device, then cast to the compute dtype;
-with bfloat16 all weights and activations are bfloat16 (as in MERV), norms and softmax accumulate in float32 inside
-their kernels, position embeddings are resampled in float32 before the cast. Features leave in the compute dtype.
-
-With one batch shape the features of a clip do not depend on its neighbours. Other shapes may pick other kernels and
-round differently, so whoever wants the same bytes encodes in one fixed batch shape.
+Pixels are (x / 255 - mean) / std in float32 on the device, then cast to the compute dtype; with bfloat16 all weights
+and activations are bfloat16 (as in MERV), norms and softmax accumulate in float32 inside their kernels, position
+embeddings are resampled in float32 before the cast. With one batch shape the features of a clip do not depend on its
+neighbours; other shapes may pick other kernels and round differently, so identical bytes need one fixed batch shape.
 
 B batch, T frames or time steps, H W C rows, columns and channels, K prefix tokens, D width.
 """
@@ -25,7 +23,7 @@ COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Frames = np.ndarray | torch.Tensor
 
 
-class LoadedEncoder:
+class Encoder:
     """A frozen encoder on a device; make one with `load`."""
 
     def __init__(
@@ -40,16 +38,14 @@ class LoadedEncoder:
         self.spec: EncoderSpec = network.spec
         self.weights_sha256, self.weights_label = weights_sha256, weights_label
         self.device, self.compute_dtype = device, compute_dtype
-        self._network = network.to(device=device, dtype=COMPUTE_DTYPES[compute_dtype]).eval().requires_grad_(False)
+        self.network = network.to(device=device, dtype=COMPUTE_DTYPES[compute_dtype]).eval().requires_grad_(False)
         self._mean_C11, self._std_C11 = (
             torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)
             for values in (self.spec.mean, self.spec.std)
         )
 
     @classmethod
-    def load(
-        cls, spec: EncoderSpec, weights: str, *, device: str = "cpu", compute_dtype: str = "float32"
-    ) -> LoadedEncoder:
+    def load(cls, spec: EncoderSpec, weights: str, *, device: str = "cpu", compute_dtype: str = "float32") -> Encoder:
         """Build, fill and hash in float32 on the CPU, then cast and move."""
         if compute_dtype not in COMPUTE_DTYPES:
             raise UserError(f"compute dtype must be one of {', '.join(COMPUTE_DTYPES)}, got {compute_dtype!r}")
@@ -66,11 +62,6 @@ class LoadedEncoder:
             compute_dtype=compute_dtype,
         )
 
-    @property
-    def network(self) -> EncoderNetwork:
-        """The module itself, for whoever trains it further."""
-        return self._network
-
     def encode(self, frames_BTHWC: Frames, *, prefix_tokens: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
         """uint8 RGB frames -> (features_BTHWD, prefix_BTKD or None) on the device, in the compute dtype.
 
@@ -81,7 +72,7 @@ class LoadedEncoder:
         # cudnn would run float32 convolutions in TF32 and choose kernels by timing them
         deterministic = torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=False)
         with torch.inference_mode(), deterministic:
-            features_BTHWD, prefix_BTKD = self._network(self._normalise(frames_BTHWC.to(self.device)))
+            features_BTHWD, prefix_BTKD = self.network(self._normalise(frames_BTHWC.to(self.device)))
         return features_BTHWD, prefix_BTKD if prefix_tokens else None
 
     def encode_tokens(

@@ -1,4 +1,4 @@
-"""What a loaded encoder runs: a module from normalised pixels to features, and how its published weights get in.
+"""The base class of an encoder's network: a module from normalised pixels to features, for built-in ones and plug-ins.
 
 A builder (named by a spec) returns an `EncoderNetwork` whose parameters are still empty. Weights come either from
 `load_published` or from a seed; `finish` then does once what the forward pass should not do every time.
@@ -28,7 +28,7 @@ class EncoderNetwork(nn.Module, ABC):
     def forward(self, pixels_BTCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Normalised pixels in the compute dtype -> (features_BTHWD, prefix_BTKD or None), time-major token order.
 
-        T is the encoder's num_frames, or its still_frames; a prefix token of a whole clip stands at every step.
+        T is the encoder's num_frames, or its still_frames; a prefix token of a whole clip is repeated at every step.
         """
 
     @abstractmethod
@@ -47,16 +47,13 @@ def build_network(spec: EncoderSpec) -> EncoderNetwork:
     """Call the spec's builder: parameters without storage, buffers real, the global random state untouched."""
     from accelerate import init_empty_weights
 
+    module_name, _, function_name = spec.builder.partition(":")
     with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
-        network = _resolve(spec)(spec)
+        try:
+            builder = getattr(importlib.import_module(module_name), function_name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UserError(f"builder {spec.builder!r} of {spec.name} is not a module:function: {error}") from error
+        network = builder(spec)
     if not isinstance(network, EncoderNetwork):
         raise UserError(f"builder {spec.builder} of {spec.name} must return an EncoderNetwork, got {type(network)}")
     return network
-
-
-def _resolve(spec: EncoderSpec):
-    module_name, _, function_name = spec.builder.partition(":")
-    try:
-        return getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"builder {spec.builder!r} of {spec.name} is not a module:function: {error}") from error

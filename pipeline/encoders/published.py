@@ -1,42 +1,12 @@
-"""DINOv2 ViT-L/14 with registers (arXiv 2304.07193, 2309.16588): every frame by itself.
+"""The built-in encoders: one `EncoderSpec` each, with its builder where it needs code of its own.
 
-MERV reads the second to last block without a final norm and drops the class token and the four registers. The
-published position embeddings are for 37 x 37 patches (518 pixels); they are resampled once, at load, the way both
-timm and transformers do (bicubic, antialiased, in float32).
-
-SigLIP ViT-B/16 at 224 pixels (arXiv 2303.15343): every frame by itself, no class token.
-
-MERV reads the second to last block without a final norm. Its GELU is a choice: transformers runs the tanh form that
-the weights were trained with (our default); the timm version of MERV's release runs the exact one. Set the
-architecture's `activation` to `gelu` for the latter.
-
-CLIP ViT-L/14 (arXiv 2103.00020): every frame by itself. Not one of MERV's four; for comparisons.
-
-Features are the second to last block's without a final norm, as in LLaVA and Video-LLaVA. Frames are squashed like
-those of the other image encoders, so that grids cover the same pixels.
-
-ViViT-B/16x2 trained on Kinetics-400 (arXiv 2103.15691, model 1): joint attention over all of a clip.
-
-32 frames become 16 time steps of tubelets. MERV reads the last block through the final norm, unlike the other three
-encoders, and drops the class token. Every step sees every frame, so a still image has no shorter period than a clip.
-
-VideoMAE ViT-B/16 fine-tuned on Kinetics-400 (arXiv 2203.12602). Not one of MERV's four; for comparisons.
-
-16 frames become 8 time steps of tubelets without a class token; features are the last block's without a norm, since
-the published model norms only the mean of all tokens. Position embeddings are a fixed sine table, so other frame
-counts work with the same weights: 32 frames give 16 steps.
-
-LanguageBind's video tower (arXiv 2310.01852): CLIP ViT-L/14 with attention over time in every block.
-
-Published as `LanguageBind_Video_merge` (LoRA already merged into dense weights, text tower beside; only
-`vision_model.*` is read). Time attention works in chunks of 8 frames. MERV feeds 16, which silently makes two
-independent halves; we keep that, because its results depend on it, and refuse counts that leave a partial chunk.
-MERV flips clips at random, in evaluation too; we do not. Features are the second to last block's, class token dropped.
+To add one, write its spec and builder here and list it in `PUBLISHED`. Sizes, layers and preprocessing are MERV's
+(arXiv 2501.01426) for its four encoders; CLIP and VideoMAE are for comparisons.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.encoders.base import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, EncoderSpec
 from pipeline.views import ResizeRule
@@ -46,291 +16,40 @@ if TYPE_CHECKING:
 
     from pipeline.encoders.network import EncoderNetwork
 
-DINOV2 = EncoderSpec(
-    name="dinov2",
-    summary="DINOv2 ViT-L/14 with registers: self-supervised image features, spatial detail",
-    model="dinov2-with-registers",
-    hub_id="facebook/dinov2-with-registers-large",
-    builder="pipeline.encoders.published:build_dinov2",
-    architecture={
-        "image_size": 224,
-        "patch_size": 14,
-        "position_grid": 37,  # patches per side of the published position embeddings
-        "num_frames": 16,
-        "tubelet_frames": 1,
-        "hidden_size": 1024,
-        "num_layers": 24,
-        "num_heads": 16,
-        "mlp_size": 4096,
-        "activation": "gelu",
-        "norm_eps": 1e-6,
-    },
-    temporal_reach="frame",
-    resize=ResizeRule(filter="bicubic"),
-    mean=IMAGENET_MEAN,
-    std=IMAGENET_STD,
-    prefix_tokens=5,
-    skipped_blocks=1,
-)
+VIT_BASE = {"hidden_size": 768, "num_layers": 12, "num_heads": 12, "mlp_size": 3072}
+VIT_LARGE = {"hidden_size": 1024, "num_layers": 24, "num_heads": 16, "mlp_size": 4096}
+# transformers' name of an attention projection -> the published checkpoint's
+ATTENTION_NAMES = {
+    r"attention\.q_proj": "attention.attention.query",
+    r"attention\.k_proj": "attention.attention.key",
+    r"attention\.v_proj": "attention.attention.value",
+    r"attention\.o_proj": "attention.output.dense",
+}
 
 
-def build_dinov2(spec: EncoderSpec) -> EncoderNetwork:
-    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+def _build(spec: EncoderSpec, family: str, sizes: dict[str, Any], **options: Any) -> EncoderNetwork:
+    """A network of transformers' `{family}Model` and `{family}Config`; see `HuggingFaceNetwork` for the rest."""
+    import transformers
 
     from pipeline.encoders.huggingface import HuggingFaceNetwork
 
-    sizes = spec.architecture
-    return HuggingFaceNetwork(
-        spec,
-        Dinov2WithRegistersModel,
-        Dinov2WithRegistersConfig,
-        {
-            "image_size": sizes["position_grid"] * sizes["patch_size"],
-            "patch_size": sizes["patch_size"],
-            "mlp_ratio": sizes["mlp_size"] // sizes["hidden_size"],
-            "num_register_tokens": spec.prefix_tokens - 1,
-        },
-        unused=("embeddings.mask_token",),
-        published_names={
-            r"attention\.q_proj": "attention.attention.query",
-            r"attention\.k_proj": "attention.attention.key",
-            r"attention\.v_proj": "attention.attention.value",
-            r"attention\.o_proj": "attention.output.dense",
-        },
-        finish=lambda model: _resample_positions(model, spec.grid[1]),
-    )
+    model_class, config_class = getattr(transformers, f"{family}Model"), getattr(transformers, f"{family}Config")
+    return HuggingFaceNetwork(spec, model_class, config_class, sizes, **options)
 
 
-def _resample_positions(model: nn.Module, side: int) -> None:
-    """Position embeddings [1, 1 + P, D] -> [1, 1 + side * side, D]; the first is the class token's."""
-    import torch
-
-    from_class, from_patches = model.embeddings.position_embeddings.data.tensor_split([1], dim=1)
-    old_side = round(from_patches.shape[1] ** 0.5)
-    if old_side == side:
-        return
-    maps_1DHW = from_patches.unflatten(1, (old_side, old_side)).permute(0, 3, 1, 2)
-    maps_1DHW = torch.nn.functional.interpolate(maps_1DHW, (side, side), mode="bicubic", antialias=True)
-    resampled = maps_1DHW.permute(0, 2, 3, 1).flatten(1, 2)
-    model.embeddings.position_embeddings = torch.nn.Parameter(torch.cat([from_class, resampled], dim=1))
-
-
-SIGLIP = EncoderSpec(
-    name="siglip",
-    summary="SigLIP ViT-B/16: image features aligned with language, good at text in images",
-    model="siglip",
-    hub_id="google/siglip-base-patch16-224",
-    builder="pipeline.encoders.published:build_siglip",
-    architecture={
-        "image_size": 224,
-        "patch_size": 16,
-        "num_frames": 16,
-        "tubelet_frames": 1,
-        "hidden_size": 768,
-        "num_layers": 12,
-        "num_heads": 12,
-        "mlp_size": 3072,
-        "activation": "gelu_pytorch_tanh",
-        "norm_eps": 1e-6,
-    },
-    temporal_reach="frame",
-    resize=ResizeRule(filter="bicubic"),
-    mean=HALF,
-    std=HALF,
-    skipped_blocks=1,
-)
-
-
-def build_siglip(spec: EncoderSpec) -> EncoderNetwork:
-    from transformers import SiglipVisionConfig, SiglipVisionModel
-
-    from pipeline.encoders.huggingface import HuggingFaceNetwork
-
-    sizes = spec.architecture
-    return HuggingFaceNetwork(
-        spec,
-        SiglipVisionModel,
-        SiglipVisionConfig,
-        {
-            "image_size": sizes["image_size"],
-            "patch_size": sizes["patch_size"],
-            "intermediate_size": sizes["mlp_size"],
-        },
-        choices={"hidden_act": sizes["activation"], "vision_use_head": False},
-        final_norm="post_layernorm",
-    )
-
-
-CLIP = EncoderSpec(
-    name="clip",
-    summary="CLIP ViT-L/14: image features aligned with language",
-    model="clip",
-    hub_id="openai/clip-vit-large-patch14",
-    builder="pipeline.encoders.published:build_clip",
-    architecture={
-        "image_size": 224,
-        "patch_size": 14,
-        "num_frames": 16,
-        "tubelet_frames": 1,
-        "hidden_size": 1024,
-        "num_layers": 24,
-        "num_heads": 16,
-        "mlp_size": 4096,
-        "activation": "quick_gelu",
-        "norm_eps": 1e-5,
-    },
-    temporal_reach="frame",
-    resize=ResizeRule(filter="bicubic"),
-    mean=CLIP_MEAN,
-    std=CLIP_STD,
-    prefix_tokens=1,
-    skipped_blocks=1,
-)
-
-
-def build_clip(spec: EncoderSpec) -> EncoderNetwork:
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    from pipeline.encoders.huggingface import HuggingFaceNetwork
-
-    sizes = spec.architecture
-    return HuggingFaceNetwork(
-        spec,
-        CLIPVisionModel,
-        CLIPVisionConfig,
-        {
-            "image_size": sizes["image_size"],
-            "patch_size": sizes["patch_size"],
-            "intermediate_size": sizes["mlp_size"],
-        },
-        final_norm=None,
-        unused=("post_layernorm",),  # applied to the class token only
-    )
-
-
-VIVIT = EncoderSpec(
-    name="vivit",
-    summary="ViViT-B/16x2, Kinetics-400: motion and actions",
-    model="vivit",
-    hub_id="google/vivit-b-16x2-kinetics400",
-    builder="pipeline.encoders.published:build_vivit",
-    architecture={
-        "image_size": 224,
-        "patch_size": 16,
-        "num_frames": 32,
-        "tubelet_frames": 2,
-        "hidden_size": 768,
-        "num_layers": 12,
-        "num_heads": 12,
-        "mlp_size": 3072,
-        "activation": "gelu_fast",
-        "norm_eps": 1e-6,
-    },
-    temporal_reach="clip",
-    resize=ResizeRule(filter="bilinear"),
-    mean=HALF,
-    std=HALF,
-    prefix_tokens=1,
-    final_norm=True,
-)
-
-
-def build_vivit(spec: EncoderSpec) -> EncoderNetwork:
-    from transformers import VivitConfig, VivitModel
-
-    from pipeline.encoders.huggingface import HuggingFaceNetwork
-
-    sizes = spec.architecture
-    return HuggingFaceNetwork(
-        spec,
-        VivitModel,
-        VivitConfig,
-        {
-            "image_size": sizes["image_size"],
-            "tubelet_size": (sizes["tubelet_frames"], sizes["patch_size"], sizes["patch_size"]),
-            "num_frames": sizes["num_frames"],
-            "intermediate_size": sizes["mlp_size"],
-        },
-        model_options={"add_pooling_layer": False},
-        published_names={
-            r"^layers\.": "encoder.layer.",
-            r"attention\.q_proj": "attention.attention.query",
-            r"attention\.k_proj": "attention.attention.key",
-            r"attention\.v_proj": "attention.attention.value",
-            r"attention\.o_proj": "attention.output.dense",
-            r"mlp\.fc1": "intermediate.dense",
-            r"mlp\.fc2": "output.dense",
-        },
-    )
-
-
-VIDEOMAE = EncoderSpec(
-    name="videomae",
-    summary="VideoMAE ViT-B/16, Kinetics-400: masked video modelling, 8 time steps",
-    model="videomae",
-    hub_id="MCG-NJU/videomae-base-finetuned-kinetics",
-    builder="pipeline.encoders.published:build_videomae",
-    architecture={
-        "image_size": 224,
-        "patch_size": 16,
-        "num_frames": 16,
-        "tubelet_frames": 2,
-        "hidden_size": 768,
-        "num_layers": 12,
-        "num_heads": 12,
-        "mlp_size": 3072,
-        "activation": "gelu",
-        "norm_eps": 1e-12,
-    },
-    temporal_reach="clip",
-    resize=ResizeRule(filter="bilinear"),
-    mean=IMAGENET_MEAN,
-    std=IMAGENET_STD,
-)
-
-
-def build_videomae(spec: EncoderSpec) -> EncoderNetwork:
-    from transformers import VideoMAEConfig, VideoMAEModel
-
-    from pipeline.encoders.huggingface import HuggingFaceNetwork
-
-    sizes = spec.architecture
-    return HuggingFaceNetwork(
-        spec,
-        VideoMAEModel,
-        VideoMAEConfig,
-        {
-            "image_size": sizes["image_size"],
-            "patch_size": sizes["patch_size"],
-            "tubelet_size": sizes["tubelet_frames"],
-            "intermediate_size": sizes["mlp_size"],
-            "use_mean_pooling": True,  # no norm of the last block's tokens
-        },
-        final_norm=None,
-        choices={"num_frames": sizes["num_frames"]},
-        published_names={r"query\.bias": "q_bias", r"value\.bias": "v_bias"},
-    )
-
-
+# LanguageBind's video tower (arXiv 2310.01852): CLIP ViT-L/14 with attention over time in every block, LoRA already
+# merged into dense weights. Time attention works in chunks of 8 frames. MERV feeds 16, which silently makes two
+# independent halves; its results depend on that, so it is kept, and counts that leave a partial chunk are refused. MERV
+# flips clips at random, in evaluation too; this does not.
 LANGUAGEBIND = EncoderSpec(
     name="languagebind",
     summary="LanguageBind video ViT-L/14: clip features aligned with language",
     model="languagebind-video",
     hub_id="LanguageBind/LanguageBind_Video_merge",
-    builder="pipeline.encoders.published:build_languagebind",
-    architecture={
-        "image_size": 224,
-        "patch_size": 14,
-        "num_frames": 16,
-        "frames_per_chunk": 8,
-        "tubelet_frames": 1,
-        "hidden_size": 1024,
-        "num_layers": 24,
-        "num_heads": 16,
-        "mlp_size": 4096,
-        "activation": "gelu",
-        "norm_eps": 1e-5,
-    },
+    builder=f"{__name__}:build_languagebind",
+    architecture={"image_size": 224, "patch_size": 14, "num_frames": 16, "frames_per_chunk": 8, "tubelet_frames": 1}
+    | VIT_LARGE
+    | {"activation": "gelu", "norm_eps": 1e-5},
     temporal_reach="chunk",
     # short side to 224 by torch's bilinear interpolation without antialiasing, then the centre
     resize=ResizeRule(filter="bilinear", antialias=False, fit="centre-crop"),
@@ -345,3 +64,191 @@ def build_languagebind(spec: EncoderSpec) -> EncoderNetwork:
     from pipeline.encoders.languagebind import LanguageBindTower
 
     return LanguageBindTower(spec)
+
+
+# DINOv2 ViT-L/14 with registers (arXiv 2304.07193, 2309.16588): every frame by itself. MERV reads the second to last
+# block without a final norm and drops the class token and the four registers.
+DINOV2 = EncoderSpec(
+    name="dinov2",
+    summary="DINOv2 ViT-L/14 with registers: self-supervised image features, spatial detail",
+    model="dinov2-with-registers",
+    hub_id="facebook/dinov2-with-registers-large",
+    builder=f"{__name__}:build_dinov2",
+    # position_grid: patches per side of the published position embeddings (518 pixels)
+    architecture={"image_size": 224, "patch_size": 14, "position_grid": 37, "num_frames": 16, "tubelet_frames": 1}
+    | VIT_LARGE
+    | {"activation": "gelu", "norm_eps": 1e-6},
+    temporal_reach="frame",
+    resize=ResizeRule(filter="bicubic"),
+    mean=IMAGENET_MEAN,
+    std=IMAGENET_STD,
+    prefix_tokens=5,
+    skipped_blocks=1,
+)
+
+
+def build_dinov2(spec: EncoderSpec) -> EncoderNetwork:
+    sizes = spec.architecture
+    config = {
+        "image_size": sizes["position_grid"] * sizes["patch_size"],
+        "patch_size": sizes["patch_size"],
+        "mlp_ratio": sizes["mlp_size"] // sizes["hidden_size"],
+        "num_register_tokens": spec.prefix_tokens - 1,
+    }
+    return _build(
+        spec,
+        "Dinov2WithRegisters",
+        config,
+        unused=("embeddings.mask_token",),
+        published_names=ATTENTION_NAMES,
+        finish=lambda model: _resample_positions(model, spec.grid[1]),
+    )
+
+
+def _resample_positions(model: nn.Module, side: int) -> None:
+    """Position embeddings [1, 1 + P, D] -> [1, 1 + side * side, D]; the first is the class token's.
+
+    Once, at load, the way both timm and transformers do: bicubic, antialiased, in float32.
+    """
+    import torch
+
+    from_class, from_patches = model.embeddings.position_embeddings.data.tensor_split([1], dim=1)
+    old_side = round(from_patches.shape[1] ** 0.5)
+    if old_side == side:
+        return
+    maps_1DHW = from_patches.unflatten(1, (old_side, old_side)).permute(0, 3, 1, 2)
+    maps_1DHW = torch.nn.functional.interpolate(maps_1DHW, (side, side), mode="bicubic", antialias=True)
+    resampled = maps_1DHW.permute(0, 2, 3, 1).flatten(1, 2)
+    model.embeddings.position_embeddings = torch.nn.Parameter(torch.cat([from_class, resampled], dim=1))
+
+
+# ViViT-B/16x2 trained on Kinetics-400 (arXiv 2103.15691, model 1): joint attention over all of a clip; 32 frames become
+# 16 time steps of tubelets. MERV reads the last block through the final norm, unlike its other three encoders, and
+# drops the class token. Every step sees every frame, so a still image has no shorter period than a clip.
+VIVIT = EncoderSpec(
+    name="vivit",
+    summary="ViViT-B/16x2, Kinetics-400: motion and actions",
+    model="vivit",
+    hub_id="google/vivit-b-16x2-kinetics400",
+    builder=f"{__name__}:build_vivit",
+    architecture={"image_size": 224, "patch_size": 16, "num_frames": 32, "tubelet_frames": 2}
+    | VIT_BASE
+    | {"activation": "gelu_fast", "norm_eps": 1e-6},
+    temporal_reach="clip",
+    resize=ResizeRule(filter="bilinear"),
+    mean=HALF,
+    std=HALF,
+    prefix_tokens=1,
+    final_norm=True,
+)
+
+
+def build_vivit(spec: EncoderSpec) -> EncoderNetwork:
+    sizes = spec.architecture
+    config = {
+        "image_size": sizes["image_size"],
+        "tubelet_size": (sizes["tubelet_frames"], sizes["patch_size"], sizes["patch_size"]),
+        "num_frames": sizes["num_frames"],
+        "intermediate_size": sizes["mlp_size"],
+    }
+    mlp_names = {r"mlp\.fc1": "intermediate.dense", r"mlp\.fc2": "output.dense"}
+    return _build(
+        spec,
+        "Vivit",
+        config,
+        model_options={"add_pooling_layer": False},
+        published_names={r"^layers\.": "encoder.layer."} | ATTENTION_NAMES | mlp_names,
+    )
+
+
+# SigLIP ViT-B/16 at 224 pixels (arXiv 2303.15343): every frame by itself, no class token. MERV reads the second to last
+# block without a final norm. The weights were trained with the tanh form of GELU, which transformers runs; for the
+# exact form of MERV's release (timm) set the architecture's `activation` to `gelu`.
+SIGLIP = EncoderSpec(
+    name="siglip",
+    summary="SigLIP ViT-B/16: image features aligned with language, good at text in images",
+    model="siglip",
+    hub_id="google/siglip-base-patch16-224",
+    builder=f"{__name__}:build_siglip",
+    architecture={"image_size": 224, "patch_size": 16, "num_frames": 16, "tubelet_frames": 1}
+    | VIT_BASE
+    | {"activation": "gelu_pytorch_tanh", "norm_eps": 1e-6},
+    temporal_reach="frame",
+    resize=ResizeRule(filter="bicubic"),
+    mean=HALF,
+    std=HALF,
+    skipped_blocks=1,
+)
+
+
+def build_siglip(spec: EncoderSpec) -> EncoderNetwork:
+    choices = {"hidden_act": spec.architecture["activation"], "vision_use_head": False}
+    return _build(spec, "SiglipVision", _image_sizes(spec), choices=choices, final_norm="post_layernorm")
+
+
+# CLIP ViT-L/14 (arXiv 2103.00020): every frame by itself; features of the second to last block without a final norm, as
+# in LLaVA and Video-LLaVA. Frames are squashed like those of the other image encoders, so grids cover the same pixels.
+CLIP = EncoderSpec(
+    name="clip",
+    summary="CLIP ViT-L/14: image features aligned with language",
+    model="clip",
+    hub_id="openai/clip-vit-large-patch14",
+    builder=f"{__name__}:build_clip",
+    architecture={"image_size": 224, "patch_size": 14, "num_frames": 16, "tubelet_frames": 1}
+    | VIT_LARGE
+    | {"activation": "quick_gelu", "norm_eps": 1e-5},
+    temporal_reach="frame",
+    resize=ResizeRule(filter="bicubic"),
+    mean=CLIP_MEAN,
+    std=CLIP_STD,
+    prefix_tokens=1,
+    skipped_blocks=1,
+)
+
+
+def build_clip(spec: EncoderSpec) -> EncoderNetwork:
+    # post_layernorm is applied to the class token only
+    return _build(spec, "CLIPVision", _image_sizes(spec), final_norm=None, unused=("post_layernorm",))
+
+
+# VideoMAE ViT-B/16 fine-tuned on Kinetics-400 (arXiv 2203.12602): 16 frames become 8 time steps of tubelets, no class
+# token; features of the last block without a norm, since the published model norms only the mean of all tokens.
+# Position embeddings are a fixed sine table, so other frame counts work with the same weights: 32 frames give 16 steps.
+VIDEOMAE = EncoderSpec(
+    name="videomae",
+    summary="VideoMAE ViT-B/16, Kinetics-400: masked video modelling, 8 time steps",
+    model="videomae",
+    hub_id="MCG-NJU/videomae-base-finetuned-kinetics",
+    builder=f"{__name__}:build_videomae",
+    architecture={"image_size": 224, "patch_size": 16, "num_frames": 16, "tubelet_frames": 2}
+    | VIT_BASE
+    | {"activation": "gelu", "norm_eps": 1e-12},
+    temporal_reach="clip",
+    resize=ResizeRule(filter="bilinear"),
+    mean=IMAGENET_MEAN,
+    std=IMAGENET_STD,
+)
+
+
+def build_videomae(spec: EncoderSpec) -> EncoderNetwork:
+    tubelets = {"tubelet_size": spec.architecture["tubelet_frames"], "use_mean_pooling": True}  # no norm of tokens
+    return _build(
+        spec,
+        "VideoMAE",
+        _image_sizes(spec) | tubelets,
+        final_norm=None,
+        choices={"num_frames": spec.architecture["num_frames"]},
+        published_names={r"query\.bias": "q_bias", r"value\.bias": "v_bias"},
+    )
+
+
+def _image_sizes(spec: EncoderSpec) -> dict[str, Any]:
+    sizes = spec.architecture
+    return {
+        "image_size": sizes["image_size"],
+        "patch_size": sizes["patch_size"],
+        "intermediate_size": sizes["mlp_size"],
+    }
+
+
+PUBLISHED = {spec.name: spec for spec in (LANGUAGEBIND, DINOV2, VIVIT, SIGLIP, CLIP, VIDEOMAE)}

@@ -1,16 +1,9 @@
-"""Weights of an encoder: where they come from, and the hash that names them.
+"""Weights of an encoder: where they come from, the digest that identifies them, and a cache of those digests.
 
-`hub` is the spec's published checkpoint, a path is a folder of the same layout (config.json beside model.safetensors
-or pytorch_model.bin), `random:SEED` fills the right architecture from a seed. Pickles are read with weights_only.
-All are held in float32 and hashed there, under the names of the published checkpoint, over the weights that are
-really used: the same numbers have the same hash, whatever file, dtype on disk or library version they came through.
-
-Remembered digests: what weights hash to, so that who only needs their name need not load them.
-
-Comes in: an encoder's spec and its weights argument. Goes out: the sha256 that loading them gave before, on this
-machine and for this user. It is found by a fingerprint of where the weights come from: a folder's files by path, size
-and times, seeded ones by their seed, both with the architecture and the versions of what loads them. It is a shortcut
-and never the truth: whoever computes loads, and the digest of what was loaded replaces a remembered one.
+`hub` is the spec's published checkpoint, a path is a folder of the same layout (config.json and model.safetensors or
+pytorch_model.bin), `random:SEED` fills the right architecture from a seed. Pickles are read with weights_only. All are
+held in float32 and hashed there, under the names of the published checkpoint, over the weights that are used: the same
+numbers have the same digest, whatever file, dtype on disk or library version they came through.
 """
 
 from __future__ import annotations
@@ -43,8 +36,10 @@ if TYPE_CHECKING:
 
 THREE_CHOICES = "weights are `hub`, a folder with config.json and model.safetensors, or `random:SEED`"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in order of preference
-HUB_TIMEOUT_S = 10.0  # of a first question to the Hub
+HUB_TIMEOUT_S = 10.0  # of the first request to the Hub
 EMBEDDING_STD = 0.1  # of random class, register, position and time embeddings; patches have about 1
+LOADER_VERSION = 1  # counts changes of what is hashed: `weights.py`, `network.py` and the families
+LIBRARIES = ("merv-pipeline", "torch", "transformers", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +109,7 @@ def download(spec: EncoderSpec) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    is_cache_only = not _hub_answers(spec.hub_id)
+    is_cache_only = not _hub_responds(spec.hub_id)
 
     def fetch(name: str) -> Path:
         return Path(hf_hub_download(spec.hub_id, name, local_files_only=is_cache_only))
@@ -126,7 +121,7 @@ def download(spec: EncoderSpec) -> Path:
         except EntryNotFoundError:  # LocalEntryNotFoundError too: an offline cache may hold the .bin only
             fetch(WEIGHT_FILES[1])
     except (LocalEntryNotFoundError, EntryNotFoundError, OSError) as error:
-        why = "which does not answer" if is_cache_only else str(error).splitlines()[0]
+        why = "which does not respond" if is_cache_only else str(error).splitlines()[0]
         raise UserError(
             f"cannot get {spec.hub_id} for {spec.name} from the Hugging Face Hub ({why}), nor from its cache. "
             f"Instead name a local folder or random weights: {THREE_CHOICES}"
@@ -134,15 +129,15 @@ def download(spec: EncoderSpec) -> Path:
     return folder
 
 
-def _hub_answers(hub_id: str) -> bool:
-    """One question with a short wait: left to itself the Hub's client asks six times for every file, half a minute."""
+def _hub_responds(hub_id: str) -> bool:
+    """One request with a short timeout: by itself the Hub's client retries six times for every file, half a minute."""
     from huggingface_hub import model_info
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     try:
         model_info(hub_id, timeout=HUB_TIMEOUT_S)
     except (HfHubHTTPError, ValueError):
-        return True  # the Hub's own word on it: downloading tells what is wrong
+        return True  # it responds with an error: downloading reports what is wrong
     except (OSError, HTTPError):
         return False  # no network, or offline mode
     return True
@@ -209,17 +204,12 @@ def weights_sha256(weights: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-LOADER_VERSION = 1  # counts changes of what is hashed: `weights.py`, `network.py` and the families
-_LIBRARIES = ("merv-pipeline", "torch", "transformers", "numpy")
+def weights_fingerprint(spec: EncoderSpec, weights: str) -> str | None:
+    """Identifies what loading would read, without reading it; None where that is not on this machine.
 
-
-def memory_folder() -> Path:
-    """Where digests are kept: one small file each, under the user's cache folder."""
-    return user_cache() / "merv-pipeline" / "weights"
-
-
-def fingerprint(spec: EncoderSpec, weights: str) -> str | None:
-    """Names what loading would read, without reading it; None where that is not on this machine."""
+    Of a folder's files by path, size and times, of seeded weights by their seed; of both by the architecture and the
+    versions of what loads them.
+    """
     try:
         source = parse_weights(weights)
     except UserError:
@@ -227,48 +217,58 @@ def fingerprint(spec: EncoderSpec, weights: str) -> str | None:
     if source.kind == "random":
         origin: Any = {"seed": source.seed}
     else:
-        folder = source.folder if source.kind == "folder" else _hub_folder(spec.hub_id)
+        folder = source.folder
+        if source.kind == "hub":  # the folder of the Hub's cache, without a request
+            from huggingface_hub import try_to_load_from_cache  # a third of a second
+
+            config = try_to_load_from_cache(spec.hub_id, "config.json")
+            folder = Path(config).parent if isinstance(config, str) else None
         origin = folder and _files(folder)
     if not origin:
         return None
     network = [spec.model, dict(spec.architecture), spec.temporal_reach, spec.prefix_tokens, spec.skipped_blocks]
-    loader = [LOADER_VERSION, spec.builder, _builder_file(spec.builder), _versions()]
+    try:  # size and time of the module that builds the network: a plug-in may change without a new version
+        module = importlib.util.find_spec(spec.builder.partition(":")[0])
+        status = os.stat(module.origin) if module and module.origin else None
+    except (ImportError, ValueError, OSError):
+        status = None
+    builder_file = status and [status.st_size, status.st_mtime_ns]
+    loader = [LOADER_VERSION, spec.builder, builder_file, _versions()]
     return record_digest({"weights": origin, "network": [*network, spec.final_norm], "loader": loader})
 
 
-def remembered_sha256(mark: str | None) -> str | None:
-    """The digest that loading gave under this fingerprint; None if nobody remembers."""
+def cached_weights_digest(fingerprint: str | None) -> str | None:
+    """The sha256 that loading gave under this fingerprint, on this machine and for this user; None if unknown.
+
+    A shortcut for callers that need the digest but not the weights; loading them replaces it by the real one.
+    """
     try:
-        record = json.loads((memory_folder() / f"{mark}.json").read_text()) if mark else {}
+        record = json.loads(_digest_file(fingerprint).read_text()) if fingerprint else {}
     except (OSError, ValueError):
         return None
-    found = record.get("sha256") if isinstance(record, dict) else None
-    return found if isinstance(found, str) and re.fullmatch(r"[0-9a-f]{64}", found) else None
+    sha256 = record.get("sha256") if isinstance(record, dict) else None
+    return sha256 if isinstance(sha256, str) and re.fullmatch(r"[0-9a-f]{64}", sha256) else None
 
 
-def remember(mark: str | None, sha256: str) -> bool:
-    """Keep what loading gave; True if another digest was remembered and is replaced."""
-    if mark is None or (before := remembered_sha256(mark)) == sha256:
+def cache_weights_digest(fingerprint: str | None, sha256: str) -> bool:
+    """Save what loading gave; True if another digest was saved before and is replaced."""
+    if fingerprint is None or (before := cached_weights_digest(fingerprint)) == sha256:
         return False
-    folder = memory_folder()
-    temporary = folder / f"{mark}.{uuid.uuid4().hex}.tmp"
+    file = _digest_file(fingerprint)
+    temporary = file.with_name(f"{fingerprint}.{uuid.uuid4().hex}.tmp")
     with suppress(OSError):  # a home that may not be written to costs time, nothing else
-        folder.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps({"sha256": sha256}))
-        os.replace(temporary, folder / f"{mark}.json")
+        os.replace(temporary, file)
     return before is not None
 
 
-def _hub_folder(hub_id: str) -> Path | None:
-    """The folder of the Hub's cache that would be read; nothing is asked of the network."""
-    from huggingface_hub import try_to_load_from_cache  # a third of a second
-
-    found = try_to_load_from_cache(hub_id, "config.json")
-    return Path(found).parent if isinstance(found, str) else None
+def _digest_file(fingerprint: str) -> Path:
+    return user_cache() / "merv-pipeline" / "weights" / f"{fingerprint}.json"
 
 
 def _files(folder: Path) -> list[list[Any]] | None:
-    """Path, size and times of every file of a checkpoint; the change time tells one put in another's place."""
+    """Path, size and times of every file of a checkpoint; the change time reveals a file that replaced another."""
     try:
         with os.scandir(folder) as entries:
             found = [(os.path.realpath(entry), entry.name, entry.stat()) for entry in entries if entry.is_file()]
@@ -277,22 +277,12 @@ def _files(folder: Path) -> list[list[Any]] | None:
     return sorted([real, name, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for real, name, s in found)
 
 
-def _builder_file(builder: str) -> list[Any] | None:
-    """Size and time of the module that builds the network: a plug-in may change without a new version."""
-    try:
-        found = importlib.util.find_spec(builder.partition(":")[0])
-        status = os.stat(found.origin) if found and found.origin else None
-    except (ImportError, ValueError, OSError):
-        return None
-    return status and [status.st_size, status.st_mtime_ns]
-
-
 @cache
 def _versions() -> list[str]:
-    found = []
-    for name in _LIBRARIES:
+    versions = []
+    for name in LIBRARIES:
         try:
-            found.append(f"{name} {version(name)}")
+            versions.append(f"{name} {version(name)}")
         except PackageNotFoundError:
-            found.append(f"{name} absent")
-    return found
+            versions.append(f"{name} absent")
+    return versions

@@ -1,9 +1,9 @@
-"""One block: decode ahead, encode, write behind, commit. The task that Dask runs.
+"""Computes one block: decode ahead, encode, write behind, commit.
 
-Comes in: a `BlockTask` of paths and rows. Goes out: receipts in the store, and a `BlockReport`. The three stages
+Dask calls `isolate.compute_block`, which calls `extract_block` here, in this process or in a child. The three stages
 overlap: decode processes work on the next clips while the device encodes this batch and a thread compresses the last
 one. Batches are cut by row, not by what happened to decode: a broken neighbour is a zeroed slot, and a clip's bits
-never depend on who sat beside it.
+never depend on the other clips of its batch.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from featurestore.clips import Clip
-from featurestore.records import Receipt
 from featurestore.writer import BlockWriter, StoreWriter
 from jobs import metrics
 from jobs.run import TaskReporter, metered
 from mervcache.errors import MediaError, RunStoppedError
 from pipeline.config import EngineSettings
 from pipeline.decode.pool import decode_ahead
-from pipeline.decode.sampling import Decoded, DecodeJob
+from pipeline.decode.sampling import Decoded
 from pipeline.media import UNREACHABLE, folder_has_gone, resolve_media
 from pipeline.reuse import ReuseTask, copy_cells
 from pipeline.summary import DECODING
@@ -60,58 +59,74 @@ class EncoderRow(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class CrashProbe:
-    """Runs a suspect block one clip per forward, announcing each clip before it is encoded."""
+    """Makes a block run one clip per forward, announcing each clip before it is encoded."""
 
     announce: Callable[[EncoderRow, BlockCounts], None]  # with the counts so far
-    crashed: Mapping[EncoderRow, str]  # what brought a process down -> how; not tried again
+    crashed: Mapping[EncoderRow, str]  # cells that crashed a process -> how; not tried again
 
 
-def extract_block(task: BlockTask, *, watch: CrashProbe | None = None) -> BlockReport:
-    """Compute and commit one block; while it runs, its counts so far are reported to the driver now and then."""
+def extract_block(task: BlockTask, *, probe: CrashProbe | None = None) -> BlockReport:
+    """Compute and commit one block; its counts so far are reported to the driver meanwhile."""
     started = time.monotonic()
     engine = engine_for(task.engine)
-    _check_identities(engine, task)
-    work = _BlockWork(task, engine, watch)
+    for name in task.wanted:  # a worker that loads other weights than the driver planned must not write a byte
+        loaded = engine.encoders[name].identity.group_name
+        if loaded != task.groups[name]:
+            raise RunStoppedError(
+                f"this worker loads {name} as {loaded}, the plan has {task.groups[name]}: "
+                "give every worker the same weights folder and version"
+            )
+    work = _BlockWork(task, engine, probe)
     try:
-        for batch in _batches(task.rows, task.batch):
-            work.encode(batch)
-        report = work.finish(time.monotonic() - started)
+        rows = [row for row, _ in task.rows]
+        for start in range(0, len(rows), task.batch):
+            work.encode(rows[start : start + task.batch])
+        report = work.finish(started)
     finally:
         work.close()
-    _count(report)
-    return report
-
-
-def _count(report: BlockReport) -> None:
-    """Add a block to this worker's metrics."""
     metrics.count("blocks", "Blocks committed")
     metrics.count("clips", "Clips computed or failed", report.clips)
     metrics.count("clips_failed", "Clips quarantined", report.failed)
     metrics.count("stored_bytes", "Bytes of the committed shards", report.bytes)
     for stage, seconds in report.seconds.items():
         metrics.count("stage_seconds", "Seconds of blocks, by stage", seconds, stage=stage)
+    return report
 
 
 class _BlockWork:
-    """The state of one block in the making."""
+    """The state of one block being computed."""
 
-    def __init__(self, task: BlockTask, engine: Engine, watch: CrashProbe | None) -> None:
-        self.task, self.engine, self._watch = task, engine, watch
+    def __init__(self, task: BlockTask, engine: Engine, probe: CrashProbe | None) -> None:
+        self.task, self.engine, self._probe = task, engine, probe
         self.seconds: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
+        self._clips = dict(task.rows)
         store = StoreWriter.open(task.store)
-        rows = [row for row, _ in task.rows]
         self.writers: dict[str, BlockWriter] = {
-            name: store.open_group(task.kind, task.groups[name]).begin(task.block, rows) for name in task.wanted
+            name: store.open_group(task.kind, task.groups[name]).begin(task.block, list(self._clips))
+            for name in task.wanted
         }
         self._behind = ThreadPoolExecutor(1, thread_name_prefix="write-behind")
         self._writes: deque[Future] = deque()
         self._reporter = TaskReporter()
-        self._clips = dict(task.rows)
         self._unreachable: list[int] = []  # rows whose media are missing or may not be read
-        self._copy_from_other_store()
+
+        self._wanted = dict(task.wanted)  # less what another store holds of the same media, which is copied
+        if task.reuse is not None:
+            with self._stage("copy from another store"):
+                copied = copy_cells(task.reuse, task.root, self._clips, task.kind, self.writers, task.groups)
+            for name, rows in copied.items():
+                self._wanted[name] = self._wanted[name] - rows
+                self.counts["reused"] += len(rows)
         self._needed = frozenset().union(*self._wanted.values())
-        self._decoding = decode_ahead(self._decode_jobs(), engine.pool, 2 * task.batch + engine.num_decoders)
+
+        encoders = [engine.encoders[name] for name in task.wanted]
+        jobs = (
+            (row, decode_job(task.root, clip, encoders, accept_damaged=task.accept_damaged))
+            for row, clip in task.rows
+            if row in self._needed
+        )
+        self._decoding = decode_ahead(jobs, engine.pool, 2 * task.batch + engine.num_decoders)
 
     def encode(self, rows: Sequence[int]) -> None:
         """Encode one batch of rows with every encoder that wants any of them."""
@@ -121,41 +136,55 @@ class _BlockWork:
                 if row in self._clips and row not in self.task.wanted[name]:
                     self.writers[name].skip(row)
             ready = {row: decoded[row] for row in rows if row in wanted and row in decoded}
-            for together in [ready] if self._watch is None else self._one_by_one(name, ready):
-                if together:
-                    self._encode_together(name, rows, together)
+            if self._probe is not None:
+                self._encode_one_by_one(name, rows, ready)
+            elif ready:
+                self._encode_together(name, rows, ready)
             self.counts["cells"] += len(self.task.wanted[name].intersection(rows))
             self._reporter.tell(lambda: self._counts_so_far().to_dict())
 
     def _encode_together(self, name: str, rows: Sequence[int], decoded: Mapping[int, Decoded]) -> None:
-        """Run one forward; each row keeps its fixed slot even where other rows are missing."""
-        run, writer = self.engine.encoders[name], self.writers[name]
-        frames = {row: clip.frames[run.view] for row, clip in decoded.items()}
+        """Run one forward and write behind; each row keeps its fixed slot even where other rows are missing."""
+        encoder, writer = self.engine.encoders[name], self.writers[name]
+        frames = {row: clip.frames[encoder.view] for row, clip in decoded.items()}
         slots = [*rows, *[None] * (self.task.batch - len(rows))]
         with self._stage(f"encode:{name}"):
-            arrays, halvings = encode_batch(run, frames, slots)
+            arrays, halvings = encode_batch(encoder, frames, slots)
         self.counts["halvings"] += halvings
-        self._write_behind(writer, arrays, {row: (slots.index(row), clip) for row, clip in decoded.items()})
 
-    def _one_by_one(self, name: str, ready: Mapping[int, Decoded]) -> Iterator[dict[int, Decoded]]:
-        """Each clip by itself, announced first; a clip that crashed this encoder before fails with it."""
-        for row, clip in ready.items():
-            if reason := self._watch.crashed.get(EncoderRow(name, row)):
+        def write() -> None:
+            for row, clip in decoded.items():
+                parts = {part: array[slots.index(row)] for part, array in arrays.items()}
+                writer.add(row, parts, media_sha256=clip.media_sha256, decoder=clip.decoder)
+
+        self._writes.append(self._behind.submit(write))
+        self._drain(WRITES_IN_FLIGHT)
+
+    def _encode_one_by_one(self, name: str, rows: Sequence[int], decoded: Mapping[int, Decoded]) -> None:
+        """Each clip in a forward of its own, announced first; a clip that crashed this encoder before fails with it."""
+        for row, clip in decoded.items():
+            cell = EncoderRow(name, row)
+            if reason := self._probe.crashed.get(cell):
                 self.writers[name].fail(
                     row, reason, scope="encoder", media_sha256=clip.media_sha256, decoder=clip.decoder
                 )
                 continue
-            self._watch.announce(EncoderRow(name, row), self._counts_so_far())
-            yield {row: clip}
+            self._probe.announce(cell, self._counts_so_far())
+            self._encode_together(name, rows, {row: clip})
             self._drain(0)  # a crash while it is compressed is this clip's as well
 
-    def finish(self, seconds: float) -> BlockReport:
-        """Commit every encoder's shard and report the block."""
+    def finish(self, started: float) -> BlockReport:
+        """Commit every encoder's shard and report the block, which began at `started` of `time.monotonic`."""
         self._drain(0)
-        self._refuse_vanished_media()
+        self._check_vanished_media()
         with self._stage("commit"):
             receipts = {name: writer.commit() for name, writer in self.writers.items()}
-        reasons = _failures(receipts, self.task.wanted)
+        reasons: dict[int, str] = {}  # by row, of rows that failed with any encoder
+        for name, receipt in receipts.items():
+            for row in sorted(self.task.wanted[name]):
+                outcome = receipt.outcome(row)
+                if outcome.state == "failed":
+                    reasons[row] = outcome.reason if outcome.scope == "clip" else f"{name}: {outcome.reason}"
         return BlockReport(
             kind=self.task.kind,
             block=self.task.block,
@@ -165,14 +194,37 @@ class _BlockWork:
             bytes=sum(receipt.stored_bytes for receipt in receipts.values()),
             halvings=self.counts["halvings"],
             reused=self.counts["reused"],
-            made={name: self._made(name, receipt) for name, receipt in receipts.items()},
+            made={
+                name: EncoderWork(
+                    clips=len(self._wanted[name]), seconds=self.seconds[f"encode:{name}"], bytes=receipt.stored_bytes
+                )
+                for name, receipt in receipts.items()
+            },
             reasons=dict(Counter(reasons.values())),
-            seconds={**self.seconds, "total": seconds},
+            seconds={**self.seconds, "total": time.monotonic() - started},
         )
 
-    def _made(self, name: str, receipt: Receipt) -> EncoderWork:
-        seconds = self.seconds[f"encode:{name}"]
-        return EncoderWork(clips=len(self._wanted[name]), seconds=seconds, bytes=receipt.stored_bytes)
+    def close(self) -> None:
+        self._behind.shutdown(wait=True, cancel_futures=True)
+        self._decoding.close()
+
+    def _decoded(self, row: int) -> Decoded | None:
+        """The clip's frames; None if it failed, which is then recorded for every encoder that wanted it."""
+        with self._stage("decode wait"):
+            decoded_row, result = next(self._decoding)
+        assert decoded_row == row, f"decoded rows come in order, got {decoded_row} for {row}"
+        if isinstance(result, Decoded):
+            self.counts["frames"] += max(len(frames) for frames in result.frames.values())
+            self.seconds[DECODING] += result.seconds
+            return result
+        sha256 = getattr(result, "media_sha256", None)  # of a FailedClipError: the bytes that failed
+        if str(result) in UNREACHABLE:
+            self._unreachable.append(row)
+        self.counts["failed"] += 1
+        for name, wanted in self._wanted.items():
+            if row in wanted:
+                self.writers[name].fail(row, str(result), scope="clip", media_sha256=sha256)
+        return None
 
     def _counts_so_far(self) -> BlockCounts:
         """Counts so far, with the keys of the final report; clips are estimated from the share of cells done."""
@@ -197,58 +249,14 @@ class _BlockWork:
             yield
         self.seconds[name] += time.monotonic() - began
 
-    def close(self) -> None:
-        self._behind.shutdown(wait=True, cancel_futures=True)
-        self._decoding.close()
+    def _drain(self, keep: int) -> None:
+        """Wait until at most `keep` writes are left."""
+        with self._stage("write wait"):
+            while len(self._writes) > keep:
+                self._writes.popleft().result()
 
-    def _copy_from_other_store(self) -> None:
-        """Copy what another store holds of the same media; those cells are not computed."""
-        self._wanted = dict(self.task.wanted)
-        if self.task.reuse is None:
-            return
-        task = self.task
-        with self._stage("copy from another store"):
-            copied = copy_cells(task.reuse, task.root, self._clips, task.kind, self.writers, task.groups)
-        for name, rows in copied.items():
-            self._wanted[name] = self._wanted[name] - rows
-            self.counts["reused"] += len(rows)
-
-    def _decode_jobs(self) -> Iterator[tuple[int, DecodeJob]]:
-        task = self.task
-        encoders = [self.engine.encoders[name] for name in task.wanted]
-        for row, clip in task.rows:
-            if row in self._needed:
-                yield row, decode_job(task.root, clip, encoders, accept_damaged=task.accept_damaged)
-
-    def _decoded(self, row: int) -> Decoded | None:
-        """The clip's frames; None if it failed, which is then recorded for every encoder that wanted it."""
-        with self._stage("decode wait"):
-            got, result = next(self._decoding)
-        assert got == row, f"decoded rows come in order, got {got} for {row}"
-        if isinstance(result, Decoded):
-            self.counts["frames"] += max(len(frames) for frames in result.frames.values())
-            self.seconds[DECODING] += result.seconds
-            return result
-        sha256 = getattr(result, "media_sha256", None)  # of a FailedClipError: the bytes that failed
-        if str(result) in UNREACHABLE:
-            self._unreachable.append(row)
-        self.counts["failed"] += 1
-        for name, wanted in self._wanted.items():
-            if row in wanted:
-                self.writers[name].fail(row, str(result), scope="clip", media_sha256=sha256)
-        return None
-
-    def _write_behind(self, writer: BlockWriter, arrays: Mapping, kept: Mapping[int, tuple[int, Decoded]]) -> None:
-        def write() -> None:
-            for row, (slot, decoded) in kept.items():
-                parts = {name: array[slot] for name, array in arrays.items()}
-                writer.add(row, parts, media_sha256=decoded.media_sha256, decoder=decoded.decoder)
-
-        self._writes.append(self._behind.submit(write))
-        self._drain(WRITES_IN_FLIGHT)
-
-    def _refuse_vanished_media(self) -> None:
-        """Media were there when the block was planned: if all of it, or a whole folder, is gone, no clip is broken.
+    def _check_vanished_media(self) -> None:
+        """Stop the run if all media of the block, or a whole folder, are gone since planning: no clip is broken.
 
         A share may have been unmounted in the middle of the block: clips decoded before are looked for once more.
         """
@@ -270,35 +278,3 @@ class _BlockWork:
             return resolve_media(self.task.root, clip.path) is not None
         except MediaError as reason:
             return str(reason) not in UNREACHABLE
-
-    def _drain(self, keep: int) -> None:
-        with self._stage("write wait"):
-            while len(self._writes) > keep:
-                self._writes.popleft().result()
-
-
-def _failures(receipts: Mapping[str, Receipt], wanted: Mapping[str, frozenset[int]]) -> dict[int, str]:
-    """Row -> reason, for rows that failed with any encoder."""
-    reasons = {}
-    for name, receipt in receipts.items():
-        for row in sorted(wanted[name]):
-            outcome = receipt.outcome(row)
-            if outcome.state == "failed":
-                reasons[row] = outcome.reason if outcome.scope == "clip" else f"{name}: {outcome.reason}"
-    return reasons
-
-
-def _batches(rows: Sequence[tuple[int, Clip]], size: int) -> Iterator[list[int]]:
-    numbers = [row for row, _ in rows]
-    return (numbers[start : start + size] for start in range(0, len(numbers), size))
-
-
-def _check_identities(engine: Engine, task: BlockTask) -> None:
-    """A worker that loads other weights than the driver planned must not write a byte."""
-    for name in task.wanted:
-        ours = engine.encoders[name].identity.group_name
-        if ours != task.groups[name]:
-            raise RunStoppedError(
-                f"this worker loads {name} as {ours}, the plan says {task.groups[name]}: "
-                "give every worker the same weights folder and version"
-            )

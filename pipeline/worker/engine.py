@@ -1,12 +1,7 @@
-"""The engine of one worker: encoders loaded once, decode processes started once, kept between blocks.
+"""The engine of a worker: encoders loaded once, decode processes started once, kept between blocks.
 
-Comes in: `EngineSettings`, small and picklable. Goes out: per encoder and batch, the aligned tokens of the clips. Only
-workers import this room: torch and the models live behind it.
-
-How many clips a forward may hold: measured on the device with the encoders loaded, before a plan fixes the batch.
-
-Comes in: a forward, the most that is asked for, the device's memory. Goes out: clips per forward. A device without a
-meter of its own (a CPU, whose memory is the machine's) keeps what suits its kind.
+The number of clips per forward is measured on the device with the encoders loaded, before a plan fixes the batch shape.
+Imported by workers only, because it imports torch and the models.
 """
 
 from __future__ import annotations
@@ -29,72 +24,13 @@ from pipeline.config import EncoderSettings, EngineSettings, default_batch
 from pipeline.decode.pool import DecodePool
 from pipeline.decode.sampling import DecodeJob
 from pipeline.encoders import load_encoder
-from pipeline.encoders.weights import fingerprint
+from pipeline.encoders.weights import weights_fingerprint
 from pipeline.views import View, distinct_views
 from pipeline.worker.reports import EncoderDescription
 
-HEADROOM = 0.8  # of what is free: fragments, other kernels on real frames, and a neighbour's desktop need some
-
-
-class DeviceMemory(Protocol):
-    """The memory of a device, in bytes."""
-
-    def free_bytes(self) -> int: ...
-
-    def peak_bytes(self, run: Callable[[], object]) -> int:
-        """The most that `run` has held at once, above what was held before."""
-        ...
-
-
-class CudaMemory:
-    """Memory of one CUDA device, as torch's allocator counts it."""
-
-    def __init__(self, device: str) -> None:
-        self._device = device
-
-    def free_bytes(self) -> int:
-        torch.cuda.empty_cache()  # what this process keeps for itself is free to it
-        return torch.cuda.mem_get_info(self._device)[0]
-
-    def peak_bytes(self, run: Callable[[], object]) -> int:
-        before = torch.cuda.memory_allocated(self._device)
-        torch.cuda.reset_peak_memory_stats(self._device)
-        run()
-        return torch.cuda.max_memory_allocated(self._device) - before
-
-
-MEMORIES: dict[str, Callable[[str], DeviceMemory]] = {"cuda": CudaMemory}
-
-
-def device_memory(device: str) -> DeviceMemory | None:
-    """The meter of a device such as "cuda:1", if it has one."""
-    meter = MEMORIES.get(device.split(":")[0])
-    return meter(device) if meter else None
-
-
-def clips_that_fit(forward: Callable[[int], object], most: int, memory: DeviceMemory) -> int:
-    """The largest of `most`, its half, its quarter ... whose forward fits; at least one clip.
-
-    `forward(n)` encodes n clips. One and two clips are run; what the second one adds is what each further one will.
-    Before them one is run unmeasured: a first forward also holds what libraries take once (cuBLAS's workspace), and a
-    second clip would seem to add less than it does, or nothing.
-    Halves of one number, so that devices of one model come to one batch although their free memory differs a little.
-    """
-    try:
-        forward(1)
-        one, two = (memory.peak_bytes(lambda n=n: forward(n)) for n in (1, 2))
-    except torch.OutOfMemoryError:
-        return 1
-    per_clip = max(two - one, 1)
-    room = HEADROOM * memory.free_bytes()
-    clips = most
-    while clips > 1 and one + (clips - 1) * per_clip > room:
-        clips //= 2
-    return clips
-
-
 OnLoaded = Callable[[str, float], None]  # an encoder's name, and the seconds that loading it took
-MAX_DECODERS = 8  # decode processes, unless a number is asked for
+MAX_DECODERS = 8  # decode processes by default
+HEADROOM = 0.8  # of the free memory: fragments, other kernels on real frames and other programs need some
 
 
 class Engine:
@@ -102,7 +38,7 @@ class Engine:
 
     def __init__(self, settings: EngineSettings, on_loaded: OnLoaded = lambda name, seconds: None) -> None:
         self.settings = settings
-        self.device = _device(settings.device)
+        self.device = _check_device(settings.device)
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self.encoders: dict[str, EncoderRun] = {}
@@ -111,19 +47,21 @@ class Engine:
             on_loaded(each.name, self.encoders[each.name].load_s)
         self.num_decoders = settings.decode_processes or free_cores()
         self.pool = DecodePool(self.num_decoders, timeout_s=settings.decode_timeout_s)
-
         self._batches: dict[str, int] = {}
 
     def batch_of(self, kind: str) -> int:
-        """Clips per forward: what suits the device, or less where its memory is short.
+        """Clips per forward: the device's default, or less where its memory is short.
 
         All encoders have the same number, because encoders of one batch shape share a block, and each of its clips is
         decoded once for all of them.
         """
         if kind not in self._batches:
-            most, memory = default_batch(self.device, kind), device_memory(self.device)
-            runs = self.encoders.values() if memory else ()
-            self._batches[kind] = min([most, *(clips_that_fit(run.blank(kind), most, memory) for run in runs)])
+            most, meter = default_batch(self.device, kind), MEMORIES.get(self.device.split(":")[0])
+            fitting = [most]
+            if meter:
+                memory = meter(self.device)
+                fitting += [clips_that_fit(run.blank(kind), most, memory) for run in self.encoders.values()]
+            self._batches[kind] = min(fitting)
         return self._batches[kind]
 
     def close(self) -> None:
@@ -137,9 +75,9 @@ class EncoderRun:
         spec = settings.spec
         self.settings = settings
         self._prefix = settings.prefix_tokens and spec.prefix_tokens > 0  # SigLIP, for one, has none
-        started, before = time.monotonic(), fingerprint(spec, settings.weights)
+        started, before = time.monotonic(), weights_fingerprint(spec, settings.weights)
         self.loaded = load_encoder(spec, settings.weights, device=device, compute_dtype=settings.compute_dtype)
-        after = fingerprint(spec, settings.weights)
+        after = weights_fingerprint(spec, settings.weights)
         self.fingerprint = after if before in (None, after) else None  # None: files that changed meanwhile have no name
         self.load_s = time.monotonic() - started
         self.view: View = self.loaded.spec.view
@@ -162,15 +100,15 @@ class EncoderRun:
         return arrays
 
 
-class AnyEncoder(Protocol):
-    """What decoding must know of an encoder, frozen or trained."""
+class HasView(Protocol):
+    """What decoding needs of an encoder, frozen or trained."""
 
     view: View
     identity: FeatureIdentity
 
 
-def decode_job(root: str, clip: Clip, encoders: Collection[AnyEncoder], *, accept_damaged: bool = False) -> DecodeJob:
-    """What the encoders ask of a clip; they must agree on the decoder, which is a part of their identity."""
+def decode_job(root: str, clip: Clip, encoders: Collection[HasView], *, accept_damaged: bool = False) -> DecodeJob:
+    """The job for the frames that the encoders see of a clip; they must have one decoder, part of their identity."""
     (decoder,) = {encoder.identity.decode for encoder in encoders}
     views = distinct_views(encoder.view for encoder in encoders)
     return DecodeJob(root=root, clip=clip, views=views, decoder=decoder, accept_damaged=accept_damaged)
@@ -218,7 +156,7 @@ def engine_for(settings: EngineSettings, on_loaded: OnLoaded = lambda name, seco
 
 
 def reporting_engine(settings: EngineSettings) -> Engine:
-    """`engine_for`, which tells the driver of each encoder as it is loaded: four take a minute and more."""
+    """`engine_for`, reporting each encoder to the driver as it is loaded: four take over a minute."""
     reporter = TaskReporter(interval_s=0.0)
     return engine_for(settings, lambda name, seconds: reporter.tell(lambda: {"loaded": name, "seconds": seconds}))
 
@@ -233,7 +171,7 @@ def close_engines() -> None:
 
 
 def describe_encoders(settings: EngineSettings) -> dict[str, EncoderDescription]:
-    """Load the encoders and tell the driver what it must know of each."""
+    """Load the encoders and describe each for the driver."""
     engine = reporting_engine(settings)
     return {
         name: EncoderDescription(
@@ -249,7 +187,12 @@ def describe_encoders(settings: EngineSettings) -> dict[str, EncoderDescription]
     }
 
 
-def _device(device: str) -> str:
+def free_cores(sharers: int = 1) -> int:
+    """Decode processes by default: a process's share of the cores it may use, less one for the encoders' thread."""
+    return max(1, min(MAX_DECODERS, len(os.sched_getaffinity(0)) // sharers - 1))
+
+
+def _check_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -259,6 +202,52 @@ def _device(device: str) -> str:
     return device
 
 
-def free_cores(sharers: int = 1) -> int:
-    """Decode processes by default: a process's share of the cores it may use, less one for the encoders' thread."""
-    return max(1, min(MAX_DECODERS, len(os.sched_getaffinity(0)) // sharers - 1))
+class DeviceMemory(Protocol):
+    """The memory of a device, in bytes; a CPU has no meter, its memory is the machine's."""
+
+    def free_bytes(self) -> int: ...
+
+    def peak_bytes(self, run: Callable[[], object]) -> int:
+        """The most that `run` has held at once, above what was held before."""
+        ...
+
+
+class CudaMemory:
+    """Memory of one CUDA device, as torch's allocator counts it."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+
+    def free_bytes(self) -> int:
+        torch.cuda.empty_cache()  # what this process keeps for itself is free to it
+        return torch.cuda.mem_get_info(self._device)[0]
+
+    def peak_bytes(self, run: Callable[[], object]) -> int:
+        before = torch.cuda.memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        run()
+        return torch.cuda.max_memory_allocated(self._device) - before
+
+
+MEMORIES: dict[str, Callable[[str], DeviceMemory]] = {"cuda": CudaMemory}
+
+
+def clips_that_fit(forward: Callable[[int], object], most: int, memory: DeviceMemory) -> int:
+    """The largest of `most`, its half, its quarter ... whose forward fits; at least one clip.
+
+    `forward(n)` encodes n clips. Forwards of one and of two clips are measured; each further clip is taken to need what
+    the second one added. One forward runs unmeasured before them, because the first also allocates what libraries keep
+    (cuBLAS's workspace). Only halves of `most` are tried, so that devices of one model agree on one batch although
+    their free memory differs a little.
+    """
+    try:
+        forward(1)
+        one, two = (memory.peak_bytes(lambda n=n: forward(n)) for n in (1, 2))
+    except torch.OutOfMemoryError:
+        return 1
+    per_clip = max(two - one, 1)
+    available = HEADROOM * memory.free_bytes()
+    clips = most
+    while clips > 1 and one + (clips - 1) * per_clip > available:
+        clips //= 2
+    return clips

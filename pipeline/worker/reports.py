@@ -1,7 +1,7 @@
-"""What workers tell the driver, as values: of the encoders they loaded, of the blocks they computed, of a probe.
+"""Values that workers report to the driver: loaded encoders, computed blocks, probed clips.
 
-They travel by Dask's pickle, and a block's also as JSON, out of a process of its own (`suspect.py`). No torch here: the
-driver imports this room too.
+They travel by Dask's pickle, and a block's also as JSON out of a child process (`isolate.py`). No torch here, because
+the driver imports this module too.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class EncoderDescription:
 
     @property
     def journal_entry(self) -> dict[str, str | int]:
-        """What a run's record says of the encoder: where its tokens went, and what they were made on."""
+        """The encoder in a run's record: the group of its tokens, and what they were made on."""
         return {"group": self.identity.group_name, "device": self.device, "threads": self.threads}
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockCounts:
-    """What is done of a block, while it is computed and at its end."""
+    """Counts of a block, while it is computed and at its end."""
 
     clips: int  # computed or failed
     failed: int
@@ -85,7 +85,7 @@ class ProbeRecord:
     """What a probed clip costs."""
 
     decode_s: float  # in a decode process
-    wall_s: float  # on a worker that decodes beside its encoders
+    wall_s: float  # on a worker that decodes while it encodes
     encoders: Mapping[str, EncoderProbe]
     worker: int = 0  # which of the probed workers it was
 

@@ -17,12 +17,12 @@ def test_a_small_yaml_gives_every_setting_its_type():
 
 
 REFUSED = [
-    ({"wall_time": "1:00:00"}, "unknown cluster setting 'wall_time', the nearest known one is 'walltime'; known: dev"),
+    ({"wall_time": "1:00:00"}, "unknown setting 'cluster.wall_time', the nearest known one is 'cluster.walltime'"),
     ({"gpus": "four"}, "gpus must be a whole number, got 'four'"),
     ({"gpus": True}, "gpus must be a whole number, got True"),
     ({"gpus": -1}, "gpus must be at least 0 and cpus at least 1, got -1 and 8"),
     ({"exclusive": "yes please"}, "exclusive must be true or false, got 'yes please'"),
-    ({"directives": [3]}, r"directives must be a list of texts, got \[3\]"),
+    ({"directives": [3]}, r"directives\[0\] must be text, got 3"),
     ({"walltime": "12h"}, r"walltime must be \[D-\]HH:MM:SS, such as 12:00:00, got '12h'"),
     ({"walltime": "0:00:00"}, "walltime must be"),
 ]

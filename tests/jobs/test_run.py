@@ -174,7 +174,7 @@ def test_a_scheduler_that_others_run_is_joined_by_address():
 
 
 def test_an_unknown_scheduler_names_the_nearest_and_lists_the_known_ones():
-    told = rf"unknown scheduler 'slrum' \(did you mean 'slurm'\?\): give one of {', '.join(CLUSTERS)}"
+    told = f"unknown scheduler 'slrum', the nearest known one is 'slurm'; known: {', '.join(CLUSTERS)}; or give"
     with pytest.raises(ClusterError, match=told):
         connect(ClusterRequest(scheduler="slrum")).__enter__()
 

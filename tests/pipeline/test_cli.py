@@ -206,7 +206,7 @@ def test_an_unknown_key_of_the_config_names_the_nearest_known_one(config_file):
 
 def test_an_unknown_scheduler_lists_the_known_ones(config_file):
     message = fail("extract", "--config", config_file, "--scheduler", "pbs")
-    assert "unknown scheduler 'pbs': give one of local," in message
+    assert "unknown scheduler 'pbs'; known: local," in message
 
 
 def test_the_only_store_under_features_need_not_be_named(extracted, tmp_path, monkeypatch):

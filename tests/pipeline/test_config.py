@@ -77,7 +77,10 @@ def test_settings_of_clusters_come_from_the_file_and_one_by_one(tmp_path):
 
 
 REFUSED = [
-    ({"cluster": {"partitoin": "gpu"}}, "unknown cluster setting 'partitoin', the nearest known one is 'partition'"),
+    (
+        {"cluster": {"partitoin": "gpu"}},
+        "'cluster.partitoin', the nearest known one is 'cluster.partition'",
+    ),
     ({"cluster": "gpu"}, "cluster must be `name: value` pairs, got 'gpu'"),
     ({"storrage_dtype": "uint8"}, "unknown setting 'storrage_dtype', the nearest known one is 'storage_dtype'"),
     ({"storage_dtype": "int4"}, "storage_dtype must be one of float16, bfloat16, uint8, got 'int4'"),
@@ -96,7 +99,7 @@ REFUSED = [
     ),
     ({"weights": {"dino": "hub"}}, "weights: unknown encoder 'dino', the nearest known one is 'dinov2'"),
     ({"architecture": {"clipp": {}}}, "architecture: unknown encoder 'clipp', the nearest known one is 'clip'"),
-    ({"encoders": ["siglip"], "architecture": {"siglip": {"num_layer": 3}}}, "did you mean num_layers"),
+    ({"encoders": ["siglip"], "architecture": {"siglip": {"num_layer": 3}}}, "the nearest known one is 'num_layers'"),
     ({"batch": {"vidio": 3}}, "batch: unknown kind 'vidio', the nearest known one is 'video'"),
     ({"batch": {"video": 0}}, "batch of video must be a whole number of clips of at least 1, got 0"),
     ({"block_rows": {"vidio": 8}}, "block_rows: unknown kind 'vidio', the nearest known one is 'video'"),

@@ -72,8 +72,8 @@ def test_other_weights_are_refused_by_their_digest(extracted):
 
 def test_an_encoder_that_drifted_is_found_though_its_weights_have_the_same_digest(verdicts, monkeypatch):
     """As a library would: what is loaded is the same, what is computed is not."""
-    real = loading.LoadedEncoder._normalise
-    monkeypatch.setattr(loading.LoadedEncoder, "_normalise", lambda self, frames: real(self, frames) * 1.02)
+    real = loading.Encoder._normalise
+    monkeypatch.setattr(loading.Encoder, "_normalise", lambda self, frames: real(self, frames) * 1.02)
     assert verdicts("siglip") == {"siglip video": "equal outside", "siglip image": "equal outside"}
 
 

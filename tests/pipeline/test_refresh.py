@@ -166,11 +166,11 @@ def test_a_run_with_nothing_to_do_loads_nothing_and_one_with_work_loads(filled, 
 
 def test_a_wrong_remembered_digest_is_replaced_by_what_was_loaded(filled):
     settings = filled.config(**ONE).encoder_settings[0]
-    mark = weights.fingerprint(settings.spec, settings.weights)
-    right = weights.remembered_sha256(mark)
+    mark = weights.weights_fingerprint(settings.spec, settings.weights)
+    right = weights.cached_weights_digest(mark)
     assert right == FeatureStore.open(filled.store).encoders["siglip"].weights_sha256
-    assert weights.remember(mark, "0" * 64)
+    assert weights.cache_weights_digest(mark, "0" * 64)
     summary, said = run(filled)
     assert summary.clips == 0  # loaded, found equal to what is stored
     assert "the remembered digest of siglip's weights was wrong: replaced" in said
-    assert weights.remembered_sha256(mark) == right
+    assert weights.cached_weights_digest(mark) == right

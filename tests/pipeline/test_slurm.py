@@ -93,7 +93,7 @@ def tiny(tmp_path, monkeypatch) -> Tiny:
     lab.install(tmp_path / "plugins")
     monkeypatch.syspath_prepend(tmp_path / "plugins")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "plugins"))
-    monkeypatch.setattr(ENCODERS, "_plug_ins", EncoderTable(())._plug_ins)
+    monkeypatch.setattr(ENCODERS, "_plug_ins", EncoderTable({})._plug_ins)
     return Tiny(tmp_path, lab)
 
 

@@ -75,9 +75,9 @@ def test_a_nested_name_written_flat_says_how_it_is_written():
 
 
 def test_a_value_of_the_wrong_type_is_refused():
-    with pytest.raises(UserError, match="setting batch_size is int, got 'many'"):
+    with pytest.raises(UserError, match="batch_size must be a whole number, got 'many'"):
         overlay(TrainConfig(), {"batch_size": "many"})
-    with pytest.raises(UserError, match="setting batch_size is int, got True"):
+    with pytest.raises(UserError, match="batch_size must be a whole number, got True"):
         overlay(TrainConfig(), {"batch_size": True})
 
 
@@ -95,7 +95,7 @@ def test_yaml_may_write_a_rate_without_a_dot(tmp_path):
 def test_a_grid_is_three_numbers_or_none():
     assert overlay(ProjectorConfig(), {"grid": [8, 4, 4]}).grid == (8, 4, 4)
     assert overlay(ProjectorConfig(grid=(8, 4, 4)), {"grid": None}).grid is None
-    with pytest.raises(UserError, match="grid has 3 entries"):
+    with pytest.raises(UserError, match="grid must be a list of 3 entries"):
         overlay(ProjectorConfig(), {"grid": [8, 4]})
 
 

@@ -28,7 +28,7 @@ def toy_spec(name):
 
 @pytest.fixture(scope="session")
 def toy():
-    """toy(name, weights, compute_dtype) -> a toy LoadedEncoder, loaded once a session."""
+    """toy(name, weights, compute_dtype) -> a toy Encoder, loaded once a session."""
     loaded = {}
 
     def load(name, weights="random:0", compute_dtype="float32"):

@@ -91,7 +91,11 @@ def test_a_mlp_size_that_is_given_is_kept():
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
-        ("dinov2", {"hiden_size": 64}, "dinov2 has no architecture key 'hiden_size', did you mean hidden_size; known"),
+        (
+            "dinov2",
+            {"hiden_size": 64},
+            "unknown architecture key of dinov2 'hiden_size', the nearest known one is 'hidden_size'",
+        ),
         (
             "dinov2",
             {"image_size": 60},

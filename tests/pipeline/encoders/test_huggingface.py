@@ -128,7 +128,7 @@ def test_other_blocks_and_the_final_norm_can_be_asked_for(spec_of, noise, checkp
 @pytest.mark.parametrize("name", FAMILIES)
 def test_hashed_names_are_those_of_the_published_checkpoint(name, spec_of, toy, checkpoint):
     """save_pretrained writes the published names, whatever the library calls its modules."""
-    network = toy(name)._network
+    network = toy(name).network
     published = {
         re.sub(r"^(vision_model|vivit|videomae)\.", "", key)
         for key in load_file(checkpoint(spec_of(name)) / "model.safetensors")

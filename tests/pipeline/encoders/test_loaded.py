@@ -166,7 +166,7 @@ def test_normalisation_is_that_of_the_published_preprocessing(toy):
     encoder = toy("dinov2")
     frames = np.random.default_rng(2).integers(0, 256, (1, 16, 32, 32, 3), dtype=np.uint8)
     seen = []
-    hook = encoder._network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    hook = encoder.network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     encoder.encode(frames)
     hook.remove()
     expected = (frames / 255.0 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]

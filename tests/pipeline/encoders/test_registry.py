@@ -29,7 +29,7 @@ def install(tmp_path, monkeypatch):
         (metadata / "entry_points.txt").write_text(f"[merv.encoders]\n{entry_points}\n")
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.delitem(sys.modules, module_name, raising=False)
-        return EncoderTable((ENCODERS["dinov2"], ENCODERS["siglip"]))
+        return EncoderTable({name: ENCODERS[name] for name in ("dinov2", "siglip")})
 
     return make
 

@@ -130,8 +130,8 @@ def test_seeds_touch_no_global_state_and_do_not_depend_on_it_nor_on_threads(spec
 
 
 def test_a_tensors_values_depend_on_its_seed_and_name_alone(spec_of):
-    short = load_encoder(spec_of("languagebind"), "random:0")._network.state_dict()
-    deep = load_encoder(spec_of("languagebind").with_architecture({"num_layers": 4}), "random:0")._network.state_dict()
+    short = load_encoder(spec_of("languagebind"), "random:0").network.state_dict()
+    deep = load_encoder(spec_of("languagebind").with_architecture({"num_layers": 4}), "random:0").network.state_dict()
     assert len(deep) > len(short)
     assert all(torch.equal(deep[name], values) for name, values in short.items())
 
@@ -144,7 +144,7 @@ def test_random_values_are_the_documented_integers(toy):
     low, high = (words & 0xFFFFFFFF).astype(np.uint32).view(np.int32), (words >> 32).astype(np.uint32).view(np.int32)
     integers = np.stack([low, high], axis=1).reshape(128, 32) >> 8
     expected = integers * (3**0.5 * 32**-0.5 / 2**23)
-    values = toy("languagebind")._network.state_dict()[name].numpy()
+    values = toy("languagebind").network.state_dict()[name].numpy()
     np.testing.assert_allclose(values, expected, rtol=1e-6)
     assert abs(values.std() * 32**0.5 - 1) < 0.02
 

@@ -93,7 +93,7 @@ def test_a_worker_with_other_weights_than_the_plan_writes_nothing(lab):
     *_, tasks = lab.plan(encoders=("siglip",))
     other = replace(tasks[0].engine.encoders[0], weights="random:1")
     strange = replace(tasks[0], engine=replace(tasks[0].engine, encoders=(other,)))
-    with pytest.raises(RunStoppedError, match=r"this worker loads siglip as siglip-\w{12}, the plan says siglip-"):
+    with pytest.raises(RunStoppedError, match=r"this worker loads siglip as siglip-\w{12}, the plan has siglip-"):
         extract_block(strange)
     assert not list(lab.store.glob("video/*/tokens/c"))
 
@@ -109,7 +109,7 @@ def test_a_worker_that_does_not_see_the_store_makes_no_other(lab):
 def test_tokens_too_large_for_half_precision_fail_that_encoder_alone(lab):
     """The network's output is finite and its half-precision copy is not: the clip is whole, the encoder is not."""
     *_, tasks = lab.plan(encoders=TWO)
-    network = engine_for(tasks[0].engine).encoders["siglip"].loaded._network
+    network = engine_for(tasks[0].engine).encoders["siglip"].loaded.network
     bias = next(weight for name, weight in network.named_parameters() if name.endswith("mlp.fc2.bias"))
     bias.data += 1e6
     try:
@@ -142,16 +142,16 @@ def test_a_block_reports_what_it_has_done_in_the_words_of_its_end(lab, monkeypat
 def test_an_encoder_short_of_device_memory_halves_its_batches_and_every_account_says_so(lab, extracted, monkeypatch):
     """The network itself refuses more than one clip, as CUDA's allocator would."""
     from pipeline.cli import render
-    from pipeline.encoders.loading import LoadedEncoder
+    from pipeline.encoders.loading import Encoder
 
-    whole = LoadedEncoder.encode_tokens
+    whole = Encoder.encode_tokens
 
     def short_of_memory(self, frames_BTHWC, **settings):
         if len(frames_BTHWC) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
         return whole(self, frames_BTHWC, **settings)
 
-    monkeypatch.setattr(LoadedEncoder, "encode_tokens", short_of_memory)
+    monkeypatch.setattr(Encoder, "encode_tokens", short_of_memory)
     lines = io.StringIO()
     monkeypatch.setattr("sys.stderr", lines)
     summary = extract(lab.config(encoders=["siglip"]))

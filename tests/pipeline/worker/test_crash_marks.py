@@ -9,13 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.worker.isolate import forget, forget_all, has_crashed, marked
+from pipeline.worker.isolate import crash_mark, has_crashed, remove_all_marks, remove_marks
 
 BLOCK = """
 import signal, sys
 from types import SimpleNamespace
-from pipeline.worker.isolate import marked
-with marked(SimpleNamespace(store=sys.argv[1], kind="video", block=1, batch=2)):
+from pipeline.worker.isolate import crash_mark
+with crash_mark(SimpleNamespace(store=sys.argv[1], kind="video", block=1, batch=2)):
     signal.raise_signal(int(sys.argv[2]))
 """
 
@@ -32,21 +32,21 @@ def test_only_a_crash_is_remembered_and_only_of_its_own_block(number, remembered
     assert code.returncode == -number
     assert has_crashed(task(tmp_path)) is remembered
     assert not has_crashed(task(tmp_path, block=11))
-    forget(task(tmp_path))
+    remove_marks(task(tmp_path))
     assert not has_crashed(task(tmp_path))
 
 
 def test_an_exception_and_a_good_end_leave_nothing(tmp_path):
-    with pytest.raises(ValueError, match="no crash"), marked(task(tmp_path)):
+    with pytest.raises(ValueError, match="no crash"), crash_mark(task(tmp_path)):
         raise ValueError("no crash")
-    with marked(task(tmp_path)):
+    with crash_mark(task(tmp_path)):
         pass
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-    forget_all(str(tmp_path))
+    remove_all_marks(str(tmp_path))
     assert not list((tmp_path / "tmp").iterdir())
 
 
 def test_stores_in_buckets_have_no_marks():
     assert not has_crashed(task("s3://bucket/one.zarr"))
-    with marked(task("s3://bucket/one.zarr")):
+    with crash_mark(task("s3://bucket/one.zarr")):
         pass

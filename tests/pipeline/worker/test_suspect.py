@@ -11,7 +11,7 @@ from featurestore.clips import Clip
 from mervcache.errors import RunStoppedError
 from pipeline.config import EngineSettings
 from pipeline.worker.block import BlockTask
-from pipeline.worker.isolate import extract_suspect
+from pipeline.worker.isolate import extract_isolated
 from pipeline.worker.reports import BlockReport, EncoderWork
 
 pytestmark = pytest.mark.slow
@@ -61,7 +61,7 @@ def suspect(tmp_path, monkeypatch):
     def run(**fates):
         plain = {name.lstrip("_"): fate for name, fate in fates.items()}
         monkeypatch.setattr("pipeline.worker.isolate.COMMAND", (sys.executable, "-c", CHILD, json.dumps(plain)))
-        return extract_suspect(task)
+        return extract_isolated(task)
 
     return run
 

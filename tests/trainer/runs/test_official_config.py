@@ -54,7 +54,7 @@ def test_one_number_of_frames_is_that_of_every_encoder():
         ({"num_frames": [16]}, "4 video_backbone_ids need as many num_frames, got 1"),
         ({"projector_token_length": 60}, "must be a square, got 60"),
         ({"video_backbone_ids": None}, "has no video_backbone_ids"),
-        ({"llm_max_length": "long"}, "llm_max_length is int, got 'long'"),
+        ({"llm_max_length": "long"}, "llm_max_length must be a whole number, got 'long'"),
     ],
 )
 def test_a_config_that_cannot_be_imported_says_why(change, message):

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.encoders import load_encoder
 from pipeline.encoders import weights as remembered
-from pipeline.encoders.weights import fingerprint, remember, remembered_sha256
+from pipeline.encoders.weights import cache_weights_digest, cached_weights_digest, weights_fingerprint
 
 
 @pytest.fixture
@@ -23,8 +23,8 @@ def test_a_folder_keeps_its_fingerprint_until_a_file_of_it_is_touched(folder, sp
     weights = folder / "model.safetensors"
 
     def look() -> str:
-        mark = fingerprint(spec, str(folder))
-        assert mark == fingerprint(spec, str(folder))
+        mark = weights_fingerprint(spec, str(folder))
+        assert mark == weights_fingerprint(spec, str(folder))
         seen.add(mark)
         return mark
 
@@ -38,18 +38,20 @@ def test_a_folder_keeps_its_fingerprint_until_a_file_of_it_is_touched(folder, sp
     (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
     look()
     shutil.move(folder, folder.with_name("moved"))
-    assert fingerprint(spec, str(folder)) is None  # gone: only loading can tell what is wrong
+    assert weights_fingerprint(spec, str(folder)) is None  # gone: only loading can tell what is wrong
     assert len(seen) == 3
 
 
 def test_seeded_weights_are_told_apart_by_seed_network_and_versions(spec_of, monkeypatch):
     spec = spec_of("siglip")
-    marks = {fingerprint(spec, "random:0"), fingerprint(spec, "random:1")}
-    marks.add(fingerprint(spec.with_architecture({"num_layers": spec.architecture["num_layers"] + 1}), "random:0"))
+    marks = {weights_fingerprint(spec, "random:0"), weights_fingerprint(spec, "random:1")}
+    marks.add(
+        weights_fingerprint(spec.with_architecture({"num_layers": spec.architecture["num_layers"] + 1}), "random:0")
+    )
     monkeypatch.setattr(remembered, "_versions", lambda: ["torch 99"])
-    marks.add(fingerprint(spec, "random:0"))
+    marks.add(weights_fingerprint(spec, "random:0"))
     monkeypatch.setattr(remembered, "LOADER_VERSION", -1)
-    marks.add(fingerprint(spec, "random:0"))
+    marks.add(weights_fingerprint(spec, "random:0"))
     assert len(marks) == 5
     assert None not in marks
 
@@ -59,27 +61,27 @@ def test_what_loading_gave_is_remembered_across_processes_and_replaced_by_what_i
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     spec = spec_of("siglip")
-    mark, sha256 = fingerprint(spec, "random:0"), load_encoder(spec, "random:0").weights_sha256
-    assert remembered_sha256(mark) is None
-    assert not remember(mark, sha256)
-    assert remembered_sha256(mark) == sha256
+    mark, sha256 = weights_fingerprint(spec, "random:0"), load_encoder(spec, "random:0").weights_sha256
+    assert cached_weights_digest(mark) is None
+    assert not cache_weights_digest(mark, sha256)
+    assert cached_weights_digest(mark) == sha256
     assert [path.name for path in (tmp_path / "merv-pipeline" / "weights").iterdir()] == [f"{mark}.json"]
-    assert not remember(mark, sha256)
-    assert remember(mark, "0" * 64)  # another one was remembered
-    assert remembered_sha256(mark) == "0" * 64
+    assert not cache_weights_digest(mark, sha256)
+    assert cache_weights_digest(mark, "0" * 64)  # another one was remembered
+    assert cached_weights_digest(mark) == "0" * 64
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"sha256": "abc"}', '{"sha256": 3}', "{", '{"sha256": null}'])
 def test_a_damaged_memory_is_no_memory(text, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    remember("mark", "0" * 64)
+    cache_weights_digest("mark", "0" * 64)
     (tmp_path / "merv-pipeline" / "weights" / "mark.json").write_text(text)
-    assert remembered_sha256("mark") is None
-    assert remembered_sha256(None) is None
+    assert cached_weights_digest("mark") is None
+    assert cached_weights_digest(None) is None
 
 
 def test_a_home_that_cannot_be_written_to_costs_the_memory_alone(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert not remember("mark", "0" * 64)
-    assert remembered_sha256("mark") is None
+    assert not cache_weights_digest("mark", "0" * 64)
+    assert cached_weights_digest("mark") is None
