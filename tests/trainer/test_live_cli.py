@@ -48,9 +48,9 @@ def test_a_resumed_run_goes_on_where_its_record_says():
         (
             "features/a.zarr",
             {"dataset": "demo", "weights": ("hub",)},
-            "--dataset, --weights say .* give --end-to-end",
+            "--dataset, --weights .* give --end-to-end",
         ),
-        (None, {"skip_media_check": True}, "--skip-media-check say"),
+        (None, {"skip_media_check": True}, "--skip-media-check .* give --end-to-end"),
     ],
 )
 def test_words_that_do_not_go_together_are_errors(store, given, message):
