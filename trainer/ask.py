@@ -1,14 +1,11 @@
-"""Ask: questions about a media file, answered by a trained run.
+"""Answer questions about a media file with a trained run.
 
-Comes in: a run's folder, a video or an image, questions. Goes out: text, generated greedily. The file is decoded and
-encoded on the spot by encoders that are rebuilt from the run's own record, and refused if they are not the ones whose
-tokens the run was trained on. From Python:
+The file is decoded and encoded by encoders rebuilt from the run's record; encoders other than those it was trained on
+are refused. Answers are generated greedily. A text-only run answers without the file (`looks` is False).
 
     from trainer import Asker
     with Asker("runs/demo") as asker:
         print(asker.answer("What colour is the shape?", video="clip.mp4"))
-
-A text-only run answers without looking; `looks` says which kind a run is.
 """
 
 from __future__ import annotations
@@ -28,15 +25,15 @@ from trainer.runs.load import LoadedRun, load_run
 
 Span = tuple[float | None, float | None]  # seconds; None: the file's start or end
 WHOLE: Span = (None, None)
-DATASET = "asked"  # of the clips that are asked about
+DATASET = "asked"  # dataset name of these clips
 MAX_NEW_TOKENS = 64
 
 
 class Asker:
-    """A run ready to answer; its encoders and a decode process are there from the first look until `close`."""
+    """A run ready to answer; encoders and a decode process are held from the first media file until `close`."""
 
     def __init__(self, run: LoadedRun | Path | str, *, weights: Sequence[str] = (), device: str = "auto") -> None:
-        """`weights`: SPEC or NAME=SPEC, where encoders' weights are now, if not where the run's record says."""
+        """`weights`: SPEC or NAME=SPEC, where encoders' weights are if they have moved since training."""
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.run = run if isinstance(run, LoadedRun) else load_run(Path(run))
@@ -47,12 +44,12 @@ class Asker:
 
     @property
     def looks(self) -> bool:
-        """Whether the run was trained to see, or on text alone."""
+        """Whether the run reads visual tokens; False for a text-only run."""
         return self.model.has_visual
 
     @property
     def notes(self) -> list[str]:
-        """What a reader of the answers has to know."""
+        """Caveats about the answers: a text-only run, encoders with random weights."""
         if not self.looks:
             return ["this run was trained on text alone: it answers without looking"]
         facts = self.run.record.encoders
@@ -84,13 +81,13 @@ class Asker:
         model = self.model
         try:
             batch = make_batch(rendered, [clip_id] * len(rendered), source, model.num_visual_tokens, model.context)
-        except UserError as error:  # sources speak of clips; a person has typed a path
+        except UserError as error:  # sources name clips, the user gave a path
             raise UserError(str(error).replace(str(clip_id), str(video or image))) from error
         tokenizer = renderer.tokenizer
         with self.run.built.autocast(self._device):
             ids = model.generate(
                 batch.to(self._device),
-                max_new_tokens=self._room(max_new_tokens, batch.attention_mask_BS.shape[1]),
+                max_new_tokens=self._num_new_tokens(max_new_tokens, batch.attention_mask_BS.shape[1]),
                 do_sample=False,
                 eos_token_id=self._end_ids(),
                 pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
@@ -98,7 +95,7 @@ class Asker:
         return [text.strip() for text in tokenizer.batch_decode(ids.tolist(), skip_special_tokens=True)]
 
     def close(self) -> None:
-        """End the decode process and let the encoders go."""
+        """Stop the decode process and release the encoders."""
         self._opened.close()
         self._source = None
 
@@ -122,8 +119,8 @@ class Asker:
             self._source = self._opened.enter_context(source)
         return self._source
 
-    def _room(self, wanted: int, used: int) -> int:
-        """New tokens that still fit behind the prompt."""
+    def _num_new_tokens(self, wanted: int, used: int) -> int:
+        """New tokens that still fit after the prompt."""
         context = self.model.context
         if context is not None and used >= context:
             raise UserError(
@@ -134,9 +131,9 @@ class Asker:
     def _end_ids(self) -> list[int]:
         """The tokenizer's end token, and those that a chat model ends its turns with."""
         settings = getattr(self.model.llm, "generation_config", None)
-        told = getattr(settings, "eos_token_id", None)
-        told = told if isinstance(told, list) else [told]
-        return sorted({self.run.built.renderer.tokenizer.eos_token_id, *(end for end in told if end is not None)})
+        ends = getattr(settings, "eos_token_id", None)
+        ends = ends if isinstance(ends, list) else [ends]
+        return sorted({self.run.built.renderer.tokenizer.eos_token_id, *(end for end in ends if end is not None)})
 
 
 def ask(run: Path | str, question: str, *, weights: Sequence[str] = (), device: str = "auto", **media: Any) -> str:
@@ -146,9 +143,12 @@ def ask(run: Path | str, question: str, *, weights: Sequence[str] = (), device: 
 
 
 def parse_clip(video: Path | str | None, image: Path | str | None, span: Span = WHOLE) -> tuple[str, Clip]:
-    """Root folder and clip of a file that a person names."""
+    """Root folder and clip of a media file.
+
+    Raises UserError unless exactly one of `video` and `image` is given and exists.
+    """
     if (video is None) == (image is None):
-        raise UserError("this run looks at what it is asked about: give one video or one image")
+        raise UserError("this run reads visual tokens: give one video or one image")
     typed = video if image is None else image
     path = Path(typed).resolve()
     if not path.exists():

@@ -1,18 +1,6 @@
-"""Command line of training: `merv-train`.
+"""Command lines `merv-train` and `merv-eval`: parse options, call one library function, print the result.
 
-Thin: parse, call one function of the house, print. Results go to stdout (`--json` for programs), progress to stderr,
-and an error that a person can act on is its message without a traceback.
-
-Command line of trained runs: `merv-eval`. Thin: parse, call one function of the house, print.
-
-Tell: what `merv-train` and `merv-eval` say to a person on stdout; programs get the same facts with `--json`.
-
-Comes in: the facts of a dry run, results, scores or losses. Goes out: text. rich is imported where it draws: the
-command lines read this room for `--help`.
-
-What the command lines of this room share beside `mervcache.console`: the door to the heavy rooms.
-
-torch is imported behind `load_torch_modules`, inside a command, so that `--help` answers at once.
+torch and transformers are imported inside the commands (`load_torch_modules`), so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -58,43 +46,43 @@ GB = 1e9
 MEMORY_PARTS = ("parameters", "gradients", "moments", "tokens", "activations", "total")
 
 
-def print_plan(told: Mapping[str, Any]) -> None:
-    """What a dry run found, a column per stage."""
+def print_plan(plan: Mapping[str, Any]) -> None:
+    """Print the result of a dry run, a column per stage."""
     from mervcache.console import table  # rich
 
-    stages = told.get("stages") or {"": told}
+    stages = plan.get("stages") or {"": plan}
     columns = [plan_rows(stage) for stage in stages.values()]
     names = dict.fromkeys(name for column in columns for name in column)
     table(("", *stages), [(name, *(column.get(name, "-") for column in columns)) for name in names])
 
 
-def plan_rows(told: Mapping[str, Any]) -> dict[str, str]:
-    """The rows of one stage: what a person decides by before a run."""
-    text, memory = told["text_tokens"], told["memory_bytes"]
-    context = f" of {told['context']:,}" if told["context"] else ""
+def plan_rows(plan: Mapping[str, Any]) -> dict[str, str]:
+    """Row name -> value of one stage."""
+    text, memory = plan["text_tokens"], plan["memory_bytes"]
+    context = f" of {plan['context']:,}" if plan["context"] else ""
     rows = {
-        "steps": f"{told['steps']:,} of {told['batch_size']:,} samples",
-        "samples": f"{told['samples']:,}",
-        "dropped": _counts(told["dropped"]),
-        "unread": _counts(told["unread"]),
+        "steps": f"{plan['steps']:,} of {plan['batch_size']:,} samples",
+        "samples": f"{plan['samples']:,}",
+        "dropped": _counts(plan["dropped"]),
+        "unread": _counts(plan["unread"]),
         "text tokens": f"median {text['median']:,}, longest {text['longest']:,}",
-        "visual tokens": f"{told['visual_tokens']:,}",
-        "longest sequence": f"{told['longest_sequence']:,}{context}",
+        "visual tokens": f"{plan['visual_tokens']:,}",
+        "longest sequence": f"{plan['longest_sequence']:,}{context}",
     }
-    if told["cut"]:
-        rows["texts cut"] = f"{told['cut']:,} at {told['text_limit']:,} tokens"
-    if told["without_answer"]:
-        rows["answer cut off"] = f"{told['without_answer']:,}"
-    for part, sizes in told["parameters"].items():
+    if plan["cut"]:
+        rows["texts cut"] = f"{plan['cut']:,} at {plan['text_limit']:,} tokens"
+    if plan["without_answer"]:
+        rows["answer cut off"] = f"{plan['without_answer']:,}"
+    for part, sizes in plan["parameters"].items():
         rows[f"trained of {part}"] = f"{sizes['trained']:,} of {sizes['total']:,}"
     for part in MEMORY_PARTS:
         about = "about " if part in ("activations", "total") else ""  # activations are a rough formula
         rows[f"GB, {part}"] = f"{about}{memory[part] / GB:.3g}"
-    return rows | ({"starts from": told["init"]} if "init" in told else {})
+    return rows | ({"starts from": plan["init"]} if "init" in plan else {})
 
 
 def print_scores(result: Mapping[str, Any]) -> None:
-    """Accuracy beside chance and beside other runs, a line per category."""
+    """Print accuracy by category, next to chance and to the baseline runs."""
     from mervcache.console import table  # rich
 
     columns = ("questions about", "number", "accuracy", "chance", *result["beside"])
@@ -145,8 +133,8 @@ handle_cli_errors = handle_errors(
 def load_torch_modules() -> None:
     """Set what torch and transformers read when they are loaded; commands import what needs them after this call.
 
-    OpenMP threads that spin while they wait take each other's cores away: on two cores beside other work, training the
-    demo fell from 185 to 20 samples/s, and to 115 where they sleep. Read once, when torch is loaded.
+    OpenMP threads that spin while they wait take cores from each other: on two loaded cores, training the demo fell
+    from 185 to 20 samples/s, and to 115 with passive waiting. The variable is read once, when torch is loaded.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     keep_bars_to_terminals()
@@ -162,7 +150,7 @@ def keep_bars_to_terminals() -> None:
 
 ONLY_STORE = "-"  # --from-cache without a path: the only store under features/
 
-live_options = stacked(  # what is encoded on the spot, in the words of `merv-pipeline extract`
+live_options = stacked(  # of --end-to-end, named as in `merv-pipeline extract`
     click.option("--end-to-end", is_flag=True, help="Decode and encode while training, instead of --from-cache."),
     click.option("--dataset", help="End to end: dataset by name; `merv-pipeline datasets` lists them."),
     click.option("--root", type=click.Path(file_okay=False), help="End to end: folder of media and annotations."),
@@ -257,17 +245,17 @@ def train_main(
 ) -> None:
     """Train projectors and fusion, and the LLM if asked, from the tokens of a feature store or end to end."""
     start, out, earlier = resolve_start(resume, out, options)
-    words = pop_live_options(options)  # what is left are settings
+    live = pop_live_options(options)  # the rest are settings
     only = options.pop("stage") if len(start) > 1 else None
     stages = resolve_stages(start, config_file, options)
     if print_config:
         click.echo(to_yaml(stages), nl=False)
         return
-    place = resolve_source(store, words, earlier)
+    place = resolve_source(store, live, earlier)
     if dry_run:
         load_torch_modules()
-        told = dry_run_stages(stages, place)
-        print_result(told, as_json, lambda: print_plan(told))
+        plan = dry_run_stages(stages, place)
+        print_result(plan, as_json, lambda: print_plan(plan))
         return
     if not is_launched():  # one of several ranks may find what the first has begun
         if resume is None:
@@ -277,8 +265,8 @@ def train_main(
     load_torch_modules()
     results = train_in_stages(stages, place, out, resume=resume is not None, only=only)
     if is_first_rank():
-        told = {**results[-1], "stages": results} if len(stages) > 1 else results[-1]
-        print_result(told, as_json, lambda: click.echo("\n".join(result_lines(results))))
+        result = {**results[-1], "stages": results} if len(stages) > 1 else results[-1]
+        print_result(result, as_json, lambda: click.echo("\n".join(result_lines(results))))
 
 
 def resolve_start(resume: str | None, out: Path, options: dict[str, Any]) -> tuple[Stages, Path, dict[str, Any] | None]:
@@ -317,7 +305,7 @@ def resolve_stages(stages: Stages, config_file: Path | None, options: Mapping[st
 
 
 def earlier_record(run: Path) -> dict[str, Any] | None:
-    """What a run, or the first stage of a chain, says about its tokens; None if nothing has begun."""
+    """The record of a run, or of the first stage of a staged run; None if nothing has begun."""
     stages = read_stages(run)
     record = stage_folder(run, stages, stages[0]) / RECORD_FILE
     return json.loads(record.read_text()) if record.is_file() else None
@@ -328,13 +316,13 @@ def _change(changes: dict[str, Any], part: str, **values: Any) -> None:
 
 
 def resolve_source(
-    store: str | None, words: Mapping[str, Any], earlier: Mapping[str, Any] | None = None
+    store: str | None, options: Mapping[str, Any], earlier: Mapping[str, Any] | None = None
 ) -> str | LiveRequest:
-    """Where tokens come from, as asked or as the record of the run that is resumed says; `words` as they were given."""
-    live = {name: words[name] for name in ("dataset", "root", "weights")}
-    file, is_trusted, is_live = words["extract_config"], words["skip_media_check"], words["end_to_end"]
+    """A store's path, or the extraction to run live: from the options, else from the record of the resumed run."""
+    live = {name: options[name] for name in ("dataset", "root", "weights")}
+    file, is_trusted, is_live = options["extract_config"], options["skip_media_check"], options["end_to_end"]
     if is_live and store is not None:
-        raise UserError("tokens are read from a store or made on the spot: give --from-cache or --end-to-end, not both")
+        raise UserError("tokens come from a store or are computed live: give --from-cache or --end-to-end, not both")
     if store is None and earlier is not None and not is_live:
         store, is_live = earlier["store"] or None, earlier.get("live") is not None
     if is_live:
@@ -344,17 +332,17 @@ def resolve_source(
         return LiveRequest(settings={**recorded, **given}, config_file=file, is_trusted=is_trusted)
     idle = {**live, "extract_config": file, "skip_media_check": is_trusted}
     if given := [f"--{name.replace('_', '-')}" for name, value in idle.items() if value]:
-        raise UserError(f"{', '.join(given)} say what is encoded on the spot: give --end-to-end too")
+        raise UserError(f"{', '.join(given)} are for live encoding: give --end-to-end too")
     if store is None:
         raise UserError(
-            f"where are the tokens? Give --from-cache STORE, --from-cache alone for the only store under {FEATURES}/,"
+            f"no source of tokens: give --from-cache STORE, --from-cache alone for the only store under {FEATURES}/,"
             " or --end-to-end --dataset NAME to decode and encode while training"
         )
     return str(_existing(find_store(None if store == ONLY_STORE else store)))
 
 
 def pop_live_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Take out the options of `live_options` that are no settings; `--encoders` is one, and is cut into names."""
+    """Remove and return the options of `live_options` that are no settings; `--encoders` is one, split into names."""
     if isinstance(options.get("encoders"), str):
         options["encoders"] = names_of(options["encoders"])
     names = ("dataset", "root", "weights", "extract_config", "skip_media_check", "end_to_end")
@@ -362,7 +350,7 @@ def pop_live_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _existing(store: Place) -> Place:
-    """Refuse a folder without a store now: loading torch first would take seconds. A URL is looked at later."""
+    """Refuse a folder without a store before torch is loaded, which takes seconds. A URL is checked later."""
     if not is_url(store) and not (Path(store) / ROOT_METADATA).is_file():
         raise StoreNotFoundError(no_store_at(store))
     return store
@@ -374,7 +362,7 @@ OWN_STORE = "the one the run was trained on"
 
 @click.group(context_settings=CONTEXT)
 def eval_main() -> None:
-    """Measure trained runs, give them away, take in others."""
+    """Score trained runs, export them, import official checkpoints."""
 
 
 @eval_main.command("run")
@@ -398,7 +386,7 @@ def eval_main() -> None:
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, help="Questions at once, with all their options.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON, answers included.")
 def eval_run(checkpoint: Path, store: str | None, baseline: tuple[Path, ...], as_json: bool, **options: Any) -> None:
-    """Multiple-choice accuracy by category, beside chance and beside other runs."""
+    """Multiple-choice accuracy by category, next to chance and to baseline runs."""
     check_are_runs(checkpoint, *baseline)
     load_torch_modules()
     from trainer.evaluate import EvaluationRequest, evaluate_run
@@ -418,7 +406,7 @@ def eval_run(checkpoint: Path, store: str | None, baseline: tuple[Path, ...], as
 def eval_distortion(checkpoint: Path, store: str | None, as_json: bool, **options: Any) -> None:
     """Validation loss on the stored tokens, and on the same tokens in each storage dtype.
 
-    The result is kept in the store's journal, beside what `merv-pipeline distortion` measures.
+    The result is saved in the store's journal, as that of `merv-pipeline distortion` is.
     """
     check_are_runs(checkpoint)
     load_torch_modules()
@@ -442,14 +430,14 @@ def eval_distortion(checkpoint: Path, store: str | None, as_json: bool, **option
 @click.option("--merge-lora", is_flag=True, help="Add LoRA adapters to the LLM's weights, instead of a peft folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
 def eval_export(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> None:
-    """Write a run as a folder to give away: safetensors, settings, tokenizer, model card."""
+    """Export a run as a folder for others: safetensors, settings, tokenizer, model card."""
     check_are_runs(checkpoint)
     load_torch_modules()
     from trainer.runs.export import export_run
 
     result = export_run(checkpoint, out, **options)
-    words = f"{result['out']}: step {result['step']}, {result['bytes'] / 1e6:.1f} MB; fill in the licence in README.md"
-    print_result(result, as_json, lambda: click.echo(words))
+    line = f"{result['out']}: step {result['step']}, {result['bytes'] / 1e6:.1f} MB; fill in the licence in README.md"
+    print_result(result, as_json, lambda: click.echo(line))
 
 
 @eval_main.command("import-official")
@@ -460,7 +448,7 @@ def eval_export(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> N
     "config_file",
     type=click.Path(path_type=Path),
     required=True,
-    help="The config.json that lies beside the checkpoint; YAML is read too.",
+    help="The config.json of the checkpoint; YAML is read too.",
 )
 @click.option("--llm", required=True, help="Hub id or folder of the LLM it was trained from: tokenizer and sizes.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run to make.")
@@ -472,8 +460,8 @@ def eval_import_official(checkpoint_file: Path, config_file: Path, as_json: bool
     from trainer.official import import_official
 
     result = import_official(checkpoint_file, config_file, **options)
-    words = f"{result['run']}: step {result['step']}, encoders {', '.join(result['encoders'])}"
-    print_result(result, as_json, lambda: click.echo(words))
+    line = f"{result['run']}: step {result['step']}, encoders {', '.join(result['encoders'])}"
+    print_result(result, as_json, lambda: click.echo(line))
 
 
 @eval_main.command("ask")
@@ -508,8 +496,8 @@ def eval_ask(questions: tuple[str, ...], checkpoint: Path, as_json: bool, **opti
     with Asker(checkpoint, weights=weights) as asker:
         for note in asker.notes:
             echo(note)
-        asked = [questions] if questions else ([line] for line in iter(_next_question, ""))
-        for part in asked:
+        batches = [questions] if questions else ([line] for line in iter(_next_question, ""))
+        for part in batches:
             answers = asker.answers(part, **options)
             if as_json:
                 pairs = [{"question": q, "answer": a} for q, a in zip(part, answers, strict=True)]
@@ -519,13 +507,13 @@ def eval_ask(questions: tuple[str, ...], checkpoint: Path, as_json: bool, **opti
 
 
 def is_terminal() -> bool:
-    """Whether a person sits at standard input."""
+    """Whether standard input is a terminal."""
     return sys.stdin.isatty()
 
 
 def _next_question() -> str:
-    """A line from the terminal; "" ends, and so does the end of input."""
-    click.echo("? ", nl=False, err=True)  # answers alone go to stdout
+    """A line from the terminal; "" at an empty line or the end of input."""
+    click.echo("? ", nl=False, err=True)  # only answers go to stdout
     return sys.stdin.readline().strip()
 
 

@@ -18,7 +18,7 @@ import yaml
 from mervcache.config import load_yaml, overlay, plain
 from mervcache.errors import UserError, unknown_name
 
-LISTING = ("dataset", "root", "options", "stage", "kind", "limit")  # settings of an extraction that say what is listed
+LISTING = ("dataset", "root", "options", "stage", "kind", "limit")  # extraction settings that decide what is listed
 CONFIG_FILE, RECORD_FILE = "config.yaml", "run.json"  # in a run's folder
 
 Mode = Literal["frozen", "text-only"]
@@ -114,7 +114,7 @@ PROJECTORS: dict[str, ProjectorConfig] = {
 
 
 def row_of(resampler: str) -> str:
-    """What `--projector` calls a resampler."""
+    """The `--projector` name of a resampler."""
     return next(row for row, preset in PROJECTORS.items() if preset.resampler == resampler)
 
 
@@ -170,9 +170,9 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """All that decides a run's weights, besides the data."""
+    """Everything that decides a run's weights, except the data."""
 
-    mode: Mode = "frozen"  # text-only: the same run without visual tokens, the baseline a score stands beside
+    mode: Mode = "frozen"  # text-only: the same run without visual tokens, as a baseline
     llm: str = "meta-llama/Llama-2-7b-hf"  # Hub id, local folder, or fresh:NAME
     train_llm: TrainLLM = "none"
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -183,7 +183,7 @@ class TrainConfig:
     samples: tuple[str, ...] = ()  # sample sets of the store; empty: all
     stage: str = "finetune"  # samples of this stage only
     split: str = "train"
-    fraction: float = 1.0  # share of the samples, chosen by their ids: a smaller share lies inside a larger one
+    fraction: float = 1.0  # share of the samples, chosen by their ids: a smaller share is a subset of a larger one
     limit: int | None = None  # at most so many samples, the first by sample id
     source_weights: Mapping[str, float] = field(default_factory=dict)  # source -> times per epoch; 0.5: half, in turn
     sampler: Sampler = "shuffled"  # split_modality: batches of one modality, ranks of like length
@@ -191,7 +191,7 @@ class TrainConfig:
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
     prompt: PromptName = "pure"
-    visual_position: VisualPosition = "after_bos"  # after a BOS that stands alone, else first
+    visual_position: VisualPosition = "after_bos"  # after a lone BOS, else first
     max_text_tokens: int = 2048  # longer texts are cut at the right, and sooner where the LLM's context is full
     exceed_context: bool = False  # go beyond the LLM's context, if its positions are rotary: concat_sequence of four
     # encoders fills LLaMA-2's 4,096 without any text, and arXiv 2501.01426 has that row
@@ -208,11 +208,11 @@ class TrainConfig:
     log_every: int = 10  # steps between lines of metrics
     checkpoint_every: int = 500  # steps; the last step always has one
     checkpoint_minutes: float | None = None  # and whenever so much time has passed
-    keep_checkpoints: int = 2  # the last ones; the best by validation is kept besides
+    keep_checkpoints: int = 2  # the last ones; the best by validation is kept as well
     eval_every: int | None = None  # steps between validations on held-out samples
     eval_split: str = "heldout"
     eval_limit: int = 256  # held-out samples per validation
-    trackers: tuple[Tracker, ...] = ()  # besides the JSON lines that are always written; needs the extra `track`
+    trackers: tuple[Tracker, ...] = ()  # in addition to the JSON lines; needs the extra `track`
     prefetch_batches: int = 4  # global batches read ahead
 
     def __post_init__(self) -> None:
@@ -257,11 +257,11 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LiveRequest:
-    """Tokens to be made on the spot: what `merv-pipeline extract` would be told, in its own words."""
+    """Tokens to compute live: the settings of a `merv-pipeline extract`."""
 
     settings: Mapping[str, Any]  # such as dataset, root, weights; they win over the file
     config_file: Path | None = None
-    is_trusted: bool = False  # media are not looked at before the first step
+    is_trusted: bool = False  # skip the media check before the first step
 
 
 def read_config(run: Path) -> TrainConfig:
@@ -274,7 +274,7 @@ def read_config(run: Path) -> TrainConfig:
 
 
 def used_encoders(config: TrainConfig, available: list[str]) -> list[str]:
-    """The encoders a run reads, in order: those asked for, or all; only one where the fusion reads only one."""
+    """The encoders a run reads, in order: those configured, or all; only one where the fusion reads only one."""
     for encoder in config.encoders:
         if encoder not in available:
             raise UserError(unknown_name("encoder", encoder, available))
@@ -284,7 +284,7 @@ def used_encoders(config: TrainConfig, available: list[str]) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One part of a recipe, trained in one go."""
+    """One stage of a recipe: a complete run."""
 
     name: str  # its folder's name where a recipe has several
     config: TrainConfig

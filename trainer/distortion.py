@@ -1,8 +1,7 @@
-"""Distortion of a run: its validation loss on the same tokens, as they would be in a store of each storage dtype.
+"""Validation loss of a run on the same tokens as stored, and as they would be in a store of each storage dtype.
 
-Comes in: a trained run, a store, samples of a split. Goes out: a `LossRecord`, the loss by modality on the tokens as
-they are stored and after the cast of each dtype, clip by clip and with the store's own arithmetic. The run was trained
-on the stored dtype: the change tells what switching costs a finished run, not what training on another would give.
+The run was trained on the stored dtype, so the change shows what switching costs a finished run, not what training on
+another dtype would give.
 
 B clips, T time, H W height width, K prefix tokens, D encoder width.
 """
@@ -35,7 +34,7 @@ _LOSS = "val_loss"
 
 @dataclass(frozen=True, kw_only=True)
 class _Subject:
-    """What a validation asks of a plan: nothing is trained here."""
+    """The part of a training plan that `Validation` reads."""
 
     built: Built
     config: TrainConfig
@@ -109,7 +108,7 @@ def _refuse_missing_split(samples: Sequence[Sample], split: str) -> None:
     if split not in found:
         raise UserError(
             f"no sample of this store is of split {split!r}; it has: {', '.join(found) or 'none'}. Choose one with "
-            "--split: where it was trained on, the loss is lower, and its change with the dtype still tells something"
+            "--split: where it was trained on, the loss is lower, and its change with the dtype is still informative"
         )
 
 

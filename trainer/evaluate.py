@@ -1,8 +1,7 @@
-"""Evaluate: a run answers questions, by category, beside chance and beside runs that answer the same ones.
+"""Score a run on multiple-choice questions, by category, next to chance and to baseline runs.
 
-Comes in: a run's folder and an `EvaluationRequest`. Goes out: the scores as JSON, which the run's folder keeps too. A
-text-only run, trained the same way without visual tokens (`merv-train --mode text-only`), is the one to stand beside:
-what it gets right, the words alone give away.
+A text-only run trained the same way (`merv-train --mode text-only`) is the baseline to compare with: it shows what the
+question text alone gives away. Scores are saved in the run's folder as JSON.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ from trainer.sources import TokenPlace, opened_for
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRequest:
-    """Which questions are asked, and how; without a place, those of the one that the run was trained on."""
+    """Questions to ask and where their clips are; by default the store or dataset that the run was trained on."""
 
     store: str | None = None  # of the questions' clips
-    dataset: str | None = None  # whose clips are decoded and encoded now, instead of a store
+    dataset: str | None = None  # its clips are decoded and encoded live, instead of read from a store
     root: str | None = None  # folder of the dataset's media and annotations
     weights: tuple[str, ...] = ()  # SPEC or NAME=SPEC: where the weights of encoders that run now are
     split: str = "heldout"
@@ -42,35 +41,34 @@ class EvaluationRequest:
     def __post_init__(self) -> None:
         if self.store is not None and self.media:
             raise UserError(
-                f"tokens are read from a store or made on the spot: give --store or --{', --'.join(self.media)},"
-                " not both"
+                f"tokens come from a store or are computed live: give --store or --{', --'.join(self.media)}, not both"
             )
 
     @property
     def media(self) -> dict[str, str]:
-        """What is said of a dataset, in the words of an extraction."""
+        """The given settings of a live extraction."""
         given = {"dataset": self.dataset, "root": self.root}
         return {name: value for name, value in given.items() if value is not None}
 
 
-def evaluate_run(run: Path, request: EvaluationRequest, beside: Sequence[Path] = ()) -> dict[str, Any]:
-    """Answer questions with a run, and the same questions with every run beside it; the run keeps its scores."""
+def evaluate_run(run: Path, request: EvaluationRequest, baselines: Sequence[Path] = ()) -> dict[str, Any]:
+    """Score `run`, and every baseline on the same questions; scores are saved in the run's folder."""
     loaded = load_run(run, best=request.best)
     place = questions_place(run, loaded, request)
     with opened_for(loaded, place, request.weights, _device()) as (samples, source):
         has_visual = loaded.built.model.has_visual
-        asked = questions(samples, source, split=request.split, has_visual=has_visual)[: request.limit]
-        answers = _answers(loaded, asked, source, request)
-        state = source.snapshot if isinstance(place, str) else f"live-{_digest(asked, source)[:12]}"
-    others = {str(path): _answers_beside(path, asked, place, request) for path in beside}
+        samples = questions(samples, source, split=request.split, has_visual=has_visual)[: request.limit]
+        answers = _answers(loaded, samples, source, request)
+        state = source.snapshot if isinstance(place, str) else f"live-{_digest(samples, source)[:12]}"
+    others = {str(path): _baseline_answers(path, samples, place, request) for path in baselines}
     result = report(loaded, answers, others)
     named = place if isinstance(place, str) else place.settings["dataset"]
-    _keep_scores(run, result, ScoreSource(split=request.split, limit=request.limit, store=named, snapshot=state))
+    _save_scores(run, result, ScoreSource(split=request.split, limit=request.limit, store=named, snapshot=state))
     return result
 
 
 def questions_place(run: Path, loaded: LoadedRun, request: EvaluationRequest) -> TokenPlace:
-    """Where the questions are and their clips' tokens come from: as asked, else as in the run's training."""
+    """Source of the questions and of their clips' tokens: as given, else as in training."""
     if request.store is not None:
         return request.store
     record, media = loaded.record, request.media
@@ -87,66 +85,71 @@ def questions_place(run: Path, loaded: LoadedRun, request: EvaluationRequest) ->
     return LiveRequest(settings={**known, **media})
 
 
-def report(run: LoadedRun, answers: Sequence[Answer], beside: Mapping[str, Sequence[Answer]]) -> dict[str, Any]:
-    """JSON of an evaluation; `beside` holds the answers of other runs to the same questions, by name."""
+def report(run: LoadedRun, answers: Sequence[Answer], baselines: Mapping[str, Sequence[Answer]]) -> dict[str, Any]:
+    """JSON of an evaluation; `baselines` are other runs' answers to the same questions, by name."""
     return {
         "data_digest": run.record.data_digest,
         "step": run.step,
         "scores": [asdict(score) for score in summarise(answers)],
-        "beside": {name: [asdict(score) for score in summarise(other)] for name, other in beside.items()},
+        "beside": {name: [asdict(score) for score in summarise(other)] for name, other in baselines.items()},
         "answers": [asdict(answer) for answer in answers],
     }
 
 
-def _answers(run: LoadedRun, asked: Sequence[Sample], source: TokenSource, request: EvaluationRequest) -> list[Answer]:
-    with ProgressLine("score", total=len(asked), unit="questions") as line:
-        answers = answer_all(run.built, asked, source, batch_size=request.batch_size, device=_device())
+def _answers(
+    run: LoadedRun, samples: Sequence[Sample], source: TokenSource, request: EvaluationRequest
+) -> list[Answer]:
+    with ProgressLine("score", total=len(samples), unit="questions") as line:
+        answers = answer_all(run.built, samples, source, batch_size=request.batch_size, device=_device())
         return list(line.over(answers))
 
 
-def _answers_beside(path: Path, asked: Sequence[Sample], place: TokenPlace, request: EvaluationRequest) -> list[Answer]:
-    """Another run's answers to questions whose place the first run decided."""
+def _baseline_answers(
+    path: Path, samples: Sequence[Sample], place: TokenPlace, request: EvaluationRequest
+) -> list[Answer]:
+    """A baseline's answers to the same questions."""
     other = load_run(path, best=request.best)
-    with opened_for(other, _place_beside(other, place, request), request.weights, _device()) as (_, source):
-        _check_asked(path, other, asked, source)
-        return _answers(other, asked, source, request)
+    with opened_for(other, _baseline_place(other, place, request), request.weights, _device()) as (_, source):
+        _check_same_questions(path, other, samples, source)
+        return _answers(other, samples, source, request)
 
 
-def _place_beside(other: LoadedRun, place: TokenPlace, request: EvaluationRequest) -> TokenPlace:
-    """Where another run finds the clips of the same questions."""
+def _baseline_place(other: LoadedRun, place: TokenPlace, request: EvaluationRequest) -> TokenPlace:
+    """Where a baseline reads the clips of the same questions."""
     if not isinstance(place, str):
         return place
     if other.built.config.train_encoders and other.record.live:
         return LiveRequest(settings=_listed(other.record))
-    is_theirs = request.store is None and other.built.model.has_visual
-    return other.record.store or place if is_theirs else place
+    if request.store is None and other.built.model.has_visual:
+        return other.record.store or place
+    return place
 
 
 def _listed(record: RunRecord) -> dict[str, Any]:
-    """What decides the listing of the dataset that a live run was trained on."""
+    """The settings that list the dataset of a live run."""
     return {name: value for name, value in (record.live or {}).items() if name in LISTING}
 
 
-def _check_asked(path: Path, other: LoadedRun, asked: Sequence[Sample], source: TokenSource) -> None:
-    found = showable(asked, source, has_visual=other.built.model.has_visual)
-    if missing := len(asked) - len(found):
+def _check_same_questions(path: Path, other: LoadedRun, samples: Sequence[Sample], source: TokenSource) -> None:
+    found = showable(samples, source, has_visual=other.built.model.has_visual)
+    if missing := len(samples) - len(found):
         raise UserError(
-            f"{path} cannot be asked the same questions: it has no tokens of the clips of {missing} of {len(asked)};"
+            f"{path} cannot answer the same questions: it has no tokens for the clips of {missing} of {len(samples)};"
             " name one place for all runs, with --store or with --dataset and --root"
         )
 
 
-def _digest(asked: Sequence[Sample], source: TokenSource) -> str:
-    """Names what was asked about, and the media where they were looked at."""
-    return source.data_digest({sample.clip_id for sample in asked if sample.clip_id is not None}, asked)
+def _digest(samples: Sequence[Sample], source: TokenSource) -> str:
+    """Digest of the questions and of their clips' tokens or media."""
+    return source.data_digest({sample.clip_id for sample in samples if sample.clip_id is not None}, samples)
 
 
 def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _keep_scores(run: Path, result: Mapping[str, Any], source: ScoreSource) -> None:
+def _save_scores(run: Path, result: Mapping[str, Any], source: ScoreSource) -> None:
     try:
         write_scores(last_stage(run), result, source)
     except OSError as error:
-        echo(f"the scores were not kept in {run}: {error.strerror}")
+        echo(f"the scores were not saved in {run}: {error.strerror}")

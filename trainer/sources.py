@@ -1,7 +1,6 @@
-"""Places: where samples and tokens come from: a store, or media that are decoded and encoded on the spot.
+"""Open the samples and tokens of a run: from a feature store, or from media encoded live.
 
-Comes in: a place and the settings of a run. Goes out: samples, and a token source that fits them. The pipeline is
-imported only where it runs.
+The pipeline is imported only for live tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from trainer.runs import checkpoint
 from trainer.runs.load import LoadedRun
 from trainer.runs.run_record import UNBOUND, RunRecord
 
-TokenPlace = str | LiveRequest  # a store's path, or what is encoded on the spot
+TokenPlace = str | LiveRequest  # a store's path, or a live extraction
 # Settings, and the folder of a run that may have begun with them -> its samples and tokens.
 OpenTokens = Callable[[TrainConfig, Path | None], tuple[Sequence[Sample], TokenSource]]
 
@@ -85,7 +84,7 @@ def open_store_for(run: LoadedRun, path: str, *, names: Sequence[str] = ()) -> t
     store = FeatureStore.open(path)
     keys = {identity.id: key for key, identity in store.encoders.items()}
     wanted = {encoder: keys.get(shape.identity, encoder) for encoder, shape in run.record.shapes.items()}
-    wanted = wanted or {key: key for key in store.encoders}  # text only: asked of the clips that all runs are asked of
+    wanted = wanted or {key: key for key in store.encoders}  # text only: the clips of all encoders
     stored = {encoder: key for encoder, key in wanted.items() if key in store.encoders}
     if not stored:
         raise UserError(
@@ -123,11 +122,11 @@ def _check_stored(wanted: Sequence[str], stored: Sequence[str]) -> None:
 
 
 def check_has_a_store(run: LoadedRun) -> None:
-    """Refuse a run whose encoders have learnt: tokens of theirs are nowhere."""
+    """Refuse a run that trained its encoders: no store holds their tokens."""
     if trained := run.built.config.train_encoders:
         raise UserError(
-            f"the run has trained {', '.join(trained)} along: no store holds their tokens; without --store they are"
-            " made on the spot, of the media it was trained on or of those that --dataset and --root name"
+            f"the run also trained {', '.join(trained)}, so no store holds their tokens; without --store they are"
+            " computed live, from the training media or from --dataset and --root"
         )
 
 

@@ -216,7 +216,7 @@ def test_a_run_that_trained_an_encoder_end_to_end_answers(tmp_path, media_lab, m
     result = ask("--checkpoint", out, "--image", media_root / "pictures/blue.png", QUESTION)
     assert result.stdout == "blue\n", result.output
     refused = CliRunner().invoke(eval_main, ["run", "--checkpoint", str(out), "--store", str(extracted)])
-    assert "has trained siglip along: no store holds their tokens" in refused.stderr
+    assert "also trained siglip, so no store holds their tokens" in refused.stderr
 
 
 def test_a_run_answers_in_its_own_precision_and_looks_in_that_of_its_encoders(run, media_root, monkeypatch):

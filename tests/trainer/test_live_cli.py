@@ -43,14 +43,14 @@ def test_a_resumed_run_goes_on_where_its_record_says():
 @pytest.mark.parametrize(
     ("store", "given", "message"),
     [
-        (None, {}, "where are the tokens.*or --end-to-end --dataset NAME"),
-        ("features/a.zarr", {"end_to_end": True}, "give --from-cache or --end-to-end, not both"),
+        (None, {}, "no source of tokens.*or --end-to-end --dataset NAME"),
+        ("features/a.zarr", {"end_to_end": True}, "--from-cache or --end-to-end, not both"),
         (
             "features/a.zarr",
             {"dataset": "demo", "weights": ("hub",)},
-            "--dataset, --weights say .* give --end-to-end",
+            "--dataset, --weights .* give --end-to-end",
         ),
-        (None, {"skip_media_check": True}, "--skip-media-check say"),
+        (None, {"skip_media_check": True}, "--skip-media-check .* give --end-to-end"),
     ],
 )
 def test_words_that_do_not_go_together_are_errors(store, given, message):

@@ -1,22 +1,10 @@
-"""Data: which samples a run reads, in what batches, and the digest that names all of it.
+"""Training data: which samples a run reads, the batches of every step, collating and prefetching.
 
-Comes in: the samples of a store and a token source. Goes out: `TrainingData` (kept samples in a canonical order, what
-was dropped and why, the data digest) and `Batches`, which makes the micro-batches of any step from the step's number
-alone. Samples are never replaced: a clip without tokens drops its samples, and the count is reported. Lengths are
-known from the samples of a step alone, so nothing is tokenised before it is read.
-
-Collate: rendered conversations and the tokens of their clips -> one padded batch.
-
-The batch knows where everything goes before the model runs: lengths, labels and mask are made here, on the CPU and
-ahead of time, from lengths and never from `id != pad` (a tokenizer whose pad is its end token would lose its ends).
-A clip that several samples share is projected once.
+Batches of a step follow from its number alone, so resuming costs the same at any step. A clip without tokens drops its
+samples, which are counted and never replaced. Label positions and masks come from lengths, not from `id != pad`
+(otherwise EOS would be masked where pad == eos).
 
 B samples, C distinct clips, L padded text length, S padded length with visual tokens, N visual tokens.
-
-Prefetch: steps are read and collated ahead of the device by one thread, in order.
-
-A thread is enough: reading and decompressing release the interpreter lock, and a step's rows are one read. What the
-loop waits here is the price of the data, and it is measured.
 """
 
 from __future__ import annotations
@@ -42,7 +30,7 @@ from trainer.data.order import Group, Order, Stream, balanced_share, rank_share
 from trainer.data.prompts import IGNORE_INDEX, Rendered, Renderer, reason_to_refuse
 from trainer.data.tokens import ClipTokens, TokenSource
 
-MOVED = ("input_ids_BL", "labels_BS", "attention_mask_BS")  # what a batch has on the device, besides its tokens
+MOVED = ("input_ids_BL", "labels_BS", "attention_mask_BS")  # of a batch, on the device with its tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +41,7 @@ class Batch:
     labels_BS: Tensor  # int64 in the layout with visual tokens; IGNORE_INDEX everywhere but on answers
     attention_mask_BS: Tensor  # int64, 1 on real positions
     lengths: tuple[int, ...]  # text tokens of each sample
-    visual_at: tuple[int, ...]  # text position before which a sample's visual tokens stand
+    visual_at: tuple[int, ...]  # text position before which a sample's visual tokens are inserted
     clip_rows: tuple[int, ...]  # row of the sample's clip in `tokens`; -1 for text only
     tokens: Mapping[str, ClipTokens]  # encoder -> tokens_CTHWD, maybe with prefix; empty if no sample has a clip
     first_label: int  # smallest labelled position, S if there is none: no logits are needed before
@@ -119,7 +107,7 @@ def distinct_clips(clip_ids: Sequence[str | None]) -> tuple[list[str], list[int]
 
 
 def _with_gap(sample: Rendered, num_visual_tokens: int) -> list[int]:
-    """Labels with unsupervised places where the visual tokens will stand."""
+    """Labels with unsupervised positions for the visual tokens."""
     gap = [IGNORE_INDEX] * num_visual_tokens
     return [*sample.labels[: sample.visual_at], *gap, *sample.labels[sample.visual_at :]]
 
@@ -176,16 +164,18 @@ def select(samples: Sequence[Sample], source: TokenSource, config: TrainConfig) 
 
 
 def _available(wanted: Sequence[Sample], source: TokenSource, config: TrainConfig) -> set[str]:
-    """All clips but those found without tokens; a live source decodes what it is asked for, so no more is asked for
-    than the samples need that could be kept."""
+    """All clips but those found without tokens.
+
+    A live source decodes every clip it is queried for, so only as many are queried as samples can be kept.
+    """
     clips = {sample.clip_id for sample in wanted if sample.clip_id is not None}
     could = [sample.clip_id for sample in wanted if _reason_to_drop(sample, clips, config) is None]
     limit = config.limit or len(could)
     num_kept = 0
     while could and num_kept < limit:
         part, could = could[: limit - num_kept], could[limit - num_kept :]
-        asked = {clip_id for clip_id in part if clip_id is not None}
-        clips -= asked - source.available(asked)
+        queried = {clip_id for clip_id in part if clip_id is not None}
+        clips -= queried - source.available(queried)
         num_kept += sum(clip_id is None or clip_id in clips for clip_id in part)
     return clips
 
@@ -251,7 +241,7 @@ class Batches:
         return self.config.max_steps or self.order.num_steps(self.config.epochs)
 
     def step(self, step: int) -> Step:
-        """This rank's part of a step; needs no word from other ranks, since every rank knows the order."""
+        """This rank's part of a step; no communication, since every rank computes the order."""
         batch, share = self.order.batch(step), self._share(step)
         self.source.expect(self._clips([*share, *self._share(step + 1)]))
         size = self.config.micro_batch_size
@@ -358,8 +348,8 @@ def _nothing_there(samples: Sequence[Sample], config: TrainConfig) -> str:
         advice = "type " + " or ".join(f"--stage {stage}" for stage in same_split)
     else:
         advice = "add some with `merv-pipeline extract --dataset NAME --root DIR --store STORE`"
-    asked = f"stage {config.stage!r} and split {config.split!r}"
-    return f"no samples of {asked}; there are {listed or 'none at all'}; {advice}"
+    wanted = f"stage {config.stage!r} and split {config.split!r}"
+    return f"no samples of {wanted}; there are {listed or 'none at all'}; {advice}"
 
 
 T = TypeVar("T")

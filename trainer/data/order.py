@@ -1,12 +1,9 @@
-"""Order: which samples make up each step's global batch.
+"""Order of training samples: a pure function of (seed, epoch, data digest).
 
-A pure function of (seed, epoch, data digest): the only state of a run's reading is its step number, resuming costs
-the same at any step, and the number of ranks changes nothing but who computes which part of a batch.
-
-Samples flow in streams. With one stream a batch is whatever comes next; with one per modality a batch is all of one.
-Every stream goes from epoch to epoch without a gap: a batch may hold the end of one and the start of the next. So no
-batch is short or filled with repeated samples, and every sample is read exactly as often as its weight says. What does
-not fill a batch when a run ends stays unread, and `Order.unread` counts it.
+The only state is the step number, resuming costs the same at any step, and the number of ranks changes only who
+computes which part of a batch. Samples flow in streams (one, or one per modality) that run from epoch to epoch without
+a gap, so no batch is short or padded with repeats and every sample is read exactly as often as its weight says; samples
+that fill no batch before the run ends are counted by `Order.num_dropped`.
 """
 
 from __future__ import annotations
@@ -56,7 +53,7 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Stream:
-    """Samples that may stand in one batch."""
+    """Samples that may share a batch."""
 
     groups: tuple[Group, ...]
     name: str = ""  # part of the seed

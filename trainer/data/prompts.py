@@ -1,9 +1,8 @@
-"""Prompts: a conversation -> token ids, and labels that supervise the answers and their end token, nothing else.
+"""Prompt formats: a conversation -> token ids, and labels that supervise the answers and their EOS only.
 
-Comes in: a sample's turns and a Hugging Face tokenizer. Goes out: `Rendered` ids, or the ids of an open question.
-A format cuts a conversation into pieces of text; every piece is tokenised by itself, as princetonvisualai/merv does,
-so that an answer has the same ids in training as behind a prompt at inference. Placeholders of the media
-("<video>", "<image>") are removed: visual tokens have their own place, and evaluation questions hold no placeholder.
+A format cuts a conversation into pieces that are tokenised separately, as princetonvisualai/merv does, so an answer has
+the same ids in training as after a prompt at inference. Media placeholders ("<video>", "<image>") are removed: visual
+tokens have their own position, and evaluation questions hold no placeholder.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ class Piece:
 
     text: str
     is_answer: bool = False  # supervised
-    opens: bool = False  # the tokenizer's own BOS stands before it, where it has that habit
-    closes: bool = False  # EOS stands after it
-    begins_word: bool = False  # a blank parts it from the text before, where the tokenizer writes none by itself
+    opens: bool = False  # preceded by BOS, if the tokenizer adds one to plain text
+    closes: bool = False  # followed by EOS
+    begins_word: bool = False  # preceded by a space, if the tokenizer writes none by itself
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +44,7 @@ class Rendered:
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
-    visual_at: int  # visual tokens stand before this text position: 0, or 1 behind a BOS
+    visual_at: int  # visual tokens are inserted before this text position: 0, or 1 after a BOS
     is_cut: bool = False  # there was more text
 
     @property
@@ -94,8 +93,8 @@ def chat_template(turns: Sequence[Turn], tokenizer: Any) -> list[Piece]:
         text = tokenizer.apply_chat_template(messages[:end], tokenize=False, add_generation_prompt=not is_answer)
         if not text.startswith(seen):
             raise UserError(
-                f"the chat template of {tokenizer.name_or_path!r} rewrites earlier turns, so an answer cannot be told"
-                " from its prompt; choose another prompt"
+                f"the chat template of {tokenizer.name_or_path!r} rewrites earlier turns, so answers cannot be"
+                " separated from prompts; choose another prompt"
             )
         new = text[len(seen) :]
         pieces += _split_answer(new, messages[end - 1]["content"], tokenizer) if is_answer else [Piece(text=new)]
@@ -160,8 +159,11 @@ class Renderer:
         return [*before, *ids, *([self.tokenizer.eos_token_id] if piece.closes else [])]
 
     def _visual_at(self, ids: Sequence[int]) -> int:
-        """Behind a BOS that stands alone. Where the tokenizer does not add its BOS to plain text, a BOS at the start is
-        the head of a chat header (SmolLM2: "<|im_start|>user") and must not be torn from it."""
+        """After a lone BOS.
+
+        Where the tokenizer does not add its BOS to plain text, a BOS at the start belongs to a chat header (SmolLM2:
+        "<|im_start|>user") and must stay with it.
+        """
         has_bos = self.bos_id is not None and bool(ids) and ids[0] == self.bos_id
         return int(self.position == "after_bos" and has_bos)
 

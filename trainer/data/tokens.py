@@ -1,9 +1,7 @@
-"""Token sources: where training gets the tokens of a clip from.
+"""Token sources: clip ids -> one tensor per encoder, read from a store, computed live or held in memory.
 
-A source is asked for clips and answers with one tensor per encoder; the model and the loop do not know whether the
-tokens were read from a store or made on the spot. `StoreTokens` reads a feature store; `MemoryTokens` holds tensors
-that are there already (a feature study, a benchmark's floor). Where a resampler reads class tokens the answer is a
-`PrefixedTokens`, which batches carry as they carry a tensor.
+`StoreTokens` reads a feature store, `MemoryTokens` holds tensors, `trainer.end_to_end` computes them. Where a resampler
+reads class tokens, the value is a `PrefixedTokens` instead of a tensor.
 
 B clips, T time, H W height width, K prefix tokens, D encoder width.
 """
@@ -68,21 +66,21 @@ class TokenSource(Protocol):
 
     shapes: Mapping[str, TokenShape]  # encoder -> shape, in the order of the encoders
     trained: Mapping[str, nn.Module] = MappingProxyType({})  # encoders that join the model; `fetch` gives their frames
-    live: Mapping[str, Any] | None = None  # settings of the extraction that runs on the spot; None: tokens are there
+    live: Mapping[str, Any] | None = None  # settings of the live extraction; None: tokens are stored
     facts: Mapping[str, Mapping[str, Any]] = MappingProxyType({})  # encoder -> `identity`, `weights` label, where known
     snapshot: str = ""  # of a store: the id of the snapshot that is read
 
     def fetch(self, clip_ids: Sequence[str]) -> dict[str, ClipTokens]:
-        """encoder -> tokens_BTHWD on the CPU, B in the order asked; safe to call from several threads."""
+        """encoder -> tokens_BTHWD on the CPU, B in the given order; safe to call from several threads."""
 
     def expect(self, clip_ids: Iterable[str]) -> None:
-        """Told what will be fetched soon, in that order; a source that has work to do for it starts."""
+        """Announce what will be fetched soon, in that order, so that a live source can start on it."""
 
     def available(self, clip_ids: Iterable[str]) -> set[str]:
         """Those of the clips that have tokens of every encoder."""
 
     def stills(self, clip_ids: Iterable[str]) -> set[str]:
-        """Those of the clips that are images, where the source knows; validation tells their loss apart."""
+        """Those of the clips that are images, where the source knows; validation reports their loss separately."""
         return set()
 
     def data_digest(self, clip_ids: Iterable[str], samples: Iterable[Sample]) -> str:
@@ -151,7 +149,7 @@ class StoreTokens(TokenSource):
 
 
 class MemoryTokens(TokenSource):
-    """Tokens that lie in memory."""
+    """Tokens held in memory."""
 
     def __init__(
         self,

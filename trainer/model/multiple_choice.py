@@ -1,8 +1,7 @@
-"""Multiple choice: questions answered by likelihood, and how many of the answers are right, by category.
+"""Multiple choice: options scored by likelihood, and accuracy by category.
 
-Comes in: a model, samples with options, a token source. Goes out: an `Answer` per question, and a `Score` per category
-and overall. An option's score is the mean log-likelihood of its tokens with the end token, in the prompt the model was
-trained with; the best one is the answer. Chance is the mean of 1 / number of options.
+An option's score is the mean log-likelihood of its tokens with EOS, in the prompt format of the training; the best one
+is the answer. Chance is the mean of 1 / number of options.
 """
 
 from __future__ import annotations
@@ -49,15 +48,15 @@ class Score:
 
 def questions(samples: Sequence[Sample], source: TokenSource, *, split: str, has_visual: bool) -> list[Sample]:
     """Samples of that split that have options and, where clips are shown, tokens."""
-    asked = [sample for sample in samples if sample.options and sample.split == split]
-    asked = showable(asked, source, has_visual=has_visual)
-    if not asked:
+    found = [sample for sample in samples if sample.options and sample.split == split]
+    found = showable(found, source, has_visual=has_visual)
+    if not found:
         raise UserError(_no_question(samples, split))
-    return asked
+    return found
 
 
 def showable(samples: Sequence[Sample], source: TokenSource, *, has_visual: bool) -> list[Sample]:
-    """Those whose clip has tokens, where the model looks at clips; those about text always."""
+    """Those whose clip has tokens, where the model reads clips; text-only samples always."""
     if not has_visual:
         return list(samples)
     known = source.available({sample.clip_id for sample in samples if sample.clip_id is not None})
@@ -98,7 +97,7 @@ def answer_all(
 def answer_batch(
     built: Built, samples: Sequence[Sample], source: TokenSource, device: torch.device | str
 ) -> list[Answer]:
-    """Answer questions in one forward, with the model as it stands."""
+    """Answer questions in one forward, with the current weights."""
     choices = [with_answer(sample, option) for sample in samples for option in sample.options]
     batch = batch_of(built, choices, source).to(device)
     with built.autocast(device):

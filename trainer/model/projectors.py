@@ -1,30 +1,12 @@
 """Projectors: one encoder's stored tokens -> visual tokens of the LLM's width.
 
-Comes in: what a source gives for the encoder, in any float dtype. Goes out: embeddings_BNM, N = T x H x W of the
-resampler's grid, in time, row, column order. A resampler, an optional layer norm, then a trained head (arXiv
-2501.01426, section 3; heads as in princetonvisualai/merv). A standardisation stands in front of the first trained
-layer: behind a resampler without parameters, before one that is trained.
+A projector is a resampler, an optional standardisation and layer norm, and a trained head (arXiv 2501.01426, section 3
+and its projector ablation; heads as in princetonvisualai/merv). The average has no parameters and commutes with a
+linear head, so a pooled store serves it exactly; trained resamplers were run on the encoder's own grid and refuse a
+pooled store. `trainer.config` lists resamplers and heads by name.
 
-B batch, T time, H W height width, D encoder width, N visual tokens, M LLM width.
-
-Resamplers: an encoder's stored tokens -> tokens on the grid that the LLM sees, the first half of a projector.
-
-Comes in: what a source gives for one encoder. Goes out: tokens_BTHWD on the resampler's grid, of the encoder's width
-or, behind convolutions, of the LLM's. These are the rows of the projector ablation of arXiv 2501.01426 as
-princetonvisualai/merv computes them. The average has no parameters and commutes with a linear head, so a pooled store
-serves it exactly; what is trained was run on the encoder's own grid, so it refuses a pooled store instead of quietly
-being another model. No resampler holds a parameter that cannot change its output.
-
-B clips, T time, H W height width, K prefix tokens, D encoder width, M LLM width, X frames of all clips, P tokens of a
-frame, Q queries.
-
-Standardise: every channel to mean 0 and deviation 1, with constants measured once on the training tokens.
-
-Encoders differ in scale by orders of magnitude (a last layer after its norm beside un-normed inner layers), and a
-channel's constant part can be far larger than what differs between clips. Large runs learn their way round this; a run
-of some hundred steps does not, so small recipes turn it on. It is off by default, as in arXiv 2501.01426. The constants
-are buffers: a checkpoint carries them, and nothing is measured again when it is used. They stand in front of the first
-trained layer: what is behind it changes while it learns, and constants measured there would be wrong after a step.
+B clips, T time, H W height width, K prefix tokens, D encoder width, M LLM width, N visual tokens, X frames of all
+clips, P tokens of a frame, Q queries.
 """
 
 from __future__ import annotations
@@ -82,7 +64,7 @@ class Average(Resampler):
         _check_not_finer(grid, stored.grid)
         if stored.is_pooled and any(have % want for want, have in zip(grid, stored.grid, strict=True)):
             raise UserError(
-                f"projector grid {_words(grid)} does not nest in the stored grid {_words(stored.grid)}, which is pooled"
+                f"projector grid {_text(grid)} does not nest in the stored grid {_text(stored.grid)}, which is pooled"
                 " already: choose divisors of the stored grid, or make a store of the encoders' own grids:"
                 f" {_extract_command('raw')}"
             )
@@ -156,8 +138,8 @@ class Convolution(Resampler):
 class RegBlock(nn.Module):
     """A RegNet bottleneck of ratio 1 and stride 1 with depth-wise convolution (arXiv 2003.13678, 1709.01507).
 
-    1 x 1, depth-wise 3 x 3, squeeze and excite, 1 x 1, beside a shortcut; layer norm over channels behind every
-    convolution, SiLU. Channels stand last, so 1 x 1 convolutions are linear layers.
+    1 x 1, depth-wise 3 x 3, squeeze and excite, 1 x 1, with a shortcut; layer norm over channels behind every
+    convolution, SiLU. Channels are last, so 1 x 1 convolutions are linear layers.
     """
 
     def __init__(self, width: int, width_out: int) -> None:
@@ -206,7 +188,7 @@ class ClassToken(Resampler):
         _check_class_token(stored, "class")
 
     def forward(self, tokens: PrefixedTokens) -> Tensor:
-        return tokens.prefix_BTKD[:, :, :1, None].float()  # registers stand behind the class token
+        return tokens.prefix_BTKD[:, :, :1, None].float()  # registers follow the class token
 
 
 class AllTokens(Resampler):
@@ -252,7 +234,7 @@ def _trained_grid(config: ProjectorConfig, stored: TokenShape, *, keeps_time: bo
     _check_not_finer(grid, stored.grid)
     if keeps_time and grid[0] != stored.grid[0]:
         raise UserError(
-            f"projector {row_of(config.resampler)} works frame by frame: its grid {_words(grid)} must keep the"
+            f"projector {row_of(config.resampler)} works frame by frame: its grid {_text(grid)} must keep the"
             f" {stored.grid[0]} time steps of the store; 3d-average and 3d-convolution can merge them"
         )
     return grid
@@ -268,7 +250,7 @@ def _divided_time(config: ProjectorConfig, stored: TokenShape) -> int:
 def _check_not_finer(grid: Grid, stored: Grid) -> None:
     if any(want > have for want, have in zip(grid, stored, strict=True)):
         raise UserError(
-            f"projector grid {_words(grid)} is finer than the stored grid {_words(stored)}; set projector.grid to a"
+            f"projector grid {_text(grid)} is finer than the stored grid {_text(stored)}; set projector.grid to a"
             " coarser one, or extract a finer one"
         )
 
@@ -277,7 +259,7 @@ def _check_raw(config: ProjectorConfig, stored: TokenShape, needed: str) -> None
     """Refuse any pooled grid, the encoder's own size included: a store says that it pooled, not what from."""
     if stored.is_pooled:
         raise UserError(
-            f"projector {row_of(config.resampler)} reads the encoder's own grid, the stored {_words(stored.grid)} is"
+            f"projector {row_of(config.resampler)} reads the encoder's own grid, the stored {_text(stored.grid)} is"
             f" pooled: make a raw store with {_extract_command(needed)}, or choose --projector 2d-average"
         )
 
@@ -291,14 +273,14 @@ def _check_class_token(stored: TokenShape, needed: str) -> None:
 
 
 def _extract_command(needed: str) -> str:
-    """Advise a separate store: raw and pooled tokens of one encoder would be hard to tell apart in one."""
+    """Advise a separate store: raw and pooled tokens of one encoder would be easy to confuse in one."""
     return (
         f"`merv-pipeline extract --dataset NAME {EXTRACT_OPTIONS[needed]} --store features/NAME-{needed}.zarr` and the"
         " --config, --weights and --root that this store was made with"
     )
 
 
-def _words(grid: Grid) -> str:
+def _text(grid: Grid) -> str:
     return "x".join(map(str, grid))
 
 
@@ -311,7 +293,12 @@ EPS = 1e-6  # deviation of a channel that never changes
 
 
 class Standardise(nn.Module):
-    """(tokens - mean) / deviation by channel; the identity until `fit`."""
+    """(tokens - mean) / deviation by channel, measured once on training tokens; the identity until `fit`.
+
+    Encoders differ in scale by orders of magnitude, and a channel's constant part can be far larger than what differs
+    between clips. Short runs do not learn around this, so small recipes turn it on; it is off by default, as in arXiv
+    2501.01426. The constants are buffers, applied before the first trained layer: a checkpoint carries them.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,14 +1,9 @@
-"""VideoLLM: projectors, fusion and any Hugging Face causal LM as one model.
+"""VideoLLM: projectors, fusion and any Hugging Face causal LM as one model, and building it from a config.
 
-Comes in: a `Batch`. Goes out: the summed loss, option scores or generated text. Visual tokens take the place that the
-batch names (behind a lone BOS, else first), carry no label, and get the ordinary positions 0..S-1, as in
-arXiv 2501.01426; samples without a clip have no visual tokens at all, not masked ones.
+Visual tokens are inserted where the batch says (after a lone BOS, else first), carry no label and take positions
+0..S-1, as in arXiv 2501.01426. Samples without a clip have no visual tokens at all, not masked ones.
 
 B samples, C distinct clips, N visual tokens, M LLM width, L text length, S sequence length, V vocabulary.
-
-Build: a config and the shapes of the tokens -> the model and its renderer, with seeded weights.
-
-A pretrained LLM that a run does not train is always loaded from where it came from.
 """
 
 from __future__ import annotations
@@ -48,7 +43,7 @@ class VideoLLM(nn.Module):
         exceeds_context: bool = False,
     ) -> None:
         super().__init__()
-        self.exceeds_context = exceeds_context  # sequences may be longer than the LLM says it takes
+        self.exceeds_context = exceeds_context  # sequences may be longer than the LLM's context
         self.llm = llm
         self.encoders = tuple(projectors)  # module names may not hold a dot, encoder names may
         self.projectors = nn.ModuleList(projectors.values())
@@ -69,7 +64,7 @@ class VideoLLM(nn.Module):
 
     @property
     def has_visual(self) -> bool:
-        """Whether it looks at clips; a text-only model does not."""
+        """Whether the model reads visual tokens; a text-only one does not."""
         return self.fusion is not None
 
     @property
@@ -79,7 +74,7 @@ class VideoLLM(nn.Module):
 
     @property
     def context(self) -> int | None:
-        """The longest sequence that the LLM says it takes; None if it says nothing, or may be asked for more."""
+        """The LLM's `max_position_embeddings`; None if it has none, or may be exceeded."""
         return None if self.exceeds_context else getattr(self.llm.config, "max_position_embeddings", None)
 
     def train(self, mode: bool = True) -> VideoLLM:
@@ -213,9 +208,9 @@ def _exceeds_context(config: TrainConfig, llm: LoadedLLM) -> bool:
 
 
 def _text_limit(config: TrainConfig, model: VideoLLM) -> int:
-    """Tokens of a text: one limit for all of a run, whether a clip stands beside them or not."""
-    room = config.max_text_tokens if model.context is None else model.context - model.num_visual_tokens
-    return max(1, min(config.max_text_tokens, room))
+    """Text tokens per sample: one limit for the whole run, with or without a clip."""
+    left = config.max_text_tokens if model.context is None else model.context - model.num_visual_tokens
+    return max(1, min(config.max_text_tokens, left))
 
 
 def new_llm(config: TrainConfig, samples: Iterable[Sample], words: Iterable[str] = ()) -> LoadedLLM:
@@ -226,7 +221,7 @@ def new_llm(config: TrainConfig, samples: Iterable[Sample], words: Iterable[str]
 
 
 def llm_dtype(config: TrainConfig) -> torch.dtype:
-    """Weights that are not trained need no fp32 master copy; LoRA adapters are fp32 beside them."""
+    """Weights that are not trained need no fp32 master copy; LoRA adapters are fp32."""
     return torch.bfloat16 if config.precision == "bf16" and config.train_llm != "full" else torch.float32
 
 
