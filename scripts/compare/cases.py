@@ -97,7 +97,8 @@ class Bench:
 
     def toy_encoders(self, name: str, **changes: Any) -> str:
         """Settings of an extraction: those of the demo, with changes."""
-        return self.settings(name, {**demo_settings(self.side.root), **changes})
+        patient = {"decode_timeout_s": 600.0}  # a busy machine must not quarantine a clip
+        return self.settings(name, {**demo_settings(self.side.root), **patient, **changes})
 
     def damaged_media(self) -> Path:
         """The media of --media-root with one video and one still cut short."""
