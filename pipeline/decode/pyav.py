@@ -69,7 +69,7 @@ class CorruptFrameError(Exception):
 
 
 class OpenVideo:
-    """An opened file: its container, the one video stream we read, and the conversion of that stream's frames."""
+    """An opened file: its container, its one video stream that is read, and the conversion of that stream's frames."""
 
     def __init__(self, container: av.container.InputContainer, stream: av.VideoStream) -> None:
         self.container, self.stream, self.codec = container, stream, stream.codec_context
@@ -94,11 +94,12 @@ class OpenVideo:
         key = (frame.width, frame.height, frame.format.name)
         graph = self._graphs.get(key)
         if graph is None:
-            graph = self._graphs[key] = av.filter.Graph()
+            graph = av.filter.Graph()
             graph.threads = 1
             size = {"width": frame.width, "height": frame.height}
             buffer = graph.add_buffer(**size, format=frame.format, time_base=self.stream.time_base)
             graph.link_nodes(buffer, graph.add("format", "pix_fmts=rgb24"), graph.add("buffersink")).configure()
+            self._graphs[key] = graph
         graph.push(frame)
         frame_HWC = graph.pull().to_ndarray()
         if frame.rotation % 360 and frame.rotation % 90 == 0:

@@ -34,7 +34,7 @@ def cut_off(lab, path: Path) -> None:
 
 
 def film_bytes(lab, path: Path, options: str = "") -> bytes:
-    """A whole film; with its index in front where asked, so that cutting it off leaves something to read."""
+    """A whole film; with its index in front on request, so that cutting it off leaves something to read."""
     lab.film(path, *FILM)
     if options:
         moved = path.with_name("moved.mp4")
@@ -58,7 +58,7 @@ def sound_alone(lab, path: Path) -> None:
 
 
 def too_many_samples(lab, path: Path) -> None:
-    """The table of sample sizes says 4,000 samples and lists 20: FFmpeg then believes none of it."""
+    """The table of sample sizes declares 4,000 samples and lists 20: FFmpeg then ignores all of it."""
     data = bytearray(film_bytes(lab, path))
     at = data.index(b"stsz") + 12
     assert struct.unpack(">I", data[at : at + 4]) == (FILM[1],)
@@ -131,7 +131,7 @@ UNSAFE = ("../outside.mp4", "/etc/hostname", "valley/../../outside.mp4", "file:/
 
 
 def woven(good: list[str], bad: list[str]) -> list[str]:
-    """Good and bad clips in turn, so that each sits beside the other in a batch."""
+    """Good and bad clips in turn, so that a batch holds both."""
     pairs = [name for pair in zip(bad, good * len(bad), strict=False) for name in pair]
     return list(dict.fromkeys(pairs + good))
 
@@ -252,7 +252,7 @@ def test_when_all_media_vanish_the_run_stops_and_nothing_is_quarantined(lab):
     *_, tasks = lab.plan(encoders=("siglip",))
     for path in (*lab.VIDEOS, *lab.IMAGES):
         (lab.root / path).unlink()
-    with pytest.raises(RunStoppedError, match=r"all 4 media files of a block have vanished.*mount the share again"):
+    with pytest.raises(RunStoppedError, match=r"all 4 media files of a block .*mount the share again"):
         extract_block(tasks[0])
     assert not list(lab.store.glob("receipts/*/*/*"))
     assert lab.extract(encoders=("siglip",)).failed == 0  # nothing is listed, nothing to do

@@ -1,4 +1,4 @@
-"""Small datasets of every layout, made on the spot; media are bytes that nobody decodes here."""
+"""Small datasets of every layout, made on the spot; media are bytes that are not decoded here."""
 
 import io
 import json
@@ -13,7 +13,7 @@ MINI = Path(__file__).resolve().parents[4] / "shared" / "videollava_mini"
 @pytest.fixture
 def mini() -> Path:
     if not MINI.is_dir():
-        pytest.skip("the real test media (folder shared/videollava_mini beside the project) are not here")
+        pytest.skip("the real test media (folder shared/videollava_mini next to the project) are not here")
     return MINI
 
 

@@ -129,8 +129,8 @@ def shared_studio(tmp_path_factory: pytest.TempPathFactory) -> Studio:
 
 @pytest.fixture(scope="session")
 def real_media() -> Path:
-    """The folder of real media beside the project; tests that need it are skipped without it."""
+    """The folder of real media next to the project; tests that need it are skipped without it."""
     folder = Path(__file__).resolve().parents[4] / "shared"
     if not (folder / "hazard_clips").is_dir():
-        pytest.skip("the folder of real test media is not beside the project")
+        pytest.skip("the folder of real test media is not next to the project")
     return folder

@@ -30,7 +30,7 @@ class Hazard:
     """A file, and what the decoders make of it."""
 
     film: tuple | dict  # arguments of Studio.film, or of a change to another hazard's file
-    decoder: str = INDEXED  # what the default says made the pixels
+    decoder: str = INDEXED  # the reader that the default decoder reports
     decord: str | None = RIGHT  # decord2 3.4.0: wrong frames come without an error
     first: int = 0  # stamp of the first frame shown
     num_frames: int = FRAMES

@@ -206,6 +206,12 @@ def test_decode_processes_do_not_import_torch_or_zarr() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_the_side_of_the_driver_does_not_load_ffmpegs_libraries() -> None:
+    script = "import sys, pipeline.decode.pool; print('av' in sys.modules)"
+    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_pool_without_processes_or_time_is_refused() -> None:
     with pytest.raises(UserError, match="needs processes and time"):
         DecodePool(0)

@@ -77,7 +77,7 @@ def test_folder_of_frames_is_read_in_natural_order_at_three_per_second(studio) -
 
 
 def png_of_declared_size(width: int, height: int) -> bytes:
-    """A PNG of 60 bytes that says it is huge."""
+    """A PNG of 60 bytes that declares a huge size."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 10)), (b"IEND", b""))
     packed = b""

@@ -34,9 +34,7 @@ def ask(process, job, timeout_s: float = 60.0) -> None:
     protocol.send(process.stdin.fileno(), {"job": job.to_record(), "timeout_s": timeout_s})
 
 
-def test_worker_says_it_is_ready_then_the_size_of_the_media_then_that_it_is_read_then_the_answer(
-    worker, studio
-) -> None:
+def test_worker_reports_ready_then_the_size_of_the_media_then_that_it_is_read_then_the_result(worker, studio) -> None:
     path = studio.film("a.mp4")
     assert receive(worker) == {"ready": worker.pid}
     ask(worker, studio.job(path))
@@ -54,13 +52,13 @@ def test_worker_ends_when_its_pipe_closes(worker) -> None:
 
 
 def test_worker_that_spins_ends_by_its_own_processor_limit(worker, studio) -> None:
-    """What protects a machine whose driver is gone: nobody else is there to kill it."""
+    """Protects a machine whose driver is gone: no other process is left to kill it."""
     receive(worker)
     ask(worker, studio.job(studio.film("a.mp4"), decoder="burn"), timeout_s=0.1)
     assert worker.wait(timeout=60) == -signal.SIGXCPU
 
 
-def test_worker_ends_if_its_parent_is_another_than_it_was_told() -> None:
+def test_worker_ends_if_its_parent_is_another_than_stated() -> None:
     done = subprocess.run(
         [*HOSTILE, "--parent", "1"], stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False
     )

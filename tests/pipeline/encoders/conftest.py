@@ -1,4 +1,4 @@
-"""Toy encoders, frames and published-looking checkpoints that the tests of this room share."""
+"""Toy encoders, frames and published-looking checkpoints that the tests of this folder share."""
 
 import json
 
@@ -176,7 +176,7 @@ def languagebind_shapes(sizes):
 
 
 def languagebind_weights(spec):
-    """A whole dual-tower checkpoint: the vision tower, and what stands beside it in the published file."""
+    """A whole dual-tower checkpoint: the vision tower, and the other weights of the published file."""
     generator = torch.Generator().manual_seed(3)
     weights = {}
     for name, shape in languagebind_shapes(spec.architecture).items():

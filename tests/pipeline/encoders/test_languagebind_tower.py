@@ -118,7 +118,7 @@ def test_unmerged_lora_weights_are_refused_with_the_merged_repository(spec, chec
     unmerged = {name.replace("encoder.layers", "encoder.base_model.model.layers"): w for name, w in weights.items()}
     save_file(unmerged, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((checkpoint(spec) / "config.json").read_text())
-    with pytest.raises(UserError, match=r"incomplete: 54 missing.*merged, dense weights, as .*_Video_merge does"):
+    with pytest.raises(UserError, match=r"incomplete: 54 missing.*_Video_merge"):
         load_encoder(spec, str(tmp_path))
 
 
@@ -134,12 +134,12 @@ def test_a_config_that_contradicts_what_shapes_cannot_show_is_refused(key, value
 
 def test_a_folder_without_config_is_refused(spec, checkpoint, tmp_path):
     (tmp_path / "model.safetensors").write_bytes((checkpoint(spec) / "model.safetensors").read_bytes())
-    with pytest.raises(UserError, match=r"has no config.json; copy it from LanguageBind/LanguageBind_Video_merge"):
+    with pytest.raises(UserError, match=r"has no config.json; copy it from LanguageBind/"):
         load_encoder(spec, str(tmp_path))
 
 
 def test_a_final_norm_over_all_tokens_is_refused_since_the_family_has_none(spec):
-    with pytest.raises(UserError, match="languagebind has no final norm over its patch tokens; leave final_norm out"):
+    with pytest.raises(UserError, match=r"no final norm .* leave final_norm out"):
         load_encoder(replace(spec, final_norm=True), "random:0")
 
 

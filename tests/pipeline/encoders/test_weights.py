@@ -42,7 +42,7 @@ def test_a_folder_that_is_not_there_names_the_three_choices():
 
 @pytest.mark.parametrize("name", ["dinov2", "languagebind"])
 def test_a_folder_without_weights_names_the_files_looked_for(name, spec_of, tmp_path):
-    with pytest.raises(UserError, match=f"holds none of model.safetensors, pytorch_model.bin for {name}"):
+    with pytest.raises(UserError, match=f"holds none of model.safetensors, .* for {name}"):
         load_encoder(spec_of(name), str(tmp_path))
 
 

@@ -93,7 +93,7 @@ def test_a_worker_with_other_weights_than_the_plan_writes_nothing(lab):
     *_, tasks = lab.plan(encoders=("siglip",))
     other = replace(tasks[0].engine.encoders[0], weights="random:1")
     strange = replace(tasks[0], engine=replace(tasks[0].engine, encoders=(other,)))
-    with pytest.raises(RunStoppedError, match=r"this worker loads siglip as siglip-\w{12}, the plan has siglip-"):
+    with pytest.raises(RunStoppedError, match=r"loads siglip as siglip-\w{12}, the plan has siglip-"):
         extract_block(strange)
     assert not list(lab.store.glob("video/*/tokens/c"))
 
@@ -126,17 +126,17 @@ def test_tokens_too_large_for_half_precision_fail_that_encoder_alone(lab):
     assert set(FeatureStore.open(lab.store).quarantine["encoder"].to_pylist()) == {"siglip"}
 
 
-def test_a_block_reports_what_it_has_done_in_the_words_of_its_end(lab, monkeypatch):
+def test_a_block_reports_its_counts_with_the_keys_of_its_final_report(lab, monkeypatch):
     """Clips are their share of all forwards; counts only grow, and end as the receipts say."""
-    told = []
-    *_, tasks = lab.plan(encoders=TWO)  # which loads the encoders, and tells of that
-    monkeypatch.setattr("pipeline.worker.block.TaskReporter.tell", lambda self, counts: told.append(counts()))
+    reports = []
+    *_, tasks = lab.plan(encoders=TWO)  # which loads the encoders, and reports that
+    monkeypatch.setattr("pipeline.worker.block.TaskReporter.tell", lambda self, counts: reports.append(counts()))
     end = extract_block(tasks[0])
-    assert [report["clips"] for report in told] == [1, 2, 3, 4]  # two batches of two clips, two encoders
-    assert [report["frames"] for report in told] == [32, 32, 64, 64]
-    assert all(set(report) <= set(end.to_dict()) and report["failed"] == 0 for report in told)
-    assert told[0]["bytes"] < told[-1]["bytes"] < end.bytes  # a shard has an index besides
-    assert set(told[-1]["seconds"]) | {"commit", "total"} == set(end.seconds)
+    assert [report["clips"] for report in reports] == [1, 2, 3, 4]  # two batches of two clips, two encoders
+    assert [report["frames"] for report in reports] == [32, 32, 64, 64]
+    assert all(set(report) <= set(end.to_dict()) and report["failed"] == 0 for report in reports)
+    assert reports[0]["bytes"] < reports[-1]["bytes"] < end.bytes  # a shard has an index besides
+    assert set(reports[-1]["seconds"]) | {"commit", "total"} == set(end.seconds)
 
 
 def test_an_encoder_short_of_device_memory_halves_its_batches_and_every_account_says_so(lab, extracted, monkeypatch):

@@ -45,7 +45,7 @@ class StandIn:
         (700, 6, 3),
         (262, 8, 1),  # two clips would take 210 of 209.6
         (150, 8, 1),  # even two at once are too many
-        (50, 8, 1),  # not even one: extraction says so, with the clip
+        (50, 8, 1),  # not even one: extraction reports it, with the clip
     ],
 )
 def test_the_batch_is_halved_until_the_forward_leaves_a_fifth_of_the_memory_free(free, most, expected):

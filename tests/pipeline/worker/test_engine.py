@@ -33,29 +33,29 @@ def noise(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
 
 
-def test_a_clip_has_the_same_bits_whoever_sits_beside_it_or_nobody(run):
+def test_a_clip_has_the_same_bits_alone_or_with_any_neighbours(run):
     alone, _ = encode_batch(run, {7: noise(7)}, [7, None, None])
-    beside, _ = encode_batch(run, {7: noise(7), 8: noise(8), 9: noise(9)}, [7, 8, 9])
+    together, _ = encode_batch(run, {7: noise(7), 8: noise(8), 9: noise(9)}, [7, 8, 9])
     last, _ = encode_batch(run, {7: noise(7), 5: noise(5)}, [5, 6, 7])  # row 6 did not decode
     assert alone["tokens"].shape == (3, 8, 3, 3, 32)
-    assert np.array_equal(alone["tokens"][0], beside["tokens"][0])
+    assert np.array_equal(alone["tokens"][0], together["tokens"][0])
     assert np.array_equal(alone["tokens"][0], last["tokens"][2])
-    assert not np.array_equal(alone["tokens"][0], beside["tokens"][1])
+    assert not np.array_equal(alone["tokens"][0], together["tokens"][1])
 
 
 class ShortOfMemory(TokenEncoder):
-    """An encoder on a device that holds `room` clips."""
+    """An encoder on a device that holds `capacity` clips."""
 
     def tokens(self, frames_BTHWC):
-        if len(frames_BTHWC) > self.room:
+        if len(frames_BTHWC) > self.capacity:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return super().tokens(frames_BTHWC)
 
 
-@pytest.mark.parametrize(("clips", "room", "halvings"), [(4, 4, 0), (4, 2, 1), (4, 1, 3), (5, 2, 2), (5, 1, 4)])
-def test_a_batch_too_large_is_halved_until_it_fits_in_the_order_of_its_rows(clips, room, halvings, run, extracted):
+@pytest.mark.parametrize(("clips", "capacity", "halvings"), [(4, 4, 0), (4, 2, 1), (4, 1, 3), (5, 2, 2), (5, 1, 4)])
+def test_a_batch_too_large_is_halved_until_it_fits_in_the_order_of_its_rows(clips, capacity, halvings, run, extracted):
     short = ShortOfMemory(extracted.config(encoders=["siglip"]).encoder_settings[0], "cpu")
-    short.room = room
+    short.capacity = capacity
     frames = {row: noise(row) for row in range(clips)}
     expected, _ = encode_batch(run, frames, range(clips))
     found, counted = encode_batch(short, frames, range(clips))
@@ -65,7 +65,7 @@ def test_a_batch_too_large_is_halved_until_it_fits_in_the_order_of_its_rows(clip
 
 def test_one_clip_that_does_not_fit_is_the_machines_error(run, extracted):
     short = ShortOfMemory(extracted.config(encoders=["siglip"]).encoder_settings[0], "cpu")
-    short.room = 0
+    short.capacity = 0
     with pytest.raises(torch.OutOfMemoryError):
         encode_batch(short, {0: noise(0)}, [0, None])
 
@@ -81,7 +81,7 @@ def test_an_engine_is_kept_for_the_same_settings_and_closed_for_others(extracted
     close_engines()
 
 
-def test_what_the_driver_is_told_of_an_encoder_is_whole_and_travels(extracted):
+def test_the_description_of_an_encoder_is_whole_and_can_be_pickled(extracted):
     config = extracted.config(encoders=["dinov2", "siglip"], prefix_tokens=True, crop={"siglip": "centre-crop"})
     described = describe_encoders(config.engine_settings)
     assert pickle.loads(pickle.dumps(described)) == described

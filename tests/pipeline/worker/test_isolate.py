@@ -1,4 +1,4 @@
-"""A block under suspicion: culprits are named by what their processes did last, and the machine is told from a clip."""
+"""Isolated blocks: the clip announced last before a crash is at fault, and machine faults are distinguished."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.worker.reports import BlockReport, EncoderWork
 
 pytestmark = pytest.mark.slow
 
-# Stands in for the child: announces its rows, dies where it is told to, and does what `fate` says of each row.
+# In place of the child: announces its rows, and ends on a row by the signal that `fates` has for it.
 CHILD = """
 import json, os, pickle, signal, sys
 fates = json.loads(sys.argv.pop(1))
