@@ -1,33 +1,20 @@
-"""Parity: whether a machine's encoders make the tokens that a store holds, as records in its journal.
+"""Measurements of a store's tokens, kept in its journal: parity and distortion.
 
-`merv-pipeline verify --parity` measures and writes them; the report, the card and training runs show the newest of each
-encoder. A record names the canaries that it compared, so one about other canaries (of a store that a union left out)
-counts for nothing. No host, path or clip id is in it: it travels with every push.
-
-Distortion: what each storage dtype costs and loses on a store's own tokens, as records in its journal.
-
-Two measurements, made by different rooms, become one table: what the tokens take and lose (`merv-pipeline
-distortion`), and what a trained run makes of them (`merv-eval distortion`). The newest record of each is shown;
-`measurements.py` keeps and reads them, `distortion_table.py` shows them to people.
-
-Distortion as people read it: tables and notes: on the console, in the report and on the card.
-
-Measurements: records in a store's journal of what a machine found about its tokens.
-
-Comes in: a frozen value with a time and rows. Goes out: a journal object with a format version, and later the value
-again. No clip id, host or path is in it: it travels with every push. So what is read may be a stranger's, and every
-field is checked before it is used. `parity.py` and `distortion.py` say what their records hold.
+Parity: do a machine's encoders make the tokens that the store holds (`merv-pipeline verify --parity`). Distortion: what
+each storage dtype takes and loses (`merv-pipeline distortion`), and what a trained run makes of it (`merv-eval
+distortion`). Records travel with every push, so they hold no clip id, host or path, and every field that is read is
+checked.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any
 
 from featurestore.locate import Place
 from featurestore.storage_dtypes import STORAGE_DTYPES
@@ -37,86 +24,28 @@ from mervcache.errors import StoreError, StoreFormatError
 from mervcache.files import record_digest
 
 FORMAT = 1
-MAX_ROWS = 1000  # of a record: dozens of encoders, two kinds, three dtypes
-MAX_NUMBER = sys.float_info.max  # JSON knows whole numbers that no float holds
-_TIME = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z")
-
-Value = TypeVar("Value")
-IsSound = Callable[[str, Any], bool]  # name of a field, value: may it be?
-
-
-def now() -> str:
-    """The time of a record: UTC, 2026-11-22T09:00:00Z."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def measurement_record(measured: Any, **about: Any) -> dict[str, Any]:
-    """What goes to the journal; `about` stands beside the fields of the value."""
-    values = asdict(measured)
-    return {"format": FORMAT, **about, **values, "rows": list(values["rows"])}
-
-
-def keep_measurement(place: Place, prefix: str, record: Mapping[str, Any]) -> str:
-    """Put a record into the store's journal; returns its key. Places that are only read refuse.
-
-    The name holds the digest, so that no record hides another where stores meet.
-    """
-    return StoreWriter.open(place).journal(f"{prefix}{record_digest(record)[:12]}", record)
-
-
-def read_measurements(
-    store: FeatureStore, prefix: str, parse: Callable[[Mapping[str, Any], str], Value]
-) -> list[Value]:
-    """What `parse` makes of the records, the oldest first; those of another version, or crafted ones, are left out.
-
-    None at all where the journal is damaged: `verify` tells of it, and no tokens depend on it.
-    """
-    try:
-        kept = store.journal(prefix)
-    except StoreError:
-        return []
-    found = []
-    for name, record in kept:
-        with suppress(StoreFormatError):
-            found.append(parse(record, name))
-    return sorted(found, key=lambda value: value.time)
-
-
-def parse_values(kind: type[Value], row_kind: type, values: Mapping[str, Any], is_sound: IsSound, name: str) -> Value:
-    """A value of `kind` with rows of `row_kind`: exactly their fields, each of them sound."""
-    rows = values.get("rows")
-    if not isinstance(rows, list) or len(rows) > MAX_ROWS:
-        raise StoreFormatError(f"journal {name} must list at most {MAX_ROWS} rows")
-    parsed = tuple(_parse_fields(row_kind, row, is_sound, name) for row in rows)
-    return _parse_fields(kind, {**values, "rows": parsed}, is_sound, name)
-
-
-def _parse_fields(kind: type[Value], values: Any, is_sound: IsSound, name: str) -> Value:
-    if not isinstance(values, dict) or set(values) != {field.name for field in fields(kind)}:
-        raise StoreFormatError(f"journal {name} does not have the fields of a {kind.__name__}")
-    for key, value in values.items():
-        if key != "rows" and not is_sound(key, value):
-            raise StoreFormatError(f"journal {name}: {key} is {str(value)[:80]!r}")
-    return kind(**values)
-
-
-def is_time(value: Any) -> bool:
-    return type(value) is str and bool(_TIME.fullmatch(value))
-
-
-def is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= MAX_NUMBER  # no NaN either
-
-
-PARITY_PREFIX = "parity-"  # of the records' names
+PARITY_PREFIX, DISTORTION_PREFIX = "parity-", "distortion-"  # of the journal's names
 NOT_CHECKED = "not checked"
 VERDICTS = {  # worst last
-    "equal": "equal to the bit",
+    "equal": "bit-identical",
     "within": "within tolerance",
     "outside": "OUTSIDE TOLERANCE",
 }
 FRAMES = ("equal", "differ", "not compared")
-_PLAIN = re.compile(r"[\w.@+:/ -]{0,100}")
+STORED = "as stored"  # the dtype of a run's own loss
+MODALITIES = ("video", "image", "text")
+SEEDED = "Tokens of seeded random weights, not trained ones"
+REFERENCES: dict[str, str] = {
+    "store": "Errors are against what the store holds: its own dtype has none by construction (and, for an affine "
+    "dtype, what rounding twice costs). What that dtype rounded at extraction is not in the table; by the format it is "
+    f"at most {', '.join(f'{entry.error} for {name}' for name, entry in STORAGE_DTYPES.items())}.",
+    "encoders": "Errors are against the encoders' own float32, computed again from the media by the machine that "
+    "measured.",
+}
+MAX_ROWS = 1000  # of a record: dozens of encoders, two kinds, three dtypes
+MAX_TEXT = 200  # characters
+MAX_NUMBER = sys.float_info.max  # JSON knows whole numbers that no float holds
+_TIME = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z")
 _PLAIN = re.compile(r"[\w.@+:/ -]{0,100}")
 
 
@@ -148,75 +77,6 @@ class ParityRecord:
     machine: str  # "x86_64"
     versions: Mapping[str, str]  # of what decodes, resizes and computes
     rows: tuple[ParityRow, ...]
-
-
-_PARITY_TEXTS = {field.name for kind in (ParityRecord, ParityRow) for field in fields(kind) if field.type == "str"}
-_PARITY_CHOICES = {"verdict": tuple(VERDICTS), "frames": FRAMES}
-
-
-def keep_parity(place: Place, record: ParityRecord) -> str:
-    """Put a record into the store's journal; returns its key. Places that are only read refuse."""
-    return keep_measurement(place, PARITY_PREFIX, measurement_record(record))
-
-
-def read_parity(store: FeatureStore) -> dict[str, dict[str, Any]]:
-    """Encoder key -> the newest check against its canaries of today, or {"verdict": "not checked"}.
-
-    A check is {"verdict", "time", "device", "machine", "rows"}, its verdict the worst of its rows.
-    """
-    found: dict[str, dict[str, Any]] = {key: {"verdict": NOT_CHECKED} for key in store.encoders}
-    for record in read_measurements(store, PARITY_PREFIX, parse_parity):
-        for key, identity in store.encoders.items():
-            current = {kind: store.canaries.get(f"{kind}/{identity.group_name}") for kind in ("video", "image")}
-            rows = [row for row in record.rows if row.identity == identity.id and row.canaries == current.get(row.kind)]
-            if rows:
-                about = {"time": record.time, "device": record.device, "machine": record.machine}
-                found[key] = {"verdict": worst(row.verdict for row in rows), **about, "rows": [asdict(r) for r in rows]}
-    return found
-
-
-def worst(verdicts: Any) -> str:
-    """The verdict of several together."""
-    return max(verdicts, key=list(VERDICTS).index)
-
-
-def parity_words(check: Mapping[str, Any] | None) -> str:
-    """A check of `read_parity` in one line."""
-    if not check or check.get("verdict") not in VERDICTS:
-        return NOT_CHECKED
-    figures = [row["relative"] for row in check["rows"] if row["relative"] is not None]
-    error = f", relative error {max(figures):.1e}" if figures and check["verdict"] != "equal" else ""
-    return f"{VERDICTS[check['verdict']]}{error} on {check['device']}, {check['time'][:10]}"
-
-
-def parse_parity(record: Mapping[str, Any], name: str) -> ParityRecord:
-    """A record that may be a stranger's, every field checked."""
-    if record.get("format") != FORMAT:
-        raise StoreFormatError(f"journal {name} is no parity record of this version: update, or remove it")
-    values = {key: value for key, value in record.items() if key != "format"}
-    return parse_values(ParityRecord, ParityRow, values, _is_valid_parity, name)
-
-
-def _is_valid_parity(key: str, value: Any) -> bool:
-    if key == "time":
-        return is_time(value)
-    if key == "versions":
-        return isinstance(value, dict) and all(map(_is_plain, [*value, *value.values()]))
-    if key in _PARITY_CHOICES:
-        return value in _PARITY_CHOICES[key]
-    if key in _PARITY_TEXTS:
-        return _is_plain(value)
-    return value is None or is_number(value)
-
-
-def _is_plain(text: Any) -> bool:
-    return type(text) is str and bool(_PLAIN.fullmatch(text))
-
-
-DISTORTION_PREFIX = "distortion-"  # of the records' names
-STORED = "as stored"  # the dtype of a run's own loss
-MODALITIES = {"video", "image", "text"}
-MAX_TEXT = 200  # characters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,6 +135,158 @@ class LossRecord:
     rows: tuple[LossRow, ...]  # `STORED` first
 
 
+Record = ParityRecord | TokenRecord | LossRecord
+# `measure` of a record, which those of parity lack -> (record, row, prefix of the journal's names)
+RECORDS: dict[str | None, tuple[type, type, str]] = {
+    None: (ParityRecord, ParityRow, PARITY_PREFIX),
+    "tokens": (TokenRecord, TokenRow, f"{DISTORTION_PREFIX}tokens-"),
+    "loss": (LossRecord, LossRow, f"{DISTORTION_PREFIX}loss-"),
+}
+
+
+def now() -> str:
+    """The time of a record: UTC, 2026-11-22T09:00:00Z."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def to_record(measured: Record) -> dict[str, Any]:
+    """The journal's JSON of a measurement."""
+    measure = next(measure for measure, (kind, *_) in RECORDS.items() if isinstance(measured, kind))
+    values = asdict(measured)
+    about = {} if measure is None else {"measure": measure}
+    return {"format": FORMAT, **about, **values, "rows": list(values["rows"])}
+
+
+def keep_record(place: Place, measured: Record | Mapping[str, Any]) -> str:
+    """Put a measurement, or its `to_record`, into the store's journal; returns its key. Read-only places refuse.
+
+    The name holds the digest, so that no record hides another where stores are merged.
+    """
+    record = measured if isinstance(measured, Mapping) else to_record(measured)
+    prefix = RECORDS[record.get("measure")][2]
+    return StoreWriter.open(place).journal(f"{prefix}{record_digest(record)[:12]}", record)
+
+
+def read_records(store: FeatureStore, prefix: str) -> list[Any]:
+    """Measurements whose names start so, oldest first; those of another version, or crafted ones, are skipped.
+
+    None at all where the journal is damaged: `verify` reports that, and no tokens depend on it.
+    """
+    try:
+        journal = store.journal(prefix)
+    except StoreError:
+        return []
+    records = []
+    for name, record in journal:
+        with suppress(StoreFormatError):
+            records.append(parse_record(record, name))
+    return sorted(records, key=lambda record: record.time)
+
+
+def parse_record(record: Mapping[str, Any], name: str) -> Any:
+    """The measurement of an untrusted record: exactly the fields of its type, each of them checked."""
+    measure = record.get("measure")
+    if record.get("format") != FORMAT or measure not in tuple(RECORDS):  # a tuple: it may not be hashable
+        raise StoreFormatError(f"journal {name} is no measurement of this version: update, or remove it")
+    kind, row_kind, _ = RECORDS[measure]
+    values = {key: value for key, value in record.items() if key not in ("format", "measure")}
+    rows = values.get("rows")
+    if not isinstance(rows, list) or len(rows) > MAX_ROWS:
+        raise StoreFormatError(f"journal {name} must list at most {MAX_ROWS} rows")
+    rows = tuple(_parse_fields(row_kind, row, name) for row in rows)
+    return _parse_fields(kind, values | {"rows": rows}, name)
+
+
+def _parse_fields(kind: type, values: Any, name: str) -> Any:
+    types = {field.name: field.type for field in fields(kind)}
+    if not isinstance(values, dict) or set(values) != set(types):
+        raise StoreFormatError(f"journal {name} does not have the fields of a {kind.__name__}")
+    for key, value in values.items():
+        if not (_OF_FIELD.get(key) or _OF_TYPE[types[key]])(value):
+            raise StoreFormatError(f"journal {name}: {key} is {str(value)[:80]!r}")
+    return kind(**values)
+
+
+def is_time(value: Any) -> bool:
+    return type(value) is str and bool(_TIME.fullmatch(value))
+
+
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= MAX_NUMBER  # no NaN either
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) is str and bool(_PLAIN.fullmatch(value))
+
+
+def _is_text(value: Any) -> bool:
+    return type(value) is str and len(value) <= MAX_TEXT
+
+
+def _is_versions(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_plain, [*value, *value.values()]))
+
+
+def _is_losses(value: Any) -> bool:
+    return isinstance(value, dict) and set(value) <= set(MODALITIES) and all(map(is_number, value.values()))
+
+
+_OF_TYPE: dict[str, Callable[[Any], bool]] = {  # by annotation
+    "str": _is_plain,
+    "bool": lambda value: type(value) is bool,
+    "int": lambda value: type(value) is int and is_number(value),
+    "float": is_number,
+    "float | None": lambda value: value is None or is_number(value),
+}
+_OF_FIELD: dict[str, Callable[[Any], bool]] = {  # not by type alone; tuples, as values may be unhashable
+    "rows": lambda value: True,  # parsed before
+    "time": is_time,
+    "verdict": lambda value: value in tuple(VERDICTS),
+    "frames": lambda value: value in FRAMES,
+    "reference": lambda value: value in tuple(REFERENCES),
+    "dtype": lambda value: value in (*STORAGE_DTYPES, STORED),
+    "versions": _is_versions,
+    "by_modality": _is_losses,
+    "run": _is_text,  # a folder's name
+    "split": _is_text,
+    "weights": _is_text,
+}
+
+
+def read_parity(store: FeatureStore) -> dict[str, dict[str, Any]]:
+    """Encoder key -> the newest check against its present reference clips, or {"verdict": "not checked"}.
+
+    A check is {"verdict", "time", "device", "machine", "rows"}, its verdict the worst of its rows.
+    """
+    checks: dict[str, dict[str, Any]] = {key: {"verdict": NOT_CHECKED} for key in store.encoders}
+    for record in read_records(store, PARITY_PREFIX):
+        for key, identity in store.encoders.items():
+            current = {kind: store.canaries.get(f"{kind}/{identity.group_name}") for kind in ("video", "image")}
+            rows = [row for row in record.rows if row.identity == identity.id and row.canaries == current.get(row.kind)]
+            if rows:
+                about = {"time": record.time, "device": record.device, "machine": record.machine}
+                checks[key] = {
+                    "verdict": worst(row.verdict for row in rows),
+                    **about,
+                    "rows": [asdict(row) for row in rows],
+                }
+    return checks
+
+
+def worst(verdicts: Iterable[str]) -> str:
+    """The verdict of several together."""
+    return max(verdicts, key=list(VERDICTS).index)
+
+
+def parity_words(check: Mapping[str, Any] | None) -> str:
+    """A check of `read_parity` in one line."""
+    if not check or check.get("verdict") not in VERDICTS:
+        return NOT_CHECKED
+    figures = [row["relative"] for row in check["rows"] if row["relative"] is not None]
+    error = f", relative error {max(figures):.1e}" if figures and check["verdict"] != "equal" else ""
+    return f"{VERDICTS[check['verdict']]}{error} on {check['device']}, {check['time'][:10]}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Distortion:
     """The newest record of each measurement."""
@@ -283,64 +295,15 @@ class Distortion:
     loss: LossRecord | None = None
 
 
-REFERENCES: dict[str, str] = {
-    "store": "Errors are against what the store holds: its own dtype has none by construction (and, for an affine "
-    "dtype, what rounding twice costs). What that dtype rounded at extraction is not in the table; by the format it is "
-    f"at most {', '.join(f'{entry.error} for {name}' for name, entry in STORAGE_DTYPES.items())}.",
-    "encoders": "Errors are against the encoders' own float32, computed again from the media by the machine that "
-    "measured.",
-}
-_RECORDS: dict[str, tuple[type, type]] = {"tokens": (TokenRecord, TokenRow), "loss": (LossRecord, LossRow)}
-_DISTORTION_TEXTS = {"snapshot", "run", "split", "weights", "encoder", "identity", "kind"}
-
-
-def distortion_record(measured: TokenRecord | LossRecord) -> dict[str, Any]:
-    """What goes to the journal."""
-    measure = next(name for name, (kind, _) in _RECORDS.items() if isinstance(measured, kind))
-    return measurement_record(measured, measure=measure)
-
-
-def keep_record(place: Place, record: Mapping[str, Any]) -> str:
-    """Put a record into the store's journal; returns its key. Places that are only read refuse."""
-    return keep_measurement(place, f"{DISTORTION_PREFIX}{record['measure']}-", record)
-
-
 def read_distortion(store: FeatureStore) -> Distortion:
-    """The newest records about what this store holds; encoders that it lacks (a partial pull) are left out.
-
-    Records of another version, or crafted ones, are passed over: no push or report fails for a measurement.
-    """
-    newest = {type(record): record for record in read_measurements(store, DISTORTION_PREFIX, parse_record)}
+    """The newest records about what this store holds; encoders that it lacks (a partial pull) are left out."""
+    newest = {type(record): record for record in read_records(store, DISTORTION_PREFIX)}
     tokens, stored = newest.get(TokenRecord), {identity.id for identity in store.encoders.values()}
     if tokens is not None:
         tokens = replace(tokens, rows=tuple(row for row in tokens.rows if row.identity in stored))
     return Distortion(tokens=tokens, loss=newest.get(LossRecord))
 
 
-def parse_record(record: Mapping[str, Any], name: str) -> TokenRecord | LossRecord:
-    """A record that may be a stranger's, every field checked."""
-    measure = record.get("measure")
-    if record.get("format") != FORMAT or measure not in tuple(_RECORDS):
-        raise StoreFormatError(f"journal {name} is no distortion record of this version: update, or remove it")
-    values = {key: value for key, value in record.items() if key not in ("format", "measure")}
-    return parse_values(*_RECORDS[measure], values, _is_valid_distortion, name)
-
-
-def _is_valid_distortion(key: str, value: Any) -> bool:
-    if key == "time":
-        return is_time(value)
-    if key == "by_modality":
-        return isinstance(value, dict) and set(value) <= MODALITIES and all(map(is_number, value.values()))
-    if key == "reference":
-        return value in tuple(REFERENCES)  # tuples: what cannot be hashed is not in them
-    if key == "dtype":
-        return value in (*STORAGE_DTYPES, STORED)
-    if key in _DISTORTION_TEXTS:
-        return isinstance(value, str) and len(value) <= MAX_TEXT
-    return value is None or isinstance(value, bool) or is_number(value)
-
-
-SEEDED = "Tokens of seeded random weights, not trained ones"
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]  # columns, and rows of texts
 
 

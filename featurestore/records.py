@@ -1,16 +1,8 @@
-"""Receipts: the record that a block is committed, written last and from the bytes on disk.
+"""Records of a store, as canonical JSON with a digest of their own: receipts, tombstones and the journal.
 
-A receipt is canonical JSON without times, hosts or measured values: the same block gives the same receipt. Fields of
-rows are columns, so that a receipt stays small. What is read back may be a stranger's: `parse` checks every type,
-length and value before anything is used.
-
-Tombstones: clips removed on request (a licence, a consent withdrawn), as data that travels with the store.
-
-A tombstone is a JSON record with its own digest, put once. From then on readers list and read none of its clips, at any
-snapshot, and nothing computes them again; `erase.py` takes their tokens and conversations off the disk. Clip ids stay
-in the clip parts (rows are never given out twice) and in the record, which must know whom to leave out.
-
-Journal records: provenance that must not change bytes (times, hosts, versions, rates); one per run and worker.
+A receipt commits a block; it is put last, describes the bytes on disk, and holds no time, host or measured value, so
+the same block gives the same receipt. A tombstone removes clips from every snapshot. The journal keeps provenance.
+Records may be untrusted: `parse` checks every type, length and value.
 """
 
 from __future__ import annotations
@@ -44,12 +36,12 @@ from mervcache.files import canonical_json, load_json, record_digest
 
 State = Literal["ok", "failed", "skipped", "empty"]
 STATES: tuple[State, ...] = ("ok", "failed", "skipped", "empty")
-SCOPES: tuple[str, ...] = ("clip", "encoder")  # who is to blame: the media, or one encoder on it
+SCOPES: tuple[str, ...] = ("clip", "encoder")  # what failed: the media, or one encoder on it
 LOST = "lost in an interrupted attempt"
 DIGEST_LENGTH = 32  # hex digits
 MAX_REASON_LENGTH = 500  # characters
 MAX_ROW_BYTES = 4096  # of one row in a receipt: a reason of 500 characters, all escaped, and three digests
-MAX_NUMBER = 1_000_000  # times that a block was replaced
+MAX_GENERATION = 1_000_000  # times that a block was replaced
 
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -58,7 +50,7 @@ _RECEIPT_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class RowOutcome:
-    """What became of one row."""
+    """Outcome of one row."""
 
     state: State
     scope: str | None = None  # of a failure: "clip" or "encoder"
@@ -68,14 +60,13 @@ class RowOutcome:
     decoder: str | None = None  # what made the pixels
 
     def __post_init__(self) -> None:
+        is_failed, is_ok = self.state == "failed", self.state == "ok"
         problem = None
         if self.state not in STATES:
             problem = f"state {self.state!r}"
-        elif (self.state == "failed") != (self.reason is not None) or (self.state == "failed") != (
-            self.scope is not None
-        ):
+        elif is_failed != (self.reason is not None) or is_failed != (self.scope is not None):
             problem = f"a reason and scope that do not fit state {self.state!r}"
-        elif (self.state == "ok") != (self.digest is not None):
+        elif is_ok != (self.digest is not None):
             problem = f"a digest that does not fit state {self.state!r}"
         elif self.scope is not None and self.scope not in SCOPES:
             problem = f"scope {self.scope!r}"
@@ -103,8 +94,8 @@ class Receipt:
     block: int
     rows: tuple[RowOutcome, ...]  # one per row of the block
     shards: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # array -> {"sha256": hex, "bytes": int}
-    number: int = 1  # counts the receipts of this block: only `repair` and `tombstone` replace one
-    replaces: str | None = None  # digest of the receipt before, where number > 1
+    generation: int = 1  # `number` on disk; only `repair` and `tombstone` replace a receipt
+    replaces: str | None = None  # digest of the receipt before, where generation > 1
 
     @cached_property
     def digest(self) -> str:
@@ -114,8 +105,8 @@ class Receipt:
     @cached_property
     def counts(self) -> dict[str, int]:
         """Rows by state."""
-        found = Counter(row.state for row in self.rows)
-        return {state: found[state] for state in STATES}
+        counts = Counter(row.state for row in self.rows)
+        return {state: counts[state] for state in STATES}
 
     @property
     def stored_bytes(self) -> int:
@@ -125,14 +116,14 @@ class Receipt:
         return self.block * len(self.rows)
 
     def outcome(self, row: int) -> RowOutcome:
-        """What became of a row of the block; rows count as in the store."""
+        """Outcome of a row of the block; rows count as in the store."""
         return self.rows[slot_of(row, len(self.rows))]
 
     def to_bytes(self) -> bytes:
         return (canonical_json(self._content() | {"digest": self.digest}) + "\n").encode()
 
     def _content(self) -> dict[str, Any]:
-        history = {"number": self.number, "replaces": self.replaces} if self.number > 1 else {}
+        history = {"number": self.generation, "replaces": self.replaces} if self.generation > 1 else {}
         return history | {
             "format": _RECEIPT_VERSION,
             "kind": self.kind,
@@ -149,38 +140,32 @@ class Receipt:
         if len(data) > max_receipt_bytes(block_rows):
             raise StoreFormatError(f"{what} has {len(data)} bytes, more than any receipt needs")
         record = load_json(data, what)
+        rows, shards = _parse_rows(record, what, block_rows), _parse_shards(record, what)
+        generation, replaces = record.get("number", 1), record.get("replaces")
+        is_first = generation == 1
+        is_sound = type(generation) is int and 1 <= generation <= MAX_GENERATION
+        if not is_sound or is_first == isinstance(replaces, str):
+            raise StoreFormatError(f"{what} has number {generation!r}, replacing {str(replaces)[:80]!r}")
         receipt = cls(
-            kind=kind,
-            group=group,
-            block=block,
-            rows=_parse_rows(record, what, block_rows),
-            shards=_parse_shards(record, what),
-            **_parse_history(record, what),
+            kind=kind, group=group, block=block, rows=rows, shards=shards, generation=generation, replaces=replaces
         )
-        if not _is_canonical(record, receipt, data):
-            raise StoreDamagedError(f"{what} does not match its own digest; run `merv-pipeline verify`")
-        vars(receipt)["digest"] = record["digest"]  # just computed: the property need not do it again
-        return receipt
 
-
-def _is_canonical(record: dict[str, Any], receipt: Receipt, data: bytes) -> bool:
-    """Are these the bytes that the writer makes of the receipt? It covers every field, the digest, even white space.
-
-    The record is what was checked, so it is written once more instead of the receipt: a snapshot of a million clips
-    reads 15,000 of them. Its digest is over the same text without the digest.
-    """
-    digest = record.get("digest")
-    told = [record.get(name) for name in ("format", "kind", "group", "block")]
-    expected = [_RECEIPT_VERSION, receipt.kind, receipt.group, receipt.block]
-    names = {"format", "kind", "group", "block", "rows", "shards", "digest"}
-    if receipt.number > 1:
-        names |= {"number", "replaces"}
-    if set(record) != names or not isinstance(digest, str) or canonical_json(told) != canonical_json(expected):
-        return False
-    text = canonical_json(record)
-    # Quotes within a text are escaped, so this is the field itself and nothing that a reason says.
-    body = text.replace(f'"digest":"{digest}",', "", 1)
-    return hashlib.sha256(body.encode()).hexdigest() == digest and (text + "\n").encode() == data
+        # Are these the bytes that the writer makes of the receipt? That covers every field, the digest, even white
+        # space. The record is what was checked, so it is encoded again instead of the receipt: a snapshot of a million
+        # clips reads 15,000 of them. The digest is over the same text without the digest; quotes within a text are
+        # escaped, so what is replaced is the field itself.
+        digest = record.get("digest")
+        names = {"format", "kind", "group", "block", "rows", "shards", "digest"}
+        names |= set() if is_first else {"number", "replaces"}
+        head = [record.get(name) for name in ("format", "kind", "group", "block")]
+        is_whole = set(record) == names and isinstance(digest, str)
+        if is_whole and canonical_json(head) == canonical_json([_RECEIPT_VERSION, kind, group, block]):
+            text = canonical_json(record)
+            body = text.replace(f'"digest":"{digest}",', "", 1)
+            if hashlib.sha256(body.encode()).hexdigest() == digest and (text + "\n").encode() == data:
+                vars(receipt)["digest"] = digest  # of the cached property, which need not compute it again
+                return receipt
+        raise StoreDamagedError(f"{what} does not match its own digest; run `merv-pipeline verify`")
 
 
 def _parse_rows(record: Any, what: str, block_rows: int) -> tuple[RowOutcome, ...]:
@@ -196,16 +181,13 @@ def _parse_rows(record: Any, what: str, block_rows: int) -> tuple[RowOutcome, ..
             raise StoreFormatError(f"{what}: column {name} must list {block_rows} rows")
         if not set(map(type, values)) <= {str, type(None)}:
             raise StoreFormatError(f"{what}: column {name} must hold text or null")
-    ordered = [columns[name] for name in COLUMNS]
-    return tuple(_row(*values) for values in zip(*ordered, strict=True))
+    return tuple(
+        RowOutcome(state=state, scope=scope, reason=reason, digest=digest, media_sha256=media, decoder=decoder)
+        for state, scope, reason, digest, media, decoder in zip(*(columns[name] for name in COLUMNS), strict=True)
+    )
 
 
-def _row(state: str, scope: str | None, reason: str | None, digest: str | None, media: str | None, decoder: str | None):
-    """Values in the order of `COLUMNS`."""
-    return RowOutcome(state=state, scope=scope, reason=reason, digest=digest, media_sha256=media, decoder=decoder)
-
-
-def _parse_shards(record: dict, what: str) -> dict[str, dict[str, Any]]:
+def _parse_shards(record: dict[str, Any], what: str) -> dict[str, dict[str, Any]]:
     shards = record.get("shards")
     if not isinstance(shards, dict) or not set(shards) <= set(ARRAYS) or "tokens" not in shards:
         raise StoreFormatError(f"{what} must list the shards of its arrays ({', '.join(ARRAYS)})")
@@ -218,13 +200,6 @@ def _parse_shards(record: dict, what: str) -> dict[str, dict[str, Any]]:
         if not isinstance(shard["sha256"], str) or not _SHA256.fullmatch(shard["sha256"]):
             raise StoreFormatError(f"{what}: shard {name} has a malformed sha256")
     return shards
-
-
-def _parse_history(record: dict, what: str) -> dict[str, Any]:
-    number, replaces = record.get("number", 1), record.get("replaces")
-    if type(number) is not int or not 1 <= number <= MAX_NUMBER or (number > 1) != isinstance(replaces, str):
-        raise StoreFormatError(f"{what} has number {number!r}, replacing {str(replaces)[:80]!r}")
-    return {"number": number, "replaces": replaces}
 
 
 def max_receipt_bytes(block_rows: int) -> int:
@@ -255,7 +230,10 @@ _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 
 @dataclass(frozen=True, kw_only=True)
 class Tombstone:
-    """One removal."""
+    """One removal of clips on request (a licence, a consent withdrawn); it travels with the store.
+
+    Clip ids stay in the clip parts, since rows are never given out twice, and in this record.
+    """
 
     clips: tuple[str, ...]  # clip ids, sorted
     reason: str
@@ -284,22 +262,22 @@ class Tombstone:
         what = f"tombstone {tombstone_id}"
         record = load_json(data, what)
         try:
-            stone = cls(
+            tombstone = cls(
                 clips=tuple(record["clips"]),
                 reason=record["reason"],
                 date=record["date"],
                 erased=tuple(record["erased"]),
             )
-            texts = [*stone.clips, *stone.erased, stone.reason, stone.date]
-            good = all(type(text) is str for text in texts) and bool(_DATE.fullmatch(stone.date))
-            whole = good and stone.to_bytes() == data and stone.id == tombstone_id
+            texts = [*tombstone.clips, *tombstone.erased, tombstone.reason, tombstone.date]
+            is_whole = all(type(text) is str for text in texts) and bool(_DATE.fullmatch(tombstone.date))
+            is_whole = is_whole and tombstone.to_bytes() == data and tombstone.id == tombstone_id
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise StoreFormatError(f"{what} lacks fields or has malformed ones ({error})") from error
-        if not whole:
+        if not is_whole:
             raise StoreDamagedError(
                 f"{what} does not match its own digest; it must not be lost: run `merv-pipeline repair`"
             )
-        return stone
+        return tombstone
 
 
 def tombstone_ids(objects: Objects) -> list[str]:
@@ -311,39 +289,39 @@ def read_tombstone(objects: Objects, tombstone_id: str) -> Tombstone:
 
 
 def read_tombstones(objects: Objects) -> dict[str, Tombstone]:
-    """Every removal by id. A damaged record is an error: rather no store than one that shows what was taken back."""
+    """Every removal by id. A damaged record is an error, since opening without it would expose removed clips."""
     return {name: read_tombstone(objects, name) for name in tombstone_ids(objects)}
 
 
 def tombstoned_clips(objects: Objects) -> dict[str, Tombstone]:
     """Clip id -> a removal that names it."""
-    return {clip: stone for stone in read_tombstones(objects).values() for clip in stone.clips}
+    return {clip: tombstone for tombstone in read_tombstones(objects).values() for clip in tombstone.clips}
 
 
 def put_tombstone(objects: Objects, clips: Iterable[str], reason: str, date: str, erased: Iterable[str]) -> Tombstone:
-    """Record a removal; from now on it holds, whatever happens to the erasing."""
+    """Record a removal; it takes effect at once, before the tokens are erased."""
     if not reason.strip():
-        raise UserError("a tombstone needs a reason: who reads the store later must know why the clip is gone")
-    stone = Tombstone(
+        raise UserError("a tombstone needs a reason: later readers of the store must know why the clip is gone")
+    tombstone = Tombstone(
         clips=tuple(sorted(set(clips))), reason=reason.strip(), date=date, erased=tuple(sorted(set(erased)))
     )
-    put_if_absent(objects, tombstone_key(stone.id), stone.to_bytes())  # the name holds the digest
-    return stone
+    put_if_absent(objects, tombstone_key(tombstone.id), tombstone.to_bytes())  # the name holds the digest
+    return tombstone
 
 
 MAX_JOURNAL_BYTES = 16 << 20
 THREADS_PER_CPU = 4
-MANY_THREADS = 256  # as a large server has: its stores are repaired and checked on small machines, slowly
+MAX_THREADS = 256  # of a large server, whose stores are also repaired and checked on small machines, slowly
 
 
 def journal_bytes(record: Mapping[str, Any]) -> bytes:
-    """A record with its own digest beside it."""
+    """A record with its own digest."""
     digest = record_digest(record)
     return (canonical_json({"record": dict(record), "digest": digest}) + "\n").encode()
 
 
 def parse_journal(data: bytes, name: str) -> dict[str, Any]:
-    """The record, if it is whole."""
+    """The record of a journal file; StoreDamagedError if it is not whole."""
     document = load_json(data, f"journal {name}")
     record = document.get("record") if isinstance(document, dict) else None
     try:
@@ -352,13 +330,13 @@ def parse_journal(data: bytes, name: str) -> dict[str, Any]:
         is_whole = False
     if not is_whole:
         raise StoreDamagedError(
-            f"journal {name} does not match its own digest; it tells of a run, no tokens depend on it"
+            f"journal {name} does not match its own digest; it holds provenance, no tokens depend on it"
         )
     return record
 
 
 def driver_runs(objects: Objects) -> list[dict[str, Any]]:
-    """Records of the store's extractions, oldest first; damaged ones, and what is no run, are left aside."""
+    """Records of the store's extractions, oldest first; damaged ones and records of other things are skipped."""
     runs = []
     for name in journal_names(objects.list_names(JOURNAL)):
         if name.endswith("-driver"):
@@ -377,32 +355,29 @@ class Maker:
 
     run: Mapping[str, Any]
     encoder: str  # as the run names it
-    threads: int | None  # of torch, which decide the last bits of a sum; None where the run does not tell
+    threads: int | None  # of torch, which decide the last bits of a sum; None where the run does not record them
 
 
 def maker_of(objects: Objects, group: str) -> Maker | None:
-    """Who made a group's tokens, as the journal tells; refuses a number of threads that this machine cannot start."""
+    """The run that made a group's tokens, by the journal; UserError for more threads than this machine can start."""
     for run in reversed(driver_runs(objects)):
         for name, entry in run["encoders"].items():
-            if entry.get("group") == group:
-                threads = entry.get("threads")
-                _check_threads(threads, group)
-                return Maker(run=run, encoder=name, threads=threads)
+            if entry.get("group") != group:
+                continue
+            # No cap: fewer threads than the untrusted record claims would make other bits.
+            threads, most = entry.get("threads"), max(MAX_THREADS, THREADS_PER_CPU * (os.cpu_count() or 1))
+            if threads is not None and not (type(threads) is int and 1 <= threads <= most):
+                raise UserError(
+                    f"by the journal, {group} was computed with {threads!r:.40} threads, this machine starts 1 to "
+                    f"{most}: use a larger machine, or fetch damaged blocks with "
+                    "`merv-pipeline repair --from OTHER_STORE`"
+                )
+            return Maker(run=run, encoder=name, threads=threads)
     return None
 
 
-def _check_threads(threads: Any, group: str) -> None:
-    """A stranger may name any number, and fewer threads than it says would make other bits: no cap, an error."""
-    most = max(MANY_THREADS, THREADS_PER_CPU * (os.cpu_count() or 1))
-    if threads is not None and not (type(threads) is int and 1 <= threads <= most):
-        raise UserError(
-            f"the journal says that {group} was computed with {threads!r:.40} threads, this machine starts 1 to "
-            f"{most}: use a larger machine, or fetch damaged blocks with `merv-pipeline repair --from OTHER_STORE`"
-        )
-
-
 def _is_run(record: Mapping[str, Any]) -> bool:
-    """A journal may be a stranger's: what every reader of runs looks into must be there."""
+    """The fields that readers of runs use are there: a journal may be untrusted."""
     mappings = [record.get(name) for name in ("config", "encoders", "summary")]
     if not all(isinstance(value, dict) for value in mappings) or type(record.get("started")) not in (int, float):
         return False

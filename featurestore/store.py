@@ -1,16 +1,11 @@
-"""`FeatureStore`: what is committed, as a reader sees it.
+"""`FeatureStore`: the committed clips, tokens and samples of a store, read-only.
 
     from featurestore import FeatureStore
     store = FeatureStore.open("features/demo.zarr")
     tokens_BTHWD = store.read(store.clips["clip_id"].to_pylist()[:8], encoder="dinov2")
 
-A store is opened at a snapshot and stays there, so what it says never changes while it is open. It pickles as its path
-and snapshot: loader workers open it anew, on first use.
-
-Clips by the names that people type: a whole id, or an end of one that no other clip has.
-
-`tombstone` and `inspect` understand the same names. An end begins at a slash wherever that names a clip ("v1.mp4" is
-videos/v1.mp4 and not videos/old-v1.mp4), else anywhere. What fits several clips or none is an error with a few ids.
+A store is opened at a snapshot and stays there, so its content never changes while it is open. It pickles as its path
+and snapshot; data-loader workers open it anew on first use.
 """
 
 from __future__ import annotations
@@ -50,33 +45,28 @@ class FeatureStore:
         cache: Place | bool = True,
         cache_bytes: int | None = None,
         *,
-        objects: Objects | None = None,  # the place itself where the caller has opened it
+        objects: Objects | None = None,  # of the path, where the caller has opened them
     ) -> None:
         self.path = path
+        self.snapshot = snapshot  # id: SEQUENCE-DIGEST12
         self._cache_settings = (cache, cache_bytes)
         self._objects = open_cached(path, cache, cache_bytes) if objects is None else objects
-        self.snapshot = snapshot  # id: SEQUENCE-DIGEST12
         self._record = load_snapshot(self._objects, snapshot)
         self._batches = BatchReader(self._objects)
-        self._groups = encoder_keys(self._record.groups)
+        self._groups = encoder_keys(self._record.groups)  # encoder key -> group name
         names = [column(group, "row") for group in self._groups.values()]
         table = read_snapshot_table(self._objects, self._record, ["clip_id", "kind", *names])
         self._clip_ids = table["clip_id"].combine_chunks()
         self._is_image = table["kind"].to_numpy(zero_copy_only=False) == "image"
         self._rows = {group: table[column(group, "row")].to_numpy() for group in self._groups.values()}
-        self._line_of: ClipLines | None = None
-        self._is_hidden = np.zeros(len(self._clip_ids), dtype=bool)
-        # Removals hold at every snapshot, also those that were made before.
+        # Removals apply to every snapshot, also to those that were made before; lines keep their place.
         self.tombstones: dict[str, Tombstone] = read_tombstones(self._objects)  # by id
-        self._removed = {clip: stone for stone in self.tombstones.values() for clip in stone.clips}
+        self._removed = {clip: tombstone for tombstone in self.tombstones.values() for clip in tombstone.clips}
+        self._is_hidden = np.zeros(len(self._clip_ids), dtype=bool)
         if self._removed:
-            self._hide(pc.is_in(self._clip_ids, pa.array(sorted(self._removed), pa.string())))
-
-    def _hide(self, is_removed: pa.BooleanArray) -> None:
-        """Leave removed clips out of whatever this store says; lines keep their place."""
-        self._is_hidden = is_removed.to_numpy(zero_copy_only=False)
-        for group, rows in self._rows.items():
-            self._rows[group] = np.where(self._is_hidden, -1, rows)
+            is_removed = pc.is_in(self._clip_ids, pa.array(sorted(self._removed), pa.string()))
+            self._is_hidden = is_removed.to_numpy(zero_copy_only=False)
+            self._rows = {group: np.where(self._is_hidden, -1, rows) for group, rows in self._rows.items()}
 
     @classmethod
     def open(
@@ -89,8 +79,8 @@ class FeatureStore:
     ) -> FeatureStore:
         """Open a store's newest snapshot, or the one named; `path` is a folder or a URL (s3, gs, az, https, hf).
 
-        What is read from a URL is kept on this machine: in the folder `cache` (default: MERV_CACHE_DIR, else
-        ~/.cache/merv-cache), bounded to `cache_bytes` (default: MERV_CACHE_BYTES, else 50 GB); False keeps nothing.
+        Reads from a URL are cached in the folder `cache` (default: MERV_CACHE_DIR, else ~/.cache/merv-cache), bounded
+        to `cache_bytes` (default: MERV_CACHE_BYTES, else 50 GB); False caches nothing.
         """
         path = place_of(path)
         objects = open_objects(path)
@@ -122,7 +112,7 @@ class FeatureStore:
 
     @cached_property
     def clips(self) -> pa.Table:
-        """clip_id, dataset, path, start_s, end_s, end_frame, kind, and per encoder key: are its tokens committed."""
+        """clip_id, dataset, path, start_s, end_s, end_frame, kind, and a column per encoder key: True if committed."""
         table = self._clip_columns().drop_columns(["row"])
         for key, group in self._groups.items():
             table = table.append_column(key, pa.array(self._rows[group] >= 0))
@@ -151,43 +141,40 @@ class FeatureStore:
         """Conversations of one name, or of all names in order."""
         if name is not None and name not in self._record.samples:
             raise UserError(f"samples {name!r} are not in this store; it has: {', '.join(self.sample_names) or 'none'}")
-        found: list[Sample] = []
+        samples: list[Sample] = []
         for each in self.sample_names if name is None else [name]:
             entry = self._record.samples[each]
-            self._refuse_erased(each, entry["sha256"])
+            for tombstone in self.tombstones.values():
+                if entry["sha256"] in tombstone.erased:
+                    raise StoreError(
+                        f"the samples {each!r} of snapshot {self.snapshot} held conversations about clips removed on "
+                        f"{tombstone.date} ({tombstone.reason}); open the newest snapshot, which has the others"
+                    )
             data = self._read_digested(entry["key"], entry["sha256"])
-            found.extend(table_to_samples(read_table(data, SAMPLE_SCHEMA, entry["key"])))
-        return [sample for sample in found if sample.clip_id not in self._removed]
-
-    def _refuse_erased(self, name: str, sha256: str) -> None:
-        for stone in self.tombstones.values():
-            if sha256 in stone.erased:
-                raise StoreError(
-                    f"the samples {name!r} of snapshot {self.snapshot} held conversations about clips removed on "
-                    f"{stone.date} ({stone.reason}); open the newest snapshot, which has the others"
-                )
+            samples.extend(table_to_samples(read_table(data, SAMPLE_SCHEMA, entry["key"])))
+        return [sample for sample in samples if sample.clip_id not in self._removed]
 
     def journal(self, prefix: str = "") -> list[tuple[str, dict[str, Any]]]:
-        """(name, record) of every run, worker and measurement that left one; provenance, never part of a digest."""
+        """(name, record) of runs, workers and measurements whose name starts so; provenance, never in a digest."""
         names = [name for name in journal_names(self._objects.list_names(JOURNAL)) if name.startswith(prefix)]
         texts = ((name, get_bounded(self._objects, journal_key(name), MAX_JOURNAL_BYTES)) for name in names)
         return [(name, parse_journal(text, name)) for name, text in texts]
 
     def runs(self) -> list[dict[str, Any]]:
-        """Records of the extractions that wrote here, oldest first; damaged ones are left aside."""
+        """Records of the extractions that wrote to this store, oldest first; damaged ones are skipped."""
         return driver_runs(self._objects)
 
     @property
     def canaries(self) -> dict[str, str]:
-        """ "kind/group" -> sha256 of the tokens of its canaries, for those that have some; see `canaries.py`."""
+        """ "kind/group" -> sha256 of its reference clips' file, where it has one."""
         return dict(self._record.canaries)
 
     def rows(self, clip_ids: Sequence[str], *, encoder: str) -> np.ndarray:
         """int64 [B]: the row of each clip in its kind's array, -1 where it has no tokens; clips of one kind only."""
         lines = self._lines(clip_ids)
         if len(kinds := set(self.clips["kind"].take(lines).to_pylist())) > 1:
-            raise UserError(f"rows count in one array, and these clips lie in several ({', '.join(sorted(kinds))})")
-        return self._rows[self._group(encoder)][lines]
+            raise UserError(f"rows count in one array, and these clips are in several ({', '.join(sorted(kinds))})")
+        return self._rows[self._groups[self._key(encoder)]][lines]
 
     def read(
         self, clip_ids: Sequence[str], *, encoder: str, frames: Frames = None, out: np.ndarray | None = None
@@ -196,29 +183,27 @@ class FeatureStore:
 
         `out` is an array to read into (pinned, or used again: fresh memory costs half of an uncompressed read).
         """
-        return self._read("tokens", clip_ids, encoder, frames, out)
+        return self._batches.read("tokens", *self._locate(clip_ids, encoder), frames, out)
 
     def read_prefix(self, clip_ids: Sequence[str], *, encoder: str, frames: Frames = None) -> np.ndarray:
         """Class and register tokens as floats [B, T, K, D], for encoders that store them."""
         if not self.encoders[self._key(encoder)].prefix_tokens:
             raise UserError(f"{encoder} was stored without prefix tokens; extract it with prefix tokens to have them")
-        return self._read("prefix", clip_ids, encoder, frames)
+        return self._batches.read("prefix", *self._locate(clip_ids, encoder), frames)
 
     def data_digest(self, clip_ids: Iterable[str], encoders: Sequence[str], samples: Iterable[Sample] = ()) -> str:
-        """64 hex digits over the (clip, identity, row digest) and samples that a run reads, whatever their order.
+        """64 hex digits over the (clip, identity, row digest) and samples that a run reads, in any order.
 
-        Copies, pulls and unions of the same data have the same one.
+        Equal for copies, pulls and unions of the same data.
         """
         distinct = sorted(set(clip_ids))
         lines = self._lines(distinct)
         parts: list[str] = []
-        for key in encoders:
-            group = self._group(key)
-            names = [column(group, "digest")]
-            digests = (
-                read_snapshot_table(self._objects, self._record, names)[names[0]].take(pa.array(lines)).to_pylist()
-            )
-            identity = self.encoders[self._key(key)].id
+        for encoder in encoders:
+            key = self._key(encoder)
+            name = column(self._groups[key], "digest")
+            digests = read_snapshot_table(self._objects, self._record, [name])[name].take(pa.array(lines)).to_pylist()
+            identity = self.encoders[key].id
             parts += [f"clip\t{c}\t{identity}\t{d}" for c, d in zip(distinct, digests, strict=True)]
         parts += [f"sample\t{sample.digest}" for sample in samples]
         return sha256_hex("\n".join(sorted(parts)).encode())
@@ -247,29 +232,27 @@ class FeatureStore:
         return (summary.stored_bytes, summary.counts["ok"]) if summary else (0, 0)
 
     def unpublished_blocks(self) -> int:
-        """Blocks committed since this snapshot: a run that was killed may leave some, its next run publishes them."""
+        """Blocks committed since this snapshot: a killed run may leave some, which its next run publishes."""
         count = 0
         for name, group in self._record.groups.items():
             committed = receipt_blocks(self._objects.list_names(receipts_prefix(*name.split("/"))))
             count += len(committed - {int(block) for block in group.receipts})
         return count
 
-    def _read(
-        self, array: str, clip_ids: Sequence[str], encoder: str, frames: Frames, out: np.ndarray | None = None
-    ) -> np.ndarray:
-        group, lines = self._group(encoder), self._lines(clip_ids)
-        rows = self._rows[group][lines]
+    def _locate(self, clip_ids: Sequence[str], encoder: str) -> tuple[FeatureIdentity, np.ndarray, np.ndarray]:
+        """(identity, rows, which are stills) of clips that all have tokens; ClipUnavailableError otherwise."""
+        key, lines = self._key(encoder), self._lines(clip_ids)
+        rows = self._rows[self._groups[key]][lines]
         if (rows < 0).any():
             first = clip_ids[int(np.flatnonzero(rows < 0)[0])]
             raise ClipUnavailableError(
                 f"{int((rows < 0).sum())} of {len(rows)} clips have no committed tokens of {encoder}, the first is "
                 f"{first!r}; see store.clips for what is committed and store.quarantine for why not"
             )
-        identity = self.encoders[self._key(encoder)]
-        return self._batches.read(array, identity, rows, self._is_image[lines], frames, out)
+        return self.encoders[key], rows, self._is_image[lines]
 
     def _key(self, encoder: str) -> str:
-        """The key of an encoder; ambiguous and unknown names are errors that list what there is."""
+        """The key of an encoder; UserError lists the choices for ambiguous and unknown names."""
         if encoder in self._groups:
             return encoder
         same = [key for key in self._groups if key.split("@")[0] == encoder]
@@ -277,20 +260,19 @@ class FeatureStore:
             raise UserError(f"encoder {encoder!r} is stored under several identities; name one of: {', '.join(same)}")
         raise UserError(f"encoder {encoder!r} is not in this store; it has: {', '.join(self._groups) or 'none'}")
 
-    def _group(self, encoder: str) -> str:
-        return self._groups[self._key(encoder)]
+    @cached_property
+    def _line_of(self) -> ClipLines:
+        return ClipLines(self._clip_ids)
 
     def _lines(self, clip_ids: Sequence[str]) -> np.ndarray:
         if isinstance(clip_ids, str):
             raise UserError(f"clip_ids must be a list of clip ids, got the one text {clip_ids!r}")
-        if self._line_of is None:
-            self._line_of = ClipLines(self._clip_ids)
         lines = self._line_of.find(list(clip_ids))
         if self._removed and self._is_hidden[lines].any():
             gone = clip_ids[int(np.flatnonzero(self._is_hidden[lines])[0])]
-            stone = self._removed[gone]
+            tombstone = self._removed[gone]
             raise ClipUnavailableError(
-                f"clip {gone!r} was removed from this store on {stone.date}: {stone.reason}; leave it out"
+                f"clip {gone!r} was removed from this store on {tombstone.date}: {tombstone.reason}; leave it out"
             )
         return lines
 
@@ -323,41 +305,42 @@ _EMPTY_QUARANTINE = pa.schema(
     [(name, pa.string()) for name in ("clip_id", "path", "encoder", "reason", "scope")]
 ).empty_table()
 
-SHOWN = 3  # ids in an error
+
+MAX_SHOWN = 3  # ids in an error
 MAX_COMPARED = 20_000  # ids that are searched for a similar one: a million would take a minute
 
 
 def clips_named(known: Collection[str], names: Iterable[str]) -> list[str]:
-    """The id of each name, in the order given.
+    """The id of each name, in the order given; a name is a whole id, or an end of one that no other clip has.
+
+    An end begins at a slash wherever that names a clip ("v1.mp4" is videos/v1.mp4 and not videos/old-v1.mp4), else
+    anywhere. UserError lists a few ids for a name that fits several clips or none.
 
     >>> clips_named(["d/films/v1.mp4", "d/films/v11.mp4"], ["films/v1.mp4"])
     ['d/films/v1.mp4']
     """
     ids = known if isinstance(known, set | frozenset | dict) else dict.fromkeys(known)
-    return [name if name in ids else _only(name, ids) for name in names]
+    return [name if name in ids else _clip_that_ends_with(name, ids) for name in names]
 
 
-def _only(name: str, ids: Collection[str]) -> str:
-    found = [clip_id for clip_id in ids if clip_id.endswith("/" + name)] if name else []
-    found = found or [clip_id for clip_id in ids if name and clip_id.endswith(name)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise UserError(f"{name!r} is the end of {len(found)} clip ids, give more of one: {_some(sorted(found))}")
+def _clip_that_ends_with(name: str, ids: Collection[str]) -> str:
+    matches = [clip_id for clip_id in ids if clip_id.endswith("/" + name)] if name else []
+    matches = matches or [clip_id for clip_id in ids if name and clip_id.endswith(name)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise UserError(f"{name!r} is the end of {len(matches)} clip ids, give more of one: {_some(sorted(matches))}")
     inside = sorted(clip_id for clip_id in ids if name and name in clip_id)
     if inside:
         raise UserError(f"{name!r} is part of {len(inside)} clip ids, give one, or its end: {_some(inside)}")
-    near = _nearest(name, sorted(ids)[:MAX_COMPARED])
+    compared = sorted(ids)[:MAX_COMPARED]
+    ends = {clip_id[-max(1, len(name)) :]: clip_id for clip_id in reversed(compared)}
+    near = difflib.get_close_matches(name, compared, n=MAX_SHOWN, cutoff=0.6)
+    near += [ends[end] for end in difflib.get_close_matches(name, ends, n=MAX_SHOWN)]
+    near = list(dict.fromkeys(near))[:MAX_SHOWN]
     hint = f"; near: {_some(near)}" if near else f"; its ids are like {min(ids)}" if ids else ""
     raise UserError(f"no clip of this store is named {name!r}{hint}")
 
 
-def _nearest(name: str, ids: Sequence[str]) -> list[str]:
-    """Ids whose end looks like the name."""
-    ends = {clip_id[-max(1, len(name)) :]: clip_id for clip_id in reversed(ids)}
-    whole = difflib.get_close_matches(name, ids, n=SHOWN, cutoff=0.6)
-    return list(dict.fromkeys([*whole, *(ends[end] for end in difflib.get_close_matches(name, ends, n=SHOWN))]))[:SHOWN]
-
-
 def _some(ids: Sequence[str]) -> str:
-    return ", ".join(ids[:SHOWN]) + (", ..." if ids[SHOWN:] else "")
+    return ", ".join(ids[:MAX_SHOWN]) + (", ..." if ids[MAX_SHOWN:] else "")

@@ -217,6 +217,21 @@ class ArraySpec:
     def with_rows(self, rows: int) -> ArraySpec:
         return replace(self, rows=rows)
 
+    def rewrite_command(self, path: str, block_rows: int) -> str:
+        """A shell command by which zarr-python rewrites the array at `path`, whatever its chunks and codecs."""
+        fill_value, item_bytes = item_facts(self.dtype, self.logical_dtype)
+        compressors = [f"BloscCodec(**{c['configuration']})" for c in CODECS[self.codec].metadata(item_bytes)]
+        arguments = {
+            "overwrite": True,
+            "data": f"zarr.open_array('{path}')[:].astype('{self.dtype}')",
+            "chunks": (1, *self.row_shape),
+            "shards": (block_rows, *self.row_shape),
+            "compressors": f"[{', '.join([*compressors, 'Crc32cCodec()'])}]",
+            "fill_value": f"float('{fill_value}')" if isinstance(fill_value, str) else fill_value,
+        }
+        call = f"zarr.create_array('{path}', {', '.join(f'{name}={value}' for name, value in arguments.items())})"
+        return f'python -c "import zarr; from zarr.codecs import *; {call}"'
+
     def document(self) -> bytes:
         """The array's zarr.json."""
         return document_bytes(self.to_metadata())

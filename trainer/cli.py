@@ -410,11 +410,11 @@ def eval_distortion(checkpoint: Path, store: str | None, as_json: bool, **option
     """
     check_are_runs(checkpoint)
     load_torch_modules()
-    from featurestore.quality import distortion_record, keep_record
+    from featurestore.quality import keep_record, to_record
     from trainer.distortion import measure_losses
 
     place, measured = measure_losses(checkpoint, store, **options)
-    record = distortion_record(measured)
+    record = to_record(measured)
     report_saved(lambda: keep_record(place, record))
     print_result(record, as_json, lambda: print_losses(measured))
 

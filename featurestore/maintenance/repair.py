@@ -314,10 +314,10 @@ def _take_new_bytes(group: GroupWriter, before: Receipt, made: Recomputed) -> li
     rows = [new if old.state == "ok" else old for new, old in zip(made.receipt.rows, before.rows, strict=True)]
     for name in group.specs:
         group.objects.replace(shard_key(group.kind, group.name, name, before.block), made.shards[name])
-    numbered = replace(made.receipt, rows=tuple(rows), number=before.number + 1, replaces=before.digest)
+    numbered = replace(made.receipt, rows=tuple(rows), generation=before.generation + 1, replaces=before.digest)
     key = receipt_key(group.kind, group.name, before.block)
     group.objects.replace(key, numbered.to_bytes())
-    words = f"computed again with other bytes, as asked: receipt number {numbered.number}"
+    words = f"computed again with other bytes, as asked: receipt number {numbered.generation}"
     return [Repaired(key=shard_key(group.kind, group.name, name, before.block), done=words) for name in group.specs]
 
 
@@ -446,7 +446,7 @@ def rebuild_receipt(group: GroupWriter, block: int, named: str, check: Verificat
         block=block,
         rows=tuple(outcomes),
         shards={name: shard.record() for name, shard in shards.items()},
-        number=2,
+        generation=2,
         replaces=named,
     )
     for shard in shards.values():
@@ -641,7 +641,7 @@ class FileMender:
             receipt = parse(stored) if stored is not None else None
             if receipt and named in (None, receipt.digest):
                 return _left(key, "is whole, but does not fit the clip parts")
-            if receipt and receipt.number > 1:
+            if receipt and receipt.generation > 1:
                 return Repaired(key=key, done="is a newer receipt than the snapshot names: published")
         if found := self._mended_document(key, most, lambda data: named in (None, parse(data).digest)):
             return self._put(key, found)

@@ -121,7 +121,7 @@ def put_numbered(objects: Objects, receipt: Receipt, before: Receipt, specs: Map
     numbered = replace(
         receipt,
         shards={name: shard.record() for name, shard in shards.items()},
-        number=before.number + 1,
+        generation=before.generation + 1,
         replaces=before.digest,
     )
     for shard in shards.values():

@@ -33,7 +33,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from featurestore.clips import KINDS, Clip, Sample
-from featurestore.layout import block_of, journal_key, shard_key, slot_of, tombstone_key
+from featurestore.layout import block_of, journal_key, slot_of, tombstone_key
 from featurestore.locate import Place, check_is_another
 from featurestore.objects.base import put_if_absent
 from featurestore.objects.open import in_parallel, open_objects
@@ -163,7 +163,7 @@ class StoreCells:
         chunks: dict[str, bytes] = {}
         stored: dict[str, np.ndarray] = {}
         for array, spec in self._stored_specs(name).items() if is_ok else ():
-            shard = self._shards.get(shard_key(kind, group, array, block), spec)
+            shard = self._shards.get(kind, group, spec, block)
             chunk, items = shard.chunk(slot), shard.decode(slot)
             if chunk is None or items is None:
                 raise StoreDamagedError(f"{self.name}: {clip_id} is missing in its shard; verify that store")

@@ -136,7 +136,7 @@ def _parcel(
         group=group,
         block=block,
         block_rows=block_rows[kind],
-        number=receipt.number,
+        number=receipt.generation,
         receipt_sha256=sha256_hex(data),
         shards={shard_key(kind, group, name, block): entry for name, entry in receipt.shards.items()},
         rows=len(ok),
@@ -381,7 +381,7 @@ def _is_older(there: bytes, parcel: BlockTransfer) -> bool:
     receipt = Receipt.parse(
         there, kind=parcel.kind, group=parcel.group, block=parcel.block, block_rows=parcel.block_rows
     )
-    if receipt.number >= parcel.number:
+    if receipt.generation >= parcel.number:
         raise _other_bytes(receipt_key(parcel.kind, parcel.group, parcel.block))
     return True
 

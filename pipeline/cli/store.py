@@ -100,13 +100,13 @@ def _show_verified(findings: list, full: bool, media: str | None, checked: Any) 
 
 def _parity(place: Place, *, encoders: str | None, weights: tuple[str, ...], **options: Any) -> Any:
     """The parity check that was asked for, kept in the journal where the store can be written."""
-    from featurestore.quality import keep_parity
+    from featurestore.quality import keep_record
     from pipeline.encoders.weights import weights_by_encoder
     from pipeline.parity import check_parity
 
     chosen = names_of(encoders) if encoders else None
     record = check_parity(place, encoders=chosen, weights=weights_by_encoder(weights), **options)
-    report_saved(lambda: keep_parity(place, record))
+    report_saved(lambda: keep_record(place, record))
     return record
 
 
@@ -276,7 +276,7 @@ def distortion(
     stores and read back. The result is kept in the store's journal, for `report` and the card; `merv-eval
     distortion` adds what a trained run makes of each dtype.
     """
-    from featurestore.quality import distortion_record, keep_record
+    from featurestore.quality import keep_record, to_record
     from pipeline.cli import render
     from pipeline.distortion import measure_distortion
 
@@ -289,6 +289,6 @@ def distortion(
             options["again"] = stack.enter_context(encoded_again(place, **made_of))
         progress = stack.enter_context(ProgressLine("distortion", unit="measurements"))
         measured = measure_distortion(place, **options, progress=progress)
-    record = distortion_record(measured)
+    record = to_record(measured)
     report_saved(lambda: keep_record(place, record))
     print_result(record, as_json, lambda: render.distortion(measured))

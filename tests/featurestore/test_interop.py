@@ -9,6 +9,8 @@ import pytest
 import zarr
 
 from featurestore.identity import FeatureIdentity
+from featurestore.objects.open import open_objects
+from featurestore.reader import GroupReader
 
 CASES = [("float16", "blosc"), ("float16", "none"), ("bfloat16", "blosc"), ("uint8", "blosc"), ("uint8", "none")]
 
@@ -25,7 +27,7 @@ def filled(request, kit, make):
 
 def stored_rows(store, folder, array):
     """Rows as the direct reader gives them, and which are there."""
-    reader = store._batches.group("video", folder.name)
+    reader = GroupReader(open_objects(store.path), "video", store.encoders["dinov2"])
     ids = [f"tiny/videos/{n}.mp4" for n in (0, 2, 3, 4, 5)]
     rows = {}
     for row in store.rows(ids, encoder="dinov2"):

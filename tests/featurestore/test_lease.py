@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,10 +29,12 @@ def test_a_second_driver_is_told_who_works_and_may_start_when_the_first_is_done(
 
 
 def test_a_lease_whose_holder_stopped_touching_it_is_taken_over(tmp_path):
-    abandoned = StoreLease(tmp_path, "killed")
-    (tmp_path / "tmp").mkdir()
-    assert abandoned._try_create()
-    os.utime(tmp_path / "tmp" / "driver.lease", (time.time() - 300,) * 2)
+    lease = tmp_path / "tmp" / "driver.lease"
+    lease.parent.mkdir()
+    lease.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "run": "killed", "since": 0}))
+    with pytest.raises(UserError, match="killed"), StoreLease(tmp_path, "next"):
+        pass
+    os.utime(lease, (time.time() - 300,) * 2)
     with StoreLease(tmp_path, "next") as lease:
         assert lease.holder()["run"] == "next"
 

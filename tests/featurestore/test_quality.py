@@ -1,10 +1,8 @@
-"""Records of measurements come back from the journal; what is no such record is left out."""
+"""Measurements come back from the journal; what is no such record is left out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
 
 import pytest
 
@@ -13,29 +11,17 @@ from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
 from mervcache.errors import StoreFormatError
 
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    value: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    time: str
-    rows: tuple[Row, ...]
-
-
-def record_of(time: str, *values: float) -> Record:
-    return Record(time=time, rows=tuple(Row(value=value) for value in values))
-
-
-def parse(record: Mapping[str, Any], name: str) -> Record:
-    values = {key: value for key, value in record.items() if key not in ("format", "by")}
-    return quality.parse_values(Record, Row, values, is_sound, name)
-
-
-def is_sound(key: str, value: Any) -> bool:
-    return quality.is_time(value) if key == "time" else quality.is_number(value)
+ROW = quality.LossRow(dtype="float16", loss=1.5, by_modality={"video": 2})
+RECORD = quality.LossRecord(
+    time="2026-11-22T09:00:00Z",
+    snapshot="00000001-0123456789ab",
+    run="my run (2)",
+    step=3,
+    split="heldout",
+    samples=4,
+    weights="random:0, pretrained",
+    rows=(ROW, replace(ROW, loss=None)),
+)
 
 
 @pytest.fixture
@@ -45,25 +31,36 @@ def place(tmp_path):
 
 
 def test_records_come_back_the_oldest_first_and_others_are_left_out(place):
-    late, early = record_of("2026-11-22T09:00:01Z", 1.5), record_of("2026-11-22T09:00:00Z", 2, 3)
-    for record in (late, early):
-        quality.keep_measurement(place, "speed-", quality.measurement_record(record, by="hand"))
-    quality.keep_measurement(place, "speed-", quality.measurement_record(record_of("yesterday", 1)))
-    quality.keep_measurement(place, "other-", quality.measurement_record(early))
-    assert quality.read_measurements(FeatureStore.open(place), "speed-", parse) == [early, late]
+    late = replace(RECORD, time="2026-11-22T09:00:01Z")
+    for record in (late, RECORD, replace(RECORD, time="yesterday")):
+        quality.keep_record(place, record)
+    StoreWriter.open(place).journal("other-1", quality.to_record(RECORD))
+    assert quality.read_records(FeatureStore.open(place), quality.DISTORTION_PREFIX) == [RECORD, late]
 
 
 def test_a_damaged_journal_has_no_records(place):
-    key = quality.keep_measurement(place, "speed-", quality.measurement_record(record_of("2026-11-22T09:00:00Z", 1)))
+    key = quality.keep_record(place, RECORD)
     (place / key).write_bytes((place / key).read_bytes()[:-9])
-    assert quality.read_measurements(FeatureStore.open(place), "speed-", parse) == []
+    assert quality.read_records(FeatureStore.open(place), quality.DISTORTION_PREFIX) == []
 
 
-@pytest.mark.parametrize("rows", [[{"value": 1}] * 1001, "many", None, [3], [{}], [{"value": 1, "more": 1}]])
+@pytest.mark.parametrize("rows", [[{"dtype": "float16"}], "many", None, [3], [{}], 1001, {"loss": 1}, {"more": 1}])
 def test_rows_that_are_too_many_or_of_other_fields_are_refused(rows):
+    record = quality.to_record(RECORD)
+    row = record["rows"][0]
+    rows = [row] * rows if isinstance(rows, int) else [row | rows | {"x": 1}] if isinstance(rows, dict) else rows
     with pytest.raises(StoreFormatError, match="journal x"):
-        parse({"time": "2026-11-22T09:00:00Z", "rows": rows}, "x")
-    assert len(parse({"time": "2026-11-22T09:00:00Z", "rows": [{"value": 1}] * 1000}, "x").rows) == 1000
+        quality.parse_record(record | {"rows": rows}, "x")
+    assert len(quality.parse_record(record | {"rows": [row] * 1000}, "x").rows) == 1000
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("step", 1.5), ("step", True), ("step", None), ("samples", "4"), ("run", 3), ("run", "x" * 201), ("split", None)],
+)
+def test_a_field_of_another_type_is_refused(field, value):
+    with pytest.raises(StoreFormatError, match=f"journal x: {field} is"):
+        quality.parse_record(quality.to_record(RECORD) | {field: value}, "x")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400, True, "1", None, [1]])

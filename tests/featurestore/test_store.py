@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -254,22 +256,25 @@ def test_a_flipped_bit_in_a_row_is_an_error_not_a_wrong_number(filled, kit):
         kit.open().read(VIDEOS[:1], encoder="dinov2")
 
 
-def test_arrays_that_somebody_wrote_with_other_codecs_are_read_through_zarr(filled, kit):
+def test_arrays_that_somebody_wrote_with_other_codecs_are_refused_with_the_command_that_rewrites_them(
+    filled, kit, storage_dtype
+):
     import zarr
 
-    store = filled()
+    store = filled(storage_dtype=storage_dtype)
     before = store.read(VIDEOS, encoder="dinov2")
     place = next((kit.path / "video").glob("dinov2-*")) / "tokens"
     values = zarr.open_array(place, mode="r")[:]
     shutil.rmtree(place)
     zarr.create_array(place, data=values, chunks=(2, 4, 2, 2, 8), compressors=zarr.codecs.GzipCodec())
+    with pytest.raises(StoreFormatError, match="describes chunks or codecs that are not read here; rewrite") as caught:
+        kit.open().read(VIDEOS, encoder="dinov2")
+    command = str(caught.value)[str(caught.value).index("python -c") :].replace("python", sys.executable, 1)
+    subprocess.run(command, shell=True, cwd=kit.path, check=True)
     assert np.array_equal(kit.open().read(VIDEOS, encoder="dinov2"), before)
 
 
 def test_importing_the_room_loads_nothing_heavy():
-    import subprocess
-    import sys
-
     program = "import sys, featurestore; print([m for m in ('torch', 'zarr', 'pyarrow', 'numpy') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
@@ -278,5 +283,5 @@ def test_importing_the_room_loads_nothing_heavy():
 def test_rows_are_of_one_kind_at_a_time(filled):
     store = filled()
     assert store.rows(VIDEOS[:2], encoder="dinov2").tolist() == [0, 1]
-    with pytest.raises(UserError, match=r"rows count in one array, and these clips lie in several \(image, video\)"):
+    with pytest.raises(UserError, match=r"rows count in one array, and these clips are in several \(image, video\)"):
         store.rows([VIDEOS[0], IMAGES[0]], encoder="dinov2")

@@ -95,7 +95,7 @@ def test_the_receipt_counts_and_names_the_one_before(filled, make):
     tombstone(filled.path, [GONE], reason="licence")
     group = filled.group(make.identity())
     after = group.receipt(0)
-    assert (after.number, after.replaces) == (2, before.digest)
+    assert (after.generation, after.replaces) == (2, before.digest)
     assert [row.state for row in after.rows] == ["ok", "ok", "skipped", "ok"]
     assert after.rows[:2] == before.rows[:2]
     assert group.receipt(1) == other  # a block without the clip is not touched

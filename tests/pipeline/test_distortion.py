@@ -18,10 +18,10 @@ from featurestore.quality import (
     LossRecord,
     LossRow,
     TokenRecord,
-    distortion_record,
     keep_record,
     parse_record,
     read_distortion,
+    to_record,
 )
 from featurestore.store import FeatureStore
 from featurestore.transfer.dataset_card import card
@@ -181,7 +181,7 @@ def test_the_command_keeps_what_it_prints_and_report_and_card_show_it(store, tmp
             LossRow(dtype="uint8", loss=2.5, by_modality={}),
         ),
     )
-    keep_record(store, distortion_record(loss))
+    keep_record(store, to_record(loss))
     shown = [card(opened, place="x"), write_report(store, out=tmp_path / "r.html").read_text()]
     for text in shown:
         assert "float16 (stored)" in text
@@ -193,7 +193,7 @@ def test_the_command_keeps_what_it_prints_and_report_and_card_show_it(store, tmp
 
 
 def test_the_newest_record_counts_and_travels_without_the_journals(store, tmp_path):
-    record = distortion_record(measure_distortion(store, sample=1))
+    record = to_record(measure_distortion(store, sample=1))
     for time, sample in (("2026-01-02T00:00:00Z", 2), ("2026-01-01T00:00:00Z", 1)):
         keep_record(store, record | {"time": time, "sample": sample})
     StoreWriter.open(store).journal("run-1", {"host": "here"})
@@ -235,7 +235,7 @@ CRAFTED = [
 
 
 def test_a_stranger_s_record_is_checked_and_passed_over(store):
-    record = distortion_record(measure_distortion(store, sample=1))
+    record = to_record(measure_distortion(store, sample=1))
     assert type(parse_record(record, "good")) is TokenRecord
     for number, change in enumerate(CRAFTED):
         with pytest.raises(StoreFormatError, match="journal bad"):
@@ -245,6 +245,6 @@ def test_a_stranger_s_record_is_checked_and_passed_over(store):
 
 
 def test_a_damaged_journal_fails_no_report_of_the_measurement(store):
-    key = keep_record(store, distortion_record(measure_distortion(store, sample=1)))
+    key = keep_record(store, to_record(measure_distortion(store, sample=1)))
     (store / key).write_bytes((store / key).read_bytes()[:-9])
     assert read_distortion(FeatureStore.open(store)).tokens is None

@@ -15,7 +15,7 @@ from PIL import Image
 
 from featurestore import FeatureStore, verify_store
 from featurestore.objects.open import open_objects
-from featurestore.quality import keep_parity, parity_words, read_parity
+from featurestore.quality import keep_record, parity_words, read_parity
 from featurestore.records import driver_runs
 from featurestore.reference_clips import ReferenceClips, read_reference_clips
 from featurestore.storage_dtypes import STORAGE_DTYPES
@@ -199,16 +199,16 @@ def test_real_clips_of_the_store_are_encoded_again_and_others_refused(store, ext
 def test_the_result_is_kept_and_the_newest_about_todays_canaries_is_read(store):
     assert parity_words(read_parity(FeatureStore.open(store))["vivit"]) == "not checked"
     record = check_parity(store, encoders=["vivit"], device="cpu")
-    keep_parity(store, record)
+    keep_record(store, record)
     worse = replace(
         record, time="2099-01-01T00:00:00Z", rows=(replace(record.rows[0], verdict="outside", relative=0.5),)
     )
-    keep_parity(store, worse)
+    keep_record(store, worse)
     checks = read_parity(FeatureStore.open(store))
     assert parity_words(checks["vivit"]) == "OUTSIDE TOLERANCE, relative error 5.0e-01 on cpu, 2099-01-01"
     assert parity_words(checks["siglip"]) == "not checked"
     other = replace(worse, time="2100-01-01T00:00:00Z", rows=(replace(record.rows[0], canaries="0" * 64),))
-    keep_parity(store, other)
+    keep_record(store, other)
     assert read_parity(FeatureStore.open(store))["vivit"]["time"] == "2099-01-01T00:00:00Z"
     assert verify_store(store, "full") == []
 
@@ -233,7 +233,7 @@ STRANGE = (
 
 
 def test_a_strangers_record_that_is_not_ours_counts_for_nothing(store):
-    key = keep_parity(store, check_parity(store, encoders=["siglip"], device="cpu"))
+    key = keep_record(store, check_parity(store, encoders=["siglip"], device="cpu"))
     record = json.loads((store / key).read_text())["record"]
     (store / key).unlink()
     for number, change in enumerate(STRANGE):
@@ -269,7 +269,7 @@ def test_stored_values_that_are_no_numbers_are_outside_and_can_be_kept(extracted
 def test_the_command_prints_verdicts_keeps_them_and_fails_outside_tolerance(store):
     run = CliRunner().invoke(main, ["verify", str(store), "--parity", "--encoders", "siglip", "--device", "cpu"])
     assert run.exit_code == 0, run.output
-    assert "equal to the bit" in run.stdout
+    assert "bit-identical" in run.stdout
     assert len(list((store / "journal").glob("parity-*"))) == 1
     identity = FeatureStore.open(store).encoders["siglip"]
     rewrite(store, identity, lambda tokens: tokens * np.float16(2))
@@ -287,10 +287,10 @@ def test_report_and_card_tell_the_newest_check(store, tmp_path):
     from featurestore.transfer.dataset_card import card
     from pipeline.report import write_report
 
-    keep_parity(store, check_parity(store, encoders=["siglip"], device="cpu"))
-    assert "equal to the bit on cpu" in write_report(store, out=tmp_path / "page.html", num_clips=1).read_text()
+    keep_record(store, check_parity(store, encoders=["siglip"], device="cpu"))
+    assert "bit-identical on cpu" in write_report(store, out=tmp_path / "page.html", num_clips=1).read_text()
     text = card(FeatureStore.open(store), place="hf://x/y")
-    assert "- siglip: equal to the bit on cpu" in text
+    assert "- siglip: bit-identical on cpu" in text
     assert "- vivit: not checked" in text
 
 
@@ -308,4 +308,5 @@ def test_a_strangers_number_of_threads_is_refused_by_parity_and_by_repair(store)
     shard.write_bytes(bytes(shard.stat().st_size))
     (left,) = repair_store(store, recompute=Recompute(store, root=None, weights=None, device="cpu"))
     assert not left.is_mended
-    assert left.done.startswith("cannot be computed again: the journal says that siglip-")
+    assert left.done.startswith("cannot be computed again: ")
+    assert "was computed with 1000000 threads" in left.done

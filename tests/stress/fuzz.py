@@ -112,8 +112,6 @@ def keep(corpus: Path | None, entry: dict) -> None:
 
 
 def run_child(folder: Path, minutes: float, seed: int) -> None:
-    import zarr  # noqa: F401 - loaded by a reader of foreign arrays; a second that is not the case's
-
     from tests.featurestore.crafted import change, exercise
     from tests.featurestore.single_readers import cases_of, read_one
     from tests.featurestore.sound_store import add_unpublished, build

@@ -4,7 +4,7 @@ import torch
 
 from featurestore import FeatureStore
 from featurestore.objects.open import open_objects
-from featurestore.quality import ParityRecord, ParityRow, keep_parity, parity_words
+from featurestore.quality import ParityRecord, ParityRow, keep_record, parity_words
 from featurestore.reference_clips import ReferenceClip, ReferenceClips, put_reference_clips
 from featurestore.writer import StoreWriter
 from mervcache.errors import UserError
@@ -68,7 +68,7 @@ def test_a_run_records_the_newest_parity_check_of_each_encoder_or_that_there_is_
         cosine_tolerance=0.98,
     )
     about = {"device": "cuda", "machine": "x86_64", "versions": {}, "snapshot": store.snapshot}
-    keep_parity(store.path, ParityRecord(time="2026-11-22T09:00:00Z", rows=(row,), **about))
+    keep_record(store.path, ParityRecord(time="2026-11-22T09:00:00Z", rows=(row,), **about))
     facts = StoreTokens(store, ["dinov2", "vivit"]).facts
     assert parity_words(facts["dinov2"]["parity"]) == "within tolerance, relative error 1.0e-03 on cuda, 2026-11-22"
     assert facts["vivit"]["parity"] == {"verdict": "not checked"}

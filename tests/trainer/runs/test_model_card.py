@@ -73,7 +73,7 @@ def test_the_newest_parity_check_of_each_encoder_is_named(facts):
     check = {"verdict": "equal", "time": "2026-11-22T09:00:00Z", "device": "cpu", "machine": "x86_64", "rows": []}
     encoders = {"dinov2": {**facts.record.encoders["dinov2"], "parity": check}}
     text = model_card(replace(facts, record=replace(facts.record, encoders=encoders)))
-    assert "| equal to the bit on cpu, 2026-11-22 |" in text
+    assert "| bit-identical on cpu, 2026-11-22 |" in text
 
 
 def test_nothing_is_called_random_that_was_trained(facts):
