@@ -120,8 +120,8 @@ def test_temporary_folders_of_dead_processes_are_swept_and_those_of_living_ones_
     subprocess.run([sys.executable, "-c", program], check=False)
     assert len(os.listdir(tmp_path / "tmp")) == 2
     other = LocalObjects(tmp_path)
-    assert len(other.abandoned()) == 1
-    other.cleanup_tmp()
+    assert len(other.cleanup_tmp(dry_run=True)) == 1
+    assert len(other.cleanup_tmp()) == 1
     assert len(os.listdir(tmp_path / "tmp")) == 1
     del ours, other
     assert os.listdir(tmp_path / "tmp") == []
