@@ -12,7 +12,8 @@ from featurestore.maintenance.tombstone import tombstone
 from featurestore.maintenance.verify import verify_store
 from featurestore.store import FeatureStore
 from featurestore.transfer.export import ExportCells, export
-from featurestore.transfer.merge import Selection, StoreCells, combine
+from featurestore.transfer.merge import StoreCells, combine
+from featurestore.transfer.selection import Selection
 from featurestore.transfer.sync import push, transfer
 
 BOTH, ONE = Selection(), Selection(encoders=("dinov2",))

@@ -16,7 +16,8 @@ from featurestore.clips import Clip, Sample, Turn
 from featurestore.maintenance.verify import verify_store
 from featurestore.store import FeatureStore
 from featurestore.transfer.export import FORMATS, ExportCells, export
-from featurestore.transfer.merge import Selection, StoreCells, combine
+from featurestore.transfer.merge import StoreCells, combine
+from featurestore.transfer.selection import Selection
 from mervcache.errors import StoreDamagedError, StoreFormatError, UserError
 
 

@@ -7,7 +7,8 @@ import pytest
 from featurestore.clips import Sample, Turn
 from featurestore.maintenance.verify import verify_store
 from featurestore.transfer.export import ExportCells, export
-from featurestore.transfer.merge import Selection, StoreCells, combine
+from featurestore.transfer.merge import StoreCells, combine
+from featurestore.transfer.selection import Selection
 from featurestore.transfer.sync import transfer
 from mervcache.errors import UserError
 

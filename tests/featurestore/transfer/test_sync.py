@@ -18,7 +18,7 @@ from featurestore.objects.open import open_objects
 from featurestore.snapshots import newest_snapshot_id
 from featurestore.store import FeatureStore
 from featurestore.transfer.dataset_card import card
-from featurestore.transfer.merge import Selection, read_clip_list
+from featurestore.transfer.selection import Selection, read_clip_list
 from featurestore.transfer.sync import push, transfer
 from mervcache.errors import StoreDamagedError, StoreError, StoreFormatError, StoreNotFoundError, UserError
 
@@ -280,7 +280,7 @@ def test_the_card_tells_removals_and_how_many_reasons_it_leaves_out(kit, make):
     tombstone(kit.path, [make.video(24).clip_id], reason="licence")
     text = card(kit.open(), place="x")
     assert text.count("tracks |") == 20
-    assert "And 4 rarer reasons: `merv-pipeline quarantine list` tells all." in text
+    assert "And 4 rarer reasons: `merv-pipeline quarantine list` lists all." in text
     assert "Removed on request, tokens and conversations: 1 clips;" in text
 
 
