@@ -256,14 +256,12 @@ class CellChooser:
         self._footage: list[dict[str, Footage]] = []  # by source: clip id -> what it shows, where a receipt has it
         for source in sources:
             media = source.media() if len(sources) > 1 else {}  # of one source, nothing is compared
-            spans = {clip.clip_id: (clip.kind, clip.start_s, clip.end_s, clip.end_frame) for clip in source.clips()}
-            self._footage.append(
-                {
-                    clip_id: (spans[clip_id][0], sha256, *spans[clip_id][1:])
-                    for clip_id, sha256 in media.items()
-                    if clip_id in spans
-                }
-            )
+            footage = {
+                clip.clip_id: (clip.kind, media[clip.clip_id], clip.start_s, clip.end_s, clip.end_frame)
+                for clip in source.clips()
+                if clip.clip_id in media
+            }
+            self._footage.append(footage)
         self._clip_footage: dict[str, Footage] = {}  # the first source that has it decides
         for footage in reversed(self._footage):
             self._clip_footage |= footage
