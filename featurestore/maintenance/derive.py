@@ -171,7 +171,7 @@ def derive_part(objects: Objects, snapshot: Snapshot, key: str) -> bytes | None:
         clips = [clip_of_id(clip_id, kind) for clip_id, kind in pairs if clip_id not in earlier]
         # The part's clips come first among these, and end at the last that no later part has, or a little after:
         # at one that a later part has as well.
-        least = max((place + 1 for place, clip in enumerate(clips) if clip.clip_id not in later), default=0)
+        least = max((number + 1 for number, clip in enumerate(clips) if clip.clip_id not in later), default=0)
         for stop in range(least, min(len(clips), least + _MAX_RETRIED) + 1):
             data = part_bytes(allocate(clips[:stop], first))
             if sha256_hex(data) == snapshot.parts[key]:

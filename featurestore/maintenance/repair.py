@@ -274,7 +274,7 @@ class _Repair:
 
         if fetched := self._fetch(key, max_reference_clip_bytes(kind, identity), is_whole):
             return fetched
-        if self._make_reference_clips and _holds(is_whole, data := self._make_reference_clips(kind, identity)):
+        if self._make_reference_clips and _is_accepted(is_whole, data := self._make_reference_clips(kind, identity)):
             return self._put(key, data, "computed again")
         return self._remove(key, ", no whole copy is known: the next extract with this encoder computes it again")
 
@@ -287,7 +287,7 @@ class _Repair:
     def _fetch(self, key: str, max_bytes: int, is_whole: Callable[[bytes], object]) -> Repaired | None:
         """Put the other copy's file, if it has one that is whole and no larger than such a file can be."""
         data = _read(self._other, key, max_bytes)
-        return self._put(key, data, _FETCHED) if data is not None and _holds(is_whole, data) else None
+        return self._put(key, data, _FETCHED) if data is not None and _is_accepted(is_whole, data) else None
 
     def _put(self, key: str, data: bytes, words: str) -> Repaired:
         self._objects.replace(key, data)
@@ -402,9 +402,9 @@ def _read(objects: Objects | None, key: str, max_bytes: int) -> bytes | None:
         return None
 
 
-def _holds(accepts: Callable[[bytes], object], data: bytes) -> bool:
+def _is_accepted(is_whole: Callable[[bytes], object], data: bytes) -> bool:
     try:
-        return bool(accepts(data))
+        return bool(is_whole(data))
     except StoreError:
         return False
 
@@ -424,8 +424,8 @@ def flip_by_crc(data: bytes | bytearray | memoryview) -> tuple[int, int] | None:
     state = _POLYNOMIAL
     for behind in range(8 * len(payload)):
         if state == difference:
-            place = 8 * len(payload) - 1 - behind
-            return place // 8, place % 8
+            bit = 8 * len(payload) - 1 - behind
+            return bit // 8, bit % 8
         state = (state >> 1) ^ (_POLYNOMIAL if state & 1 else 0)
     return None
 
@@ -442,6 +442,6 @@ def correct_shard(data: bytes, spec: ArraySpec) -> bytes | None:
     for offset, length in ranges:
         is_inside = offset + length <= len(data) and length > 4
         if is_inside and (found := flip_by_crc(memoryview(data)[offset : offset + length])):
-            place, bit = offset + found[0], found[1]
-            return data[:place] + bytes([data[place] ^ (1 << bit)]) + data[place + 1 :]
+            byte, bit = offset + found[0], found[1]
+            return data[:byte] + bytes([data[byte] ^ (1 << bit)]) + data[byte + 1 :]
     return None

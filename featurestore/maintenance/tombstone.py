@@ -194,18 +194,18 @@ def _erase_rows(group: GroupWriter, block: int, rows: Collection[int]) -> bool:
     """
     receipt = group.receipt(block) if block in group.committed_blocks() else None
     shards = open_shards(group.objects, group.kind, group.name, block, group.specs)
-    places = {slot_of(row, group.block_rows) for row in rows}
+    slots = {slot_of(row, group.block_rows) for row in rows}
     data: dict[str, bytes] = {}
     try:
-        holding = {name: shard for name, shard in shards.items() if places & set(shard.rows())}
-        is_skipped = receipt is None or all(receipt.rows[place].state in ("skipped", "empty") for place in places)
+        holding = {name: shard for name, shard in shards.items() if slots & set(shard.rows())}
+        is_skipped = receipt is None or all(receipt.rows[slot].state in ("skipped", "empty") for slot in slots)
         if is_skipped and not holding:
             return False
         if receipt is not None:
-            _check_other_rows(receipt, shards, places)
+            _check_other_rows(receipt, shards, slots)
         for name, shard in holding.items():
-            kept = {place: shard.chunk(place) for place in shard.rows() if place not in places}
-            chunks = {place: chunk.tobytes() for place, chunk in kept.items() if chunk is not None}
+            kept = {slot: shard.chunk(slot) for slot in shard.rows() if slot not in slots}
+            chunks = {slot: chunk.tobytes() for slot, chunk in kept.items() if chunk is not None}
             data[name] = b"".join(build_shard(shard.spec, chunks))
     finally:
         for shard in shards.values():
@@ -214,8 +214,8 @@ def _erase_rows(group: GroupWriter, block: int, rows: Collection[int]) -> bool:
         group.objects.replace(shard_key(group.kind, group.name, name, block), shard_bytes)
     if receipt is not None:
         outcomes = [
-            RowOutcome(state="skipped") if place in places and outcome.state != "empty" else outcome
-            for place, outcome in enumerate(receipt.rows)
+            RowOutcome(state="skipped") if slot in slots and outcome.state != "empty" else outcome
+            for slot, outcome in enumerate(receipt.rows)
         ]
         shards = open_shards(group.objects, group.kind, group.name, block, group.specs)
         numbered = replace(
@@ -231,16 +231,16 @@ def _erase_rows(group: GroupWriter, block: int, rows: Collection[int]) -> bool:
     return True
 
 
-def _check_other_rows(receipt: Receipt, shards: Mapping[str, Shard], places: Collection[int]) -> None:
-    for place, outcome in enumerate(receipt.rows):
-        if outcome.state != "ok" or place in places:
+def _check_other_rows(receipt: Receipt, shards: Mapping[str, Shard], slots: Collection[int]) -> None:
+    for slot, outcome in enumerate(receipt.rows):
+        if outcome.state != "ok" or slot in slots:
             continue
-        stored = {name: shard.decode(place) for name, shard in shards.items()}
+        stored = {name: shard.decode(slot) for name, shard in shards.items()}
         is_whole = set(stored) == set(receipt.shards) and all(array is not None for array in stored.values())
         if not is_whole or row_digest(stored) != outcome.digest:
             raise StoreDamagedError(
                 f"block {receipt.block} of {receipt.kind}/{receipt.group} is damaged at row "
-                f"{receipt.first_row() + place}: run `merv-pipeline repair` first, then the same command again"
+                f"{receipt.first_row() + slot}: run `merv-pipeline repair` first, then the same command again"
             )
 
 

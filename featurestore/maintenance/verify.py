@@ -354,7 +354,7 @@ class Verification:
             key = shard_key(kind, group, name, block)
             with self.findings.reading(key):
                 if (num_bytes := self.objects.size(key)) != shard["bytes"]:
-                    self.findings.add_damage(key, f"has {num_bytes} bytes, its receipt says {shard['bytes']}")
+                    self.findings.add_damage(key, f"has {num_bytes} bytes, its receipt names {shard['bytes']}")
         if receipt and self.specs[kind, group] and self.is_full:
             self._check_shards(receipt, self.specs[kind, group])
         self.progress.advance(MB=receipt.stored_bytes / 1e6 if receipt else 0)
@@ -373,15 +373,15 @@ class Verification:
         first = receipt.first_row()
         if set(shards) == set(receipt.shards):  # a row's digest is over all arrays
             with self.findings.reading(keys["tokens"]):
-                for place, outcome in enumerate(receipt.rows):
+                for slot, outcome in enumerate(receipt.rows):
                     if outcome.state != "ok":
                         continue
-                    stored = {name: shard.decode(place) for name, shard in shards.items()}
+                    stored = {name: shard.decode(slot) for name, shard in shards.items()}
                     if any(array is None for array in stored.values()) or row_digest(stored) != outcome.digest:
-                        problem = f"row {first + place} has another digest than its shards' bytes"
+                        problem = f"row {first + slot} has another digest than its shards' bytes"
                         self.findings.add_damage(receipt_key(receipt.kind, receipt.group, receipt.block), problem)
                 for name, shard in shards.items():
-                    for row in self._removed_rows[receipt.kind].intersection(first + place for place in shard.rows()):
+                    for row in self._removed_rows[receipt.kind].intersection(first + slot for slot in shard.rows()):
                         problem = f"still holds row {row}, whose clip was removed on request"
                         self.findings.add_damage(keys[name], problem)
         for shard in shards.values():

@@ -259,7 +259,7 @@ class ExportCells:
         table = read_table(self._read(CLIPS, MAX_TABLE_BYTES), CLIP_SCHEMA, CLIPS)
         self._clips = [clip for _, clip in table_to_clips(table)]
         self._numbers = {clip.clip_id: number for number, clip in enumerate(self._clips)}
-        self._outcomes: dict[str, dict[int, tuple[int, RowOutcome]]] = {}  # group -> number -> place, outcome
+        self._outcomes: dict[str, dict[int, tuple[int, RowOutcome]]] = {}  # group -> number -> position, outcome
         self._tar = lru_cache(4)(self._open_tar)
 
     def tombstones(self) -> list[Tombstone]:
@@ -279,11 +279,11 @@ class ExportCells:
         }
 
     def load(self, name: str, clip_id: str, specs: Mapping[str, ArraySpec]) -> LoadedCell:
-        place, outcome = self._outcomes_of(name)[self._numbers[clip_id]]
+        position, outcome = self._outcomes_of(name)[self._numbers[clip_id]]
         if outcome.state != "ok":
             return LoadedCell(outcome=outcome, chunks={})
         read = self._read_from_tar if self._format == "webdataset" else self._read_safetensors
-        stored = read(name, self._numbers[clip_id], place, specs)
+        stored = read(name, self._numbers[clip_id], position, specs)
         check_cell(self.name, clip_id, outcome, stored)
         return LoadedCell(outcome=outcome, chunks={array: encode_row(specs[array], stored[array]) for array in specs})
 
@@ -342,25 +342,25 @@ class ExportCells:
         return data
 
     def _outcomes_of(self, name: str) -> dict[int, tuple[int, RowOutcome]]:
-        """Number of the clip -> place among the group's cells, and outcome."""
+        """Number of the clip -> position among the group's cells, and outcome."""
         if name not in self._outcomes:
             path, kind = f"cells/{name}.parquet", name.split("/")[0]
             lines = read_table(self._read(path, MAX_TABLE_BYTES), CELL_SCHEMA, path).to_pylist()
             outcomes: dict[int, tuple[int, RowOutcome]] = {}
-            for place, line in enumerate(lines):
+            for position, line in enumerate(lines):
                 number = line.pop("number")
                 if not 0 <= number < len(self._clips) or self._clips[number].kind != kind or number in outcomes:
                     raise StoreFormatError(f"{self.name}: {path} lists clip {number}, which is none of its kind")
                 if line["state"] not in ("ok", "failed"):
                     raise StoreFormatError(f"{self.name}: {path} has the state {line['state']!r}")
-                outcomes[number] = (place, RowOutcome(**line))
+                outcomes[number] = (position, RowOutcome(**line))
             self._outcomes[name] = outcomes
         return self._outcomes[name]
 
-    def _read_from_tar(self, name: str, number: int, place: int, specs: Mapping[str, ArraySpec]) -> Stored:
+    def _read_from_tar(self, name: str, number: int, position: int, specs: Mapping[str, ArraySpec]) -> Stored:
         size = self.block_rows[name.split("/")[0]]
         limit = size * (sum(spec.row_bytes + _HEADER_BYTES for spec in specs.values()) + 4 * _HEADER_BYTES) + (1 << 20)
-        path = tar_path(f"data/{name}", place // size)
+        path = tar_path(f"data/{name}", position // size)
         data, members = self._tar(path, limit)
         stored: dict[str, np.ndarray] = {}
         for array, spec in specs.items():
@@ -378,7 +378,7 @@ class ExportCells:
             raise StoreFormatError(f"{self.name}: {path} is not a plain tar ({error})") from error
         return memoryview(data), members
 
-    def _read_safetensors(self, name: str, number: int, place: int, specs: Mapping[str, ArraySpec]) -> Stored:
+    def _read_safetensors(self, name: str, number: int, position: int, specs: Mapping[str, ArraySpec]) -> Stored:
         from safetensors import SafetensorError
         from safetensors.numpy import load
 

@@ -215,9 +215,9 @@ def test_a_receipt_that_is_lost_is_made_again_with_a_number(store, sound):
 
 def test_a_clip_part_and_a_tombstone_are_fetched_or_said_to_be_lost(store, sound):
     before = only_bytes(store)
-    part, stone = store / "clips/part-00001.parquet", next((store / "tombstones").iterdir())  # a retry's part
+    part, tombstone = store / "clips/part-00001.parquet", next((store / "tombstones").iterdir())  # a retry's part
     wreck(part)
-    wreck(stone)
+    wreck(tombstone)
     words = {each.key.split("/")[0]: each for each in repair_store(store)}
     assert not words["clips"].is_mended
     assert "without it the clips of its rows are unknown" in words["clips"].done
@@ -237,7 +237,7 @@ def test_a_clip_part_and_a_tombstone_are_fetched_or_said_to_be_lost(store, sound
 def test_a_copy_with_more_bytes_than_such_a_file_can_need_is_not_read(store, sound, tmp_path, monkeypatch, pattern):
     (file,) = sorted(store.glob(pattern))[-1:]
     other = shutil.copytree(sound, tmp_path / "other.zarr")
-    os.truncate(other / file.relative_to(store), HUGE_BYTES)  # sparse: it takes no room
+    os.truncate(other / file.relative_to(store), HUGE_BYTES)  # sparse: it takes no space
     wreck(file)
     real = LocalObjects.get
 

@@ -84,7 +84,7 @@ def test_every_missing_file_is_found_and_named(store):
         if key == "zarr.json" or key.startswith("journal/") or key == newest_snapshot(store):
             continue  # no store without the first; nothing names the others
         file.unlink()
-        assert verify_store(store), f"{key} is missing and nobody noticed"
+        assert verify_store(store), f"{key} is missing and was not noticed"
         file.write_bytes(data)
 
 
@@ -97,7 +97,7 @@ def test_quick_finds_what_is_cut_short_without_reading_it(store):
     shard.write_bytes(shard.read_bytes()[:-1])
     (finding,) = verify_store(store)
     assert finding.key == shard.relative_to(store).as_posix()
-    assert "its receipt says" in finding.problem
+    assert "its receipt names" in finding.problem
 
 
 def test_a_flipped_bit_in_a_shard_is_full_work(store):

@@ -1,4 +1,4 @@
-"""What is read from afar is kept on this machine: bounded, shared among processes, and never believed unchecked."""
+"""Reads of remote stores are cached on this machine: bounded, shared among processes, checked on every use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A store travels byte for byte, may be stopped anywhere, and says what it is where it arrives."""
+"""A store is copied byte for byte, may be stopped anywhere, and gets a card that describes it."""
 
 from __future__ import annotations
 
@@ -106,14 +106,14 @@ def test_some_encoders_travel_alone_and_the_others_may_follow(full, s3, tmp_path
 
 
 def test_some_clips_travel_in_the_whole_blocks_that_hold_them(full, tmp_path, make):
-    asked = frozenset((make.video(0).clip_id, make.video(9).clip_id))
-    done = transfer(full.path, tmp_path / "some.zarr", selection=Selection(clips=asked))
+    wanted = frozenset((make.video(0).clip_id, make.video(9).clip_id))
+    done = transfer(full.path, tmp_path / "some.zarr", selection=Selection(clips=wanted))
     # Of dinov2: rows 0..3 without the broken one, and 8, 9; of siglip: 0..3 and 8, 9.
     assert done.overhead == pytest.approx((3 + 2 + 4 + 2) / 4)
     store = FeatureStore.open(tmp_path / "some.zarr")
     flags = dict(zip(store.clips["clip_id"].to_pylist(), store.clips["dinov2"].to_pylist(), strict=True))
     assert [n for n in range(10) if flags[make.video(n).clip_id]] == [0, 1, 2, 8, 9]
-    assert store.read(sorted(asked), encoder="dinov2").shape[0] == 2
+    assert store.read(sorted(wanted), encoder="dinov2").shape[0] == 2
     assert verify_store(tmp_path / "some.zarr", "full") == []
 
 
