@@ -1,7 +1,7 @@
 """Names inside a store, and the arithmetic between rows and blocks: pure functions, no I/O.
 
 A store is plain Zarr v3, Parquet and JSON. Every file has one of the names below, so listing names answers most
-questions ("which blocks are committed?") without opening anything, and whatever has another name is a stray.
+questions ("which blocks are committed?") without opening anything, and whatever has another name is an orphan.
 """
 
 from __future__ import annotations

@@ -43,7 +43,8 @@ from featurestore.records import driver_runs, maker_of
 from featurestore.reference_clips import ReferenceClips, read_reference_clips
 from featurestore.storage_dtypes import OverflowedTokens, from_stored, storage_dtype, to_stored
 from featurestore.store import FeatureStore
-from featurestore.transfer.merge import LoadedCell, StoreCells, decoded_cell, read_clip_list
+from featurestore.transfer.merge import LoadedCell, StoreCells, decoded_cell
+from featurestore.transfer.selection import read_clip_list
 from featurestore.zarr_metadata import array_specs, read_group
 from mervcache.errors import ClipUnavailableError, StoreFormatError, UserError, unknown_name
 from pipeline.config import EncoderSettings, EngineSettings

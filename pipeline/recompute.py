@@ -164,16 +164,16 @@ def _media_digests(path: Place, removed: Iterable[str]) -> dict[str, tuple[Clip,
 def _check(clip: Clip, digests: set[str], roots: Mapping[str, str], since: float) -> Finding | None:
     root = roots.get(clip.dataset, roots.get(""))
     if root is None:
-        return Finding(clip.clip_id, f"no run says where the media of {clip.dataset} are", "stray", "give --root DIR")
+        return Finding(clip.clip_id, f"no run says where the media of {clip.dataset} are", "notice", "give --root DIR")
     try:
         source = Source.find(root, clip.path)
         if newest_touch_s(source) < since:
             return None
         now = source.sha256()
     except MervCacheError as error:
-        return Finding(clip.clip_id, str(error), "stray", "its tokens stay good; restore the file to compute it again")
+        return Finding(clip.clip_id, str(error), "notice", "its tokens stay good; restore the file to compute it again")
     except OSError as error:
-        return Finding(clip.clip_id, f"cannot be read: {error.strerror}", "stray", "check the disk")
+        return Finding(clip.clip_id, f"cannot be read: {error.strerror}", "notice", "check the disk")
     if digests == {now}:
         return None
     if len(digests) > 1:

@@ -1,1 +1,1 @@
-"""Keeping a store sound: verification, repair, removal on request."""
+"""Verification, repair and removal of clips."""

@@ -1,25 +1,14 @@
-"""Verification: does the store keep its promises, byte by byte?
+"""Verification: every file of a store against the digest that covers it.
 
-Every file is covered by something: a shard by its receipt, a receipt, a journal and a tombstone by their own digest,
-clip parts, samples and canaries by their own digest and by a snapshot, a snapshot by its own digest, a zarr.json by
-being made again. "quick" reads the metadata and looks at names and sizes; "full" reads every byte. Nothing here raises
-for what it finds. Damage breaks a promise; a stray is something that lies about and that nothing depends on.
-
-Verification of one block: the receipt by its own digest, shards by the receipt, rows by their digests.
-
-A shard without a receipt is a block in the making, or what a killed worker left: each of its rows has a checksum.
-
-The canaries of a store: each file is covered by its own digest, and by the newest snapshot once that names it.
-
-What lies about in a store: nothing depends on it, but somebody should know and can be told what to do.
-
-Findings: what a verification collects instead of raising.
+A shard is covered by its receipt; a receipt, a journal and a tombstone by their own digest; clip parts, samples and
+reference clips by their own digest and by a snapshot; a snapshot by its own digest; a zarr.json by deriving it again.
+"quick" reads metadata, names and sizes, "full" every byte. What is found is collected, not raised.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -95,9 +84,16 @@ from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import MervCacheError, StoreNotFoundError, UserError
 from mervcache.files import sha256_hex
 
-# damage: a promise of the store does not hold. stray: nothing depends on it; it was left lying or is still being made.
-Severity = Literal["damage", "stray"]
-REPAIR = "run `merv-pipeline repair`"
+Level = Literal["quick", "full"]
+LEVELS: tuple[Level, ...] = ("quick", "full")
+WORKERS = 2  # blocks checked at once: hashing and decompressing release the GIL
+_PIECE_BYTES = 8 << 20
+_REPAIR = "run `merv-pipeline repair`"
+_NOT_NAMED = "is missing though the newest snapshot names it"
+_EMPTY_GROUP = document_bytes({"zarr_format": 3, "node_type": "group", "attributes": {}})
+
+# damage: a digest does not hold or a file is missing; orphan: nothing depends on the file; notice: about media.
+Severity = Literal["damage", "orphan", "notice"]
 
 
 @dataclass(frozen=True)
@@ -105,211 +101,42 @@ class Finding:
     """Something that is not as it should be."""
 
     key: str  # the object, relative to the store
-    problem: str  # what is wrong with it
+    problem: str
     severity: Severity = "damage"
-    advice: str = REPAIR  # what to do
+    advice: str = _REPAIR  # what to do
 
 
 class Findings:
-    """A growing list of findings, and the keys that were looked at; threads may share one."""
+    """A growing set of findings, and the keys that were checked; threads may share one."""
 
     def __init__(self) -> None:
-        self._found: set[Finding] = set()
-        self.looked_at: set[str] = set()  # keys that belong to the store
+        self._all: set[Finding] = set()
+        self.checked: set[str] = set()  # keys that belong to the store
 
-    def found(self, key: str, problem: str, advice: str = REPAIR) -> None:
-        self._found.add(Finding(key, problem, advice=advice))
+    def add_damage(self, key: str, problem: str, advice: str = _REPAIR) -> None:
+        self._all.add(Finding(key, problem, advice=advice))
 
-    def stray(self, key: str, problem: str, advice: str) -> None:
-        self._found.add(Finding(key, problem, "stray", advice))
+    def add_orphan(self, key: str, problem: str, advice: str) -> None:
+        self._all.add(Finding(key, problem, "orphan", advice))
 
     @contextmanager
     def reading(self, key: str) -> Iterator[None]:
-        """Turn what an object does to its reader into a finding."""
-        self.looked_at.add(key)
+        """Count the key as checked, and turn any error of reading it into damage."""
+        self.checked.add(key)
         try:
             yield
         except FileNotFoundError:
-            self.found(key, "is missing")
+            self.add_damage(key, "is missing")
         except (MervCacheError, OSError, pa.ArrowException) as error:
-            self.found(key, str(error))
+            self.add_damage(key, str(error))
 
     def sorted(self) -> list[Finding]:
         """Damage first."""
-        return sorted(self._found, key=lambda finding: (finding.severity, finding.key, finding.problem))
+        return sorted(self._all, key=lambda finding: (finding.severity, finding.key, finding.problem))
 
 
 def is_damaged(findings: list[Finding]) -> bool:
     return any(finding.severity == "damage" for finding in findings)
-
-
-_PIECE_BYTES = 8 << 20
-
-
-def check_receipt(
-    findings: Findings,
-    objects: Objects,
-    kind: str,
-    record: GroupRecord,
-    block: int,
-    block_rows: int,
-    index: ClipIndex | None,
-) -> Receipt | None:
-    """The receipt of a block, if it is sound; its shards are looked for and their sizes compared."""
-    group = record.identity.group_name
-    key, receipt = receipt_key(kind, group, block), None
-    with findings.reading(key):
-        receipt = read_receipt(objects, kind, group, block, block_rows)
-        rows = rows_of(block, block_rows)
-        used = [row for row, outcome in zip(rows, receipt.rows, strict=True) if outcome.state != "empty"]
-        if index is not None and used != index.rows_between(kind, rows.start, rows.stop):
-            findings.found(key, "speaks of other rows than the clip parts give out")
-    for name, entry in receipt.shards.items() if receipt else ():
-        shard = shard_key(kind, group, name, block)
-        with findings.reading(shard):
-            if objects.size(shard) != entry["bytes"]:
-                findings.found(shard, f"has {objects.size(shard)} bytes, its receipt says {entry['bytes']}")
-    return receipt
-
-
-def check_shards(
-    findings: Findings,
-    objects: Objects,
-    receipt: Receipt,
-    specs: Mapping[str, ArraySpec],
-    removed: Collection[int] = (),
-) -> None:
-    """Every byte of a block's shards against its receipt; rows of `removed` clips must hold nothing."""
-    shards: dict[str, Shard] = {}
-    for name, spec in specs.items():
-        key = shard_key(receipt.kind, receipt.group, name, receipt.block)
-        with findings.reading(key):
-            entry = receipt.shards.get(name)
-            if entry is None or objects.size(key) != entry["bytes"] or _sha256(objects, key) != entry["sha256"]:
-                findings.found(key, "does not match its receipt's sha256")
-                continue
-            shards[name] = Shard(spec, objects.open(key))
-    if set(shards) == set(receipt.shards):  # digests are over all arrays together
-        with findings.reading(shard_key(receipt.kind, receipt.group, "tokens", receipt.block)):
-            _check_rows(findings, receipt, shards)
-            _check_removed(findings, receipt, shards, removed)
-    for shard in shards.values():
-        shard.close()
-
-
-def check_orphan(findings: Findings, objects: Objects, key: str, spec: ArraySpec | None) -> None:
-    """A shard without a receipt: every chunk and the index have a checksum, and together they are all of it."""
-    with findings.reading(key):
-        if spec is None:
-            return
-        shard = Shard(spec, objects.open(key))
-        length = spec.index_bytes
-        for row in shard.rows():
-            chunk = shard.chunk(row)
-            length += len(chunk) if chunk is not None else 0
-            shard.decode(row)
-        if length != objects.size(key):
-            findings.found(key, f"holds {objects.size(key) - length} bytes that belong to no row")
-        shard.close()
-
-
-def _check_rows(findings: Findings, receipt: Receipt, shards: Mapping[str, Shard]) -> None:
-    key = receipt_key(receipt.kind, receipt.group, receipt.block)
-    for place, outcome in enumerate(receipt.rows):
-        if outcome.state != "ok":
-            continue
-        stored = {name: shard.decode(place) for name, shard in shards.items()}
-        if any(array is None for array in stored.values()) or row_digest(stored) != outcome.digest:
-            findings.found(key, f"row {receipt.first_row() + place} has another digest than its shards' bytes")
-
-
-def _check_removed(findings: Findings, receipt: Receipt, shards: Mapping[str, Shard], removed: Collection[int]) -> None:
-    for name, shard in shards.items():
-        for row in set(shard.rows()) & {row - receipt.first_row() for row in removed}:
-            findings.found(
-                shard_key(receipt.kind, receipt.group, name, receipt.block),
-                f"still holds row {receipt.first_row() + row}, whose clip was removed on request",
-            )
-
-
-def _sha256(objects: Objects, key: str) -> str:
-    opened = objects.open(key)
-    total, buffer, offset = hashlib.sha256(), bytearray(max(CRC_BYTES, min(_PIECE_BYTES, opened.size))), 0
-    while count := opened.read_into(offset, [memoryview(buffer)]):
-        total.update(memoryview(buffer)[:count])
-        offset += count
-    opened.close()
-    return total.hexdigest()
-
-
-def check_reference_clips(
-    findings: Findings,
-    objects: Objects,
-    identities: Mapping[tuple[str, str], FeatureIdentity],
-    newest: Snapshot | None,
-    *,
-    is_full: bool,
-) -> None:
-    """Damaged or lost canaries of the store's groups; those of a group that it has not are told as strays elsewhere."""
-    named = dict(newest.canaries) if newest else {}
-    for kind in KINDS:
-        for group in reference_clip_groups(objects.list_names(f"{CANARIES}/{kind}")):
-            sha256 = named.pop(f"{kind}/{group}", None)
-            if identity := identities.get((kind, group)):
-                _check(findings, objects, kind, identity, sha256, is_full)
-    for name in named:
-        findings.found(reference_clip_key(*name.split("/")), "is missing though the newest snapshot names it")
-
-
-def _check(
-    findings: Findings, objects: Objects, kind: str, identity: FeatureIdentity, sha256: str | None, is_full: bool
-) -> None:
-    key = reference_clip_key(kind, identity.group_name)
-    with findings.reading(key):
-        if not is_full:
-            objects.size(key)
-            return
-        data = get_bounded(objects, key, max_reference_clip_bytes(kind, identity))
-        ReferenceClips.parse(data, kind, identity)
-        if sha256 is not None and sha256_hex(data) != sha256:
-            findings.found(key, "does not match the digest that its snapshot holds")
-
-
-Specs = Mapping[tuple[str, str], Mapping[str, ArraySpec]]  # (kind, group) -> its arrays
-_BESIDE = (CARD, LISTING)  # for people and web servers; made anew by every push
-
-
-def find_strays(findings: Findings, objects: Objects, specs: Specs, *, is_full: bool) -> None:
-    """Temporary files of runs that were killed, shards without a receipt, and names that no store has."""
-    for name in objects.abandoned():
-        if objects.list_names(f"{TEMPORARY}/{name}"):
-            findings.stray(
-                f"{TEMPORARY}/{name}", "was left by an interrupted run", "the next extract sweeps it; or delete it"
-            )
-    for key in objects.non_regular_files() if hasattr(objects, "non_regular_files") else ():
-        findings.found(key, "is a link or device; a store holds plain files", "put the file in its place, or delete it")
-    for key in sorted(objects.list_tree()):
-        if key in findings.looked_at or key in _BESIDE or key.split("/")[0] == TEMPORARY:
-            continue
-        if place := shard_place(key):
-            kind, group, array, _ = place
-            findings.stray(
-                key,
-                "is a shard without a receipt: a block in the making, or left by a killed worker",
-                "run the same extract again: it makes the block's receipt",
-            )
-            if is_full:
-                check_orphan(findings, objects, key, specs.get((kind, group), {}).get(array))
-        elif key.startswith(f"{SNAPSHOTS}/") and key.endswith(".parquet"):
-            findings.stray(key, "is the table of a snapshot that was never finished", "delete it")
-        else:
-            findings.stray(key, "is no file of a feature store", "delete it, or keep it elsewhere")
-
-
-Level = Literal["quick", "full"]
-LEVELS: tuple[Level, ...] = ("quick", "full")
-WORKERS = 2  # blocks checked at once: hashing and decompressing leave the interpreter
-_EMPTY_GROUP = document_bytes({"zarr_format": 3, "node_type": "group", "attributes": {}})
 
 
 def verify_store(
@@ -319,14 +146,14 @@ def verify_store(
     workers: int = WORKERS,
     progress: ProgressLine = SILENT,
 ) -> list[Finding]:
-    """Everything that is damaged, missing or out of place, damage first; an empty list is a sound store.
+    """Everything that is damaged, missing or orphaned, damage first; [] for a sound store.
 
     `progress` counts blocks, and their MB.
     """
     if level not in LEVELS:
         raise UserError(f"level must be one of {', '.join(LEVELS)}, got {level!r}")
     objects = open_objects(path)
-    if not objects.exists(ROOT_METADATA) and not objects.list_names(PARTS):  # a root that is lost is a finding
+    if not objects.exists(ROOT_METADATA) and not objects.list_names(PARTS):  # a lost root of a store is a finding
         raise StoreNotFoundError(no_store_at(path))
     check = Verification(objects, is_full=level == "full", workers=workers, progress=progress)
     check.run()
@@ -334,7 +161,7 @@ def verify_store(
 
 
 class Verification:
-    """One pass over a store; collects findings."""
+    """One pass over a store. `run` collects findings, and what `repair` needs to know of the sound files."""
 
     def __init__(self, objects: Objects, *, is_full: bool, workers: int = 1, progress: ProgressLine = SILENT) -> None:
         self.objects = objects
@@ -345,212 +172,296 @@ class Verification:
         self.index: ClipIndex | None = None
         self.block_rows: dict[str, int] = {}
         self.newest: Snapshot | None = None
-        self.stones: dict[str, Tombstone] = {}
-        self.erased: set[str] = set()  # sha256 of samples files that tombstones took away
-        self.removed_clips: set[str] = set()
-        self.digests: dict[str, str] = {}  # sha256 of parts and samples, by key, as any snapshot says
+        self.tombstones: dict[str, Tombstone] = {}
+        self.digests: dict[str, str] = {}  # key -> sha256 of clip parts and samples that any snapshot names
         self.specs: dict[tuple[str, str], dict[str, ArraySpec]] = {}  # (kind, group) -> sound arrays
         self.identities: dict[tuple[str, str], FeatureIdentity] = {}  # (kind, group) -> readable ones
-        self.removed_rows: dict[str, set[int]] = {kind: set() for kind in KINDS}
+        self._erased: set[str] = set()  # sha256 of samples files that tombstones removed
+        self._removed_clips: set[str] = set()
+        self._removed_rows: dict[str, set[int]] = {kind: set() for kind in KINDS}
 
     def run(self) -> None:
-        self._tombstones()
-        self._snapshots()
-        self._clip_parts()
-        self._samples()
-        self._root()
-        self._blocks([block for kind in KINDS for block in self._kind(kind)])
-        self._named_receipts()
-        check_reference_clips(self.findings, self.objects, self.identities, self.newest, is_full=self.is_full)
-        self._journal()
-        find_strays(self.findings, self.objects, self.specs, is_full=self.is_full)
+        self._check_tombstones()
+        self._check_snapshots()
+        self._check_clip_parts()
+        self._check_samples()
+        self._check_root()
+        blocks = [block for kind in KINDS for block in self._check_groups(kind)]
+        self.progress.start(len(blocks))
+        in_parallel(self._check_block, blocks, max(self.workers, self.objects.parallel_reads))
+        self._check_named_receipts()
+        self._check_reference_clips()
+        for name in journal_names(self.objects.list_names(JOURNAL)):
+            with self.findings.reading(journal_key(name)):
+                parse_journal(get_bounded(self.objects, journal_key(name), MAX_JOURNAL_BYTES), name)
+        self._find_orphans()
 
-    def _tombstones(self) -> None:
+    def _check_tombstones(self) -> None:
         for name in tombstone_ids(self.objects):
             with self.findings.reading(tombstone_key(name)):
-                self.stones[name] = read_tombstone(self.objects, name)
-        self.erased = {sha256 for stone in self.stones.values() for sha256 in stone.erased}
-        self.removed_clips = {clip for stone in self.stones.values() for clip in stone.clips}
+                self.tombstones[name] = read_tombstone(self.objects, name)
+        self._erased = {sha256 for tombstone in self.tombstones.values() for sha256 in tombstone.erased}
+        self._removed_clips = {clip for tombstone in self.tombstones.values() for clip in tombstone.clips}
 
-    def _snapshots(self) -> None:
+    def _check_snapshots(self) -> None:
         for snapshot_id in snapshot_ids(self.objects.list_names(SNAPSHOTS)):
             table_key, record_key = snapshot_keys(snapshot_id)
             with self.findings.reading(record_key):
                 snapshot = load_snapshot(self.objects, snapshot_id)
                 self.newest = snapshot
                 self.digests |= snapshot.parts | {entry["key"]: entry["sha256"] for entry in snapshot.samples.values()}
-                self._digest(table_key, snapshot.table_sha256)
-        for lost in self.newest.tombstones if self.newest else ():
-            if lost not in self.stones:
-                self.findings.found(tombstone_key(lost), "is missing though the newest snapshot names it")
+                with self.findings.reading(table_key):
+                    if sha256_hex(table_file(self.objects, table_key)) != snapshot.table_sha256:
+                        self.findings.add_damage(table_key, "does not match the digest that its snapshot holds")
+        for tombstone_id in self.newest.tombstones if self.newest else ():
+            if tombstone_id not in self.tombstones:
+                self.findings.add_damage(tombstone_key(tombstone_id), _NOT_NAMED)
 
-    def _digest(self, key: str, sha256: str) -> None:
-        with self.findings.reading(key):
-            if sha256_hex(table_file(self.objects, key)) != sha256:
-                self.findings.found(key, "does not match the digest that its snapshot holds")
-
-    def _clip_parts(self) -> None:
+    def _check_clip_parts(self) -> None:
         names = self.objects.list_names(PARTS)
         with self.findings.reading(PARTS):
             for number in part_numbers(names):
-                self._covered(part_key(number))
-            self.index = ClipIndex(self.objects, {}).refresh()  # asked for rows only, never for blocks
+                self._check_table(part_key(number))
+            self.index = ClipIndex(self.objects, {}).refresh()  # used for rows only, not for blocks
         for key in self.newest.parts if self.newest else ():
             if key.split("/")[1] not in names:
-                self.findings.found(key, "is missing though the newest snapshot names it")
-        if self.removed_clips and self.index:
+                self.findings.add_damage(key, _NOT_NAMED)
+        if self._removed_clips and self.index:
             for kind in KINDS:
-                self.removed_rows[kind] = self.index.rows_of_clips(kind, self.removed_clips)
+                self._removed_rows[kind] = self.index.rows_of_clips(kind, self._removed_clips)
 
-    def _covered(self, key: str) -> None:
-        """A clip part or samples file: by the snapshots that name it, and by its own digest."""
+    def _check_samples(self) -> None:
+        files = samples_files(self.objects.list_names(SAMPLES))
+        versions: dict[str, list[int]] = {}
+        for file, (name, version) in files.items():
+            key = f"{SAMPLES}/{file}"
+            versions.setdefault(name, []).append(version)
+            self._check_table(key)
+            if self.is_full and self._removed_clips:
+                with self.findings.reading(key):
+                    table = read_table(table_file(self.objects, key), SAMPLE_SCHEMA, key, columns=["clip_id"])
+                    if self._removed_clips & set(table["clip_id"].to_pylist()):
+                        self.findings.add_damage(
+                            key, "still holds conversations about a clip that was removed on request"
+                        )
+        for key, sha256 in self.digests.items():
+            folder, _, file = key.partition("/")
+            if folder == SAMPLES and file not in files and sha256 not in self._erased:
+                self.findings.add_damage(key, "is missing though a snapshot names it")
+        for name, numbers in versions.items():
+            if max(numbers) != len(numbers) and not self._erased:
+                problem = f"has {len(numbers)} versions, of which the last is number {max(numbers)}"
+                self.findings.add_damage(f"{SAMPLES}/{name}", problem)
+
+    def _check_table(self, key: str) -> None:
+        """A clip part or samples file, by its own digest and by the snapshots that name it."""
         with self.findings.reading(key):
             if not self.is_full:
                 self.objects.size(key)
                 return
             data = table_file(self.objects, key)
             own, named = own_digest_holds(data), self.digests.get(key)
-            if own is False or (named is not None and sha256_hex(data) != named):
-                self.findings.found(key, "does not match " + ("its own digest" if own is False else "its snapshot's"))
+            if own is False:
+                self.findings.add_damage(key, "does not match its own digest")
+            elif named is not None and sha256_hex(data) != named:
+                self.findings.add_damage(key, "does not match its snapshot's")
             elif own is None and named is None:
-                self.findings.found(key, "has no digest of its own, and no snapshot names it")
+                self.findings.add_damage(key, "has no digest of its own, and no snapshot names it")
 
-    def _samples(self) -> None:
-        files = samples_files(self.objects.list_names(SAMPLES))
-        for file in files:
-            self._covered(f"{SAMPLES}/{file}")
-            if self.is_full and self.removed_clips:
-                self._holds_removed(f"{SAMPLES}/{file}")
-        versions: dict[str, list[int]] = {}
-        for name, version in files.values():
-            versions.setdefault(name, []).append(version)
-        for key, sha256 in self.digests.items():
-            folder, _, file = key.partition("/")
-            if folder == SAMPLES and file not in files and sha256 not in self.erased:
-                self.findings.found(key, "is missing though a snapshot names it")
-        for name, found in versions.items():
-            if max(found) != len(found) and not self.erased:
-                key = f"{SAMPLES}/{name}"
-                self.findings.found(key, f"has {len(found)} versions and one that says it is number {max(found)}")
-
-    def _holds_removed(self, key: str) -> None:
-        with self.findings.reading(key):
-            table = read_table(table_file(self.objects, key), SAMPLE_SCHEMA, key, columns=["clip_id"])
-            if self.removed_clips & set(table["clip_id"].to_pylist()):
-                self.findings.found(key, "still holds conversations about a clip that was removed on request")
-
-    def _root(self) -> None:
+    def _check_root(self) -> None:
         with self.findings.reading(ROOT_METADATA):
             data = read_document(self.objects, ROOT_METADATA)
-            root = parse_root(data)
-            self.block_rows = root["block_rows"]
+            self.block_rows = parse_root(data)["block_rows"]
             if self.newest and self.block_rows != self.newest.block_rows:
-                self.findings.found(ROOT_METADATA, "names other block rows than the newest snapshot")
+                self.findings.add_damage(ROOT_METADATA, "names other block rows than the newest snapshot")
                 self.block_rows = dict(self.newest.block_rows)
             if self.index:
-                wanted = root_document(datasets=self.index.datasets(), block_rows=self.block_rows)
-                if data not in (wanted, without_digest(wanted)):
-                    self.findings.found(ROOT_METADATA, "is not what the clip parts make it")
+                expected = root_document(datasets=self.index.datasets(), block_rows=self.block_rows)
+                if data not in (expected, without_digest(expected)):
+                    self.findings.add_damage(ROOT_METADATA, "does not follow from the clip parts")
         if not self.block_rows and self.newest:
             self.block_rows = dict(self.newest.block_rows)
 
-    def _kind(self, kind: str) -> list[tuple[str, GroupRecord, int]]:
+    def _check_groups(self, kind: str) -> list[tuple[str, GroupRecord, int]]:
         """Check the groups of a kind; returns their committed blocks."""
-        groups = [name for name in self.objects.list_names(kind) if GROUP_NAME.fullmatch(name)]
+        groups = {name for name in self.objects.list_names(kind) if GROUP_NAME.fullmatch(name)}
         if groups:
-            self._same(f"{kind}/zarr.json", _EMPTY_GROUP, "is not the document of a plain group")
-        named = {name.split("/")[1] for name in self.newest.groups if name.startswith(kind)} if self.newest else set()
-        return [block for group in sorted(named | set(groups)) for block in self._group(kind, group)]
+            key = f"{kind}/{ROOT_METADATA}"
+            with self.findings.reading(key):
+                if read_document(self.objects, key) != _EMPTY_GROUP:
+                    self.findings.add_damage(key, "is not the document of a plain group")
+        if self.newest:
+            groups |= {name.split("/")[1] for name in self.newest.groups if name.startswith(kind)}
+        return [block for group in sorted(groups) for block in self._check_group(kind, group)]
 
-    def _same(self, key: str, wanted: bytes, problem: str) -> None:
-        with self.findings.reading(key):
-            if read_document(self.objects, key) != wanted:
-                self.findings.found(key, problem)
-
-    def _group(self, kind: str, group: str) -> list[tuple[str, GroupRecord, int]]:
+    def _check_group(self, kind: str, group: str) -> list[tuple[str, GroupRecord, int]]:
         key = group_metadata_key(kind, group)
         record = None
         with self.findings.reading(key):
             record = read_group(self.objects, kind, group)
-            wanted = group_document(record.identity, weights_label=record.weights, batch_shape=record.batch_shape)
-            if read_document(self.objects, key) not in (wanted, without_digest(wanted)):
-                self.findings.found(key, "is not the document that its own contents make")
+            expected = group_document(record.identity, weights_label=record.weights, batch_shape=record.batch_shape)
+            if read_document(self.objects, key) not in (expected, without_digest(expected)):
+                self.findings.add_damage(key, "is not the document that its own contents make")
             summary = self.newest.groups.get(f"{kind}/{group}") if self.newest else None
             if summary and (summary.weights, summary.batch_shape) != (record.weights, record.batch_shape):
-                self.findings.found(key, "names other weights or another batch shape than the newest snapshot")
+                self.findings.add_damage(key, "names other weights or another batch shape than the newest snapshot")
         if record is not None:
             self.identities[kind, group] = record.identity
         if record is None or kind not in self.block_rows:
             return []
-        self.specs[kind, group] = self._arrays(kind, record)
+        self.specs[kind, group] = self._check_arrays(kind, record.identity)
         blocks = receipt_blocks(self.objects.list_names(receipts_prefix(kind, group)))
         return [(kind, record, block) for block in sorted(blocks)]
 
-    def _blocks(self, blocks: list[tuple[str, GroupRecord, int]]) -> None:
-        self.progress.start(len(blocks))
-        width = max(self.workers, self.objects.parallel_reads)
-        in_parallel(self._block, blocks, width)
-
-    def _block(self, entry: tuple[str, GroupRecord, int]) -> None:
-        kind, record, block = entry
-        size = self.block_rows[kind]
-        receipt = check_receipt(self.findings, self.objects, kind, record, block, size, self.index)
-        specs = self.specs[kind, record.identity.group_name]
-        if receipt and specs and self.is_full:
-            removed = self.removed_rows[kind] & set(range(block * size, (block + 1) * size))
-            check_shards(self.findings, self.objects, receipt, specs, removed)
-        self.progress.advance(MB=receipt.stored_bytes / 1e6 if receipt else 0)
-
-    def _arrays(self, kind: str, record: GroupRecord) -> dict[str, ArraySpec]:
-        block_rows, identity = self.block_rows[kind], record.identity
+    def _check_arrays(self, kind: str, identity: FeatureIdentity) -> dict[str, ArraySpec]:
+        """The sound arrays of a group. Lengths may be the newest snapshot's, or grown by parts that came since."""
+        size, lengths = self.block_rows[kind], set()
+        if self.index is not None:
+            since = len(self.newest.parts) if self.newest else 0
+            for stop in range(since, len(self.index.tables) + 1):
+                lengths.add(sealed_blocks(self.index.max_row(kind, parts=stop), size) * size)
         specs: dict[str, ArraySpec] = {}
-        for name, derived in array_specs(identity, kind, blocks=0, block_rows=block_rows).items():
+        for name, derived in array_specs(identity, kind, blocks=0, block_rows=size).items():
             key = array_metadata_key(kind, identity.group_name, name)
             with self.findings.reading(key):
                 data = read_document(self.objects, key)
                 stored = parse_array(name, data)
-                allowed = self._row_counts(kind)
                 if stored is None:
-                    self.findings.found(key, "does not describe an array of this format")
-                elif stored.document() != data or stored != _like(derived, stored):
-                    self.findings.found(key, "is not the document that its identity makes")
-                elif allowed and stored.rows not in allowed:
-                    self.findings.found(key, f"has {stored.rows} rows, the clip parts make it {max(allowed)}")
+                    self.findings.add_damage(key, "does not describe an array of this format")
+                elif stored.document() != data or stored != replace(derived, codec=stored.codec, rows=stored.rows):
+                    self.findings.add_damage(key, "is not the document that its identity makes")
+                elif lengths and stored.rows not in lengths:
+                    self.findings.add_damage(key, f"has {stored.rows} rows, the clip parts make it {max(lengths)}")
                 else:
                     specs[name] = stored
-                    if allowed and stored.rows < max(allowed):
-                        lag = f"has {stored.rows} rows, the clip parts give out {max(allowed)}"
-                        self.findings.stray(key, lag, "an extraction at work grows it with its next snapshot")
+                    if lengths and stored.rows < max(lengths):
+                        problem = f"has {stored.rows} rows, the clip parts allocate {max(lengths)}"
+                        self.findings.add_orphan(key, problem, "a running extraction grows it with its next snapshot")
         return specs
 
-    def _row_counts(self, kind: str) -> set[int]:
-        """Lengths that an array may have: of the newest snapshot, or grown by parts that came since."""
-        if self.index is None:
-            return set()
-        since = len(self.newest.parts) if self.newest else 0
-        counts, size = set(), self.block_rows[kind]
-        for stop in range(since, len(self.index.tables) + 1):
-            counts.add(sealed_blocks(self.index.max_row(kind, parts=stop), size) * size)
-        return counts
+    def _check_block(self, entry: tuple[str, GroupRecord, int]) -> None:
+        """A receipt by its own digest and the clip parts, its shards by the receipt."""
+        kind, record, block = entry
+        group, size = record.identity.group_name, self.block_rows[kind]
+        key, receipt = receipt_key(kind, group, block), None
+        with self.findings.reading(key):
+            receipt = read_receipt(self.objects, kind, group, block, size)
+            rows = rows_of(block, size)
+            used = [row for row, outcome in zip(rows, receipt.rows, strict=True) if outcome.state != "empty"]
+            if self.index is not None and used != self.index.rows_between(kind, rows.start, rows.stop):
+                self.findings.add_damage(key, "lists other rows than the clip parts allocate")
+        for name, shard in receipt.shards.items() if receipt else ():
+            key = shard_key(kind, group, name, block)
+            with self.findings.reading(key):
+                if (num_bytes := self.objects.size(key)) != shard["bytes"]:
+                    self.findings.add_damage(key, f"has {num_bytes} bytes, its receipt names {shard['bytes']}")
+        if receipt and self.specs[kind, group] and self.is_full:
+            self._check_shards(receipt, self.specs[kind, group])
+        self.progress.advance(MB=receipt.stored_bytes / 1e6 if receipt else 0)
 
-    def _named_receipts(self) -> None:
-        """Receipts that the newest snapshot names must be there, and be those."""
+    def _check_shards(self, receipt: Receipt, specs: Mapping[str, ArraySpec]) -> None:
+        """Every byte of a block's shards against its receipt; rows of removed clips must be empty."""
+        keys = {name: shard_key(receipt.kind, receipt.group, name, receipt.block) for name in specs}
+        shards: dict[str, Shard] = {}
+        for name, key in keys.items():
+            with self.findings.reading(key):
+                entry = receipt.shards.get(name)
+                if entry is None or self.objects.size(key) != entry["bytes"] or self._sha256(key) != entry["sha256"]:
+                    self.findings.add_damage(key, "does not match its receipt's sha256")
+                    continue
+                shards[name] = Shard(specs[name], self.objects.open(key))
+        first = receipt.first_row()
+        if set(shards) == set(receipt.shards):  # a row's digest is over all arrays
+            with self.findings.reading(keys["tokens"]):
+                for slot, outcome in enumerate(receipt.rows):
+                    if outcome.state != "ok":
+                        continue
+                    stored = {name: shard.decode(slot) for name, shard in shards.items()}
+                    if any(array is None for array in stored.values()) or row_digest(stored) != outcome.digest:
+                        problem = f"row {first + slot} has another digest than its shards' bytes"
+                        self.findings.add_damage(receipt_key(receipt.kind, receipt.group, receipt.block), problem)
+                for name, shard in shards.items():
+                    for row in self._removed_rows[receipt.kind].intersection(first + slot for slot in shard.rows()):
+                        problem = f"still holds row {row}, whose clip was removed on request"
+                        self.findings.add_damage(keys[name], problem)
+        for shard in shards.values():
+            shard.close()
+
+    def _sha256(self, key: str) -> str:
+        opened = self.objects.open(key)
+        total, buffer, offset = hashlib.sha256(), bytearray(max(CRC_BYTES, min(_PIECE_BYTES, opened.size))), 0
+        while count := opened.read_into(offset, [memoryview(buffer)]):
+            total.update(memoryview(buffer)[:count])
+            offset += count
+        opened.close()
+        return total.hexdigest()
+
+    def _check_named_receipts(self) -> None:
+        """The receipts that the newest snapshot names must be there, and be those."""
         for name, summary in self.newest.groups.items() if self.newest else ():
             kind, group = name.split("/")
-            size = max_receipt_bytes(self.newest.block_rows[kind]) if self.newest else 0
             for block, digest in summary.receipts.items():
                 key = receipt_key(kind, group, int(block))
                 with self.findings.reading(key):
-                    if f'"digest":"{digest}"'.encode() not in get_bounded(self.objects, key, size):
-                        self.findings.found(key, "is not the receipt that the newest snapshot names")
+                    data = get_bounded(self.objects, key, max_receipt_bytes(self.newest.block_rows[kind]))
+                    if f'"digest":"{digest}"'.encode() not in data:
+                        self.findings.add_damage(key, "is not the receipt that the newest snapshot names")
 
-    def _journal(self) -> None:
-        for name in journal_names(self.objects.list_names(JOURNAL)):
-            key = journal_key(name)
-            with self.findings.reading(key):
-                parse_journal(get_bounded(self.objects, key, MAX_JOURNAL_BYTES), name)
+    def _check_reference_clips(self) -> None:
+        """Files of the store's groups; those of groups that it does not have are orphans."""
+        named = dict(self.newest.canaries) if self.newest else {}
+        for kind in KINDS:
+            for group in reference_clip_groups(self.objects.list_names(f"{CANARIES}/{kind}")):
+                sha256, identity = named.pop(f"{kind}/{group}", None), self.identities.get((kind, group))
+                key = reference_clip_key(kind, group)
+                if identity is None:
+                    continue
+                with self.findings.reading(key):
+                    if not self.is_full:
+                        self.objects.size(key)
+                        continue
+                    data = get_bounded(self.objects, key, max_reference_clip_bytes(kind, identity))
+                    ReferenceClips.parse(data, kind, identity)
+                    if sha256 is not None and sha256_hex(data) != sha256:
+                        self.findings.add_damage(key, "does not match the digest that its snapshot holds")
+        for name in named:
+            self.findings.add_damage(reference_clip_key(*name.split("/")), _NOT_NAMED)
 
+    def _find_orphans(self) -> None:
+        """Temporary files of killed runs, shards without a receipt, and names that no store has."""
+        for key in self.objects.cleanup_tmp(dry_run=True):
+            if self.objects.list_names(key):
+                advice = "the next extract removes it; or delete it"
+                self.findings.add_orphan(key, "was left by an interrupted run", advice)
+        for key in self.objects.non_regular_files():
+            problem = "is a link or device; a store holds plain files"
+            self.findings.add_damage(key, problem, "put the file in its place, or delete it")
+        for key in sorted(self.objects.list_tree()):
+            if key in self.findings.checked or key in (CARD, LISTING) or key.split("/")[0] == TEMPORARY:
+                continue  # card and listing are written again by every push
+            if place := shard_place(key):
+                kind, group, array, _ = place
+                self.findings.add_orphan(
+                    key,
+                    "is a shard without a receipt: of a block in progress, or left by a killed worker",
+                    "run the same extract again: it writes the block's receipt",
+                )
+                if self.is_full and (spec := self.specs.get((kind, group), {}).get(array)):
+                    self._check_orphan_shard(key, spec)
+            elif key.startswith(f"{SNAPSHOTS}/") and key.endswith(".parquet"):
+                self.findings.add_orphan(key, "is the table of a snapshot that was never finished", "delete it")
+            else:
+                self.findings.add_orphan(key, "is no file of a feature store", "delete it, or keep it elsewhere")
 
-def _like(derived: ArraySpec, stored: ArraySpec) -> ArraySpec:
-    """The derived spec with what it cannot know: codec and rows."""
-    return replace(derived, codec=stored.codec, rows=stored.rows)
+    def _check_orphan_shard(self, key: str, spec: ArraySpec) -> None:
+        """Every chunk and the index have a checksum, and together they are the whole shard."""
+        with self.findings.reading(key):
+            shard = Shard(spec, self.objects.open(key))
+            length = spec.index_bytes
+            for row in shard.rows():
+                chunk = shard.chunk(row)
+                length += len(chunk) if chunk is not None else 0
+                shard.decode(row)
+            if length != (num_bytes := self.objects.size(key)):
+                self.findings.add_damage(key, f"holds {num_bytes - length} bytes that belong to no row")
+            shard.close()

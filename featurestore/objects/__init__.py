@@ -1,1 +1,1 @@
-"""Where a store lies: a folder, a bucket, a web address; behind one door to named bytes."""
+"""Named bytes of a store: in a folder, a bucket, a web address or a repository of the Hub."""

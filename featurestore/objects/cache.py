@@ -1,11 +1,8 @@
-"""A cache on this machine's disk for stores that are far away; safe for any number of processes, bounded in size.
+"""A cache of remote stores on this machine's disk, shared by any number of processes and bounded in size.
 
-Of shards, ranges are kept and not whole files: a shuffled reader wants 1-2 MB of a shard of 100 MB. Each shard has a
-sparse file in which a row lies where it lies in the shard. Nothing says which rows are there: a row ends in the crc32c
-of itself, and what does not agree with it (a hole, another process's write half done, a flipped bit) is fetched again.
-So there are no locks and no index, and no cached byte is used without its checksum. Other objects that readers check
-by digest (snapshots, clip parts, samples) are kept whole with a sha256 of their own. Names hold the object's version:
-what was replaced in the store is never served from here.
+Of a shard, ranges are kept in a sparse file at the shard's own offsets. There is no index and no lock: a range is used
+only if it ends in the crc32c of itself, so a hole, a half-finished write or a flipped bit is fetched again. Tables that
+readers check by digest are kept whole with a sha256; names hold the object's version, so replaced bytes are not served.
 """
 
 from __future__ import annotations
@@ -30,15 +27,15 @@ from mervcache.errors import UserError
 from mervcache.files import sha256_hex, user_cache
 
 DEFAULT_BYTES = 50 * 10**9
-_WHOLE = (PARTS, SAMPLES, SNAPSHOTS)  # folders whose objects are read whole, and checked by whoever reads them
+_KEPT_WHOLE = (PARTS, SAMPLES, SNAPSHOTS)  # folders whose objects are read whole and checked by their reader
 _CRC_BYTES, _SHA_BYTES = 4, 32
 _BLOCK = 512  # bytes: the unit of st_blocks
-_LOOK_AFTER = 64  # the folder is measured after every 1/64 of its bound that a process wrote
-_KEEP = 0.9  # of the bound stays when room is made
+_CHECKS_PER_BOUND = 64  # the folder is measured each time a process has written this fraction of the bound
+_KEPT_FRACTION = 0.9  # of the bound, after room is made
 
 
 def cache_folder(given: Place | None = None) -> Path:
-    """The folder named, else MERV_CACHE_DIR, else merv-cache under the user's cache folder."""
+    """The folder given, else MERV_CACHE_DIR, else merv-cache in the user's cache folder."""
     named = given or os.environ.get("MERV_CACHE_DIR")
     return Path(named) if named else user_cache() / "merv-cache"
 
@@ -56,17 +53,17 @@ def cache_bound(given: int | None = None) -> int:
 
 
 class CachedObjects:
-    """A remote place whose reads go through the cache; what is not named here goes straight there."""
+    """Remote objects whose `get` and `open` go through the cache; everything else goes to the objects directly."""
 
     def __init__(self, objects: RemoteObjects, folder: Path, bound: int) -> None:
         self._objects = objects
-        self.cache = _CacheFolder(folder, bound)
+        self.cache = CacheFolder(folder, bound)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._objects, name)
 
     def get(self, key: str) -> bytes:
-        if key.split("/")[0] not in _WHOLE:
+        if key.split("/")[0] not in _KEPT_WHOLE:
             return self._objects.get(key)
         path = self.cache.path(self._objects.root, key, self._objects.open(key).version)
         data = self.cache.read_whole(path)
@@ -76,14 +73,14 @@ class CachedObjects:
         return data
 
     def open(self, key: str) -> CachedObject:
-        opened = self._objects.open(key)
-        return CachedObject(opened, self.cache, self.cache.path(self._objects.root, key, opened.version))
+        source = self._objects.open(key)
+        return CachedObject(source, self.cache, self.cache.path(self._objects.root, key, source.version))
 
 
 class CachedObject:
-    """A shard whose ranges are remembered, if they end in the crc32c of themselves."""
+    """A shard whose ranges are cached if they end in the crc32c of themselves."""
 
-    def __init__(self, source: RemoteObject, cache: _CacheFolder, path: Path) -> None:
+    def __init__(self, source: RemoteObject, cache: CacheFolder, path: Path) -> None:
         self._source, self._cache, self._path = source, cache, path
         self.size = source.size
 
@@ -95,7 +92,7 @@ class CachedObject:
             if self._source.read_into(offset, [memoryview(fetched)]) != length:
                 return self._source.read_into(offset, buffers)
             data = memoryview(fetched)
-            if _is_whole(data):
+            if _matches_crc(data):
                 self._cache.write_range(self._path, offset, data)
         scatter(data, buffers)
         return length
@@ -104,8 +101,8 @@ class CachedObject:
         self._source.close()
 
 
-class _CacheFolder:
-    """Files of the cache; a full or failing disk costs the cache, never the read."""
+class CacheFolder:
+    """Files of the cache; a full or failing disk costs speed, never the read."""
 
     def __init__(self, folder: Path, bound: int) -> None:
         self.folder, self.bound = folder, bound
@@ -119,21 +116,12 @@ class _CacheFolder:
         return self.folder / name[:2] / name
 
     def read_range(self, path: Path, offset: int, length: int) -> memoryview | None:
-        try:
-            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            return None
-        try:
+        with suppress(OSError), open(path, "rb", buffering=0) as file:
             data = memoryview(bytearray(length))
-            count = os.preadv(handle, [data], offset)
-            if count != length or not _is_whole(data):
-                return None
-            os.utime(handle)  # the least recently used go first
-            return data
-        except OSError:
-            return None
-        finally:
-            os.close(handle)
+            if os.preadv(file.fileno(), [data], offset) == length and _matches_crc(data):
+                os.utime(file.fileno())  # the least recently used are removed first
+                return data
+        return None
 
     def write_range(self, path: Path, offset: int, data: memoryview) -> None:
         with suppress(OSError):
@@ -164,31 +152,31 @@ class _CacheFolder:
     def _count(self, written: int) -> None:
         with self._lock:
             self._written += written
-            is_due = self._written * _LOOK_AFTER >= self.bound
+            is_due = self._written * _CHECKS_PER_BOUND >= self.bound
             self._written = 0 if is_due else self._written
         if is_due:
             self.make_room()
 
     def make_room(self) -> None:
-        """Remove the least recently used files until the rest fits; whoever reads one keeps it until it is closed."""
-        found = []
+        """Remove the least recently used files until the rest fits; a process that reads one keeps its open file."""
+        files = []
         for path in self.folder.glob("??/*"):
             with suppress(OSError):
                 status = path.stat()
-                found.append((status.st_mtime, status.st_blocks * _BLOCK, path))
-        total = sum(size for _, size, _ in found)
+                files.append((status.st_mtime, status.st_blocks * _BLOCK, path))
+        total = sum(size for _, size, _ in files)
         if total <= self.bound:
             return
-        for _, size, path in sorted(found):
-            if total <= _KEEP * self.bound:
+        for _, size, path in sorted(files):
+            if total <= _KEPT_FRACTION * self.bound:
                 break
             with suppress(OSError):
                 path.unlink()
             total -= size
 
 
-def _is_whole(data: memoryview) -> bool:
-    """True of a row or an index as shards have them: bytes, then their crc32c."""
+def _matches_crc(data: memoryview) -> bool:
+    """Whether the bytes end in the crc32c of the rest, as a row and the index of a shard do."""
     if len(data) <= _CRC_BYTES:
         return False
     (stored,) = struct.unpack("<I", data[-_CRC_BYTES:])

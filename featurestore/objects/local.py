@@ -1,8 +1,6 @@
-"""A folder as a place to keep bytes: durable, exclusive, and closed to paths that lead out of it.
+"""A folder as objects: puts are exclusive and survive a power cut, and no path leads out of the folder.
 
-Files of a folder that several processes write, each opened, named and made durable the careful way.
-
-A file counts as put when its name cannot be lost by a power cut: its bytes and its folder's entry are on the disk.
+A put writes a temporary file, syncs it, links it to its name (which fails if the name exists) and syncs the folder.
 """
 
 from __future__ import annotations
@@ -21,89 +19,22 @@ from functools import cache
 from pathlib import Path
 
 from featurestore.layout import TEMPORARY
-from featurestore.objects.base import Buffer, machine_faults
+from featurestore.objects.base import Buffer, Objects, check_key, machine_faults
 from mervcache.errors import AlreadyExistsError, StoreFormatError
 
 _NO_LINK = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
-
-
-def open_plain(path: str, key: str) -> int:
-    """A handle of a plain file: a pipe or device in a stranger's store would be waited for without end."""
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except NotADirectoryError as error:
-        raise FileNotFoundError(error.errno, error.strerror, path) from None
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise StoreFormatError(f"{key} is refused: it is no plain file")
-    return handle
-
-
-def link_exclusively(temporary: str, path: str, lock: str) -> None:
-    """Give a written file its name, unless the name is taken; `lock` serves file systems without links."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        # A retransmitted link on NFS can report the success of its first try as "exists".
-        if not os.path.samefile(temporary, path):
-            raise _taken(path) from None
-    except OSError as error:
-        if error.errno not in _NO_LINK:
-            raise
-        with file_lock(lock):  # no links on this file system: look, then rename, one process at a time
-            if os.path.exists(path):
-                raise _taken(path) from None
-            os.rename(temporary, path)
-
-
-def _taken(path: str) -> AlreadyExistsError:
-    return AlreadyExistsError(f"{os.path.basename(path)} exists already: another process was first, read what it wrote")
-
-
-@contextmanager
-def file_lock(path: str) -> Iterator[None]:
-    """Hold an advisory lock; nothing where the file system has none."""
-    import fcntl  # POSIX only
-
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def make_folder(path: str) -> None:
-    """Make missing folders durably: a file's entry is safe only if its folder's own entry is."""
-    if not os.path.isdir(path):
-        make_folder(os.path.dirname(path))
-        with suppress(FileExistsError):
-            os.mkdir(path)
-        sync_folder(os.path.dirname(path))
-
-
-def sync_folder(path: str) -> None:
-    """Make the names in a folder durable."""
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 _ABANDONED_AFTER_S = 86_400
+_MAX_CHECKED_FOLDERS = 100_000
 
 
-class LocalObjects:
-    """A folder. Puts are exclusive and survive a power cut: temporary file, fsync, link, fsync of the folder."""
+class LocalObjects(Objects):
+    """A folder; any number of processes may share it."""
 
     parallel_reads = 1  # a disk's queue is filled by the loader's workers
-    defers_visibility = False
 
     def __init__(self, root: str | Path) -> None:
         self.root = os.path.realpath(root)
-        self._run = f"{_process_space()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._run = f"{_process_space()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"  # our folder in tmp/
         self._count = 0
         weakref.finalize(self, _remove_if_empty, os.path.join(self.root, TEMPORARY, self._run))
         self._checked_folders: set[str] = set()
@@ -114,31 +45,31 @@ class LocalObjects:
     def put_exclusive(self, key: str, data: Buffer | Sequence[Buffer]) -> None:
         path = self._path(key)
         with machine_faults(f"write {key}"):
-            make_folder(os.path.dirname(path))
+            _make_folder(os.path.dirname(path))
             temporary = self._write_temporary(data)
             try:
-                link_exclusively(temporary, path, self._path(f"{TEMPORARY}/rename.lock"))
+                self._link_exclusively(temporary, path)
             finally:
                 with suppress(FileNotFoundError):
                     os.unlink(temporary)
-            sync_folder(os.path.dirname(path))
+            _sync_folder(os.path.dirname(path))
 
     def replace(self, key: str, data: bytes) -> None:
         path = self._path(key)
         with machine_faults(f"write {key}"):
-            make_folder(os.path.dirname(path))
+            _make_folder(os.path.dirname(path))
             os.rename(self._write_temporary(data), path)
-            sync_folder(os.path.dirname(path))
+            _sync_folder(os.path.dirname(path))
 
     def compare_and_swap(self, key: str, old: bytes, new: bytes) -> bool:
-        with self.locked("metadata"):
+        with self._locked("metadata"):
             if self.get(key) != old:
                 return False
             self.replace(key, new)
         return True
 
     def get(self, key: str) -> bytes:
-        with machine_faults(f"read {key}"), os.fdopen(open_plain(self._path(key), key), "rb") as file:
+        with machine_faults(f"read {key}"), os.fdopen(_open_regular(self._path(key), key), "rb") as file:
             return file.read()
 
     def open(self, key: str) -> LocalObject:
@@ -146,12 +77,9 @@ class LocalObjects:
             return LocalObject(self._path(key), key)
 
     def size(self, key: str) -> int:
-        with machine_faults(f"read {key}"):
-            handle = open_plain(self._path(key), key)
-            try:
-                return os.fstat(handle).st_size
-            finally:
-                os.close(handle)
+        opened = self.open(key)
+        opened.close()
+        return opened.size
 
     def exists(self, key: str) -> bool:
         with machine_faults(f"read {key}"):
@@ -165,58 +93,43 @@ class LocalObjects:
                 return []
 
     def list_tree(self, prefix: str = "") -> dict[str, int]:
-        """Files only, links and temporary ones left aside."""
+        """Files only, without links and what is in `tmp/`."""
         sizes: dict[str, int] = {}
         with machine_faults(f"list {prefix or 'the store'}"):
             for folder, _, names in os.walk(self._path(prefix) if prefix else self.root):
                 for path in (os.path.join(folder, name) for name in names):
-                    key = os.path.relpath(path, self.root).replace(os.sep, "/")
+                    key = self._key(path)
                     if not os.path.islink(path) and not key.startswith(f"{TEMPORARY}/"):
                         sizes[key] = os.stat(path).st_size
         return sizes
-
-    def as_zarr(self) -> str:
-        """For zarr-python, where an array has codecs of somebody else's."""
-        return self.root
 
     def delete(self, key: str) -> None:
         path = self._path(key)
         with machine_faults(f"delete {key}"), suppress(FileNotFoundError):
             os.unlink(path)
-            sync_folder(os.path.dirname(path))
+            _sync_folder(os.path.dirname(path))
+
+    def cleanup_tmp(self, *, dry_run: bool = False) -> list[str]:
+        """Folders of `tmp/` whose process is dead for certain, or that are a day old."""
+        names = [name for name in self.list_names(TEMPORARY) if self._is_abandoned(name)]
+        for name in () if dry_run else names:
+            shutil.rmtree(os.path.join(self.root, TEMPORARY, name), ignore_errors=True)
+        return [f"{TEMPORARY}/{name}" for name in names]
 
     def non_regular_files(self) -> list[str]:
-        """Keys of what is neither a plain file nor a folder: links, pipes, devices."""
         found = []
         for folder, folders, names in os.walk(self.root):
             for path in (os.path.join(folder, name) for name in (*folders, *names)):
                 if not stat.S_ISREG(mode := os.lstat(path).st_mode) and not stat.S_ISDIR(mode):
-                    found.append(os.path.relpath(path, self.root).replace(os.sep, "/"))
+                    found.append(self._key(path))
         return sorted(found)
 
-    @contextmanager
-    def locked(self, name: str) -> Iterator[None]:
-        """Hold an advisory lock among processes that share the folder; a no-op where locks are not supported."""
-        path = self._path(f"{TEMPORARY}/{name}.lock")
-        with machine_faults(f"lock {name}"):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with file_lock(path):
-                yield
+    def as_zarr(self) -> str:
+        """For zarr-python, where an array has codecs of another writer."""
+        return self.root
 
-    def cleanup_tmp(self) -> None:
-        """Remove temporary folders whose process is dead for certain, or that are a day old."""
-        for name in self.abandoned():
-            shutil.rmtree(os.path.join(self.root, TEMPORARY, name), ignore_errors=True)
-
-    def abandoned(self) -> list[str]:
-        """Names of temporary folders that no living process owns."""
-        return [name for name in self.list_names(TEMPORARY) if self._is_abandoned(name)]
-
-    def flush(self) -> None:
-        """A put is there at once."""
-
-    def known_sha256(self, key: str) -> str | None:
-        return None
+    def _key(self, path: str) -> str:
+        return os.path.relpath(path, self.root).replace(os.sep, "/")
 
     def _is_abandoned(self, name: str) -> bool:
         path = os.path.join(self.root, TEMPORARY, name)
@@ -227,7 +140,7 @@ class LocalObjects:
                 return True
         space, _, owner = name.rpartition("-")[0].rpartition("-")
         if space != _process_space() or not owner.isdigit():
-            return False  # another machine's: only age can tell
+            return False  # of another machine: only its age counts
         try:
             os.kill(int(owner), 0)
         except ProcessLookupError:
@@ -237,20 +150,18 @@ class LocalObjects:
         return False
 
     def _path(self, key: str) -> str:
-        """The file of a key; refuses keys and links that lead out of the root (a store may be a stranger's)."""
-        parts = key.split("/")
-        if any(part in ("", ".", "..") or "\0" in part for part in parts):
-            raise StoreFormatError(f"object key {key!r} is refused: it must be a plain relative path")
+        """The file of a key; refuses keys and links that lead out of the root (a store may be untrusted)."""
+        parts = check_key(key).split("/")
         path = os.path.join(self.root, *parts)
         folder = os.path.dirname(path)
         if folder not in self._checked_folders or os.path.islink(path):
-            for place in (folder, path):
-                real = os.path.realpath(place)
+            for checked in (folder, path):
+                real = os.path.realpath(checked)
                 if not (real + os.sep).startswith(self.root.rstrip(os.sep) + os.sep):
                     raise StoreFormatError(f"{key} is refused: a symbolic link leads out of the store")
-                if real != place:
+                if real != checked:
                     raise StoreFormatError(f"{key} is refused: a store holds no symbolic links, put the file there")
-            if len(self._checked_folders) < 100_000 and os.path.isdir(folder):
+            if len(self._checked_folders) < _MAX_CHECKED_FOLDERS and os.path.isdir(folder):
                 self._checked_folders.add(folder)
         return path
 
@@ -259,14 +170,45 @@ class LocalObjects:
         os.makedirs(folder, exist_ok=True)
         self._count += 1
         path = os.path.join(folder, f"{self._count}-{uuid.uuid4().hex[:8]}")
-        pieces = [data] if isinstance(data, bytes | bytearray | memoryview) else data
         with open(path, "xb", buffering=0) as file:
-            for piece in pieces:
+            for piece in [data] if isinstance(data, bytes | bytearray | memoryview) else data:
                 rest = memoryview(piece).cast("B")
                 while rest:
                     rest = rest[file.write(rest) :]
             os.fsync(file.fileno())
         return path
+
+    def _link_exclusively(self, temporary: str, path: str) -> None:
+        """Give a written file its name, unless the name exists."""
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            # A retransmitted link on NFS can report the success of its first try as "exists".
+            if not os.path.samefile(temporary, path):
+                raise _taken(path) from None
+        except OSError as error:
+            if error.errno not in _NO_LINK:
+                raise
+            with self._locked("rename"):  # no links on this file system: check, then rename, one process at a time
+                if os.path.exists(path):
+                    raise _taken(path) from None
+                os.rename(temporary, path)
+
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        """Hold an advisory lock among processes that share the folder; no lock where they are not supported."""
+        import fcntl  # POSIX only
+
+        path = self._path(f"{TEMPORARY}/{name}.lock")
+        with machine_faults(f"lock {name}"):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            with suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
 
 
 class LocalObject:
@@ -275,7 +217,7 @@ class LocalObject:
     _file = -1  # until it is open
 
     def __init__(self, path: str, key: str) -> None:
-        self._file = open_plain(path, key)
+        self._file = _open_regular(path, key)
         self.size = os.fstat(self._file).st_size
 
     def read_into(self, offset: int, buffers: Sequence[memoryview]) -> int:
@@ -301,6 +243,39 @@ class LocalObject:
         self.close()
 
 
+def _open_regular(path: str, key: str) -> int:
+    """A handle of a regular file: reading a pipe or device in an untrusted store could block forever."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except NotADirectoryError as error:
+        raise FileNotFoundError(error.errno, error.strerror, path) from None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise StoreFormatError(f"{key} is refused: it is no plain file")
+    return handle
+
+
+def _taken(path: str) -> AlreadyExistsError:
+    return AlreadyExistsError(f"{os.path.basename(path)} exists already: another process was first, read what it wrote")
+
+
+def _make_folder(path: str) -> None:
+    """Make missing folders durably: a file's entry is safe only if its folder's own entry is."""
+    if not os.path.isdir(path):
+        _make_folder(os.path.dirname(path))
+        with suppress(FileExistsError):
+            os.mkdir(path)
+        _sync_folder(os.path.dirname(path))
+
+
+def _sync_folder(path: str) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _remove_if_empty(folder: str) -> None:
     with suppress(OSError):
         os.rmdir(folder)
@@ -308,7 +283,7 @@ def _remove_if_empty(folder: str) -> None:
 
 @cache
 def _process_space() -> str:
-    """Names the host, its boot and its process namespace: within one, a process id is alive or it is not."""
+    """Names the host, its boot and its process namespace, within which a process id is alive or not."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
         namespace = os.stat("/proc/self/ns/pid").st_ino

@@ -1,4 +1,4 @@
-"""Where a store lies -> the objects there: a folder, or a bucket or web address by its URL."""
+"""Open the objects of a store by its place: a folder, a bucket or a web address."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from featurestore.objects.local import LocalObjects
 
 
 def open_objects(place: Place) -> Objects:
-    """A folder as it is; a URL after a first word with its server, so that mistakes are told at once."""
+    """A folder, or a URL after one request to its server, so that a wrong URL or credential fails fast."""
     place = place_of(place)
     if not is_url(place):
         return LocalObjects(place)
@@ -23,27 +23,27 @@ def open_objects(place: Place) -> Objects:
 
 
 def open_hub(place: Place) -> Objects | None:
-    """A repository of the Hub, to push to; None of any other place."""
+    """A repository of the Hub, to push to; None for any other place."""
     place = place_of(place)
     if not is_url(place) or urlsplit(str(place)).scheme != "hf":
         return None
-    from featurestore.objects.hub import HubObjects  # needs the Hub's library
+    from featurestore.objects.hub import HubObjects  # needs huggingface_hub
 
     return HubObjects(str(place))
 
 
 def check_writable(place: Place) -> None:
-    """Refuse the web and the Hub at once, before a server is asked for anything or a store is read to be sent there."""
+    """Refuse the web and the Hub before a server is contacted or a store is read."""
     place = place_of(place)
     if is_url(place):
-        from featurestore.objects.remote import READ_ONLY, read_only
+        from featurestore.objects.remote import READ_ONLY, read_only_error
 
         if urlsplit(str(place)).scheme in READ_ONLY:
-            raise read_only(str(place))
+            raise read_only_error(str(place))
 
 
 def open_cached(place: Place, cache: Place | bool, cache_bytes: int | None) -> Objects:
-    """Like `open_objects`; what is read from a URL is kept on this machine, unless `cache` is False."""
+    """Like `open_objects`; what is read from a URL is cached on this machine, unless `cache` is False."""
     objects = open_objects(place)
     if not is_url(place_of(place)) or cache is False:
         return objects
@@ -53,7 +53,7 @@ def open_cached(place: Place, cache: Place | bool, cache_bytes: int | None) -> O
 
 
 def in_parallel(call: Callable[[Any], Any], items: Iterable[Any], width: int) -> list[Any]:
-    """Results in the order of the items; with a width of 1 nothing is started."""
+    """Results in the order of the items; with a width of 1 no thread is started."""
     items = list(items)
     if width == 1 or len(items) < 2:
         return [call(item) for item in items]

@@ -1,98 +1,110 @@
-"""An object store as a place to keep bytes: put-if-absent is the commit, as an exclusive link is in a folder.
+"""A bucket or web address as objects, through obstore: a conditional put is the commit, like a link locally.
 
-A put is one request and atomic: there are no temporary objects, nothing to sweep and nothing half-written. Whoever puts
-a name first has it; a put whose answer was lost and that was repeated by the library finds its own mark on the object
-and knows that it was first. Metadata that grows is replaced only if nobody changed it meanwhile. obstore's runtime does
-not survive a fork: open stores where they are used, in processes started by spawn or forkserver.
-
-URL -> a connection of obstore: which services are known, and with which patience.
-
-Endpoint, region and credentials come from the environment, as obstore reads it: AWS_ENDPOINT_URL, AWS_REGION,
-AWS_ACCESS_KEY_ID, ...; GOOGLE_...; AZURE_...; HF_TOKEN and HF_ENDPOINT for the Hub. Tested against an S3 server, a
-plain HTTP server, Azurite where it is installed, and two servers of our own that answer as the documentation of Google
-Cloud Storage and as the Hub do (emulators of the former that can be installed lack its conditional put). None was tried
-against the service itself.
+A put is one atomic request, so there are no temporary objects and nothing half-written. A put whose answer was lost and
+that was repeated by obstore finds its own mark on the object. Endpoint, region and credentials come from the
+environment, as obstore reads it. obstore's runtime does not survive a fork: open stores in the process that uses them.
 """
+# Tested against an S3 server, a plain HTTP server, Azurite where it is installed, and servers of our own that follow
+# the documentation of Google Cloud Storage and the Hub (emulators of the former lack its conditional put), not against
+# the services themselves.
 
 from __future__ import annotations
 
 import os
+import socket
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, suppress
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from featurestore.layout import LISTING, TEMPORARY
-from featurestore.objects.base import Buffer, check_credentials, parse_listing, remote_faults, scatter
-from mervcache.errors import AlreadyExistsError, RunStoppedError, StoreFormatError, UserError, unknown_name
+from featurestore.objects.base import CREDENTIALS, Buffer, Objects, check_key, parse_listing, scatter, service_faults
+from mervcache.errors import AlreadyExistsError, RunStoppedError, UserError, unknown_name
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
     from obstore.store import ObjectStore
 
 HUB = "https://huggingface.co"
-MAX_RETRIES = 10
+MAX_PUT_BYTES = 5 << 30  # of one request, by S3's rule; a conditional put cannot be split
+_MARK = "mervput"  # metadata of an object: who put it (no dashes: Azure allows none)
 _CLIENT: dict[str, Any] = {  # obstore's default ends any request after 30 s, also one that carries a whole shard
     "timeout": timedelta(minutes=15),
     "connect_timeout": timedelta(seconds=10),
     "read_timeout": timedelta(seconds=60),
     "user_agent": "merv-pipeline",
 }
+_ENDPOINTS = {  # scheme of a bucket -> variables that name its server
+    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
+    "s3a": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
+    "gs": ("GOOGLE_BASE_URL",),
+    "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+    "abfs": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+}
+READ_ONLY = ("http", "https", "hf")  # these cannot list or put conditionally; `push` has its own way to the Hub
+SCHEMES = (*_ENDPOINTS, *READ_ONLY)
+_proven: set[str] = set()  # URLs whose server was seen to refuse a second put, in this process
 
 
-_S3 = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
-_AZURE = ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
-_ENDPOINTS = {"s3": _S3, "s3a": _S3, "gs": ("GOOGLE_BASE_URL",), "az": _AZURE, "abfs": _AZURE}
-
-
-def connect(url: str, *, max_retries: int = MAX_RETRIES) -> ObjectStore:
+def connect(url: str, *, max_retries: int = 10) -> ObjectStore:
     """A connection to the folder that a URL names; nothing is sent yet."""
     parts = urlsplit(url)
-    if parts.scheme not in STORES:
-        raise UserError(f"{url}: {unknown_name('kind of URL', parts.scheme, [*STORES, 'file'])}")
+    if parts.scheme not in SCHEMES:
+        raise UserError(f"{url}: {unknown_name('kind of URL', parts.scheme, [*SCHEMES, 'file'])}")
     if not parts.netloc:
         raise UserError(f"{url} names no bucket or host; write {parts.scheme}://NAME/FOLDER")
-    check_credentials(parts.scheme)
+    _check_credentials(parts.scheme)
     retry = {"max_retries": max_retries, "retry_timeout": timedelta(minutes=3)}
+    client = {**_CLIENT}
     try:
-        return STORES[parts.scheme](url, retry)
+        from obstore.store import HTTPStore, from_url
+
+        if parts.scheme in READ_ONLY:
+            client["allow_http"] = True
+            if parts.scheme == "hf" and (token := hub_token()):
+                client["default_headers"] = {"authorization": f"Bearer {token}"}
+            address = hub_address(url) if parts.scheme == "hf" else url
+            return HTTPStore.from_url(address, client_options=client, retry_config=retry)
+        endpoint = next(filter(None, map(os.environ.get, _ENDPOINTS[parts.scheme])), "")
+        if endpoint.startswith("http://"):
+            client["allow_http"] = True
+        try:
+            return from_url(url, client_options=client, retry_config=retry)
+        except Exception as error:  # obstore's own errors of a setting, e.g. an unreadable key file
+            raise ValueError(str(error).splitlines()[0]) from error
     except ImportError as error:
         raise UserError(f"{url}: install the library for object stores: pip install 'merv-pipeline[remote]'") from error
     except ValueError as error:
-        raise UserError(f"{url} cannot be used as a place for a store: {error}") from error
+        raise UserError(f"{url} cannot be used for a store: {error}") from error
 
 
-def _bucket(url: str, retry: Mapping[str, Any]) -> ObjectStore:
-    from obstore.store import from_url
-
-    endpoint = next(filter(None, map(os.environ.get, _ENDPOINTS[urlsplit(url).scheme])), "")
-    client = {**_CLIENT, "allow_http": True} if endpoint.startswith("http://") else _CLIENT
-    try:
-        return from_url(url, client_options=client, retry_config=retry)
-    except Exception as error:  # obstore's own errors of a setting, e.g. an unreadable key file
-        raise ValueError(str(error).splitlines()[0]) from error
-
-
-def _web(url: str, retry: Mapping[str, Any]) -> ObjectStore:
-    from obstore.store import HTTPStore
-
-    return HTTPStore.from_url(url, client_options={**_CLIENT, "allow_http": True}, retry_config=retry)
-
-
-def _hub(url: str, retry: Mapping[str, Any]) -> ObjectStore:
-    from obstore.store import HTTPStore
-
-    token = hub_token()
-    headers = {"default_headers": {"authorization": f"Bearer {token}"}} if token else {}
-    return HTTPStore.from_url(
-        hub_address(url), client_options={**_CLIENT, "allow_http": True, **headers}, retry_config=retry
+def _check_credentials(scheme: str) -> None:
+    """Fail at once without credentials for S3; obstore would try to reach the instance metadata for minutes."""
+    sources = (
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SKIP_SIGNATURE",
+        "AWS_WEB_IDENTITY_TOKEN_FILE",
+        "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+        "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    )
+    if scheme not in ("s3", "s3a") or any(name in os.environ for name in sources):
+        return
+    is_disabled = os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true"
+    if "AWS_SECRET_ACCESS_KEY" not in os.environ and not is_disabled:
+        with suppress(OSError):
+            socket.create_connection(("169.254.169.254", 80), timeout=1).close()  # an instance's role
+            return
+    raise UserError(
+        f"no credentials for {scheme}:// were found: set {CREDENTIALS['s3']} (files of the aws command are not read: "
+        '`eval "$(aws configure export-credentials --format env)"`), or AWS_SKIP_SIGNATURE=true for a public bucket; '
+        "AWS_ENDPOINT_URL and AWS_REGION choose the server"
     )
 
 
 def hub_address(url: str) -> str:
-    """Where the Hub gives out the files of a place there."""
+    """The web address of a folder on the Hub."""
     repo, revision, folder = hub_parts(url)
     address = f"{hub_endpoint()}/datasets/{repo}/resolve/{quote(revision, safe='')}"
     return f"{address}/{folder}" if folder else address
@@ -109,12 +121,12 @@ def hub_parts(url: str) -> tuple[str, str, str]:
     repo, _, folder = rest.partition("/")
     name, _, revision = repo.partition("@")
     if kind != "datasets" or not user or not name:
-        raise UserError(f"{url}: stores on the Hub are hf://datasets/USER/REPO, with @REVISION and /FOLDER if need be")
+        raise UserError(f"{url}: stores on the Hub are hf://datasets/USER/REPO, optionally with @REVISION and /FOLDER")
     return f"{user}/{name}", revision or "main", folder
 
 
 def hub_token() -> str | None:
-    """From HF_TOKEN, or what `hf auth login` left."""
+    """From HF_TOKEN, or stored by `hf auth login`."""
     if token := os.environ.get("HF_TOKEN"):
         return token
     from huggingface_hub import get_token
@@ -122,21 +134,7 @@ def hub_token() -> str | None:
     return get_token()
 
 
-STORES: dict[str, Callable[[str, Mapping[str, Any]], Any]] = {
-    "s3": _bucket,
-    "s3a": _bucket,
-    "gs": _bucket,
-    "az": _bucket,
-    "abfs": _bucket,
-    "http": _web,
-    "https": _web,
-    "hf": _hub,
-}
-READ_ONLY = ("http", "https", "hf")  # no listing and no conditional put there; `push` has a way of its own to the Hub
-
-
-def read_only(url: str) -> UserError:
-    """The message for somebody who wants to write there."""
+def read_only_error(url: str) -> UserError:
     if urlsplit(url).scheme == "hf":
         return UserError(
             f"{url} takes whole commits and is not written in place: write to a folder, s3://, gs:// or az://, then "
@@ -147,16 +145,10 @@ def read_only(url: str) -> UserError:
     )
 
 
-MAX_PUT_BYTES = 5 << 30  # of one request, by S3's rule; a conditional put cannot be split
-_MARK = "mervput"  # metadata of an object: who put it (no dashes: Azure allows none)
-_proven: set[str] = set()  # URLs whose server was seen to refuse a second put, in this process
-
-
-class RemoteObjects:
+class RemoteObjects(Objects):
     """A folder of a bucket."""
 
     parallel_reads = 16  # requests in flight: one waits 10-50 ms for its first byte
-    defers_visibility = False
 
     def __init__(self, url: str, store: ObjectStore | None = None) -> None:
         self.root = url.rstrip("/")
@@ -166,18 +158,20 @@ class RemoteObjects:
         return (type(self), (self.root,))
 
     def ping(self) -> None:
-        """Ask for anything, with little patience: a wrong address or key is told in seconds, not in minutes."""
+        """Send one request with few retries, so that a wrong URL or credential fails fast."""
         import obstore
 
-        hurried = connect(self.root, max_retries=2)
-        with remote_faults("reach the store", self.root), suppress(FileNotFoundError):
-            obstore.head(hurried, "zarr.json")
+        store = connect(self.root, max_retries=2)
+        with self._faults("reach the store"), suppress(FileNotFoundError):
+            obstore.head(store, "zarr.json")
             return
-        self._look_for_bucket(hurried)
+        if urlsplit(self.root).scheme not in READ_ONLY:  # a missing bucket looks like a missing object until listed
+            with self._faults("list the store"):
+                obstore.list_with_delimiter(store, TEMPORARY)
 
     def put_exclusive(self, key: str, data: Buffer | Sequence[Buffer]) -> None:
-        self._prove_exclusive()
-        self._create(key, whole(data))
+        self._check_is_exclusive()
+        self._create(key, join(data))
 
     def replace(self, key: str, data: bytes) -> None:
         self._put(key, data, mode="overwrite")
@@ -185,11 +179,11 @@ class RemoteObjects:
     def compare_and_swap(self, key: str, old: bytes, new: bytes) -> bool:
         from obstore.exceptions import PreconditionError
 
-        with remote_faults(f"read {key}", self.root):
-            found = self._get(key)
-            if found.bytes().to_bytes() != old:
+        with self._faults(f"read {key}"):
+            current = self._get(key)
+            if current.bytes().to_bytes() != old:
                 return False
-        version = {name: found.meta[name] for name in ("e_tag", "version") if found.meta.get(name)}
+        version = {name: current.meta[name] for name in ("e_tag", "version") if current.meta.get(name)}
         try:
             self._put(key, new, mode=version)
         except PreconditionError:
@@ -197,15 +191,15 @@ class RemoteObjects:
         return True
 
     def get(self, key: str) -> bytes:
-        with remote_faults(f"read {key}", self.root):
+        with self._faults(f"read {key}"):
             return self._get(key).bytes().to_bytes()
 
     def get_range(self, key: str, offset: int, length: int) -> memoryview:
         """Bytes of an object that is long enough."""
         import obstore
 
-        with remote_faults(f"read {key}", self.root):
-            return memoryview(obstore.get_range(self._store, checked(key), start=offset, length=length)).cast("B")
+        with self._faults(f"read {key}"):
+            return memoryview(obstore.get_range(self._store, check_key(key), start=offset, length=length)).cast("B")
 
     def open(self, key: str) -> RemoteObject:
         meta = self._head(key)
@@ -218,62 +212,36 @@ class RemoteObjects:
         """When an object was last put, by the server's clock."""
         return self._head(key)["last_modified"]
 
-    def exists(self, key: str) -> bool:
-        try:
-            self._head(key)
-        except FileNotFoundError:
-            return False
-        return True
-
     def list_names(self, prefix: str) -> list[str]:
         import obstore
 
-        with remote_faults(f"list {prefix or 'the store'}", self.root):
-            found = obstore.list_with_delimiter(self._store, checked(prefix) if prefix else None)
-        paths = [*found["common_prefixes"], *(meta["path"] for meta in found["objects"])]
+        with self._faults(f"list {prefix or 'the store'}"):
+            listed = obstore.list_with_delimiter(self._store, check_key(prefix) if prefix else None)
+        paths = [*listed["common_prefixes"], *(meta["path"] for meta in listed["objects"])]
         return sorted({path.rstrip("/").rpartition("/")[2] for path in paths})
 
     def list_tree(self, prefix: str = "") -> dict[str, int]:
         import obstore
 
         sizes: dict[str, int] = {}
-        with remote_faults(f"list {prefix or 'the store'}", self.root):
-            for metas in obstore.list(self._store, checked(prefix) if prefix else None, chunk_size=1000):
+        with self._faults(f"list {prefix or 'the store'}"):
+            for metas in obstore.list(self._store, check_key(prefix) if prefix else None, chunk_size=1000):
                 sizes.update((meta["path"], meta["size"]) for meta in metas)
         return sizes
 
     def delete(self, key: str) -> None:
         import obstore
 
-        with remote_faults(f"delete {key}", self.root):
-            obstore.delete(self._store, checked(key))
-
-    def cleanup_tmp(self) -> None:
-        """Nothing is ever half-written here."""
-
-    def abandoned(self) -> list[str]:
-        return []
-
-    def flush(self) -> None:
-        """A put is there at once."""
-
-    def known_sha256(self, key: str) -> str | None:
-        return None
+        with self._faults(f"delete {key}"):
+            obstore.delete(self._store, check_key(key))
 
     def as_zarr(self) -> Any:
-        """For zarr-python, where an array has codecs of somebody else's."""
+        """For zarr-python, where an array has codecs of another writer."""
         from zarr.storage import ObjectStore as ZarrObjectStore
 
         return ZarrObjectStore(self._store, read_only=True)
 
-    def _look_for_bucket(self, store: ObjectStore) -> None:
-        """A missing object and a missing bucket look alike until something is listed."""
-        import obstore
-
-        with remote_faults("list the store", self.root):
-            obstore.list_with_delimiter(store, TEMPORARY)
-
-    def _prove_exclusive(self) -> None:
+    def _check_is_exclusive(self) -> None:
         """Old servers ignore the condition and let the second put win: no commit would be safe there."""
         if self.root in _proven:
             return
@@ -298,7 +266,7 @@ class RemoteObjects:
         try:
             self._put(key, body, mode="create", attributes={_MARK: mark})
         except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
-            with remote_faults(f"read {key}", self.root):
+            with self._faults(f"read {key}"):
                 attributes = self._get(key, head=True).attributes
             if attributes.get(_MARK) != mark:
                 raise AlreadyExistsError(
@@ -310,61 +278,60 @@ class RemoteObjects:
 
         if len(body) > MAX_PUT_BYTES:
             raise RunStoppedError(f"{key} has {len(body)} bytes, more than one put takes: choose smaller block rows")
-        with remote_faults(f"write {key}", self.root):
-            obstore.put(self._store, checked(key), body, use_multipart=False, **options)
+        with self._faults(f"write {key}"):
+            obstore.put(self._store, check_key(key), body, use_multipart=False, **options)
 
     def _get(self, key: str, *, head: bool = False) -> Any:
         import obstore
 
-        return obstore.get(self._store, checked(key), options={"head": True} if head else None)
+        return obstore.get(self._store, check_key(key), options={"head": True} if head else None)
 
     def _head(self, key: str) -> ObjectMeta:
         import obstore
 
-        with remote_faults(f"read {key}", self.root):
-            return obstore.head(self._store, checked(key))
+        with self._faults(f"read {key}"):
+            return obstore.head(self._store, check_key(key))
+
+    def _faults(self, what: str) -> AbstractContextManager[None]:
+        from obstore.exceptions import BaseError
+
+        return service_faults(what, self.root, (BaseError,))
 
 
 class WebObjects(RemoteObjects):
-    """A store behind a web server or on the Hub: only read here, its names known by the listing that `push` leaves."""
+    """A store behind a web server or on the Hub: read only, its names known by the listing that `push` puts there."""
 
     def __init__(self, url: str, store: ObjectStore | None = None) -> None:
         super().__init__(url, store)
         self._sizes: dict[str, int] | None = None
 
     def list_names(self, prefix: str) -> list[str]:
-        start = f"{checked(prefix)}/" if prefix else ""
-        return sorted({key[len(start) :].partition("/")[0] for key in self._listed() if key.startswith(start)})
+        start = len(prefix) + 1 if prefix else 0
+        return sorted({key[start:].partition("/")[0] for key in self.list_tree(prefix)})
 
     def list_tree(self, prefix: str = "") -> dict[str, int]:
-        start = f"{checked(prefix)}/" if prefix else ""
-        return {key: size for key, size in self._listed().items() if key.startswith(start)}
-
-    def put_exclusive(self, key: str, data: Buffer | Sequence[Buffer]) -> None:
-        raise read_only(self.root)
-
-    def replace(self, key: str, data: bytes) -> None:
-        raise read_only(self.root)
-
-    def compare_and_swap(self, key: str, old: bytes, new: bytes) -> bool:
-        raise read_only(self.root)
-
-    def delete(self, key: str) -> None:
-        raise read_only(self.root)
-
-    def _look_for_bucket(self, store: ObjectStore) -> None:
-        """Web servers have none."""
-
-    def _listed(self) -> dict[str, int]:
         if self._sizes is None:
             try:
                 self._sizes = parse_listing(self.get(LISTING))
             except FileNotFoundError:
                 raise UserError(
-                    f"{self.root} has no {LISTING}, and a web server does not tell what it holds: stores that were put "
-                    "there by `merv-pipeline push` (to a folder or bucket that is then served) have one"
+                    f"{self.root} has no {LISTING}, and a web server cannot be listed: stores that were put there by "
+                    "`merv-pipeline push` (to a folder or bucket that is then served) have one"
                 ) from None
-        return self._sizes
+        start = f"{check_key(prefix)}/" if prefix else ""
+        return {key: size for key, size in self._sizes.items() if key.startswith(start)}
+
+    def put_exclusive(self, key: str, data: Buffer | Sequence[Buffer]) -> None:
+        raise read_only_error(self.root)
+
+    def replace(self, key: str, data: bytes) -> None:
+        raise read_only_error(self.root)
+
+    def compare_and_swap(self, key: str, old: bytes, new: bytes) -> bool:
+        raise read_only_error(self.root)
+
+    def delete(self, key: str) -> None:
+        raise read_only_error(self.root)
 
 
 class RemoteObject:
@@ -388,17 +355,11 @@ class RemoteObject:
 
 
 def open_remote(url: str) -> RemoteObjects:
-    """The place behind a URL, after a first word with it."""
-    place = (WebObjects if urlsplit(url).scheme in READ_ONLY else RemoteObjects)(url)
-    place.ping()
-    return place
+    """The objects behind a URL, after one request to its server."""
+    objects = (WebObjects if urlsplit(url).scheme in READ_ONLY else RemoteObjects)(url)
+    objects.ping()
+    return objects
 
 
-def whole(data: Buffer | Sequence[Buffer]) -> bytes:
+def join(data: Buffer | Sequence[Buffer]) -> bytes:
     return bytes(data) if isinstance(data, bytes | bytearray | memoryview) else b"".join(data)
-
-
-def checked(key: str) -> str:
-    if any(part in ("", ".", "..") or "\0" in part for part in key.split("/")):
-        raise StoreFormatError(f"object key {key!r} is refused: it must be a plain relative path")
-    return key

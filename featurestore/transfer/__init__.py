@@ -1,1 +1,1 @@
-"""Giving stores away and taking them in: transfer, union and subset, exchange formats."""
+"""Copies of stores: push and pull, union and subset, exchange formats."""

@@ -1,7 +1,6 @@
-"""The card: README.md beside the data, so that whoever finds a store knows what it is, whose, and how to read it.
+"""The dataset card: README.md of a store, with the front matter that the Hub reads; all else follows from the store.
 
-Front matter as the Hub reads it; everything else follows from the store itself. A README that somebody wrote by hand is
-never touched: ours carry a mark.
+A README.md written by hand is never replaced: ours carries a mark.
 """
 
 from __future__ import annotations
@@ -28,21 +27,41 @@ from mervcache.errors import UserError
 
 MARK = "<!-- written by merv-pipeline push: it is written anew at every push -->"
 DEFAULT_LICENSE = "unknown"
-_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 _MAX_REASONS = 20  # of failure that are listed
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+_FRONT_MATTER = """---
+license: {license}
+pretty_name: Features of frozen video encoders
+size_categories:
+- {size}
+tags:
+- video
+- feature-extraction
+- zarr
+- merv
+viewer: false
+---"""
+_LOAD = """## Load
+
+```python
+from featurestore import FeatureStore
+store = FeatureStore.open({place!r})
+tokens_BTHWD = store.read(store.clips["clip_id"].to_pylist()[:8], encoder={encoder!r})
+```
+
+Copy it with `merv-pipeline pull {place} FOLDER`, check it with `merv-pipeline verify --full FOLDER`."""
 
 
 def write_card(objects: Objects, store: FeatureStore, *, place: str, license: str | None = None) -> bool:
-    """Put the card; False where somebody's own README stands. A license that was given once stays."""
+    """Put the card; False where a README.md written by hand was left. A license given once is kept."""
     try:
         before = objects.get(CARD).decode(errors="replace")
     except FileNotFoundError:
         before = None
     if before is not None and MARK not in before:
         return False
-    found = re.search(r"^license: (\S+)$", before or "", re.MULTILINE)
-    text = card(store, place=place, license=license or (found[1] if found else DEFAULT_LICENSE)).encode()
+    known = re.search(r"^license: (\S+)$", before or "", re.MULTILINE)
+    text = card(store, place=place, license=license or (known[1] if known else DEFAULT_LICENSE)).encode()
     if before is None:
         put_if_absent(objects, CARD, text)
     elif before.encode() != text:
@@ -52,45 +71,35 @@ def write_card(objects: Objects, store: FeatureStore, *, place: str, license: st
 
 def card(store: FeatureStore, *, place: str, license: str = DEFAULT_LICENSE) -> str:
     """The text of the card."""
-    if not _LICENSE.fullmatch(license):
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,63}", license):
         raise UserError(f"a license is an identifier such as cc-by-4.0, apache-2.0, other or unknown, got {license!r}")
-    body = [*_what(store), *_encoders(store), *_distortion(store), *_quarantine(store), *_how(store, place)]
-    return "\n".join([*_front_matter(store, license), MARK, "", *body, ""])
-
-
-def _front_matter(store: FeatureStore, license: str) -> list[str]:
     size = next((name for bound, name in _SIZES if len(store) < bound), "1M<n<10M")
-    lines = ["---", f"license: {license}", "pretty_name: Features of frozen video encoders"]
-    lines += ["size_categories:", f"- {size}", "tags:", "- video", "- feature-extraction", "- zarr", "- merv"]
-    return [*lines, "viewer: false", "---"]
-
-
-def _what(store: FeatureStore) -> list[str]:
-    clips, info = store.clips, store.info()
+    info = store.info()
     kinds = ", ".join(f"{number} {kind} clips" for kind, number in info["clips"].items() if number)
-    lines = ["# A feature store", ""]
-    lines += [f"Tokens of frozen encoders over {kinds or 'no clips'}, {info['stored_bytes'] / 1e6:.1f} MB,"]
-    lines += [
+    datasets = sorted(Counter(store.clips["dataset"].to_pylist()).items())
+    samples = [f"{_cell(name)} ({len(store.samples(name))})" for name in store.sample_names]
+    lines = [
+        *(_FRONT_MATTER.format(license=license, size=size), MARK, "", "# A feature store", ""),
+        f"Tokens of frozen encoders over {kinds or 'no clips'}, {info['stored_bytes'] / 1e6:.1f} MB,",
         f"at snapshot `{store.snapshot}`. Plain Zarr v3, Parquet and JSON; every byte is covered by a digest.",
-        "",
+        *("", "| dataset | clips |", "|---|--:|", *(f"| {_cell(name)} | {number} |" for name, number in datasets)),
+        *("", f"Conversations: {', '.join(samples) or 'none'}.", ""),
     ]
-    lines += ["| dataset | clips |", "|---|--:|"]
-    lines += [f"| {_cell(name)} | {n} |" for name, n in sorted(Counter(clips["dataset"].to_pylist()).items())]
-    names = [f"{_cell(name)} ({len(store.samples(name))})" for name in store.sample_names]
-    lines += ["", f"Conversations: {', '.join(names) or 'none'}.", ""]
-    removed = {clip for stone in store.tombstones.values() for clip in stone.clips}
-    if removed:
-        lines += [f"Removed on request, tokens and conversations: {len(removed)} clips; `tombstones/` says why.", ""]
-    return lines
+    if removed := {clip for tombstone in store.tombstones.values() for clip in tombstone.clips}:
+        lines += [
+            f"Removed on request, tokens and conversations: {len(removed)} clips; `tombstones/` gives reasons.",
+            "",
+        ]
+    lines += [*_encoders(store), *_distortion(store), *_quarantine(store)]
+    encoder = next(iter(store.encoders), "dinov2")
+    return "\n".join([*lines, _LOAD.format(place=place, encoder=encoder), ""])
 
 
 def _encoders(store: FeatureStore) -> list[str]:
+    """Identities, counts, and the newest parity check of each encoder against the reference clips."""
     info, failed = store.info(), Counter(store.quarantine["encoder"].to_pylist())
-    lines = ["## Encoders", ""]
-    lines += [
-        "| encoder | identity | weights | grid T x H x W | width | stored | clips | quarantined | bytes per clip |"
-    ]
-    lines += ["|---|---|---|---|--:|---|--:|--:|--:|"]
+    columns = "encoder | identity | weights | grid T x H x W | width | stored | clips | quarantined | bytes per clip"
+    lines = ["## Encoders", "", f"| {columns} |", "|---|---|---|---|--:|---|--:|--:|--:|"]
     for key, identity in store.encoders.items():
         group = info["groups"][identity.group_name]
         committed = int(np.count_nonzero(store.clips[key].to_numpy(zero_copy_only=False)))
@@ -99,30 +108,20 @@ def _encoders(store: FeatureStore) -> list[str]:
         cells += [identity.storage_dtype, committed, failed[key], per_clip]
         lines.append(f"| {' | '.join(_cell(str(cell)) for cell in cells)} |")
     lines += ["", "An identity names architecture, weights, layer, frames, preprocessing, grid and dtype.", ""]
-    return [*lines, *_parity(store)]
-
-
-def _parity(store: FeatureStore) -> list[str]:
-    """Whether another machine made the same tokens of the canaries, or how to find out."""
-    lines = ["Newest check of each encoder against the store's canaries (`merv-pipeline verify STORE --parity`):", ""]
+    lines += ["Newest check of each encoder against the reference clips (`merv-pipeline verify STORE --parity`):", ""]
     return [*lines, *(f"- {key}: {_cell(parity_words(check))}" for key, check in read_parity(store).items()), ""]
 
 
 def _distortion(store: FeatureStore) -> list[str]:
     """What was measured of storage dtypes on these tokens, or the commands that measure it."""
-    found, lines = read_distortion(store), ["## Storage dtypes", ""]
-    if found.tokens:
-        lines += [*_table(*token_table(found.tokens)), "", *map(_line, token_notes(found.tokens)), ""]
+    measured, lines = read_distortion(store), ["## Storage dtypes", ""]
+    if measured.tokens:
+        lines += [*_table(*token_table(measured.tokens)), "", *map(_line, token_notes(measured.tokens)), ""]
     else:
         lines += ["Bytes, reading speed and error: not measured; run `merv-pipeline distortion STORE`.", ""]
-    if found.loss:
-        return [*lines, *_table(*loss_table(found.loss)), "", *map(_line, loss_notes(found.loss)), ""]
+    if measured.loss:
+        return [*lines, *_table(*loss_table(measured.loss)), "", *map(_line, loss_notes(measured.loss)), ""]
     return [*lines, "Change in loss: not measured; run `merv-eval distortion --checkpoint RUN --store STORE`.", ""]
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [f"| {' | '.join(columns)} |", "|---" * 3 + "|--:" * (len(columns) - 3) + "|"]
-    return lines + [f"| {' | '.join(map(_cell, row))} |" for row in rows]
 
 
 def _quarantine(store: FeatureStore) -> list[str]:
@@ -134,23 +133,13 @@ def _quarantine(store: FeatureStore) -> list[str]:
     shown = reasons.most_common(_MAX_REASONS)
     lines += [f"| {_cell(key)} | {_cell(reason)} | {number} |" for (key, reason), number in shown]
     if hidden := len(reasons) - len(shown):
-        lines += ["", f"And {hidden} rarer reasons: `merv-pipeline quarantine list` tells all."]
+        lines += ["", f"And {hidden} rarer reasons: `merv-pipeline quarantine list` lists all."]
     return [*lines, ""]
 
 
-def _how(store: FeatureStore, place: str) -> list[str]:
-    encoder = next(iter(store.encoders), "dinov2")
-    return [
-        "## Load",
-        "",
-        "```python",
-        "from featurestore import FeatureStore",
-        f"store = FeatureStore.open({place!r})",
-        f'tokens_BTHWD = store.read(store.clips["clip_id"].to_pylist()[:8], encoder={encoder!r})',
-        "```",
-        "",
-        f"Copy it with `merv-pipeline pull {place} FOLDER`, check it with `merv-pipeline verify --full FOLDER`.",
-    ]
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(columns)} |", "|---" * 3 + "|--:" * (len(columns) - 3) + "|"]
+    return lines + [f"| {' | '.join(map(_cell, row))} |" for row in rows]
 
 
 def _cell(text: str) -> str:
@@ -158,5 +147,5 @@ def _cell(text: str) -> str:
 
 
 def _line(text: str) -> str:
-    """Names and reasons may be a stranger's: no markup, one line."""
+    """Untrusted names and reasons: no markup, one line."""
     return re.sub(r"[|<>\[\]\n\r]", " ", text)

@@ -1,4 +1,4 @@
-"""Export: a store as plain files for other tools, WebDataset tars or one safetensors file per clip.
+"""Export: a store as plain files for other tools, WebDataset tars or one safetensors file per clip; and import.
 
     OUT/export.json                       format, identities, block rows
     OUT/clips.parquet                     clips in order; a clip's number below is its line here
@@ -6,16 +6,13 @@
     OUT/cells/KIND/GROUP.parquet          per clip: state, reason, digests
     OUT/data/KIND/GROUP/00000012.tar      webdataset: NUMBER.tokens.npy and so on, NUMBER.json
     OUT/data/KIND/GROUP/000000012.safetensors
-    OUT/canaries/KIND/GROUP.safetensors   as in the store
-    OUT/tombstones/ID.json                as in the store: removals hold wherever its clips go
+    OUT/canaries/KIND/GROUP.safetensors   reference clips, as in the store
+    OUT/tombstones/ID.json                as in the store: a removed clip stays removed in every copy
     OUT/SHA256SUMS                        of all of them: `sha256sum -c SHA256SUMS`
 
-Arrays are as stored (bfloat16 as its bits in uint16), so an import gives the same rows and digests back.
-
-Import: the cells of an exported folder, which may be a stranger's.
-
-Nothing outside the folder is opened, no file or array larger than its identity allows is read, every file must have its
-digest in SHA256SUMS and every row the digest of its cell. File names come from numbers, never from what a file says.
+Arrays are as stored (bfloat16 as its bits in uint16), so an import gives the same rows and digests back. An imported
+folder is untrusted: nothing outside it is opened, no file or array larger than its identity allows is read, and every
+file and row must have its digest. File names come from numbers, never from file content.
 """
 
 from __future__ import annotations
@@ -59,7 +56,8 @@ from featurestore.schemas import (
     table_to_samples,
 )
 from featurestore.snapshots import read_table, table_bytes
-from featurestore.transfer.merge import Cell, CellGroup, CellSource, LoadedCell, Selection, check_cell, decoded_cell
+from featurestore.transfer.merge import Cell, CellGroup, CellSource, LoadedCell, check_cell, decoded_cell
+from featurestore.transfer.selection import Selection
 from featurestore.zarr_metadata import CODECS, ArraySpec, array_specs, parse_identity
 from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import StoreDamagedError, StoreFormatError, UserError, unknown_name
@@ -67,11 +65,17 @@ from mervcache.files import canonical_json, load_json, sha256_hex
 
 RECORD, CLIPS, SUMS = "export.json", "clips.parquet", "SHA256SUMS"
 FORMAT = 1
+MAX_TABLE_BYTES = 2 << 30
+MAX_RECORD_BYTES = 64 << 20
+_HEADER_BYTES = 4096  # of an .npy member, and a clip's fields
+_SUM = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9_./-]{1,400})")
+_SAMPLES_FILE = re.compile(r"samples/([A-Za-z0-9_-]+)\.parquet")
 CELL_SCHEMA = pa.schema(
     [pa.field("number", pa.int64(), nullable=False)]
     + [pa.field(name, pa.string()) for name in ("state", "scope", "reason", "digest", "media_sha256", "decoder")]
 )
-Row = tuple[int, Clip, Mapping[str, np.ndarray]]  # number, clip, stored arrays
+Stored = Mapping[str, np.ndarray]  # array -> stored items
+Row = tuple[int, Clip, Stored]  # number, clip
 
 
 @dataclass(kw_only=True)
@@ -96,37 +100,15 @@ def export(
     """Write the selected cells into an empty folder."""
     if format not in FORMATS:
         raise UserError(unknown_name("format", format, FORMATS))
-    selection, folder = selection or Selection(), Path(out)
-    selection = selection.with_samples(sample for samples in source.samples().values() for sample in samples)
+    selection = (selection or Selection()).with_samples(
+        sample for samples in source.samples().values() for sample in samples
+    )
     clips = source.clips()
     selection.check(clips)
     clips = [clip for clip in clips if selection.takes(clip)]
-    wanted = set(selection.groups(encoder_keys(source.groups())))
-    groups = {name: group for name, group in source.groups().items() if name.split("/")[1] in wanted}
-    files = _Files(folder)
-    _put_head(files, source, selection, format, clips, groups)
-    cells = {name: source.cells(name) for name in groups}
-    done = Exported(folder=str(folder), clips=len(clips))
-    progress.start(sum(sum(clip.clip_id in cells[name] for clip in clips) for name in groups))
-    for name in groups:
-        numbered = [(number, clip) for number, clip in enumerate(clips) if clip.clip_id in cells[name]]
-        done.cells += _export_group(source, files, name, numbered, format, progress)
-        if canaries := source.canaries(name):
-            files.put(reference_clip_key(*name.split("/")), canaries.to_bytes())
-    files.close()
-    done.files, done.bytes = len(files.sums), files.bytes
-    return done
-
-
-def _put_head(
-    files: _Files,
-    source: CellSource,
-    selection: Selection,
-    format: str,
-    clips: list[Clip],
-    groups: Mapping[str, CellGroup],
-) -> None:
-    """Everything but cells: what the export is, its clips, removals and conversations."""
+    selected = set(selection.groups(encoder_keys(source.groups())))
+    groups = {name: group for name, group in source.groups().items() if name.split("/")[1] in selected}
+    files = _FileWriter(Path(out))
     record = {
         name: {"identity": g.identity.to_dict(), "weights": g.weights, "batch_shape": g.batch_shape, "codec": g.codec}
         for name, g in groups.items()
@@ -134,45 +116,53 @@ def _put_head(
     head = {"format": FORMAT, "as": format, "block_rows": dict(source.block_rows), "groups": record}
     files.put(RECORD, (canonical_json(head | {"from": source.provenance()}) + "\n").encode())
     files.put(CLIPS, table_bytes(clips_to_table(enumerate(clips))))
-    for stone in source.tombstones():
-        files.put(tombstone_key(stone.id), stone.to_bytes())
+    for tombstone in source.tombstones():
+        files.put(tombstone_key(tombstone.id), tombstone.to_bytes())
     ids = {clip.clip_id for clip in clips}
     for name, samples in source.samples().items():
         of_split = [sample for sample in samples if selection.split in (None, sample.split)]
-        mine = [sample for sample in of_split if sample.clip_id is None or sample.clip_id in ids]
-        files.put(f"samples/{name}.parquet", table_bytes(samples_to_table(mine)))
+        kept = [sample for sample in of_split if sample.clip_id is None or sample.clip_id in ids]
+        files.put(f"samples/{name}.parquet", table_bytes(samples_to_table(kept)))
+    cells = {name: source.cells(name) for name in groups}
+    done = Exported(folder=str(out), clips=len(clips))
+    progress.start(sum(sum(clip.clip_id in cells[name] for clip in clips) for name in groups))
+    for name in groups:
+        numbered = [(number, clip) for number, clip in enumerate(clips) if clip.clip_id in cells[name]]
+        done.cells += _export_group(source, files, name, numbered, format, progress)
+        if reference_clips := source.reference_clips(name):
+            files.put(reference_clip_key(*name.split("/")), reference_clips.to_bytes())
+    files.close()
+    done.files, done.bytes = len(files.sums), files.bytes
+    return done
 
 
 def _export_group(
     source: CellSource,
-    files: _Files,
+    files: _FileWriter,
     name: str,
     numbered: list[tuple[int, Clip]],
     format: str,
     progress: ProgressLine,
 ) -> int:
+    """Write the cells of a group, as many in one piece as a block has rows; returns their number."""
     kind = name.split("/")[0]
     group, size = source.groups()[name], source.block_rows[kind]
     specs = array_specs(group.identity, kind, blocks=0, block_rows=size, codec=group.codec)
     lines: list[dict] = []
-    for block in range(0, len(numbered), size):
-        part = numbered[block : block + size]
+    for start in range(0, len(numbered), size):
+        part = numbered[start : start + size]
         loaded = in_parallel(lambda pair: source.load(name, pair[1].clip_id, specs), part, source.parallel_reads)
-        lines += [{"number": number} | _outcome(cell) for (number, _), cell in zip(part, loaded, strict=True)]
-        rows = [
-            (number, clip, decoded_cell(cell, specs))
-            for (number, clip), cell in zip(part, loaded, strict=True)
-            if cell.outcome.state == "ok"
-        ]
-        for path, data in FORMATS[format](f"data/{name}", block // size, rows) if rows else ():
+        rows: list[Row] = []
+        for (number, clip), cell in zip(part, loaded, strict=True):
+            outcome = {field: getattr(cell.outcome, field) for field in CELL_SCHEMA.names[1:]}
+            lines.append({"number": number} | outcome)
+            if cell.outcome.state == "ok":
+                rows.append((number, clip, decoded_cell(cell, specs)))
+        for path, data in FORMATS[format](f"data/{name}", start // size, rows) if rows else ():
             files.put(path, data)
         progress.advance(len(part))
     files.put(f"cells/{name}.parquet", table_bytes(pa.Table.from_pylist(lines, schema=CELL_SCHEMA)))
     return len(lines)
-
-
-def _outcome(cell: LoadedCell) -> dict[str, str | None]:
-    return {name: getattr(cell.outcome, name) for name in CELL_SCHEMA.names[1:]}
 
 
 def _tar(folder: str, block: int, rows: list[Row]) -> Iterator[tuple[str, bytes]]:
@@ -184,8 +174,8 @@ def _tar(folder: str, block: int, rows: list[Row]) -> Iterator[tuple[str, bytes]
                 item = io.BytesIO()
                 np.save(item, array, allow_pickle=False)
                 _add(tar, f"{number:09d}.{name}.npy", item.getvalue())
-            told = {field: getattr(clip, field) for field in clip.__dataclass_fields__} | {"clip_id": clip.clip_id}
-            _add(tar, f"{number:09d}.json", json.dumps(told, sort_keys=True).encode())
+            fields = {field: getattr(clip, field) for field in clip.__dataclass_fields__} | {"clip_id": clip.clip_id}
+            _add(tar, f"{number:09d}.json", json.dumps(fields, sort_keys=True).encode())
     yield tar_path(folder, block), sink.getvalue()
 
 
@@ -217,8 +207,8 @@ FORMATS: dict[str, Callable[[str, int, list[Row]], Iterator[tuple[str, bytes]]]]
 }
 
 
-class _Files:
-    """A folder in the making, with the checksum of every file; the list of sums is written last."""
+class _FileWriter:
+    """Writes files into an empty folder and keeps their checksums; the list of checksums is written last."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -243,15 +233,8 @@ class _Files:
             (self._folder / SUMS).write_text(text)
 
 
-MAX_TABLE_BYTES = 2 << 30
-MAX_RECORD_BYTES = 64 << 20
-_HEADER_BYTES = 4096  # of an .npy member, and a clip's fields
-_SUM = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9_./-]{1,400})")
-_SAMPLES_FILE = re.compile(r"samples/([A-Za-z0-9_-]+)\.parquet")
-
-
 class ExportCells:
-    """The cells of a folder that `export` wrote."""
+    """The cells of a folder that `export` wrote, which may be untrusted."""
 
     parallel_reads = 1
 
@@ -262,20 +245,25 @@ class ExportCells:
         self._files = LocalObjects(folder)  # refuses links and names that lead out of the folder
         self._sums = self._read_sums()
         record = load_json(self._read(RECORD, MAX_RECORD_BYTES), RECORD)
-        self._record = record if isinstance(record, dict) else {}
-        if self._record.get("format") != FORMAT or self._record.get("as") not in FORMATS:
+        record = record if isinstance(record, dict) else {}
+        self._format = str(record.get("as"))
+        if record.get("format") != FORMAT or self._format not in FORMATS:
             raise StoreFormatError(f"{folder}: {RECORD} is of another version; import it with a newer merv-pipeline")
-        self.block_rows = self._block_rows()
-        self._groups = {name: _group(name, entry) for name, entry in self._entries().items()}
+        try:
+            self.block_rows = check_block_rows(record.get("block_rows"))
+        except (UserError, TypeError, ValueError, AttributeError) as error:
+            raise StoreFormatError(f"{self.name}: {RECORD} has no usable block rows: {error}") from error
+        if not isinstance(groups := record.get("groups"), dict):
+            raise StoreFormatError(f"{self.name}: {RECORD} lists no groups")
+        self._groups = {name: _parse_group(name, entry) for name, entry in groups.items()}
         table = read_table(self._read(CLIPS, MAX_TABLE_BYTES), CLIP_SCHEMA, CLIPS)
         self._clips = [clip for _, clip in table_to_clips(table)]
         self._numbers = {clip.clip_id: number for number, clip in enumerate(self._clips)}
-        self._outcomes: dict[str, dict[int, tuple[int, RowOutcome]]] = {}  # group -> number -> place, outcome
+        self._outcomes: dict[str, dict[int, tuple[int, RowOutcome]]] = {}  # group -> number -> position, outcome
         self._tar = lru_cache(4)(self._open_tar)
 
     def tombstones(self) -> list[Tombstone]:
-        folder = f"{TOMBSTONES}/"
-        ids = {path: record_name(path) for path in self._sums if path.startswith(folder)}
+        ids = {path: record_name(path) for path in self._sums if path.startswith(f"{TOMBSTONES}/")}
         return [Tombstone.parse(self._read(path, MAX_RECORD_BYTES), name) for path, name in ids.items() if name]
 
     def clips(self) -> list[Clip]:
@@ -287,27 +275,27 @@ class ExportCells:
     def cells(self, name: str) -> dict[str, Cell]:
         return {
             self._clips[number].clip_id: Cell(is_ok=outcome.state == "ok", digest=outcome.digest)
-            for number, (_, outcome) in self._cells(name).items()
+            for number, (_, outcome) in self._outcomes_of(name).items()
         }
 
     def load(self, name: str, clip_id: str, specs: Mapping[str, ArraySpec]) -> LoadedCell:
-        place, outcome = self._cells(name)[self._numbers[clip_id]]
+        position, outcome = self._outcomes_of(name)[self._numbers[clip_id]]
         if outcome.state != "ok":
             return LoadedCell(outcome=outcome, chunks={})
-        read = self._from_tar if self._record["as"] == "webdataset" else self._from_safetensors
-        stored = read(name, self._numbers[clip_id], place, specs)
+        read = self._read_from_tar if self._format == "webdataset" else self._read_safetensors
+        stored = read(name, self._numbers[clip_id], position, specs)
         check_cell(self.name, clip_id, outcome, stored)
         return LoadedCell(outcome=outcome, chunks={array: encode_row(specs[array], stored[array]) for array in specs})
 
     def media(self) -> dict[str, str]:
-        outcomes = [entry for name in self._groups for entry in self._cells(name).items()]
         return {
             self._clips[number].clip_id: outcome.media_sha256
-            for number, (_, outcome) in outcomes
+            for name in self._groups
+            for number, (_, outcome) in self._outcomes_of(name).items()
             if outcome.state == "ok" and outcome.media_sha256
         }
 
-    def canaries(self, name: str) -> ReferenceClips | None:
+    def reference_clips(self, name: str) -> ReferenceClips | None:
         kind, group = name.split("/")
         key, identity = reference_clip_key(kind, group), self._groups[name].identity
         if key not in self._sums:
@@ -315,12 +303,12 @@ class ExportCells:
         return ReferenceClips.parse(self._read(key, max_reference_clip_bytes(kind, identity)), kind, identity)
 
     def samples(self) -> dict[str, list[Sample]]:
-        found: dict[str, list[Sample]] = {}
+        samples: dict[str, list[Sample]] = {}
         for path in self._sums:
             if (match := _SAMPLES_FILE.fullmatch(path)) and SAMPLES_NAME.fullmatch(match[1]):
                 table = read_table(self._read(path, MAX_TABLE_BYTES), SAMPLE_SCHEMA, path)
-                found[match[1]] = table_to_samples(table)
-        return found
+                samples[match[1]] = table_to_samples(table)
+        return samples
 
     def journal(self) -> Iterable[tuple[str, dict[str, Any]]]:
         return ()
@@ -353,40 +341,26 @@ class ExportCells:
             raise StoreDamagedError(f"{self.name}: {path} differs from its digest in {SUMS}; get it again")
         return data
 
-    def _block_rows(self) -> dict[str, int]:
-        rows = self._record.get("block_rows")
-        try:
-            return check_block_rows(rows)
-        except (UserError, TypeError, ValueError, AttributeError) as error:
-            raise StoreFormatError(f"{self.name}: {RECORD} has no usable block rows: {error}") from error
-
-    def _entries(self) -> dict[str, Any]:
-        entries = self._record.get("groups")
-        if not isinstance(entries, dict):
-            raise StoreFormatError(f"{self.name}: {RECORD} lists no groups")
-        return entries
-
-    def _cells(self, name: str) -> dict[int, tuple[int, RowOutcome]]:
-        """Number of the clip -> place among the group's cells, and outcome."""
+    def _outcomes_of(self, name: str) -> dict[int, tuple[int, RowOutcome]]:
+        """Number of the clip -> position among the group's cells, and outcome."""
         if name not in self._outcomes:
-            path = f"cells/{name}.parquet"
+            path, kind = f"cells/{name}.parquet", name.split("/")[0]
             lines = read_table(self._read(path, MAX_TABLE_BYTES), CELL_SCHEMA, path).to_pylist()
-            outcomes = {}
-            for place, line in enumerate(lines):
+            outcomes: dict[int, tuple[int, RowOutcome]] = {}
+            for position, line in enumerate(lines):
                 number = line.pop("number")
-                kind = name.split("/")[0]
                 if not 0 <= number < len(self._clips) or self._clips[number].kind != kind or number in outcomes:
-                    raise StoreFormatError(f"{self.name}: {path} speaks of clip {number}, which is none of its kind")
+                    raise StoreFormatError(f"{self.name}: {path} lists clip {number}, which is none of its kind")
                 if line["state"] not in ("ok", "failed"):
                     raise StoreFormatError(f"{self.name}: {path} has the state {line['state']!r}")
-                outcomes[number] = (place, RowOutcome(**line))
+                outcomes[number] = (position, RowOutcome(**line))
             self._outcomes[name] = outcomes
         return self._outcomes[name]
 
-    def _from_tar(self, name: str, number: int, place: int, specs: Mapping[str, ArraySpec]) -> dict[str, np.ndarray]:
+    def _read_from_tar(self, name: str, number: int, position: int, specs: Mapping[str, ArraySpec]) -> Stored:
         size = self.block_rows[name.split("/")[0]]
         limit = size * (sum(spec.row_bytes + _HEADER_BYTES for spec in specs.values()) + 4 * _HEADER_BYTES) + (1 << 20)
-        path = tar_path(f"data/{name}", place // size)
+        path = tar_path(f"data/{name}", position // size)
         data, members = self._tar(path, limit)
         stored: dict[str, np.ndarray] = {}
         for array, spec in specs.items():
@@ -395,6 +369,7 @@ class ExportCells:
         return stored
 
     def _open_tar(self, path: str, limit: int) -> tuple[memoryview, dict[str, tuple[int, int]]]:
+        """The bytes of a tar, and offset and size of its members."""
         data = self._read(path, limit)
         try:
             with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
@@ -403,9 +378,7 @@ class ExportCells:
             raise StoreFormatError(f"{self.name}: {path} is not a plain tar ({error})") from error
         return memoryview(data), members
 
-    def _from_safetensors(
-        self, name: str, number: int, place: int, specs: Mapping[str, ArraySpec]
-    ) -> dict[str, np.ndarray]:
+    def _read_safetensors(self, name: str, number: int, position: int, specs: Mapping[str, ArraySpec]) -> Stored:
         from safetensors import SafetensorError
         from safetensors.numpy import load
 
@@ -415,13 +388,11 @@ class ExportCells:
             arrays = load(self._read(path, limit))
         except (SafetensorError, KeyError, ValueError) as error:
             raise StoreFormatError(f"{self.name}: {path} is not a safetensors file ({error})") from error
-        stored: dict[str, np.ndarray] = {}
         for array, spec in specs.items():
             items = arrays.get(array)
             if items is None or items.shape != spec.row_shape or items.dtype != np.dtype(spec.dtype):
                 raise StoreFormatError(f"{self.name}: {path} does not hold {array} {spec.row_shape} {spec.dtype}")
-            stored[array] = items
-        return stored
+        return {array: arrays[array] for array in specs}
 
 
 def _npy(data: memoryview, spec: ArraySpec, path: str) -> np.ndarray:
@@ -439,7 +410,7 @@ def _npy(data: memoryview, spec: ArraySpec, path: str) -> np.ndarray:
     return np.frombuffer(data[source.tell() :], dtype=spec.dtype).reshape(spec.row_shape)
 
 
-def _group(name: str, entry: Any) -> CellGroup:
+def _parse_group(name: str, entry: Any) -> CellGroup:
     kind, _, group = name.partition("/")
     if kind not in KINDS or not GROUP_NAME.fullmatch(group) or not isinstance(entry, dict):
         raise StoreFormatError(f"{RECORD} names the group {name[:100]!r}")

@@ -234,20 +234,20 @@ _MEDIA = {
 
 
 def findings(found: Sequence, full: bool, media: str | None = None) -> None:
-    """Damage first, then strays, each with what to do."""
+    """Damage first, then orphans and notices, each with what to do."""
     out = console()
     level = "every byte read" if full else "quick: names, sizes and digests of metadata; --full reads every byte"
     if media:
         level += f"; {_MEDIA[media]}"
-    damage = sum(finding.severity == "damage" for finding in found)
+    counts = Counter(finding.severity for finding in found)
+    others = "".join(f", {plural(counts[name], name)}" for name in ("orphan", "notice") if counts[name])
     if found:
         rows = [(finding.severity, finding.key, finding.problem, finding.advice) for finding in found]
         table(("severity", "object", "problem", "what to do"), rows)
-    if damage:
-        out.print(bold(f"damage: {plural(damage, 'finding')}"), f", {len(found) - damage} strays ({level})", sep="")
+    if damage := counts["damage"]:
+        out.print(bold(f"damage: {plural(damage, 'finding')}"), f"{others} ({level})", sep="")
     else:
-        strays = f", {plural(len(found), 'stray')}" if found else ""
-        out.print(f"no damage found{strays} ({level})")
+        out.print(f"no damage found{others} ({level})")
 
 
 def parity(checked: ParityRecord) -> None:

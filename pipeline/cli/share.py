@@ -89,7 +89,7 @@ def _selected(options: dict[str, Any]) -> dict[str, Any]:
 
 def selection(encoders: str | None, datasets: str | None, clips: str | None, **others: str | None) -> Any:
     """Options as typed -> a `Selection`; `others` are its kind and split."""
-    from featurestore.transfer.merge import Selection, read_clip_list
+    from featurestore.transfer.selection import Selection, read_clip_list
 
     return Selection(
         encoders=_names(encoders),

@@ -64,7 +64,7 @@ def verify(
     as_json: bool,
     **again: Any,
 ) -> None:
-    """Check that a store is sound. Exit code 1 where anything is damaged, 0 where only strays lie about.
+    """Check that a store is sound. Exit code 1 where anything is damaged, 0 where there are only orphaned files.
 
     With --parity, also whether this machine's libraries, decoder and encoders make the tokens that the store holds:
     exit code 1 where they are outside the tolerance. The result is kept in the store's journal.
@@ -147,9 +147,9 @@ def repair(
             place,
             other=find_store(other) if other else None,
             recompute=again,
-            canaries=again.canaries if again else None,
+            make_reference_clips=again.canaries if again else None,
             new_bytes=new_bytes,
-            say=lambda each: echo(f"{each.key}: {each.done}"),
+            on_repaired=lambda each: echo(f"{each.key}: {each.done}"),
             progress=progress,
         )
     told = {"store": str(place), "from": other, "recompute": again is not None, "new_bytes": new_bytes}

@@ -22,7 +22,8 @@ from featurestore.maintenance.tombstone import tombstone
 from featurestore.objects.open import open_objects
 from featurestore.reference_clips import MAX_HEADER_BYTES, ReferenceClips, read_reference_clips
 from featurestore.transfer.export import FORMATS, ExportCells, export
-from featurestore.transfer.merge import Selection, StoreCells, combine
+from featurestore.transfer.merge import StoreCells, combine
+from featurestore.transfer.selection import Selection
 from featurestore.transfer.sync import transfer
 from mervcache.errors import MediaError, MervCacheError, StoreDamagedError, StoreFormatError, UserError
 
@@ -153,7 +154,7 @@ def test_a_lost_file_and_a_foreign_one_are_found(full):
     found = {finding.key: finding.severity for finding in verify_store(full.path)}
     assert found == {
         lost.relative_to(full.path).as_posix(): "damage",
-        stranger.relative_to(full.path).as_posix(): "stray",
+        stranger.relative_to(full.path).as_posix(): "orphan",
     }
 
 
@@ -177,7 +178,7 @@ def test_a_decoder_that_cannot_read_the_canaries_ends_no_repair(full):
 
     for key in files(full.path):
         (full.path / key).unlink()
-    done = repair_store(full.path, canaries=undecodable)
+    done = repair_store(full.path, make_reference_clips=undecodable)
     assert {(each.done, each.is_mended) for each in done} == {("cannot be made again: no decoder for rawvideo", False)}
     assert len(done) == 4
 

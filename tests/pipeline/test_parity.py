@@ -137,7 +137,7 @@ def test_repair_computes_lost_canaries_again_to_the_digest_that_they_had(store):
     data = file.read_bytes()
     file.write_bytes(data[:-30] + bytes(30))
     again = Recompute(store, root=None, weights=None, device="cpu")
-    (done,) = repair_store(store, recompute=again, canaries=again.canaries)
+    (done,) = repair_store(store, recompute=again, make_reference_clips=again.canaries)
     assert (done.key, done.done) == (file.relative_to(store).as_posix(), "computed again")
     assert file.read_bytes() == data
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from featurestore.clips import Clip
-from featurestore.maintenance.repair import Recomputed, clip_of, repair_store
+from featurestore.maintenance.derive import clip_of_id
+from featurestore.maintenance.repair import Recomputed, repair_store
 from featurestore.maintenance.verify import is_damaged, verify_store
 from featurestore.objects.local import LocalObjects
 from featurestore.records import MAX_JOURNAL_BYTES, journal_bytes
@@ -71,17 +72,57 @@ def test_a_sound_store_is_left_exactly_as_it_is(store):
     assert content(store) == before
 
 
-def test_one_flipped_bit_in_any_file_is_undone_without_any_copy(store):
+def one_of_each_kind(store: Path) -> list[str]:
+    return list({(key.split("/")[0], key.count("/"), Path(key).suffix): key for key in only_bytes(store)}.values())
+
+
+@pytest.mark.parametrize("with_copy", [False, True])
+def test_one_flipped_bit_in_a_shard_or_zarr_json_is_undone_without_any_copy_and_in_any_file_with_one(
+    store, sound, with_copy
+):
     rng, before = random.Random(1), only_bytes(store)
-    by_kind = {(key.split("/")[0], key.count("/"), Path(key).suffix): key for key in before}
-    for key in by_kind.values():
+    for key in one_of_each_kind(store):
+        if not with_copy and "/c/" not in key and not key.endswith("zarr.json"):
+            continue
         stays = {other: entry for other, entry in content(store).items() if other != key}
         flip(store / key, rng.randrange(len(before[key])), rng.randrange(8))
-        done = repair_store(store)
+        done = repair_store(store, other=sound if with_copy else None)
         assert [(each.key, each.is_mended) for each in done] == [(key, True)], key
         assert only_bytes(store) == before, key
         after = content(store)
         assert {other: after[other] for other in stays} == stays, "nothing undamaged is touched"
+
+
+WITHOUT_A_COPY = {
+    "receipts/video/dinov2-*/00000000.json": "made again from the shards and the snapshot, number 2",
+    "clips/part-00000.parquet": "made again from the snapshot, to the digest that it had",
+    "snapshots/*.json": "removed, the whole snapshot",
+    "journal/*.json": "removed: it recorded a run",
+    "canaries/video/dinov2-*": "removed, no whole copy is known",
+    "samples/*.parquet": "no copy of it is known",
+    "tombstones/*.json": "must not be lost",
+}
+
+
+@pytest.mark.parametrize("pattern", WITHOUT_A_COPY)
+def test_one_flipped_bit_in_a_file_without_a_crc_is_derived_or_given_up(store, pattern):
+    file = sorted(store.glob(pattern))[-1]
+    flip(file, file.stat().st_size // 2)
+    done, words = repair_store(store)[0], WITHOUT_A_COPY[pattern]
+    assert done.key == file.relative_to(store).as_posix()
+    assert words in done.done
+    assert is_damaged(verify_store(store, "full")) is (not done.is_mended)
+
+
+def test_a_flip_that_the_crc_places_elsewhere_is_not_accepted(store):
+    shard, before = shard_of(store), shard_of(store).read_bytes()
+    data = bytearray(before)
+    for place in (10, 20, 30):  # three bits, which may look like a single one elsewhere
+        data[place] ^= 1
+    shard.write_bytes(data)
+    (left,) = repair_store(store)
+    assert not left.is_mended
+    assert shard.read_bytes() == bytes(data)
 
 
 def test_a_shard_is_fetched_from_another_copy(store, sound):
@@ -131,7 +172,7 @@ def test_a_snapshot_that_nothing_restores_is_removed_and_made_again(store, sound
 def test_a_journal_that_nothing_restores_is_removed_with_words(store, sound):
     (file,) = (store / "journal").iterdir()
     wreck(file)
-    assert [each.done for each in repair_store(store)] == ["removed: it told of a run, no tokens depend on it"]
+    assert [each.done for each in repair_store(store)] == ["removed: it recorded a run, no tokens depend on it"]
     assert not verify_store(store, "full")
 
 
@@ -174,12 +215,12 @@ def test_a_receipt_that_is_lost_is_made_again_with_a_number(store, sound):
 
 def test_a_clip_part_and_a_tombstone_are_fetched_or_said_to_be_lost(store, sound):
     before = only_bytes(store)
-    part, stone = store / "clips/part-00001.parquet", next((store / "tombstones").iterdir())  # a retry's part
+    part, tombstone = store / "clips/part-00001.parquet", next((store / "tombstones").iterdir())  # a retry's part
     wreck(part)
-    wreck(stone)
+    wreck(tombstone)
     words = {each.key.split("/")[0]: each for each in repair_store(store)}
     assert not words["clips"].is_mended
-    assert "without it rows and clips cannot be told apart" in words["clips"].done
+    assert "without it the clips of its rows are unknown" in words["clips"].done
     assert "must not be lost" in words["tombstones"].done
     repair_store(store, other=sound)
     assert only_bytes(store) == before
@@ -196,7 +237,7 @@ def test_a_clip_part_and_a_tombstone_are_fetched_or_said_to_be_lost(store, sound
 def test_a_copy_with_more_bytes_than_such_a_file_can_need_is_not_read(store, sound, tmp_path, monkeypatch, pattern):
     (file,) = sorted(store.glob(pattern))[-1:]
     other = shutil.copytree(sound, tmp_path / "other.zarr")
-    os.truncate(other / file.relative_to(store), HUGE_BYTES)  # sparse: it takes no room
+    os.truncate(other / file.relative_to(store), HUGE_BYTES)  # sparse: it takes no space
     wreck(file)
     real = LocalObjects.get
 
@@ -243,7 +284,7 @@ def test_a_clip_part_is_made_again_from_the_snapshot_to_the_byte(store, how):
     ],
 )
 def test_a_clips_id_says_all_of_it(clip):
-    assert clip_of(clip.clip_id, clip.kind) == clip
+    assert clip_of_id(clip.clip_id, clip.kind) == clip
 
 
 def test_a_block_computed_again_is_put_back_only_if_its_bytes_are_the_receipts(store, sound):
@@ -264,15 +305,15 @@ def test_other_bytes_are_refused_unless_asked_for_and_then_get_a_numbered_receip
     other = make.kit(tmp_path / "elsewhere.zarr")  # another machine: the same clips, other bits
     other.writer().add_clips([*(make.video(n) for n in range(6)), *(make.image(n) for n in range(2))])
     other.fill(broken=("videos/1.mp4", "videos/3.mp4"), noise=1)
-    theirs = other.group(make.identity())
-    shard = (other.path / "video" / theirs.name / "tokens/c/0/0/0/0/0").read_bytes()
+    remote = other.group(make.identity())
+    shard = (other.path / "video" / remote.name / "tokens/c/0/0/0/0/0").read_bytes()
     wreck(shard_of(store))
     before = only_bytes(store)
 
     def recompute(group, receipt):
         assert [row.state for row in receipt.rows] == ["ok", "failed", "ok", "skipped"]
-        rows = (*theirs.receipt(0).rows[:3], dataclasses.replace(receipt.rows[3]))
-        return Recomputed(receipt=dataclasses.replace(theirs.receipt(0), rows=rows), shards={"tokens": shard})
+        rows = (*remote.receipt(0).rows[:3], dataclasses.replace(receipt.rows[3]))
+        return Recomputed(receipt=dataclasses.replace(remote.receipt(0), rows=rows), shards={"tokens": shard})
 
     (refused,) = repair_store(store, recompute=recompute)
     assert not refused.is_mended

@@ -84,7 +84,7 @@ def test_every_missing_file_is_found_and_named(store):
         if key == "zarr.json" or key.startswith("journal/") or key == newest_snapshot(store):
             continue  # no store without the first; nothing names the others
         file.unlink()
-        assert verify_store(store), f"{key} is missing and nobody noticed"
+        assert verify_store(store), f"{key} is missing and was not noticed"
         file.write_bytes(data)
 
 
@@ -97,7 +97,7 @@ def test_quick_finds_what_is_cut_short_without_reading_it(store):
     shard.write_bytes(shard.read_bytes()[:-1])
     (finding,) = verify_store(store)
     assert finding.key == shard.relative_to(store).as_posix()
-    assert "its receipt says" in finding.problem
+    assert "its receipt names" in finding.problem
 
 
 def test_a_flipped_bit_in_a_shard_is_full_work(store):
@@ -120,10 +120,10 @@ def test_a_flipped_bit_in_a_shard_is_full_work(store):
         "receipts/x.json",
     ],
 )
-def test_strays_are_found(store, key):
+def test_orphans_are_found(store, key):
     (store / key).write_text("x")
     assert [(finding.key, finding.problem, finding.severity) for finding in verify_store(store)] == [
-        (key, "is no file of a feature store", "stray")
+        (key, "is no file of a feature store", "orphan")
     ]
 
 
@@ -133,7 +133,7 @@ def test_a_shard_without_a_receipt_is_work_in_progress(store):
     (group / "tokens/c/9/0/0/0").mkdir(parents=True)
     shutil.copy(group / "tokens/c/0/0/0/0/0", group / "tokens/c/9/0/0/0/0")
     found = {finding.key.split("/")[-1]: finding for finding in verify_store(store, "full")}
-    assert {name: finding.severity for name, finding in found.items()} == {"new": "stray", "0": "stray"}
+    assert {name: finding.severity for name, finding in found.items()} == {"new": "orphan", "0": "orphan"}
     assert "without a receipt" in found["0"].problem
     assert "run the same extract again" in found["0"].advice
 
@@ -146,7 +146,7 @@ def test_files_of_a_killed_run_are_found_and_swept_by_the_next(store, sound):
     subprocess.run([sys.executable, "-c", program, str(store)], check=False)
     (finding,) = verify_store(store)
     assert "was left by an interrupted run" in finding.problem
-    assert (finding.severity, finding.advice) == ("stray", "the next extract sweeps it; or delete it")
+    assert (finding.severity, finding.advice) == ("orphan", "the next extract removes it; or delete it")
     type(sound)(store).writer()
     assert verify_store(store) == []
 
@@ -155,7 +155,7 @@ def test_rows_given_out_after_the_last_snapshot_are_not_damage(store, make, soun
     type(sound)(store).writer().add_clips([make.video(20)])
     findings = verify_store(store, "full")
     assert not is_damaged(findings)
-    assert {finding.problem for finding in findings} == {"has 12 rows, the clip parts give out 16"}  # of each array
+    assert {finding.problem for finding in findings} == {"has 12 rows, the clip parts allocate 16"}  # of each array
 
 
 def test_a_flipped_bit_in_what_no_snapshot_names_yet_is_found_by_the_files_own_digest(store, make, sound):

@@ -1,4 +1,4 @@
-"""What is read from afar is kept on this machine: bounded, shared among processes, and never believed unchecked."""
+"""Reads of remote stores are cached on this machine: bounded, shared among processes, checked on every use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from featurestore.objects.cache import _CacheFolder, cache_bound, cache_folder
+from featurestore.objects.cache import CacheFolder, cache_bound, cache_folder
 from featurestore.objects.open import open_objects
 from featurestore.objects.remote import RemoteObjects
 from featurestore.store import FeatureStore
@@ -96,7 +96,7 @@ def test_the_cache_stays_within_its_bound(far, tmp_path):
 
 
 def test_the_least_recently_used_go_first(tmp_path):
-    folder = _CacheFolder(tmp_path / "cache", 1 << 20)
+    folder = CacheFolder(tmp_path / "cache", 1 << 20)
     names = [folder.path("root", f"key{n}", "v") for n in range(4)]
     for number, path in enumerate(names):
         folder.write_whole(path, bytes(3000))

@@ -1,4 +1,4 @@
-"""One contract for every place that keeps bytes: a folder, memory, and a bucket of a real S3 server over HTTP."""
+"""The contract of `Objects`, for a folder, memory, and a bucket of a real S3 server over HTTP."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_a_server_that_does_not_answer_is_told_with_its_endpoint(s3, monkeypatch
         open_objects(s3)
 
 
-ANSWERS = {  # what S3 says -> what we say
+ANSWERS = {  # answer of S3 -> our message
     "expired": (400, "ExpiredToken", "may have expired.*nothing was quarantined"),
     "denied": (403, "AccessDenied", "lack the right"),
     "bad-key": (403, "InvalidAccessKeyId", "renew AWS_ACCESS_KEY_ID"),
@@ -200,7 +200,7 @@ ANSWERS = {  # what S3 says -> what we say
 
 
 class Answering(http.server.BaseHTTPRequestHandler):
-    """An S3 server in trouble: the bucket's name says what it answers."""
+    """An S3 server in trouble: the name of the bucket selects its answer."""
 
     failures = 0
 

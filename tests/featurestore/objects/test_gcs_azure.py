@@ -1,4 +1,4 @@
-"""gs:// and az:// hold the contract of every place; a store goes there, is read there and comes back.
+"""gs:// and az:// keep the contract of `Objects`; a store is pushed there, read and pulled back.
 
 Azure's part runs where Azurite is installed; Google's server is our own reading of its documentation.
 """

@@ -110,8 +110,8 @@ def test_listing_a_folder_that_is_not_there_is_empty(objects):
 
 
 def test_temporary_folders_of_dead_processes_are_swept_and_those_of_living_ones_stay(tmp_path):
-    ours = LocalObjects(tmp_path)
-    ours.put_exclusive("key", b"data")
+    own = LocalObjects(tmp_path)
+    own.put_exclusive("key", b"data")
     program = (
         "import os, signal; from featurestore.objects.local import LocalObjects;"
         f"place = LocalObjects({str(tmp_path)!r}); place.put_exclusive('other', b'data');"
@@ -120,10 +120,10 @@ def test_temporary_folders_of_dead_processes_are_swept_and_those_of_living_ones_
     subprocess.run([sys.executable, "-c", program], check=False)
     assert len(os.listdir(tmp_path / "tmp")) == 2
     other = LocalObjects(tmp_path)
-    assert len(other.abandoned()) == 1
-    other.cleanup_tmp()
+    assert len(other.cleanup_tmp(dry_run=True)) == 1
+    assert len(other.cleanup_tmp()) == 1
     assert len(os.listdir(tmp_path / "tmp")) == 1
-    del ours, other
+    del own, other
     assert os.listdir(tmp_path / "tmp") == []
 
 

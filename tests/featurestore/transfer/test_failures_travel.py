@@ -12,7 +12,8 @@ from featurestore.maintenance.tombstone import tombstone
 from featurestore.maintenance.verify import verify_store
 from featurestore.store import FeatureStore
 from featurestore.transfer.export import ExportCells, export
-from featurestore.transfer.merge import Selection, StoreCells, combine
+from featurestore.transfer.merge import StoreCells, combine
+from featurestore.transfer.selection import Selection
 from featurestore.transfer.sync import push, transfer
 
 BOTH, ONE = Selection(), Selection(encoders=("dinov2",))
@@ -53,7 +54,7 @@ def removed(failed, make, tmp_path_factory):
     return kit
 
 
-def told(store: FeatureStore) -> list[tuple[str, str, str, str]]:
+def quarantine_of(store: FeatureStore) -> list[tuple[str, str, str, str]]:
     rows = store.quarantine.to_pylist()
     return sorted((row["encoder"], row["path"], row["reason"], row["scope"]) for row in rows)
 
@@ -66,7 +67,7 @@ OF_DINOV2 = [("dinov2", "videos/1.mp4", *CUT), ("dinov2", "videos/3.mp4", *CUT)]
 def test_the_quarantine_goes_where_the_store_goes(failed, tmp_path, way, selection):
     WAYS[way](failed.path, tmp_path / "out.zarr", selection)
     expected = OF_DINOV2 + ([("siglip", "videos/1.mp4", *CUT)] if selection is BOTH else [])
-    assert told(FeatureStore.open(tmp_path / "out.zarr")) == expected
+    assert quarantine_of(FeatureStore.open(tmp_path / "out.zarr")) == expected
     assert verify_store(tmp_path / "out.zarr", "full") == []
 
 
@@ -75,11 +76,11 @@ def test_an_older_snapshot_tells_the_quarantine_of_its_time(kit, make):
     first = kit.fill(broken=("videos/1.mp4", "videos/2.mp4"))
     kit.writer().add_clips([make.video(1)], retry=True)
     kit.fill()
-    assert [path for _, path, *_ in told(FeatureStore.open(kit.path, snapshot=first))] == [
+    assert [path for _, path, *_ in quarantine_of(FeatureStore.open(kit.path, snapshot=first))] == [
         "videos/1.mp4",
         "videos/2.mp4",
     ]
-    assert [path for _, path, *_ in told(kit.open())] == ["videos/2.mp4"]
+    assert [path for _, path, *_ in quarantine_of(kit.open())] == ["videos/2.mp4"]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -88,5 +89,5 @@ def test_a_removal_goes_where_the_store_goes_and_holds_there(removed, make, tmp_
     WAYS[way](removed.path, out.path, BOTH)
     store = out.open()
     assert make.video(0).clip_id not in store.clips["clip_id"].to_pylist()
-    assert [stone.reason for stone in store.tombstones.values()] == ["the licence was withdrawn"]
+    assert [tombstone.reason for tombstone in store.tombstones.values()] == ["the licence was withdrawn"]
     assert out.writer().add_clips([make.video(0)]) == []

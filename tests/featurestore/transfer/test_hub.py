@@ -17,7 +17,7 @@ from featurestore.objects import hub as hub_objects
 from featurestore.objects.hub import HubObjects
 from featurestore.objects.open import open_objects
 from featurestore.store import FeatureStore
-from featurestore.transfer.merge import Selection
+from featurestore.transfer.selection import Selection
 from featurestore.transfer.sync import push, transfer
 from mervcache.errors import RunStoppedError, StoreDamagedError, UserError
 
@@ -133,7 +133,7 @@ def test_some_encoders_go_alone_and_into_a_folder(full, hub):
 
 def test_whoever_commits_meanwhile_is_not_overwritten(full, hub, monkeypatch):
     monkeypatch.setattr(hub_objects, "MAX_FILES", 5)
-    look = HubObjects._look
+    look = HubObjects._list_head
 
     def overtaken(self):
         found = look(self)
@@ -141,11 +141,11 @@ def test_whoever_commits_meanwhile_is_not_overwritten(full, hub, monkeypatch):
             hub.commit({"README.md": b"# Mine"}, set())
         return found
 
-    monkeypatch.setattr(HubObjects, "_look", overtaken)
-    with pytest.raises(RunStoppedError, match=r"somebody else committed to .* run the same command again"):
+    monkeypatch.setattr(HubObjects, "_list_head", overtaken)
+    with pytest.raises(RunStoppedError, match=r"another client committed to .* run the same command again"):
         push(full.path, URL)
     assert hub.commits == []
-    monkeypatch.setattr(HubObjects, "_look", look)
+    monkeypatch.setattr(HubObjects, "_list_head", look)
     assert push(full.path, URL).card is False
     assert hub.files["README.md"] == b"# Mine"
     assert arrived(hub) == stored(full)
@@ -186,7 +186,7 @@ def test_without_a_token_nothing_is_asked(full, hub, monkeypatch, tmp_path):
     [
         ("hf://datasets/lab/nothing", "secret", UserError, r"hf repos create lab/nothing --repo-type dataset"),
         (f"{URL}@draft", "secret", UserError, r"no branch 'draft'.*hf repos branch create"),
-        (URL, "may-only-read", RunStoppedError, r"refused this token.*HF_TOKEN"),
+        (URL, "may-only-read", RunStoppedError, r"refused these credentials.*HF_TOKEN"),
         ("hf://datasets/lab/a b", "secret", UserError, r"names no repository"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Union and subset lay cells anew without changing one; export and import bring them back; strangers are checked."""
+"""Union and subset copy cells unchanged; export and import bring them back; untrusted files are checked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from featurestore.clips import Clip, Sample, Turn
 from featurestore.maintenance.verify import verify_store
 from featurestore.store import FeatureStore
 from featurestore.transfer.export import FORMATS, ExportCells, export
-from featurestore.transfer.merge import Selection, StoreCells, combine
+from featurestore.transfer.merge import StoreCells, combine
+from featurestore.transfer.selection import Selection
 from mervcache.errors import StoreDamagedError, StoreFormatError, UserError
 
 
@@ -81,12 +82,12 @@ def test_a_union_brings_reasons_conversations_and_journals_along(stores, tmp_pat
     union = FeatureStore.open(tmp_path / "union.zarr")
     ((row),) = union.quarantine.to_pylist()
     assert (row["clip_id"], row["encoder"], row["reason"]) == (make.video(2).clip_id, "dinov2", "the file is cut off")
-    asked = {s.sample_id: s.turns[0].text for s in union.samples("mix")}
-    assert asked == dict.fromkeys(("s0", "s1", "s2", "s3", "s7"), "What?")
+    wanted = {s.sample_id: s.turns[0].text for s in union.samples("mix")}
+    assert wanted == dict.fromkeys(("s0", "s1", "s2", "s3", "s7"), "What?")
     hosts = sorted(record["host"] for _, record in union.journal() if "host" in record)
     assert hosts == ["a", "b"]
-    (told,) = [record for name, record in union.journal() if name.startswith("combine-")]
-    assert [entry["store"] for entry in told["combined from"]] == [str(stores.a.path), str(stores.b.path)]
+    (record,) = [entry for name, entry in union.journal() if name.startswith("combine-")]
+    assert [entry["store"] for entry in record["combined from"]] == [str(stores.a.path), str(stores.b.path)]
 
 
 def test_what_failed_in_one_store_is_taken_from_another(stores, tmp_path, make):
@@ -111,12 +112,12 @@ def test_clips_that_an_encoder_never_saw_stay_work_to_do(stores, tmp_path, make)
 
 
 def test_a_subset_cuts_clips_encoders_and_kinds(stores, tmp_path, make):
-    asked = frozenset(make.video(n).clip_id for n in (0, 5))
-    combine(cells(stores.a), tmp_path / "few.zarr", selection=Selection(clips=asked, encoders=("siglip",)))
+    wanted = frozenset(make.video(n).clip_id for n in (0, 5))
+    combine(cells(stores.a), tmp_path / "few.zarr", selection=Selection(clips=wanted, encoders=("siglip",)))
     few = FeatureStore.open(tmp_path / "few.zarr")
     assert verify_store(tmp_path / "few.zarr", "full") == []
-    assert (set(few.clips["clip_id"].to_pylist()), list(few.encoders)) == (asked, ["siglip"])
-    ids = sorted(asked)
+    assert (set(few.clips["clip_id"].to_pylist()), list(few.encoders)) == (wanted, ["siglip"])
+    ids = sorted(wanted)
     assert np.array_equal(few.read(ids, encoder="siglip"), stores.a.open().read(ids, encoder="siglip"))
     assert [s.sample_id for s in few.samples("mix")] == ["s3"]
     combine(cells(stores.a), tmp_path / "stills.zarr", selection=Selection(kind="image"))
@@ -191,13 +192,13 @@ def test_an_export_comes_back_with_the_same_rows_and_digests(stores, tmp_path, f
         assert check.returncode == 0
         combine([ExportCells(folder)], back)
         assert verify_store(back, "full") == []
-        ours, theirs = kit.open(), FeatureStore.open(back)
-        for encoder in ours.encoders:
-            ids = sorted(flags(ours, encoder))
-            assert flags(theirs, encoder) == set(ids)
-            assert ours.data_digest(ids, [encoder]) == theirs.data_digest(ids, [encoder])
-        assert theirs.quarantine.to_pylist() == ours.quarantine.to_pylist()
-        assert theirs.samples() == ours.samples()
+        before, after = kit.open(), FeatureStore.open(back)
+        for encoder in before.encoders:
+            ids = sorted(flags(before, encoder))
+            assert flags(after, encoder) == set(ids)
+            assert before.data_digest(ids, [encoder]) == after.data_digest(ids, [encoder])
+        assert after.quarantine.to_pylist() == before.quarantine.to_pylist()
+        assert after.samples() == before.samples()
 
 
 def test_webdataset_reads_an_export(stores, tmp_path, make):

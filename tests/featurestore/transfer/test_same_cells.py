@@ -38,15 +38,15 @@ def labs(make, tmp_path):
 
 @pytest.fixture
 def union(make, tmp_path):
-    """The union of sources, sound, and what was told of it."""
+    """The union of sources, sound, and what was counted."""
 
-    def lay(*sources):
+    def combined(*sources):
         out = make.kit(tmp_path / "union.zarr")
         done = combine(sources, out.path)
         assert verify_store(out.path, "full") == []
         return out.open(), done
 
-    return lay
+    return combined
 
 
 def tokens(store, clip: Clip, encoder: str = "dinov2") -> np.ndarray:

@@ -7,7 +7,8 @@ import pytest
 from featurestore.clips import Sample, Turn
 from featurestore.maintenance.verify import verify_store
 from featurestore.transfer.export import ExportCells, export
-from featurestore.transfer.merge import Selection, StoreCells, combine
+from featurestore.transfer.merge import StoreCells, combine
+from featurestore.transfer.selection import Selection
 from featurestore.transfer.sync import transfer
 from mervcache.errors import UserError
 
@@ -18,7 +19,7 @@ TURNS = (Turn(role="human", text="what?"), Turn(role="gpt", text="that"))
 def mixed(kit, make):
     """Videos 0 and 1 to train on, 1 and 2 held out, 3 without a conversation; texts of both; a clip not stored."""
     kit.writer().add_clips([make.video(n) for n in range(4)])
-    asked = [
+    wanted = [
         ("train", 0),
         ("train", 1),
         ("heldout", 1),
@@ -38,7 +39,7 @@ def mixed(kit, make):
                 split=split,
                 source="tests",
             )
-            for split, n in asked
+            for split, n in wanted
         ],
     )
     kit.fill()

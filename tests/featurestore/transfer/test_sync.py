@@ -1,4 +1,4 @@
-"""A store travels byte for byte, may be stopped anywhere, and says what it is where it arrives."""
+"""A store is copied byte for byte, may be stopped anywhere, and gets a card that describes it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from featurestore.objects.open import open_objects
 from featurestore.snapshots import newest_snapshot_id
 from featurestore.store import FeatureStore
 from featurestore.transfer.dataset_card import card
-from featurestore.transfer.merge import Selection, read_clip_list
+from featurestore.transfer.selection import Selection, read_clip_list
 from featurestore.transfer.sync import push, transfer
 from mervcache.errors import StoreDamagedError, StoreError, StoreFormatError, StoreNotFoundError, UserError
 
@@ -106,14 +106,14 @@ def test_some_encoders_travel_alone_and_the_others_may_follow(full, s3, tmp_path
 
 
 def test_some_clips_travel_in_the_whole_blocks_that_hold_them(full, tmp_path, make):
-    asked = frozenset((make.video(0).clip_id, make.video(9).clip_id))
-    done = transfer(full.path, tmp_path / "some.zarr", selection=Selection(clips=asked))
+    wanted = frozenset((make.video(0).clip_id, make.video(9).clip_id))
+    done = transfer(full.path, tmp_path / "some.zarr", selection=Selection(clips=wanted))
     # Of dinov2: rows 0..3 without the broken one, and 8, 9; of siglip: 0..3 and 8, 9.
     assert done.overhead == pytest.approx((3 + 2 + 4 + 2) / 4)
     store = FeatureStore.open(tmp_path / "some.zarr")
     flags = dict(zip(store.clips["clip_id"].to_pylist(), store.clips["dinov2"].to_pylist(), strict=True))
     assert [n for n in range(10) if flags[make.video(n).clip_id]] == [0, 1, 2, 8, 9]
-    assert store.read(sorted(asked), encoder="dinov2").shape[0] == 2
+    assert store.read(sorted(wanted), encoder="dinov2").shape[0] == 2
     assert verify_store(tmp_path / "some.zarr", "full") == []
 
 
@@ -280,7 +280,7 @@ def test_the_card_tells_removals_and_how_many_reasons_it_leaves_out(kit, make):
     tombstone(kit.path, [make.video(24).clip_id], reason="licence")
     text = card(kit.open(), place="x")
     assert text.count("tracks |") == 20
-    assert "And 4 rarer reasons: `merv-pipeline quarantine list` tells all." in text
+    assert "And 4 rarer reasons: `merv-pipeline quarantine list` lists all." in text
     assert "Removed on request, tokens and conversations: 1 clips;" in text
 
 

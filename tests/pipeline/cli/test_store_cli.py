@@ -76,7 +76,7 @@ def test_media_that_changed_are_found_by_quick_and_full(store, media):
         found = result_of("verify", store, "--media", level, "--root", media, code=1)["findings"]
         assert {(entry["key"], entry["severity"]) for entry in found} == {
             ("videollava/videochatgpt_tune/v0.mp4", "damage"),
-            ("videollava/valley/v5.mp4", "stray"),
+            ("videollava/valley/v5.mp4", "notice"),
         }
     assert "its media are not those that its tokens were made from" in found[0]["problem"]
 
@@ -176,15 +176,15 @@ def test_a_removed_clip_stays_away_from_every_later_run(lab):
     assert "1 clip removed on" in call("status", lab.store).stdout
 
 
-def test_strays_alone_are_no_failure(store):
+def test_orphans_alone_are_no_failure(store):
     (store / "notes.txt").write_text("x")
     (found,) = result_of("verify", store)["findings"]
     assert (found["key"], found["severity"], found["advice"]) == (
         "notes.txt",
-        "stray",
+        "orphan",
         "delete it, or keep it elsewhere",
     )
-    assert "no damage found, 1 stray" in call("verify", store).stdout
+    assert "no damage found, 1 orphan" in call("verify", store).stdout
 
 
 def test_a_retry_asks_for_no_forecast_and_overwrites_no_report_of_the_run_that_failed(store):

@@ -1,0 +1,91 @@
+"""Selections: which encoders, datasets, clips, kind and split of a store are copied."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from featurestore.clips import KINDS, Clip, Sample
+from mervcache.errors import UserError, unknown_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which encoders, datasets, clips, kind and split of a store; None means all of them."""
+
+    encoders: tuple[str, ...] | None = None  # keys as in `FeatureStore.encoders`; a bare name: every identity
+    datasets: tuple[str, ...] | None = None
+    clips: frozenset[str] | None = None  # clip ids
+    kind: str | None = None
+    split: str | None = None  # "train" or "heldout": conversations of this split, and the clips that they are about
+    spoken_of: frozenset[str] | None = None  # these clips' ids, filled by `with_samples`
+
+    def __post_init__(self) -> None:
+        if self.kind is not None and self.kind not in KINDS:
+            raise UserError(unknown_name("kind", self.kind, KINDS))
+
+    @property
+    def takes_all_clips(self) -> bool:
+        return self.datasets is None and self.clips is None and self.kind is None
+
+    @property
+    def is_whole(self) -> bool:
+        return self.encoders is None and self.takes_all_clips and self.split is None
+
+    def with_samples(self, samples: Iterable[Sample]) -> Selection:
+        """This selection, knowing which clips the conversations of its split are about."""
+        if self.split is None:
+            return self
+        splits: dict[str, set[str]] = {}
+        for sample in samples:
+            splits.setdefault(sample.split, set()).update([sample.clip_id] if sample.clip_id else [])
+        if self.split not in splits:
+            raise UserError(unknown_name("split", self.split, sorted(splits)))
+        return replace(self, spoken_of=frozenset(splits[self.split]))
+
+    def takes_sample(self, sample: Sample, clips: Container[str]) -> bool:
+        """Conversations about `clips`, the clips taken; those about no clip unless clips are selected otherwise."""
+        is_of_split = self.split in (None, sample.split)
+        return is_of_split and (sample.clip_id in clips if sample.clip_id else self.takes_all_clips)
+
+    def takes(self, clip: Clip) -> bool:
+        return (
+            (self.datasets is None or clip.dataset in self.datasets)
+            and (self.clips is None or clip.clip_id in self.clips)
+            and (self.kind is None or clip.kind == self.kind)
+            and (self.spoken_of is None or clip.clip_id in self.spoken_of)
+        )
+
+    def groups(self, keys: dict[str, str]) -> list[str]:
+        """Group names of the selected encoders; `keys` is encoder key -> group name."""
+        if self.encoders is None:
+            return list(keys.values())
+        selected: dict[str, str] = {}
+        for encoder in self.encoders:
+            matching = {key: group for key, group in keys.items() if encoder in (key, key.split("@")[0])}
+            if not matching:
+                raise UserError(unknown_name("encoder", encoder, keys))
+            selected |= matching
+        return list(selected.values())
+
+    def check(self, clips: Iterable[Clip]) -> None:
+        """Refuse names that no clip has: a typing mistake would otherwise give an empty store."""
+        clips = list(clips)
+        known = sorted({clip.dataset for clip in clips})
+        for name in self.datasets or ():
+            if name not in known:
+                raise UserError(unknown_name("dataset", name, known))
+        if self.clips is not None and (absent := self.clips - {clip.clip_id for clip in clips}):
+            raise UserError(f"{len(absent)} of the {len(self.clips)} clips are not there, one is {min(absent)!r}")
+
+
+def read_clip_list(path: str | Path) -> frozenset[str]:
+    """Clip ids, one a line; empty lines are skipped."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError as error:
+        raise UserError(f"the list of clips {path} cannot be read: {error.strerror}") from error
+    if not any(lines):
+        raise UserError(f"the list of clips {path} is empty: give one clip id a line, as in `store.clips`")
+    return frozenset(line.strip() for line in lines if line.strip())
