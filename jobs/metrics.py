@@ -1,18 +1,15 @@
-"""Counters of the work itself, beside Dask's own, at every worker's `/metrics` for Prometheus.
+"""Counters of the work at every worker's `/metrics` endpoint, Dask's dashboard over ssh, and its report as a file.
 
-Comes in: names, amounts and labels, counted in the process where the work happens. The first count registers a
-collector with prometheus_client, whose registry is what Dask's endpoint prints; without that package counting costs a
-dictionary entry and nobody reads it. The room knows no names of its own.
-
-Seeing a run from outside: Dask's dashboard and how to reach it over ssh, and its report as a file.
+Without prometheus_client, which the endpoint needs, a count is kept in this process and not exported.
 """
 
 from __future__ import annotations
 
 import getpass
+import logging
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,40 +24,40 @@ if TYPE_CHECKING:
 
 PREFIX = "merv"
 
-Labels = tuple[tuple[str, str], ...]
+Labels = tuple[tuple[str, str], ...]  # sorted
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
 class _Counter:
-    """One name's totals, by its labels."""
-
-    meaning: str
+    help: str
     totals: dict[Labels, float] = field(default_factory=dict)
 
 
 _counters: dict[str, _Counter] = {}
-_lock = threading.Lock()  # tasks count, the endpoint's thread reads
+_lock = threading.Lock()  # tasks count while the endpoint's thread reads
 _is_registered = False
 
 
-def count(name: str, meaning: str, amount: float = 1, **labels: str) -> None:
-    """Add to a total; `clips` becomes `merv_clips_total`. A name always has the same labels."""
+def count(name: str, help: str, amount: float = 1, **labels: str) -> None:
+    """Add to the total of a name and its labels, in this process; `clips` is exported as `merv_clips_total`."""
     key = tuple(sorted(labels.items()))
     with _lock:
         _register()
-        totals = _counters.setdefault(name, _Counter(meaning=meaning)).totals
+        totals = _counters.setdefault(name, _Counter(help=help)).totals
         totals[key] = totals.get(key, 0.0) + amount
 
 
 def total(name: str, **labels: str) -> float:
-    """What was counted in this process so far."""
+    """The total that this process has counted."""
     with _lock:
         counter = _counters.get(name)
         return counter.totals.get(tuple(sorted(labels.items())), 0.0) if counter else 0.0
 
 
 def _register() -> None:
-    """Once per process, and only where somebody installed the package."""
+    """Register the collector, once per process; Dask's endpoint prints the registry of prometheus_client."""
     global _is_registered
     if _is_registered:
         return
@@ -73,26 +70,26 @@ def _register() -> None:
 
 
 class _Collector:
-    """What prometheus_client asks at every look."""
+    """Called by prometheus_client at every request."""
 
     def describe(self) -> list[CounterMetricFamily]:
-        return []  # names come as they are counted
+        return []  # names are not known before they are counted
 
     def collect(self) -> Iterator[CounterMetricFamily]:
         from prometheus_client.core import CounterMetricFamily
 
         with _lock:
-            known = [(name, counter.meaning, dict(counter.totals)) for name, counter in _counters.items()]
-        for name, meaning, totals in known:
+            known = [(name, counter.help, dict(counter.totals)) for name, counter in _counters.items()]
+        for name, help, totals in known:
             labels = [label for label, _ in next(iter(totals))]
-            family = CounterMetricFamily(f"{PREFIX}_{name}", meaning, labels=labels)
+            family = CounterMetricFamily(f"{PREFIX}_{name}", help, labels=labels)
             for key, amount in totals.items():
                 family.add_metric([value for _, value in key], amount)
             yield family
 
 
 def dashboard_lines(client: Client) -> list[str]:
-    """Where the dashboard is, and the command that brings it to a laptop."""
+    """Lines with the dashboard's address and the ssh command that forwards it."""
     link = client.dashboard_link
     address = urlsplit(link or "")
     if not address.port:
@@ -107,8 +104,8 @@ def dashboard_lines(client: Client) -> list[str]:
 
 
 @contextmanager
-def performance_report(path: Path | None, say: Callable[[str], None]) -> Iterator[None]:
-    """Save Dask's report of what runs inside as one HTML page, also where it ends with an error; None: no report."""
+def performance_report(path: Path | None) -> Iterator[None]:
+    """Save Dask's report of the block as one HTML page, also if the block fails; None: no report."""
     if path is None:
         yield
         return
@@ -116,15 +113,15 @@ def performance_report(path: Path | None, say: Callable[[str], None]) -> Iterato
         import bokeh  # noqa: F401  Dask draws with it
     except ImportError as error:
         raise ClusterError("a performance report needs bokeh: pip install 'merv-pipeline[dashboard]'") from error
-    from distributed import performance_report as report_of_dask
+    from distributed import performance_report as dask_report
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    report = report_of_dask(filename=str(path))
+    report = dask_report(filename=str(path))
     report.__enter__()
     try:
         yield
     finally:
         try:
             report.__exit__(None, None, None)
-        except Exception as error:  # a scheduler that left, or that has no bokeh: the run's own end is what counts
-            say(f"no performance report: {type(error).__name__}: {error}")
+        except Exception as error:  # a scheduler that left or has no bokeh; the run's own result is what counts
+            log.warning("no performance report: %s: %s", type(error).__name__, error)

@@ -1,9 +1,9 @@
-"""A preload for `dask worker`: of the GPUs that a job shows, this worker sees the one with its own number.
+"""Preload for `dask worker`: pins each worker to one of the GPUs that its job sees, by the number that ends its name.
 
     dask worker ADDRESS --nworkers 4 --name node7 --preload jobs.pin      # node7-0 ... node7-3, one GPU each
 
-The number at the end of a worker's name, counted round the GPUs in CUDA_VISIBLE_DEVICES (without it: all of the
-machine's), is its GPU. It runs before anything of CUDA does; a job that shows one GPU, or none, is left as it is.
+The number is counted from 0, modulo the GPUs in CUDA_VISIBLE_DEVICES (without it: all of the machine's). A job with one
+GPU, or none, is left unchanged. It runs before CUDA is initialised.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def dask_setup(worker: object) -> None:
 
 
 def pinned(name: str, environ: Mapping[str, str], devices: Sequence[str] = ()) -> dict[str, str]:
-    """What to change in the environment of a worker of that name; `devices` are numbers of the machine's GPUs.
+    """Changes to the environment of the worker `name`; `devices` are the numbers of the machine's GPUs.
 
     >>> pinned("node7-3", {"CUDA_VISIBLE_DEVICES": "4,5,6,7"})
     {'CUDA_VISIBLE_DEVICES': '7'}

@@ -1,20 +1,13 @@
-"""Run a list of tasks over a cluster: a window of them at a time, results as they finish.
+"""Run tasks over a cluster, a window of a few per worker at a time, and yield their outcomes as they finish.
 
-Comes in: a function, and tasks with a stable key. Goes out: one `Outcome` per task, in the order of finishing. The room
-knows nothing of what a task does. A window of a few tasks per worker instead of all at once: when a worker dies, Dask
-blames every task assigned to it, so few should be; and a million tasks must not live in the scheduler. The window
-follows the number of workers, which may join and leave; where all have left, the run waits for a stated time and stops.
-
-Reports: what a running task tells its driver before it ends.
-
-Comes in, on a worker: small counts, as often as the task likes. Goes out, at the driver: at most one message per task
-every few seconds. A report holds everything since the attempt began and names the attempt, so one that is lost, late or
-of an attempt that was given up costs nothing: the driver replaces, it never adds. Reports travel as events of Dask's
-scheduler (`Worker.log_event`), which keeps a bounded number of them; results do not depend on them.
+When a worker dies, Dask blames every task assigned to it, and a million tasks must not sit in the scheduler: hence the
+window, which follows the number of workers as they join and leave. A running task reports small counts to the driver as
+events of Dask's scheduler, which keeps a bounded number of them; results do not depend on reports.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 import uuid
 from collections import deque
@@ -30,79 +23,51 @@ from mervcache.errors import ClusterError
 if TYPE_CHECKING:
     from distributed import Client, Future
 
-TOPIC = "task-reports"
+TOPIC = "task-reports"  # of events in Dask's scheduler
 INTERVAL_S = 3.0  # between the reports of one task
+WINDOW_PER_WORKER = 2  # one that runs and one that waits
+RECOUNT_S = 5.0  # between two counts of the workers
 
-Report = Mapping[str, Any]  # plain values that msgpack knows
-OnReport = Callable[[str, str, Report], None]  # key of the future, id of the attempt, counts
+Report = Mapping[str, Any]  # plain values that msgpack can encode
 
 
 class TaskReporter:
-    """A task's line to its driver; outside of a Dask worker it leads nowhere."""
+    """Sends a running task's counts to its driver; outside of a Dask worker it does nothing.
+
+    A report holds everything since the attempt began, and names the attempt: the driver replaces what it had and never
+    adds, so that a report that is lost, late or of an abandoned attempt costs nothing.
+    """
 
     def __init__(self, *, interval_s: float = INTERVAL_S) -> None:
         self._interval_s = interval_s
         self._attempt = uuid.uuid4().hex
-        self._due = time.monotonic() + interval_s  # a task that is over sooner sends its result and nothing else
-        self._worker, self._key = _running_task()
+        self._due = time.monotonic() + interval_s  # a shorter task sends its result and nothing else
+        self._worker, self._key = None, ""
+        if "distributed" in sys.modules:
+            from distributed import get_worker
 
-    def tell(self, counts: Callable[[], Report]) -> None:
-        """Send what `counts` says since the attempt began, if it is time again."""
+            with suppress(ValueError, AttributeError):  # no worker, or a worker without a task
+                worker = get_worker()
+                self._worker, self._key = worker, worker.get_current_task()
+
+    def report(self, counts: Callable[[], Report]) -> None:
+        """Send `counts()`, the totals of this attempt, if the interval is over."""
         if self._worker is None or time.monotonic() < self._due:
             return
         self._due = time.monotonic() + self._interval_s
-        with suppress(TypeError, RuntimeError):  # a worker that is closing has no line any more
+        with suppress(TypeError, RuntimeError):  # a worker that is closing has no connection any more
             self._worker.log_event(TOPIC, {"key": self._key, "attempt": self._attempt, "counts": dict(counts())})
-
-
-def _running_task() -> tuple[Any, str]:
-    import sys
-
-    if "distributed" not in sys.modules:
-        return None, ""
-    from distributed import get_worker
-
-    try:
-        worker = get_worker()
-        return worker, worker.get_current_task()
-    except (ValueError, AttributeError):  # nobody's worker, or no task of its own
-        return None, ""
-
-
-@contextmanager
-def listening(client: Client, on_report: OnReport | None) -> Iterator[None]:
-    """Call `on_report` on the client's own thread for every report of any task of the scheduler."""
-    if on_report is None:
-        yield
-        return
-
-    def handle(event: tuple[float, Any]) -> None:
-        _, message = event
-        on_report(message["key"], message["attempt"], message["counts"])
-
-    client.subscribe_topic(TOPIC, handle)
-    try:
-        yield
-    finally:
-        with suppress(Exception):  # the scheduler may be gone, and with it the subscription
-            client.unsubscribe_topic(TOPIC)
 
 
 @contextmanager
 def metered(label: str) -> Iterator[None]:
-    """Time that Dask's dashboard shows as a part of the task (fine performance metrics), where it runs in Dask."""
-    import sys
-
+    """Time that Dask's dashboard shows as a part of the task (fine performance metrics), inside of a Dask worker."""
     metrics = sys.modules.get("distributed.metrics")
     if metrics is None or not hasattr(metrics, "context_meter"):
         yield
         return
     with metrics.context_meter.meter(label):
         yield
-
-
-WINDOW_PER_WORKER = 2  # one that runs, one that waits beside it
-RECOUNT_S = 5.0  # between two looks at how many workers there are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +80,7 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of a task: its result, or the error of its last attempt."""
+    """A task's result, or the error of its last attempt."""
 
     task: Task
     result: Any = None
@@ -124,22 +89,12 @@ class Outcome:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Attempt:
-    """A task that a worker has, or will have soon."""
-
-    task: Task
-    function: Callable[..., Any]
-    number: int  # 1 for the first
-    future: Future
-
-
-@dataclass(frozen=True, kw_only=True)
 class Listener:
-    """Who hears what happens while tasks run."""
+    """Callbacks of a run."""
 
-    report: Callable[[Task, str, Report], None] | None = None  # task, attempt, what it tells of itself; on a thread
-    waiting: Callable[[float], None] = lambda seconds: None  # how long there has been no worker; 0 when one has come
-    workers_came: Callable[[list[str]], None] = lambda addresses: None  # since the start; what it raises ends the run
+    report: Callable[[Task, str, Report], None] | None = None  # task, attempt, counts; on the client's own thread
+    waiting: Callable[[float], None] = lambda seconds: None  # time without any worker; 0 when one has joined
+    workers_came: Callable[[list[str]], None] = lambda addresses: None  # those that joined; an error ends the run
 
 
 def run_tasks(
@@ -153,17 +108,17 @@ def run_tasks(
     worker_wait_s: float = WORKER_WAIT_S[""],
     listener: Listener = Listener(),
 ) -> Iterator[Outcome]:
-    """Yield every task's outcome as it finishes; a failed one is tried again unless `is_final` says not to.
+    """Yield every task's outcome as it finishes; a failed task is tried again unless `is_final(error)`.
 
-    Another worker tries it again, if there is one: a device that has gone bad fails at once, is idle, and would be
-    given everything. A task that Dask gave up because workers died under it is run once more by `after_deaths`, with
-    the same arguments, when all the others are done: one at a time, so that nobody else is blamed for what it does.
-    Without any worker for `worker_wait_s` the run ends with `ClusterError`. Closing the generator cancels what has not
-    started, so that an interrupted driver leaves no work behind.
+    Another worker tries it again, if there is one: a broken device fails at once, is idle and would be given every
+    task. A task that Dask gave up because workers died under it is run by `after_deaths` with the same arguments after
+    all others, one at a time, so that no other task is blamed for it. Raises `ClusterError` after `worker_wait_s`
+    without any worker. Closing the generator cancels what has not started.
     """
+    from distributed import KilledWorker
+
     remaining, deadly = iter(tasks), deque[Task]()
-    workers = _Workers(client, worker_wait_s, listener)
-    with _Window(client, workers, listener.report) as window:
+    with _Window(client, _Workers(client, worker_wait_s, listener), listener) as window:
         while True:
             window.fill(function, remaining)
             if not window.running:
@@ -175,7 +130,7 @@ def run_tasks(
             attempt, outcome = ended
             if outcome.error is None or is_final(outcome.error):
                 pass
-            elif after_deaths not in (None, attempt.function) and _killed_workers(outcome.error):
+            elif after_deaths not in (None, attempt.function) and isinstance(outcome.error, KilledWorker):
                 deadly.append(attempt.task)
                 continue
             elif attempt.number < attempts:
@@ -186,19 +141,19 @@ def run_tasks(
 
 
 class _Workers:
-    """Which workers there are, looked at now and then, and for how long there has been none."""
+    """Addresses of the workers, counted every `RECOUNT_S`, and for how long there has been none."""
 
     def __init__(self, client: Client, wait_s: float, listener: Listener) -> None:
         self._client, self._wait_s, self._listener = client, wait_s, listener
-        self._looked = self._seen = time.monotonic()
+        self._counted = self._seen = time.monotonic()
         self.addresses = _addresses(client)
 
-    def look(self) -> None:
-        """Look again where it is time to; raises `ClusterError` where nobody has come for too long."""
+    def recount(self) -> None:
+        """Count again if it is time to; raises `ClusterError` after too long without any worker."""
         now = time.monotonic()
-        if now - self._looked < RECOUNT_S:
+        if now - self._counted < RECOUNT_S:
             return
-        self._looked, before, self.addresses = now, self.addresses, _addresses(self._client)
+        self._counted, before, self.addresses = now, self.addresses, _addresses(self._client)
         if new := sorted(self.addresses - before):
             self._listener.workers_came(new)
         if self.addresses:
@@ -214,25 +169,44 @@ class _Workers:
             )
 
 
-class _Window:
-    """The tasks that the cluster has just now."""
+def _addresses(client: Client) -> frozenset[str]:
+    return frozenset(client.scheduler_info(n_workers=-1)["workers"])
 
-    def __init__(
-        self, client: Client, workers: _Workers, on_report: Callable[[Task, str, Report], None] | None
-    ) -> None:
-        self._client, self._workers = client, workers
+
+@dataclass(frozen=True, kw_only=True)
+class _Attempt:
+    """A task that a worker has, or will have soon."""
+
+    task: Task
+    function: Callable[..., Any]
+    number: int  # 1 for the first
+    future: Future
+
+
+class _Window:
+    """The tasks that the cluster has now."""
+
+    def __init__(self, client: Client, workers: _Workers, listener: Listener) -> None:
+        self._client, self._workers, self._on_report = client, workers, listener.report
         self._finished: SimpleQueue[Future] = SimpleQueue()
         self.running: dict[str, _Attempt] = {}  # by the future's key
-        self._listening = listening(client, on_report and (lambda *report: self._pass_on(on_report, *report)))
 
     def __enter__(self) -> _Window:
-        self._listening.__enter__()
+        if self._on_report is not None:
+            self._client.subscribe_topic(TOPIC, self._handle_event)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._listening.__exit__(None, None, None)
+        if self._on_report is not None:
+            with suppress(Exception):  # the scheduler may be gone, and the subscription with it
+                self._client.unsubscribe_topic(TOPIC)
         if self._client.status == "running":
             self._client.cancel([attempt.future for attempt in self.running.values()], force=True)
+
+    def _handle_event(self, event: tuple[float, Any]) -> None:
+        _, message = event
+        if found := self.running.get(message["key"]):  # not a task of another driver
+            self._on_report(found.task, message["attempt"], message["counts"])
 
     def fill(self, function: Callable[..., Any], remaining: Iterator[Task]) -> None:
         """Submit tasks until the window is full or none is left."""
@@ -241,78 +215,45 @@ class _Window:
             self.submit(function, task, 1)
 
     def submit(self, function: Callable[..., Any], task: Task, number: int, avoid: Collection[str] = ()) -> None:
-        """`avoid`: workers that are to get it only where no other is left."""
+        """Submit an attempt; workers in `avoid` get it only where there is no other."""
         key = f"{task.key}-{function.__name__}-try{number}"
         others = sorted(self._workers.addresses.difference(avoid)) if avoid else []
         where = {"workers": others, "allow_other_workers": True} if others else {}
         future = self._client.submit(function, *task.arguments, key=key, pure=False, **where)
-        self.watch(_Attempt(task=task, function=function, number=number, future=future))
+        self._watch(_Attempt(task=task, function=function, number=number, future=future))
 
-    def watch(self, attempt: _Attempt) -> None:
-        """Wait for its end among the others; also for its second one, where its worker left with the result."""
+    def _watch(self, attempt: _Attempt) -> None:
         self.running[attempt.future.key] = attempt
         attempt.future.add_done_callback(self._finished.put)
 
     def next(self) -> tuple[_Attempt, Outcome] | None:
-        """An attempt that has ended, and how; None now and then, when there may be room for more."""
+        """An attempt that has ended and its outcome; None every `RECOUNT_S`, when there may be room for more."""
         try:
             future = self._finished.get(timeout=RECOUNT_S)
         except Empty:
             future = None
-        self._workers.look()
+        self._workers.recount()
         if future is None:
             return None
         attempt = self.running.pop(future.key)
-        outcome = _outcome(self._client, attempt)
-        if outcome is None:
-            self.watch(attempt)
-            return None
-        return attempt, outcome
-
-    def _pass_on(self, on_report: Callable[[Task, str, Report], None], key: str, attempt: str, counts: Report) -> None:
-        """Reports of other drivers' tasks come by as well."""
-        if found := self.running.get(key):
-            on_report(found.task, attempt, counts)
-
-
-def check_workers(client: Client, distribution: str, workers: list[str] | None = None) -> None:
-    """Raise `ClusterError` unless every worker, or those given, has the distribution in the driver's version.
-
-    A worker that cannot import a task's function never answers: distributed loses the task and the driver would wait
-    for ever (seen with 2026.8). Only the standard library is asked here, which every worker can import.
-    """
-    from importlib.metadata import version
-
-    ours = version(distribution)
-    for worker, theirs in client.run(version, distribution, on_error="return", workers=workers).items():
-        if theirs != ours and not isinstance(theirs, OSError):  # that one has just left
-            found = f"has version {theirs}" if isinstance(theirs, str) else "does not have it"
+        if future.cancelled():  # not by us: cancelled futures are not watched
             raise ClusterError(
-                f"the driver runs {distribution} {ours}, the worker {worker} {found}: "
-                "start the workers from the same environment"
+                "the scheduler is gone, or forgot this run's tasks; what was committed is kept: start the cluster "
+                "again and run the same command again"
             )
-
-
-def _outcome(client: Client, attempt: _Attempt) -> Outcome | None:
-    """What came of it; None where the worker has left that had the result, and Dask has to compute it once more."""
-    future = attempt.future
-    if future.cancelled():  # not by us: we do not ask for what we cancelled
-        raise ClusterError(
-            "the scheduler is gone, or forgot this run's tasks; what was committed is kept: start the cluster again "
-            "and run the same command again"
-        )
-    try:
-        error = future.exception(timeout=RECOUNT_S)
-        result = None if error is not None else future.result(timeout=RECOUNT_S)
-    except OSError:  # too slow, or the way to it is cut: the next look tells whether the scheduler is gone
-        return None
-    failed_on = _failed_on(client, future.key) if error is not None else ()
-    future.release()
-    return Outcome(task=attempt.task, result=result, error=error, failed_on=failed_on)
+        try:
+            error = future.exception(timeout=RECOUNT_S)
+            result = None if error is not None else future.result(timeout=RECOUNT_S)
+        except OSError:  # its worker left with the result and Dask computes it again, or the connection is slow or cut
+            self._watch(attempt)
+            return None
+        failed_on = _failed_on(self._client, future.key) if error is not None else ()
+        future.release()
+        return attempt, Outcome(task=attempt.task, result=result, error=error, failed_on=failed_on)
 
 
 def _failed_on(client: Client, key: str) -> tuple[str, ...]:
-    """Addresses of the workers that raised the task's error; none for a task that died with its workers."""
+    """Addresses of the workers that raised the task's error; none for a task whose workers died."""
 
     def erred_on(dask_scheduler: Any, key: str) -> tuple[str, ...]:
         task = dask_scheduler.tasks.get(key)
@@ -323,12 +264,19 @@ def _failed_on(client: Client, key: str) -> tuple[str, ...]:
     return ()
 
 
-def _killed_workers(error: BaseException) -> bool:
-    """Did Dask give the task up because too many workers died while they had it?"""
-    from distributed import KilledWorker
+def check_workers(client: Client, distribution: str, workers: list[str] | None = None) -> None:
+    """Raise `ClusterError` unless every worker, or those given, has the distribution in the driver's version.
 
-    return isinstance(error, KilledWorker)
+    A worker that cannot import a task's function never answers: distributed loses the task and the driver would wait
+    forever (seen with 2026.8). This check needs nothing but the standard library on the worker.
+    """
+    from importlib.metadata import version
 
-
-def _addresses(client: Client) -> frozenset[str]:
-    return frozenset(client.scheduler_info(n_workers=-1)["workers"])
+    expected = version(distribution)
+    for worker, found in client.run(version, distribution, on_error="return", workers=workers).items():
+        if found != expected and not isinstance(found, OSError):  # an OSError: it has just left
+            problem = f"has version {found}" if isinstance(found, str) else "does not have it"
+            raise ClusterError(
+                f"the driver runs {distribution} {expected}, the worker {worker} {problem}: "
+                "start the workers from the same environment"
+            )

@@ -1,7 +1,6 @@
-"""What a run wants of a cluster, and what every cluster is told: the words that all openers share.
+"""Settings of clusters: of the user's config file, and those of Dask that every cluster gets.
 
-Comes in: settings of a config file. Goes out: checked values. One flat set of settings serves all clusters, so that a
-file may be used with several; each reads what concerns it. An unknown one is an error that names the nearest.
+One flat set of settings serves all clusters, so that a config file may be used with several; each reads its own.
 """
 
 from __future__ import annotations
@@ -17,26 +16,26 @@ from mervcache.errors import ClusterError
 DASK_SETTINGS = {
     "distributed.scheduler.allowed-failures": 2,  # worker deaths before a task is given up
     "distributed.scheduler.worker-ttl": "30 minutes",  # a long native call must not look like a dead worker
-    "distributed.scheduler.work-stealing": False,  # a window of two or three tasks leaves nothing worth stealing
-    "distributed.worker.memory.target": False,  # results are small: spilling would only hide a leak
+    "distributed.scheduler.work-stealing": False,  # a window of two tasks leaves nothing to steal
+    "distributed.worker.memory.target": False,  # results are small; spilling would hide a leak
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.pause": False,
     "distributed.worker.memory.terminate": False,
     "distributed.worker.daemon": False,  # workers start decode processes
     "distributed.worker.profile.interval": "100 ms",  # Dask's own 10 ms: a sample of every stack, under the GIL
-    "distributed.admin.tick.limit": "30 s",  # loading weights holds the loop; a warning each time teaches nobody
+    "distributed.admin.tick.limit": "30 s",  # loading weights blocks the event loop; no warning each time
 }
-WORKER_WAIT_S = {"": 600.0, "slurm": 86_400.0}  # scheduler -> seconds without any worker before a run stops
-AUTO_WORKERS = 0  # as many as the cluster suggests: one, or one per GPU
+WORKER_WAIT_S = {"slurm": 86_400.0, "": 600.0}  # scheduler, or "" for any other -> seconds without any worker
+AUTO_WORKERS = 0  # the cluster's default: one, or one per GPU
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterSettings:
-    """What a config file says of clusters, under `cluster:`; sizes are per job, which holds one worker per GPU."""
+    """The section `cluster:` of a config file; sizes are per job, which runs one worker per GPU."""
 
     devices: str | None = None  # cuda: GPUs as in CUDA_VISIBLE_DEVICES, "0,2"; None: all that are visible
-    local_directory: str | None = None  # cuda, slurm: a fast local folder for what Dask's workers leave on disk
-    worker_wait: str | None = None  # all: [D-]HH:MM:SS without any worker, then it stops; None: 10 min, slurm: a day
+    local_directory: str | None = None  # cuda, slurm: a fast local folder for the files of Dask's workers
+    worker_wait: str | None = None  # all: [D-]HH:MM:SS without any worker, then stop; None: 10 min, slurm: a day
     walltime: str = "12:00:00"  # slurm: [D-]HH:MM:SS
     partition: str | None = None  # slurm
     account: str | None = None  # slurm
@@ -46,8 +45,8 @@ class ClusterSettings:
     exclusive: bool = False  # slurm: whole nodes
     directives: tuple[str, ...] = ()  # slurm: further #SBATCH options, such as "--constraint=a100"
     prologue: tuple[str, ...] = ()  # slurm: shell lines before the workers start, such as "module load cuda"
-    python: str | None = None  # slurm: None: the driver's own
-    interface: str | None = None  # slurm: network interface that workers reach the driver by, such as "ib0"
+    python: str | None = None  # slurm: None: the driver's
+    interface: str | None = None  # slurm: network interface through which workers reach the driver: "ib0"
     log_directory: str = "slurm-logs"  # slurm: standard output and error of the jobs
 
     def __post_init__(self) -> None:
@@ -66,7 +65,7 @@ class ClusterSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterRequest:
-    """What a run wants of a cluster."""
+    """The cluster that a run asks for."""
 
     scheduler: str = "local"  # name in CLUSTERS, tcp://HOST:PORT, or the path of a scheduler file
     num_workers: int = AUTO_WORKERS
@@ -76,7 +75,7 @@ class ClusterRequest:
 
     @property
     def worker_wait_s(self) -> float:
-        """How long a run goes on without any worker; a queue of jobs may be long, a lost process comes back soon."""
+        """How long a run continues without any worker; a queue of jobs may be long."""
         if self.settings.worker_wait is not None:
             return parse_walltime(self.settings.worker_wait, "worker_wait")
         return WORKER_WAIT_S.get(self.scheduler, WORKER_WAIT_S[""])
@@ -99,13 +98,13 @@ def parse_walltime(walltime: str, name: str = "walltime") -> int:
 
 
 def worker_environment() -> dict[str, str]:
-    """`DASK_SETTINGS` as environment variables, for workers whose command line we write."""
+    """`DASK_SETTINGS` as environment variables, for workers that a job script starts."""
 
     def variable(name: str) -> str:
         return "DASK_" + name.replace(".", "__").replace("-", "_").upper()
 
     return {variable(name): str(value) for name, value in DASK_SETTINGS.items()} | {
-        "PYTHONSAFEPATH": "1"  # a folder `pipeline` where the job was submitted must not stand before ours
+        "PYTHONSAFEPATH": "1"  # a folder `pipeline` where the job was submitted must not hide ours
     }
 
 

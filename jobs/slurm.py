@@ -1,17 +1,15 @@
-"""The cluster of a SLURM site: every worker lives in a job that the driver submits (dask-jobqueue).
+"""Clusters and job scripts of a SLURM site.
 
-The number of jobs is fixed: scaling by load stops workers that are loading weights and starts ones that find no work.
-Jobs end with their walltime, so workers retire before it (their tasks go to others) and a keeper submits new jobs in
-their place until the run is done. All jobs are cancelled when the driver leaves.
+`slurm` submits every worker as a job (dask-jobqueue). The number of jobs is fixed: scaling by load would stop workers
+that load weights and start ones without work. Jobs end with their walltime, so workers retire before it (Dask moves
+their tasks) and a thread submits new jobs until the run is done. All jobs are cancelled at the end.
 
-Scripts to submit: a shipped template with a site's settings written into its head.
-
-The templates run as they are (`sbatch jobs/templates/NAME.sbatch`, options of the command line win over their head);
-this room only fills in what a person would edit.
+`submit_script` fills in a shipped template, which also runs as it is (`sbatch jobs/templates/NAME.sbatch`).
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -19,7 +17,7 @@ import shlex
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,53 +27,58 @@ from mervcache.errors import ClusterError, unknown_name
 
 if TYPE_CHECKING:
     from dask_jobqueue import SLURMCluster
-    from distributed import Client, SchedulerPlugin
+    from distributed import Client
 
-INSTALL = "pip install 'merv-pipeline[slurm]'"
-MARGIN_S = 240  # before the walltime; longer would gain nothing: Dask gives the block in hand to another worker at once
-CHECK_S = 5.0  # between looks at the queue while no worker has come
+TEMPLATES = {
+    "one-allocation": "scheduler, one worker per GPU and the driver in one job",
+    "driver": "the driver alone, which submits a job per worker itself (--scheduler slurm)",
+}
+MARGIN_S = 240  # retire before the walltime; longer gains nothing: Dask gives the block to another worker at once
+CHECK_S = 5.0  # between looks at the queue while no worker has joined
 POLL_S = 30.0  # between looks at jobs that ended
-MAX_FAILED_JOBS = 5  # jobs, for each that is wanted, that ended one after the other before their worker came
+MAX_FAILED_JOBS = 5  # per requested job, that ended in a row without a worker
 TAIL_LINES = 15  # of a job's log, in an error
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
-def slurm(request: ClusterRequest, say: Callable[[str], None]) -> Iterator[Client]:
-    """Submit `num_workers` / `gpus` jobs, go on when the first worker is there; later ones join as the queue lets."""
+def slurm(request: ClusterRequest) -> Iterator[Client]:
+    """Submit `num_workers` / `gpus` jobs and continue with the first worker; others join as the queue lets them."""
     try:
         from dask_jobqueue import SLURMCluster  # optional
     except ImportError as error:
-        raise ClusterError(f"--scheduler slurm needs dask-jobqueue: {INSTALL}") from error
+        raise ClusterError("--scheduler slurm needs dask-jobqueue: pip install 'merv-pipeline[slurm]'") from error
     from distributed import Client
 
     settings = request.settings
     per_job = max(1, settings.gpus)
-    num_jobs = math.ceil((request.num_workers or per_job) / per_job)
+    num_jobs, logs = math.ceil((request.num_workers or per_job) / per_job), Path(settings.log_directory).absolute()
     with SLURMCluster(**job_options(settings, dashboard=request.dashboard)) as cluster, Client(cluster) as client:
         _check_submits(cluster.job_script())
-        keeper = _JobReplacer(cluster, num_jobs, _logs(settings), say)
+        replacer = _JobReplacer(cluster, num_jobs, logs)
         cluster.scale(jobs=num_jobs)
-        say(f"slurm: submitted {num_jobs} x {per_job} (jobs x workers), waiting for the first; logs: {_logs(settings)}")
-        _wait_for_first(client, keeper, settings)
-        with keeper:
+        log.info("slurm: submitted %d x %d (jobs x workers), waiting for the first; logs: %s", num_jobs, per_job, logs)
+        _wait_for_first(client, replacer, logs)
+        with replacer:
             yield client
 
 
 def _check_submits(script: str) -> None:
-    """Raise what SLURM says of a job that it would refuse: jobqueue submits in the background and would not tell."""
+    """Raise SLURM's message for a job that it would refuse: jobqueue submits in the background, without an error."""
     try:
         answer = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
         raise ClusterError("--scheduler slurm: there is no sbatch here; run the command on a login node") from error
     if answer.returncode:
         raise ClusterError(
-            f"SLURM refuses the job that a worker would live in: {answer.stderr.strip()}; mend the cluster settings "
+            f"SLURM refuses the job of a worker: {answer.stderr.strip()}; change the cluster settings "
             "(partition, account, walltime, gpus, cpus, memory, directives) or ask whether SLURM is up"
         )
 
 
 def job_options(settings: ClusterSettings, *, dashboard: bool = False) -> dict[str, Any]:
-    """The settings in dask-jobqueue's words; what is None there is read from its own configuration files."""
+    """Arguments of `SLURMCluster`; where one is None, dask-jobqueue reads its own configuration files."""
     workers = max(1, settings.gpus)
     directives = [f"--gres=gpu:{settings.gpus}"] if settings.gpus else []
     directives += ["--exclusive"] if settings.exclusive else []
@@ -86,7 +89,7 @@ def job_options(settings: ClusterSettings, *, dashboard: bool = False) -> dict[s
         "cores": workers,  # Dask's threads: one task at a time and worker
         "processes": workers,
         "job_cpu": settings.cpus,
-        "memory": settings.memory or "1GB",  # a word that jobqueue wants; workers have no limit of their own
+        "memory": settings.memory or "1GB",  # required by jobqueue; workers have no limit of their own
         "job_mem": settings.memory,
         "job_directives_skip": [] if settings.memory else ["--mem="],
         "job_extra_directives": [*directives, *settings.directives],
@@ -95,7 +98,7 @@ def job_options(settings: ClusterSettings, *, dashboard: bool = False) -> dict[s
         "python": settings.python or sys.executable,
         "interface": settings.interface,
         "local_directory": settings.local_directory,
-        "log_directory": str(_logs(settings)),
+        "log_directory": str(Path(settings.log_directory).absolute()),
         "job_name": "merv-worker",
         "scheduler_options": {"dashboard_address": ":0", "dashboard": dashboard},
         "silence_logs": "critical",
@@ -103,43 +106,39 @@ def job_options(settings: ClusterSettings, *, dashboard: bool = False) -> dict[s
 
 
 def lifetime(walltime: str) -> list[str]:
-    """Workers retire four minutes before their job ends, half of it for short jobs, not all in one moment."""
+    """Options of `dask worker`: retire four minutes before the job ends, short jobs at half time, not all at once."""
     seconds = parse_walltime(walltime)
     margin = min(MARGIN_S, seconds // 2)
     return ["--lifetime", f"{seconds - margin}s", "--lifetime-stagger", f"{margin * 2 // 5}s"]
 
 
 def prologue(settings: ClusterSettings) -> list[str]:
-    """Shell lines that every job starts with."""
+    """The first shell lines of every job."""
     threads = max(1, settings.cpus // max(1, settings.gpus))
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     environment = worker_environment() | dict.fromkeys(names, str(threads))
     return [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
 
 
-def _logs(settings: ClusterSettings) -> Path:
-    return Path(settings.log_directory).absolute()
-
-
-def _wait_for_first(client: Client, keeper: _JobReplacer, settings: ClusterSettings) -> None:
-    """A queue may take hours, so there is no limit; but jobs that all ended without a worker will bring none."""
+def _wait_for_first(client: Client, replacer: _JobReplacer, logs: Path) -> None:
+    """Wait for a worker, for as long as the queue takes; raise `ClusterError` where all jobs ended without one."""
     while True:
         try:
             return client.wait_for_workers(1, timeout=CHECK_S)
         except TimeoutError as error:
-            if not (keeper.job_ids and keeper.live_jobs() == set()):
+            if not (replacer.job_ids and replacer.live_jobs() == set()):
                 continue
             if client.scheduler_info(n_workers=-1)["workers"]:
                 return None
             raise ClusterError(
-                f"all {len(keeper.job_ids)} SLURM jobs ended before a worker reached the driver; "
-                f"the last lines in {_logs(settings)}:\n{_tail(_logs(settings), keeper.job_ids)}\n"
-                "mend the cluster settings (prologue, partition, interface), and run again"
+                f"all {len(replacer.job_ids)} SLURM jobs ended before a worker reached the driver; "
+                f"the last lines in {logs}:\n{_tail(logs, replacer.job_ids)}\n"
+                "change the cluster settings (prologue, partition, interface), and run again"
             ) from error
 
 
 def _tail(folder: Path, job_ids: set[str]) -> str:
-    """The last lines that a job said."""
+    """The last lines of the newest log of these jobs."""
     logs = [path for job in job_ids for path in folder.glob(f"*-{job}.*") if path.stat().st_size]
     newest = max(logs, key=lambda path: path.stat().st_mtime, default=None)
     if newest is None:
@@ -147,28 +146,22 @@ def _tail(folder: Path, job_ids: set[str]) -> str:
     return "\n".join(f"  {line}" for line in newest.read_text(errors="replace").splitlines()[-TAIL_LINES:])
 
 
-def _note_names(names: set[str]) -> SchedulerPlugin:
-    """Keeps the name of every worker that comes."""
-    from distributed import SchedulerPlugin
-
-    class NoteNames(SchedulerPlugin):
-        def add_worker(self, scheduler: Any, worker: str) -> None:
-            names.add(str(scheduler.workers[worker].name))
-
-    return NoteNames()
-
-
 class _JobReplacer(threading.Thread):
-    """Keeps the number of jobs: those that ended, by walltime or by accident, are submitted anew."""
+    """Keeps the number of jobs constant: submits a new job for each that ended, by walltime or by accident."""
 
-    def __init__(self, cluster: SLURMCluster, num_jobs: int, logs: Path, say: Callable[[str], None]) -> None:
-        super().__init__(name="slurm-keeper", daemon=True)
-        self._logs = logs
-        self._cluster, self._num_jobs, self._say = cluster, num_jobs, say
-        self._fruitless = 0  # jobs that ended one after the other before their worker came
-        self._seen: set[str] = set()  # names of workers: that of their job, and a number behind it
-        cluster.scheduler.add_plugin(_note_names(self._seen))
+    def __init__(self, cluster: SLURMCluster, num_jobs: int, logs: Path) -> None:
+        super().__init__(name="slurm-jobs", daemon=True)
+        self._cluster, self._num_jobs, self._logs = cluster, num_jobs, logs
+        self._failed = 0  # jobs in a row that ended before their worker joined
+        self._seen: set[str] = set()  # names of workers: the name of their job and a number
         self._is_over = threading.Event()
+        from distributed import SchedulerPlugin
+
+        class NoteNames(SchedulerPlugin):
+            def add_worker(plugin, scheduler: Any, worker: str) -> None:
+                self._seen.add(str(scheduler.workers[worker].name))
+
+        cluster.scheduler.add_plugin(NoteNames())
 
     @property
     def job_ids(self) -> set[str]:
@@ -184,30 +177,31 @@ class _JobReplacer(threading.Thread):
 
     def run(self) -> None:
         while not self._is_over.wait(POLL_S):
-            # Looked up before the queue is: a job that is being submitted meanwhile is in no answer, and has not ended.
+            # Listed before the queue is read: a job that is being submitted is in no answer and has not ended.
             submitted = {name: job for name, job in list(self._cluster.workers.items()) if job.job_id}
             live = self.live_jobs() if submitted else set()
             if live is None:
                 continue
             for name, job in submitted.items():
                 if str(job.job_id) not in live and self._cluster.workers.get(name) is job:
-                    self._replace(name, str(job.job_id))
-            if self._fruitless < MAX_FAILED_JOBS * self._num_jobs:
-                self._cluster.scale(jobs=self._num_jobs)  # submits what its list lacks; no more than the number
+                    self._remove(name, str(job.job_id))
+            if self._failed < MAX_FAILED_JOBS * self._num_jobs:
+                self._cluster.scale(jobs=self._num_jobs)  # submits the missing ones
 
-    def _replace(self, name: str, job_id: str) -> None:
-        """Take a job that ended off the list, so that another one is submitted; not for ever, where all end at once."""
+    def _remove(self, name: str, job_id: str) -> None:
+        """Remove a job that ended, so that `scale` submits another; not forever where all end at once."""
         del self._cluster.workers[name]
         its_workers = {worker for worker in set(self._seen) if worker == str(name) or worker.startswith(f"{name}-")}
         self._seen -= its_workers  # the next job has the same name
-        self._fruitless = 0 if its_workers else self._fruitless + 1
-        if self._fruitless < MAX_FAILED_JOBS * self._num_jobs:
-            self._say(f"slurm: job {job_id} has ended and the run has not: another one is submitted")
-        elif self._fruitless == MAX_FAILED_JOBS * self._num_jobs:
-            tail = _tail(self._logs, {job_id})
-            self._say(
-                f"slurm: {self._fruitless} jobs ended before their workers came, no more are submitted; the last lines "
-                f"in {self._logs}:\n{tail}"
+        self._failed = 0 if its_workers else self._failed + 1
+        if self._failed < MAX_FAILED_JOBS * self._num_jobs:
+            log.info("slurm: job %s has ended before the run; submitting another one", job_id)
+        elif self._failed == MAX_FAILED_JOBS * self._num_jobs:
+            log.warning(
+                "slurm: %d jobs ended before their workers joined, no more are submitted; the last lines in %s:\n%s",
+                self._failed,
+                self._logs,
+                _tail(self._logs, {job_id}),
             )
 
     def __enter__(self) -> _JobReplacer:
@@ -219,34 +213,35 @@ class _JobReplacer(threading.Thread):
         self.join()
 
 
-TEMPLATES = {
-    "one-allocation": "scheduler, one worker per GPU and the driver in one job",
-    "driver": "the driver alone, which submits a job per worker itself (--scheduler slurm)",
-}
-
-
 def submit_script(name: str, settings: ClusterSettings, *, config: str, num_workers: int = 0) -> str:
-    """The template `name` for `num_workers` workers (0: those of one node) with `config` as its settings' file."""
+    """The template `name` for `num_workers` workers (0: those of one node), with `config` as the file of settings."""
     if name not in TEMPLATES:
         raise ClusterError(unknown_name("template", name, TEMPLATES))
     text = Path(__file__).with_name("templates").joinpath(f"{name}.sbatch").read_text()
     wanted = num_workers or max(1, settings.gpus)
-    options = _whose(settings) + (_sizes(settings, wanted) if name == "one-allocation" else [])
-    names = {option.lstrip("-").partition("=")[0] for option in options} | ({"gres"} if settings.gpus == 0 else set())
-    lines = [line for line in text.splitlines() if not _is_option(line, names)]
-    first = next(number for number, line in enumerate(lines) if _is_option(line, {"job-name"}))
-    lines[first + 1 : first + 1] = [f"#SBATCH {option}" for option in options]
-    values = {"CONFIG": config, "WORKERS": str(wanted), "BIN": str(Path(sys.executable).parent)}
-    return "\n".join(_filled(lines, values, settings.prologue)) + "\n"
-
-
-def _whose(settings: ClusterSettings) -> list[str]:
     given = {"partition": settings.partition, "account": settings.account}
-    return [f"--{name}={value}" for name, value in given.items() if value]
+    options = [f"--{option}={value}" for option, value in given.items() if value]
+    options += _allocation(settings, wanted) if name == "one-allocation" else []
+    replaced = {option.lstrip("-").partition("=")[0] for option in options} | ({"gres"} if not settings.gpus else set())
+    variables = {"CONFIG": config, "WORKERS": str(wanted), "BIN": str(Path(sys.executable).parent)}
+    lines: list[str] = []
+    for line in text.splitlines():
+        directive, variable = re.match(r"#SBATCH --([a-z-]+)", line), line.partition("=")[0]
+        if directive and directive[1] == "job-name":
+            lines += [line, *(f"#SBATCH {option}" for option in options)]
+        elif directive and directive[1] in replaced:
+            continue
+        elif line.startswith("# -- prologue") and settings.prologue:
+            lines += settings.prologue
+        elif variable in variables and line.startswith(f"{variable}=${{{variable}:-"):
+            lines.append(f"{variable}=${{{variable}:-{variables[variable]}}}")
+        else:
+            lines.append(line)
+    return "\n".join(lines) + "\n"
 
 
-def _sizes(settings: ClusterSettings, num_workers: int) -> list[str]:
-    """What the one job asks for: `num_workers` spread over nodes of `gpus` each."""
+def _allocation(settings: ClusterSettings, num_workers: int) -> list[str]:
+    """Options of the one job: `num_workers` spread over nodes of `gpus` each."""
     per_node = max(1, settings.gpus)
     if num_workers > per_node and num_workers % per_node:
         less = num_workers // per_node * per_node
@@ -259,20 +254,3 @@ def _sizes(settings: ClusterSettings, num_workers: int) -> list[str]:
     options += [f"--cpus-per-task={max(1, settings.cpus // per_node)}", f"--time={settings.walltime}"]
     options += [f"--mem={settings.memory}"] if settings.memory else []
     return [*options, *(["--exclusive"] if settings.exclusive else []), *settings.directives]
-
-
-def _is_option(line: str, names: set[str]) -> bool:
-    found = re.match(r"#SBATCH --([a-z-]+)", line)
-    return found is not None and found[1] in names
-
-
-def _filled(lines: list[str], values: dict[str, str], prologue: tuple[str, ...]) -> Iterator[str]:
-    """Defaults of the script's variables, and the site's own lines in their place."""
-    for line in lines:
-        name = line.partition("=")[0]
-        if line.startswith("# -- prologue") and prologue:
-            yield from prologue
-        elif name in values and line.startswith(f"{name}=${{{name}:-"):
-            yield f"{name}=${{{name}:-{values[name]}}}"
-        else:
-            yield line

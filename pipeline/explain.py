@@ -216,7 +216,7 @@ def _probe(config: ExtractConfig, listing: DatasetListing, probe: int) -> dict[s
     from pipeline.forecast import probe_workers, spread_clips
 
     chosen = {kind: spread_clips([c for c in listing.clips if c.kind == kind], probe) for kind in KINDS}
-    with connect(config.cluster_request, say=log.info) as client:
+    with connect(config.cluster_request) as client:
         return probe_workers(client, config, listing.root, chosen, workers=1).clips
 
 

@@ -75,8 +75,8 @@ def extract(config: ExtractConfig, *, quiet: bool = False) -> ExtractSummary:
         return summary
     log.info("%s: %d clips listed; loading %s", config.dataset, len(listing.clips), ", ".join(config.encoders))
     with (
-        connect(config.cluster_request, say=log.info) as client,
-        performance_report(_report_path(config, summary), log.info),
+        connect(config.cluster_request) as client,
+        performance_report(_report_path(config, summary)),
     ):
         for line in dashboard_lines(client) if config.dashboard else ():
             log.info(line)

@@ -99,7 +99,7 @@ def forecast(config: ExtractConfig, *, probe: int = 4) -> Forecast:
     listing = list_clips(config)
     names = ", ".join(config.encoders)
     log.info("%s: %d clips listed; loading %s for a probe", config.dataset, len(listing.clips), names)
-    with connect(config.cluster_request, say=log.info) as client:
+    with connect(config.cluster_request) as client:
         present = len(client.scheduler_info(n_workers=-1)["workers"])
         workers = max(present, config.workers)
         num_probed = min(MAX_WORKERS, max(1, present))

@@ -141,7 +141,7 @@ class _BlockWork:
             elif ready:
                 self._encode_together(name, rows, ready)
             self.counts["cells"] += len(self.task.wanted[name].intersection(rows))
-            self._reporter.tell(lambda: self._counts_so_far().to_dict())
+            self._reporter.report(lambda: self._counts_so_far().to_dict())
 
     def _encode_together(self, name: str, rows: Sequence[int], decoded: Mapping[int, Decoded]) -> None:
         """Run one forward and write behind; each row keeps its fixed slot even where other rows are missing."""

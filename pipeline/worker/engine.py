@@ -158,7 +158,7 @@ def engine_for(settings: EngineSettings, on_loaded: OnLoaded = lambda name, seco
 def reporting_engine(settings: EngineSettings) -> Engine:
     """`engine_for`, reporting each encoder to the driver as it is loaded: four take over a minute."""
     reporter = TaskReporter(interval_s=0.0)
-    return engine_for(settings, lambda name, seconds: reporter.tell(lambda: {"loaded": name, "seconds": seconds}))
+    return engine_for(settings, lambda name, seconds: reporter.report(lambda: {"loaded": name, "seconds": seconds}))
 
 
 def close_engines() -> None:

@@ -110,7 +110,7 @@ def _run_child(
                 message = json.loads(line)
                 if "encoding" in message:
                     last = EncoderRow(*message["encoding"])
-                    reporter.tell(lambda counts=message["counts"]: counts)
+                    reporter.report(lambda counts=message["counts"]: counts)
                 else:
                     result = message
         try:

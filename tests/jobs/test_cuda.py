@@ -49,13 +49,14 @@ def request(num_workers: int = 0, **settings) -> ClusterRequest:
     return ClusterRequest(scheduler="cuda", num_workers=num_workers, settings=ClusterSettings(**settings))
 
 
-def test_with_fake_gpus_every_process_is_pinned_to_one_of_its_own(fake_cuda):
-    said = []
-    with connect(request(2), say=said.append) as client:
+def test_with_fake_gpus_every_process_is_pinned_to_one_of_its_own(fake_cuda, caplog):
+    caplog.set_level("INFO", "jobs")
+    with connect(request(2)) as client:
         seen = client.run(os.getenv, "CUDA_VISIBLE_DEVICES")
         threads = {entry["nthreads"] for entry in client.scheduler_info()["workers"].values()}
     assert (sorted(seen.values()), threads) == (["0", "1"], {1})
-    assert said == ["dask-cuda is not installed: 2 worker processes, one pinned to each GPU, all cores shared"]
+    (message,) = [record.message for record in caplog.records if record.name == "jobs.clusters"]
+    assert message.startswith("dask-cuda is not installed: 2 worker processes, one pinned to each GPU")
 
 
 def test_with_fake_gpus_two_workers_on_one_device_are_refused_by_its_uuid(fake_cuda):

@@ -23,11 +23,10 @@ def test_what_a_task_counts_stands_at_its_workers_endpoint_beside_dasks_own():
     assert metrics.total("never_counted") == 0
 
 
-def test_a_run_with_a_dashboard_tells_how_to_reach_it_and_leaves_its_report(tmp_path):
-    said = []
+def test_a_run_with_a_dashboard_reports_how_to_reach_it_and_leaves_its_report(tmp_path, caplog):
     with connect(ClusterRequest(dashboard=True)) as client:
         first, hint, scrape = dashboard_lines(client)
-        with performance_report(tmp_path / "new" / "report.html", said.append):
+        with performance_report(tmp_path / "new" / "report.html"):
             assert client.submit(abs, -1).result() == 1
         port = first.removesuffix("/status").rpartition(":")[2]
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/status", timeout=120) as page:
@@ -35,14 +34,13 @@ def test_a_run_with_a_dashboard_tells_how_to_reach_it_and_leaves_its_report(tmp_
     assert f"ssh -N -L {port}:" in hint
     assert hint.endswith(f"http://localhost:{port}/status")
     assert f":{port}/metrics" in scrape
-    assert said == []
+    assert not [record for record in caplog.records if record.name == "jobs.metrics"]
     assert "<title>Dask Performance Report</title>" in (tmp_path / "new" / "report.html").read_text()
 
 
-def test_a_report_that_cannot_be_made_costs_the_run_nothing(tmp_path):
-    said = []
-    with connect(ClusterRequest()) as client, performance_report(tmp_path / "report.html", said.append):
+def test_a_report_that_cannot_be_made_costs_the_run_nothing(tmp_path, caplog):
+    with connect(ClusterRequest()) as client, performance_report(tmp_path / "report.html"):
         (tmp_path / "report.html").mkdir()  # nothing can be written there
         assert client.submit(abs, -1).result() == 1
-    assert len(said) == 1
-    assert said[0].startswith("no performance report: ")
+    (message,) = [record.message for record in caplog.records if record.name == "jobs.metrics"]
+    assert message.startswith("no performance report: ")

@@ -13,7 +13,7 @@ heard = threading.Event()  # tasks run in this process: they may wait until the 
 
 def count_aloud(number: int) -> int:
     reporter = TaskReporter(interval_s=0.0)
-    reporter.tell(lambda: {"clips": number, "seconds": {"decode wait": 0.5}})
+    reporter.report(lambda: {"clips": number, "seconds": {"decode wait": 0.5}})
     assert heard.wait(120)
     return number
 
@@ -21,7 +21,7 @@ def count_aloud(number: int) -> int:
 def tell_often(interval_s: float) -> int:
     reporter, asked = TaskReporter(interval_s=interval_s), []
     for number in range(1000):
-        reporter.tell(lambda number=number: asked.append(number) or {"clips": number})
+        reporter.report(lambda number=number: asked.append(number) or {"clips": number})
     return len(asked)
 
 
@@ -76,7 +76,7 @@ def test_a_task_that_tells_all_the_time_is_asked_now_and_then(client):
 
 
 def test_outside_of_a_cluster_a_report_leads_nowhere():
-    TaskReporter(interval_s=0.0).tell(lambda: pytest.fail("nobody listens"))
+    TaskReporter(interval_s=0.0).report(lambda: pytest.fail("nobody listens"))
 
 
 def test_a_stage_is_seen_in_the_fine_metrics_of_the_dashboard(client):

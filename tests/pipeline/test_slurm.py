@@ -186,7 +186,7 @@ def test_a_worker_that_retires_before_its_walltime_leaves_its_block_to_the_next_
 
 def test_a_job_that_slurm_refuses_is_told_before_anybody_waits_for_it(slurm_site, tmp_path):
     request = ClusterRequest(scheduler="slurm", device="cpu", settings=settings(tmp_path, partition="nowhere"))
-    with pytest.raises(ClusterError, match=r"(?s)SLURM refuses the job .*invalid partition specified: nowhere.*mend"):
+    with pytest.raises(ClusterError, match=r"(?s)SLURM refuses the job .*invalid partition specified: nowhere.*change"):
         connect(request).__enter__()
 
 
@@ -194,27 +194,27 @@ def test_jobs_that_end_without_a_worker_are_told_with_what_they_said(slurm_site,
     monkeypatch.setattr(slurm, "CHECK_S", 1.0)
     wrong = settings(tmp_path, prologue=("echo no such module >&2; exit 3",))
     request = ClusterRequest(scheduler="slurm", num_workers=2, device="cpu", settings=wrong)
-    with pytest.raises(ClusterError, match=r"all 2 SLURM jobs ended before a worker.*\n  no such module\nmend the"):
+    with pytest.raises(ClusterError, match=r"all 2 SLURM jobs ended before a worker.*\n  no such module\nchange the"):
         connect(request).__enter__()
 
 
-def test_a_job_that_is_lost_is_replaced_but_not_for_ever_by_jobs_that_end_at_once(slurm_site, tmp_path, monkeypatch):
+def test_a_job_that_is_lost_is_replaced_but_not_for_ever_by_jobs_that_end_at_once(
+    slurm_site, tmp_path, monkeypatch, caplog
+):
+    caplog.set_level(logging.INFO, "jobs.slurm")
     monkeypatch.setattr(slurm, "POLL_S", 0.5)
     monkeypatch.setattr(slurm, "MAX_FAILED_JOBS", 2)
     first, second = tmp_path / "first", tmp_path / "second"
     only_twice = f"mkdir {first} || mkdir {second} || {{ echo the module is gone >&2; exit 3; }}"
     wishes = settings(tmp_path, prologue=(only_twice,))
-    said = []
-    with connect(
-        ClusterRequest(scheduler="slurm", num_workers=1, device="cpu", settings=wishes), say=said.append
-    ) as client:
+    with connect(ClusterRequest(scheduler="slurm", num_workers=1, device="cpu", settings=wishes)) as client:
         slurm_site.call("scancel", *slurm_site.call("squeue", "--noheader", "--format=%i").split())
         assert client.submit(abs, -3).result(timeout=300) == 3  # by the second job
         slurm_site.call("scancel", *slurm_site.call("squeue", "--noheader", "--format=%i").split())
         deadline = time.monotonic() + 120
-        while "no more are submitted" not in said[-1]:
-            assert time.monotonic() < deadline, said
+        while "no more are submitted" not in (messages := caplog.messages)[-1]:
+            assert time.monotonic() < deadline, messages
             time.sleep(0.2)
-    assert sum("has ended and the run has not" in line for line in said) == 3  # two that were lost, one that failed
-    assert "2 jobs ended before their workers came" in said[-1]
-    assert said[-1].splitlines()[-1] == "  the module is gone", said[-1]
+    assert sum("submitting another one" in line for line in messages) == 3  # two that were lost, one that failed
+    assert "2 jobs ended before their workers joined" in messages[-1]
+    assert messages[-1].splitlines()[-1] == "  the module is gone", messages[-1]
