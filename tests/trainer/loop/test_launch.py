@@ -92,7 +92,7 @@ def test_there_is_one_process_per_gpu_unless_told_otherwise():
     assert num_processes("fsdp", 2, 4) == num_processes("ddp", 2, 0) == 2
     with pytest.raises(UserError, match="--processes is 8 and 4 GPUs are visible"):
         num_processes("ddp", 8, 4)
-    with pytest.raises(UserError, match="say with --processes how many CPU processes"):
+    with pytest.raises(UserError, match="--processes how many CPU processes"):
         num_processes("ddp", None, 0)
     with pytest.raises(UserError, match="none is visible; on CPUs use --launch ddp"):
         num_processes("fsdp", 2, 0)

@@ -73,18 +73,20 @@ def saying(sample, *words):
     return replace(sample, turns=(sample.turns[0], Turn(role="gpt", text=" ".join(words))))
 
 
-def test_texts_are_cut_to_what_visual_tokens_leave_and_the_run_is_told(config, samples, tokens, capsys):
+def test_texts_are_cut_to_what_visual_tokens_leave_and_the_run_is_told(config, samples, tokens, caplog):
+    caplog.set_level("INFO", "trainer")
     long = [saying(samples[0], *["red"] * 300), *samples[1:]]
     plan = make_plan(config, long, tokens)
     told = describe(plan)
     assert (told["text_limit"], told["cut"], told["without_answer"]) == (120, 1, 0)
     assert (told["longest_sequence"], told["context"]) == (128, 128)
-    assert "texts are cut at 120 tokens: of the LLM's context of 128, 8 are visual tokens" in capsys.readouterr().err
+    assert "texts are cut at 120 tokens: of the LLM's context of 128, 8 are visual tokens" in caplog.text
+    caplog.clear()
     epoch = [batch for step in range(3) for batch in plan.batches.step(step).micro_batches]
     assert max(batch.attention_mask_BS.shape[1] for batch in epoch) == 128
     make_plan(config, samples, tokens)
     make_plan(replace(config, max_text_tokens=50), long, tokens)
-    assert capsys.readouterr().err == ""
+    assert caplog.messages == []
 
 
 def test_visual_tokens_that_fill_the_context_are_refused_before_the_first_step(

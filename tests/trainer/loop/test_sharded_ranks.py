@@ -45,7 +45,7 @@ def sharding(config, run):
     accelerator = ranks.make_accelerator(config, run)
     for state in (AcceleratorState._shared_state, PartialState._shared_state):
         state["distributed_type"] = DistributedType.FSDP
-    AcceleratorState._shared_state["fsdp_plugin"] = ranks._sharding(config)
+    AcceleratorState._shared_state["fsdp_plugin"] = ranks.fsdp_plugin(config)
     assert accelerator.is_fsdp2
     return accelerator
 

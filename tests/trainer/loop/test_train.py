@@ -42,16 +42,18 @@ def test_a_small_model_learns_its_samples_by_heart(tmp_path, config, samples, to
 
 
 def test_a_log_says_what_begins_and_that_a_run_without_checkpoint_begins_again(
-    tmp_path, config, samples, tokens, capsys
+    tmp_path, config, samples, tokens, caplog
 ):
     out = tmp_path / "run"
+    caplog.set_level("INFO", "trainer")
 
     def said(**options):
+        caplog.clear()
         train(config, samples, tokens, out, resume=True, **options)
-        return capsys.readouterr().err.splitlines()[0]
+        return caplog.messages[0]
 
     assert said(stop_at=2).startswith(f"{out} starts: 6 steps of {config.batch_size} samples, {config.llm}, tokens of ")
-    assert said(stop_at=4).startswith(f"{out} goes on behind step 2: ")
+    assert said(stop_at=4).startswith(f"{out} resumes after step 2: ")
     shutil.rmtree(out / "checkpoints")
     assert said().startswith(f"{out} had no checkpoint yet and starts again: ")
 
