@@ -1,6 +1,9 @@
 """A GGUF file that the test writes itself, converted, beside the same weights in plain transformers."""
 
 import json
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,11 +12,17 @@ from click.testing import CliRunner
 
 from featurestore.clips import Turn
 from mervcache.errors import UserError
-from trainer.convert_gguf import convert, file_of_package, main
 from trainer.data.prompts import IGNORE_INDEX, Renderer
 from trainer.model.llm import load_llm
 
 gguf = pytest.importorskip("gguf", reason="the extra `gguf` is not installed")
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "convert_gguf.py"
+spec = spec_from_file_location("convert_gguf", SCRIPT)
+script = module_from_spec(spec)
+sys.modules[spec.name] = script  # dataclasses look the module up
+spec.loader.exec_module(script)
+convert, file_of_package, main = script.convert, script.file_of_package, script.main
 
 HEADS, KEY_HEADS, ROPE_BASE = 4, 2, 100000.0
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -215,7 +224,7 @@ def test_the_command_prints_what_it_wrote_and_an_answer_and_never_overwrites(tmp
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     assert "LlamaForCausalLM, 0.0 M weights in float32" in result.output
-    assert "asked 'What is the capital of France? Answer briefly.' it says" in result.output
+    assert "answer to 'What is the capital of France? Answer briefly.': " in result.output
     again = CliRunner().invoke(main, arguments)
     assert again.exit_code == 1
     assert f"use it with --llm {tmp_path / 'toy'}, or remove it" in again.output
