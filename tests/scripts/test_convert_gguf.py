@@ -1,4 +1,4 @@
-"""A GGUF file that the test writes itself, converted, beside the same weights in plain transformers."""
+"""A GGUF file that the test writes itself, converted, compared with the same weights in plain transformers."""
 
 import json
 import sys
@@ -30,7 +30,7 @@ TEMPLATE = (
     "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-NAMES = {  # ours -> llama.cpp's
+NAMES = {  # transformers' names -> llama.cpp's
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -94,17 +94,17 @@ def write_gguf(path, llama, kind="F32"):
 
 
 def add_weight(writer, name, weight, kind):
-    """Write one weight; a quantised one is replaced in the model by what the file now says."""
+    """Write one weight; a quantised one is replaced in the model by that of the file."""
     layer, _, inner = name.removeprefix("layers.").partition(".")
-    theirs = f"blk.{layer}.{NAMES[inner]}.weight" if name.startswith("layers.") else f"{NAMES[name]}.weight"
+    gguf_name = f"blk.{layer}.{NAMES[inner]}.weight" if name.startswith("layers.") else f"{NAMES[name]}.weight"
     heads = {"self_attn.q_proj": HEADS, "self_attn.k_proj": KEY_HEADS}.get(inner)
     rows = np.ascontiguousarray(pairs_from_halves(weight.numpy(), heads))
     if kind == "F32" or rows.ndim == 1:
-        writer.add_tensor(theirs, rows)
+        writer.add_tensor(gguf_name, rows)
         return
     packing = gguf.GGMLQuantizationType[kind]
     packed = gguf.quants.quantize(rows, packing)
-    writer.add_tensor(theirs, packed, raw_dtype=packing)
+    writer.add_tensor(gguf_name, packed, raw_dtype=packing)
     weight.copy_(torch.from_numpy(halves_from_pairs(gguf.quants.dequantize(packed, packing), heads).copy()))
 
 
@@ -202,7 +202,7 @@ def test_the_file_of_an_installed_package_is_found_without_importing_it(tmp_path
         file_of_package("toy-llm")
 
 
-def test_errors_say_what_to_do_next(tmp_path, llama):
+def test_errors_name_the_next_command(tmp_path, llama):
     def handle_errors(*arguments):
         result = CliRunner().invoke(main, [*map(str, arguments), "--out", str(tmp_path / "out")])
         assert result.exit_code == 1

@@ -42,7 +42,7 @@ class CardFacts:
     llm_revision: str | None  # commit of the Hub's LLM
     license: str = UNKNOWN_LICENSE
     scores: Sequence[Mapping[str, Any]] = ()  # as trainer/runs/run_record.py reads them
-    losses: Sequence[float] = ()  # of the last steps before the checkpoint; one batch's says little
+    losses: Sequence[float] = ()  # of the last steps before the checkpoint
     steps_trained: int | None = None  # by the whole run, of which the checkpoint may be an earlier one
     validation: Mapping[str, float] | None = None  # of the exported checkpoint
     origin: Mapping[str, Any] | None = None  # of an imported checkpoint
@@ -84,7 +84,7 @@ def model_card(facts: CardFacts) -> str:
                 for name in {**record.software, **facts.software}
             ),
         ),
-        "Licence": f"{licence} The licences of the LLM, of the encoders' weights and of the data hold beside it.",
+        "Licence": f"{licence} The licences of the LLM, of the encoders' weights and of the data apply as well.",
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
     return f"{_front_matter(facts)}\n# {_clean(facts.name)}\n\n{_summary(facts)}\n\n{body}\n"
@@ -190,7 +190,7 @@ def _training(facts: CardFacts) -> str:
         *(f"Validation of this checkpoint, {name}: {value:.4f}" for name, value in (facts.validation or {}).items()),
     ]
     if config.mode == "text-only":
-        lines.append("Without visual tokens: the baseline that a score stands beside")
+        lines.append("Without visual tokens: the baseline to compare scores with")
     if facts.steps_trained is not None and facts.steps_trained < facts.record.num_steps:
         lines.append(f"**The run was stopped early, after {facts.steps_trained} of {facts.record.num_steps} steps.**")
     if facts.record.started_from:

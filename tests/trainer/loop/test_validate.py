@@ -97,7 +97,7 @@ def test_shares_of_ranks_add_up_to_all_in_as_many_forwards_each(
     assert together() == pytest.approx(alone(), rel=1e-5)
 
 
-def test_rows_say_what_was_found_and_the_best_checkpoint_is_kept_besides_the_last(
+def test_rows_hold_validation_metrics_and_the_best_checkpoint_is_kept_besides_the_last(
     tmp_path, validated, samples, heldout, tokens
 ):
     settings = replace(validated, max_steps=12, keep_checkpoints=1, log_every=5)
@@ -165,7 +165,7 @@ def test_the_same_samples_are_held_out_whatever_their_order_and_text_only_if_it_
     assert None not in {s.clip_id for s in heldout_samples(everything, tokens, frozen, has_visual=True)}
 
 
-def test_nothing_held_out_is_said_before_the_first_step(tmp_path, validated, samples, tokens):
+def test_nothing_held_out_is_an_error_before_the_first_step(tmp_path, validated, samples, tokens):
     with pytest.raises(UserError, match="no sample of split 'heldout' has tokens; splits found: train"):
         train(validated, samples, tokens, tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
@@ -176,7 +176,7 @@ def test_what_is_trained_on_is_not_validated_on(config):
         replace(config, eval_every=2, eval_split="train")
 
 
-def test_a_store_tells_images_from_videos(store: FeatureStore):
+def test_a_store_distinguishes_images_from_videos(store: FeatureStore):
     source = StoreTokens(store, ["dinov2"])
     assert source.stills({"set/clip0.mp4", "set/still.jpg"}) == {"set/still.jpg"}
 
@@ -190,7 +190,7 @@ def as_caption(sample):
     return replace(sample, sample_id=f"c-{sample.sample_id}", stage="align", options=(), answer_index=None)
 
 
-def test_where_no_question_is_shown_captions_are_held_out_and_nothing_is_asked(
+def test_where_no_question_is_shown_captions_are_held_out_and_no_options_are_scored(
     tmp_path, captioned, samples, heldout, mixed
 ):
     everything = [*map(as_caption, samples), *map(as_caption, heldout[:3]), *heldout]
@@ -200,7 +200,7 @@ def test_where_no_question_is_shown_captions_are_held_out_and_nothing_is_asked(
     assert set(validation()) == {"val_loss", "val_loss_image", "val_loss_video"}
 
 
-def test_a_stage_without_held_out_captions_is_trained_unvalidated_and_says_so(
+def test_a_stage_without_held_out_captions_is_trained_unvalidated_with_a_message(
     tmp_path, captioned, samples, heldout, tokens, caplog
 ):
     everything = [*map(as_caption, samples), *heldout]
@@ -211,7 +211,7 @@ def test_a_stage_without_held_out_captions_is_trained_unvalidated_and_says_so(
     assert not any("val_loss" in row for row in read_metrics(tmp_path / "run"))
 
 
-def test_questions_whose_options_would_be_cut_off_are_not_asked(tmp_path, validated, samples, heldout, tokens):
+def test_questions_whose_options_would_be_cut_off_are_left_out(tmp_path, validated, samples, heldout, tokens):
     long = replace(heldout[0], turns=(Turn(role="human", text="What? " * 70), heldout[0].turns[1]))
     everything = [*samples, long, *heldout[1:]]
     plan = make_plan(validated, everything, tokens)
