@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from mervcache.config import overlay, plain
+from mervcache.config import overlay, to_builtin
 from mervcache.errors import UserError, unknown_name
 from mervcache.files import replace_text
 from trainer.config import CONFIG_FILE, Stages, TrainConfig, read_config
@@ -160,7 +160,7 @@ def _merge(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _settings_by_stage(stages: Stages) -> dict[str, Any]:
-    return {stage.name: plain(asdict(stage.config)) for stage in stages}
+    return {stage.name: to_builtin(asdict(stage.config)) for stage in stages}
 
 
 def _prepare_folder(out: Path, stages: Stages, only: str | None, resume: bool) -> None:
