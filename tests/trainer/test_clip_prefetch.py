@@ -5,7 +5,7 @@ from trainer.end_to_end import ClipPrefetch
 
 
 class Started:
-    """Notes what was started; work is done when told."""
+    """Records what was started; no future is ever done."""
 
     def __init__(self):
         self.names, self.futures = [], {}

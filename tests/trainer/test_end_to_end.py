@@ -1,4 +1,4 @@
-"""Tokens made on the spot beside tokens of a store: the same bits, the same losses; and what only the former can do."""
+"""Live tokens compared with tokens of a store: the same bits, the same losses; and what only live tokens can do."""
 
 import json
 from contextlib import contextmanager
@@ -77,7 +77,7 @@ def train_quietly(config, samples, source, out, **options):
     return losses(out)
 
 
-def test_live_tokens_have_the_bits_of_stored_ones_whoever_sits_beside(live, extracted):
+def test_live_tokens_have_the_bits_of_stored_ones_whatever_else_is_in_the_batch(live, extracted):
     _, source = live
     store = FeatureStore.open(extracted)
     clip_ids = sorted(source.available(store.clips["clip_id"].to_pylist()))
@@ -85,11 +85,11 @@ def test_live_tokens_have_the_bits_of_stored_ones_whoever_sits_beside(live, extr
     assert {name: shape.identity for name, shape in source.shapes.items()} == {
         name: identity.id for name, identity in store.encoders.items()
     }
-    for asked in (clip_ids, clip_ids[::-1], clip_ids[3:6], clip_ids[-1:]):
-        source.expect(asked)
-        for encoder, tokens in source.fetch(asked).items():
+    for requested in (clip_ids, clip_ids[::-1], clip_ids[3:6], clip_ids[-1:]):
+        source.expect(requested)
+        for encoder, tokens in source.fetch(requested).items():
             assert tokens.dtype == torch.float16
-            np.testing.assert_array_equal(tokens.numpy(), store.read(asked, encoder=encoder), err_msg=encoder)
+            np.testing.assert_array_equal(tokens.numpy(), store.read(requested, encoder=encoder), err_msg=encoder)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_media_that_change_behind_a_run_are_noticed(tmp_path, opened_live, media
             source.fetch([clip_id])
 
 
-def test_the_record_says_where_tokens_came_from(tmp_path, live, cached):
+def test_the_record_names_where_tokens_came_from(tmp_path, live, cached):
     config = toy_config(max_steps=1)
     train_quietly(config, *cached, tmp_path / "cache", store="features/s.zarr")
     train_quietly(config, *live, tmp_path / "live")
@@ -265,7 +265,7 @@ def test_an_encoder_that_is_trained_learns_and_the_others_keep_their_bytes(tmp_p
     assert loaded.record.shapes["siglip"].identity.endswith("+trained")
 
 
-def test_a_trained_encoder_starts_where_the_frozen_one_stands(opened_live, extracted):
+def test_a_trained_encoder_starts_with_the_tokens_of_the_frozen_one(opened_live, extracted):
     """To the rounding of the storage cast, which trained tokens do not go through; stills as clips of equal frames."""
     store = FeatureStore.open(extracted)
     config = toy_config(train_encoders=tuple(ENCODERS))

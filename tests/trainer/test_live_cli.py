@@ -32,7 +32,7 @@ def test_the_words_of_an_extraction_become_a_request():
     assert options == {"encoders": ["siglip", "dinov2"]}  # what a run from a store may say too
 
 
-def test_a_resumed_run_goes_on_where_its_record_says():
+def test_a_resumed_run_goes_on_with_the_source_of_its_record():
     settings = {"dataset": "demo", "root": "/old", "decoder": "frames/1"}
     recorded = {"store": "", "live": {**settings, "trust_media": True}}
     assert resolve_source(None, {**NOTHING}, recorded) == LiveRequest(settings=settings, is_trusted=True)
@@ -72,7 +72,7 @@ def test_a_dry_run_counts_what_cannot_be_decoded_and_writes_nothing(tmp_path, me
         *("--projector", "3d-average", "--out", tmp_path / "run", "--dry-run", "--json"),
     )
     assert result.exit_code == 0, result.output
-    told = json.loads(result.stdout)
-    assert (told["samples"], told["dropped"]) == (7, {"clip without tokens of every encoder": 1})
-    assert told["encoders"] == {"siglip": [4, 2, 2, 32]}
+    report = json.loads(result.stdout)
+    assert (report["samples"], report["dropped"]) == (7, {"clip without tokens of every encoder": 1})
+    assert report["encoders"] == {"siglip": [4, 2, 2, 32]}
     assert not (tmp_path / "run").exists()

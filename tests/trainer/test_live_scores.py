@@ -27,7 +27,7 @@ from trainer.runs.load import load_run
 from trainer.runs.run_record import read_scores
 from trainer.sources import open_store
 
-ASKED = {"one": "red", "two": "green", "three": "blue"}  # name of a film -> its colour
+FILMS = {"one": "red", "two": "green", "three": "blue"}  # name of a film -> its colour
 OPTIONS = ["red", "green", "blue", "white"]
 CONFIG = TrainConfig(
     llm="fresh:mini",
@@ -49,16 +49,16 @@ def quiz(media_lab, media_root, tmp_path_factory):
     root = tmp_path_factory.mktemp("quiz")
     videos = root / "Colours/videos"
     videos.mkdir(parents=True)
-    for name, colour in ASKED.items():
+    for name, colour in FILMS.items():
         shutil.copy(media_root / f"films/{colour}.mp4", videos / f"{name}.mp4")
     shutil.copy(media_root / "pictures/blue.png", videos / "still.png")
     shutil.copy(media_root / media_lab.BROKEN, videos / "broken.mp4")
-    asked = {**ASKED, "still": "blue", "broken": "red"}
+    colours = {**FILMS, "still": "blue", "broken": "red"}
     rows = [
         {"question_id": name, "video_name": name, "question": "What colour is it?", "options": OPTIONS}
-        for name in asked
+        for name in colours
     ]
-    answers = [{"question_id": name, "answer": c, "answer_id": OPTIONS.index(c)} for name, c in asked.items()]
+    answers = [{"question_id": name, "answer": c, "answer_id": OPTIONS.index(c)} for name, c in colours.items()]
     (root / "Colours/test_q.json").write_text(json.dumps(rows))
     (root / "Colours/test_a.json").write_text(json.dumps(answers))
     return root
@@ -108,17 +108,17 @@ def plain_scores(run, samples, tokens, frames):
         visual_NM = model.fusion([dinov2, siglip])[0][0]
         scores = []
         for option in sample.options:
-            asked = tokenizer(f"In: {sample.turns[0].text}\nOut:")["input_ids"]
+            prompt = tokenizer(f"In: {sample.turns[0].text}\nOut:")["input_ids"]
             answer = [*tokenizer(option, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-            text = model.llm.get_input_embeddings().weight[[*asked, *answer]]
+            text = model.llm.get_input_embeddings().weight[[*prompt, *answer]]
             logs = model.llm(inputs_embeds=torch.cat([text[:1], visual_NM, text[1:]])[None]).logits[0].log_softmax(-1)
-            places = range(len(visual_NM) + len(asked) - 1, len(visual_NM) + len(asked) + len(answer) - 1)
+            places = range(len(visual_NM) + len(prompt) - 1, len(visual_NM) + len(prompt) + len(answer) - 1)
             scores.append(np.mean([logs[place, token].item() for place, token in zip(places, answer, strict=True)]))
         found[sample.sample_id] = scores
     return found
 
 
-def test_a_trained_encoder_answers_as_its_weights_say(run, quiz, media_lab):
+def test_a_trained_encoder_answers_by_its_weights(run, quiz, media_lab):
     """Frames and the frozen encoder's tokens by the source that a run trains on, which other tests hold to a store."""
     result = evaluate_run(run, EvaluationRequest(dataset="eval", root=str(quiz), batch_size=3))
     assert [row["sample_id"].rpartition("/")[2] for row in result["answers"]] == ["one", "two", "three", "still"]
@@ -143,15 +143,15 @@ def test_the_scores_are_kept_with_what_they_were_measured_on(run, quiz):
     assert record["snapshot"].startswith("live-")
 
 
-def test_an_export_answers_as_its_run_and_its_card_says_how(run, quiz, tmp_path):
+def test_an_export_answers_as_its_run_and_its_card_names_the_command(run, quiz, tmp_path):
     export_run(run, tmp_path / "given")
     command = "merv-eval run --checkpoint path/to/this/folder --dataset NAME --root DIR"
     assert command in (tmp_path / "given/README.md").read_text()
     by_run, by_export = (
         evaluate_run(path, EvaluationRequest(dataset="eval", root=str(quiz))) for path in (run, tmp_path / "given")
     )
-    for ours, theirs in zip(by_export["answers"], by_run["answers"], strict=True):
-        assert ours["scores"] == pytest.approx(theirs["scores"], abs=1e-4)
+    for by_the_export, by_the_run in zip(by_export["answers"], by_run["answers"], strict=True):
+        assert by_the_export["scores"] == pytest.approx(by_the_run["scores"], abs=1e-4)
 
 
 def test_without_a_dataset_it_is_the_one_of_the_training(run):
@@ -160,24 +160,24 @@ def test_without_a_dataset_it_is_the_one_of_the_training(run):
     assert "no multiple-choice question of split 'heldout'" in refused.stderr
 
 
-def test_a_run_from_a_store_may_be_asked_live_and_has_the_scores_of_the_store(
+def test_a_run_from_a_store_may_be_scored_live_and_has_the_scores_of_the_store(
     small, tmp_path, media_lab, media_root, extracted, quiz
 ):
     """To rounding: such a run does not know the batch shape of the extraction."""
     config = TrainConfig(**{**CONFIG.__dict__, "train_encoders": (), "max_steps": 2})
     samples, source = open_store(str(extracted), config)
     train(config, samples, source, tmp_path / "run", store=str(extracted), quiet=True)
-    asked = tmp_path / "quiz.zarr"
-    extract(read_extract_config(None, {**media_lab.settings(quiz, store=str(asked)), "dataset": "eval"}), quiet=True)
-    assert len(FeatureStore.open(asked).clips) == 5
-    from_store = evaluate_run(tmp_path / "run", EvaluationRequest(store=str(asked)))
+    store = tmp_path / "quiz.zarr"
+    extract(read_extract_config(None, {**media_lab.settings(quiz, store=str(store)), "dataset": "eval"}), quiet=True)
+    assert len(FeatureStore.open(store).clips) == 5
+    from_store = evaluate_run(tmp_path / "run", EvaluationRequest(store=str(store)))
     live = evaluate_run(tmp_path / "run", EvaluationRequest(dataset="eval", root=str(quiz)))
     assert [row["sample_id"] for row in live["answers"]] == [row["sample_id"] for row in from_store["answers"]]
     for now, then in zip(live["answers"], from_store["answers"], strict=True):
         assert now["scores"] == pytest.approx(then["scores"], abs=1e-4)
 
 
-def test_runs_beside_are_asked_at_the_same_place(run, small, tmp_path, media_lab, media_root, extracted, quiz):
+def test_baselines_are_scored_on_the_same_questions(run, small, tmp_path, media_lab, media_root, extracted, quiz):
     words = TrainConfig(**{**CONFIG.__dict__, "train_encoders": (), "mode": "text-only", "max_steps": 1})
     with live_source(words, media_lab.settings(media_root)) as (samples, source):
         train(words, samples, source, tmp_path / "words", quiet=True)

@@ -1,1 +1,1 @@
-"""Training: the plan of a run, its steps, its processes and what is measured on the way."""
+"""The plan of a run, the training loop, its stages and its processes."""

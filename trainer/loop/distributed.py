@@ -1,12 +1,6 @@
-"""Ranks: one process or many. Device, precision and data parallelism by accelerate, and what ranks decide together.
+"""One process or many: device, precision and data parallelism by accelerate, its trackers, and decisions of all ranks.
 
-Comes in: settings, and the environment that a launcher made. Goes out: accelerate's `Accelerator`, and the model as it
-is called in training. Under DDP every rank holds the whole model; under FSDP (version 2) a shard of every tensor.
-
-Trackers: a run's metrics in TensorBoard or Weights & Biases besides its own JSON lines, through accelerate.
-
-RUN/trackers/merv-train/   TensorBoard's event files: tensorboard --logdir RUN/trackers
-wandb's own folder         in RUN; WANDB_MODE=offline keeps it from sending anything
+Under DDP every rank holds the whole model; under FSDP (version 2) a shard of every tensor.
 """
 
 from __future__ import annotations
@@ -30,71 +24,27 @@ from trainer.config import TrainConfig
 from trainer.model.llm import decoder_layers
 from trainer.model.video_llm import VideoLLM
 
-TRACKERS_FOLDER, PROJECT = "trackers", "merv-train"
-
-
-def check_trackers(config: TrainConfig) -> None:
-    """Each tracker asked for must be installed: accelerate leaves out those that are not, with a warning."""
-    for name in config.trackers:
-        if find_spec(name) is None:
-            raise UserError(f"tracker {name} is not installed: pip install 'merv-pipeline[track]', or leave it out")
-
-
-def start_trackers(accelerator: Accelerator, config: TrainConfig, run: Path, start: int) -> None:
-    """Begin logging from step `start`; TensorBoard forgets what an earlier part of the run logged behind it."""
-    accelerator.init_trackers(
-        PROJECT,
-        config=flat(dataclasses.asdict(config)),
-        init_kwargs={"tensorboard": {"purge_step": start}, "wandb": {"name": run.name, "dir": str(run)}},
-    )
-
-
-def flat(settings: Mapping[str, Any], where: str = "") -> dict[str, bool | int | float | str]:
-    """Nested settings under dotted names, as trackers take them."""
-    found: dict[str, bool | int | float | str] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{where}{name}.")
-        else:
-            found[f"{where}{name}"] = value if isinstance(value, bool | int | float | str) else str(value)
-    return found
-
-
-def log(accelerator: Accelerator, row: Mapping[str, Any]) -> None:
-    """One step's metrics."""
-    accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
-
-
-def stop_trackers(accelerator: Accelerator) -> None:
-    """Flush and close. `Accelerator.end_training` would end the ranks' process group too."""
-    for tracker in accelerator.trackers:
-        tracker.finish()
+TRACKERS_FOLDER, PROJECT = "trackers", "merv-train"  # RUN/trackers/merv-train/: event files of TensorBoard
 
 
 def make_accelerator(config: TrainConfig, run: Path) -> Accelerator:
-    """This process among its ranks, as the launcher's environment says."""
+    """This process among its ranks, by the environment that a launcher set."""
     precision = "bf16" if config.precision == "bf16" else "no"
-    _forget_other_precision(precision)
+    # accelerate remembers the first precision of a process; a later run or stage may have another.
+    if AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
+        if AcceleratorState._shared_state.get("distributed_type") == DistributedType.FSDP:
+            raise UserError("under FSDP one command has one precision: train stages of unlike precision one by one")
+        AcceleratorState._reset_state()
     return Accelerator(
         mixed_precision=precision,
-        fsdp_plugin=_sharding(config),
+        fsdp_plugin=fsdp_plugin(config),
         log_with=list(config.trackers) or None,
         project_dir=str(run / TRACKERS_FOLDER),
     )
 
 
-def _forget_other_precision(precision: str) -> None:
-    """accelerate remembers the first precision of a process; a later run or stage of it may have another."""
-    known = AcceleratorState._shared_state.get("_mixed_precision", precision)
-    if known == precision:
-        return
-    if AcceleratorState._shared_state.get("distributed_type") == DistributedType.FSDP:
-        raise UserError("under FSDP one command has one precision: train stages of unlike precision one by one")
-    AcceleratorState._reset_state()
-
-
-def _sharding(config: TrainConfig) -> Any:
-    """How FSDP cuts the model up, if it was launched with it."""
+def fsdp_plugin(config: TrainConfig) -> Any:
+    """How FSDP shards the model; None if it was not launched with FSDP."""
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return None
     from accelerate.utils import FullyShardedDataParallelPlugin
@@ -103,8 +53,8 @@ def _sharding(config: TrainConfig) -> Any:
     plugin = FullyShardedDataParallelPlugin()  # reads what the launch file says
     if plugin.fsdp_version != 2 or plugin.cpu_ram_efficient_loading:
         raise UserError(
-            "FSDP must be version 2 with cpu_ram_efficient_loading off, as `merv-train --launch fsdp` sets it:"
-            " frozen and trained weights lie in one unit, and constants are loaded beside weights"
+            "FSDP must be version 2 with cpu_ram_efficient_loading off, as `merv-train --launch fsdp` sets it: frozen"
+            " and trained weights are in one unit, and constants are loaded with the weights"
         )
     if config.precision == "bf16":
         # accelerate would also sum gradients and return the loss in bfloat16.
@@ -113,7 +63,7 @@ def _sharding(config: TrainConfig) -> Any:
 
 
 def prepare(accelerator: Accelerator, model: VideoLLM, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
-    """The model as it is called in training, and its optimizer; `model` itself stays the one to ask for weights."""
+    """The model as it is called in training, and its optimizer; weights are still read from `model` itself."""
     if not accelerator.is_fsdp2:
         return accelerator.prepare(model, optimizer)
     from torch.distributed.fsdp import register_fsdp_forward_method
@@ -126,7 +76,7 @@ def prepare(accelerator: Accelerator, model: VideoLLM, optimizer: torch.optim.Op
 
 
 def any_rank(accelerator: Accelerator, *flags: bool) -> list[bool]:
-    """For every flag, whether some rank has it: what one does at a step all must do."""
+    """For every flag whether some rank has set it, so that all ranks take the same step."""
     if accelerator.num_processes == 1:
         return list(flags)
     counts = torch.tensor([float(flag) for flag in flags], device=accelerator.device)
@@ -135,7 +85,7 @@ def any_rank(accelerator: Accelerator, *flags: bool) -> list[bool]:
 
 @contextlib.contextmanager
 def deterministic(is_wanted: bool) -> Iterator[None]:
-    """Algorithms that give the same bits every time, where torch has a choice; slower on a GPU."""
+    """Deterministic algorithms where torch has a choice; slower on a GPU."""
     if not is_wanted:
         yield
         return
@@ -148,3 +98,41 @@ def deterministic(is_wanted: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.benchmark = before[1]
+
+
+def check_trackers(config: TrainConfig) -> None:
+    """Raise UserError for a tracker that is not installed: accelerate leaves it out with a warning."""
+    for name in config.trackers:
+        if find_spec(name) is None:
+            raise UserError(f"tracker {name} is not installed: pip install 'merv-pipeline[track]', or leave it out")
+
+
+def start_trackers(accelerator: Accelerator, config: TrainConfig, run: Path, start: int) -> None:
+    """Log from step `start` on; TensorBoard drops what the run has logged after it."""
+    accelerator.init_trackers(
+        PROJECT,
+        config=flat(dataclasses.asdict(config)),
+        init_kwargs={"tensorboard": {"purge_step": start}, "wandb": {"name": run.name, "dir": str(run)}},
+    )
+
+
+def flat(settings: Mapping[str, Any], where: str = "") -> dict[str, bool | int | float | str]:
+    """Nested settings under dotted names, as trackers take them."""
+    flattened: dict[str, bool | int | float | str] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            flattened |= flat(value, f"{where}{name}.")
+        else:
+            flattened[f"{where}{name}"] = value if isinstance(value, bool | int | float | str) else str(value)
+    return flattened
+
+
+def log(accelerator: Accelerator, row: Mapping[str, Any]) -> None:
+    """One step's metrics."""
+    accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+
+
+def stop_trackers(accelerator: Accelerator) -> None:
+    """Flush and close; `Accelerator.end_training` would end the process group too."""
+    for tracker in accelerator.trackers:
+        tracker.finish()

@@ -1,8 +1,8 @@
-"""Launch: the same command on several processes, one per GPU, through `accelerate launch`.
+"""`--launch`: the same command on several processes, one per GPU, through `accelerate launch`.
 
 `merv-train --launch ddp --processes 8 ...` replaces itself by accelerate's launcher, which starts `merv-train ...` that
-many times. Files and modules are named so that it works from any folder, also from one that has a `trainer/` of its
-own. More than one machine needs accelerate's own options: run the command that is printed with them added.
+many times; it works from any folder, also from one that has a `trainer/` of its own. More than one machine needs
+accelerate's own options, added to the command that is printed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LAUNCH_FILES: dict[Launch, Path] = {
     "ddp": Path(__file__).with_name("launch_ddp.yaml"),
     "fsdp": Path(__file__).with_name("launch_fsdp.yaml"),
 }
-# What torch's launcher leaves its processes after a SIGTERM before it kills them; the default of 30 s is too short for
+# How long torch's launcher waits after a SIGTERM before it kills its processes; the default of 30 s is too short for
 # the checkpoint of a large LLM.
 SHUTDOWN_VARIABLE, SHUTDOWN_S = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 600
 # -P: Python does not look for modules in the folder it is started from.
@@ -41,7 +41,7 @@ def is_first_rank() -> bool:
 
 
 def relaunch(launch: Launch, processes: int | None, arguments: Sequence[str]) -> None:
-    """Replace this process by the launcher; `arguments` are those of this command."""
+    """Replace this process by the launcher; `arguments` are this command's."""
     import torch  # seconds, but the processes will need longer
 
     num_gpus = torch.cuda.device_count()
@@ -50,19 +50,21 @@ def relaunch(launch: Launch, processes: int | None, arguments: Sequence[str]) ->
     os.execve(command[0], command, launch_environment(os.environ, num_gpus))
 
 
-def num_processes(launch: Launch, asked: int | None, num_gpus: int) -> int:
-    """How many to start: as many as asked, else one per GPU; an error where there are too few GPUs for that."""
+def num_processes(launch: Launch, requested: int | None, num_gpus: int) -> int:
+    """Processes to start: as many as requested, else one per GPU; UserError where there are too few GPUs."""
     if num_gpus == 0 and launch == "fsdp":
         raise UserError("--launch fsdp spreads a model over GPUs, and none is visible; on CPUs use --launch ddp")
-    if num_gpus == 0 and asked is None:
-        raise UserError(f"no GPU is visible: say with --processes how many CPU processes --launch {launch} starts")
-    if num_gpus and asked is not None and asked > num_gpus:
-        raise UserError(f"--processes is {asked} and {num_gpus} GPUs are visible: each process needs one of its own")
-    return asked or num_gpus
+    if num_gpus == 0 and requested is None:
+        raise UserError(f"no GPU is visible: set with --processes how many CPU processes --launch {launch} starts")
+    if num_gpus and requested is not None and requested > num_gpus:
+        raise UserError(
+            f"--processes is {requested} and {num_gpus} GPUs are visible: each process needs one of its own"
+        )
+    return requested or num_gpus
 
 
 def launch_command(launch: Launch, processes: int, arguments: Sequence[str]) -> list[str]:
-    """What is run; the processes read `--launch` too, and know that they are launched."""
+    """The launcher's command line; the processes read `--launch` too, and see by `is_launched` what they are."""
     launcher = [sys.executable, "-P", "-m", "accelerate.commands.launch"]
     options = ["--config_file", str(LAUNCH_FILES[launch]), "--num_processes", str(processes)]
     # Port 0: a free one, so that several runs fit on one machine.
@@ -70,6 +72,6 @@ def launch_command(launch: Launch, processes: int, arguments: Sequence[str]) -> 
 
 
 def launch_environment(environment: Mapping[str, str], num_gpus: int) -> dict[str, str]:
-    """Without a GPU, ranks meet over gloo: accelerate must be told, or each would train a run of its own."""
+    """Variables of the launcher. Without a GPU accelerate must be set to CPU, or each rank would train its own run."""
     ranks = {} if num_gpus else {"ACCELERATE_USE_CPU": "true"}
     return {SHUTDOWN_VARIABLE: str(SHUTDOWN_S), **environment, **ranks}

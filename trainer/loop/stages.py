@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from mervcache.config import overlay, plain
+from mervcache.config import overlay, to_builtin
 from mervcache.errors import UserError, unknown_name
 from mervcache.files import replace_text
 from trainer.config import CONFIG_FILE, Stages, TrainConfig, read_config
@@ -160,7 +160,7 @@ def _merge(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _settings_by_stage(stages: Stages) -> dict[str, Any]:
-    return {stage.name: plain(asdict(stage.config)) for stage in stages}
+    return {stage.name: to_builtin(asdict(stage.config)) for stage in stages}
 
 
 def _prepare_folder(out: Path, stages: Stages, only: str | None, resume: bool) -> None:
@@ -197,7 +197,7 @@ def _check_samples(stages: Stages, open_tokens: OpenTokens) -> list[str]:
 def _finished_result(folder: Path, config: TrainConfig) -> TrainResult | None:
     """The result of a run that is at its end, so that nothing is loaded for it; None if there is more to train."""
     from trainer.loop.train import TrainResult
-    from trainer.runs.checkpoint import best, resolve_start
+    from trainer.runs.checkpoint import resolve_start
     from trainer.runs.run_record import RunRecord, read_metrics
 
     checkpoint = resolve_start(folder, config, resume=True)
@@ -206,12 +206,5 @@ def _finished_result(folder: Path, config: TrainConfig) -> TrainResult | None:
     record, step = RunRecord.read(folder), int(checkpoint.name.removeprefix("step-"))
     if step < record.num_steps:
         return None
-    return TrainResult(
-        run=str(folder),
-        steps=step,
-        num_steps=record.num_steps,
-        loss=read_metrics(folder)[-1]["loss"],
-        data_digest=record.data_digest,
-        checkpoint=str(checkpoint),
-        best=str(best(folder) or ""),
-    )
+    loss = read_metrics(folder)[-1]["loss"]
+    return TrainResult.of_run(folder, steps=step, num_steps=record.num_steps, loss=loss, data_digest=record.data_digest)

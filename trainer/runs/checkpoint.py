@@ -1,4 +1,4 @@
-"""Checkpoints: weights and optimizer state as safetensors and JSON in a folder that exists whole or not at all.
+"""Checkpoints of a run: weights and optimizer state as safetensors and JSON, in folders written whole or not at all.
 
     RUN/checkpoints/step-00000400/
         model.safetensors       trained weights and measured constants; all of the LLM where its weights are fresh
@@ -6,17 +6,7 @@
         state.json              step, data digest, encoder identities, validation, sha256 of the two files
 
 Nothing else is state: order and random numbers are functions of the seed and the step, the learning rate of the step.
-Which checkpoint is the best is written nowhere: it follows from what the checkpoints say about their validation.
-
-Folder: a run's folder before its first step, and whether a run may go on in it.
-
-RUN/config.yaml   the settings in force     RUN/run.json   what the data and the model were
-RUN/llm/          tokenizer, and the sizes of a fresh LLM
-
-Shards: tensors that lie cut up on several ranks (FSDP's `DTensor`), and the same tensors whole.
-
-A checkpoint holds whole tensors, so it can be read by one process or by any other number of ranks. On one rank and
-under DDP every tensor is whole already, and these functions change nothing.
+Tensors are full, so one process or any number of ranks can read them.
 """
 
 from __future__ import annotations
@@ -40,49 +30,63 @@ from trainer.model.llm import save_shape
 from trainer.model.video_llm import Built
 from trainer.runs.run_record import LLM_FOLDER, RunRecord
 
-
-def whole(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """Tensors put together from all ranks, one at a time, and onto the CPU where they are kept.
-
-    Every rank must call it with the same names in the same order; those that write nothing say keep=False.
-    """
-    found = {}
-    for name, value in tensors.items():
-        full = plain(value.detach())
-        if keep:
-            found[name] = full.cpu()
-    return found
-
-
-def plain(value: Tensor) -> Tensor:
-    """The tensor itself, put together where it is cut up."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
-
-
-def placed_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor on the device of `parameter`, cut up as it is; every rank brings the same value."""
-    value = value.to(parameter.device)
-    if not hasattr(parameter, "device_mesh"):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements)
-
-
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
 LLM_PREFIX = "llm."  # of its names in the model
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# Settings that change neither weights nor losses beyond the rounding of sums, so they may differ in a resumed run.
+FREE_ON_RESUME = {
+    "activation_checkpointing",
+    "allow_fresh_frozen",
+    "checkpoint_every",
+    "checkpoint_minutes",
+    "deterministic",
+    "eval_every",
+    "eval_limit",
+    "eval_split",
+    "keep_checkpoints",
+    "log_every",
+    "prefetch_batches",
+    "trackers",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointState:
-    """What a checkpoint says about itself."""
+    """The content of state.json."""
 
     step: int  # steps done
     data_digest: str
     identities: Mapping[str, str]  # encoder -> identity of the tokens it was trained on
     sha256: Mapping[str, str]  # file -> digest
     validation: Mapping[str, float] = field(default_factory=dict)  # metrics of this step; empty: not validated
+
+
+def resolve_start(out: Path, config: TrainConfig, resume: bool) -> Path | None:
+    """The checkpoint to resume from, None for a new run; UserError for a run that exists or had other settings."""
+    check_room(out, "run", "--out")
+    if not (out / CONFIG_FILE).exists():
+        return None
+    if not resume:
+        raise UserError(f"{out} holds a run already; go on with --resume auto, or choose another --out")
+    before = read_config(out)
+    # A loss per token is one sum, however it is cut into micro-batches; the mean of micro-batches is not.
+    free = FREE_ON_RESUME | ({"micro_batch_size"} if config.loss == "per_token" else set())
+    names = [field.name for field in fields(config) if field.name not in free]
+    if changed := [name for name in names if getattr(before, name) != getattr(config, name)]:
+        values = "; ".join(f"{name} was {getattr(before, name)!r}, is {getattr(config, name)!r}" for name in changed)
+        raise UserError(
+            f"{out} was started with other settings ({values}); resume with the same, or choose another --out"
+        )
+    return newest(out)
+
+
+def write_folder(out: Path, built: Built, record: RunRecord, *, is_new: bool) -> None:
+    """Write settings, record and tokenizer before the first step; of a resumed run only the settings change."""
+    out.mkdir(parents=True, exist_ok=True)
+    if is_new:
+        save_shape(built.llm, out / LLM_FOLDER)
+        record.write(out)
+    replace_text(out / CONFIG_FILE, built.config.to_yaml())
 
 
 def save(
@@ -124,34 +128,34 @@ def save(
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
+    """Complete checkpoints of a run, oldest first."""
     return sorted(path for path in _checkpoints(run).glob("step-*") if (path / STATE_FILE).is_file())
 
 
 def newest(run: Path) -> Path | None:
-    """The last whole checkpoint of a run."""
+    """The last complete checkpoint of a run."""
     return (checkpoints(run) or [None])[-1]
 
 
 def best(run: Path) -> Path | None:
-    """The whole checkpoint with the best validation, the earlier one of equals; None if none was validated."""
+    """The checkpoint with the best validation, the earlier one of equals; None if none was validated."""
     validated = [folder for folder in checkpoints(run) if _read_state(folder).validation]
     return max(validated, key=lambda folder: goodness(_read_state(folder).validation), default=None)
 
 
 def best_goodness(run: Path) -> tuple[float, float] | None:
-    """The goodness of the best checkpoint; None if none was validated."""
+    """`goodness` of the best checkpoint; None if none was validated."""
     folder = best(run)
     return goodness(_read_state(folder).validation) if folder is not None else None
 
 
 def goodness(validation: Mapping[str, float]) -> tuple[float, float]:
-    """What checkpoints are compared by: accuracy where questions were asked, then the smaller loss."""
+    """Sort key of checkpoints: accuracy where it was measured, then the smaller loss."""
     return validation.get("val_accuracy", -1.0), -validation["val_loss"]
 
 
 def load_state(folder: Path) -> CheckpointState:
-    """What the checkpoint says, after its files have been compared with their digests."""
+    """A checkpoint's state, after its files have been compared with their digests."""
     state = _read_state(folder)
     for name in (MODEL_FILE, OPTIMIZER_FILE):
         if state.sha256.get(name) != file_sha256(folder / name):
@@ -169,7 +173,7 @@ def _read_state(folder: Path) -> CheckpointState:
 
 
 def model_weights(model: nn.Module, *, with_llm: bool) -> dict[str, Tensor]:
-    """What a checkpoint must hold: all but a pretrained LLM that was not trained."""
+    """The tensors of a checkpoint: all but a pretrained LLM that was not trained."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     return {
         name: value
@@ -179,14 +183,15 @@ def model_weights(model: nn.Module, *, with_llm: bool) -> dict[str, Tensor]:
 
 
 def load_model(folder: Path, model: nn.Module, *, with_llm: bool) -> None:
-    """Put the weights of the checkpoint into `model`."""
-    put_in(model, load_file(folder / MODEL_FILE), set(model_weights(model, with_llm=with_llm)), folder)
+    """Load the weights of the checkpoint into `model`."""
+    load_exactly(model, load_file(folder / MODEL_FILE), set(model_weights(model, with_llm=with_llm)), folder)
 
 
-def put_in(model: nn.Module, weights: Mapping[str, Tensor], expected: set[str], folder: Path) -> None:
-    """Put what `folder` holds into `model`; every tensor that is expected must be there, and no other."""
-    if odd := sorted(set(weights) ^ expected):
-        raise UserError(f"{folder} holds another model than its config builds; differing tensors: {', '.join(odd[:5])}")
+def load_exactly(model: nn.Module, weights: Mapping[str, Tensor], expected: set[str], folder: Path) -> None:
+    """Load the weights that `folder` holds into `model`; UserError unless they are exactly the expected tensors."""
+    if wrong := sorted(set(weights) ^ expected):
+        names = ", ".join(wrong[:5])
+        raise UserError(f"{folder} holds another model than its config builds; differing tensors: {names}")
     model.load_state_dict(weights, strict=False)
 
 
@@ -200,7 +205,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[int, str]
 
 
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, names: Mapping[int, str], step: int) -> None:
-    """Put the moments of the checkpoint into `optimizer`, cut up among the ranks as its parameters are."""
+    """Load the moments of the checkpoint into `optimizer`, sharded as its parameters are."""
     moments = load_file(folder / OPTIMIZER_FILE)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -210,74 +215,54 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, names: Mappin
                 optimizer.state[parameter] = {"step": torch.tensor(float(step)), **state}
 
 
+def gather_full(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Full tensors from all ranks' shards, one at a time, on the CPU; none on ranks that say keep=False.
+
+    Every rank must call it with the same names in the same order.
+    """
+    gathered = {}
+    for name, value in tensors.items():
+        full = full_tensor(value.detach())
+        if keep:
+            gathered[name] = full.cpu()
+    return gathered
+
+
+def full_tensor(value: Tensor) -> Tensor:
+    """The tensor itself; a sharded one (FSDP's `DTensor`) gathered from all ranks."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def placed_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """A full tensor on the device of `parameter`, sharded as it is; every rank passes the same value."""
+    value = value.to(parameter.device)
+    if not hasattr(parameter, "device_mesh"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+
+
 def _checkpoints(run: Path) -> Path:
     return Path(run) / "checkpoints"
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors that share no memory (safetensors refuses tied weights), copied only where they must be."""
-    found: dict[str, Tensor] = {}
+    """Contiguous tensors that share no memory: safetensors refuses tied weights."""
+    copied: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, value in tensors.items():
         value = value.detach().cpu().contiguous()
         start = value.untyped_storage().data_ptr()
-        found[name] = value.clone() if start in seen else value
+        copied[name] = value.clone() if start in seen else value
         seen.add(start)
-    return found
+    return copied
 
 
 def _sync(path: Path) -> None:
-    """Make a file's or folder's content outlive a power cut."""
+    """fsync a file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-# Settings that change neither weights nor losses beyond the rounding of sums: a resumed run may have others.
-FREE_ON_RESUME = {
-    "activation_checkpointing",
-    "allow_fresh_frozen",
-    "checkpoint_every",
-    "checkpoint_minutes",
-    "deterministic",
-    "eval_every",
-    "eval_limit",
-    "eval_split",
-    "keep_checkpoints",
-    "log_every",
-    "prefetch_batches",
-    "trackers",
-}
-
-
-def resolve_start(out: Path, config: TrainConfig, resume: bool) -> Path | None:
-    """The checkpoint to go on from; an existing run is neither overwritten nor continued with other settings."""
-    check_room(out, "run", "--out")
-    if not (out / CONFIG_FILE).exists():
-        return None
-    if not resume:
-        raise UserError(f"{out} holds a run already; go on with --resume auto, or choose another --out")
-    before = read_config(out)
-    names = [field.name for field in fields(config) if field.name not in _free(config)]
-    if odd := [name for name in names if getattr(before, name) != getattr(config, name)]:
-        values = "; ".join(f"{name} was {getattr(before, name)!r}, is {getattr(config, name)!r}" for name in odd)
-        raise UserError(
-            f"{out} was started with other settings ({values}); resume with the same, or choose another --out"
-        )
-    return newest(out)
-
-
-def _free(config: TrainConfig) -> set[str]:
-    """Settings that may change: a loss per token is one sum, however cut; the mean of micro-batches is not."""
-    return FREE_ON_RESUME | ({"micro_batch_size"} if config.loss == "per_token" else set())
-
-
-def write_folder(out: Path, built: Built, record: RunRecord, *, is_new: bool) -> None:
-    """Write settings, record and tokenizer, before the first step; a resumed run's settings may have changed."""
-    out.mkdir(parents=True, exist_ok=True)
-    if is_new:
-        save_shape(built.llm, out / LLM_FOLDER)
-        record.write(out)
-    replace_text(out / CONFIG_FILE, built.config.to_yaml())

@@ -1,14 +1,14 @@
-"""Export: a run -> a folder that can be given away; `trainer/runs/load.py` reads it.
+"""Exports a run as a folder that can be published; `trainer/runs/load.py` reads it.
 
     OUT/README.md                 model card
     OUT/config.yaml, run.json     settings and record of the run
     OUT/encoders.json             identity of every encoder's tokens: weights, layer, preprocessing, grid
     OUT/projectors.safetensors    and fusion.safetensors (trained_encoders.safetensors, where some were trained)
-    OUT/llm/                      tokenizer; all of the LLM, in shards, where this run has changed it or is asked to
+    OUT/llm/                      tokenizer; all of the LLM, in shards, where this run has changed it or on request
     OUT/adapter/                  LoRA weights as peft reads them, where they are not merged
     OUT/export.json               step, data digest, sha256 of every file of weights
 
-A frozen LLM is named and not copied: its weights are its publisher's to give.
+A frozen LLM is named and not copied: its licence may not allow passing its weights on.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from trainer.runs.load import (
     ADAPTER_PREFIX,
     EXPORT_FILE,
     FORMAT,
-    WORDS,
+    LLM_NOTES,
     ExportRecord,
     LLMWeights,
     LoadedRun,
@@ -57,7 +56,7 @@ from trainer.runs.stage_folders import last_stage
 
 CARD_FILE, ENCODERS_FILE = "README.md", "encoders.json"
 MAX_SHARD = "5GB"
-NUM_LOSSES = 50  # steps whose mean loss the card says
+NUM_LOSSES = 50  # steps whose mean loss is on the card
 
 
 def export_run(
@@ -70,15 +69,19 @@ def export_run(
     best: bool = False,
     license: str = UNKNOWN_LICENSE,
 ) -> dict[str, Any]:
-    """Write the newest (or best) checkpoint of `run` to the folder `out`, whole or not at all."""
+    """Write the newest (or best) checkpoint of `run` to the folder `out`, whole or not at all.
+
+    Returns the folder, step, where the LLM's weights are, size in bytes and the files. Raises UserError if `out` exists
+    or the options do not fit the run.
+    """
     run, out = last_stage(Path(run)), Path(out)
     if out.exists():
         raise UserError(f"{out} exists already; choose another --out")
     loaded = load_run(run, best=best)
+    llm = loaded.built.llm.model
     kind = _llm_weights(loaded.built, with_llm=with_llm, merge_lora=merge_lora)
+    dtype = str(llm.dtype).removeprefix("torch.")
     with atomic_directory(out) as folder:
-        dtype = str(loaded.built.llm.model.dtype).removeprefix("torch.")
-        revision = getattr(loaded.built.llm.model.config, "_commit_hash", None)
         _write_weights(folder, loaded.built, kind, merge_lora=merge_lora)
         _write_facts(folder, run, loaded)
         record = ExportRecord(
@@ -88,46 +91,19 @@ def export_run(
             llm=kind,
             llm_dtype=dtype,
             is_merged=merge_lora,
-            llm_revision=revision,
+            llm_revision=getattr(llm.config, "_commit_hash", None),
             sha256=weight_digests(folder),
         )
         (folder / EXPORT_FILE).write_text(json.dumps(asdict(record), indent=1) + "\n")
-        facts = card_facts(run, loaded, record, name=name or out.name, license=license)
+        facts = _card_facts(run, loaded, record, name=name or out.name, license=license)
         (folder / CARD_FILE).write_text(model_card(facts))
     files = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
     size = sum((out / file).stat().st_size for file in files)
     return {"out": str(out), "step": record.step, "llm": kind, "bytes": size, "files": files}
 
 
-def card_facts(run: Path, loaded: LoadedRun, record: ExportRecord, *, name: str, license: str) -> CardFacts:
-    """What the run's folder says about itself; what an imported or older run does not hold is left out."""
-    metrics = read_metrics(run) if (run / METRICS_FILE).is_file() else []
-    losses = [row["loss"] for row in metrics if row["step"] < loaded.step]
-    return CardFacts(
-        name=name,
-        config=loaded.built.config,
-        record=loaded.record,
-        step=loaded.step,
-        llm_weights=WORDS[record.llm],
-        llm_revision=record.llm_revision,
-        license=license,
-        scores=read_scores(run),
-        losses=losses[-NUM_LOSSES:],
-        steps_trained=metrics[-1]["step"] + 1 if metrics else None,
-        validation=_validation(run, loaded.step),
-        origin=json.loads((run / IMPORT_FILE).read_text()) if (run / IMPORT_FILE).is_file() else None,
-        software=software_versions(),
-    )
-
-
-def _validation(run: Path, step: int) -> Mapping[str, float] | None:
-    """What the checkpoint of that step says; its weights are not read for it."""
-    states = [json.loads((folder / checkpoint.STATE_FILE).read_text()) for folder in checkpoint.checkpoints(run)]
-    return next((state.get("validation") for state in states if state["step"] == step), None)
-
-
 def _llm_weights(built: Built, *, with_llm: bool, merge_lora: bool) -> LLMWeights:
-    """Where the LLM's weights will be; an error for what cannot be asked of this run."""
+    """Where the LLM's weights will be; UserError for options that do not fit the run."""
     config = built.config
     if merge_lora and config.train_llm != "lora":
         raise UserError(f"--merge-lora: the run has train_llm {config.train_llm}, so there are no adapters to merge")
@@ -144,6 +120,7 @@ def _llm_weights(built: Built, *, with_llm: bool, merge_lora: bool) -> LLMWeight
 
 
 def _write_weights(out: Path, built: Built, kind: LLMWeights, *, merge_lora: bool) -> None:
+    llm = built.llm.model
     parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, value in built.model.state_dict().items():
         if not name.startswith("llm."):
@@ -152,17 +129,45 @@ def _write_weights(out: Path, built: Built, kind: LLMWeights, *, merge_lora: boo
         save_file(weights, out / f"{part}.safetensors", metadata={"format": "pt"})
     built.llm.tokenizer.save_pretrained(out / LLM_FOLDER)
     if kind == "adapter":
-        write_adapter(out / ADAPTER_FOLDER, built.llm.model, built.config.llm)
-    if kind == "whole":
+        # As peft's own folder, which `PeftModel.from_pretrained(BASE, FOLDER)` reads. peft's `save_pretrained` takes a
+        # PeftModel around the LLM; here the adapters are injected into it.
+        settings = llm.peft_config["default"]
+        settings.base_model_name_or_path = built.config.llm
+        settings.task_type, settings.inference_mode = "CAUSAL_LM", True
+        settings.save_pretrained(out / ADAPTER_FOLDER)
+        weights = {
+            ADAPTER_PREFIX + name.replace(".default.", "."): value.detach().cpu().contiguous()
+            for name, value in llm.state_dict().items()
+            if is_adapter(name)
+        }
+        save_file(weights, out / ADAPTER_FOLDER / ADAPTER_FILE, metadata={"format": "pt"})
+    elif kind == "whole":
         if merge_lora:
-            merge_adapters(built.llm.model)
-        built.llm.model.save_pretrained(out / LLM_FOLDER, max_shard_size=MAX_SHARD)
+            _merge_adapters(llm)
+        llm.save_pretrained(out / LLM_FOLDER, max_shard_size=MAX_SHARD)
+
+
+@torch.no_grad()
+def _merge_adapters(llm: nn.Module) -> None:
+    """Add every adapter to the weights of its layer, in their dtype, and remove it from the LLM."""
+    from peft.tuners.tuners_utils import BaseTunerLayer  # seconds, and most runs have no adapters
+
+    for name, module in list(llm.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge(safe_merge=True)  # refuses to merge what is not finite
+            parent, _, child = name.rpartition(".")
+            setattr(llm.get_submodule(parent), child, module.get_base_layer())
+    del llm.peft_config
 
 
 def _write_facts(out: Path, run: Path, loaded: LoadedRun) -> None:
-    """Settings and record; files by their names alone: the folders of a machine are not given away."""
+    """Settings, record and identities; paths are cut to their names, so that no folder of this machine is published."""
     (out / CONFIG_FILE).write_text(loaded.built.config.to_yaml())
-    known = {encoder: _without_paths(facts) for encoder, facts in loaded.record.encoders.items()}
+    known = {encoder: dict(facts) for encoder, facts in loaded.record.encoders.items()}
+    for facts in known.values():
+        source = facts.get("weights_from")
+        if source and Path(source).exists():
+            facts["weights_from"] = Path(source).name
     replace(loaded.record, store=Path(loaded.record.store).name, encoders=known, live=None).write(out)
     encoders = {
         encoder: {"identity_id": shape.identity, **known.get(encoder, {})}
@@ -173,32 +178,23 @@ def _write_facts(out: Path, run: Path, loaded: LoadedRun) -> None:
         shutil.copyfile(run / IMPORT_FILE, out / IMPORT_FILE)
 
 
-def _without_paths(facts: Mapping[str, Any]) -> dict[str, Any]:
-    source = facts.get("weights_from")
-    return {**facts, "weights_from": Path(source).name} if source and Path(source).exists() else dict(facts)
-
-
-def write_adapter(folder: Path, llm: nn.Module, base: str) -> None:
-    """The adapters as peft's own folder: `PeftModel.from_pretrained(BASE, FOLDER)` reads it."""
-    settings = llm.peft_config["default"]
-    settings.base_model_name_or_path, settings.task_type, settings.inference_mode = base, "CAUSAL_LM", True
-    settings.save_pretrained(folder)
-    weights = {
-        ADAPTER_PREFIX + name.replace(".default.", "."): value.detach().cpu().contiguous()
-        for name, value in llm.state_dict().items()
-        if is_adapter(name)
-    }
-    save_file(weights, folder / ADAPTER_FILE, metadata={"format": "pt"})
-
-
-@torch.no_grad()
-def merge_adapters(llm: nn.Module) -> None:
-    """Add every adapter to the weights it stands beside, in their type, and take it out of the LLM."""
-    from peft.tuners.tuners_utils import BaseTunerLayer  # seconds, and most runs have no adapters
-
-    for name, module in list(llm.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            module.merge(safe_merge=True)  # refuses to merge what is not finite
-            parent, _, child = name.rpartition(".")
-            setattr(llm.get_submodule(parent), child, module.get_base_layer())
-    del llm.peft_config
+def _card_facts(run: Path, loaded: LoadedRun, record: ExportRecord, *, name: str, license: str) -> CardFacts:
+    """What the run's folder records; an imported or older run may lack some of it."""
+    metrics = read_metrics(run) if (run / METRICS_FILE).is_file() else []
+    losses = [row["loss"] for row in metrics if row["step"] < loaded.step]
+    states = [json.loads((folder / checkpoint.STATE_FILE).read_text()) for folder in checkpoint.checkpoints(run)]
+    return CardFacts(
+        name=name,
+        config=loaded.built.config,
+        record=loaded.record,
+        step=loaded.step,
+        llm_weights=LLM_NOTES[record.llm],
+        llm_revision=record.llm_revision,
+        license=license,
+        scores=read_scores(run),
+        losses=losses[-NUM_LOSSES:],
+        steps_trained=metrics[-1]["step"] + 1 if metrics else None,
+        validation=next((state.get("validation") for state in states if state["step"] == loaded.step), None),
+        origin=json.loads((run / IMPORT_FILE).read_text()) if (run / IMPORT_FILE).is_file() else None,
+        software=software_versions(),
+    )

@@ -1,8 +1,7 @@
-"""Model card: README.md of an exported model, made of what the run recorded and of nothing else.
+"""The model card of an exported model: README.md made from what the run recorded and nothing else.
 
-Comes in: `CardFacts`. Goes out: Markdown with the front matter that a model hub reads. What a reader must not overlook
-(weights that are random numbers, a licence still to be chosen, scores of another step) is said in bold; what was not
-recorded is said to be unknown. Text from data (categories, names of stores) is kept from becoming Markdown.
+What a reader must not overlook (random weights, a missing licence, scores of another step) is bold; what was not
+recorded is called unknown. Text from data (categories, names of stores) is kept from becoming Markdown.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 @dataclass(frozen=True, kw_only=True)
 class CardFacts:
-    """What the card is made of."""
+    """The facts on the card."""
 
     name: str
     config: TrainConfig
@@ -43,7 +42,7 @@ class CardFacts:
     llm_revision: str | None  # commit of the Hub's LLM
     license: str = UNKNOWN_LICENSE
     scores: Sequence[Mapping[str, Any]] = ()  # as trainer/runs/run_record.py reads them
-    losses: Sequence[float] = ()  # of the last steps before the checkpoint; one batch's says little
+    losses: Sequence[float] = ()  # of the last steps before the checkpoint
     steps_trained: int | None = None  # by the whole run, of which the checkpoint may be an earlier one
     validation: Mapping[str, float] | None = None  # of the exported checkpoint
     origin: Mapping[str, Any] | None = None  # of an imported checkpoint
@@ -51,86 +50,99 @@ class CardFacts:
 
 
 def model_card(facts: CardFacts) -> str:
-    """The whole README.md."""
+    """The whole README.md: Markdown with the front matter that a model hub reads."""
+    record = facts.record
+    where, source = ("--store STORE", "of a feature store")
+    if facts.config.train_encoders:  # no store holds their tokens
+        where, source = ("--dataset NAME --root DIR", "of a dataset, decoded and encoded as it goes")
+    dropped = ", ".join(f"{count} {_clean(reason)}" for reason, count in record.dropped.items()) or "none"
+    licence = f"`{_clean(facts.license)}`."
+    if facts.license == UNKNOWN_LICENSE:
+        licence = "**To be filled in by who publishes it: `license` at the top of this card.**"
     sections = {
-        "Load it": _loading(facts),
+        "Load it": "```python\nfrom trainer import load_run\n\n"
+        'run = load_run("path/to/this/folder")\n'
+        "model, renderer = run.built.model, run.built.renderer\n```\n\n"
+        f"`merv-eval run --checkpoint path/to/this/folder {where}` scores it on the questions {source}.",
         "What was random": _bullets(random_parts(facts)),
-        "Encoders": _encoders(facts.record),
-        "Data": _data(facts),
+        "Encoders": _encoders(record),
+        "Data": _bullets(
+            [
+                f"Data digest: `{_clean(record.data_digest)}`",
+                f"Samples: {record.num_samples:,}; dropped: {dropped}",
+                f"Store: {_clean(Path(record.store).name) or 'not recorded'}",
+            ]
+        ),
         "Training": _training(facts),
-        "Scores": _scores(facts),
+        "Scores": "\n\n".join(_score_table(scores, facts.step) for scores in facts.scores)
+        or "Not evaluated: `merv-eval run --checkpoint RUN` before the export puts its scores here.",
         "Settings": f"```yaml\n{facts.config.to_yaml()}```",
         "Software": _table(
             ("package", "in training", "at export"),
             (
-                (name, facts.record.software.get(name, "not recorded"), facts.software.get(name, "-"))
-                for name in {**facts.record.software, **facts.software}
+                (name, record.software.get(name, "not recorded"), facts.software.get(name, "-"))
+                for name in {**record.software, **facts.software}
             ),
         ),
-        "Licence": _licence(facts),
+        "Licence": f"{licence} The licences of the LLM, of the encoders' weights and of the data apply as well.",
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
-    return f"{_front_matter(facts)}\n# {_plain(facts.name)}\n\n{_summary(facts)}\n\n{body}\n"
+    return f"{_front_matter(facts)}\n# {_clean(facts.name)}\n\n{_summary(facts)}\n\n{body}\n"
 
 
 def random_parts(facts: CardFacts) -> list[str]:
-    """What did not come from training or from somebody's trained weights."""
-    config, told = facts.config, []
+    """A line for each part that started from random weights, or of which that is not recorded."""
+    config, lines = facts.config, []
     for encoder in facts.record.shapes:
         label = facts.record.encoders.get(encoder, {}).get("weights")
         if label is None:
-            told.append(f"Encoder {encoder}: not recorded whether its weights were trained.")
+            lines.append(f"Encoder {encoder}: not recorded whether its weights were trained.")
         elif label.startswith("random"):
-            told.append(f"**Encoder {encoder} has seeded random weights (`{label}`): it was never trained.**")
+            lines.append(f"**Encoder {encoder} has seeded random weights (`{label}`): it was never trained.**")
     if config.llm.startswith(FRESH_PREFIX):
-        told.append(
+        lines.append(
             f"**The LLM (`{config.llm}`) started from fresh weights, seed {config.seed}, and knows only the words of"
             " its training samples.**"
         )
     if facts.origin is None and facts.record.shapes:
-        start = f"from the run `{_plain(config.init)}`" if config.init else f"from seed {config.seed}"
-        told.append(f"Projectors and fusion started {start} and were trained; the order of the data follows the seed.")
-    return told or ["Nothing that is recorded."]
+        start = f"from the run `{_clean(config.init)}`" if config.init else f"from seed {config.seed}"
+        lines.append(f"Projectors and fusion started {start} and were trained; the order of the data follows the seed.")
+    return lines or ["Nothing that is recorded."]
 
 
 def hub_id(llm: str) -> str | None:
-    """The LLM's name where a model hub can follow it: not fresh, not a folder."""
+    """The LLM's name where it is a model hub's: not fresh, not a folder."""
     return llm if HUB_ID.fullmatch(llm) and not Path(llm).exists() else None
 
 
 def _front_matter(facts: CardFacts) -> str:
-    """YAML between two lines of dashes, as model hubs read it."""
+    """YAML between two lines of dashes; its model index holds the overall accuracy of every evaluation."""
     base = hub_id(facts.config.llm)
+    results = [
+        {
+            "task": {"type": TASK, "name": "multiple choice"},
+            "dataset": {"type": _stem(record), "name": _stem(record), "split": record["split"]},
+            "metrics": [
+                {"type": "accuracy", "value": row["accuracy"], "name": f"accuracy, chance {row['chance']:.3f}"}
+            ],
+        }
+        for record in facts.scores
+        for row in record["scores"][:1]
+    ]
     values = {
         "license": facts.license,
         "library_name": LIBRARY,
         "pipeline_tag": TASK,
         "tags": ["video", "multi-encoder", "merv", facts.config.fusion.name, *facts.record.shapes],
         **({"base_model": [base]} if base else {}),
-        **({"metrics": ["accuracy"], "model-index": [_model_index(facts)]} if facts.scores else {}),
+        **(
+            {"metrics": ["accuracy"], "model-index": [{"name": facts.name, "results": results}]} if facts.scores else {}
+        ),
     }
     text = yaml.safe_dump(values, sort_keys=False)
     open_line = f"license: {UNKNOWN_LICENSE}\n"
     text = text.replace(open_line, f"license: {UNKNOWN_LICENSE}  # fill in before you publish it\n", 1)
     return f"---\n{text}---\n"
-
-
-def _model_index(facts: CardFacts) -> dict[str, Any]:
-    """The overall accuracy of every evaluation."""
-    return {
-        "name": facts.name,
-        "results": [
-            {
-                "task": {"type": TASK, "name": "multiple choice"},
-                "dataset": {"type": _stem(record), "name": _stem(record), "split": record["split"]},
-                "metrics": [
-                    {"type": "accuracy", "value": row["accuracy"], "name": f"accuracy, chance {row['chance']:.3f}"}
-                ],
-            }
-            for record in facts.scores
-            for row in record["scores"][:1]
-        ],
-    }
 
 
 def _summary(facts: CardFacts) -> str:
@@ -139,29 +151,17 @@ def _summary(facts: CardFacts) -> str:
     counts = "; ".join(
         f"{part} {sizes['total']:,} ({sizes['trained']:,} trained)" for part, sizes in facts.record.parameters.items()
     )
-    source = f"\n\nImported from a checkpoint of {_plain(facts.origin['source'])}." if facts.origin else ""
+    source = f"\n\nImported from a checkpoint of {_clean(facts.origin['source'])}." if facts.origin else ""
     revision = f" at revision `{facts.llm_revision}`" if facts.llm_revision else ""
     return (
-        f"A VideoLLM: visual tokens of {encoders}{fusion}, in front of `{_plain(facts.config.llm)}`{revision}."
+        f"A VideoLLM: visual tokens of {encoders}{fusion}, in front of `{_clean(facts.config.llm)}`{revision}."
         f" {facts.record.num_visual_tokens} visual tokens per clip. {facts.llm_weights}{source}\n\n"
         f"Parameters: {counts}."
     )
 
 
-def _loading(facts: CardFacts) -> str:
-    where, words = ("--store STORE", "of a feature store")
-    if facts.config.train_encoders:  # no store holds their tokens
-        where, words = ("--dataset NAME --root DIR", "of a dataset, decoded and encoded as it goes")
-    return (
-        "```python\nfrom trainer import load_run\n\n"
-        'run = load_run("path/to/this/folder")\n'
-        "model, renderer = run.built.model, run.built.renderer\n```\n\n"
-        f"`merv-eval run --checkpoint path/to/this/folder {where}` scores it on the questions {words}."
-    )
-
-
 def _encoders(record: RunRecord) -> str:
-    """Who made the tokens; encoders.json beside the card holds every field, preprocessing included."""
+    """What made the tokens; encoders.json holds every field."""
     rows = []
     for encoder, shape in record.shapes.items():
         facts = record.encoders.get(encoder, {})
@@ -178,51 +178,30 @@ def _encoders(record: RunRecord) -> str:
     return f"{table}\n\nEvery field of the identities, preprocessing included, is in `encoders.json`."
 
 
-def _data(facts: CardFacts) -> str:
-    record = facts.record
-    dropped = ", ".join(f"{count} {_plain(reason)}" for reason, count in record.dropped.items()) or "none"
-    return _bullets(
-        [
-            f"Data digest: `{_plain(record.data_digest)}`",
-            f"Samples: {record.num_samples:,}; dropped: {dropped}",
-            f"Store: {_plain(Path(record.store).name) or 'not recorded'}",
-        ]
-    )
-
-
 def _training(facts: CardFacts) -> str:
-    config = facts.config
+    config, losses = facts.config, facts.losses
+    loss = "Training loss: not recorded"
+    if losses:
+        loss = f"Training loss, mean of the last {len(losses)} steps: {sum(losses) / len(losses):.4f}"
     lines = [
         f"Steps: {facts.step} of {facts.record.num_steps}, {config.batch_size} samples each",
         f"LLM: {LLM_TRAINING[config.train_llm]}; loss `{config.loss}`",
-        _loss(facts.losses),
+        loss,
         *(f"Validation of this checkpoint, {name}: {value:.4f}" for name, value in (facts.validation or {}).items()),
     ]
     if config.mode == "text-only":
-        lines.append("Without visual tokens: the baseline that a score stands beside")
+        lines.append("Without visual tokens: the baseline to compare scores with")
     if facts.steps_trained is not None and facts.steps_trained < facts.record.num_steps:
         lines.append(f"**The run was stopped early, after {facts.steps_trained} of {facts.record.num_steps} steps.**")
     if facts.record.started_from:
-        lines.append(f"Started from: {_plain(facts.record.started_from)}")
+        lines.append(f"Started from: {_clean(facts.record.started_from)}")
     if facts.origin:
-        lines.append(f"Imported file: `{_plain(facts.origin['file'])}`, sha256 `{_plain(facts.origin['sha256'])}`")
+        lines.append(f"Imported file: `{_clean(facts.origin['file'])}`, sha256 `{_clean(facts.origin['sha256'])}`")
     return _bullets(lines)
 
 
-def _loss(losses: Sequence[float]) -> str:
-    if not losses:
-        return "Training loss: not recorded"
-    return f"Training loss, mean of the last {len(losses)} steps: {sum(losses) / len(losses):.4f}"
-
-
-def _scores(facts: CardFacts) -> str:
-    if not facts.scores:
-        return "Not evaluated: `merv-eval run --checkpoint RUN` before the export puts its scores here."
-    return "\n\n".join(_score_table(record, facts.step) for record in facts.scores)
-
-
 def _score_table(record: Mapping[str, Any], step: int) -> str:
-    """One evaluation: a line per category, other runs beside it."""
+    """One evaluation: a row per category, a column for each other run."""
     others = {Path(name).name: {row["category"]: row for row in rows} for name, rows in record["beside"].items()}
     rows = [
         (
@@ -239,21 +218,13 @@ def _score_table(record: Mapping[str, Any], step: int) -> str:
     ]
     part = f", the first {record['limit']} questions only" if record.get("limit") else ""
     stale = "" if record["step"] == step else f" **These are scores of step {record['step']}, not of this checkpoint.**"
-    head = (
-        f"Split `{_plain(record['split'])}` of `{_stem(record)}`, snapshot `{_plain(record['snapshot'])}`{part}.{stale}"
-    )
+    snapshot = f"snapshot `{_clean(record['snapshot'])}`{part}.{stale}"
+    head = f"Split `{_clean(record['split'])}` of `{_stem(record)}`, {snapshot}"
     return f"{head}\n\n{_table(('questions about', 'number', 'accuracy', 'chance', *others), rows)}"
 
 
-def _licence(facts: CardFacts) -> str:
-    others = "The licences of the LLM, of the encoders' weights and of the data hold beside it."
-    if facts.license == UNKNOWN_LICENSE:
-        return f"**To be filled in by who publishes it: `license` at the top of this card.** {others}"
-    return f"`{_plain(facts.license)}`. {others}"
-
-
 def _stem(record: Mapping[str, Any]) -> str:
-    return _plain(Path(record.get("store") or "unknown").stem)
+    return _clean(Path(record.get("store") or "unknown").stem)
 
 
 def _bullets(lines: Iterable[str]) -> str:
@@ -263,10 +234,10 @@ def _bullets(lines: Iterable[str]) -> str:
 def _table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(
-        f"| {' | '.join(_plain(str(cell)).replace('|', chr(92) + '|') for cell in line)} |" for line in lines
+        f"| {' | '.join(_clean(str(cell)).replace('|', chr(92) + '|') for cell in line)} |" for line in lines
     )
 
 
-def _plain(text: str) -> str:
-    """One line that opens no HTML."""
+def _clean(text: str) -> str:
+    """The text on one line, without HTML."""
     return " ".join(str(text).split()).replace("<", "&lt;")

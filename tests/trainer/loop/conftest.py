@@ -50,7 +50,7 @@ def run_by_two():
             )
             for rank in range(2)
         ]
-        said = [process.communicate(timeout=240) for process in started]
-        return [(process.returncode, *texts) for process, texts in zip(started, said, strict=True)]
+        outputs = [process.communicate(timeout=240) for process in started]
+        return [(process.returncode, *texts) for process, texts in zip(started, outputs, strict=True)]
 
     return start

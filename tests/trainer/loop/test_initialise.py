@@ -36,15 +36,16 @@ def origin(tmp_path, short, samples, tokens):
     return tmp_path / "origin"
 
 
-def test_a_run_starts_from_all_weights_and_constants_of_the_same_model(origin, short, samples, tokens, capsys):
+def test_a_run_starts_from_all_weights_and_constants_of_the_same_model(origin, short, samples, tokens, caplog):
+    caplog.set_level("INFO", "trainer")
     plan = make_plan(replace(short, init=str(origin)), samples, tokens)
     fit_standardisation(plan, tokens)
     before = weights_of(origin)
     assert set(plan.built.model.state_dict()) == set(before)
     assert all(torch.equal(value, before[name]) for name, value in plan.built.model.state_dict().items())
-    said = f"weights of {origin} (step 2 of 2): loaded projector dinov2, projector vivit, fusion, LLM"
-    assert plan.record.started_from == said
-    assert said in capsys.readouterr().err.replace("\n", "")
+    message = f"weights of {origin} (step 2 of 2): loaded projector dinov2, projector vivit, fusion, LLM"
+    assert plan.record.started_from == message
+    assert message in caplog.messages
 
 
 def test_a_run_that_has_begun_does_not_need_its_start_again(tmp_path, origin, short, samples, tokens):
@@ -71,19 +72,19 @@ def test_projectors_are_known_by_their_encoder_and_a_fusion_by_its_encoders(orig
 def test_what_does_not_fit_is_named_with_the_reason(origin, short, samples, tokens, monkeypatch):
     monkeypatch.setitem(FRESH_LLMS, "other", FreshLLM(hidden_size=32, num_layers=1, num_heads=2, context=128))
     other = replace(short, init=str(origin), llm="fresh:other", fusion=FusionConfig(name="learnable_weights"))
-    said = make_plan(other, samples, tokens).record.started_from
-    assert "loaded projector dinov2, projector vivit; " in said
-    assert "not fusion: there it is cross_attention" in said
-    assert "not LLM: there it is fresh:mini, here fresh:other" in said
+    message = make_plan(other, samples, tokens).record.started_from
+    assert "loaded projector dinov2, projector vivit; " in message
+    assert "not fusion: there it is cross_attention" in message
+    assert "not LLM: there it is fresh:mini, here fresh:other" in message
 
 
 def test_tokens_of_another_identity_are_not_what_a_projector_was_trained_on(origin, short, samples, tokens):
     ids = [sample.clip_id for sample in samples]
     source = MemoryTokens(ids, tokens.fetch(ids))
     source.shapes["dinov2"] = replace(source.shapes["dinov2"], identity="another")
-    said = make_plan(replace(short, init=str(origin)), samples, source).record.started_from
-    assert "not projector dinov2: it was trained on tokens of identity memory:dinov2" in said
-    assert "loaded projector vivit, fusion, LLM" in said
+    message = make_plan(replace(short, init=str(origin)), samples, source).record.started_from
+    assert "not projector dinov2: it was trained on tokens of identity memory:dinov2" in message
+    assert "loaded projector vivit, fusion, LLM" in message
 
 
 def test_a_start_of_which_nothing_fits_is_an_error(origin, short, samples, tokens, monkeypatch):
@@ -199,7 +200,7 @@ def test_an_export_with_a_flipped_bit_is_no_start(tmp_path, origin, short, sampl
 
 
 @pytest.mark.parametrize("kind", ["run", "export"])
-def test_weights_of_another_model_than_the_settings_say_are_refused(tmp_path, origin, kind):
+def test_weights_of_another_model_than_that_of_the_settings_are_refused(tmp_path, origin, kind):
     folder = origin
     if kind == "export":
         folder = tmp_path / "given"

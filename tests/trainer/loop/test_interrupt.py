@@ -4,34 +4,34 @@ import threading
 
 import pytest
 
-from trainer.loop.train import Alarm, terminated
+from trainer.loop.train import CheckpointTimer, stop_signals
 
 
-def test_an_alarm_rings_after_its_minutes_and_is_set_again():
+def test_a_checkpoint_is_due_after_its_minutes_and_again_after_a_reset():
     now = [100.0]
-    alarm = Alarm(2.0, clock=lambda: now[0])
-    assert not alarm.rings()
+    timer = CheckpointTimer(2.0, clock=lambda: now[0])
+    assert not timer.is_due()
     now[0] = 219.9
-    assert not alarm.rings()
+    assert not timer.is_due()
     now[0] = 220.0
-    assert alarm.rings()
-    alarm.set()
-    assert not alarm.rings()
+    assert timer.is_due()
+    timer.reset()
+    assert not timer.is_due()
 
 
-def test_no_minutes_never_ring():
+def test_without_minutes_none_is_due():
     now = [0.0]
-    alarm = Alarm(None, clock=lambda: now[0])
+    timer = CheckpointTimer(None, clock=lambda: now[0])
     now[0] = 1e9
-    assert not alarm.rings()
+    assert not timer.is_due()
 
 
 def test_sigterm_is_remembered_and_the_handler_put_back():
     before = signal.getsignal(signal.SIGTERM)
-    with terminated() as is_terminated:
-        assert not is_terminated()
+    with stop_signals() as is_requested:
+        assert not is_requested()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert is_terminated()
+        assert is_requested()
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -45,17 +45,17 @@ def hears_ctrl_c():
 
 def test_ctrl_c_in_the_background_stays_ignored(hears_ctrl_c):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with terminated() as is_terminated:
+    with stop_signals() as is_requested:
         signal.raise_signal(signal.SIGINT)
-        assert not is_terminated()
+        assert not is_requested()
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_ctrl_c_is_remembered_once_and_the_second_one_stops_at_once(hears_ctrl_c, capsys):
     before = signal.getsignal(signal.SIGINT)
-    with terminated() as is_terminated:
+    with stop_signals() as is_requested:
         signal.raise_signal(signal.SIGINT)
-        assert is_terminated()
+        assert is_requested()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert "stopping after this step, which is saved" in capsys.readouterr().err
@@ -66,8 +66,8 @@ def test_outside_the_main_thread_signals_are_left_alone():
     found = []
 
     def ask():
-        with terminated() as is_terminated:
-            found.append((is_terminated(), signal.getsignal(signal.SIGTERM)))
+        with stop_signals() as is_requested:
+            found.append((is_requested(), signal.getsignal(signal.SIGTERM)))
 
     before = signal.getsignal(signal.SIGTERM)
     thread = threading.Thread(target=ask)

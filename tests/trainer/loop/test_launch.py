@@ -56,7 +56,7 @@ def rows(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_two_launched_processes_have_the_losses_of_one_and_speak_with_one_voice(here):
+def test_two_launched_processes_have_the_losses_of_one_and_one_of_them_prints(here):
     merv_train(here, "--out", "alone")
     done = merv_train(here, "--out", "together", "--json", "--launch", "ddp", "--processes", "2")
     assert json.loads(done.stdout)["steps"] == 4
@@ -87,25 +87,25 @@ def test_launch_files_belong_to_the_package():
         assert any(path.match(pattern) for pattern in patterns)
 
 
-def test_there_is_one_process_per_gpu_unless_told_otherwise():
+def test_there_is_one_process_per_gpu_by_default():
     assert num_processes("ddp", None, 4) == num_processes("fsdp", None, 4) == 4
     assert num_processes("fsdp", 2, 4) == num_processes("ddp", 2, 0) == 2
     with pytest.raises(UserError, match="--processes is 8 and 4 GPUs are visible"):
         num_processes("ddp", 8, 4)
-    with pytest.raises(UserError, match="say with --processes how many CPU processes"):
+    with pytest.raises(UserError, match="--processes how many CPU processes"):
         num_processes("ddp", None, 0)
     with pytest.raises(UserError, match="none is visible; on CPUs use --launch ddp"):
         num_processes("fsdp", 2, 0)
 
 
-def test_without_a_gpu_the_ranks_are_told_to_meet_on_the_cpu():
+def test_without_a_gpu_accelerate_is_set_to_the_cpu():
     there = launch_environment({"A": "1"}, 2)
     assert there["A"] == "1"
     assert "ACCELERATE_USE_CPU" not in there
     assert launch_environment({"A": "1"}, 0) == {**there, "ACCELERATE_USE_CPU": "true"}
 
 
-def test_torchs_launcher_leaves_the_ranks_ten_minutes_to_save_unless_told_otherwise(monkeypatch):
+def test_torchs_launcher_leaves_the_ranks_ten_minutes_to_save_by_default(monkeypatch):
     def timeout(environment):
         for name, value in launch_environment(environment, 0).items():
             monkeypatch.setenv(name, value)

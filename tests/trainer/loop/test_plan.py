@@ -13,15 +13,15 @@ from trainer.model.llm import FRESH_LLMS, FreshLLM, word_tokenizer
 from trainer.runs.load import load_run
 
 
-def test_memory_is_told_by_part_and_equals_a_hand_computation(config, samples, tokens):
+def test_memory_is_reported_by_part_and_equals_a_hand_computation(config, samples, tokens):
     plan = make_plan(config, samples, tokens)
-    told = describe(plan)
-    memory = told["memory_bytes"]
-    parameters = sum(part["total"] for part in told["parameters"].values())
+    report = describe(plan)
+    memory = report["memory_bytes"]
+    parameters = sum(part["total"] for part in report["parameters"].values())
     assert memory["parameters"] == memory["gradients"] == 4 * parameters  # all of it is trained, in fp32
     assert memory["moments"] == 8 * parameters
     assert memory["tokens"] == 4 * (4 * 2 * 2 * (8 + 6)) * 4  # clips, grid, widths, float32
-    text, vocabulary = told["text_tokens"]["longest"], len(plan.built.llm.tokenizer)
+    text, vocabulary = report["text_tokens"]["longest"], len(plan.built.llm.tokenizer)
     layers = 2 * 34 * 2 * 4 * (text + 8) * 32  # twice 16 bits, 34 bytes, layers, B, S, M
     logits, visual = 4 * 3 * 4 * text * vocabulary, 4 * 2 * 4 * 2 * 8 * 32
     assert memory["activations"] == layers + logits + visual
@@ -50,13 +50,13 @@ def test_checkpointing_layers_saves_activations(config, samples, tokens):
 
 
 @pytest.mark.parametrize("sampler", ["shuffled", "split_modality"])
-def test_what_fills_no_batch_is_told(config, samples, tokens, make_sample, sampler):
+def test_what_fills_no_batch_is_reported(config, samples, tokens, make_sample, sampler):
     mixed = [*samples, *(make_sample(index, clip_id=None) for index in range(50, 54))]
     plan = make_plan(replace(config, sampler=sampler, max_steps=None, batch_size=5), mixed, tokens)
-    told = describe(plan)
-    assert told["unread"] == ({"all": 2} if sampler == "shuffled" else {"text": 4, "visual": 3})
-    assert told["steps"] == (4 if sampler == "shuffled" else 3)
-    assert told["steps"] * 5 + sum(told["unread"].values()) == told["samples_per_epoch"] == 22
+    report = describe(plan)
+    assert report["unread"] == ({"all": 2} if sampler == "shuffled" else {"text": 4, "visual": 3})
+    assert report["steps"] == (4 if sampler == "shuffled" else 3)
+    assert report["steps"] * 5 + sum(report["unread"].values()) == report["samples_per_epoch"] == 22
 
 
 def test_adapters_learn_from_text_too(config, samples, tokens, make_sample):
@@ -73,18 +73,20 @@ def saying(sample, *words):
     return replace(sample, turns=(sample.turns[0], Turn(role="gpt", text=" ".join(words))))
 
 
-def test_texts_are_cut_to_what_visual_tokens_leave_and_the_run_is_told(config, samples, tokens, capsys):
+def test_texts_are_cut_to_what_visual_tokens_leave_and_that_is_logged(config, samples, tokens, caplog):
+    caplog.set_level("INFO", "trainer")
     long = [saying(samples[0], *["red"] * 300), *samples[1:]]
     plan = make_plan(config, long, tokens)
-    told = describe(plan)
-    assert (told["text_limit"], told["cut"], told["without_answer"]) == (120, 1, 0)
-    assert (told["longest_sequence"], told["context"]) == (128, 128)
-    assert "texts are cut at 120 tokens: of the LLM's context of 128, 8 are visual tokens" in capsys.readouterr().err
+    report = describe(plan)
+    assert (report["text_limit"], report["cut"], report["without_answer"]) == (120, 1, 0)
+    assert (report["longest_sequence"], report["context"]) == (128, 128)
+    assert "texts are cut at 120 tokens: of the LLM's context of 128, 8 are visual tokens" in caplog.text
+    caplog.clear()
     epoch = [batch for step in range(3) for batch in plan.batches.step(step).micro_batches]
     assert max(batch.attention_mask_BS.shape[1] for batch in epoch) == 128
     make_plan(config, samples, tokens)
     make_plan(replace(config, max_text_tokens=50), long, tokens)
-    assert capsys.readouterr().err == ""
+    assert caplog.messages == []
 
 
 def test_visual_tokens_that_fill_the_context_are_refused_before_the_first_step(
@@ -106,8 +108,8 @@ def test_visual_tokens_that_fill_the_context_are_refused_before_the_first_step(
 def test_rotary_positions_may_go_beyond_the_context(tmp_path, config, samples, tokens, monkeypatch):
     with_context(monkeypatch, 12)
     beyond = replace(config, fusion=FusionConfig(name="concat_sequence"), exceed_context=True, max_steps=1)
-    told = describe(make_plan(beyond, samples, tokens))
-    assert (told["longest_sequence"], told["context"], told["text_limit"], told["cut"]) == (28, None, 2048, 0)
+    report = describe(make_plan(beyond, samples, tokens))
+    assert (report["longest_sequence"], report["context"], report["text_limit"], report["cut"]) == (28, None, 2048, 0)
     assert train(beyond, samples, tokens, tmp_path / "run", quiet=True).loss > 0
     run = load_run(tmp_path / "run")
     assert len(list(answer_all(run.built, samples[:2], tokens))) == 2

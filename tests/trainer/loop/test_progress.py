@@ -30,11 +30,11 @@ def test_a_person_sees_loss_rate_speed_waiting_and_the_last_validation(tmp_path,
         shown.flush(waited_s=0.0)
         shown.advance(row(2))
         shown.flush(waited_s=0.0)
-    told = capsys.readouterr()
+    captured = capsys.readouterr()
     for words in ("loss 0.5000", "lr 2.0e-03", "samples/s", "tokens/s", "waits 0%"):
-        assert words in told.err
-    assert "held out: loss 0.2500, accuracy 0.75 (chance 0.50)" in told.err
-    assert told.out == ""
+        assert words in captured.err
+    assert "held out: loss 0.2500, accuracy 0.75 (chance 0.50)" in captured.err
+    assert captured.out == ""
 
 
 def test_a_pause_is_no_steps_time(tmp_path):
@@ -46,15 +46,15 @@ def test_a_pause_is_no_steps_time(tmp_path):
     assert read_metrics(tmp_path)[0]["samples_per_s"] > 4 / 0.3
 
 
-def test_every_written_row_is_told_to_the_log(tmp_path):
-    told = []
-    with progress(tmp_path, quiet=True, log=told.append) as shown:
+def test_every_written_row_is_passed_to_the_log(tmp_path):
+    logged = []
+    with progress(tmp_path, quiet=True, log=logged.append) as shown:
         shown.advance(row(0))
         shown.advance(row(1))
-        assert told == []
+        assert logged == []
         shown.flush(waited_s=0.0)
-    assert told == read_metrics(tmp_path)
-    assert told[1]["loss"] == pytest.approx(0.5)
+    assert logged == read_metrics(tmp_path)
+    assert logged[1]["loss"] == pytest.approx(0.5)
 
 
 def test_other_ranks_write_nothing(tmp_path):

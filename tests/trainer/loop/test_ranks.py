@@ -27,8 +27,8 @@ def single(out):
 def chain(out, resume=False, dies=False):
     opened = []
 
-    def open_tokens(asked, run):
-        opened.append(asked.stage)
+    def open_tokens(config, run):
+        opened.append(config.stage)
         if dies and opened.count("finetune") == 2:  # the first time was the look ahead
             os.kill(os.getpid(), signal.SIGKILL)
         return [*questions, *as_captions(questions)], tokens
@@ -83,5 +83,5 @@ def test_two_ranks_have_the_losses_of_one_although_one_may_hold_only_text(alone,
 def test_a_chain_of_two_ranks_has_the_losses_of_one_also_where_it_was_killed_between_its_stages(alone, together, chain):
     assert_equal_losses(together / chain / "align", alone / "chain/align", 3)
     assert_equal_losses(together / chain / "finetune", alone / "chain/finetune", 4)
-    said = RunRecord.read(together / chain / "finetune").started_from
-    assert said.endswith("(step 3 of 3): loaded projector dinov2, fusion, LLM")
+    message = RunRecord.read(together / chain / "finetune").started_from
+    assert message.endswith("(step 3 of 3): loaded projector dinov2, fusion, LLM")

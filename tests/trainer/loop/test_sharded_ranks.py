@@ -1,7 +1,7 @@
 """FSDP on two CPU processes.
 
 accelerate shards on GPUs only: on CPUs it takes the environment of its own launcher for plain data parallelism. So the
-script below tells accelerate's state that it shards; everything else is what a GPU run does, over gloo.
+script below sets accelerate's state to sharding; everything else is what a GPU run does, over gloo.
 """
 
 import json
@@ -45,7 +45,7 @@ def sharding(config, run):
     accelerator = ranks.make_accelerator(config, run)
     for state in (AcceleratorState._shared_state, PartialState._shared_state):
         state["distributed_type"] = DistributedType.FSDP
-    AcceleratorState._shared_state["fsdp_plugin"] = ranks._sharding(config)
+    AcceleratorState._shared_state["fsdp_plugin"] = ranks.fsdp_plugin(config)
     assert accelerator.is_fsdp2
     return accelerator
 
@@ -64,7 +64,7 @@ def go(out, changes, resume=False, stop_at=None, is_chain=False):
     config = toy_config(max_steps=4, eval_every=2, checkpoint_every=2, keep_checkpoints=5, **changes)
     if is_chain:
         both = [*samples, *as_captions(samples)]
-        train_stages(two_stages(config, align_steps=2), lambda asked, run: (both, tokens), out, quiet=True)
+        train_stages(two_stages(config, align_steps=2), lambda stage_config, run: (both, tokens), out, quiet=True)
         return
     trainer.loop.train.train(config, samples, tokens, out, resume=resume, stop_at=stop_at, quiet=True)
 

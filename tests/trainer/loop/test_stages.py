@@ -183,11 +183,11 @@ def test_one_stage_of_a_chain_can_be_trained_at_a_time(train_chain, tmp_path):
 
 
 def test_a_dry_run_describes_every_stage_and_writes_nothing(both, tokens, stages, tmp_path):
-    told = describe_stages(stages, lambda config, run: (both, tokens))["stages"]
-    assert list(told) == list(NAMES)
-    assert (told["align"]["steps"], told["finetune"]["steps"]) == (4, 6)
-    assert told["finetune"]["init"] == "all weights of stage align"
-    assert told["align"]["parameters"] == told["finetune"]["parameters"]
+    report = describe_stages(stages, lambda config, run: (both, tokens))["stages"]
+    assert list(report) == list(NAMES)
+    assert (report["align"]["steps"], report["finetune"]["steps"]) == (4, 6)
+    assert report["finetune"]["init"] == "all weights of stage align"
+    assert report["align"]["parameters"] == report["finetune"]["parameters"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -270,18 +270,18 @@ def train_full(*arguments):
 
 
 def test_mode_full_is_one_command_from_captions_to_an_answer(here):
-    told = json.loads(train_full("--out", "run", "--resume", "auto").stdout)
-    assert [(result["run"], result["steps"]) for result in told["stages"]] == [("run/align", 3), ("run/finetune", 2)]
-    assert told["run"] == "run/finetune"
+    report = json.loads(train_full("--out", "run", "--resume", "auto").stdout)
+    assert [(result["run"], result["steps"]) for result in report["stages"]] == [("run/align", 3), ("run/finetune", 2)]
+    assert report["run"] == "run/finetune"
     again = json.loads(call(train_main, "--resume", "run", "--json").stdout)
-    assert again == told
+    assert again == report
     result = call(eval_main, "run", "--checkpoint", "run", "--json")
     assert json.loads(result.stdout)["step"] == 2, result.output
 
 
 def test_a_stage_of_the_full_mode_and_the_same_samples_of_a_single_recipe(here):
-    told = json.loads(train_full("--out", "run", "--stage", "align").stdout)
-    assert [result["run"] for result in told["stages"]] == ["run/align"]
+    report = json.loads(train_full("--out", "run", "--stage", "align").stdout)
+    assert [result["run"] for result in report["stages"]] == ["run/align"]
     (here / "plain.yaml").write_text("{llm: 'fresh:mini', projector: {grid: [2, 2, 2]}}")
     options = ("--recipe", "demo", "--config", "plain.yaml", "--stage", "align", "--dry-run", "--json")
     single = call(train_main, "--from-cache", *options)
@@ -290,12 +290,12 @@ def test_a_stage_of_the_full_mode_and_the_same_samples_of_a_single_recipe(here):
 
 
 def test_a_dry_run_of_the_full_mode_prints_both_stages(here):
-    told = json.loads(train_full("--dry-run").stdout)["stages"]
-    assert (told["align"]["steps"], told["finetune"]["steps"]) == (3, 2)
-    assert told["align"]["memory_bytes"]["moments"] == 2 * told["align"]["memory_bytes"]["gradients"]
+    report = json.loads(train_full("--dry-run").stdout)["stages"]
+    assert (report["align"]["steps"], report["finetune"]["steps"]) == (3, 2)
+    assert report["align"]["memory_bytes"]["moments"] == 2 * report["align"]["memory_bytes"]["gradients"]
 
 
-def test_mode_full_beside_another_recipe_is_an_error(here):
+def test_mode_full_with_another_recipe_is_an_error(here):
     result = train_full("--recipe", "demo")
     assert result.exit_code == 1
     assert "--mode full is the recipe merv-full; leave out --recipe demo, or --mode" in result.stderr

@@ -42,7 +42,7 @@ def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_settings_are_told_under_dotted_names():
+def test_settings_are_logged_under_dotted_names():
     found = flat({"a": 1, "b": {"c": None, "d": {"e": (1, 2)}}, "f": {}})
     assert found == {"a": 1, "b.c": "None", "b.d.e": "(1, 2)", "f": "{}"}
     assert not [name for name, value in flat(vars(TrainConfig())).items() if isinstance(value, dict)]

@@ -41,19 +41,22 @@ def test_a_small_model_learns_its_samples_by_heart(tmp_path, config, samples, to
     assert found[-1] < 0.1
 
 
-def test_a_log_says_what_begins_and_that_a_run_without_checkpoint_begins_again(
-    tmp_path, config, samples, tokens, capsys
+def test_a_log_begins_with_the_start_and_that_a_run_without_checkpoint_begins_again(
+    tmp_path, config, samples, tokens, caplog
 ):
     out = tmp_path / "run"
+    caplog.set_level("INFO", "trainer")
 
-    def said(**options):
+    def first_message(**options):
+        caplog.clear()
         train(config, samples, tokens, out, resume=True, **options)
-        return capsys.readouterr().err.splitlines()[0]
+        return caplog.messages[0]
 
-    assert said(stop_at=2).startswith(f"{out} starts: 6 steps of {config.batch_size} samples, {config.llm}, tokens of ")
-    assert said(stop_at=4).startswith(f"{out} goes on behind step 2: ")
+    start = f"{out} starts: 6 steps of {config.batch_size} samples, {config.llm}, tokens of "
+    assert first_message(stop_at=2).startswith(start)
+    assert first_message(stop_at=4).startswith(f"{out} resumes after step 2: ")
     shutil.rmtree(out / "checkpoints")
-    assert said().startswith(f"{out} had no checkpoint yet and starts again: ")
+    assert first_message().startswith(f"{out} had no checkpoint yet and starts again: ")
 
 
 def test_a_run_is_refused_where_none_can_be_kept(tmp_path, config, samples, tokens):
@@ -231,7 +234,7 @@ def test_sigterm_finishes_the_step_and_leaves_a_checkpoint(tmp_path, config, sam
     assert losses(tmp_path / "run") == losses(finished[0])
 
 
-def test_metrics_tell_speed_and_rates(finished):
+def test_metrics_hold_speed_and_rates(finished):
     rows = read_metrics(finished[0])
     assert [row["step"] for row in rows] == list(range(6))
     assert all(row["samples"] == 6 and row["supervised_tokens"] == 12 for row in rows)
@@ -266,13 +269,13 @@ def test_nothing_to_train_is_an_error(config, samples, tokens):
         build_optimizer(plan.built.model, config.optimizer)
 
 
-def test_a_dry_run_tells_sizes_lengths_and_what_is_dropped(config, samples, tokens, make_sample):
-    told = describe(make_plan(replace(config, max_text_tokens=9), [*samples, make_sample(50)], tokens))
-    assert told["samples"] == told["without_answer"] == 18  # "<s> In : What colour is it ? Out :" is ten
-    assert told["dropped"] == {"clip without tokens of every encoder": 1}
-    assert (told["visual_tokens"], told["longest_sequence"], told["steps"]) == (8, 17, 6)
-    assert told["parameters"]["projectors"] == {"total": 8 * 32 + 6 * 32 + 2 * 32, "trained": 512}
-    assert told["encoders"] == {"dinov2": [4, 2, 2, 8], "vivit": [4, 2, 2, 6]}
+def test_a_dry_run_reports_sizes_lengths_and_what_is_dropped(config, samples, tokens, make_sample):
+    report = describe(make_plan(replace(config, max_text_tokens=9), [*samples, make_sample(50)], tokens))
+    assert report["samples"] == report["without_answer"] == 18  # "<s> In : What colour is it ? Out :" is ten
+    assert report["dropped"] == {"clip without tokens of every encoder": 1}
+    assert (report["visual_tokens"], report["longest_sequence"], report["steps"]) == (8, 17, 6)
+    assert report["parameters"]["projectors"] == {"total": 8 * 32 + 6 * 32 + 2 * 32, "trained": 512}
+    assert report["encoders"] == {"dinov2": [4, 2, 2, 8], "vivit": [4, 2, 2, 6]}
 
 
 def test_encoders_of_unlike_grids_are_refused_with_both(config, samples, tokens):
@@ -308,7 +311,7 @@ def test_the_mean_of_micro_batches_fixes_their_size(tmp_path, config, samples, t
         run_to_end(replace(released, micro_batch_size=2), samples, tokens, tmp_path / "run", resume=True)
 
 
-def test_a_deterministic_run_says_so_to_torch_and_takes_it_back(tmp_path, config, samples, tokens, finished):
+def test_a_deterministic_run_sets_torch_and_resets_it(tmp_path, config, samples, tokens, finished):
     seen = []
 
     class Watching(MemoryTokens):

@@ -42,7 +42,7 @@ def toy_questions(count: int, num_trained: int | None = None) -> list[Sample]:
 
 
 def as_captions(questions: list[Sample]) -> list[Sample]:
-    """The same said of every clip in the stage before."""
+    """The same texts as captions of every clip, in the stage before."""
     return [
         replace(sample, sample_id=f"c-{sample.sample_id}", clip_id=clip, stage="align")
         for sample, clip in zip(questions, clip_ids(len(questions)), strict=True)
@@ -50,7 +50,7 @@ def as_captions(questions: list[Sample]) -> list[Sample]:
 
 
 def two_stages(config: TrainConfig, *, align_steps: int) -> Stages:
-    """Captions first, then what the config says."""
+    """Captions first, then the stage of the config."""
     align = replace(config, stage="align", prompt="caption", max_steps=align_steps)
     return (Stage(name="align", config=align), Stage(name="finetune", config=config))
 

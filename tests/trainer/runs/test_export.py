@@ -73,8 +73,8 @@ def files(folder):
 
 def test_a_fresh_llm_is_exported_whole_and_gives_the_same_logits(make, out, samples, tokens):
     run = make()
-    told = export_run(run, out)
-    assert set(told["files"]) == files(out)
+    report = export_run(run, out)
+    assert set(report["files"]) == files(out)
     assert files(out) >= {
         "README.md",
         "config.yaml",
@@ -87,7 +87,7 @@ def test_a_fresh_llm_is_exported_whole_and_gives_the_same_logits(make, out, samp
         "projectors.safetensors",
         "run.json",
     }
-    assert told["llm"] == "whole"
+    assert report["llm"] == "whole"
     assert_same_model(run, out, samples, tokens)
 
 
@@ -101,8 +101,8 @@ def test_fusions_with_and_without_weights(make, out, samples, tokens, fusion):
 
 def test_a_frozen_llm_is_named_and_not_copied(make, out, base, samples, tokens):
     run = make(llm=base, train_llm="none")
-    told = export_run(run, out)
-    assert told["llm"] == "named"
+    report = export_run(run, out)
+    assert report["llm"] == "named"
     assert not list((out / "llm").glob("*.safetensors"))
     assert (out / "llm/tokenizer.json").is_file()
     assert_same_model(run, out, samples, tokens)
@@ -140,9 +140,9 @@ def lora_run(make, base):
 def test_lora_adapters_are_a_folder_that_peft_reads(lora_run, out, base, samples, tokens):
     from peft import PeftModel
 
-    told = export_run(lora_run, out)
-    assert told["llm"] == "adapter"
-    assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= set(told["files"])
+    report = export_run(lora_run, out)
+    assert report["llm"] == "adapter"
+    assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= set(report["files"])
     assert not list((out / "llm").glob("*.safetensors"))
     assert_same_model(lora_run, out, samples, tokens)
 
@@ -151,9 +151,9 @@ def test_lora_adapters_are_a_folder_that_peft_reads(lora_run, out, base, samples
     with torch.no_grad():
         without = plain(ids).logits
         by_peft = PeftModel.from_pretrained(plain, out / "adapter").eval()(ids).logits
-        ours = load_export(out).built.model.llm(ids).logits
-    torch.testing.assert_close(by_peft, ours)
-    assert not torch.allclose(without, ours)
+        loaded = load_export(out).built.model.llm(ids).logits
+    torch.testing.assert_close(by_peft, loaded)
+    assert not torch.allclose(without, loaded)
 
 
 def test_merged_adapters_make_an_llm_that_needs_neither_base_nor_peft(lora_run, out, base, samples, tokens):
@@ -165,7 +165,7 @@ def test_merged_adapters_make_an_llm_that_needs_neither_base_nor_peft(lora_run, 
     torch.testing.assert_close(logits(after, samples, tokens), expected)
 
 
-def test_what_cannot_be_exported_says_why(make, lora_run, out):
+def test_what_cannot_be_exported_is_an_error(make, lora_run, out):
     with pytest.raises(UserError, match="whole only with its adapters merged; add --merge-lora"):
         export_run(lora_run, out, with_llm=True)
     shutil.rmtree(lora_run)
@@ -188,9 +188,9 @@ def test_an_export_can_be_exported_again(make, out, tmp_path, samples, tokens):
 def test_large_llms_lie_in_shards(make, out, samples, tokens, monkeypatch):
     monkeypatch.setattr("trainer.runs.export.MAX_SHARD", "40KB")
     run = make()
-    told = export_run(run, out)
-    assert "llm/model.safetensors.index.json" in told["files"]
-    assert len([file for file in told["files"] if file.startswith("llm/model-")]) > 1
+    report = export_run(run, out)
+    assert "llm/model.safetensors.index.json" in report["files"]
+    assert len([file for file in report["files"] if file.startswith("llm/model-")]) > 1
     assert_same_model(run, out, samples, tokens)
 
 
@@ -271,7 +271,7 @@ def test_no_path_of_this_machine_is_given_away(store_run, out, tmp_path):
         assert not path.is_file() or str(tmp_path).encode() not in path.read_bytes(), path
 
 
-def test_the_card_tells_scores_data_settings_and_versions(store_run, out):
+def test_the_card_holds_scores_data_settings_and_versions(store_run, out):
     export_run(store_run, out, name="My model")
     card = ModelCard.load(out / "README.md")
     text, run = card.text, load_run(store_run)
@@ -320,7 +320,7 @@ def test_the_three_lines_of_the_card_load_the_model(store_run, out):
     assert names["renderer"].tokenizer.eos_token == "</s>"
 
 
-def test_a_checkpoint_s_own_step_is_told(store_run, out):
+def test_a_checkpoint_s_own_step_is_on_the_card(store_run, out):
     scores = store_run / "scores/heldout.json"
     scores.write_text(json.dumps({**json.loads(scores.read_text()), "step": 1}))
     export_run(store_run, out)

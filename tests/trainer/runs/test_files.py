@@ -30,7 +30,7 @@ def test_weights_get_what_the_umask_leaves_and_nothing_else_changes(tmp_path, op
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.json"]
 
 
-def test_whoever_may_read_a_run_may_read_its_weights(tmp_path, config, samples, tokens, open_umask):
+def test_weights_have_the_modes_of_the_other_files_of_a_run(tmp_path, config, samples, tokens, open_umask):
     train(config, samples, tokens, tmp_path / "run", quiet=True)
     assert modes(checkpoint.newest(tmp_path / "run")) == {"model.safetensors": 0o664, "optimizer.safetensors": 0o664}
     export_run(tmp_path / "run", tmp_path / "export")

@@ -88,7 +88,7 @@ def test_nothing_is_called_random_that_was_trained(facts):
     assert "f" * 64 in model_card(imported)
 
 
-def test_sizes_versions_and_what_was_dropped_are_told(facts):
+def test_sizes_versions_and_what_was_dropped_are_on_the_card(facts):
     text = model_card(facts)
     assert "projectors 5,000 (5,000 trained); llm 70,000 (0 trained)" in text
     assert "Samples: 1,234; dropped: 3 text only" in text
@@ -99,7 +99,7 @@ def test_sizes_versions_and_what_was_dropped_are_told(facts):
     assert "Training loss: not recorded" in text
 
 
-def test_the_loss_is_a_mean_and_the_llm_s_training_is_said_in_words(facts):
+def test_the_loss_is_a_mean_and_the_llm_s_training_is_described(facts):
     text = model_card(replace(facts, losses=[1.0, 0.5, 0.0], steps_trained=10))
     assert "- Training loss, mean of the last 3 steps: 0.5000\n" in text
     assert "- LLM: frozen (`train_llm: none`); loss `per_token`\n" in text
@@ -111,7 +111,7 @@ def test_the_loss_is_a_mean_and_the_llm_s_training_is_said_in_words(facts):
     assert "- Without visual tokens: the baseline" in words
 
 
-def test_a_run_that_was_stopped_early_says_so(facts):
+def test_a_run_that_was_stopped_early_is_marked(facts):
     text = model_card(replace(facts, step=3, steps_trained=4))
     assert "- Steps: 3 of 10, 128 samples each" in text
     assert "- **The run was stopped early, after 4 of 10 steps.**" in text

@@ -291,7 +291,7 @@ def test_older_releases_call_the_parts_otherwise(make, take, settings, features,
         torch.testing.assert_close(fused, reference.fused(features[:1])[0], rtol=1e-5, atol=1e-5)
 
 
-def test_the_run_says_what_it_is(make, take, tmp_path):
+def test_the_run_records_what_it_is(make, take, tmp_path):
     make()
     run = take()
     config = run.built.config
@@ -311,10 +311,10 @@ def test_the_run_says_what_it_is(make, take, tmp_path):
 def test_the_config_may_be_yaml_without_the_training_around_it(make, tmp_path, settings, base):
     make()
     (tmp_path / "official.yaml").write_text(yaml.safe_dump(settings["model"]))
-    told = import_official(
+    report = import_official(
         tmp_path / "latest-checkpoint.pt", tmp_path / "official.yaml", llm=str(base), out=tmp_path / "run"
     )
-    assert list(told["encoders"]) == list(NAMES)
+    assert list(report["encoders"]) == list(NAMES)
 
 
 def test_an_unbound_run_asks_for_tokens_of_its_sizes(make, take, features):
@@ -429,9 +429,9 @@ def test_the_command_imports_a_run_that_can_be_evaluated_and_given_away(
         return CliRunner().invoke(eval_main, [str(argument) for argument in arguments])
 
     options = ("--config", "config.json", "--llm", base, "--out", "run", "--json")
-    told = call("import-official", "latest-checkpoint.pt", *options)
-    assert told.exit_code == 0, told.output
-    assert json.loads(told.stdout)["step"] == 5979
+    report = call("import-official", "latest-checkpoint.pt", *options)
+    assert report.exit_code == 0, report.output
+    assert json.loads(report.stdout)["step"] == 5979
     assert "names no store of its own" in call("run", "--checkpoint", "run").stderr
     scored = call("run", "--checkpoint", "run", "--store", question_store, "--json")
     assert json.loads(scored.stdout)["scores"][0]["questions"] == 3

@@ -57,12 +57,12 @@ def test_one_number_of_frames_is_that_of_every_encoder():
         ({"llm_max_length": "long"}, "llm_max_length must be a whole number, got 'long'"),
     ],
 )
-def test_a_config_that_cannot_be_imported_says_why(change, message):
+def test_a_config_that_cannot_be_imported_is_an_error(change, message):
     with pytest.raises(UserError, match=message):
         parse_settings({**RELEASED, **change})
 
 
-def test_a_head_that_is_not_ours_is_named():
+def test_an_unknown_head_is_named():
     with pytest.raises(UserError, match="unknown head in arch_specifier 'none'"):
         parse_settings({**RELEASED, "arch_specifier": "3davg+none"}).head  # noqa: B018
 
@@ -73,7 +73,7 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path):
         parse_settings(read_settings(tmp_path / "config.json"))
 
 
-def test_encoders_in_a_row_go_beyond_the_context_as_theirs_did():
+def test_encoders_in_a_row_go_beyond_the_context_as_in_the_reference():
     for fusion, exceeds in (("concat", True), ("cross_attention_avg_lq", False)):
         settings = {**RELEASED, "feature_fusion": fusion}
         config = run_config(parse_settings(settings), settings, llm="meta-llama/Llama-2-7b-hf", query_width=None)

