@@ -1,12 +1,11 @@
-"""What an extraction is asked to do: one typed value, from a YAML file and the command line.
+"""`ExtractConfig`: every setting of an extraction as one checked value, from a YAML file and the command line.
 
-Comes in: a mapping of settings. Goes out: `ExtractConfig`, checked. An unknown key is an error that names the nearest
-known one: a misspelt setting that is silently ignored costs a night on a cluster.
+An unknown key is an error that names the nearest known one: an ignored misspelling costs a night on a cluster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,19 +25,23 @@ from pipeline.encoders.weights import check_weights_spec
 COMPUTE_DTYPES = ("float32", "bfloat16")
 DECODER_NAMES = ("frames/1", "decord", "ffmpeg")  # of `decode.decoders.DECODERS`, which loads too much for --help
 AUTO = 0  # "choose for the machine"
+RUN_ONLY_SETTINGS = frozenset(  # of one run and its cluster; not reused when a run is repeated from its journal
+    "new_identity refresh retry_quarantine retry_reason reuse forecast dashboard performance_report".split()
+    + "scheduler workers cluster".split()
+)
 DEFAULT_BATCH = {"cpu": {"video": 2, "image": 8}, "cuda": {"video": 8, "image": 64}}  # clips per forward
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSettings:
-    """What decides an encoder's features, besides its name; small and picklable, workers load encoders from it."""
+    """What decides an encoder's features; small and picklable, workers load encoders from it."""
 
     name: str
     weights: str = "hub"  # hub | a folder | random:SEED
     architecture: Mapping[str, Any] = field(default_factory=dict)  # sizes other than the published ones
     crop: str | None = None  # squash | centre-crop; None: the encoder's own, as published
     grid: tuple[int, int, int] | None = (16, 8, 8)  # T, H, W of the stored tokens; None: the encoder's own grid
-    prefix_tokens: bool = False  # store class and register tokens beside
+    prefix_tokens: bool = False  # also store class and register tokens
     compute_dtype: str = "bfloat16"  # as princetonvisualai/merv runs them
     storage_dtype: str = "float16"
     decoder: str = "frames/1"
@@ -101,7 +104,7 @@ class ExtractConfig:
     kind: str | None = None  # video | image | None: all
     limit: int | None = None  # clips, the first of the listing
     samples: bool = True  # False where a licence forbids copying the annotations
-    canaries: bool = True  # keep tokens of rendered clips beside, which `verify --parity` encodes again
+    canaries: bool = True  # store tokens of the reference clips, for `verify --parity`
     encoders: tuple[str, ...] = MERV_ENCODERS
     weights: Mapping[str, str] = field(default_factory=dict)  # encoder -> SPEC; "" is the default of all
     architecture: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # encoder -> sizes
@@ -129,21 +132,32 @@ class ExtractConfig:
     max_failed: float = 0.5  # stop when more than this share of at least one block's worth of clips failed
     forecast: str | None = None  # file with what `plan --json` printed, for the record
     dashboard: bool = False
-    performance_report: str | None = None  # HTML file; None: with a dashboard beside the store, else none
+    performance_report: str | None = None  # HTML file; None: next to the store with a dashboard, else none
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", _checked_grid(self.grid))
         object.__setattr__(self, "encoders", _checked_encoders(self.encoders))
         check_types(self)
-        _check_choice("storage_dtype", self.storage_dtype, STORAGE_DTYPES)
-        _check_choice("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
-        _check_choice("decoder", self.decoder, DECODER_NAMES)
-        _check_keys(self)
-        for settings in self.encoder_settings:  # a misspelt size is told now, not after a listing of a million clips
+        choices = {"storage_dtype": STORAGE_DTYPES, "compute_dtype": COMPUTE_DTYPES, "decoder": DECODER_NAMES}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for setting in ("weights", "architecture", "crop"):  # may name encoders that this run does not use
+            for name in getattr(self, setting):
+                if name != "" and name not in ENCODERS:
+                    raise UserError(f"{setting}: {unknown_name('encoder', name, ENCODERS)}")
+        for setting in ("batch", "block_rows"):
+            for kind in getattr(self, setting):
+                if kind not in KINDS:
+                    raise UserError(f"{setting}: {unknown_name('kind', kind, KINDS)}")
+        for kind, clips in self.batch.items():
+            if not isinstance(clips, int) or isinstance(clips, bool) or clips < 1:
+                raise UserError(f"batch of {kind} must be a whole number of clips of at least 1, got {clips!r}")
+        for settings in self.encoder_settings:  # fail on a misspelt size now, not after listing a million clips
             encoder_spec(settings.name).with_architecture(settings.architecture)
             check_weights_spec(settings.weights)
         check_block_rows(self.block_rows)
-        _ = self.cluster_request
+        _ = self.cluster_request  # checked where it is made
         if not 0 <= self.max_failed <= 1:
             raise UserError(f"max_failed is a share between 0 and 1, got {self.max_failed}")
 
@@ -153,7 +167,7 @@ class ExtractConfig:
 
     @property
     def encoder_settings(self) -> tuple[EncoderSettings, ...]:
-        """One value per encoder, in the order asked for."""
+        """One value per encoder, in the order of `encoders`."""
         return tuple(
             EncoderSettings(
                 name=name,
@@ -182,7 +196,7 @@ class ExtractConfig:
 
     @property
     def cluster_request(self) -> ClusterRequest:
-        """Where the run is to happen."""
+        """The cluster that the run uses."""
         try:
             return ClusterRequest(
                 scheduler=self.scheduler,
@@ -207,19 +221,11 @@ class ExtractConfig:
         return yaml.safe_dump(plain, sort_keys=False)
 
 
-RUN_ONLY_SETTINGS = (
-    frozenset(  # settings of one run and its place: who repeats a run as its journal tells leaves them out
-        "new_identity refresh retry_quarantine retry_reason reuse forecast dashboard performance_report".split()
-        + "scheduler workers cluster".split()
-    )
-)
-
-
 def read_config(path: str | Path | Mapping[str, Any] | None, overrides: Mapping[str, Any]) -> ExtractConfig:
-    """Settings of a YAML file, or as they are given, with the command line's laid over them; None there: not given."""
-    settings = _spelled_out(path if isinstance(path, Mapping) else load_yaml(path)) if path else {}
+    """An `ExtractConfig` from a YAML file, or a mapping of its content, with `overrides` merged in; None: not given."""
+    settings = _normalized(path if isinstance(path, Mapping) else load_yaml(path)) if path else {}
     given = {name: value for name, value in overrides.items() if value is not None}
-    for name, value in _spelled_out(given).items():
+    for name, value in _normalized(given).items():
         merges = isinstance(value, Mapping) and isinstance(settings.get(name), Mapping)
         settings[name] = {**settings[name], **value} if merges else value
     check_names(ExtractConfig, settings, source=f"{path}: " if isinstance(path, str | Path) else "settings: ")
@@ -233,8 +239,8 @@ def default_batch(device: str, kind: str) -> int:
     return DEFAULT_BATCH.get(device.split(":")[0], DEFAULT_BATCH["cpu"])[kind]
 
 
-def _spelled_out(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Short spellings as the values they stand for: one SPEC for all encoders, names with commas, `raw`."""
+def _normalized(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Expand short forms: one SPEC for all encoders, names with commas, `raw`."""
     long = dict(settings)
     for name in ("weights", "crop"):
         if isinstance(long.get(name), str):
@@ -244,21 +250,6 @@ def _spelled_out(settings: Mapping[str, Any]) -> dict[str, Any]:
     if long.get("grid") == "raw":
         long["grid"] = None
     return long
-
-
-def _check_keys(config: ExtractConfig) -> None:
-    """Settings per encoder may name encoders that this run leaves aside: one file serves several runs."""
-    for setting in ("weights", "architecture", "crop"):
-        for name in getattr(config, setting):
-            if name != "" and name not in ENCODERS:
-                raise UserError(f"{setting}: {unknown_name('encoder', name, ENCODERS)}")
-    for setting in ("batch", "block_rows"):
-        for kind in getattr(config, setting):
-            if kind not in KINDS:
-                raise UserError(f"{setting}: {unknown_name('kind', kind, KINDS)}")
-    for kind, clips in config.batch.items():
-        if not isinstance(clips, int) or isinstance(clips, bool) or clips < 1:
-            raise UserError(f"batch of {kind} must be a whole number of clips of at least 1, got {clips!r}")
 
 
 def _checked_grid(grid: Any) -> tuple[int, int, int] | None:
@@ -278,8 +269,3 @@ def _checked_encoders(names: Any) -> tuple[str, ...]:
         if name not in ENCODERS:
             raise UserError(unknown_name("encoder", name, ENCODERS))
     return listed
-
-
-def _check_choice(name: str, value: str, choices: Collection[str]) -> None:
-    if value not in choices:
-        raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -35,7 +35,7 @@ from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import MervCacheError, UserError
 from pipeline.config import AUTO, ExtractConfig, read_config
 from pipeline.media import Source, newest_touch_s
-from pipeline.parity import made_again
+from pipeline.parity import encode_as_group
 from pipeline.summary import media_roots, settings_of
 
 
@@ -79,7 +79,7 @@ class Recompute:
     def canaries(self, kind: str, identity: FeatureIdentity) -> bytes:
         """The file of a group's canaries as this machine makes it."""
         weights, device = self._overrides["weights"] or {}, self._overrides["device"]
-        return made_again(open_objects(self._path), kind, identity, weights, device).to_bytes()
+        return encode_as_group(open_objects(self._path), kind, identity, weights, device).to_bytes()
 
     def _config(self, run: Mapping[str, Any]) -> ExtractConfig:
         given = {name: value for name, value in self._overrides.items() if value is not None}

@@ -49,9 +49,7 @@ def describe(client: Client, config: ExtractConfig) -> dict[str, EncoderDescript
         loading.loaded(name, encoder.load_s)  # a report may come late or never
     for settings in config.encoder_settings:
         encoder = encoders[settings.name]
-        files = weights_fingerprint(
-            settings.spec, settings.weights
-        )  # as this machine sees them: maybe not what a worker read
+        files = weights_fingerprint(settings.spec, settings.weights)  # on this machine
         if files == encoder.fingerprint and cache_weights_digest(files, encoder.identity.weights_sha256):
             log.info("the remembered digest of %s's weights was wrong: replaced by the loaded one", settings.name)
     return encoders

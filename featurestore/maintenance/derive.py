@@ -142,7 +142,7 @@ def derive_receipt(group: GroupWriter, block: int, named: str, check: Verificati
         block=block,
         rows=tuple(map(outcome, rows)),
         shards={name: shard.record() for name, shard in shards.items()},
-        number=2,
+        generation=2,
         replaces=named,
     )
     for shard in shards.values():

@@ -147,11 +147,11 @@ def test_pictures_of_another_version_are_not_compared(store):
     file = store / "canaries" / "video" / f"{identity.group_name}.safetensors"
     before = ReferenceClips.parse(file.read_bytes(), "video", identity)
     file.write_bytes(replace(before, rendering="canaries/9").to_bytes())
-    with pytest.raises(UserError, match="this version renders 'canaries/1'"):
+    with pytest.raises(UserError, match="this version has 'canaries/1'"):
         check_parity(store, encoders=["siglip"], device="cpu")
     clips = (replace(before.clips[0], media_sha256="0" * 64), before.clips[1])
     file.write_bytes(replace(before, clips=clips).to_bytes())
-    with pytest.raises(StoreFormatError, match="the canary scene is rendered to other bytes here"):
+    with pytest.raises(StoreFormatError, match="reference clip scene is another file here"):
         check_parity(store, encoders=["siglip"], device="cpu")
 
 
@@ -164,15 +164,15 @@ def test_a_store_without_canaries_says_what_to_do(store):
 
 def test_an_encoder_of_monstrous_size_is_not_built(store):
     from featurestore.identity import FeatureIdentity
-    from pipeline.config import EncoderSettings
-    from pipeline.parity import _check_parameter_count
+    from pipeline.parity import load_as_stored
 
     identity = FeatureStore.open(store).encoders["siglip"]
     huge = FeatureIdentity.from_dict(
         {**identity.to_dict(), "architecture": {**identity.architecture, "num_layers": 10**9}}
     )
+    StoreWriter.open(store).ensure_group("video", huge, batch_shape=2, weights_label="random:0", new_identity=True)
     with pytest.raises(StoreFormatError, match="more than any encoder has"):
-        _check_parameter_count(EncoderSettings.of_identity(huge, "random:0"), "siglip")
+        load_as_stored(open_objects(store), "siglip", huge, {}, "cpu")
 
 
 def test_real_clips_of_the_store_are_encoded_again_and_others_refused(store, extracted, tmp_path):
