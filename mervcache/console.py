@@ -133,6 +133,26 @@ def console(width: int | None = None) -> Console:
     return Console(highlight=False, markup=False, width=width or default)
 
 
+def format_bytes(num_bytes: float) -> str:
+    """Decimal units, as disks are sold: `7.3 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(num_bytes) < 1000:
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
+
+
+def format_duration(seconds: float) -> str:
+    """`12.0 s`, `3.4 min`, `2.1 h`."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def bold(text: str) -> Text:
     from rich.text import Text
 

@@ -35,10 +35,10 @@ from featurestore.quality import (
     token_table,
 )
 from featurestore.store import FeatureStore
+from mervcache.console import format_bytes, format_duration
 from mervcache.errors import MervCacheError, UserError
-from pipeline.cli.render import duration, predicted, size
 from pipeline.status import store_status
-from pipeline.summary import DECODING, media_roots
+from pipeline.summary import DECODING, media_roots, prediction_text
 
 CLIPPED = (1.0, 99.0)  # percentiles that become black and full colour: outlier tokens must not grey out the rest
 
@@ -114,8 +114,8 @@ def _cards(status: dict[str, Any]) -> str:
     values = {
         "clips": f"{clips:,}",
         "samples": f"{samples:,}",
-        "on disk": size(status["bytes"]),
-        "per clip": size(status["bytes"] / clips) if clips else "-",
+        "on disk": format_bytes(status["bytes"]),
+        "per clip": format_bytes(status["bytes"] / clips) if clips else "-",
         "quarantined": f"{failed:,}",
     }
     return "".join(f"<div class='card'><b>{html.escape(v)}</b><span>{k}</span></div>" for k, v in values.items())
@@ -139,7 +139,7 @@ def _encoder_table(store: FeatureStore, status: dict[str, Any]) -> str:
                 entry["failed"],
                 entry["to_do"],
                 parity_words(checked[entry["encoder"]]),
-                size(stored),
+                format_bytes(stored),
                 _Raw(bar),
             ]
         )
@@ -223,10 +223,10 @@ def _runs_table(runs: Sequence[dict]) -> str:
                 summary["run"],
                 summary["clips"],
                 summary["failed"],
-                duration(seconds),
+                format_duration(seconds),
                 f"{summary['clips'] / seconds:.2f}",
-                f"{size(summary['bytes'] / seconds)}/s",
-                predicted(summary.get("predicted")),
+                f"{format_bytes(summary['bytes'] / seconds)}/s",
+                prediction_text(summary.get("predicted")),
                 shares,
             ]
         )

@@ -18,6 +18,7 @@ from typing import Any
 
 from featurestore.identity import FeatureIdentity
 from featurestore.store import FeatureStore
+from mervcache.console import format_bytes, format_duration, plural
 from mervcache.errors import UserError
 from pipeline.config import ExtractConfig
 from pipeline.datasets import DatasetListing
@@ -148,6 +149,18 @@ class Prediction:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def prediction_text(prediction: Mapping[str, Any] | None) -> str:
+    """`2.1 h (1.9 h to 2.4 h), 512.0 GB for 81000 clips, by plan` of a recorded `Prediction`."""
+    if not prediction:
+        return "-"
+    time = "no time" if prediction["seconds"] is None else format_duration(prediction["seconds"])
+    if prediction["interval_s"]:
+        low, high = map(format_duration, prediction["interval_s"])
+        time += f" ({low} to {high})"
+    clips = plural(prediction["clips"], "clip")
+    return f"{time}, {format_bytes(prediction['bytes'])} for {clips}, by {prediction['by']}"
 
 
 def read_plan(path: str | Path) -> Prediction:

@@ -1,7 +1,6 @@
-"""The command line's options that commands share: which store, and for `extract` and `plan` what is extracted.
+"""Options that commands share, and the `ExtractConfig` that the options of an extraction make.
 
-Comes in: words typed by a person. Goes out: an `ExtractConfig`. Every option is None when it is not given, so that the
-config file's value, or the default of `ExtractConfig`, stands.
+An option that is not given is None, so that the config file's value or the default of `ExtractConfig` applies.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ extraction_options = stacked(  # what would be extracted, from where, with what,
         help="Folder of media and annotations.",
     ),
     click.option("--store", type=click.Path(), show_default="features/DATASET.zarr", help="Feature store to write."),
-    click.option("--reuse", metavar="STORE", help="Copy what this other store holds of the same media; folder or URL."),
+    click.option("--reuse", metavar="STORE", help="Copy what another store holds of the same media; folder or URL."),
     click.option(
         "--encoders", metavar="LIST", show_default=",".join(ExtractConfig.encoders), help="Encoders, comma separated."
     ),
@@ -67,18 +66,18 @@ extraction_options = stacked(  # what would be extracted, from where, with what,
         "--config",
         "config_file",
         type=click.Path(dir_okay=False),
-        help="YAML file with any setting; options given here win over it.",
+        help="YAML file of settings; options on the command line override it.",
     ),
     click.option(
         "--option",
         "options",
         metavar="KEY=VALUE",
         multiple=True,
-        help="An option of the dataset; `merv-pipeline datasets NAME` tells them. Repeatable.",
+        help="An option of the dataset; `merv-pipeline datasets NAME` lists them. Repeatable.",
     ),
     click.option("--stage", type=click.Choice(STAGES), show_default="all", help="Records of this training stage only."),
     click.option("--kind", type=click.Choice(KINDS), show_default="both", help="Clips of this kind only."),
-    click.option("--limit", type=click.IntRange(1), show_default="all", help="Only the first so many clips."),
+    click.option("--limit", type=click.IntRange(1), show_default="all", help="Only the first clips of the listing."),
     click.option(
         "--decoder",
         type=click.Choice(DECODER_NAMES),
@@ -95,7 +94,7 @@ extraction_options = stacked(  # what would be extracted, from where, with what,
         "--storage-dtype",
         type=click.Choice(tuple(STORAGE_DTYPES)),
         show_default=ExtractConfig.storage_dtype,
-        help="Stored numbers.",
+        help="Number type of the stored tokens.",
     ),
     click.option(
         "--grid",
@@ -107,7 +106,7 @@ extraction_options = stacked(  # what would be extracted, from where, with what,
         "--prefix-tokens",
         is_flag=True,
         default=None,
-        help="Store class and register tokens beside, of the encoders that have them.",
+        help="Store class and register tokens too, of the encoders that have them.",
     ),
     click.option(
         "--scheduler",
@@ -124,7 +123,7 @@ extraction_options = stacked(  # what would be extracted, from where, with what,
 
 
 def takes_store(command: Command) -> Command:
-    """Decorator: the command is given the place of the store named behind it or by --store, else of the only one."""
+    """Decorator: passes the store that the argument or --store names, else the only one under features/."""
 
     @click.argument("store", type=click.Path(), required=False)
     @STORE_OPTION
@@ -136,12 +135,12 @@ def takes_store(command: Command) -> Command:
 
 
 def config_from_options(config_file: str | None, options: dict[str, Any]) -> ExtractConfig:
-    """Options as click gives them, over the config file."""
+    """The settings of options, over those of a config file."""
     return read_config(config_file, given_options(options))
 
 
 def given_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Those that were given, as settings."""
+    """The options that were given, as settings of `ExtractConfig`."""
     given = {name: value for name, value in options.items() if value not in (None, ())}
     if "weights" in given:
         given["weights"] = weights_by_encoder(given["weights"])
@@ -156,7 +155,7 @@ def given_options(options: dict[str, Any]) -> dict[str, Any]:
 
 def _pairs(option: str, pairs: tuple[str, ...]) -> dict[str, Any]:
     """`("spool_gb=100",)` -> name -> value, numbers and booleans as YAML reads them."""
-    import yaml  # only where it is needed: --help reads this room
+    import yaml
 
     if wrong := [pair for pair in pairs if "=" not in pair]:
         raise click.BadParameter(f"{option} is KEY=VALUE, got {wrong[0]!r}")

@@ -1,7 +1,4 @@
-"""Commands that keep a store in order: verify, repair, quarantine, tombstone.
-
-The command that measures storage dtypes on a store's own tokens. Thin: parse, call one library function, print.
-"""
+"""Commands that check and change a store: verify, repair, quarantine, tombstone, distortion."""
 
 from __future__ import annotations
 
@@ -34,17 +31,19 @@ from pipeline.config import ExtractConfig
 @click.option(
     "--media",
     type=click.Choice(["quick", "full"]),
-    show_default="not looked at",
-    help="Look for media that changed since: quick hashes those touched since the first run, full hashes all.",
+    show_default="not checked",
+    help="Look for media that changed: quick hashes those touched since the first run, full hashes all.",
 )
 @click.option(
-    "--parity", is_flag=True, help="Encode the store's canaries again on this machine and compare; needs the weights."
+    "--parity",
+    is_flag=True,
+    help="Encode the store's reference clips again on this machine and compare; needs the weights.",
 )
 @click.option(
     "--clips",
     type=click.Path(exists=True, dir_okay=False),
-    show_default="the canaries",
-    help="With --parity: file of clip ids, one a line, whose media are encoded again instead.",
+    show_default="the reference clips",
+    help="With --parity: file of clip ids, one per line, whose media are encoded again instead.",
 )
 @click.option("--encoders", metavar="LIST", show_default="all", help="With --parity: only these, comma separated.")
 @click.option(
@@ -62,17 +61,18 @@ def verify(
     workers: int,
     parity: bool,
     as_json: bool,
-    **again: Any,
+    **parity_options: Any,
 ) -> None:
     """Check that a store is sound. Exit code 1 where anything is damaged, 0 where there are only orphaned files.
 
-    With --parity, also whether this machine's libraries, decoder and encoders make the tokens that the store holds:
-    exit code 1 where they are outside the tolerance. The result is kept in the store's journal.
+    With --parity, also whether this machine's libraries, decoder and encoders reproduce the stored tokens: exit code 1
+    where they are outside the tolerance. The result is saved in the store's journal.
     """
     from featurestore.maintenance.verify import is_damaged, verify_store
+    from pipeline.cli import render
 
-    if not parity and any(again.values()):
-        raise click.UsageError("--clips, --encoders, --weights and --device say what --parity does: add --parity")
+    if not parity and any(parity_options.values()):
+        raise click.UsageError("--clips, --encoders, --weights and --device are options of --parity: add --parity")
     with ProgressLine("verify", unit="blocks") as progress:
         findings = verify_store(place, "full" if full else "quick", workers=workers, progress=progress)
     if media:
@@ -80,26 +80,23 @@ def verify(
 
         with ProgressLine("media", unit="clips") as progress:
             findings += verify_media(place, media, root=root, workers=workers, progress=progress)
-    told = {"store": str(place), "mode": "full" if full else "quick", "media": media}
-    told["findings"] = [vars(finding) for finding in findings]
-    checked = _parity(place, root=root, **again) if parity else None
-    told |= {"parity": checked and asdict(checked)}
-    print_result(told, as_json, lambda: _show_verified(findings, full, media, checked))
+    checked = _check_parity(place, root=root, **parity_options) if parity else None
+    result = {"store": str(place), "mode": "full" if full else "quick", "media": media}
+    result |= {"findings": [vars(finding) for finding in findings], "parity": checked and asdict(checked)}
+
+    def show() -> None:
+        render.findings(findings, full, media)
+        if checked is not None:
+            render.parity(checked)
+
+    print_result(result, as_json, show)
     is_outside = checked is not None and any(row.verdict == "outside" for row in checked.rows)
     if is_damaged(findings) or is_outside:
         click.get_current_context().exit(1)
 
 
-def _show_verified(findings: list, full: bool, media: str | None, checked: Any) -> None:
-    from pipeline.cli import render
-
-    render.findings(findings, full, media)
-    if checked is not None:
-        render.parity(checked)
-
-
-def _parity(place: Place, *, encoders: str | None, weights: tuple[str, ...], **options: Any) -> Any:
-    """The parity check that was asked for, kept in the journal where the store can be written."""
+def _check_parity(place: Place, *, encoders: str | None, weights: tuple[str, ...], **options: Any) -> Any:
+    """The parity check, saved in the journal where the store can be written."""
     from featurestore.quality import keep_record
     from pipeline.encoders.weights import weights_by_encoder
     from pipeline.parity import check_parity
@@ -114,12 +111,12 @@ def _parity(place: Place, *, encoders: str | None, weights: tuple[str, ...], **o
 @handle_cli_errors
 @takes_store
 @click.option("--from", "other", type=click.Path(), help="Another copy of the store: a folder or URL.")
-@click.option("--recompute", is_flag=True, help="Compute what no copy has from the media.")
+@click.option("--recompute", is_flag=True, help="Compute from the media what no copy has.")
 @ROOT
 @WEIGHTS
 @click.option("--device", show_default="as at extraction", help="cpu, cuda, cuda:1, ...")
 @click.option(
-    "--new-bytes", is_flag=True, help="Take what this machine computes though its bytes differ: a numbered receipt."
+    "--new-bytes", is_flag=True, help="Accept what this machine computes although its bytes differ: a numbered receipt."
 )
 @AS_JSON
 def repair(
@@ -132,7 +129,7 @@ def repair(
     new_bytes: bool,
     as_json: bool,
 ) -> None:
-    """Mend what `verify --full` finds damaged. What is whole is not touched; exit code 1 if something is left."""
+    """Repair what `verify --full` finds damaged. Nothing else is changed; exit code 1 if damage remains."""
     from featurestore.maintenance.repair import repair_store
     from pipeline.cli import render
     from pipeline.encoders.weights import weights_by_encoder
@@ -152,20 +149,20 @@ def repair(
             on_repaired=lambda each: echo(f"{each.key}: {each.done}"),
             progress=progress,
         )
-    told = {"store": str(place), "from": other, "recompute": again is not None, "new_bytes": new_bytes}
-    told["repaired"] = [vars(each) for each in done]
-    print_result(told, as_json, lambda: render.repaired(done))
+    result = {"store": str(place), "from": other, "recompute": again is not None, "new_bytes": new_bytes}
+    result["repaired"] = [vars(each) for each in done]
+    print_result(result, as_json, lambda: render.repaired(done))
     if not all(each.is_mended for each in done):
         click.get_current_context().exit(1)
 
 
 @click.group()
 def quarantine() -> None:
-    """List clips that failed, or try them again."""
+    """List clips that failed, or retry them."""
 
 
 _ENCODER = click.option("--encoder", show_default="all", help="Failures of this encoder only.")
-_REASON = click.option("--reason", metavar="TEXT", show_default="any", help="Failures whose reason holds this text.")
+_REASON = click.option("--reason", metavar="TEXT", show_default="any", help="Failures whose reason contains this text.")
 
 
 @quarantine.command("list")
@@ -189,14 +186,14 @@ def list_quarantine(place: Place, encoder: str | None, reason: str | None, as_js
 @_ENCODER
 @_REASON
 @click.option("--decoder", show_default="as at extraction", help="Another decoder: another identity of the features.")
-@click.option("--accept-damaged", is_flag=True, default=None, help="Take what can be decoded of damaged files.")
-@click.option("--new-identity", is_flag=True, default=None, help="Keep changed features beside the stored ones.")
+@click.option("--accept-damaged", is_flag=True, default=None, help="Use the decodable frames of damaged files.")
+@click.option("--new-identity", is_flag=True, default=None, help="Store changed features alongside the existing ones.")
 @ROOT
 @click.option("--device", show_default="as at extraction", help="cpu, cuda, cuda:1, ...")
 @click.option("--scheduler", show_default=ExtractConfig.scheduler, help="As for extract.")
 @AS_JSON
 def retry(place: Place, encoder: str | None, reason: str | None, as_json: bool, **overrides: Any) -> None:
-    """Extract quarantined clips again, with the settings that the store's journal tells."""
+    """Extract quarantined clips again, with the settings in the store's journal."""
     from pipeline.cli import render
     from pipeline.quarantine import retry as retry_quarantine
 
@@ -209,11 +206,11 @@ def retry(place: Place, encoder: str | None, reason: str | None, as_json: bool, 
 @click.command()
 @handle_cli_errors
 @click.argument("clips", nargs=-1, required=True, metavar="[STORE] CLIP...")
-@click.option("--reason", required=True, help="Why, for whoever reads the store later: a licence, a consent withdrawn.")
+@click.option("--reason", required=True, help="Why, for later readers of the store: a licence, a consent withdrawn.")
 @click.option(
     "--all-copies/--exact-ids",
     default=None,
-    show_default="asked for, where there are any",
+    show_default="required where there are any",
     help="Whether other clips made from the same media, of any dataset and span, are removed as well.",
 )
 @STORE_OPTION
@@ -223,10 +220,10 @@ def tombstone(
 ) -> None:
     """Remove clips for good, tokens and conversations.
 
-    Name a clip by its id, or by an end of it that no other clip has. Readers no longer have it, and its tokens and
-    conversations are erased from the files. Ids stay, in the clip parts and in the tombstone, so that they are never
-    computed again. Other copies of the store take the removal over when they are pushed to or pull from it. Where the
-    same video has other ids too (of another dataset, another span), they are named, and you say whether they go.
+    Give a clip's id, or an end of it that no other clip has. Its tokens and conversations are erased from the files;
+    its id stays, in the clip parts and in the tombstone, so that it is never computed again. Other copies of the store
+    apply the removal when they are pushed to or pull from it. Where the same video has other ids (of another dataset,
+    another span), they are listed: remove them with --all-copies, or keep them with --exact-ids.
     """
     from featurestore.maintenance.tombstone import tombstone as remove
     from pipeline.cli import render
@@ -237,14 +234,11 @@ def tombstone(
     print_result(result, as_json, lambda: render.details(result))
 
 
-STORE_COMMANDS: tuple[click.Command, ...] = (verify, repair, quarantine, tombstone)
-
-
 @click.command()
 @handle_cli_errors
 @takes_store
 @click.option("--sample", type=click.IntRange(1), default=64, help="Clips of each encoder and kind, at most.")
-@click.option("--seed", type=int, default=0, help="Chooses the clips.")
+@click.option("--seed", type=int, default=0, help="Seed of the sample.")
 @click.option(
     "--scratch",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -255,7 +249,7 @@ STORE_COMMANDS: tuple[click.Command, ...] = (verify, repair, quarantine, tombsto
     "--reference",
     type=click.Choice(["store", "encoders"]),
     default="store",
-    help="What errors are against: the stored tokens, or the encoders' float32, computed again from the media.",
+    help="What errors are relative to: the stored tokens, or the encoders' float32, computed from the media.",
 )
 @ROOT
 @WEIGHTS
@@ -270,11 +264,11 @@ def distortion(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Measure what each storage dtype takes and loses.
+    """Measure the size and error of each storage dtype.
 
     Bytes, reading speed and error, on the store's own tokens: a sample is written in every storage dtype into temporary
-    stores and read back. The result is kept in the store's journal, for `report` and the card; `merv-eval
-    distortion` adds what a trained run makes of each dtype.
+    stores and read back. The result is saved in the store's journal, for `report` and the card; `merv-eval
+    distortion` adds the validation loss of a trained run with each dtype.
     """
     from featurestore.quality import keep_record, to_record
     from pipeline.cli import render
@@ -285,10 +279,13 @@ def distortion(
             from pipeline.distortion import encoded_again
             from pipeline.encoders.weights import weights_by_encoder
 
-            made_of = {"root": root, "weights": weights_by_encoder(weights), "device": device}
-            options["again"] = stack.enter_context(encoded_again(place, **made_of))
+            again = encoded_again(place, root=root, weights=weights_by_encoder(weights), device=device)
+            options["again"] = stack.enter_context(again)
         progress = stack.enter_context(ProgressLine("distortion", unit="measurements"))
         measured = measure_distortion(place, **options, progress=progress)
     record = to_record(measured)
     report_saved(lambda: keep_record(place, record))
     print_result(record, as_json, lambda: render.distortion(measured))
+
+
+STORE_COMMANDS: tuple[click.Command, ...] = (verify, repair, quarantine, tombstone, distortion)

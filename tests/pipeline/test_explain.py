@@ -154,7 +154,9 @@ def test_the_command_takes_what_is_not_given_from_the_newest_run_and_prints_it_f
     assert found["settings"] == f"run {extracted.summary.run} of videollava"
     assert [change["state"] for change in found["encoders"]] == ["same"] * 4
     text = call("--encoders", "siglip", "--grid", "4,3,3")
-    assert all(words in text for words in ("grid", "8x3x3", "4x3x3", "stored otherwise", "14 clips with tokens"))
+    assert all(
+        words in text for words in ("grid", "8x3x3", "4x3x3", "stored with other settings", "14 clips with tokens")
+    )
     printed = yaml.safe_load(call("--weights", "siglip=random:7", "--print-config"))
     assert printed["weights"] == {"": "random:0", "siglip": "random:7"}
     assert printed["architecture"]["siglip"]["hidden_size"] == 32

@@ -11,7 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 from featurestore.lease import StoreLease
-from pipeline.cli.extract import line, main
+from pipeline.cli.extract import main
+from pipeline.cli.render import watch_line
 from pipeline.status import ProgressMonitor, rate, watch
 
 NOW = 1_000_000.0
@@ -66,7 +67,7 @@ def test_watching_ends_when_everything_given_out_is_committed(running, extracted
     first, second = looks
     assert (first.is_done, second.is_done) == (False, True)
     assert all((e.blocks, e.clips) == (5, 14) for e in second.encoders)
-    assert line(second).count("14/14 clips (5/5 blocks)") == 4
+    assert watch_line(second).count("14/14 clips (5/5 blocks)") == 4
 
 
 @pytest.mark.parametrize(
