@@ -1,18 +1,7 @@
-"""Clips: the unit that is encoded. A media file with a span or an end frame, or a still image.
+"""`Clip`: a media file with a span or an end frame, or a still image. `Sample`: a conversation about a clip.
 
-Comes in: what a dataset lists. Goes out: `Clip` values; their Parquet columns stand in `columns.py`.
-A clip's id is made from what names it (dataset, path, span), not from its bytes: ids must exist before any
-media is read. Equality of content is the receipt's `media_sha256`.
-
-Samples: a conversation about a clip (or about nothing, for text-only records), as training reads it.
-
-Comes in: annotation records, already parsed by a dataset. Goes out: `Sample` values; their Parquet columns stand in
-`columns.py`. Evaluation questions are samples too: one human turn, one gpt turn, and options.
-
-Columns: clips and samples as the rows of Parquet tables.
-
-Comes in: `Clip` and `Sample` values, or tables read from a store. Goes out: the other of the two; what is read is
-checked anew. Apart from the values because pyarrow takes half a second to load and a command line's help needs none.
+A clip's id is made from dataset, path and span, not from its bytes, because ids must exist before any media is read;
+equality of content is the receipt's `media_sha256`. Evaluation questions are samples of two turns with options.
 """
 
 from __future__ import annotations
@@ -35,7 +24,7 @@ _AMBIGUOUS_PART = re.compile(r"(?:^|/)\.{0,2}(?:/|\Z)")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Clip:
-    """One thing to encode; hashable, checked at birth."""
+    """One thing to encode; hashable, checked when it is made."""
 
     dataset: str  # name of the dataset that lists it
     path: str  # POSIX path relative to the dataset's root; a tar member is "shard.tar/member"
@@ -68,19 +57,17 @@ class Clip:
         quoted = self.path
         if "%" in quoted or "#" in quoted:
             quoted = quoted.replace("%", "%25").replace("#", "%23")
-        return f"{self.dataset}/{quoted}{self._fragment()}"
-
-    def _fragment(self) -> str:
-        if self.start_s is None and self.end_s is None and self.end_frame is None:
-            return ""
+        fragment = ""
         if self.end_frame is not None:
-            return f"#end_frame={self.end_frame}"
-        start, end = ("" if s is None else repr(float(s)) for s in (self.start_s, self.end_s))
-        return f"#t={start},{end}"
+            fragment = f"#end_frame={self.end_frame}"
+        elif self.start_s is not None or self.end_s is not None:
+            start, end = ("" if s is None else repr(float(s)) for s in (self.start_s, self.end_s))
+            fragment = f"#t={start},{end}"
+        return f"{self.dataset}/{quoted}{fragment}"
 
 
 def check_relative_path(path: str) -> None:
-    """Refuse a path that is absolute, climbs out of its root, or could mean two things."""
+    """UserError for a path that is absolute, climbs out of its root, or could mean two things."""
     problem = None
     if not path or len(path) > MAX_PATH_LENGTH:
         problem = f"its length must be 1..{MAX_PATH_LENGTH} characters"
@@ -145,6 +132,6 @@ class Sample:
 
     @classmethod
     def from_record(cls, record: dict) -> Sample:
-        """Inverse of `to_record`; every sample is checked anew."""
+        """Inverse of `to_record`; checks the sample again."""
         turns = tuple(Turn(**turn) for turn in record["turns"])
         return cls(**{**record, "turns": turns, "options": tuple(record["options"] or ())})

@@ -1,6 +1,6 @@
-"""A torch dataset over a store: clips or samples in, tokens per encoder out.
+"""`FeatureDataset`: a torch dataset over a store, in its own module because torch is heavy.
 
-The store is opened where it is read: in a loader worker, on first use. Start workers by spawn or forkserver
+The store is opened in each loader worker on first use. Start workers by spawn or forkserver
 (`multiprocessing_context="spawn"`); a dataset pickles as its store's path, snapshot and the list of items.
 """
 

@@ -1,7 +1,7 @@
-"""Identity: what decides the bytes of an encoder's tokens, and nothing else.
+"""`FeatureIdentity`: everything that decides the bytes of an encoder's tokens, and nothing else.
 
-No path, time, host or library version is in it: those are provenance and go to the journal. Two stores whose
-identities agree hold the same features, up to the device's rounding.
+No path, time, host or library version is in it: those are provenance and go to the journal. Stores of equal identities
+hold the same features, up to the device's rounding.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ IDENTITY_LENGTH = 12  # hex digits in a group's name
 
 def _leaves(record: Mapping[str, Any], under: str = "") -> dict[str, Any]:
     """Values of a nested record by dotted names."""
-    found: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for name, value in record.items():
-        found |= _leaves(value, f"{under}{name}.") if isinstance(value, Mapping) else {under + name: value}
-    return found
+        leaves |= _leaves(value, f"{under}{name}.") if isinstance(value, Mapping) else {under + name: value}
+    return leaves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class FeatureIdentity:
     grid: tuple[int, int, int]  # stored T, H, W of a video
     pooling: str  # "adaptive-avg" to the grid, or "none" for the encoder's own grid
     width: int  # D
-    prefix_tokens: int = 0  # class and register tokens stored beside, K
+    prefix_tokens: int = 0  # class and register tokens stored as well, K
     compute_dtype: str = "float32"  # "float32" or "bfloat16": the forward's arithmetic
     storage_dtype: str = "float16"  # a name in STORAGE_DTYPES
 
@@ -79,12 +79,12 @@ class FeatureIdentity:
         return cls(**record)
 
     def differences(self, other: FeatureIdentity) -> dict[str, tuple[Any, Any]]:
-        """Fields that differ: name -> (ours, theirs)."""
-        ours, theirs = self.to_dict(), other.to_dict()
-        return {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
+        """Fields that differ: name -> (value here, value there)."""
+        here, there = self.to_dict(), other.to_dict()
+        return {name: (here[name], there[name]) for name in here if here[name] != there[name]}
 
     def changes(self, new: FeatureIdentity) -> dict[str, tuple[Any, Any]]:
-        """What differs in the smallest parts, "architecture.hidden_size": name -> (here, new); None where it is not."""
+        """Differences by dotted name, "architecture.hidden_size" -> (value here, new value), None if absent."""
         here, there = _leaves(self.to_dict()), _leaves(new.to_dict())
         names = dict.fromkeys([*here, *there])
         return {name: (here.get(name), there.get(name)) for name in names if here.get(name) != there.get(name)}

@@ -1,7 +1,7 @@
-"""Names inside a store, and the arithmetic between rows and blocks: pure functions, no I/O.
+"""Keys of a store's files, and the arithmetic between rows and blocks: pure functions, no I/O.
 
-A store is plain Zarr v3, Parquet and JSON. Every file has one of the names below, so listing names answers most
-questions ("which blocks are committed?") without opening anything, and whatever has another name is an orphan.
+A store is plain Zarr v3, Parquet and JSON. Listing keys answers most questions ("which blocks are committed?") without
+opening a file; a file with another name than these is an orphan.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ PARTS, SAMPLES, RECEIPTS, SNAPSHOTS, JOURNAL, TOMBSTONES, CANARIES, TEMPORARY = 
     "canaries",
     "tmp",
 )
-CARD, LISTING = "README.md", "listing.json"  # left by `push` beside the data: for people, and for web servers
-# Arrays of a group, in the order in which their shards are put and their rows digested: tokens last, see blocks.py.
+CARD, LISTING = "README.md", "listing.json"  # written by `push`: for people, and for places that cannot list
+# Arrays of a group, in the order in which their shards are put and their rows digested: tokens last, see writer.py.
 ARRAYS: tuple[str, ...] = ("prefix", "scale", "offset", "tokens")
 TRAILING_AXES: dict[str, int] = {"prefix": 3, "scale": 1, "offset": 1, "tokens": 4}  # axes after "row"
 
@@ -86,7 +86,7 @@ def samples_key(name: str, version: int = 1) -> str:
 
 
 def group_prefix(kind: str, group: str) -> str:
-    """The Zarr group of one encoder and kind, checked: names reach us from metadata of strangers."""
+    """The Zarr group of one encoder and kind, checked: names may come from untrusted metadata."""
     if kind not in KINDS or not GROUP_NAME.fullmatch(group):
         raise StoreFormatError(f"{kind!r}/{group!r} does not name a feature group; expected KIND/ENCODER-IDENTITY12")
     return f"{kind}/{group}"
@@ -127,12 +127,12 @@ def journal_key(name: str) -> str:
 
 
 def reference_clip_key(kind: str, group: str) -> str:
-    """Tokens of clips that everybody can render, see canaries.py."""
+    """Tokens of the reference clips, see reference_clips.py."""
     return f"{CANARIES}/{group_prefix(kind, group)}.safetensors"
 
 
 def reference_clip_groups(names: list[str]) -> set[str]:
-    """Groups that have canaries, among file names."""
+    """Groups that have reference clips, among file names."""
     return {match[1] for name in names if (match := _CANARY_FILE.fullmatch(name))}
 
 
@@ -141,7 +141,7 @@ def receipt_key(kind: str, group: str, block: int) -> str:
 
 
 def reference_clip_place(key: str) -> tuple[str, str] | None:
-    """(kind, group) of the key of canaries; None of any other key."""
+    """(kind, group) of the key of reference clips; None of any other key."""
     top, _, rest = key.partition("/")
     kind, _, file = rest.partition("/")
     match = _CANARY_FILE.fullmatch(file)
@@ -171,7 +171,7 @@ def part_numbers(names: list[str]) -> list[int]:
     numbers = sorted(int(match[1]) for name in names if (match := _PART_FILE.fullmatch(name)))
     if numbers != list(range(len(numbers))):
         missing = sorted(set(range(len(numbers))) - set(numbers))
-        raise StoreFormatError(f"clip part {missing[0]} of {len(numbers)} is missing: rows cannot be told apart")
+        raise StoreFormatError(f"clip part {missing[0]} of {len(numbers)} is missing: rows cannot be assigned to clips")
     return numbers
 
 

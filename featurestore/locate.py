@@ -1,7 +1,6 @@
-"""Which store is meant: the one named, or the only one under features/, where extraction puts stores by default.
+"""Which store a command line means: the one named, or the only one under features/, where extraction puts stores.
 
-Shared by all command lines, so that they agree, also on how several names are typed. A place is a folder (`Path`) or a
-URL (text). Nothing heavy is imported: `--help` reads this room.
+A place is a folder (`Path`) or a URL (text). Nothing heavy is imported, since `--help` imports this module.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ def place_of(given: Place) -> Place:
 
 
 def check_room_for_store(place: Place) -> None:
-    """Refuse a place where no store can be made, before anything is loaded for it; makes nothing."""
+    """UserError where no store can be made; creates nothing, so it can run before anything is loaded."""
     place = place_of(place)
     if not is_url(place):
         check_room(place, "store", "--store")
 
 
 def check_room(path: Path, thing: str, option: str) -> None:
-    """Refuse a path where no folder can be made for a `thing`, which `option` names."""
+    """UserError where no folder can be made for a `thing`, whose path `option` sets."""
     nearest = next(folder for folder in (path.absolute(), *path.absolute().parents) if os.path.lexists(folder))
     if not nearest.is_dir():
         raise UserError(f"a {thing} is a folder, and {nearest} is a file: give another {option}")
@@ -47,11 +46,11 @@ def check_room(path: Path, thing: str, option: str) -> None:
 
 
 def check_is_another(source: Place, destination: Place) -> None:
-    """Refuse to write what is read: a store brought to its own place would look as if something had been done."""
+    """UserError if both are the same place: a store copied onto itself would look like a finished copy."""
     source, destination = place_of(source), place_of(destination)
     same = str(source) == str(destination) if is_url(source) else Path(source).resolve() == Path(destination).resolve()
     if same:
-        raise UserError(f"{destination} is the store itself: name another place for what is made of it")
+        raise UserError(f"{destination} is the store itself: name another place for the result")
 
 
 def is_url(place: Place) -> bool:
@@ -71,13 +70,13 @@ def find_store(given: Place | None) -> Place:
 
 
 def names_of(text: str) -> list[str]:
-    """Names typed as one text, with commas between them."""
+    """Names in one text, separated by commas."""
     return [name for part in text.split(",") if (name := part.strip())]
 
 
 def store_first(words: Sequence[str], given: Place | None) -> tuple[Place, list[str]]:
-    """The store and the other words: the one given apart, else the first word if it is a store and others follow."""
-    stores = [] if given is not None else [word for word in words if _is_store(word)]
+    """(store, other words): the store `given`, else the first word if it is a store and others follow."""
+    stores = [w for w in words if is_url(w) or (Path(w) / ROOT_METADATA).is_file()] if given is None else []
     if not stores:
         return find_store(given), list(words)
     if words[0] != stores[0]:
@@ -90,17 +89,13 @@ def store_first(words: Sequence[str], given: Place | None) -> tuple[Place, list[
     return place_of(words[0]), list(words[1:])
 
 
-def _is_store(word: str) -> bool:
-    return is_url(word) or (Path(word) / ROOT_METADATA).is_file()
-
-
 def stores_under(folder: Path) -> list[Path]:
     """Folders in `folder` that are named like stores and hold their root metadata."""
     return sorted(path for path in folder.glob("*.zarr") if (path / ROOT_METADATA).is_file())
 
 
 def no_store_at(path: Place) -> str:
-    """The message for a path that holds no store: the ones nearby first, for it may be a typing mistake."""
+    """The message for a path that holds no store; lists those nearby, as it may be a typing mistake."""
     if is_url(path):
         return (
             f"there is no feature store at {path}: no {ROOT_METADATA} was found there; check the path (for a bucket, "

@@ -51,7 +51,7 @@ def table_bytes(table: pa.Table) -> bytes:
 
 
 def own_digest_holds(data: bytes) -> bool | None:
-    """Do the bytes match the digest in their own footer? None: there is none (an older version wrote them)."""
+    """True if the bytes match the digest in their footer, None if they have none (an older version wrote them)."""
     start = _digest_place(data)
     if start is None:
         return None
@@ -65,14 +65,14 @@ def _digest_place(data: bytes) -> int | None:
 
 
 def table_file(objects: Objects, key: str) -> bytes:
-    """The bytes of a Parquet file of believable size."""
+    """The bytes of a Parquet file of plausible size."""
     return get_bounded(objects, key, MAX_TABLE_BYTES)
 
 
 def read_table(
     data: bytes, schema: pa.Schema, what: str, *, columns: list[str] | None = None, exactly: bool = True
 ) -> pa.Table:
-    """The columns of a Parquet file; StoreFormatError unless it has `schema` and a believable size.
+    """The columns of a Parquet file; StoreFormatError unless it has `schema` and a plausible size.
 
     `exactly` allows no other columns than those of the schema.
     """

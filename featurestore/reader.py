@@ -248,7 +248,7 @@ class Shard:
         return buffer
 
     def _cut_short(self) -> StoreDamagedError:
-        return StoreDamagedError(f"{self.spec.name}: a shard ends before its index says; run `merv-pipeline verify`")
+        return StoreDamagedError(f"{self.spec.name}: a shard ends before its last row; run `merv-pipeline verify`")
 
 
 def encode_row(spec: ArraySpec, row: np.ndarray) -> bytes:

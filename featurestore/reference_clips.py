@@ -1,10 +1,9 @@
-"""Canaries: tokens of clips that everybody can render, kept beside an encoder's own, to be encoded again elsewhere.
+"""Reference clips: stored tokens of clips that every installation can render, to be encoded again elsewhere.
 
-Library versions are not in an identity; canaries catch their drift. A group has at most one file of them, put once as
-everything else is: `canaries/KIND/GROUP.safetensors`, the group's arrays with one row per canary, as stored, and for
-each canary the digest of the frames that the encoder saw. It holds no time, host or version, and is covered by its own
-digest (and by the snapshots that name it). Plain safetensors with one text of its header, written and read here: the
-library keeps its header in the order of a hash table, and a stranger's file must claim nothing before it is checked.
+Library versions are not in an identity; encoding these clips again detects drift. A group has at most one such file,
+`canaries/KIND/GROUP.safetensors`: the group's arrays with one row per clip, as stored, and the digest of the frames
+that the encoder saw. It is read and written here, because the safetensors library keeps its header in hash-table order
+and an untrusted file must claim nothing before it is checked.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _ALIGNMENT = 8  # safetensors pads its header to it
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceClip:
-    """What one canary was before it was encoded."""
+    """One reference clip before it was encoded."""
 
     name: str  # "scene": the renderer knows it
     media_sha256: str  # of the rendered file
@@ -43,21 +42,21 @@ class ReferenceClip:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceClips:
-    """The canaries of one encoder and kind."""
+    """The reference clips of one encoder and kind."""
 
     kind: str
     identity: FeatureIdentity
-    rendering: str  # "canaries/1": who renders the clips again
+    rendering: str  # "canaries/1": how the clips are rendered
     clips: tuple[ReferenceClip, ...]  # in the order of the arrays' rows
     arrays: Mapping[str, np.ndarray]  # by name in layout.ARRAYS: stored items [clip, *row shape]
 
     def stored(self, name: str) -> dict[str, np.ndarray] | None:
-        """A canary's row of each array; None where the group has none of it."""
+        """A clip's row of each array; None where the group has none of it."""
         rows = {clip.name: row for row, clip in enumerate(self.clips)}
         return {array: items[rows[name]] for array, items in self.arrays.items()} if name in rows else None
 
     def to_bytes(self) -> bytes:
-        """A safetensors file; the same canaries are the same bytes."""
+        """A safetensors file; the same clips give the same bytes."""
         data = b"".join(self._items(name).tobytes() for name in self._names)
         header, offset = {}, 0
         for name in self._names:
@@ -90,36 +89,36 @@ class ReferenceClips:
 
     @classmethod
     def parse(cls, data: bytes, kind: str, identity: FeatureIdentity) -> ReferenceClips:
-        """Canaries from their file, whole, undamaged, and of this group."""
+        """Reference clips from their file, whole, undamaged, and of this group."""
         what = reference_clip_key(kind, identity.group_name)
         try:
             record, start = _read_record(data, what)
             clips = tuple(ReferenceClip(**entry) for entry in record["clips"])
             arrays = _arrays(memoryview(data)[start:], kind, identity, len(clips))
             rendering = record["rendering"]
-            found = cls(kind=kind, identity=identity, rendering=rendering, clips=clips, arrays=arrays)
-            good = all(map(_is_sound, clips)) and type(rendering) is str and bool(rendering)
-            whole = good and found.to_bytes() == data
+            parsed = cls(kind=kind, identity=identity, rendering=rendering, clips=clips, arrays=arrays)
+            is_whole = all(map(_is_sound, clips)) and type(rendering) is str and bool(rendering)
+            is_whole = is_whole and parsed.to_bytes() == data
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise StoreFormatError(f"{what} lacks fields or has malformed ones ({error})") from error
-        if not whole:
+        if not is_whole:
             raise StoreDamagedError(f"{what} does not match its own digest; run `merv-pipeline repair`")
-        return found
+        return parsed
 
 
 def read_reference_clips(objects: Objects, kind: str, identity: FeatureIdentity) -> ReferenceClips:
-    """The canaries of a group; FileNotFoundError where it has none."""
+    """The reference clips of a group; FileNotFoundError where it has none."""
     data = get_bounded(objects, reference_clip_key(kind, identity.group_name), max_reference_clip_bytes(kind, identity))
     return ReferenceClips.parse(data, kind, identity)
 
 
 def put_reference_clips(objects: Objects, canaries: ReferenceClips) -> bool:
-    """Keep a group's canaries unless it has some; False if it has, and those stand."""
+    """Keep a group's reference clips unless it has some; False if it has, and the existing ones win."""
     return put_if_absent(objects, reference_clip_key(canaries.kind, canaries.identity.group_name), canaries.to_bytes())
 
 
 def reference_clip_digest(objects: Objects, kind: str, identity: FeatureIdentity) -> str | None:
-    """sha256 of a group's canary file; None where there is none, or a damaged one, which `verify` tells of."""
+    """sha256 of a group's reference clips; None where there are none, or damaged ones, which `verify` reports."""
     try:
         key = reference_clip_key(kind, identity.group_name)
         data = get_bounded(objects, key, max_reference_clip_bytes(kind, identity))
@@ -130,7 +129,7 @@ def reference_clip_digest(objects: Objects, kind: str, identity: FeatureIdentity
 
 
 def max_reference_clip_bytes(kind: str, identity: FeatureIdentity) -> int:
-    """What a file of canaries can need."""
+    """Upper bound of the file's size."""
     return 8 + MAX_HEADER_BYTES + MAX_CANARIES * sum(spec.row_bytes for spec in _specs(kind, identity).values())
 
 
@@ -148,7 +147,7 @@ def _read_record(data: bytes, what: str) -> tuple[dict[str, Any], int]:
 
 
 def _arrays(data: memoryview, kind: str, identity: FeatureIdentity, count: int) -> dict[str, np.ndarray]:
-    """Views of the data, of the shapes that the identity makes; what the header says of them is compared later."""
+    """Views of the data, of the shapes that the identity gives; the header is compared later."""
     specs = _specs(kind, identity)
     if count > MAX_CANARIES or len(data) != count * sum(spec.row_bytes for spec in specs.values()):
         raise ValueError(f"{count} clips in {len(data)} bytes")

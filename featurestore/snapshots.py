@@ -1,23 +1,8 @@
-"""Snapshots: an immutable, digested view of everything that is committed.
+"""Snapshots: an immutable, digested view of everything that is committed, and how one is published.
 
-A snapshot is a table (one line per clip: the row and digest of its tokens for each encoder, or why it failed) and a
-JSON record that names every clip part, samples file and receipt by digest. The record is put last and commits it;
-`publish.py` makes one. What is read may be a stranger's: `parse` checks every type and name before anything is used.
-
-The table of a snapshot: one line per clip, five columns per encoder group.
-
-GROUP.row and GROUP.digest are the clip's newest committed ok row (-1 and null if none); GROUP.failed_row, .failed_scope
-and .failed_reason tell of its newest failure. Columns are numpy while receipts are applied, Arrow when stored.
-
-Publishing: a snapshot of all that is committed, made from the newest one and the receipts that are new.
-
-Comes in: a store's objects. Goes out: the id of a snapshot that readers open, a new one where there is anything new to
-say. Whoever publishes needs no lock: of racing publishers all snapshots stand, and the last one has everything.
-
-Clip parts: the append-only `clips/part-N.parquet` files that say which clip each row is.
-
-Creating a part exclusively is how rows are given out. Parts are cheap to list and never change, so a `ClipIndex` reads
-each once. Parquet bytes depend on the content alone (fixed writer options, no time).
+A snapshot is a table (one line per clip: row and digest of its tokens for each encoder, or why it failed) and a JSON
+record, put last, that names every clip part, samples file and receipt by digest. Publishing needs no lock: of racing
+publishers all snapshots stay valid, and the last one has everything. Snapshots and clip parts may be untrusted.
 """
 
 from __future__ import annotations
@@ -60,138 +45,27 @@ from featurestore.zarr_metadata import GroupRecord, encoder_groups, parse_identi
 from mervcache.errors import StoreDamagedError, StoreError, StoreFormatError, UserError
 from mervcache.files import canonical_json, load_json, record_digest, sha256_hex
 
-# column suffix -> (Arrow type, value where there is none)
+MAX_RECORD_BYTES = 256 << 20  # a million clips of four encoders have a record of 6 MB
+_VERSION = 1
+
+# column suffix -> (Arrow type, value where there is none); a group's columns are GROUP.row, GROUP.digest, ...
 GROUP_COLUMNS: dict[str, tuple[pa.DataType, int | None]] = {
-    "row": (pa.int64(), -1),
+    "row": (pa.int64(), -1),  # of the clip's newest ok row
     "digest": (pa.string(), None),
-    "failed_row": (pa.int64(), -1),
+    "failed_row": (pa.int64(), -1),  # of its newest failure
     "failed_scope": (pa.string(), None),
     "failed_reason": (pa.string(), None),
 }
-
-
-# state of a row -> the column of its number, then columns and what of the outcome they hold
-_TOLD_BY = {
+# state of a row -> the column of its number, then (column, field of the outcome) pairs
+_COLUMNS_OF_STATE = {
     "ok": ("row", ("digest", "digest")),
     "failed": ("failed_row", ("failed_scope", "scope"), ("failed_reason", "reason")),
 }
 
 
-def snapshot_schema(groups: Iterable[str]) -> pa.Schema:
-    """Columns of a snapshot of these groups."""
-    fields = [("clip_id", pa.string()), ("kind", pa.string())]
-    for group in sorted(groups):
-        fields += [(column(group, suffix), arrow_type) for suffix, (arrow_type, _) in GROUP_COLUMNS.items()]
-    return pa.schema(fields)
-
-
-def complete(table: pa.Table, what: str) -> pa.Table:
-    """The table, if every clip has an id and a kind and every row is a number, as a snapshot's writer leaves it."""
-    for name in table.column_names:
-        if (name in ("clip_id", "kind") or name.endswith("row")) and table[name].null_count:
-            raise StoreFormatError(f"{what} has clips without {name}; open an older snapshot or publish a new one")
-    return table
-
-
-def column(group: str, suffix: str) -> str:
-    return f"{group}.{suffix}"
-
-
-class SnapshotTable:
-    """What is known of every clip, in the order in which clips first got a row."""
-
-    def __init__(self, clip_ids: pa.Array, kinds: pa.Array, clip_of_row: dict[str, np.ndarray]) -> None:
-        self._clip_ids = clip_ids
-        self._kinds = kinds
-        self._clip_of_row = clip_of_row  # kind -> clip's line by row, -1 where a row is unused
-        self._columns: dict[str, dict[str, np.ndarray]] = {}
-
-    @classmethod
-    def extend(cls, parent: pa.Table | None, clips: pa.Table) -> SnapshotTable:
-        """The parent's table made longer by the clips that are new; clip parts only grow, so lines keep their place."""
-        encoded = clips["clip_id"].combine_chunks().dictionary_encode()
-        if isinstance(encoded, pa.ChunkedArray):
-            encoded = encoded.combine_chunks()
-        lines = encoded.indices.to_numpy()
-        clip_ids = encoded.dictionary
-        _, first = np.unique(lines, return_index=True)
-        kinds = clips["kind"].combine_chunks().take(pa.array(first))
-        state = cls(clip_ids, kinds, _lines_by_row(clips, lines))
-        if parent is not None:
-            state._adopt(parent)
-        return state
-
-    def _adopt(self, parent: pa.Table) -> None:
-        count = parent.num_rows
-        if not parent["clip_id"].combine_chunks().equals(self._clip_ids.slice(0, count)):
-            raise StoreDamagedError("the newest snapshot does not begin with the clips of the clip parts")
-        groups = {name.rsplit(".", 1)[0] for name in parent.column_names if name not in ("clip_id", "kind")}
-        for group in groups:
-            columns = self.ensure_columns(group)
-            for suffix in GROUP_COLUMNS:
-                columns[suffix][:count] = parent[column(group, suffix)].to_numpy(zero_copy_only=False)
-
-    def ensure_columns(self, group: str) -> dict[str, np.ndarray]:
-        """The columns of a group, empty if it is new."""
-        if group not in self._columns:
-            self._columns[group] = {
-                suffix: np.full(len(self._clip_ids), none, dtype=np.int64 if none == -1 else object)
-                for suffix, (_, none) in GROUP_COLUMNS.items()
-            }
-        return self._columns[group]
-
-    def apply(self, receipt: Receipt) -> None:
-        """Take over a receipt: a later row of a clip wins over an earlier one, whatever order receipts come in."""
-        columns, first = self.ensure_columns(receipt.group), receipt.first_row()
-        for state, (number, *told) in _TOLD_BY.items():
-            outcomes = [(first + n, outcome) for n, outcome in enumerate(receipt.rows) if outcome.state == state]
-            if not outcomes:
-                continue
-            rows = np.fromiter((row for row, _ in outcomes), np.int64, len(outcomes))
-            lines = self._lines_of(receipt, rows)
-            newer = rows > columns[number][lines]  # rows ascend: of two rows of one clip the later one stays
-            columns[number][lines[newer]] = rows[newer]
-            for suffix, name in told:
-                values = np.array([getattr(outcome, name) for _, outcome in outcomes], dtype=object)
-                columns[suffix][lines[newer]] = values[newer]
-
-    def _lines_of(self, receipt: Receipt, rows: np.ndarray) -> np.ndarray:
-        """Lines of the clips that have these rows."""
-        lines = self._clip_of_row[receipt.kind]
-        found, is_given = np.full(len(rows), -1), rows < len(lines)
-        found[is_given] = lines[rows[is_given]]
-        if (found < 0).any():
-            row = rows[found < 0][0]
-            raise StoreFormatError(
-                f"a receipt of {receipt.kind}/{receipt.group} speaks of row {row}, which no clip has"
-            )
-        return found
-
-    def to_arrow(self) -> pa.Table:
-        arrays: dict[str, pa.Array] = {"clip_id": self._clip_ids, "kind": self._kinds}
-        for group in sorted(self._columns):
-            for suffix, (arrow_type, _) in GROUP_COLUMNS.items():
-                arrays[column(group, suffix)] = pa.array(self._columns[group][suffix], type=arrow_type)
-        return pa.table(arrays)
-
-
-def _lines_by_row(clips: pa.Table, lines: np.ndarray) -> dict[str, np.ndarray]:
-    rows, kinds = clips["row"].to_numpy(), clips["kind"].to_numpy(zero_copy_only=False)
-    by_row: dict[str, np.ndarray] = {}
-    for kind in KINDS:
-        mine = kinds == kind
-        by_row[kind] = np.full(int(rows[mine].max()) + 1 if mine.any() else 0, -1, dtype=np.int64)
-        by_row[kind][rows[mine]] = lines[mine]
-    return by_row
-
-
-_VERSION = 1
-MAX_RECORD_BYTES = 256 << 20  # a million clips of four encoders have a record of 6 MB
-
-
 @dataclass(frozen=True, kw_only=True)
 class GroupSummary(GroupRecord):
-    """What a snapshot knows of one kind/group: what made it, its receipts, and their sums."""
+    """One kind/group in a snapshot: what made it, its receipts, and their sums."""
 
     receipts: Mapping[str, str] = field(default_factory=dict)  # block number as text -> receipt digest
     counts: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(STATES, 0))  # rows by state
@@ -209,8 +83,8 @@ class Snapshot:
     groups: Mapping[str, GroupSummary]  # "kind/group"
     block_rows: Mapping[str, int]  # kind -> rows, as in the root's zarr.json
     table_sha256: str
-    tombstones: tuple[str, ...] = ()  # ids of the removals that it knows of
-    canaries: Mapping[str, str] = field(default_factory=dict)  # "kind/group" -> sha256 of its canaries' file
+    tombstones: tuple[str, ...] = ()  # ids of the removals that it applies
+    canaries: Mapping[str, str] = field(default_factory=dict)  # "kind/group" -> sha256 of its reference clips' file
 
     @property
     def digest(self) -> str:
@@ -221,12 +95,9 @@ class Snapshot:
     def id(self) -> str:
         return f"{self.sequence:08d}-{self.digest[:12]}"
 
-    def says_the_same_as(self, other: Snapshot) -> bool:
+    def has_content_of(self, other: Snapshot) -> bool:
         """Equal but for their place in the history."""
-        mine, theirs = self._content(), other._content()
-        mine |= dict.fromkeys(("sequence", "parent"))
-        theirs |= dict.fromkeys(("sequence", "parent"))
-        return mine == theirs
+        return self == replace(other, sequence=self.sequence, parent=self.parent)
 
     def to_bytes(self) -> bytes:
         return (canonical_json(self._content() | {"digest": self.digest}) + "\n").encode()
@@ -274,12 +145,21 @@ class Snapshot:
                 tombstones=tuple(map(str, record.get("tombstones", ()))),
                 canaries={name: str(sha256) for name, sha256 in record.get("canaries", {}).items()},
             )
-            same = snapshot.to_bytes() == data and snapshot.id == snapshot_id
+            is_whole = snapshot.to_bytes() == data and snapshot.id == snapshot_id
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, UserError) as error:
             raise StoreFormatError(f"{what} lacks fields or has malformed ones ({error})") from error
-        if not same:
+        if not is_whole:
             raise StoreDamagedError(f"{what} does not match its own digest; open an older one or publish a new one")
-        _check_keys(snapshot, what)
+
+        # Keys reach the file system: only names that this store could have made are allowed.
+        if list(snapshot.parts) != [part_key(number) for number in range(len(snapshot.parts))]:
+            raise StoreFormatError(f"{what} names clip parts that are not part-00000..{len(snapshot.parts) - 1:05d}")
+        for name, entry in snapshot.samples.items():
+            folder, _, file = entry.get("key", "").partition("/")
+            if folder != SAMPLES or name not in samples_versions([file]) or "sha256" not in entry:
+                raise StoreFormatError(f"{what} names samples {name!r} at {entry.get('key')!r}")
+        if unknown := set(snapshot.canaries) - set(snapshot.groups):
+            raise StoreFormatError(f"{what} names canaries of {min(unknown)[:100]!r}, which is none of its groups")
         return snapshot
 
 
@@ -298,18 +178,6 @@ def _parse_group(name: str, entry: Mapping[str, Any]) -> GroupSummary:
         counts={state: int(entry["counts"][state]) for state in STATES},
         stored_bytes=int(entry["stored_bytes"]),
     )
-
-
-def _check_keys(snapshot: Snapshot, what: str) -> None:
-    """Keys reach the file system: only names that this store could have made are allowed."""
-    if list(snapshot.parts) != [part_key(number) for number in range(len(snapshot.parts))]:
-        raise StoreFormatError(f"{what} names clip parts that are not part-00000..{len(snapshot.parts) - 1:05d}")
-    for name, entry in snapshot.samples.items():
-        folder, _, file = entry.get("key", "").partition("/")
-        if folder != SAMPLES or name not in samples_versions([file]) or "sha256" not in entry:
-            raise StoreFormatError(f"{what} names samples {name!r} at {entry.get('key')!r}")
-    if unknown := set(snapshot.canaries) - set(snapshot.groups):
-        raise StoreFormatError(f"{what} names canaries of {min(unknown)[:100]!r}, which is none of its groups")
 
 
 def newest_snapshot_id(objects: Objects) -> str | None:
@@ -336,14 +204,183 @@ def read_snapshot_table(objects: Objects, snapshot: Snapshot, columns: list[str]
     if sha256_hex(data) != snapshot.table_sha256:
         raise StoreDamagedError(f"{key} does not match its digest; open an older snapshot or publish a new one")
     schema = snapshot_schema({name.split("/")[1] for name in snapshot.groups})
-    return complete(read_table(data, schema, key, columns=columns, exactly=False), key)
+    table = read_table(data, schema, key, columns=columns, exactly=False)
+    for name in table.column_names:
+        if (name in ("clip_id", "kind") or name.endswith("row")) and table[name].null_count:
+            raise StoreFormatError(f"{key} has clips without {name}; open an older snapshot or publish a new one")
+    return table
 
 
-__all__ = ["ClipIndex", "allocate", "part_bytes", "read_table", "table_bytes"]
+def snapshot_schema(groups: Iterable[str]) -> pa.Schema:
+    """Columns of a snapshot of these groups."""
+    fields = [("clip_id", pa.string()), ("kind", pa.string())]
+    for group in sorted(groups):
+        fields += [(column(group, suffix), arrow_type) for suffix, (arrow_type, _) in GROUP_COLUMNS.items()]
+    return pa.schema(fields)
+
+
+def column(group: str, suffix: str) -> str:
+    return f"{group}.{suffix}"
+
+
+def publish(objects: Objects, block_rows: Mapping[str, int], *, anew: bool = False) -> str:
+    """Put a snapshot of all that is committed, if it has anything new; returns the newest snapshot's id.
+
+    Where two publishers race, the slower one publishes again from the newest snapshot. `anew` reads every receipt, as
+    is done after a removal: receipts that the newest snapshot knows may have been replaced.
+    """
+    while True:
+        newest = newest_snapshot_id(objects)
+        parent = load_snapshot(objects, newest) if newest else None
+        snapshot, table = _build(objects, block_rows, parent, anew)
+        if parent is not None and snapshot.has_content_of(parent):
+            return parent.id
+        table_key, record_key = snapshot_keys(snapshot.id)
+        for key, data in ((table_key, table), (record_key, snapshot.to_bytes())):
+            put_if_absent(objects, key, data)  # the name holds the digest: an existing object has the same bytes
+        rivals = [other for other in snapshot_ids(objects.list_names(SNAPSHOTS)) if other >= f"{snapshot.sequence:08d}"]
+        if rivals == [snapshot.id]:
+            return snapshot.id
+
+
+def _build(
+    objects: Objects, block_rows: Mapping[str, int], parent: Snapshot | None, anew: bool
+) -> tuple[Snapshot, bytes]:
+    """(record, bytes of its table)."""
+    tombstones = tuple(tombstone_ids(objects))
+    base = None if anew or (parent and parent.tombstones != tombstones) else parent  # reused without reading it again
+    committed = {
+        f"{kind}/{group}": receipt_blocks(objects.list_names(receipts_prefix(kind, group)))
+        for kind in KINDS
+        for group in encoder_groups(objects, kind)
+    }
+    index = ClipIndex(objects, block_rows).refresh()  # after the receipts, so that it has every row they name
+    state = SnapshotTable.extend(read_snapshot_table(objects, base) if base else None, index.table)
+
+    groups: dict[str, GroupSummary] = {}
+    for name, blocks in sorted(committed.items()):
+        kind, group = name.split("/")
+        record = read_group(objects, kind, group)
+        summary = (base.groups.get(name) if base else None) or GroupSummary(**vars(record))
+        receipts, counts, stored_bytes = dict(summary.receipts), dict(summary.counts), summary.stored_bytes
+        for block in sorted(blocks - {int(number) for number in summary.receipts}):
+            receipt = read_receipt(objects, kind, group, block, block_rows[kind])
+            state.apply(receipt)
+            receipts[str(block)] = receipt.digest
+            counts = {name: counts[name] + receipt.counts[name] for name in STATES}
+            stored_bytes += receipt.stored_bytes
+        state.ensure_columns(group)
+        groups[name] = replace(summary, receipts=receipts, counts=counts, stored_bytes=stored_bytes)
+
+    parts = dict(parent.parts) if parent else {}
+    for key in map(part_key, part_numbers(objects.list_names(PARTS))[: len(index.tables)]):
+        if key not in parts:
+            parts[key] = sha256_hex(table_file(objects, key))
+
+    samples: dict[str, dict[str, str]] = {}
+    for name, version in sorted(samples_versions(objects.list_names(SAMPLES)).items()):
+        key, old = samples_key(name, version), parent.samples.get(name) if parent else None
+        sha256 = old["sha256"] if old and old["key"] == key else sha256_hex(table_file(objects, key))
+        samples[name] = {"key": key, "sha256": sha256}
+
+    canaries: dict[str, str] = {}  # of files that are there and undamaged; those that `base` knows never change
+    for kind in KINDS:
+        present = reference_clip_groups(objects.list_names(f"{CANARIES}/{kind}"))
+        for name in (name for name in groups if name.startswith(f"{kind}/") and name.split("/")[1] in present):
+            sha256 = base.canaries.get(name) if base else None
+            if sha256 := sha256 or reference_clip_digest(objects, kind, groups[name].identity):
+                canaries[name] = sha256
+
+    data = table_bytes(state.to_arrow())
+    snapshot = Snapshot(
+        sequence=parent.sequence + 1 if parent else 1,
+        parent=parent.id if parent else None,
+        parts=parts,
+        samples=samples,
+        groups=groups,
+        block_rows=dict(block_rows),
+        table_sha256=sha256_hex(data),
+        tombstones=tombstones,
+        canaries=canaries,
+    )
+    return snapshot, data
+
+
+class SnapshotTable:
+    """One line per clip, in the order in which clips first got a row; numpy while receipts are applied."""
+
+    def __init__(self, clip_ids: pa.Array, kinds: pa.Array, clip_of_row: dict[str, np.ndarray]) -> None:
+        self._clip_ids = clip_ids
+        self._kinds = kinds
+        self._clip_of_row = clip_of_row  # kind -> clip's line by row, -1 where a row is unused
+        self._columns: dict[str, dict[str, np.ndarray]] = {}
+
+    @classmethod
+    def extend(cls, parent: pa.Table | None, clips: pa.Table) -> SnapshotTable:
+        """The parent's table made longer by the clips that are new; clip parts only grow, so lines keep their place."""
+        encoded = clips["clip_id"].combine_chunks().dictionary_encode()
+        if isinstance(encoded, pa.ChunkedArray):
+            encoded = encoded.combine_chunks()
+        lines = encoded.indices.to_numpy()
+        clip_ids = encoded.dictionary
+        _, first = np.unique(lines, return_index=True)
+        rows, kinds = clips["row"].to_numpy(), clips["kind"].to_numpy(zero_copy_only=False)
+        clip_of_row: dict[str, np.ndarray] = {}
+        for kind in KINDS:
+            of_kind = kinds == kind
+            clip_of_row[kind] = np.full(int(rows[of_kind].max()) + 1 if of_kind.any() else 0, -1, dtype=np.int64)
+            clip_of_row[kind][rows[of_kind]] = lines[of_kind]
+        state = cls(clip_ids, clips["kind"].combine_chunks().take(pa.array(first)), clip_of_row)
+        if parent is None:
+            return state
+        count = parent.num_rows
+        if not parent["clip_id"].combine_chunks().equals(clip_ids.slice(0, count)):
+            raise StoreDamagedError("the newest snapshot does not begin with the clips of the clip parts")
+        for group in {name.rsplit(".", 1)[0] for name in parent.column_names if name not in ("clip_id", "kind")}:
+            columns = state.ensure_columns(group)
+            for suffix in GROUP_COLUMNS:
+                columns[suffix][:count] = parent[column(group, suffix)].to_numpy(zero_copy_only=False)
+        return state
+
+    def ensure_columns(self, group: str) -> dict[str, np.ndarray]:
+        """The columns of a group, empty if it is new."""
+        if group not in self._columns:
+            self._columns[group] = {
+                suffix: np.full(len(self._clip_ids), none, dtype=np.int64 if none == -1 else object)
+                for suffix, (_, none) in GROUP_COLUMNS.items()
+            }
+        return self._columns[group]
+
+    def apply(self, receipt: Receipt) -> None:
+        """Add a receipt: a later row of a clip wins over an earlier one, in any order of receipts."""
+        columns, first, clip_of_row = self.ensure_columns(receipt.group), receipt.first_row(), self._clip_of_row
+        for state, (number, *copied) in _COLUMNS_OF_STATE.items():
+            outcomes = [(first + n, outcome) for n, outcome in enumerate(receipt.rows) if outcome.state == state]
+            if not outcomes:
+                continue
+            rows = np.fromiter((row for row, _ in outcomes), np.int64, len(outcomes))
+            known = rows < len(clip_of_row[receipt.kind])
+            lines = np.full(len(rows), -1)
+            lines[known] = clip_of_row[receipt.kind][rows[known]]
+            if (lines < 0).any():
+                row = rows[lines < 0][0]
+                raise StoreFormatError(f"a receipt of {receipt.kind}/{receipt.group} has row {row}, which no clip has")
+            newer = rows > columns[number][lines]  # rows ascend: of two rows of one clip the later one stays
+            columns[number][lines[newer]] = rows[newer]
+            for suffix, name in copied:
+                values = np.array([getattr(outcome, name) for _, outcome in outcomes], dtype=object)
+                columns[suffix][lines[newer]] = values[newer]
+
+    def to_arrow(self) -> pa.Table:
+        arrays: dict[str, pa.Array] = {"clip_id": self._clip_ids, "kind": self._kinds}
+        for group in sorted(self._columns):
+            for suffix, (arrow_type, _) in GROUP_COLUMNS.items():
+                arrays[column(group, suffix)] = pa.array(self._columns[group][suffix], type=arrow_type)
+        return pa.table(arrays)
 
 
 class ClipIndex:
-    """All clip parts of a store, read as they appear: which rows are given out, and so which blocks."""
+    """The clip parts of a store, which allocate rows to clips; each is read once, since parts never change."""
 
     def __init__(self, objects: Objects, block_rows: Mapping[str, int]) -> None:
         self._objects = objects
@@ -358,12 +395,12 @@ class ClipIndex:
             table = read_table(table_file(self._objects, key), CLIP_SCHEMA, key)
             rows, kinds = table["row"].to_numpy(), table["kind"].to_numpy(zero_copy_only=False)
             for kind in KINDS:
-                mine = rows[kinds == kind]
+                of_kind = rows[kinds == kind]
                 # No gap within a part and less than a block before it: rows decide how long the snapshot's tables are.
                 first = self.max_row(kind) + 1
-                if len(mine) and (not first <= mine[0] < first + MAX_BLOCK_ROWS or (np.diff(mine) != 1).any()):
+                if len(of_kind) and (not first <= of_kind[0] < first + MAX_BLOCK_ROWS or (np.diff(of_kind) != 1).any()):
                     raise StoreFormatError(f"{key}: rows of {kind} must follow one another from {first} on")
-                self._rows[kind].append(mine)
+                self._rows[kind].append(of_kind)
             if sum(len(rows[kinds == kind]) for kind in KINDS) != len(rows):
                 raise StoreFormatError(f"{key}: kinds must be {' or '.join(KINDS)}")
             self.tables.append(table)
@@ -375,11 +412,11 @@ class ClipIndex:
         return pa.concat_tables(self.tables) if self.tables else CLIP_SCHEMA.empty_table()
 
     def max_row(self, kind: str, *, parts: int | None = None) -> int:
-        """Highest row given out (by the first `parts` parts); -1 if none."""
+        """Highest allocated row (of the first `parts` parts); -1 if none."""
         return max((int(rows[-1]) for rows in self._rows[kind][:parts] if len(rows)), default=-1)
 
     def sealed_blocks(self, kind: str) -> int:
-        """Blocks given out so far: work exists for 0..n-1."""
+        """Blocks allocated so far: work exists for 0..n-1."""
         return sealed_blocks(self.refresh().max_row(kind), self.block_rows[kind])
 
     def planned_rows(self, kind: str, block: int) -> list[int]:
@@ -390,21 +427,21 @@ class ClipIndex:
         return self.rows_between(kind, block * size, (block + 1) * size)
 
     def rows_between(self, kind: str, first: int, stop: int) -> list[int]:
-        """Rows given out in [first, stop)."""
-        found: list[int] = []
+        """Allocated rows in [first, stop)."""
+        between: list[int] = []
         for rows in self._rows[kind]:
             low, high = np.searchsorted(rows, (first, stop))
-            found.extend(rows[low:high].tolist())
-        return found
+            between.extend(rows[low:high].tolist())
+        return between
 
     def rows_of_clips(self, kind: str, clip_ids: Collection[str]) -> set[int]:
         """Every row of these clips."""
         wanted = pa.array(sorted(clip_ids), pa.string())
-        found: set[int] = set()
+        rows: set[int] = set()
         for table in self.tables:
-            mine = table.filter(pc.and_(pc.equal(table["kind"], kind), pc.is_in(table["clip_id"], wanted)))
-            found.update(mine["row"].to_pylist())
-        return found
+            is_wanted = pc.and_(pc.equal(table["kind"], kind), pc.is_in(table["clip_id"], wanted))
+            rows.update(table.filter(is_wanted)["row"].to_pylist())
+        return rows
 
     def clip_ids(self, *, from_part: int = 0) -> set[str]:
         return {clip_id for table in self.tables[from_part:] for clip_id in table["clip_id"].to_pylist()}
@@ -425,108 +462,3 @@ def allocate(clips: Iterable[Clip], first_rows: dict[str, int]) -> list[tuple[in
 
 def part_bytes(rows: Sequence[tuple[int, Clip]]) -> bytes:
     return table_bytes(clips_to_table(rows))
-
-
-def publish(objects: Objects, block_rows: Mapping[str, int], *, anew: bool = False) -> str:
-    """Put a snapshot of all that is committed, if it says anything new; returns the newest snapshot's id.
-
-    Two publishers may race: both snapshots stand, and the slower one publishes again from the newest. `anew` reads
-    every receipt, as is done after a removal: receipts that the newest snapshot knows may have been replaced.
-    """
-    while True:
-        newest = newest_snapshot_id(objects)
-        parent = load_snapshot(objects, newest) if newest else None
-        snapshot, table = _build(objects, block_rows, parent, anew)
-        if parent is not None and snapshot.says_the_same_as(parent):
-            return parent.id
-        table_key, record_key = snapshot_keys(snapshot.id)
-        for key, data in ((table_key, table), (record_key, snapshot.to_bytes())):
-            put_if_absent(objects, key, data)  # the name holds the digest: who was first put the same bytes
-        rivals = [other for other in snapshot_ids(objects.list_names(SNAPSHOTS)) if other >= f"{snapshot.sequence:08d}"]
-        if rivals == [snapshot.id]:
-            return snapshot.id
-
-
-def _build(
-    objects: Objects, block_rows: Mapping[str, int], parent: Snapshot | None, anew: bool
-) -> tuple[Snapshot, bytes]:
-    tombstones = tuple(tombstone_ids(objects))
-    base = None if anew or (parent and parent.tombstones != tombstones) else parent  # what is taken over unread
-    found = {
-        f"{kind}/{group}": receipt_blocks(objects.list_names(receipts_prefix(kind, group)))
-        for kind in KINDS
-        for group in encoder_groups(objects, kind)
-    }
-    index = ClipIndex(objects, block_rows).refresh()  # after the receipts: every row that they speak of is there
-    state = SnapshotTable.extend(read_snapshot_table(objects, base) if base else None, index.table)
-    groups: dict[str, GroupSummary] = {}
-    for name, blocks in sorted(found.items()):
-        old = base.groups.get(name) if base else None
-        groups[name] = _extend_group(objects, block_rows, name, blocks, old, state)
-    data = table_bytes(state.to_arrow())
-    return Snapshot(
-        sequence=parent.sequence + 1 if parent else 1,
-        parent=parent.id if parent else None,
-        parts=_part_digests(objects, len(index.tables), parent),
-        samples=_samples_digests(objects, parent),
-        groups=groups,
-        block_rows=dict(block_rows),
-        table_sha256=sha256_hex(data),
-        tombstones=tombstones,
-        canaries=_reference_clip_digests(objects, groups, base),
-    ), data
-
-
-def _extend_group(
-    objects: Objects,
-    block_rows: Mapping[str, int],
-    name: str,
-    blocks: set[int],
-    old: GroupSummary | None,
-    state: SnapshotTable,
-) -> GroupSummary:
-    kind, group = name.split("/")
-    record = read_group(objects, kind, group)
-    old = old or GroupSummary(**vars(record))
-    receipts, counts, stored_bytes = dict(old.receipts), dict(old.counts), old.stored_bytes
-    for block in sorted(blocks - {int(number) for number in old.receipts}):
-        receipt = read_receipt(objects, kind, group, block, block_rows[kind])
-        state.apply(receipt)
-        receipts[str(block)] = receipt.digest
-        counts = {name: counts[name] + receipt.counts[name] for name in STATES}
-        stored_bytes += receipt.stored_bytes
-    state.ensure_columns(group)
-    return replace(old, receipts=receipts, counts=counts, stored_bytes=stored_bytes)
-
-
-def _part_digests(objects: Objects, count: int, parent: Snapshot | None) -> dict[str, str]:
-    known = dict(parent.parts) if parent else {}
-    for number in part_numbers(objects.list_names(PARTS))[:count]:
-        key = part_key(number)
-        if key not in known:
-            known[key] = sha256_hex(table_file(objects, key))
-    return known
-
-
-def _reference_clip_digests(
-    objects: Objects, groups: Mapping[str, GroupSummary], base: Snapshot | None
-) -> dict[str, str]:
-    """Canaries that are there and whole; those that `base` knows never change."""
-    found: dict[str, str] = {}
-    for kind in KINDS:
-        present = reference_clip_groups(objects.list_names(f"{CANARIES}/{kind}"))
-        for name in (name for name in groups if name.startswith(f"{kind}/") and name.split("/")[1] in present):
-            sha256 = base.canaries.get(name) if base else None
-            if sha256 := sha256 or reference_clip_digest(objects, kind, groups[name].identity):
-                found[name] = sha256
-    return found
-
-
-def _samples_digests(objects: Objects, parent: Snapshot | None) -> dict[str, dict[str, str]]:
-    entries: dict[str, dict[str, str]] = {}
-    for name, version in sorted(samples_versions(objects.list_names(SAMPLES)).items()):
-        key = samples_key(name, version)
-        old = parent.samples.get(name) if parent else None
-        sha256 = old["sha256"] if old and old["key"] == key else sha256_hex(table_file(objects, key))
-        entries[name] = {"key": key, "sha256": sha256}
-    return entries

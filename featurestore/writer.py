@@ -1,24 +1,14 @@
-"""The driver's side of a store: make it, give out rows, make room for encoders, publish.
+"""Writing a store: create it, allocate rows to clips, commit blocks, publish snapshots.
 
-Nothing here needs a lock to be right. Rows are given out by creating a clip part that did not exist; groups are created
-by putting a document that only depends on what it describes; whoever loses a race reads what the winner wrote.
-
-Groups: the Zarr group of one encoder and kind, seen by a writer.
-
-A group's documents are derived: the group's from its identity, an array's from the identity, the block rows, the codec
-and the number of sealed blocks. Arrays only grow.
-
-Blocks: one shard per array, built row by row, committed by a receipt.
-
-Order makes recovery simple. Shards are put in the order of layout.ARRAYS, tokens last, and a row goes into the tokens'
-shard only if its prefix, scale and offset on disk are the ones that belong to it. So a row that is present in a tokens'
-shard is whole, whoever wrote it, and an orphan shard (its writer was killed before the receipt) is adopted as it is.
+No lock is needed for correctness: every file is put exclusively or depends only on what it describes, and a writer that
+loses a race reads what the winner wrote. Rows are allocated by creating the next clip part; a block is committed by its
+receipt, which is put last.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +40,7 @@ from featurestore.layout import (
 from featurestore.locate import Place, is_url, place_of
 from featurestore.objects.base import Objects, machine_faults, put_if_absent
 from featurestore.objects.open import open_objects
+from featurestore.parquet import read_table, table_bytes
 from featurestore.reader import Shard, build_shard, encode_row
 from featurestore.records import (
     LOST,
@@ -62,11 +53,11 @@ from featurestore.records import (
     tombstoned_clips,
 )
 from featurestore.schemas import SAMPLE_SCHEMA, samples_to_table, table_to_samples
-from featurestore.snapshots import ClipIndex, allocate, part_bytes, publish, read_table, table_bytes
+from featurestore.snapshots import ClipIndex, allocate, part_bytes, publish
 from featurestore.storage_dtypes import OverflowedTokens, to_stored
 from featurestore.zarr_metadata import (
+    DEFAULT_CODEC,
     ArraySpec,
-    GroupRecord,
     array_specs,
     document_bytes,
     encoder_groups,
@@ -82,45 +73,318 @@ from mervcache.errors import IdentityConflictError, StoreFormatError, StoreNotFo
 _PENDING = "0" * 32  # digest of an added row until the bytes on disk are digested
 
 
-@dataclass(frozen=True, kw_only=True)
-class GroupHandle:
-    """The encoder's group that blocks go to."""
+class StoreWriter:
+    """A store that may be extended. Cheap to open; safe to use from several processes at once."""
 
-    objects: Objects
-    kind: str
-    identity: FeatureIdentity
-    specs: Mapping[str, ArraySpec]  # in the order of layout.ARRAYS
-    block_rows: int
+    def __init__(self, objects: Objects, block_rows: dict[str, int]) -> None:
+        self.objects = objects
+        self.block_rows = block_rows
+        self._index = ClipIndex(objects, block_rows)
 
-    @property
-    def name(self) -> str:
-        return self.identity.group_name
+    @classmethod
+    def open_or_create(
+        cls, path: Place, *, block_rows: Mapping[str, int] | None = None, objects: Objects | None = None
+    ) -> StoreWriter:
+        """Open the store in a folder or bucket, or create one, which fixes its block rows.
+
+        `objects` are those of the path, where the caller has opened them.
+        """
+        wanted, path = check_block_rows(block_rows), place_of(path)
+        if not is_url(path):
+            with machine_faults(f"make {path}"):
+                try:
+                    Path(path).mkdir(parents=True, exist_ok=True)
+                except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+                    raise UserError(
+                        f"no store can be made at {path}: {error.strerror}; choose another place"
+                    ) from error
+        objects = open_objects(path) if objects is None else objects
+        objects.cleanup_tmp()
+        if not objects.exists(ROOT_METADATA):
+            check_holds_nothing_else(objects, path)
+            put_if_absent(objects, ROOT_METADATA, root_document(datasets=[], block_rows=wanted))
+        store = cls(objects, parse_root(objects.get(ROOT_METADATA))["block_rows"])
+        store.check_block_rows(block_rows or {})
+        return store
+
+    @classmethod
+    def open(cls, path: Place) -> StoreWriter:
+        """Open an existing store; a worker must not create one where a share is not mounted."""
+        objects = open_objects(path)
+        if not objects.exists(ROOT_METADATA):
+            raise StoreNotFoundError(
+                f"there is no feature store at {path}; mount the share that holds it, or extract one"
+            )
+        return cls(objects, parse_root(objects.get(ROOT_METADATA))["block_rows"])
+
+    def check_block_rows(self, wanted: Mapping[str, int]) -> None:
+        """UserError for other numbers of rows per block than the store was made with."""
+        for kind, rows in wanted.items():
+            if self.block_rows[kind] != rows:
+                raise UserError(
+                    f"this store has blocks of {self.block_rows[kind]} {kind} rows, got {rows}; "
+                    "block rows are fixed when a store is made: leave the option out or choose another --store"
+                )
+
+    # Clips and samples
+
+    def clips(self) -> pa.Table:
+        """Every allocated row, `CLIP_SCHEMA`, as of now."""
+        return self._index.refresh().table
+
+    def add_clips(self, clips: Iterable[Clip], *, retry: bool = False) -> list[tuple[int, Clip]]:
+        """Allocate rows: returns (row, clip) of what this call added, in order; rows count per kind.
+
+        A clip that has a row already gets none, unless `retry` asks for a new one. Each call starts new blocks.
+        """
+        removed = tombstoned_clips(self.objects)
+        distinct = {clip.clip_id: clip for clip in clips}
+        for clip_id in removed.keys() & distinct.keys():
+            del distinct[clip_id]
+        seen = len(self._index.refresh().tables) if retry else 0  # a retry only yields to rows allocated meanwhile
+        while True:
+            index = self._index.refresh()
+            known = index.clip_ids(from_part=seen)
+            new = [clip for clip_id, clip in distinct.items() if clip_id not in known]
+            first = {kind: next_batch_row(index.max_row(kind), self.block_rows[kind]) for kind in KINDS}
+            rows = allocate(new, first)
+            if not rows or put_if_absent(self.objects, part_key(len(index.tables)), part_bytes(rows)):
+                break
+            # Another driver took this part number: read its rows and allocate what is left.
+        while True:  # a later clip part is seen by the loop, so no dataset's name is ever lost
+            root = root_document(datasets=self._index.refresh().datasets(), block_rows=self.block_rows)
+            if self.objects.get(ROOT_METADATA) == root:
+                return rows
+            self.objects.replace(ROOT_METADATA, root)
+
+    def add_samples(self, name: str, samples: Iterable[Sample]) -> str:
+        """Keep conversations as `samples/NAME.parquet`; returns the key.
+
+        Files never change: the same content again is a no-op, other content becomes NAME.2.parquet and so on, and
+        readers take the newest.
+        """
+        samples_key(name)  # checks the name
+        removed = tombstoned_clips(self.objects)
+        table = samples_to_table(sample for sample in samples if sample.clip_id not in removed)
+        data = table_bytes(table)
+        while True:
+            newest = samples_versions(self.objects.list_names(SAMPLES)).get(name, 0)
+            if newest:
+                key = samples_key(name, newest)
+                stored = self.objects.get(key)
+                try:  # another version's Parquet may hold the same samples in other bytes
+                    if stored == data or read_table(stored, SAMPLE_SCHEMA, key).equals(table):
+                        return key
+                except StoreFormatError:
+                    pass  # damaged: a new version is written
+            key = samples_key(name, newest + 1)
+            if put_if_absent(self.objects, key, data):
+                return key
+
+    def samples(self, name: str) -> list[Sample]:
+        """The newest conversations of a name; none if there are none yet."""
+        newest = samples_versions(self.objects.list_names(SAMPLES)).get(name, 0)
+        if not newest:
+            return []
+        key = samples_key(name, newest)
+        return table_to_samples(read_table(self.objects.get(key), SAMPLE_SCHEMA, key))
+
+    # Blocks and groups
+
+    def sealed_blocks(self, kind: str) -> int:
+        """Blocks allocated so far: work exists for 0..n-1."""
+        return self._index.sealed_blocks(kind)
+
+    def planned_rows(self, kind: str, block: int) -> list[int]:
+        """Rows of a block that belong to a clip; the rest of the block is unused."""
+        return self._index.planned_rows(kind, block)
+
+    def encoder_groups(self, kind: str) -> dict[str, FeatureIdentity]:
+        """Identities by group name."""
+        return encoder_groups(self.objects, kind)
+
+    def ensure_group(
+        self,
+        kind: str,
+        identity: FeatureIdentity,
+        *,
+        batch_shape: int,
+        weights_label: str,
+        codec: str | None = None,
+        new_identity: bool = False,
+    ) -> GroupWriter:
+        """The group of an encoder, created if need be, its arrays grown to all allocated rows.
+
+        Raises IdentityConflictError if the store holds this encoder under another identity, unless `new_identity`, and
+        UserError if the group exists with another batch shape or codec.
+        """
+        if not new_identity:
+            self.check_identity(identity)
+        if not isinstance(batch_shape, int) or batch_shape < 1:
+            raise UserError(f"batch shape must be at least 1 clip, got {batch_shape!r}")
+        name, block_rows = identity.group_name, self.block_rows[kind]
+        specs = array_specs(identity, kind, blocks=0, block_rows=block_rows, codec=codec or DEFAULT_CODEC)
+        documents = {f"{kind}/zarr.json": document_bytes({"zarr_format": 3, "node_type": "group", "attributes": {}})}
+        documents |= {array_metadata_key(kind, name, array): spec.document() for array, spec in specs.items()}
+        documents[group_metadata_key(kind, name)] = group_document(
+            identity, weights_label=weights_label, batch_shape=batch_shape
+        )  # last: a group that has its zarr.json has its arrays
+        for key, data in documents.items():
+            if not self.objects.exists(key):
+                put_if_absent(self.objects, key, data)  # what another driver made meanwhile is compared below
+        group = self.open_group(kind, name)
+        if group.batch_shape != batch_shape:
+            raise UserError(
+                f"{kind}/{name} was made with batches of {group.batch_shape} clips, got {batch_shape}; "
+                "one batch shape gives one set of bytes: use the stored one"
+            )
+        if codec is not None and group.specs["tokens"].codec != codec:
+            raise UserError(f"{kind}/{name} is stored with codec {group.specs['tokens'].codec!r}, got {codec!r}")
+        group.grow()
+        return group
+
+    def open_group(self, kind: str, group: str) -> GroupWriter:
+        """A group that exists, by its name: what a worker needs to write a block."""
+        return GroupWriter(self.objects, self._index, kind, group)
+
+    def grow_groups(self) -> None:
+        """Grow every group's arrays to all allocated rows."""
+        for kind in KINDS:
+            for group in self.encoder_groups(kind):
+                self.open_group(kind, group).grow()
+
+    def stored_identities(self, encoder: str) -> list[FeatureIdentity]:
+        """Every identity that the store holds of an encoder, for videos or stills; more than one by --new-identity."""
+        identities = {
+            identity.id: identity
+            for kind in KINDS
+            for identity in self.encoder_groups(kind).values()
+            if identity.encoder == encoder
+        }
+        return [identities[name] for name in sorted(identities)]
+
+    def check_identity(self, identity: FeatureIdentity) -> None:
+        """Raise `IdentityConflictError` if the store holds the encoder, and under other identities only."""
+        stored = self.stored_identities(identity.encoder)
+        if not stored or any(known.id == identity.id for known in stored):
+            return
+        changes = stored[0].changes(identity)
+        lines = [f"  {name}: stored {before!r}, requested {after!r}" for name, (before, after) in changes.items()]
+        raise IdentityConflictError(
+            f"this store holds {identity.encoder} as {stored[0].group_name}, requested is {identity.group_name}:\n"
+            + "\n".join(lines)
+            + "\nuse the same settings, or --new-identity to keep both; `merv-pipeline explain` with these options "
+            "reports what that would cost"
+        )
+
+    # Records
+
+    def publish_snapshot(self, *, anew: bool = False) -> str:
+        """Make what is committed visible to readers; returns the snapshot's id (the old one if nothing is new).
+
+        `anew` reads every receipt, also those that the newest snapshot knows: they may have been replaced.
+        """
+        self.grow_groups()
+        return publish(self.objects, self.block_rows, anew=anew)
+
+    def journal(self, name: str, record: Mapping[str, Any]) -> str:
+        """Keep provenance (times, hosts, versions, rates) with its own digest; returns the key."""
+        if not JOURNAL_NAME.fullmatch(name):
+            raise UserError(f"journal names are letters, digits, '_', '-' and '.', got {name!r}")
+        data = journal_bytes(record)
+        attempt = 1
+        while True:
+            key = journal_key(name if attempt == 1 else f"{name}.{attempt}")
+            if put_if_absent(self.objects, key, data):
+                return key
+            attempt += 1
+
+
+def check_holds_nothing_else(objects: Objects, path: Place) -> None:
+    """UserError for a place that holds other files: no store is made among them."""
+    names = [name for name in objects.list_names("") if name not in (TEMPORARY, CARD) and not name.startswith(".")]
+    if names:
+        raise UserError(f"{path} is not empty and not a feature store (it holds {names[0]!r}); choose another --store")
+
+
+class GroupWriter:
+    """The Zarr group of one encoder and kind, open for committing blocks."""
+
+    def __init__(self, objects: Objects, index: ClipIndex, kind: str, group: str) -> None:
+        record = read_group(objects, kind, group)
+        self.objects = objects
+        self.kind = kind
+        self.name = group
+        self.identity = record.identity
+        self.batch_shape = record.batch_shape
+        self.weights_label = record.weights
+        self.block_rows = index.block_rows[kind]
+        self.specs: dict[str, ArraySpec] = {}  # in the order of layout.ARRAYS
+        self._index = index  # of the allocated rows
+        self._read_specs()
+
+    def committed_blocks(self) -> set[int]:
+        """Blocks that have a receipt, by listing names."""
+        return receipt_blocks(self.objects.list_names(receipts_prefix(self.kind, self.name)))
+
+    def missing_blocks(self) -> list[int]:
+        """Blocks allocated and not committed, ascending: what is left to do."""
+        return sorted(set(range(self._index.sealed_blocks(self.kind))) - self.committed_blocks())
+
+    def receipt(self, block: int) -> Receipt:
+        """The receipt of a committed block, checked; FileNotFoundError if there is none."""
+        return read_receipt(self.objects, self.kind, self.name, block, self.block_rows)
+
+    def begin(self, block: int, rows: Iterable[int] | None = None) -> BlockWriter:
+        """Start a block; `rows` are its planned rows where the caller knows them (saves reading the clip parts)."""
+        return BlockWriter(self, block, self._index.planned_rows(self.kind, block) if rows is None else rows)
+
+    def grow(self) -> None:
+        """Grow the arrays to cover all allocated rows; safe under concurrent writers, as a shape never shrinks."""
+        while True:
+            rows = self._index.sealed_blocks(self.kind) * self.block_rows
+            self._read_specs()
+            too_short = [array for array, spec in self.specs.items() if spec.rows < rows]
+            if not too_short:
+                return
+            for array in too_short:  # tokens last in ARRAYS: where they are long enough, the other arrays are
+                key = array_metadata_key(self.kind, self.name, array)
+                before = self.objects.get(key)
+                spec = parse_array(array, before)
+                if spec is not None and spec.rows < rows:
+                    # Where another writer was first, the loop looks again.
+                    self.objects.compare_and_swap(key, before, spec.with_rows(rows).document())
+
+    def _read_specs(self) -> None:
+        self.specs = read_arrays(self.objects, self.kind, self.identity, self.block_rows)
 
 
 class BlockWriter:
-    """Collects the outcome of every planned row of one block; memory is bounded by the block's encoded bytes."""
+    """Collects the outcome of every planned row of one block, then commits it.
 
-    def __init__(self, group: GroupHandle, block: int, planned: Iterable[int]) -> None:
+    Memory is bounded by the block's encoded bytes. Shards are put in the order of layout.ARRAYS, tokens last, and a row
+    goes into the tokens' shard only if its prefix, scale and offset on disk are its own. So a row in a tokens' shard is
+    complete, and a shard without a receipt (its writer was killed) is adopted as it is.
+    """
+
+    def __init__(self, group: GroupWriter, block: int, planned: Iterable[int]) -> None:
         self._group = group
         self._objects = group.objects
+        self.specs: Mapping[str, ArraySpec] = group.specs
         self.block = block
         self.rows = rows_of(block, group.block_rows)
         self.planned = frozenset(planned)
+        self._receipt_key = receipt_key(group.kind, group.name, block)
         self._outcomes: dict[int, RowOutcome] = {}
-        self._chunks: dict[str, dict[int, bytes]] = {name: {} for name in group.specs}  # by row within the block
+        self._chunks: dict[str, dict[int, bytes]] = {name: {} for name in self.specs}  # by row within the block
         if not self.planned:
-            raise UserError(f"block {block} of {group.kind}/{group.name} holds no clip: give out rows first")
+            raise UserError(f"block {block} of {group.kind}/{group.name} holds no clip: allocate rows first")
         if outside := sorted(self.planned - set(self.rows)):
             raise UserError(f"row {outside[0]} is not in block {block} ({self.rows.start}..{self.rows.stop - 1})")
 
     @property
-    def specs(self) -> Mapping[str, ArraySpec]:
-        """The arrays of the group."""
-        return self._group.specs
-
-    @property
     def encoded_bytes(self) -> int:
-        """Bytes of the rows added so far; one thread may add while another asks."""
+        """Bytes of the rows added so far; safe to read while another thread adds."""
         return sum(len(chunk) for chunks in self._chunks.values() for chunk in list(chunks.values()))
 
     def add(self, row: int, arrays: Mapping[str, np.ndarray], *, media_sha256: str | None, decoder: str | None) -> None:
@@ -129,13 +393,15 @@ class BlockWriter:
         Tokens that do not fit the storage dtype fail the row for this encoder; nothing is raised.
         """
         self._check_free(row)
-        self._check_shapes(row, arrays)
+        wanted = {name: spec.row_shape for name, spec in self.specs.items() if name in ("tokens", "prefix")}
+        if wanted != (given := {name: tuple(array.shape) for name, array in arrays.items()}):
+            raise UserError(f"row {row} of {self._group.name} must have arrays {wanted}, got {given}")
         try:
             stored = to_stored(arrays, self._group.identity.storage_dtype)
         except OverflowedTokens as error:
             self.fail(row, str(error), media_sha256=media_sha256, decoder=decoder, scope="encoder")
             return
-        for name, spec in self._group.specs.items():
+        for name, spec in self.specs.items():
             self._chunks[name][row - self.rows.start] = encode_row(spec, stored[name])
         self._outcomes[row] = RowOutcome(state="ok", digest=_PENDING, media_sha256=media_sha256, decoder=decoder)
 
@@ -144,10 +410,8 @@ class BlockWriter:
     ) -> None:
         """Keep a clip's rows as another store encoded them, of every array, in this group's codec."""
         self._check_free(row)
-        if set(chunks) != set(self._group.specs):
-            raise UserError(
-                f"row {row} of {self._group.name} must have {sorted(self._group.specs)}, got {sorted(chunks)}"
-            )
+        if set(chunks) != set(self.specs):
+            raise UserError(f"row {row} of {self._group.name} must have {sorted(self.specs)}, got {sorted(chunks)}")
         for name, chunk in chunks.items():
             self._chunks[name][row - self.rows.start] = chunk
         self._outcomes[row] = RowOutcome(state="ok", digest=_PENDING, media_sha256=media_sha256, decoder=decoder)
@@ -176,26 +440,22 @@ class BlockWriter:
     def commit(self) -> Receipt:
         """Put the shards, read them back and put the receipt; returns the receipt that is on disk.
 
-        If another worker was first, its bytes stand: rows that it has are ok, rows that only we had are lost in an
-        interrupted attempt and can be retried.
+        If another worker was first, the existing shards win: rows that they hold are ok, rows that only this writer had
+        are recorded as lost in an interrupted attempt and can be retried.
         """
         if existing := self._read_receipt():
             return existing
         if missing := sorted(self.planned - set(self._outcomes)):
             raise UserError(f"block {self.block}: {len(missing)} planned rows have no outcome, one is row {missing[0]}")
-        *sidecars, tokens = self._group.specs
-        for name in sidecars:
-            self._put_shard(name)
-            self._keep_rows_that_match(name)
-        self._put_shard(tokens)
-        receipt = self._describe_disk()
+        for name, spec in self.specs.items():
+            # False where a shard exists: what it holds is read back.
+            put_if_absent(self._objects, self._shard_key(name), build_shard(spec, self._chunks[name]))
+            if name != "tokens":
+                self._drop_rows_that_differ(name)
+        receipt = self._describe_shards()
         if put_if_absent(self._objects, self._receipt_key, receipt.to_bytes()):
             return receipt
         return self._read_receipt() or receipt
-
-    @property
-    def _receipt_key(self) -> str:
-        return receipt_key(self._group.kind, self._group.name, self.block)
 
     def _check_free(self, row: int) -> None:
         if row not in self.planned:
@@ -203,30 +463,17 @@ class BlockWriter:
         if row in self._outcomes:
             raise UserError(f"row {row} of block {self.block} has an outcome already ({self._outcomes[row].state})")
 
-    def _check_shapes(self, row: int, arrays: Mapping[str, np.ndarray]) -> None:
-        wanted = {name: self._group.specs[name].row_shape for name in ("tokens", "prefix") if name in self._group.specs}
-        given = {name: tuple(array.shape) for name, array in arrays.items()}
-        if given != wanted:
-            raise UserError(f"row {row} of {self._group.name} must have arrays {wanted}, got {given}")
-
     def _read_receipt(self) -> Receipt | None:
-        group = self._group
-        if not self._objects.exists(self._receipt_key):
-            return None
-        return read_receipt(self._objects, group.kind, group.name, self.block, group.block_rows)
-
-    def _put_shard(self, name: str) -> None:
-        pieces = build_shard(self._group.specs[name], self._chunks[name])
-        put_if_absent(self._objects, self._shard_key(name), pieces)  # the caller reads what it holds
+        return self._group.receipt(self.block) if self._objects.exists(self._receipt_key) else None
 
     def _shard_key(self, name: str) -> str:
         return shard_key(self._group.kind, self._group.name, name, self.block)
 
     def _open_shard(self, name: str) -> Shard:
-        return Shard(self._group.specs[name], self._objects.open(self._shard_key(name)))
+        return Shard(self.specs[name], self._objects.open(self._shard_key(name)))
 
-    def _keep_rows_that_match(self, name: str) -> None:
-        """Drop rows whose sidecar on disk is another attempt's, so that tokens never meet a foreign scale."""
+    def _drop_rows_that_differ(self, name: str) -> None:
+        """Drop rows whose sidecar on disk is another attempt's, so that tokens never meet another attempt's scale."""
         shard = self._open_shard(name)
         for row in list(self._chunks[name]):
             chunk = shard.chunk(row)
@@ -235,348 +482,30 @@ class BlockWriter:
                     chunks.pop(row, None)
         shard.close()
 
-    def _describe_disk(self) -> Receipt:
+    def _describe_shards(self) -> Receipt:
         """The receipt of what the shards on disk hold."""
-        shards = {name: self._open_shard(name) for name in self._group.specs}
-        present = set(shards["tokens"].rows())
-        rows = tuple(self._row_outcome(row, row - self.rows.start in present, shards) for row in self.rows)
+        shards = {name: self._open_shard(name) for name in self.specs}
+        present = {self.rows.start + slot for slot in shards["tokens"].rows()}
+        rows = []
+        for row in self.rows:
+            outcome = self._outcomes.get(row, RowOutcome(state="empty"))
+            if row in present and row in self.planned:
+                stored = {name: shard.decode(row - self.rows.start) for name, shard in shards.items()}
+                if all(array is not None for array in stored.values()):
+                    about = {"media_sha256": outcome.media_sha256, "decoder": outcome.decoder}
+                    outcome = RowOutcome(state="ok", digest=row_digest(stored), **about)
+                else:
+                    outcome = RowOutcome(state="failed", scope="encoder", reason=LOST)
+            elif outcome.state == "ok":
+                outcome = replace(outcome, state="failed", digest=None, scope="encoder", reason=LOST)
+            rows.append(outcome)
         receipt = Receipt(
             kind=self._group.kind,
             group=self._group.name,
             block=self.block,
-            rows=rows,
+            rows=tuple(rows),
             shards={name: shard.record() for name, shard in shards.items()},
         )
         for shard in shards.values():
             shard.close()
         return receipt
-
-    def _row_outcome(self, row: int, is_present: bool, shards: Mapping[str, Shard]) -> RowOutcome:
-        ours = self._outcomes.get(row)
-        if ours is None:
-            return RowOutcome(state="empty")
-        if not is_present:
-            lost = RowOutcome(state="failed", scope="encoder", reason=LOST)
-            return replace(lost, media_sha256=ours.media_sha256, decoder=ours.decoder) if ours.state == "ok" else ours
-        stored = {name: shard.decode(row - self.rows.start) for name, shard in shards.items()}
-        if any(array is None for array in stored.values()):
-            return RowOutcome(state="failed", scope="encoder", reason=LOST)
-        digest = row_digest(stored)
-        return RowOutcome(state="ok", digest=digest, media_sha256=ours.media_sha256, decoder=ours.decoder)
-
-
-class GroupWriter:
-    """One encoder's arrays of one kind, open for committing blocks."""
-
-    def __init__(
-        self, objects: Objects, index: ClipIndex, kind: str, record: GroupRecord, specs: dict[str, ArraySpec]
-    ) -> None:
-        self.objects = objects
-        self.kind = kind
-        self.block_rows = index.block_rows[kind]
-        self._index = index
-        self.identity = record.identity
-        self.batch_shape = record.batch_shape
-        self.weights_label = record.weights
-        self.name = record.identity.group_name
-        self.specs = specs
-
-    @classmethod
-    def open(cls, objects: Objects, index: ClipIndex, kind: str, group: str) -> GroupWriter:
-        """A group that exists; `index` knows which rows are given out."""
-        record = read_group(objects, kind, group)
-        return cls(objects, index, kind, record, read_arrays(objects, kind, record.identity, index.block_rows[kind]))
-
-    def committed_blocks(self) -> set[int]:
-        """Blocks that have a receipt, by listing names."""
-        return receipt_blocks(self.objects.list_names(receipts_prefix(self.kind, self.name)))
-
-    def missing_blocks(self) -> list[int]:
-        """Blocks given out and not committed, ascending: what is left to do."""
-        return sorted(set(range(self._index.sealed_blocks(self.kind))) - self.committed_blocks())
-
-    def receipt(self, block: int) -> Receipt:
-        """The receipt of a committed block, checked."""
-        return read_receipt(self.objects, self.kind, self.name, block, self.block_rows)
-
-    def begin(self, block: int, rows: Iterable[int] | None = None) -> BlockWriter:
-        """Start a block; `rows` are its planned rows where the caller knows them (saves reading the clip parts)."""
-        target = GroupHandle(
-            objects=self.objects,
-            kind=self.kind,
-            identity=self.identity,
-            specs=self.specs,
-            block_rows=self.block_rows,
-        )
-        planned = self._index.planned_rows(self.kind, block) if rows is None else rows
-        return BlockWriter(target, block, planned)
-
-    def grow(self) -> None:
-        """Make the arrays' shape cover every row given out; a shape never shrinks, whoever races."""
-        while True:
-            rows = self._index.sealed_blocks(self.kind) * self.block_rows
-            stale = [spec for spec in self._read_specs().values() if spec.rows < rows]
-            for spec in stale:  # tokens last in ARRAYS: where tokens have room, the other arrays have.
-                self._lengthen(spec.name, rows)
-            if not stale:
-                return
-
-    def _lengthen(self, array: str, rows: int) -> None:
-        """Try once to lengthen the array; where another writer was first, `grow` looks again."""
-        key = array_metadata_key(self.kind, self.name, array)
-        before = self.objects.get(key)
-        spec = parse_array(array, before)
-        if spec is not None and spec.rows < rows:
-            self.objects.compare_and_swap(key, before, spec.with_rows(rows).document())
-
-    def _read_specs(self) -> dict[str, ArraySpec]:
-        self.specs = read_arrays(self.objects, self.kind, self.identity, self.block_rows)
-        return self.specs
-
-
-def create_or_open_group(
-    objects: Objects, index: ClipIndex, kind: str, record: GroupRecord, *, codec: str | None
-) -> GroupWriter:
-    """Put the documents of a group that are not there; what is there must agree."""
-    batch_shape, name = record.batch_shape, record.identity.group_name
-    if not isinstance(batch_shape, int) or batch_shape < 1:
-        raise UserError(f"batch shape must be at least 1 clip, got {batch_shape!r}")
-    specs = array_specs(record.identity, kind, blocks=0, block_rows=index.block_rows[kind], codec=codec or "blosc")
-    documents = {f"{kind}/zarr.json": document_bytes({"zarr_format": 3, "node_type": "group", "attributes": {}})}
-    documents |= {array_metadata_key(kind, name, array): spec.document() for array, spec in specs.items()}
-    documents[group_metadata_key(kind, name)] = group_document(
-        record.identity, weights_label=record.weights, batch_shape=batch_shape
-    )  # last: a group that has its zarr.json has its arrays
-    for key, data in documents.items():
-        if not objects.exists(key):
-            put_if_absent(objects, key, data)  # what another driver made meanwhile is compared below
-    group = GroupWriter.open(objects, index, kind, name)
-    if group.batch_shape != batch_shape:
-        raise UserError(
-            f"{kind}/{name} was made with batches of {group.batch_shape} clips, got {batch_shape}; "
-            "one batch shape gives one set of bytes: use the stored one"
-        )
-    if codec is not None and group.specs["tokens"].codec != codec:
-        raise UserError(f"{kind}/{name} is stored with codec {group.specs['tokens'].codec!r}, got {codec!r}")
-    group.grow()
-    return group
-
-
-class StoreWriter:
-    """A store that may be extended. Cheap to open; safe to use from several processes at once."""
-
-    def __init__(self, objects: Objects, block_rows: dict[str, int]) -> None:
-        self.objects = objects
-        self.block_rows = block_rows
-        self._index = ClipIndex(objects, block_rows)
-
-    @classmethod
-    def open_or_create(
-        cls, path: Place, *, block_rows: Mapping[str, int] | None = None, objects: Objects | None = None
-    ) -> StoreWriter:
-        """Open the store in a folder or bucket, or make one; block rows are fixed when it is made.
-
-        `objects` is the place itself where the caller has opened it.
-        """
-        wanted, path = check_block_rows(block_rows), place_of(path)
-        if not is_url(path):
-            with machine_faults(f"make {path}"):
-                _make_folder(Path(path))
-        objects = open_objects(path) if objects is None else objects
-        objects.cleanup_tmp()
-        if not objects.exists(ROOT_METADATA):
-            check_holds_nothing_else(objects, path)
-            put_if_absent(objects, ROOT_METADATA, root_document(datasets=[], block_rows=wanted))
-        store = cls(objects, parse_root(objects.get(ROOT_METADATA))["block_rows"])
-        store.check_block_rows(block_rows or {})
-        return store
-
-    @classmethod
-    def open(cls, path: Place) -> StoreWriter:
-        """Open a store that is there: what a worker does, lest it makes a new one where a share was unmounted."""
-        objects = open_objects(path)
-        if not objects.exists(ROOT_METADATA):
-            raise StoreNotFoundError(
-                f"there is no feature store at {path}; mount the share that holds it, or extract one"
-            )
-        return cls(objects, parse_root(objects.get(ROOT_METADATA))["block_rows"])
-
-    def check_block_rows(self, wanted: Mapping[str, int]) -> None:
-        """Refuse other numbers of rows per block than the store was made with."""
-        for kind, rows in wanted.items():
-            if self.block_rows[kind] != rows:
-                raise UserError(
-                    f"this store has blocks of {self.block_rows[kind]} {kind} rows, got {rows}; "
-                    "block rows are fixed when a store is made: leave the option out or choose another --store"
-                )
-
-    def clips(self) -> pa.Table:
-        """Every row given out, `CLIP_SCHEMA`, as of now."""
-        return self._index.refresh().table
-
-    def add_clips(self, clips: Iterable[Clip], *, retry: bool = False) -> list[tuple[int, Clip]]:
-        """Give out rows: returns (row, clip) of what this call added, in order; rows count per kind.
-
-        A clip that has a row already gets none, unless `retry` asks for a new one. Each call starts new blocks.
-        """
-        removed = tombstoned_clips(self.objects)
-        distinct = {clip.clip_id: clip for clip in clips}
-        for clip_id in removed.keys() & distinct.keys():
-            del distinct[clip_id]
-        seen = len(self._index.refresh().tables) if retry else 0  # a retry only yields to rows given out meanwhile
-        while True:
-            index = self._index.refresh()
-            known = index.clip_ids(from_part=seen)
-            new = [clip for clip_id, clip in distinct.items() if clip_id not in known]
-            if not new:
-                self._refresh_root()
-                return []
-            first = {kind: next_batch_row(index.max_row(kind), self.block_rows[kind]) for kind in KINDS}
-            rows = allocate(new, first)
-            if put_if_absent(self.objects, part_key(len(index.tables)), part_bytes(rows)):
-                self._refresh_root()
-                return rows
-            # Another driver took this number: read its rows and allocate what is left.
-
-    def add_samples(self, name: str, samples: Iterable[Sample]) -> str:
-        """Keep conversations as `samples/NAME.parquet`; returns the key.
-
-        Files never change: the same content again is a no-op, other content becomes NAME.2.parquet and so on, and
-        readers take the newest.
-        """
-        samples_key(name)  # checks the name
-        removed = tombstoned_clips(self.objects)
-        table = samples_to_table(sample for sample in samples if sample.clip_id not in removed)
-        data = table_bytes(table)
-        while True:
-            newest = samples_versions(self.objects.list_names(SAMPLES)).get(name, 0)
-            if newest and self._holds(samples_key(name, newest), data, table):
-                return samples_key(name, newest)
-            key = samples_key(name, newest + 1)
-            if put_if_absent(self.objects, key, data):
-                return key
-
-    def _holds(self, key: str, data: bytes, table: pa.Table) -> bool:
-        """Are these the samples? Another version's Parquet may say the same in other bytes."""
-        stored = self.objects.get(key)
-        if stored == data:
-            return True
-        try:
-            return read_table(stored, SAMPLE_SCHEMA, key).equals(table)
-        except StoreFormatError:
-            return False  # damaged: a new version is written beside it
-
-    def samples(self, name: str) -> list[Sample]:
-        """The newest conversations of a name; none if there are none yet."""
-        newest = samples_versions(self.objects.list_names(SAMPLES)).get(name, 0)
-        if not newest:
-            return []
-        key = samples_key(name, newest)
-        return table_to_samples(read_table(self.objects.get(key), SAMPLE_SCHEMA, key))
-
-    def sealed_blocks(self, kind: str) -> int:
-        """Blocks given out so far: work exists for 0..n-1."""
-        return self._index.sealed_blocks(kind)
-
-    def planned_rows(self, kind: str, block: int) -> list[int]:
-        """Rows of a block that belong to a clip; the rest of the block is unused."""
-        return self._index.planned_rows(kind, block)
-
-    def encoder_groups(self, kind: str) -> dict[str, FeatureIdentity]:
-        """Identities by group name."""
-        return encoder_groups(self.objects, kind)
-
-    def ensure_group(
-        self,
-        kind: str,
-        identity: FeatureIdentity,
-        *,
-        batch_shape: int,
-        weights_label: str,
-        codec: str | None = None,
-        new_identity: bool = False,
-    ) -> GroupWriter:
-        """The group of an encoder, created if need be, with room for every row given out.
-
-        Raises IdentityConflictError if the store holds this encoder under another identity, unless `new_identity`.
-        """
-        if not new_identity:
-            self.check_identity(identity)
-        record = GroupRecord(identity=identity, weights=weights_label, batch_shape=batch_shape)
-        return create_or_open_group(self.objects, self._index, kind, record, codec=codec)
-
-    def open_group(self, kind: str, group: str) -> GroupWriter:
-        """A group that exists, by its name: what a worker needs to write a block."""
-        return GroupWriter.open(self.objects, self._index, kind, group)
-
-    def grow_groups(self) -> None:
-        """Make room in every group for every row given out."""
-        for kind in KINDS:
-            for group in self.encoder_groups(kind):
-                self.open_group(kind, group).grow()
-
-    def publish_snapshot(self, *, anew: bool = False) -> str:
-        """Make what is committed visible to readers; returns the snapshot's id (the old one if nothing is new).
-
-        `anew` reads every receipt, also those that the newest snapshot knows: they may have been replaced.
-        """
-        self.grow_groups()
-        return publish(self.objects, self.block_rows, anew=anew)
-
-    def journal(self, name: str, record: Mapping[str, Any]) -> str:
-        """Keep provenance (times, hosts, versions, rates) with its own digest; returns the key."""
-        if not JOURNAL_NAME.fullmatch(name):
-            raise UserError(f"journal names are letters, digits, '_', '-' and '.', got {name!r}")
-        data = journal_bytes(record)
-        attempt = 1
-        while True:
-            key = journal_key(name if attempt == 1 else f"{name}.{attempt}")
-            if put_if_absent(self.objects, key, data):
-                return key
-            attempt += 1
-
-    def stored_identities(self, encoder: str) -> list[FeatureIdentity]:
-        """Every identity that the store holds of an encoder, for videos or stills; more than one by --new-identity."""
-        found = {
-            identity.id: identity
-            for kind in KINDS
-            for identity in self.encoder_groups(kind).values()
-            if identity.encoder == encoder
-        }
-        return [found[name] for name in sorted(found)]
-
-    def check_identity(self, identity: FeatureIdentity) -> None:
-        """Raise `IdentityConflictError` if the store holds the encoder, and under other identities only."""
-        stored = self.stored_identities(identity.encoder)
-        if not stored or any(known.id == identity.id for known in stored):
-            return
-        changes = stored[0].changes(identity)
-        lines = [f"  {name}: stored {ours!r}, asked {asked!r}" for name, (ours, asked) in changes.items()]
-        raise IdentityConflictError(
-            f"this store holds {identity.encoder} as {stored[0].group_name}, asked for {identity.group_name}:\n"
-            + "\n".join(lines)
-            + "\nuse the same settings, or --new-identity to keep both; `merv-pipeline explain` with these options "
-            "tells what that would cost"
-        )
-
-    def _refresh_root(self) -> None:
-        """Name every dataset in zarr.json; a later clip part is seen by the loop, so no name is ever lost."""
-        while True:
-            wanted = root_document(datasets=self._index.refresh().datasets(), block_rows=self.block_rows)
-            if self.objects.get(ROOT_METADATA) == wanted:
-                return
-            self.objects.replace(ROOT_METADATA, wanted)
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"no store can be made at {path}: {error.strerror}; choose another place") from error
-
-
-def check_holds_nothing_else(objects: Objects, path: Place) -> None:
-    """Refuse to make a store among files that are none of its own."""
-    names = [name for name in objects.list_names("") if name not in (TEMPORARY, CARD) and not name.startswith(".")]
-    if names:
-        raise UserError(f"{path} is not empty and not a feature store (it holds {names[0]!r}); choose another --store")

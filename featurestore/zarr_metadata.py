@@ -1,7 +1,7 @@
-"""`zarr.json` documents: what an array or a group says about itself, in the standard's own words.
+"""`zarr.json` documents of arrays and groups, and the codec table.
 
-Bytes are a pure function of what is described, so a document can be verified by making it again. Plain JSON, no zarr
-import: tests prove that zarr-python, tensorstore and xarray read the result.
+Bytes are a pure function of what is described, so a document can be verified by making it again. zarr-python is not
+imported; tests prove that zarr-python, tensorstore and xarray read the result.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from featurestore.storage_dtypes import SIDECAR_DTYPE, STORAGE_DTYPES, item_fact
 from mervcache.errors import StoreFormatError, UserError
 from mervcache.files import load_json, record_digest
 
-MAX_AXIS = 1 << 20  # of any axis in an identity from a stranger
+MAX_AXIS = 1 << 20  # of any axis in an untrusted identity
 MAX_ITEMS = 1 << 26  # numbers of one clip: 256 MiB of float32, where MERV's raw grids have 3.2 million
 MAX_TEXT = 2000  # characters of a text in an identity
 _TEXTS = (
@@ -62,7 +62,7 @@ def encoder_groups(objects: Objects, kind: str) -> dict[str, FeatureIdentity]:
 
 
 def read_group(objects: Objects, kind: str, group: str) -> GroupRecord:
-    """A group's attributes, every field checked: they may be a stranger's."""
+    """A group's attributes, every field checked: they may be untrusted."""
     key = group_metadata_key(kind, group)
     try:
         data = read_document(objects, key)
@@ -299,7 +299,7 @@ def clip_bytes(identity: FeatureIdentity, kind: str) -> int:
 
 
 def group_document(identity: FeatureIdentity, *, weights_label: str, batch_shape: int) -> bytes:
-    """The zarr.json of an encoder's group: the whole identity, and what shaped the bits beside it."""
+    """The zarr.json of an encoder's group: the whole identity, and what else shaped the bits."""
     return _group(digested({"identity": identity.to_dict(), "weights": weights_label, "batch_shape": batch_shape}))
 
 
@@ -310,7 +310,7 @@ def root_document(*, datasets: list[str], block_rows: Mapping[str, int]) -> byte
 
 
 def digested(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with a digest of its own: what cannot be made again from elsewhere is covered all the same."""
+    """The record with a digest of its own, for documents that cannot be derived from others."""
     return record | {"digest": record_digest(record)[:32]}
 
 
@@ -327,12 +327,12 @@ def _group(attributes: dict[str, Any]) -> bytes:
 
 
 def document_bytes(value: Any) -> bytes:
-    """The one text of a zarr.json: sorted keys, indented for people."""
+    """The text of a zarr.json: sorted keys, indented."""
     return (json.dumps(value, sort_keys=True, indent=2, allow_nan=False) + "\n").encode()
 
 
 def read_document(objects: Objects, key: str) -> bytes:
-    """A zarr.json of believable size."""
+    """A zarr.json of plausible size."""
     return get_bounded(objects, key, MAX_DOCUMENT_BYTES)
 
 

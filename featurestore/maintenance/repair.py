@@ -300,7 +300,7 @@ class _Repair:
     def _open_group(self, kind: str, group: str) -> GroupWriter:
         """A group of the store as it is now."""
         block_rows = parse_root(read_document(self._objects, ROOT_METADATA))["block_rows"]
-        return GroupWriter.open(self._objects, ClipIndex(self._objects, block_rows).refresh(), kind, group)
+        return GroupWriter(self._objects, ClipIndex(self._objects, block_rows).refresh(), kind, group)
 
     def _repair_block(
         self, group: GroupWriter, block: int, arrays: set[str], recompute: Recompute | None, new_bytes: bool

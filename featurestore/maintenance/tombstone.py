@@ -148,7 +148,7 @@ def erase_tombstoned(writer: StoreWriter, progress: ProgressLine = SILENT) -> in
         groups = encoder_groups(writer.objects, kind) if rows_of else ()
         progress.start(len(rows_of) * len(groups))
         for name in groups:
-            group = GroupWriter.open(writer.objects, index, kind, name)
+            group = GroupWriter(writer.objects, index, kind, name)
             for block, rows in sorted(rows_of.items()):
                 rewritten += _erase_rows(group, block, rows)
                 progress.advance()

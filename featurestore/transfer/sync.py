@@ -33,16 +33,16 @@ from featurestore.locate import Place, check_is_another, no_store_at, place_of
 from featurestore.maintenance.tombstone import erase_tombstoned
 from featurestore.objects.base import Objects, digest_of, get_bounded, listing_bytes, put_if_absent
 from featurestore.objects.open import check_writable, in_parallel, open_hub, open_objects
-from featurestore.parquet import MAX_TABLE_BYTES
+from featurestore.parquet import MAX_TABLE_BYTES, read_table
 from featurestore.quality import DISTORTION_PREFIX, PARITY_PREFIX
 from featurestore.reader import encoder_keys
 from featurestore.records import Receipt, max_receipt_bytes, tombstone_ids
 from featurestore.schemas import CLIP_SCHEMA, table_to_clips
-from featurestore.snapshots import ClipIndex, Snapshot, load_snapshot, newest_snapshot_id, publish, read_table
+from featurestore.snapshots import Snapshot, load_snapshot, newest_snapshot_id, publish
 from featurestore.store import FeatureStore
 from featurestore.transfer.dataset_card import write_card
 from featurestore.transfer.selection import Selection
-from featurestore.writer import StoreWriter, create_or_open_group
+from featurestore.writer import StoreWriter
 from featurestore.zarr_metadata import read_arrays
 from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import StoreDamagedError, StoreError, StoreNotFoundError, UserError
@@ -262,11 +262,18 @@ def _copy_tables(plan: TransferPlan) -> None:
 
 def _make_groups(plan: TransferPlan) -> None:
     """Groups are made from their identity, as extraction makes them, with room for all allocated rows."""
-    snapshot, index = plan.snapshot, ClipIndex(plan.target, plan.writer.block_rows)
+    snapshot = plan.snapshot
     for kind, group in sorted({(block.kind, block.group) for block in plan.blocks}):
         summary = snapshot.groups[f"{kind}/{group}"]
         specs = read_arrays(plan.origin, kind, summary.identity, snapshot.block_rows[kind])
-        create_or_open_group(plan.target, index, kind, summary, codec=specs["tokens"].codec)
+        plan.writer.ensure_group(
+            kind,
+            summary.identity,
+            batch_shape=summary.batch_shape,
+            weights_label=summary.weights,
+            codec=specs["tokens"].codec,
+            new_identity=True,
+        )
 
 
 def _send_blocks(plan: TransferPlan, done: Transferred, *, workers: int, check: bool, progress: ProgressLine) -> None:
