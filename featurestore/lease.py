@@ -13,10 +13,9 @@ import threading
 import time
 import uuid
 from contextlib import suppress
-from pathlib import Path
 
 from featurestore.layout import TEMPORARY
-from featurestore.locate import Place, is_url, place_of
+from featurestore.locate import Place
 from featurestore.objects.base import machine_faults, put_if_absent
 from featurestore.objects.open import open_objects
 from mervcache.errors import MervCacheError, UserError
@@ -29,9 +28,7 @@ class StoreLease:
     """`with StoreLease(path, run_id): ...` raises UserError if another driver is at work."""
 
     def __init__(self, path: Place, run_id: str, *, stale_after_s: float = STALE_AFTER_S) -> None:
-        place = place_of(path)
-        self._objects = open_objects(place)
-        self._folder = None if is_url(place) else Path(place)
+        self._objects = open_objects(path)
         self._owner = {"host": socket.gethostname(), "pid": os.getpid(), "run": run_id, "since": time.time()}
         self._stale_after_s = stale_after_s
         self._stop = threading.Event()
@@ -72,16 +69,11 @@ class StoreLease:
         probe = f"{TEMPORARY}/clock-{uuid.uuid4().hex}"
         self._objects.put_exclusive(probe, b"")
         try:
-            return self._modified(probe) - self._modified(LEASE_KEY)
+            return self._objects.modified_s(probe) - self._objects.modified_s(LEASE_KEY)
         except FileNotFoundError:
             return None
         finally:
             self._objects.delete(probe)
-
-    def _modified(self, key: str) -> float:
-        if self._folder is not None:
-            return (self._folder / key).stat().st_mtime
-        return self._objects.modified(key).timestamp()
 
     def _has_exited(self, holder: dict) -> bool:
         """True if the holder was a process of this host that has exited: no need to wait then."""

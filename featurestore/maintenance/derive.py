@@ -82,23 +82,28 @@ def _derive_array(objects: Objects, kind: str, group: str, array: str, check: Ve
             if stored and (spec := parse_array(name, stored)):
                 codecs.append(spec.codec)
     blocks = sealed_blocks(check.index.max_row(kind), block_rows)
-    shards = [key for block in range(blocks) if objects.exists(key := shard_key(kind, group, array, block))]
     for codec in [*codecs, *CODECS]:
         specs = array_specs(identity, kind, blocks=blocks, block_rows=block_rows, codec=codec)
         if array not in specs:
             raise StoreFormatError(f"the identity of {group} has no array {array}")
-        if not shards or any(_decodes(objects, key, specs[array]) for key in shards):
+        if _fits(objects, kind, group, specs[array], blocks):
             return specs[array].document()
     raise StoreFormatError("its shards are of no known codec")
 
 
-def _decodes(objects: Objects, key: str, spec: ArraySpec) -> bool:
-    with suppress(MervCacheError):
-        shard = Shard(spec, objects.open(key))
-        for row in shard.rows()[:1]:
-            shard.decode(row)
-        return True
-    return False
+def _fits(objects: Objects, kind: str, group: str, spec: ArraySpec, blocks: int) -> bool:
+    """Whether any existing shard decodes; True where there is none, for then any codec will do."""
+    has_shards = False
+    for block in range(blocks):
+        key = shard_key(kind, group, spec.name, block)
+        if objects.exists(key):
+            has_shards = True
+            with suppress(MervCacheError):
+                shard = Shard(spec, objects.open(key))
+                for row in shard.rows()[:1]:
+                    shard.decode(row)
+                return True
+    return not has_shards
 
 
 def derive_receipt(group: GroupWriter, block: int, named: str, check: Verification) -> Receipt:

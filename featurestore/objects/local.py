@@ -81,6 +81,11 @@ class LocalObjects(Objects):
         opened.close()
         return opened.size
 
+    def modified_s(self, key: str) -> float:
+        """Unix time of the last put, by the file system's clock; for the lease."""
+        with machine_faults(f"read {key}"):
+            return os.stat(self._path(key)).st_mtime
+
     def exists(self, key: str) -> bool:
         with machine_faults(f"read {key}"):
             return os.path.exists(self._path(key))
@@ -123,10 +128,6 @@ class LocalObjects(Objects):
                 if not stat.S_ISREG(mode := os.lstat(path).st_mode) and not stat.S_ISDIR(mode):
                     found.append(self._key(path))
         return sorted(found)
-
-    def as_zarr(self) -> str:
-        """For zarr-python, where an array has codecs of another writer."""
-        return self.root
 
     def _key(self, path: str) -> str:
         return os.path.relpath(path, self.root).replace(os.sep, "/")

@@ -15,7 +15,7 @@ import socket
 import uuid
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
@@ -208,9 +208,9 @@ class RemoteObjects(Objects):
     def size(self, key: str) -> int:
         return self._head(key)["size"]
 
-    def modified(self, key: str) -> datetime:
-        """When an object was last put, by the server's clock."""
-        return self._head(key)["last_modified"]
+    def modified_s(self, key: str) -> float:
+        """Unix time of the last put, by the server's clock; for the lease."""
+        return self._head(key)["last_modified"].timestamp()
 
     def list_names(self, prefix: str) -> list[str]:
         import obstore
@@ -234,12 +234,6 @@ class RemoteObjects(Objects):
 
         with self._faults(f"delete {key}"):
             obstore.delete(self._store, check_key(key))
-
-    def as_zarr(self) -> Any:
-        """For zarr-python, where an array has codecs of another writer."""
-        from zarr.storage import ObjectStore as ZarrObjectStore
-
-        return ZarrObjectStore(self._store, read_only=True)
 
     def _check_is_exclusive(self) -> None:
         """Old servers ignore the condition and let the second put win: no commit would be safe there."""

@@ -75,7 +75,7 @@ class BlockTransfer:
     group: str
     block: int
     block_rows: int
-    number: int  # of the receipt: repair and tombstone replace a block
+    generation: int  # of the receipt: repair and tombstone replace a block
     receipt_sha256: str  # of the receipt's own bytes
     shards: Mapping[str, Mapping[str, int | str]]  # key -> {"sha256", "bytes"}
     rows: int  # committed rows
@@ -220,7 +220,7 @@ def plan_blocks(origin: Objects, snapshot: Snapshot, selection: Selection) -> li
             group=group,
             block=block,
             block_rows=block_rows,
-            number=receipt.generation,
+            generation=receipt.generation,
             receipt_sha256=sha256_hex(data),
             shards={shard_key(kind, group, name, block): entry for name, entry in receipt.shards.items()},
             rows=len(ok),
@@ -334,7 +334,7 @@ def _is_older(receipt: bytes, block: BlockTransfer) -> bool:
     if sha256_hex(receipt) == block.receipt_sha256:
         return False
     parsed = Receipt.parse(receipt, kind=block.kind, group=block.group, block=block.block, block_rows=block.block_rows)
-    if parsed.generation >= block.number:
+    if parsed.generation >= block.generation:
         raise _other_bytes(block.receipt_key)
     return True
 
