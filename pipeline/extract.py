@@ -25,6 +25,7 @@ from featurestore.lease import StoreLease
 from featurestore.locate import Place, check_room_for_store, is_url
 from featurestore.objects.base import Objects
 from featurestore.objects.open import check_writable, open_objects
+from featurestore.snapshots import newest_snapshot_id
 from featurestore.storage_dtypes import SMALLEST
 from featurestore.writer import StoreWriter, check_holds_nothing_else
 from featurestore.zarr_metadata import clip_bytes
@@ -139,8 +140,8 @@ class Extraction:
     objects: Objects  # of the store's place
     view: StoreView | None  # None until `open` has made the store
     encoders: Mapping[str, EncoderDescription] = field(default_factory=dict)
-    _media: tuple[Any, StaleMedia] | None = None  # what it holds for, and the last scan
-    _planned: tuple[Any, list[PlannedBlock]] | None = None  # what it holds for, and the last plan
+    _scanned: tuple[Any, StaleMedia] | None = None  # the state that it is of, and the last scan
+    _planned: tuple[Any, list[PlannedBlock]] | None = None  # the state that it is of, and the last plan
 
     @property
     def identities(self) -> dict[str, FeatureIdentity]:
@@ -273,12 +274,11 @@ class Extraction:
         return missing_reference_clips(self.view.writer, self.identities, self.kinds)
 
     def scan_media(self) -> StaleMedia:
-        """Count and log clips whose media changed; done once, unless a worker loaded other encoders than remembered."""
-        scanned = sorted(identity.id for identity in self.identities.values())
-        if self._media is None or self._media[0] != scanned:
+        """Count and log clips whose media changed; scanned once for the same encoders and snapshot."""
+        if self._scanned is None or self._scanned[0] != self._state:
             media = scan_media(self.view, self.listing, self.identities, refresh=self.config.refresh)
-            self._media = (scanned, media)
-        media = self._media[1]
+            self._scanned = (self._state, media)  # read after the scan: a refresh publishes first
+        media = self._scanned[1]
         self.summary.not_compared = len(media.not_compared)
         if self.config.refresh:
             self.summary.refreshed = len(media.clips)
@@ -295,15 +295,18 @@ class Extraction:
         return blocks
 
     def _plan(self) -> list[PlannedBlock]:
-        """The blocks of now; planned once for the same encoders, rows and removed clips."""
-        num_rows = self.view.writer.clips().num_rows
-        holds_for = (sorted(identity.id for identity in self.identities.values()), num_rows, self.view.removed)
-        if self._planned is None or self._planned[0] != holds_for:
+        """The blocks of now; planned once for the same encoders, snapshot, rows and removed clips."""
+        stale = self.scan_media().changed if self.config.refresh else NOTHING_STALE
+        state = (self._state, self.view.writer.clips().num_rows, self.view.removed)
+        if self._planned is None or self._planned[0] != state:
             clip_ids = {clip.clip_id for clip in self.listing.clips}
-            stale = self.scan_media().changed if self.config.refresh else NOTHING_STALE
-            blocks = plan_blocks(self.view, self.identities, clip_ids=clip_ids, stale=stale)
-            self._planned = (holds_for, blocks)
+            self._planned = (state, plan_blocks(self.view, self.identities, clip_ids=clip_ids, stale=stale))
         return self._planned[1]
+
+    @property
+    def _state(self) -> tuple[list[str], str | None]:
+        """What scans and plans depend on: another driver may publish while this one waits for its cluster."""
+        return sorted(identity.id for identity in self.identities.values()), newest_snapshot_id(self.view.objects)
 
     def check_space(self, blocks: Collection[PlannedBlock]) -> None:
         """Refuse a run that the disk cannot hold: 16-bit tokens shrink by a seventh at most, so raw bytes are used."""

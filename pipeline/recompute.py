@@ -1,24 +1,17 @@
-"""A committed block computed once more, for `repair`: that block and that encoder only, into a folder of its own.
+"""Store maintenance that needs the media: compute a damaged block again, and find media that changed.
 
-Comes in: a group and the receipt of one of its blocks. Goes out: the shards and the receipt that this machine makes of
-the same media, for the caller to compare. Settings are those of the newest run in the store's journal that wrote to the
-group; the media's folder, the weights and the device may be given, since they decide no bytes by contract.
-
-Have the media changed since they were encoded? Receipts hold the sha256 of what each clip was made from.
-
-Comes in: a store and the folders of its media. Goes out: findings. "full" hashes every file. "quick" hashes only files
-that were modified, or moved into their place, after the store's first run began (the later of mtime and ctime), and
-finds those that are gone. It cannot see what was exchanged on a file system whose clock was set back, bits that rotted
-under an old date, or a store whose journal is lost; a folder that was copied since is hashed whole, as full would.
+A block is computed again in a temporary store, with the settings of the newest run that wrote to its group; the media's
+folder, the weights' place and the device may be given, since they decide no bytes by contract.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, Literal
+from operator import itemgetter
+from typing import Literal
 
 from featurestore.clips import Clip
 from featurestore.identity import FeatureIdentity
@@ -33,88 +26,67 @@ from featurestore.store import FeatureStore
 from featurestore.writer import GroupWriter, StoreWriter
 from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import MervCacheError, UserError
-from pipeline.config import AUTO, ExtractConfig, read_config
+from pipeline.config import AUTO, read_config
 from pipeline.media import Source, newest_touch_s
 from pipeline.parity import encode_as_group
 from pipeline.summary import media_roots, settings_of
+
+MediaLevel = Literal["quick", "full"]
+MEDIA_LEVELS: tuple[MediaLevel, ...] = ("quick", "full")
 
 
 class Recompute:
     """Computes blocks of one store again; encoders stay loaded between blocks."""
 
     def __init__(self, path: Place, *, root: str | None, weights: Mapping[str, str] | None, device: str | None) -> None:
-        self._path, self._root = path, root
-        self._overrides = {"weights": dict(weights) if weights else None, "device": device}
+        self._path, self._root, self._weights, self._device = path, root, dict(weights or {}), device
 
     def __call__(self, group: GroupWriter, receipt: Receipt) -> Recomputed:
+        """The shards and the receipt that this machine makes of the block's media, for the caller to compare."""
         from pipeline.worker.block import BlockTask, extract_block
 
         maker = maker_of(group.objects, group.name)
         if maker is None:
-            raise UserError(f"no journal tells how {group.name} was made: fetch the block with --from OTHER_STORE")
-        name = group.identity.encoder
-        config = self._config(maker.run)
+            raise UserError(f"no journal records how {group.name} was made: fetch the block with --from OTHER_STORE")
+        overrides = {"weights": self._weights or None, "device": self._device}
+        config = read_config(None, settings_of(maker.run) | {name: v for name, v in overrides.items() if v is not None})
+        name, kind, block = group.identity.encoder, group.kind, receipt.block
         settings = next(entry for entry in config.encoder_settings if entry.name == name)
-        engine = replace(  # decode processes as suit this machine: they decide no byte
+        engine = replace(  # as many decode processes as suit this machine: they decide no byte
             config.engine_settings, encoders=(settings,), threads=maker.threads or AUTO, decode_processes=AUTO
         )
-        ok = [row for row, outcome in enumerate(receipt.rows, start=receipt.first_row()) if outcome.state == "ok"]
+        planned = rows_of(block, group.block_rows)
+        clips = table_to_clips(StoreWriter.open(self._path).clips())
+        rows = sorted(((row, clip) for row, clip in clips if clip.kind == kind and row in planned), key=itemgetter(0))
+        wanted = [row for row, outcome in enumerate(receipt.rows, start=receipt.first_row()) if outcome.state == "ok"]
         with tempfile.TemporaryDirectory(prefix="merv-repair-") as folder:
-            _copy_documents(group, folder)
-            task = BlockTask(
-                store=folder,
-                root=self._root or maker.run["root"],
-                kind=group.kind,
-                block=receipt.block,
-                rows=_rows(self._path, group, receipt),
-                wanted={name: frozenset(ok)},
-                groups={name: group.name},
-                batch=group.batch_shape,
-                accept_damaged=config.accept_damaged,
-                engine=engine,
+            made = open_objects(folder)  # an empty store with this group
+            arrays = [array_metadata_key(kind, group.name, array) for array in group.specs]
+            for key in (ROOT_METADATA, f"{kind}/{ROOT_METADATA}", group_metadata_key(kind, group.name), *arrays):
+                made.put_exclusive(key, group.objects.get(key))
+            extract_block(
+                BlockTask(
+                    store=folder,
+                    root=self._root or maker.run["root"],
+                    kind=kind,
+                    block=block,
+                    rows=tuple(rows),
+                    wanted={name: frozenset(wanted)},
+                    groups={name: group.name},
+                    batch=group.batch_shape,
+                    accept_damaged=config.accept_damaged,
+                    engine=engine,
+                )
             )
-            extract_block(task)
-            return _made(group, receipt.block, folder)
+            data = made.get(receipt_key(kind, group.name, block))
+            return Recomputed(
+                receipt=Receipt.parse(data, kind=kind, group=group.name, block=block, block_rows=group.block_rows),
+                shards={array: made.get(shard_key(kind, group.name, array, block)) for array in group.specs},
+            )
 
     def canaries(self, kind: str, identity: FeatureIdentity) -> bytes:
-        """The file of a group's canaries as this machine makes it."""
-        weights, device = self._overrides["weights"] or {}, self._overrides["device"]
-        return encode_as_group(open_objects(self._path), kind, identity, weights, device).to_bytes()
-
-    def _config(self, run: Mapping[str, Any]) -> ExtractConfig:
-        given = {name: value for name, value in self._overrides.items() if value is not None}
-        return read_config(None, settings_of(run) | given)
-
-
-def _copy_documents(group: GroupWriter, folder: str) -> None:
-    """A store that has room for the block and nothing in it."""
-    target, kind = open_objects(folder), group.kind
-    arrays = [array_metadata_key(kind, group.name, array) for array in group.specs]
-    for key in (ROOT_METADATA, f"{kind}/{ROOT_METADATA}", group_metadata_key(kind, group.name), *arrays):
-        target.put_exclusive(key, group.objects.get(key))
-
-
-def _rows(path: Place, group: GroupWriter, receipt: Receipt) -> tuple:
-    wanted = rows_of(receipt.block, group.block_rows)
-    pairs = table_to_clips(StoreWriter.open(path).clips())
-    return tuple(sorted((pair for pair in pairs if pair[1].kind == group.kind and pair[0] in wanted), key=_row))
-
-
-def _row(pair: tuple[int, object]) -> int:
-    return pair[0]
-
-
-def _made(group: GroupWriter, block: int, folder: str) -> Recomputed:
-    made = open_objects(folder)
-    data = made.get(receipt_key(group.kind, group.name, block))
-    receipt = Receipt.parse(data, kind=group.kind, group=group.name, block=block, block_rows=group.block_rows)
-    keys = {name: shard_key(group.kind, group.name, name, block) for name in group.specs}
-    return Recomputed(receipt=receipt, shards={name: made.get(key) for name, key in keys.items()})
-
-
-MediaLevel = Literal["quick", "full"]
-MEDIA_LEVELS: tuple[MediaLevel, ...] = ("quick", "full")
-_RESTORE = "restore the file it was made from, or compute it again with `extract --refresh`"
+        """The file of a group's reference clips as this machine makes it."""
+        return encode_as_group(open_objects(self._path), kind, identity, self._weights, self._device).to_bytes()
 
 
 def verify_media(
@@ -125,14 +97,20 @@ def verify_media(
     workers: int = 2,
     progress: ProgressLine = SILENT,
 ) -> list[Finding]:
-    """Media that are gone or whose bytes are no longer those that the receipts name; keys are clip ids."""
+    """Media that are gone or whose bytes are no longer those that the receipts name; keys are clip ids.
+
+    "full" hashes every file; "quick" those that were modified or moved since the store's first run began, by the later
+    of mtime and ctime. It misses files exchanged on a file system whose clock was set back, bits that rotted under an
+    old date, and stores whose journal is lost; a folder that was copied since is hashed whole.
+    """
     if level not in MEDIA_LEVELS:
         raise UserError(f"media are checked {' or '.join(MEDIA_LEVELS)}, got {level!r}")
     store = FeatureStore.open(path)
-    runs = [record for name, record in store.journal() if name.endswith("-driver")]
+    runs = [record for name, record in store.journal() if name.endswith("-driver")]  # all: the first run's start counts
     roots = media_roots(runs, root)
     since = min((run["started"] for run in runs), default=0.0) if level == "quick" else 0.0
-    known = _media_digests(path, set(store.tombstones) and {c for s in store.tombstones.values() for c in s.clips})
+    removed = {clip_id for tombstone in store.tombstones.values() for clip_id in tombstone.clips}
+    known = _media_digests(StoreWriter.open(path), removed)
     progress.start(len(known))
 
     def check(entry: tuple[Clip, set[str]]) -> Finding | None:
@@ -144,10 +122,11 @@ def verify_media(
     return sorted(found, key=lambda finding: (finding.severity, finding.key))
 
 
-def _media_digests(path: Place, removed: Iterable[str]) -> dict[str, tuple[Clip, set[str]]]:
-    """Clip id -> the clip, and the sha256 of the media that each encoder's tokens of it were made from."""
-    writer, removed = StoreWriter.open(path), set(removed)
-    newest: dict[str, tuple[Clip, dict[str, str]]] = {}  # clip id -> the clip, and by group: a later row's wins
+def _media_digests(writer: StoreWriter, removed: Collection[str]) -> dict[str, tuple[Clip, set[str]]]:
+    """Clip id -> the clip, and the sha256 of the media that each encoder's newest tokens of it were made from."""
+    newest: dict[
+        str, tuple[Clip, dict[str, str]]
+    ] = {}  # clip id -> the clip, and sha256 by group: a later row replaces
     clips = {(clip.kind, row): clip for row, clip in table_to_clips(writer.clips())}
     for kind in {kind for kind, _ in clips}:
         for name in writer.encoder_groups(kind):
@@ -164,20 +143,22 @@ def _media_digests(path: Place, removed: Iterable[str]) -> dict[str, tuple[Clip,
 def _check(clip: Clip, digests: set[str], roots: Mapping[str, str], since: float) -> Finding | None:
     root = roots.get(clip.dataset, roots.get(""))
     if root is None:
-        return Finding(clip.clip_id, f"no run says where the media of {clip.dataset} are", "notice", "give --root DIR")
+        problem = f"no run records where the media of {clip.dataset} are"
+        return Finding(clip.clip_id, problem, "notice", "give --root DIR")
     try:
         source = Source.find(root, clip.path)
         if newest_touch_s(source) < since:
             return None
         now = source.sha256()
     except MervCacheError as error:
-        return Finding(clip.clip_id, str(error), "notice", "its tokens stay good; restore the file to compute it again")
+        return Finding(clip.clip_id, str(error), "notice", "its tokens stay valid; restore the file to recompute")
     except OSError as error:
         return Finding(clip.clip_id, f"cannot be read: {error.strerror}", "notice", "check the disk")
     if digests == {now}:
         return None
     if len(digests) > 1:
-        words = "encoders saw different content of its media"
+        problem = "encoders saw different content of its media"
     else:
-        words = "its media are not those that its tokens were made from"
-    return Finding(clip.clip_id, words, "damage", _RESTORE)
+        problem = "its media are not those that its tokens were made from"
+    advice = "restore the file it was made from, or compute it again with `extract --refresh`"
+    return Finding(clip.clip_id, problem, "damage", advice)

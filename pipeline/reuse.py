@@ -1,7 +1,7 @@
-"""Reuse: cells that another store holds under the same identity are copied instead of computed.
+"""`--reuse`: copy cells that another store holds under the same identity instead of computing them.
 
-The driver proposes: same clip id, else the same file name and span, whatever the path. The worker decides: it digests
-the media it would decode, and takes a cell only if the other store's was made of exactly these bytes.
+The driver proposes clips of the same id, else of the same file name and span. The worker hashes the media that it would
+decode and takes a cell only if the other store's was made of exactly these bytes.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from featurestore.writer import BlockWriter
     from pipeline.plan import PlannedBlock
 
-Proposals = dict[str, str]  # clip id here -> clip id there
-
 
 @dataclass(frozen=True, kw_only=True)
 class ReuseTask:
@@ -35,21 +33,21 @@ class ReuseTask:
 
 
 class OtherStore:
-    """A colleague's store, as the driver sees it."""
+    """The store that is copied from, in the driver."""
 
     def __init__(self, place: str) -> None:
         self._source = StoreCells(place)
         self._clips = {clip.clip_id: clip for clip in self._source.clips()}
-        counted = Counter(map(_name, self._clips.values()))
-        self._by_name = {_name(clip): clip_id for clip_id, clip in self._clips.items() if counted[_name(clip)] == 1}
-        self._proposals: dict[tuple[str, str], set[str]] = {}
+        counted = Counter(map(_file_and_span, self._clips.values()))
+        self._by_file = {key: name for name, clip in self._clips.items() if counted[key := _file_and_span(clip)] == 1}
+        self._committed: dict[tuple[str, str], set[str]] = {}  # (kind, group) -> clips with tokens
 
-    def proposals(self, identity: FeatureIdentity, clips: Iterable[Clip]) -> Proposals:
-        """Which of the clips have committed tokens of this identity there."""
-        found: Proposals = {}
+    def proposals(self, identity: FeatureIdentity, clips: Iterable[Clip]) -> dict[str, str]:
+        """Clip id here -> clip id there, of the clips that have committed tokens of this identity there."""
+        found: dict[str, str] = {}
         for clip in clips:
-            twin = clip.clip_id if clip.clip_id in self._clips else self._by_name.get(_name(clip))
-            if twin is not None and twin in self._committed(clip.kind, identity.group_name):
+            twin = clip.clip_id if clip.clip_id in self._clips else self._by_file.get(_file_and_span(clip))
+            if twin is not None and twin in self._committed_clips(clip.kind, identity.group_name):
                 found[clip.clip_id] = twin
         return found
 
@@ -64,12 +62,16 @@ class OtherStore:
         place = self._source.provenance()
         return ReuseTask(store=place["store"], snapshot=place["snapshot"], cells=cells) if cells else None
 
-    def _committed(self, kind: str, group: str) -> set[str]:
-        if (kind, group) not in self._proposals:
+    def _committed_clips(self, kind: str, group: str) -> set[str]:
+        if (kind, group) not in self._committed:
             name = f"{kind}/{group}"
             cells = self._source.cells(name) if name in self._source.groups() else {}
-            self._proposals[kind, group] = {clip_id for clip_id, cell in cells.items() if cell.is_ok}
-        return self._proposals[kind, group]
+            self._committed[kind, group] = {clip_id for clip_id, cell in cells.items() if cell.is_ok}
+        return self._committed[kind, group]
+
+
+def _file_and_span(clip: Clip) -> tuple:
+    return (posixpath.basename(clip.path), clip.kind, clip.start_s, clip.end_s, clip.end_frame)
 
 
 def copy_cells(
@@ -81,14 +83,17 @@ def copy_cells(
     groups: Mapping,
 ) -> dict[str, frozenset[int]]:
     """Copy what was made of the same bytes; returns the rows that need no computing, by encoder."""
+    from pipeline.media import Source
+
     source = _source(task.store, task.snapshot)
     copied: dict[str, frozenset[int]] = {}
     for encoder, cells in task.cells.items():
         name, writer, done = f"{kind}/{groups[encoder]}", writers[encoder], set()
         for row, clip_id in cells.items():
-            digest = _media_sha256(root, clips[row].path)
-            if digest is None:
-                continue  # decoding says what is wrong with it
+            try:
+                digest = Source.find(root, clips[row].path).sha256()
+            except (MediaError, OSError):
+                continue  # decoding reports what is wrong with it
             loaded = source.load(name, clip_id, writer.specs)
             if loaded.outcome.media_sha256 == digest:
                 copy_cell(writer, row, loaded)
@@ -100,16 +105,3 @@ def copy_cells(
 @lru_cache(2)
 def _source(store: str, snapshot: str) -> StoreCells:
     return StoreCells(store, snapshot=snapshot)
-
-
-def _media_sha256(root: str, path: str) -> str | None:
-    from pipeline.media import Source
-
-    try:
-        return Source.find(root, path).sha256()
-    except (MediaError, OSError):
-        return None
-
-
-def _name(clip: Clip) -> tuple:
-    return (posixpath.basename(clip.path), clip.kind, clip.start_s, clip.end_s, clip.end_frame)

@@ -223,3 +223,19 @@ def test_a_continued_run_plans_once(lab, counts):
     counts.clear()
     assert lab.extract(**ONE).clips == 3
     assert counts == {"open_objects": 1, "plan_blocks": 1, "stale_media": 1}
+
+
+def test_blocks_that_another_driver_committed_while_the_cluster_started_are_not_planned(lab, monkeypatch):
+    from pipeline import extract as driver
+
+    lab.plan(**ONE)  # and killed: rows are allocated, nothing is computed
+    describe = driver.describe
+
+    def after_another_run(client, config):
+        monkeypatch.setattr(driver, "describe", describe)
+        assert lab.extract(**ONE).clips == 3
+        return describe(client, config)
+
+    monkeypatch.setattr(driver, "describe", after_another_run)
+    summary = lab.extract(**ONE)
+    assert (summary.clips, summary.blocks) == (0, 0)
