@@ -1,4 +1,4 @@
-"""Rows are given out once, groups agree with what is there, whoever races."""
+"""Rows are allocated once and groups agree with what exists, also under races."""
 
 from __future__ import annotations
 
