@@ -30,6 +30,8 @@ from featurestore.storage_dtypes import SIDECAR_DTYPE, STORAGE_DTYPES, item_fact
 from mervcache.errors import StoreFormatError, UserError
 from mervcache.files import load_json, record_digest
 
+MAX_CHUNK_BYTES = 128 << 20  # a clip's raw grid is under 20 MiB; a larger claim is hostile
+MAX_DOCUMENT_BYTES = 4 << 20  # of a zarr.json
 MAX_AXIS = 1 << 20  # of any axis in an untrusted identity
 MAX_ITEMS = 1 << 26  # numbers of one clip: 256 MiB of float32, where MERV's raw grids have 3.2 million
 MAX_TEXT = 2000  # characters of a text in an identity
@@ -43,107 +45,18 @@ _TEXTS = (
     "compute_dtype",
     "storage_dtype",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class GroupRecord:
-    """What made a group: the attributes of its zarr.json."""
-
-    identity: FeatureIdentity
-    weights: str  # "pretrained" or "random:SEED"
-    batch_shape: int  # clips per forward pass
-
-
-def encoder_groups(objects: Objects, kind: str) -> dict[str, FeatureIdentity]:
-    """Identities of a kind's groups by name; folders without a zarr.json are groups not yet made."""
-    names = [name for name in objects.list_names(kind) if GROUP_NAME.fullmatch(name)]
-    made = [name for name in names if objects.exists(group_metadata_key(kind, name))]
-    return {name: read_group(objects, kind, name).identity for name in made}
-
-
-def read_group(objects: Objects, kind: str, group: str) -> GroupRecord:
-    """A group's attributes, every field checked: they may be untrusted."""
-    key = group_metadata_key(kind, group)
-    try:
-        data = read_document(objects, key)
-    except FileNotFoundError:
-        raise StoreFormatError(f"{kind}/{group} has no zarr.json: it is not a group of this store") from None
-    return parse_group(data, kind, group)
-
-
-def parse_group(data: bytes, kind: str, group: str) -> GroupRecord:
-    """A group's attributes from its zarr.json."""
-    key = group_metadata_key(kind, group)
-    document = load_json(data, key)
-    attributes = document.get("attributes") if isinstance(document, dict) else None
-    if not isinstance(attributes, dict):
-        raise StoreFormatError(f"{key} has no attributes")
-    identity = parse_identity(attributes.get("identity"), key)
-    if identity.group_name != group:
-        raise StoreFormatError(f"{key} holds the identity of {identity.group_name}, not of its own folder")
-    weights, batch_shape = attributes.get("weights"), attributes.get("batch_shape")
-    if not isinstance(weights, str) or not isinstance(batch_shape, int) or not 1 <= int(batch_shape) <= MAX_AXIS:
-        raise StoreFormatError(f"{key} must name its weights and batch_shape")
-    return GroupRecord(identity=identity, weights=weights, batch_shape=batch_shape)
-
-
-def parse_identity(record: Any, what: str) -> FeatureIdentity:
-    """An identity whose sizes can be trusted to be small positive integers."""
-    try:
-        identity = FeatureIdentity.from_dict(record)
-        sizes = [*identity.grid, identity.width, identity.num_frames, identity.still_period]
-        good = len(identity.grid) == 3 and all(type(n) is int and 1 <= n <= MAX_AXIS for n in sizes)
-        good = good and type(identity.prefix_tokens) is int and 0 <= identity.prefix_tokens <= MAX_AXIS
-        good = good and math.prod(sizes[:4]) <= MAX_ITEMS
-        good = good and identity.grid[0] * max(1, identity.prefix_tokens) * identity.width <= MAX_ITEMS
-        texts = [getattr(identity, name) for name in _TEXTS]
-        good = good and all(type(text) is str and len(text) <= MAX_TEXT for text in texts)
-        good = good and isinstance(identity.architecture, dict) and isinstance(identity.preprocessing, dict)
-        good = good and bool(identity.id)  # it is made of canonical JSON, which has no NaN and an end
-    except (TypeError, ValueError, AttributeError, OverflowError, RecursionError, UserError) as error:
-        raise StoreFormatError(f"{what} holds no usable identity: {type(error).__name__}: {error}") from error
-    if not good:
-        raise StoreFormatError(
-            f"{what}: grid, width, num_frames and still_period must be positive integers of at most {MAX_ITEMS} tokens "
-            "values a clip, all other fields of the types that they have here"
-        )
-    return identity
-
-
-def read_arrays(objects: Objects, kind: str, identity: FeatureIdentity, block_rows: int) -> dict[str, ArraySpec]:
-    """The specs on disk; raises unless they are those of the identity, up to codec and rows."""
-    specs: dict[str, ArraySpec] = {}
-    for name, expected in array_specs(identity, kind, blocks=0, block_rows=block_rows).items():
-        key = array_metadata_key(kind, identity.group_name, name)
-        try:
-            stored = parse_array(name, read_document(objects, key))
-        except FileNotFoundError:
-            raise StoreFormatError(f"{key} is missing; run `merv-pipeline verify`") from None
-        if stored is None or (stored.row_shape, stored.dtype, stored.block_rows) != (
-            expected.row_shape,
-            expected.dtype,
-            expected.block_rows,
-        ):
-            raise StoreFormatError(f"{key} does not describe the {name} of {identity.group_name}; rewrite or repair it")
-        specs[name] = stored
-    return specs
-
-
 DIMENSIONS: dict[str, tuple[str, ...]] = {
     "tokens": ("row", "time", "height", "width", "channel"),
     "prefix": ("row", "time", "token", "channel"),
     "scale": ("row", "channel"),
     "offset": ("row", "channel"),
 }
-MAX_CHUNK_BYTES = 128 << 20  # a clip's raw grid is under 20 MiB; a larger claim is hostile
-MAX_DOCUMENT_BYTES = 4 << 20  # of a zarr.json
 _LITTLE_ENDIAN: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
 _INDEX_CODECS = [_LITTLE_ENDIAN, {"name": "crc32c"}]
-
-# With more than one blosc thread the same array gives different bytes. zarr-python sets this too.
-blosc.use_threads = False
 _BLOSC_HEADER_BYTES = 16
 _BLOSC_BLOCK_BYTES = 1 << 20  # automatic blocks at level 1 compress 1.27x where this gives 1.45x
+# With more than one blosc thread the same array gives different bytes. zarr-python sets this too.
+blosc.use_threads = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,6 +211,115 @@ def clip_bytes(identity: FeatureIdentity, kind: str) -> int:
     return sum(spec.row_bytes for spec in array_specs(identity, kind, blocks=0, block_rows=1).values())
 
 
+def parse_array(name: str, data: bytes) -> ArraySpec | None:
+    """The spec of an array that is read and written here; None of any other valid Zarr array."""
+    document = load_json(data, f"zarr.json of {name}")
+    try:
+        chunk_shape = document["chunk_grid"]["configuration"]["chunk_shape"]
+        spec = ArraySpec(
+            name=name,
+            rows=int(document["shape"][0]),
+            row_shape=tuple(int(n) for n in document["shape"][1:]),
+            block_rows=int(chunk_shape[0]),
+            dtype=document["data_type"],
+            logical_dtype=document.get("attributes", {}).get("logical_dtype"),
+        )
+        if not 1 <= spec.block_rows <= MAX_BLOCK_ROWS:
+            return None
+        decisive = ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "codecs")
+        for candidate in (replace(spec, codec=codec) for codec in CODECS):
+            expected = candidate.to_metadata()
+            if all(expected[key] == document.get(key) for key in decisive):
+                return candidate
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RecursionError, UserError):
+        pass
+    return None
+
+
+def read_arrays(objects: Objects, kind: str, identity: FeatureIdentity, block_rows: int) -> dict[str, ArraySpec]:
+    """The specs on disk; raises unless they are those of the identity, up to codec and rows."""
+    specs: dict[str, ArraySpec] = {}
+    for name, expected in array_specs(identity, kind, blocks=0, block_rows=block_rows).items():
+        key = array_metadata_key(kind, identity.group_name, name)
+        try:
+            stored = parse_array(name, read_document(objects, key))
+        except FileNotFoundError:
+            raise StoreFormatError(f"{key} is missing; run `merv-pipeline verify`") from None
+        if stored is None or (stored.row_shape, stored.dtype, stored.block_rows) != (
+            expected.row_shape,
+            expected.dtype,
+            expected.block_rows,
+        ):
+            raise StoreFormatError(f"{key} does not describe the {name} of {identity.group_name}; rewrite or repair it")
+        specs[name] = stored
+    return specs
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupRecord:
+    """What made a group: the attributes of its zarr.json."""
+
+    identity: FeatureIdentity
+    weights: str  # "pretrained" or "random:SEED"
+    batch_shape: int  # clips per forward pass
+
+
+def encoder_groups(objects: Objects, kind: str) -> dict[str, FeatureIdentity]:
+    """Identities of a kind's groups by name; folders without a zarr.json are groups not yet made."""
+    names = [name for name in objects.list_names(kind) if GROUP_NAME.fullmatch(name)]
+    made = [name for name in names if objects.exists(group_metadata_key(kind, name))]
+    return {name: read_group(objects, kind, name).identity for name in made}
+
+
+def read_group(objects: Objects, kind: str, group: str) -> GroupRecord:
+    """A group's attributes, every field checked: they may be untrusted."""
+    key = group_metadata_key(kind, group)
+    try:
+        data = read_document(objects, key)
+    except FileNotFoundError:
+        raise StoreFormatError(f"{kind}/{group} has no zarr.json: it is not a group of this store") from None
+    return parse_group(data, kind, group)
+
+
+def parse_group(data: bytes, kind: str, group: str) -> GroupRecord:
+    """A group's attributes from its zarr.json."""
+    key = group_metadata_key(kind, group)
+    document = load_json(data, key)
+    attributes = document.get("attributes") if isinstance(document, dict) else None
+    if not isinstance(attributes, dict):
+        raise StoreFormatError(f"{key} has no attributes")
+    identity = parse_identity(attributes.get("identity"), key)
+    if identity.group_name != group:
+        raise StoreFormatError(f"{key} holds the identity of {identity.group_name}, not of its own folder")
+    weights, batch_shape = attributes.get("weights"), attributes.get("batch_shape")
+    if not isinstance(weights, str) or not isinstance(batch_shape, int) or not 1 <= int(batch_shape) <= MAX_AXIS:
+        raise StoreFormatError(f"{key} must name its weights and batch_shape")
+    return GroupRecord(identity=identity, weights=weights, batch_shape=batch_shape)
+
+
+def parse_identity(record: Any, what: str) -> FeatureIdentity:
+    """An identity whose sizes can be trusted to be small positive integers."""
+    try:
+        identity = FeatureIdentity.from_dict(record)
+        sizes = [*identity.grid, identity.width, identity.num_frames, identity.still_period]
+        good = len(identity.grid) == 3 and all(type(n) is int and 1 <= n <= MAX_AXIS for n in sizes)
+        good = good and type(identity.prefix_tokens) is int and 0 <= identity.prefix_tokens <= MAX_AXIS
+        good = good and math.prod(sizes[:4]) <= MAX_ITEMS
+        good = good and identity.grid[0] * max(1, identity.prefix_tokens) * identity.width <= MAX_ITEMS
+        texts = [getattr(identity, name) for name in _TEXTS]
+        good = good and all(type(text) is str and len(text) <= MAX_TEXT for text in texts)
+        good = good and isinstance(identity.architecture, dict) and isinstance(identity.preprocessing, dict)
+        good = good and bool(identity.id)  # it is made of canonical JSON, which has no NaN and an end
+    except (TypeError, ValueError, AttributeError, OverflowError, RecursionError, UserError) as error:
+        raise StoreFormatError(f"{what} holds no usable identity: {type(error).__name__}: {error}") from error
+    if not good:
+        raise StoreFormatError(
+            f"{what}: grid, width, num_frames and still_period must be positive integers of at most {MAX_ITEMS} tokens "
+            "values a clip, all other fields of the types that they have here"
+        )
+    return identity
+
+
 def group_document(identity: FeatureIdentity, *, weights_label: str, batch_shape: int) -> bytes:
     """The zarr.json of an encoder's group: the whole identity, and what else shaped the bits."""
     return _group(digested({"identity": identity.to_dict(), "weights": weights_label, "batch_shape": batch_shape}))
@@ -307,33 +329,6 @@ def root_document(*, datasets: list[str], block_rows: Mapping[str, int]) -> byte
     """The zarr.json at the top of a store."""
     record = {"format": FORMAT_VERSION, "datasets": sorted(datasets), "block_rows": dict(block_rows)}
     return _group({"merv_cache": digested(record)})
-
-
-def digested(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with a digest of its own, for documents that cannot be derived from others."""
-    return record | {"digest": record_digest(record)[:32]}
-
-
-def without_digest(data: bytes) -> bytes:
-    """A root's or group's document as older versions wrote it, without its digest."""
-    document = load_json(data, "a zarr.json")
-    attributes = document["attributes"]
-    attributes.get("merv_cache", attributes).pop("digest", None)
-    return document_bytes(document)
-
-
-def _group(attributes: dict[str, Any]) -> bytes:
-    return document_bytes({"zarr_format": 3, "node_type": "group", "attributes": attributes})
-
-
-def document_bytes(value: Any) -> bytes:
-    """The text of a zarr.json: sorted keys, indented."""
-    return (json.dumps(value, sort_keys=True, indent=2, allow_nan=False) + "\n").encode()
-
-
-def read_document(objects: Objects, key: str) -> bytes:
-    """A zarr.json of plausible size."""
-    return get_bounded(objects, key, MAX_DOCUMENT_BYTES)
 
 
 def parse_root(data: bytes) -> dict[str, Any]:
@@ -360,26 +355,28 @@ def parse_root(data: bytes) -> dict[str, Any]:
         raise StoreFormatError(f"merv_cache.block_rows in zarr.json is not usable: {error}") from error
 
 
-def parse_array(name: str, data: bytes) -> ArraySpec | None:
-    """The spec of an array that is read and written here; None of any other valid Zarr array."""
-    document = load_json(data, f"zarr.json of {name}")
-    try:
-        chunk_shape = document["chunk_grid"]["configuration"]["chunk_shape"]
-        spec = ArraySpec(
-            name=name,
-            rows=int(document["shape"][0]),
-            row_shape=tuple(int(n) for n in document["shape"][1:]),
-            block_rows=int(chunk_shape[0]),
-            dtype=document["data_type"],
-            logical_dtype=document.get("attributes", {}).get("logical_dtype"),
-        )
-        if not 1 <= spec.block_rows <= MAX_BLOCK_ROWS:
-            return None
-        decisive = ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "codecs")
-        for candidate in (replace(spec, codec=codec) for codec in CODECS):
-            expected = candidate.to_metadata()
-            if all(expected[key] == document.get(key) for key in decisive):
-                return candidate
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RecursionError, UserError):
-        pass
-    return None
+def _group(attributes: dict[str, Any]) -> bytes:
+    return document_bytes({"zarr_format": 3, "node_type": "group", "attributes": attributes})
+
+
+def digested(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with a digest of its own, for documents that cannot be derived from others."""
+    return record | {"digest": record_digest(record)[:32]}
+
+
+def without_digest(data: bytes) -> bytes:
+    """A root's or group's document as older versions wrote it, without its digest."""
+    document = load_json(data, "a zarr.json")
+    attributes = document["attributes"]
+    attributes.get("merv_cache", attributes).pop("digest", None)
+    return document_bytes(document)
+
+
+def read_document(objects: Objects, key: str) -> bytes:
+    """A zarr.json of plausible size."""
+    return get_bounded(objects, key, MAX_DOCUMENT_BYTES)
+
+
+def document_bytes(value: Any) -> bytes:
+    """The text of a zarr.json: sorted keys, indented."""
+    return (json.dumps(value, sort_keys=True, indent=2, allow_nan=False) + "\n").encode()

@@ -1,4 +1,4 @@
-"""Small real stores for the tests of this room."""
+"""Small real stores for the tests of this package."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mervcache.files import sha256_hex
 from tests.featurestore.azure_server import azure, azure_endpoint
 from tests.featurestore.gcs_server import gcs
 
-__all__ = ["azure", "azure_endpoint", "gcs"]  # fixtures of modules beside this one
+__all__ = ["azure", "azure_endpoint", "gcs"]  # fixtures of modules next to this one
 
 SHA256 = "b" * 64
 BASE = FeatureIdentity(
@@ -39,8 +39,8 @@ BASE = FeatureIdentity(
 )
 
 
-class Told:
-    """A `Progress` that remembers what it was told."""
+class RecordedProgress:
+    """A progress callback that records its calls."""
 
     def __init__(self) -> None:
         self.totals: list[int] = []
@@ -54,8 +54,8 @@ class Told:
 
 
 @pytest.fixture
-def told() -> Told:
-    return Told()
+def recorded() -> RecordedProgress:
+    return RecordedProgress()
 
 
 def tiny_identity(**changes) -> FeatureIdentity:

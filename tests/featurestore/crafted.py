@@ -1,7 +1,7 @@
 """Crafted stores: valid ones changed on purpose, by bytes and by structure, and everything a reader would do with them.
 
 Shared by `test_hostile.py` (hypothesis chooses) and `tests/stress/fuzz.py` (a random generator chooses). A change keeps
-digests and checksums right wherever it can: a stranger can compute them as well as we can.
+digests and checksums right wherever it can, as anybody can compute them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def deep_list() -> list:
 
 
 def exercise(path: Path) -> list[BaseException]:
-    """Open, list, read and verify; returns whatever was raised that no caller is told to expect."""
+    """Open, list, read and verify; returns whatever was raised that is not documented."""
     unexpected: list[BaseException] = []
 
     def attempt(call: Callable[[], Any]) -> Any:

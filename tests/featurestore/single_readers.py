@@ -115,7 +115,7 @@ def changed(data: bytes, choices: Choices) -> bytes:
 
 
 def read_one(case: Case, choices: Choices) -> tuple[str, bytes, BaseException | None]:
-    """One changed file through its reader: (name, bytes, what no caller is told to expect)."""
+    """One changed file through its reader: (name, bytes, an undocumented exception or None)."""
     name, sound, reader = case
     data = changed(sound, choices)
     try:

@@ -1,4 +1,4 @@
-"""A block is committed once, from the bytes on disk, whoever wrote them."""
+"""A block is committed once, from the bytes on disk, whichever writer put them."""
 
 from __future__ import annotations
 

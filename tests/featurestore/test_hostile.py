@@ -1,4 +1,4 @@
-"""A store is data from strangers: whatever is in it, reading ends soon, in little memory, with a clear error."""
+"""Untrusted stores: whatever is in one, reading ends soon, in little memory, with a clear error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small files that strangers could give us are refused, each for its reason; `make_corpus.py` wrote them once."""
+"""Small crafted files are refused, each for its reason; `make_corpus.py` wrote them once."""
 
 from __future__ import annotations
 

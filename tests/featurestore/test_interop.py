@@ -91,7 +91,7 @@ def test_a_group_carries_its_whole_identity_and_batch_shape(filled):
 def test_a_store_can_be_walked_from_its_root(filled):
     _, folder = filled
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # folders beside the Zarr hierarchy: clips, receipts, snapshots
+        warnings.simplefilter("ignore")  # folders outside the Zarr hierarchy: clips, receipts, snapshots
         root = zarr.open_group(folder.parents[1], mode="r")
         assert "tokens" in root[f"video/{folder.name}"]
         assert [name for name, _ in root["video"].groups()] == [folder.name]

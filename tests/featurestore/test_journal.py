@@ -1,4 +1,4 @@
-"""Which run made a group, as a journal tells; a journal may be a stranger's."""
+"""Which run made a group, by the journal, which may be untrusted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lease tells drivers of each other and never stands in the way for long."""
+"""The lease keeps a second driver off and expires soon after its holder is gone."""
 
 from __future__ import annotations
 

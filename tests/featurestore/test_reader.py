@@ -1,4 +1,4 @@
-"""Shards: ours read by zarr, zarr's read by us, damage found."""
+"""Shards: written here and read by zarr, written by zarr and read here, damage found."""
 
 from __future__ import annotations
 
@@ -71,14 +71,14 @@ def test_any_set_of_rows_comes_back_from_us_and_from_zarr(codec, dtype, present,
     spec = spec_of(codec, dtype, block_rows=6, row_shape=(1, 2, 1, 3))
     rows = rows_of(spec, present, seed)
     data = shard_bytes(spec, rows)
-    shard, theirs = Shard(spec, Bytes(data)), open_with_zarr(spec, data)
+    shard, array = Shard(spec, Bytes(data)), open_with_zarr(spec, data)
     assert shard.rows() == sorted(present)
-    fill = np.full(spec.row_shape, theirs.fill_value, dtype=dtype)
+    fill = np.full(spec.row_shape, array.fill_value, dtype=dtype)
     for row in range(6):
-        ours, expected = shard.decode(row), rows.get(row, fill)
-        assert theirs[row].tobytes() == expected.tobytes()
-        assert (ours is None) == (row not in rows)
-        assert ours is None or ours.tobytes() == expected.tobytes()
+        decoded, expected = shard.decode(row), rows.get(row, fill)
+        assert array[row].tobytes() == expected.tobytes()
+        assert (decoded is None) == (row not in rows)
+        assert decoded is None or decoded.tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("codec", ["blosc", "none"])

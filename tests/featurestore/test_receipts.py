@@ -57,7 +57,7 @@ def test_a_receipt_of_another_block_or_encoder_is_refused():
 
 
 def forged(**changes) -> bytes:
-    """A receipt with other contents and the right digest for them, as a stranger could make it."""
+    """A receipt with other contents and the right digest for them, as anybody could make it."""
     import hashlib
 
     content = json.loads(receipt_of().to_bytes())

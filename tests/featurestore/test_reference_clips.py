@@ -148,13 +148,13 @@ def test_who_is_first_wins(full, make):
 
 def test_a_lost_file_and_a_foreign_one_are_found(full):
     lost = next((full.path / "canaries/image").iterdir())
-    stranger = full.path / "canaries/video/other-0123456789ab.safetensors"
-    stranger.write_bytes(lost.read_bytes())
+    orphan = full.path / "canaries/video/other-0123456789ab.safetensors"
+    orphan.write_bytes(lost.read_bytes())
     lost.unlink()
     found = {finding.key: finding.severity for finding in verify_store(full.path)}
     assert found == {
         lost.relative_to(full.path).as_posix(): "damage",
-        stranger.relative_to(full.path).as_posix(): "orphan",
+        orphan.relative_to(full.path).as_posix(): "orphan",
     }
 
 
@@ -220,7 +220,7 @@ def test_a_damaged_one_is_not_sent_and_another_machines_is_not_overwritten(full,
     (tmp_path / "pulled.zarr" / key).write_bytes(make.canaries("image", make.identity(), 1).to_bytes())
     with pytest.raises(UserError, match="the destination holds other bytes under canaries/"):
         transfer(full.path, tmp_path / "pulled.zarr", check=True)
-    shutil.rmtree(tmp_path / "pulled.zarr/snapshots")  # nothing says what the bytes there are
+    shutil.rmtree(tmp_path / "pulled.zarr/snapshots")  # nothing names the bytes there
     with pytest.raises(UserError, match="the destination holds other bytes under canaries/"):
         transfer(full.path, tmp_path / "pulled.zarr")
 

@@ -1,4 +1,4 @@
-"""Rows are given out once, groups agree with what is there, whoever races."""
+"""Rows are allocated once and groups agree with what exists, also under races."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_a_group_that_exists_is_opened_with_the_same_settings(kit, make):
 def test_another_identity_of_an_encoder_is_explained_and_needs_consent(kit, make):
     kit.group(make.identity())
     other = make.identity(pooling="none", grid=(4, 4, 4))
-    with pytest.raises(IdentityConflictError, match="pooling: stored 'adaptive-avg', asked 'none'") as caught:
+    with pytest.raises(IdentityConflictError, match="pooling: stored 'adaptive-avg', requested 'none'") as caught:
         kit.group(other, kind="image")
     assert "grid" in str(caught.value)
     assert "width" not in str(caught.value)

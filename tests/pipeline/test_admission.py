@@ -18,7 +18,7 @@ def ask(lab, extracted, tmp_path):
 
 
 def test_other_settings_of_an_encoder_are_told_without_its_weights(ask):
-    with pytest.raises(IdentityConflictError, match=r"grid: stored \[8, 3, 3\], asked \[8, 2, 2\]") as refused:
+    with pytest.raises(IdentityConflictError, match=r"grid: stored \[8, 3, 3\], requested \[8, 2, 2\]") as refused:
         ask(grid=[8, 2, 2])
     assert "weights_sha256" not in str(refused.value)
 

@@ -203,14 +203,14 @@ def test_a_link_is_damage_wherever_it_leads(store):
 
 
 @pytest.mark.parametrize("workers", [1, 4])
-def test_blocks_are_checked_side_by_side_with_the_same_findings(store, workers, told):
+def test_blocks_are_checked_side_by_side_with_the_same_findings(store, workers, recorded):
     for shard in (store / "video").rglob("tokens/c/*/0/0/0/0"):
         shard.write_bytes(shard.read_bytes()[:-1])
-    found = verify_store(store, "full", workers=workers, progress=told)
+    found = verify_store(store, "full", workers=workers, progress=recorded)
     shards = [finding for finding in found if "/tokens/c/" in finding.key]
     assert len(shards) == 12  # three blocks of two encoders: a size and a digest each
-    assert told.totals == [8]
-    assert len(told.items) == 8
+    assert recorded.totals == [8]
+    assert len(recorded.items) == 8
 
 
 def test_a_path_without_a_store_and_an_unknown_level_are_mistakes(tmp_path, sound):

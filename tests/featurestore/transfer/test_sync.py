@@ -78,13 +78,13 @@ def test_pushing_again_sends_nothing_and_later_blocks_alone(full, s3, make):
     assert content(full.path) == content(s3)
 
 
-def test_progress_counts_what_moves_and_not_what_is_there(full, make, tmp_path, told):
+def test_progress_counts_what_moves_and_not_what_is_there(full, make, tmp_path, recorded):
     def send(**options) -> tuple[int, int]:
-        told.totals.clear()
-        told.items.clear()
-        transfer(full.path, tmp_path / "out.zarr", progress=told, **options)
-        (total,) = told.totals
-        return total, sum(told.items)
+        recorded.totals.clear()
+        recorded.items.clear()
+        transfer(full.path, tmp_path / "out.zarr", progress=recorded, **options)
+        (total,) = recorded.totals
+        return total, sum(recorded.items)
 
     whole = full.open().info()["stored_bytes"]
     assert send() == (whole, whole)
