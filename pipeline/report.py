@@ -38,7 +38,8 @@ from featurestore.store import FeatureStore
 from mervcache.console import format_bytes, format_duration
 from mervcache.errors import MervCacheError, UserError
 from pipeline.status import store_status
-from pipeline.summary import DECODING, media_roots, prediction_text
+from pipeline.summary import media_roots, prediction_text
+from pipeline.worker.reports import DECODING
 
 CLIPPED = (1.0, 99.0)  # percentiles that become black and full colour: outlier tokens must not grey out the rest
 
