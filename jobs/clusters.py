@@ -1,9 +1,9 @@
 """Clusters by name: `local`, `cuda` and `slurm` are started, an address or a scheduler file is an existing scheduler.
 
 Each gives a Dask client whose workers run one task at a time. Dask places tasks, restarts workers and shows the
-dashboard; it carries no frames or tokens, and its state never decides what is done. Before work starts, workers are
-asked for the UUID of the GPU that they would use: a worker that did not get its own runs on GPU 0 next to another one,
-slowly and without a message.
+dashboard; it carries no frames or tokens, and its state never decides what is done. Before work starts, every worker
+reports the UUID of the GPU that it would use: a worker that did not get its own runs on GPU 0 next to another one, slowly
+and without a message.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def check_cluster(client: Client, request: ClusterRequest, new: list[str] | None
 def _check_gpus(client: Client, device: str, *, required: bool, workers: list[str] | None) -> None:
     """Raise `ClusterError` if two workers would compute on one GPU, or if one has none where `required`.
 
-    `workers` are asked, or all; earlier answers are remembered, because a busy worker may not answer.
+    `workers`: query only these; earlier answers are remembered, because a busy worker may not answer.
     """
     known = _UUIDS.setdefault(client, {})
     for worker, uuid in client.run(device_uuid, device, workers=workers, on_error="return").items():

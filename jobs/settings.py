@@ -104,7 +104,7 @@ def worker_environment() -> dict[str, str]:
         return "DASK_" + name.replace(".", "__").replace("-", "_").upper()
 
     return {variable(name): str(value) for name, value in DASK_SETTINGS.items()} | {
-        "PYTHONSAFEPATH": "1"  # a folder `pipeline` where the job was submitted must not hide ours
+        "PYTHONSAFEPATH": "1"  # a folder `pipeline` where the job was submitted must not hide the package
     }
 
 

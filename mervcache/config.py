@@ -20,7 +20,7 @@ from mervcache.errors import MervCacheError, UserError, nearest_name, unknown_na
 Config = TypeVar("Config")
 
 NUM_LISTED = 8  # known names in a message; a training run has some sixty settings
-ALIASES = {  # names in transformers.TrainingArguments -> ours
+ALIASES = {  # names in transformers.TrainingArguments -> names here
     "learning_rate": "optimizer.projector_lr",
     "lr": "optimizer.projector_lr",
     "max_grad_norm": "optimizer.clip_norm",

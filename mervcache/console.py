@@ -179,8 +179,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Seque
         words = [word for row in cells for word in row[number].split("\n" if name in right else None)]
         widths.append(max(map(cell_len, lines), default=0))
         least.append(max(map(cell_len, [*words, *name.split()]), default=0))
-    gaps, room = 2 * (len(columns) - 1), console().width if sys.stdout.isatty() else math.inf
-    while sum(widths) + gaps > room:
+    gaps, available = 2 * (len(columns) - 1), console().width if sys.stdout.isatty() else math.inf
+    while sum(widths) + gaps > available:
         wide = [number for number, width in enumerate(widths) if width > least[number]]
         if not wide:
             break
@@ -379,8 +379,8 @@ class ProgressLine:
 
     def _show(self) -> None:
         if self._live is not None:
-            room = self._live.console.width - BAR_WIDTH - len(self.label) - 6
-            self._live.update(self._bar, completed=self._first + self.counts.done, text=self.text(room))
+            width = self._live.console.width - BAR_WIDTH - len(self.label) - 6
+            self._live.update(self._bar, completed=self._first + self.counts.done, text=self.text(width))
             return
         interval_s = min(max(LOG_INTERVAL_S, self.elapsed_s / 60), MAX_LOG_INTERVAL_S)  # a day leaves some 400 lines
         if self._is_shown and time.monotonic() - self._last_line >= interval_s:
@@ -392,7 +392,7 @@ class ProgressLine:
         print(head + self.text(LOG_WIDTH - len(head)), file=self._stream, flush=True)
 
 
-SILENT = ProgressLine(quiet=True)  # the default of library calls; nobody reads its counts
+SILENT = ProgressLine(quiet=True)  # the default of library calls; its counts are not read
 
 
 def _short(value: float) -> str:

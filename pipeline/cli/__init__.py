@@ -1,1 +1,1 @@
-"""The commands of `merv-pipeline`: options, words and tables; the work is done elsewhere."""
+"""The command line `merv-pipeline`: options, commands and output; the work is done by the library."""

@@ -179,10 +179,10 @@ def status(place: Place, every_s: float | None, as_json: bool) -> None:
 
 @click.command()
 @handle_cli_errors
-@click.argument("words", nargs=-1, required=True, metavar="[STORE] CLIP|ENCODER")
+@click.argument("names", nargs=-1, required=True, metavar="[STORE] CLIP|ENCODER")
 @STORE_OPTION
 @AS_JSON
-def inspect(words: tuple[str, ...], store_option: str | None, as_json: bool) -> None:
+def inspect(names: tuple[str, ...], store_option: str | None, as_json: bool) -> None:
     """Show what the store holds of a clip or an encoder.
 
     Give a clip's id, or an end of it that no other clip has ("v1.mp4").
@@ -190,10 +190,10 @@ def inspect(words: tuple[str, ...], store_option: str | None, as_json: bool) -> 
     from pipeline.cli import render
     from pipeline.status import inspect_store
 
-    place, names = store_first(words, store_option)
-    if len(names) != 1:
-        raise click.UsageError(f"one clip or encoder at a time, got {len(names)}: {', '.join(names)}")
-    result = inspect_store(place, names[0])
+    place, chosen = store_first(names, store_option)
+    if len(chosen) != 1:
+        raise click.UsageError(f"one clip or encoder at a time, got {len(chosen)}: {', '.join(chosen)}")
+    result = inspect_store(place, chosen[0])
     print_result(result, as_json, lambda: render.details(result))
 
 

@@ -299,7 +299,7 @@ def transferred(done: Transferred) -> None:
         f"{format_bytes(done.bytes)}; the rest was already there"
     )
     if done.card is False:
-        out.print("no card was written: the README.md there is not one of ours")
+        out.print("no card was written: the README.md there was not made by this program")
     if done.overhead > 1:
         out.print(
             f"whole blocks hold {done.overhead:.2f} times the selected clips: `merv-pipeline subset` cuts them out"

@@ -130,7 +130,7 @@ def test_a_block_reports_its_counts_with_the_keys_of_its_final_report(lab, monke
     """Clips are their share of all forwards; counts only grow, and end as the receipts say."""
     reports = []
     *_, tasks = lab.plan(encoders=TWO)  # which loads the encoders, and reports that
-    monkeypatch.setattr("pipeline.worker.block.TaskReporter.tell", lambda self, counts: reports.append(counts()))
+    monkeypatch.setattr("pipeline.worker.block.TaskReporter.report", lambda self, counts: reports.append(counts()))
     end = extract_block(tasks[0])
     assert [report["clips"] for report in reports] == [1, 2, 3, 4]  # two batches of two clips, two encoders
     assert [report["frames"] for report in reports] == [32, 32, 64, 64]
