@@ -32,7 +32,8 @@ from featurestore.store import FeatureStore
 from mervcache.console import format_bytes, format_duration
 from mervcache.errors import MervCacheError, UserError
 from pipeline.status import store_status
-from pipeline.summary import DECODING, media_roots, prediction_text
+from pipeline.summary import media_roots, prediction_text
+from pipeline.worker.reports import DECODING
 
 STEPS = 8  # time steps pictured per clip
 THUMBNAIL = 96  # pixels per side

@@ -24,7 +24,6 @@ from pipeline.config import ExtractConfig
 from pipeline.datasets import DatasetListing
 from pipeline.worker.reports import BlockReport
 
-DECODING = "decode (in its processes)"  # a stage that runs in parallel with the others
 FIRST_SHARE = 0.05  # of the clips: then the pace is known, and most of the run is still to come
 DECIDES_COST = ("encoder", "architecture", "num_frames", "compute_dtype")  # fields of an identity
 

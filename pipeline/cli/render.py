@@ -14,7 +14,8 @@ from featurestore.transfer.sync import Transferred
 from mervcache.console import bold, console, format_bytes, format_duration, plural, table
 from pipeline.explain import EncoderChange, Explanation
 from pipeline.status import EncoderProgress, StoreProgress
-from pipeline.summary import DECODING, prediction_text
+from pipeline.summary import prediction_text
+from pipeline.worker.reports import DECODING
 
 NUM_SHOWN = 5  # clip ids; --json has all
 VALUE_WIDTH = 70  # characters of a setting

@@ -26,9 +26,8 @@ from pipeline.decode.pool import decode_ahead
 from pipeline.decode.sampling import Decoded
 from pipeline.media import UNREACHABLE, folder_has_gone, resolve_media
 from pipeline.reuse import ReuseTask, copy_cells
-from pipeline.summary import DECODING
 from pipeline.worker.engine import Engine, decode_job, encode_batch, engine_for
-from pipeline.worker.reports import BlockCounts, BlockReport, EncoderWork
+from pipeline.worker.reports import DECODING, BlockCounts, BlockReport, EncoderWork
 
 WRITES_IN_FLIGHT = 2  # batches compressed behind the encoder; bounds the memory
 

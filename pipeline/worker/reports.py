@@ -12,6 +12,8 @@ from typing import Any
 
 from featurestore.identity import FeatureIdentity
 
+DECODING = "decode (in its processes)"  # a stage that runs in parallel with the others
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderDescription:
