@@ -7,12 +7,10 @@ compression; each `Cost` names its source.
 
 from __future__ import annotations
 
-import logging
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from functools import cached_property
 from typing import Any, Literal
 
 import pyarrow.compute as pc
@@ -26,16 +24,14 @@ from featurestore.writer import StoreWriter
 from featurestore.zarr_metadata import clip_bytes
 from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import MediaError, UserError
-from pipeline.config import RUN_ONLY_SETTINGS, EncoderSettings, ExtractConfig, read_config
+from pipeline.config import RUN_ONLY_SETTINGS, ExtractConfig, read_config
 from pipeline.datasets import DatasetListing, list_clips
-from pipeline.encoders.weights import cache_weights_digest, cached_weights_digest, weights_fingerprint
 from pipeline.media import Source
 from pipeline.plan import StoreView
 from pipeline.refresh import StaleMedia, stale_media
+from pipeline.run_encoders import WantedEncoder, resolve_weights
 from pipeline.summary import changed_versions, past_rate, settings_of
 from pipeline.worker.reports import ProbeRecord
-
-log = logging.getLogger(__name__)
 
 State = Literal["same", "changed", "new"]
 POOLABLE = {"grid", "pooling", "still_period"}  # identity fields that training may change by pooling stored tokens
@@ -136,8 +132,8 @@ def explain(
     except UserError as error:
         listing, problem = None, str(error).splitlines()[0]
     wanted = [resolve_weights(settings, store, view.runs) for settings in config.encoder_settings]
-    in_dataset = [clip for clip in store_clips(store) if clip.dataset == config.dataset]
-    in_dataset = [clip for clip in in_dataset if config.kind in (None, clip.kind)]
+    records = store.clips.select(("dataset", "path", "kind", "start_s", "end_s", "end_frame")).to_pylist()
+    in_dataset = [Clip(**r) for r in records if r["dataset"] == config.dataset and config.kind in (None, r["kind"])]
     if listing is None:
         media, probed, clips, counts = StaleMedia(), {}, in_dataset, {}
     else:
@@ -145,7 +141,14 @@ def explain(
         ids = {identity.id for identity in store.encoders.values()}
         same = {one.settings.name: one.identity for one in wanted if one.identity.id in ids}
         media = stale_media(view, listing, same or store.encoders, full=full, progress=progress)
-        probed = _probe(config, listing, probe) if probe else {}
+        probed = {}
+        if probe:
+            from jobs.clusters import connect
+            from pipeline.forecast import probe_workers, spread_clips
+
+            chosen = {kind: spread_clips([c for c in listing.clips if c.kind == kind], probe) for kind in KINDS}
+            with connect(config.cluster_request) as client:
+                probed = probe_workers(client, config, listing.root, chosen, workers=1).clips
         clips, counts = listing.clips, _media_counts(config, listing, in_dataset, media, view.removed)
     changes = tuple(_change(one, store, view, probed, clips, media) for one in wanted)
     named = {one.identity.id for one in wanted} | set(config.encoders)
@@ -162,62 +165,6 @@ def explain(
         next=_next_steps(changes, media, problem),
         **counts,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class WantedEncoder:
-    """An encoder as the config names it, with the digest of its weights."""
-
-    settings: EncoderSettings
-    weights_sha256: str
-    known: str  # how the digest is known: "remembered", "loaded", or "assumed"
-
-    @cached_property
-    def identity(self) -> FeatureIdentity:
-        return self.settings.identity(self.weights_sha256)
-
-
-def resolve_weights(settings: EncoderSettings, store: FeatureStore, runs: Sequence[Mapping[str, Any]]) -> WantedEncoder:
-    """The digest of an encoder's weights: from the cache, else by loading them.
-
-    Where they cannot be loaded here, the digest is that of the newest of `runs` whose config names the same weights.
-    """
-    files = weights_fingerprint(settings.spec, settings.weights)
-    if sha256 := cached_weights_digest(files):
-        return WantedEncoder(settings=settings, weights_sha256=sha256, known="remembered")
-    from pipeline.encoders import load_encoder  # torch
-
-    log.info("loading %s for the digest of its weights, which is cached from then on", settings.name)
-    try:
-        sha256 = load_encoder(settings.spec, settings.weights).weights_sha256
-    except UserError:
-        stored = {identity.group_name: identity for identity in store.encoders.values()}
-        for run in reversed(runs):
-            named = run["config"].get("weights", {})
-            group = run["encoders"].get(settings.name, {}).get("group")
-            if named.get(settings.name, named.get("", "hub")) == settings.weights and group in stored:
-                sha256 = stored[group].weights_sha256
-                return WantedEncoder(settings=settings, weights_sha256=sha256, known="assumed")
-        raise
-    if files == weights_fingerprint(settings.spec, settings.weights):
-        cache_weights_digest(files, sha256)
-    return WantedEncoder(settings=settings, weights_sha256=sha256, known="loaded")
-
-
-def store_clips(store: FeatureStore) -> list[Clip]:
-    """Every clip of the store's snapshot."""
-    names = ("dataset", "path", "kind", "start_s", "end_s", "end_frame")
-    return [Clip(**record) for record in store.clips.select(names).to_pylist()]
-
-
-def _probe(config: ExtractConfig, listing: DatasetListing, probe: int) -> dict[str, Sequence[ProbeRecord]]:
-    """Kind -> probed clips."""
-    from jobs.clusters import connect
-    from pipeline.forecast import probe_workers, spread_clips
-
-    chosen = {kind: spread_clips([c for c in listing.clips if c.kind == kind], probe) for kind in KINDS}
-    with connect(config.cluster_request) as client:
-        return probe_workers(client, config, listing.root, chosen, workers=1).clips
 
 
 def _media_counts(

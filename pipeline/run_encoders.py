@@ -1,4 +1,4 @@
-"""Encoder identities of a run, reported by a worker or read from the weights-digest cache.
+"""Encoder identities of a run: reported by a worker, or computed from a cached digest of the weights.
 
 The driver imports no torch: a worker loads the encoders and describes them. Remembered digests only decide whether a
 run has nothing to do; tokens are always written under the identity that a worker loaded.
@@ -9,11 +9,15 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from featurestore.identity import FeatureIdentity
+from featurestore.store import FeatureStore
 from jobs.run import Listener, Report, Task, run_tasks
-from mervcache.errors import MervCacheError, RunStoppedError
-from pipeline.config import ExtractConfig
+from mervcache.errors import MervCacheError, RunStoppedError, UserError
+from pipeline.config import EncoderSettings, ExtractConfig
 from pipeline.encoders.weights import cache_weights_digest, cached_weights_digest, parse_weights, weights_fingerprint
 from pipeline.worker.reports import EncoderDescription
 
@@ -103,3 +107,43 @@ def remembered_encoders(
             **last[identity.group_name],
         )
     return encoders
+
+
+@dataclass(frozen=True, kw_only=True)
+class WantedEncoder:
+    """An encoder as the config names it, with the digest of its weights."""
+
+    settings: EncoderSettings
+    weights_sha256: str
+    known: str  # how the digest is known: "remembered", "loaded", or "assumed"
+
+    @cached_property
+    def identity(self) -> FeatureIdentity:
+        return self.settings.identity(self.weights_sha256)
+
+
+def resolve_weights(settings: EncoderSettings, store: FeatureStore, runs: Sequence[Mapping[str, Any]]) -> WantedEncoder:
+    """The digest of an encoder's weights: from the cache, else by loading them.
+
+    Where they cannot be loaded here, the digest is that of the newest of `runs` whose config names the same weights.
+    """
+    files = weights_fingerprint(settings.spec, settings.weights)
+    if sha256 := cached_weights_digest(files):
+        return WantedEncoder(settings=settings, weights_sha256=sha256, known="remembered")
+    from pipeline.encoders import load_encoder  # torch
+
+    log.info("loading %s for the digest of its weights, which is cached from then on", settings.name)
+    try:
+        sha256 = load_encoder(settings.spec, settings.weights).weights_sha256
+    except UserError:
+        stored = {identity.group_name: identity for identity in store.encoders.values()}
+        for run in reversed(runs):
+            named = run["config"].get("weights", {})
+            group = run["encoders"].get(settings.name, {}).get("group")
+            if named.get(settings.name, named.get("", "hub")) == settings.weights and group in stored:
+                sha256 = stored[group].weights_sha256
+                return WantedEncoder(settings=settings, weights_sha256=sha256, known="assumed")
+        raise
+    if files == weights_fingerprint(settings.spec, settings.weights):
+        cache_weights_digest(files, sha256)
+    return WantedEncoder(settings=settings, weights_sha256=sha256, known="loaded")

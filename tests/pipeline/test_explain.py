@@ -13,7 +13,8 @@ from click.testing import CliRunner
 from featurestore import FeatureStore
 from mervcache.errors import UserError
 from pipeline.cli.extract import main
-from pipeline.explain import explain, explained_config, resolve_weights
+from pipeline.explain import explain, explained_config
+from pipeline.run_encoders import resolve_weights
 from pipeline.summary import changed_versions, past_rate, software_versions
 
 ONE = {"encoders": ("siglip",), "canaries": False}
