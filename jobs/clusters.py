@@ -2,8 +2,8 @@
 
 Each gives a Dask client whose workers run one task at a time. Dask places tasks, restarts workers and shows the
 dashboard; it carries no frames or tokens, and its state never decides what is done. Before work starts, every worker
-reports the UUID of the GPU that it would use: a worker that did not get its own runs on GPU 0 next to another one, slowly
-and without a message.
+reports the UUID of the GPU that it would use: a worker that did not get its own runs on GPU 0 next to another one,
+slowly and without a message.
 """
 
 from __future__ import annotations
