@@ -392,7 +392,7 @@ def _allocate_rows(writer: StoreWriter, clips: Mapping[str, Clip], chosen: Mappi
     other = set(writer.clips()["clip_id"].to_pylist()) - set(clips)
     if other:
         raise UserError(
-            f"{out} holds {len(other)} clips that this would not put there, one is {min(other)!r}: give a new path"
+            f"{out} holds {len(other)} clips that are not selected here, one is {min(other)!r}: give a new path"
         )
     tried_alike: dict[tuple[str, ...], list[Clip]] = {}
     for clip_id, clip in clips.items():

@@ -179,7 +179,7 @@ def test_damage_in_a_source_is_found_before_it_is_copied(stores, tmp_path):
 
 
 def test_a_store_of_other_clips_is_no_place_for_a_union(stores, tmp_path):
-    with pytest.raises(UserError, match="would not put there"):
+    with pytest.raises(UserError, match="not selected here"):
         combine(cells(stores.a), stores.b.path, selection=Selection(kind="video"))
 
 
