@@ -255,6 +255,7 @@ class ProgressLine:
         self._running: dict[str, tuple[str, Counts]] = {}  # part -> its newest attempt and what that has done
         self._over: set[str] = set()  # finished parts, and attempts that were replaced
         self._waiting = self._postfix = ""
+        self._is_closed = False
         self._started = self._last_line = time.monotonic()
         self._window = deque([(self._started, Counts())])  # rates begin at the first sample
 
@@ -371,16 +372,18 @@ class ProgressLine:
         self._live.start()
 
     def _close(self) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        self._is_closed, live, self._live = True, self._live, None
+        if live is not None:
+            live.stop()
         elif self._is_shown and self._logged != self.counts:
             self._write_line()
 
     def _show(self) -> None:
-        if self._live is not None:
-            width = self._live.console.width - BAR_WIDTH - len(self.label) - 6
-            self._live.update(self._bar, completed=self._first + self.counts.done, text=self.text(width))
+        live = self._live  # another thread may close the line meanwhile
+        if live is not None:
+            width = live.console.width - BAR_WIDTH - len(self.label) - 6
+            live.update(self._bar, completed=self._first + self.counts.done, text=self.text(width))
+        if live is not None or self._is_closed:
             return
         interval_s = min(max(LOG_INTERVAL_S, self.elapsed_s / 60), MAX_LOG_INTERVAL_S)  # a day leaves some 400 lines
         if self._is_shown and time.monotonic() - self._last_line >= interval_s:

@@ -175,6 +175,15 @@ def test_a_call_that_fails_leaves_its_last_line(capsys):
     assert capsys.readouterr().err.startswith("copy: 4/9 cells")
 
 
+def test_a_report_after_the_end_writes_nothing(clock):
+    log = io.StringIO()
+    with ProgressLine("extract", total=8, unit="clips", stream=log) as progress:
+        progress.advance(8)
+    clock.now += 60
+    progress.report("late", "1", Counts(done=3))
+    assert len(log.getvalue().splitlines()) == 1
+
+
 def test_a_call_that_never_starts_shows_nothing(capsys):
     with ProgressLine("copy", unit="cells"):
         pass
