@@ -172,24 +172,28 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Seque
     def escaped(cell: Any) -> str:
         return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(cell))
 
-    headings, cells = [columns] if any(columns) else [], [[escaped(cell) for cell in row] for row in rows]
+    names, cells = [escaped(name) for name in columns], [[escaped(cell) for cell in row] for row in rows]
+    headings, are_numbers = [names] if any(names) else [], [name in right for name in columns]
     widths, least = [], []  # as long as its longest line, and as its longest word; a number stays with its unit
-    for number, name in enumerate(columns):
-        lines = [line for row in [*headings, *cells] for line in row[number].split("\n")]
-        words = [word for row in cells for word in row[number].split("\n" if name in right else None)]
+    for column, name in enumerate(names):
+        lines = [line for row in [*headings, *cells] for line in row[column].split("\n")]
+        words = [word for row in cells for word in row[column].split("\n" if are_numbers[column] else None)]
         widths.append(max(map(cell_len, lines), default=0))
         least.append(max(map(cell_len, [*words, *name.split()]), default=0))
     gaps, available = 2 * (len(columns) - 1), console().width if sys.stdout.isatty() else math.inf
     while sum(widths) + gaps > available:
-        wide = [number for number, width in enumerate(widths) if width > least[number]]
+        wide = [column for column, width in enumerate(widths) if width > least[column]]
         if not wide:
             break
         widths[max(wide, key=widths.__getitem__)] -= 1
     grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=bool(headings), header_style="bold")
-    for number, name in enumerate(columns):
-        style = "" if headings or number else "bold"
-        justify = "right" if name in right else "left"
-        grid.add_column(Text(name), justify=justify, width=max(widths[number], 1), style=style)
+    for column, name in enumerate(names):
+        grid.add_column(
+            Text(name),
+            justify="right" if are_numbers[column] else "left",
+            width=max(widths[column], 1),
+            style="" if headings or column else "bold",
+        )
     for row in cells:
         grid.add_row(*map(Text, row))
     out = console(width=sum(widths) + gaps + len(widths))

@@ -86,6 +86,13 @@ def test_control_characters_are_printed_as_codes(capsys):
     assert capsys.readouterr().out == "clip\na\\x1b[31mb\\tc\n"
 
 
+def test_headings_are_untrusted_too(capsys):
+    table(("question", "[bold]runs/\x1b[31m"), [("colour", "0.5")], right=("[bold]runs/\x1b[31m",))
+    heading, row = capsys.readouterr().out.splitlines()
+    assert heading == "question  [bold]runs/\\x1b[31m"
+    assert row == "colour" + "0.5".rjust(len(heading) - len("colour"))
+
+
 def test_without_headings_the_rows_are_named_by_their_first_column(capsys):
     table(("", ""), [("steps", "3"), ("clips of all", "x\ny")])
     assert capsys.readouterr().out == "steps         3\nclips of all  x\n              y\n"
