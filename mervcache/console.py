@@ -386,7 +386,7 @@ class ProgressLine:
         live = self._live  # another thread may close the line meanwhile
         if live is not None:
             width = live.console.width - BAR_WIDTH - len(self.label) - 6
-            live.update(self._bar, completed=self._first + self.counts.done, text=self.text(width))
+            live.update(self._bar, completed=self._first + self.counts.done, text=self.text(width)[:width])
         if live is not None or self._is_closed:
             return
         interval_s = min(max(LOG_INTERVAL_S, self.elapsed_s / 60), MAX_LOG_INTERVAL_S)  # a day leaves some 400 lines
