@@ -255,10 +255,11 @@ class ProgressLine:
 
     def _reset(self, total: int, first: int = 0) -> None:
         self.total, self._first = total, first
-        self._final = self._logged = Counts()
+        self._final = Counts()
         self._running: dict[str, tuple[str, Counts]] = {}  # part -> its newest attempt and what that has done
         self._over: set[str] = set()  # finished parts, and attempts that were replaced
         self._waiting = self._postfix = ""
+        self._logged = (self._final, self._waiting)  # in the newest log line
         self._is_closed = False
         self._started = self._last_line = time.monotonic()
         self._window = deque([(self._started, Counts())])  # rates begin at the first sample
@@ -379,7 +380,7 @@ class ProgressLine:
         self._is_closed, live, self._live = True, self._live, None
         if live is not None:
             live.stop()
-        elif self._is_shown and self._logged != self.counts:
+        elif self._is_shown and self._logged != (self.counts, self._waiting):
             self._write_line()
 
     def _show(self) -> None:
@@ -394,7 +395,7 @@ class ProgressLine:
             self._write_line()
 
     def _write_line(self) -> None:
-        self._last_line, self._logged = time.monotonic(), self.counts
+        self._last_line, self._logged = time.monotonic(), (self.counts, self._waiting)
         head = f"{self.label}: "
         print(head + self.text(LOG_WIDTH - len(head)), file=self._stream, flush=True)
 

@@ -238,6 +238,13 @@ def test_why_nothing_moves_stands_at_the_head_of_the_line_until_it_moves():
     assert progress.text().startswith("0/8 clips, ")
 
 
+def test_a_run_that_ends_while_it_waits_leaves_the_reason():
+    log = io.StringIO()
+    with ProgressLine("extract", total=8, unit="clips", stream=log) as progress:
+        progress.wait("no worker for 60 s")
+    assert log.getvalue() == "extract: no worker for 60 s, 0/8 clips, ETA unknown, 0 clips/s\n"
+
+
 def test_threads_may_report_while_others_finish():
     progress = ProgressLine("extract", total=800, unit="clips", stream=io.StringIO())
 
