@@ -251,7 +251,8 @@ class ProgressLine:
 
     def _reset(self, total: int, first: int = 0) -> None:
         self.total, self._first = total, first
-        self._final = self._logged = Counts()
+        self._final = Counts()
+        self._logged: Counts | None = None  # a pass that never moves leaves one line, too
         self._running: dict[str, tuple[str, Counts]] = {}  # part -> its newest attempt and what that has done
         self._over: set[str] = set()  # finished parts, and attempts that were replaced
         self._waiting = self._postfix = ""
