@@ -1,6 +1,6 @@
 """What tolerances of `verify --parity` must allow for: the same encoder with other kernels, threads, batches or dtypes.
 
-`encode OUT` encodes the canary videos with published architectures and seeded weights (frame-wise encoders with two
+`encode OUT` encodes the reference videos with published architectures and seeded weights (frame-wise encoders with two
 frames: the others change nothing), one file per encoder and dtype; `compare A B` measures two such folders, and within
 the first bfloat16 beside float32. Another machine is imitated by the environment: ATEN_CPU_CAPABILITY=default
 ONEDNN_MAX_CPU_ISA=AVX2 take other kernels.
@@ -39,7 +39,7 @@ def main() -> None:
 @click.option("--batch", type=int, default=2, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
 def encode(out: Path, encoders: str, dtypes: str, threads: int, batch: int, device: str) -> None:
-    """Encode the canary videos into the folder OUT."""
+    """Encode the reference videos into the folder OUT."""
     import torch
 
     from pipeline.worker.engine import TokenEncoder
@@ -56,8 +56,8 @@ def encode(out: Path, encoders: str, dtypes: str, threads: int, batch: int, devi
                 compute_dtype=dtype,
             )
             run, started = TokenEncoder(settings, device), time.perf_counter()
-            canaries = encode_reference_clips(run, "video", batch, _decoded(run))
-            (out / f"{name}-{dtype}.safetensors").write_bytes(canaries.to_bytes())
+            encoded = encode_reference_clips(run, "video", batch, _decoded(run))
+            (out / f"{name}-{dtype}.safetensors").write_bytes(encoded.to_bytes())
             (out / f"{name}-{dtype}.json").write_text(json.dumps(run.identity.to_dict()))
             click.echo(f"{name} {dtype}: {time.perf_counter() - started:.1f} s")
 

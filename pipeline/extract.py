@@ -32,7 +32,6 @@ from featurestore.zarr_metadata import clip_bytes
 from jobs.clusters import check_cluster, check_scheduler, connect
 from jobs.metrics import dashboard_lines, performance_report
 from jobs.run import Listener, Outcome, Task, run_tasks
-from jobs.settings import ClusterRequest
 from mervcache.console import Counts, ProgressLine
 from mervcache.errors import MervCacheError, RunStoppedError
 from pipeline.config import ExtractConfig
@@ -383,11 +382,30 @@ def run_blocks(
     quiet: bool,
 ) -> None:
     """Submit the tasks and count their results; snapshots are published meanwhile, so that readers see progress."""
-    published = time.monotonic()
-    with (
-        ProgressLine("extract", total=total, unit="clips", quiet=quiet) as progress,
-        closing(_outcomes(client, tasks, progress, config.cluster_request)) as outcomes,
-    ):
+    from pipeline.worker.isolate import compute_block, extract_isolated
+
+    request, published = config.cluster_request, time.monotonic()
+    progress = ProgressLine("extract", total=total, unit="clips", quiet=quiet)
+
+    def show_waiting(seconds: float) -> None:
+        limit_s = request.worker_wait_s
+        progress.wait(f"no worker for {seconds:.0f} s, stops after {limit_s:.0f} s" if seconds else "")
+
+    listener = Listener(
+        report=lambda task, attempt, report: progress.report(task.key, attempt, _counts(BlockCounts(**report))),
+        waiting=show_waiting,
+        workers_came=lambda addresses: check_cluster(client, request, addresses),
+    )
+    outcomes = run_tasks(
+        client,
+        compute_block,
+        tasks,
+        is_final=lambda error: isinstance(error, RunStoppedError),
+        after_deaths=extract_isolated,
+        worker_wait_s=request.worker_wait_s,
+        listener=listener,
+    )
+    with progress, closing(outcomes):
         for outcome in outcomes:
             _count(outcome, summary, progress)
             if summary.predicted is None:
@@ -405,31 +423,6 @@ def run_blocks(
                 store.publish_snapshot()
                 published = time.monotonic()
     remove_all_marks(str(config.store_path))
-
-
-def _outcomes(
-    client: Client, tasks: Iterator[Task], progress: ProgressLine, request: ClusterRequest
-) -> Iterator[Outcome]:
-    """Outcomes as blocks end; reports of running blocks move the progress line."""
-    from pipeline.worker.isolate import compute_block, extract_isolated
-
-    def show_waiting(seconds: float) -> None:
-        limit_s = request.worker_wait_s
-        progress.wait(f"no worker for {seconds:.0f} s, stops after {limit_s:.0f} s" if seconds else "")
-
-    return run_tasks(
-        client,
-        compute_block,
-        tasks,
-        is_final=lambda error: isinstance(error, RunStoppedError),
-        after_deaths=extract_isolated,
-        worker_wait_s=request.worker_wait_s,
-        listener=Listener(
-            report=lambda task, attempt, report: progress.report(task.key, attempt, _counts(BlockCounts(**report))),
-            waiting=show_waiting,
-            workers_came=lambda addresses: check_cluster(client, request, addresses),
-        ),
-    )
 
 
 def _count(outcome: Outcome, summary: ExtractSummary, progress: ProgressLine) -> None:

@@ -78,7 +78,8 @@ store = scale.StoreWriter.open_or_create(place)
 store.ensure_group("video", scale.IDENTITY, batch_shape=1, weights_label="random:0")
 store.add_clips(listed)
 store.grow_groups()
-for b in scale.plan_blocks(store, {"still": scale.IDENTITY}, clip_ids={clip.clip_id for clip in listed}):
+view = scale.StoreView(store) if hasattr(scale, "StoreView") else store  # what the commit's plan_blocks takes
+for b in scale.plan_blocks(view, {"still": scale.IDENTITY}, clip_ids={clip.clip_id for clip in listed}):
     scale.put_receipt(store, place, b.block, min(b.wanted["still"]), max(b.wanted["still"]) + 1)
 store.publish_snapshot()
 """

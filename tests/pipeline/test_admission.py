@@ -1,4 +1,4 @@
-"""What a store refuses is told before anything is listed: the dataset of these runs is not even there."""
+"""Preflight checks: a run that its store refuses ends before anything is listed (here no media exist)."""
 
 import pytest
 

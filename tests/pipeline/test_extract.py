@@ -155,7 +155,7 @@ def test_changed_settings_stop_with_the_fields_that_differ_and_can_be_kept_besid
     with pytest.raises(IdentityConflictError) as stopped:
         lab.extract(encoders=("siglip",), limit=2, grid=(8, 2, 2))
     message = str(stopped.value)
-    assert "grid: stored [8, 3, 3], asked [8, 2, 2]" in message
+    assert "grid: stored [8, 3, 3], requested [8, 2, 2]" in message
     assert "--new-identity" in message
     assert "weights_sha256" not in message
     assert not changed(before, lab.hashes(lab.store, ("",)))
