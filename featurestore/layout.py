@@ -51,14 +51,14 @@ _RECORD_FILES = {
 }
 
 
-def sealed_blocks(max_row: int, block_rows: int) -> int:
+def allocated_blocks(max_row: int, block_rows: int) -> int:
     """Blocks that hold rows 0..max_row; max_row = -1 is no row at all."""
     return -(-(max_row + 1) // block_rows)
 
 
-def next_batch_row(max_row: int, block_rows: int) -> int:
+def first_row_of_next_block(max_row: int, block_rows: int) -> int:
     """First row of the next batch: a batch starts a new block, the tail of the last one stays unused."""
-    return sealed_blocks(max_row, block_rows) * block_rows
+    return allocated_blocks(max_row, block_rows) * block_rows
 
 
 def block_of(row: int, block_rows: int) -> int:

@@ -23,6 +23,7 @@ from featurestore.layout import (
     PARTS,
     SAMPLES,
     SNAPSHOTS,
+    allocated_blocks,
     block_number,
     check_block_rows,
     part_key,
@@ -32,7 +33,6 @@ from featurestore.layout import (
     reference_clip_groups,
     samples_key,
     samples_versions,
-    sealed_blocks,
     snapshot_ids,
     snapshot_keys,
 )
@@ -415,9 +415,9 @@ class ClipIndex:
         """Highest allocated row (of the first `parts` parts); -1 if none."""
         return max((int(rows[-1]) for rows in self._rows[kind][:parts] if len(rows)), default=-1)
 
-    def sealed_blocks(self, kind: str) -> int:
+    def allocated_blocks(self, kind: str) -> int:
         """Blocks allocated so far: work exists for 0..n-1."""
-        return sealed_blocks(self.refresh().max_row(kind), self.block_rows[kind])
+        return allocated_blocks(self.refresh().max_row(kind), self.block_rows[kind])
 
     def planned_rows(self, kind: str, block: int) -> list[int]:
         """Rows of a block that belong to a clip; the rest of the block is unused."""

@@ -25,9 +25,9 @@ from featurestore.layout import (
     TEMPORARY,
     array_metadata_key,
     check_block_rows,
+    first_row_of_next_block,
     group_metadata_key,
     journal_key,
-    next_batch_row,
     part_key,
     receipt_blocks,
     receipt_key,
@@ -146,7 +146,7 @@ class StoreWriter:
             index = self._index.refresh()
             known = index.clip_ids(from_part=seen)
             new = [clip for clip_id, clip in distinct.items() if clip_id not in known]
-            first = {kind: next_batch_row(index.max_row(kind), self.block_rows[kind]) for kind in KINDS}
+            first = {kind: first_row_of_next_block(index.max_row(kind), self.block_rows[kind]) for kind in KINDS}
             rows = allocate(new, first)
             if not rows or put_if_absent(self.objects, part_key(len(index.tables)), part_bytes(rows)):
                 break
@@ -191,9 +191,9 @@ class StoreWriter:
 
     # Blocks and groups
 
-    def sealed_blocks(self, kind: str) -> int:
+    def allocated_blocks(self, kind: str) -> int:
         """Blocks allocated so far: work exists for 0..n-1."""
-        return self._index.sealed_blocks(kind)
+        return self._index.allocated_blocks(kind)
 
     def planned_rows(self, kind: str, block: int) -> list[int]:
         """Rows of a block that belong to a clip; the rest of the block is unused."""
@@ -329,7 +329,7 @@ class GroupWriter:
 
     def missing_blocks(self) -> list[int]:
         """Blocks allocated and not committed, ascending: what is left to do."""
-        return sorted(set(range(self._index.sealed_blocks(self.kind))) - self.committed_blocks())
+        return sorted(set(range(self._index.allocated_blocks(self.kind))) - self.committed_blocks())
 
     def receipt(self, block: int) -> Receipt:
         """The receipt of a committed block, checked; FileNotFoundError if there is none."""
@@ -342,7 +342,7 @@ class GroupWriter:
     def grow(self) -> None:
         """Grow the arrays to cover all allocated rows; safe under concurrent writers, as a shape never shrinks."""
         while True:
-            rows = self._index.sealed_blocks(self.kind) * self.block_rows
+            rows = self._index.allocated_blocks(self.kind) * self.block_rows
             self._read_specs()
             too_short = [array for array, spec in self.specs.items() if spec.rows < rows]
             if not too_short:

@@ -287,7 +287,7 @@ class RunStarts:
             runs, older = [], [run["started"] for run in runs]  # runs of the combined stores: other block numbers
         self._unknown = min(older, default=0.0)  # 0: not recorded, so every file may have been touched since
         for kind in KINDS:
-            first = np.full(view.writer.sealed_blocks(kind), np.inf)
+            first = np.full(view.writer.allocated_blocks(kind), np.inf)
             for run in runs:
                 for begin, stop in _block_ranges(run, kind):
                     first[begin:stop] = np.minimum(first[begin:stop], run["started"])

@@ -188,7 +188,7 @@ class ProgressMonitor:
 
     def _progress(self, group: str, kinds: list[str], now: float, began: float | None) -> EncoderProgress:
         commits = self._commits[group]
-        blocks = [(kind, block) for kind in kinds for block in range(self._store.sealed_blocks(kind))]
+        blocks = [(kind, block) for kind in kinds for block in range(self._store.allocated_blocks(kind))]
         done, all_clips = sum(map(self._clips, commits)), sum(map(self._clips, blocks))
         dated = [(at, self._clips(block)) for block, at in commits.items() if at is not None]
         per_s = rate(dated, now, began=began)

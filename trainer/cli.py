@@ -244,7 +244,7 @@ def train_main(
     **options: Any,
 ) -> None:
     """Train projectors and fusion, and the LLM if asked, from the tokens of a feature store or end to end."""
-    start, out, earlier = resolve_start(resume, out, options)
+    start, out, earlier = resolve_run(resume, out, options)
     live = pop_live_options(options)  # the rest are settings
     only = options.pop("stage") if len(start) > 1 else None
     stages = resolve_stages(start, config_file, options)
@@ -269,7 +269,7 @@ def train_main(
         print_result(result, as_json, lambda: click.echo("\n".join(result_lines(results))))
 
 
-def resolve_start(resume: str | None, out: Path, options: dict[str, Any]) -> tuple[Stages, Path, dict[str, Any] | None]:
+def resolve_run(resume: str | None, out: Path, options: dict[str, Any]) -> tuple[Stages, Path, dict[str, Any] | None]:
     """Settings to start from, the folder of the run, and the record of the run that is resumed if one is named."""
     recipe = resolve_recipe(options.pop("recipe"), options)
     if resume in (None, "auto"):

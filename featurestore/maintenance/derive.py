@@ -9,10 +9,10 @@ from featurestore.clips import KINDS, Clip
 from featurestore.layout import (
     ARRAYS,
     ROOT_METADATA,
+    allocated_blocks,
     array_metadata_key,
-    next_batch_row,
+    first_row_of_next_block,
     rows_of,
-    sealed_blocks,
     shard_key,
 )
 from featurestore.maintenance.tombstone import open_shards
@@ -81,7 +81,7 @@ def _derive_array(objects: Objects, kind: str, group: str, array: str, check: Ve
             stored = read_document(objects, array_metadata_key(kind, group, name)) if name != array else None
             if stored and (spec := parse_array(name, stored)):
                 codecs.append(spec.codec)
-    blocks = sealed_blocks(check.index.max_row(kind), block_rows)
+    blocks = allocated_blocks(check.index.max_row(kind), block_rows)
     for codec in [*codecs, *CODECS]:
         specs = array_specs(identity, kind, blocks=blocks, block_rows=block_rows, codec=codec)
         if array not in specs:
@@ -170,7 +170,7 @@ def derive_part(objects: Objects, snapshot: Snapshot, key: str) -> bytes | None:
             (earlier if part < key else later).update(table["clip_id"].to_pylist())
             for row, kind in zip(table["row"].to_pylist(), table["kind"].to_pylist(), strict=True):
                 if part < key:
-                    first[kind] = max(first[kind], next_batch_row(row, snapshot.block_rows[kind]))
+                    first[kind] = max(first[kind], first_row_of_next_block(row, snapshot.block_rows[kind]))
         listed = read_snapshot_table(objects, snapshot, ["clip_id", "kind"])
         pairs = zip(listed["clip_id"].to_pylist(), listed["kind"].to_pylist(), strict=True)
         clips = [clip_of_id(clip_id, kind) for clip_id, kind in pairs if clip_id not in earlier]

@@ -28,6 +28,7 @@ from featurestore.layout import (
     SAMPLES,
     SNAPSHOTS,
     TEMPORARY,
+    allocated_blocks,
     array_metadata_key,
     group_metadata_key,
     journal_key,
@@ -41,7 +42,6 @@ from featurestore.layout import (
     reference_clip_key,
     rows_of,
     samples_files,
-    sealed_blocks,
     shard_key,
     shard_place,
     snapshot_ids,
@@ -319,7 +319,7 @@ class Verification:
         if self.index is not None:
             since = len(self.newest.parts) if self.newest else 0
             for stop in range(since, len(self.index.tables) + 1):
-                lengths.add(sealed_blocks(self.index.max_row(kind, parts=stop), size) * size)
+                lengths.add(allocated_blocks(self.index.max_row(kind, parts=stop), size) * size)
         specs: dict[str, ArraySpec] = {}
         for name, derived in array_specs(identity, kind, blocks=0, block_rows=size).items():
             key = array_metadata_key(kind, identity.group_name, name)

@@ -106,7 +106,7 @@ class Kit:
         writer = self.writer()
         rows = clips_by_row(writer)
         for kind in ("video", "image"):
-            if writer.sealed_blocks(kind):
+            if writer.allocated_blocks(kind):
                 group = self.group(identity, kind, **options)
                 for block in group.missing_blocks():
                     fill_block(group.begin(block), rows[kind], identity, broken, noise, self.media).commit()

@@ -23,10 +23,10 @@ def test_a_row_lies_in_the_rows_of_its_block(row, block_rows):
 
 @given(st.integers(-1, 1 << 40), BLOCK_ROWS)
 def test_the_next_batch_starts_a_new_block_right_after_the_last(max_row, block_rows):
-    first = layout.next_batch_row(max_row, block_rows)
+    first = layout.first_row_of_next_block(max_row, block_rows)
     assert first % block_rows == 0
     assert max_row < first <= max_row + block_rows
-    assert layout.sealed_blocks(max_row, block_rows) == first // block_rows
+    assert layout.allocated_blocks(max_row, block_rows) == first // block_rows
 
 
 def test_keys_are_those_of_the_published_layout():

@@ -35,7 +35,7 @@ def test_rows_count_per_kind_and_each_call_starts_new_blocks(kit, make):
     assert [(row, clip.path) for row, clip in second] == [(4, "videos/2.mp4")]
     assert writer.planned_rows("video", 0) == [0, 1]
     assert writer.planned_rows("video", 1) == [4]
-    assert (writer.sealed_blocks("video"), writer.sealed_blocks("image")) == (2, 1)
+    assert (writer.allocated_blocks("video"), writer.allocated_blocks("image")) == (2, 1)
 
 
 def test_a_clip_that_has_a_row_gets_none_unless_it_is_a_retry(kit, make):

@@ -197,10 +197,10 @@ def _check_samples(stages: Stages, open_tokens: OpenTokens) -> list[str]:
 def _finished_result(folder: Path, config: TrainConfig) -> TrainResult | None:
     """The result of a run that is at its end, so that nothing is loaded for it; None if there is more to train."""
     from trainer.loop.train import TrainResult
-    from trainer.runs.checkpoint import resolve_start
+    from trainer.runs.checkpoint import checkpoint_to_resume
     from trainer.runs.run_record import RunRecord, read_metrics
 
-    checkpoint = resolve_start(folder, config, resume=True)
+    checkpoint = checkpoint_to_resume(folder, config, resume=True)
     if checkpoint is None:
         return None
     record, step = RunRecord.read(folder), int(checkpoint.name.removeprefix("step-"))

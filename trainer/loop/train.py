@@ -41,7 +41,7 @@ from trainer.loop.plan import Plan, Validation, fit_standardisation, make_plan
 from trainer.model.llm import is_adapter
 from trainer.model.video_llm import VideoLLM
 from trainer.runs import checkpoint
-from trainer.runs.checkpoint import full_tensor, gather_full, resolve_start, write_folder
+from trainer.runs.checkpoint import checkpoint_to_resume, full_tensor, gather_full, write_folder
 from trainer.runs.run_record import METRICS_FILE, open_metrics
 
 LR_SETTINGS = {  # module of VideoLLM -> the setting of its learning rate
@@ -94,7 +94,7 @@ def train(
     out = Path(out)
     distributed.check_trackers(config)
     accelerator = make_accelerator(config, out)
-    folder = resolve_start(out, config, resume)
+    folder = checkpoint_to_resume(out, config, resume)
     accelerator.wait_for_everyone()  # before the first rank writes what the others look for
     plan = make_plan(
         config,

@@ -61,7 +61,7 @@ class CheckpointState:
     validation: Mapping[str, float] = field(default_factory=dict)  # metrics of this step; empty: not validated
 
 
-def resolve_start(out: Path, config: TrainConfig, resume: bool) -> Path | None:
+def checkpoint_to_resume(out: Path, config: TrainConfig, resume: bool) -> Path | None:
     """The checkpoint to resume from, None for a new run; UserError for a run that exists or had other settings."""
     check_room(out, "run", "--out")
     if not (out / CONFIG_FILE).exists():
