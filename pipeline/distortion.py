@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from featurestore.clips import KINDS, Clip
+from featurestore.group_writer import GroupWriter
 from featurestore.layout import block_of
 from featurestore.locate import Place
 from featurestore.objects.open import open_objects
@@ -27,7 +28,7 @@ from featurestore.quality import TokenRecord, TokenRow, now
 from featurestore.records import driver_runs
 from featurestore.storage_dtypes import STORAGE_DTYPES
 from featurestore.store import FeatureStore
-from featurestore.writer import GroupWriter, StoreWriter
+from featurestore.writer import StoreWriter
 from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import UserError
 from pipeline.parity import encode_clips, engine_without_encoders, load_as_stored

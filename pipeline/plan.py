@@ -19,11 +19,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurestore.clips import Clip
+from featurestore.group_writer import GroupWriter
 from featurestore.identity import FeatureIdentity
 from featurestore.layout import block_of
 from featurestore.records import Receipt, driver_runs, tombstoned_clips
 from featurestore.schemas import table_to_clips
-from featurestore.writer import GroupWriter, StoreWriter
+from featurestore.writer import StoreWriter
 
 NOTHING_STALE: Mapping[str, Collection[str]] = MappingProxyType({})
 

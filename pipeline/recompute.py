@@ -14,6 +14,7 @@ from operator import itemgetter
 from typing import Literal
 
 from featurestore.clips import Clip
+from featurestore.group_writer import GroupWriter
 from featurestore.identity import FeatureIdentity
 from featurestore.layout import ROOT_METADATA, array_metadata_key, group_metadata_key, receipt_key, rows_of, shard_key
 from featurestore.locate import Place
@@ -23,7 +24,7 @@ from featurestore.objects.open import open_objects
 from featurestore.records import Receipt, maker_of
 from featurestore.schemas import table_to_clips
 from featurestore.store import FeatureStore
-from featurestore.writer import GroupWriter, StoreWriter
+from featurestore.writer import StoreWriter
 from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import MervCacheError, UserError
 from pipeline.config import AUTO, read_config

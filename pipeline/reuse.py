@@ -19,7 +19,7 @@ from featurestore.transfer.merge import StoreCells, copy_cell
 from mervcache.errors import MediaError
 
 if TYPE_CHECKING:
-    from featurestore.writer import BlockWriter
+    from featurestore.group_writer import BlockWriter
     from pipeline.plan import PlannedBlock
 
 

@@ -6,6 +6,7 @@ import re
 from contextlib import suppress
 
 from featurestore.clips import KINDS, Clip
+from featurestore.group_writer import GroupWriter
 from featurestore.layout import (
     ARRAYS,
     ROOT_METADATA,
@@ -23,7 +24,6 @@ from featurestore.reader import Shard
 from featurestore.records import Receipt, RowOutcome, row_digest
 from featurestore.schemas import CLIP_SCHEMA
 from featurestore.snapshots import Snapshot, allocate, column, part_bytes, read_snapshot_table
-from featurestore.writer import GroupWriter
 from featurestore.zarr_metadata import (
     CODECS,
     ArraySpec,

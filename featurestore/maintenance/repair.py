@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import google_crc32c
 import numpy as np
 
+from featurestore.group_writer import GroupWriter
 from featurestore.identity import FeatureIdentity
 from featurestore.layout import (
     CANARIES,
@@ -54,7 +55,7 @@ from featurestore.records import MAX_RECORD_BYTES as MAX_TOMBSTONE_BYTES
 from featurestore.reference_clips import ReferenceClips, max_reference_clip_bytes
 from featurestore.snapshots import MAX_RECORD_BYTES as MAX_SNAPSHOT_BYTES
 from featurestore.snapshots import ClipIndex, Snapshot, load_snapshot
-from featurestore.writer import GroupWriter, StoreWriter
+from featurestore.writer import StoreWriter
 from featurestore.zarr_metadata import (
     ArraySpec,
     parse_root,

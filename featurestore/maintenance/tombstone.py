@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurestore.clips import KINDS
+from featurestore.group_writer import GroupWriter
 from featurestore.layout import SAMPLES, block_of, receipt_key, samples_files, samples_key, shard_key, slot_of
 from featurestore.lease import StoreLease
 from featurestore.locate import Place
@@ -35,7 +36,7 @@ from featurestore.records import (
 from featurestore.schemas import SAMPLE_SCHEMA
 from featurestore.snapshots import ClipIndex
 from featurestore.store import clips_named
-from featurestore.writer import GroupWriter, StoreWriter
+from featurestore.writer import StoreWriter
 from featurestore.zarr_metadata import ArraySpec, encoder_groups
 from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import StoreDamagedError, UserError

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from featurestore.clips import KINDS, Clip, Sample
+from featurestore.group_writer import BlockWriter
 from featurestore.layout import block_of, journal_key, slot_of, tombstone_key
 from featurestore.locate import Place, check_is_another
 from featurestore.objects.base import put_if_absent
@@ -27,7 +28,7 @@ from featurestore.schemas import table_to_clips
 from featurestore.snapshots import column, load_snapshot, read_snapshot_table
 from featurestore.store import FeatureStore
 from featurestore.transfer.selection import Selection
-from featurestore.writer import BlockWriter, StoreWriter
+from featurestore.writer import StoreWriter
 from featurestore.zarr_metadata import ArraySpec, GroupRecord, read_arrays
 from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import StoreDamagedError, UserError

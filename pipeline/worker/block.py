@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from featurestore.clips import Clip
-from featurestore.writer import BlockWriter, StoreWriter
+from featurestore.group_writer import BlockWriter
+from featurestore.writer import StoreWriter
 from jobs import metrics
 from jobs.run import TaskReporter, metered
 from mervcache.errors import MediaError, RunStoppedError

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from mervcache.errors import MediaError, RunStoppedError
-from trainer import end_to_end
+from trainer import media_check
 from trainer.end_to_end import MediaCheck
 
 CLIPS = ["set/a", "set/b", "set/c"]
@@ -65,7 +65,7 @@ def test_a_machine_that_fails_breaks_no_clip(tmp_path):
 
 
 def test_other_ranks_wait_for_what_the_first_one_finds(tmp_path, monkeypatch):
-    monkeypatch.setattr(end_to_end, "POLL_S", 0.01)
+    monkeypatch.setattr(media_check, "POLL_S", 0.01)
     path = tmp_path / "media.jsonl"
     second = MediaCheck(path, is_first_rank=False)
     waiting = threading.Thread(target=second.scan, args=(CLIPS, refuse), kwargs={"limit": 1}, daemon=True)

@@ -1,4 +1,4 @@
-from trainer.cli import plan_rows, print_scores, result_lines
+from trainer.render import plan_rows, print_scores, result_lines
 
 
 def told(**changes):
