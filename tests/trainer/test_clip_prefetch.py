@@ -1,7 +1,7 @@
 import threading
 from concurrent.futures import Future
 
-from trainer.end_to_end import ClipPrefetch
+from trainer.media_check import ClipPrefetch
 
 
 class Started:

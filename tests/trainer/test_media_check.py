@@ -7,7 +7,7 @@ import pytest
 
 from mervcache.errors import MediaError, RunStoppedError
 from trainer import media_check
-from trainer.end_to_end import MediaCheck
+from trainer.media_check import MediaCheck
 
 CLIPS = ["set/a", "set/b", "set/c"]
 
