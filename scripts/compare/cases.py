@@ -59,7 +59,7 @@ class Bench:
 
     side: Side
     media_root: Path | None  # a small dataset in the layout of Video-LLaVA
-    media: Path  # its copy, with two damaged files; made on first use
+    media: Path  # its copy, with three damaged files; made on first use
     ports: dict[str, int]
     case: str = ""
     done: dict[str, bool] = field(default_factory=dict)  # case -> whether it succeeded
@@ -101,13 +101,13 @@ class Bench:
         return self.settings(name, {**demo_settings(self.side.root), **patient, **changes})
 
     def damaged_media(self) -> Path:
-        """The media of --media-root with one video and one still cut short."""
+        """The media of --media-root with two videos and one still cut short."""
         if self.media_root is None or not self.media_root.is_dir():
             raise CommandError(f"no media at {self.media_root}: give --media-root")
         if not self.media.is_dir():
             link_tree(self.media_root, self.media)
-            for suffix in (".mp4", ".jpg"):
-                file = sorted(self.media.rglob(f"*{suffix}"))[1]
+            for suffix in (".mp4", ".avi", ".jpg"):
+                file = sorted(self.media.rglob(f"*{suffix}"))[-1]
                 whole = file.read_bytes()
                 file.unlink()  # it may be a link to the original
                 file.write_bytes(whole[: len(whole) * 2 // 5])
@@ -156,7 +156,7 @@ def _extract_videollava(bench: Bench, name: str, *options: str, **changes: Any) 
 
 
 def videollava_store(bench: Bench) -> None:
-    """Real media, videos and stills, one of each damaged; every storage dtype; class and register tokens."""
+    """Real media, videos and stills, some of them damaged; every storage dtype; class and register tokens."""
     sizes = {
         **demo_settings(bench.side.root)["architecture"],
         "clip": TOY_SIZES,
