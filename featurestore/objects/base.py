@@ -270,7 +270,7 @@ _SERVICE_FAULTS = (  # the first that matches; the last matches all
     _ServiceFault(
         RunStoppedError,
         "cannot {what}: {url} answered with an error, also after repeated tries; check the network and {endpoint}, and "
-        "where it says 400 renew the credentials; then run the same command again ({detail})",
+        "where it says 400, credentials may have expired: renew them; then run the same command again ({detail})",
         classes=("Exception",),
     ),
 )
