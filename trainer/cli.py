@@ -162,7 +162,7 @@ def train_main(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Train projectors and fusion, and the LLM if asked, from the tokens of a feature store or end to end."""
+    """Train projectors and fusion, and the LLM on request, from the tokens of a feature store or end to end."""
     start, out, earlier = resolve_run(resume, out, options)
     live = pop_live_options(options)  # the rest are settings
     only = options.pop("stage") if len(start) > 1 else None

@@ -48,7 +48,7 @@ class EncoderTable(Mapping[str, EncoderSpec]):
         plug_in = f"encoder plug-in {name} = {entries[0].value}"
         try:
             spec = entries[0].load()
-        except Exception as error:  # of any kind: it is code of somebody else
+        except Exception as error:  # of any kind: it is third-party code
             raise UserError(f"{plug_in} cannot be loaded: {error}") from error
         if not isinstance(spec, EncoderSpec) or spec.name != name:
             raise UserError(f"{plug_in} must be an EncoderSpec named {name!r}, got {spec!r}")
