@@ -6,6 +6,7 @@ question text alone gives away. Scores are saved in the run's folder as JSON.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from featurestore.clips import Sample
-from mervcache.console import ProgressLine, echo
+from mervcache.console import ProgressLine
 from mervcache.errors import UserError
 from trainer.config import LISTING, LiveRequest
 from trainer.data.tokens import TokenSource
@@ -23,6 +24,8 @@ from trainer.runs.load import LoadedRun, load_run
 from trainer.runs.run_record import RunRecord, ScoreSource, write_scores
 from trainer.runs.stage_folders import last_stage
 from trainer.sources import TokenPlace, opened_for
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,4 +155,4 @@ def _save_scores(run: Path, result: Mapping[str, Any], source: ScoreSource) -> N
     try:
         write_scores(last_stage(run), result, source)
     except OSError as error:
-        echo(f"the scores were not saved in {run}: {error.strerror}")
+        log.warning("the scores were not saved in %s: %s", run, error.strerror)

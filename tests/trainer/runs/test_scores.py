@@ -60,10 +60,10 @@ def test_a_split_of_any_name_stays_in_the_folder(tmp_path, source):
     assert read_scores(tmp_path)[0]["split"] == "../../etc/x y"
 
 
-def test_scores_that_cannot_be_kept_are_reported_and_returned(run, capsys):
+def test_scores_that_cannot_be_kept_are_reported_and_returned(run, caplog):
     (run / "scores").write_text("a file where the folder should be")
     assert evaluate_run(run, EvaluationRequest())["scores"]
-    assert "the scores were not saved" in capsys.readouterr().err
+    assert "the scores were not saved" in caplog.text
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "{", "3"])
