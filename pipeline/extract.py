@@ -42,7 +42,7 @@ from pipeline.retry import plan_retry
 from pipeline.reuse import OtherStore
 from pipeline.run_encoders import describe, on_a_worker, remembered_encoders
 from pipeline.summary import ExtractSummary, predict_from_first_blocks, read_plan, run_record
-from pipeline.worker.isolate import remove_all_marks
+from pipeline.worker.crash_marks import remove_all_marks
 from pipeline.worker.reports import DECODING, BlockCounts, EncoderDescription
 
 if TYPE_CHECKING:

@@ -12,33 +12,26 @@ that workers die of a task.
 
 from __future__ import annotations
 
-import faulthandler
 import json
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 import threading
-import uuid
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
-from featurestore.layout import TEMPORARY
-from featurestore.locate import is_url
 from jobs.run import TaskReporter
 from mervcache.errors import RunStoppedError
 from pipeline.decode.pool import EXTERNAL_SIGNALS, describe_exit
 from pipeline.decode.worker import die_with_parent
 from pipeline.worker.block import BlockTask, CrashProbe, EncoderRow, extract_block
+from pipeline.worker.crash_marks import crash_mark, has_crashed, remove_marks
 from pipeline.worker.engine import close_engines
 from pipeline.worker.reports import BlockCounts, BlockReport
 
 COMMAND = (sys.executable, "-P", "-m", "pipeline.worker.isolate")
-MARKS_FOLDER = "crashes"  # under the store's `tmp/`
 TRIES = 2  # a crash may be the machine's; the second one on the same clip is the clip's
 MAX_CULPRITS = 3  # clips of one block; more of them suggest a machine problem
 EXIT_GRACE_S = 10.0  # for a process that has sent its result to end
@@ -119,67 +112,6 @@ def _run_child(
             child.kill()
             status = child.wait()
     return last, status, result
-
-
-def has_crashed(task: BlockTask) -> bool:
-    """True if a process crashed while it computed this block."""
-    for mark in _marks(task):
-        with suppress(FileNotFoundError):
-            if mark.stat().st_size > 0:
-                return True
-    return False
-
-
-@contextmanager
-def crash_mark(task: BlockTask) -> Iterator[None]:
-    """Around the computing of a block: a crash inside leaves a mark, an exception does not."""
-    if is_url(task.store):
-        yield
-        return
-    mark = _marks_folder(task.store) / f"{_mark_prefix(task)}{uuid.uuid4().hex}"
-    was_enabled = faulthandler.is_enabled()
-    try:
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        file = mark.open("w")
-    except OSError:  # a full or read-only disk: the block itself reports it
-        yield
-        return
-    with file:
-        faulthandler.enable(file, all_threads=False)
-        try:
-            yield
-        finally:
-            faulthandler.disable()
-            if was_enabled:
-                with suppress(AttributeError, OSError, ValueError):  # standard error may be no file
-                    faulthandler.enable()
-            with suppress(OSError):  # of a disk that has turned read-only: the block itself reports it
-                mark.unlink()
-
-
-def remove_marks(task: BlockTask) -> None:
-    """Remove the marks of a committed block."""
-    for mark in _marks(task):
-        mark.unlink(missing_ok=True)
-
-
-def remove_all_marks(store: str) -> None:
-    """Remove all marks, once every block of a run is committed."""
-    if not is_url(store):
-        shutil.rmtree(_marks_folder(store), ignore_errors=True)
-
-
-def _marks(task: BlockTask) -> list[Path]:
-    return [] if is_url(task.store) else list(_marks_folder(task.store).glob(f"{_mark_prefix(task)}*"))
-
-
-def _marks_folder(store: str) -> Path:
-    return Path(store) / TEMPORARY / MARKS_FOLDER
-
-
-def _mark_prefix(task: BlockTask) -> str:
-    """With the batch shape: encoders of one block that differ in it are computed apart."""
-    return f"{task.kind}-{task.block}-{task.batch}-"
 
 
 def main() -> None:

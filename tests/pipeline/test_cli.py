@@ -81,6 +81,13 @@ def test_help_imports_nothing_heavy():
     assert done.stdout.splitlines()[-1] == "LOADED []"
 
 
+def test_the_driver_of_an_extraction_imports_no_torch():
+    """A run with nothing to do ends before a worker is needed."""
+    program = "import sys, pipeline.extract, pipeline.status; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_extract_prints_a_summary_for_a_person_and_progress_elsewhere(lab, config_file):
     result = call("extract", "--config", config_file)
     assert result.exit_code == 0, result.output

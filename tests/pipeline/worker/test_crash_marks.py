@@ -9,12 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.worker.isolate import crash_mark, has_crashed, remove_all_marks, remove_marks
+from pipeline.worker.crash_marks import crash_mark, has_crashed, remove_all_marks, remove_marks
 
 BLOCK = """
 import signal, sys
 from types import SimpleNamespace
-from pipeline.worker.isolate import crash_mark
+from pipeline.worker.crash_marks import crash_mark
 with crash_mark(SimpleNamespace(store=sys.argv[1], kind="video", block=1, batch=2)):
     signal.raise_signal(int(sys.argv[2]))
 """
