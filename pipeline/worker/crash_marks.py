@@ -1,4 +1,4 @@
-"""Marks of blocks in progress, which a crashed process leaves under the store's tmp/. No torch: the driver removes them."""
+"""Marks of blocks in progress, which a crashed process leaves under `tmp/`. No torch: the driver removes them."""
 
 from __future__ import annotations
 
