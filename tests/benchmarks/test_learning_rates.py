@@ -3,6 +3,8 @@ import json
 import pytest
 from click.testing import CliRunner
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_sweep_takes_the_best_projector_rate_to_the_fusion_and_writes_one_table(tmp_path, question_store, llm_folder):
     from learning_rates import main

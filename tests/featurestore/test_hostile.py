@@ -25,6 +25,8 @@ from tests.featurestore.crafted import CHANGES, change, exercise, newest_record,
 from tests.featurestore.single_readers import cases_of, read_one
 from tests.featurestore.sound_store import add_unpublished, build
 
+pytestmark = pytest.mark.slow
+
 DRAWN = settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )

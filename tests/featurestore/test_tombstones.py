@@ -22,6 +22,8 @@ from featurestore.transfer.sync import transfer
 from mervcache.errors import ClipUnavailableError, StoreDamagedError, StoreError, UserError
 from mervcache.files import sha256_hex
 
+pytestmark = pytest.mark.slow
+
 GONE = "tiny/videos/2.mp4"
 TURNS = (Turn(role="human", text="what?"), Turn(role="gpt", text="a secret"))
 

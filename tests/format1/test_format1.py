@@ -25,6 +25,8 @@ from click.testing import CliRunner
 
 from featurestore import FeatureStore
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 EXPECTED = json.loads((HERE / "expected.json").read_text())
 READ, RUNS = EXPECTED["store"], EXPECTED["runs"]

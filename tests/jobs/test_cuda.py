@@ -15,6 +15,8 @@ from jobs import clusters
 from jobs.clusters import ClusterError, ClusterRequest, ClusterSettings, connect
 from jobs.pin import pinned
 
+pytestmark = pytest.mark.slow
+
 FAKE_CUDA = """
 import os
 from jobs import clusters as gpus

@@ -11,6 +11,8 @@ import pytest
 from jobs.clusters import CLUSTERS, ClusterError, ClusterRequest, connect
 from jobs.run import WINDOW_PER_WORKER, Task, check_workers, run_tasks
 
+pytestmark = pytest.mark.slow
+
 
 def square(number: int) -> int:
     return number * number

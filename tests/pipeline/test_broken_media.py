@@ -23,6 +23,8 @@ from pipeline.media import DENIED_REASON
 from pipeline.worker.block import extract_block
 from pipeline.worker.engine import close_engines, engine_for
 
+pytestmark = pytest.mark.slow
+
 MOODY = (sys.executable, "-P", str(Path(__file__).with_name("moody_worker.py")))
 ENCODERS = ("languagebind", "siglip")
 FILM = ("libx264", 20, Fraction(10), 64, 48)

@@ -14,6 +14,8 @@ from PIL import Image
 
 from pipeline.reference_clips import FILES, media_bytes
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "render_reference_clips.py"
 spec = spec_from_file_location("render_reference_clips", SCRIPT)
 render = module_from_spec(spec)

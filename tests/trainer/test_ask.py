@@ -22,6 +22,8 @@ from trainer.runs.load import load_run
 from trainer.runs.run_record import RunRecord
 from trainer.sources import open_store
 
+pytestmark = pytest.mark.slow
+
 QUESTION = "What colour is it?"
 CONFIG = TrainConfig(
     llm="fresh:mini",

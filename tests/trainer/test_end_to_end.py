@@ -21,6 +21,8 @@ from trainer.runs.load import load_run
 from trainer.runs.run_record import RunRecord, read_metrics
 from trainer.sources import open_store
 
+pytestmark = pytest.mark.slow
+
 ENCODERS = ["dinov2", "languagebind", "siglip", "vivit"]  # in the order of a store
 
 

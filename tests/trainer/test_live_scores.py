@@ -27,6 +27,8 @@ from trainer.runs.load import load_run
 from trainer.runs.run_record import read_scores
 from trainer.sources import open_store
 
+pytestmark = pytest.mark.slow
+
 FILMS = {"one": "red", "two": "green", "three": "blue"}  # name of a film -> its colour
 OPTIONS = ["red", "green", "blue", "white"]
 CONFIG = TrainConfig(

@@ -22,6 +22,8 @@ from trainer.runs import checkpoint
 from trainer.runs.run_record import RunRecord, read_metrics
 from trainer.sources import check_identities
 
+pytestmark = pytest.mark.slow
+
 CACHE_BYTES = 48 * 1024  # fewer than the store's, so that room has to be made
 SETTINGS = {
     "llm": "fresh:mini",

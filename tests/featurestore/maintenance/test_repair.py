@@ -21,6 +21,8 @@ from featurestore.records import MAX_JOURNAL_BYTES, journal_bytes
 from featurestore.store import FeatureStore
 from tests.featurestore.sound_store import build
 
+pytestmark = pytest.mark.slow
+
 HUGE_BYTES = 3 << 30
 
 

@@ -15,6 +15,8 @@ from featurestore.clips import Sample, Turn
 from featurestore.maintenance.verify import is_damaged, verify_store
 from mervcache.errors import StoreNotFoundError, UserError
 
+pytestmark = pytest.mark.slow
+
 TURNS = (Turn(role="human", text="what?"), Turn(role="gpt", text="that"))
 
 

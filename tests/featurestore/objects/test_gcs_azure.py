@@ -19,6 +19,8 @@ from mervcache.errors import RunStoppedError, UserError
 from tests.featurestore.azure_server import ADVICE, IS_INSTALLED
 from tests.featurestore.objects import test_contract
 
+pytestmark = pytest.mark.slow
+
 PLACES = ["gcs", "azure"] if IS_INSTALLED else ["gcs"]
 CONTRACT = {
     name: test

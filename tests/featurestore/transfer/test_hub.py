@@ -21,6 +21,8 @@ from featurestore.transfer.selection import Selection
 from featurestore.transfer.sync import push, transfer
 from mervcache.errors import RunStoppedError, StoreDamagedError, UserError
 
+pytestmark = pytest.mark.slow
+
 URL = "hf://datasets/lab/feats"
 
 

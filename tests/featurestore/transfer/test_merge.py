@@ -20,6 +20,8 @@ from featurestore.transfer.merge import StoreCells, combine
 from featurestore.transfer.selection import Selection
 from mervcache.errors import StoreDamagedError, StoreFormatError, UserError
 
+pytestmark = pytest.mark.slow
+
 
 def sample(number: int, clip: Clip | None, text: str = "What?") -> Sample:
     turns = (Turn(role="human", text=text), Turn(role="gpt", text="That."))

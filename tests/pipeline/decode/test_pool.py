@@ -18,6 +18,8 @@ from mervcache.errors import MediaError, RunStoppedError, UserError
 from pipeline.decode.decoders import decode_clip
 from pipeline.decode.pool import DecodePool
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = (sys.executable, "-P", str(Path(__file__).with_name("hostile_worker.py")))
 
 

@@ -17,6 +17,8 @@ from trainer.runs import checkpoint
 from trainer.runs.load import load_run
 from trainer.runs.run_record import METRICS_FILE, read_metrics
 
+pytestmark = pytest.mark.slow
+
 
 def losses(run):
     return [row["loss"] for row in read_metrics(run)]

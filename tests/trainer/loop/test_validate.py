@@ -15,6 +15,8 @@ from trainer.runs import checkpoint
 from trainer.runs.load import load_run
 from trainer.runs.run_record import read_metrics
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def heldout(make_sample):
