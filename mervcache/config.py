@@ -13,8 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
-
 from mervcache.errors import MervCacheError, UserError, nearest_name, unknown_name
 
 Config = TypeVar("Config")
@@ -35,6 +33,8 @@ _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a config file; {} for an empty one."""
+    import yaml  # --help needs none
+
     try:
         loaded = yaml.safe_load(Path(path).read_text())
     except OSError as error:
