@@ -89,13 +89,15 @@ def line(row: dict[str, Any]) -> str:
     name = f"{row['case']}/{row['result']}"
     if "error" in row:
         return f"{name:42} FAILED\n    " + row["error"].replace("\n", "\n    ")
-    told = f"{len(row['differ'])} of {row['files']} files differ" if row["differ"] else f"equal, {row['files']} files"
+    verdict = (
+        f"{len(row['differ'])} of {row['files']} files differ" if row["differ"] else f"equal, {row['files']} files"
+    )
     if row["accepted"]:
-        told += f", {len(row['accepted'])} differences accepted"
+        verdict += f", {len(row['accepted'])} differences accepted"
     shown = row["differ"][:SHOWN]
     lines = [f"    {_where(row, file)}{file}" for file in shown]
     more = len(row["differ"]) - len(shown)
-    return "\n".join([f"{name:42} {told}", *lines, *([f"    and {more} more"] if more else [])])
+    return "\n".join([f"{name:42} {verdict}", *lines, *([f"    and {more} more"] if more else [])])
 
 
 def _where(row: dict[str, Any], file: str) -> str:

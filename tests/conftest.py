@@ -1,4 +1,4 @@
-"""Fixtures of all rooms: servers that stand in for places far away, toy stores, and a cache folder that is nobody's."""
+"""Shared fixtures: servers that stand in for remote services, toy stores, and a cache folder of the test run's own."""
 
 from __future__ import annotations
 
