@@ -91,9 +91,12 @@ class ConcatSequence(Fusion):
 class ConcatChannel(Fusion):
     """Concatenated channels, then Linear(E x M -> M)."""
 
+    has_norm = False
+
     def __init__(self, num_encoders: int, width: int, config: FusionConfig) -> None:
         super().__init__(num_encoders, width, config)
-        self.norm: nn.LayerNorm | None = None
+        # Before `linear`: the norm of all gradients is summed in the order of the parameters.
+        self.norm = nn.LayerNorm(num_encoders * width) if self.has_norm else None
         self.linear = nn.Linear(num_encoders * width, width)
 
     def forward(self, embeddings: Sequence[Tensor]) -> Fused:
@@ -104,9 +107,7 @@ class ConcatChannel(Fusion):
 class ConcatChannelNorm(ConcatChannel):
     """As `ConcatChannel`, with a layer norm over all E x M channels before the linear layer."""
 
-    def __init__(self, num_encoders: int, width: int, config: FusionConfig) -> None:
-        super().__init__(num_encoders, width, config)
-        self.norm = nn.LayerNorm(num_encoders * width)
+    has_norm = True
 
 
 class LearnableWeights(Fusion):

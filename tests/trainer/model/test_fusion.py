@@ -115,6 +115,16 @@ def test_concat_sequence_keeps_the_order_of_the_encoders():
     assert fused_BNM.flatten().tolist() == [0, 0, 1, 1]
 
 
+def test_parameters_keep_their_order_in_which_the_norm_of_all_gradients_is_summed():
+    fusion = build_fusion(FusionConfig(name="concat_channel_ln"), 2, 3)
+    assert [name for name, _ in fusion.named_parameters()] == [
+        "norm.weight",
+        "norm.bias",
+        "linear.weight",
+        "linear.bias",
+    ]
+
+
 def test_concat_channel_is_a_linear_layer_over_joined_channels():
     torch.manual_seed(3)
     fusion = build_fusion(FusionConfig(name="concat_channel_ln"), 2, 3)
