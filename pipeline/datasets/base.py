@@ -7,7 +7,9 @@ listing picks them up when they have appeared.
 
 from __future__ import annotations
 
+import math
 import os
+import posixpath
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,9 @@ from featurestore.clips import Clip, Kind, Sample, Turn, check_relative_path
 from mervcache.errors import UserError
 
 EXAMPLES_KEPT = 5  # of refused records, per reason
+REASONS_KEPT = 100  # a reason may quote a key of the record
+OTHER_REASONS = "other reasons"
+MAX_EXACT_FLOAT = 2.0**53  # beyond it neighbouring whole numbers are one float
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 
 
@@ -127,10 +132,12 @@ class ListingBuilder:
         """Let samples/NAME exist even if no record survives."""
         self._samples.setdefault(name, [])
 
-    def reject(self, reason: str, example: object) -> None:
-        """Count a refused record."""
+    def reject(self, reason: str, example: object, count: int = 1) -> None:
+        """Count refused records."""
+        if len(self._rejected) >= REASONS_KEPT and reason not in self._rejected:
+            reason = OTHER_REASONS
         entry = self._rejected.setdefault(reason, [0, []])
-        entry[0] += 1
+        entry[0] += count
         if len(entry[1]) < EXAMPLES_KEPT:
             entry[1].append(str(example)[:200].encode("utf-8", "replace").decode())
 
@@ -252,13 +259,52 @@ def check_text(text: object) -> str:
     return text
 
 
+def media_path(root: Path, text: object) -> str:
+    """The path of a medium as annotations write it, relative to the root; `RecordError` for one that leads out of it.
+
+    "./v/a.mp4", "v//a.mp4", "v/x/../a.mp4", "v\\\\a.mp4" and an absolute path under the root name the same file.
+    """
+    path = check_text(text)
+    if "://" in path:
+        raise RecordError("media path is a URL, and only files under the root are read")
+    if path.startswith(f"{root}/"):
+        path = path[len(str(root)) + 1 :]
+    path = path.replace("\\", "/")
+    path = posixpath.normpath(path) if path else path
+    if not is_safe(path):
+        raise RecordError("media path is unsafe")
+    return path
+
+
+def is_absent(value: object) -> bool:
+    """True for what tables write where a record has no value: null, NaN, an empty text or list, a list of these."""
+    if isinstance(value, list):
+        return all(not isinstance(entry, list) and is_absent(entry) for entry in value)
+    if isinstance(value, float):
+        return math.isnan(value)
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def whole_number(value: object) -> int | None:
+    """The whole number that a table holds, as 3 or, in a column with gaps, as 3.0; None for any other value."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < MAX_EXACT_FLOAT:
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def number_or_text(value: object) -> str:
+    """A text, or a whole number as text: "3" for 3 and 3.0."""
+    number = whole_number(value)
+    return check_text(value) if number is None else str(number)
+
+
 def record_id(value: object) -> str:
     """A record's own id as text, "" where it has none; ids are names here, never numbers."""
-    if value is None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise RecordError("id is neither text nor a number")
-    return check_text(str(value))
+    if not isinstance(value, str) and whole_number(value) is None:
+        raise RecordError("id is neither text nor a whole number")
+    return number_or_text(value)
 
 
 def each_record(builder: ListingBuilder, records: Iterable[object], origin: str) -> Iterator[tuple[int, dict]]:
@@ -266,5 +312,7 @@ def each_record(builder: ListingBuilder, records: Iterable[object], origin: str)
     for position, record in enumerate(records):
         if isinstance(record, dict):
             yield position, record
+        elif isinstance(record, list):
+            builder.reject("record is a list of values without their names", f"{origin} record {position}")
         else:
             builder.reject("record is not an object", f"{origin} record {position}")

@@ -1,9 +1,10 @@
 """Evaluation sets in the layout of princetonvisualai/merv: one folder per benchmark.
 
 A folder holds `test_q.json`, `test_a.json` and the videos: `videos/NAME.*` (a file, or a folder of frames) or, if there
-is a `videos.txt` (NAME, TAB, path), the paths in it. Each benchmark gives one set of held-out samples, with a span or
-end frame in the clip, and options and answer index where it is multiple choice. A span may hold NaN: at the start it
-means 0, at the end the end of the file. An `end_frame` of 0 or more replaces the span.
+is a `videos.txt` (NAME, TAB, path), the paths in it. NAME may have its extension. Each benchmark gives one set of
+held-out samples, with a span or end frame in the clip, and options and answer index where it is multiple choice. A span
+may hold NaN: at the start it means 0, at the end the end of the file. An `end_frame` of 0 or more replaces the span.
+Tables leave traces in JSON: 3.0 is 3, and null, NaN or "" behind the options is padding.
 """
 
 from __future__ import annotations
@@ -25,10 +26,14 @@ from pipeline.datasets.base import (
     RecordError,
     check_text,
     each_record,
+    is_absent,
     is_safe,
+    media_path,
+    number_or_text,
     record_id,
+    whole_number,
 )
-from pipeline.datasets.videollava import read_json_array
+from pipeline.datasets.json_records import find_annotations, read_records
 from pipeline.media import kind_of_path
 
 MAX_FRAME = 2**31  # 2 years of video at 30 frames per second; columns of stores hold 64 bits
@@ -42,10 +47,10 @@ the evaluation part of the README of princetonvisualai/merv and in TRAIN_AND_VAL
 def collect(builder: ListingBuilder, options: Mapping[str, Any]) -> None:
     """Read every benchmark under the root, in the order of their names; the root may itself be one benchmark."""
     root = builder.root
-    is_benchmark = (root / QUESTIONS).is_file()
-    folders = [root] if is_benchmark else sorted(path.parent for path in root.glob(f"*/{QUESTIONS}"))
+    is_benchmark = find_annotations(root, QUESTIONS) is not None
+    folders = [root] if is_benchmark else sorted(path for path in root.glob("*") if find_annotations(path, QUESTIONS))
     if not folders:
-        deeper = sorted({path.parent.parent for path in root.glob(f"*/*/{QUESTIONS}")})
+        deeper = sorted({path.parent for path in root.glob("*/*") if find_annotations(path, QUESTIONS)})
         hint = f"; did you mean --root {deeper[0]}?" if deeper else f"\n{DOWNLOAD}"
         raise UserError(f"no benchmark under {root}: expected BENCHMARK/{QUESTIONS}{hint}")
     requested, known = names_of(str(options["benchmarks"])), [path.name for path in folders]
@@ -66,75 +71,88 @@ def collect(builder: ListingBuilder, options: Mapping[str, Any]) -> None:
 
 def _collect_benchmark(builder: ListingBuilder, folder: Path) -> None:
     name = f"{builder.name}-{folder.name}"
-    if not (folder / ANSWERS).is_file():
-        raise UserError(f"benchmark {folder.name} has {QUESTIONS} but no {ANSWERS} in {folder}")
+    questions_file, answers_file = find_annotations(folder, QUESTIONS), find_annotations(folder, ANSWERS)
+    if answers_file is None:
+        raise UserError(f"benchmark {folder.name} has {questions_file.name} but no {ANSWERS} in {folder}")
     builder.declare_samples(name)
+    origin = f"{folder.name}/{answers_file.name}"
     answers: dict[str, dict] = {}  # question id -> answer row; a second answer to one question is refused
-    for position, row in each_record(builder, read_json_array(folder / ANSWERS), f"{folder.name}/{ANSWERS}"):
+    for position, row in each_record(builder, read_records(answers_file), origin):
         try:
-            if answers.setdefault(record_id(row.get("question_id")), row) is not row:
+            if answers.setdefault(_question_id(row), row) is not row:
                 raise RecordError("question has two answers")
         except RecordError as error:
-            builder.reject(str(error), f"{folder.name}/{ANSWERS} record {position} (id {row.get('question_id')!r})")
+            builder.reject(str(error), f"{origin} record {position} (id {row.get('question_id')!r})")
     videos = _Videos.of(builder.root, folder)
-    for position, row in each_record(builder, read_json_array(folder / QUESTIONS), f"{folder.name}/{QUESTIONS}"):
+    origin = f"{folder.name}/{questions_file.name}"
+    for position, row in each_record(builder, read_records(questions_file), origin):
         try:
-            question_id = record_id(row.get("question_id"))
+            question_id = _question_id(row)
             if question_id not in answers:
                 raise RecordError("question has no answer")
             fields = _question_fields(row, answers[question_id])
-            path = videos.find(check_text(row.get("video_name")))
+            path = videos.find(number_or_text(row.get("video_name")))
             span = _span(row)
             if path is not None:
                 clip_id = builder.add_clip(path, kind_of_path(path) or "video", **span)
                 builder.add_sample(name, f"{folder.name}/{question_id}", clip_id, source=folder.name, **fields)
         except RecordError as error:
-            builder.reject(str(error), f"{folder.name}/{QUESTIONS} record {position} (id {row.get('question_id')!r})")
+            builder.reject(str(error), f"{origin} record {position} (id {row.get('question_id')!r})")
     for place, names in videos.unknown.items():
         builder.miss(place, len(names))
+
+
+def _question_id(row: dict) -> str:
+    if not (found := record_id(row.get("question_id"))):
+        raise RecordError("row has no question_id")
+    return found
 
 
 def _question_fields(row: dict, answer: dict) -> dict[str, Any]:
     """Turns, options and answer index of one question; the evaluator adds the prompt."""
     options = _options(row)
-    index = answer.get("answer_id") if options else None
-    if options and (isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(options)):
+    index = whole_number(answer.get("answer_id")) if options else None
+    if options and (index is None or not 0 <= index < len(options)):
         raise RecordError("answer_id is not one of the options")
-    text = options[index] if options else check_text(answer.get("answer"))
-    category = row.get("category") or row.get("type")
+    text = options[index] if options else number_or_text(answer.get("answer"))
+    categories = (value for key in ("category", "type") if isinstance(value := row.get(key), str) and value.strip())
+    category = next(categories, None)
     return {
         "turns": (Turn(role="human", text=check_text(row.get("question"))), Turn(role="gpt", text=text)),
         "stage": "eval",
         "split": "heldout",
-        "category": check_text(category) if isinstance(category, str) else None,
+        "category": None if category is None else check_text(category),
         "options": options,
         "answer_index": index,
     }
 
 
 def _options(row: dict) -> tuple[str, ...]:
-    """The first `num_option` of the options, all of them where no number is given, () for an open question."""
+    """The first `num_option` of the options, without padding where no number is given, () for an open question."""
     options = row.get("options")
-    if options is None:
+    if options is None or (isinstance(options, float) and math.isnan(options)):
         return ()
-    if not isinstance(options, list) or not options:
+    if not isinstance(options, list) or is_absent(options):
         raise RecordError("options are not a list of texts")
-    number = row.get("num_option", len(options))
-    if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= len(options):
+    number = row.get("num_option")
+    if is_absent(number):
+        number = max(place for place, option in enumerate(options, start=1) if not is_absent(option))
+    number = whole_number(number)
+    if number is None or not 1 <= number <= len(options):
         raise RecordError("num_option is not a number of the options")
-    return tuple(check_text(option) for option in options[:number])
+    return tuple(number_or_text(option) for option in options[:number])
 
 
 def _span(row: dict) -> dict[str, float | int | None]:
     end_frame = row.get("end_frame")
-    if end_frame is not None:
-        is_whole = isinstance(end_frame, int) or (isinstance(end_frame, float) and end_frame.is_integer())
-        if isinstance(end_frame, bool) or not is_whole or end_frame > MAX_FRAME:
+    if not is_absent(end_frame):
+        last = whole_number(end_frame)
+        if last is None or last > MAX_FRAME:
             raise RecordError("end_frame is not a frame's number")
-        if end_frame >= 0:
-            return {"end_frame": int(end_frame)}
+        if last >= 0:
+            return {"end_frame": last}
     time = row.get("time")
-    if time is None:
+    if time is None or (isinstance(time, float) and math.isnan(time)):
         return {}
     if not isinstance(time, list) or len(time) != 2:
         raise RecordError("time is not [start, end] in seconds")
@@ -161,7 +179,9 @@ class _Videos:
     root: Path  # that paths are relative to
     folder: str  # of the videos, relative to the root
     table: dict[str, str] | None
-    listed: dict[str, dict[str, str]] = field(default_factory=dict)  # folder -> name without extension -> file name
+    listed: dict[str, dict[str, str]] = field(
+        default_factory=dict
+    )  # folder -> name with or without extension -> file name
     unknown: dict[str, set[str]] = field(default_factory=dict)  # folder -> names that no file has
 
     @classmethod
@@ -186,8 +206,9 @@ class _Videos:
         if self.table is not None:
             if name not in self.table:
                 raise RecordError(f"video is not in {VIDEO_TABLE}")
-            return self.table[name]
-        inner, _, stem = name.rpartition("/")
+            return media_path(self.root, self.table[name])
+        path = media_path(self.root / self.folder, name)
+        inner, _, stem = path.rpartition("/")
         folder = f"{self.folder}/{inner}" if inner else self.folder
         if not is_safe(f"{folder}/{stem}"):
             raise RecordError("media path is unsafe")
@@ -201,13 +222,18 @@ class _Videos:
 
 
 def _names_by_stem(folder: Path) -> dict[str, str]:
-    """Name without extension -> entry; of several, a video file before a folder of frames before anything else."""
+    """Name with or without extension -> entry.
+
+    Of several that differ in their extension, a video file comes before a folder of frames before anything else.
+    """
+    whole: dict[str, str] = {}
     ranked: dict[str, tuple[int, str]] = {}
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
+                whole[entry.name] = entry.name
                 is_folder = entry.is_dir()
                 stem = entry.name if is_folder else entry.name.rpartition(".")[0] or entry.name
                 rank = 1 if is_folder else 0 if kind_of_path(entry.name) == "video" else 2
@@ -216,7 +242,7 @@ def _names_by_stem(folder: Path) -> dict[str, str]:
         return {}
     except OSError as error:
         raise UserError(f"media folder {folder} cannot be listed: {error.strerror}") from error
-    return {stem: name for stem, (_, name) in ranked.items()}
+    return whole | {stem: name for stem, (_, name) in ranked.items()}
 
 
 SPEC = DatasetSpec(

@@ -1,32 +1,37 @@
 """Video-LLaVA's training data: stage 1 captions ("align") and stage 2 instructions ("finetune").
 
-Reads the annotation files as published, merged or one per source. A record names its media under "video" or "image",
-relative to the root, or has neither (text only); many records share a clip. `<video>` and `<image>` stay in the text:
-the trainer decides where visual tokens go.
+Reads the annotation files as published, merged or one per source, and what others write in their layout. A record names
+its medium under "video" or "image" (or another key of `MEDIA_KEYS`), relative to the root, or has none (text only);
+many records share a clip. `<video>` and `<image>` stay in the text: the trainer decides where visual tokens go.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, TextIO
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+from featurestore.clips import Kind, Turn, without_outer_placeholders
 from mervcache.errors import UserError
 from pipeline.datasets.base import (
     DatasetSpec,
     ListingBuilder,
     RecordError,
-    check_text,
     each_record,
+    is_absent,
+    media_path,
     parse_turns,
     record_id,
 )
+from pipeline.datasets.json_records import find_annotations, read_records
+from pipeline.media import kind_of_path
 
-WINDOW_CHARS = 1 << 22
-MAX_RECORD_CHARS = 1 << 26  # a record that is longer is not an annotation
-_SPACE = " \t\r\n"
-
+# Names of a medium, in lower case without "_" and "-" and without a plural's "s" -> its kind; None: by its extension.
+MEDIA_KEYS: dict[str, Kind | None] = {
+    **dict.fromkeys(("video", "videopath", "videofile", "videofilename", "clip", "clippath", "clipfile"), "video"),
+    **dict.fromkeys(("image", "imagepath", "imagefile", "imagefilename", "img", "imgpath", "picture"), "image"),
+    **dict.fromkeys(("media", "mediapath", "mediafile", "filename", "filepath"), None),
+}
+KEYS_SHOWN = 5  # of a record, in a reason
 
 # stage -> packagings, the preferred one first; a merge is a plain concatenation (PKU-YuanGroup/Video-LLaVA)
 ANNOTATIONS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -58,7 +63,9 @@ def collect(builder: ListingBuilder, options: Mapping[str, Any]) -> None:
     stages = [stage for stage in ANNOTATIONS if builder.wants(stage)]
     has_annotations = False
     for stage in stages:
-        present = [tuple(name for name in files if (builder.root / name).is_file()) for files in ANNOTATIONS[stage]]
+        present = [
+            tuple(name for name in files if find_annotations(builder.root, name)) for files in ANNOTATIONS[stage]
+        ]
         chosen = next((files for files in present if files), ())
         for expected, files in zip(ANNOTATIONS[stage], present, strict=True):
             listed = ", ".join(files)
@@ -79,27 +86,86 @@ def collect(builder: ListingBuilder, options: Mapping[str, Any]) -> None:
 def _collect_file(builder: ListingBuilder, stage: str, file_name: str) -> None:
     samples_name = f"{builder.name}-{stage}"
     builder.declare_samples(samples_name)
-    for position, record in each_record(builder, read_json_array(builder.root / file_name), file_name):
+    path = find_annotations(builder.root, file_name)
+    for position, record in each_record(builder, read_records(path), path.name):
         try:
             turns = parse_turns(record.get("conversations"))
             own_id = record_id(record.get("id"))
-            named = [kind for kind in ("video", "image") if kind in record]
-            if len(named) == 2:
-                raise RecordError("record names a video and an image")
-            clip_id = path = None  # text only
-            if named:
-                path = check_text(record[named[0]])
-                clip_id = builder.add_clip(path, named[0])
+            clip_id = path_of_clip = None  # text only
+            if medium := named_medium(record):
+                path_of_clip = media_path(builder.root, medium[0])
+                clip_id = builder.add_clip(path_of_clip, medium[1])
+            else:
+                check_text_only(record, turns)
             builder.add_sample(
                 samples_name,
-                own_id or path or "text",
+                own_id or path_of_clip or "text",
                 clip_id,
                 turns,
                 stage=stage,
-                source=source_of(path),
+                source=source_of(path_of_clip),
             )
         except RecordError as error:
-            builder.reject(str(error), f"{file_name} record {position} (id {record.get('id')!r})")
+            builder.reject(str(error), f"{path.name} record {position} (id {record.get('id')!r})")
+
+
+def named_medium(record: Mapping[str, Any]) -> tuple[str, Kind] | None:
+    """The path and kind of a record's medium, None where it names none; `RecordError` for several or an unclear one."""
+    found: dict[tuple[str, Kind], str] = {}  # path, kind -> key
+    for key, value in record.items():
+        name = _plain_key(key)
+        if name not in MEDIA_KEYS or is_absent(value):
+            continue
+        entries = [entry for entry in value if not is_absent(entry)] if isinstance(value, list) else [value]
+        if len(entries) > 1:
+            raise RecordError(f"record names several media under {_quoted(key)}")
+        path = _path_in(entries[0])
+        if path is None:
+            raise RecordError(f"medium under {_quoted(key)} is not a path")
+        kind = MEDIA_KEYS[name] or kind_of_path(path)
+        if kind is None:
+            raise RecordError(f"medium under {_quoted(key)} has an unknown extension: name it under 'video' or 'image'")
+        found.setdefault((path, kind), key)
+    if len(found) > 1:
+        kinds = {kind for _, kind in found}
+        what = "a video and an image" if len(kinds) > 1 else "two media"
+        raise RecordError(f"record names {what}, under {' and '.join(map(_quoted, list(found.values())[:2]))}")
+    return next(iter(found), None)
+
+
+def check_text_only(record: Mapping[str, Any], turns: Sequence[Turn]) -> None:
+    """Refuse a record that asks about a medium, or names one, under no key that is read."""
+    keys = [key for key, value in record.items() if key not in ("id", "conversations") and not is_absent(value)]
+    if named := [key for key in keys if any(kind_of_path(path) for path in _paths_in(record[key]))]:
+        raise RecordError(f"medium under {_quoted(named[0])} is not read: rename the key to 'video' or 'image'")
+    for turn in turns[::2]:
+        rest = without_outer_placeholders(turn.text)
+        if rest != turn.text.strip():
+            listed = ", ".join(map(_quoted, keys[:KEYS_SHOWN])) or "none"
+            raise RecordError(f"question has a media placeholder and no key names a medium (other keys: {listed})")
+
+
+def _plain_key(key: str) -> str:
+    """`videos`, `video_path`, `imagePaths` -> `video`, `videopath`, `imagepath`."""
+    return key.lower().replace("_", "").replace("-", "").removesuffix("s")
+
+
+def _path_in(value: object) -> str | None:
+    """A path, or that in {"path": ..., "bytes": null}, which the library `datasets` writes for a medium."""
+    if isinstance(value, dict) and is_absent(value.get("bytes")):
+        value = value.get("path")
+    return value if isinstance(value, str) else None
+
+
+def _paths_in(value: object) -> Iterator[str]:
+    for entry in value if isinstance(value, list) else [value]:
+        path = _path_in(entry)
+        if path is not None and "\n" not in path:
+            yield path
+
+
+def _quoted(key: str) -> str:
+    return repr(key[:40])
 
 
 def source_of(path: str | None) -> str:
@@ -116,97 +182,6 @@ def source_of(path: str | None) -> str:
     if folders[0] == NESTED_FOLDER and len(folders) > 1:
         return folders[1]
     return SOURCE_OF_FOLDER.get(folders[0], folders[0])
-
-
-def read_json_array(path: Path, window_chars: int = WINDOW_CHARS) -> Iterator[object]:
-    """Yield the elements of the array in `path`; `UserError` with line and column for a broken file.
-
-    The training set's file has 1 GB, and `json.load` would hold it as bytes, as text (four bytes a character if a
-    single emoji is in it) and as objects at once. Here `window_chars` of text and one record are in memory.
-    """
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            yield from _Window(file, path, window_chars).elements()
-    except OSError as error:
-        raise UserError(f"annotation file {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"annotation file {path} is not UTF-8 text: {error.reason}") from error
-
-
-class _Window:
-    """The stretch of text that is being parsed."""
-
-    def __init__(self, file: TextIO, path: Path, window_chars: int) -> None:
-        self.file, self.path, self.window_chars = file, path, window_chars
-        self.text, self.position, self.is_last = "", 0, False
-        self.lines_before, self.columns_before = 0, 0  # of the text's first character
-
-    def elements(self) -> Iterator[object]:
-        decode = json.JSONDecoder().raw_decode
-        self._expect("[", "annotations must be an array of records")
-        if self._peek() == "]":
-            self.position += 1
-        else:
-            while True:
-                self._peek()
-                yield self._element(decode)
-                if self._peek() == "]":
-                    self.position += 1
-                    break
-                self._expect(",", "expected ',' or ']' after a record")
-        if self._peek():
-            raise self._error("there is more text after the array")
-
-    def _element(self, decode) -> object:
-        """One value; a value cut off by the window's end looks like an error until more text is there."""
-        while True:
-            try:
-                value, end = decode(self.text, self.position)
-                # A number near the window's end may go on behind it: of "1e+10" the parser takes the 1 from "1e+".
-                if self.is_last or len(self.text) - end > 2 or not isinstance(value, int | float):
-                    self.position = end
-                    return value
-            except json.JSONDecodeError as error:
-                if self.is_last or len(self.text) - self.position > MAX_RECORD_CHARS:
-                    raise self._error(error.msg, error.pos) from None
-            except (ValueError, RecursionError) as error:  # digits without end, brackets without end
-                raise self._error(f"a value is too large ({type(error).__name__})") from None
-            self._more()
-
-    def _peek(self) -> str:
-        """The next character that is not space, "" at the end of the file."""
-        while True:
-            while self.position < len(self.text) and self.text[self.position] in _SPACE:
-                self.position += 1
-            if self.position < len(self.text):
-                return self.text[self.position]
-            if self.is_last:
-                return ""
-            self._more()
-
-    def _expect(self, character: str, message: str) -> None:
-        if self._peek() != character:
-            raise self._error(message)
-        self.position += 1
-
-    def _more(self) -> None:
-        """Drop what is parsed and read on, at least as much as is kept, so that retries stay linear."""
-        newlines = self.text.count("\n", 0, self.position)
-        last = self.text.rfind("\n", 0, self.position)
-        self.columns_before = self.position - last - 1 if newlines else self.columns_before + self.position
-        self.lines_before += newlines
-        kept = self.text[self.position :]
-        fresh = self.file.read(max(self.window_chars, len(kept)))
-        self.text, self.position, self.is_last = kept + fresh, 0, not fresh
-
-    def _error(self, message: str, position: int | None = None) -> UserError:
-        position = self.position if position is None else position
-        newlines = self.text.count("\n", 0, position)
-        before = self.columns_before if not newlines else -self.text.rfind("\n", 0, position) - 1
-        line, column = self.lines_before + newlines + 1, before + position + 1
-        return UserError(
-            f"annotation file {self.path} is broken at line {line}, column {column}: {message}; download it again"
-        )
 
 
 SPEC = DatasetSpec(

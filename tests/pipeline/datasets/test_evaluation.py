@@ -1,3 +1,4 @@
+import gzip
 import json
 import math
 from pathlib import Path
@@ -95,6 +96,8 @@ def test_of_the_options_the_first_num_option_count(tmp_path):
         ({"time": [1, 2], "end_frame": 7}, (None, None, 7)),
         ({"time": [1, 2], "end_frame": -1}, (1.0, 2.0, None)),
         ({"end_frame": 7.0}, (None, None, 7)),
+        ({"end_frame": math.nan, "time": [1, 2]}, (1.0, 2.0, None)),
+        ({"time": math.nan}, (None, None, None)),
     ],
 )
 def test_spans_and_end_frames_go_into_the_clip(tmp_path, fields, expected):
@@ -122,29 +125,92 @@ def test_two_spans_of_one_video_are_two_clips_and_one_span_is_one(tmp_path):
         ({"time": "1-2"}, {"answer": "x"}, "time is not [start, end] in seconds"),
         ({"time": [True, 2]}, {"answer": "x"}, "time is not [start, end] in seconds"),
         ({"end_frame": 1.5}, {"answer": "x"}, "end_frame is not a frame's number"),
-        ({"end_frame": math.nan}, {"answer": "x"}, "end_frame is not a frame's number"),
+        ({"end_frame": True}, {"answer": "x"}, "end_frame is not a frame's number"),
         ({"end_frame": 10**400}, {"answer": "x"}, "end_frame is not a frame's number"),
         ({"end_frame": "7"}, {"answer": "x"}, "end_frame is not a frame's number"),
         ({"options": []}, {"answer_id": 0}, "options are not a list of texts"),
-        ({"options": ["a", 1]}, {"answer_id": 0}, "text is not a string"),
+        ({"options": ["a", [1]]}, {"answer_id": 0}, "text is not a string"),
+        ({"options": ["a", math.nan, "b"]}, {"answer_id": 0}, "text is not a string"),
+        ({"options": ["a", 1.5]}, {"answer_id": 0}, "text is not a string"),
+        ({"options": [math.nan, None]}, {"answer_id": 0}, "options are not a list of texts"),
+        ({"options": ["a", "b", math.nan], "num_option": 3}, {"answer_id": 0}, "text is not a string"),
+        ({"options": ["a", "b", math.nan]}, {"answer_id": 2}, "answer_id is not one of the options"),
+        ({"options": ["a", "b"]}, {"answer_id": math.nan}, "answer_id is not one of the options"),
+        ({"options": ["a", "b"]}, {"answer_id": 0.5}, "answer_id is not one of the options"),
         ({"options": ["a"], "num_option": 2}, {"answer_id": 0}, "num_option is not a number of the options"),
         ({"options": ["a", "b"], "num_option": 1}, {"answer_id": 1}, "answer_id is not one of the options"),
         ({"options": ["a", "b"]}, {"answer_id": -1}, "answer_id is not one of the options"),
         ({"options": ["a", "b"]}, {"answer_id": "0"}, "answer_id is not one of the options"),
         ({}, {"answer": None}, "text is not a string"),
         ({"question": 3}, {"answer": "x"}, "text is not a string"),
-        ({"video_name": 3}, {"answer": "x"}, "text is not a string"),
+        ({"video_name": 3.5}, {"answer": "x"}, "text is not a string"),
         ({"video_name": "../../a"}, {"answer": "x"}, "media path is unsafe"),
         ({"video_name": "/etc/a"}, {"answer": "x"}, "media path is unsafe"),
         ({"video_name": "a\0b/c"}, {"answer": "x"}, "media path is unsafe"),
         ({"question_id": 2}, {"answer": "x"}, "question has no answer"),
-        ({"question_id": [1]}, {"answer": "x"}, "id is neither text nor a number"),
+        ({"question_id": [1]}, {"answer": "x"}, "id is neither text nor a whole number"),
+        ({"question_id": 1.5}, {"answer": "x"}, "id is neither text nor a whole number"),
+        ({"question_id": math.nan}, {"answer": "x"}, "row has no question_id"),
     ],
 )
 def test_a_malformed_question_is_refused_with_its_reason(tmp_path, fields, answer, reason):
     listing = one(tmp_path, question(**{"time": None} | fields), answer)
     assert {why: found.count for why, found in listing.rejected.items()} == {reason: 1}
     assert listing.samples["eval-Bench"] == ()
+
+
+def test_numbers_and_padding_of_a_table_are_read_as_what_they_were(tmp_path):
+    rows = [
+        question(
+            1.0, 7.0, options=["a", "b", math.nan, None, ""], num_option=math.nan, category=math.nan, type="colour"
+        ),
+        question(2.0, 7.0, options=["a", "b", "c"], num_option=2.0),
+        question(3.0, 7.0, options=[1.0, 2.0, math.nan]),
+        question(4.0, 7.0, options=math.nan),
+    ]
+    answers = [
+        {"question_id": 1, "answer_id": 1.0},
+        {"question_id": 2, "answer_id": 0.0},
+        {"question_id": 3, "answer_id": 1.0},
+        {"question_id": 4, "answer_id": math.nan, "answer": 12.0},
+    ]
+    listing = load_dataset("eval", write_benchmark(tmp_path, rows, answers, videos=("7.mp4",)))
+    assert listing.rejected == {}
+    found = [(s.sample_id, s.options, s.answer_index, s.turns[1].text) for s in listing.samples["eval-Bench"]]
+    assert found == [
+        ("eval/Bench/1", ("a", "b"), 1, "b"),
+        ("eval/Bench/2", ("a", "b"), 0, "a"),
+        ("eval/Bench/3", ("1", "2"), 1, "2"),
+        ("eval/Bench/4", (), None, "12"),
+    ]
+    assert listing.samples["eval-Bench"][0].category == "colour"
+
+
+def test_rows_without_an_id_are_not_paired_with_each_other(tmp_path):
+    rows, answers = [question(None), question(math.nan)], [{"answer": "x"}, {"question_id": None, "answer": "y"}]
+    listing = load_dataset("eval", write_benchmark(tmp_path, rows, answers))
+    assert listing.samples["eval-Bench"] == ()
+    assert listing.rejected["row has no question_id"].count == 4
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "./a", "./a.mp4", "sub/../a", "sub//b.avi", "sub\\b"])
+def test_a_video_may_be_named_with_its_extension_and_any_harmless_path(tmp_path, name):
+    write_benchmark(tmp_path, [question(video=name)], [{"question_id": 1, "answer": "x"}])
+    (tmp_path / "Bench/videos/sub").mkdir()
+    (tmp_path / "Bench/videos/sub/b.avi").write_bytes(b"x")
+    listing = load_dataset("eval", tmp_path)
+    assert [clip.path for clip in listing.clips] == [
+        "Bench/videos/sub/b.avi" if name.endswith(("b", "b.avi")) else "Bench/videos/a.mp4"
+    ]
+
+
+def test_questions_may_be_json_lines_and_compressed(tmp_path):
+    write_benchmark(tmp_path, [question()], [{"question_id": 1, "answer": "x"}])
+    (tmp_path / "Bench/test_q.json").rename(tmp_path / "Bench/test_q.jsonl")
+    with gzip.open(tmp_path / "Bench/test_a.json.gz", "wb") as file:
+        file.write((tmp_path / "Bench/test_a.json").read_bytes())
+    (tmp_path / "Bench/test_a.json").unlink()
+    assert len(load_dataset("eval", tmp_path).samples["eval-Bench"]) == 1
 
 
 def test_a_second_answer_to_a_question_is_refused(tmp_path):

@@ -14,6 +14,8 @@ from pipeline.datasets.videollava import source_of
 FINETUNE = "videollava-finetune"
 ANSWERED = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
 
+ASKED = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "That."}]
+
 
 def write_records(root: Path, records: object, name: str = "videochatgpt_llavaimage_tune.json") -> Path:
     root.mkdir(parents=True, exist_ok=True)
@@ -58,7 +60,8 @@ def test_the_token_stands_once_in_the_first_human_turn_of_the_real_small_set(min
 
 def test_texts_and_roles_are_kept_as_found(tmp_path):
     turns = [{"from": "user", "value": " <video>\nWhat? "}, {"from": "assistant", "value": "是的"}]
-    write_records(tmp_path, [text_record(conversations=turns)])
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    write_records(tmp_path, [text_record(conversations=turns, video="a.mp4")])
     (sample,) = load_dataset("videollava", tmp_path).samples[FINETUNE]
     assert sample.turns == (Turn(role="human", text=" <video>\nWhat? "), Turn(role="gpt", text="是的"))
 
@@ -127,18 +130,32 @@ def test_one_id_in_many_records_gets_running_numbers(tmp_path):
         (text_record(conversations=ANSWERED[::-1]), "turns do not alternate human, gpt"),
         (text_record(conversations=ANSWERED[:1] * 2), "turns do not alternate human, gpt"),
         (text_record(conversations=ANSWERED + ANSWERED[:1]), "last question has no answer"),
-        (text_record(["a"]), "id is neither text nor a number"),
-        (text_record(True), "id is neither text nor a number"),
+        (text_record(["a"]), "id is neither text nor a whole number"),
+        (text_record(True), "id is neither text nor a whole number"),
         (text_record("\udfff"), "text is not valid Unicode"),
         (text_record(video="a.mp4", image="a.jpg"), "record names a video and an image"),
-        (text_record(video=["a.mp4", "b.mp4"]), "text is not a string"),
-        (text_record(video=None), "text is not a string"),
+        (text_record(video=["a.mp4", "b.mp4"]), "record names several media under 'video'"),
+        (text_record(images=["a.jpg", None, "b.jpg"]), "record names several media under 'images'"),
+        (text_record(video="a.mp4", video_path="b.mp4"), "record names two media, under 'video' and 'video_path'"),
+        (text_record(video="a.mp4", image_path="b.jpg"), "record names a video and an image"),
+        (text_record(clip=3), "medium under 'clip' is not a path"),
+        (text_record(image={"path": "a.jpg", "bytes": "AAAA"}), "medium under 'image' is not a path"),
+        (text_record(media="a.xyz"), "medium under 'media' has an unknown extension"),
+        (text_record(film="v/a.mp4"), "medium under 'film' is not read: rename the key"),
+        (text_record(frames=["a.jpg", "b.jpg"]), "medium under 'frames' is not read: rename the key"),
+        (
+            text_record(video_id=3, conversations=ASKED),
+            "question has a media placeholder and no key names a medium (other",
+        ),
+        (text_record(video=None, conversations=ASKED), "question has a media placeholder and no key names a medium"),
+        (text_record(video="https://a/b.mp4"), "media path is a URL"),
         (text_record(video="../../etc/passwd"), "media path is unsafe"),
         (text_record(video="/etc/passwd"), "media path is unsafe"),
         (text_record(image="C:/a.jpg"), "media path is unsafe"),
         (text_record(image="a/../../b.jpg"), "media path is unsafe"),
         (text_record(image="a\nb.jpg"), "media path is unsafe"),
-        (text_record(image=""), "media path is unsafe"),
+        (text_record(image="\\\\host\\a.jpg"), "media path is unsafe"),
+        (text_record(image="."), "media path is unsafe"),
         (text_record(image="x" * 5000), "media path is unsafe"),
         (text_record(image="\ud83d.jpg"), "text is not valid Unicode"),
     ],
@@ -167,11 +184,92 @@ def test_a_medium_that_is_named_as_video_and_as_image_is_refused_the_second_time
     assert reasons(tmp_path) == {"media is named as a video and as an image": 1}
 
 
+ABSENT = [None, float("nan"), "", " ", [], [None], [""]]
+
+
+@pytest.mark.parametrize("absent", ABSENT)
+def test_an_absent_medium_is_no_medium_however_a_table_writes_it(tmp_path, absent):
+    for name in ("a.mp4", "b.png"):
+        (tmp_path / name).write_bytes(b"x")
+    records = [
+        text_record("v", video="a.mp4", image=absent, conversations=ASKED),
+        text_record("i", video=absent, images=["b.png"], conversations=ASKED),
+        text_record("t", video=absent, image=absent),
+        text_record(absent if not isinstance(absent, list | str) else None),
+    ]
+    write_records(tmp_path, records)
+    listing = load_dataset("videollava", tmp_path)
+    assert listing.rejected == {}
+    assert {sample.sample_id: sample.clip_id for sample in listing.samples[FINETUNE]} == {
+        "finetune/v": "videollava/a.mp4",
+        "finetune/i": "videollava/b.png",
+        "finetune/t": None,
+        "finetune/text": None,
+    }
+
+
+@pytest.mark.parametrize(
+    "medium",
+    [
+        {"videos": ["v/a.mp4"]},
+        {"video_path": "v/a.mp4"},
+        {"videoPath": "v/a.mp4"},
+        {"clip": "v/a.mp4"},
+        {"media": ["v/a.mp4", None]},
+        {"video": {"path": "v/a.mp4", "bytes": None}},
+        {"video": "v/a.mp4", "video_path": "v/a.mp4"},
+        {"video": "./v/a.mp4"},
+        {"video": "v//a.mp4"},
+        {"video": "v/x/../a.mp4"},
+        {"video": "v\\a.mp4"},
+        {"video": "v/./a.mp4/"},
+    ],
+)
+def test_other_spellings_of_a_medium_name_the_same_clip(tmp_path, medium):
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v/a.mp4").write_bytes(b"x")
+    write_records(tmp_path, [text_record("a", conversations=ASKED, **medium)])
+    listing = load_dataset("videollava", tmp_path)
+    assert listing.rejected == {}
+    assert [clip.clip_id for clip in listing.clips] == ["videollava/v/a.mp4"]
+    assert [sample.clip_id for sample in listing.samples[FINETUNE]] == ["videollava/v/a.mp4"]
+
+
+def test_an_absolute_path_under_the_root_is_a_path_under_the_root(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    write_records(tmp_path, [text_record("a", image=str(tmp_path / "a.jpg"))])
+    assert [clip.path for clip in load_dataset("videollava", tmp_path).clips] == ["a.jpg"]
+
+
+def test_a_text_that_speaks_of_a_tag_is_text(tmp_path):
+    turns = [{"from": "human", "value": "Is <video> an HTML tag?"}, {"from": "gpt", "value": "<video> is."}]
+    write_records(tmp_path, [text_record("a", conversations=turns)])
+    (sample,) = load_dataset("videollava", tmp_path).samples[FINETUNE]
+    assert (sample.clip_id, sample.turns[1].text) == (None, "<video> is.")
+
+
+def test_reasons_that_quote_keys_are_bounded(tmp_path):
+    write_records(tmp_path, [text_record(i, **{f"film{i}": "a.mp4"}) for i in range(300)])
+    rejected = load_dataset("videollava", tmp_path).rejected
+    assert sum(records.count for records in rejected.values()) == 300
+    assert len(rejected) <= 101
+
+
+def test_an_id_that_a_table_wrote_as_a_float_is_a_whole_number(tmp_path):
+    write_records(tmp_path, [text_record(7.0), text_record(2.0**60), text_record(0.5)])
+    listing = load_dataset("videollava", tmp_path)
+    assert [sample.sample_id for sample in listing.samples[FINETUNE]] == ["finetune/7"]
+    assert listing.rejected["id is neither text nor a whole number"].count == 2
+
+
 junk = st.recursive(
     st.sampled_from([None, True, 3, 0.5, float("nan"), "human", "gpt", "a/b.mp4", "../a"]) | st.text(max_size=10),
     lambda inner: (
         st.lists(inner, max_size=4)
-        | st.dictionaries(st.sampled_from(["id", "video", "image", "conversations", "from", "value"]), inner)
+        | st.dictionaries(
+            st.sampled_from(["id", "video", "images", "video_path", "media", "film", "conversations", "from", "value"]),
+            inner,
+        )
     ),
     max_leaves=12,
 )
