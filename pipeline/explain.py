@@ -26,7 +26,7 @@ from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import MediaError, UserError
 from pipeline.config import RUN_ONLY_SETTINGS, ExtractConfig, read_config
 from pipeline.datasets import DatasetListing, list_clips
-from pipeline.media import Source
+from pipeline.media import Root, Source
 from pipeline.plan import StoreView
 from pipeline.refresh import StaleMedia, stale_media
 from pipeline.run_encoders import WantedEncoder, resolve_weights
@@ -156,7 +156,7 @@ def explain(
         store=str(path),
         snapshot=store.snapshot,
         dataset=config.dataset,
-        root=listing and listing.root,
+        root=listing and str(listing.root),
         settings=settings,
         encoders=changes,
         untouched=tuple(key for key, one in store.encoders.items() if not {one.id, one.encoder} & named),
@@ -189,7 +189,7 @@ def _media_counts(
     }
 
 
-def _has_media(root: str, clip: Clip) -> bool:
+def _has_media(root: Root, clip: Clip) -> bool:
     try:
         return Source.find(root, clip.path) is not None
     except MediaError:

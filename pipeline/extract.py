@@ -35,7 +35,7 @@ from jobs.run import Listener, Outcome, Task, run_tasks
 from mervcache.console import Counts, ProgressLine
 from mervcache.errors import MervCacheError, RunStoppedError
 from pipeline.config import ExtractConfig
-from pipeline.datasets import DatasetListing, list_clips
+from pipeline.datasets import DatasetListing, check_has_clips, list_clips
 from pipeline.plan import NOTHING_STALE, PlannedBlock, StoreView, plan_blocks
 from pipeline.refresh import StaleMedia, clips_without_rows, identity_notes, scan_media
 from pipeline.retry import plan_retry
@@ -63,6 +63,7 @@ def extract(config: ExtractConfig, *, quiet: bool = False) -> ExtractSummary:
     """
     objects, view = check_request(config)
     listing = list_clips(config)
+    check_has_clips(listing)
     summary = ExtractSummary.begin(config, listing)
     if config.forecast:
         summary.predicted = read_plan(config.forecast).to_dict()
@@ -333,7 +334,7 @@ class Extraction:
         of_this_run = partial(
             BlockTask,
             store=str(self.config.store_path),
-            root=str(self.listing.root),
+            root=self.listing.root,
             groups={name: identity.group_name for name, identity in identities.items()},
             accept_damaged=self.config.accept_damaged,
             engine=self.config.engine_settings,

@@ -32,9 +32,10 @@ from jobs.clusters import connect
 from jobs.run import Task, run_tasks
 from mervcache.errors import MediaError
 from pipeline.config import EngineSettings, ExtractConfig
-from pipeline.datasets import DatasetListing, list_clips
+from pipeline.datasets import DatasetListing, check_has_clips, list_clips
 from pipeline.decode.sampling import Decoded
 from pipeline.extract import check_place
+from pipeline.media import Root
 from pipeline.run_encoders import LoadingLog
 from pipeline.worker.engine import Engine, TokenEncoder, decode_job, encode_batch, reporting_engine
 from pipeline.worker.reports import EncoderProbe, Probe, ProbeRecord
@@ -80,7 +81,9 @@ class Forecast:
     seconds: float | None = None  # wall time of the whole run
     interval_s: tuple[float, float] | None = None
     interval: str = INTERVAL  # what the interval is
-    missing: dict[str, int] = field(default_factory=dict)
+    missing: dict[str, int] = field(default_factory=dict)  # folder -> media listed but absent
+    rejected: dict[str, int] = field(default_factory=dict)  # reason -> annotation records refused
+    skipped: dict[str, int] = field(default_factory=dict)  # what the dataset does not read by its rules -> files
 
     @property
     def bytes(self) -> int:
@@ -97,6 +100,7 @@ def forecast(config: ExtractConfig, *, probe: int = 4) -> Forecast:
     """
     objects = check_place(config.store_path)
     listing = list_clips(config)
+    check_has_clips(listing)
     names = ", ".join(config.encoders)
     log.info("%s: %d clips listed; loading %s for a probe", config.dataset, len(listing.clips), names)
     with connect(config.cluster_request) as client:
@@ -128,6 +132,8 @@ def forecast(config: ExtractConfig, *, probe: int = 4) -> Forecast:
         if total
         else None,
         missing=dict(listing.missing),
+        rejected={reason: records.count for reason, records in listing.rejected.items()},
+        skipped=dict(listing.skipped),
     )
 
 
@@ -139,7 +145,7 @@ def spread_clips(clips: Sequence[Clip], number: int) -> list[Clip]:
 
 
 def probe_workers(
-    client: Client, config: ExtractConfig, root: str, chosen: Mapping[str, Sequence[Clip]], *, workers: int
+    client: Client, config: ExtractConfig, root: Root, chosen: Mapping[str, Sequence[Clip]], *, workers: int
 ) -> Probe:
     """Probe the chosen clips, split among `workers` workers of the cluster; records are marked with their worker.
 
@@ -165,7 +171,7 @@ def probe_workers(
 
 def probe_clips(
     settings: EngineSettings,
-    root: str,
+    root: Root,
     chosen: Mapping[str, Sequence[Clip]],
     batch: Mapping[str, int],
 ) -> Probe:
@@ -187,7 +193,7 @@ def probe_clips(
     )
 
 
-def _probe_kind(engine: Engine, root: str, kind: str, clips: Sequence[Clip], batch: int) -> list[ProbeRecord]:
+def _probe_kind(engine: Engine, root: Root, kind: str, clips: Sequence[Clip], batch: int) -> list[ProbeRecord]:
     """One forward of each encoder per batch: at full size on a CPU a forward is half a minute, so none is repeated."""
     decoded: list[Decoded] = []
     for clip in clips:

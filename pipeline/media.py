@@ -1,7 +1,8 @@
 """Media of a clip: from a path relative to the dataset's root to the bytes and their digest.
 
 Paths come from untrusted annotations, so nothing outside the real root is ever opened: a symbolic link inside the root
-may not lead out of it (the root itself may be a link), and devices, pipes and sockets are refused. A fault of one clip
+may not lead out of it (the root itself may be a link) but into one folder that the user names (`MediaRoot.links`), and
+devices, pipes and sockets are refused. A fault of one clip
 is a `MediaError` whose text holds no absolute path; a root that is gone or a share that stopped responding is a
 `RunStoppedError`, because it would otherwise quarantine the whole dataset.
 """
@@ -16,6 +17,7 @@ import re
 import sqlite3
 import stat
 import threading
+from collections.abc import Iterable
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -27,14 +29,68 @@ from mervcache.errors import MediaError, RunStoppedError, UserError
 from mervcache.files import record_digest, user_cache
 from pipeline.tar_index import tar_index
 
-VIDEO_EXTENSIONS = frozenset(
+VIDEO_EXTENSIONS = frozenset(  # of the formats that the decoder opens; .ogg and .m4a are mostly sound alone
     f".{name}"
     for name in (
-        *("3gp", "avi", "flv", "gif", "m2ts", "m4v", "mkv", "mov", "mp4"),
-        *("mpeg", "mpg", "mts", "ogv", "ts", "vob", "webm", "wmv"),
+        *(
+            "264",
+            "265",
+            "266",
+            "3g2",
+            "3gp",
+            "asf",
+            "avc",
+            "avi",
+            "dif",
+            "divx",
+            "dv",
+            "f4v",
+            "flv",
+            "gif",
+            "h264",
+            "h265",
+        ),
+        *(
+            "h266",
+            "hevc",
+            "ivf",
+            "m1v",
+            "m2t",
+            "m2ts",
+            "m2v",
+            "m4v",
+            "mj2",
+            "mjpeg",
+            "mjpg",
+            "mk3d",
+            "mkv",
+            "mov",
+            "mp4",
+        ),
+        *(
+            "mpe",
+            "mpeg",
+            "mpg",
+            "mpv",
+            "mts",
+            "mxf",
+            "nut",
+            "obu",
+            "ogm",
+            "ogv",
+            "qt",
+            "rm",
+            "rmvb",
+            "swf",
+            "ts",
+            "vob",
+        ),
+        *("vvc", "webm", "wmv", "wtv"),
     )
 )
-IMAGE_EXTENSIONS = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
+FRAME_EXTENSIONS = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
+OTHER_IMAGES = frozenset((".apng", ".dib", ".jfif", ".jpe", ".pbm", ".pgm", ".pnm", ".ppm"))
+IMAGE_EXTENSIONS = FRAME_EXTENSIONS | OTHER_IMAGES
 
 MISSING_REASON = "media file is missing"
 DENIED_REASON = "media file may not be read: permission denied"
@@ -51,6 +107,23 @@ MACHINE_ERRNOS = frozenset(
     )
     if hasattr(errno, name)
 )
+
+
+@dataclass(frozen=True)
+class MediaRoot:
+    """A dataset's root and the folder outside of it that links under the root may lead into; a path-like value."""
+
+    path: str  # absolute
+    links: str  # absolute
+
+    def __fspath__(self) -> str:
+        return self.path
+
+    def __str__(self) -> str:
+        return self.path
+
+
+Root = str | Path | MediaRoot
 
 
 @dataclass(frozen=True)
@@ -80,7 +153,7 @@ class TarMember:
 Media = LocalFile | FrameFolder | TarMember
 
 
-def resolve_media(root: Path | str, path: str) -> Media:
+def resolve_media(root: Root, path: str) -> Media:
     """Find a clip's media under `root`; raise `MediaError` (this clip) or `RunStoppedError` (the root is gone)."""
     try:
         check_relative_path(path)
@@ -90,7 +163,7 @@ def resolve_media(root: Path | str, path: str) -> Media:
             "media path is refused: it is absolute, climbs out of the root or cannot be a file name"
         ) from None
     try:
-        return _resolve(os.path.realpath(root), path)
+        return _resolve(allowed_folders(root), path)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise MediaError("media path is a loop of symbolic links") from error
@@ -103,7 +176,17 @@ def resolve_media(root: Path | str, path: str) -> Media:
         ) from error
 
 
-def folder_has_gone(root: Path | str, path: str) -> bool:
+def allowed_folders(root: Root) -> tuple[str, ...]:
+    """The real folders that hold media: the root, and the one that its links may lead into."""
+    return tuple(map(os.path.realpath, [root, root.links] if isinstance(root, MediaRoot) else [root]))
+
+
+def is_inside(real_path: str, folders: Iterable[str]) -> bool:
+    """True if a real path lies in one of the real folders, or is one of them."""
+    return any(os.path.commonpath((folder, real_path)) == folder for folder in folders)
+
+
+def folder_has_gone(root: Root, path: str) -> bool:
     """True if the folder that should hold the clip's file is missing or empty, as after its share was unmounted."""
     root = os.path.realpath(root)
     folder = os.path.dirname(os.path.join(root, _split_tar(root, path)[0]))
@@ -127,19 +210,21 @@ def frame_order(name: str) -> tuple:
     return tuple((int(part), part) if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", name))
 
 
-def _resolve(root: str, path: str) -> Media:
-    path, member = _split_tar(root, path)
-    real = _inside(root, path)
+def _resolve(folders: tuple[str, ...], path: str) -> Media:
+    path, member = _split_tar(folders[0], path)
+    real = _inside(folders, path)
     status = os.stat(real)
     if member or not stat.S_ISDIR(status.st_mode):
         _check_regular(status)
         return _find_member(real, member) if member else LocalFile(Path(real))
     with os.scandir(real) as entries:
         names = [entry.name for entry in entries if not entry.name.startswith(".")]
-    names = [name for name in names if os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS]
+    by_extension = [(os.path.splitext(name)[1].lower(), name) for name in names]
+    names = [name for extension, name in by_extension if extension in FRAME_EXTENSIONS]
+    names = names or [name for extension, name in by_extension if extension in OTHER_IMAGES]
     if not names:
         raise MediaError("frame folder holds no images")
-    frames = [_inside(root, os.path.join(real, name)) for name in sorted(names, key=frame_order)]
+    frames = [_inside(folders, os.path.join(real, name)) for name in sorted(names, key=frame_order)]
     for frame in frames:
         _check_regular(os.stat(frame))
     return FrameFolder(tuple(map(Path, frames)))
@@ -150,15 +235,15 @@ def _split_tar(root: str, path: str) -> tuple[str, str]:
     parts = path.split("/")
     for i in range(1, len(parts)):
         archive = "/".join(parts[:i])
-        if archive.endswith(".tar") and not os.path.isdir(os.path.join(root, archive)):
+        if archive.lower().endswith(".tar") and not os.path.isdir(os.path.join(root, archive)):
             return archive, "/".join(parts[i:])
     return path, ""
 
 
-def _inside(root: str, path: str) -> str:
-    """The real path of an existing file or folder, which must lie under the real root."""
-    real = os.path.realpath(os.path.join(root, path), strict=True)
-    if os.path.commonpath((root, real)) != root:
+def _inside(folders: tuple[str, ...], path: str) -> str:
+    """The real path of an existing file or folder, which must lie in one of the real folders, the first the root."""
+    real = os.path.realpath(os.path.join(folders[0], path), strict=True)
+    if not is_inside(real, folders):
         raise MediaError("media path leads out of the dataset root through a symbolic link")
     return real
 
@@ -182,27 +267,28 @@ def _find_member(tar_path: str, name: str) -> TarMember:
     return TarMember(Path(tar_path), offset, size, name)
 
 
-def _check_root(root: Path | str) -> RunStoppedError | None:
+def _check_root(root: Root) -> RunStoppedError | None:
     """The error for a root that is gone; an empty folder is what an unmounted share leaves behind."""
-    try:
-        with os.scandir(root) as entries:
-            if next(entries, None) is not None:
-                return None
-        return RunStoppedError(f"dataset root {root} is empty; check that its disk is mounted")
-    except OSError as error:
-        return RunStoppedError(f"dataset root {root} is gone: {error.strerror}; check that its disk is mounted")
+    for folder in [root, root.links] if isinstance(root, MediaRoot) else [root]:
+        try:
+            with os.scandir(folder) as entries:
+                if next(entries, None) is None:
+                    return RunStoppedError(f"dataset root {folder} is empty; check that its disk is mounted")
+        except OSError as error:
+            return RunStoppedError(f"dataset root {folder} is gone: {error.strerror}; check that its disk is mounted")
+    return None
 
 
 @dataclass(frozen=True)
 class Source:
     """The media of one clip, found and safe under its root."""
 
-    root: str
+    root: Root
     path: str  # relative, as the clip names it
     media: Media
 
     @classmethod
-    def find(cls, root: str, path: str) -> Source:
+    def find(cls, root: Root, path: str) -> Source:
         """Resolve a clip's path; `MediaError` if nothing readable is there, `RunStoppedError` if the root is gone."""
         return cls(root, path, resolve_media(root, path))
 

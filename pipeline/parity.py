@@ -33,6 +33,7 @@ from featurestore.transfer.selection import read_clip_list
 from featurestore.zarr_metadata import array_specs, read_group
 from mervcache.errors import ClipUnavailableError, StoreFormatError, UserError, unknown_name
 from pipeline.config import EncoderSettings, EngineSettings
+from pipeline.media import Root
 from pipeline.reference_clips import CLIPS, RENDERING, decode_reference_clips, encode_reference_clips
 from pipeline.summary import media_roots, software_versions
 
@@ -251,7 +252,7 @@ def encode_clips(
     run: TokenEncoder,
     batch: int,
     clips: Sequence[Clip],
-    roots: Mapping[str, str],
+    roots: Mapping[str, Root],
     media: Mapping[str, str | None],
 ) -> list[dict[str, np.ndarray]]:
     """float32 arrays of at most `batch` clips, as this machine makes them.

@@ -28,9 +28,9 @@ from featurestore.writer import StoreWriter
 from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import MervCacheError, UserError
 from pipeline.config import AUTO, read_config
-from pipeline.media import Source, newest_touch_s
+from pipeline.media import Root, Source, newest_touch_s
 from pipeline.parity import encode_as_group
-from pipeline.summary import media_roots, settings_of
+from pipeline.summary import media_root, media_roots, settings_of
 
 MediaLevel = Literal["quick", "full"]
 MEDIA_LEVELS: tuple[MediaLevel, ...] = ("quick", "full")
@@ -68,7 +68,7 @@ class Recompute:
             extract_block(
                 BlockTask(
                     store=folder,
-                    root=self._root or maker.run["root"],
+                    root=media_root(maker.run, self._root),
                     kind=kind,
                     block=block,
                     rows=tuple(rows),
@@ -141,7 +141,7 @@ def _media_digests(writer: StoreWriter, removed: Collection[str]) -> dict[str, t
     return {clip_id: (clip, set(digests.values())) for clip_id, (clip, digests) in newest.items()}
 
 
-def _check(clip: Clip, digests: set[str], roots: Mapping[str, str], since: float) -> Finding | None:
+def _check(clip: Clip, digests: set[str], roots: Mapping[str, Root], since: float) -> Finding | None:
     root = roots.get(clip.dataset, roots.get(""))
     if root is None:
         problem = f"no run records where the media of {clip.dataset} are"

@@ -29,7 +29,7 @@ from featurestore.writer import StoreWriter
 from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import MediaError, MervCacheError
 from pipeline.datasets import DatasetListing
-from pipeline.media import DigestCache, Source, newest_touch_s
+from pipeline.media import DigestCache, Root, Source, newest_touch_s
 from pipeline.plan import PlannedBlock, StoreView
 
 log = logging.getLogger(__name__)
@@ -221,7 +221,7 @@ def _stored_clips(
 class _Scanner:
     """Checks the media under a root, from several threads."""
 
-    root: str
+    root: Root
     cache: DigestCache
     starts: RunStarts
     full: bool  # ignore dates and cached digests
@@ -261,7 +261,7 @@ class _Scanner:
             self.progress.advance()
 
 
-def _file_touch_s(root: str, path: str) -> float | None:
+def _file_touch_s(root: Root, path: str) -> float | None:
     """`newest_touch_s` of a file, or of the link to one, in one or two system calls: a million clips are checked."""
     try:
         full_path = os.path.join(root, path)

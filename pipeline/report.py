@@ -9,7 +9,7 @@ import base64
 import html
 import io
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -31,6 +31,7 @@ from featurestore.quality import (
 from featurestore.store import FeatureStore
 from mervcache.console import format_bytes, format_duration
 from mervcache.errors import MervCacheError, UserError
+from pipeline.media import Root
 from pipeline.status import store_status
 from pipeline.summary import media_roots, prediction_text
 from pipeline.worker.reports import DECODING
@@ -121,7 +122,7 @@ def _note(text: str) -> str:
     return f"<p class='quiet'>{html.escape(text)}</p>"
 
 
-def _clips_html(store: FeatureStore, num_clips: int, roots: dict[str, str]) -> str:
+def _clips_html(store: FeatureStore, num_clips: int, roots: Mapping[str, Root]) -> str:
     """Frames and token maps of clips that are committed for every encoder, spread evenly over the store."""
     clips = [clip for clip in store.clips.to_pylist() if all(clip[key] for key in store.encoders)]
     clips.sort(key=lambda clip: clip["kind"] != "video")  # videos first: stills repeat themselves
@@ -147,7 +148,7 @@ def _clips_html(store: FeatureStore, num_clips: int, roots: dict[str, str]) -> s
     return "".join(parts)
 
 
-def _thumbnails(clip: dict, roots: dict[str, str]) -> np.ndarray | None:
+def _thumbnails(clip: dict, roots: Mapping[str, Root]) -> np.ndarray | None:
     """uint8 [STEPS or 1, S, S, 3], or None where the media cannot be read."""
     from pipeline.decode.decoders import decode_clip
     from pipeline.decode.sampling import DecodeJob

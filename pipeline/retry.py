@@ -17,6 +17,7 @@ from mervcache.errors import MediaError
 from pipeline.config import EngineSettings, ExtractConfig
 from pipeline.datasets import DatasetListing
 from pipeline.decode.pool import decode_ahead
+from pipeline.media import Root
 from pipeline.plan import StoreView, plan_blocks
 from pipeline.run_encoders import on_a_worker
 
@@ -57,13 +58,13 @@ def plan_retry(
     if not to_decode or config.reuse:  # the other store may have tokens of media that cannot be decoded here
         return RetryPlan(clips=clips)
     reasons = on_a_worker(
-        client, config, try_decoding, config.engine_settings, str(listing.root), to_decode, config.accept_damaged
+        client, config, try_decoding, config.engine_settings, listing.root, to_decode, config.accept_damaged
     )
     same = {clip_id for clip_id, reason in reasons.items() if failed[clip_id] == {("clip", reason)}}
     return RetryPlan(clips=tuple(clip for clip in clips if clip.clip_id not in same), unchanged=len(same))
 
 
-def try_decoding(settings: EngineSettings, root: str, clips: list[Clip], accept_damaged: bool) -> dict[str, str]:
+def try_decoding(settings: EngineSettings, root: Root, clips: list[Clip], accept_damaged: bool) -> dict[str, str]:
     """Clip id -> reason of those that cannot be decoded; run by a worker."""
     from pipeline.worker.engine import decode_job, engine_for
 

@@ -17,6 +17,7 @@ from featurestore.clips import Clip
 from featurestore.identity import FeatureIdentity
 from featurestore.transfer.merge import StoreCells, copy_cell
 from mervcache.errors import MediaError
+from pipeline.media import Root
 
 if TYPE_CHECKING:
     from featurestore.group_writer import BlockWriter
@@ -76,7 +77,7 @@ def _file_and_span(clip: Clip) -> tuple:
 
 def copy_cells(
     task: ReuseTask,
-    root: str,
+    root: Root,
     clips: Mapping[int, Clip],
     kind: str,
     writers: Mapping[str, BlockWriter],

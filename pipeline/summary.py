@@ -7,6 +7,7 @@ read back by `explain`, `quarantine retry`, `status` and forecasts.
 from __future__ import annotations
 
 import json
+import os
 import socket
 import time
 import uuid
@@ -21,7 +22,8 @@ from featurestore.store import FeatureStore
 from mervcache.console import format_bytes, format_duration, plural
 from mervcache.errors import UserError
 from pipeline.config import ExtractConfig
-from pipeline.datasets import DatasetListing
+from pipeline.datasets import LINKS_OPTION, DatasetListing
+from pipeline.media import MediaRoot, Root
 from pipeline.worker.reports import BlockReport
 
 FIRST_SHARE = 0.05  # of the clips: then the pace is known, and most of the run is still to come
@@ -42,6 +44,7 @@ class ExtractSummary:
     failed: int = 0
     missing: dict[str, int] = field(default_factory=dict)  # folder -> media listed but absent
     rejected: dict[str, int] = field(default_factory=dict)  # reason -> annotation records refused
+    skipped: dict[str, int] = field(default_factory=dict)  # what the dataset does not read by its rules -> files
     unchanged: int = 0  # quarantined clips that were tried again and fail as before
     reasons: dict[str, int] = field(default_factory=dict)  # why clips were quarantined
     frames: int = 0
@@ -70,6 +73,7 @@ class ExtractSummary:
             samples=sum(len(samples) for samples in listing.samples.values()),
             missing=dict(listing.missing),
             rejected={reason: records.count for reason, records in listing.rejected.items()},
+            skipped=dict(listing.skipped),
         )
 
     def add(self, block: BlockReport) -> None:
@@ -114,7 +118,8 @@ def run_record(
     return {
         "started": started,
         "host": socket.gethostname(),
-        "root": listing.root,
+        "root": str(listing.root),
+        **({"media_links": listing.root.links} if isinstance(listing.root, MediaRoot) else {}),
         "config": config.to_dict(),
         "versions": software_versions(),
         "encoders": {name: dict(entry) for name, entry in encoders.items()},
@@ -274,6 +279,22 @@ def settings_of(run: Mapping[str, Any], *, without: Collection[str] = ()) -> dic
     return settings | {"grid": settings.get("grid") or "raw"}
 
 
-def media_roots(runs: Iterable[Mapping], root: str | None) -> dict[str, str]:
+def media_roots(runs: Iterable[Mapping], root: str | None) -> dict[str, Root]:
     """Dataset -> folder of its media: as given, else as in its newest run; "" is the key for every other dataset."""
-    return {"": root} if root else {run["config"]["dataset"]: run["root"] for run in runs}
+    newest = {run["config"]["dataset"]: run for run in runs}
+    if not root:
+        return {dataset: media_root(run) for dataset, run in newest.items()}
+    return {"": root} | {dataset: media_root(run, root) for dataset, run in newest.items()}
+
+
+def media_root(run: Mapping, root: str | None = None) -> Root:
+    """Where a run's media are: under `root` now, or where they were; its links may lead where it allowed them to.
+
+    A folder of links that the run named relative to its root is looked for relative to the root of now.
+    """
+    links = run.get("media_links", "")
+    if not links:
+        return root or run["root"]
+    if root:
+        links = os.path.normpath(os.path.join(os.path.abspath(root), run["config"]["options"][LINKS_OPTION]))
+    return MediaRoot(os.path.abspath(root) if root else run["root"], links)

@@ -35,6 +35,7 @@ from pipeline.datasets import list_clips
 from pipeline.decode.sampling import Decoded
 from pipeline.encoders.network import EncoderNetwork, build_network
 from pipeline.encoders.weights import fill_random, weights_by_encoder
+from pipeline.media import Root
 from pipeline.worker.engine import Engine, TokenEncoder, decode_job, encode_batch, free_cores
 from trainer.config import LISTING, TrainConfig, used_encoders
 from trainer.data.batches import named_samples
@@ -66,7 +67,7 @@ def live_source(
     extract = _extract_config(config, settings, config_file)
     listing = list_clips(extract)
     samples = named_samples(config.samples, sorted(listing.samples), listing.samples.__getitem__)
-    extract, parts = replace(extract, root=listing.root), parts_of(config.projector)
+    extract, parts = replace(extract, root=str(listing.root)), parts_of(config.projector)
     with closing(Engine(_settings_of_this_rank(replace(extract.engine_settings, encoders=())))) as engine:
         frozen, trained = {}, {}
         for encoder in extract.encoder_settings:
@@ -225,7 +226,7 @@ class LiveTokens(TokenSource):
         self._prefetch = ClipPrefetch(self._submit, self._num_ahead)
         self._lock = threading.Lock()  # one fetch at a time: a device runs one encoder at a time anyway
 
-    def include(self, root: str, clips: Iterable[Clip]) -> None:
+    def include(self, root: Root, clips: Iterable[Clip]) -> None:
         """Add clips that may be fetched; their paths are relative to `root`."""
         self._clips.update((clip.clip_id, (root, clip)) for clip in clips)
 

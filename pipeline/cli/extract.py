@@ -15,6 +15,7 @@ import click
 from featurestore.locate import Place, find_store, store_first
 from jobs.slurm import TEMPLATES, submit_script
 from mervcache.console import CONTEXT, ProgressLine, handle_interrupts
+from mervcache.errors import EXIT_WITH_FAILURES
 from pipeline.cli.options import (
     AS_JSON,
     CLUSTER_OPTION,
@@ -80,6 +81,8 @@ def extract(config_file: str | None, print_config: bool, as_json: bool, **option
             return
         summary = run_extraction(config)
         print_result(summary.to_dict(), as_json, lambda: render.summary(summary))
+        if summary.rejected:
+            sys.exit(EXIT_WITH_FAILURES)
 
 
 @click.command()

@@ -12,6 +12,7 @@ from featurestore.quality import VERDICTS, ParityRecord, TokenRecord, token_note
 from featurestore.transfer.merge import Combined
 from featurestore.transfer.sync import Transferred
 from mervcache.console import bold, console, format_bytes, format_duration, plural, table
+from pipeline.datasets import link_advice, options_of
 from pipeline.explain import EncoderChange, Explanation
 from pipeline.status import EncoderProgress, StoreProgress
 from pipeline.summary import prediction_text
@@ -83,6 +84,9 @@ def summary(result) -> None:
     counted("quarantined", "clips", result.reasons)
     counted("listed but absent", "media", result.missing)
     counted("refused at listing", "records", result.rejected)
+    counted("not read", "count", result.skipped)
+    for line in link_advice(result.rejected):
+        out.print(line, soft_wrap=True)
     if result.reused:
         out.print(f"{result.reused} (clip, encoder) pairs were copied from another store")
     if result.halvings:
@@ -204,6 +208,10 @@ def forecast(result) -> None:
             f"{format_duration(result.startup_s)} of the whole is a worker's start."
         )
     counted("listed but absent", "media", result.missing)
+    counted("refused at listing", "records", result.rejected)
+    counted("not read", "count", result.skipped)
+    for line in link_advice(result.rejected):
+        out.print(line, soft_wrap=True)
 
 
 def encoder_row(spec) -> dict[str, Any]:
@@ -229,7 +237,7 @@ def dataset_row(spec) -> dict[str, Any]:
 
 
 def dataset_details(spec) -> dict[str, Any]:
-    options = {f"options: {name}": f"{o.help} (default: {o.default})" for name, o in spec.options.items()}
+    options = {f"options: {name}": f"{o.help} (default: {o.default})" for name, o in options_of(spec).items()}
     stages = ", ".join(spec.stages) or "none: it has no samples"
     return {**dataset_row(spec), "stages": stages, "what to get": spec.download, **options}
 

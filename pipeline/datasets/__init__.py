@@ -6,6 +6,7 @@ Listing opens no media, and importing this package nothing heavy: the command li
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,14 +16,32 @@ from typing import TYPE_CHECKING, Any
 from featurestore.clips import KINDS
 from mervcache.errors import UserError, unknown_name
 from pipeline.datasets import demo, evaluation, folder, videollava, webdataset
-from pipeline.datasets.base import DatasetListing, DatasetSpec, ListingBuilder, Option, Rejected
+from pipeline.datasets.base import (
+    DatasetListing,
+    DatasetSpec,
+    ListingBuilder,
+    Option,
+    Rejected,
+    check_has_clips,
+    link_advice,
+    loss_lines,
+)
 
 if TYPE_CHECKING:
     from pipeline.config import ExtractConfig
 
+log = logging.getLogger(__name__)
+
 DATASETS: dict[str, DatasetSpec] = {
     spec.name: spec for spec in (demo.SPEC, videollava.SPEC, webdataset.SPEC, folder.SPEC, evaluation.SPEC)
 }
+
+LINKS_OPTION = "media_links"
+LINKS = Option(
+    default="",
+    help="folder outside the root that links under it may lead into, absolute or relative to the root, such as "
+    "../../blobs in a Hub cache; empty: links that leave the root are refused",
+)
 
 __all__ = [
     "DATASETS",
@@ -30,16 +49,23 @@ __all__ = [
     "DatasetSpec",
     "Option",
     "Rejected",
+    "check_has_clips",
     "dataset_spec",
+    "link_advice",
     "list_clips",
     "load_dataset",
+    "loss_lines",
+    "options_of",
 ]
 
 
 def list_clips(config: ExtractConfig) -> DatasetListing:
-    """List the clips of an extraction; errors are those of `load_dataset`."""
+    """List the clips of an extraction and log what is left out; errors are those of `load_dataset`."""
     filters = {"stage": config.stage, "kind": config.kind, "limit": config.limit}
-    return load_dataset(config.dataset, config.root, **filters, **config.options)
+    listing = load_dataset(config.dataset, config.root, **filters, **config.options)
+    for line in loss_lines(listing):
+        log.warning(line)
+    return listing
 
 
 def load_dataset(
@@ -56,10 +82,11 @@ def load_dataset(
     Raises `UserError` for a request that cannot be met; a record that is malformed is counted in `rejected` instead.
     """
     spec = dataset_spec(name)
-    if unknown := sorted(set(options) - set(spec.options)):
-        known = ", ".join(spec.options) or "none"
+    known_options = options_of(spec)
+    if unknown := sorted(set(options) - set(known_options)):
+        known = ", ".join(known_options) or "none"
         raise UserError(f"dataset {name} has no option {', '.join(unknown)}; its options are: {known}")
-    settings = {key: options.get(key, option.default) for key, option in spec.options.items()}
+    settings = {key: options.get(key, option.default) for key, option in known_options.items()}
     for what, value, choices in ((f"stage of {name}", stage, spec.stages), ("kind", kind, KINDS)):
         if value is not None and value not in choices:
             known = ", ".join(choices) or "(none: it has no samples)"
@@ -78,10 +105,24 @@ def load_dataset(
             f"the root of dataset {name}, {folder}, {state}.\n{spec.download}\n"
             "Give another place with --root DIR, or try everything without a download: --dataset demo"
         )
-    builder = ListingBuilder(name, folder, stage)
+    builder = ListingBuilder(name, folder, stage, _links_folder(folder, settings.pop(LINKS_OPTION, "")))
     with _gc_paused():
         spec.collect(builder, settings)
         return builder.finish(kind=kind, limit=limit, look=not spec.lists_media)
+
+
+def options_of(spec: DatasetSpec) -> dict[str, Option]:
+    """A dataset's own options and, where it reads media of others, `media_links`."""
+    return {**spec.options} if spec.makes_root else {**spec.options, LINKS_OPTION: LINKS}
+
+
+def _links_folder(root: Path, given: object) -> str:
+    if not given:
+        return ""
+    folder = os.path.normpath(os.path.join(root, str(given)))
+    if not os.path.isdir(folder):
+        raise UserError(f"option {LINKS_OPTION} must be a folder that links under {root} may lead into, got {folder}")
+    return folder
 
 
 def dataset_spec(name: str) -> DatasetSpec:

@@ -7,6 +7,7 @@ listing picks them up when they have appeared.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import posixpath
@@ -16,12 +17,24 @@ from pathlib import Path
 from typing import Any
 
 from featurestore.clips import Clip, Kind, Sample, Turn, check_relative_path
+from mervcache.console import plural
 from mervcache.errors import UserError
+from pipeline.media import MediaRoot, allowed_folders, is_inside
 
 EXAMPLES_KEPT = 5  # of refused records, per reason
 REASONS_KEPT = 100  # a reason may quote a key of the record
 OTHER_REASONS = "other reasons"
+OUTSIDE_FILE = "a linked file whose target is outside the root"
+OUTSIDE_FOLDER = "a linked folder whose target is outside the root"
+NOT_FOLLOWED = "a linked folder is not followed"
+LINK_ADVICE = "to read what links lead to outside the root, name that folder: --option media_links=DIR"
 MAX_EXACT_FLOAT = 2.0**53  # beyond it neighbouring whole numbers are one float
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+FOLDER_FAULTS = {  # of one folder: they cost its clips and not the listing
+    errno.ELOOP: "media folder is a loop of links",
+    errno.EACCES: "media folder may not be listed: permission denied",
+    errno.EPERM: "media folder may not be listed: permission denied",
+}
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 
 
@@ -38,12 +51,36 @@ class DatasetListing:
     """A dataset as extraction reads it: clips to encode, and their samples."""
 
     name: str
-    root: str  # absolute folder that clip paths are relative to
+    root: str | MediaRoot  # absolute folder that clip paths are relative to
     clips: tuple[Clip, ...]  # unique, present, in annotation order
     samples: Mapping[str, tuple[Sample, ...]]  # NAME of samples/NAME.parquet -> samples of listed clips or of none
     missing: Mapping[str, int] = field(default_factory=dict)  # folder -> clips whose media are not there
     rejected: Mapping[str, Rejected] = field(default_factory=dict)  # reason -> records refused for it
+    skipped: Mapping[str, int] = field(default_factory=dict)  # what a dataset does not read by its rules -> files
     notes: tuple[str, ...] = ()  # what was chosen on the user's behalf
+
+
+def loss_lines(listing: DatasetListing) -> list[str]:
+    """What a listing left out, with examples, a line for each reason."""
+    lines = [
+        f"refused: {plural(records.count, 'record')}, {reason}; such as {', '.join(records.examples[:2])}"
+        for reason, records in listing.rejected.items()
+    ]
+    lines += [f"absent: media of {plural(count, 'clip')} in {folder}" for folder, count in listing.missing.items()]
+    lines += [f"not read: {count} {what}" for what, count in listing.skipped.items()]
+    return lines + link_advice(listing.rejected)
+
+
+def link_advice(reasons: Iterable[str]) -> list[str]:
+    """The next step where links were refused."""
+    return [LINK_ADVICE] if {OUTSIDE_FILE, OUTSIDE_FOLDER, NOT_FOLLOWED} & set(reasons) else []
+
+
+def check_has_clips(listing: DatasetListing) -> None:
+    """Raise `UserError` for a listing without a clip, with what was left out."""
+    if not listing.clips:
+        lines = "".join(f"\n  {line}" for line in loss_lines(listing)[:20])
+        raise UserError(f"dataset {listing.name} lists no clip under {listing.root}: there is nothing to encode{lines}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,17 +113,24 @@ class RecordError(Exception):
 class ListingBuilder:
     """Gathers clips and samples in annotation order; `finish` filters them and looks for their media."""
 
-    def __init__(self, name: str, root: Path, stage: str | None = None) -> None:
+    def __init__(self, name: str, root: Path, stage: str | None = None, links: str = "") -> None:
         self.name = name
         self.root = root
+        self.links = links  # absolute folder that links under the root may lead into; "": none
         self.stage = stage  # None: all
         self.notes: list[str] = []
         self.missing: dict[str, int] = {}
+        self.skipped: dict[str, int] = {}
         self._clips: dict[str, Clip] = {}  # clip id -> clip
         self._known: dict[tuple, str] = {}  # what names a clip -> clip id: building a Clip costs ten times a look-up
         self._samples: dict[str, list[Sample]] = {}
         self._sample_ids: set[str] = set()
         self._rejected: dict[str, list] = {}
+
+    @property
+    def media_root(self) -> str | MediaRoot:
+        """The root, with the folder that its links may lead into."""
+        return MediaRoot(str(self.root), self.links) if self.links else str(self.root)
 
     def wants(self, stage: str) -> bool:
         """True if samples of this stage are requested."""
@@ -141,6 +185,16 @@ class ListingBuilder:
         if len(entry[1]) < EXAMPLES_KEPT:
             entry[1].append(str(example)[:200].encode("utf-8", "replace").decode())
 
+    @property
+    def has_rejected(self) -> bool:
+        return bool(self._rejected)
+
+    def skip(self, what: str, count: int = 1) -> None:
+        """Count files that the dataset does not read by its rules."""
+        if len(self.skipped) >= REASONS_KEPT and what not in self.skipped:
+            what = "other files"
+        self.skipped[what] = self.skipped.get(what, 0) + count
+
     def miss(self, folder: str, count: int = 1) -> None:
         """Count clips whose media are not there and whose very names are unknown."""
         self.missing[folder] = self.missing.get(folder, 0) + count
@@ -149,18 +203,22 @@ class ListingBuilder:
         """Filter, drop what has no media on disk (`look`), and freeze."""
         clips = [clip for clip in self._clips.values() if kind in (None, clip.kind)]
         if look:
-            absent = find_missing(self.root, clips)
+            absent, refused = find_missing(self.media_root, clips)
             for folder, paths in absent.items():
                 self.miss(folder or ".", sum(paths.values()))
-            clips = [clip for clip in clips if clip.path not in absent.get(clip.path.rpartition("/")[0], ())]
+            for path, reason in refused.items():
+                self.reject(reason, path)
+            absent_paths = {path for paths in absent.values() for path in paths}
+            clips = [clip for clip in clips if clip.path not in absent_paths and clip.path not in refused]
         clips = clips[:limit]
         return DatasetListing(
             name=self.name,
-            root=str(self.root),
+            root=self.media_root,
             clips=tuple(clips),
             samples=self._kept_samples({clip.clip_id for clip in clips}, kind, limit),
             missing=dict(sorted(self.missing.items())),
             rejected={why: Rejected(count=n, examples=tuple(seen)) for why, (n, seen) in self._rejected.items()},
+            skipped=dict(sorted(self.skipped.items())),
             notes=tuple(self.notes),
         )
 
@@ -190,37 +248,52 @@ def is_safe(path: str) -> bool:
     return True
 
 
-def find_missing(root: Path, clips: Iterable[Clip]) -> dict[str, dict[str, int]]:
-    """Folder -> media path -> clips of it, for media that are not on disk.
+def find_missing(
+    root: str | Path | MediaRoot, clips: Iterable[Clip]
+) -> tuple[dict[str, dict[str, int]], dict[str, str]]:
+    """Folder -> media path -> clips of it, for media that are not on disk; and media path -> why it is refused.
 
-    One scandir per folder and no stat per file: on a network share a stat costs a round trip, and the whole training
-    set has 0.4 million files. Members of tar archives are not for here: their datasets list them from the archives.
+    One scandir per folder and no stat per file, except for links: on a network share a stat costs a round trip, and the
+    whole training set has 0.4 million files. Members of tar archives are not for here: their datasets list them from
+    the archives.
     """
     wanted: dict[str, dict[str, int]] = {}
     for clip in clips:
         paths = wanted.setdefault(clip.path.rpartition("/")[0], {})
         paths[clip.path] = paths.get(clip.path, 0) + 1
-    missing = {}
-    real_root = os.path.realpath(root)
+    missing: dict[str, dict[str, int]] = {}
+    refused: dict[str, str] = {}
+    allowed = allowed_folders(root)
     for folder, paths in wanted.items():
-        place = root / folder
+        place = os.path.join(root, folder)
         try:
+            if not is_inside(os.path.realpath(place), allowed):
+                refused |= dict.fromkeys(paths, OUTSIDE_FOLDER)
+                continue
             with os.scandir(place) as entries:
-                names = frozenset(entry.name for entry in entries)
-        except (FileNotFoundError, NotADirectoryError):
-            missing[folder] = paths
-            continue
+                is_link = {entry.name: entry.is_symlink() for entry in entries}
         except OSError as error:
-            raise UserError(f"media folder {place} cannot be listed: {error.strerror}") from error
-        real_place = os.path.realpath(place)
-        if os.path.commonpath((real_root, real_place)) != real_root:
-            raise UserError(
-                f"media folder {place} is a link out of the dataset root, and nothing outside the root is read; "
-                f"bind-mount {real_place} there, or make the root a folder that holds both"
-            )
-        if absent := {path: n for path, n in paths.items() if path.rpartition("/")[2] not in names}:
+            if error.errno in FOLDER_FAULTS:
+                refused |= dict.fromkeys(paths, FOLDER_FAULTS[error.errno])
+            elif error.errno in ABSENT:
+                missing[folder] = paths
+            else:
+                raise UserError(f"media folder {place} cannot be listed: {error.strerror}") from error
+            continue
+        absent = {}
+        for path, count in paths.items():
+            name = path.rpartition("/")[2]
+            if name not in is_link:
+                absent[path] = count
+            elif is_link[name]:
+                real = os.path.realpath(os.path.join(place, name))
+                if not is_inside(real, allowed):
+                    refused[path] = OUTSIDE_FILE
+                elif not os.path.exists(real):
+                    absent[path] = count
+        if absent:
             missing[folder] = absent
-    return missing
+    return missing, refused
 
 
 def parse_turns(conversation: object) -> tuple[Turn, ...]:
@@ -265,7 +338,7 @@ def media_path(root: Path, text: object) -> str:
     "./v/a.mp4", "v//a.mp4", "v/x/../a.mp4", "v\\\\a.mp4" and an absolute path under the root name the same file.
     """
     path = check_text(text)
-    if "://" in path:
+    if "://" in path and path.isprintable():
         raise RecordError("media path is a URL, and only files under the root are read")
     if path.startswith(f"{root}/"):
         path = path[len(str(root)) + 1 :]

@@ -1,7 +1,7 @@
 """Folder: every video and image under a root, without annotations or samples.
 
-One clip per file with a known extension, sorted by path. Hidden files and folders are skipped; linked folders, and
-linked files whose target is outside the root, are refused and counted.
+One clip per file with a known extension, sorted by path. Hidden files and folders and files with other extensions are
+skipped and counted; what links out of the root, and a linked folder whose files are listed elsewhere, is refused.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from mervcache.errors import UserError
-from pipeline.datasets.base import DatasetSpec, ListingBuilder, RecordError
-from pipeline.media import kind_of_path
+from pipeline.datasets.base import NOT_FOLLOWED, OUTSIDE_FILE, DatasetSpec, ListingBuilder, RecordError
+from pipeline.media import allowed_folders, is_inside, kind_of_path
 
 
 def collect(builder: ListingBuilder, options: Mapping[str, Any]) -> None:
@@ -22,25 +22,43 @@ def collect(builder: ListingBuilder, options: Mapping[str, Any]) -> None:
     def cannot_list(error: OSError) -> NoReturn:
         raise UserError(f"media folder {error.filename} cannot be listed: {error.strerror}") from error
 
-    paths = []  # POSIX, relative to the root
-    for folder, folders, files in os.walk(builder.root, onerror=cannot_list):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        inside = os.path.relpath(folder, builder.root)
-        prefix = "" if inside == "." else inside + "/"
-        for name in folders:  # os.walk lists a linked folder and does not enter it
-            if os.path.islink(os.path.join(folder, name)):
-                builder.reject("a linked folder is not followed", prefix + name)
-        paths += [prefix + name for name in files if not name.startswith(".") and kind_of_path(name)]
-    if not paths:
+    root, allowed = str(builder.root), allowed_folders(builder.media_root)
+    paths: list[str] = []  # POSIX, relative to the root
+    to_walk, linked = [root], set()
+    while to_walk:
+        for folder, folders, files in os.walk(to_walk.pop(), onerror=cannot_list):
+            if hidden := [name for name in folders if name.startswith(".")]:
+                builder.skip("hidden folders", len(hidden))
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            inside = os.path.relpath(folder, root)
+            prefix = "" if inside == "." else inside + "/"
+            for name in folders:  # os.walk lists a linked folder and does not enter it
+                path = os.path.join(folder, name)
+                if not os.path.islink(path):
+                    continue
+                real = os.path.realpath(path)
+                if is_inside(real, allowed[1:]) and real not in linked:
+                    linked.add(real)  # once: links may form a loop
+                    to_walk.append(path)
+                else:
+                    builder.reject(NOT_FOLLOWED, prefix + name)
+            for name in files:
+                if name.startswith("."):
+                    builder.skip("hidden files")
+                elif kind_of_path(name):
+                    paths.append(prefix + name)
+                else:
+                    builder.skip(f"files that end in {os.path.splitext(name)[1].lower()[:12] or 'no extension'}")
+    if not paths and not builder.has_rejected:
+        others = ", ".join(f"{count} {what}" for what, count in builder.skipped.items())
         raise UserError(
-            f"no video or image under {builder.root} (links to folders are not followed): give --root the folder that "
+            f"no video or image under {builder.root}{f' ({others})' if others else ''}: give --root the folder that "
             "holds them"
         )
-    real_root = os.path.realpath(builder.root)
     for path in sorted(paths):
-        file = os.path.join(real_root, path)
-        if os.path.islink(file) and os.path.commonpath((real_root, os.path.realpath(file))) != real_root:
-            builder.reject("a linked file whose target is outside the root", path)
+        file = os.path.join(root, path)
+        if os.path.islink(file) and not is_inside(os.path.realpath(file), allowed):
+            builder.reject(OUTSIDE_FILE, path)
             continue
         try:
             builder.add_clip(path, kind_of_path(path))

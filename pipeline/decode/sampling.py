@@ -15,6 +15,7 @@ import numpy as np
 from featurestore.clips import Clip
 from mervcache.errors import MediaError, UserError
 from pipeline.decode.resize import resize
+from pipeline.media import MediaRoot, Root
 from pipeline.views import BASE_FRAMES, ResizeRule, View
 
 DEFAULT_DECODER = "frames/1"
@@ -25,7 +26,7 @@ OUT_OF_MEMORY = "decoding needs more memory than a decode process may use"
 class DecodeJob:
     """One clip, and the views wanted of it."""
 
-    root: str  # the dataset's root folder
+    root: Root  # the dataset's root folder
     clip: Clip
     views: tuple[View, ...]  # distinct; their num_frames divide BASE_FRAMES
     decoder: str = DEFAULT_DECODER  # name in `decoders.DECODERS`
@@ -45,7 +46,8 @@ class DecodeJob:
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> DecodeJob:
         views = tuple(View(rule=ResizeRule(**v["rule"]), num_frames=v["num_frames"]) for v in record["views"])
-        return cls(**{**record, "clip": Clip(**record["clip"]), "views": views})
+        root = MediaRoot(**record["root"]) if isinstance(record["root"], dict) else record["root"]
+        return cls(**{**record, "root": root, "clip": Clip(**record["clip"]), "views": views})
 
 
 @dataclass(frozen=True, kw_only=True)

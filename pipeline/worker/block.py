@@ -25,7 +25,7 @@ from mervcache.errors import MediaError, RunStoppedError
 from pipeline.config import EngineSettings
 from pipeline.decode.pool import decode_ahead
 from pipeline.decode.sampling import Decoded
-from pipeline.media import UNREACHABLE, folder_has_gone, resolve_media
+from pipeline.media import UNREACHABLE, Root, folder_has_gone, resolve_media
 from pipeline.reuse import ReuseTask, copy_cells
 from pipeline.worker.engine import Engine, decode_job, encode_batch, engine_for
 from pipeline.worker.reports import DECODING, BlockCounts, BlockReport, EncoderWork
@@ -38,7 +38,7 @@ class BlockTask:
     """Everything a worker needs to compute one block of one kind."""
 
     store: str
-    root: str  # folder of the media
+    root: Root  # folder of the media
     kind: str
     block: int
     rows: tuple[tuple[int, Clip], ...]  # the block's planned rows, in order

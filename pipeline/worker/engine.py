@@ -25,6 +25,7 @@ from pipeline.decode.pool import DecodePool
 from pipeline.decode.sampling import DecodeJob
 from pipeline.encoders import load_encoder
 from pipeline.encoders.weights import weights_fingerprint
+from pipeline.media import Root
 from pipeline.views import View, distinct_views
 from pipeline.worker.reports import EncoderDescription
 
@@ -107,7 +108,7 @@ class HasView(Protocol):
     identity: FeatureIdentity
 
 
-def decode_job(root: str, clip: Clip, encoders: Collection[HasView], *, accept_damaged: bool = False) -> DecodeJob:
+def decode_job(root: Root, clip: Clip, encoders: Collection[HasView], *, accept_damaged: bool = False) -> DecodeJob:
     """The job for the frames that the encoders see of a clip; they must have one decoder, part of their identity."""
     (decoder,) = {encoder.identity.decode for encoder in encoders}
     views = distinct_views(encoder.view for encoder in encoders)

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from featurestore import FeatureStore, verify_store
-from mervcache.errors import MediaError, RunStoppedError
+from mervcache.errors import MediaError, RunStoppedError, UserError
 from pipeline.decode.pool import DecodePool
 from pipeline.media import DENIED_REASON
 from pipeline.worker.block import extract_block
@@ -118,7 +118,7 @@ BROKEN = {
     "valley/picture.mp4": (picture, "not a video: the file is a still image"),
     "valley/too_many.mp4": (too_many_samples, "video holds no frames"),
     "valley/huge.mp4": (huge_frames, "frames are larger than 67108864 pixels"),
-    "valley/link.mp4": (link_out, "media path leads out of the dataset root through a symbolic link"),
+    "valley/link.mp4": (whole_film, "media path leads out of the dataset root through a symbolic link"),
     "valley/hang.mp4": (whole_film, "decoding timed out twice"),
     "valley/crash.mp4": (whole_film, "decoder crashed: signal SIGSEGV"),
     "valley/gone.mp4": (whole_film, "media file is missing"),
@@ -163,7 +163,9 @@ def broken(media_root, extracted, tmp_path_factory):
     whole.extract(encoders=ENCODERS)
     settings = {"encoders": ENCODERS, "decode_timeout_s": 1.5, "decode_processes": 2}
     spoilt.plan(**settings)
-    (spoilt.root / "valley/gone.mp4").unlink()  # between planning and decoding
+    (spoilt.root / "valley/gone.mp4").unlink()  # between planning and decoding, as the next two lines
+    (spoilt.root / "valley/link.mp4").unlink()
+    link_out(spoilt, spoilt.root / "valley/link.mp4")
     engine = engine_for(spoilt.config(**settings).engine_settings)
     engine.pool.close()
     engine.pool = DecodePool(2, timeout_s=1.5, worker_command=MOODY)
@@ -217,7 +219,8 @@ def test_every_other_clip_is_committed_with_the_bytes_it_has_beside_whole_files(
 
 def test_paths_that_leave_the_root_are_refused_and_counted_and_never_become_clips(broken):
     lab, summary, _ = broken
-    assert summary.rejected == {"media path is unsafe": len(UNSAFE)}
+    linked = {"a linked file whose target is outside the root": 1}  # listed again, after it became a link
+    assert summary.rejected == {"media path is unsafe": len(UNSAFE), **linked}
     paths = FeatureStore.open(lab.store).clips["path"].to_pylist()
     assert not set(UNSAFE) & set(paths)
 
@@ -257,7 +260,8 @@ def test_when_all_media_vanish_the_run_stops_and_nothing_is_quarantined(lab):
     with pytest.raises(RunStoppedError, match=r"all 4 media files of a block .*mount the share again"):
         extract_block(tasks[0])
     assert not list(lab.store.glob("receipts/*/*/*"))
-    assert lab.extract(encoders=("siglip",)).failed == 0  # nothing is listed, nothing to do
+    with pytest.raises(UserError, match=r"lists no clip under .*\n.*absent: media of 5 clips"):
+        lab.extract(encoders=("siglip",))
 
 
 def test_when_a_folder_of_media_is_unmounted_the_run_stops_though_others_are_there(lab):

@@ -114,6 +114,16 @@ def test_a_frame_folder_lists_its_images_in_the_order_of_their_numbers(root):
     assert [path.name for path in media.paths] == ["f1.jpg", "f9.jpg", "f10.jpg"]
 
 
+def test_a_frame_folder_keeps_its_frames_whatever_else_is_in_it(root):
+    frames = root / "frames"
+    frames.mkdir()
+    for name in ("f2.ppm", "f1.PPM"):
+        (frames / name).write_bytes(b"x")
+    assert [path.name for path in resolve_media(root, "frames").paths] == ["f1.PPM", "f2.ppm"]
+    (frames / "f1.jpg").write_bytes(b"x")
+    assert [path.name for path in resolve_media(root, "frames").paths] == ["f1.jpg"]
+
+
 def test_a_frame_folder_without_images_or_with_a_frame_from_outside_is_refused(root, tmp_path):
     assert reason(root, "videos") == "frame folder holds no images"
     (root / "frames").mkdir()

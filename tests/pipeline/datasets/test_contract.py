@@ -1,5 +1,7 @@
 """What every dataset promises, whatever its layout."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from featurestore.clips import KINDS, check_relative_path
-from mervcache.errors import UserError
-from pipeline.datasets import DATASETS, DatasetListing, load_dataset
+from mervcache.errors import MediaError, UserError
+from pipeline.datasets import DATASETS, DatasetListing, check_has_clips, load_dataset, loss_lines, options_of
 from pipeline.media import resolve_media
 from tests.pipeline.datasets import conftest as layouts
 
@@ -89,6 +91,7 @@ def test_filters_that_are_unknown_list_the_known(dataset):
         load_dataset(name, root, limit=0)
     with pytest.raises(UserError, match="has no option colour; its options are"):
         load_dataset(name, root, colour="blue")
+    assert ("media_links" in options_of(DATASETS[name])) != DATASETS[name].makes_root
 
 
 def test_a_missing_root_says_what_to_get_and_offers_the_demo(dataset, tmp_path, monkeypatch):
@@ -139,12 +142,92 @@ def test_a_whole_folder_that_is_not_there_is_counted_as_one(tmp_path):
     assert load_dataset("videollava", root).missing == {"videochatgpt_tune": 2}
 
 
-def test_a_media_folder_that_links_out_of_the_root_is_refused_before_any_work(tmp_path):
+def test_a_media_folder_that_links_out_of_the_root_costs_its_clips_and_not_the_listing(tmp_path):
     root = layouts.make_videollava(tmp_path / "root")
     (root / "videochatgpt_tune").rename(tmp_path / "elsewhere")
     (root / "videochatgpt_tune").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="link out of the dataset root"):
-        load_dataset("videollava", root)
+    listing = load_dataset("videollava", root)
+    assert [clip.path for clip in listing.clips] == ["llava_image_tune/gqa/b.jpg"]
+    rejected = listing.rejected["a linked folder whose target is outside the root"]
+    assert (rejected.count, rejected.examples) == (2, ("videochatgpt_tune/a.mp4", "videochatgpt_tune/c.mp4"))
+    assert any("media_links" in line for line in loss_lines(listing))
+    assert listing.missing == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("loop", "media folder is a loop of links"), ("x" * 300, None), ("file", None), ("nothing", None)],
+)
+def test_a_folder_that_cannot_be_listed_costs_its_clips_and_not_the_listing(tmp_path, name, reason):
+    root = layouts.make_videollava(tmp_path / "root")
+    (root / "loop").symlink_to("loop")
+    (root / "file").write_bytes(b"x")
+    records = json.loads((root / "valley_llavaimage.json").read_text())
+    layouts.write(root / "valley_llavaimage.json", [*records, records[0] | {"video": f"{name}/a.mp4"}])
+    listing = load_dataset("videollava", root)
+    assert len(listing.clips) == 3
+    assert {why: found.count for why, found in listing.rejected.items()} == ({reason: 1} if reason else {})
+    assert listing.missing == ({} if reason else {name: 1})
+
+
+def hub_cache(folder: Path) -> Path:
+    """A dataset as `huggingface_hub.snapshot_download` leaves it: files are links to ../../blobs; returns the root."""
+    source, root = layouts.make_videollava(folder / "source"), folder / "hub/snapshots/rev"
+    for number, path in enumerate(sorted(path for path in source.rglob("*") if path.is_file())):
+        blob = layouts.write(folder / f"hub/blobs/{number}", path.read_bytes())
+        link = root / path.relative_to(source)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return root
+
+
+@pytest.mark.parametrize("dataset_name", ["videollava", "folder"])
+def test_links_into_a_folder_that_is_named_are_read_as_if_they_were_files(tmp_path, dataset_name):
+    root = hub_cache(tmp_path)
+    plain = load_dataset(dataset_name, tmp_path / "source")
+    closed = load_dataset(dataset_name, root)
+    assert closed.clips == ()
+    assert closed.rejected["a linked file whose target is outside the root"].count == 3
+    with pytest.raises(UserError, match="media_links=DIR"):
+        check_has_clips(closed)
+    for links in ("../../blobs", str(tmp_path / "hub/blobs")):
+        opened = load_dataset(dataset_name, root, media_links=links)
+        assert opened.clips == plain.clips
+        assert opened.samples == plain.samples
+        assert opened.rejected == {}
+        for clip in opened.clips:
+            found = resolve_media(opened.root, clip.path)
+            assert found.path.parent == Path(os.path.realpath(tmp_path / "hub/blobs"))
+            with pytest.raises(MediaError, match="out of the dataset root"):
+                resolve_media(str(opened.root), clip.path)
+
+
+def test_links_to_anywhere_else_stay_refused_and_dangling_ones_are_absent(tmp_path):
+    root = hub_cache(tmp_path)
+    layouts.write(tmp_path / "secret.mp4")
+    for name, target in (("a", tmp_path / "secret.mp4"), ("c", tmp_path / "hub/blobs/gone")):
+        (root / f"videochatgpt_tune/{name}.mp4").unlink()
+        (root / f"videochatgpt_tune/{name}.mp4").symlink_to(target)
+    listing = load_dataset("videollava", root, media_links="../../blobs")
+    assert [clip.path for clip in listing.clips] == ["llava_image_tune/gqa/b.jpg"]
+    assert listing.rejected["a linked file whose target is outside the root"].examples == ("videochatgpt_tune/a.mp4",)
+    assert listing.missing == {"videochatgpt_tune": 1}
+    with pytest.raises(UserError, match="must be a folder"):
+        load_dataset("videollava", root, media_links="../nothing")
+
+
+def test_a_linked_folder_is_read_where_it_leads_into_the_folder_that_is_named(tmp_path):
+    root = layouts.make_videollava(tmp_path / "root")
+    (root / "videochatgpt_tune").rename(tmp_path / "elsewhere")
+    (root / "videochatgpt_tune").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "again").symlink_to(root / "videochatgpt_tune")
+    for name in ("videollava", "folder"):
+        listing = load_dataset(name, root, media_links="../elsewhere")
+        assert sorted(clip.path for clip in listing.clips) == [
+            "llava_image_tune/gqa/b.jpg",
+            "videochatgpt_tune/a.mp4",
+            "videochatgpt_tune/c.mp4",
+        ]
 
 
 def test_the_table_of_datasets_loads_nothing_heavy():

@@ -1,6 +1,15 @@
 import os
+from contextlib import suppress
 
+import av
+import pytest
+from PIL import Image
+
+from mervcache.errors import UserError
 from pipeline.datasets import load_dataset
+from pipeline.decode.decoders import IMAGE_FORMATS
+from pipeline.decode.pyav import FORMATS
+from pipeline.media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 
 
 def test_videos_and_images_are_listed_by_path_and_hidden_ones_are_not(tmp_path):
@@ -15,6 +24,65 @@ def test_videos_and_images_are_listed_by_path_and_hidden_ones_are_not(tmp_path):
         ("b/2.mp4", "video"),
     ]
     assert listing.samples == {}
+
+
+def test_what_is_not_listed_is_counted(tmp_path):
+    names = ("a.mp4", "b.txt", "c.TXT", "d", ".e.mp4", "._a.mp4", ".git/f.mp4", "g.wav", "h.tar.gz")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    listing = load_dataset("folder", tmp_path)
+    assert [clip.path for clip in listing.clips] == ["a.mp4"]
+    assert listing.skipped == {
+        "files that end in .gz": 1,
+        "files that end in .txt": 2,
+        "files that end in .wav": 1,
+        "files that end in no extension": 1,
+        "hidden files": 2,
+        "hidden folders": 1,
+    }
+
+
+def test_a_folder_without_media_says_what_is_in_it(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"no video or image under .* \(1 files that end in \.txt\)"):
+        load_dataset("folder", tmp_path)
+
+
+SOUND = {
+    "aac",
+    "flac",
+    "m2a",
+    "m4a",
+    "m4b",
+    "mka",
+    "mks",
+    "mp2",
+    "mp3",
+    "mpa",
+    "ogg",
+    "ra",
+    "wav",
+    "wma",
+    "isma",
+    "mpo",
+}
+NOT_READ = {"avif", "heic", "heif", "ism", "ismv", "psp", "h26l", "h263"}  # stills of the mov reader, and rare ones
+
+
+def test_every_extension_of_a_format_that_the_decoder_opens_is_listed_or_sound():
+    names = set()
+    for name in FORMATS:
+        for mode in "rw":
+            with suppress(ValueError):
+                names |= av.format.ContainerFormat(name, mode).extensions
+    assert {f".{name}" for name in names - SOUND - NOT_READ} <= VIDEO_EXTENSIONS | IMAGE_EXTENSIONS
+
+
+def test_every_extension_that_pillow_has_for_a_format_that_is_read_is_listed():
+    Image.init()
+    names = {extension for extension, name in Image.registered_extensions().items() if name in IMAGE_FORMATS}
+    assert names - {".pfm"} <= VIDEO_EXTENSIONS | IMAGE_EXTENSIONS  # floats without a range
 
 
 def test_links_to_folders_are_not_followed(tmp_path):

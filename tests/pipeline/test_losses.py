@@ -1,0 +1,88 @@
+"""Records and files that a dataset leaves out: counted, shown, and in the exit code; links that are allowed."""
+
+import json
+import os
+import shutil
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from featurestore import FeatureStore
+from mervcache.errors import EXIT_WITH_FAILURES
+from pipeline.cli.extract import main
+from pipeline.datasets import load_dataset
+from pipeline.decode.sampling import DecodeJob
+from pipeline.media import MediaRoot
+from pipeline.recompute import verify_media
+from pipeline.summary import media_root
+from pipeline.views import ResizeRule, View
+
+
+def run(lab, *arguments: str, **changes):
+    path = lab.folder / "config.yaml"
+    path.write_text(yaml.safe_dump(lab.settings(encoders=["siglip"], **changes)))
+    return CliRunner().invoke(main, [*arguments, "--config", str(path)])
+
+
+def test_a_refused_record_is_shown_recorded_and_in_the_exit_code_of_every_run(lab):
+    root = lab.copy_of_root()
+    path = root / "valley_llavaimage.json"
+    record = {"id": "x", "film": "valley/v5.mp4", "conversations": json.loads(path.read_text())[0]["conversations"]}
+    path.write_text(json.dumps([*json.loads(path.read_text()), record]))
+    reason = "medium under 'film' is not read: rename the key to 'video' or 'image'"
+    for _ in ("computes", "has nothing to do"):
+        done = run(lab, "extract", limit=2)
+        assert done.exit_code == EXIT_WITH_FAILURES, done.output
+        assert "'film'" in done.stdout
+        assert "valley_llavaimage.json record 3 (id 'x')" in done.stderr
+    as_json = json.loads(run(lab, "extract", "--json", limit=2).stdout)
+    assert as_json["rejected"] == {reason: 1}
+    assert FeatureStore.open(lab.store).runs()[-1]["summary"]["rejected"] == {reason: 1}
+
+
+@pytest.mark.parametrize("command", ["extract", "plan"])
+def test_a_dataset_without_a_clip_is_an_error_with_its_causes(lab, command):
+    root = lab.folder / "hub/snapshots/r"
+    (root / "v").mkdir(parents=True)
+    (lab.folder / "hub/blobs").mkdir()
+    shutil.copy(lab.root / "valley/v5.mp4", lab.folder / "hub/blobs/beef")
+    (root / "v/a.mp4").symlink_to("../../../blobs/beef")
+    done = run(lab, command, dataset="folder", root=str(root))
+    assert done.exit_code == 1
+    assert "a linked file whose target is outside the root; such as v/a.mp4" in done.stderr
+    assert "--option media_links=DIR" in done.stderr
+    assert not lab.store.exists()
+
+
+def test_clips_behind_allowed_links_are_encoded_and_found_again(lab):
+    root = lab.folder / "hub/snapshots/r"
+    (lab.folder / "hub/blobs").mkdir(parents=True)
+    for number, path in enumerate(path for path in sorted(lab.root.rglob("*")) if path.is_file()):
+        link = root / path.relative_to(lab.root)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, lab.folder / f"hub/blobs/{number}")
+        link.symlink_to(os.path.relpath(lab.folder / f"hub/blobs/{number}", link.parent))
+    plain = lab.extract(encoders=["siglip"], limit=2)
+    linked_store = lab.folder / "linked.zarr"
+    options = {"media_links": "../../blobs"}
+    linked = lab.extract(encoders=["siglip"], limit=2, root=str(root), options=options, store=str(linked_store))
+    assert (linked.clips, linked.failed) == (plain.clips, 0)
+    assert lab.hashes(linked_store) == lab.hashes(lab.store)
+    assert verify_media(linked_store, "full") == []
+    moved = lab.folder / "moved"
+    (lab.folder / "hub").rename(moved)
+    assert verify_media(linked_store, "full", root=str(moved / "snapshots/r")) == []
+
+
+def test_a_job_keeps_the_folder_of_links_across_processes(tmp_path):
+    root = MediaRoot(str(tmp_path), str(tmp_path / "blobs"))
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    clip = load_dataset("folder", tmp_path).clips[0]
+    job = DecodeJob(root=root, clip=clip, views=(View(rule=ResizeRule(size=8), num_frames=8),))
+    assert DecodeJob.from_record(json.loads(json.dumps(job.to_record()))) == job
+
+
+def test_a_run_without_links_has_a_plain_root():
+    run = {"root": "/media", "config": {"dataset": "folder", "options": {}}}
+    assert (media_root(run), media_root(run, "/now")) == ("/media", "/now")
