@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -18,6 +19,7 @@ from mervcache.errors import MediaError, UserError
 BLOCK_BYTES = 512  # unit of the tar format
 MAX_EXTENDED_BYTES = 1 << 20  # of one long-name or pax header
 MAX_MEMBERS = 2_000_000  # of one archive: about 400 MB of index
+MAX_EXAMPLES = 5  # of names that no clip can have
 CACHED_ARCHIVES = 32  # indexes kept in a process; one of 10,000 members is about 2 MB
 
 REGULAR = (b"0", b"\0", b"7")
@@ -41,6 +43,9 @@ class TarIndex:
 
     members: dict[str, tuple[int, int]] = field(default_factory=dict)  # name -> (offset, size) in bytes
     refused: dict[str, str] = field(default_factory=dict)  # name -> what it is instead of a regular file
+    unusable: tuple[str, ...] = ()  # the first few regular files whose names no clip can have: absolute, not UTF-8, ...
+    num_unusable: int = 0
+    num_replaced: int = 0  # files whose name comes again later in the archive
     is_damaged: bool = False  # a header cannot be read or data are cut off: what follows is unknown
 
 
@@ -68,20 +73,22 @@ def _cached_index(path: str, size: int, mtime_ns: int, inode: int) -> TarIndex:
 def _read_index(descriptor: int, archive_bytes: int) -> TarIndex:
     members: dict[str, tuple[int, int]] = {}
     refused: dict[str, str] = {}
+    unusable: list[str] = []
+    num_unusable = num_replaced = 0
+    is_damaged = False
     try:
         for header, offset in _walk(descriptor, archive_bytes):
-            if header.name is None or header.kind == FOLDER:
+            if header.kind == FOLDER:
                 continue
-            name = header.name
-            while name.startswith("./"):
-                name = name[2:]
-            try:
-                check_relative_path(name)
-            except UserError:
-                continue  # a name that no clip can have
+            name = _clip_name(header.name)
+            if name is None:
+                num_unusable += 1
+                if len(unusable) < MAX_EXAMPLES:
+                    unusable.append(repr(header.name)[:200])
+                continue
             if len(members) + len(refused) >= MAX_MEMBERS:
                 raise MediaError(f"tar archive has more than {MAX_MEMBERS} members")
-            members.pop(name, None)
+            num_replaced += members.pop(name, None) is not None
             refused.pop(name, None)
             if header.kind in REGULAR and not header.is_sparse:
                 members[name] = (offset, header.size)
@@ -90,8 +97,20 @@ def _read_index(descriptor: int, archive_bytes: int) -> TarIndex:
     except _DamagedTarError:
         if not members and not refused:
             raise MediaError("tar archive is not a plain, readable tar") from None
-        return TarIndex(members, refused, is_damaged=True)
-    return TarIndex(members, refused)
+        is_damaged = True
+    return TarIndex(members, refused, tuple(unusable), num_unusable, num_replaced, is_damaged)
+
+
+def _clip_name(name: str | None) -> str | None:
+    """A member's name as a clip's path has it: "./v//a.mp4" is "v/a.mp4"; None for a name that no clip can have."""
+    if name is None or ".." in name.split("/"):
+        return None
+    name = posixpath.normpath(name)
+    try:
+        check_relative_path(name)
+    except UserError:
+        return None
+    return name
 
 
 class _DamagedTarError(Exception):

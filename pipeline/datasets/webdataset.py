@@ -1,7 +1,9 @@
 """WebDataset: tar shards as video2dataset and img2dataset write them, {key}.mp4 with {key}.txt and {key}.json.
 
-Clips "shards/00000.tar/000000001.mp4" are read in place; captions become samples of stage "align". Listing reads the
-headers of a shard once and no media. The webdataset library expands brace patterns; its reader is not used, because it
+Clips "shards/00000.tar/000000001.mp4" are read in place; captions become samples of stage "align". A key is a member's
+path up to the first dot of its name, as in the webdataset library; every video of a key is a clip, or every image where
+it has no video, and a caption goes to the medium of its own name, else to the key's first. Listing reads the headers of
+a shard once and no media. The webdataset library expands brace patterns; its reader is not used, because it
 goes through whole archives in sequence. Remote shards are copied under the root once, because many processes read clips
 at offsets.
 """
@@ -18,15 +20,25 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from featurestore.clips import Turn
+from featurestore.clips import KINDS, Turn
 from mervcache.errors import MediaError, RunStoppedError, UserError
-from pipeline.datasets.base import DatasetSpec, ListingBuilder, Option, RecordError, check_text, parse_turns
-from pipeline.media import LocalFile, kind_of_path, resolve_media
-from pipeline.tar_index import tar_index
+from pipeline.datasets.base import (
+    DatasetSpec,
+    ListingBuilder,
+    Option,
+    RecordError,
+    check_text,
+    is_absent,
+    parse_turns,
+)
+from pipeline.datasets.walk import check_link, ending, walk_files
+from pipeline.media import MISSING_REASON, LocalFile, kind_of_path, resolve_media
+from pipeline.tar_index import TarIndex, tar_index
 
 SPOOL_FOLDER = "spool"  # copies of remote shards, under the root
 READ_BYTES = 1 << 22
 MAX_TEXT_BYTES = 1 << 20  # of one caption or JSON member
+COMPRESSED = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
 PROMPTS = {"video": "<video>\nDescribe the video.", "image": "<image>\nDescribe the image."}
 
 DOWNLOAD = """\
@@ -38,29 +50,32 @@ def collect(builder: ListingBuilder, options: Mapping[str, Any]) -> None:
     """List every shard; one that cannot be read is refused and the others go on."""
     if builder.wants("align"):
         builder.declare_samples(f"{builder.name}-align")
-    for shard in _shards(builder.root, options):
+    for shard in _shards(builder, options):
         try:
             _collect_shard(builder, shard, options)
         except MediaError as error:
-            if str(error) == "media file is missing":
+            if str(error) == MISSING_REASON:
                 builder.miss(shard.rpartition("/")[0] or ".")
             else:
                 builder.reject(str(error), shard)
 
 
-def _shards(root: Path, options: Mapping[str, Any]) -> list[str]:
+def _shards(builder: ListingBuilder, options: Mapping[str, Any]) -> list[str]:
     """Paths of the shards, relative to the root, remote ones copied there first."""
     patterns = options["shards"]
     if not patterns:
-        shards = sorted(
-            os.path.relpath(os.path.join(folder, name), root)
-            for folder, folders, files in os.walk(root)
-            for name in files
-            if name.endswith(".tar") and not name.startswith(".")
-        )
-        if not shards:
-            raise UserError(f"no *.tar under {root}\n{DOWNLOAD}")
-        return shards
+        shards = []
+        for path in walk_files(builder):
+            name = path.lower()
+            if name.endswith(".tar"):
+                shards.append(path)
+            elif name.endswith(COMPRESSED):
+                builder.reject("tar shard is compressed, and members of a compressed tar cannot be read in place", path)
+            elif kind_of_path(path):
+                builder.skip("media files outside of tar shards")
+        if not shards and not builder.has_rejected:
+            raise UserError(f"no *.tar under {builder.root}\n{DOWNLOAD}")
+        return sorted(path for path in shards if check_link(builder, path))
     names: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else map(str, patterns):
         if "{" in pattern or "::" in pattern:
@@ -75,7 +90,7 @@ def _shards(root: Path, options: Mapping[str, Any]) -> list[str]:
             limit_gb = float(options["spool_gb"])
         except (TypeError, ValueError):
             raise UserError(f"option spool_gb must be a number of GB, got {options['spool_gb']!r}") from None
-        copies = copy_remote_shards(remote, root, limit_gb)
+        copies = copy_remote_shards(remote, builder.root, limit_gb)
     return list(dict.fromkeys(copies.get(name, name) for name in names))
 
 
@@ -150,64 +165,118 @@ def _open_remote(address: str) -> tuple[Any, str, int]:
 
 
 @dataclass
-class _Member:
-    """The files of one key in one shard."""
+class _Sample:
+    """The files of one key in one shard, in the order of the archive."""
 
-    media: list[str] = field(default_factory=list)  # names in the archive, in its order
-    texts: dict[str, tuple[int, int]] = field(default_factory=dict)  # "txt", "json" -> (offset, size)
+    media: dict[str, list[str]] = field(default_factory=lambda: {kind: [] for kind in KINDS})  # names by kind
+    texts: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)  # stem -> "txt", "json" -> offset, size
+
+    def owners(self, key: str, media: Sequence[str]) -> dict[str, str]:
+        """Stem of a caption -> the medium that it is about."""
+        owners: dict[str, str] = {}
+        for name in media:
+            if _stem(name) in self.texts:
+                owners.setdefault(_stem(name), name)
+        if key in self.texts and key not in owners:
+            first = next((name for name in media if name not in owners.values()), None)
+            if first is not None:
+                owners[key] = first
+        return owners
+
+
+def _stem(name: str) -> str:
+    """A member's name without its last extension."""
+    return name.rpartition(".")[0]
 
 
 def _collect_shard(builder: ListingBuilder, shard: str, options: Mapping[str, Any]) -> None:
-    file = resolve_media(builder.root, shard)
+    file = resolve_media(builder.media_root, shard)
     if not isinstance(file, LocalFile):
         raise MediaError("shard is not a file")
     index = tar_index(str(file.path))
     for name, what in index.refused.items():
         builder.reject(f"tar member is {what}", f"{shard}/{name}")
+    if index.num_unusable:
+        examples = ", ".join(index.unusable)
+        builder.reject("tar member has a name that no clip can have", f"{shard}: {examples}", index.num_unusable)
+    if index.num_replaced:
+        builder.skip("tar members that a later one of the same name replaces", index.num_replaced)
     if index.is_damaged:
         builder.reject("tar archive is damaged, its end is not listed", shard)
-    members: dict[str, _Member] = {}  # by key: as webdataset has it, the path up to the first dot of the file's name
+    samples = _samples(builder, index)
+    captions = _Captions(file.path, _table_path(builder, shard), options)
+    for key, sample in samples.items():
+        # an image beside a video is its thumbnail
+        kind = next((kind for kind in KINDS if sample.media[kind]), None)
+        if kind is None:
+            builder.skip("captions without a video or image", len(sample.texts))
+            continue
+        media = sample.media[kind]
+        if kind == "video" and sample.media["image"]:
+            builder.skip("images beside a video of the same key", len(sample.media["image"]))
+        owners = sample.owners(key, media)
+        if lone := [stem for stem in sample.texts if stem not in owners]:
+            builder.skip("captions without a video or image", len(lone))
+        texts = {name: sample.texts[stem] for stem, name in owners.items()}
+        for number, name in enumerate(media):
+            names = [_stem(name), key] if number == 0 else [_stem(name)]
+            record_id = f"{shard[: -len('.tar')]}/{key if len(media) == 1 else _stem(name)}"
+            try:
+                turns = captions.turns(names, kind, texts.get(name, {})) if builder.wants("align") else None
+                clip_id = builder.add_clip(f"{shard}/{name}", kind)
+                if turns:
+                    builder.add_sample(
+                        f"{builder.name}-align", record_id, clip_id, turns, stage="align", source="webdataset"
+                    )
+                elif number and texts and builder.wants("align"):
+                    builder.skip("further media of a key, listed without its caption")
+            except RecordError as error:
+                builder.reject(str(error), f"{shard}/{key if len(media) == 1 else name}")
+
+
+def _samples(builder: ListingBuilder, index: TarIndex) -> dict[str, _Sample]:
+    """The media and captions of a shard by key; its other members are counted."""
+    samples: dict[str, _Sample] = {}
     for name, place in index.members.items():
         folder, slash, base = name.rpartition("/")
-        stem, _, extension = base.partition(".")
-        member = members.setdefault(folder + slash + stem, _Member())
-        if kind_of_path(name):
-            member.media.append(name)
-        elif extension in ("txt", "json"):
-            member.texts[extension] = place
-    captions = _Captions(file.path, options)
-    for key, member in members.items():
-        # a key's first video, else its first image: a thumbnail of a video is not a clip
-        media = min(member.media, key=lambda name: kind_of_path(name) != "video", default=None)
-        if media is None:
+        if base.startswith("."):
+            builder.skip("hidden tar members")
             continue
-        kind = kind_of_path(media)
-        try:
-            turns = captions.turns(key, kind, member) if builder.wants("align") else None
-            clip_id = builder.add_clip(f"{shard}/{media}", kind)
-            if turns:
-                record_id = f"{shard.removesuffix('.tar')}/{key}"
-                builder.add_sample(
-                    f"{builder.name}-align", record_id, clip_id, turns, stage="align", source="webdataset"
-                )
-        except RecordError as error:
-            builder.reject(str(error), f"{shard}/{key}")
+        key, extension = folder + slash + base.partition(".")[0], ending(base)
+        if kind := kind_of_path(name):
+            samples.setdefault(key, _Sample()).media[kind].append(name)
+        elif extension in (".txt", ".json"):
+            samples.setdefault(key, _Sample()).texts.setdefault(_stem(name), {})[extension[1:]] = place
+        else:
+            builder.skip(f"tar members that end in {extension}")
+    return samples
+
+
+def _table_path(builder: ListingBuilder, shard: str) -> Path | None:
+    """The Parquet file that video2dataset writes beside a shard, under the root as the shard is named there."""
+    try:
+        table = resolve_media(builder.media_root, f"{shard[: -len('.tar')]}.parquet")
+    except MediaError as error:
+        if str(error) != MISSING_REASON:
+            builder.reject(f"captions of a shard cannot be read: {error}", f"{shard[: -len('.tar')]}.parquet")
+        return None
+    return table.path if isinstance(table, LocalFile) else None
 
 
 class _Captions:
     """Conversations and captions of one shard: from a member's .json, else its .txt, else the shard's Parquet file."""
 
-    def __init__(self, tar_path: Path, options: Mapping[str, Any]) -> None:
-        self.tar_path = tar_path
+    def __init__(self, tar_path: Path, table_path: Path | None, options: Mapping[str, Any]) -> None:
+        self.tar_path, self.table_path = tar_path, table_path
         self.caption_key = str(options["caption_key"])
         self.prompt = options["prompt"]
 
-    def turns(self, key: str, kind: str, member: _Member) -> tuple[Turn, ...] | None:
-        """Human and gpt turns, None where there is no caption."""
+    def turns(self, names: Sequence[str], kind: str, texts: Mapping[str, tuple[int, int]]) -> tuple[Turn, ...] | None:
+        """Human and gpt turns, None where there is no caption; `names` are keys of the table, the first one counts."""
         record: dict[str, Any] = {}
-        if "json" in member.texts:
+        if "json" in texts:
             try:
-                record = json.loads(self._text(member.texts["json"]))
+                record = json.loads(self._text(texts["json"]))
             except (ValueError, RecursionError):
                 raise RecordError("json of the media is broken") from None
             if not isinstance(record, dict):
@@ -215,11 +284,11 @@ class _Captions:
         if "conversations" in record:
             return parse_turns(record["conversations"])
         caption = record.get(self.caption_key)
-        if caption is None and "txt" in member.texts:
-            caption = self._text(member.texts["txt"])
-        if caption is None:
-            caption = self._table.get(key)
-        if caption is None or not check_text(caption).strip():
+        if is_absent(caption) and "txt" in texts:
+            caption = self._text(texts["txt"])
+        if is_absent(caption):
+            caption = next((self._table[name] for name in names if name in self._table), None)
+        if is_absent(caption) or not check_text(caption).strip():
             return None
         prompt = check_text(self.prompt) if self.prompt else PROMPTS[kind]
         return Turn(role="human", text=prompt), Turn(role="gpt", text=caption.strip())
@@ -238,20 +307,19 @@ class _Captions:
     @cached_property
     def _table(self) -> dict[str, str]:
         """Captions by key in {shard}.parquet, which video2dataset writes for every shard."""
-        path = self.tar_path.with_suffix(".parquet")
-        if not path.is_file():
+        if self.table_path is None:
             return {}
         import pyarrow as pa
         import pyarrow.parquet as pq  # half a second, only where a shard has a table
 
         try:
-            names = pq.read_schema(path).names
+            names = pq.read_schema(self.table_path).names
             if "key" not in names or self.caption_key not in names:
                 return {}
-            table = pq.read_table(path, columns=["key", self.caption_key])
+            table = pq.read_table(self.table_path, columns=["key", self.caption_key])
         except (pa.ArrowException, OSError) as error:
             raise UserError(
-                f"{path} cannot be read ({str(error)[:200]}); remove it to go without its captions"
+                f"{self.table_path} cannot be read ({str(error)[:200]}); remove it to go without its captions"
             ) from error
         return dict(zip(*(column.to_pylist() for column in table.columns), strict=True))
 

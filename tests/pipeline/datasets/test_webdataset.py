@@ -18,6 +18,7 @@ from mervcache.errors import RunStoppedError, UserError
 from pipeline.datasets import load_dataset
 from pipeline.datasets.webdataset import copy_name
 from pipeline.media import TarMember, resolve_media
+from tests.pipeline.datasets.conftest import add_to_tar
 
 ALIGN = "webdataset-align"
 
@@ -91,6 +92,108 @@ def test_images_are_clips_but_a_thumbnail_beside_a_video_is_not(tmp_path):
     listing = load_dataset("webdataset", tmp_path)
     assert [(clip.path, clip.kind) for clip in listing.clips] == [("a.tar/1.mp4", "video"), ("a.tar/2.jpg", "image")]
     assert listing.samples[ALIGN][1].turns[0].text == "<image>\nDescribe the image."
+
+
+def write_members(path: Path, *names: str) -> Path:
+    """A tar of files that hold their own name."""
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            add_to_tar(tar, name, name.encode())
+    return path
+
+
+def left_of(root: Path, **options) -> tuple[dict[str, str | None], dict[str, int], dict[str, int]]:
+    """(clip -> caption, what is refused, what is not read)."""
+    listing = load_dataset("webdataset", root, **options)
+    captions = {clip.path.partition(".tar/")[2]: None for clip in listing.clips}
+    for one in listing.samples[ALIGN]:
+        captions[one.clip_id.partition(".tar/")[2]] = one.turns[1].text
+    return captions, {why: found.count for why, found in listing.rejected.items()}, dict(listing.skipped)
+
+
+def test_a_name_with_dots_keeps_its_clip_and_its_caption(tmp_path):
+    stems = ["clip.v1", "clip.v2", "Movie 2.0 (clean)", "ok", "a.b/c"]
+    write_members(tmp_path / "a.tar", *(f"{stem}.{end}" for stem in stems for end in ("mp4", "txt")))
+    assert left_of(tmp_path) == ({f"{stem}.mp4": f"{stem}.txt" for stem in stems}, {}, {})
+    ids = [one.sample_id for one in load_dataset("webdataset", tmp_path).samples[ALIGN]]
+    assert ids == ["align/a/clip.v1", "align/a/clip.v2", "align/a/Movie 2", "align/a/ok", "align/a/a.b/c"]
+
+
+def test_a_lone_medium_with_a_longer_extension_has_the_caption_of_its_key(tmp_path):
+    write_members(tmp_path / "a.tar", "1.720p.mp4", "1.txt", "2.frame.jpg", "2.json")
+    captions, rejected, _ = left_of(tmp_path)
+    assert captions == {"1.720p.mp4": "1.txt"}
+    assert rejected == {"json of the media is broken": 1}  # the name is its content
+
+
+def test_every_video_of_a_key_is_a_clip_and_its_caption_is_given_once(tmp_path):
+    write_members(tmp_path / "a.tar", "1.mp4", "1.webm", "1.left.mp4", "1.txt", "2.left.mp4", "2.right.mp4", "2.txt")
+    captions, rejected, skipped = left_of(tmp_path)
+    assert captions == {
+        "1.mp4": "1.txt",
+        "1.webm": None,
+        "1.left.mp4": None,
+        "2.left.mp4": "2.txt",
+        "2.right.mp4": None,
+    }
+    assert rejected == {}
+    assert skipped == {"further media of a key, listed without its caption": 3}
+
+
+def test_capital_extensions_are_read(tmp_path):
+    write_members(tmp_path / "A.TAR", "1.MP4", "1.TXT", "2.JPG", "2.Txt")
+    assert left_of(tmp_path)[1:] == ({}, {})
+    listing = load_dataset("webdataset", tmp_path)
+    assert [one.turns[1].text for one in listing.samples[ALIGN]] == ["1.TXT", "2.Txt"]
+    assert all(isinstance(resolve_media(listing.root, clip.path), TarMember) for clip in listing.clips)
+
+
+def test_what_is_neither_clip_nor_caption_is_counted(tmp_path):
+    names = ("1.mp4", "1.jpg", "1.txt", "2.txt", "3.cls", "3.wav", "._1.mp4", "4.mp4", "4.mp4", "README")
+    write_members(tmp_path / "a.tar", *names)
+    captions, rejected, skipped = left_of(tmp_path)
+    assert captions == {"1.mp4": "1.txt", "4.mp4": None}
+    assert rejected == {}
+    assert skipped == {
+        "captions without a video or image": 1,
+        "hidden tar members": 1,
+        "images beside a video of the same key": 1,
+        "tar members that a later one of the same name replaces": 1,
+        "tar members that end in .cls": 1,
+        "tar members that end in .wav": 1,
+        "tar members that end in no extension": 1,
+    }
+
+
+def test_members_whose_names_no_clip_can_have_are_refused_and_harmless_ones_are_not(tmp_path):
+    write_members(tmp_path / "a.tar", "./v//1.mp4", "../2.mp4", "/3.mp4", "a\\4.mp4", "v/./5.mp4")
+    captions, rejected, _ = left_of(tmp_path)
+    assert set(captions) == {"v/1.mp4", "v/5.mp4"}
+    assert rejected == {"tar member has a name that no clip can have": 3}
+    listing = load_dataset("webdataset", tmp_path)
+    assert "'/3.mp4'" in listing.rejected["tar member has a name that no clip can have"].examples[0]
+    assert all(isinstance(resolve_media(listing.root, clip.path), TarMember) for clip in listing.clips)
+
+
+def test_compressed_shards_and_loose_media_are_counted(tmp_path):
+    write_members(tmp_path / "a.tar", "1.mp4")
+    for name in ("b.tar.gz", "c.tgz", "loose.mp4", "a_stats.json"):
+        (tmp_path / name).write_bytes(b"x")
+    _, rejected, skipped = left_of(tmp_path)
+    assert list(rejected.values()) == [2]
+    assert skipped == {"media files outside of tar shards": 1}
+
+
+def test_linked_shards_are_read_with_their_table_where_links_are_allowed(tmp_path):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "blobs").mkdir()
+    write_members(tmp_path / "blobs/0", "1.mp4")
+    pq.write_table(pa.table({"key": ["1"], "caption": ["from parquet"]}), tmp_path / "blobs/1")
+    (tmp_path / "root/a.tar").symlink_to("../blobs/0")
+    (tmp_path / "root/a.parquet").symlink_to("../blobs/1")
+    assert left_of(tmp_path / "root", media_links="../blobs")[0] == {"1.mp4": "from parquet"}
+    captions, rejected, _ = left_of(tmp_path / "root")
+    assert (captions, rejected) == ({}, {"a linked file whose target is outside the root": 1})
 
 
 @pytest.mark.parametrize(
