@@ -33,17 +33,28 @@ _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a config file; {} for an empty one."""
-    import yaml  # --help needs none
-
     try:
-        loaded = yaml.safe_load(Path(path).read_text())
+        loaded = parse_yaml(Path(path).read_bytes())  # the parser decodes UTF-8 and UTF-16 itself
     except OSError as error:
         raise UserError(f"config file {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"config file {path} is not YAML: {error}") from error
     if not isinstance(loaded or {}, dict):
         raise UserError(f"config file {path} must hold `setting: value` lines, got {type(loaded).__name__}")
     return loaded or {}
+
+
+def parse_yaml(text: str | bytes) -> Any:
+    """The value of a YAML text; `ValueError` for anything else."""
+    import yaml  # --help needs none
+
+    try:
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, OverflowError, LookupError, AttributeError, TypeError) as error:
+        # the last ones: a value that its tag does not allow, such as `!!bool often`
+        raise ValueError(str(error) or type(error).__name__) from error
 
 
 def to_builtin(value: Any) -> Any:

@@ -186,7 +186,7 @@ def read_plan(path: str | Path) -> Prediction:
         )
     except OSError as error:
         raise UserError(f"forecast {path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise UserError(f"{path} holds no forecast: save one with `merv-pipeline plan --json > {path}`") from error
 
 

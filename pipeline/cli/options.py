@@ -15,6 +15,7 @@ from featurestore.clips import KINDS
 from featurestore.locate import find_store
 from featurestore.storage_dtypes import STORAGE_DTYPES
 from mervcache import console
+from mervcache.config import parse_yaml
 from mervcache.console import Command, handle_errors, stacked
 from pipeline.config import COMPUTE_DTYPES, DECODER_NAMES, ExtractConfig, read_config
 from pipeline.encoders.weights import weights_by_encoder
@@ -154,12 +155,17 @@ def given_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pairs(option: str, pairs: tuple[str, ...]) -> dict[str, Any]:
-    """`("spool_gb=100",)` -> name -> value, numbers and booleans as YAML reads them."""
-    import yaml
-
+    """`("spool_gb=100",)` -> name -> value, numbers and booleans as YAML reads them, what is no YAML as text."""
     if wrong := [pair for pair in pairs if "=" not in pair]:
         raise click.BadParameter(f"{option} is KEY=VALUE, got {wrong[0]!r}")
-    return {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in pairs)}
+    return {key: _yaml_or_text(value) for key, value in (pair.split("=", 1) for pair in pairs)}
+
+
+def _yaml_or_text(value: str) -> Any:
+    try:
+        return parse_yaml(value)
+    except ValueError:  # such as "{00..09}.tar"
+        return value
 
 
 def _grid(text: str) -> tuple[int, ...]:

@@ -191,7 +191,7 @@ class _Videos:
         if not path.is_file():
             return cls(root, folder, None)
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} cannot be read: {error}") from error
         pairs = [line.split("\t") for line in lines if line.strip()]

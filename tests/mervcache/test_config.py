@@ -88,3 +88,33 @@ def test_a_file_is_a_mapping_and_an_empty_one_has_no_settings(tmp_path):
             load_yaml(file)
     file.write_text("")
     assert load_yaml(file) == {}
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"epochs: \xff\xfe", "not YAML"),
+        (b"\xff\xfe\x00", "not YAML"),
+        (b"name: caf\xe9", "not YAML"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"- " * 100_000, "nested too deeply"),
+        (b"{a: " * 100_000, "nested too deeply"),
+        (b"a: \x00", "not YAML"),
+        (b"a: !!bool often", "not YAML"),
+        (b"a: !!timestamp soon", "not YAML"),
+        (b"a: 2024-13-45", "not YAML"),
+        (b"a: " + b"9" * 10_000, "not YAML"),
+        (b"? [1]\n: 2", "not YAML"),
+    ],
+)
+def test_a_file_that_is_no_yaml_is_an_error_with_its_name(tmp_path, data, words):
+    (tmp_path / "a.yaml").write_bytes(data)
+    with pytest.raises(UserError, match=r"config file .*a\.yaml is not YAML") as caught:
+        load_yaml(tmp_path / "a.yaml")
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_yaml_is_read_in_every_encoding_that_it_may_have(tmp_path, encoding):
+    (tmp_path / "a.yaml").write_bytes("name: café".encode(encoding))
+    assert load_yaml(tmp_path / "a.yaml") == {"name": "café"}

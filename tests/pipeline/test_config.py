@@ -9,7 +9,7 @@ import click
 import pytest
 
 from mervcache.errors import UserError
-from pipeline.cli.options import config_from_options
+from pipeline.cli.options import config_from_options, given_options
 from pipeline.config import DECODER_NAMES, DEFAULT_BATCH, RUN_ONLY_SETTINGS, ExtractConfig, default_batch, read_config
 
 
@@ -166,3 +166,15 @@ def test_settings_of_encoders_that_this_run_leaves_aside_are_kept_out_of_it():
         architecture={"dinov2": {"num_layers": 3}, "siglip": {"num_layers": 4}},
     )
     assert [(s.name, s.architecture) for s in config.encoder_settings] == [("siglip", {"num_layers": 4})]
+
+
+def test_an_option_that_is_no_yaml_is_text():
+    options = given_options(
+        {"options": ("shards={00..09}.tar", "prompt=What: is: it?", "spool_gb=1.5", "deep=" + "[" * 9999)}
+    )
+    assert options["options"] == {
+        "shards": "{00..09}.tar",
+        "prompt": "What: is: it?",
+        "spool_gb": 1.5,
+        "deep": "[" * 9999,
+    }
