@@ -63,8 +63,9 @@ def list_clips(config: ExtractConfig) -> DatasetListing:
     """List the clips of an extraction and log what is left out; errors are those of `load_dataset`."""
     filters = {"stage": config.stage, "kind": config.kind, "limit": config.limit}
     listing = load_dataset(config.dataset, config.root, **filters, **config.options)
-    for line in loss_lines(listing):
-        log.warning(line)
+    if listing.clips or any(listing.samples.values()):  # else `check_has_clips` has the same lines
+        for line in loss_lines(listing):
+            log.warning(line)
     return listing
 
 
