@@ -20,6 +20,8 @@ from featurestore.clips import Turn
 from featurestore.locate import names_of
 from mervcache.errors import UserError
 from pipeline.datasets.base import (
+    ABSENT,
+    FOLDER_FAULTS,
     DatasetSpec,
     ListingBuilder,
     Option,
@@ -71,7 +73,7 @@ def collect(builder: ListingBuilder, options: Mapping[str, Any]) -> None:
 
 def _collect_benchmark(builder: ListingBuilder, folder: Path) -> None:
     name = f"{builder.name}-{folder.name}"
-    questions_file, answers_file = find_annotations(folder, QUESTIONS), find_annotations(folder, ANSWERS)
+    questions_file, answers_file = (find_annotations(folder, name, builder.notes) for name in (QUESTIONS, ANSWERS))
     if answers_file is None:
         raise UserError(f"benchmark {folder.name} has {questions_file.name} but no {ANSWERS} in {folder}")
     builder.declare_samples(name)
@@ -234,13 +236,15 @@ def _names_by_stem(folder: Path) -> dict[str, str]:
                 if entry.name.startswith("."):
                     continue
                 whole[entry.name] = entry.name
-                is_folder = entry.is_dir()
+                is_folder = os.path.isdir(entry.path)  # False for a loop of links, where entry.is_dir() raises
                 stem = entry.name if is_folder else entry.name.rpartition(".")[0] or entry.name
                 rank = 1 if is_folder else 0 if kind_of_path(entry.name) == "video" else 2
                 ranked[stem] = min(ranked.get(stem, (3, "")), (rank, entry.name))
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
     except OSError as error:
+        if error.errno in FOLDER_FAULTS:
+            raise RecordError(FOLDER_FAULTS[error.errno]) from None
+        if error.errno in ABSENT:
+            return {}
         raise UserError(f"media folder {folder} cannot be listed: {error.strerror}") from error
     return whole | {stem: name for stem, (_, name) in ranked.items()}
 

@@ -33,10 +33,16 @@ _SPACE = " \t\r\n\ufeff"  # a byte order mark stays where files were joined
 _FORMS = 'a JSON array of records, JSON Lines, or an object with one list of records such as {"data": [...]}'
 
 
-def find_annotations(folder: Path, name: str) -> Path | None:
-    """The file `name`, which ends in .json, or in its place the same name as JSON Lines or compressed."""
+def find_annotations(folder: Path, name: str, notes: list[str] | None = None) -> Path | None:
+    """The file `name`, which ends in .json, or in its place the same name as JSON Lines or compressed.
+
+    Where there are several forms the first is taken, which is added to `notes`.
+    """
     stem = name.removesuffix(".json")
-    return next((path for suffix in SUFFIXES if (path := folder / f"{stem}{suffix}").is_file()), None)
+    found = [path for suffix in SUFFIXES if (path := folder / f"{stem}{suffix}").is_file()]
+    if len(found) > 1 and notes is not None:
+        notes.append(f"{', '.join(path.name for path in found[1:])} passed over in {folder}, {found[0].name} is read")
+    return found[0] if found else None
 
 
 def read_records(path: Path, window_chars: int = WINDOW_CHARS) -> Iterator[object]:

@@ -7,7 +7,7 @@ many records share a clip. `<video>` and `<image>` stay in the text: the trainer
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from featurestore.clips import Kind, Turn, without_outer_placeholders
@@ -31,6 +31,7 @@ MEDIA_KEYS: dict[str, Kind | None] = {
     **dict.fromkeys(("image", "imagepath", "imagefile", "imagefilename", "img", "imgpath", "picture"), "image"),
     **dict.fromkeys(("media", "mediapath", "mediafile", "filename", "filepath"), None),
 }
+SPAN_KEYS = frozenset(("start", "end", "starttime", "endtime", "timestamp", "time", "span", "segment"))
 KEYS_SHOWN = 5  # of a record, in a reason
 
 # stage -> packagings, the preferred one first; a merge is a plain concatenation (PKU-YuanGroup/Video-LLaVA)
@@ -86,15 +87,19 @@ def collect(builder: ListingBuilder, options: Mapping[str, Any]) -> None:
 def _collect_file(builder: ListingBuilder, stage: str, file_name: str) -> None:
     samples_name = f"{builder.name}-{stage}"
     builder.declare_samples(samples_name)
-    path = find_annotations(builder.root, file_name)
+    path = find_annotations(builder.root, file_name, builder.notes)
     for position, record in each_record(builder, read_records(path), path.name):
         try:
-            turns = parse_turns(record.get("conversations"))
+            if "conversations" not in record:
+                raise RecordError(f"conversation is not a list of turns: the record has none ({_keys_of(record)})")
+            turns = parse_turns(record["conversations"])
             own_id = record_id(record.get("id"))
             clip_id = path_of_clip = None  # text only
             if medium := named_medium(record):
                 path_of_clip = media_path(builder.root, medium[0])
                 clip_id = builder.add_clip(path_of_clip, medium[1])
+                if span := next((key for key, value in record.items() if _is_span(key, value)), None):
+                    builder.skip(f"spans under {_quoted(span)}: the whole file is the clip")
             else:
                 check_text_only(record, turns)
             builder.add_sample(
@@ -141,8 +146,7 @@ def check_text_only(record: Mapping[str, Any], turns: Sequence[Turn]) -> None:
     for turn in turns[::2]:
         rest = without_outer_placeholders(turn.text)
         if rest != turn.text.strip():
-            listed = ", ".join(map(_quoted, keys[:KEYS_SHOWN])) or "none"
-            raise RecordError(f"question has a media placeholder and no key names a medium (other keys: {listed})")
+            raise RecordError(f"question has a media placeholder and no key names a medium ({_keys_of(keys)})")
 
 
 def _plain_key(key: str) -> str:
@@ -162,6 +166,15 @@ def _paths_in(value: object) -> Iterator[str]:
         path = _path_in(entry)
         if path is not None and "\n" not in path:
             yield path
+
+
+def _is_span(key: str, value: object) -> bool:
+    return _plain_key(key) in SPAN_KEYS and not is_absent(value)
+
+
+def _keys_of(keys: Iterable[str]) -> str:
+    shown = [_quoted(key) for key in keys if key not in ("id", "conversations")][:KEYS_SHOWN]
+    return f"other keys: {', '.join(shown) or 'none'}"
 
 
 def _quoted(key: str) -> str:

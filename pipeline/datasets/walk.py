@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
-from typing import NoReturn
 
 from mervcache.errors import UserError
-from pipeline.datasets.base import NOT_FOLLOWED, OUTSIDE_FILE, ListingBuilder
+from pipeline.datasets.base import FOLDER_FAULTS, NOT_FOLLOWED, OUTSIDE_FILE, ListingBuilder
 from pipeline.media import allowed_folders, is_inside
+
+TOO_LONG = "media folder has too long a path"
 
 
 def walk_files(builder: ListingBuilder) -> Iterator[str]:
@@ -18,8 +20,11 @@ def walk_files(builder: ListingBuilder) -> Iterator[str]:
     that the user names for links; other linked folders are refused. `check_link` is for the files.
     """
 
-    def cannot_list(error: OSError) -> NoReturn:
-        raise UserError(f"media folder {error.filename} cannot be listed: {error.strerror}") from error
+    def cannot_list(error: OSError) -> None:
+        reason = TOO_LONG if error.errno == errno.ENAMETOOLONG else FOLDER_FAULTS.get(error.errno)
+        if reason is None:
+            raise UserError(f"media folder {error.filename} cannot be listed: {error.strerror}") from error
+        builder.reject(reason, os.path.relpath(error.filename, builder.root))
 
     root, allowed = str(builder.root), allowed_folders(builder.media_root)
     to_walk, linked = [root], set()
@@ -58,4 +63,5 @@ def check_link(builder: ListingBuilder, path: str) -> bool:
 
 def ending(name: str) -> str:
     """ ".txt" of a file's name, or "no extension", to count files by."""
-    return os.path.splitext(name)[1].lower()[:12] or "no extension"
+    extension = os.path.splitext(name)[1].lower()[:12]
+    return (extension if extension.isprintable() else ascii(extension)[1:-1]) or "no extension"

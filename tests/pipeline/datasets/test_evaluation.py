@@ -204,6 +204,19 @@ def test_a_video_may_be_named_with_its_extension_and_any_harmless_path(tmp_path,
     ]
 
 
+def test_a_folder_that_cannot_be_listed_costs_its_questions_and_not_the_listing(tmp_path):
+    names = ["a", "loop/b", "x" * 300 + "/c"]
+    rows, answers = zip(
+        *((question(n, name), {"question_id": n, "answer": "x"}) for n, name in enumerate(names)), strict=True
+    )
+    write_benchmark(tmp_path, list(rows), list(answers))
+    (tmp_path / "Bench/videos/loop").symlink_to("loop")
+    listing = load_dataset("eval", tmp_path)
+    assert [clip.path for clip in listing.clips] == ["Bench/videos/a.mp4"]
+    assert listing.rejected["media folder is a loop of links"].count == 1
+    assert listing.missing == {f"Bench/videos/{'x' * 300}": 1}
+
+
 def test_questions_may_be_json_lines_and_compressed(tmp_path):
     write_benchmark(tmp_path, [question()], [{"question_id": 1, "answer": "x"}])
     (tmp_path / "Bench/test_q.json").rename(tmp_path / "Bench/test_q.jsonl")

@@ -1,3 +1,4 @@
+import json
 import os
 from contextlib import suppress
 
@@ -41,6 +42,27 @@ def test_what_is_not_listed_is_counted(tmp_path):
         "hidden files": 2,
         "hidden folders": 1,
     }
+
+
+def test_endings_that_cannot_be_printed_are_spelled_out(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    for name in (b"b.\xff", b"c.\x1b[31m"):
+        with open(os.fsencode(tmp_path) + b"/" + name, "wb") as file:
+            file.write(b"x")
+    skipped = load_dataset("folder", tmp_path).skipped
+    assert set(skipped) == {r"files that end in .\udcff", r"files that end in .\x1b[31m"}
+    json.dumps(skipped, ensure_ascii=False).encode()
+
+
+def test_a_folder_whose_path_is_too_long_costs_its_files_and_not_the_listing(tmp_path, monkeypatch):
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    monkeypatch.chdir(tmp_path)
+    for _ in range(20):
+        os.mkdir("x" * 250)
+        os.chdir("x" * 250)
+    listing = load_dataset("folder", tmp_path)
+    assert [clip.path for clip in listing.clips] == ["a.mp4"]
+    assert listing.rejected["media folder has too long a path"].count == 1
 
 
 def test_a_folder_without_media_says_what_is_in_it(tmp_path):

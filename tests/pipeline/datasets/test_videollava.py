@@ -1,4 +1,5 @@
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -6,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from featurestore.clips import Turn
+from featurestore.clips import Turn, check_relative_path
 from mervcache.errors import UserError
 from pipeline.datasets import load_dataset
+from pipeline.datasets.base import RecordError, media_path
 from pipeline.datasets.videollava import source_of
 
 FINETUNE = "videollava-finetune"
@@ -246,6 +248,39 @@ def test_a_text_that_speaks_of_a_tag_is_text(tmp_path):
     write_records(tmp_path, [text_record("a", conversations=turns)])
     (sample,) = load_dataset("videollava", tmp_path).samples[FINETUNE]
     assert (sample.clip_id, sample.turns[1].text) == (None, "<video> is.")
+
+
+def test_spans_that_are_not_read_are_counted(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    write_records(
+        tmp_path, [text_record("a", video="a.mp4", start=1.0, end=2.0), text_record("b", video="a.mp4", end=None)]
+    )
+    assert load_dataset("videollava", tmp_path).skipped == {"spans under 'start': the whole file is the clip": 1}
+
+
+def test_a_record_in_another_layout_is_refused_with_its_keys(tmp_path):
+    write_records(tmp_path, [{"video": "a.mp4", "QA": [{"q": "What?", "a": "That."}]}])
+    assert reasons(tmp_path) == {
+        "conversation is not a list of turns: the record has none (other keys: 'video', 'QA')": 1
+    }
+
+
+def test_of_two_forms_of_a_file_the_one_that_is_passed_over_is_named(tmp_path):
+    write_records(tmp_path, [text_record("a")])
+    (tmp_path / "videochatgpt_llavaimage_tune.jsonl").write_text(json.dumps(text_record("b")))
+    listing = load_dataset("videollava", tmp_path, stage="finetune")
+    assert [sample.sample_id for sample in listing.samples[FINETUNE]] == ["finetune/a"]
+    assert listing.notes[0].startswith("videochatgpt_llavaimage_tune.jsonl passed over")
+
+
+@given(st.text(st.sampled_from("a./\\:%~ é")) | st.text(max_size=20))
+def test_a_path_is_refused_or_lies_under_the_root(text):
+    try:
+        path = media_path(Path("/data/root"), text)
+    except RecordError:
+        return
+    check_relative_path(path)
+    assert os.path.normpath(f"/data/root/{path}") == f"/data/root/{path}"
 
 
 def test_reasons_that_quote_keys_are_bounded(tmp_path):
