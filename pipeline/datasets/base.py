@@ -340,10 +340,11 @@ def media_path(root: Path, text: object) -> str:
     path = check_text(text)
     if "://" in path and path.isprintable():
         raise RecordError("media path is a URL, and only files under the root are read")
-    if path.startswith(f"{root}/"):
-        path = path[len(str(root)) + 1 :]
     path = path.replace("\\", "/")
     path = posixpath.normpath(path) if path else path
+    if path.startswith("/"):
+        for folder in (str(root), os.path.realpath(root)):
+            path = path.removeprefix(f"{folder}/")
     if not is_safe(path):
         raise RecordError("media path is unsafe")
     return path

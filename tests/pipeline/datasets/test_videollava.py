@@ -239,8 +239,14 @@ def test_other_spellings_of_a_medium_name_the_same_clip(tmp_path, medium):
 
 def test_an_absolute_path_under_the_root_is_a_path_under_the_root(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"x")
-    write_records(tmp_path, [text_record("a", image=str(tmp_path / "a.jpg"))])
-    assert [clip.path for clip in load_dataset("videollava", tmp_path).clips] == ["a.jpg"]
+    (tmp_path / "link").symlink_to(tmp_path)
+    paths = [f"{tmp_path}/a.jpg", f"{tmp_path}//v/../a.jpg", "/etc/a.jpg", f"{tmp_path}.jpg", f"{tmp_path}/../a.jpg"]
+    write_records(tmp_path, [text_record(str(number), image=path) for number, path in enumerate(paths)])
+    for root in (tmp_path, tmp_path / "link"):
+        listing = load_dataset("videollava", root)
+        assert [clip.path for clip in listing.clips] == ["a.jpg"]
+        assert [sample.sample_id for sample in listing.samples[FINETUNE]] == ["finetune/0", "finetune/1"]
+        assert listing.rejected["media path is unsafe"].count == 3
 
 
 def test_a_text_that_speaks_of_a_tag_is_text(tmp_path):
