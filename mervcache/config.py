@@ -17,6 +17,8 @@ from mervcache.errors import MervCacheError, UserError, nearest_name, unknown_na
 
 Config = TypeVar("Config")
 
+MAX_DEPTH = 64  # levels of a YAML text
+MAX_VALUES = 1_000_000
 NUM_LISTED = 8  # known names in a message; a training run has some sixty settings
 ALIASES = {  # names in transformers.TrainingArguments -> names here
     "learning_rate": "optimizer.projector_lr",
@@ -49,12 +51,31 @@ def parse_yaml(text: str | bytes) -> Any:
     import yaml  # --help needs none
 
     try:
-        return yaml.safe_load(text)
+        loaded = yaml.safe_load(text)
+        size, depth = _extent(loaded, 0, {})
+        if depth > MAX_DEPTH:
+            raise RecursionError
+        if size > MAX_VALUES:
+            raise ValueError(f"its aliases stand for more than {MAX_VALUES:,} values")
+        return loaded
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except (yaml.YAMLError, ValueError, OverflowError, LookupError, AttributeError, TypeError) as error:
         # the last ones: a value that its tag does not allow, such as `!!bool often`
         raise ValueError(str(error) or type(error).__name__) from error
+
+
+def _extent(value: Any, depth: int, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """(values, levels) with every alias written out; a list that holds itself has too many levels."""
+    if not isinstance(value, dict | list | tuple | set):
+        return 1, 0
+    if depth > MAX_DEPTH:
+        raise RecursionError
+    if id(value) not in known:
+        entries = [*value, *value.values()] if isinstance(value, dict) else value
+        extents = [_extent(entry, depth + 1, known) for entry in entries]
+        known[id(value)] = 1 + sum(size for size, _ in extents), 1 + max((levels for _, levels in extents), default=0)
+    return known[id(value)]
 
 
 def to_builtin(value: Any) -> Any:

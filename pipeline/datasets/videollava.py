@@ -55,7 +55,9 @@ DOWNLOAD = """\
    Join the parts before unpacking: cat NAME.zip.* > NAME.zip
 2. Annotations, from the links in TRAIN_AND_VALIDATE.md of PKU-YuanGroup/Video-LLaVA:
    valley_llavaimage.json and videochatgpt_llavaimage_tune.json, or the newer file per source.
-3. Under the root: the JSON files, and the folders valley/, llava_image/, videochatgpt_tune/ and llava_image_tune/."""
+3. Under the root: the JSON files, and the folders valley/, llava_image/, videochatgpt_tune/ and llava_image_tune/.
+Records of your own go into a file of one of those names (or .jsonl, .json.gz, .jsonl.gz), each with one medium under
+"video" or "image" (also videos, video_path, images, image_path, media, file_name, ...) or with none."""
 
 
 def collect(builder: ListingBuilder, options: Mapping[str, Any]) -> None:

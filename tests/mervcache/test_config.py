@@ -99,6 +99,18 @@ def test_a_file_is_a_mapping_and_an_empty_one_has_no_settings(tmp_path):
         (b"[" * 100_000, "nested too deeply"),
         (b"- " * 100_000, "nested too deeply"),
         (b"{a: " * 100_000, "nested too deeply"),
+        (b"a: " + b"[" * 300 + b"]" * 300, "nested too deeply"),
+        (b"a: &a [*a]", "nested too deeply"),
+        (
+            b"\n".join(b"a%d: &a%d [*a%d]" % (n, n, n - 1) if n else b"a0: &a0 [1]" for n in range(200)),
+            "nested too deeply",
+        ),
+        (
+            b"\n".join(
+                b"a%d: &a%d [%s]" % (n, n, b",".join([b"*a%d" % (n - 1)] * 9 if n else [b"1"])) for n in range(20)
+            ),
+            "aliases",
+        ),
         (b"a: \x00", "not YAML"),
         (b"a: !!bool often", "not YAML"),
         (b"a: !!timestamp soon", "not YAML"),
