@@ -81,7 +81,7 @@ def extract(config_file: str | None, print_config: bool, as_json: bool, **option
             return
         summary = run_extraction(config)
         print_result(summary.to_dict(), as_json, lambda: render.summary(summary))
-        if summary.rejected:
+        if summary.rejected or summary.missing:
             sys.exit(EXIT_WITH_FAILURES)
 
 

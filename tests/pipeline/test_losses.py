@@ -41,6 +41,14 @@ def test_a_refused_record_is_shown_recorded_and_in_the_exit_code_of_every_run(la
     assert FeatureStore.open(lab.store).runs()[-1]["summary"]["rejected"] == {reason: 1}
 
 
+def test_absent_media_are_shown_and_in_the_exit_code(lab):
+    root = lab.copy_of_root()
+    (root / "valley/v8.mp4").unlink()
+    done = run(lab, "extract", limit=2)
+    assert done.exit_code == EXIT_WITH_FAILURES, done.output
+    assert "absent: media of 1 clip in valley" in done.stderr
+
+
 @pytest.mark.parametrize("command", ["extract", "plan"])
 def test_a_dataset_without_a_clip_is_an_error_with_its_causes(lab, command):
     root = lab.folder / "hub/snapshots/r"
