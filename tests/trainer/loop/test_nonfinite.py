@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -314,6 +318,23 @@ def test_the_last_line_and_the_exit_code_say_that_a_step_was_skipped(tmp_path, o
     assert lines[-1].startswith(f"{tmp_path / 'run'}: 1 step of 4 changed nothing")
     again = CliRunner().invoke(train_main, [*odd_word, "--resume", "auto", "--json"])
     assert (again.exit_code, json.loads(again.stdout)["skipped"]) == (3, 1)
+
+
+def test_launched_processes_end_with_the_exit_code_of_one(tmp_path, odd_word):
+    """torch's launcher would make 1 of it, and end the other process as if one had crashed."""
+    program = str(Path(sys.executable).with_name("merv-train"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [program, *odd_word, "--launch", "ddp", "--processes", "2"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == EXIT_WITH_FAILURES, done.stderr
+    assert done.stdout.splitlines()[-1].startswith(f"{tmp_path / 'run'}: 1 step of 4 changed nothing")
+    assert "Traceback" not in done.stderr
 
 
 def test_a_run_that_only_skips_ends_with_an_error(tmp_path, odd_word):
