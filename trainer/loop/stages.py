@@ -200,6 +200,7 @@ def _finished_result(folder: Path, config: TrainConfig) -> TrainResult | None:
     """The result of a run that is at its end, so that nothing is loaded for it; None if there is more to train."""
     from trainer.loop.train import TrainResult
     from trainer.runs.checkpoint import checkpoint_to_resume, load_state
+    from trainer.runs.disk import remove_leftovers
     from trainer.runs.run_record import RunRecord
 
     checkpoint = checkpoint_to_resume(folder, config, resume=True)
@@ -209,4 +210,7 @@ def _finished_result(folder: Path, config: TrainConfig) -> TrainResult | None:
     if step < record.num_steps:
         return None
     load_state(checkpoint)  # not read here, but it is what the result names
+    if is_first_rank():
+        with run_lock(folder):
+            remove_leftovers(folder)
     return TrainResult.of_run(folder, steps=step, num_steps=record.num_steps, data_digest=record.data_digest)

@@ -108,8 +108,11 @@ def test_without_any_checkpoint_a_run_starts_again(tmp_path, whole):
     assert checkpoint.newest(run).name == "step-00000004"
 
 
-def test_a_finished_run_whose_weights_are_damaged_is_not_called_finished(tmp_path, whole):
+def test_a_finished_run_is_swept_and_one_whose_weights_are_damaged_is_not_called_finished(tmp_path, whole):
     assert CliRunner().invoke(train_main, ["--resume", str(whole)]).exit_code == 0
+    (whole / "checkpoints/.tmp-step-00000004-9").mkdir()
+    assert CliRunner().invoke(train_main, ["--resume", str(whole)]).exit_code == 0
+    assert not (whole / "checkpoints/.tmp-step-00000004-9").exists()
     damage(checkpoint.newest(whole) / "model.safetensors", "cut")
     done = CliRunner().invoke(train_main, ["--resume", str(whole)])
     assert (done.exit_code, "differs from its digest" in done.stderr) == (1, True)
