@@ -33,10 +33,6 @@ class SkippedSteps:
         """Whether the next step is the last chance."""
         return self.in_a_row >= self.limit - 1
 
-    @property
-    def is_over(self) -> bool:
-        return self.in_a_row >= self.limit
-
 
 class Trace:
     """Within the block, the first output and the first gradient of a module that are not finite."""

@@ -3,7 +3,8 @@
 RUN/config.yaml                   the settings
 RUN/run.json                      the record: data, model and software
 RUN/llm/                          tokenizer, and the sizes of a fresh LLM
-RUN/metrics.jsonl                 a line per step; validation metrics begin with `val_`
+RUN/metrics.jsonl                 a line per step; validation metrics begin with `val_`; `skipped` is 1 where the step
+                                  changed nothing, and null is a number that was not finite
 RUN/scores/SPLIT.json             the newest evaluation on all questions of a split
 RUN/scores/SPLIT-first-N.json     that on the first N of them, which never replaces one on all
 """

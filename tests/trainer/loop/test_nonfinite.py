@@ -157,7 +157,6 @@ def test_too_many_in_a_row_end_the_run_with_the_step_and_the_place(tmp_path, pla
 
 
 def test_what_was_trained_before_the_last_steps_is_saved(tmp_path, plain, samples, tokens, source_with):
-    """Learning rates are finite for two steps: an infinite one spoils weights, so all later losses."""
     config, out = replace(plain, max_skipped_in_row=2, checkpoint_every=100), tmp_path / "run"
 
     class Spoiled(MemoryTokens):
