@@ -11,6 +11,7 @@
     │   ├── ClipUnavailableError   the clip has no committed tokens of that encoder
     │   └── AlreadyExistsError     an exclusive put came second: read what the first writer wrote
     ├── MediaError             one clip cannot be decoded: quarantine it and continue
+    ├── NonFiniteError         numbers became infinite or NaN: lower learning rates, or look at the samples
     └── RunStoppedError        the machine, not the clip: disk full, share gone, credentials expired
 
 Command lines print the message of a ``MervCacheError`` without a traceback; any other error is a bug.
@@ -70,6 +71,10 @@ class MediaError(MervCacheError):
     ``str(error)`` is the reason that is stored in the receipt: it holds no measured values, hosts or absolute
     paths, so that the same broken file gives the same bytes on every machine.
     """
+
+
+class NonFiniteError(MervCacheError):
+    """Losses, gradients, weights or scores are infinite or NaN, so nothing can be made of them."""
 
 
 class RunStoppedError(MervCacheError):

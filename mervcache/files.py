@@ -71,10 +71,14 @@ def atomic_directory(out: Path) -> Iterator[Path]:
 
 
 def replace_text(path: Path, text: str) -> Path:
-    """Write `text` to `path`; an interrupted write leaves the old file."""
+    """Write `text` to `path`; an interrupted write leaves the old file, and one that fails leaves nothing else."""
     temporary = _temporary_name(path)
-    temporary.write_text(text)
-    return temporary.replace(path)
+    try:
+        temporary.write_text(text)
+        return temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _temporary_name(path: Path) -> Path:

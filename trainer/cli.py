@@ -35,10 +35,10 @@ from trainer.config import (
     TrainLLM,
     get_stages,
 )
-from trainer.loop.launch import Launch, is_first_rank, is_launched, relaunch
+from trainer.loop.launch import Launch, end_with_failures, is_first_rank, is_launched, relaunch
 from trainer.loop.stages import dry_run_stages, merge_settings, to_yaml, train_in_stages
 from trainer.render import print_losses, print_plan, print_scores, result_lines
-from trainer.runs.stage_folders import check_are_runs, check_is_free, read_stages, stage_folder
+from trainer.runs.stage_folders import check_are_runs, check_is_free, read_record_file, read_stages, stage_folder
 
 if TYPE_CHECKING:
     pass
@@ -186,6 +186,8 @@ def train_main(
     if is_first_rank():
         result = {**results[-1], "stages": results} if len(stages) > 1 else results[-1]
         print_result(result, as_json, lambda: click.echo("\n".join(result_lines(results))))
+    if any(result["skipped"] or result["unranked"] for result in results):
+        end_with_failures()
 
 
 def resolve_run(resume: str | None, out: Path, options: dict[str, Any]) -> tuple[Stages, Path, dict[str, Any] | None]:
@@ -226,8 +228,9 @@ def resolve_stages(stages: Stages, config_file: Path | None, options: Mapping[st
 def earlier_record(run: Path) -> dict[str, Any] | None:
     """The record of a run, or of the first stage of a staged run; None if nothing has begun."""
     stages = read_stages(run)
-    record = stage_folder(run, stages, stages[0]) / RECORD_FILE
-    return json.loads(record.read_text()) if record.is_file() else None
+    folder = stage_folder(run, stages, stages[0])
+    has_begun = (folder / RECORD_FILE).is_file() or any(folder.glob("checkpoints/step-*"))
+    return read_record_file(folder) if has_begun else None
 
 
 def _change(changes: dict[str, Any], part: str, **values: Any) -> None:

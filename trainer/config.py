@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -165,8 +166,9 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.warmup_ratio < 1:
             raise UserError(f"warmup_ratio is a share of all steps in [0, 1), got {self.warmup_ratio}")
-        if min(self.projector_lr, self.fusion_lr, self.llm_lr, self.lora_lr, self.encoder_lr) < 0:
-            raise UserError("learning rates must not be negative")
+        rates = (self.projector_lr, self.fusion_lr, self.llm_lr, self.lora_lr, self.encoder_lr)
+        if not all(0 <= rate < inf for rate in rates):
+            raise UserError(f"learning rates are finite and not negative, got {', '.join(map(str, rates))}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,11 +218,13 @@ class TrainConfig:
     eval_every: int | None = None  # steps between validations on held-out samples
     eval_split: str = "heldout"
     eval_limit: int = 256  # held-out samples per validation
+    max_skipped_in_row: int = 10  # steps without a finite loss and gradient, which change nothing, before a run ends
     trackers: tuple[Tracker, ...] = ()  # in addition to the JSON lines; needs the extra `track`
     prefetch_batches: int = 4  # global batches read ahead
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "micro_batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
+        least_one = ("batch_size", "micro_batch_size", "log_every", "checkpoint_every", "keep_checkpoints")
+        for name in (*least_one, "max_skipped_in_row"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("eval_every", "eval_limit"):
@@ -274,7 +278,10 @@ def read_config(run: Path) -> TrainConfig:
         raise UserError(
             f"{run} is not a run: it has no {CONFIG_FILE}; give the folder that merv-train wrote with --out"
         )
-    return overlay(TrainConfig(), load_yaml(Path(run) / CONFIG_FILE))
+    settings = load_yaml(Path(run) / CONFIG_FILE)
+    if not settings:
+        raise UserError(f"{Path(run) / CONFIG_FILE} is empty; put it back from a copy of the run")
+    return overlay(TrainConfig(), settings)
 
 
 def used_encoders(config: TrainConfig, available: list[str]) -> list[str]:

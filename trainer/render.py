@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mervcache.console import plural
+
 if TYPE_CHECKING:
     from featurestore.quality import LossRecord
 
@@ -77,6 +79,22 @@ def result_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [f"{result['run']}: {_done(result)}" for result in results]
     if lines and results[-1]["steps"] == results[-1]["num_steps"]:
         lines[-1] += f"; next: merv-eval run --checkpoint {results[-1]['run']}"
+    return lines + [line for result in results for line in lost_lines(result)]
+
+
+def lost_lines(result: Mapping[str, Any]) -> list[str]:
+    """What a run could not do because a number was not finite."""
+    lines = []
+    if skipped := result.get("skipped"):
+        lines.append(
+            f"{result['run']}: {plural(skipped, 'step')} of {result['steps']} changed nothing, for the loss or the"
+            " gradient was not finite: `skipped` is 1 in their rows of metrics.jsonl"
+        )
+    if unranked := result.get("unranked"):
+        lines.append(
+            f"{result['run']}: {plural(unranked, 'validation')} gave a number that is not finite and took no part in"
+            " choosing the best checkpoint: null in metrics.jsonl"
+        )
     return lines
 
 
@@ -84,7 +102,8 @@ def _done(result: Mapping[str, Any]) -> str:
     steps, num_steps = result["steps"], result["num_steps"]
     if steps < num_steps:
         return f"stopped and saved at step {steps} of {num_steps}; go on with --resume auto"
-    return f"step {steps} of {num_steps}, loss {result['loss']:.4f}"
+    loss = "not finite" if result["loss"] is None else f"{result['loss']:.4f}"
+    return f"step {steps} of {num_steps}, loss {loss}"
 
 
 def _counts(counts: Mapping[str, int]) -> str:

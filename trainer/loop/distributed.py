@@ -8,21 +8,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from torch import nn
+from torch import Tensor, nn
 
-from mervcache.errors import UserError
+from mervcache.errors import MervCacheError, RunStoppedError, UserError
 from trainer.config import TrainConfig
 from trainer.model.llm import decoder_layers
 from trainer.model.video_llm import VideoLLM
+
+Result = TypeVar("Result")
 
 TRACKERS_FOLDER, PROJECT = "trackers", "merv-train"  # RUN/trackers/merv-train/: event files of TensorBoard
 
@@ -75,12 +77,36 @@ def prepare(accelerator: Accelerator, model: VideoLLM, optimizer: torch.optim.Op
     return prepared, optimizer
 
 
-def any_rank(accelerator: Accelerator, *flags: bool) -> list[bool]:
+def any_rank(accelerator: Accelerator, *flags: bool | Tensor) -> list[bool]:
     """For every flag whether some rank has set it, so that all ranks take the same step."""
     if accelerator.num_processes == 1:
-        return list(flags)
-    counts = torch.tensor([float(flag) for flag in flags], device=accelerator.device)
+        return [bool(flag) for flag in flags]
+    counts = torch.stack([torch.as_tensor(flag, device=accelerator.device).float() for flag in flags])
     return [count > 0 for count in accelerator.reduce(counts, "sum").tolist()]
+
+
+def on_first_rank(accelerator: Accelerator, action: Callable[[], Result]) -> Result | None:
+    """The result of `action`, which the first rank takes alone; None on others. Where it fails, every rank does."""
+    result, failure = None, None
+    if accelerator.is_main_process:
+        try:
+            result = action()
+        except MervCacheError as error:
+            failure = error
+    raise_together(accelerator, failure)
+    return result
+
+
+def raise_together(accelerator: Accelerator, failure: MervCacheError | None) -> None:
+    """Raise on every rank where one has failed, so that none waits for it."""
+    if any_rank(accelerator, failure is not None)[0]:
+        raise failure or RunStoppedError("another process of this run failed; its message says why")
+
+
+def decides_on_device(accelerator: Accelerator) -> bool:
+    """Whether AdamW skips a step by a flag on the device: on one GPU, where nothing else makes a step wait."""
+    is_alone = accelerator.num_processes == 1 and not accelerator.is_fsdp2
+    return is_alone and accelerator.device.type == "cuda"
 
 
 @contextlib.contextmanager

@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import click
 
-from mervcache.errors import UserError
+from mervcache.errors import EXIT_WITH_FAILURES, UserError
 
 Launch = Literal["ddp", "fsdp"]
 LAUNCH_FILES: dict[Launch, Path] = {
@@ -26,6 +27,7 @@ LAUNCH_FILES: dict[Launch, Path] = {
 # How long torch's launcher waits after a SIGTERM before it kills its processes; the default of 30 s is too short for
 # the checkpoint of a large LLM.
 SHUTDOWN_VARIABLE, SHUTDOWN_S = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 600
+EXIT_FILE_VARIABLE = "MERV_TRAIN_EXIT_FILE"  # names the file for the first rank's exit code
 # -P: Python does not look for modules in the folder it is started from.
 THIS_COMMAND = (sys.executable, "-P", "-m", "trainer.cli")
 
@@ -63,9 +65,33 @@ def num_processes(launch: Launch, requested: int | None, num_gpus: int) -> int:
     return requested or num_gpus
 
 
+def end_with_failures() -> None:
+    """Exit as a run that finished and lost something.
+
+    Under our launcher the first rank leaves the exit code in a file: torch's launcher takes any other code than 0 for
+    a crash, ends the other ranks and exits with 1.
+    """
+    if (file := os.environ.get(EXIT_FILE_VARIABLE)) is None:
+        sys.exit(EXIT_WITH_FAILURES)
+    if is_first_rank():
+        Path(file).write_text(str(EXIT_WITH_FAILURES))
+
+
+def run_launcher() -> None:
+    """Run accelerate's launcher in this process and exit with the code that the first rank has left, else 0."""
+    from accelerate.commands.launch import main
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "exit_code"
+        os.environ[EXIT_FILE_VARIABLE] = str(file)
+        main()
+        code = int(file.read_text()) if file.is_file() else 0
+    sys.exit(code)
+
+
 def launch_command(launch: Launch, processes: int, arguments: Sequence[str]) -> list[str]:
     """The launcher's command line; the processes read `--launch` too, and see by `is_launched` what they are."""
-    launcher = [sys.executable, "-P", "-m", "accelerate.commands.launch"]
+    launcher = [sys.executable, "-P", "-m", "trainer.loop.launch"]
     options = ["--config_file", str(LAUNCH_FILES[launch]), "--num_processes", str(processes)]
     # Port 0: a free one, so that several runs fit on one machine.
     return [*launcher, *options, "--main_process_port", "0", "--no_python", *THIS_COMMAND, *arguments]
@@ -75,3 +101,7 @@ def launch_environment(environment: Mapping[str, str], num_gpus: int) -> dict[st
     """Variables of the launcher. Without a GPU accelerate must be set to CPU, or each rank would train its own run."""
     ranks = {} if num_gpus else {"ACCELERATE_USE_CPU": "true"}
     return {SHUTDOWN_VARIABLE: str(SHUTDOWN_S), **environment, **ranks}
+
+
+if __name__ == "__main__":
+    run_launcher()

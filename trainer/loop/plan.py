@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from math import prod
+from math import isfinite, nan, prod
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +248,8 @@ class Validation:
         val_loss_video, _image, _text        the same by modality, where there are such samples
         val_accuracy, val_chance             on the samples that have options, where there are some
 
+    A metric that is not finite stays so: it is named in the log and never makes a checkpoint the best one.
+
     At most `eval_limit` samples and as many questions are chosen by their ids, the same every time. Under the caption
     prompt the model is shown no question: captions of the run's own stage are held out, and no options are scored.
     """
@@ -284,6 +286,9 @@ class Validation:
                 row[f"val_loss_{name}"] = loss / count
         if self.questions:
             row |= {"val_accuracy": correct / len(self.questions), "val_chance": chance / len(self.questions)}
+        odd = [name for name, value in row.items() if not isfinite(value)]
+        if odd and self.accelerator.is_main_process:
+            logger.warning(f"validation: {', '.join(odd)} is not finite, so this checkpoint cannot be the best one")
         return row
 
     def _add_share(
@@ -312,9 +317,10 @@ class Validation:
         return sums.flatten()
 
     def _answers(self, questions: Sequence[Sample]) -> Tensor:
-        """Correct answers, and how many guessing would get."""
+        """Correct answers, NaN where a score is not finite, and how many guessing would get."""
         answers = answer_batch(self.built, questions, self.source, self.accelerator.device)
-        correct = sum(answer.predicted == answer.correct for answer in answers)
+        is_finite = all(isfinite(score) for answer in answers for score in answer.scores)
+        correct = sum(answer.predicted == answer.correct for answer in answers) if is_finite else nan
         return torch.tensor([correct, sum(1 / answer.num_options for answer in answers)], dtype=torch.float64)
 
 

@@ -6,6 +6,7 @@ call. torch is imported inside functions, because the command line imports this 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -14,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from mervcache.config import overlay, to_builtin
+from featurestore.locate import check_room
+from mervcache.config import overlay
 from mervcache.errors import UserError, unknown_name
-from mervcache.files import replace_text
 from trainer.config import CONFIG_FILE, Stages, TrainConfig, read_config
 from trainer.loop.launch import is_first_rank
-from trainer.runs.stage_folders import STAGES_FILE, check_is_free, stage_folder
+from trainer.runs.lock import STAGES_LOCK, run_lock
+from trainer.runs.stage_folders import STAGES_FILE, check_is_free, settings_by_stage, stage_folder, write_stages
 
 if TYPE_CHECKING:
     from trainer.loop.train import TrainResult
@@ -60,7 +62,7 @@ def to_yaml(stages: Stages) -> str:
     """A config file that gives these settings over any recipe of the same stages."""
     if len(stages) == 1:
         return stages[0].config.to_yaml()
-    return yaml.safe_dump({STAGES_KEY: _settings_by_stage(stages)}, sort_keys=False)
+    return yaml.safe_dump({STAGES_KEY: settings_by_stage(stages)}, sort_keys=False)
 
 
 def train_in_stages(
@@ -105,28 +107,32 @@ def train_stages(
     names = [stage.name for stage in stages]
     if only is not None and only not in names:
         raise UserError(unknown_name("stage of this recipe", only, names))
-    _prepare_folder(out, stages, only, resume)
-    is_new = newest(stage_folder(out, stages, stages[0])) is None  # a stage without checkpoint starts over
-    words = _check_samples(stages, open_tokens) if len(stages) > 1 and is_new else ()
-    results: list[TrainResult] = []
-    for index, stage in enumerate(stages):
-        if only not in (None, stage.name):
-            continue
-        config, folder = stage.config, stage_folder(out, stages, stage)
-        if index and config.init is None:
-            # A stage that has begun keeps the path it began with: the chain's folder may have been renamed since.
-            has_begun = (folder / CONFIG_FILE).exists()
-            init = read_config(folder).init if has_begun else str(out / stages[index - 1].name)
-            config = replace(config, init=init)
-        result = _finished_result(folder, config) if resume else None
-        if result is None:
-            samples, source = open_tokens(config, folder)
-            result = train(config, samples, source, folder, store=store, resume=resume, words=words, quiet=quiet)
-            # accelerate ties a model to itself: until it is collected, its memory and that of its optimizer are taken.
-            gc.collect()
-        results.append(result)
-        if result.steps < result.num_steps:
-            break
+    with contextlib.ExitStack() as held:
+        if is_first_rank():
+            check_room(out, "run", "--out")
+            held.enter_context(run_lock(out, STAGES_LOCK))
+        _prepare_folder(out, stages, only, resume)
+        is_new = newest(stage_folder(out, stages, stages[0])) is None  # a stage without checkpoint starts over
+        words = _check_samples(stages, open_tokens) if len(stages) > 1 and is_new else ()
+        results: list[TrainResult] = []
+        for index, stage in enumerate(stages):
+            if only not in (None, stage.name):
+                continue
+            config, folder = stage.config, stage_folder(out, stages, stage)
+            if index and config.init is None:
+                # A stage that has begun keeps the path it began with: the chain's folder may have been renamed since.
+                has_begun = (folder / CONFIG_FILE).exists()
+                init = read_config(folder).init if has_begun else str(out / stages[index - 1].name)
+                config = replace(config, init=init)
+            result = _finished_result(folder, config) if resume else None
+            if result is None:
+                samples, source = open_tokens(config, folder)
+                result = train(config, samples, source, folder, store=store, resume=resume, words=words, quiet=quiet)
+                # accelerate ties a model to itself: its memory and its optimizer's are taken until it is collected.
+                gc.collect()
+            results.append(result)
+            if result.steps < result.num_steps:
+                break
     return results
 
 
@@ -159,10 +165,6 @@ def _merge(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return merged
 
 
-def _settings_by_stage(stages: Stages) -> dict[str, Any]:
-    return {stage.name: to_builtin(asdict(stage.config)) for stage in stages}
-
-
 def _prepare_folder(out: Path, stages: Stages, only: str | None, resume: bool) -> None:
     """Refuse a folder that holds something else; write a chain's stages, on the first rank alone."""
     other = STAGES_FILE if len(stages) == 1 else CONFIG_FILE
@@ -174,7 +176,7 @@ def _prepare_folder(out: Path, stages: Stages, only: str | None, resume: bool) -
     if not resume:
         check_is_free(out, stages, only)
     out.mkdir(parents=True, exist_ok=True)
-    replace_text(out / STAGES_FILE, yaml.safe_dump(_settings_by_stage(stages), sort_keys=False))
+    write_stages(out, stages)
 
 
 def _check_samples(stages: Stages, open_tokens: OpenTokens) -> list[str]:
@@ -197,8 +199,9 @@ def _check_samples(stages: Stages, open_tokens: OpenTokens) -> list[str]:
 def _finished_result(folder: Path, config: TrainConfig) -> TrainResult | None:
     """The result of a run that is at its end, so that nothing is loaded for it; None if there is more to train."""
     from trainer.loop.train import TrainResult
-    from trainer.runs.checkpoint import checkpoint_to_resume
-    from trainer.runs.run_record import RunRecord, read_metrics
+    from trainer.runs.checkpoint import checkpoint_to_resume, load_state
+    from trainer.runs.disk import remove_leftovers
+    from trainer.runs.run_record import RunRecord
 
     checkpoint = checkpoint_to_resume(folder, config, resume=True)
     if checkpoint is None:
@@ -206,5 +209,8 @@ def _finished_result(folder: Path, config: TrainConfig) -> TrainResult | None:
     record, step = RunRecord.read(folder), int(checkpoint.name.removeprefix("step-"))
     if step < record.num_steps:
         return None
-    loss = read_metrics(folder)[-1]["loss"]
-    return TrainResult.of_run(folder, steps=step, num_steps=record.num_steps, loss=loss, data_digest=record.data_digest)
+    load_state(checkpoint)  # not read here, but it is what the result names
+    if is_first_rank():
+        with run_lock(folder):
+            remove_leftovers(folder)
+    return TrainResult.of_run(folder, steps=step, num_steps=record.num_steps, data_digest=record.data_digest)

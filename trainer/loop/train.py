@@ -4,14 +4,15 @@ The loss is the cross-entropy summed over the supervised tokens of the global ba
 depends neither on ranks nor on gradient accumulation; every rank knows that number without communication, because the
 order of the samples is a pure function. Random numbers are seeded per step: a resumed run has bit-identical losses on
 the CPU. accelerate provides device, precision and data parallelism.
+
+A step whose loss or gradient is not finite changes neither weights nor moments and is counted. It is a step all the
+same: its samples are not repeated, and the learning rate, a function of the step's number, goes on.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import os
 import signal
 import sys
 import threading
@@ -26,23 +27,29 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import Tensor
 from torch.nn import Parameter
 
 from featurestore.clips import Sample
-from mervcache.console import ProgressLine
-from mervcache.errors import UserError
+from featurestore.locate import check_room
+from mervcache.errors import NonFiniteError, UserError
 from trainer.config import OptimizerConfig, TrainConfig
 from trainer.data.batches import Prefetch, Step
 from trainer.data.order import derive_seed
 from trainer.data.tokens import TokenSource
 from trainer.loop import distributed
-from trainer.loop.distributed import any_rank, deterministic, make_accelerator, prepare
+from trainer.loop.distributed import any_rank, deterministic, make_accelerator, on_first_rank, prepare, raise_together
+from trainer.loop.metrics import MetricsWriter, finite_or_none
+from trainer.loop.nonfinite import SkippedSteps, Trace
 from trainer.loop.plan import Plan, Validation, fit_standardisation, make_plan
 from trainer.model.llm import is_adapter
 from trainer.model.video_llm import VideoLLM
 from trainer.runs import checkpoint
-from trainer.runs.checkpoint import checkpoint_to_resume, full_tensor, gather_full, write_folder
-from trainer.runs.run_record import METRICS_FILE, open_metrics
+from trainer.runs.checkpoint import CheckpointState, checkpoint_to_resume, full_tensor, gather_full, write_folder
+from trainer.runs.disk import disk_faults, remove_leftovers
+from trainer.runs.integrity import RunFiles
+from trainer.runs.lock import run_lock
+from trainer.runs.run_record import METRICS_FILE, read_metrics
 
 LR_SETTINGS = {  # module of VideoLLM -> the setting of its learning rate
     "projectors": "projector_lr",
@@ -62,16 +69,38 @@ class TrainResult:
     run: str
     steps: int  # done
     num_steps: int  # of the whole run
-    loss: float  # of the last step
+    loss: float | None  # of the last step; None: it was not finite
     data_digest: str
     checkpoint: str  # the newest
     best: str = ""  # the best by validation; empty: none was validated
+    skipped: int = 0  # steps whose loss or gradient was not finite, so that they changed nothing
+    unranked: int = 0  # validations with a number that was not finite
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no step and no validation was lost."""
+        return not self.skipped and not self.unranked
 
     @classmethod
-    def of_run(cls, run: Path, **facts: Any) -> TrainResult:
-        """The result with the checkpoints that the run's folder holds."""
+    def of_run(cls, run: Path, *, steps: int, **facts: Any) -> TrainResult:
+        """The result with what the run's folder holds: checkpoints and metrics."""
         newest, best = checkpoint.newest(run), checkpoint.best(run)
-        return cls(run=str(run), checkpoint=str(newest or ""), best=str(best or ""), **facts)
+        rows = read_metrics(run)
+        is_last = bool(rows) and rows[-1]["step"] == steps - 1
+        return cls(
+            run=str(run),
+            steps=steps,
+            loss=finite_or_none(rows[-1].get("loss")) if is_last else None,
+            checkpoint=str(newest or ""),
+            best=str(best or ""),
+            skipped=checkpoint.read_state(newest).skipped if newest else 0,
+            unranked=sum(not checkpoint.is_ranked(metrics) for row in rows if (metrics := _validated(row))),
+            **facts,
+        )
+
+
+def _validated(row: Mapping[str, Any]) -> dict[str, float | None]:
+    return {name: value for name, value in row.items() if name.startswith("val_")}
 
 
 def train(
@@ -93,55 +122,83 @@ def train(
     """
     out = Path(out)
     distributed.check_trackers(config)
+    check_room(out, "run", "--out")
     accelerator = make_accelerator(config, out)
-    folder = checkpoint_to_resume(out, config, resume)
-    accelerator.wait_for_everyone()  # before the first rank writes what the others look for
-    plan = make_plan(
-        config,
-        samples,
-        source,
-        store=store,
-        run=out if folder else None,
-        words=words,
-        rank=accelerator.process_index,
-        num_ranks=accelerator.num_processes,
-    )
-    digests = set(gather_object([plan.data.digest]))  # each process opened the store by itself
-    if len(digests) > 1:
-        raise UserError(
-            f"the processes of this run opened different data ({', '.join(sorted(digest[:12] for digest in digests))}):"
-            " the store has changed meanwhile; start the same command again"
+    with contextlib.ExitStack() as held:
+        on_first_rank(accelerator, lambda: held.enter_context(run_lock(out)))
+        folder = checkpoint_to_resume(out, config, resume)
+        state = checkpoint.load_state(folder) if folder else None
+        accelerator.wait_for_everyone()  # before the first rank writes what the others look for
+        plan = make_plan(
+            config,
+            samples,
+            source,
+            store=store,
+            run=out if folder else None,
+            words=words,
+            rank=accelerator.process_index,
+            num_ranks=accelerator.num_processes,
         )
-    validation = Validation(plan, samples, source, accelerator) if config.eval_every else None
-    if accelerator.is_main_process:
-        write_folder(out, plan.built, plan.record, is_new=folder is None)
-    with deterministic(config.deterministic):
-        return _Loop(plan, source, accelerator, validation, out).run(folder, stop_at, quiet)
+        digests = set(gather_object([plan.data.digest]))  # each process opened the store by itself
+        if len(digests) > 1:
+            raise UserError(
+                "the processes of this run opened different data"
+                f" ({', '.join(sorted(digest[:12] for digest in digests))}): the store has changed meanwhile; start the"
+                " same command again"
+            )
+        if state is not None and state.data_digest != plan.data.digest:
+            raise UserError(
+                f"{folder} was trained on data {state.data_digest}, this is data {plan.data.digest}:"
+                " samples or tokens have changed; start a new run with another --out"
+            )
+        validation = Validation(plan, samples, source, accelerator) if config.eval_every else None
+
+        def prepare_folder() -> RunFiles:
+            remove_leftovers(out)
+            if folder is not None:
+                checkpoint.set_aside_after(folder)
+            return write_folder(out, plan.built, plan.record, state)
+
+        files = on_first_rank(accelerator, prepare_folder)
+        with deterministic(config.deterministic), disk_faults(out, "metrics"):
+            return _Loop(plan, source, accelerator, validation, out, files).run(folder, state, stop_at, quiet)
 
 
 class _Loop:
     """One process's part of a run."""
 
     def __init__(
-        self, plan: Plan, source: TokenSource, accelerator: Accelerator, validation: Validation | None, out: Path
+        self,
+        plan: Plan,
+        source: TokenSource,
+        accelerator: Accelerator,
+        validation: Validation | None,
+        out: Path,
+        files: RunFiles | None,
     ) -> None:
         self.plan, self.source, self.accelerator, self.out = plan, source, accelerator, out
-        self.config, self.validation = plan.config, validation
+        self.config, self.validation, self.files = plan.config, validation, files
         self.model: VideoLLM = plan.built.model
-        self.optimizer = build_optimizer(self.model, self.config.optimizer)
+        self.is_deferred = distributed.decides_on_device(accelerator)
+        self.optimizer = build_optimizer(self.model, self.config.optimizer, fused=self.is_deferred)
         self.names: dict[int, str] = {}  # id(parameter) -> name, once the model is on device and ranks
         self.timer = CheckpointTimer(self.config.checkpoint_minutes)
         self.best: tuple[float, float] | None = None  # goodness of the best validation so far
+        self.skips = SkippedSteps(self.config.max_skipped_in_row)
+        self.trace: Trace | None = None  # of a step that is the last chance
+        self.is_stop_requested: Callable[[], bool] = lambda: False
+        self.is_stopped = self.is_time = False  # as all ranks have decided in the last step
 
-    def run(self, folder: Path | None, stop_at: int | None, quiet: bool) -> TrainResult:
+    def run(self, folder: Path | None, state: CheckpointState | None, stop_at: int | None, quiet: bool) -> TrainResult:
         """Start, or go on from the checkpoint `folder`, and step to the end, to `stop_at`, or until a stop signal."""
         config, accelerator, num_steps = self.config, self.accelerator, self.plan.batches.num_steps
-        start = self._restore_model(folder)
+        start = self._restore_model(folder, state)
         model, optimizer = prepare(accelerator, self.model, self.optimizer)
         self.names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        if folder is not None:
-            checkpoint.load_optimizer(folder, self.optimizer, self.names, start)
-            self.best = checkpoint.best_goodness(self.out)
+        self._check_weights()
+        if folder is not None and state is not None:
+            checkpoint.load_optimizer(folder, self.optimizer, self.names, start - state.skipped)
+            self.best, self.skips.total = checkpoint.best_goodness(self.out), state.skipped
         distributed.start_trackers(accelerator, config, self.out, start)
         stop = min(num_steps, stop_at if stop_at is not None else num_steps)
         steps = Prefetch(self._read, start, stop, depth=config.prefetch_batches)
@@ -155,46 +212,67 @@ class _Loop:
             quiet=quiet,
             log=lambda row: distributed.log(accelerator, row),
         )
-        done, loss = start, torch.tensor(float("nan"))
-        with steps, metrics, stop_signals() as is_stop_requested:
+        done, saved = start, start
+        with steps, metrics, stop_signals() as self.is_stop_requested:
             for number, step in enumerate(steps, start=start):
                 row = self._step(model, optimizer, number, step)
-                done, loss = number + 1, row["loss"]
-                is_time = accelerator.is_main_process and self.timer.is_due()  # by the first rank's clock
-                is_stopped, is_time = any_rank(accelerator, is_stop_requested(), is_time)
+                done = number + 1
                 validated: dict[str, float] = {}
-                if self.validation and not is_stopped and (done % config.eval_every == 0 or done == num_steps):
+                if self.validation and not self.is_stopped and (done % config.eval_every == 0 or done == num_steps):
                     with metrics.paused():
                         validated = self.validation()
                 metrics.advance(row | validated)
-                is_last = done == stop or is_stopped
+                is_over = self.trace is not None and bool(row["skipped"])
+                is_last = done == stop or self.is_stopped or is_over
                 # A new best validation is always kept.
-                saves = is_last or is_time or done % config.checkpoint_every == 0 or self._is_best(validated)
+                saves = is_last or self.is_time or done % config.checkpoint_every == 0 or self._is_best(validated)
                 if saves or done % config.log_every == 0:
                     # A killed run resumes from its checkpoint: the rows of the steps before it must be on disk by then.
-                    metrics.flush(waited_s=steps.waited_s, is_synced=saves)
+                    rows = metrics.flush(waited_s=steps.waited_s, is_synced=saves)
+                    for written in rows if self.is_deferred else ():
+                        self.skips.count(bool(written["skipped"]))
+                if is_over:
+                    self._stop(done, saved)
                 if saves:
                     self._save(done, validated)
+                    saved = done
                 if is_last:
                     break
         distributed.stop_trackers(accelerator)
-        return TrainResult.of_run(
-            self.out, steps=done, num_steps=num_steps, loss=float(loss), data_digest=self.plan.data.digest
-        )
+        return TrainResult.of_run(self.out, steps=done, num_steps=num_steps, data_digest=self.plan.data.digest)
 
-    def _restore_model(self, folder: Path | None) -> int:
+    def _restore_model(self, folder: Path | None, state: CheckpointState | None) -> int:
         """Weights of a checkpoint, or fresh ones with measured constants; the first step to do."""
-        if folder is None:
+        if folder is None or state is None:
             fit_standardisation(self.plan, self.source)
             return 0
-        state = checkpoint.load_state(folder)
-        if state.data_digest != self.plan.data.digest:
-            raise UserError(
-                f"{folder} was trained on data {state.data_digest}, this is data {self.plan.data.digest}:"
-                " samples or tokens have changed; start a new run with another --out"
-            )
         checkpoint.load_model(folder, self.model, with_llm=self.plan.built.saves_llm)
         return state.step
+
+    def _check_weights(self) -> None:
+        """Refuse weights and measured constants that no checkpoint may hold, before the first step."""
+        names = checkpoint.nonfinite_names(checkpoint.model_weights(self.model, with_llm=self.plan.built.saves_llm))
+        failure = None
+        if names:
+            failure = NonFiniteError(
+                f"{', '.join(names[:3])} {'holds' if len(names) == 1 else 'hold'} infinite values or NaN before the"
+                " first step: they come from the LLM, from init, or, as measured constants, from the tokens"
+            )
+        raise_together(self.accelerator, failure)
+
+    def _stop(self, done: int, saved: int) -> None:
+        """End a run whose steps change nothing any more; what was trained before them is saved."""
+        place, first = self.trace.place() if self.trace else "", done - self.skips.in_a_row
+        if saved < first:
+            self.skips.total -= self.skips.in_a_row
+            self._save(first, {})
+        distributed.stop_trackers(self.accelerator)
+        raise NonFiniteError(
+            f"steps {first} to {done - 1} of {self.out}, {self.skips.in_a_row} in a row, changed nothing: their loss or"
+            f" gradient was not finite. In step {done - 1} the first value that is not finite is {place}. What was"
+            " trained before is saved. Look at the samples and lower the learning rates in a new run;"
+            " max_skipped_in_row in a config file allows more, and --resume auto goes on"
+        )
 
     def _log_start(self, start: int) -> None:
         begins = f"resumes after step {start}" if start else "starts"
@@ -220,30 +298,60 @@ class _Loop:
         set_rates(self.optimizer, number, self.plan.batches.num_steps, config.optimizer)
         model.train()
         total = torch.zeros((), device=accelerator.device)
-        for index, (batch, divisor) in enumerate(zip(step.micro_batches, step.divisors, strict=True)):
-            # FSDP sums every time: without it each rank would keep whole fp32 gradients between micro-batches.
-            is_summed = accelerator.is_fsdp2 or index == len(step.micro_batches) - 1
-            with contextlib.nullcontext() if is_summed else accelerator.no_sync(model):
-                with accelerator.autocast():  # FSDP's own precision is that of weights alone
-                    loss = model(batch.to(accelerator.device)) / divisor
-                # Data parallelism averages gradients over ranks; here they are parts of a sum.
-                accelerator.backward(loss * accelerator.num_processes)
-            total += loss.detach()
+        self.trace = Trace(self.model) if self.skips.is_traced else None
+        with self.trace or contextlib.nullcontext():
+            for index, (batch, divisor) in enumerate(zip(step.micro_batches, step.divisors, strict=True)):
+                # FSDP sums every time: without it each rank would keep whole fp32 gradients between micro-batches.
+                is_summed = accelerator.is_fsdp2 or index == len(step.micro_batches) - 1
+                with contextlib.nullcontext() if is_summed else accelerator.no_sync(model):
+                    with accelerator.autocast():  # FSDP's own precision is that of weights alone
+                        loss = model(batch.to(accelerator.device)) / divisor
+                    # Data parallelism averages gradients over ranks; here they are parts of a sum.
+                    accelerator.backward(loss * accelerator.num_processes)
+                total += loss.detach()
         norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm or float("inf"))
-        optimizer.step()
+        norm, total = full_tensor(norm.detach()), accelerator.reduce(total, "sum")
+        is_skipped = self._update(optimizer, total, norm)
         optimizer.zero_grad()
         return {
             "step": number,
-            "loss": accelerator.reduce(total, "sum"),
-            "grad_norm": full_tensor(norm.detach()),
+            "loss": total,
+            "grad_norm": norm,
+            "skipped": is_skipped,
             **current_rates(self.optimizer),
             "samples": config.batch_size,
             "tokens": step.num_tokens,
             "supervised_tokens": step.num_supervised,
         }
 
+    def _update(self, optimizer: Any, loss: Tensor, norm: Tensor) -> int | Tensor:
+        """One update, unless the loss or the gradient's norm is not finite; 1 if it was skipped.
+
+        Both are sums over all ranks, so every rank decides the same. Several ranks read the decision together with
+        their stop signals; on one GPU AdamW itself takes it on the device, so that no step waits for it.
+        """
+        is_odd = ~(loss.isfinite() & norm.isfinite())
+        # The first rank's clock says when it is time for a checkpoint.
+        flags = self.is_stop_requested(), self.accelerator.is_main_process and self.timer.is_due()
+        if self.is_deferred:
+            self.optimizer.found_inf = is_odd.float()  # as GradScaler sets it
+        if self.is_deferred and self.trace is None:
+            optimizer.step()
+            self.is_stopped, self.is_time = any_rank(self.accelerator, *flags)
+            return is_odd.int()
+        is_skipped, self.is_stopped, self.is_time = any_rank(self.accelerator, is_odd, *flags)
+        if not is_skipped:
+            optimizer.step()
+        elif self.trace is not None:
+            self.trace.look_at_parameters()
+        if self.is_deferred:  # the total is counted when metrics are read
+            self.skips.in_a_row = self.skips.in_a_row + 1 if is_skipped else 0
+        else:
+            self.skips.count(is_skipped)
+        return int(is_skipped)
+
     def _is_best(self, validated: Mapping[str, float]) -> bool:
-        return bool(validated) and (self.best is None or checkpoint.goodness(validated) > self.best)
+        return checkpoint.is_ranked(validated) and (self.best is None or checkpoint.goodness(validated) > self.best)
 
     def _save(self, done: int, validated: Mapping[str, float]) -> None:
         """A checkpoint of full tensors: every rank contributes its shards, the first one writes."""
@@ -251,8 +359,9 @@ class _Loop:
         weights = checkpoint.model_weights(self.model, with_llm=self.plan.built.saves_llm)
         moments = checkpoint.optimizer_tensors(self.optimizer, self.names)
         weights, moments = gather_full(weights, keep=is_writer), gather_full(moments, keep=is_writer)
-        if is_writer:
-            checkpoint.save(
+        on_first_rank(
+            self.accelerator,
+            lambda: checkpoint.save(
                 self.out,
                 step=done,
                 weights=weights,
@@ -261,17 +370,21 @@ class _Loop:
                 identities={encoder: shape.identity for encoder, shape in self.plan.record.shapes.items()},
                 keep=self.config.keep_checkpoints,
                 validation=validated,
-            )
+                skipped=self.skips.total,
+                files=self.files,
+            ),
+        )
         if self._is_best(validated):
             self.best = checkpoint.goodness(validated)
         self.timer.reset()
         self.accelerator.wait_for_everyone()
 
 
-def build_optimizer(model: VideoLLM, config: OptimizerConfig) -> torch.optim.AdamW:
+def build_optimizer(model: VideoLLM, config: OptimizerConfig, *, fused: bool = False) -> torch.optim.AdamW:
     """AdamW with a group per part and decay; tensors with fewer than two axes never decay.
 
-    `set_rates` sets the learning rates before each step. Raises UserError where nothing is trained.
+    `fused`: one kernel, which skips an update where `found_inf` is set on the device. `set_rates` sets the
+    learning rates before each step. Raises UserError where nothing is trained.
     """
     members: dict[tuple[str, bool], list[Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
@@ -291,7 +404,7 @@ def build_optimizer(model: VideoLLM, config: OptimizerConfig) -> torch.optim.Ada
     ]
     if not groups:
         raise UserError("nothing is trained: the fusion and the projectors have no parameters and the LLM is frozen")
-    return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps)
+    return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=fused or None)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, step: int, num_steps: int, config: OptimizerConfig) -> None:
@@ -353,90 +466,3 @@ class CheckpointTimer:
 
     def is_due(self) -> bool:
         return self._minutes is not None and self._clock() - self._started >= 60 * self._minutes
-
-
-class MetricsWriter:
-    """Progress on stderr and the rows of metrics.jsonl; silent on ranks that are not the first.
-
-    Rows are written at each `flush`, with the speed of the steps since the last one.
-    """
-
-    def __init__(
-        self,
-        run: Path,
-        *,
-        start: int,
-        stop: int,
-        is_first_rank: bool,
-        quiet: bool = False,
-        log: Callable[[Mapping[str, Any]], None] | None = None,  # called with every row that is written
-    ) -> None:
-        self._log = log
-        self._validation = ""  # text of the last one
-        self._rows: list[dict[str, Any]] = []
-        self._started, self._waited_s = time.perf_counter(), 0.0
-        self._line = ProgressLine("train", total=stop, first=start, unit="steps", quiet=quiet or not is_first_rank)
-        # Opening the file drops the lines of steps that will be done again.
-        self._file = open_metrics(run / METRICS_FILE, start) if is_first_rank else None
-
-    def __enter__(self) -> MetricsWriter:
-        self._line.__enter__()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._line.__exit__(*exception)
-        if self._file is not None:
-            self._file.close()
-
-    def advance(self, row: dict[str, Any]) -> None:
-        """One step done; tensors in `row` are read at the next `flush`, so that no step waits for the device."""
-        self._rows.append(row)
-        self._line.advance()
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time inside is not counted as training time."""
-        started = time.perf_counter()
-        yield
-        self._started += time.perf_counter() - started
-
-    def flush(self, *, waited_s: float, is_synced: bool = False) -> None:
-        """Write the rows since the last flush; `waited_s` is all the time the loop has waited for data.
-
-        `is_synced`: they survive a power cut, like the checkpoint that is written next.
-        """
-        if not self._rows:
-            return
-        rows = [
-            {name: value.item() if hasattr(value, "item") else value for name, value in row.items()}
-            for row in self._rows
-        ]
-        seconds = time.perf_counter() - self._started
-        speed = {
-            "samples_per_s": sum(row["samples"] for row in rows) / seconds,
-            "tokens_per_s": sum(row["tokens"] for row in rows) / seconds,
-            "wait_share": min((waited_s - self._waited_s) / seconds, 1.0),
-        }
-        rows = [{**row, **speed} for row in rows]
-        if self._file is not None:
-            self._file.writelines(json.dumps(row) + "\n" for row in rows)
-            self._file.flush()
-            if is_synced:
-                os.fsync(self._file.fileno())
-        for row in rows if self._log is not None else ():
-            self._log(row)
-        self._show(rows)
-        self._rows, self._waited_s, self._started = [], waited_s, time.perf_counter()
-
-    def _show(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        for row in rows:
-            if "val_loss" in row:
-                self._validation = f"  held out: loss {row['val_loss']:.4f}"
-            if "val_accuracy" in row:
-                self._validation += f", accuracy {row['val_accuracy']:.2f} (chance {row['val_chance']:.2f})"
-        last = rows[-1]
-        rate = max((value for name, value in last.items() if name.endswith("_lr")), default=0.0)
-        self._line.set_postfix(
-            f"loss {last['loss']:.4f}  lr {rate:.1e}  {last['samples_per_s']:.1f} samples/s"
-            f"  {last['tokens_per_s']:.0f} tokens/s  waits {last['wait_share']:.0%}{self._validation}"
-        )

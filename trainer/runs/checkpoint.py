@@ -2,52 +2,46 @@
 
     RUN/checkpoints/step-00000400/
         model.safetensors       trained weights and measured constants; all of the LLM where its weights are fresh
-        optimizer.safetensors   AdamW's two moments by parameter name
-        state.json              step, data digest, encoder identities, validation, sha256 of the two files
+        optimizer.safetensors   AdamW's two moments and its number of updates, by parameter name
+        state.json              step, skipped steps, data digest, encoder identities, validation, sha256 of the two
+                                files and of the run's other files, and of itself
 
 Nothing else is state: order and random numbers are functions of the seed and the step, the learning rate of the step.
-Tensors are full, so one process or any number of ranks can read them.
+Tensors are full, so one process or any number of ranks can read them. Weights that are not finite are not saved.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from math import inf, isfinite
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from featurestore.locate import check_room
-from mervcache.errors import StoreDamagedError, UserError
+from mervcache.errors import NonFiniteError, StoreDamagedError, UserError
 from mervcache.files import apply_umask, file_sha256, replace_text
 from trainer.config import CONFIG_FILE, TrainConfig, read_config
 from trainer.model.llm import save_shape
 from trainer.model.video_llm import Built
+from trainer.runs.disk import disk_faults
+from trainer.runs.integrity import RunFiles, fixed_settings, free_settings, seal, unseal
 from trainer.runs.run_record import LLM_FOLDER, RunRecord
 
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
 LLM_PREFIX = "llm."  # of its names in the model
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# Settings that change neither weights nor losses beyond the rounding of sums, so they may differ in a resumed run.
-FREE_ON_RESUME = {
-    "activation_checkpointing",
-    "allow_fresh_frozen",
-    "checkpoint_every",
-    "checkpoint_minutes",
-    "deterministic",
-    "eval_every",
-    "eval_limit",
-    "eval_split",
-    "keep_checkpoints",
-    "log_every",
-    "prefetch_batches",
-    "trackers",
-}
+STEP = "step"  # of a parameter: its updates, fewer than the run's steps where some were skipped
+ASIDE = "nonfinite-"  # begins the name of a checkpoint that a resumed run has set aside
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,35 +52,51 @@ class CheckpointState:
     data_digest: str
     identities: Mapping[str, str]  # encoder -> identity of the tokens it was trained on
     sha256: Mapping[str, str]  # file -> digest
-    validation: Mapping[str, float] = field(default_factory=dict)  # metrics of this step; empty: not validated
+    # Metrics of this step; empty: not validated. None stands for a number that is not finite.
+    validation: Mapping[str, float | None] = field(default_factory=dict)
+    skipped: int = 0  # of the steps done, those that changed nothing because a number was not finite
+    files: RunFiles | None = None  # what else the run has read; None: written before it was kept
 
 
 def checkpoint_to_resume(out: Path, config: TrainConfig, resume: bool) -> Path | None:
-    """The checkpoint to resume from, None for a new run; UserError for a run that exists or had other settings."""
+    """The checkpoint to resume from, None for a new run; UserError for a run that exists or had other settings.
+
+    It is the newest one with finite weights.
+    """
     check_room(out, "run", "--out")
     if not (out / CONFIG_FILE).exists():
+        if folder := newest(out):
+            raise StoreDamagedError(
+                f"{out} holds the checkpoint {folder.name} and no {CONFIG_FILE}; put it back from a copy of the run, or"
+                " choose another --out"
+            )
         return None
     if not resume:
         raise UserError(f"{out} holds a run already; go on with --resume auto, or choose another --out")
     before = read_config(out)
-    # A loss per token is one sum, however it is cut into micro-batches; the mean of micro-batches is not.
-    free = FREE_ON_RESUME | ({"micro_batch_size"} if config.loss == "per_token" else set())
-    names = [field.name for field in fields(config) if field.name not in free]
+    names = [field.name for field in fields(config) if field.name not in free_settings(config.loss)]
     if changed := [name for name in names if getattr(before, name) != getattr(config, name)]:
         values = "; ".join(f"{name} was {getattr(before, name)!r}, is {getattr(config, name)!r}" for name in changed)
         raise UserError(
             f"{out} was started with other settings ({values}); resume with the same, or choose another --out"
         )
-    return newest(out)
+    return newest_finite(out)
 
 
-def write_folder(out: Path, built: Built, record: RunRecord, *, is_new: bool) -> None:
-    """Write settings, record and tokenizer before the first step; of a resumed run only the settings change."""
+def write_folder(out: Path, built: Built, record: RunRecord, resumed: CheckpointState | None) -> RunFiles:
+    """Write settings, record and tokenizer before the first step; of a resumed run only the settings change.
+
+    Returns the digests that the run's checkpoints keep.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    if is_new:
-        save_shape(built.llm, out / LLM_FOLDER)
-        record.write(out)
-    replace_text(out / CONFIG_FILE, built.config.to_yaml())
+    with disk_faults(out, "the run's settings"):
+        if resumed is None:
+            save_shape(built.llm, out / LLM_FOLDER)
+            record.write(out)
+        replace_text(out / CONFIG_FILE, built.config.to_yaml())
+    if resumed is not None and resumed.files is not None:
+        return replace(resumed.files, settings=fixed_settings(out))
+    return RunFiles.of(out, built.config.llm, with_weights=not built.saves_llm)
 
 
 def save(
@@ -99,29 +109,45 @@ def save(
     identities: Mapping[str, str],
     keep: int,
     validation: Mapping[str, float] | None = None,
+    skipped: int = 0,
+    files: RunFiles | None = None,
 ) -> Path:
-    """Write one checkpoint, then remove all but the newest `keep` and the best by validation."""
+    """Write one checkpoint, then remove all but the newest `keep` and the best by validation.
+
+    `files` are the digests that `write_folder` gave; by default those of the files as they are. Raises NonFiniteError
+    for weights that are not finite and RunStoppedError where the disk is full; nothing of it is left then.
+    """
+    for kind, tensors in (("weights", weights), ("optimizer", optimizer)):
+        if names := nonfinite_names(tensors):
+            raise NonFiniteError(f"the {kind} of step {step} are not finite and are not saved: {_listed(names)}")
     folder = _checkpoints(run) / f"step-{step:08d}"
     temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file(_on_cpu(weights), temporary / MODEL_FILE)
-    save_file(_on_cpu(optimizer), temporary / OPTIMIZER_FILE)
-    apply_umask(temporary)
-    digests = {name: file_sha256(temporary / name) for name in (MODEL_FILE, OPTIMIZER_FILE)}
-    state = CheckpointState(
-        step=step,
-        data_digest=data_digest,
-        identities=dict(identities),
-        sha256=digests,
-        validation=dict(validation or {}),
-    )
-    (temporary / STATE_FILE).write_text(json.dumps(asdict(state), indent=1, sort_keys=True))
-    for name in (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE):
-        _sync(temporary / name)
-    shutil.rmtree(folder, ignore_errors=True)  # the same step, written by a run that was resumed from before it
-    temporary.rename(folder)
-    _sync(folder.parent)
+    num_bytes = sum(value.nbytes for value in [*weights.values(), *optimizer.values()])
+    try:
+        with disk_faults(run, "a checkpoint", num_bytes=num_bytes):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            save_file(_on_cpu(weights), temporary / MODEL_FILE)
+            save_file(_on_cpu(optimizer), temporary / OPTIMIZER_FILE)
+            apply_umask(temporary)
+            state = CheckpointState(
+                step=step,
+                data_digest=data_digest,
+                identities=dict(identities),
+                sha256={name: file_sha256(temporary / name) for name in (MODEL_FILE, OPTIMIZER_FILE)},
+                validation=_finite_or_none(validation or {}),
+                skipped=skipped,
+                files=files or RunFiles.of(run),
+            )
+            (temporary / STATE_FILE).write_text(seal(asdict(state)))
+            for name in (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE):
+                _sync(temporary / name)
+            shutil.rmtree(folder, ignore_errors=True)  # the same step, by a run that was resumed from before it
+            temporary.rename(folder)
+            _sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     for old in set(checkpoints(run)[:-keep]) - {best(run)}:
         shutil.rmtree(old)
     return folder
@@ -137,39 +163,113 @@ def newest(run: Path) -> Path | None:
     return (checkpoints(run) or [None])[-1]
 
 
+def newest_finite(run: Path) -> Path | None:
+    """The last complete checkpoint with finite weights, which those of earlier versions need not have.
+
+    Those that are passed over are named in the log; NonFiniteError if no other is left.
+    """
+    folders = checkpoints(run)
+    for folder in reversed(folders):
+        if not (names := list(_nonfinite_weights(folder))):
+            return folder
+        logger.warning(f"{folder} is left out, its weights are not finite: {_listed(names)}")
+    if folders:
+        raise NonFiniteError(
+            f"no checkpoint of {run} has finite weights; train again with another --out, and lower learning rates"
+        )
+    return None
+
+
+def set_aside_after(folder: Path) -> None:
+    """Rename the checkpoints after `folder`, from which a run goes on: they would be taken for newer ones of it."""
+    for later in (path for path in checkpoints(folder.parent.parent) if path.name > folder.name):
+        aside = later.with_name(ASIDE + later.name)
+        shutil.rmtree(aside, ignore_errors=True)
+        later.rename(aside)
+        logger.warning(f"{later.name} was set aside as {aside}; remove it when nobody needs it")
+
+
+def _nonfinite_weights(folder: Path) -> Iterator[str]:
+    """Names of the tensors of a checkpoint that are not finite; nothing is read where `save` has checked them."""
+    if read_state(folder).files is not None:
+        return
+    try:
+        with safe_open(folder / MODEL_FILE, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (it is no mapping)
+                yield from nonfinite_names({name: file.get_tensor(name)})
+    except (OSError, SafetensorError):
+        return  # missing or damaged, which `load_state` reports
+
+
 def best(run: Path) -> Path | None:
     """The checkpoint with the best validation, the earlier one of equals; None if none was validated."""
-    validated = [folder for folder in checkpoints(run) if _read_state(folder).validation]
-    return max(validated, key=lambda folder: goodness(_read_state(folder).validation), default=None)
+    validated = [folder for folder in checkpoints(run) if is_ranked(read_state(folder).validation)]
+    return max(validated, key=lambda folder: goodness(read_state(folder).validation), default=None)
 
 
 def best_goodness(run: Path) -> tuple[float, float] | None:
     """`goodness` of the best checkpoint; None if none was validated."""
     folder = best(run)
-    return goodness(_read_state(folder).validation) if folder is not None else None
+    return goodness(read_state(folder).validation) if folder is not None else None
 
 
-def goodness(validation: Mapping[str, float]) -> tuple[float, float]:
-    """Sort key of checkpoints: accuracy where it was measured, then the smaller loss."""
+def is_ranked(validation: Mapping[str, float | None]) -> bool:
+    """Whether there are metrics and all of them are finite: others are compared with nothing."""
+    return bool(validation) and all(value is not None and isfinite(value) for value in validation.values())
+
+
+def goodness(validation: Mapping[str, float | None]) -> tuple[float, float]:
+    """Sort key of checkpoints: accuracy where it was measured, then the smaller loss; metrics that are not finite last.
+
+    `is_ranked` says whether they may be the best at all.
+    """
+    if not is_ranked(validation):
+        return -inf, -inf
     return validation.get("val_accuracy", -1.0), -validation["val_loss"]
 
 
 def load_state(folder: Path) -> CheckpointState:
-    """A checkpoint's state, after its files have been compared with their digests."""
-    state = _read_state(folder)
+    """A checkpoint's state, after its files and those of its run have been compared with their digests."""
+    state = read_state(folder)
+    if state.files is not None:
+        state.files.check(folder.parent.parent)
     for name in (MODEL_FILE, OPTIMIZER_FILE):
-        if state.sha256.get(name) != file_sha256(folder / name):
-            raise StoreDamagedError(
-                f"{folder / name} differs from its digest; remove {folder} to use an older checkpoint"
-            )
+        path, advice = folder / name, f"remove {folder} to use an older checkpoint"
+        if not path.is_file():
+            raise StoreDamagedError(f"{path} is missing; put it back from a copy of the run, or {advice}")
+        if state.sha256.get(name) != file_sha256(path):
+            raise StoreDamagedError(f"{path} differs from its digest; {advice}")
     return state
 
 
-def _read_state(folder: Path) -> CheckpointState:
+def read_state(folder: Path) -> CheckpointState:
+    """A checkpoint's state, its files not looked at."""
     try:
-        return CheckpointState(**json.loads((folder / STATE_FILE).read_text()))
+        record = unseal(folder / STATE_FILE)
+        files = record.get("files")
+        return CheckpointState(**{**record, "files": RunFiles(**files) if files is not None else None})
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder} is not a checkpoint of this version: {error}") from error
+        raise UserError(
+            f"{folder} is not a checkpoint of this version: {error}; remove it to use an older one"
+        ) from error
+
+
+def _finite_or_none(values: Mapping[str, float]) -> dict[str, float | None]:
+    """JSON has no NaN."""
+    return {name: value if isfinite(value) else None for name, value in values.items()}
+
+
+def nonfinite_names(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold an infinite value or NaN; of a sharded one this rank's part is looked at."""
+    floating = {name: local(value.detach()) for name, value in tensors.items() if value.is_floating_point()}
+    if not floating:
+        return []
+    flags = torch.stack([value.isfinite().all().cpu() for value in floating.values()])
+    return [name for name, is_finite in zip(floating, flags.tolist(), strict=True) if not is_finite]
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def model_weights(model: nn.Module, *, with_llm: bool) -> dict[str, Tensor]:
@@ -196,23 +296,28 @@ def load_exactly(model: nn.Module, weights: Mapping[str, Tensor], expected: set[
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Tensor]:
-    """AdamW's moments as `NAME/exp_avg`; `names` maps id(parameter) to its name."""
+    """AdamW's state as `NAME/exp_avg` and so on; `names` maps id(parameter) to its name."""
     return {
         f"{names[id(parameter)]}/{moment}": state[moment]
         for parameter, state in optimizer.state.items()
-        for moment in MOMENTS
+        for moment in (*MOMENTS, STEP)
     }
 
 
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, names: Mapping[int, str], step: int) -> None:
-    """Load the moments of the checkpoint into `optimizer`, sharded as its parameters are."""
-    moments = load_file(folder / OPTIMIZER_FILE)
+    """Load the moments of the checkpoint into `optimizer`, sharded as its parameters are.
+
+    `step`, of the run, is the number of updates where the checkpoint has no number for each parameter.
+    """
+    moments, is_fused = load_file(folder / OPTIMIZER_FILE), bool(optimizer.defaults["fused"])
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             name = names[id(parameter)]
             if f"{name}/{MOMENTS[0]}" in moments:  # absent where no gradient has reached it yet
                 state = {moment: placed_like(moments[f"{name}/{moment}"], parameter) for moment in MOMENTS}
-                optimizer.state[parameter] = {"step": torch.tensor(float(step)), **state}
+                updates = moments.get(f"{name}/{STEP}", torch.tensor(float(step)))
+                updates = updates.to(parameter.device if is_fused else "cpu")  # where AdamW makes it
+                optimizer.state[parameter] = {STEP: updates, **state}
 
 
 def gather_full(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
@@ -231,6 +336,11 @@ def gather_full(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tenso
 def full_tensor(value: Tensor) -> Tensor:
     """The tensor itself; a sharded one (FSDP's `DTensor`) gathered from all ranks."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def local(value: Tensor) -> Tensor:
+    """The tensor itself; of a sharded one this rank's part."""
+    return value.to_local() if hasattr(value, "to_local") else value
 
 
 def placed_like(value: Tensor, parameter: Tensor) -> Tensor:

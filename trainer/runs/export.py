@@ -6,7 +6,7 @@
     OUT/projectors.safetensors    and fusion.safetensors (trained_encoders.safetensors, where some were trained)
     OUT/llm/                      tokenizer; all of the LLM, in shards, where this run has changed it or on request
     OUT/adapter/                  LoRA weights as peft reads them, where they are not merged
-    OUT/export.json               step, data digest, sha256 of every file of weights
+    OUT/export.json               step, data digest, sha256 of every file that loading reads, and of itself
 
 A frozen LLM is named and not copied: its licence may not allow passing its weights on.
 """
@@ -17,6 +17,7 @@ import json
 import shutil
 from collections import defaultdict
 from dataclasses import asdict, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mervcache.errors import UserError
-from mervcache.files import atomic_directory
+from mervcache.files import atomic_directory, file_sha256
 from trainer.config import CONFIG_FILE
 from trainer.model.llm import is_adapter
 from trainer.model.video_llm import Built
 from trainer.runs import checkpoint
+from trainer.runs.integrity import seal
 from trainer.runs.load import (
     ADAPTER_FILE,
     ADAPTER_FOLDER,
@@ -40,14 +42,13 @@ from trainer.runs.load import (
     ExportRecord,
     LLMWeights,
     LoadedRun,
+    export_files,
     load_run,
-    weight_digests,
 )
 from trainer.runs.model_card import UNKNOWN_LICENSE, CardFacts, model_card
 from trainer.runs.run_record import (
     IMPORT_FILE,
     LLM_FOLDER,
-    METRICS_FILE,
     read_metrics,
     read_scores,
     software_versions,
@@ -92,9 +93,9 @@ def export_run(
             llm_dtype=dtype,
             is_merged=merge_lora,
             llm_revision=getattr(llm.config, "_commit_hash", None),
-            sha256=weight_digests(folder),
+            sha256={name: file_sha256(folder / name) for name in export_files(folder)},
         )
-        (folder / EXPORT_FILE).write_text(json.dumps(asdict(record), indent=1) + "\n")
+        (folder / EXPORT_FILE).write_text(seal(asdict(record)))
         facts = _card_facts(run, loaded, record, name=name or out.name, license=license)
         (folder / CARD_FILE).write_text(model_card(facts))
     files = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
@@ -180,9 +181,11 @@ def _write_facts(out: Path, run: Path, loaded: LoadedRun) -> None:
 
 def _card_facts(run: Path, loaded: LoadedRun, record: ExportRecord, *, name: str, license: str) -> CardFacts:
     """What the run's folder records; an imported or older run may lack some of it."""
-    metrics = read_metrics(run) if (run / METRICS_FILE).is_file() else []
+    metrics = read_metrics(run)
     losses = [row["loss"] for row in metrics if row["step"] < loaded.step]
-    states = [json.loads((folder / checkpoint.STATE_FILE).read_text()) for folder in checkpoint.checkpoints(run)]
+    losses = [loss for loss in losses if loss is not None and isfinite(loss)]
+    states = [checkpoint.read_state(folder) for folder in checkpoint.checkpoints(run)]
+    state = next((state for state in states if state.step == loaded.step), None)
     return CardFacts(
         name=name,
         config=loaded.built.config,
@@ -194,7 +197,8 @@ def _card_facts(run: Path, loaded: LoadedRun, record: ExportRecord, *, name: str
         scores=read_scores(run),
         losses=losses[-NUM_LOSSES:],
         steps_trained=metrics[-1]["step"] + 1 if metrics else None,
-        validation=next((state.get("validation") for state in states if state["step"] == loaded.step), None),
+        validation=state.validation if state else None,
+        skipped=state.skipped if state else 0,
         origin=json.loads((run / IMPORT_FILE).read_text()) if (run / IMPORT_FILE).is_file() else None,
         software=software_versions(),
     )

@@ -58,7 +58,7 @@ def read_origin(init: str) -> Origin:
     if is_export(run):
         step, weights = read_weights(run)
     else:
-        folder = checkpoint.newest(run)
+        folder = checkpoint.newest_finite(run)
         if folder is None:
             raise UserError(f"init: {run} has no checkpoint yet; train it first, or name another run")
         step = checkpoint.load_state(folder).step

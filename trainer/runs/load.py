@@ -1,6 +1,6 @@
 """Loads a trained model from a folder alone: a run, a chain of stages (its last one), or an export.
 
-Nothing in the folder is a pickle, and every file of weights is compared with its digest before use.
+Nothing in the folder is a pickle, and every file is compared with its digest before use.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mervcache.errors import StoreDamagedError, UserError
-from mervcache.files import file_sha256
-from trainer.config import TrainConfig, read_config
-from trainer.model.llm import LoadedLLM, holds_shape, is_adapter, load_llm, load_saved_shape
+from trainer.config import CONFIG_FILE, RECORD_FILE, TrainConfig, read_config
+from trainer.model.llm import FRESH_PREFIX, LoadedLLM, holds_shape, is_adapter, load_llm, load_saved_shape
 from trainer.model.video_llm import Built, build, llm_dtype, new_llm
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import LLM_PREFIX, load_exactly
+from trainer.runs.integrity import check_digests, llm_file_names, unseal
 from trainer.runs.run_record import LLM_FOLDER, RunRecord
 from trainer.runs.stage_folders import last_stage, no_checkpoint
 
@@ -57,7 +57,7 @@ class ExportRecord:
     llm_dtype: str
     is_merged: bool  # LoRA adapters were added to the weights
     llm_revision: str | None  # commit of the Hub's LLM
-    sha256: Mapping[str, str]  # file of weights -> digest
+    sha256: Mapping[str, str]  # file -> digest; before 0.2 of weights alone
 
 
 def load_run(run: Path, *, best: bool = False) -> LoadedRun:
@@ -69,17 +69,15 @@ def load_run(run: Path, *, best: bool = False) -> LoadedRun:
     run = last_stage(Path(run))
     if is_export(run):
         return load_export(run)
-    folder = checkpoint.newest(run)
-    if best and folder is not None:
-        folder = checkpoint.best(run)
-        if folder is None:
-            raise UserError(f"no checkpoint of {run} was validated: train with --eval-every, or leave out --best")
+    folder = checkpoint.best(run) if best else checkpoint.newest_finite(run)
+    if best and folder is None and checkpoint.newest(run):
+        raise UserError(f"no checkpoint of {run} was validated: train with --eval-every, or leave out --best")
     if folder is None:
         raise UserError(no_checkpoint(run))
+    state = checkpoint.load_state(folder)
     config = read_config(run)
     record = RunRecord.read(run)
     built = _rebuild(config, record, resumed_llm(config, run))
-    state = checkpoint.load_state(folder)
     checkpoint.load_model(folder, built.model, with_llm=built.saves_llm)
     built.model.eval()
     return LoadedRun(built=built, record=record, step=state.step)
@@ -104,7 +102,15 @@ def resumed_llm(config: TrainConfig, run: Path) -> LoadedLLM:
     if holds_shape(run / LLM_FOLDER):
         if config.llm_quant is not None:
             raise UserError(f"llm_quant is for an LLM as it is published, and {run} holds one that was trained")
-        return load_saved_shape(run / LLM_FOLDER, llm_dtype(config))
+        try:
+            return load_saved_shape(run / LLM_FOLDER, llm_dtype(config))
+        except Exception as error:  # tokenizers raises bare ones, transformers many kinds
+            raise StoreDamagedError(
+                f"{run / LLM_FOLDER} cannot be read ({str(error).splitlines()[0] or type(error).__name__}); put its"
+                " files back from a copy of the run"
+            ) from error
+    if config.llm.startswith(FRESH_PREFIX):  # its words and sizes are nowhere else
+        raise StoreDamagedError(f"{run / LLM_FOLDER} has no config.json; put its files back from a copy of the run")
     return new_llm(config, ())
 
 
@@ -123,9 +129,16 @@ def is_export(folder: Path) -> bool:
     return (folder / EXPORT_FILE).is_file()
 
 
-def weight_digests(folder: Path) -> dict[str, str]:
-    """Relative path -> SHA-256 of every file of weights in the folder."""
-    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in sorted(folder.rglob("*.safetensors"))}
+def export_files(folder: Path) -> list[str]:
+    """Relative paths of the files of an export that loading it reads, besides export.json."""
+    weights = {path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors")}
+    nested = {
+        f"{name}/{file}"
+        for name in (LLM_FOLDER, ADAPTER_FOLDER)
+        for file in llm_file_names(folder / name, with_weights=True)
+    }
+    single = {name for name in (CONFIG_FILE, RECORD_FILE) if (folder / name).is_file()}
+    return sorted(weights | nested | single)
 
 
 def _rebuild(config: TrainConfig, record: RunRecord, llm: LoadedLLM) -> Built:
@@ -158,12 +171,16 @@ def _load_llm(folder: Path, record: ExportRecord, config: TrainConfig) -> Loaded
 def _checked_record(folder: Path) -> ExportRecord:
     """The folder's export.json, after its weights have been compared with their digests."""
     try:
-        record = ExportRecord(**json.loads((folder / EXPORT_FILE).read_text()))
+        if (found := json.loads((folder / EXPORT_FILE).read_text()).get("format")) != FORMAT:
+            raise ValueError(f"format {found}")
+        record = ExportRecord(**unseal(folder / EXPORT_FILE))
         dtypes = ("float32", "bfloat16", "float16")
-        if record.format != FORMAT or record.llm not in LLM_NOTES or record.llm_dtype not in dtypes:
-            raise ValueError(f"format {record.format}, llm {record.llm!r} of {record.llm_dtype!r}")
-    except (OSError, ValueError, TypeError) as error:
+        if record.llm not in LLM_NOTES or record.llm_dtype not in dtypes:
+            raise ValueError(f"llm {record.llm!r} of {record.llm_dtype!r}")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} is no export of this version: {error}; export the run again") from error
-    if differing := sorted({file for file, _ in weight_digests(folder).items() ^ record.sha256.items()}):
-        raise StoreDamagedError(f"weights in {folder} differ from their digests: {', '.join(differing)}; copy it again")
+    names = export_files(folder)
+    if CONFIG_FILE not in record.sha256:  # an earlier version's: it covers weights alone
+        names = [name for name in names if name.endswith(".safetensors")]
+    check_digests(folder, record.sha256, names, "the export")
     return record

@@ -44,7 +44,8 @@ class CardFacts:
     scores: Sequence[Mapping[str, Any]] = ()  # as trainer/runs/run_record.py reads them
     losses: Sequence[float] = ()  # of the last steps before the checkpoint
     steps_trained: int | None = None  # by the whole run, of which the checkpoint may be an earlier one
-    validation: Mapping[str, float] | None = None  # of the exported checkpoint
+    validation: Mapping[str, float | None] | None = None  # of the exported checkpoint; None: not finite
+    skipped: int = 0  # of its steps, those that changed nothing because a number was not finite
     origin: Mapping[str, Any] | None = None  # of an imported checkpoint
     software: Mapping[str, str]  # that made the export
 
@@ -187,10 +188,15 @@ def _training(facts: CardFacts) -> str:
         f"Steps: {facts.step} of {facts.record.num_steps}, {config.batch_size} samples each",
         f"LLM: {LLM_TRAINING[config.train_llm]}; loss `{config.loss}`",
         loss,
-        *(f"Validation of this checkpoint, {name}: {value:.4f}" for name, value in (facts.validation or {}).items()),
+        *(
+            f"Validation of this checkpoint, {name}: {'not finite' if value is None else f'{value:.4f}'}"
+            for name, value in (facts.validation or {}).items()
+        ),
     ]
     if config.mode == "text-only":
         lines.append("Without visual tokens: the baseline to compare scores with")
+    if facts.skipped:
+        lines.append(f"**{facts.skipped} of these steps changed nothing: their loss or gradient was not finite.**")
     if facts.steps_trained is not None and facts.steps_trained < facts.record.num_steps:
         lines.append(f"**The run was stopped early, after {facts.steps_trained} of {facts.record.num_steps} steps.**")
     if facts.record.started_from:

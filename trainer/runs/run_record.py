@@ -3,7 +3,8 @@
 RUN/config.yaml                   the settings
 RUN/run.json                      the record: data, model and software
 RUN/llm/                          tokenizer, and the sizes of a fresh LLM
-RUN/metrics.jsonl                 a line per step; validation metrics begin with `val_`
+RUN/metrics.jsonl                 a line per step; validation metrics begin with `val_`; `skipped` is 1 where the step
+                                  changed nothing, and null is a number that was not finite
 RUN/scores/SPLIT.json             the newest evaluation on all questions of a split
 RUN/scores/SPLIT-first-N.json     that on the first N of them, which never replaces one on all
 """
@@ -19,10 +20,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
-from mervcache.errors import UserError
+from mervcache.errors import StoreDamagedError, UserError
 from mervcache.files import replace_text
 from trainer.config import RECORD_FILE
 from trainer.data.tokens import TokenShape
+from trainer.runs.stage_folders import no_record, read_record_file
 
 LLM_FOLDER, SCORES_FOLDER = "llm", "scores"
 METRICS_FILE = "metrics.jsonl"
@@ -55,12 +57,16 @@ class RunRecord:
 
     @classmethod
     def read(cls, run: Path) -> RunRecord:
-        record = json.loads((run / RECORD_FILE).read_text())
-        shapes = {
-            encoder: TokenShape(**{**shape, "grid": tuple(shape["grid"])})
-            for encoder, shape in record["shapes"].items()
-        }
-        return cls(**{**record, "shapes": shapes})
+        """The record in a run's folder; StoreDamagedError where it is missing or holds something else."""
+        record = read_record_file(run)
+        try:
+            shapes = {
+                encoder: TokenShape(**{**shape, "grid": tuple(shape["grid"])})
+                for encoder, shape in record["shapes"].items()
+            }
+            return cls(**{**record, "shapes": shapes})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise StoreDamagedError(no_record(run, f"it is not a record of this version ({error})")) from error
 
 
 def software_versions() -> dict[str, str]:
@@ -71,22 +77,38 @@ def software_versions() -> dict[str, str]:
 
 def open_metrics(path: Path, start: int) -> TextIO:
     """The metrics file open for appending, without the lines of steps that will be done again."""
-
-    def is_kept(line: str) -> bool:
-        try:
-            return json.loads(line)["step"] < start
-        except ValueError:
-            return False  # cut short by a kill
-
     if path.exists():
-        kept = [line for line in path.read_text().splitlines() if is_kept(line)]
+        kept = [line for line in _lines(path) if (row := _parse_row(line)) is not None and row["step"] < start]
         replace_text(path, "".join(line + "\n" for line in kept))
     return path.open("a")
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The metrics of all steps of a run."""
-    return [json.loads(line) for line in (Path(run) / METRICS_FILE).read_text().splitlines()]
+    """The metrics of all steps of a run; [] if there are none.
+
+    A kill or a power cut may have cut the last line short: it is left out. StoreDamagedError for any other odd line.
+    """
+    path = Path(run) / METRICS_FILE
+    lines = _lines(path) if path.is_file() else []
+    rows = [_parse_row(line) for line in lines]
+    if rows and rows[-1] is None:
+        rows.pop()
+    if None in rows:
+        raise StoreDamagedError(f"line {rows.index(None) + 1} of {path} is not a row of metrics; remove that line")
+    return rows
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(errors="replace").splitlines()
+
+
+def _parse_row(line: str) -> dict[str, Any] | None:
+    """A row of metrics; None for a line that is none."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,14 +7,21 @@ RUN/finetune/
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from mervcache.config import load_yaml, overlay
-from mervcache.errors import UserError
-from trainer.config import CONFIG_FILE, Stage, Stages, TrainConfig, read_config
+import yaml
+
+from mervcache.config import load_yaml, overlay, to_builtin
+from mervcache.errors import StoreDamagedError, UserError
+from mervcache.files import record_digest, replace_text
+from trainer.config import CONFIG_FILE, RECORD_FILE, Stage, Stages, TrainConfig, read_config
 
 STAGES_FILE = "stages.yaml"  # in the folder of a chain
+DIGEST = "digest"  # the first entry of that file: the digest of the others
 
 
 def stage_folder(out: Path, stages: Stages, stage: Stage) -> Path:
@@ -36,9 +43,26 @@ def read_stages(run: Path) -> Stages:
     if not path.is_file():
         return (Stage(name=Path(run).name, config=read_config(run)),)
     stages = load_yaml(path)
+    digest = stages.pop(DIGEST, None)
+    if digest is not None and digest != record_digest(stages):
+        raise StoreDamagedError(
+            f"{path} was changed after the run began; put it back from a copy, and give other settings with --config or"
+            " as options"
+        )
     if not stages or not all(re.fullmatch(r"[\w-]+", str(name)) for name in stages):
         raise UserError(f"{path} must hold the settings of stages by plain names, got {list(stages)}")
     return tuple(Stage(name=name, config=overlay(TrainConfig(), settings)) for name, settings in stages.items())
+
+
+def write_stages(out: Path, stages: Stages) -> None:
+    """Write the stages of a chain to its folder, with a digest of themselves."""
+    settings = settings_by_stage(stages)
+    replace_text(out / STAGES_FILE, yaml.safe_dump({DIGEST: record_digest(settings), **settings}, sort_keys=False))
+
+
+def settings_by_stage(stages: Stages) -> dict[str, Any]:
+    """Name -> settings, as YAML holds them."""
+    return {stage.name: to_builtin(asdict(stage.config)) for stage in stages}
 
 
 def check_are_runs(*folders: Path) -> None:
@@ -52,6 +76,8 @@ def no_checkpoint(run: Path) -> str:
     """The message for a folder that holds nothing trained."""
     if (run / CONFIG_FILE).is_file():
         return f"{run} was stopped before its first checkpoint; go on with merv-train --resume {run}"
+    if any(run.glob("checkpoints/step-*")):
+        return f"{run} has checkpoints and no {CONFIG_FILE}; put it back from a copy of the run"
     return f"{run} holds no run; give the folder that merv-train wrote with --out"
 
 
@@ -59,3 +85,24 @@ def last_stage(run: Path) -> Path:
     """The run's own folder: of a chain of stages, that of its last one."""
     stages = read_stages(run) if (Path(run) / STAGES_FILE).is_file() else ()
     return stage_folder(run, stages, stages[-1]) if stages else Path(run)
+
+
+def read_record_file(run: Path) -> dict[str, Any]:
+    """run.json as JSON; StoreDamagedError where it is missing or cannot be parsed."""
+    try:
+        record = json.loads((run / RECORD_FILE).read_text())
+    except OSError as error:
+        raise StoreDamagedError(no_record(run, str(error.strerror))) from error
+    except ValueError as error:
+        raise StoreDamagedError(no_record(run, f"it is not JSON ({error})")) from error
+    if not isinstance(record, dict):
+        raise StoreDamagedError(no_record(run, f"it holds {type(record).__name__}, not a mapping"))
+    return record
+
+
+def no_record(run: Path, reason: str) -> str:
+    """The message for a run whose record cannot be read."""
+    return (
+        f"{run / RECORD_FILE}, the record of the run, cannot be read: {reason}; put it back from a copy of the run:"
+        " without it nobody knows which tokens the weights were trained on"
+    )

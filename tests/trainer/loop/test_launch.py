@@ -71,7 +71,7 @@ def test_two_launched_processes_have_the_losses_of_one_and_one_of_them_prints(he
 
 def test_the_command_names_files_and_modules_so_that_it_works_anywhere():
     command = launch_command("fsdp", 8, ["--from-cache", "x", "--launch", "fsdp"])
-    assert command[:4] == [sys.executable, "-P", "-m", "accelerate.commands.launch"]
+    assert command[:4] == [sys.executable, "-P", "-m", "trainer.loop.launch"]
     assert command[command.index("--config_file") + 1] == str(ROOT / "trainer/loop/launch_fsdp.yaml")
     assert command[command.index("--num_processes") + 1] == "8"
     assert command[-8:] == [sys.executable, "-P", "-m", "trainer.cli", "--from-cache", "x", "--launch", "fsdp"]

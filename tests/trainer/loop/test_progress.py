@@ -3,7 +3,7 @@ import time
 import pytest
 import torch
 
-from trainer.loop.train import MetricsWriter
+from trainer.loop.metrics import MetricsWriter
 from trainer.runs.run_record import METRICS_FILE, read_metrics
 
 

@@ -59,8 +59,8 @@ def weighing(accelerator, model, optimizer):
     return prepared
 
 
-def go(out, changes, resume=False, stop_at=None, is_chain=False):
-    samples, tokens = toy_questions(16, num_trained=12), toy_tokens(16)
+def go(out, changes, resume=False, stop_at=None, is_chain=False, odd=None):
+    samples, tokens = toy_questions(16, num_trained=12), toy_tokens(16, odd)
     config = toy_config(max_steps=4, eval_every=2, checkpoint_every=2, keep_checkpoints=5, **changes)
     if is_chain:
         both = [*samples, *as_captions(samples)]
@@ -77,6 +77,7 @@ if __name__ == "__main__":
     print(json.dumps(held))
 """
 FULL = {}
+ODD = {"projector": {"grid": [1, 2, 2], "standardise": False}}  # for tokens with an infinite value
 PARTLY = {"train_llm": "lora", "activation_checkpointing": True, "precision": "bf16"}  # and frozen weights in bfloat16
 
 
@@ -108,11 +109,13 @@ def test_two_sharded_ranks_train_validate_save_and_resume_as_one(tmp_path, go, p
         {"out": str(tmp_path / "full"), "changes": FULL, "resume": True},
         {"out": str(tmp_path / "partly"), "changes": partly},
         {"out": str(tmp_path / "chain"), "changes": FULL, "is_chain": True},
+        {"out": str(tmp_path / "odd"), "changes": ODD, "odd": 4, "stop_at": 2},
+        {"out": str(tmp_path / "odd"), "changes": ODD, "odd": 4, "resume": True},
     ]
     ended = run_by_two(tmp_path, SCRIPT, runs, free_port, launcher_environment("fsdp", 2))
     assert [code for code, _, _ in ended] == [0, 0], "\n".join(errors for _, _, errors in ended)
     held = [share for _, shares, _ in ended for share in json.loads(shares)]
-    assert len(held) == 2 * 5  # the chain is two
+    assert len(held) == 2 * 7  # the chain is two
     assert all(0.4 < share < 0.6 for share in held)
 
     for name, changes, tolerance in [("full", FULL, 1e-3), ("partly", partly, 3e-2)]:
@@ -130,6 +133,15 @@ def test_two_sharded_ranks_train_validate_save_and_resume_as_one(tmp_path, go, p
     for stage in ("align", "finetune"):
         found, wanted = (column(tmp_path / name / stage, "loss") for name in ("chain", "chain-alone"))
         assert found == pytest.approx(wanted, rel=1e-3), stage
+
+    go(tmp_path / "odd-alone", ODD, odd=4)
+    skipped = column(tmp_path / "odd", "skipped")
+    assert skipped == column(tmp_path / "odd-alone", "skipped")
+    assert 0 < sum(skipped) < 4
+    found, wanted = ([v for v in column(tmp_path / name, "loss") if v is not None] for name in ("odd", "odd-alone"))
+    assert found == pytest.approx(wanted, rel=1e-3)
+    moments = load_file(checkpoint.newest(tmp_path / "odd") / checkpoint.OPTIMIZER_FILE)
+    assert {v.item() for name, v in moments.items() if name.endswith("/step")} == {4 - sum(skipped)}
 
     # What two ranks saved, one goes on with; it then writes what it would have written without them.
     shutil.copytree(tmp_path / "full", tmp_path / "one")

@@ -18,10 +18,13 @@ def toy_config(**changes: object) -> TrainConfig:
     return overlay(get_recipe("demo"), small | changes)
 
 
-def toy_tokens(count: int) -> MemoryTokens:
-    """Of as many clips."""
+def toy_tokens(count: int, odd: int | None = None) -> MemoryTokens:
+    """Of as many clips; those of the clip `odd` hold an infinite value."""
     random = torch.Generator().manual_seed(0)
-    return MemoryTokens(clip_ids(count), {"dinov2": torch.randn(count, 2, 2, 2, 8, generator=random)})
+    values = torch.randn(count, 2, 2, 2, 8, generator=random)
+    if odd is not None:
+        values[odd, 0, 0, 0, 0] = torch.inf
+    return MemoryTokens(clip_ids(count), {"dinov2": values})
 
 
 def toy_questions(count: int, num_trained: int | None = None) -> list[Sample]:

@@ -222,7 +222,9 @@ def test_weights_that_were_added_or_lost_are_found(make, out):
     export_run(make(), out)
     shutil.copy(out / "fusion.safetensors", out / "more.safetensors")
     (out / "fusion.safetensors").unlink()
-    with pytest.raises(StoreDamagedError, match=r"digests: fusion\.safetensors, more\.safetensors"):
+    with pytest.raises(
+        StoreDamagedError, match=r"digests: fusion\.safetensors \(missing\), more\.safetensors \(added\)"
+    ):
         load_export(out)
 
 
