@@ -35,6 +35,7 @@ class ClusterSettings:
 
     devices: str | None = None  # cuda: GPUs as in CUDA_VISIBLE_DEVICES, "0,2"; None: all that are visible
     local_directory: str | None = None  # cuda, slurm: a fast local folder for the files of Dask's workers
+    dashboard_host: str = "127.0.0.1"  # all: address of dashboards and /metrics, which anybody who reaches it can read
     worker_wait: str | None = None  # all: [D-]HH:MM:SS without any worker, then stop; None: 10 min, slurm: a day
     walltime: str = "12:00:00"  # slurm: [D-]HH:MM:SS
     partition: str | None = None  # slurm
@@ -55,6 +56,11 @@ class ClusterSettings:
             parse_walltime(self.worker_wait, "worker_wait")
         if self.gpus < 0 or self.cpus < 1:
             raise ClusterError(f"cluster: gpus must be at least 0 and cpus at least 1, got {self.gpus} and {self.cpus}")
+
+    @property
+    def dashboard_address(self) -> str:
+        """Any free port, because two runs on one machine must not compete for 8787."""
+        return f"{self.dashboard_host}:0"
 
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any]) -> ClusterSettings:
