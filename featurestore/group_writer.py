@@ -34,6 +34,7 @@ from featurestore.zarr_metadata import (
     read_group,
 )
 from mervcache.errors import UserError
+from mervcache.text import shareable
 
 _PENDING = "0" * 32  # digest of an added row until the bytes on disk are digested
 
@@ -158,7 +159,7 @@ class BlockWriter:
     ) -> None:
         """Quarantine a clip ("clip") or one encoder on it ("encoder")."""
         self._check_free(row)
-        text = reason.strip()[:MAX_REASON_LENGTH] or "no reason given"
+        text = shareable(reason)[:MAX_REASON_LENGTH] or "no reason given"
         self._outcomes[row] = RowOutcome(
             state="failed", scope=scope, reason=text, media_sha256=media_sha256, decoder=decoder
         )

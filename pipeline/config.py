@@ -18,6 +18,7 @@ from featurestore.storage_dtypes import STORAGE_DTYPES
 from jobs.settings import ClusterRequest, ClusterSettings
 from mervcache.config import check_names, check_types, load_yaml
 from mervcache.errors import ClusterError, UserError, unknown_name
+from mervcache.text import redact_all
 from pipeline.encoders.base import EncoderSpec, feature_identity
 from pipeline.encoders.registry import ENCODERS, MERV_ENCODERS, encoder_spec
 from pipeline.encoders.weights import check_weights_spec
@@ -212,13 +213,13 @@ class ExtractConfig:
         return asdict(self)
 
     def to_yaml(self) -> str:
-        """Every setting, as `read_config` takes it back."""
+        """Every setting, as `read_config` takes it back; addresses without their credentials."""
         import yaml
 
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in self.to_dict().items()}
         if self.grid is None:
             plain["grid"] = "raw"
-        return yaml.safe_dump(plain, sort_keys=False)
+        return yaml.safe_dump(redact_all(plain), sort_keys=False)
 
 
 def read_config(path: str | Path | Mapping[str, Any] | None, overrides: Mapping[str, Any]) -> ExtractConfig:

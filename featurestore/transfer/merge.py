@@ -33,6 +33,7 @@ from featurestore.zarr_metadata import ArraySpec, GroupRecord, read_arrays
 from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import StoreDamagedError, UserError
 from mervcache.files import record_digest
+from mervcache.text import redact_all
 
 MAX_RECEIPTS = 512  # kept in memory
 
@@ -476,6 +477,6 @@ def _write_journal(writer: StoreWriter, sources: Sequence[CellSource], selection
     }
     records = [entry for source in sources for entry in source.journal()]
     for name, record in [*records, (f"combine-{record_digest(combined)[:12]}", combined)]:
-        data, key = journal_bytes(record), journal_key(name)
+        data, key = journal_bytes(redact_all(record)), journal_key(name)
         if not put_if_absent(writer.objects, key, data) and writer.objects.get(key) != data:
             put_if_absent(writer.objects, journal_key(f"{name[:190]}-{record_digest(record)[:12]}"), data)

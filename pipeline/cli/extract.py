@@ -240,7 +240,8 @@ def datasets(name: str | None, as_json: bool) -> None:
 
     if name:
         details = render.dataset_details(dataset_spec(name))
-        print_result(details, as_json, lambda: render.details(details))
+        lines = details["what to get"].split("\n")
+        print_result(details, as_json, lambda: render.details(details | {"what to get": lines}))
     else:
         rows = [render.dataset_row(spec) for spec in DATASETS.values()]
         print_result(rows, as_json, lambda: render.rows_of(rows))

@@ -36,6 +36,13 @@ WEIGHTS = click.option(
 )
 DEVICE = click.option("--device", show_default="cuda where there is one, else cpu", help="cpu, cuda, cuda:1, ...")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+DATASET_OPTION = click.option(
+    "--option",
+    "options",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="An option of the dataset; `merv-pipeline datasets NAME` lists them. Repeatable.",
+)
 CLUSTER_OPTION = click.option(
     "--cluster",
     metavar="KEY=VALUE",
@@ -68,13 +75,7 @@ extraction_options = stacked(  # what would be extracted, from where, with what,
         type=click.Path(dir_okay=False),
         help="YAML file of settings; options on the command line override it.",
     ),
-    click.option(
-        "--option",
-        "options",
-        metavar="KEY=VALUE",
-        multiple=True,
-        help="An option of the dataset; `merv-pipeline datasets NAME` lists them. Repeatable.",
-    ),
+    DATASET_OPTION,
     click.option("--stage", type=click.Choice(STAGES), show_default="all", help="Records of this training stage only."),
     click.option("--kind", type=click.Choice(KINDS), show_default="both", help="Clips of this kind only."),
     click.option("--limit", type=click.IntRange(1), show_default="all", help="Only the first clips of the listing."),

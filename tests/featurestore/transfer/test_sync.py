@@ -35,8 +35,8 @@ def full(kit, make):
     return kit
 
 
-def content(place, skipped=("README.md", "listing.json", "tmp")) -> dict[str, bytes]:
-    """Every object, of the snapshots the newest alone."""
+def content(place, skipped=("README.md", "listing.json", "journal", "tmp")) -> dict[str, bytes]:
+    """Every object but journals, of the snapshots the newest alone."""
     objects = open_objects(place)
     newest = f"snapshots/{newest_snapshot_id(objects)}."
     return {
