@@ -145,7 +145,7 @@ def local(request: ClusterRequest) -> Iterator[Client]:
         dask.config.set({"distributed.nanny.pre-spawn-environ": _threads_environment(num_workers)}),
         _started([(Nanny, {})] * num_workers, request) as client,
     ):
-        client.register_plugin(_ignore_sigint())
+        client.register_plugin(_ignore_terminal())
         yield client
 
 
@@ -187,7 +187,7 @@ def cuda(request: ClusterRequest) -> Iterator[Client]:
                 silence_logs=50,
             )
             client = stack.enter_context(Client(stack.enter_context(cluster)))
-        client.register_plugin(_ignore_sigint())
+        client.register_plugin(_ignore_terminal())
         yield client
 
 
@@ -244,15 +244,16 @@ def _threads_environment(num_workers: int) -> dict[str, str]:
     return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
 
 
-def _ignore_sigint() -> WorkerPlugin:
-    """Ctrl-C reaches every process of the terminal; the driver stops its workers without their tracebacks."""
+def _ignore_terminal() -> WorkerPlugin:
+    """Ctrl-C and a hang-up reach every process of the terminal; the driver stops its workers, without tracebacks."""
     from distributed import WorkerPlugin
 
-    class IgnoreSigint(WorkerPlugin):
+    class IgnoreTerminal(WorkerPlugin):
         def setup(self, worker: object) -> None:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            for number in (signal.SIGINT, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)
 
-    return IgnoreSigint()
+    return IgnoreTerminal()
 
 
 @contextmanager

@@ -6,6 +6,7 @@ is printed without markup and with control characters escaped.
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import logging
@@ -48,7 +49,11 @@ BAR_WIDTH = 24
 
 def echo(line: str) -> None:
     """Print a line on stderr, without credentials and control characters; stdout is for results."""
-    print(safe(line), file=sys.stderr, flush=True)
+    try:
+        print(safe(line), file=sys.stderr, flush=True)
+    except OSError as error:
+        if error.errno != errno.EIO:  # a terminal that hung up: the run ends in order nevertheless
+            raise
 
 
 class _EchoHandler(logging.Handler):
@@ -97,19 +102,24 @@ def handle_errors(*, interrupted: str) -> Decorator:
 
 @contextmanager
 def handle_interrupts(message: str) -> Iterator[None]:
-    """Raise `KeyboardInterrupt` on SIGINT and SIGTERM, after printing `message` at once; a second signal is final."""
+    """Raise `KeyboardInterrupt` on SIGINT, SIGTERM and SIGHUP, after printing `message`; a second signal is final.
+
+    SIGHUP stays ignored where it is, as with nohup.
+    """
 
     def interrupt(number: int, frame: Any) -> None:
         signal.signal(number, signal.default_int_handler)
         echo(f"\n{message}")
         raise KeyboardInterrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    numbers = (signal.SIGINT, signal.SIGTERM, *(() if is_ignored else (signal.SIGHUP,)))
+    for number in numbers:
         signal.signal(number, interrupt)
     try:
         yield
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in numbers:
             signal.signal(number, signal.default_int_handler)
 
 
@@ -183,7 +193,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Seque
     from rich.text import Text
 
     def shown(cell: Any) -> str:  # a line break in an untrusted name must not look like a row of its own
-        return "\n".join(map(shown, cell)) if isinstance(cell, list) else safe(str(cell)).replace("\n", "\\n").replace("\t", "\\t")
+        if isinstance(cell, list):
+            return "\n".join(map(shown, cell))
+        return safe(str(cell)).replace("\n", "\\n").replace("\t", "\\t")
 
     names, cells = [shown(name) for name in columns], [[shown(cell) for cell in row] for row in rows]
     headings, are_numbers = [names] if any(names) else [], [name in right for name in columns]
