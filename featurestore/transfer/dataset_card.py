@@ -95,7 +95,7 @@ def card(store: FeatureStore, *, place: str, license: str = DEFAULT_LICENSE) -> 
         ]
     lines += [*_encoders(store), *_distortion(store), *_quarantine(store)]
     encoder = next(iter(store.encoders), "dinov2")
-    place = redact(place) if is_url(place) else Path(place).name  # not the path to it on this machine
+    place = _line(place if is_url(place) else Path(place).name)  # not the path to it on this machine
     return "\n".join([*lines, _LOAD.format(place=place, encoder=encoder), ""])
 
 
