@@ -31,8 +31,10 @@ from featurestore.layout import (
     tombstone_key,
 )
 from featurestore.locate import Place, check_is_another, no_store_at, place_of
+from featurestore.maintenance.derived_table import check_table
 from featurestore.maintenance.tombstone import erase_tombstoned
 from featurestore.objects.base import Objects, digest_of, get_bounded, listing_bytes, put_if_absent
+from featurestore.objects.local import LocalObjects
 from featurestore.objects.open import check_writable, in_parallel, open_hub, open_objects
 from featurestore.parquet import MAX_TABLE_BYTES, read_table
 from featurestore.quality import DISTORTION_PREFIX, PARITY_PREFIX
@@ -414,6 +416,9 @@ def _publish(plan: TransferPlan) -> str:
     if not plan.selection.is_whole:
         return publish(target, plan.writer.block_rows)
     table_key, record_key = snapshot_keys(snapshot.id)
+    if not target.exists(record_key):
+        near = target if isinstance(target, LocalObjects) else plan.origin  # of 15,000 receipts, read on a disk
+        check_table(near, snapshot, source=plan.origin)
     put_if_absent(target, table_key, _digested(plan.origin, table_key, snapshot.table_sha256))
     put_if_absent(target, record_key, snapshot.to_bytes())
     newest = newest_snapshot_id(target)
