@@ -130,7 +130,7 @@ class ExtractConfig:
     threads: int = AUTO  # torch threads per worker
     decode_processes: int = AUTO  # per worker
     decode_timeout_s: float = 60.0
-    max_failed: float = 0.5  # stop when more than this share of at least one block's worth of clips failed
+    max_failed: float = 0.5  # stop when more than this share failed, and at least 32 clips
     forecast: str | None = None  # file with what `plan --json` printed, for the record
     dashboard: bool = False
     performance_report: str | None = None  # HTML file; None: next to the store with a dashboard, else none

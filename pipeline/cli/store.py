@@ -18,6 +18,7 @@ from pipeline.cli.options import (
     ROOT,
     STORE_OPTION,
     WEIGHTS,
+    exit_with_failures,
     given_options,
     handle_cli_errors,
     print_result,
@@ -196,7 +197,7 @@ def list_quarantine(place: Place, encoder: str | None, reason: str | None, as_js
 @DATASET_OPTION
 @AS_JSON
 def retry(place: Place, encoder: str | None, reason: str | None, as_json: bool, **overrides: Any) -> None:
-    """Extract quarantined clips again, with the settings in the store's journal."""
+    """Extract quarantined clips again, with the settings in the store's journal. Exit codes are those of extract."""
     from pipeline.cli import render
     from pipeline.quarantine import retry as retry_quarantine
 
@@ -204,6 +205,7 @@ def retry(place: Place, encoder: str | None, reason: str | None, as_json: bool, 
     print_result(
         [summary.to_dict() for summary in summaries], as_json, lambda: [render.summary(each) for each in summaries]
     )
+    exit_with_failures(summaries)
 
 
 @click.command()
