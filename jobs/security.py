@@ -15,8 +15,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from jobs.settings import dask_environment
 from mervcache.errors import ClusterError
 
 if TYPE_CHECKING:
@@ -44,24 +45,24 @@ def private_folder(parent: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def write_credentials(folder: Path) -> dict[str, str]:
-    """Write a new certificate with its key into `folder`, mode 0700; returns the environment of Dask's programs."""
+def write_credentials(folder: Path) -> dict[str, Any]:
+    """Write a new certificate with its key into `folder`, mode 0700; returns the settings of Dask that use it."""
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
     path, security = folder.absolute() / _CREDENTIALS, temporary_security()
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(security.tls_scheduler_cert + security.tls_scheduler_key)
-    roles = [f"DASK_DISTRIBUTED__COMM__TLS__{role}__CERT" for role in ("SCHEDULER", "WORKER", "CLIENT")]
-    names = ["DASK_DISTRIBUTED__COMM__TLS__CA_FILE", *roles]  # the key is in the file of the certificate
-    return {"DASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION": "True"} | dict.fromkeys(names, str(path))
+    names = ["ca-file", *(f"{role}.cert" for role in ("scheduler", "worker", "client"))]  # the key is in the same file
+    files = {f"distributed.comm.tls.{name}": str(path) for name in names}
+    return {"distributed.comm.require-encryption": True} | files
 
 
 def main() -> None:
     """Print what a shell evaluates before it starts Dask's programs."""
     if len(sys.argv) != 2:
         sys.exit("usage: python -m jobs.security FOLDER")
-    for name, value in write_credentials(Path(sys.argv[1])).items():
+    for name, value in dask_environment(write_credentials(Path(sys.argv[1]))).items():
         print(f"export {name}={shlex.quote(value)}")
 
 

@@ -105,13 +105,17 @@ def parse_walltime(walltime: str, name: str = "walltime") -> int:
 
 def worker_environment() -> dict[str, str]:
     """`DASK_SETTINGS` as environment variables, for workers that a job script starts."""
+    # A folder `pipeline` where the job was submitted must not hide the package.
+    return dask_environment(DASK_SETTINGS) | {"PYTHONSAFEPATH": "1"}
 
-    def variable(name: str) -> str:
-        return "DASK_" + name.replace(".", "__").replace("-", "_").upper()
 
-    return {variable(name): str(value) for name, value in DASK_SETTINGS.items()} | {
-        "PYTHONSAFEPATH": "1"  # a folder `pipeline` where the job was submitted must not hide the package
-    }
+def dask_environment(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings of Dask as environment variables.
+
+    >>> dask_environment({"distributed.scheduler.worker-ttl": "30 minutes"})
+    {'DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL': '30 minutes'}
+    """
+    return {f"DASK_{name.replace('.', '__').replace('-', '_').upper()}": str(v) for name, v in settings.items()}
 
 
 def _spelled_out(name: Any, value: Any) -> Any:

@@ -14,6 +14,7 @@ import pytest
 
 from jobs.clusters import ClusterRequest, connect
 from jobs.security import write_credentials
+from jobs.settings import dask_environment
 from mervcache.errors import ClusterError
 
 OUTSIDER = """
@@ -83,7 +84,7 @@ def test_everything_that_listens_does_so_on_the_loopback_interface(num_workers, 
 @pytest.mark.slow
 def test_a_scheduler_of_ones_own_is_reached_with_the_printed_credentials_alone(tmp_path, monkeypatch):
     """`python -m jobs.security`, `dask scheduler` and `dask worker` as jobs/README.md shows them."""
-    environment = os.environ | write_credentials(tmp_path / "tls")
+    environment = os.environ | dask_environment(write_credentials(tmp_path / "tls"))
     scheduler_file, programs = tmp_path / "scheduler.json", []
     try:
         for words in (("scheduler", "--protocol", "tls", "--port", "0"), ("worker", "--nthreads", "1")):
@@ -109,8 +110,8 @@ def test_a_scheduler_of_ones_own_is_reached_with_the_printed_credentials_alone(t
 def test_credentials_are_readable_by_their_owner_alone(tmp_path):
     folder = tmp_path / "tls"
     folder.mkdir(mode=0o755)
-    environment = write_credentials(folder)
+    settings = write_credentials(folder)
     write_credentials(folder)  # a requeued job
     (path,) = folder.iterdir()
     assert (folder.stat().st_mode & 0o777, path.stat().st_mode & 0o777) == (0o700, 0o600)
-    assert str(path) in environment.values()
+    assert str(path) in settings.values()

@@ -100,7 +100,7 @@ def test_extract_prints_a_summary_for_a_person_and_progress_elsewhere(lab, confi
 
 
 def test_an_extraction_that_finished_without_some_clips_has_an_exit_code_of_its_own(lab):
-    """Two of three clips fail, fewer than --max-failed needs: said in the last line, by this run and every later one."""
+    """Two of three clips fail, fewer than --max-failed needs: in the last line of this run and of every later one."""
     lab.copy_of_root()
     for name in ("v0", "v1"):
         (lab.root / f"videochatgpt_tune/{name}.mp4").write_bytes(b"not a film")
