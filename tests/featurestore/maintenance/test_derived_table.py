@@ -15,6 +15,8 @@ from featurestore.maintenance.verify import verify_store
 from featurestore.objects.open import open_objects
 from featurestore.parquet import table_bytes
 from featurestore.snapshots import Snapshot, load_snapshot, newest_snapshot_id, read_snapshot_table
+from featurestore.transfer.export import export
+from featurestore.transfer.merge import StoreCells, combine
 from featurestore.transfer.sync import push, transfer
 from mervcache.errors import StoreDamagedError, StoreError
 from mervcache.files import sha256_hex
@@ -93,6 +95,15 @@ def test_a_table_that_the_receipts_contradict_is_damage_and_is_not_pulled(full, 
     assert verify_store(full.path, "full") == []
     assert full.open().snapshot != lying.id
     assert newest_table(full.path).num_rows == 10
+
+
+@pytest.mark.parametrize("lie", ["rows swapped", "rows and digests swapped", "clips in another order"])
+def test_stores_made_of_it_take_no_tokens_of_other_clips(full, tmp_path, lie):
+    publish_instead(full.path, table_bytes(LIES[lie](newest_table(full.path))))
+    with pytest.raises(StoreDamagedError):
+        combine([StoreCells(full.path)], tmp_path / "union")
+    with pytest.raises(StoreDamagedError):
+        export(StoreCells(full.path), tmp_path / "exported", format="safetensors")
 
 
 def test_what_a_reader_would_have_been_given_is_the_other_clips_tokens(full):
