@@ -11,6 +11,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,18 +38,22 @@ def cluster(workers: int) -> Iterator[Client]:
     import dask
     from distributed import Client, LocalCluster
 
-    from jobs.settings import DASK_SETTINGS
+    from jobs.security import LOOPBACK, private_folder, write_credentials
+    from jobs.settings import DASK_SETTINGS, dask_environment
 
     here = str(Path(__file__).parent)
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}
-    options = {"n_workers": 0, "processes": False, "protocol": "tcp://", "host": "127.0.0.1", "dashboard_address": ":0"}
+    options = {"n_workers": 0, "processes": False, "host": LOOPBACK, "dashboard_address": f"{LOOPBACK}:0"}
     with (
-        dask.config.set(DASK_SETTINGS),
+        private_folder(Path(tempfile.gettempdir())) as folder,
+        dask.config.set(DASK_SETTINGS | (credentials := write_credentials(folder))),
         LocalCluster(**options) as local,
         Client(local) as client,
         subprocess.Popen(
-            [sys.executable, __file__, local.scheduler_address, str(workers)], env=environment, **quiet
+            [sys.executable, __file__, local.scheduler_address, str(workers)],
+            env=environment | dask_environment(credentials),
+            **quiet,
         ) as others,
     ):
         try:

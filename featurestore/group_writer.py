@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
 
 from featurestore.layout import (
+    TEMPORARY,
     array_metadata_key,
     receipt_blocks,
     receipt_key,
@@ -16,7 +19,7 @@ from featurestore.layout import (
     shard_key,
 )
 from featurestore.objects.base import Objects, put_if_absent
-from featurestore.reader import Shard, build_shard, encode_row
+from featurestore.reader import Shard, build_shard, check_shard, encode_row
 from featurestore.records import (
     LOST,
     MAX_REASON_LENGTH,
@@ -33,7 +36,10 @@ from featurestore.zarr_metadata import (
     read_arrays,
     read_group,
 )
-from mervcache.errors import UserError
+from mervcache.errors import StoreDamagedError, UserError
+from mervcache.text import shareable
+
+log = logging.getLogger(__name__)
 
 _PENDING = "0" * 32  # digest of an added row until the bytes on disk are digested
 
@@ -158,7 +164,7 @@ class BlockWriter:
     ) -> None:
         """Quarantine a clip ("clip") or one encoder on it ("encoder")."""
         self._check_free(row)
-        text = reason.strip()[:MAX_REASON_LENGTH] or "no reason given"
+        text = shareable(reason)[:MAX_REASON_LENGTH] or "no reason given"
         self._outcomes[row] = RowOutcome(
             state="failed", scope=scope, reason=text, media_sha256=media_sha256, decoder=decoder
         )
@@ -179,8 +185,9 @@ class BlockWriter:
         if missing := sorted(self.planned - set(self._outcomes)):
             raise UserError(f"block {self.block}: {len(missing)} planned rows have no outcome, one is row {missing[0]}")
         for name, spec in self.specs.items():
-            # False where a shard exists: what it holds is read back.
-            put_if_absent(self._objects, self._shard_key(name), build_shard(spec, self._chunks[name]))
+            shard = build_shard(spec, self._chunks[name])
+            if not put_if_absent(self._objects, self._shard_key(name), shard):  # what the existing one holds counts
+                self._replace_torn(name, b"".join(shard))
             if name != "tokens":
                 self._drop_rows_that_differ(name)
         receipt = self._describe_shards()
@@ -202,6 +209,18 @@ class BlockWriter:
 
     def _open_shard(self, name: str) -> Shard:
         return Shard(self.specs[name], self._objects.open(self._shard_key(name)))
+
+    def _replace_torn(self, name: str, shard: bytes) -> None:
+        """Set aside an existing shard that is not whole, as after a power cut: no receipt names it."""
+        key = self._shard_key(name)
+        try:
+            check_shard(self.specs[name], self._objects.open(key))
+        except StoreDamagedError:
+            torn = self._objects.get(key)
+            aside = f"{TEMPORARY}/torn/{key.replace('/', '-')}-{uuid.uuid4().hex[:8]}"
+            self._objects.put_exclusive(aside, torn)
+            log.warning("%s is torn and no receipt names it: set aside as %s and written anew", key, aside)
+            self._objects.compare_and_swap(key, torn, shard)  # not where another writer was first: its shard counts
 
     def _drop_rows_that_differ(self, name: str) -> None:
         """Drop rows whose sidecar on disk is another attempt's, so that tokens never meet another attempt's scale."""

@@ -251,6 +251,21 @@ class Shard:
         return StoreDamagedError(f"{self.spec.name}: a shard ends before its last row; run `merv-pipeline verify`")
 
 
+def check_shard(spec: ArraySpec, source: OpenObject) -> None:
+    """Raise `StoreDamagedError` unless every row and the index match their checksums and are all of the shard."""
+    shard = Shard(spec, source)
+    try:
+        length = spec.index_bytes
+        for row in shard.rows():
+            chunk = shard.chunk(row)
+            length += len(chunk) if chunk is not None else 0
+            shard.decode(row)
+        if length != source.size:
+            raise StoreDamagedError(f"{spec.name}: a shard holds {source.size - length} bytes that belong to no row")
+    finally:
+        shard.close()
+
+
 def encode_row(spec: ArraySpec, row: np.ndarray) -> bytes:
     """One chunk: items, compressed, and their crc32c. The same row gives the same bytes on every machine."""
     if row.shape != spec.row_shape or row.dtype != np.dtype(spec.dtype):

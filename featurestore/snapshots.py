@@ -342,6 +342,11 @@ class SnapshotTable:
                 columns[suffix][:count] = parent[column(group, suffix)].to_numpy(zero_copy_only=False)
         return state
 
+    def lines(self, kind: str, rows: np.ndarray) -> np.ndarray:
+        """The line of the clip that has each row of a kind, -1 where none has."""
+        of_row = np.append(self._clip_of_row[kind], -1)
+        return of_row[np.where((rows >= 0) & (rows < len(of_row)), rows, -1)]
+
     def ensure_columns(self, group: str) -> dict[str, np.ndarray]:
         """The columns of a group, empty if it is new."""
         if group not in self._columns:

@@ -172,8 +172,8 @@ class FeatureStore:
     def rows(self, clip_ids: Sequence[str], *, encoder: str) -> np.ndarray:
         """int64 [B]: the row of each clip in its kind's array, -1 where it has no tokens; clips of one kind only."""
         lines = self._lines(clip_ids)
-        if len(kinds := set(self.clips["kind"].take(lines).to_pylist())) > 1:
-            raise UserError(f"rows count in one array, and these clips are in several ({', '.join(sorted(kinds))})")
+        if len(set(self._is_image[lines].tolist())) > 1:
+            raise UserError("rows count in one array, and these clips are in several (image, video)")
         return self._rows[self._groups[self._key(encoder)]][lines]
 
     def read(

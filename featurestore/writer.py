@@ -51,6 +51,7 @@ from featurestore.zarr_metadata import (
     root_document,
 )
 from mervcache.errors import IdentityConflictError, StoreFormatError, StoreNotFoundError, UserError
+from mervcache.text import redact_all
 
 
 class StoreWriter:
@@ -268,10 +269,13 @@ class StoreWriter:
         return publish(self.objects, self.block_rows, anew=anew)
 
     def journal(self, name: str, record: Mapping[str, Any]) -> str:
-        """Keep provenance (times, hosts, versions, rates) with its own digest; returns the key."""
+        """Keep provenance (times, hosts, versions, rates) with its own digest; returns the key.
+
+        Addresses are kept without credentials.
+        """
         if not JOURNAL_NAME.fullmatch(name):
             raise UserError(f"journal names are letters, digits, '_', '-' and '.', got {name!r}")
-        data = journal_bytes(record)
+        data = journal_bytes(redact_all(record))
         attempt = 1
         while True:
             key = journal_key(name if attempt == 1 else f"{name}.{attempt}")

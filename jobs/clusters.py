@@ -14,19 +14,20 @@ import signal
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from jobs.run import check_workers
+from jobs.security import LOOPBACK, temporary_security
 from jobs.settings import DASK_SETTINGS, ClusterRequest, ClusterSettings
 from jobs.slurm import slurm
 from mervcache.errors import ClusterError, unknown_name
 
 if TYPE_CHECKING:
-    from distributed import Client, SpecCluster, WorkerPlugin
+    from distributed import Client, WorkerPlugin
 
 __all__ = ["CLUSTERS", "ClusterError", "ClusterRequest", "ClusterSettings", "check_cluster", "connect"]
 
@@ -132,24 +133,19 @@ def visible_gpus() -> list[str]:
 def local(request: ClusterRequest) -> Iterator[Client]:
     """Workers on this machine: one lives in this process, which costs no start-up time, more are processes."""
     import dask
-    from distributed import Client, LocalCluster
+    from distributed import Nanny, Worker
 
     num_workers = request.num_workers or 1
+    if num_workers == 1:
+        options = {"dashboard_address": request.settings.dashboard_address, "dashboard": False}
+        with _started([(Worker, options)], request, in_process=True) as client:
+            yield client
+        return
     with (
         dask.config.set({"distributed.nanny.pre-spawn-environ": _threads_environment(num_workers)}),
-        LocalCluster(
-            n_workers=num_workers,
-            threads_per_worker=1,
-            processes=num_workers > 1,
-            memory_limit=None,
-            dashboard_address=":0",  # any free port: two runs on one machine must not compete for 8787
-            scheduler_kwargs={"dashboard": request.dashboard},  # without it bokeh is not loaded: a second less
-            silence_logs=50,  # a task's error is in its outcome; the worker need not print it too
-        ) as cluster,
-        Client(cluster) as client,
+        _started([(Nanny, {})] * num_workers, request) as client,
     ):
-        if num_workers > 1:
-            client.register_plugin(_ignore_sigint())
+        client.register_plugin(_ignore_terminal())
         yield client
 
 
@@ -161,7 +157,7 @@ def cuda(request: ClusterRequest) -> Iterator[Client]:
     one version, so where it is not installed, nannies set CUDA_VISIBLE_DEVICES before each worker starts.
     """
     import dask
-    from distributed import Client
+    from distributed import Client, Nanny
 
     gpus = _selected_gpus(request)
     try:
@@ -169,23 +165,59 @@ def cuda(request: ClusterRequest) -> Iterator[Client]:
     except ImportError:
         LocalCUDACluster = None
         log.info("dask-cuda is not installed: %d worker processes, one pinned to each GPU, all cores shared", len(gpus))
-    with dask.config.set({"distributed.nanny.pre-spawn-environ": _threads_environment(len(gpus))}):
+    with ExitStack() as stack:
+        environment = {"distributed.nanny.pre-spawn-environ": _threads_environment(len(gpus))}
+        stack.enter_context(dask.config.set(environment))
         if LocalCUDACluster is None:
-            cluster = _pinned_processes(gpus, request)
+            folder = request.settings.local_directory
+            workers = [(Nanny, {"env": {"CUDA_VISIBLE_DEVICES": gpu}, "local_directory": folder}) for gpu in gpus]
+            client = stack.enter_context(_started(workers, request))
         else:
             cluster = LocalCUDACluster(
                 CUDA_VISIBLE_DEVICES=gpus,
                 threads_per_worker=1,
                 memory_limit=None,
                 device_memory_limit=None,  # no tokens stay in Dask: nothing to spill
-                dashboard_address=":0",
+                host=LOOPBACK,
+                protocol="tls://",
+                security=temporary_security(),
+                dashboard_address=request.settings.dashboard_address,
                 scheduler_kwargs={"dashboard": request.dashboard},
                 local_directory=request.settings.local_directory,
                 silence_logs=50,
             )
-        with cluster, Client(cluster) as client:
-            client.register_plugin(_ignore_sigint())
-            yield client
+            client = stack.enter_context(Client(stack.enter_context(cluster)))
+        client.register_plugin(_ignore_terminal())
+        yield client
+
+
+@contextmanager
+def _started(
+    workers: list[tuple[type, dict[str, Any]]], request: ClusterRequest, *, in_process: bool = False
+) -> Iterator[Client]:
+    """A client of a scheduler in this process and of the workers, classes with their options.
+
+    All listen on the loopback interface, behind a certificate that only this cluster has: whoever can connect to a
+    scheduler, any user of the machine, could otherwise run code as this user. A worker in this process has no socket.
+    """
+    from distributed import Client, Scheduler, SpecCluster
+
+    security = None if in_process else temporary_security()
+    common = {"protocol": "inproc://"} if in_process else {"protocol": "tls://", "host": LOOPBACK, "security": security}
+    each = common | {"nthreads": 1, "memory_limit": None, "silence_logs": 50}
+    # Without `dashboard` bokeh is not loaded, which takes a second. A task's error is in its outcome: no logs.
+    address = request.settings.dashboard_address
+    scheduler = common | {"dashboard_address": address, "dashboard": request.dashboard}
+    with (
+        SpecCluster(
+            workers={number: {"cls": cls, "options": each | own} for number, (cls, own) in enumerate(workers)},
+            scheduler={"cls": Scheduler, "options": scheduler},
+            security=security,
+            silence_logs=50,
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
 
 
 def _selected_gpus(request: ClusterRequest) -> list[str]:
@@ -206,40 +238,22 @@ def _selected_gpus(request: ClusterRequest) -> list[str]:
     return gpus[: request.num_workers or None]
 
 
-def _pinned_processes(gpus: list[str], request: ClusterRequest) -> SpecCluster:
-    """A nanny per GPU, whose worker starts with that GPU alone in its environment."""
-    from distributed import Nanny, Scheduler, SpecCluster
-
-    def worker(gpu: str) -> dict[str, Any]:
-        options = {"nthreads": 1, "memory_limit": None, "env": {"CUDA_VISIBLE_DEVICES": gpu}, "host": "127.0.0.1"}
-        return {
-            "cls": Nanny,
-            "options": options | {"local_directory": request.settings.local_directory, "silence_logs": 50},
-        }
-
-    scheduler = {"dashboard_address": ":0", "dashboard": request.dashboard, "host": "127.0.0.1"}
-    return SpecCluster(
-        workers={number: worker(gpu) for number, gpu in enumerate(gpus)},
-        scheduler={"cls": Scheduler, "options": scheduler},
-        silence_logs=50,
-    )
-
-
 def _threads_environment(num_workers: int) -> dict[str, str]:
     """This machine's cores shared among workers; Dask's own default is one thread each."""
     threads = str(max(1, (os.cpu_count() or 1) // num_workers))
     return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
 
 
-def _ignore_sigint() -> WorkerPlugin:
-    """Ctrl-C reaches every process of the terminal; the driver stops its workers without their tracebacks."""
+def _ignore_terminal() -> WorkerPlugin:
+    """Ctrl-C and a hang-up reach every process of the terminal; the driver stops its workers, without tracebacks."""
     from distributed import WorkerPlugin
 
-    class IgnoreSigint(WorkerPlugin):
+    class IgnoreTerminal(WorkerPlugin):
         def setup(self, worker: object) -> None:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            for number in (signal.SIGINT, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)
 
-    return IgnoreSigint()
+    return IgnoreTerminal()
 
 
 @contextmanager
@@ -251,6 +265,11 @@ def attach(request: ClusterRequest) -> Iterator[Client]:
     address = {"scheduler_file": request.scheduler} if by_file else {"address": request.scheduler}
     try:
         client = Client(**address, timeout="10 s")
+    except TypeError as error:  # of Dask, for tls:// without a certificate
+        raise ClusterError(
+            f"{request.scheduler} speaks TLS and this shell has no certificate for it: evaluate the lines that "
+            "`python -m jobs.security FOLDER` printed for it, see jobs/README.md"
+        ) from error
     except (OSError, TimeoutError, ValueError) as error:
         raise ClusterError(f"no Dask scheduler answers at {request.scheduler}: {error}") from error
     with client:

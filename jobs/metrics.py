@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from mervcache.errors import ClusterError
@@ -90,17 +90,22 @@ class _Collector:
 
 def dashboard_lines(client: Client) -> list[str]:
     """Lines with the dashboard's address and the ssh command that forwards it."""
-    link = client.dashboard_link
-    address = urlsplit(link or "")
-    if not address.port:
-        return ["dashboard: this scheduler has none; start it with bokeh installed and --dashboard-address :8787"]
-    port, login = address.port, f"{getpass.getuser()}@{socket.gethostname()}"
+    link = urlsplit(client.dashboard_link or "")
+    if not link.port:
+        return ["dashboard: this scheduler has none; start it with bokeh installed and --dashboard-address 127.0.0.1:0"]
+    bound = client.run_on_scheduler(_http_host)
+    host = link.hostname if bound in ("", "0.0.0.0", "::") else bound
+    port, login = link.port, f"{getpass.getuser()}@{socket.gethostname()}"
     return [
-        f"dashboard: {link}",
-        f"from another machine: ssh -N -L {port}:{address.hostname}:{port} {login}   then open "
-        f"http://localhost:{port}/status",
-        f"for Prometheus: http://{address.hostname}:{port}/metrics of the scheduler, and /metrics of every worker",
+        f"dashboard: http://{host}:{port}{link.path}",
+        f"from another machine: ssh -N -L {port}:{host}:{port} {login}   then open http://localhost:{port}{link.path}",
+        f"for Prometheus: http://{host}:{port}/metrics of the scheduler, and /metrics of every worker",
     ]
+
+
+def _http_host(dask_scheduler: Any) -> str:
+    """The address that the scheduler's HTTP server listens on; Dask's link names the scheduler's own instead."""
+    return dask_scheduler.http_server.address
 
 
 @contextmanager

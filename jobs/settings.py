@@ -35,6 +35,7 @@ class ClusterSettings:
 
     devices: str | None = None  # cuda: GPUs as in CUDA_VISIBLE_DEVICES, "0,2"; None: all that are visible
     local_directory: str | None = None  # cuda, slurm: a fast local folder for the files of Dask's workers
+    dashboard_host: str = "127.0.0.1"  # all: address of dashboards and /metrics, which anybody who reaches it can read
     worker_wait: str | None = None  # all: [D-]HH:MM:SS without any worker, then stop; None: 10 min, slurm: a day
     walltime: str = "12:00:00"  # slurm: [D-]HH:MM:SS
     partition: str | None = None  # slurm
@@ -55,6 +56,11 @@ class ClusterSettings:
             parse_walltime(self.worker_wait, "worker_wait")
         if self.gpus < 0 or self.cpus < 1:
             raise ClusterError(f"cluster: gpus must be at least 0 and cpus at least 1, got {self.gpus} and {self.cpus}")
+
+    @property
+    def dashboard_address(self) -> str:
+        """Any free port, because two runs on one machine must not compete for 8787."""
+        return f"{self.dashboard_host}:0"
 
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any]) -> ClusterSettings:
@@ -99,13 +105,17 @@ def parse_walltime(walltime: str, name: str = "walltime") -> int:
 
 def worker_environment() -> dict[str, str]:
     """`DASK_SETTINGS` as environment variables, for workers that a job script starts."""
+    # A folder `pipeline` where the job was submitted must not hide the package.
+    return dask_environment(DASK_SETTINGS) | {"PYTHONSAFEPATH": "1"}
 
-    def variable(name: str) -> str:
-        return "DASK_" + name.replace(".", "__").replace("-", "_").upper()
 
-    return {variable(name): str(value) for name, value in DASK_SETTINGS.items()} | {
-        "PYTHONSAFEPATH": "1"  # a folder `pipeline` where the job was submitted must not hide the package
-    }
+def dask_environment(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings of Dask as environment variables.
+
+    >>> dask_environment({"distributed.scheduler.worker-ttl": "30 minutes"})
+    {'DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL': '30 minutes'}
+    """
+    return {f"DASK_{name.replace('.', '__').replace('-', '_').upper()}": str(v) for name, v in settings.items()}
 
 
 def _spelled_out(name: Any, value: Any) -> Any:

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.security import private_folder, temporary_security
 from jobs.settings import ClusterRequest, ClusterSettings, parse_walltime, worker_environment
 from mervcache.errors import ClusterError, unknown_name
 
@@ -54,7 +55,15 @@ def slurm(request: ClusterRequest) -> Iterator[Client]:
     settings = request.settings
     per_job = max(1, settings.gpus)
     num_jobs, logs = math.ceil((request.num_workers or per_job) / per_job), Path(settings.log_directory).absolute()
-    with SLURMCluster(**job_options(settings, dashboard=request.dashboard)) as cluster, Client(cluster) as client:
+    with (
+        private_folder(logs) as credentials,  # the jobs see the folder of their logs
+        SLURMCluster(
+            **job_options(settings, dashboard=request.dashboard),
+            security=temporary_security(),
+            shared_temp_directory=str(credentials),
+        ) as cluster,
+        Client(cluster) as client,
+    ):
         _check_submits(cluster.job_script())
         replacer = _JobReplacer(cluster, num_jobs, logs)
         cluster.scale(jobs=num_jobs)
@@ -94,13 +103,16 @@ def job_options(settings: ClusterSettings, *, dashboard: bool = False) -> dict[s
         "job_directives_skip": [] if settings.memory else ["--mem="],
         "job_extra_directives": [*directives, *settings.directives],
         "job_script_prologue": [*prologue(settings), *settings.prologue],
-        "worker_extra_args": ["--memory-limit", "0", "--preload", "jobs.pin", *lifetime(settings.walltime)],
+        "worker_extra_args": [
+            *("--memory-limit", "0", "--preload", "jobs.pin", "--dashboard-address", settings.dashboard_address),
+            *lifetime(settings.walltime),
+        ],
         "python": settings.python or sys.executable,
         "interface": settings.interface,
         "local_directory": settings.local_directory,
         "log_directory": str(Path(settings.log_directory).absolute()),
         "job_name": "merv-worker",
-        "scheduler_options": {"dashboard_address": ":0", "dashboard": dashboard},
+        "scheduler_options": {"dashboard_address": settings.dashboard_address, "dashboard": dashboard},
         "silence_logs": "critical",
     }
 

@@ -6,6 +6,7 @@ is printed without markup and with control characters escaped.
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import logging
@@ -15,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,8 +24,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from mervcache.errors import MervCacheError
+from mervcache.text import redact_all, safe
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from rich.console import Console
     from rich.text import Text
 
@@ -43,8 +48,12 @@ BAR_WIDTH = 24
 
 
 def echo(line: str) -> None:
-    """Print a line on stderr; stdout is for results."""
-    print(line, file=sys.stderr, flush=True)
+    """Print a line on stderr, without credentials and control characters; stdout is for results."""
+    try:
+        print(safe(line), file=sys.stderr, flush=True)
+    except OSError as error:
+        if error.errno != errno.EIO:  # a terminal that hung up: the run ends in order nevertheless
+            raise
 
 
 class _EchoHandler(logging.Handler):
@@ -53,12 +62,18 @@ class _EchoHandler(logging.Handler):
 
 
 def log_to_stderr() -> None:
-    """Print the INFO messages of our packages on stderr, as plain lines."""
+    """Print the INFO messages of our packages on stderr, as plain lines, and the traceback of a bug as safely."""
+    sys.excepthook = _print_traceback
+    logging.lastResort = _EchoHandler(logging.WARNING)  # warnings of libraries
     for name in PACKAGES:
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO)
         if not any(isinstance(handler, _EchoHandler) for handler in logger.handlers):
             logger.addHandler(_EchoHandler())
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    echo("".join(traceback.format_exception(kind, error, trace)).rstrip())
 
 
 def handle_errors(*, interrupted: str) -> Decorator:
@@ -88,19 +103,24 @@ def handle_errors(*, interrupted: str) -> Decorator:
 
 @contextmanager
 def handle_interrupts(message: str) -> Iterator[None]:
-    """Raise `KeyboardInterrupt` on SIGINT and SIGTERM, after printing `message` at once; a second signal is final."""
+    """Raise `KeyboardInterrupt` on SIGINT, SIGTERM and SIGHUP, after printing `message`; a second signal is final.
+
+    SIGHUP stays ignored where it is, as with nohup.
+    """
 
     def interrupt(number: int, frame: Any) -> None:
         signal.signal(number, signal.default_int_handler)
         echo(f"\n{message}")
         raise KeyboardInterrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    numbers = (signal.SIGINT, signal.SIGTERM, *(() if is_ignored else (signal.SIGHUP,)))
+    for number in numbers:
         signal.signal(number, interrupt)
     try:
         yield
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in numbers:
             signal.signal(number, signal.default_int_handler)
 
 
@@ -112,7 +132,7 @@ def stacked(*decorators: Decorator) -> Decorator:
 def print_result(result: Any, as_json: bool, show: Callable[[], None], *, indent: int | None = None) -> None:
     """Print `result` as JSON on stdout, or call `show`, which prints it as text."""
     if as_json:
-        print(json.dumps(result, indent=indent, default=str), flush=True)
+        print(json.dumps(redact_all(json.loads(json.dumps(result, default=str))), indent=indent), flush=True)
     else:
         show()
 
@@ -126,11 +146,15 @@ def report_saved(save: Callable[[], str]) -> None:
 
 
 def console(width: int | None = None) -> Console:
-    """A rich console on stdout without markup: paths and reasons are untrusted."""
+    """A rich console on stdout without markup or control characters: paths and reasons are untrusted."""
     from rich.console import Console
 
+    class SafeConsole(Console):
+        def print(self, *objects: Any, **options: Any) -> None:
+            super().print(*(safe(each) if isinstance(each, str) else each for each in objects), **options)
+
     default = None if sys.stdout.isatty() else PIPED_WIDTH
-    return Console(highlight=False, markup=False, width=width or default)
+    return SafeConsole(highlight=False, markup=False, width=width or default)
 
 
 def format_bytes(num_bytes: float) -> str:
@@ -156,11 +180,11 @@ def plural(count: int, noun: str) -> str:
 def bold(text: str) -> Text:
     from rich.text import Text
 
-    return Text(text, style="bold")
+    return Text(safe(text), style="bold")
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Sequence[str] = ()) -> None:
-    """Print rows under bold headings on stdout; columns named in `right` hold numbers.
+    """Print rows under bold headings on stdout; columns named in `right` hold numbers, a list in a cell is its lines.
 
     Without headings the first column names the rows and is bold. A word is never cut: on a terminal, columns of text
     wrap at spaces, and lines get longer than the terminal where that is not enough. Elsewhere a row is one line.
@@ -169,10 +193,12 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Seque
     from rich.table import Table
     from rich.text import Text
 
-    def escaped(cell: Any) -> str:
-        return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(cell))
+    def shown(cell: Any) -> str:  # a line break in an untrusted name must not look like a row of its own
+        if isinstance(cell, list):
+            return "\n".join(map(shown, cell))
+        return safe(str(cell)).replace("\n", "\\n").replace("\t", "\\t")
 
-    names, cells = [escaped(name) for name in columns], [[escaped(cell) for cell in row] for row in rows]
+    names, cells = [shown(name) for name in columns], [[shown(cell) for cell in row] for row in rows]
     headings, are_numbers = [names] if any(names) else [], [name in right for name in columns]
     widths, least = [], []  # as long as its longest line, and as its longest word; a number stays with its unit
     for column, name in enumerate(names):
@@ -397,7 +423,7 @@ class ProgressLine:
     def _write_line(self) -> None:
         self._last_line, self._logged = time.monotonic(), (self.counts, self._waiting)
         head = f"{self.label}: "
-        print(head + self.text(LOG_WIDTH - len(head)), file=self._stream, flush=True)
+        print(safe(head + self.text(LOG_WIDTH - len(head))), file=self._stream, flush=True)
 
 
 SILENT = ProgressLine(quiet=True)  # the default of library calls; its counts are not read

@@ -18,6 +18,7 @@ from featurestore.storage_dtypes import STORAGE_DTYPES
 from jobs.settings import ClusterRequest, ClusterSettings
 from mervcache.config import check_names, check_types, load_yaml
 from mervcache.errors import ClusterError, UserError, unknown_name
+from mervcache.text import redact_all
 from pipeline.encoders.base import EncoderSpec, feature_identity
 from pipeline.encoders.registry import ENCODERS, MERV_ENCODERS, encoder_spec
 from pipeline.encoders.weights import check_weights_spec
@@ -129,7 +130,7 @@ class ExtractConfig:
     threads: int = AUTO  # torch threads per worker
     decode_processes: int = AUTO  # per worker
     decode_timeout_s: float = 60.0
-    max_failed: float = 0.5  # stop when more than this share of at least one block's worth of clips failed
+    max_failed: float = 0.5  # stop when more than this share failed, and at least 32 clips
     forecast: str | None = None  # file with what `plan --json` printed, for the record
     dashboard: bool = False
     performance_report: str | None = None  # HTML file; None: next to the store with a dashboard, else none
@@ -212,13 +213,13 @@ class ExtractConfig:
         return asdict(self)
 
     def to_yaml(self) -> str:
-        """Every setting, as `read_config` takes it back."""
+        """Every setting, as `read_config` takes it back; addresses without their credentials."""
         import yaml
 
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in self.to_dict().items()}
         if self.grid is None:
             plain["grid"] = "raw"
-        return yaml.safe_dump(plain, sort_keys=False)
+        return yaml.safe_dump(redact_all(plain), sort_keys=False)
 
 
 def read_config(path: str | Path | Mapping[str, Any] | None, overrides: Mapping[str, Any]) -> ExtractConfig:

@@ -27,6 +27,7 @@ from featurestore.objects.base import Objects
 from featurestore.objects.open import check_writable, open_objects
 from featurestore.snapshots import newest_snapshot_id
 from featurestore.storage_dtypes import SMALLEST
+from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter, check_holds_nothing_else
 from featurestore.zarr_metadata import clip_bytes
 from jobs.clusters import check_cluster, check_scheduler, connect
@@ -52,7 +53,7 @@ log = logging.getLogger(__name__)
 
 NOT_STAGES = ("total", DECODING)  # not counted as a worker's stages: the total, and decoding, which runs in parallel
 SNAPSHOT_INTERVAL_S = 180.0
-MIN_FAILED = 32  # clips; below this a share of failures says nothing
+MIN_FAILED = 32  # clips; below this a share says nothing: the run goes on and reports `failures` at its end
 
 
 def extract(config: ExtractConfig, *, quiet: bool = False) -> ExtractSummary:
@@ -367,9 +368,19 @@ class Extraction:
         """Publish what is committed and write the run's record; `started` is a Unix time."""
         self.summary.elapsed_s = time.time() - started
         self.summary.snapshot = self.view.writer.publish_snapshot()
+        self.summary.quarantined = self._count_quarantined(self.summary.snapshot)
         encoders = {name: encoder.journal_entry for name, encoder in self.encoders.items()}
         record = run_record(self.config, self.listing, encoders, self.summary, started)
         self.view.writer.journal(f"{self.summary.run}-driver", record)
+
+    def _count_quarantined(self, snapshot: str) -> int:
+        """Listed clips that failed for an encoder of this run, whenever that was."""
+        store = FeatureStore(str(self.config.store_path), snapshot, objects=self.view.objects)
+        wanted = {identity.id for identity in self.identities.values()}
+        keys = [key for key, identity in store.encoders.items() if identity.id in wanted]
+        failed = store.quarantine.select(["clip_id", "encoder"]).to_pylist()
+        listed = {clip.clip_id for clip in self.listing.clips}
+        return len({row["clip_id"] for row in failed if row["encoder"] in keys} & listed)
 
 
 def run_blocks(

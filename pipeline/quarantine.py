@@ -72,8 +72,8 @@ def retry_configs(
         settings |= {"root": runs[number]["root"], "store": str(path), "samples": False}
         settings |= {"encoders": [name for name in settings["encoders"] if name in names]}
         settings |= {"retry_quarantine": True, "retry_reason": reason}
-        settings |= {name: value for name, value in overrides.items() if value is not None}
-        configs.append(read_config(None, settings))
+        given = {name: value for name, value in settings.items() if value is not None}
+        configs.append(read_config(given, overrides))
     return configs
 
 

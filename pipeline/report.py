@@ -31,6 +31,7 @@ from featurestore.quality import (
 from featurestore.store import FeatureStore
 from mervcache.console import format_bytes, format_duration
 from mervcache.errors import MervCacheError, UserError
+from mervcache.text import safe
 from pipeline.media import Root
 from pipeline.status import store_status
 from pipeline.summary import media_roots, prediction_text
@@ -51,7 +52,7 @@ def write_report(path: Place, *, out: str | Path | None = None, root: str | None
     store, status = FeatureStore.open(place), store_status(place)
     runs = store.runs()
     random = sorted({entry["encoder"] for entry in status["encoders"] if entry["weights"].startswith("random")})
-    warning = f"Seeded random weights, not trained ones: {html.escape(', '.join(random))}."
+    warning = f"Seeded random weights, not trained ones: {_escaped(', '.join(random))}."
     clips, num_bytes = sum(status["clips"].values()), status["bytes"]
     cards = {
         "clips": f"{clips:,}",
@@ -61,10 +62,10 @@ def write_report(path: Place, *, out: str | Path | None = None, root: str | None
         "quarantined": f"{sum(status['quarantine'].values()):,}",
     }
     page = Template((files("pipeline") / "report.html").read_text()).substitute(
-        title=html.escape(f"MERV Cache: {path.name}"),
-        subtitle=html.escape(f"snapshot {status['snapshot']} · datasets {', '.join(status['datasets'])}"),
+        title=_escaped(f"MERV Cache: {path.name}"),
+        subtitle=_escaped(f"snapshot {status['snapshot']} · datasets {', '.join(status['datasets'])}"),
         notice=f"<p class='warn'>{warning}</p>" if random else "",
-        cards="".join(f"<div class='card'><b>{html.escape(v)}</b><span>{k}</span></div>" for k, v in cards.items()),
+        cards="".join(f"<div class='card'><b>{_escaped(v)}</b><span>{k}</span></div>" for k, v in cards.items()),
         encoders=_encoder_table(store, status),
         distortion=_distortion_tables(store),
         clips=_clips_html(store, num_clips, media_roots(runs, root)),
@@ -119,7 +120,7 @@ def _distortion_tables(store: FeatureStore) -> str:
 
 
 def _note(text: str) -> str:
-    return f"<p class='quiet'>{html.escape(text)}</p>"
+    return f"<p class='quiet'>{_escaped(text)}</p>"
 
 
 def _clips_html(store: FeatureStore, num_clips: int, roots: Mapping[str, Root]) -> str:
@@ -139,12 +140,12 @@ def _clips_html(store: FeatureStore, num_clips: int, roots: Mapping[str, Root]) 
         if (frames := _thumbnails(clip, roots)) is not None:
             cells += ["<div>frames</div>", *(f"<img src='{_png(frame)}' alt='frame'>" for frame in frames[:steps])]
         for key, maps_BTHWC in maps.items():
-            maps_THWC, name = maps_BTHWC[number], html.escape(key)
+            maps_THWC, name = maps_BTHWC[number], _escaped(key)
             instants = [step * len(maps_THWC) // STEPS for step in range(steps)]  # those of the frames above
             pictures = (_png(maps_THWC[instant]) for instant in instants)
             cells += [f"<div>{name}</div>", *(f"<img class='map' src='{p}' alt='tokens of {name}'>" for p in pictures)]
         film = f"<div class='scroll'><div class='film' style='--steps: {steps}'>{''.join(cells)}</div></div>"
-        parts.append(f"<div class='clip'><h3>{html.escape(clip['clip_id'])}</h3>{film}</div>")
+        parts.append(f"<div class='clip'><h3>{_escaped(clip['clip_id'])}</h3>{film}</div>")
     return "".join(parts)
 
 
@@ -231,16 +232,21 @@ def _quarantine_table(store: FeatureStore) -> str:
     return _table(("clip", "encoders", "reason"), listed) + more
 
 
+def _escaped(text: str) -> str:
+    """Untrusted text as HTML, without credentials and control characters."""
+    return html.escape(safe(text))
+
+
 class _Markup(str):
     """HTML made here, not to be escaped."""
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    head = "".join(f"<th>{_escaped(column)}</th>" for column in columns)
     body = "".join(f"<tr>{''.join(_cell(value) for value in row)}</tr>" for row in rows)
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
 def _cell(value: Any) -> str:
-    text = value if isinstance(value, _Markup) else html.escape(str(value))
+    text = value if isinstance(value, _Markup) else _escaped(str(value))
     return f"<td class='n'>{text}</td>" if isinstance(value, int | float) else f"<td>{text}</td>"

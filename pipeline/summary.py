@@ -45,6 +45,7 @@ class ExtractSummary:
     missing: dict[str, int] = field(default_factory=dict)  # folder -> media listed but absent
     rejected: dict[str, int] = field(default_factory=dict)  # reason -> annotation records refused
     skipped: dict[str, int] = field(default_factory=dict)  # what the dataset does not read by its rules -> files
+    quarantined: int = 0  # listed clips that some encoder of this run has no tokens of, since this run or earlier ones
     unchanged: int = 0  # quarantined clips that were tried again and fail as before
     reasons: dict[str, int] = field(default_factory=dict)  # why clips were quarantined
     frames: int = 0
@@ -92,6 +93,16 @@ class ExtractSummary:
 
     def to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if name != "blocks_of"}
+
+    @property
+    def failures(self) -> str:
+        """What is not in the store of what was requested, in words; "" where nothing is missing."""
+        counts = {
+            "clip quarantined": self.quarantined,
+            "medium listed but absent": sum(self.missing.values()),
+            "record refused at listing": sum(self.rejected.values()),
+        }
+        return ", ".join(f"{count} x {what}" for what, count in counts.items() if count)
 
     @property
     def block_spans(self) -> dict[str, list[list[int]]]:

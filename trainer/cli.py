@@ -19,6 +19,7 @@ from featurestore.locate import FEATURES, ROOT_METADATA, Place, find_store, is_u
 from mervcache.config import load_yaml
 from mervcache.console import CONTEXT, echo, handle_errors, print_result, report_saved, stacked
 from mervcache.errors import StoreNotFoundError, UserError, no_file
+from mervcache.text import printable
 from trainer.config import (
     FULL_RECIPE,
     FUSIONS,
@@ -425,7 +426,7 @@ def eval_ask(questions: tuple[str, ...], checkpoint: Path, as_json: bool, **opti
                 pairs = [{"question": q, "answer": a} for q, a in zip(part, answers, strict=True)]
                 click.echo(json.dumps({"answers": pairs, "looked": asker.looks, "notes": asker.notes}))
             else:
-                click.echo("\n".join(answers))
+                click.echo(printable("\n".join(answers)))
 
 
 def is_terminal() -> bool:

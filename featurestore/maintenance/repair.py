@@ -203,7 +203,9 @@ class _Repair:
             fetched = None
             with suppress(StoreError):  # where the record is damaged as well
                 sha256 = load_snapshot(self._objects, snapshot_id).table_sha256
-                fetched = self._fetch(key, MAX_TABLE_BYTES, lambda data: sha256_hex(data) == sha256)
+                stored = _read(self._objects, key, MAX_TABLE_BYTES)
+                if stored is None or sha256_hex(stored) != sha256:  # else the snapshot itself is wrong
+                    fetched = self._fetch(key, MAX_TABLE_BYTES, lambda data: sha256_hex(data) == sha256)
         if fetched:
             return fetched
         self._objects.delete(record_key)
@@ -307,8 +309,11 @@ class _Repair:
         self, group: GroupWriter, block: int, arrays: set[str], recompute: Recompute | None, new_bytes: bool
     ) -> list[Repaired]:
         """Restore the shards of these arrays, each only with the sha256 that its receipt names."""
-        receipt = group.receipt(block)
         keys = {name: shard_key(group.kind, group.name, name, block) for name in sorted(arrays)}
+        if not self._objects.exists(receipt_key(group.kind, group.name, block)):
+            why = ", no receipt names it: run the same extract again, the block is computed anew"
+            return [self._remove(key, why) for key in keys.values()]
+        receipt = group.receipt(block)
 
         def is_whole(name: str, data: bytes | None) -> bool:
             entry = receipt.shards.get(name)  # a crafted receipt may leave one out

@@ -10,11 +10,13 @@ from urllib.parse import urlsplit
 from featurestore.locate import Place, is_url, place_of
 from featurestore.objects.base import Objects
 from featurestore.objects.local import LocalObjects
+from mervcache.text import check_not_redacted
 
 
 def open_objects(place: Place) -> Objects:
     """A folder, or a URL after one request to its server, so that a wrong URL or credential fails fast."""
     place = place_of(place)
+    check_not_redacted(str(place))
     if not is_url(place):
         return LocalObjects(place)
     from featurestore.objects.remote import open_remote  # needs obstore, which a folder does not

@@ -8,10 +8,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from featurestore.layout import CARD
+from featurestore.locate import is_url
 from featurestore.objects.base import Objects, put_if_absent
 from featurestore.quality import (
     loss_notes,
@@ -24,6 +26,7 @@ from featurestore.quality import (
 )
 from featurestore.store import FeatureStore
 from mervcache.errors import UserError
+from mervcache.text import one_line, redact
 
 MARK = "<!-- written by merv-pipeline push: it is written anew at every push -->"
 DEFAULT_LICENSE = "unknown"
@@ -92,6 +95,7 @@ def card(store: FeatureStore, *, place: str, license: str = DEFAULT_LICENSE) -> 
         ]
     lines += [*_encoders(store), *_distortion(store), *_quarantine(store)]
     encoder = next(iter(store.encoders), "dinov2")
+    place = _line(place if is_url(place) else Path(place).name)  # not the path to it on this machine
     return "\n".join([*lines, _LOAD.format(place=place, encoder=encoder), ""])
 
 
@@ -147,5 +151,5 @@ def _cell(text: str) -> str:
 
 
 def _line(text: str) -> str:
-    """Untrusted names and reasons: no markup, one line."""
-    return re.sub(r"[|<>\[\]\n\r]", " ", text)
+    """Untrusted names and reasons: no markup, no credentials, one line."""
+    return re.sub(r"[|<>\[\]]", " ", one_line(redact(text)))

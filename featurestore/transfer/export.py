@@ -62,6 +62,7 @@ from featurestore.zarr_metadata import CODECS, ArraySpec, array_specs, parse_ide
 from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import StoreDamagedError, StoreFormatError, UserError, unknown_name
 from mervcache.files import canonical_json, load_json, sha256_hex
+from mervcache.text import redact
 
 RECORD, CLIPS, SUMS = "export.json", "clips.parquet", "SHA256SUMS"
 FORMAT = 1
@@ -114,7 +115,8 @@ def export(
         for name, g in groups.items()
     }
     head = {"format": FORMAT, "as": format, "block_rows": dict(source.block_rows), "groups": record}
-    files.put(RECORD, (canonical_json(head | {"from": source.provenance()}) + "\n").encode())
+    origin = source.provenance() | {"store": redact(source.name).rstrip("/").rpartition("/")[2]}  # not the path to it
+    files.put(RECORD, (canonical_json(head | {"from": origin}) + "\n").encode())
     files.put(CLIPS, table_bytes(clips_to_table(enumerate(clips))))
     for tombstone in source.tombstones():
         files.put(tombstone_key(tombstone.id), tombstone.to_bytes())

@@ -14,6 +14,7 @@ from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 
 from featurestore.clips import KINDS, Clip, Sample
 from featurestore.group_writer import BlockWriter
@@ -24,8 +25,8 @@ from featurestore.objects.open import in_parallel, open_objects
 from featurestore.reader import ShardCache, decode_row, encode_row, encoder_keys
 from featurestore.records import Receipt, RowOutcome, Tombstone, journal_bytes, read_receipt, row_digest
 from featurestore.reference_clips import ReferenceClips, put_reference_clips, read_reference_clips
-from featurestore.schemas import table_to_clips
-from featurestore.snapshots import column, load_snapshot, read_snapshot_table
+from featurestore.schemas import CLIP_SCHEMA, table_to_clips
+from featurestore.snapshots import ClipIndex, SnapshotTable, column, load_snapshot, read_snapshot_table
 from featurestore.store import FeatureStore
 from featurestore.transfer.selection import Selection
 from featurestore.writer import StoreWriter
@@ -33,6 +34,7 @@ from featurestore.zarr_metadata import ArraySpec, GroupRecord, read_arrays
 from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import StoreDamagedError, UserError
 from mervcache.files import record_digest
+from mervcache.text import redact_all
 
 MAX_RECEIPTS = 512  # kept in memory
 
@@ -103,6 +105,10 @@ class StoreCells:
         self._specs: dict[str, dict[str, ArraySpec]] = {}
         self._receipt = lru_cache(MAX_RECEIPTS)(self._read_receipt)
         self._kinds = {clip.clip_id: clip.kind for clip in self.clips()}
+        kinds = read_snapshot_table(self._objects, self._record, ["kind"])["kind"]
+        self._is_video = kinds.to_numpy(zero_copy_only=False) == "video"
+        parts = ClipIndex(self._objects, self.block_rows).refresh().tables[: len(self._record.parts)]
+        self._allocated = SnapshotTable.extend(None, pa.concat_tables(parts or [CLIP_SCHEMA.empty_table()]))
 
     def tombstones(self) -> list[Tombstone]:
         return list(self._store.tombstones.values())
@@ -126,6 +132,7 @@ class StoreCells:
         kind, group = name.split("/")
         columns = [column(group, suffix) for suffix in ("row", "digest", "failed_row")]
         table = read_snapshot_table(self._objects, self._record, ["clip_id", *columns])
+        self._check_rows(kind, [table[name].to_numpy() for name in (columns[0], columns[2])])
         cells: dict[str, Cell] = {}
         rows: dict[str, tuple[int, bool]] = {}
         for clip_id, row, digest, failed in zip(*(table[c].to_pylist() for c in table.column_names), strict=True):
@@ -134,6 +141,15 @@ class StoreCells:
                 rows[clip_id] = (row, True) if row >= 0 else (failed, False)
         self._rows[name] = rows
         return cells
+
+    def _check_rows(self, kind: str, columns: Iterable[np.ndarray]) -> None:
+        """Refuse a snapshot that gives a clip the rows of another one: digests hold for those as well."""
+        for rows in columns:
+            lines, is_kind = np.arange(len(rows)), self._is_video == (kind == "video")
+            if (is_kind & (rows >= 0) & (self._allocated.lines(kind, rows) != lines)).any():
+                raise StoreDamagedError(
+                    f"{self.name}: the snapshot gives clips the rows of others; run `merv-pipeline verify --full`"
+                )
 
     def load(self, name: str, clip_id: str, specs: Mapping[str, ArraySpec]) -> LoadedCell:
         """The cell, its chunks as they are stored where the codecs agree, else encoded as in `specs`."""
@@ -476,6 +492,6 @@ def _write_journal(writer: StoreWriter, sources: Sequence[CellSource], selection
     }
     records = [entry for source in sources for entry in source.journal()]
     for name, record in [*records, (f"combine-{record_digest(combined)[:12]}", combined)]:
-        data, key = journal_bytes(record), journal_key(name)
+        data, key = journal_bytes(redact_all(record)), journal_key(name)
         if not put_if_absent(writer.objects, key, data) and writer.objects.get(key) != data:
             put_if_absent(writer.objects, journal_key(f"{name[:190]}-{record_digest(record)[:12]}"), data)

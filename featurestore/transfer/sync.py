@@ -8,6 +8,7 @@ cuts instead.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -30,13 +31,22 @@ from featurestore.layout import (
     tombstone_key,
 )
 from featurestore.locate import Place, check_is_another, no_store_at, place_of
+from featurestore.maintenance.derived_table import check_table
 from featurestore.maintenance.tombstone import erase_tombstoned
 from featurestore.objects.base import Objects, digest_of, get_bounded, listing_bytes, put_if_absent
+from featurestore.objects.local import LocalObjects
 from featurestore.objects.open import check_writable, in_parallel, open_hub, open_objects
 from featurestore.parquet import MAX_TABLE_BYTES, read_table
 from featurestore.quality import DISTORTION_PREFIX, PARITY_PREFIX
 from featurestore.reader import encoder_keys
-from featurestore.records import Receipt, max_receipt_bytes, tombstone_ids
+from featurestore.records import (
+    MAX_JOURNAL_BYTES,
+    Receipt,
+    journal_bytes,
+    max_receipt_bytes,
+    parse_journal,
+    tombstone_ids,
+)
 from featurestore.schemas import CLIP_SCHEMA, table_to_clips
 from featurestore.snapshots import Snapshot, load_snapshot, newest_snapshot_id, publish
 from featurestore.store import FeatureStore
@@ -47,8 +57,12 @@ from featurestore.zarr_metadata import read_arrays
 from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import StoreDamagedError, StoreError, StoreNotFoundError, UserError
 from mervcache.files import sha256_hex
+from mervcache.text import redact, redact_all
 
+MEASUREMENTS = (DISTORTION_PREFIX, PARITY_PREFIX)  # names of journals that hold no host or path begin so
 WORKERS = 4  # blocks in flight; each holds one shard of about 100 MB in memory
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -106,13 +120,25 @@ class TransferPlan:
         return self.writer.objects
 
 
-def push(source: Place, destination: Place, *, license: str | None = None, **options: Any) -> Transferred:
-    """`transfer`, then the card for readers and the listing for web servers, of what the destination holds now."""
+def push(
+    source: Place, destination: Place, *, license: str | None = None, with_journal: bool = False, **options: Any
+) -> Transferred:
+    """`transfer`, then the card for readers and the listing for web servers, of what the destination holds now.
+
+    Journals of runs stay at home unless `with_journal`: they hold host names, paths and options.
+    """
     hub = open_hub(destination)
-    done = transfer(source, destination, target=hub, **options)
+    done = transfer(source, destination, target=hub, with_journal=with_journal, **options)
     target = open_objects(destination) if hub is None else hub
     newest = newest_snapshot_id(target) or done.snapshot
     store = FeatureStore(str(place_of(destination)), newest, objects=target)
+    if not with_journal and (shared := [name for name in _journals(target) if not name.startswith(MEASUREMENTS)]):
+        log.warning(
+            "%s holds %d journals of runs from an earlier push, with host names, paths and options: delete them in its "
+            "journal/ if they are not meant for others",
+            destination,
+            len(shared),
+        )
     done.card = write_card(target, store, place=str(destination), license=license)
     sizes = {
         key: size
@@ -161,8 +187,8 @@ def transfer(
     )
     requested = sum(block.requested_rows for block in blocks)
     done = Transferred(
-        source=str(source),
-        destination=str(destination),
+        source=redact(str(source)),
+        destination=redact(str(destination)),
         blocks=len(blocks),
         bytes=sum(block.num_bytes() for block in blocks),
         overhead=sum(block.rows for block in blocks) / requested if requested else 1.0,
@@ -178,10 +204,7 @@ def transfer(
         plan.target.flush()
         _send_blocks(plan, done, workers=workers, check=True, progress=progress)
     _copy_reference_clips(plan)
-    present = set(journal_names(plan.target.list_names(JOURNAL)))
-    for name in journal_names(origin.list_names(JOURNAL)):
-        if name not in present and (with_journal or name.startswith((DISTORTION_PREFIX, PARITY_PREFIX))):
-            put_if_absent(plan.target, journal_key(name), origin.get(journal_key(name)))
+    _copy_journals(plan, with_journal=with_journal)
     erase_tombstoned(writer)  # clips of earlier transfers that were removed since
     plan.target.flush()  # so that the last commit has the snapshot, and what describes it
     done.snapshot = _publish(plan)
@@ -358,6 +381,28 @@ def _copy_reference_clips(plan: TransferPlan) -> None:
             raise _other_bytes(key)
 
 
+def _copy_journals(plan: TransferPlan, *, with_journal: bool) -> None:
+    """Measurements, which the card shows, and `with_journal` the runs; addresses without their credentials.
+
+    Stores of earlier versions may hold credentials, so what is sent is written anew; a damaged journal cannot be.
+    """
+    present = set(_journals(plan.target))
+    for name in _journals(plan.origin):
+        if name in present or not (with_journal or name.startswith(MEASUREMENTS)):
+            continue
+        data = get_bounded(plan.origin, journal_key(name), MAX_JOURNAL_BYTES)
+        try:
+            record = parse_journal(data, name)
+        except StoreError as error:
+            log.warning("not sent: %s", error)
+            continue
+        put_if_absent(plan.target, journal_key(name), journal_bytes(redact_all(record)))
+
+
+def _journals(objects: Objects) -> list[str]:
+    return journal_names(objects.list_names(JOURNAL))
+
+
 def _other_bytes(key: str) -> UserError:
     return UserError(
         f"the destination holds other bytes under {key}: it is another extraction of the same clips; push into an "
@@ -371,6 +416,9 @@ def _publish(plan: TransferPlan) -> str:
     if not plan.selection.is_whole:
         return publish(target, plan.writer.block_rows)
     table_key, record_key = snapshot_keys(snapshot.id)
+    if not target.exists(record_key):
+        near = target if isinstance(target, LocalObjects) else plan.origin  # of 15,000 receipts, read on a disk
+        check_table(near, snapshot, source=plan.origin)
     put_if_absent(target, table_key, _digested(plan.origin, table_key, snapshot.table_sha256))
     put_if_absent(target, record_key, snapshot.to_bytes())
     newest = newest_snapshot_id(target)

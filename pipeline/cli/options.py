@@ -6,8 +6,9 @@ An option that is not given is None, so that the config file's value or the defa
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,9 +17,13 @@ from featurestore.locate import find_store
 from featurestore.storage_dtypes import STORAGE_DTYPES
 from mervcache import console
 from mervcache.config import parse_yaml
-from mervcache.console import Command, handle_errors, stacked
+from mervcache.console import Command, echo, handle_errors, stacked
+from mervcache.errors import EXIT_WITH_FAILURES
 from pipeline.config import COMPUTE_DTYPES, DECODER_NAMES, ExtractConfig, read_config
 from pipeline.encoders.weights import weights_by_encoder
+
+if TYPE_CHECKING:
+    from pipeline.summary import ExtractSummary
 
 STAGES = ("align", "finetune")
 
@@ -37,6 +42,13 @@ WEIGHTS = click.option(
 )
 DEVICE = click.option("--device", show_default="cuda where there is one, else cpu", help="cpu, cuda, cuda:1, ...")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+DATASET_OPTION = click.option(
+    "--option",
+    "options",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="An option of the dataset; `merv-pipeline datasets NAME` lists them. Repeatable.",
+)
 CLUSTER_OPTION = click.option(
     "--cluster",
     metavar="KEY=VALUE",
@@ -69,13 +81,7 @@ extraction_options = stacked(  # what would be extracted, from where, with what,
         type=click.Path(dir_okay=False),
         help="YAML file of settings; options on the command line override it.",
     ),
-    click.option(
-        "--option",
-        "options",
-        metavar="KEY=VALUE",
-        multiple=True,
-        help="An option of the dataset; `merv-pipeline datasets NAME` lists them. Repeatable.",
-    ),
+    DATASET_OPTION,
     click.option("--stage", type=click.Choice(STAGES), show_default="all", help="Records of this training stage only."),
     click.option("--kind", type=click.Choice(KINDS), show_default="both", help="Clips of this kind only."),
     click.option("--limit", type=click.IntRange(1), show_default="all", help="Only the first clips of the listing."),
@@ -173,6 +179,13 @@ def _grid(text: str) -> tuple[int, ...]:
         return tuple(int(n) for n in text.split(","))
     except ValueError as error:
         raise click.BadParameter(f"--grid is T,H,W such as 16,8,8, or raw; got {text!r}") from error
+
+
+def exit_with_failures(summaries: Sequence[ExtractSummary]) -> None:
+    """Say what is missing in the last line, and in the exit code; returns where nothing is."""
+    if failures := [summary.failures for summary in summaries if summary.failures]:
+        echo(f"finished with failures (exit code {EXIT_WITH_FAILURES}): {'; '.join(failures)}")
+        click.get_current_context().exit(EXIT_WITH_FAILURES)
 
 
 handle_cli_errors = handle_errors(

@@ -48,14 +48,18 @@ def rows_of(rows: Sequence[Mapping[str, Any]], *, right: Sequence[str] = ()) -> 
     table(tuple(rows[0]), [[_cell(value) for value in row.values()] for row in rows], right=right)
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any) -> str | list[str]:
     """A grid as 16x8x8, other numbers with commas, a list of texts with a line each."""
+    if isinstance(value, list | tuple) and not all(isinstance(entry, int | float) for entry in value):
+        return list(map(_words, value))
+    return _words(value)
+
+
+def _words(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_cell(entry)}" for name, entry in value.items())
+        return ", ".join(f"{name} {_words(entry)}" for name, entry in value.items())
     if isinstance(value, list | tuple):
-        if all(isinstance(entry, int) for entry in value):
-            return "x".join(map(str, value))
-        return (", " if all(isinstance(entry, int | float) for entry in value) else "\n").join(map(_cell, value))
+        return ("x" if all(isinstance(entry, int) for entry in value) else ", ").join(map(_words, value))
     return str(value)
 
 

@@ -40,12 +40,6 @@ transfer_options = stacked(
     CLIPS,
     click.option("--workers", type=click.IntRange(1, 64), default=4, help="Blocks in flight, each about 100 MB."),
     click.option("--check", is_flag=True, help="Read everything back at the destination and compare digests."),
-    click.option(
-        "--journal/--no-journal",
-        "with_journal",
-        default=True,
-        help="Send the journals too; they contain host names and paths.",
-    ),
     AS_JSON,
 )
 cell_options = stacked(DATASETS, SPLIT, ENCODERS, CLIPS, KIND, AS_JSON)
@@ -57,6 +51,12 @@ MB = 1e6
 @click.argument("store")
 @click.argument("url")
 @transfer_options
+@click.option(
+    "--journal/--no-journal",
+    "with_journal",
+    default=False,
+    help="Send the journals of runs too; they contain host names, paths and options.",
+)
 @click.option(
     "--license", show_default="as before, else unknown", help="Of the data, for the card: cc-by-4.0, other, ..."
 )
@@ -82,6 +82,7 @@ def push(
 @click.argument("url")
 @click.argument("store")
 @transfer_options
+@click.option("--journal/--no-journal", "with_journal", default=True, help="Fetch the journals of runs too.")
 def pull(
     url: str, store: str, encoders: str | None, datasets: str | None, clips: str | None, as_json: bool, **options: Any
 ) -> None:

@@ -13,10 +13,13 @@ from featurestore.locate import Place, find_store, names_of, store_first
 from mervcache.console import ProgressLine, echo, report_saved
 from pipeline.cli.options import (
     AS_JSON,
+    DATASET_OPTION,
     DEVICE,
     ROOT,
     STORE_OPTION,
     WEIGHTS,
+    exit_with_failures,
+    given_options,
     handle_cli_errors,
     print_result,
     takes_store,
@@ -191,16 +194,18 @@ def list_quarantine(place: Place, encoder: str | None, reason: str | None, as_js
 @ROOT
 @click.option("--device", show_default="as at extraction", help="cpu, cuda, cuda:1, ...")
 @click.option("--scheduler", show_default=ExtractConfig.scheduler, help="As for extract.")
+@DATASET_OPTION
 @AS_JSON
 def retry(place: Place, encoder: str | None, reason: str | None, as_json: bool, **overrides: Any) -> None:
-    """Extract quarantined clips again, with the settings in the store's journal."""
+    """Extract quarantined clips again, with the settings in the store's journal. Exit codes are those of extract."""
     from pipeline.cli import render
     from pipeline.quarantine import retry as retry_quarantine
 
-    summaries = retry_quarantine(place, encoder=encoder, reason=reason, overrides=overrides)
+    summaries = retry_quarantine(place, encoder=encoder, reason=reason, overrides=given_options(overrides))
     print_result(
         [summary.to_dict() for summary in summaries], as_json, lambda: [render.summary(each) for each in summaries]
     )
+    exit_with_failures(summaries)
 
 
 @click.command()

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 from featurestore.clips import KINDS, Turn
 from mervcache.errors import MediaError, RunStoppedError, UserError
+from mervcache.text import check_not_redacted
 from pipeline.datasets.base import (
     DatasetSpec,
     ListingBuilder,
@@ -135,9 +136,9 @@ def copy_remote_shards(addresses: Sequence[str], root: Path, limit_gb: float) ->
 
 
 def copy_name(address: str) -> str:
-    """`HASH-NAME.tar`: shards in two locations may share a name; what follows a "?" may be a token that changes."""
+    """`HASH-NAME.tar`: shards in two locations may share a name; user, password and what follows a "?" may change."""
     parts = urlsplit(address)
-    location = f"{parts.scheme}://{parts.netloc}{parts.path}"
+    location = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"  # without user and password
     name = parts.path.rpartition("/")[2]
     if not name.endswith(".tar") or name == ".tar" or any(ord(c) < 32 or c in "\\%" for c in name):
         raise UserError(f"a remote shard must be called NAME.tar, got {address}")
@@ -148,6 +149,7 @@ def _open_remote(address: str) -> tuple[Any, str, int]:
     """(fsspec file system, path in it, size in bytes) of a remote shard."""
     import fsspec  # with the scheme's own library, only where something is remote
 
+    check_not_redacted(address, "give the option shards again, as for the extraction")
     try:
         file_system, remote_path = fsspec.core.url_to_fs(address)
         num_bytes = file_system.info(remote_path)["size"]

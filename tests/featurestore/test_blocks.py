@@ -8,10 +8,12 @@ import json
 import numpy as np
 import pytest
 
-from featurestore.layout import shard_key
+from featurestore.layout import receipt_key, shard_key
+from featurestore.maintenance.repair import repair_store
+from featurestore.maintenance.verify import verify_store
 from featurestore.reader import Shard, build_shard, encode_row
 from featurestore.records import LOST, row_digest
-from mervcache.errors import StoreDamagedError, UserError
+from mervcache.errors import UserError
 
 FULL = {"prefix_tokens": 3, "storage_dtype": "uint8"}  # an identity with every array
 
@@ -190,17 +192,46 @@ def test_after_two_interrupted_attempts_a_third_adopts_what_is_whole(make, block
     assert np.abs(read - make.floats(clips[1], group.identity, 7)["tokens"]).max() < 0.02
 
 
-def test_a_damaged_orphan_is_reported_and_kept(make, block, kit):
+TEARS = {
+    "a flipped bit": lambda data: data[:5] + bytes([data[5] ^ 1]) + data[6:],
+    "cut in a row": lambda data: data[:20],
+    "cut in the index": lambda data: data[:-3],
+    "empty": lambda data: b"",
+    "zeros": lambda data: bytes(len(data)),
+    "a row cut out": lambda data: data[10:],
+    "bytes of no row": lambda data: b"0123" + data,
+}
+
+
+@pytest.mark.parametrize("array", ["prefix", "scale", "tokens"])
+@pytest.mark.parametrize("tear", TEARS)
+def test_a_torn_orphan_is_set_aside_and_the_block_is_committed_as_if_it_had_not_been_there(
+    make, block, kit, array, tear
+):
+    group, clips = block(**FULL)
+    expected = make.fill_block(group.begin(0), clips, group.identity).commit()
+    (kit.path / receipt_key("video", group.name, 0)).unlink()  # the receipt: the shards are orphans now
+    file = kit.path / shard_key("video", group.name, array, 0)
+    torn = TEARS[tear](file.read_bytes())
+    file.write_bytes(torn)
+    assert [finding.key for finding in verify_store(kit.path, "full") if finding.severity == "damage"] == [
+        shard_key("video", group.name, array, 0)
+    ]
+    assert make.fill_block(group.begin(0), clips, group.identity).commit() == expected
+    assert [path.read_bytes() for path in (kit.path / "tmp/torn").iterdir()] == [torn]
+    kit.writer().publish_snapshot()
+    assert verify_store(kit.path, "full") == []
+
+
+def test_repair_removes_a_torn_orphan_which_the_next_extraction_computes_again(make, block, kit):
     group, clips = block()
     orphan(kit, group, clips, make, [0, 1, 2], 0, ["tokens"])
-    file = kit.path / shard_key("video", group.name, "tokens", 0)
-    data = bytearray(file.read_bytes())
-    data[5] ^= 1
-    file.write_bytes(data)
-    with pytest.raises(StoreDamagedError, match="checksum"):
-        make.fill_block(group.begin(0), clips, group.identity).commit()
-    assert file.read_bytes() == bytes(data)
-    assert group.committed_blocks() == set()
+    key = shard_key("video", group.name, "tokens", 0)
+    (kit.path / key).write_bytes(b"torn")
+    (done,) = repair_store(kit.path)
+    assert (done.key, done.is_mended) == (key, True)
+    assert not (kit.path / key).exists()
+    assert make.fill_block(group.begin(0), clips, group.identity).commit().counts["ok"] == 3
 
 
 def test_reasons_are_cut_and_never_empty(make, block):

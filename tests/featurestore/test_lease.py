@@ -8,7 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -66,4 +68,51 @@ def test_a_lease_whose_process_on_this_host_is_gone_is_taken_over_at_once(tmp_pa
     )  # fmt: skip
     assert child.returncode == -signal.SIGKILL
     with StoreLease(tmp_path, "next") as lease:
+        assert lease.holder()["run"] == "next"
+
+
+def put_lease(store: Path, content: str) -> Path:
+    """A lease as a driver puts it, touched just now."""
+    file = store / "tmp" / "driver.lease"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(content)
+    return file
+
+
+ELSEWHERE = json.dumps({"host": "node7", "pid": 1, "run": "requeued", "since": 0})
+
+
+def test_the_fresh_lease_of_a_killed_run_on_another_host_is_waited_for(tmp_path, caplog):
+    caplog.set_level("INFO", "featurestore")
+    file = put_lease(tmp_path, ELSEWHERE)
+    began, last = time.time(), file.stat().st_mtime
+    with StoreLease(tmp_path, "next", stale_after_s=2) as lease:
+        assert lease.holder()["run"] == "next"
+        assert time.time() >= last + 2 - 0.1  # file systems round times
+    assert time.time() - began < 60
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "featurestore.lease"]
+    assert message.startswith("the store's lease is that of requeued on node7, process 1, last seen ")
+
+
+def test_the_lease_of_another_host_that_is_touched_again_is_respected(tmp_path):
+    file, is_over = put_lease(tmp_path, ELSEWHERE), threading.Event()
+
+    def touch() -> None:
+        while not is_over.wait(0.1):
+            os.utime(file)
+
+    thread = threading.Thread(target=touch)
+    thread.start()
+    try:
+        with pytest.raises(UserError, match="requeued on node7"), StoreLease(tmp_path, "next", stale_after_s=5):
+            pass
+    finally:
+        is_over.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("content", ["", "\0" * 80, '{"host": "node7", "p', "[]"])
+def test_a_lease_that_a_power_cut_left_without_its_content_is_nobodys(tmp_path, content):
+    put_lease(tmp_path, content)
+    with StoreLease(tmp_path, "next") as lease:  # at once: the default would be two minutes
         assert lease.holder()["run"] == "next"

@@ -305,3 +305,15 @@ def test_a_clip_that_failed_on_the_same_media_is_found(kit, make):
     assert clips_of_same_media(kit.writer(), ["tiny/videos/1.mp4"]) == ["tiny/videos/0.mp4"]
     assert clips_of_same_media(kit.writer(), ["tiny/videos/0.mp4"]) == ["tiny/videos/1.mp4"]
     assert clips_of_same_media(kit.writer(), ["tiny/videos/0.mp4", "tiny/videos/1.mp4"]) == []
+
+
+def test_rows_and_reads_of_clips_after_a_removed_one_are_theirs(kit, make):
+    clips = [make.video(n) for n in range(4)] + [make.image(0)]
+    kit.writer().add_clips(clips)
+    kit.fill()
+    tombstone(kit.path, [clips[0].clip_id], reason="licence", all_copies=False)
+    store = kit.open()
+    assert store.rows([clip.clip_id for clip in clips[1:4]], encoder="dinov2").tolist() == [1, 2, 3]
+    assert store.rows([clips[4].clip_id], encoder="dinov2").tolist() == [0]  # in the array of stills
+    with pytest.raises(UserError, match="several"):
+        store.rows([clips[3].clip_id, clips[4].clip_id], encoder="dinov2")

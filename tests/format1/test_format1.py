@@ -24,6 +24,7 @@ import zarr
 from click.testing import CliRunner
 
 from featurestore import FeatureStore
+from mervcache.errors import EXIT_WITH_FAILURES
 
 pytestmark = pytest.mark.slow
 
@@ -44,11 +45,11 @@ EXTRACTIONS = {  # what made the store: options behind --encoders -> media that 
 }
 
 
-def run(program: str, *arguments: str | Path) -> str:
-    """Standard output of a program that ended well."""
+def run(program: str, *arguments: str | Path, code: int = 0) -> str:
+    """Standard output of a program that ended with this code."""
     module, _, attribute = SCRIPTS[program].partition(":")
     result = CliRunner().invoke(getattr(importlib.import_module(module), attribute), [str(word) for word in arguments])
-    assert result.exit_code == 0, f"{program} {arguments}:\n{result.output}\n{result.exception!r}"
+    assert result.exit_code == code, f"{program} {arguments}:\n{result.output}\n{result.exception!r}"
     return result.stdout
 
 
@@ -176,7 +177,8 @@ def test_extraction_finds_nothing_to_do(format1, copy, options):
 
 def extract(format1: Path, store: Path, encoders: str, *options: str, media: Path | None = None) -> dict[str, Any]:
     base = ("--config", format1 / "extract.yaml", "--root", media or format1 / "media", "--store", store)
-    return json.loads(run("merv-pipeline", "extract", *base, "--encoders", encoders, *options, "--json"))
+    words = ("extract", *base, "--encoders", encoders, *options, "--json")
+    return json.loads(run("merv-pipeline", *words, code=EXIT_WITH_FAILURES))  # a listed clip is quarantined
 
 
 def test_one_more_clip_goes_into_the_old_store(format1, copy):

@@ -62,7 +62,7 @@ def test_with_fake_gpus_every_process_is_pinned_to_one_of_its_own(fake_cuda, cap
 
 
 def test_with_fake_gpus_two_workers_on_one_device_are_refused_by_its_uuid(fake_cuda):
-    with pytest.raises(ClusterError, match=r"2 workers share the GPU GPU-0: tcp://.*, tcp://.*; give each its own"):
+    with pytest.raises(ClusterError, match=r"2 workers share the GPU GPU-0: tls://.*, tls://.*; give each its own"):
         connect(request(devices="0,9")).__enter__()
 
 

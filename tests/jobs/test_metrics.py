@@ -12,7 +12,7 @@ def test_what_a_task_counts_stands_at_its_workers_endpoint_beside_dasks_own():
         for stage, seconds in (("decode", 1.5), ("encode", 2.0), ("decode", 0.25)):
             client.submit(metrics.count, "test_seconds", "Seconds, by stage", seconds, pure=False, stage=stage).result()
         (worker,) = client.scheduler_info(n_workers=-1)["workers"].values()
-        address = f"http://{worker['host']}:{worker['services']['dashboard']}/metrics"
+        address = f"http://127.0.0.1:{worker['services']['dashboard']}/metrics"
         with urllib.request.urlopen(address, timeout=120) as answer:
             lines = answer.read().decode().splitlines()
     assert 'merv_test_seconds_total{stage="decode"} 1.75' in lines

@@ -78,7 +78,7 @@ def test_log_messages_of_the_packages_are_plain_lines_on_stderr_once(capsys):
     assert capsys.readouterr() == ("", "2 jobs submitted\n" * 2)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_prints_its_message_at_once_and_interrupts(capsys, number):
     before = signal.getsignal(number)
 
@@ -93,3 +93,13 @@ def test_a_signal_prints_its_message_at_once_and_interrupts(capsys, number):
     finally:
         signal.signal(number, before)
     assert capsys.readouterr() == ("", "\nstopping: once more to stop without waiting\n")
+
+
+def test_a_hang_up_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with handle_interrupts("stopping"):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

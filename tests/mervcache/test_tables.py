@@ -94,5 +94,5 @@ def test_headings_are_untrusted_too(capsys):
 
 
 def test_without_headings_the_rows_are_named_by_their_first_column(capsys):
-    table(("", ""), [("steps", "3"), ("clips of all", "x\ny")])
+    table(("", ""), [("steps", "3"), ("clips of all", ["x", "y"])])
     assert capsys.readouterr().out == "steps         3\nclips of all  x\n              y\n"

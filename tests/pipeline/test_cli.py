@@ -99,6 +99,39 @@ def test_extract_prints_a_summary_for_a_person_and_progress_elsewhere(lab, confi
     assert "nothing to do: all 3 clips listed are committed or quarantined" in again
 
 
+def test_an_extraction_that_finished_without_some_clips_has_an_exit_code_of_its_own(lab):
+    """Two of three clips fail, fewer than --max-failed needs: in the last line of this run and of every later one."""
+    lab.copy_of_root()
+    for name in ("v0", "v1"):
+        (lab.root / f"videochatgpt_tune/{name}.mp4").write_bytes(b"not a film")
+    config = lab.folder / "config.yaml"
+    config.write_text(yaml.safe_dump(lab.settings(encoders=["siglip"], limit=3, max_failed=0.1)))
+    for again in ((), (), ("--json",), ("--retry-quarantine",)):
+        result = call("extract", "--config", config, *again)
+        assert result.exit_code == 3, result.output
+        assert result.stderr.splitlines()[-1] == "finished with failures (exit code 3): 2 x clip quarantined"
+    result = call("quarantine", "retry", lab.store)
+    assert (result.exit_code, result.stderr.splitlines()[-1][:22]) == (3, "finished with failures")
+    for name in ("v0", "v1"):
+        lab.film(lab.root / f"videochatgpt_tune/{name}.mp4", *lab.VIDEOS["videochatgpt_tune/v2.mp4"])
+    assert call("quarantine", "retry", lab.store).exit_code == 0
+    assert call("extract", "--config", config).exit_code == 0
+
+
+def test_media_that_are_absent_and_records_that_are_refused_are_in_the_exit_code(lab, config_file):
+    lab.copy_of_root()
+    annotations = lab.root / "videochatgpt_llavaimage_tune.json"
+    (lab.root / "valley/v5.mp4").unlink()
+    records = json.loads(annotations.read_text())
+    annotations.write_text(json.dumps([*records, {"id": "x", "video": "../v.mp4", "conversations": []}]))
+    config_file.write_text(yaml.safe_dump(lab.settings(encoders=["siglip"])))
+    result = call("extract", "--config", config_file)
+    assert result.exit_code == 3, result.output
+    last = result.stderr.splitlines()[-1]
+    assert "1 x medium listed but absent" in last or "2 x medium listed but absent" in last
+    assert "1 x record refused at listing" in last
+
+
 def test_json_of_every_command_parses_and_says_what_the_store_holds(lab, config_file):
     planned = json.loads(succeed("plan", "--config", config_file, "--probe", 1, "--json"))
     assert (planned["probed"], [row["to_do"] for row in planned["rows"]]) == (1, [3])

@@ -103,3 +103,15 @@ def test_by_default_the_page_lies_beside_the_store_and_lists_the_quarantine_esca
     assert "videollava/valley/a<b>&.mp4" in Page(path).text
     assert "a<b>" not in path.read_text()
     assert "not a video" in Page(path).text
+
+
+def test_control_characters_of_names_are_spelled_out_on_the_page(lab):
+    lab.copy_of_root()
+    name = "valley/a\x9b31m\u202egpj.mp4"
+    (lab.root / name).write_bytes(b"not a film")
+    lab.annotate(lab.root, [name, "valley/v5.mp4"], [])
+    lab.extract(encoders=("siglip",))
+    page = write_report(lab.store).read_text()
+    assert "\x9b" not in page
+    assert "\u202e" not in page
+    assert r"valley/a\x9b31m\u202egpj.mp4" in page

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 import time
@@ -92,7 +93,7 @@ def tiny(tmp_path, monkeypatch) -> Tiny:
     lab = fault_lab
     lab.install(tmp_path / "plugins")
     monkeypatch.syspath_prepend(tmp_path / "plugins")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "plugins"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "plugins"), prepend=os.pathsep)
     monkeypatch.setattr(ENCODERS, "_plug_ins", EncoderTable({})._plug_ins)
     return Tiny(tmp_path, lab)
 
@@ -110,6 +111,21 @@ def test_jobs_that_the_driver_submits_write_the_bytes_of_a_local_run(lab, slurm_
     assert slurm_site.call("squeue", "--noheader", "--states=pending,running") == ""
 
 
+def test_the_credentials_of_submitted_jobs_are_in_a_private_folder_and_refuse_others(slurm_site, tmp_path):
+    from tests.jobs.test_security import attempt
+
+    request = ClusterRequest(scheduler="slurm", num_workers=1, device="cpu", settings=settings(tmp_path))
+    with connect(request) as client:
+        (folder,) = (tmp_path / "logs").glob(".tls-*")
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o600}
+        for address in (client.scheduler.address, *client.scheduler_info()["workers"]):
+            for certificate in ("none", "own"):
+                assert not attempt(address, tmp_path, certificate)[0]
+        assert client.submit(abs, -3).result(timeout=300) == 3
+    assert not folder.exists()
+
+
 def test_one_allocation_over_two_nodes_extracts_the_same_bytes(lab, slurm_site, elsewhere, expected, monkeypatch):
     job = submit(slurm_site, lab.folder, lab.settings(encoders=["languagebind"]), monkeypatch, f"--chdir={elsewhere}")
     until_gone(slurm_site, job)
@@ -119,6 +135,9 @@ def test_one_allocation_over_two_nodes_extracts_the_same_bytes(lab, slurm_site, 
     assert verify_store(lab.store, "full") == []
     assert all(f"name: {node}-0" in log for node in ("node1", "node2")), log  # a worker on each
     assert not list(slurm_site.folder.glob("merv-scheduler-*"))  # where it was submitted
+    assert not list(slurm_site.folder.glob(".merv-tls-*"))
+    assert "tls://" in log  # nobody without the job's certificate reaches its scheduler
+    assert "tcp://" not in log
 
 
 def submit(site, folder: Path, settings: dict, monkeypatch, *options: str) -> str:

@@ -15,8 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-import click
-
+from mervcache.console import echo
 from mervcache.errors import EXIT_WITH_FAILURES, UserError
 
 Launch = Literal["ddp", "fsdp"]
@@ -48,7 +47,7 @@ def relaunch(launch: Launch, processes: int | None, arguments: Sequence[str]) ->
 
     num_gpus = torch.cuda.device_count()
     command = launch_command(launch, num_processes(launch, processes, num_gpus), arguments)
-    click.echo(f"running {shlex.join(command)}", err=True)
+    echo(f"running {shlex.join(command)}")
     os.execve(command[0], command, launch_environment(os.environ, num_gpus))
 
 

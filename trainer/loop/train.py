@@ -431,7 +431,7 @@ def rate_factor(step: int, num_steps: int, num_warmup: int) -> float:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yields a function that returns True once SIGTERM or Ctrl-C was received; a second Ctrl-C stops at once."""
+    """Yields a function that returns True once SIGTERM, SIGHUP or Ctrl-C came; a second Ctrl-C stops at once."""
     received = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield received.is_set  # signals reach the main thread only
@@ -443,10 +443,9 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
             print("\nstopping after this step, which is saved (once more to stop at once)", file=sys.stderr, flush=True)
             signal.signal(signal.SIGINT, before[signal.SIGINT])
 
-    # A shell starts background processes with SIGINT ignored: Ctrl-C is then meant for another process.
-    is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    numbers = (signal.SIGTERM,) if is_ignored else (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, stop) for number in numbers}
+    # A shell starts background processes with SIGINT ignored, nohup with SIGHUP: it is meant for another process.
+    numbers = [n for n in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, *numbers)}
     try:
         yield received.is_set
     finally:

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from featurestore.quality import parity_words
+from mervcache.text import one_line, redact
 from trainer.config import TrainConfig, TrainLLM
 from trainer.model.llm import FRESH_PREFIX
 from trainer.runs.run_record import RunRecord
@@ -245,5 +246,5 @@ def _table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _clean(text: str) -> str:
-    """The text on one line, without HTML."""
-    return " ".join(str(text).split()).replace("<", "&lt;")
+    """The text on one line, without HTML, credentials and control characters."""
+    return one_line(redact(str(text))).replace("<", "&lt;")

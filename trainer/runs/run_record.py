@@ -22,6 +22,7 @@ from typing import Any, TextIO
 
 from mervcache.errors import StoreDamagedError, UserError
 from mervcache.files import replace_text
+from mervcache.text import redact, redact_all
 from trainer.config import RECORD_FILE
 from trainer.data.tokens import TokenShape
 from trainer.runs.stage_folders import no_record, read_record_file
@@ -53,7 +54,7 @@ class RunRecord:
     live: Mapping[str, Any] | None = None  # of an end-to-end run: the extraction's settings, a resumed run reads them
 
     def write(self, run: Path) -> None:
-        (run / RECORD_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n")
+        (run / RECORD_FILE).write_text(json.dumps(redact_all(asdict(self)), indent=1) + "\n")
 
     @classmethod
     def read(cls, run: Path) -> RunRecord:
@@ -128,7 +129,7 @@ def write_scores(run: Path, result: Mapping[str, Any], source: ScoreSource) -> P
     record = {
         "split": source.split,
         "limit": source.limit,
-        "store": Path(source.store).name,  # a path says more about a machine than about a score
+        "store": Path(redact(source.store)).name,  # a path says more about a machine than about a score
         "snapshot": source.snapshot,
         **result,
     }

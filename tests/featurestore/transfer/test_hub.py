@@ -37,13 +37,13 @@ def full(kit, make):
 
 
 def stored(kit) -> dict[str, bytes]:
-    """What must arrive: every file of the store, of the snapshots the newest."""
+    """What must arrive: every file of the store but the journals, of the snapshots the newest."""
     files = {str(path.relative_to(kit.path)): path for path in kit.path.rglob("*") if path.is_file()}
     newest = f"snapshots/{kit.open().snapshot}."
     return {
         key: path.read_bytes()
         for key, path in files.items()
-        if not key.startswith("tmp/") and (not key.startswith("snapshots/") or key.startswith(newest))
+        if not key.startswith(("tmp/", "journal/")) and (not key.startswith("snapshots/") or key.startswith(newest))
     }
 
 

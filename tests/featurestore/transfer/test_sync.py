@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 
+from featurestore.maintenance.repair import repair_store
 from featurestore.maintenance.tombstone import tombstone
 from featurestore.maintenance.verify import verify_store
 from featurestore.objects.open import open_objects
@@ -21,6 +22,7 @@ from featurestore.transfer.dataset_card import card
 from featurestore.transfer.selection import Selection, read_clip_list
 from featurestore.transfer.sync import push, transfer
 from mervcache.errors import StoreDamagedError, StoreError, StoreFormatError, StoreNotFoundError, UserError
+from tests.featurestore.sound_store import sample
 
 pytestmark = pytest.mark.slow
 
@@ -35,8 +37,8 @@ def full(kit, make):
     return kit
 
 
-def content(place, skipped=("README.md", "listing.json", "tmp")) -> dict[str, bytes]:
-    """Every object, of the snapshots the newest alone."""
+def content(place, skipped=("README.md", "listing.json", "journal", "tmp")) -> dict[str, bytes]:
+    """Every object but journals, of the snapshots the newest alone."""
     objects = open_objects(place)
     newest = f"snapshots/{newest_snapshot_id(objects)}."
     return {
@@ -311,3 +313,20 @@ def test_a_pushed_folder_behind_a_web_server_and_on_the_hub_is_read_and_pulled(f
         transfer(url, tmp_path / url.split(":")[0])
         assert content(tmp_path / url.split(":")[0]) == content(full.path)
     assert web.tokens == {"Bearer secret"}
+
+
+def test_a_copy_of_a_store_whose_samples_were_written_twice_is_sound(kit, make, tmp_path):
+    """As after `extract --limit 1` and a full extraction: only the newest version is named by the newest snapshot."""
+    clips = [make.video(n) for n in range(2)]
+    for listed in (clips[:1], clips):
+        kit.writer().add_clips(listed)
+        kit.writer().add_samples("tiny-align", [sample(n, clip) for n, clip in enumerate(listed)])
+        kit.fill()
+    assert len(list((kit.path / "samples").iterdir())) == 2
+    transfer(kit.path, tmp_path / "copy")
+    assert [path.name for path in (tmp_path / "copy/samples").iterdir()] == ["tiny-align.2.parquet"]
+    assert verify_store(tmp_path / "copy", "full") == []
+    assert repair_store(tmp_path / "copy", other=kit.path) == []
+    assert FeatureStore.open(tmp_path / "copy").samples() == kit.open().samples()
+    (kit.path / "samples/tiny-align.parquet").unlink()  # an older snapshot names it
+    assert [finding.key for finding in verify_store(kit.path, "full")] == ["samples/tiny-align.parquet"]

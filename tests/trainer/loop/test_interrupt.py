@@ -26,13 +26,27 @@ def test_without_minutes_none_is_due():
     assert not timer.is_due()
 
 
-def test_sigterm_is_remembered_and_the_handler_put_back():
-    before = signal.getsignal(signal.SIGTERM)
-    with stop_signals() as is_requested:
-        assert not is_requested()
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert is_requested()
-    assert signal.getsignal(signal.SIGTERM) is before
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_sigterm_and_a_hang_up_are_remembered_and_the_handler_put_back(number):
+    started_with = signal.signal(number, signal.SIG_DFL)
+    try:
+        with stop_signals() as is_requested:
+            assert not is_requested()
+            os.kill(os.getpid(), number)
+            assert is_requested()
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, started_with)
+
+
+def test_a_hang_up_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_signals() as is_requested:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not is_requested()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture

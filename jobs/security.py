@@ -1,0 +1,70 @@
+"""TLS for the clusters that this project starts: whoever may talk to a Dask scheduler runs code as its owner.
+
+Every cluster gets a certificate of its own that is its own authority, so that only who has its key can connect. It is
+kept in memory, or in a folder that only the user may read where the parts of a cluster are started by a job script:
+
+    python -m jobs.security FOLDER        # writes FOLDER/tls.pem and prints the lines that Dask's programs need
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.settings import dask_environment
+from mervcache.errors import ClusterError
+
+if TYPE_CHECKING:
+    from distributed import Security
+
+LOOPBACK = "127.0.0.1"
+_CREDENTIALS = "tls.pem"
+
+
+def temporary_security() -> Security:
+    """A certificate and key in memory, for a year."""
+    from distributed import Security
+
+    try:
+        return Security.temporary()
+    except ImportError as error:
+        raise ClusterError(f"a cluster's connections are encrypted with cryptography: {error}") from error
+
+
+@contextmanager
+def private_folder(parent: Path) -> Iterator[Path]:
+    """A folder in `parent` that only the user may enter; it is removed at the end."""
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".tls-", dir=parent) as folder:  # its mode is 0700
+        yield Path(folder)
+
+
+def write_credentials(folder: Path) -> dict[str, Any]:
+    """Write a new certificate with its key into `folder`, mode 0700; returns the settings of Dask that use it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    path, security = folder.absolute() / _CREDENTIALS, temporary_security()
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(security.tls_scheduler_cert + security.tls_scheduler_key)
+    names = ["ca-file", *(f"{role}.cert" for role in ("scheduler", "worker", "client"))]  # the key is in the same file
+    files = {f"distributed.comm.tls.{name}": str(path) for name in names}
+    return {"distributed.comm.require-encryption": True} | files
+
+
+def main() -> None:
+    """Print what a shell evaluates before it starts Dask's programs."""
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m jobs.security FOLDER")
+    for name, value in dask_environment(write_credentials(Path(sys.argv[1]))).items():
+        print(f"export {name}={shlex.quote(value)}")
+
+
+if __name__ == "__main__":
+    main()
