@@ -292,26 +292,25 @@ class Stage:
 
 Stages = tuple[Stage, ...]
 
+RELEASED_FINETUNE = TrainConfig(
+    train_llm="full",
+    fusion=FusionConfig(name="cross_attention_released"),
+    optimizer=OptimizerConfig(weight_decay=0.1),
+    loss="micro_batch_means",
+    sampler="split_modality",
+    activation_checkpointing=True,
+)
+
 RECIPES: dict[str, Stages] = {
     # Projectors and fusion trained under a frozen LLM, with the batch of arXiv 2501.01426's second stage. Its rate of
     # 2e-5 is for an LLM that is trained too; under a frozen one it hardly moves a projector (benchmarks/README.md).
     "merv-frozen": (
         Stage(name="finetune", config=TrainConfig(optimizer=OptimizerConfig(projector_lr=1e-3, fusion_lr=1e-3))),
     ),
-    # What the released code does under the same name: the LLM is trained too, from the same first step. Its decay of
-    # 0.1 is nominal: on several GPUs it is decided after FSDP has flattened the tensors, and flat ones do not decay.
-    "merv-frozen-released": (
-        Stage(
-            name="finetune",
-            config=TrainConfig(
-                train_llm="full",
-                optimizer=OptimizerConfig(weight_decay=0.1),
-                loss="micro_batch_means",
-                sampler="split_modality",
-                activation_checkpointing=True,
-            ),
-        ),
-    ),
+    # What the released code does under the same name: its fusion, and the LLM is trained too, from the first step. Its
+    # decay of 0.1 is nominal: on several GPUs it is decided after FSDP has flattened the tensors, and flat ones do not
+    # decay.
+    "merv-frozen-released": (Stage(name="finetune", config=RELEASED_FINETUNE),),
     # Both stages with the LLM trained: captions first, then instructions from all weights of the first stage.
     "merv-full": (
         Stage(
@@ -330,6 +329,25 @@ RECIPES: dict[str, Stages] = {
             name="finetune",
             config=TrainConfig(train_llm="full", sampler="split_modality", activation_checkpointing=True),
         ),
+    ),
+    # The same stages with the numbers, the loss and the fusion of the released code, whose second stage is that of
+    # merv-frozen-released. Released, that stage takes only the projectors of the first; here it takes all weights.
+    "merv-full-released": (
+        Stage(
+            name="align",
+            config=TrainConfig(
+                stage="align",
+                prompt="caption",
+                train_llm="full",
+                fusion=FusionConfig(name="cross_attention_released"),
+                optimizer=OptimizerConfig(projector_lr=1e-4, fusion_lr=1e-4, llm_lr=1e-4),
+                batch_size=256,
+                micro_batch_size=16,
+                loss="micro_batch_means",
+                activation_checkpointing=True,
+            ),
+        ),
+        Stage(name="finetune", config=RELEASED_FINETUNE),
     ),
     # A small fresh LLM that learns synthetic clips on two CPU cores; see the docstring of trainer/model/projectors.py.
     "demo": (
