@@ -129,7 +129,10 @@ live_options = stacked(  # of --end-to-end, named as in `merv-pipeline extract`
 @click.option("--stage", help="Train on the samples of this stage, align or finetune; of two stages, only this one.")
 @click.option("--fraction", type=click.FloatRange(0, 1, min_open=True), help="Train on this share of the samples.")
 @click.option("--limit", type=click.IntRange(min=1), help="Train on at most so many samples.")
-@click.option("--init", metavar="RUN", help="Start from the weights of this run or export.")
+@click.option("--init", metavar="RUN", help="Start from the weights of this run or export, and with its encoders.")
+@click.option(
+    "--init-partial", is_flag=True, default=None, help="Of --init, load the parts that fit and report the others."
+)
 @click.option("--eval-every", type=click.IntRange(min=1), help="Validate on held-out samples every so many steps.")
 @click.option(
     "--track", "trackers", multiple=True, type=click.Choice(get_args(Tracker)), help="Also log to. Repeatable."

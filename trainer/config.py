@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,20 @@ Sampler = Literal["shuffled", "split_modality"]
 LossName = Literal["per_token", "micro_batch_means"]
 Tracker = Literal["tensorboard", "wandb"]
 Precision = Literal["fp32", "bf16"]
-PromptName = Literal["pure", "vicuna", "llama2_chat", "chat_template", "caption"]
+PromptName = Literal[
+    "pure",
+    "vicuna",
+    "llama2_chat",
+    "chat_template",
+    "caption",
+    # As princetonvisualai/merv renders them, oddities included: for its checkpoints (trainer/data/released_prompts.py).
+    "pure_released",
+    "vicuna_released",
+    "llama2_chat_released",
+    "llama3_released",
+    "qwen2_released",
+]
+Protocol = Literal["letters", "likelihood"]  # of multiple choice, see trainer/model/multiple_choice.py
 VisualPosition = Literal["after_bos", "first"]
 
 # What a model is made of, by name; adding a fusion, resampler or head is a class in its module and a row here.
@@ -43,6 +56,8 @@ FUSIONS = {
     "first": "trainer.model.fusion:SingleEncoder",
 }
 SINGLE_ENCODER_FUSIONS = ("first",)  # read the first encoder only
+# The order of arXiv 2501.01426, which concatenations and `first` depend on, and of the released checkpoints.
+ENCODER_ORDER = ("languagebind", "dinov2", "vivit", "siglip")
 RESAMPLERS = {
     "average": "trainer.model.projectors:Average",
     "attention": "trainer.model.projectors:Attention",
@@ -179,7 +194,7 @@ class TrainConfig:
     llm_quant: Quantisation | None = None  # of an LLM that is not trained itself; untested: needs CUDA
     train_encoders: tuple[str, ...] = ()  # end to end only: these learn too, at optimizer.encoder_lr
     allow_fresh_frozen: bool = False  # a frozen LLM with fresh weights is an error otherwise
-    encoders: tuple[str, ...] = ()  # order matters for concat and first; empty: all of the store
+    encoders: tuple[str, ...] = ()  # order matters for concat and first; empty: those of `init`, else all of the store
     samples: tuple[str, ...] = ()  # sample sets of the store; empty: all
     stage: str = "finetune"  # samples of this stage only
     split: str = "train"
@@ -187,7 +202,8 @@ class TrainConfig:
     limit: int | None = None  # at most so many samples, the first by sample id
     source_weights: Mapping[str, float] = field(default_factory=dict)  # source -> times per epoch; 0.5: half, in turn
     sampler: Sampler = "shuffled"  # split_modality: batches of one modality, ranks of like length
-    init: str | None = None  # run whose weights this one starts from: all of them, or the parts that both have
+    init: str | None = None  # run whose weights this one starts from
+    init_partial: bool = False  # allow that parts of `init` are not loaded, or that it lacks some; each is reported
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
     prompt: PromptName = "pure"
@@ -211,7 +227,9 @@ class TrainConfig:
     keep_checkpoints: int = 2  # the last ones; the best by validation is kept as well
     eval_every: int | None = None  # steps between validations on held-out samples
     eval_split: str = "heldout"
-    eval_limit: int = 256  # held-out samples per validation
+    eval_limit: int = 256  # held-out samples per validation, whose questions are scored by likelihood
+    protocol: Protocol | None = None  # of merv-eval run; null: letters, of a fresh LLM likelihood
+    letters_template: str | None = None  # file with the prompt of protocol letters; null: trainer/model/letters.txt
     trackers: tuple[Tracker, ...] = ()  # in addition to the JSON lines; needs the extra `track`
     prefetch_batches: int = 4  # global batches read ahead
 
@@ -238,7 +256,7 @@ class TrainConfig:
             raise UserError("text-only training has no encoders to train; leave train_encoders empty")
         if odd := [encoder for encoder in self.train_encoders if self.encoders and encoder not in self.encoders]:
             raise UserError(unknown_name("encoder in train_encoders", odd[0], self.encoders))
-        is_fresh = self.llm.startswith("fresh:")
+        is_fresh = self.has_fresh_llm
         if is_fresh and self.train_llm != "full" and not self.allow_fresh_frozen:
             raise UserError(
                 f"llm {self.llm!r} has fresh weights and train_llm is {self.train_llm}: a frozen random LLM cannot"
@@ -249,6 +267,11 @@ class TrainConfig:
                 f"llm_quant {self.llm_quant} is for a pretrained LLM that is not trained itself, got llm {self.llm!r}"
                 f" and train_llm {self.train_llm}; set train_llm: lora or none, or leave llm_quant out"
             )
+
+    @property
+    def has_fresh_llm(self) -> bool:
+        """Whether the LLM starts from fresh weights."""
+        return self.llm.startswith("fresh:")
 
     def to_yaml(self) -> str:
         """Text that `TrainConfig` reads back to the same value."""
@@ -273,13 +296,27 @@ def read_config(run: Path) -> TrainConfig:
     return overlay(TrainConfig(), load_yaml(Path(run) / CONFIG_FILE))
 
 
-def used_encoders(config: TrainConfig, available: list[str]) -> list[str]:
-    """The encoders a run reads, in order: those configured, or all; only one where the fusion reads only one."""
-    for encoder in config.encoders:
+def in_paper_order(encoders: Iterable[str]) -> list[str]:
+    """The default order: that of `ENCODER_ORDER`, then all others by name.
+
+    A store that holds an encoder under two identities has keys `name@identity`; they take their name's place.
+    """
+    places = {encoder: place for place, encoder in enumerate(ENCODER_ORDER)}
+    return sorted(encoders, key=lambda key: (places.get(key.partition("@")[0], len(places)), key))
+
+
+def used_encoders(config: TrainConfig, available: Sequence[str]) -> list[str]:
+    """The encoders a run reads, in order: those configured, or all available; one where the fusion reads only one.
+
+    `available` is in the order of the run: the recorded one, or `in_paper_order`.
+    """
+    chosen = list(config.encoders or available)
+    if config.fusion.name in SINGLE_ENCODER_FUSIONS:
+        chosen = chosen[:1]
+    for encoder in chosen:
         if encoder not in available:
             raise UserError(unknown_name("encoder", encoder, available))
-    chosen = list(config.encoders or available)
-    return chosen[:1] if config.fusion.name in SINGLE_ENCODER_FUSIONS else chosen
+    return chosen
 
 
 @dataclass(frozen=True, kw_only=True)

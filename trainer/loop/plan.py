@@ -88,7 +88,7 @@ def make_plan(
     built = build(config, source.shapes, llm)
     model = built.model
     model.join(trained_encoders(config, source.trained))
-    loaded = load_parts(origin, built, source.shapes) if origin else None
+    loaded = load_parts(origin, built, source) if origin else None
     if loaded and rank == 0:
         logger.info(loaded.message)
     _check_context(built, data.samples, is_first_rank=rank == 0)
@@ -117,6 +117,7 @@ def make_plan(
         software=software_versions(),
         tokens="from cache" if source.live is None else "end to end",
         live=source.live,
+        encoder_order=model.encoders,
     )
     return Plan(config=config, data=data, built=built, batches=batches, record=record, loaded=loaded)
 

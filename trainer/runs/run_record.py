@@ -49,6 +49,8 @@ class RunRecord:
     software: Mapping[str, str] = field(default_factory=dict)  # package -> version the run was started with
     tokens: str = "from cache"  # or "end to end"
     live: Mapping[str, Any] | None = None  # of an end-to-end run: the extraction's settings, a resumed run reads them
+    encoder_order: tuple[str, ...] = ()  # of `shapes`, which the fusion reads in this order
+    wanted: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # encoder -> what an unbound import wants
 
     def write(self, run: Path) -> None:
         (run / RECORD_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n")
@@ -60,7 +62,9 @@ class RunRecord:
             encoder: TokenShape(**{**shape, "grid": tuple(shape["grid"])})
             for encoder, shape in record["shapes"].items()
         }
-        return cls(**{**record, "shapes": shapes})
+        # Before `encoder_order` was recorded it was that of `shapes`.
+        order = tuple(record.get("encoder_order") or shapes)
+        return cls(**{**record, "shapes": {name: shapes[name] for name in order}, "encoder_order": order})
 
 
 def software_versions() -> dict[str, str]:
