@@ -18,7 +18,7 @@ from click.core import ParameterSource
 from featurestore.locate import FEATURES, ROOT_METADATA, Place, find_store, is_url, names_of, no_store_at
 from mervcache.config import load_yaml
 from mervcache.console import CONTEXT, echo, handle_errors, print_result, report_saved, stacked
-from mervcache.errors import StoreNotFoundError, UserError, no_file
+from mervcache.errors import EXIT_WITH_FAILURES, StoreNotFoundError, UserError, no_file
 from trainer.config import (
     FULL_RECIPE,
     FUSIONS,
@@ -29,6 +29,7 @@ from trainer.config import (
     RECORD_FILE,
     LiveRequest,
     Mode,
+    Protocol,
     Quantisation,
     Stages,
     Tracker,
@@ -305,16 +306,32 @@ def eval_main() -> None:
 )
 @click.option("--best", is_flag=True, help="Of every run, the best checkpoint by validation instead of the newest.")
 @click.option("--limit", type=click.IntRange(min=1), help="Ask at most so many questions.")
+@click.option(
+    "--protocol",
+    type=click.Choice(get_args(Protocol)),
+    show_default="letters, of a fresh LLM likelihood",
+    help="letters: options in the prompt, first character of the answer; likelihood: the most likely option.",
+)
+@click.option(
+    "--letters-template",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Text file with the prompt of --protocol letters: {question}, {letters}, {options}.",
+)
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, help="Questions at once, with all their options.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON, answers included.")
 def eval_run(checkpoint: Path, store: str | None, baseline: tuple[Path, ...], as_json: bool, **options: Any) -> None:
-    """Multiple-choice accuracy by category, next to chance and to baseline runs."""
+    """Multiple-choice accuracy by category, next to chance and to baseline runs.
+
+    Exit code 3: questions were left out, because their clips have no tokens.
+    """
     check_are_runs(checkpoint, *baseline)
     load_torch_modules()
     from trainer.evaluate import EvaluationRequest, evaluate_run
 
     result = evaluate_run(checkpoint, EvaluationRequest(store=store, **options), baseline)
     print_result(result, as_json, lambda: print_scores(result))
+    if result["lost"]:
+        sys.exit(EXIT_WITH_FAILURES)
 
 
 @eval_main.command("distortion")

@@ -308,7 +308,9 @@ def test_an_exported_run_scores_every_option_as_then(format1, monkeypatch, name)
 
 
 def scores(checkpoint: Path, store: Path, *options: str | Path) -> dict[str, list[float]]:
-    result = json.loads(run("merv-eval", "run", "--checkpoint", checkpoint, "--store", store, *options, "--json"))
+    """By likelihood, the only protocol of that version."""
+    words = ("--checkpoint", checkpoint, "--store", store, "--protocol", "likelihood", *options, "--json")
+    result = json.loads(run("merv-eval", "run", *words))
     return {answer["sample_id"]: answer["scores"] for answer in result["answers"]}
 
 

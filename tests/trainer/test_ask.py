@@ -145,7 +145,7 @@ def test_the_command_answers_and_labels_random_weights(run, media_root):
     result = ask("--checkpoint", run, "--video", media_root / "films/green.mp4", QUESTION, QUESTION)
     assert result.exit_code == 0, result.output
     assert result.stdout == "green\ngreen\n"
-    assert "random weights: dinov2, languagebind, siglip, vivit" in result.stderr
+    assert "random weights: languagebind, dinov2, vivit, siglip" in result.stderr
     result = ask("--checkpoint", run, "--image", media_root / "pictures/red.png", "--json", QUESTION)
     told = json.loads(result.stdout)
     assert told["answers"] == [{"question": QUESTION, "answer": "red"}]

@@ -247,7 +247,7 @@ class Validation:
 
         val_loss                             mean over all supervised tokens
         val_loss_video, _image, _text        the same by modality, where there are such samples
-        val_accuracy, val_chance             on the samples that have options, where there are some
+        val_accuracy, val_chance             by likelihood, on the samples that have options, where there are some
 
     At most `eval_limit` samples and as many questions are chosen by their ids, the same every time. Under the caption
     prompt the model is shown no question: captions of the run's own stage are held out, and no options are scored.
@@ -313,9 +313,9 @@ class Validation:
         return sums.flatten()
 
     def _answers(self, questions: Sequence[Sample]) -> Tensor:
-        """Correct answers, and how many guessing would get."""
+        """Correct answers by likelihood, of k tied ones 1/k, and how many guessing would get."""
         answers = answer_batch(self.built, questions, self.source, self.accelerator.device)
-        correct = sum(answer.predicted == answer.correct for answer in answers)
+        correct = sum(answer.credit for answer in answers)
         return torch.tensor([correct, sum(1 / answer.num_options for answer in answers)], dtype=torch.float64)
 
 

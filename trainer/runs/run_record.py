@@ -4,7 +4,8 @@ RUN/config.yaml                   the settings
 RUN/run.json                      the record: data, model and software
 RUN/llm/                          tokenizer, and the sizes of a fresh LLM
 RUN/metrics.jsonl                 a line per step; validation metrics begin with `val_`
-RUN/scores/SPLIT.json             the newest evaluation on all questions of a split
+RUN/scores/SPLIT.json             the newest evaluation on all questions of a split, by likelihood
+RUN/scores/SPLIT-letters.json     that by letters, which is another figure
 RUN/scores/SPLIT-first-N.json     that on the first N of them, which never replaces one on all
 """
 
@@ -28,6 +29,7 @@ LLM_FOLDER, SCORES_FOLDER = "llm", "scores"
 METRICS_FILE = "metrics.jsonl"
 IMPORT_FILE = "imported.json"  # of a run made of a foreign checkpoint: where its weights come from
 PACKAGES = ("merv-pipeline", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "peft")
+FIRST_PROTOCOL = "likelihood"  # the only one of version 0.1, whose scores name none
 UNBOUND = "unbound:"  # begins the identity in an imported run, whose weights do not say what made their tokens
 
 
@@ -114,7 +116,9 @@ def write_scores(run: Path, result: Mapping[str, Any], source: ScoreSource) -> P
         "snapshot": source.snapshot,
         **result,
     }
-    part = "" if source.limit is None else f"-first-{source.limit}"
+    protocol = result.get("protocol", FIRST_PROTOCOL)
+    part = "" if protocol == FIRST_PROTOCOL else f"-{protocol}"
+    part += "" if source.limit is None else f"-first-{source.limit}"
     name = re.sub(r"[^\w-]", "_", source.split)  # a split's name may hold what a path is made of
     return replace_text(folder / f"{name}{part}.json", json.dumps(record, indent=1) + "\n")
 
@@ -124,10 +128,10 @@ def read_scores(run: Path) -> list[dict[str, Any]]:
     records = []
     for path in sorted((Path(run) / SCORES_FOLDER).glob("*.json")):
         try:
-            record = json.loads(path.read_text())
+            record = {"protocol": FIRST_PROTOCOL, **json.loads(path.read_text())}
             if not {"split", "snapshot", "scores", "beside", "step"} <= record.keys():
                 raise ValueError("entries are missing")
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise UserError(
                 f"{path} holds no scores of this version ({error}); remove it, or evaluate again"
             ) from error
