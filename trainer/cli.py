@@ -38,7 +38,7 @@ from trainer.config import (
 )
 from trainer.loop.launch import Launch, is_first_rank, is_launched, relaunch
 from trainer.loop.stages import dry_run_stages, merge_settings, to_yaml, train_in_stages
-from trainer.render import print_losses, print_plan, print_scores, result_lines
+from trainer.render import import_lines, print_losses, print_plan, print_scores, result_lines
 from trainer.runs.stage_folders import check_are_runs, check_is_free, read_stages, stage_folder
 
 if TYPE_CHECKING:
@@ -399,8 +399,7 @@ def eval_import_official(checkpoint_file: Path, config_file: Path, as_json: bool
     from trainer.official import import_official
 
     result = import_official(checkpoint_file, config_file, **options)
-    line = f"{result['run']}: step {result['step']}, encoders {', '.join(result['encoders'])}"
-    print_result(result, as_json, lambda: click.echo(line))
+    print_result(result, as_json, lambda: click.echo("\n".join(import_lines(result))))
 
 
 @eval_main.command("ask")

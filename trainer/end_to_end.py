@@ -39,6 +39,7 @@ from pipeline.worker.engine import Engine, TokenEncoder, decode_job, encode_batc
 from trainer.config import LISTING, TrainConfig, in_paper_order, used_encoders
 from trainer.data.batches import named_samples
 from trainer.data.tokens import ClipTokens, MemoryTokens, Part, PrefixedTokens, TokenShape, TokenSource
+from trainer.data.wanted_tokens import made_otherwise
 from trainer.media_check import ClipPrefetch, MediaCheck
 from trainer.model.projectors import parts_of
 
@@ -51,6 +52,7 @@ class TokenRecord(Protocol):
     shapes: Mapping[str, TokenShape]
     encoders: Mapping[str, Mapping[str, Any]]  # of each: identity, weights label, weights_from
     live: Mapping[str, Any] | None  # of an end-to-end run: the extraction's settings
+    wanted: Mapping[str, Mapping[str, str]]  # encoder -> what an imported checkpoint wants of its tokens
 
 
 @contextmanager
@@ -422,6 +424,8 @@ def _recorded_encoder(record: TokenRecord, name: str, weights: str | None, devic
                 f"{name} as published gives tokens {(*made.grid, made.width)}, the run takes"
                 f" {(*wanted.grid, wanted.width)}, and its record does not say what made them"
             )
+        if reason := made_otherwise(name, record.wanted.get(name, {}), made.to_dict()):
+            raise UserError(reason)
         return run
     facts = record.encoders[name]
     spec = weights or facts.get("weights_from", facts["weights"])

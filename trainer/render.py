@@ -107,6 +107,19 @@ def result_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def import_lines(result: Mapping[str, Any]) -> list[str]:
+    """What was imported, and what the checkpoint was bound to."""
+    bound = result["bound_to"]
+    rules = ", ".join(f"{encoder} {rule}" for encoder, rule in bound["frame_rules"].items())
+    return [
+        f"{result['run']}: step {result['step']}, encoders {', '.join(result['encoders'])}",
+        f"prompt: {bound['prompt']}",
+        f"frames: {rules}; {bound['image_resize_strategy']}",
+        f"fusion: {bound['fusion']}",
+        f"tokens: {bound['store'] or 'of no store yet; any of these sizes, frames and crop'}",
+    ]
+
+
 def _done(result: Mapping[str, Any]) -> str:
     steps, num_steps = result["steps"], result["num_steps"]
     if steps < num_steps:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainer.data.tokens import TokenShape
+from trainer.data.wanted_tokens import made_otherwise
 from trainer.runs.run_record import UNBOUND, RunRecord
 
 
@@ -23,8 +24,4 @@ def why_not(record: RunRecord, encoder: str, found: TokenShape, facts: Mapping[s
     if (found.grid, found.width) != (wanted.grid, wanted.width):
         sizes = [f"{'x'.join(map(str, shape.grid))} of width {shape.width}" for shape in (wanted, found)]
         return f"the imported run reads {encoder} tokens of {sizes[0]}, this source has {sizes[1]}"
-    for name, value in record.wanted.get(encoder, {}).items():
-        made = facts.get("identity", {}).get(name, value)
-        if made != value:
-            return f"the imported run reads {encoder} tokens of {name} {value}, this source has {made}"
-    return None
+    return made_otherwise(encoder, record.wanted.get(encoder, {}), facts.get("identity", {}))
