@@ -433,7 +433,8 @@ class MetricsWriter:
             if "val_loss" in row:
                 self._validation = f"  held out: loss {row['val_loss']:.4f}"
             if "val_accuracy" in row:
-                self._validation += f", accuracy {row['val_accuracy']:.2f} (chance {row['val_chance']:.2f})"
+                accuracy, chance = row["val_accuracy"], row["val_chance"]
+                self._validation += f", accuracy {accuracy:.2f} by likelihood (chance {chance:.2f})"
         last = rows[-1]
         rate = max((value for name, value in last.items() if name.endswith("_lr")), default=0.0)
         self._line.set_postfix(

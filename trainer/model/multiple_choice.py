@@ -88,18 +88,19 @@ def coverage(
     samples: Sequence[Sample], answerable: Sequence[Sample], scored: Sequence[Sample], split: str
 ) -> dict[str, dict[str, int]]:
     """Benchmark -> how many of the split's questions were scored, and how many not, by reason."""
-    has_tokens = {sample.sample_id for sample in answerable}
-    is_scored = {sample.sample_id for sample in scored}
+    has_tokens = {(sample.source, sample.sample_id) for sample in answerable}
+    is_scored = {(sample.source, sample.sample_id) for sample in scored}
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for sample in samples:
         if sample.split != split or sample.stage == CAPTION_STAGE:
             continue
+        key = sample.source, sample.sample_id
         if not sample.options:
             outcome = OPEN_ENDED
-        elif sample.sample_id not in has_tokens:
+        elif key not in has_tokens:
             outcome = WITHOUT_TOKENS
         else:
-            outcome = SCORED if sample.sample_id in is_scored else BEYOND_LIMIT
+            outcome = SCORED if key in is_scored else BEYOND_LIMIT
         counts[sample.source].update([outcome])
     order = (SCORED, OPEN_ENDED, WITHOUT_TOKENS, BEYOND_LIMIT)
     return {name: {o: counts[name][o] for o in order if counts[name][o] or o == SCORED} for name in sorted(counts)}
