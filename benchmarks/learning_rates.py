@@ -113,7 +113,8 @@ def measure(task: Task) -> dict[str, Any]:
     samples, source = open_store(task.store, task.config)
     train(task.config, samples, source, out, store=task.store, resume=True, quiet=True)
     losses = [row["loss"] for row in read_metrics(out)]
-    answers = evaluate_run(out, EvaluationRequest(store=task.store, limit=task.questions))["answers"]
+    request = EvaluationRequest(store=task.store, limit=task.questions, protocol="likelihood")
+    answers = evaluate_run(out, request)["answers"]
     row = {
         "projector_lr": task.config.optimizer.projector_lr,
         "fusion_lr": task.config.optimizer.fusion_lr,
@@ -136,14 +137,15 @@ def measure_text_only(task: Task) -> dict[str, Any]:
     torch.set_num_threads(1)
     samples, source = open_store(task.store, task.config)
     asked = questions(samples, source, split="heldout", has_visual=True)[: task.questions]
-    return judged([asdict(answer) for answer in answer_all(plain_llm(task.config), asked, source)])
+    answers = answer_all(plain_llm(task.config), asked, source)
+    return judged([{**asdict(answer), "credit": answer.credit} for answer in answers])
 
 
 def judged(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Validation loss and accuracy of a set of answers, over all and by category."""
 
     def accuracy(chosen: Iterable[Mapping[str, Any]]) -> float:
-        hits = [answer["predicted"] == answer["correct"] for answer in chosen]
+        hits = [answer["credit"] for answer in chosen]
         return sum(hits) / len(hits)
 
     categories = sorted({answer["category"] for answer in answers})

@@ -21,6 +21,7 @@ from featurestore.clips import Clip, Turn
 from mervcache.errors import UserError, no_file
 from trainer.data.batches import make_batch
 from trainer.data.tokens import MemoryTokens, TokenSource
+from trainer.model.generate import generate_texts
 from trainer.runs.load import LoadedRun, load_run
 
 Span = tuple[float | None, float | None]  # seconds; None: the file's start or end
@@ -83,16 +84,12 @@ class Asker:
             batch = make_batch(rendered, [clip_id] * len(rendered), source, model.num_visual_tokens, model.context)
         except UserError as error:  # sources name clips, the user gave a path
             raise UserError(str(error).replace(str(clip_id), str(video or image))) from error
-        tokenizer = renderer.tokenizer
-        with self.run.built.autocast(self._device):
-            ids = model.generate(
-                batch.to(self._device),
-                max_new_tokens=self._num_new_tokens(max_new_tokens, batch.attention_mask_BS.shape[1]),
-                do_sample=False,
-                eos_token_id=self._end_ids(),
-                pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        texts = generate_texts(self.run.built, batch, max_new_tokens=max_new_tokens, device=self._device)
+        if None in texts:
+            raise UserError(
+                "the run's output is not finite (NaN or infinite), so it has no answer; use an older checkpoint"
             )
-        return [text.strip() for text in tokenizer.batch_decode(ids.tolist(), skip_special_tokens=True)]
+        return texts
 
     def close(self) -> None:
         """Stop the decode process and release the encoders."""
@@ -118,22 +115,6 @@ class Asker:
             )
             self._source = self._opened.enter_context(source)
         return self._source
-
-    def _num_new_tokens(self, wanted: int, used: int) -> int:
-        """New tokens that still fit after the prompt."""
-        context = self.model.context
-        if context is not None and used >= context:
-            raise UserError(
-                f"the question and the visual tokens fill the LLM's context of {context}; ask a shorter one"
-            )
-        return wanted if context is None else min(wanted, context - used)
-
-    def _end_ids(self) -> list[int]:
-        """The tokenizer's end token, and those that a chat model ends its turns with."""
-        settings = getattr(self.model.llm, "generation_config", None)
-        ends = getattr(settings, "eos_token_id", None)
-        ends = ends if isinstance(ends, list) else [ends]
-        return sorted({self.run.built.renderer.tokenizer.eos_token_id, *(end for end in ends if end is not None)})
 
 
 def ask(run: Path | str, question: str, *, weights: Sequence[str] = (), device: str = "auto", **media: Any) -> str:

@@ -18,7 +18,7 @@ from click.core import ParameterSource
 from featurestore.locate import FEATURES, ROOT_METADATA, Place, find_store, is_url, names_of, no_store_at
 from mervcache.config import load_yaml
 from mervcache.console import CONTEXT, echo, handle_errors, print_result, report_saved, stacked
-from mervcache.errors import StoreNotFoundError, UserError, no_file
+from mervcache.errors import EXIT_WITH_FAILURES, StoreNotFoundError, UserError, no_file
 from mervcache.text import printable
 from trainer.config import (
     FULL_RECIPE,
@@ -30,6 +30,7 @@ from trainer.config import (
     RECORD_FILE,
     LiveRequest,
     Mode,
+    Protocol,
     Quantisation,
     Stages,
     Tracker,
@@ -38,7 +39,7 @@ from trainer.config import (
 )
 from trainer.loop.launch import Launch, end_with_failures, is_first_rank, is_launched, relaunch
 from trainer.loop.stages import dry_run_stages, merge_settings, to_yaml, train_in_stages
-from trainer.render import print_losses, print_plan, print_scores, result_lines
+from trainer.render import import_lines, print_losses, print_plan, print_scores, result_lines
 from trainer.runs.stage_folders import check_are_runs, check_is_free, read_record_file, read_stages, stage_folder
 
 if TYPE_CHECKING:
@@ -130,7 +131,10 @@ live_options = stacked(  # of --end-to-end, named as in `merv-pipeline extract`
 @click.option("--stage", help="Train on the samples of this stage, align or finetune; of two stages, only this one.")
 @click.option("--fraction", type=click.FloatRange(0, 1, min_open=True), help="Train on this share of the samples.")
 @click.option("--limit", type=click.IntRange(min=1), help="Train on at most so many samples.")
-@click.option("--init", metavar="RUN", help="Start from the weights of this run or export.")
+@click.option("--init", metavar="RUN", help="Start from the weights of this run or export, and with its encoders.")
+@click.option(
+    "--init-partial", is_flag=True, default=None, help="Of --init, load the parts that fit and report the others."
+)
 @click.option("--eval-every", type=click.IntRange(min=1), help="Validate on held-out samples every so many steps.")
 @click.option(
     "--track", "trackers", multiple=True, type=click.Choice(get_args(Tracker)), help="Also log to. Repeatable."
@@ -306,16 +310,32 @@ def eval_main() -> None:
 )
 @click.option("--best", is_flag=True, help="Of every run, the best checkpoint by validation instead of the newest.")
 @click.option("--limit", type=click.IntRange(min=1), help="Ask at most so many questions.")
+@click.option(
+    "--protocol",
+    type=click.Choice(get_args(Protocol)),
+    show_default="letters, of a fresh LLM likelihood",
+    help="letters: options in the prompt, first character of the answer; likelihood: the most likely option.",
+)
+@click.option(
+    "--letters-template",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Text file with the prompt of --protocol letters: {question}, {letters}, {options}.",
+)
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, help="Questions at once, with all their options.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON, answers included.")
 def eval_run(checkpoint: Path, store: str | None, baseline: tuple[Path, ...], as_json: bool, **options: Any) -> None:
-    """Multiple-choice accuracy by category, next to chance and to baseline runs."""
+    """Multiple-choice accuracy by category, next to chance and to baseline runs.
+
+    Exit code 3: questions were left out, because their clips have no tokens.
+    """
     check_are_runs(checkpoint, *baseline)
     load_torch_modules()
     from trainer.evaluate import EvaluationRequest, evaluate_run
 
     result = evaluate_run(checkpoint, EvaluationRequest(store=store, **options), baseline)
     print_result(result, as_json, lambda: print_scores(result))
+    if result["lost"]:
+        sys.exit(EXIT_WITH_FAILURES)
 
 
 @eval_main.command("distortion")
@@ -383,8 +403,7 @@ def eval_import_official(checkpoint_file: Path, config_file: Path, as_json: bool
     from trainer.official import import_official
 
     result = import_official(checkpoint_file, config_file, **options)
-    line = f"{result['run']}: step {result['step']}, encoders {', '.join(result['encoders'])}"
-    print_result(result, as_json, lambda: click.echo(line))
+    print_result(result, as_json, lambda: click.echo("\n".join(import_lines(result))))
 
 
 @eval_main.command("ask")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
@@ -29,7 +29,20 @@ Sampler = Literal["shuffled", "split_modality"]
 LossName = Literal["per_token", "micro_batch_means"]
 Tracker = Literal["tensorboard", "wandb"]
 Precision = Literal["fp32", "bf16"]
-PromptName = Literal["pure", "vicuna", "llama2_chat", "chat_template", "caption"]
+PromptName = Literal[
+    "pure",
+    "vicuna",
+    "llama2_chat",
+    "chat_template",
+    "caption",
+    # As princetonvisualai/merv renders them, oddities included: for its checkpoints (trainer/data/released_prompts.py).
+    "pure_released",
+    "vicuna_released",
+    "llama2_chat_released",
+    "llama3_released",
+    "qwen2_released",
+]
+Protocol = Literal["letters", "likelihood"]  # of multiple choice, see trainer/model/multiple_choice.py
 VisualPosition = Literal["after_bos", "first"]
 PlaceholderRule = Literal["removed", "as_released"]
 
@@ -45,6 +58,8 @@ FUSIONS = {
     "first": "trainer.model.fusion:SingleEncoder",
 }
 SINGLE_ENCODER_FUSIONS = ("first",)  # read the first encoder only
+# The order of arXiv 2501.01426, which concatenations and `first` depend on, and of the released checkpoints.
+ENCODER_ORDER = ("languagebind", "dinov2", "vivit", "siglip")
 RESAMPLERS = {
     "average": "trainer.model.projectors:Average",
     "attention": "trainer.model.projectors:Attention",
@@ -182,7 +197,7 @@ class TrainConfig:
     llm_quant: Quantisation | None = None  # of an LLM that is not trained itself; untested: needs CUDA
     train_encoders: tuple[str, ...] = ()  # end to end only: these learn too, at optimizer.encoder_lr
     allow_fresh_frozen: bool = False  # a frozen LLM with fresh weights is an error otherwise
-    encoders: tuple[str, ...] = ()  # order matters for concat and first; empty: all of the store
+    encoders: tuple[str, ...] = ()  # order matters for concat and first; empty: those of `init`, else all of the store
     samples: tuple[str, ...] = ()  # sample sets of the store; empty: all
     stage: str = "finetune"  # samples of this stage only
     split: str = "train"
@@ -190,7 +205,8 @@ class TrainConfig:
     limit: int | None = None  # at most so many samples, the first by sample id
     source_weights: Mapping[str, float] = field(default_factory=dict)  # source -> times per epoch; 0.5: half, in turn
     sampler: Sampler = "shuffled"  # split_modality: batches of one modality, ranks of like length
-    init: str | None = None  # run whose weights this one starts from: all of them, or the parts that both have
+    init: str | None = None  # run whose weights this one starts from
+    init_partial: bool = False  # allow that parts of `init` are not loaded, or that it lacks some; each is reported
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
     prompt: PromptName = "pure"
@@ -217,8 +233,10 @@ class TrainConfig:
     keep_checkpoints: int = 2  # the last ones; the best by validation is kept as well
     eval_every: int | None = None  # steps between validations on held-out samples
     eval_split: str = "heldout"
-    eval_limit: int = 256  # held-out samples per validation
     max_skipped_in_row: int = 10  # steps without a finite loss and gradient, which change nothing, before a run ends
+    eval_limit: int = 256  # held-out samples per validation, whose questions are scored by likelihood
+    protocol: Protocol | None = None  # of merv-eval run; null: letters, of a fresh LLM likelihood
+    letters_template: str | None = None  # file with the prompt of protocol letters; null: trainer/model/letters.txt
     trackers: tuple[Tracker, ...] = ()  # in addition to the JSON lines; needs the extra `track`
     prefetch_batches: int = 4  # global batches read ahead
 
@@ -246,7 +264,7 @@ class TrainConfig:
             raise UserError("text-only training has no encoders to train; leave train_encoders empty")
         if odd := [encoder for encoder in self.train_encoders if self.encoders and encoder not in self.encoders]:
             raise UserError(unknown_name("encoder in train_encoders", odd[0], self.encoders))
-        is_fresh = self.llm.startswith("fresh:")
+        is_fresh = self.has_fresh_llm
         if is_fresh and self.train_llm != "full" and not self.allow_fresh_frozen:
             raise UserError(
                 f"llm {self.llm!r} has fresh weights and train_llm is {self.train_llm}: a frozen random LLM cannot"
@@ -257,6 +275,11 @@ class TrainConfig:
                 f"llm_quant {self.llm_quant} is for a pretrained LLM that is not trained itself, got llm {self.llm!r}"
                 f" and train_llm {self.train_llm}; set train_llm: lora or none, or leave llm_quant out"
             )
+
+    @property
+    def has_fresh_llm(self) -> bool:
+        """Whether the LLM starts from fresh weights."""
+        return self.llm.startswith("fresh:")
 
     def to_yaml(self) -> str:
         """Text that `TrainConfig` reads back to the same value."""
@@ -284,13 +307,27 @@ def read_config(run: Path) -> TrainConfig:
     return overlay(TrainConfig(), settings)
 
 
-def used_encoders(config: TrainConfig, available: list[str]) -> list[str]:
-    """The encoders a run reads, in order: those configured, or all; only one where the fusion reads only one."""
-    for encoder in config.encoders:
+def in_paper_order(encoders: Iterable[str]) -> list[str]:
+    """The default order: that of `ENCODER_ORDER`, then all others by name.
+
+    A store that holds an encoder under two identities has keys `name@identity`; they take their name's place.
+    """
+    places = {encoder: place for place, encoder in enumerate(ENCODER_ORDER)}
+    return sorted(encoders, key=lambda key: (places.get(key.partition("@")[0], len(places)), key))
+
+
+def used_encoders(config: TrainConfig, available: Sequence[str]) -> list[str]:
+    """The encoders a run reads, in order: those configured, or all available; one where the fusion reads only one.
+
+    `available` is in the order of the run: the recorded one, or `in_paper_order`.
+    """
+    chosen = list(config.encoders or available)
+    if config.fusion.name in SINGLE_ENCODER_FUSIONS:
+        chosen = chosen[:1]
+    for encoder in chosen:
         if encoder not in available:
             raise UserError(unknown_name("encoder", encoder, available))
-    chosen = list(config.encoders or available)
-    return chosen[:1] if config.fusion.name in SINGLE_ENCODER_FUSIONS else chosen
+    return chosen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,26 +340,25 @@ class Stage:
 
 Stages = tuple[Stage, ...]
 
+RELEASED_FINETUNE = TrainConfig(
+    train_llm="full",
+    fusion=FusionConfig(name="cross_attention_released"),
+    optimizer=OptimizerConfig(weight_decay=0.1),
+    loss="micro_batch_means",
+    sampler="split_modality",
+    activation_checkpointing=True,
+)
+
 RECIPES: dict[str, Stages] = {
     # Projectors and fusion trained under a frozen LLM, with the batch of arXiv 2501.01426's second stage. Its rate of
     # 2e-5 is for an LLM that is trained too; under a frozen one it hardly moves a projector (benchmarks/README.md).
     "merv-frozen": (
         Stage(name="finetune", config=TrainConfig(optimizer=OptimizerConfig(projector_lr=1e-3, fusion_lr=1e-3))),
     ),
-    # What the released code does under the same name: the LLM is trained too, from the same first step. Its decay of
-    # 0.1 is nominal: on several GPUs it is decided after FSDP has flattened the tensors, and flat ones do not decay.
-    "merv-frozen-released": (
-        Stage(
-            name="finetune",
-            config=TrainConfig(
-                train_llm="full",
-                optimizer=OptimizerConfig(weight_decay=0.1),
-                loss="micro_batch_means",
-                sampler="split_modality",
-                activation_checkpointing=True,
-            ),
-        ),
-    ),
+    # What the released code does under the same name: its fusion, and the LLM is trained too, from the first step. Its
+    # decay of 0.1 is nominal: on several GPUs it is decided after FSDP has flattened the tensors, and flat ones do not
+    # decay.
+    "merv-frozen-released": (Stage(name="finetune", config=RELEASED_FINETUNE),),
     # Both stages with the LLM trained: captions first, then instructions from all weights of the first stage.
     "merv-full": (
         Stage(
@@ -341,6 +377,25 @@ RECIPES: dict[str, Stages] = {
             name="finetune",
             config=TrainConfig(train_llm="full", sampler="split_modality", activation_checkpointing=True),
         ),
+    ),
+    # The same stages with the numbers, the loss and the fusion of the released code, whose second stage is that of
+    # merv-frozen-released. Released, that stage takes only the projectors of the first; here it takes all weights.
+    "merv-full-released": (
+        Stage(
+            name="align",
+            config=TrainConfig(
+                stage="align",
+                prompt="caption",
+                train_llm="full",
+                fusion=FusionConfig(name="cross_attention_released"),
+                optimizer=OptimizerConfig(projector_lr=1e-4, fusion_lr=1e-4, llm_lr=1e-4),
+                batch_size=256,
+                micro_batch_size=16,
+                loss="micro_batch_means",
+                activation_checkpointing=True,
+            ),
+        ),
+        Stage(name="finetune", config=RELEASED_FINETUNE),
     ),
     # A small fresh LLM that learns synthetic clips on two CPU cores; see the docstring of trainer/model/projectors.py.
     "demo": (

@@ -37,9 +37,10 @@ from pipeline.encoders.network import EncoderNetwork, build_network
 from pipeline.encoders.weights import fill_random, weights_by_encoder
 from pipeline.media import Root
 from pipeline.worker.engine import Engine, TokenEncoder, decode_job, encode_batch, free_cores
-from trainer.config import LISTING, TrainConfig, used_encoders
+from trainer.config import LISTING, TrainConfig, in_paper_order, used_encoders
 from trainer.data.batches import named_samples
 from trainer.data.tokens import ClipTokens, MemoryTokens, Part, PrefixedTokens, TokenShape, TokenSource
+from trainer.data.wanted_tokens import made_otherwise
 from trainer.media_check import ClipPrefetch, MediaCheck
 from trainer.model.projectors import parts_of
 
@@ -52,6 +53,7 @@ class TokenRecord(Protocol):
     shapes: Mapping[str, TokenShape]
     encoders: Mapping[str, Mapping[str, Any]]  # of each: identity, weights label, weights_from
     live: Mapping[str, Any] | None  # of an end-to-end run: the extraction's settings
+    wanted: Mapping[str, Mapping[str, str]]  # encoder -> what an imported checkpoint wants of its tokens
 
 
 @contextmanager
@@ -62,9 +64,10 @@ def live_source(
     *,
     out: Path | None = None,  # the run's folder, which keeps the results of the media check
     is_trusted: bool = False,  # no media check: a clip that cannot be decoded ends the run
+    recorded: Sequence[str] = (),  # encoders of the run that is resumed or started from, in its order
 ) -> Iterator[tuple[list[Sample], LiveTokens]]:
     """Samples and tokens of a dataset; `settings` and `config_file` are those of `merv-pipeline extract`."""
-    extract = _extract_config(config, settings, config_file)
+    extract = _extract_config(config, settings, config_file, recorded)
     listing = list_clips(extract)
     samples = named_samples(config.samples, sorted(listing.samples), listing.samples.__getitem__)
     extract, parts = replace(extract, root=str(listing.root)), parts_of(config.projector)
@@ -88,6 +91,7 @@ def live_source(
             frozen,
             trained,
             batch,
+            order=extract.encoders,
             parts=parts,
             num_ahead=2 * batch["video"],
             accept_damaged=extract.accept_damaged,
@@ -154,7 +158,8 @@ def source_like(
             for name in record.shapes
             if name not in trained
         }
-        yield LiveTokens(engine, frozen, trained, batch, parts=parts_of(config.projector), **options)
+        order, parts = tuple(record.shapes), parts_of(config.projector)
+        yield LiveTokens(engine, frozen, trained, batch, order=order, parts=parts, **options)
 
 
 def empty_encoders(config: TrainConfig, encoders: Mapping[str, Mapping[str, Any]]) -> dict[str, TrainableEncoder]:
@@ -189,6 +194,7 @@ class LiveTokens(TokenSource):
         trained: Mapping[str, TrainableEncoder],  # these join the model; their frames are fetched
         batch: Mapping[str, int],  # kind -> clips per forward of a frozen encoder
         *,
+        order: Sequence[str] = (),  # of all encoders; empty: the frozen ones, then the trained ones
         parts: Sequence[Part] = ("tokens",),  # which arrays the projector reads
         num_ahead: int = 0,  # clips decoded and not yet encoded, besides one for each decode process
         accept_damaged: bool = False,
@@ -199,7 +205,7 @@ class LiveTokens(TokenSource):
         decoders = sorted({encoder.identity.decode for encoder in encoders.values()})
         if len(decoders) != 1:
             raise UserError(f"encoders must agree on one decoder, got {', '.join(decoders) or 'no encoder'}")
-        self._encoders = dict(sorted(encoders.items(), key=lambda item: item[1].identity.group_name))  # as in a store
+        self._encoders = {name: encoders[name] for name in order or encoders}
         self.shapes = {
             name: TokenShape(
                 grid=encoder.identity.grid,
@@ -266,7 +272,10 @@ class LiveTokens(TokenSource):
     def data_digest(self, clip_ids: Iterable[str], samples: Iterable[Sample]) -> str:
         """Over clips, digests of their media where checked, identities and samples: what decides the tokens."""
         media = self._check.media_sha256 if self._check is not None else {}
-        identities = " ".join(shape.identity for shape in self.shapes.values())
+        ordered = sorted(
+            self._encoders, key=lambda name: self._encoders[name].identity.group_name
+        )  # whatever the run's
+        identities = " ".join(self.shapes[name].identity for name in ordered)
         parts = [f"clip\t{clip_id}\t{media.get(clip_id, 'trusted')}\t{identities}" for clip_id in set(clip_ids)]
         parts += [f"sample\t{sample.digest}" for sample in samples]
         return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()
@@ -368,13 +377,15 @@ def _select_parts(tokens: Tensor, prefix: Tensor | None = None, *, parts: Sequen
     return PrefixedTokens(tokens_BTHWD=tokens if "tokens" in parts else None, prefix_BTKD=prefix)
 
 
-def _extract_config(config: TrainConfig, settings: Mapping[str, Any], config_file: Path | None) -> ExtractConfig:
-    """The extraction whose tokens are made: its encoders are those that the run uses, in a store's order."""
+def _extract_config(
+    config: TrainConfig, settings: Mapping[str, Any], config_file: Path | None, recorded: Sequence[str]
+) -> ExtractConfig:
+    """The extraction whose tokens are made: its encoders are those that the run uses, in the run's order."""
     given = {name: value for name, value in settings.items() if value not in (None, ())}
     if isinstance(given.get("weights"), tuple):
         given["weights"] = weights_by_encoder(given["weights"])
     extract = read_config(config_file, given)
-    names = used_encoders(config, list(config.encoders) or sorted(extract.encoders))
+    names = used_encoders(config, list(config.encoders or recorded) or in_paper_order(extract.encoders))
     for name in config.train_encoders:
         if name not in names:
             raise UserError(unknown_name("encoder in train_encoders", name, names))
@@ -414,6 +425,8 @@ def _recorded_encoder(record: TokenRecord, name: str, weights: str | None, devic
                 f"{name} as published gives tokens {(*made.grid, made.width)}, the run takes"
                 f" {(*wanted.grid, wanted.width)}, and its record does not say what made them"
             )
+        if reason := made_otherwise(name, record.wanted.get(name, {}), made.to_dict()):
+            raise UserError(reason)
         return run
     facts = record.encoders[name]
     spec = weights or facts.get("weights_from", facts["weights"])

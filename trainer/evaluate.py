@@ -1,7 +1,8 @@
 """Score a run on multiple-choice questions, by category, next to chance and to baseline runs.
 
 A text-only run trained the same way (`merv-train --mode text-only`) is the baseline to compare with: it shows what the
-question text alone gives away. Scores are saved in the run's folder as JSON.
+question text alone gives away. All runs of an evaluation are scored by one protocol, which every result names. Scores
+are saved in the run's folder as JSON.
 """
 
 from __future__ import annotations
@@ -10,16 +11,26 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from featurestore.clips import Sample
 from mervcache.console import ProgressLine
 from mervcache.errors import UserError
-from trainer.config import LISTING, LiveRequest
+from trainer.config import LISTING, LiveRequest, Protocol, read_config
 from trainer.data.tokens import TokenSource
-from trainer.model.multiple_choice import Answer, answer_all, questions, showable, summarise
+from trainer.model.letters import Template
+from trainer.model.multiple_choice import (
+    WITHOUT_TOKENS,
+    Answer,
+    answer_all,
+    coverage,
+    default_protocol,
+    questions,
+    showable,
+    summarise,
+)
 from trainer.runs.load import LoadedRun, load_run
 from trainer.runs.run_record import RunRecord, ScoreSource, write_scores
 from trainer.runs.stage_folders import last_stage
@@ -38,6 +49,8 @@ class EvaluationRequest:
     weights: tuple[str, ...] = ()  # SPEC or NAME=SPEC: where the weights of encoders that run now are
     split: str = "heldout"
     limit: int | None = None  # questions, at most; None: all
+    protocol: Protocol | None = None  # None: that of the run's settings, see `default_protocol`
+    letters_template: Path | None = None  # of protocol letters; None: that of the run's settings
     batch_size: int = 16  # questions at once, with all their options
     best: bool = False  # of every run the best checkpoint by validation, instead of the newest
 
@@ -56,18 +69,41 @@ class EvaluationRequest:
 
 def evaluate_run(run: Path, request: EvaluationRequest, baselines: Sequence[Path] = ()) -> dict[str, Any]:
     """Score `run`, and every baseline on the same questions; scores are saved in the run's folder."""
+    template = _template(run, baselines, request)
     loaded = load_run(run, best=request.best)
     place = questions_place(run, loaded, request)
-    with opened_for(loaded, place, request.weights, _device()) as (samples, source):
-        has_visual = loaded.built.model.has_visual
-        samples = questions(samples, source, split=request.split, has_visual=has_visual)[: request.limit]
-        answers = _answers(loaded, samples, source, request)
+    with opened_for(loaded, place, request.weights, _device()) as (held, source):
+        found = questions(held, source, split=request.split, has_visual=loaded.built.model.has_visual)
+        samples = found[: request.limit]
+        answers = _answers(run, loaded, samples, source, request, template)
         state = source.snapshot if isinstance(place, str) else f"live-{_digest(samples, source)[:12]}"
-    others = {str(path): _baseline_answers(path, samples, place, request) for path in baselines}
-    result = report(loaded, answers, others)
+    others = {str(path): _baseline_answers(path, samples, place, request, template) for path in baselines}
+    asked = coverage(held, found, samples, request.split)
+    result = report(loaded, answers, others) | {
+        "questions": asked,
+        "lost": sum(outcomes.get(WITHOUT_TOKENS, 0) for outcomes in asked.values()),
+        "template": template and asdict(template),
+    }
     named = place if isinstance(place, str) else place.settings["dataset"]
     _save_scores(run, result, ScoreSource(split=request.split, limit=request.limit, store=named, snapshot=state))
     return result
+
+
+def _template(run: Path, baselines: Sequence[Path], request: EvaluationRequest) -> Template | None:
+    """The prompt of protocol letters; None for likelihood. Refuses runs that would be scored by different protocols."""
+    configs = {path: read_config(last_stage(path)) for path in (run, *baselines)}
+    protocols = {path: request.protocol or default_protocol(config) for path, config in configs.items()}
+    if len(set(protocols.values())) > 1:
+        named = "; ".join(f"{path} by {protocol}" for path, protocol in protocols.items())
+        raise UserError(
+            f"these runs are scored by different protocols unless one is named, and their scores are not comparable:"
+            f" {named}; give --protocol {' or --protocol '.join(get_args(Protocol))}"
+        )
+    if protocols[run] == "likelihood":
+        if request.letters_template is not None:
+            raise UserError("--letters-template is the prompt of protocol letters, and the protocol is likelihood")
+        return None
+    return Template.read(request.letters_template or configs[run].letters_template)
 
 
 def questions_place(run: Path, loaded: LoadedRun, request: EvaluationRequest) -> TokenPlace:
@@ -89,32 +125,46 @@ def questions_place(run: Path, loaded: LoadedRun, request: EvaluationRequest) ->
 
 
 def report(run: LoadedRun, answers: Sequence[Answer], baselines: Mapping[str, Sequence[Answer]]) -> dict[str, Any]:
-    """JSON of an evaluation; `baselines` are other runs' answers to the same questions, by name."""
+    """JSON of an evaluation; `baselines` are other runs' answers to the same questions, by name.
+
+    Raises UserError for answers by different protocols.
+    """
+    protocols = {answer.protocol for other in (answers, *baselines.values()) for answer in other}
+    if len(protocols) != 1:
+        raise UserError(
+            f"scores by {' and '.join(sorted(protocols))} are not comparable; score all runs by one protocol"
+        )
     return {
         "data_digest": run.record.data_digest,
         "step": run.step,
+        "protocol": protocols.pop(),
         "scores": [asdict(score) for score in summarise(answers)],
         "beside": {name: [asdict(score) for score in summarise(other)] for name, other in baselines.items()},
-        "answers": [asdict(answer) for answer in answers],
+        "answers": [{**asdict(answer), "credit": answer.credit} for answer in answers],
     }
 
 
 def _answers(
-    run: LoadedRun, samples: Sequence[Sample], source: TokenSource, request: EvaluationRequest
+    path: Path,
+    run: LoadedRun,
+    samples: Sequence[Sample],
+    source: TokenSource,
+    request: EvaluationRequest,
+    template: Template | None,
 ) -> list[Answer]:
+    options = {"batch_size": request.batch_size, "device": _device(), "template": template, "run": str(path)}
     with ProgressLine("score", total=len(samples), unit="questions") as line:
-        answers = answer_all(run.built, samples, source, batch_size=request.batch_size, device=_device())
-        return list(line.over(answers))
+        return list(line.over(answer_all(run.built, samples, source, **options)))
 
 
 def _baseline_answers(
-    path: Path, samples: Sequence[Sample], place: TokenPlace, request: EvaluationRequest
+    path: Path, samples: Sequence[Sample], place: TokenPlace, request: EvaluationRequest, template: Template | None
 ) -> list[Answer]:
     """A baseline's answers to the same questions."""
     other = load_run(path, best=request.best)
     with opened_for(other, _baseline_place(other, place, request), request.weights, _device()) as (_, source):
         _check_same_questions(path, other, samples, source)
-        return _answers(other, samples, source, request)
+        return _answers(path, other, samples, source, request, template)
 
 
 def _baseline_place(other: LoadedRun, place: TokenPlace, request: EvaluationRequest) -> TokenPlace:

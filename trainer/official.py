@@ -25,8 +25,7 @@ import json
 import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
-from math import isqrt
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,39 +33,20 @@ import torch
 from torch import Tensor
 
 from featurestore import FeatureStore
-from mervcache.config import load_yaml, overlay
 from mervcache.errors import UserError, unknown_name
 from mervcache.files import atomic_directory, file_sha256
-from trainer.config import CONFIG_FILE, FusionConfig, ProjectorConfig, PromptName, TrainConfig, used_encoders
+from trainer.config import CONFIG_FILE, TrainConfig
 from trainer.data.tokens import StoreTokens, TokenShape
+from trainer.data.wanted_tokens import made_otherwise
 from trainer.model.llm import LoadedLLM, hub_options, save_shape
 from trainer.model.video_llm import build, count_parameters
+from trainer.official_config import HEAD_LAYERS, OfficialConfig, parse_settings, read_settings, run_config
 from trainer.runs import checkpoint
 from trainer.runs.run_record import IMPORT_FILE, LLM_FOLDER, UNBOUND, RunRecord, software_versions
 
 SOURCE = "princetonvisualai/merv"
 PARTS = ("projectors", "feature_fusion", "llm_backbone")
 OLD_PARTS = {"projector": "projectors", "adapter": "feature_fusion"}
-ENCODERS: dict[str, tuple[str, int]] = {  # id in video_backbone_ids -> our name, frames per time step
-    "languagebind-video-noclass": ("languagebind", 1),
-    "dinov2-video-all-tokens": ("dinov2", 1),
-    "vivit-google-b-all-no-cls-16frames": ("vivit", 2),
-    "siglip-vit-b16-224px-all-no-cls": ("siglip", 1),
-}
-HEAD_LAYERS: dict[str, tuple[str, ...]] = {
-    "linear": ("",),
-    "gelu-mlp": ("0.", "2."),
-    "fused-gelu-mlp": ("0.", "2.", "4."),
-}
-AVERAGES = ("avg", "3davg")  # the resamplers without weights
-FUSION_NAMES: dict[str, str] = {
-    "cross_attention_avg_lq": "cross_attention_released",
-    "concat": "concat_sequence",
-    "concat_channel": "concat_channel",
-    "concat_channel_ln": "concat_channel_ln",
-    "scalar": "learnable_weights",
-    "first": "first",
-}
 FUSION_TENSORS: dict[
     str, dict[str, str]
 ] = {  # our fusion -> official name -> our name; cross-attention has its own rule
@@ -80,18 +60,6 @@ FUSION_TENSORS: dict[
     },
     "learnable_weights": {"scalar": "fusion.scores_E"},
     "first": {},
-}
-PROMPT_NAMES: dict[str, PromptName] = {
-    "llama2-7b-pure": "pure",
-    "llama2-13b-pure": "pure",
-    "llama3-8b-pure": "pure",
-    "vicuna-v15-7b": "vicuna",
-    "vicuna-v15-13b": "vicuna",
-    "llama2-7b-chat": "llama2_chat",
-    "llama2-13b-chat": "llama2_chat",
-    "llama3.1-8b-chat": "chat_template",
-    "qwen2.5-7b-instruct": "chat_template",
-    "qwen2.5-3b-instruct": "chat_template",
 }
 MAX_LISTED = 20  # names in an error; a wrong --llm makes hundreds
 
@@ -117,13 +85,15 @@ def import_official(
     """Make the run `out`, whole or not at all; with `store`, bound to the identities it holds.
 
     `llm` is the LLM that the checkpoint was trained from, for its tokenizer and sizes. Returns the run, its step,
-    encoders with identities, parameters and the tensors left out. Raises UserError for what cannot be imported.
+    encoders with identities, parameters, the tensors left out, and what the checkpoint is bound to. Raises UserError
+    for what cannot be imported.
     """
     out = Path(out)
     if out.exists():
         raise UserError(f"{out} exists already; choose another --out")
     settings = read_settings(config_file)
-    imported = convert(read_checkpoint(checkpoint_file), parse_settings(settings), settings, llm, store)
+    official = parse_settings(settings)
+    imported = convert(read_checkpoint(checkpoint_file), official, settings, llm, store)
     record = imported.record
     origin = {
         "source": SOURCE,
@@ -131,6 +101,7 @@ def import_official(
         "sha256": file_sha256(checkpoint_file),
         "config": settings,
         "left_out": imported.left_out,
+        "bound_to": _bound_to(imported, official, store),
     }
     with atomic_directory(out) as folder:
         save_shape(imported.llm, folder / LLM_FOLDER)
@@ -152,6 +123,18 @@ def import_official(
         "encoders": {encoder: shape.identity for encoder, shape in record.shapes.items()},
         "parameters": record.parameters,
         "left_out": imported.left_out,
+        "bound_to": origin["bound_to"],
+    }
+
+
+def _bound_to(imported: Imported, official: OfficialConfig, store: str | None) -> dict[str, Any]:
+    """What the checkpoint was trained with and no weight shows."""
+    return {
+        "prompt": imported.config.prompt,
+        "image_resize_strategy": official.image_resize_strategy,
+        "frame_rules": {encoder: wanted["frame_rule"] for encoder, wanted in imported.record.wanted.items()},
+        "fusion": imported.config.fusion.name,
+        "store": None if store is None else Path(store).name,
     }
 
 
@@ -184,123 +167,6 @@ def _is_state_dict(weights: Any) -> bool:
     return isinstance(weights, dict) and all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
         for name, tensor in weights.items()
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class OfficialConfig:
-    """The official settings that shape the model, under their official names."""
-
-    arch_specifier: str = ""  # resampler, "frameK" and head, joined by "+"
-    feature_fusion: str = "cross_attention_avg_lq"
-    video_backbone_ids: tuple[str, ...] = ()  # the order of the projectors
-    llm_backbone_id: str = ""
-    llm_max_length: int = 2048  # tokens of text
-    num_frames: tuple[int, ...] = ()  # of every encoder
-    projector_token_length: int = 64  # per time step, a square
-
-    def __post_init__(self) -> None:
-        for encoder in self.video_backbone_ids:
-            _check("video_backbone_id", encoder, ENCODERS)
-        _check("feature_fusion", self.feature_fusion, FUSION_NAMES)
-        if len(self.num_frames) != len(self.video_backbone_ids):
-            raise UserError(
-                f"official config: {len(self.video_backbone_ids)} video_backbone_ids need as many num_frames,"
-                f" got {len(self.num_frames)}"
-            )
-        if isqrt(max(self.projector_token_length, 0)) ** 2 != self.projector_token_length:
-            raise UserError(
-                f"official config: projector_token_length must be a square, got {self.projector_token_length}"
-            )
-
-    @property
-    def encoders(self) -> tuple[str, ...]:
-        """Our names, in the order of the projectors."""
-        return tuple(ENCODERS[encoder][0] for encoder in self.video_backbone_ids)
-
-    @property
-    def fusion(self) -> str:
-        return FUSION_NAMES[self.feature_fusion]
-
-    @property
-    def head(self) -> str:
-        return _check("head in arch_specifier", self.arch_specifier.split("+")[-1], HEAD_LAYERS)
-
-    @property
-    def frame_divisor(self) -> int:
-        """K of "frameK", which the 3D average reads and the 2D average does not."""
-        found = re.search(r"frame([1-9]\d*)", self.arch_specifier)
-        return int(found[1]) if found and "3davg" in self.arch_specifier.split("+") else 1
-
-    @property
-    def num_used(self) -> int:
-        """Encoders whose tokens reach the LLM."""
-        return 1 if self.fusion == "first" else len(self.encoders)
-
-    def grid(self, index: int) -> tuple[int, int, int]:
-        """T, H, W of encoder `index`, before the frames are divided."""
-        side = isqrt(self.projector_token_length)
-        return self.num_frames[index] // ENCODERS[self.video_backbone_ids[index]][1], side, side
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """The model's settings in config.json (or YAML), with or without the training settings around them."""
-    settings = load_yaml(path)
-    return settings["model"] if isinstance(settings.get("model"), dict) else settings
-
-
-def parse_settings(settings: Mapping[str, Any]) -> OfficialConfig:
-    """The settings that shape the model; UserError where it cannot be imported."""
-    found = {field.name: settings[field.name] for field in fields(OfficialConfig) if field.name in settings}
-    needed = ("arch_specifier", "video_backbone_ids", "llm_backbone_id")
-    if missing := [name for name in needed if not found.get(name)]:
-        raise UserError(f"the official config has no {', '.join(missing)}; give the config.json of the checkpoint")
-    frames = found.setdefault("num_frames", 16)
-    if isinstance(frames, int):
-        found["num_frames"] = [frames] * len(found["video_backbone_ids"])
-    config = overlay(OfficialConfig(), found, where="official config: ")
-    if not set(AVERAGES) & set(config.arch_specifier.split("+")):
-        raise UserError(
-            f"arch_specifier {config.arch_specifier!r} cannot be imported: only projectors that average"
-            f" ({', '.join(AVERAGES)}) are"
-        )
-    _check("llm_backbone_id", config.llm_backbone_id, PROMPT_NAMES)
-    return config
-
-
-def _check(what: str, name: str, table: Mapping[str, Any]) -> str:
-    if name not in table:
-        raise UserError(unknown_name(what, name, table))
-    return name
-
-
-def run_config(
-    official: OfficialConfig, settings: Mapping[str, Any], *, llm: str, query_width: int | None
-) -> TrainConfig:
-    """Our settings of the same model, with the numbers of the second stage that trained it."""
-    lr = settings.get("finetune_learning_rate", 2e-5)
-    changes = {
-        "encoders": official.encoders[: official.num_used],
-        "prompt": PROMPT_NAMES[official.llm_backbone_id],
-        "max_text_tokens": official.llm_max_length,
-        "exceed_context": official.fusion == "concat_sequence",  # the reference does not check it, and fills LLaMA-2's
-        "optimizer": {
-            "projector_lr": lr,
-            "fusion_lr": lr,
-            "llm_lr": lr,
-            "weight_decay": settings.get("finetune_weight_decay", 0.1),
-            "warmup_ratio": settings.get("finetune_warmup_ratio", 0.03),
-            "clip_norm": settings.get("finetune_max_grad_norm", 1.0),
-        },
-        "batch_size": settings.get("finetune_global_batch_size", 128),
-        "micro_batch_size": settings.get("finetune_per_device_batch_size", 8),
-    }
-    time, height, width = official.grid(0)
-    fusion = FusionConfig(name=official.fusion)
-    return replace(
-        overlay(TrainConfig(llm=llm, train_llm="full"), changes),
-        projector=ProjectorConfig(grid=(time // official.frame_divisor, height, width), head=official.head),
-        fusion=fusion if query_width is None else replace(fusion, query_width=query_width),
     )
 
 
@@ -352,6 +218,8 @@ def convert(
         num_steps=step if isinstance(step, int) else 0,
         encoders=facts,
         software=software_versions(),
+        encoder_order=config.encoders,
+        wanted={encoder: official.wanted(index) for index, encoder in enumerate(config.encoders)},
     )
     left_out = sorted(f"{part}.{name}" for part, rule in rules.items() for name, cuts in rule.items() if not cuts)
     return Imported(config=config, record=record, llm=llm, weights=weights, left_out=left_out)
@@ -475,7 +343,13 @@ def _token_shapes(
     """The tokens that the run reads, in the order of its encoders, and what is known about them."""
     if store is not None:
         opened = FeatureStore.open(store)
-        source = StoreTokens(opened, used_encoders(config, list(opened.encoders)))
+        for encoder in config.encoders:
+            if encoder not in opened.encoders:
+                raise UserError(unknown_name("encoder", encoder, opened.encoders))
+        source = StoreTokens(opened, config.encoders)
+        for index, encoder in enumerate(config.encoders):
+            if reason := made_otherwise(encoder, official.wanted(index), source.facts[encoder]["identity"]):
+                raise UserError(reason)
         return dict(source.shapes), dict(source.facts)
     layer = HEAD_LAYERS[official.head][0]
     shapes = {

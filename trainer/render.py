@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from featurestore.quality import LossRecord
 
 GB = 1e9
+PROTOCOLS = {
+    "letters": "the options are in the prompt, and the first character of the answer is compared",
+    "likelihood": "the option with the largest mean log-likelihood of its tokens is the answer",
+}
 MEMORY_PARTS = ("parameters", "gradients", "moments", "tokens", "activations", "total")
 
 
@@ -50,8 +54,8 @@ def plan_rows(plan: Mapping[str, Any]) -> dict[str, str]:
 
 
 def print_scores(result: Mapping[str, Any]) -> None:
-    """Print accuracy by category, next to chance and to the baseline runs."""
-    from mervcache.console import table  # rich
+    """Print accuracy by category, next to chance and to the baseline runs, then what it was measured by and on."""
+    from mervcache.console import console, table  # rich
 
     columns = ("questions about", "number", "accuracy", "chance", *result["beside"])
     others = [{row["category"]: row for row in rows} for rows in result["beside"].values()]
@@ -61,6 +65,29 @@ def print_scores(result: Mapping[str, Any]) -> None:
         accuracies = [f"{share['accuracy']:.2f}" for share in shares]
         rows.append((row["category"], row["questions"], accuracies[0], f"{row['chance']:.2f}", *accuracies[1:]))
     table(columns, rows, right=columns[1:])
+    for line in score_notes(result):
+        console().print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def score_notes(result: Mapping[str, Any]) -> list[str]:
+    """The protocol of an evaluation, ties and unreadable answers of every run, and the questions without a score."""
+    lines = [f"Protocol {result['protocol']}: {PROTOCOLS[result['protocol']]}."]
+    if result["template"] is not None:
+        lines.append(f"Prompt: {result['template']['name']}, whose text is in the result.")
+    for name, rows in {"": result["scores"], **result["beside"]}.items():
+        overall = next(row for row in rows if row["category"] == "all")
+        tied, unreadable, number = (overall[part] for part in ("tied", "unreadable", "questions"))
+        of = f" of {name}" if name else ""
+        if tied:
+            lines.append(f"Ties{of}: {tied:,} of {number:,} questions; the right one of k best options counts 1/k.")
+        if result["protocol"] == "letters":
+            share = f"{unreadable / number:.1%}"
+            lines.append(f"Unreadable answers{of}: {unreadable:,} of {number:,} ({share}), counted as wrong.")
+    for benchmark, outcomes in result["questions"].items():
+        left = ", ".join(f"{count:,} {outcome}" for outcome, count in outcomes.items() if outcome != "scored")
+        if left:
+            lines.append(f"{benchmark}: {outcomes['scored']:,} of {sum(outcomes.values()):,} questions scored; {left}.")
+    return lines
 
 
 def print_losses(record: LossRecord) -> None:
@@ -96,6 +123,19 @@ def lost_lines(result: Mapping[str, Any]) -> list[str]:
             " choosing the best checkpoint: null in metrics.jsonl"
         )
     return lines
+
+
+def import_lines(result: Mapping[str, Any]) -> list[str]:
+    """What was imported, and what the checkpoint was bound to."""
+    bound = result["bound_to"]
+    rules = ", ".join(f"{encoder} {rule}" for encoder, rule in bound["frame_rules"].items())
+    return [
+        f"{result['run']}: step {result['step']}, encoders {', '.join(result['encoders'])}",
+        f"prompt: {bound['prompt']}",
+        f"frames: {rules}; {bound['image_resize_strategy']}",
+        f"fusion: {bound['fusion']}",
+        f"tokens: {bound['store'] or 'of no store yet; any of these sizes, frames and crop'}",
+    ]
 
 
 def _done(result: Mapping[str, Any]) -> str:

@@ -12,13 +12,15 @@ from pathlib import Path
 from featurestore import FeatureStore
 from featurestore.clips import Sample
 from mervcache.errors import StoreError, UserError, unknown_name
-from trainer.config import LiveRequest, TrainConfig, used_encoders
+from trainer.config import RECORD_FILE, LiveRequest, TrainConfig, in_paper_order, used_encoders
 from trainer.data.batches import named_samples
-from trainer.data.tokens import StoreTokens, TokenShape, TokenSource
+from trainer.data.tokens import StoreTokens, TokenSource
 from trainer.model.projectors import parts_of
 from trainer.runs import checkpoint
 from trainer.runs.load import LoadedRun
-from trainer.runs.run_record import UNBOUND, RunRecord
+from trainer.runs.run_record import RunRecord
+from trainer.runs.stage_folders import last_stage
+from trainer.runs.unbound import is_unbound, why_not
 
 TokenPlace = str | LiveRequest  # a store's path, or a live extraction
 # Settings, and the folder of a run that may have begun with them -> its samples and tokens.
@@ -37,7 +39,9 @@ def opened(place: TokenPlace, out: Path | None = None) -> Iterator[OpenTokens]:
     `out` is the run's folder: it keeps what a live source has found out about the media.
     """
     if isinstance(place, str):
-        yield lambda config, run: open_store(place, config, snapshot=_snapshot_of(run))
+        yield lambda config, run: open_store(
+            place, config, snapshot=_snapshot_of(run), encoders=recorded_encoders(config, run)
+        )
         return
     from trainer.end_to_end import live_source  # the pipeline, only where it runs
 
@@ -45,7 +49,14 @@ def opened(place: TokenPlace, out: Path | None = None) -> Iterator[OpenTokens]:
 
         def open_live(config: TrainConfig, run: Path | None) -> tuple[list[Sample], TokenSource]:
             stack.close()  # the encoders of one stage go before those of the next come
-            source = live_source(config, place.settings, place.config_file, out=out, is_trusted=place.is_trusted)
+            source = live_source(
+                config,
+                place.settings,
+                place.config_file,
+                out=out,
+                is_trusted=place.is_trusted,
+                recorded=recorded_encoders(config, run),
+            )
             return stack.enter_context(source)
 
         yield open_live
@@ -66,13 +77,33 @@ def opened_for(
         yield found
 
 
-def open_store(path: str, config: TrainConfig, *, snapshot: str = "") -> tuple[list[Sample], StoreTokens]:
-    """The samples the config asks for, and a source of the encoders it uses; at a snapshot, where it is there."""
+def open_store(
+    path: str, config: TrainConfig, *, snapshot: str = "", encoders: Sequence[str] = ()
+) -> tuple[list[Sample], StoreTokens]:
+    """The samples the config asks for, and a source of the encoders it uses; at a snapshot, where it is there.
+
+    `encoders` are those of `recorded_encoders`, in the recorded order; without them and without a choice in the config
+    all of the store are used, in the paper's order.
+    """
     store = _at_snapshot(path, snapshot)
     samples = named_samples(config.samples, store.sample_names, store.samples)
-    _check_stored(config.encoders, list(store.encoders))
-    used = used_encoders(config, list(store.encoders))
+    _check_stored(config.encoders or encoders, list(store.encoders))
+    used = used_encoders(config, list(encoders) or in_paper_order(store.encoders))
     return samples, StoreTokens(store, used, parts=parts_of(config.projector))
+
+
+def recorded_encoders(config: TrainConfig, run: Path | None) -> tuple[str, ...]:
+    """The encoders, in order, of the run that is resumed, else of the run that `config.init` names; () without both.
+
+    Weights of a fusion may depend on the order, and runs of version 0.1 have another one than new runs.
+    """
+    if run is not None and checkpoint.newest(run) is not None:
+        return RunRecord.read(run).encoder_order
+    if config.init is not None and not config.encoders:
+        origin = last_stage(Path(config.init))
+        if (origin / RECORD_FILE).is_file():  # `read_origin` reports one that is missing
+            return RunRecord.read(origin).encoder_order
+    return ()
 
 
 def open_store_for(run: LoadedRun, path: str, *, names: Sequence[str] = ()) -> tuple[list[Sample], StoreTokens]:
@@ -131,20 +162,15 @@ def check_has_a_store(run: LoadedRun) -> None:
 
 
 def check_identities(run: LoadedRun, source: TokenSource) -> None:
-    """A model only understands tokens of the identities it was trained on; an unbound one asks for their sizes."""
+    """A model only understands tokens of the identities it was trained on; an unbound one wants sizes and frames."""
     check_has_a_store(run)
     for encoder, shape in run.record.shapes.items():
         found = source.shapes.get(encoder)
-        if found is not None and shape.identity.startswith(UNBOUND):
-            _check_sizes(encoder, shape, found)
+        if found is not None and is_unbound(shape):
+            if reason := why_not(run.record, encoder, found, source.facts.get(encoder, {})):
+                raise UserError(reason)
         elif found is None or found.identity != shape.identity:
             raise UserError(
                 f"the run was trained on {encoder} tokens of identity {shape.identity}, this source has"
                 f" {found.identity if found else 'none'}; use the store it was trained on, or extract that identity"
             )
-
-
-def _check_sizes(encoder: str, wanted: TokenShape, found: TokenShape) -> None:
-    if (found.grid, found.width) != (wanted.grid, wanted.width):
-        sizes = [f"{'x'.join(map(str, shape.grid))} of width {shape.width}" for shape in (wanted, found)]
-        raise UserError(f"the imported run reads {encoder} tokens of {sizes[0]}, this source has {sizes[1]}")

@@ -32,9 +32,9 @@ def test_validation_loss_is_the_mean_over_questions_and_accuracy_counts_hits():
     from learning_rates import judged
 
     answers = [
-        {"category": "colour", "scores": [-1.0, -2.0], "correct": 0, "predicted": 0},
-        {"category": "colour", "scores": [-1.0, -4.0], "correct": 1, "predicted": 0},
-        {"category": "shape", "scores": [-3.0, -1.0], "correct": 1, "predicted": 1},
+        {"category": "colour", "scores": [-1.0, -2.0], "correct": 0, "credit": 1.0},
+        {"category": "colour", "scores": [-1.0, -4.0], "correct": 1, "credit": 0.0},
+        {"category": "shape", "scores": [-3.0, -1.0], "correct": 1, "credit": 1.0},
     ]
     found = judged(answers)
     assert found["validation_loss"] == pytest.approx((1 + 4 + 1) / 3)

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,8 @@ from trainer import cli
 from trainer.ask import Asker, parse_clip
 from trainer.cli import eval_main, parse_span
 from trainer.config import OptimizerConfig, ProjectorConfig, TrainConfig
+from trainer.data.tokens import TokenShape
+from trainer.end_to_end import source_like
 from trainer.loop.train import train
 from trainer.model.llm import FRESH_LLMS, FreshLLM
 from trainer.runs.load import load_run
@@ -130,6 +133,20 @@ def test_other_weights_are_refused_with_the_field_that_differs(run, media_root):
         other.answer(QUESTION, video=media_root / "films/red.mp4")
 
 
+def test_an_import_that_saw_other_frames_is_not_shown_those_of_today(run):
+    loaded = load_run(run)
+    published = TokenShape(grid=(16, 8, 8), width=768, is_pooled=True, identity="unbound:siglip")
+    record = replace(loaded.record, shapes={"siglip": published}, encoders={})
+    for rule in ("linspace-16", "linspace-32/2"):
+        wanted = replace(record, wanted={"siglip": {"frame_rule": rule}})
+        with ExitStack() as stack:
+            if rule == "linspace-16":
+                message = "siglip tokens of frame_rule linspace-16, this source has linspace-32/2"
+                stack.enter_context(pytest.raises(UserError, match=message))
+            config = loaded.built.config
+            stack.enter_context(source_like(config, wanted, trained={}, weights=["random:0"], device="cpu"))
+
+
 def test_a_text_only_run_answers_without_looking_and_says_so(extracted, tmp_path):
     words = trained(replace(CONFIG, mode="text-only", max_steps=20), extracted, tmp_path / "words")
     result = ask("--checkpoint", words, "--json", QUESTION)
@@ -145,7 +162,7 @@ def test_the_command_answers_and_labels_random_weights(run, media_root):
     result = ask("--checkpoint", run, "--video", media_root / "films/green.mp4", QUESTION, QUESTION)
     assert result.exit_code == 0, result.output
     assert result.stdout == "green\ngreen\n"
-    assert "random weights: dinov2, languagebind, siglip, vivit" in result.stderr
+    assert "random weights: languagebind, dinov2, vivit, siglip" in result.stderr
     result = ask("--checkpoint", run, "--image", media_root / "pictures/red.png", "--json", QUESTION)
     told = json.loads(result.stdout)
     assert told["answers"] == [{"question": QUESTION, "answer": "red"}]

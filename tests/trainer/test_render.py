@@ -75,12 +75,32 @@ def test_a_finished_run_names_the_next_command():
 
 
 def score(category, accuracy):
-    return {"category": category, "questions": 8, "accuracy": accuracy, "chance": 0.25}
+    return {"category": category, "questions": 8, "accuracy": accuracy, "chance": 0.25, "tied": 0, "unreadable": 0}
+
+
+def evaluation(scores, beside, **facts):
+    shared = {"protocol": "likelihood", "template": None, "questions": {"MSVD": {"scored": 8}}}
+    return {**shared, "scores": scores, "beside": beside, **facts}
+
+
+def test_the_last_lines_name_the_protocol_and_all_that_was_lost(capsys):
+    half = {**score("all", 0.5), "tied": 3, "unreadable": 2}
+    questions = {"MSVD": {"scored": 8}, "TVQA": {"scored": 0, "open-ended, which are not scored": 1_500}}
+    template = {"name": "letters.txt", "text": "{question} {options}"}
+    facts = {"protocol": "letters", "template": template, "questions": questions}
+    print_scores(evaluation([half], {"words": [{**score("all", 0.25), "unreadable": 8}]}, **facts))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-6].startswith("Protocol letters: ")
+    assert lines[-5].startswith("Prompt: letters.txt")
+    assert lines[-4].startswith("Ties: 3 of 8 questions")
+    assert lines[-3] == "Unreadable answers: 2 of 8 (25.0%), counted as wrong."
+    assert lines[-2] == "Unreadable answers of words: 8 of 8 (100.0%), counted as wrong."
+    assert lines[-1] == "TVQA: 0 of 1,500 questions scored; 1,500 open-ended, which are not scored."
 
 
 def test_scores_have_a_line_per_category_with_other_runs_beside(capsys):
     beside = [score("colour", 0.5), score("all", 0.375)]  # their order is their own
-    print_scores({"scores": [score("all", 0.75), score("colour", 1.0)], "beside": {"words": beside}})
+    print_scores(evaluation([score("all", 0.75), score("colour", 1.0)], {"words": beside}))
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["questions", "about", "number", "accuracy", "chance", "words"] in rows
     at = rows.index(["all", "8", "0.75", "0.25", "0.38"])

@@ -10,21 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from featurestore.clips import PLACEHOLDERS, Turn, without_outer_placeholders
 from mervcache.errors import UserError, unknown_name
 from trainer.config import PlaceholderRule, PromptName, VisualPosition
+from trainer.data.released_prompts import LLAMA2_SYSTEM, RELEASED_PROMPTS, VICUNA_SYSTEM, ReleasedPrompt
 
 IGNORE_INDEX = -100  # label of a position without supervision, torch's default
-VICUNA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-LLAMA2_SYSTEM = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
-    "provides, and assist the user with a variety of tasks using natural language."
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,12 +103,19 @@ def caption(turns: Sequence[Turn], tokenizer: Any) -> list[Piece]:
     return [Piece(text="", opens=True), _answer(turns[1].text)]
 
 
+def released(prompt: ReleasedPrompt, turns: Sequence[Turn], tokenizer: Any) -> list[Piece]:
+    """A format of princetonvisualai/merv, as its training renders it."""
+    texts = enumerate(prompt.training(turns))
+    return [Piece(text=text, is_answer=is_answer, opens=index == 0) for index, (text, is_answer) in texts]
+
+
 PROMPTS: dict[PromptName, Callable[[Sequence[Turn], Any], list[Piece]]] = {
     "pure": pure,
     "vicuna": vicuna,
     "llama2_chat": llama2_chat,
     "chat_template": chat_template,
     "caption": caption,
+    **{name: partial(released, prompt) for name, prompt in RELEASED_PROMPTS.items()},
 }
 
 
@@ -134,6 +135,7 @@ class Renderer:
             raise UserError(unknown_name("prompt", prompt, list(PROMPTS)))
         self.format, self.tokenizer = PROMPTS[prompt], tokenizer
         self.prompt, self.placeholder = prompt, placeholder
+        self.released = RELEASED_PROMPTS.get(prompt)
         self.position, self.max_tokens = position, max_tokens
         self.bos_id = tokenizer.bos_token_id if adds_bos(tokenizer) else None
         self.blank = " " if words_hold_blanks(tokenizer) else ""
@@ -154,9 +156,12 @@ class Renderer:
 
     def question(self, turns: Sequence[Turn]) -> Rendered:
         """Ids up to where the last answer begins; nothing is supervised. The last turn's text is not read."""
-        pieces = self.format(self._prepared([*turns[:-1], Turn(role="gpt", text="")], True), self.tokenizer)
-        last = max(index for index, piece in enumerate(pieces) if piece.is_answer)
-        ids = [token for piece in pieces[:last] for token in self._tokenise(piece)]
+        if self.released is not None:
+            ids = self._tokenise(Piece(text=self.released.inference(turns[:-1]), opens=True))
+        else:
+            pieces = self.format(self._prepared([*turns[:-1], Turn(role="gpt", text="")], True), self.tokenizer)
+            last = max(index for index, piece in enumerate(pieces) if piece.is_answer)
+            ids = [token for piece in pieces[:last] for token in self._tokenise(piece)]
         return Rendered(input_ids=tuple(ids), labels=(IGNORE_INDEX,) * len(ids), visual_at=self._visual_at(ids))
 
     def _prepared(self, turns: Sequence[Turn], has_clip: bool) -> list[Turn]:

@@ -93,7 +93,7 @@ class MetricsWriter:
                 self._validation = f"  held out: loss {_shown(row['val_loss'], 4)}"
             if "val_accuracy" in row:
                 accuracy, chance = _shown(row["val_accuracy"], 2), _shown(row["val_chance"], 2)
-                self._validation += f", accuracy {accuracy} (chance {chance})"
+                self._validation += f", accuracy {accuracy} by likelihood (chance {chance})"
         last = rows[-1]
         rate = max((value for name, value in last.items() if name.endswith("_lr")), default=0.0)
         skipped = f"  {plural(self._num_skipped, 'step')} skipped" if self._num_skipped else ""

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from math import isfinite, nan, prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def make_plan(
     built = build(config, source.shapes, llm)
     model = built.model
     model.join(trained_encoders(config, source.trained))
-    loaded = load_parts(origin, built, source.shapes) if origin else None
+    loaded = load_parts(origin, built, source) if origin else None
     if loaded and rank == 0:
         logger.info(loaded.message)
     _check_context(built, data.samples, is_first_rank=rank == 0)
@@ -117,6 +117,7 @@ def make_plan(
         software=software_versions(),
         tokens="from cache" if source.live is None else "end to end",
         live=source.live,
+        encoder_order=model.encoders,
     )
     return Plan(config=config, data=data, built=built, batches=batches, record=record, loaded=loaded)
 
@@ -246,7 +247,7 @@ class Validation:
 
         val_loss                             mean over all supervised tokens
         val_loss_video, _image, _text        the same by modality, where there are such samples
-        val_accuracy, val_chance             on the samples that have options, where there are some
+        val_accuracy, val_chance             by likelihood, on the samples that have options, where there are some
 
     A metric that is not finite stays so: it is named in the log and never makes a checkpoint the best one.
 
@@ -317,10 +318,9 @@ class Validation:
         return sums.flatten()
 
     def _answers(self, questions: Sequence[Sample]) -> Tensor:
-        """Correct answers, NaN where a score is not finite, and how many guessing would get."""
+        """Correct answers by likelihood, of k tied ones 1/k, and how many guessing would get."""
         answers = answer_batch(self.built, questions, self.source, self.accelerator.device)
-        is_finite = all(isfinite(score) for answer in answers for score in answer.scores)
-        correct = sum(answer.predicted == answer.correct for answer in answers) if is_finite else nan
+        correct = sum(answer.credit for answer in answers)
         return torch.tensor([correct, sum(1 / answer.num_options for answer in answers)], dtype=torch.float64)
 
 

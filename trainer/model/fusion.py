@@ -26,6 +26,8 @@ class Fusion(nn.Module):
     Weights are None where the formula has none; `concat_sequence` gives E x N tokens, all others N.
     """
 
+    is_ordered = False  # parameters belong to encoders by their place
+
     def __init__(self, num_encoders: int, width: int, config: FusionConfig) -> None:
         super().__init__()
         self.num_encoders, self.width = num_encoders, width
@@ -91,7 +93,7 @@ class ConcatSequence(Fusion):
 class ConcatChannel(Fusion):
     """Concatenated channels, then Linear(E x M -> M)."""
 
-    has_norm = False
+    is_ordered, has_norm = True, False
 
     def __init__(self, num_encoders: int, width: int, config: FusionConfig) -> None:
         super().__init__(num_encoders, width, config)
@@ -112,6 +114,8 @@ class ConcatChannelNorm(ConcatChannel):
 
 class LearnableWeights(Fusion):
     """O = sum_e softmax(s)_e X_e; s ~ N(0, 1) at the start, the same for every sample."""
+
+    is_ordered = True
 
     def __init__(self, num_encoders: int, width: int, config: FusionConfig) -> None:
         super().__init__(num_encoders, width, config)

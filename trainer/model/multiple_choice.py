@@ -1,11 +1,13 @@
-"""Multiple choice: options scored by likelihood, and accuracy by category.
+"""Multiple choice: questions of a split, answered by one of two protocols, and accuracy by category.
 
-An option's score is the mean log-likelihood of its tokens with EOS, in the prompt format of the training; the best one
-is the answer. Chance is the mean of 1 / number of options.
+`likelihood`: an option's score is the mean log-likelihood of its tokens with EOS, in the prompt format of the training;
+the best one is the answer, and of k equally good ones each is 1/k of it. `letters`: see `trainer/model/letters.py`.
+Chance is the mean of 1 / number of options. Scores of the two protocols are not comparable.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,14 +16,23 @@ import torch
 
 from featurestore.clips import Sample, Turn
 from mervcache.errors import UserError
+from trainer.config import Protocol, TrainConfig
 from trainer.data.batches import Batch, make_batch
 from trainer.data.tokens import TokenSource
+from trainer.model import letters
+from trainer.model.letters import Template
 from trainer.model.video_llm import Built
 
 OVERALL = "all"  # category of the line over all samples
 UNNAMED = "no category"  # that of samples which name none
 TRAINED_SPLIT = "train"  # its questions measure nothing
 FIRST_CLIPS = "it keeps a dataset's first clips, often none of the held-out ones"  # a limit of an extraction
+# Scores that differ by less are equal: the same value for options of unlike length, as float32 sums round it.
+TIE_TOLERANCE = 1e-6
+CAPTION_STAGE = "align"  # its samples ask nothing
+# What became of a split's questions.
+SCORED, OPEN_ENDED = "scored", "open-ended, which are not scored"
+WITHOUT_TOKENS, BEYOND_LIMIT = "without tokens of their clips", "beyond --limit"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +42,19 @@ class Answer:
     sample_id: str
     category: str
     num_options: int
-    predicted: int  # index of the option with the best score
+    predicted: int | None  # index of the chosen option, of tied ones the first; None: nothing that can be read
     correct: int
-    scores: tuple[float, ...]  # mean log-likelihood of each option
+    protocol: Protocol = "likelihood"
+    tied: tuple[int, ...] = ()  # further options that are as good as the predicted one
+    scores: tuple[float, ...] = ()  # likelihood: mean log-likelihood of each option
+    text: str | None = None  # letters: what the model wrote
+
+    @property
+    def credit(self) -> float:
+        """1 for the right option, 1/k where it is one of k equally good ones, else 0; NaN where scores are."""
+        if not all(math.isfinite(score) for score in self.scores):
+            return math.nan
+        return (self.correct in (self.predicted, *self.tied)) / (1 + len(self.tied))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +62,17 @@ class Score:
     """Accuracy on the questions of one category."""
 
     category: str
+    protocol: Protocol
     questions: int
     accuracy: float
     chance: float
+    tied: int  # questions whose best options are equally good
+    unreadable: int  # questions whose answer is no letter of theirs; they count as wrong
+
+
+def default_protocol(config: TrainConfig) -> Protocol:
+    """The protocol of a run's scores: letters, but a fresh LLM has never read an instruction."""
+    return config.protocol or ("likelihood" if config.has_fresh_llm else "letters")
 
 
 def questions(samples: Sequence[Sample], source: TokenSource, *, split: str, has_visual: bool) -> list[Sample]:
@@ -53,6 +82,28 @@ def questions(samples: Sequence[Sample], source: TokenSource, *, split: str, has
     if not found:
         raise UserError(_no_question(samples, split))
     return found
+
+
+def coverage(
+    samples: Sequence[Sample], answerable: Sequence[Sample], scored: Sequence[Sample], split: str
+) -> dict[str, dict[str, int]]:
+    """Benchmark -> how many of the split's questions were scored, and how many not, by reason."""
+    has_tokens = {(sample.source, sample.sample_id) for sample in answerable}
+    is_scored = {(sample.source, sample.sample_id) for sample in scored}
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for sample in samples:
+        if sample.split != split or sample.stage == CAPTION_STAGE:
+            continue
+        key = sample.source, sample.sample_id
+        if not sample.options:
+            outcome = OPEN_ENDED
+        elif key not in has_tokens:
+            outcome = WITHOUT_TOKENS
+        else:
+            outcome = SCORED if key in is_scored else BEYOND_LIMIT
+        counts[sample.source].update([outcome])
+    order = (SCORED, OPEN_ENDED, WITHOUT_TOKENS, BEYOND_LIMIT)
+    return {name: {o: counts[name][o] for o in order if counts[name][o] or o == SCORED} for name in sorted(counts)}
 
 
 def showable(samples: Sequence[Sample], source: TokenSource, *, has_visual: bool) -> list[Sample]:
@@ -67,6 +118,9 @@ def _no_question(samples: Sequence[Sample], split: str) -> str:
     """Which questions there are, so that the next command is the right one."""
     counts = Counter(sample.split for sample in samples if sample.options)
     held = ", ".join(f"{count} of split {name!r}" for name, count in counts.items()) or "none"
+    for name, outcomes in coverage(samples, (), (), split).items():
+        if outcomes.get(OPEN_ENDED):
+            held += f"; {name} has {outcomes[OPEN_ENDED]} open-ended of split {split!r}, which are not scored"
     others = [name for name in counts if name not in (split, TRAINED_SPLIT)]
     if others:
         advice = f"Use --split {others[0]}"
@@ -82,27 +136,64 @@ def _no_question(samples: Sequence[Sample], split: str) -> str:
 
 
 def answer_all(
-    built: Built, samples: Sequence[Sample], source: TokenSource, *, batch_size: int = 16, device: str = "cpu"
+    built: Built,
+    samples: Sequence[Sample],
+    source: TokenSource,
+    *,
+    batch_size: int = 16,
+    device: str = "cpu",
+    template: Template | None = None,
+    run: str = "the run",
 ) -> Iterator[Answer]:
-    """Answer questions, `batch_size` at a time with all their options."""
-    _check_whole(built, samples)
+    """Answer questions, `batch_size` at a time: by letters with a template, else by the likelihood of all options.
+
+    Raises UserError that names `run` and the question where the output of the model is not finite.
+    """
+    _check_whole(built, samples, template)
     built.model.to(device).eval()
     for start in range(0, len(samples), batch_size):
         if built.model.has_visual:
             coming = samples[start : start + 2 * batch_size]
             source.expect(sample.clip_id for sample in coming if sample.clip_id is not None)
-        yield from answer_batch(built, samples[start : start + batch_size], source, device)
+        part = samples[start : start + batch_size]
+        if template is None:
+            answers = answer_batch(built, part, source, device)
+        else:
+            texts = letters.generate_answers(built, part, source, template, device)
+            answers = [_lettered(sample, text) for sample, text in zip(part, texts, strict=True)]
+        for answer in answers:
+            if math.isnan(answer.credit):
+                raise UserError(
+                    f"{run}: the model's output is not finite (NaN or infinite) at question {answer.sample_id}, so it"
+                    " has no score; look for such values in the run's metrics, and score an older checkpoint"
+                )
+        yield from answers
 
 
 def answer_batch(
     built: Built, samples: Sequence[Sample], source: TokenSource, device: torch.device | str
 ) -> list[Answer]:
-    """Answer questions in one forward, with the current weights."""
-    choices = [with_answer(sample, option) for sample in samples for option in sample.options]
+    """Answer questions by likelihood in one forward, with the current weights.
+
+    Options that the model reads as the same tokens are scored once, so that they are equally good to the bit.
+    """
+    choices: list[Sample] = []
+    places: dict[tuple[int, tuple[int, ...]], int] = {}  # question and tokens -> place among the choices
+    options: list[list[int]] = []  # of each question
+    for number, sample in enumerate(samples):
+        options.append([])
+        for option in sample.options:
+            choice = with_answer(sample, option)
+            place = places.setdefault((number, built.renderer(choice.turns).input_ids), len(choices))
+            if place == len(choices):
+                choices.append(choice)
+            options[-1].append(place)
     batch = batch_of(built, choices, source).to(device)
     with built.autocast(device):
-        scores = iter(built.model.score(batch).tolist())
-    return [_answer(sample, tuple(next(scores) for _ in sample.options)) for sample in samples]
+        scores = built.model.score(batch).tolist()
+    return [
+        _answer(sample, tuple(scores[place] for place in found)) for sample, found in zip(samples, options, strict=True)
+    ]
 
 
 def is_whole(built: Built, sample: Sample) -> bool:
@@ -110,9 +201,14 @@ def is_whole(built: Built, sample: Sample) -> bool:
     return not any(built.renderer(with_answer(sample, option).turns).is_cut for option in sample.options)
 
 
-def _check_whole(built: Built, samples: Sequence[Sample]) -> None:
-    """An option that is cut off has no score; said before hours of other questions."""
-    if cut := [sample.sample_id for sample in samples if not is_whole(built, sample)]:
+def _check_whole(built: Built, samples: Sequence[Sample], template: Template | None) -> None:
+    """A prompt or an option that is cut off has no score; said before hours of other questions."""
+    cut = [
+        sample.sample_id
+        for sample in samples
+        if not (is_whole(built, sample) if template is None else letters.fits(built, sample, template))
+    ]
+    if cut:
         raise UserError(
             f"{len(cut)} of {len(samples)} questions are longer than the {built.renderer.max_tokens:,} tokens of text"
             f" that the run reads, which would cut their options off: {', '.join(cut[:5])}; leave them out of"
@@ -148,20 +244,42 @@ def summarise(answers: Sequence[Answer]) -> list[Score]:
 
 
 def _answer(sample: Sample, scores: tuple[float, ...]) -> Answer:
+    """The answer that scores give; without a prediction where one of them is not finite."""
+    if not all(math.isfinite(score) for score in scores):
+        return replace(_unanswered(sample), scores=scores)
+    best = max(scores)
+    tied = [index for index, score in enumerate(scores) if math.isclose(score, best, rel_tol=TIE_TOLERANCE)]
+    return replace(_unanswered(sample), predicted=tied[0], tied=tuple(tied[1:]), scores=scores)
+
+
+def _lettered(sample: Sample, text: str | None) -> Answer:
+    """The answer that a text gives; None stands for output that is not finite."""
+    answer = replace(_unanswered(sample), protocol="letters")
+    if text is None:
+        return replace(answer, scores=(math.nan,))
+    return replace(answer, predicted=letters.read_letter(text, len(sample.options)), text=text)
+
+
+def _unanswered(sample: Sample) -> Answer:
     return Answer(
         sample_id=sample.sample_id,
         category=sample.category or UNNAMED,
         num_options=len(sample.options),
-        predicted=int(torch.tensor(scores).argmax()),
+        predicted=None,
         correct=sample.answer_index,
-        scores=scores,
     )
 
 
 def _score(category: str, answers: Sequence[Answer]) -> Score:
+    protocols = sorted({answer.protocol for answer in answers})
+    if len(protocols) > 1:
+        raise ValueError(f"answers of protocols {', '.join(protocols)} have no common score")
     return Score(
         category=category,
+        protocol=protocols[0],
         questions=len(answers),
-        accuracy=sum(answer.predicted == answer.correct for answer in answers) / len(answers),
+        accuracy=sum(answer.credit for answer in answers) / len(answers),
         chance=sum(1 / answer.num_options for answer in answers) / len(answers),
+        tied=sum(bool(answer.tied) for answer in answers),
+        unreadable=sum(answer.predicted is None for answer in answers),
     )

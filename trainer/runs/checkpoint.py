@@ -30,10 +30,11 @@ from mervcache.errors import NonFiniteError, StoreDamagedError, UserError
 from mervcache.files import apply_umask, file_sha256, replace_text
 from trainer.config import CONFIG_FILE, TrainConfig, read_config
 from trainer.model.llm import save_shape
-from trainer.model.video_llm import Built
+from trainer.model.video_llm import Built, VideoLLM
 from trainer.runs.disk import disk_faults
 from trainer.runs.integrity import RunFiles, fixed_settings, free_settings, seal, unseal
 from trainer.runs.run_record import LLM_FOLDER, RunRecord
+from trainer.runs.weight_names import check_order, to_file_names, to_model_names
 
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
 LLM_PREFIX = "llm."  # of its names in the model
@@ -106,7 +107,7 @@ def save(
     weights: Mapping[str, Tensor],
     optimizer: Mapping[str, Tensor],
     data_digest: str,
-    identities: Mapping[str, str],
+    identities: Mapping[str, str],  # in the order of the model's encoders
     keep: int,
     validation: Mapping[str, float] | None = None,
     skipped: int = 0,
@@ -122,13 +123,14 @@ def save(
             raise NonFiniteError(f"the {kind} of step {step} are not finite and are not saved: {_listed(names)}")
     folder = _checkpoints(run) / f"step-{step:08d}"
     temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+    encoders = list(identities)
     num_bytes = sum(value.nbytes for value in [*weights.values(), *optimizer.values()])
     try:
         with disk_faults(run, "a checkpoint", num_bytes=num_bytes):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-            save_file(_on_cpu(weights), temporary / MODEL_FILE)
-            save_file(_on_cpu(optimizer), temporary / OPTIMIZER_FILE)
+            save_file(to_file_names(_on_cpu(weights), encoders), temporary / MODEL_FILE)
+            save_file(to_file_names(_on_cpu(optimizer), encoders), temporary / OPTIMIZER_FILE)
             apply_umask(temporary)
             state = CheckpointState(
                 step=step,
@@ -282,9 +284,12 @@ def model_weights(model: nn.Module, *, with_llm: bool) -> dict[str, Tensor]:
     }
 
 
-def load_model(folder: Path, model: nn.Module, *, with_llm: bool) -> None:
-    """Load the weights of the checkpoint into `model`."""
-    load_exactly(model, load_file(folder / MODEL_FILE), set(model_weights(model, with_llm=with_llm)), folder)
+def load_model(folder: Path, model: VideoLLM, *, with_llm: bool) -> None:
+    """Load the weights of the checkpoint into `model`, which must have the encoders of the run in the same order."""
+    encoders = _recorded_encoders(folder)
+    check_order(model.encoders, encoders, folder)
+    weights = to_model_names(load_file(folder / MODEL_FILE), encoders)
+    load_exactly(model, weights, set(model_weights(model, with_llm=with_llm)), folder)
 
 
 def load_exactly(model: nn.Module, weights: Mapping[str, Tensor], expected: set[str], folder: Path) -> None:
@@ -309,7 +314,8 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, names: Mappin
 
     `step`, of the run, is the number of updates where the checkpoint has no number for each parameter.
     """
-    moments, is_fused = load_file(folder / OPTIMIZER_FILE), bool(optimizer.defaults["fused"])
+    moments = to_model_names(load_file(folder / OPTIMIZER_FILE), _recorded_encoders(folder))
+    is_fused = bool(optimizer.defaults["fused"])
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             name = names[id(parameter)]
@@ -351,6 +357,11 @@ def placed_like(value: Tensor, parameter: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+
+
+def _recorded_encoders(folder: Path) -> tuple[str, ...]:
+    """The encoders of the run that a checkpoint belongs to, in order."""
+    return RunRecord.read(folder.parent.parent).encoder_order
 
 
 def _checkpoints(run: Path) -> Path:

@@ -54,6 +54,7 @@ from trainer.runs.run_record import (
     software_versions,
 )
 from trainer.runs.stage_folders import last_stage
+from trainer.runs.weight_names import to_file_names
 
 CARD_FILE, ENCODERS_FILE = "README.md", "encoders.json"
 MAX_SHARD = "5GB"
@@ -127,7 +128,8 @@ def _write_weights(out: Path, built: Built, kind: LLMWeights, *, merge_lora: boo
         if not name.startswith("llm."):
             parts[name.partition(".")[0]][name] = value.detach().cpu().contiguous()
     for part, weights in parts.items():
-        save_file(weights, out / f"{part}.safetensors", metadata={"format": "pt"})
+        named = to_file_names(weights, built.model.encoders)
+        save_file(named, out / f"{part}.safetensors", metadata={"format": "pt"})
     built.llm.tokenizer.save_pretrained(out / LLM_FOLDER)
     if kind == "adapter":
         # As peft's own folder, which `PeftModel.from_pretrained(BASE, FOLDER)` reads. peft's `save_pretrained` takes a

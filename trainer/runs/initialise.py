@@ -1,4 +1,4 @@
-"""Starts a run from another run's weights (`init`): all of them where both models are equal, else the parts they share.
+"""Starts a run from another run's weights (`init`): all of them, or with `init_partial` the parts that both have.
 
 A part is one encoder's projector, the fusion, the LLM or an encoder that is trained; it is loaded whole or not at all.
 The LLM's own weights are loaded before adapters change its layers; from then on they exist only in the new run, whose
@@ -18,7 +18,7 @@ from torch import Tensor
 from featurestore.clips import Sample
 from mervcache.errors import UserError
 from trainer.config import TrainConfig, read_config
-from trainer.data.tokens import TokenShape
+from trainer.data.tokens import TokenSource
 from trainer.model.llm import LoadedLLM, is_adapter
 from trainer.model.video_llm import Built, new_llm
 from trainer.runs import checkpoint
@@ -26,6 +26,8 @@ from trainer.runs.checkpoint import LLM_PREFIX
 from trainer.runs.load import is_export, read_weights, resumed_llm
 from trainer.runs.run_record import RunRecord
 from trainer.runs.stage_folders import last_stage
+from trainer.runs.unbound import is_unbound, why_not
+from trainer.runs.weight_names import to_model_names
 
 BASE = ".base_layer."  # in names of weights that have an adapter, as peft makes them
 
@@ -62,7 +64,7 @@ def read_origin(init: str) -> Origin:
         if folder is None:
             raise UserError(f"init: {run} has no checkpoint yet; train it first, or name another run")
         step = checkpoint.load_state(folder).step
-        weights = load_file(folder / checkpoint.MODEL_FILE)
+        weights = to_model_names(load_file(folder / checkpoint.MODEL_FILE), RunRecord.read(run).encoder_order)
     return Origin(run=run, step=step, config=read_config(run), record=RunRecord.read(run), weights=weights)
 
 
@@ -87,13 +89,16 @@ def starting_llm(
 
 
 @torch.no_grad()
-def load_parts(origin: Origin, built: Built, shapes: Mapping[str, TokenShape]) -> Loaded:
-    """Load every part of the origin that fits into the model; UserError if none does."""
+def load_parts(origin: Origin, built: Built, source: TokenSource) -> Loaded:
+    """Load the parts of the origin into the model; UserError unless all fit, or some with `init_partial`.
+
+    Projectors of encoders that the settings leave out by name are not missed.
+    """
     model, weights = built.model, origin.weights
     names: set[str] = set()
     parts: list[str] = []
     missing: dict[str, str] = {}  # part -> why it was not loaded
-    for part, prefix, old_prefix, reason in _candidates(origin, built, shapes):
+    for part, prefix, old_prefix, reason in _candidates(origin, built, source):
         found = {prefix + n.removeprefix(old_prefix): v for n, v in weights.items() if n.startswith(old_prefix)}
         wanted = {name: value for name, value in model.state_dict().items() if name.startswith(prefix)}
         if reason is None and _shapes(found) != _shapes(wanted):
@@ -104,6 +109,7 @@ def load_parts(origin: Origin, built: Built, shapes: Mapping[str, TokenShape]) -
             names |= set(found)
         else:
             missing[part] = reason
+    missing |= _left_behind(origin, built)
     if origin.config.llm != built.config.llm:
         missing["LLM"] = f"there it is {origin.config.llm}, here {built.config.llm}"
     else:
@@ -121,14 +127,19 @@ def load_parts(origin: Origin, built: Built, shapes: Mapping[str, TokenShape]) -
             missing["LoRA adapters"] = "here there are none, or of other shapes"
     if not parts:
         raise UserError(f"nothing of {origin.run} fits: {'; '.join(f'{p}: {r}' for p, r in missing.items())}")
+    dropped = {part: reason for part, reason in missing.items() if part not in _left_out_by_name(origin, built)}
+    if dropped and not built.config.init_partial:
+        raise UserError(
+            f"init: not all of {origin.run} can be loaded: {'; '.join(f'{p}: {r}' for p, r in dropped.items())}. Choose"
+            " the settings of that run, or --init-partial to load the rest, which is"
+            f" {', '.join(parts)}"
+        )
     done = f"{origin.run} (step {origin.step} of {origin.record.num_steps})"
     left = "".join(f"; not {part}: {reason}" for part, reason in missing.items())
     return Loaded(names=frozenset(names), message=f"weights of {done}: loaded {', '.join(parts)}{left}")
 
 
-def _candidates(
-    origin: Origin, built: Built, shapes: Mapping[str, TokenShape]
-) -> Iterable[tuple[str, str, str, str | None]]:
+def _candidates(origin: Origin, built: Built, source: TokenSource) -> Iterable[tuple[str, str, str, str | None]]:
     """Of each part besides the LLM: name, prefix of its tensors here and there, and why it cannot be loaded."""
     model, there = built.model, origin.record.shapes
     old_trained = origin.config.train_encoders
@@ -138,7 +149,9 @@ def _candidates(
             reason = "there is none there"
         elif encoder in old_trained and encoder not in model.trained_names:
             reason = "there its encoder was trained too"
-        elif there[encoder].identity != shapes[encoder].identity:
+        elif is_unbound(there[encoder]):
+            reason = why_not(origin.record, encoder, source.shapes[encoder], source.facts.get(encoder, {}))
+        elif there[encoder].identity != source.shapes[encoder].identity:
             reason = f"it was trained on tokens of identity {there[encoder].identity}"
         old = f"projectors.{list(there).index(encoder)}." if encoder in there else ""
         yield f"projector {encoder}", f"projectors.{index}.", old, reason
@@ -150,9 +163,29 @@ def _candidates(
         reason = None
         if origin.config.fusion != built.config.fusion:
             reason = f"there it is {origin.config.fusion.name}"
-        elif list(there) != list(model.encoders):  # its weights are in the order of the encoders
-            reason = f"there it mixes {', '.join(there) or 'nothing'}"
+        elif model.fusion.is_ordered and list(there) != list(model.encoders):
+            reason = f"there it mixes {', '.join(there) or 'nothing'}, here {', '.join(model.encoders)}"
         yield "fusion", "fusion.", "fusion.", reason
+
+
+def _left_out_by_name(origin: Origin, built: Built) -> set[str]:
+    """Projectors whose encoders the new run's settings leave out by naming others: reported, and no error."""
+    if not built.config.encoders or not built.model.has_visual:
+        return set()
+    return {f"projector {name}" for name in origin.record.shapes if name not in built.config.encoders}
+
+
+def _left_behind(origin: Origin, built: Built) -> dict[str, str]:
+    """Parts of the origin that have no counterpart in the model, with the reason."""
+    model = built.model
+    reason = "the new run does not read that encoder"
+    left = {f"projector {name}": reason for name in origin.record.shapes if name not in model.encoders}
+    if any(name.startswith("fusion.") for name in origin.weights):
+        if not model.has_visual:
+            left["fusion"] = "the new run is text-only"
+        elif not list(model.fusion.state_dict()):
+            left["fusion"] = f"there it is {origin.config.fusion.name}, here {built.config.fusion.name}"
+    return left
 
 
 def _shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:

@@ -30,10 +30,13 @@ FREE_ON_RESUME = {
     "eval_every",
     "eval_limit",
     "eval_split",
+    "init_partial",
     "keep_checkpoints",
+    "letters_template",
     "log_every",
     "max_skipped_in_row",
     "prefetch_batches",
+    "protocol",
     "trackers",
 }
 

@@ -24,6 +24,7 @@ from trainer.runs.checkpoint import LLM_PREFIX, load_exactly
 from trainer.runs.integrity import check_digests, llm_file_names, unseal
 from trainer.runs.run_record import LLM_FOLDER, RunRecord
 from trainer.runs.stage_folders import last_stage, no_checkpoint
+from trainer.runs.weight_names import check_order, to_model_names
 
 FORMAT = 1
 EXPORT_FILE, ADAPTER_FOLDER = "export.json", "adapter"
@@ -92,6 +93,7 @@ def load_export(folder: str | Path) -> LoadedRun:
     built_as = replace(config, train_llm="full") if record.is_merged else config
     built = _rebuild(built_as, run_record, _load_llm(folder, record, config))
     expected = {name for name in built.model.state_dict() if not name.startswith(LLM_PREFIX) or is_adapter(name)}
+    check_order(built.model.encoders, run_record.encoder_order, folder)
     load_exactly(built.model, _read_parts(folder, record), expected, folder)
     built.model.eval()
     return LoadedRun(built=built, record=run_record, step=record.step)
@@ -153,7 +155,8 @@ def _rebuild(config: TrainConfig, record: RunRecord, llm: LoadedLLM) -> Built:
 
 def _read_parts(folder: Path, record: ExportRecord) -> dict[str, Tensor]:
     """The parts of the model besides the LLM, and adapters by their names in `VideoLLM`."""
-    weights = {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
+    named = {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
+    weights = to_model_names(named, RunRecord.read(folder).encoder_order)
     if record.llm == "adapter":
         for name, value in load_file(folder / ADAPTER_FOLDER / ADAPTER_FILE).items():
             stem, _, kind = name.removeprefix(ADAPTER_PREFIX).rpartition(".")

@@ -122,10 +122,14 @@ def _front_matter(facts: CardFacts) -> str:
     base = hub_id(facts.config.llm)
     results = [
         {
-            "task": {"type": TASK, "name": "multiple choice"},
+            "task": {"type": TASK, "name": f"multiple choice by {record['protocol']}"},
             "dataset": {"type": _stem(record), "name": _stem(record), "split": record["split"]},
             "metrics": [
-                {"type": "accuracy", "value": row["accuracy"], "name": f"accuracy, chance {row['chance']:.3f}"}
+                {
+                    "type": "accuracy",
+                    "value": row["accuracy"],
+                    "name": f"accuracy by {record['protocol']}, chance {row['chance']:.3f}",
+                }
             ],
         }
         for record in facts.scores
@@ -190,7 +194,8 @@ def _training(facts: CardFacts) -> str:
         f"LLM: {LLM_TRAINING[config.train_llm]}; loss `{config.loss}`",
         loss,
         *(
-            f"Validation of this checkpoint, {name}: {'not finite' if value is None else f'{value:.4f}'}"
+            f"Validation of this checkpoint, {name}{' by likelihood' * (name == 'val_accuracy')}:"
+            f" {'not finite' if value is None else f'{value:.4f}'}"
             for name, value in (facts.validation or {}).items()
         ),
     ]
@@ -226,8 +231,26 @@ def _score_table(record: Mapping[str, Any], step: int) -> str:
     part = f", the first {record['limit']} questions only" if record.get("limit") else ""
     stale = "" if record["step"] == step else f" **These are scores of step {record['step']}, not of this checkpoint.**"
     snapshot = f"snapshot `{_clean(record['snapshot'])}`{part}.{stale}"
-    head = f"Split `{_clean(record['split'])}` of `{_stem(record)}`, {snapshot}"
-    return f"{head}\n\n{_table(('questions about', 'number', 'accuracy', 'chance', *others), rows)}"
+    head = f"Split `{_clean(record['split'])}` of `{_stem(record)}` by protocol `{record['protocol']}`, {snapshot}"
+    table = _table(("questions about", "number", "accuracy", "chance", *others), rows)
+    return f"{head}\n\n{table}{_score_notes(record)}"
+
+
+def _score_notes(record: Mapping[str, Any]) -> str:
+    """Ties, unreadable answers and questions without a score, where they were recorded."""
+    overall = record["scores"][0] if record["scores"] else {}
+    lines = []
+    if overall.get("tied"):
+        lines.append(f"Ties: {overall['tied']}; one of k best options counts 1/k")
+    if record["protocol"] == "letters":
+        lines.append(f"Unreadable answers, counted as wrong: {overall.get('unreadable', 0)}")
+    if record.get("template"):
+        lines.append(f"Prompt: `{_clean(record['template']['name'])}`: `{_clean(record['template']['text'])}`")
+    for benchmark, outcomes in record.get("questions", {}).items():
+        if len(outcomes) > 1:
+            counts = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
+            lines.append(f"{_clean(benchmark)}: {counts}")
+    return f"\n\n{_bullets(lines)}" if lines else ""
 
 
 def _stem(record: Mapping[str, Any]) -> str:

@@ -5,7 +5,8 @@ RUN/run.json                      the record: data, model and software
 RUN/llm/                          tokenizer, and the sizes of a fresh LLM
 RUN/metrics.jsonl                 a line per step; validation metrics begin with `val_`; `skipped` is 1 where the step
                                   changed nothing, and null is a number that was not finite
-RUN/scores/SPLIT.json             the newest evaluation on all questions of a split
+RUN/scores/SPLIT.json             the newest evaluation on all questions of a split, by likelihood
+RUN/scores/SPLIT-letters.json     that by letters, which is another figure
 RUN/scores/SPLIT-first-N.json     that on the first N of them, which never replaces one on all
 """
 
@@ -31,6 +32,7 @@ LLM_FOLDER, SCORES_FOLDER = "llm", "scores"
 METRICS_FILE = "metrics.jsonl"
 IMPORT_FILE = "imported.json"  # of a run made of a foreign checkpoint: where its weights come from
 PACKAGES = ("merv-pipeline", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "peft")
+FIRST_PROTOCOL = "likelihood"  # the only one of version 0.1, whose scores name none
 UNBOUND = "unbound:"  # begins the identity in an imported run, whose weights do not say what made their tokens
 
 
@@ -52,6 +54,8 @@ class RunRecord:
     software: Mapping[str, str] = field(default_factory=dict)  # package -> version the run was started with
     tokens: str = "from cache"  # or "end to end"
     live: Mapping[str, Any] | None = None  # of an end-to-end run: the extraction's settings, a resumed run reads them
+    encoder_order: tuple[str, ...] = ()  # of `shapes`, which the fusion reads in this order
+    wanted: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # encoder -> what an unbound import wants
 
     def write(self, run: Path) -> None:
         (run / RECORD_FILE).write_text(json.dumps(redact_all(asdict(self)), indent=1) + "\n")
@@ -65,7 +69,9 @@ class RunRecord:
                 encoder: TokenShape(**{**shape, "grid": tuple(shape["grid"])})
                 for encoder, shape in record["shapes"].items()
             }
-            return cls(**{**record, "shapes": shapes})
+            # Before `encoder_order` was recorded it was that of `shapes`.
+            order = tuple(record.get("encoder_order") or shapes)
+            return cls(**{**record, "shapes": {name: shapes[name] for name in order}, "encoder_order": order})
         except (KeyError, TypeError, AttributeError) as error:
             raise StoreDamagedError(no_record(run, f"it is not a record of this version ({error})")) from error
 
@@ -133,7 +139,9 @@ def write_scores(run: Path, result: Mapping[str, Any], source: ScoreSource) -> P
         "snapshot": source.snapshot,
         **result,
     }
-    part = "" if source.limit is None else f"-first-{source.limit}"
+    protocol = result.get("protocol", FIRST_PROTOCOL)
+    part = "" if protocol == FIRST_PROTOCOL else f"-{protocol}"
+    part += "" if source.limit is None else f"-first-{source.limit}"
     name = re.sub(r"[^\w-]", "_", source.split)  # a split's name may hold what a path is made of
     return replace_text(folder / f"{name}{part}.json", json.dumps(record, indent=1) + "\n")
 
@@ -143,10 +151,10 @@ def read_scores(run: Path) -> list[dict[str, Any]]:
     records = []
     for path in sorted((Path(run) / SCORES_FOLDER).glob("*.json")):
         try:
-            record = json.loads(path.read_text())
+            record = {"protocol": FIRST_PROTOCOL, **json.loads(path.read_text())}
             if not {"split", "snapshot", "scores", "beside", "step"} <= record.keys():
                 raise ValueError("entries are missing")
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise UserError(
                 f"{path} holds no scores of this version ({error}); remove it, or evaluate again"
             ) from error

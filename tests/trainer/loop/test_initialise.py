@@ -1,8 +1,10 @@
+import json
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mervcache.errors import StoreDamagedError, UserError
 from trainer.config import FusionConfig, LoraConfig
@@ -58,20 +60,86 @@ def test_a_run_that_has_begun_does_not_need_its_start_again(tmp_path, origin, sh
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
 
 
-def test_projectors_are_known_by_their_encoder_and_a_fusion_by_its_encoders(origin, short, samples, tokens):
+@pytest.fixture
+def turned_tokens(samples, tokens):
+    """The same tokens from a source with the encoders in the other order."""
+    ids = [sample.clip_id for sample in samples]
+    return MemoryTokens(ids, dict(reversed(tokens.fetch(ids).items())))
+
+
+def test_projectors_are_known_by_their_encoder_and_a_query_belongs_to_none(origin, short, samples, turned_tokens):
     turned = replace(short, init=str(origin), encoders=("vivit", "dinov2"))
-    found = tokens.fetch([sample.clip_id for sample in samples])
-    source = MemoryTokens([sample.clip_id for sample in samples], dict(reversed(found.items())))
-    plan, before = make_plan(turned, samples, source), weights_of(origin)
+    plan, before = make_plan(turned, samples, turned_tokens), weights_of(origin)
     for new, old in ((0, 1), (1, 0)):
         loaded = plan.built.model.projectors[new].head.weight
         assert torch.equal(loaded, before[f"projectors.{old}.head.weight"])
-    assert "not fusion: there it mixes dinov2, vivit" in plan.record.started_from
+    assert plan.record.started_from.endswith("loaded projector vivit, projector dinov2, fusion, LLM")
+    assert torch.equal(plan.built.model.fusion.query_M, before["fusion.query_M"])
+
+
+@pytest.mark.parametrize("fusion", ["concat_channel", "concat_channel_ln", "learnable_weights"])
+def test_a_fusion_with_weights_by_place_is_not_loaded_into_another_order(
+    tmp_path, short, samples, tokens, turned_tokens, fusion
+):
+    config = replace(short, fusion=FusionConfig(name=fusion))
+    run_to_end(config, samples, tokens, tmp_path / "first")
+    turned = replace(config, init=str(tmp_path / "first"), encoders=("vivit", "dinov2"))
+    with pytest.raises(UserError, match="fusion: there it mixes dinov2, vivit, here vivit, dinov2"):
+        make_plan(turned, samples, turned_tokens)
+    message = make_plan(replace(turned, init_partial=True), samples, turned_tokens).record.started_from
+    assert message.endswith("; not fusion: there it mixes dinov2, vivit, here vivit, dinov2")
+
+
+def test_a_run_is_not_read_in_another_order_than_its_own(origin, short, samples, tokens):
+    record = json.loads((origin / "run.json").read_text())
+    assert record["encoder_order"] == ["dinov2", "vivit"]
+    (origin / "run.json").write_text(json.dumps({**record, "encoder_order": ["vivit", "dinov2"]}))
+    state_file = checkpoint.newest(origin) / checkpoint.STATE_FILE
+    state = json.loads(state_file.read_text())
+    entries = ("step", "data_digest", "identities", "sha256", "validation")  # of version 0.1, which no digest covers
+    state_file.write_text(json.dumps({name: state[name] for name in entries}))
+    run = load_run(origin)  # names decide: the projectors follow their encoders
+    assert run.built.model.encoders == ("vivit", "dinov2")
+    held = load_file(checkpoint.newest(origin) / checkpoint.MODEL_FILE)
+    for place, encoder in enumerate(("vivit", "dinov2")):
+        assert torch.equal(run.built.model.projectors[place].head.weight, held[f"projector.{encoder}.head.weight"])
+
+
+def test_a_resumed_run_whose_source_has_another_order_is_refused(tmp_path, short, samples, tokens, turned_tokens):
+    run_to_end(short, samples, tokens, tmp_path / "run", stop_at=1)
+    with pytest.raises(UserError, match=r"with the encoders dinov2, vivit, in this order, .* has vivit, dinov2"):
+        run_to_end(short, samples, turned_tokens, tmp_path / "run", resume=True)
+
+
+def test_a_projector_is_left_out_by_naming_the_encoders_that_stay(tmp_path, origin, short, samples, tokens):
+    alone = replace(short, init=str(origin), encoders=("dinov2",))
+    message = make_plan(alone, samples, tokens).record.started_from
+    assert message.endswith(
+        "loaded projector dinov2, fusion, LLM; not projector vivit: the new run does not read that encoder"
+    )
+    joined = replace(short, fusion=FusionConfig(name="concat_channel"))
+    run_to_end(joined, samples, tokens, tmp_path / "joined")
+    with pytest.raises(UserError, match="fusion: there it mixes dinov2, vivit, here dinov2"):
+        make_plan(replace(joined, init=str(tmp_path / "joined"), encoders=("dinov2",)), samples, tokens)
+
+
+def test_a_part_that_would_be_dropped_is_an_error_unless_that_is_allowed(origin, short, samples, tokens):
+    mean = replace(short, init=str(origin), fusion=FusionConfig(name="equal_mix"))
+    with pytest.raises(UserError, match=r"fusion: there it is cross_attention, here equal_mix\. .*--init-partial"):
+        make_plan(mean, samples, tokens)
+    message = make_plan(replace(mean, init_partial=True), samples, tokens).record.started_from
+    assert message.endswith("vivit, LLM; not fusion: there it is cross_attention, here equal_mix")
+    words = replace(short, init=str(origin), mode="text-only")
+    with pytest.raises(UserError, match="fusion: the new run is text-only"):
+        make_plan(words, samples, tokens)
 
 
 def test_what_does_not_fit_is_named_with_the_reason(origin, short, samples, tokens, monkeypatch):
     monkeypatch.setitem(FRESH_LLMS, "other", FreshLLM(hidden_size=32, num_layers=1, num_heads=2, context=128))
     other = replace(short, init=str(origin), llm="fresh:other", fusion=FusionConfig(name="learnable_weights"))
+    with pytest.raises(UserError, match=r"not all of .*origin can be loaded: fusion: .*; LLM: there it is fresh:mini"):
+        make_plan(other, samples, tokens)
+    other = replace(other, init_partial=True)
     message = make_plan(other, samples, tokens).record.started_from
     assert "loaded projector dinov2, projector vivit; " in message
     assert "not fusion: there it is cross_attention" in message
@@ -82,7 +150,8 @@ def test_tokens_of_another_identity_are_not_what_a_projector_was_trained_on(orig
     ids = [sample.clip_id for sample in samples]
     source = MemoryTokens(ids, tokens.fetch(ids))
     source.shapes["dinov2"] = replace(source.shapes["dinov2"], identity="another")
-    message = make_plan(replace(short, init=str(origin)), samples, source).record.started_from
+    config = replace(short, init=str(origin), init_partial=True)
+    message = make_plan(config, samples, source).record.started_from
     assert "not projector dinov2: it was trained on tokens of identity memory:dinov2" in message
     assert "loaded projector vivit, fusion, LLM" in message
 

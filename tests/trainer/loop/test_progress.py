@@ -33,7 +33,7 @@ def test_a_person_sees_loss_rate_speed_waiting_and_the_last_validation(tmp_path,
     captured = capsys.readouterr()
     for words in ("loss 0.5000", "lr 2.0e-03", "samples/s", "tokens/s", "waits 0%"):
         assert words in captured.err
-    assert "held out: loss 0.2500, accuracy 0.75 (chance 0.50)" in captured.err
+    assert "held out: loss 0.2500, accuracy 0.75 by likelihood (chance 0.50)" in captured.err
     assert captured.out == ""
 
 

@@ -12,6 +12,7 @@ from trainer.model.llm import add_adapters, checkpoint_layers, decoder_layers, l
 from trainer.runs import checkpoint
 from trainer.runs.load import load_run
 from trainer.runs.run_record import read_metrics
+from trainer.runs.weight_names import to_model_names
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -77,6 +78,7 @@ def test_a_checkpoint_holds_adapters_and_visual_path_and_gives_the_model_back(tm
     assert all(held[name].any() for name in of_llm)  # B was zero before the first step
     found = load_run(tmp_path / "run").built.model
     assert not found.training
+    held = to_model_names(held, found.encoders)
     before, after = plan.built.model.state_dict(), found.state_dict()
     for name, value in after.items():
         assert torch.equal(value, held.get(name, before[name])), name

@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -6,7 +7,19 @@ import torch
 from featurestore.clips import Turn
 from mervcache.errors import UserError
 from trainer.loop.train import train
-from trainer.model.multiple_choice import Answer, answer_all, batch_of, questions, summarise, with_answer
+from trainer.model.multiple_choice import (
+    BEYOND_LIMIT,
+    OPEN_ENDED,
+    WITHOUT_TOKENS,
+    Answer,
+    answer_all,
+    answer_batch,
+    batch_of,
+    coverage,
+    questions,
+    summarise,
+    with_answer,
+)
 from trainer.runs.load import load_run
 
 
@@ -41,6 +54,74 @@ def test_accuracy_and_chance_by_category_by_hand():
     scores = summarise([answer("b", 2, 1), answer("a", 4, 1), answer("b", 2, 0), answer("b", 4, 0)])
     assert [(s.category, s.questions, s.accuracy) for s in scores] == [("all", 4, 0.5), ("a", 1, 1.0), ("b", 3, 1 / 3)]
     assert [s.chance for s in scores] == pytest.approx([1.5 / 4, 0.25, 1.25 / 3])
+
+
+@pytest.mark.parametrize(
+    ("predicted", "tied", "credit"),
+    [(0, (), 1.0), (1, (), 0.0), (0, (1,), 1 / 2), (1, (2,), 0.0), (0, (1, 2), 1 / 3), (None, (), 0.0)],
+)
+def test_the_right_one_of_k_equal_options_counts_1_over_k(predicted, tied, credit):
+    facts = {"sample_id": "s", "category": "a", "num_options": 3, "correct": 0}
+    answer = Answer(**facts, predicted=predicted, tied=tied)
+    overall = summarise([answer, answer])[0]
+    assert (answer.credit, overall.accuracy) == pytest.approx((credit, credit))
+    assert (overall.tied, overall.unreadable) == (2 * bool(tied), 2 * (predicted is None))
+
+
+def test_a_score_that_is_not_finite_predicts_nothing(brief, samples, tokens):
+    """Of one option alone: the words of the others are as they were."""
+    word = brief.built.renderer.tokenizer.convert_tokens_to_ids("green")
+    with torch.no_grad():
+        brief.built.model.llm.get_input_embeddings().weight[word] = float("nan")
+    (answer,) = answer_batch(brief.built, samples[:1], tokens, "cpu")
+    assert [math.isfinite(score) for score in answer.scores] == [True, False, True]
+    assert answer.predicted is None
+    assert math.isnan(answer.credit)
+
+
+def test_options_that_the_model_reads_as_one_are_equally_good(brief, samples, tokens):
+    unknown = replace(samples[0], options=("zebra", "red", "giraffe", "green red blue", "ostrich"), answer_index=4)
+    (answer,) = answer_all(brief.built, [unknown], tokens)  # three of them are <unk>
+    assert answer.scores[0] == answer.scores[2] == answer.scores[4]
+    alike = replace(samples[0], options=("zebra", "giraffe"), answer_index=1)
+    (answer,) = answer_all(brief.built, [alike], tokens)
+    assert (answer.predicted, answer.tied, answer.credit) == (0, (1,), 0.5)
+
+
+def test_a_model_that_cannot_tell_options_apart_scores_chance(brief, samples, tokens):
+    """Equal logits for all words: options of one, two and three tokens have one mean, up to the rounding of sums."""
+    with torch.no_grad():
+        brief.built.model.llm.lm_head.weight.zero_()
+    asked = [replace(sample, options=("red", "green red", "red green blue")) for sample in samples]
+    overall = summarise(list(answer_all(brief.built, asked, tokens)))[0]
+    assert (overall.accuracy, overall.tied) == (pytest.approx(1 / 3), 18)
+
+
+def test_scores_of_two_protocols_are_not_added_up():
+    facts = {"sample_id": "s", "category": "a", "num_options": 2, "predicted": 0, "correct": 0}
+    with pytest.raises(ValueError, match="protocols letters, likelihood"):
+        summarise([Answer(**facts), Answer(**facts, protocol="letters")])
+
+
+def test_what_was_not_scored_is_counted_by_benchmark_and_reason(samples, tokens, make_sample):
+    def question(index, source, **changes):
+        return replace(make_sample(index, split="heldout"), stage="eval", source=source, **changes)
+
+    open_ended = {"options": (), "answer_index": None}
+    held = [
+        *(question(index, "Perception") for index in range(3)),
+        question(40, "Perception"),  # its clip has no tokens
+        *(question(index, "MSVD", **open_ended) for index in (4, 5)),
+        replace(question(6, "toy", **open_ended), stage="align"),  # a caption asks nothing
+        *samples,
+    ]
+    asked = questions(held, tokens, split="heldout", has_visual=True)
+    assert coverage(held, asked, asked[:2], "heldout") == {
+        "MSVD": {"scored": 0, OPEN_ENDED: 2},
+        "Perception": {"scored": 2, WITHOUT_TOKENS: 1, BEYOND_LIMIT: 1},
+    }
+    with pytest.raises(UserError, match=r"store holds none; MSVD has 2 open-ended of split 'heldout', .* not scored"):
+        questions(held[4:6], tokens, split="heldout", has_visual=True)
 
 
 def test_questions_without_category_have_a_line_only_beside_others(brief, samples, tokens):

@@ -117,6 +117,33 @@ def test_a_run_that_was_stopped_early_is_marked(facts):
     assert "- **The run was stopped early, after 4 of 10 steps.**" in text
 
 
+def test_a_score_names_its_protocol_and_what_it_leaves_out(facts):
+    row = {"category": "all", "questions": 8, "accuracy": 0.5, "chance": 0.25, "tied": 0, "unreadable": 2}
+    record = {
+        "split": "heldout",
+        "limit": None,
+        "store": "a.zarr",
+        "snapshot": "1-a",
+        "step": 10,
+        "protocol": "letters",
+        "scores": [row],
+        "beside": {},
+        "questions": {"MSVD": {"scored": 8, "open-ended, which are not scored": 9}},
+        "template": {"name": "own.txt", "text": "{question}\n{options}"},
+    }
+    text = model_card(replace(facts, scores=[record], validation={"val_accuracy": 0.25, "val_loss": 2.0}))
+    assert "Split `heldout` of `a` by protocol `letters`, snapshot `1-a`" in text
+    assert "- Unreadable answers, counted as wrong: 2\n" in text
+    assert "- Prompt: `own.txt`: `{question} {options}`\n" in text
+    assert "- MSVD: 8 scored, 9 open-ended, which are not scored\n" in text
+    assert "- Validation of this checkpoint, val_accuracy by likelihood: 0.2500\n" in text
+    (result,) = ModelCard(text).data.eval_results
+    assert (result.task_name, result.metric_name) == (
+        "multiple choice by letters",
+        "accuracy by letters, chance 0.250",
+    )
+
+
 def test_text_from_data_opens_neither_cells_nor_html(facts):
     row = {"category": "a|b\n<script>", "questions": 1, "accuracy": 1.0, "chance": 0.5}
     record = {
@@ -126,6 +153,7 @@ def test_text_from_data_opens_neither_cells_nor_html(facts):
         "snapshot": "1-a",
         "step": 10,
         "scores": [row],
+        "protocol": "likelihood",
         "beside": {"runs/words": [row]},
     }
     text = model_card(replace(facts, scores=[record]))

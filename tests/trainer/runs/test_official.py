@@ -1,6 +1,7 @@
 """Checkpoints in the layout of princetonvisualai/merv at toy size, of plain torch modules that compute as it does."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ from trainer.config import FusionConfig
 from trainer.data.batches import make_batch
 from trainer.data.tokens import MemoryTokens
 from trainer.evaluate import EvaluationRequest, evaluate_run
+from trainer.loop.plan import make_plan
+from trainer.loop.train import train
 from trainer.model.llm import load_llm
 from trainer.official import MAX_LISTED, check_names, import_official
 from trainer.runs.load import load_run
-from trainer.sources import check_identities, open_store
+from trainer.sources import check_identities, open_store, opened
 
 WIDTH, TIME, SIDE = 32, 4, 2  # of fresh:mini; of the visual tokens
 ENCODERS = {"languagebind-video-noclass": 6, "dinov2-video-all-tokens": 8}  # id -> width
@@ -148,6 +151,13 @@ def settings():
         "finetune_learning_rate": 3e-5,
     }
     return {"model": model, "seed": 7}
+
+
+@pytest.fixture
+def identities(identities):
+    """Tokens of the frames that a model of encoders with 4 and with 8 frames is trained on."""
+    rules = {"dinov2": "linspace-8/2", "vivit": "linspace-8"}
+    return {name: replace(identity, frame_rule=rules[name]) for name, identity in identities.items()}
 
 
 @pytest.fixture
@@ -342,7 +352,76 @@ def test_with_a_store_the_run_is_bound_to_its_identities_and_evaluated(
     }
     assert list(run.record.shapes) == ["dinov2", "vivit"]
     assert run.record.encoders["vivit"]["weights"] == "random:0"
-    assert evaluate_run(tmp_path / "run", EvaluationRequest())["scores"][0]["questions"] == 3
+    scores = evaluate_run(tmp_path / "run", EvaluationRequest())["scores"]
+    assert (scores[0]["questions"], scores[0]["protocol"]) == (3, "letters")
+
+
+@pytest.fixture
+def two(make, settings, monkeypatch):
+    """A checkpoint of the encoders of the question store."""
+
+    def build(num_frames=(TIME, 2 * TIME), **options):
+        monkeypatch.setitem(ENCODERS, "vivit-google-b-all-no-cls-16frames", 6)
+        monkeypatch.delitem(ENCODERS, "languagebind-video-noclass", raising=False)
+        settings["model"] |= {"video_backbone_ids": list(ENCODERS), "num_frames": list(num_frames)}
+        return make(**options)
+
+    return build
+
+
+def test_tokens_of_other_frames_are_refused_with_and_without_a_store(
+    two, take, question_store, toy_identity, tmp_path, write_store, features
+):
+    two(num_frames=(TIME, TIME * 2))
+    run = take()
+    assert run.record.wanted["vivit"] == {"frame_rule": "linspace-8", "preprocessing.fit": "squash"}
+    _, source = open_store(str(question_store), run.built.config)
+    check_identities(run, source)
+    source.facts["dinov2"]["identity"]["frame_rule"] = "linspace-32/2"
+    message = "dinov2 tokens of frame_rule linspace-8/2, this source has linspace-32/2: extract"
+    with pytest.raises(UserError, match=message):
+        check_identities(run, source)
+    source.facts["dinov2"]["identity"] |= {"frame_rule": "linspace-8/2", "preprocessing": {"fit": "centre-crop"}}
+    with pytest.raises(UserError, match=r"preprocessing\.fit squash, this source has centre-crop"):
+        check_identities(run, source)
+
+
+def test_a_store_of_other_frames_is_refused_at_import(make, take, settings, question_store, monkeypatch, tmp_path):
+    monkeypatch.setitem(ENCODERS, "dinov2-video-all-tokens", 8)
+    monkeypatch.delitem(ENCODERS, "languagebind-video-noclass")
+    settings["model"] |= {"video_backbone_ids": list(ENCODERS), "num_frames": [TIME]}
+    make()
+    with pytest.raises(UserError, match="frame_rule linspace-4, this source has linspace-8/2"):
+        take(store=str(question_store))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("is_bound", [True, False])
+def test_a_run_starts_from_all_weights_of_an_import(two, take, question_store, base, tmp_path, is_bound):
+    two(fusion="concat_channel")
+    imported = take(**({"store": str(question_store)} if is_bound else {}))
+    origin = imported.built.model.state_dict()
+    config = replace(
+        imported.built.config, init=str(tmp_path / "run"), encoders=(), batch_size=6, max_steps=1, precision="fp32"
+    )
+    with opened(str(question_store)) as open_tokens:
+        samples, source = open_tokens(config, tmp_path / "next")
+        plan = make_plan(config, samples, source)
+        assert plan.record.started_from.endswith("loaded projector dinov2, projector vivit, fusion, LLM")
+        started = plan.built.model.state_dict()
+        assert all(torch.equal(value.float(), started[name].float()) for name, value in origin.items())
+        train(config, samples, source, tmp_path / "next", store=str(question_store), quiet=True)
+    assert load_run(tmp_path / "next").step == 1
+
+
+def test_tokens_that_an_unbound_import_was_not_trained_on_are_no_start(two, take, question_store, tmp_path):
+    two()
+    config = replace(take().built.config, init=str(tmp_path / "run"), batch_size=6, max_steps=1)
+    with opened(str(question_store)) as open_tokens:
+        samples, source = open_tokens(config, None)
+        source.facts["vivit"]["identity"]["frame_rule"] = "linspace-32/1"
+        with pytest.raises(UserError, match=r"projector vivit: .* linspace-8, this source has linspace-32/1"):
+            make_plan(config, samples, source)
 
 
 def test_a_store_with_other_widths_is_refused(make, take, settings, question_store, tmp_path):
@@ -433,6 +512,17 @@ def test_the_command_imports_a_run_that_can_be_evaluated_and_given_away(
     assert report.exit_code == 0, report.output
     assert json.loads(report.stdout)["step"] == 5979
     assert "names no store of its own" in call("run", "--checkpoint", "run").stderr
+    bound = json.loads(report.stdout)["bound_to"]
+    assert bound == {
+        "prompt": "pure",
+        "image_resize_strategy": "resize-naive",
+        "frame_rules": {"dinov2": "linspace-8/2", "vivit": "linspace-8"},
+        "fusion": "cross_attention_released",
+        "store": None,
+    }
+    shown = call("import-official", "latest-checkpoint.pt", *options[:-2], "shown").stdout
+    for word in ("prompt: pure", "dinov2 linspace-8/2, vivit linspace-8", "resize-naive", "cross_attention_released"):
+        assert word in shown
     scored = call("run", "--checkpoint", "run", "--store", question_store, "--json")
     assert json.loads(scored.stdout)["scores"][0]["questions"] == 3
     assert call("export", "--checkpoint", "run", "--out", "given").exit_code == 0
