@@ -16,6 +16,7 @@ from mervcache.files import record_digest
 
 Kind = Literal["video", "image"]
 KINDS: tuple[Kind, ...] = ("video", "image")
+PLACEHOLDERS = ("<video>", "<image>")  # where a question about a clip names it; in an answer they are words like any
 MAX_PATH_LENGTH = 1024  # characters; POSIX PATH_MAX is 4096 bytes
 # Patterns, not loops over characters: a million clips are checked when a store is planned (3 s instead of 12).
 _FORBIDDEN_CHARACTER = re.compile(r"[\x00-\x1f\\]")
@@ -90,6 +91,25 @@ class Turn:
 
     role: Role
     text: str
+
+
+def without_outer_placeholders(text: str) -> str:
+    """The text stripped, without the placeholders at its start or, where there is none, at its end.
+
+    >>> without_outer_placeholders("<video>\\nWhat is a <video> tag?"), without_outer_placeholders("What?\\n<image> ")
+    ('What is a <video> tag?', 'What?')
+    """
+    text = text.strip()
+    start, end = 0, len(text)
+    while text.startswith(PLACEHOLDERS, start):
+        start = text.index(">", start) + 1
+        while start < end and text[start].isspace():
+            start += 1
+    while start == 0 and text.endswith(PLACEHOLDERS, 0, end):
+        end = text.rindex("<", 0, end)
+        while end and text[end - 1].isspace():
+            end -= 1
+    return text[start:end]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

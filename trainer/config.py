@@ -30,6 +30,7 @@ Tracker = Literal["tensorboard", "wandb"]
 Precision = Literal["fp32", "bf16"]
 PromptName = Literal["pure", "vicuna", "llama2_chat", "chat_template", "caption"]
 VisualPosition = Literal["after_bos", "first"]
+PlaceholderRule = Literal["removed", "as_released"]
 
 # What a model is made of, by name; adding a fusion, resampler or head is a class in its module and a row here.
 FUSIONS = {
@@ -192,6 +193,9 @@ class TrainConfig:
     fusion: FusionConfig = field(default_factory=FusionConfig)
     prompt: PromptName = "pure"
     visual_position: VisualPosition = "after_bos"  # after a lone BOS, else first
+    placeholder: PlaceholderRule = (
+        "removed"  # "<video>" of a question with a clip; as_released: as the released MERV code
+    )
     max_text_tokens: int = 2048  # longer texts are cut at the right, and sooner where the LLM's context is full
     exceed_context: bool = False  # go beyond the LLM's context, if its positions are rotary: concat_sequence of four
     # encoders fills LLaMA-2's 4,096 without any text, and arXiv 2501.01426 has that row

@@ -233,7 +233,12 @@ class Batches:
             digest=order_digest(data.samples),
         )
         kept = max(KEPT_SAMPLES, KEPT_BATCHES * config.batch_size)
-        self.rendered = lru_cache(maxsize=kept)(lambda index: renderer(data.samples[index].turns))
+
+        def rendered(index: int) -> Rendered:
+            sample = data.samples[index]
+            return renderer(sample.turns, has_clip=sample.clip_id is not None)
+
+        self.rendered = lru_cache(maxsize=kept)(rendered)
 
     @property
     def num_steps(self) -> int:

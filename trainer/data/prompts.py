@@ -1,8 +1,9 @@
 """Prompt formats: a conversation -> token ids, and labels that supervise the answers and their EOS only.
 
 A format cuts a conversation into pieces that are tokenised separately, as princetonvisualai/merv does, so an answer has
-the same ids in training as after a prompt at inference. Media placeholders ("<video>", "<image>") are removed: visual
-tokens have their own position, and evaluation questions hold no placeholder.
+the same ids in training as after a prompt at inference. A clip's placeholder ("<video>", "<image>") is removed from its
+question: visual tokens have their own position, and evaluation questions hold no placeholder. In answers and in
+text-only samples these are words and stay.
 """
 
 from __future__ import annotations
@@ -11,12 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from featurestore.clips import Turn
+from featurestore.clips import PLACEHOLDERS, Turn, without_outer_placeholders
 from mervcache.errors import UserError, unknown_name
-from trainer.config import PromptName, VisualPosition
+from trainer.config import PlaceholderRule, PromptName, VisualPosition
 
 IGNORE_INDEX = -100  # label of a position without supervision, torch's default
-PLACEHOLDERS = ("<video>", "<image>")
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -85,7 +85,7 @@ def chat_template(turns: Sequence[Turn], tokenizer: Any) -> list[Piece]:
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(f"tokenizer {tokenizer.name_or_path!r} has no chat template; choose another prompt")
     roles = {"human": "user", "gpt": "assistant"}
-    messages = [{"role": roles[turn.role], "content": clean(turn.text)} for turn in turns]
+    messages = [{"role": roles[turn.role], "content": turn.text} for turn in turns]
     pieces: list[Piece] = []
     seen = ""
     for end in range(1, len(messages) + 1):
@@ -106,7 +106,7 @@ def caption(turns: Sequence[Turn], tokenizer: Any) -> list[Piece]:
     """Stage 1 of princetonvisualai/merv: `caption</s>` behind the visual tokens; the question is not read."""
     if reason := reason_to_refuse("caption", turns):
         raise UserError(f"{reason}; choose another prompt for conversations")
-    return [Piece(text="", opens=True), _answer(clean(turns[1].text))]
+    return [Piece(text="", opens=True), _answer(turns[1].text)]
 
 
 PROMPTS: dict[PromptName, Callable[[Sequence[Turn], Any], list[Piece]]] = {
@@ -122,22 +122,29 @@ class Renderer:
     """A prompt format bound to a tokenizer: what the collator and the evaluation call."""
 
     def __init__(
-        self, prompt: PromptName, tokenizer: Any, *, position: VisualPosition = "after_bos", max_tokens: int = 2048
+        self,
+        prompt: PromptName,
+        tokenizer: Any,
+        *,
+        position: VisualPosition = "after_bos",
+        placeholder: PlaceholderRule = "removed",
+        max_tokens: int = 2048,
     ) -> None:
         if prompt not in PROMPTS:
             raise UserError(unknown_name("prompt", prompt, list(PROMPTS)))
         self.format, self.tokenizer = PROMPTS[prompt], tokenizer
+        self.prompt, self.placeholder = prompt, placeholder
         self.position, self.max_tokens = position, max_tokens
         self.bos_id = tokenizer.bos_token_id if adds_bos(tokenizer) else None
         self.blank = " " if words_hold_blanks(tokenizer) else ""
         if tokenizer.eos_token_id is None:
             raise UserError(f"tokenizer {tokenizer.name_or_path!r} has no end token, so answers could not end")
 
-    def __call__(self, turns: Sequence[Turn]) -> Rendered:
-        """Ids and labels of a whole conversation, cut at `max_tokens`."""
+    def __call__(self, turns: Sequence[Turn], *, has_clip: bool = True) -> Rendered:
+        """Ids and labels of a whole conversation, cut at `max_tokens`; without a clip no text is a placeholder."""
         ids: list[int] = []
         labels: list[int] = []
-        for piece in self.format(turns, self.tokenizer):
+        for piece in self.format(self._prepared(turns, has_clip), self.tokenizer):
             piece_ids = self._tokenise(piece)
             ids += piece_ids
             labels += piece_ids if piece.is_answer else [IGNORE_INDEX] * len(piece_ids)
@@ -147,10 +154,15 @@ class Renderer:
 
     def question(self, turns: Sequence[Turn]) -> Rendered:
         """Ids up to where the last answer begins; nothing is supervised. The last turn's text is not read."""
-        pieces = self.format([*turns[:-1], Turn(role="gpt", text="")], self.tokenizer)
+        pieces = self.format(self._prepared([*turns[:-1], Turn(role="gpt", text="")], True), self.tokenizer)
         last = max(index for index, piece in enumerate(pieces) if piece.is_answer)
         ids = [token for piece in pieces[:last] for token in self._tokenise(piece)]
         return Rendered(input_ids=tuple(ids), labels=(IGNORE_INDEX,) * len(ids), visual_at=self._visual_at(ids))
+
+    def _prepared(self, turns: Sequence[Turn], has_clip: bool) -> list[Turn]:
+        if self.placeholder == "removed":
+            return without_placeholder(turns, has_clip)
+        return as_released(turns, self.prompt)
 
     def _tokenise(self, piece: Piece) -> list[int]:
         blank = self.blank if piece.begins_word and piece.text else ""
@@ -195,16 +207,39 @@ def words_hold_blanks(tokenizer: Any) -> bool:
     return len(bare) == len(behind_blank) and bare != behind_blank
 
 
-def clean(text: str) -> str:
-    """Text without media placeholders and without blank at either end."""
-    for placeholder in PLACEHOLDERS:
-        text = text.replace(placeholder, "")
-    return text.strip()
+def without_placeholder(turns: Sequence[Turn], has_clip: bool) -> list[Turn]:
+    """The conversation with stripped texts, and its questions without the placeholder of the clip.
+
+    That is what stands at the start or the end of a question. Where no question has one there, it is the first one
+    within a question.
+    """
+    texts = [turn.text.strip() for turn in turns]
+    questions = [index for index, turn in enumerate(turns) if turn.role == "human" and has_clip]
+    for index in questions:
+        texts[index] = without_outer_placeholders(texts[index])
+    if all(texts[index] == turns[index].text.strip() for index in questions):
+        for index in questions:
+            if found := [place for name in PLACEHOLDERS if (place := texts[index].find(name)) >= 0]:
+                before, after = texts[index][: min(found)], texts[index][min(found) :]
+                texts[index] = before + after[after.index(">") + 1 :]
+                break
+    return [Turn(role=turn.role, text=text) for turn, text in zip(turns, texts, strict=True)]
+
+
+def as_released(turns: Sequence[Turn], prompt: PromptName) -> list[Turn]:
+    """As princetonvisualai/merv: "<video>" stays, and "<image>" is deleted from every turn.
+
+    Its builders for the chat headers of LLaMA 3.1 and Qwen 2.5 delete neither.
+    """
+    deleted = "" if prompt == "chat_template" else "<image>"
+    return [
+        Turn(role=turn.role, text=turn.text.replace(deleted, "").strip() if deleted else turn.text) for turn in turns
+    ]
 
 
 def _pieces(turns: Iterable[Turn], question: Callable[[int, str], Piece]) -> list[Piece]:
     return [
-        question(index, clean(turn.text)) if turn.role == "human" else _answer(clean(turn.text), begins_word=True)
+        question(index, turn.text) if turn.role == "human" else _answer(turn.text, begins_word=True)
         for index, turn in enumerate(turns)
     ]
 

@@ -192,7 +192,11 @@ def build(config: TrainConfig, shapes: Mapping[str, TokenShape], llm: LoadedLLM)
     adapt(llm.model, config)
     model = VideoLLM(llm.model, projectors, fusion, exceeds_context=_exceeds_context(config, llm))
     renderer = Renderer(
-        config.prompt, llm.tokenizer, position=config.visual_position, max_tokens=_text_limit(config, model)
+        config.prompt,
+        llm.tokenizer,
+        position=config.visual_position,
+        placeholder=config.placeholder,
+        max_tokens=_text_limit(config, model),
     )
     return Built(model=model, llm=llm, renderer=renderer, config=config)
 

@@ -112,6 +112,13 @@ def test_captions_take_one_question_and_one_plain_answer_about_a_clip(samples, t
     }
 
 
+def test_a_tag_is_a_placeholder_only_in_a_question_about_a_clip(samples, tokens, config, make_sample):
+    batches = batches_of([*samples, make_sample(51, clip_id=None)], tokens, config)
+    by_id = {sample.sample_id: index for index, sample in enumerate(batches.data.samples)}
+    with_clip, text_only = (len(batches.rendered(by_id[name]).input_ids) for name in ("s000", "s051"))
+    assert text_only > with_clip
+
+
 def test_all_samples_dropped_is_an_error(tokens, config, make_sample):
     with pytest.raises(UserError, match="no sample is left to train on"):
         select([make_sample(50)], tokens, config)

@@ -6,7 +6,15 @@ from transformers import PreTrainedTokenizerFast
 
 from featurestore.clips import Turn
 from mervcache.errors import UserError
-from trainer.data.prompts import IGNORE_INDEX, LLAMA2_SYSTEM, PROMPTS, VICUNA_SYSTEM, Renderer, clean, reason_to_refuse
+from trainer.data.prompts import (
+    IGNORE_INDEX,
+    LLAMA2_SYSTEM,
+    PROMPTS,
+    VICUNA_SYSTEM,
+    Renderer,
+    reason_to_refuse,
+    without_placeholder,
+)
 from trainer.model.llm import word_tokenizer
 
 ONE = (Turn(role="human", text="<video>\nWhat is it?"), Turn(role="gpt", text="A cat."))
@@ -247,10 +255,48 @@ def test_long_texts_are_cut_at_the_right():
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("<video>\nWhat?", "What?"), ("What?\n<image>", "What?"), (" a <b> ", "a <b>")]
+    ("question", "expected"),
+    [
+        ("<video>\nWhat?", "What?"),
+        ("What?\n<image>", "What?"),
+        (" a <b> ", "a <b>"),
+        ("<image><image>\nWhat?", "What?"),
+        ("<video>\nIs <video> an HTML tag?", "Is <video> an HTML tag?"),
+        ("In the clip <video>, what is <image>?", "In the clip , what is <image>?"),
+        ("<video>", ""),
+    ],
 )
-def test_media_placeholders_are_removed(text, expected):
-    assert clean(text) == expected
+def test_the_placeholder_of_a_clip_is_removed_from_its_question(question, expected):
+    turns = (Turn(role="human", text=question), Turn(role="gpt", text="A <video> tag. <image>"))
+    assert [turn.text for turn in without_placeholder(turns, has_clip=True)] == [expected, "A <video> tag. <image>"]
+
+
+def test_every_question_that_repeats_the_placeholder_loses_it():
+    turns = (*ONE, Turn(role="human", text="<video> Where?"), Turn(role="gpt", text="On <video>."))
+    assert [t.text for t in without_placeholder(turns, True)] == ["What is it?", "A cat.", "Where?", "On <video>."]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_without_a_clip_tags_are_words_that_are_read_and_trained(prompt, header_tokenizer):
+    turns = (
+        Turn(role="human", text="Which tag plays a film, <image> or <video>"),
+        Turn(role="gpt", text="It is <video>"),
+    )
+    if prompt == "caption":
+        turns = (turns[0], Turn(role="gpt", text="It is a tag"))
+    rendered = Renderer(prompt, header_tokenizer)(turns, has_clip=False)
+    assert ("film, <image> or <video>" in header_tokenizer.decode(list(rendered.input_ids))) == (prompt != "caption")
+    assert turns[1].text in supervised(rendered, header_tokenizer)
+
+
+@pytest.mark.parametrize("prompt", CONVERSATIONS)
+def test_the_released_code_keeps_the_video_token_and_its_older_builders_delete_the_image_token(
+    prompt, header_tokenizer
+):
+    renderer = Renderer(prompt, header_tokenizer, placeholder="as_released")
+    texts = [header_tokenizer.decode(list(renderer(turns).input_ids)) for turns in (ONE, STILL)]
+    assert "<video>\nWhat is it?" in texts[0]
+    assert ("<image>" in texts[1]) == (prompt == "chat_template")
 
 
 def test_a_template_that_rewrites_history_is_refused(im_tokenizer):
