@@ -78,13 +78,26 @@ def load_llm(
     where = hub_options(name)
     options = quantised_loading(quant) if quant is not None else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **where)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
         model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, adapter_kwargs=where, **options, **where
+            name,
+            dtype=dtype,
+            use_safetensors=True,
+            adapter_kwargs=where,
+            trust_remote_code=False,
+            **options,
+            **where,
         )
     except (OSError, ValueError) as error:
-        raise UserError(_no_llm(name, error)) from error
+        raise UserError(_no_llm(name, reason_not_loaded(error))) from error
     return LoadedLLM(model=model, tokenizer=tokenizer, is_fresh=False)
+
+
+def reason_not_loaded(error: Exception) -> str:
+    """The first line of an error of `from_pretrained`, without its advice to run code that a folder brings along."""
+    if "trust_remote_code" in str(error):
+        return "its folder brings Python code of its own, which is never run; an LLM of transformers' own classes works"
+    return str(error).strip().partition("\n")[0]
 
 
 def _fresh_llm(size: str, texts: Iterable[str]) -> LoadedLLM:
@@ -182,8 +195,14 @@ def load_saved_shape(folder: Path, dtype: torch.dtype = torch.float32) -> Loaded
     """Tokenizer and sizes of an LLM whose weights only a run has; they come from its checkpoint."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        sizes = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(sizes, dtype=dtype, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the LLM's sizes and tokenizer in {folder} cannot be read: {reason_not_loaded(error)}"
+        ) from error
     return LoadedLLM(model=model, tokenizer=tokenizer, is_fresh=True)
 
 

@@ -1,11 +1,15 @@
-"""Where an LLM is looked for: a folder, the Hub's cache, and the Hub only if it answers."""
+"""Where an LLM is looked for, and that its folder runs no code."""
 
+import ast
+import json
 import time
+from pathlib import Path
 
 import pytest
 
+import trainer
 from mervcache.errors import UserError
-from trainer.model.llm import load_llm
+from trainer.model.llm import load_llm, load_saved_shape
 
 
 @pytest.fixture
@@ -49,3 +53,51 @@ def test_an_llm_in_the_cache_needs_no_hub(hub, pretrained):
     expected, found = load_llm(pretrained), load_llm("acme/llm")
     assert found.model.state_dict().keys() == expected.model.state_dict().keys()
     assert found.tokenizer.get_vocab() == expected.tokenizer.get_vocab()
+
+
+def bring_code(folder, file, key, made):
+    """Let a file of the folder name Python code in it, which leaves a mark where it is run."""
+    settings = json.loads((folder / file).read_text()) | {"auto_map": {key: "own.Own"}}
+    if file == "config.json":
+        settings["model_type"] = "own"
+    (folder / file).write_text(json.dumps(settings))
+    (folder / "own.py").write_text(f"open({str(made)!r}, 'w').close()\n")
+
+
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [
+        ("config.json", "AutoConfig"),
+        ("tokenizer_config.json", "AutoTokenizer"),
+        ("config.json", "AutoModelForCausalLM"),
+    ],
+)
+def test_code_in_the_folder_of_an_llm_is_neither_run_nor_offered(pretrained, tmp_path, monkeypatch, file, key):
+    llm = load_llm(pretrained)
+    bring_code(Path(pretrained), file, key, tmp_path / "made")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a prompt"))
+    if file == "config.json":
+        with pytest.raises(UserError, match="cannot be loaded") as refused:
+            load_llm(pretrained)
+        assert "trust_remote_code" not in str(refused.value)
+        with pytest.raises(UserError, match="cannot be read"):
+            load_saved_shape(Path(pretrained))
+    else:
+        assert load_llm(pretrained).tokenizer.get_vocab() == llm.tokenizer.get_vocab()
+    assert not (tmp_path / "made").exists()
+
+
+def test_every_class_that_is_chosen_by_a_folder_is_told_to_run_no_code_of_it():
+    root, silent = Path(trainer.__file__).parents[1], []
+    files = [
+        file for folder in ("trainer", "pipeline", "scripts", "benchmarks") for file in (root / folder).rglob("*.py")
+    ]
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                owner = ast.unparse(node.func.value).rpartition(".")[2]
+                if owner.startswith("Auto") and node.func.attr in ("from_pretrained", "from_config"):
+                    values = {word.arg: word.value for word in node.keywords}
+                    if ast.unparse(values.get("trust_remote_code", ast.Constant(None))) != "False":
+                        silent.append(f"{file.relative_to(root)}:{node.lineno}")
+    assert silent == []
