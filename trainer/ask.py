@@ -89,8 +89,8 @@ class Asker:
                 batch.to(self._device),
                 max_new_tokens=self._num_new_tokens(max_new_tokens, batch.attention_mask_BS.shape[1]),
                 do_sample=False,
-                eos_token_id=self._end_ids(),
-                pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+                eos_token_id=list(renderer.end_ids),
+                pad_token_id=tokenizer.eos_token_id,  # a padding token of its own may have no embedding
             )
         return [text.strip() for text in tokenizer.batch_decode(ids.tolist(), skip_special_tokens=True)]
 
@@ -127,13 +127,6 @@ class Asker:
                 f"the question and the visual tokens fill the LLM's context of {context}; ask a shorter one"
             )
         return wanted if context is None else min(wanted, context - used)
-
-    def _end_ids(self) -> list[int]:
-        """The tokenizer's end token, and those that a chat model ends its turns with."""
-        settings = getattr(self.model.llm, "generation_config", None)
-        ends = getattr(settings, "eos_token_id", None)
-        ends = ends if isinstance(ends, list) else [ends]
-        return sorted({self.run.built.renderer.tokenizer.eos_token_id, *(end for end in ends if end is not None)})
 
 
 def ask(run: Path | str, question: str, *, weights: Sequence[str] = (), device: str = "auto", **media: Any) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -193,6 +194,7 @@ class TrainConfig:
     fusion: FusionConfig = field(default_factory=FusionConfig)
     prompt: PromptName = "pure"
     visual_position: VisualPosition = "after_bos"  # after a lone BOS, else first
+    template_date: str = "2024-07-26"  # what chat templates that write today's date read; Llama 3's own default
     placeholder: PlaceholderRule = (
         "removed"  # "<video>" of a question with a clip; as_released: as the released MERV code
     )
@@ -242,6 +244,10 @@ class TrainConfig:
             raise UserError("text-only training has no encoders to train; leave train_encoders empty")
         if odd := [encoder for encoder in self.train_encoders if self.encoders and encoder not in self.encoders]:
             raise UserError(unknown_name("encoder in train_encoders", odd[0], self.encoders))
+        try:
+            date.fromisoformat(self.template_date)
+        except ValueError:
+            raise UserError(f"template_date is a day as YYYY-MM-DD, got {self.template_date!r}") from None
         is_fresh = self.llm.startswith("fresh:")
         if is_fresh and self.train_llm != "full" and not self.allow_fresh_frozen:
             raise UserError(

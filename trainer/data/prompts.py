@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from featurestore.clips import PLACEHOLDERS, Turn, without_outer_placeholders
 from mervcache.errors import UserError, unknown_name
 from trainer.config import PlaceholderRule, PromptName, VisualPosition
+from trainer.data.chat_templates import DEFAULT_DATE, ChatTemplate
 
 IGNORE_INDEX = -100  # label of a position without supervision, torch's default
 VICUNA_SYSTEM = (
@@ -80,26 +82,10 @@ def llama2_chat(turns: Sequence[Turn], tokenizer: Any) -> list[Piece]:
     return _pieces(turns, question)
 
 
-def chat_template(turns: Sequence[Turn], tokenizer: Any) -> list[Piece]:
+def chat_template(turns: Sequence[Turn], tokenizer: Any, template: ChatTemplate | None = None) -> list[Piece]:
     """The tokenizer's own template, cut where each answer begins and behind its end token."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError(f"tokenizer {tokenizer.name_or_path!r} has no chat template; choose another prompt")
-    roles = {"human": "user", "gpt": "assistant"}
-    messages = [{"role": roles[turn.role], "content": turn.text} for turn in turns]
-    pieces: list[Piece] = []
-    seen = ""
-    for end in range(1, len(messages) + 1):
-        is_answer = end % 2 == 0
-        text = tokenizer.apply_chat_template(messages[:end], tokenize=False, add_generation_prompt=not is_answer)
-        if not text.startswith(seen):
-            raise UserError(
-                f"the chat template of {tokenizer.name_or_path!r} rewrites earlier turns, so answers cannot be"
-                " separated from prompts; choose another prompt"
-            )
-        new = text[len(seen) :]
-        pieces += _split_answer(new, messages[end - 1]["content"], tokenizer) if is_answer else [Piece(text=new)]
-        seen = text
-    return pieces
+    pieces = (template or ChatTemplate(tokenizer)).pieces(turns)
+    return [Piece(text=text, is_answer=is_answer) for text, is_answer in pieces]
 
 
 def caption(turns: Sequence[Turn], tokenizer: Any) -> list[Piece]:
@@ -129,7 +115,10 @@ class Renderer:
         position: VisualPosition = "after_bos",
         placeholder: PlaceholderRule = "removed",
         max_tokens: int = 2048,
+        template_date: str = DEFAULT_DATE,
+        end_ids: Iterable[int] = (),
     ) -> None:
+        """`template_date` is today for chat templates, `end_ids` end a generation by the LLM's own settings."""
         if prompt not in PROMPTS:
             raise UserError(unknown_name("prompt", prompt, list(PROMPTS)))
         self.format, self.tokenizer = PROMPTS[prompt], tokenizer
@@ -139,25 +128,36 @@ class Renderer:
         self.blank = " " if words_hold_blanks(tokenizer) else ""
         if tokenizer.eos_token_id is None:
             raise UserError(f"tokenizer {tokenizer.name_or_path!r} has no end token, so answers could not end")
+        ends = {tokenizer.eos_token_id, *end_ids}
+        if prompt == "chat_template":
+            template = ChatTemplate(tokenizer, day=template_date, end_ids=ends)
+            self.format = partial(chat_template, template=template)
+            ends.add(template.end_id)
+        self.end_ids = tuple(sorted(ends))  # what ends a generated answer
 
     def __call__(self, turns: Sequence[Turn], *, has_clip: bool = True) -> Rendered:
         """Ids and labels of a whole conversation, cut at `max_tokens`; without a clip no text is a placeholder."""
-        ids: list[int] = []
-        labels: list[int] = []
-        for piece in self.format(self._prepared(turns, has_clip), self.tokenizer):
-            piece_ids = self._tokenise(piece)
-            ids += piece_ids
-            labels += piece_ids if piece.is_answer else [IGNORE_INDEX] * len(piece_ids)
+        ids, labels = self._tokens(self.format(self._prepared(turns, has_clip), self.tokenizer))
         is_cut = len(ids) > self.max_tokens
         ids, labels = ids[: self.max_tokens], labels[: self.max_tokens]
         return Rendered(input_ids=tuple(ids), labels=tuple(labels), visual_at=self._visual_at(ids), is_cut=is_cut)
 
-    def question(self, turns: Sequence[Turn]) -> Rendered:
+    def question(self, turns: Sequence[Turn], *, has_clip: bool = True) -> Rendered:
         """Ids up to where the last answer begins; nothing is supervised. The last turn's text is not read."""
-        pieces = self.format(self._prepared([*turns[:-1], Turn(role="gpt", text="")], True), self.tokenizer)
+        pieces = self.format(self._prepared([*turns[:-1], Turn(role="gpt", text="")], has_clip), self.tokenizer)
         last = max(index for index, piece in enumerate(pieces) if piece.is_answer)
-        ids = [token for piece in pieces[:last] for token in self._tokenise(piece)]
+        ids, _ = self._tokens(pieces[:last])
         return Rendered(input_ids=tuple(ids), labels=(IGNORE_INDEX,) * len(ids), visual_at=self._visual_at(ids))
+
+    def _tokens(self, pieces: Iterable[Piece]) -> tuple[list[int], list[int]]:
+        """Ids and labels."""
+        ids: list[int] = []
+        labels: list[int] = []
+        for piece in pieces:
+            piece_ids = self._tokenise(piece)
+            ids += piece_ids
+            labels += piece_ids if piece.is_answer else [IGNORE_INDEX] * len(piece_ids)
+        return ids, labels
 
     def _prepared(self, turns: Sequence[Turn], has_clip: bool) -> list[Turn]:
         if self.placeholder == "removed":
@@ -246,14 +246,3 @@ def _pieces(turns: Iterable[Turn], question: Callable[[int, str], Piece]) -> lis
 
 def _answer(text: str, *, begins_word: bool = False) -> Piece:
     return Piece(text=text, is_answer=True, closes=True, begins_word=begins_word)
-
-
-def _split_answer(segment: str, answer: str, tokenizer: Any) -> list[Piece]:
-    """Answer with its end token, supervised, and what the template writes behind it, not supervised."""
-    start = max(segment.find(answer), 0) + len(answer)
-    special = [token for token in tokenizer.all_special_tokens if token in segment[start:]]
-    ends = [segment.find(token, start) + len(token) for token in special]
-    if not ends:
-        raise UserError(f"the chat template of {tokenizer.name_or_path!r} writes no end token behind an answer")
-    head = Piece(text=segment[: min(ends)], is_answer=True)
-    return [head, Piece(text=segment[min(ends) :])] if segment[min(ends) :] else [head]

@@ -25,6 +25,7 @@ from trainer.config import LoraConfig, TrainConfig
 
 FRESH_PREFIX = "fresh:"
 HUB_TIMEOUT_S = 10.0  # of one request to the Hub
+GENERATION_FILE = "generation_config.json"  # transformers' name
 SPECIAL_WORDS = ("<unk>", "<s>", "</s>")
 QUANTISATIONS: dict[str, dict[str, Any]] = {  # options of transformers' BitsAndBytesConfig
     "int8": {"load_in_8bit": True},  # LLM.int8(), arXiv 2208.07339
@@ -98,6 +99,12 @@ def reason_not_loaded(error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return "its folder brings Python code of its own, which is never run; an LLM of transformers' own classes works"
     return str(error).strip().partition("\n")[0]
+
+
+def end_ids(model: nn.Module) -> tuple[int, ...]:
+    """Tokens that end a generation by the model's own settings: one, several or none."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return tuple(ends) if isinstance(ends, list | tuple) else () if ends is None else (ends,)
 
 
 def _fresh_llm(size: str, texts: Iterable[str]) -> LoadedLLM:
@@ -193,12 +200,14 @@ def holds_shape(folder: Path) -> bool:
 
 def load_saved_shape(folder: Path, dtype: torch.dtype = torch.float32) -> LoadedLLM:
     """Tokenizer and sizes of an LLM whose weights only a run has; they come from its checkpoint."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         sizes = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model = AutoModelForCausalLM.from_config(sizes, dtype=dtype, trust_remote_code=False)
+        if (folder / GENERATION_FILE).is_file():
+            model.generation_config.eos_token_id = GenerationConfig.from_pretrained(folder).eos_token_id
     except (OSError, ValueError) as error:
         raise UserError(
             f"the LLM's sizes and tokenizer in {folder} cannot be read: {reason_not_loaded(error)}"
@@ -207,10 +216,14 @@ def load_saved_shape(folder: Path, dtype: torch.dtype = torch.float32) -> Loaded
 
 
 def save_shape(llm: LoadedLLM, folder: Path) -> None:
-    """Write the tokenizer, and the sizes of a fresh LLM, without weights."""
+    """Write the tokenizer, and the sizes and end tokens of a fresh LLM, without weights."""
+    from transformers import GenerationConfig
+
     llm.tokenizer.save_pretrained(folder)
     if llm.is_fresh:
         llm.model.config.save_pretrained(folder)
+        if ends := end_ids(llm.model):  # alone: published settings of sampling are often such that they cannot be saved
+            GenerationConfig(eos_token_id=list(ends)).save_pretrained(folder)
 
 
 def adapt(llm: nn.Module, config: TrainConfig) -> None:

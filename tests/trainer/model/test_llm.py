@@ -3,13 +3,15 @@
 import ast
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import trainer
 from mervcache.errors import UserError
-from trainer.model.llm import load_llm, load_saved_shape
+from trainer.model.llm import load_llm, load_saved_shape, save_shape
+from trainer.runs.load import load_run
 
 
 @pytest.fixture
@@ -101,3 +103,18 @@ def test_every_class_that_is_chosen_by_a_folder_is_told_to_run_no_code_of_it():
                     if ast.unparse(values.get("trust_remote_code", ast.Constant(None))) != "False":
                         silent.append(f"{file.relative_to(root)}:{node.lineno}")
     assert silent == []
+
+
+def test_the_end_tokens_of_a_generation_are_those_of_the_llm_also_where_only_its_shape_is_kept(
+    pretrained, tmp_path, config, samples, tokens
+):
+    from trainer.loop.train import train
+
+    llm = load_llm(pretrained)
+    llm.model.generation_config.eos_token_id = [2, 5]
+    llm.model.save_pretrained(pretrained)
+    llm.model.generation_config.temperature = 0.9  # of sampling, which is off: transformers refuses to save it
+    save_shape(replace(llm, is_fresh=True), tmp_path / "shape")
+    assert load_saved_shape(tmp_path / "shape").model.generation_config.eos_token_id == [2, 5]
+    train(replace(config, llm=pretrained, max_steps=1), samples, tokens, tmp_path / "run", quiet=True)
+    assert load_run(tmp_path / "run").built.renderer.end_ids == (2, 5)
