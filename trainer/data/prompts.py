@@ -8,12 +8,12 @@ text-only samples these are words and stay.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from featurestore.clips import PLACEHOLDERS, Turn, without_outer_placeholders
+from featurestore.clips import PLACEHOLDERS, Sample, Turn, without_outer_placeholders
 from mervcache.errors import UserError, unknown_name
 from trainer.config import PlaceholderRule, PromptName, VisualPosition
 from trainer.data.chat_templates import DEFAULT_DATE, ChatTemplate
@@ -117,8 +117,12 @@ class Renderer:
         max_tokens: int = 2048,
         template_date: str = DEFAULT_DATE,
         end_ids: Iterable[int] = (),
+        num_embeddings: int | None = None,
     ) -> None:
-        """`template_date` is today for chat templates, `end_ids` end a generation by the LLM's own settings."""
+        """`template_date` is today for chat templates, `end_ids` end a generation by the LLM's own settings.
+
+        `num_embeddings` are the ids that the LLM can read; None: all that the tokenizer makes.
+        """
         if prompt not in PROMPTS:
             raise UserError(unknown_name("prompt", prompt, list(PROMPTS)))
         self.format, self.tokenizer = PROMPTS[prompt], tokenizer
@@ -134,6 +138,7 @@ class Renderer:
             self.format = partial(chat_template, template=template)
             ends.add(template.end_id)
         self.end_ids = tuple(sorted(ends))  # what ends a generated answer
+        self.num_embeddings = num_embeddings
 
     def __call__(self, turns: Sequence[Turn], *, has_clip: bool = True) -> Rendered:
         """Ids and labels of a whole conversation, cut at `max_tokens`; without a clip no text is a placeholder."""
@@ -149,6 +154,24 @@ class Renderer:
         ids, _ = self._tokens(pieces[:last])
         return Rendered(input_ids=tuple(ids), labels=(IGNORE_INDEX,) * len(ids), visual_at=self._visual_at(ids))
 
+    def check_readable(self, samples: Iterable[Sample]) -> None:
+        """UserError where a text holds a token for which the LLM has no embedding, before the first step.
+
+        Only tokens added to a tokenizer can be such ones, and a text makes one where it spells it out.
+        """
+        vocabulary = self.tokenizer.get_vocab().items()
+        beyond = [
+            word.casefold() for word, i in vocabulary if self.num_embeddings is not None and i >= self.num_embeddings
+        ]
+        if not beyond:
+            return
+        self.question((Turn(role="human", text="a"), Turn(role="gpt", text="")))  # the format's own words
+        for sample in samples:
+            for text in (*(turn.text for turn in sample.turns), *sample.options):
+                folded = text.casefold()
+                if any(word in folded for word in beyond):
+                    self._check_ids(self.tokenizer(text, add_special_tokens=False)["input_ids"], sample.sample_id)
+
     def _tokens(self, pieces: Iterable[Piece]) -> tuple[list[int], list[int]]:
         """Ids and labels."""
         ids: list[int] = []
@@ -157,7 +180,16 @@ class Renderer:
             piece_ids = self._tokenise(piece)
             ids += piece_ids
             labels += piece_ids if piece.is_answer else [IGNORE_INDEX] * len(piece_ids)
+        self._check_ids(ids)
         return ids, labels
+
+    def _check_ids(self, ids: Sequence[int], sample_id: str = "") -> None:
+        if self.num_embeddings is None or max(ids, default=0) < self.num_embeddings:
+            return
+        beyond = {index: self.tokenizer.convert_ids_to_tokens(index) for index in ids if index >= self.num_embeddings}
+        where = f"sample {sample_id!r}" if sample_id else "a text"
+        reason = beyond_embeddings(beyond, len(self.tokenizer), self.num_embeddings)
+        raise UserError(f"{where} cannot be read by the LLM: {reason}")
 
     def _prepared(self, turns: Sequence[Turn], has_clip: bool) -> list[Turn]:
         if self.placeholder == "removed":
@@ -189,6 +221,17 @@ def reason_to_refuse(prompt: PromptName, turns: Sequence[Turn]) -> str | None:
     if any(placeholder in turns[1].text for placeholder in PLACEHOLDERS):
         return "caption prompt: the answer holds a media placeholder"
     return None
+
+
+def beyond_embeddings(beyond: Mapping[int, str], num_tokens: int, num_embeddings: int) -> str:
+    """What is wrong with tokens of these ids, and the next step."""
+    named = ", ".join(f"{beyond[index]!r} ({index})" for index in sorted(beyond)[:5])
+    return (
+        f"its tokenizer has {num_tokens:,} tokens and its model {num_embeddings:,} embeddings, none for {named}"
+        f"{', ...' if len(beyond) > 5 else ''}; give the tokenizer that the model was trained with, or add rows with"
+        " transformers (`model.resize_token_embeddings(len(tokenizer))`, `save_pretrained`) and train them with"
+        " train_llm: full"
+    )
 
 
 def adds_bos(tokenizer: Any) -> bool:

@@ -91,6 +91,7 @@ def make_plan(
     loaded = load_parts(origin, built, source.shapes) if origin else None
     if loaded and rank == 0:
         logger.info(loaded.message)
+    built.renderer.check_readable(samples)
     _check_context(built, data.samples, is_first_rank=rank == 0)
     batches = Batches(
         data,

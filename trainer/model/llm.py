@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mervcache.errors import UserError, unknown_name
 from trainer.config import LoraConfig, TrainConfig
+from trainer.data.prompts import beyond_embeddings
 
 FRESH_PREFIX = "fresh:"
 HUB_TIMEOUT_S = 10.0  # of one request to the Hub
@@ -91,6 +92,7 @@ def load_llm(
         )
     except (OSError, ValueError) as error:
         raise UserError(_no_llm(name, reason_not_loaded(error))) from error
+    check_vocabulary(name, tokenizer, model)
     return LoadedLLM(model=model, tokenizer=tokenizer, is_fresh=False)
 
 
@@ -101,10 +103,30 @@ def reason_not_loaded(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
+def num_embeddings(model: nn.Module) -> int:
+    """Token ids that the model can read and predict."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    return min(rows, getattr(model.get_output_embeddings(), "out_features", rows))
+
+
 def end_ids(model: nn.Module) -> tuple[int, ...]:
     """Tokens that end a generation by the model's own settings: one, several or none."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return tuple(ends) if isinstance(ends, list | tuple) else () if ends is None else (ends,)
+
+
+def check_vocabulary(name: str, tokenizer: Any, model: nn.Module) -> None:
+    """UserError where the tokenizer's own words, or its special roles, have ids that the model has no row for.
+
+    Published tokenizers have added tokens beyond the model (CodeLlama's infilling, a padding token): these are refused
+    where a text makes one, see `Renderer`. Rows beyond the tokenizer are padding.
+    """
+    rows = num_embeddings(model)
+    roles = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
+    added = tokenizer.added_tokens_decoder.keys() - set(roles)
+    beyond = {index: word for word, index in tokenizer.get_vocab().items() if index >= rows and index not in added}
+    if beyond:
+        raise UserError(f"LLM {name!r}: {beyond_embeddings(beyond, len(tokenizer), rows)}")
 
 
 def _fresh_llm(size: str, texts: Iterable[str]) -> LoadedLLM:
@@ -212,6 +234,7 @@ def load_saved_shape(folder: Path, dtype: torch.dtype = torch.float32) -> Loaded
         raise UserError(
             f"the LLM's sizes and tokenizer in {folder} cannot be read: {reason_not_loaded(error)}"
         ) from error
+    check_vocabulary(str(folder), tokenizer, model)
     return LoadedLLM(model=model, tokenizer=tokenizer, is_fresh=True)
 
 

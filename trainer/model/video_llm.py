@@ -27,7 +27,7 @@ from trainer.data.order import derive_seed
 from trainer.data.prompts import IGNORE_INDEX, PROMPTS, Renderer, without_placeholder
 from trainer.data.tokens import TokenShape
 from trainer.model.fusion import Fusion, build_fusion
-from trainer.model.llm import FRESH_PREFIX, LoadedLLM, adapt, end_ids, load_llm
+from trainer.model.llm import FRESH_PREFIX, LoadedLLM, adapt, end_ids, load_llm, num_embeddings
 from trainer.model.projectors import Projector, build_projectors
 
 
@@ -198,6 +198,7 @@ def build(config: TrainConfig, shapes: Mapping[str, TokenShape], llm: LoadedLLM)
         placeholder=config.placeholder,
         template_date=config.template_date,
         end_ids=end_ids(llm.model),
+        num_embeddings=num_embeddings(llm.model),
         max_tokens=_text_limit(config, model),
     )
     return Built(model=model, llm=llm, renderer=renderer, config=config)

@@ -1,4 +1,4 @@
-"""Where an LLM is looked for, and that its folder runs no code."""
+"""Where an LLM is looked for, that its folder runs no code, and a tokenizer that does not fit its model."""
 
 import ast
 import json
@@ -7,9 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trainer
+from featurestore.clips import Turn
 from mervcache.errors import UserError
+from trainer.loop.plan import make_plan
 from trainer.model.llm import load_llm, load_saved_shape, save_shape
 from trainer.runs.load import load_run
 
@@ -103,6 +106,79 @@ def test_every_class_that_is_chosen_by_a_folder_is_told_to_run_no_code_of_it():
                     if ast.unparse(values.get("trust_remote_code", ast.Constant(None))) != "False":
                         silent.append(f"{file.relative_to(root)}:{node.lineno}")
     assert silent == []
+
+
+def with_words(folder, *words, special=False):
+    """Add words to the tokenizer of an LLM, and no rows to its embeddings."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(list(words), special_tokens=special)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def answering(sample, answer):
+    return replace(sample, turns=(sample.turns[0], Turn(role="gpt", text=answer)))
+
+
+@pytest.fixture
+def on_pretrained(config, pretrained):
+    return replace(config, llm=pretrained, train_llm="none")
+
+
+@pytest.mark.parametrize("where", ["an answer", "a question", "a held-out sample", "an option"])
+def test_a_word_without_an_embedding_is_refused_before_the_first_step(on_pretrained, samples, tokens, where):
+    tokenizer = with_words(on_pretrained.llm, "zebra")
+    if where == "an answer":
+        samples[7] = answering(samples[7], "red zebra")
+    elif where == "a question":
+        samples[7] = replace(samples[7], turns=(Turn(role="human", text="a zebra?"), samples[7].turns[1]))
+    elif where == "a held-out sample":
+        samples[7] = replace(answering(samples[7], "zebra"), split="heldout")
+    else:
+        samples[7] = replace(samples[7], options=("zebra", *samples[7].options[1:]))
+    rows = len(tokenizer) - 1
+    message = (
+        rf"sample 's007' .* has {rows + 1} tokens .* {rows} embeddings, none for 'zebra' \({rows}\); .*resize_token"
+    )
+    with pytest.raises(UserError, match=message):
+        make_plan(on_pretrained, samples, tokens)
+
+
+def test_a_word_of_the_template_without_an_embedding_is_refused(on_pretrained, samples, tokens):
+    tokenizer = with_words(on_pretrained.llm, "<|user|>", special=True)
+    tokenizer.chat_template = "{% for m in messages %}<|user|>{{ m.content }}</s>{% endfor %}"
+    tokenizer.save_pretrained(on_pretrained.llm)
+    make_plan(on_pretrained, samples, tokens)  # the pure prompt never writes it
+    with pytest.raises(UserError, match=r"none for '<\|user\|>'"):
+        make_plan(replace(on_pretrained, prompt="chat_template"), samples, tokens)
+
+
+def test_added_words_that_no_text_holds_do_no_harm_and_are_refused_in_a_question(on_pretrained, samples, tokens):
+    with_words(on_pretrained.llm, "zebra", "<pad>")
+    built = make_plan(on_pretrained, samples, tokens).built
+    with pytest.raises(UserError, match="a text cannot be read by the LLM"):
+        built.renderer.question((Turn(role="human", text="Is it a zebra?"), Turn(role="gpt", text="")))
+
+
+def test_words_of_another_model_and_roles_without_an_embedding_are_refused_at_once(pretrained):
+    model = AutoModelForCausalLM.from_pretrained(pretrained)
+    rows = model.get_input_embeddings().weight.shape[0]
+    tokenizer = AutoTokenizer.from_pretrained(pretrained)
+    tokenizer.eos_token = "<|end|>"
+    tokenizer.save_pretrained(pretrained)
+    with pytest.raises(UserError, match=rf"{rows} embeddings, none for '<\|end\|>'"):
+        load_llm(pretrained)
+    model.resize_token_embeddings(rows - 2)
+    model.save_pretrained(pretrained)
+    with pytest.raises(UserError, match=rf"{rows - 2} embeddings, none for '.*' \({rows - 2}\)"):
+        load_llm(pretrained)
+
+
+def test_embeddings_beyond_the_tokenizer_are_padding(on_pretrained, samples, tokens):
+    model = AutoModelForCausalLM.from_pretrained(on_pretrained.llm)
+    model.resize_token_embeddings(64)
+    model.save_pretrained(on_pretrained.llm)
+    assert make_plan(on_pretrained, samples, tokens).built.llm.model.get_input_embeddings().weight.shape[0] == 64
 
 
 def test_the_end_tokens_of_a_generation_are_those_of_the_llm_also_where_only_its_shape_is_kept(
