@@ -30,7 +30,7 @@ LossName = Literal["per_token", "micro_batch_means"]
 Tracker = Literal["tensorboard", "wandb"]
 Precision = Literal["fp32", "bf16"]
 PromptName = Literal["pure", "vicuna", "llama2_chat", "chat_template", "caption"]
-VisualPosition = Literal["after_bos", "first"]
+VisualPosition = Literal["after_bos", "first", "placeholder"]
 PlaceholderRule = Literal["removed", "as_released"]
 
 # What a model is made of, by name; adding a fusion, resampler or head is a class in its module and a row here.
@@ -193,7 +193,8 @@ class TrainConfig:
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
     prompt: PromptName = "pure"
-    visual_position: VisualPosition = "after_bos"  # after a lone BOS, else first
+    # after_bos: after a lone BOS, else first; placeholder: where the text of the sample has <video> or <image>
+    visual_position: VisualPosition = "after_bos"
     template_date: str = "2024-07-26"  # what chat templates that write today's date read; Llama 3's own default
     placeholder: PlaceholderRule = (
         "removed"  # "<video>" of a question with a clip; as_released: as the released MERV code
@@ -244,6 +245,11 @@ class TrainConfig:
             raise UserError("text-only training has no encoders to train; leave train_encoders empty")
         if odd := [encoder for encoder in self.train_encoders if self.encoders and encoder not in self.encoders]:
             raise UserError(unknown_name("encoder in train_encoders", odd[0], self.encoders))
+        if self.visual_position == "placeholder" and self.placeholder != "removed":
+            raise UserError(
+                "visual_position: placeholder puts visual tokens in the place of <video>, and placeholder:"
+                f" {self.placeholder} keeps it as text; choose one of them"
+            )
         try:
             date.fromisoformat(self.template_date)
         except ValueError:

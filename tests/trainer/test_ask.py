@@ -141,6 +141,13 @@ def test_a_text_only_run_answers_without_looking_and_says_so(extracted, tmp_path
     assert "answers without looking" in result.stderr
 
 
+def test_a_run_with_visual_tokens_at_the_placeholder_answers(extracted, tmp_path, media_lab, media_root):
+    placed = trained(replace(CONFIG, visual_position="placeholder"), extracted, tmp_path / "placed")
+    with Asker(placed) as opened:
+        for path, colour in media_lab.VIDEOS.items():
+            assert opened.answers([QUESTION, f"<video>\n{QUESTION}"], video=media_root / path) == [colour, colour]
+
+
 def test_the_command_answers_and_labels_random_weights(run, media_root):
     result = ask("--checkpoint", run, "--video", media_root / "films/green.mp4", QUESTION, QUESTION)
     assert result.exit_code == 0, result.output

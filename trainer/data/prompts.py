@@ -3,13 +3,14 @@
 A format cuts a conversation into pieces that are tokenised separately, as princetonvisualai/merv does, so an answer has
 the same ids in training as after a prompt at inference. A clip's placeholder ("<video>", "<image>") is removed from its
 question: visual tokens have their own position, and evaluation questions hold no placeholder. In answers and in
-text-only samples these are words and stay.
+text-only samples these are words and stay. With position "placeholder" visual tokens take its place, and its question
+is tokenised in two parts, before and behind it, as LLaVA does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from trainer.config import PlaceholderRule, PromptName, VisualPosition
 from trainer.data.chat_templates import DEFAULT_DATE, ChatTemplate
 
 IGNORE_INDEX = -100  # label of a position without supervision, torch's default
+MARK = "\ue003"  # the place of visual tokens while a conversation is rendered; a private-use character
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -46,7 +48,7 @@ class Rendered:
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
-    visual_at: int  # visual tokens are inserted before this text position: 0, or 1 after a BOS
+    visual_at: int  # visual tokens are inserted before this text position: 0, 1 after a BOS, or that of the placeholder
     is_cut: bool = False  # there was more text
 
     @property
@@ -142,17 +144,19 @@ class Renderer:
 
     def __call__(self, turns: Sequence[Turn], *, has_clip: bool = True) -> Rendered:
         """Ids and labels of a whole conversation, cut at `max_tokens`; without a clip no text is a placeholder."""
-        ids, labels = self._tokens(self.format(self._prepared(turns, has_clip), self.tokenizer))
+        ids, labels, place = self._tokens(self.format(self._prepared(turns, has_clip), self.tokenizer))
         is_cut = len(ids) > self.max_tokens
         ids, labels = ids[: self.max_tokens], labels[: self.max_tokens]
-        return Rendered(input_ids=tuple(ids), labels=tuple(labels), visual_at=self._visual_at(ids), is_cut=is_cut)
+        visual_at = self._visual_at(ids) if place is None else min(place, len(ids))
+        return Rendered(input_ids=tuple(ids), labels=tuple(labels), visual_at=visual_at, is_cut=is_cut)
 
     def question(self, turns: Sequence[Turn], *, has_clip: bool = True) -> Rendered:
         """Ids up to where the last answer begins; nothing is supervised. The last turn's text is not read."""
         pieces = self.format(self._prepared([*turns[:-1], Turn(role="gpt", text="")], has_clip), self.tokenizer)
         last = max(index for index, piece in enumerate(pieces) if piece.is_answer)
-        ids, _ = self._tokens(pieces[:last])
-        return Rendered(input_ids=tuple(ids), labels=(IGNORE_INDEX,) * len(ids), visual_at=self._visual_at(ids))
+        ids, _, place = self._tokens(pieces[:last])
+        visual_at = self._visual_at(ids) if place is None else place
+        return Rendered(input_ids=tuple(ids), labels=(IGNORE_INDEX,) * len(ids), visual_at=visual_at)
 
     def check_readable(self, samples: Iterable[Sample]) -> None:
         """UserError where a text holds a token for which the LLM has no embedding, before the first step.
@@ -172,16 +176,21 @@ class Renderer:
                 if any(word in folded for word in beyond):
                     self._check_ids(self.tokenizer(text, add_special_tokens=False)["input_ids"], sample.sample_id)
 
-    def _tokens(self, pieces: Iterable[Piece]) -> tuple[list[int], list[int]]:
-        """Ids and labels."""
+    def _tokens(self, pieces: Iterable[Piece]) -> tuple[list[int], list[int], int | None]:
+        """Ids, labels, and the position of the placeholder's mark, where the texts hold one."""
         ids: list[int] = []
         labels: list[int] = []
+        place = None
         for piece in pieces:
-            piece_ids = self._tokenise(piece)
+            before, mark, behind = piece.text.partition(MARK)
+            piece_ids = self._tokenise(replace(piece, text=before, closes=piece.closes and not mark))
+            if mark:
+                place = len(ids) + len(piece_ids)
+                piece_ids += self._tokenise(replace(piece, text=behind, opens=False, begins_word=False))
             ids += piece_ids
             labels += piece_ids if piece.is_answer else [IGNORE_INDEX] * len(piece_ids)
         self._check_ids(ids)
-        return ids, labels
+        return ids, labels, place
 
     def _check_ids(self, ids: Sequence[int], sample_id: str = "") -> None:
         if self.num_embeddings is None or max(ids, default=0) < self.num_embeddings:
@@ -192,9 +201,11 @@ class Renderer:
         raise UserError(f"{where} cannot be read by the LLM: {reason}")
 
     def _prepared(self, turns: Sequence[Turn], has_clip: bool) -> list[Turn]:
-        if self.placeholder == "removed":
-            return without_placeholder(turns, has_clip)
-        return as_released(turns, self.prompt)
+        if self.placeholder != "removed":
+            return as_released(turns, self.prompt)
+        if self.position == "placeholder" and has_clip:
+            return with_mark(turns)
+        return without_placeholder(turns, has_clip)
 
     def _tokenise(self, piece: Piece) -> list[int]:
         blank = self.blank if piece.begins_word and piece.text else ""
@@ -209,18 +220,26 @@ class Renderer:
         "<|im_start|>user") and must stay with it.
         """
         has_bos = self.bos_id is not None and bool(ids) and ids[0] == self.bos_id
-        return int(self.position == "after_bos" and has_bos)
+        return int(self.position != "first" and has_bos)
 
 
-def reason_to_refuse(prompt: PromptName, turns: Sequence[Turn]) -> str | None:
+def reason_to_refuse(
+    prompt: PromptName, turns: Sequence[Turn], position: VisualPosition = "after_bos", *, has_clip: bool = True
+) -> str | None:
     """Why a conversation cannot be rendered in this format; None if it can."""
-    if prompt != "caption":
-        return None
-    if len(turns) != 2:
-        return "caption prompt: not one question and one answer"
-    if any(placeholder in turns[1].text for placeholder in PLACEHOLDERS):
-        return "caption prompt: the answer holds a media placeholder"
+    if prompt == "caption":
+        if len(turns) != 2:
+            return "caption prompt: not one question and one answer"
+        if any(placeholder in turns[1].text for placeholder in PLACEHOLDERS):
+            return "caption prompt: the answer holds a media placeholder"
+    elif position == "placeholder" and has_clip and num_placeholders(turns) > 1:
+        return "visual_position placeholder: several media placeholders in the questions"
     return None
+
+
+def num_placeholders(turns: Sequence[Turn]) -> int:
+    """How often the questions hold a media placeholder."""
+    return sum(turn.text.count(name) for turn in turns if turn.role == "human" for name in PLACEHOLDERS)
 
 
 def beyond_embeddings(beyond: Mapping[int, str], num_tokens: int, num_embeddings: int) -> str:
@@ -266,6 +285,28 @@ def without_placeholder(turns: Sequence[Turn], has_clip: bool) -> list[Turn]:
                 before, after = texts[index][: min(found)], texts[index][min(found) :]
                 texts[index] = before + after[after.index(">") + 1 :]
                 break
+    return [Turn(role=turn.role, text=text) for turn, text in zip(turns, texts, strict=True)]
+
+
+def with_mark(turns: Sequence[Turn]) -> list[Turn]:
+    """The conversation with stripped texts, and `MARK` in the place of the one placeholder in its questions.
+
+    A first question without one is read as if it began with one and a newline, as data and Video-LLaVA's inference
+    write it: questions that are asked about a file hold none.
+    """
+    if (found := num_placeholders(turns)) > 1:
+        raise UserError(
+            f"visual_position: placeholder takes one <video> or <image> in a conversation, its questions hold {found};"
+            " choose another visual_position, or leave the sample out"
+        )
+    texts = [turn.text.strip() for turn in turns]
+    first = next(index for index, turn in enumerate(turns) if turn.role == "human")
+    if not found:
+        texts[first] = f"{MARK}\n{texts[first]}"
+    for index, turn in enumerate(turns):
+        if turn.role == "human":
+            for name in PLACEHOLDERS:
+                texts[index] = texts[index].replace(name, MARK)
     return [Turn(role=turn.role, text=text) for turn, text in zip(turns, texts, strict=True)]
 
 
