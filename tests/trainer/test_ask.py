@@ -16,6 +16,7 @@ from trainer import cli
 from trainer.ask import Asker, parse_clip
 from trainer.cli import eval_main, parse_span
 from trainer.config import OptimizerConfig, ProjectorConfig, TrainConfig
+from trainer.data.batches import make_batch
 from trainer.loop.train import train
 from trainer.model.llm import FRESH_LLMS, FreshLLM
 from trainer.runs.load import load_run
@@ -86,14 +87,13 @@ def test_a_span_and_a_folder_of_frames_are_videos_too(asker, media_root, media_l
     assert asker.answer(QUESTION, video=frames) == "blue"
 
 
-def test_several_questions_look_once(asker, media_root, monkeypatch):
+def test_several_questions_look_once(asker, media_root):
     video = media_root / "films/white.mp4"
-    asker.answer(QUESTION, video=video)
-    fetched = []
-    fetch = asker._source.fetch
-    monkeypatch.setattr(asker._source, "fetch", lambda clip_ids: fetched.append(clip_ids) or fetch(clip_ids))
+    projected = []
+    hook = asker.model.projectors[0].register_forward_pre_hook(lambda _, inputs: projected.append(len(inputs[0])))
     assert asker.answers([QUESTION, QUESTION], video=video) == ["white", "white"]
-    assert fetched == [["asked/white.mp4"]]
+    hook.remove()
+    assert projected == [1]  # one clip, once
     assert asker.answers([QUESTION], video=video, max_new_tokens=1) == ["white"]
 
 
@@ -232,11 +232,11 @@ def test_a_run_answers_in_its_own_precision_and_looks_in_that_of_its_encoders(ru
     loaded = load_run(run)
     half = replace(loaded.built, config=replace(loaded.built.config, precision="bf16"))
     looking, answering = [], []
+    monkeypatch.setattr(
+        "trainer.ask.make_batch",
+        lambda *parts: looking.append(torch.is_autocast_enabled("cpu")) or make_batch(*parts),
+    )
     with Asker(replace(loaded, built=half)) as asker:
-        fetch = asker._opened_source().fetch
-        monkeypatch.setattr(
-            asker._source, "fetch", lambda ids: looking.append(torch.is_autocast_enabled("cpu")) or fetch(ids)
-        )
         asker.model.llm.register_forward_pre_hook(lambda *_: answering.append(torch.is_autocast_enabled("cpu")))
         assert asker.answer(QUESTION, video=media_root / "films/red.mp4") == "red"
     assert looking == [False]
