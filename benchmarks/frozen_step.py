@@ -79,7 +79,7 @@ def seeded_model(size: StepSize, device: str, checkpointing: bool) -> Built:
         max_position_embeddings=4096,
     )
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(sizes, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(sizes, dtype=torch.bfloat16, trust_remote_code=False)
     llm = LoadedLLM(model=model, tokenizer=word_tokenizer(["a"]), is_fresh=False)
     shapes = {
         name: TokenShape(grid=size.grid, width=width, is_pooled=True, identity="seeded")

@@ -56,6 +56,11 @@ class ClusterSettings:
             parse_walltime(self.worker_wait, "worker_wait")
         if self.gpus < 0 or self.cpus < 1:
             raise ClusterError(f"cluster: gpus must be at least 0 and cpus at least 1, got {self.gpus} and {self.cpus}")
+        for name in ("partition", "account", "memory"):
+            check_directive_value(name, getattr(self, name) or "")
+        for line in self.directives:
+            if not line.isprintable():
+                raise ClusterError(f"cluster: directives has {line!r}; an #SBATCH option is one printable line")
 
     @property
     def dashboard_address(self) -> str:
@@ -85,6 +90,15 @@ class ClusterRequest:
         if self.settings.worker_wait is not None:
             return parse_walltime(self.settings.worker_wait, "worker_wait")
         return WORKER_WAIT_S.get(self.scheduler, WORKER_WAIT_S[""])
+
+
+def check_directive_value(name: str, value: str) -> None:
+    """ClusterError for a value that an #SBATCH line cannot hold: it has no shell quoting, and blanks end an option."""
+    if found := re.search(r"""[\s"'\\#$`;&|<>(){}*?!~]""", value):
+        raise ClusterError(
+            f"cluster: {name} is {value!r}, and an #SBATCH line cannot hold {found[0]!r} in a value; use a {name}"
+            " without it"
+        )
 
 
 def parse_walltime(walltime: str, name: str = "walltime") -> int:

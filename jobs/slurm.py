@@ -23,7 +23,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.security import private_folder, temporary_security
-from jobs.settings import ClusterRequest, ClusterSettings, parse_walltime, worker_environment
+from jobs.settings import (
+    ClusterRequest,
+    ClusterSettings,
+    check_directive_value,
+    parse_walltime,
+    worker_environment,
+)
 from mervcache.errors import ClusterError, unknown_name
 
 if TYPE_CHECKING:
@@ -87,8 +93,13 @@ def _check_submits(script: str) -> None:
 
 
 def job_options(settings: ClusterSettings, *, dashboard: bool = False) -> dict[str, Any]:
-    """Arguments of `SLURMCluster`; where one is None, dask-jobqueue reads its own configuration files."""
+    """Arguments of `SLURMCluster`; where one is None, dask-jobqueue reads its own configuration files.
+
+    It writes them into the job script as they are, so what stands in a shell line is quoted here.
+    """
     workers = max(1, settings.gpus)
+    logs = str(Path(settings.log_directory).absolute())
+    check_directive_value("log_directory", logs)
     directives = [f"--gres=gpu:{settings.gpus}"] if settings.gpus else []
     directives += ["--exclusive"] if settings.exclusive else []
     return {
@@ -104,13 +115,14 @@ def job_options(settings: ClusterSettings, *, dashboard: bool = False) -> dict[s
         "job_extra_directives": [*directives, *settings.directives],
         "job_script_prologue": [*prologue(settings), *settings.prologue],
         "worker_extra_args": [
-            *("--memory-limit", "0", "--preload", "jobs.pin", "--dashboard-address", settings.dashboard_address),
+            *("--memory-limit", "0", "--preload", "jobs.pin"),
+            *("--dashboard-address", shlex.quote(settings.dashboard_address)),
             *lifetime(settings.walltime),
         ],
-        "python": settings.python or sys.executable,
-        "interface": settings.interface,
-        "local_directory": settings.local_directory,
-        "log_directory": str(Path(settings.log_directory).absolute()),
+        "python": shlex.quote(settings.python or sys.executable),
+        "interface": settings.interface and shlex.quote(settings.interface),
+        "local_directory": settings.local_directory and shlex.quote(settings.local_directory),
+        "log_directory": logs,
         "job_name": "merv-worker",
         "scheduler_options": {"dashboard_address": settings.dashboard_address, "dashboard": dashboard},
         "silence_logs": "critical",
@@ -226,7 +238,10 @@ class _JobReplacer(threading.Thread):
 
 
 def submit_script(name: str, settings: ClusterSettings, *, config: str, num_workers: int = 0) -> str:
-    """The template `name` for `num_workers` workers (0: those of one node), with `config` as the file of settings."""
+    """The template `name` for `num_workers` workers (0: those of one node), with `config` as the file of settings.
+
+    Every value is one word of the script, whatever characters it holds; `settings.prologue` is shell and is not quoted.
+    """
     if name not in TEMPLATES:
         raise ClusterError(unknown_name("template", name, TEMPLATES))
     text = Path(__file__).with_name("templates").joinpath(f"{name}.sbatch").read_text()
@@ -246,7 +261,7 @@ def submit_script(name: str, settings: ClusterSettings, *, config: str, num_work
         elif line.startswith("# -- prologue") and settings.prologue:
             lines += settings.prologue
         elif variable in variables and line.startswith(f"{variable}=${{{variable}:-"):
-            lines.append(f"{variable}=${{{variable}:-{variables[variable]}}}")
+            lines.append(f"{variable}=${{{variable}:-{shlex.quote(variables[variable])}}}")
         else:
             lines.append(line)
     return "\n".join(lines) + "\n"

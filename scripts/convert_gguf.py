@@ -133,10 +133,11 @@ def _load(file: Path, dtype: str) -> tuple[nn.Module, Any]:
 
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, "local_files_only": True}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             **where,
             dtype=getattr(torch, dtype),
+            trust_remote_code=False,
             # By default transformers keeps weights packed where it has a kernel, and cannot save those.
             quantization_config=transformers.GgufConfig(dequantize=True),
         )

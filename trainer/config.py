@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from math import inf
 from pathlib import Path
 from typing import Any, Literal
@@ -43,7 +44,7 @@ PromptName = Literal[
     "qwen2_released",
 ]
 Protocol = Literal["letters", "likelihood"]  # of multiple choice, see trainer/model/multiple_choice.py
-VisualPosition = Literal["after_bos", "first"]
+VisualPosition = Literal["after_bos", "first", "placeholder"]
 PlaceholderRule = Literal["removed", "as_released"]
 
 # What a model is made of, by name; adding a fusion, resampler or head is a class in its module and a row here.
@@ -210,7 +211,9 @@ class TrainConfig:
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
     prompt: PromptName = "pure"
-    visual_position: VisualPosition = "after_bos"  # after a lone BOS, else first
+    # after_bos: after a lone BOS, else first; placeholder: where the text of the sample has <video> or <image>
+    visual_position: VisualPosition = "after_bos"
+    template_date: str = "2024-07-26"  # what chat templates that write today's date read; Llama 3's own default
     placeholder: PlaceholderRule = (
         "removed"  # "<video>" of a question with a clip; as_released: as the released MERV code
     )
@@ -264,6 +267,15 @@ class TrainConfig:
             raise UserError("text-only training has no encoders to train; leave train_encoders empty")
         if odd := [encoder for encoder in self.train_encoders if self.encoders and encoder not in self.encoders]:
             raise UserError(unknown_name("encoder in train_encoders", odd[0], self.encoders))
+        if self.visual_position == "placeholder" and self.placeholder != "removed":
+            raise UserError(
+                "visual_position: placeholder puts visual tokens in the place of <video>, and placeholder:"
+                f" {self.placeholder} keeps it as text; choose one of them"
+            )
+        try:
+            date.fromisoformat(self.template_date)
+        except ValueError:
+            raise UserError(f"template_date is a day as YYYY-MM-DD, got {self.template_date!r}") from None
         is_fresh = self.has_fresh_llm
         if is_fresh and self.train_llm != "full" and not self.allow_fresh_frozen:
             raise UserError(

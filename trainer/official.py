@@ -38,7 +38,7 @@ from mervcache.files import atomic_directory, file_sha256
 from trainer.config import CONFIG_FILE, TrainConfig
 from trainer.data.tokens import StoreTokens, TokenShape
 from trainer.data.wanted_tokens import made_otherwise
-from trainer.model.llm import LoadedLLM, hub_options, save_shape
+from trainer.model.llm import LoadedLLM, hub_options, reason_not_loaded, save_shape
 from trainer.model.video_llm import build, count_parameters
 from trainer.official_config import HEAD_LAYERS, OfficialConfig, parse_settings, read_settings, run_config
 from trainer.runs import checkpoint
@@ -314,14 +314,15 @@ def empty_llm(name: str, saved: Weights) -> LoadedLLM:
 
     where = hub_options(name)
     try:
-        tokenizer, sizes = AutoTokenizer.from_pretrained(name, **where), AutoConfig.from_pretrained(name, **where)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
+        sizes = AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"LLM {name!r} cannot be loaded: {str(error).splitlines()[0]}; give the Hub id or folder of the LLM that"
+            f"LLM {name!r} cannot be loaded: {reason_not_loaded(error)}; give the Hub id or folder of the LLM that"
             " the checkpoint was trained from"
         ) from error
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(sizes)
+        model = AutoModelForCausalLM.from_config(sizes, trust_remote_code=False)
         embedding = model.get_input_embeddings().weight
         key = next(key for key, parameter in model.named_parameters() if parameter is embedding)
         found = saved.get(f"llm.{key}", embedding)
@@ -333,7 +334,7 @@ def empty_llm(name: str, saved: Weights) -> LoadedLLM:
         if tokenizer.pad_token is None and len(found) > len(tokenizer):
             tokenizer.add_special_tokens({"pad_token": "<PAD>"})
         sizes.get_text_config().vocab_size = len(found)
-        model = AutoModelForCausalLM.from_config(sizes, dtype=found.dtype)
+        model = AutoModelForCausalLM.from_config(sizes, dtype=found.dtype, trust_remote_code=False)
     return LoadedLLM(model=model, tokenizer=tokenizer, is_fresh=True)  # its weights are nowhere but in this run
 
 

@@ -45,6 +45,8 @@ def plan_rows(plan: Mapping[str, Any]) -> dict[str, str]:
         rows["texts cut"] = f"{plan['cut']:,} at {plan['text_limit']:,} tokens"
     if plan["without_answer"]:
         rows["answer cut off"] = f"{plan['without_answer']:,}"
+    if plan.get("without_placeholder"):
+        rows["no placeholder"] = f"{plan['without_placeholder']:,}, which begin with the visual tokens"
     for part, sizes in plan["parameters"].items():
         rows[f"trained of {part}"] = f"{sizes['trained']:,} of {sizes['total']:,}"
     for part in MEMORY_PARTS:

@@ -45,7 +45,7 @@ def test_samples_come_along_and_text_has_no_tokens(store):
 def test_a_pickled_dataset_opens_its_store_anew(store):
     dataset = FeatureDataset(store, IDS, ["dinov2"])
     again = pickle.loads(pickle.dumps(dataset))
-    assert again._store is None
+    assert again.store is not dataset.store
     assert torch.equal(again[1]["dinov2"], dataset[1]["dinov2"])
     assert again.store.snapshot == store.snapshot
 

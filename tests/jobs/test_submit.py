@@ -1,11 +1,13 @@
 """Scripts to submit: what a site's settings make of the shipped templates."""
 
+import re
 import subprocess
+import sys
 
 import pytest
 
 from jobs.settings import ClusterSettings, worker_environment
-from jobs.slurm import TEMPLATES, submit_script
+from jobs.slurm import TEMPLATES, job_options, submit_script
 from mervcache.errors import ClusterError
 
 SITE = ClusterSettings(
@@ -32,7 +34,7 @@ def test_every_script_is_bash_and_holds_its_settings_once(name, settings):
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     names = [option.partition("=")[0] for option in options(script)]
     assert len(set(names)) == len(names)
-    assert script.count("CONFIG=${CONFIG:-my extract.yaml}") == 1
+    assert script.count("CONFIG=${CONFIG:-'my extract.yaml'}") == 1
     assert script.startswith("#!/bin/bash\n")
 
 
@@ -78,3 +80,82 @@ def test_an_unknown_template_lists_the_known_ones():
 def test_workers_that_do_not_fill_their_nodes_are_not_rounded_in_silence():
     with pytest.raises(ClusterError, match="6 workers do not fill whole nodes of 4 GPUs: give --workers 4 or 8"):
         submit_script("one-allocation", ClusterSettings(gpus=4), config="e.yaml", num_workers=6)
+
+
+HOSTILE = [
+    "two words.yaml",
+    "it's.yaml",
+    'say "x".yaml',
+    "$(touch made).yaml",
+    "`touch made`.yaml",
+    "$HOME.yaml",
+    "a}; touch made; #.yaml",
+    "~/a.yaml",
+    "back\\slash.yaml",
+    "two\nlines.yaml",
+    "*.yaml",
+]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("config", HOSTILE)
+def test_a_value_reaches_the_program_as_it_is_and_runs_nothing(template, config, tmp_path, monkeypatch):
+    """The whole script runs in bash; its programs are stand-ins in a folder of a hostile name too."""
+    folder = tmp_path / 'it\'s a $(touch made) `touch made` "folder"'
+    folder.mkdir()
+    monkeypatch.setattr(sys, "executable", str(folder / "python"))
+    (folder / "merv-pipeline").write_text(f'#!/bin/bash\nprintf "%s\\0" "$@" > {tmp_path}/words\n')
+    (folder / "dask").write_text('#!/bin/bash\n[ "$1" = scheduler ] && echo {} > "$3"\nexec sleep 20\n')
+    (tmp_path / "srun").write_text("#!/bin/bash\nexec sleep 20\n")
+    (folder / "python").write_text("#!/bin/bash\n")
+    for program in (folder / "merv-pipeline", folder / "dask", folder / "python", tmp_path / "srun"):
+        program.chmod(0o755)
+    script = submit_script(template, ClusterSettings(gpus=0), config=config, num_workers=1)
+    job = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "1", "SLURM_NTASKS": "1", "HOME": str(tmp_path)}
+    path = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    subprocess.run(["bash", "-c", script], cwd=tmp_path, env=job | path, check=True, timeout=60)
+    words = (tmp_path / "words").read_text().split("\0")
+    assert words[words.index("--config") + 1] == config
+    assert not list(tmp_path.rglob("made"))
+
+
+@pytest.mark.parametrize("setting", ["partition", "account", "memory"])
+@pytest.mark.parametrize(
+    "value", ["gpu\n#SBATCH --nodes=99", "gpu --nodes=99", 'gpu"', "gpu#1", "a\\b", "a\rb", "$(id)"]
+)
+def test_a_value_that_would_end_its_sbatch_option_is_refused(setting, value):
+    with pytest.raises(ClusterError, match=f"cluster: {setting} is {re.escape(repr(value))}"):
+        ClusterSettings(**{setting: value})
+
+
+def test_a_directive_is_one_line():
+    quoted = ClusterSettings(directives=('--comment="two words"',))
+    assert '--comment="two words"' in options(submit_script("one-allocation", quoted, config="e"))
+    with pytest.raises(ClusterError, match="is one printable line"):
+        ClusterSettings(directives=("--constraint=a100\nrm -r x",))
+
+
+def test_the_worker_command_of_a_submitted_job_holds_every_value_as_one_word(tmp_path, monkeypatch):
+    """The script that dask-jobqueue makes of the settings, run in bash."""
+    from dask_jobqueue.slurm import SLURMJob
+
+    values = {"local_directory": "it's $(touch made)", "interface": "ib 0`touch made`"}
+    python = tmp_path / "my $(touch made) python"
+    python.write_text(f'#!/bin/bash\nprintf "%s\\0" "$@" > {tmp_path}/words\n')
+    python.chmod(0o755)
+    settings = ClusterSettings(gpus=0, log_directory=str(tmp_path / "logs"), python=str(python), **values)
+    made_for_jobs = {k: v for k, v in job_options(settings).items() if k not in ("scheduler_options", "silence_logs")}
+    script = SLURMJob(scheduler="tcp://127.0.0.1:1", name="w", **made_for_jobs).job_script()
+    subprocess.run(["bash", "-c", script], cwd=tmp_path, check=True, timeout=60)
+    words = (tmp_path / "words").read_text().split("\0")
+    assert {words[words.index(f"--{name.replace('_', '-')}") + 1]: name for name in values} == {
+        value: name for name, value in values.items()
+    }
+    assert not list(tmp_path.rglob("made"))
+
+
+def test_a_folder_that_an_sbatch_line_cannot_name_is_refused_before_a_job_is_submitted(tmp_path, monkeypatch):
+    (tmp_path / "my project").mkdir()
+    monkeypatch.chdir(tmp_path / "my project")
+    with pytest.raises(ClusterError, match=r"log_directory is .*my project"):
+        job_options(ClusterSettings())

@@ -17,6 +17,7 @@ from trainer import cli
 from trainer.ask import Asker, parse_clip
 from trainer.cli import eval_main, parse_span
 from trainer.config import OptimizerConfig, ProjectorConfig, TrainConfig
+from trainer.data.batches import make_batch
 from trainer.data.tokens import TokenShape
 from trainer.end_to_end import source_like
 from trainer.loop.train import train
@@ -89,14 +90,13 @@ def test_a_span_and_a_folder_of_frames_are_videos_too(asker, media_root, media_l
     assert asker.answer(QUESTION, video=frames) == "blue"
 
 
-def test_several_questions_look_once(asker, media_root, monkeypatch):
+def test_several_questions_look_once(asker, media_root):
     video = media_root / "films/white.mp4"
-    asker.answer(QUESTION, video=video)
-    fetched = []
-    fetch = asker._source.fetch
-    monkeypatch.setattr(asker._source, "fetch", lambda clip_ids: fetched.append(clip_ids) or fetch(clip_ids))
+    projected = []
+    hook = asker.model.projectors[0].register_forward_pre_hook(lambda _, inputs: projected.append(len(inputs[0])))
     assert asker.answers([QUESTION, QUESTION], video=video) == ["white", "white"]
-    assert fetched == [["asked/white.mp4"]]
+    hook.remove()
+    assert projected == [1]  # one clip, once
     assert asker.answers([QUESTION], video=video, max_new_tokens=1) == ["white"]
 
 
@@ -156,6 +156,13 @@ def test_a_text_only_run_answers_without_looking_and_says_so(extracted, tmp_path
     assert told["answers"][0]["question"] == QUESTION
     assert told["answers"][0]["answer"] in ("red", "green", "blue", "white")
     assert "answers without looking" in result.stderr
+
+
+def test_a_run_with_visual_tokens_at_the_placeholder_answers(extracted, tmp_path, media_lab, media_root):
+    placed = trained(replace(CONFIG, visual_position="placeholder"), extracted, tmp_path / "placed")
+    with Asker(placed) as opened:
+        for path, colour in media_lab.VIDEOS.items():
+            assert opened.answers([QUESTION, f"<video>\n{QUESTION}"], video=media_root / path) == [colour, colour]
 
 
 def test_the_command_answers_and_labels_random_weights(run, media_root):
@@ -242,11 +249,11 @@ def test_a_run_answers_in_its_own_precision_and_looks_in_that_of_its_encoders(ru
     loaded = load_run(run)
     half = replace(loaded.built, config=replace(loaded.built.config, precision="bf16"))
     looking, answering = [], []
+    monkeypatch.setattr(
+        "trainer.ask.make_batch",
+        lambda *parts: looking.append(torch.is_autocast_enabled("cpu")) or make_batch(*parts),
+    )
     with Asker(replace(loaded, built=half)) as asker:
-        fetch = asker._opened_source().fetch
-        monkeypatch.setattr(
-            asker._source, "fetch", lambda ids: looking.append(torch.is_autocast_enabled("cpu")) or fetch(ids)
-        )
         asker.model.llm.register_forward_pre_hook(lambda *_: answering.append(torch.is_autocast_enabled("cpu")))
         assert asker.answer(QUESTION, video=media_root / "films/red.mp4") == "red"
     assert looking == [False]

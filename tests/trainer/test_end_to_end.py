@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from featurestore import FeatureStore
-from featurestore.clips import Clip
+from featurestore.clips import Clip, Turn
 from mervcache.errors import UserError
 from trainer.config import FUSIONS, PROJECTORS, FusionConfig, OptimizerConfig, ProjectorConfig, TrainConfig
 from trainer.data.tokens import PrefixedTokens
@@ -114,6 +114,20 @@ def test_every_loss_equals_the_one_from_the_cache_to_the_bit(tmp_path, live, cac
     assert len(end_to_end) == 3
     assert len(set(end_to_end)) == 3
     assert end_to_end == from_cache  # the stated tolerance: none
+
+
+def test_visual_tokens_take_the_place_of_the_placeholder_live_and_from_the_cache(tmp_path, live, cached):
+    def placed(samples):
+        return [
+            replace(s, turns=(Turn(role="human", text="What colour is <video> it?"), *s.turns[1:])) for s in samples
+        ]
+
+    config = toy_config(visual_position="placeholder")
+    found = [
+        train_quietly(config, placed(samples), source, tmp_path / name)
+        for name, (samples, source) in {"live": live, "cached": cached}.items()
+    ]
+    assert found[0] == found[1] != train_quietly(toy_config(), placed(cached[0]), cached[1], tmp_path / "after_bos")
 
 
 def test_validation_in_bf16_sees_the_tokens_of_float32_encoders_as_training_does(tmp_path, live, cached):

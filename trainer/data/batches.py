@@ -332,7 +332,7 @@ def _reason_to_drop(sample: Sample, available: set[str], config: TrainConfig) ->
         return "text only under a frozen LLM: no gradient" if config.train_llm == "none" else None
     if sample.clip_id not in available:
         return "clip without tokens of every encoder"
-    return reason_to_refuse(config.prompt, sample.turns)
+    return reason_to_refuse(config.prompt, sample.turns, config.visual_position)
 
 
 def lies_in_fraction(sample_id: str, fraction: float) -> bool:

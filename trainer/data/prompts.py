@@ -3,22 +3,25 @@
 A format cuts a conversation into pieces that are tokenised separately, as princetonvisualai/merv does, so an answer has
 the same ids in training as after a prompt at inference. A clip's placeholder ("<video>", "<image>") is removed from its
 question: visual tokens have their own position, and evaluation questions hold no placeholder. In answers and in
-text-only samples these are words and stay.
+text-only samples these are words and stay. With position "placeholder" visual tokens take its place, and its question
+is tokenised in two parts, before and behind it, as LLaVA does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from featurestore.clips import PLACEHOLDERS, Turn, without_outer_placeholders
+from featurestore.clips import PLACEHOLDERS, Sample, Turn, without_outer_placeholders
 from mervcache.errors import UserError, unknown_name
 from trainer.config import PlaceholderRule, PromptName, VisualPosition
+from trainer.data.chat_templates import DEFAULT_DATE, ChatTemplate
 from trainer.data.released_prompts import LLAMA2_SYSTEM, RELEASED_PROMPTS, VICUNA_SYSTEM, ReleasedPrompt
 
 IGNORE_INDEX = -100  # label of a position without supervision, torch's default
+MARK = "\ue003"  # the place of visual tokens while a conversation is rendered; a private-use character
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +41,7 @@ class Rendered:
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
-    visual_at: int  # visual tokens are inserted before this text position: 0, or 1 after a BOS
+    visual_at: int  # visual tokens are inserted before this text position: 0, 1 after a BOS, or that of the placeholder
     is_cut: bool = False  # there was more text
 
     @property
@@ -74,26 +77,10 @@ def llama2_chat(turns: Sequence[Turn], tokenizer: Any) -> list[Piece]:
     return _pieces(turns, question)
 
 
-def chat_template(turns: Sequence[Turn], tokenizer: Any) -> list[Piece]:
+def chat_template(turns: Sequence[Turn], tokenizer: Any, template: ChatTemplate | None = None) -> list[Piece]:
     """The tokenizer's own template, cut where each answer begins and behind its end token."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError(f"tokenizer {tokenizer.name_or_path!r} has no chat template; choose another prompt")
-    roles = {"human": "user", "gpt": "assistant"}
-    messages = [{"role": roles[turn.role], "content": turn.text} for turn in turns]
-    pieces: list[Piece] = []
-    seen = ""
-    for end in range(1, len(messages) + 1):
-        is_answer = end % 2 == 0
-        text = tokenizer.apply_chat_template(messages[:end], tokenize=False, add_generation_prompt=not is_answer)
-        if not text.startswith(seen):
-            raise UserError(
-                f"the chat template of {tokenizer.name_or_path!r} rewrites earlier turns, so answers cannot be"
-                " separated from prompts; choose another prompt"
-            )
-        new = text[len(seen) :]
-        pieces += _split_answer(new, messages[end - 1]["content"], tokenizer) if is_answer else [Piece(text=new)]
-        seen = text
-    return pieces
+    pieces = (template or ChatTemplate(tokenizer)).pieces(turns)
+    return [Piece(text=text, is_answer=is_answer) for text, is_answer in pieces]
 
 
 def caption(turns: Sequence[Turn], tokenizer: Any) -> list[Piece]:
@@ -130,44 +117,101 @@ class Renderer:
         position: VisualPosition = "after_bos",
         placeholder: PlaceholderRule = "removed",
         max_tokens: int = 2048,
+        template_date: str = DEFAULT_DATE,
+        end_ids: Iterable[int] = (),
+        num_embeddings: int | None = None,
     ) -> None:
+        """`template_date` is today for chat templates, `end_ids` end a generation by the LLM's own settings.
+
+        `num_embeddings` are the ids that the LLM can read; None: all that the tokenizer makes.
+        """
         if prompt not in PROMPTS:
             raise UserError(unknown_name("prompt", prompt, list(PROMPTS)))
         self.format, self.tokenizer = PROMPTS[prompt], tokenizer
-        self.prompt, self.placeholder = prompt, placeholder
-        self.released = RELEASED_PROMPTS.get(prompt)
+        self.prompt, self.placeholder, self.released = prompt, placeholder, RELEASED_PROMPTS.get(prompt)
         self.position, self.max_tokens = position, max_tokens
         self.bos_id = tokenizer.bos_token_id if adds_bos(tokenizer) else None
         self.blank = " " if words_hold_blanks(tokenizer) else ""
         if tokenizer.eos_token_id is None:
             raise UserError(f"tokenizer {tokenizer.name_or_path!r} has no end token, so answers could not end")
+        ends = {tokenizer.eos_token_id, *end_ids}
+        if prompt == "chat_template":
+            template = ChatTemplate(tokenizer, day=template_date, end_ids=ends)
+            self.format = partial(chat_template, template=template)
+            ends.add(template.end_id)
+        self.end_ids = tuple(sorted(ends))  # what ends a generated answer
+        self.num_embeddings = num_embeddings
 
     def __call__(self, turns: Sequence[Turn], *, has_clip: bool = True) -> Rendered:
         """Ids and labels of a whole conversation, cut at `max_tokens`; without a clip no text is a placeholder."""
-        ids: list[int] = []
-        labels: list[int] = []
-        for piece in self.format(self._prepared(turns, has_clip), self.tokenizer):
-            piece_ids = self._tokenise(piece)
-            ids += piece_ids
-            labels += piece_ids if piece.is_answer else [IGNORE_INDEX] * len(piece_ids)
+        ids, labels, place = self._tokens(self.format(self._prepared(turns, has_clip), self.tokenizer))
         is_cut = len(ids) > self.max_tokens
         ids, labels = ids[: self.max_tokens], labels[: self.max_tokens]
-        return Rendered(input_ids=tuple(ids), labels=tuple(labels), visual_at=self._visual_at(ids), is_cut=is_cut)
+        visual_at = self._visual_at(ids) if place is None else min(place, len(ids))
+        return Rendered(input_ids=tuple(ids), labels=tuple(labels), visual_at=visual_at, is_cut=is_cut)
 
-    def question(self, turns: Sequence[Turn]) -> Rendered:
+    def question(self, turns: Sequence[Turn], *, has_clip: bool = True) -> Rendered:
         """Ids up to where the last answer begins; nothing is supervised. The last turn's text is not read."""
+        prepared = self._prepared([*turns[:-1], Turn(role="gpt", text="")], has_clip)
         if self.released is not None:
-            ids = self._tokenise(Piece(text=self.released.inference(turns[:-1]), opens=True))
+            pieces = [Piece(text=self.released.inference(prepared[:-1]), opens=True)]
         else:
-            pieces = self.format(self._prepared([*turns[:-1], Turn(role="gpt", text="")], True), self.tokenizer)
-            last = max(index for index, piece in enumerate(pieces) if piece.is_answer)
-            ids = [token for piece in pieces[:last] for token in self._tokenise(piece)]
-        return Rendered(input_ids=tuple(ids), labels=(IGNORE_INDEX,) * len(ids), visual_at=self._visual_at(ids))
+            pieces = self.format(prepared, self.tokenizer)
+            pieces = pieces[: max(index for index, piece in enumerate(pieces) if piece.is_answer)]
+        ids, _, place = self._tokens(pieces)
+        visual_at = self._visual_at(ids) if place is None else place
+        return Rendered(input_ids=tuple(ids), labels=(IGNORE_INDEX,) * len(ids), visual_at=visual_at)
+
+    def check_readable(self, samples: Iterable[Sample]) -> None:
+        """UserError where a text holds a token for which the LLM has no embedding, before the first step.
+
+        Only tokens added to a tokenizer can be such ones, and a text makes one where it spells it out.
+        """
+        vocabulary = self.tokenizer.get_vocab().items()
+        beyond = [
+            word.casefold() for word, i in vocabulary if self.num_embeddings is not None and i >= self.num_embeddings
+        ]
+        if not beyond:
+            return
+        self.question((Turn(role="human", text="a"), Turn(role="gpt", text="")))  # the format's own words
+        for sample in samples:
+            for text in (*(turn.text for turn in sample.turns), *sample.options):
+                folded = text.casefold()
+                if any(word in folded for word in beyond):
+                    self._check_ids(self.tokenizer(text, add_special_tokens=False)["input_ids"], sample.sample_id)
+
+    def _tokens(self, pieces: Iterable[Piece]) -> tuple[list[int], list[int], int | None]:
+        """Ids, labels, and the position of the placeholder's mark, where the texts hold one."""
+        ids: list[int] = []
+        labels: list[int] = []
+        place = None
+        for piece in pieces:
+            before, mark, behind = piece.text.partition(MARK)
+            piece_ids = self._tokenise(replace(piece, text=before, closes=piece.closes and not mark))
+            if mark:
+                place = len(ids) + len(piece_ids)
+                piece_ids += self._tokenise(replace(piece, text=behind, opens=False, begins_word=False))
+            ids += piece_ids
+            labels += piece_ids if piece.is_answer else [IGNORE_INDEX] * len(piece_ids)
+        self._check_ids(ids)
+        return ids, labels, place
+
+    def _check_ids(self, ids: Sequence[int], sample_id: str = "") -> None:
+        if self.num_embeddings is None or max(ids, default=0) < self.num_embeddings:
+            return
+        beyond = {index: self.tokenizer.convert_ids_to_tokens(index) for index in ids if index >= self.num_embeddings}
+        where = f"sample {sample_id!r}" if sample_id else "a text"
+        reason = beyond_embeddings(beyond, len(self.tokenizer), self.num_embeddings)
+        raise UserError(f"{where} cannot be read by the LLM: {reason}")
 
     def _prepared(self, turns: Sequence[Turn], has_clip: bool) -> list[Turn]:
-        if self.placeholder == "removed":
-            return without_placeholder(turns, has_clip)
-        return as_released(turns, self.prompt)
+        if self.position == "placeholder" and has_clip:
+            return with_mark(turns)
+        if self.released is not None:
+            return list(turns)  # these formats keep and remove placeholders by themselves
+        if self.placeholder != "removed":
+            return as_released(turns, self.prompt)
+        return without_placeholder(turns, has_clip)
 
     def _tokenise(self, piece: Piece) -> list[int]:
         blank = self.blank if piece.begins_word and piece.text else ""
@@ -182,18 +226,37 @@ class Renderer:
         "<|im_start|>user") and must stay with it.
         """
         has_bos = self.bos_id is not None and bool(ids) and ids[0] == self.bos_id
-        return int(self.position == "after_bos" and has_bos)
+        return int(self.position != "first" and has_bos)
 
 
-def reason_to_refuse(prompt: PromptName, turns: Sequence[Turn]) -> str | None:
+def reason_to_refuse(
+    prompt: PromptName, turns: Sequence[Turn], position: VisualPosition = "after_bos", *, has_clip: bool = True
+) -> str | None:
     """Why a conversation cannot be rendered in this format; None if it can."""
-    if prompt != "caption":
-        return None
-    if len(turns) != 2:
-        return "caption prompt: not one question and one answer"
-    if any(placeholder in turns[1].text for placeholder in PLACEHOLDERS):
-        return "caption prompt: the answer holds a media placeholder"
+    if prompt == "caption":
+        if len(turns) != 2:
+            return "caption prompt: not one question and one answer"
+        if any(placeholder in turns[1].text for placeholder in PLACEHOLDERS):
+            return "caption prompt: the answer holds a media placeholder"
+    elif position == "placeholder" and has_clip and num_placeholders(turns) > 1:
+        return "visual_position placeholder: several media placeholders in the questions"
     return None
+
+
+def num_placeholders(turns: Sequence[Turn]) -> int:
+    """How often the questions hold a media placeholder."""
+    return sum(turn.text.count(name) for turn in turns if turn.role == "human" for name in PLACEHOLDERS)
+
+
+def beyond_embeddings(beyond: Mapping[int, str], num_tokens: int, num_embeddings: int) -> str:
+    """What is wrong with tokens of these ids, and the next step."""
+    named = ", ".join(f"{beyond[index]!r} ({index})" for index in sorted(beyond)[:5])
+    return (
+        f"its tokenizer has {num_tokens:,} tokens and its model {num_embeddings:,} embeddings, none for {named}"
+        f"{', ...' if len(beyond) > 5 else ''}; give the tokenizer that the model was trained with, or add rows with"
+        " transformers (`model.resize_token_embeddings(len(tokenizer))`, `save_pretrained`) and train them with"
+        " train_llm: full"
+    )
 
 
 def adds_bos(tokenizer: Any) -> bool:
@@ -231,6 +294,28 @@ def without_placeholder(turns: Sequence[Turn], has_clip: bool) -> list[Turn]:
     return [Turn(role=turn.role, text=text) for turn, text in zip(turns, texts, strict=True)]
 
 
+def with_mark(turns: Sequence[Turn]) -> list[Turn]:
+    """The conversation with stripped texts, and `MARK` in the place of the one placeholder in its questions.
+
+    A first question without one is read as if it began with one and a newline, as data and Video-LLaVA's inference
+    write it: questions that are asked about a file hold none.
+    """
+    if (found := num_placeholders(turns)) > 1:
+        raise UserError(
+            f"visual_position: placeholder takes one <video> or <image> in a conversation, its questions hold {found};"
+            " choose another visual_position, or leave the sample out"
+        )
+    texts = [turn.text.strip() for turn in turns]
+    first = next(index for index, turn in enumerate(turns) if turn.role == "human")
+    if not found:
+        texts[first] = f"{MARK}\n{texts[first]}"
+    for index, turn in enumerate(turns):
+        if turn.role == "human":
+            for name in PLACEHOLDERS:
+                texts[index] = texts[index].replace(name, MARK)
+    return [Turn(role=turn.role, text=text) for turn, text in zip(turns, texts, strict=True)]
+
+
 def as_released(turns: Sequence[Turn], prompt: PromptName) -> list[Turn]:
     """As princetonvisualai/merv: "<video>" stays, and "<image>" is deleted from every turn.
 
@@ -251,14 +336,3 @@ def _pieces(turns: Iterable[Turn], question: Callable[[int, str], Piece]) -> lis
 
 def _answer(text: str, *, begins_word: bool = False) -> Piece:
     return Piece(text=text, is_answer=True, closes=True, begins_word=begins_word)
-
-
-def _split_answer(segment: str, answer: str, tokenizer: Any) -> list[Piece]:
-    """Answer with its end token, supervised, and what the template writes behind it, not supervised."""
-    start = max(segment.find(answer), 0) + len(answer)
-    special = [token for token in tokenizer.all_special_tokens if token in segment[start:]]
-    ends = [segment.find(token, start) + len(token) for token in special]
-    if not ends:
-        raise UserError(f"the chat template of {tokenizer.name_or_path!r} writes no end token behind an answer")
-    head = Piece(text=segment[: min(ends)], is_answer=True)
-    return [head, Piece(text=segment[min(ends) :])] if segment[min(ends) :] else [head]

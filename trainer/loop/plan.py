@@ -23,7 +23,7 @@ from mervcache.errors import UserError
 from trainer.config import TrainConfig
 from trainer.data.batches import Batches, TrainingData, select
 from trainer.data.order import derive_seed
-from trainer.data.prompts import reason_to_refuse
+from trainer.data.prompts import num_placeholders, reason_to_refuse
 from trainer.data.tokens import TokenShape, TokenSource
 from trainer.model.multiple_choice import FIRST_CLIPS, answer_batch, batch_of, is_whole, showable
 from trainer.model.projectors import Moments
@@ -91,6 +91,7 @@ def make_plan(
     loaded = load_parts(origin, built, source) if origin else None
     if loaded and rank == 0:
         logger.info(loaded.message)
+    built.renderer.check_readable(samples)
     _check_context(built, data.samples, is_first_rank=rank == 0)
     batches = Batches(
         data,
@@ -137,7 +138,7 @@ def _check_context(built: Built, samples: Sequence[Sample], *, is_first_rank: bo
     if not is_first_rank or limit == config.max_text_tokens:  # the second: only the user's own limit cuts
         return
     longest = max(samples, key=lambda sample: sum(len(turn.text) for turn in sample.turns))
-    if built.renderer(longest.turns).is_cut:
+    if built.renderer(longest.turns, has_clip=longest.clip_id is not None).is_cut:
         logger.info(
             f"texts are cut at {limit:,} tokens: of the LLM's context of {context:,}, {visual:,} are visual tokens;"
             " --dry-run counts the texts"
@@ -155,6 +156,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "text_limit": plan.built.renderer.max_tokens,  # by max_text_tokens or by the context
         "cut": sum(sample.is_cut for sample in rendered),
         "without_answer": sum(sample.num_supervised == 0 for sample in rendered),  # behind the cut: they train nothing
+        "without_placeholder": num_without_placeholder(plan.data.samples, config),
         "samples_per_epoch": order.num_per_epoch,  # by the sources' weights
         "steps": plan.batches.num_steps,
         "unread": order.num_dropped(config.epochs) if config.max_steps is None else {},  # at the end they fill no batch
@@ -168,6 +170,13 @@ def describe(plan: Plan) -> dict[str, Any]:
         "encoders": {encoder: [*shape.grid, shape.width] for encoder, shape in plan.record.shapes.items()},
         "data_digest": plan.data.digest,
     }
+
+
+def num_without_placeholder(samples: Sequence[Sample], config: TrainConfig) -> int:
+    """Samples whose text does not say where the visual tokens go, although the config asks for that place."""
+    if config.visual_position != "placeholder" or config.prompt == "caption":
+        return 0
+    return sum(sample.clip_id is not None and num_placeholders(sample.turns) == 0 for sample in samples)
 
 
 def memory_by_part(built: Built, shapes: Mapping[str, TokenShape], longest_text: int) -> dict[str, Any]:
@@ -349,7 +358,8 @@ def _can_change(sample: Sample, config: TrainConfig) -> bool:
         return False
     if config.prompt == "caption" and sample.stage != config.stage:
         return False
-    return reason_to_refuse(config.prompt, sample.turns) is None
+    has_clip = sample.clip_id is not None
+    return reason_to_refuse(config.prompt, sample.turns, config.visual_position, has_clip=has_clip) is None
 
 
 def modality(sample: Sample, stills: set[str]) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from mervcache.errors import UserError
@@ -23,22 +21,14 @@ def generate_texts(built: Built, batch: Batch, *, max_new_tokens: int, device: t
             max_new_tokens=_num_new_tokens(built, max_new_tokens, batch.attention_mask_BS.shape[1]),
             do_sample=False,
             use_cache=True,
-            eos_token_id=end_ids(built),
-            pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+            eos_token_id=list(built.renderer.end_ids),
+            pad_token_id=tokenizer.eos_token_id,  # a padding token of its own may have no embedding
             return_dict_in_generate=True,
             output_logits=True,
         )
     texts = tokenizer.batch_decode(output.sequences.tolist(), skip_special_tokens=True)
     is_finite_B = torch.stack([logits_BV.amax(-1).isfinite() for logits_BV in output.logits]).all(0).tolist()
     return [text.strip() if is_finite else None for text, is_finite in zip(texts, is_finite_B, strict=True)]
-
-
-def end_ids(built: Built) -> list[int]:
-    """The tokenizer's end token, and those that a chat model ends its turns with."""
-    settings = getattr(built.model.llm, "generation_config", None)
-    ends = getattr(settings, "eos_token_id", None)
-    ends: Sequence[int | None] = ends if isinstance(ends, list) else [ends]
-    return sorted({built.renderer.tokenizer.eos_token_id, *(end for end in ends if end is not None)})
 
 
 def _num_new_tokens(built: Built, wanted: int, used: int) -> int:

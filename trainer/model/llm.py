@@ -22,9 +22,11 @@ from torch.utils.checkpoint import checkpoint
 
 from mervcache.errors import UserError, unknown_name
 from trainer.config import LoraConfig, TrainConfig
+from trainer.data.prompts import beyond_embeddings
 
 FRESH_PREFIX = "fresh:"
 HUB_TIMEOUT_S = 10.0  # of one request to the Hub
+GENERATION_FILE = "generation_config.json"  # transformers' name
 SPECIAL_WORDS = ("<unk>", "<s>", "</s>")
 QUANTISATIONS: dict[str, dict[str, Any]] = {  # options of transformers' BitsAndBytesConfig
     "int8": {"load_in_8bit": True},  # LLM.int8(), arXiv 2208.07339
@@ -78,13 +80,53 @@ def load_llm(
     where = hub_options(name)
     options = quantised_loading(quant) if quant is not None else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **where)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
         model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, adapter_kwargs=where, **options, **where
+            name,
+            dtype=dtype,
+            use_safetensors=True,
+            adapter_kwargs=where,
+            trust_remote_code=False,
+            **options,
+            **where,
         )
     except (OSError, ValueError) as error:
-        raise UserError(_no_llm(name, error)) from error
+        raise UserError(_no_llm(name, reason_not_loaded(error))) from error
+    check_vocabulary(name, tokenizer, model)
     return LoadedLLM(model=model, tokenizer=tokenizer, is_fresh=False)
+
+
+def reason_not_loaded(error: Exception) -> str:
+    """The first line of an error of `from_pretrained`, without its advice to run code that a folder brings along."""
+    if "trust_remote_code" in str(error):
+        return "its folder brings Python code of its own, which is never run; an LLM of transformers' own classes works"
+    return str(error).strip().partition("\n")[0]
+
+
+def num_embeddings(model: nn.Module) -> int:
+    """Token ids that the model can read and predict."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    return min(rows, getattr(model.get_output_embeddings(), "out_features", rows))
+
+
+def end_ids(model: nn.Module) -> tuple[int, ...]:
+    """Tokens that end a generation by the model's own settings: one, several or none."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return tuple(ends) if isinstance(ends, list | tuple) else () if ends is None else (ends,)
+
+
+def check_vocabulary(name: str, tokenizer: Any, model: nn.Module) -> None:
+    """UserError where the tokenizer's own words, or its special roles, have ids that the model has no row for.
+
+    Published tokenizers have added tokens beyond the model (CodeLlama's infilling, a padding token): these are refused
+    where a text makes one, see `Renderer`. Rows beyond the tokenizer are padding.
+    """
+    rows = num_embeddings(model)
+    roles = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
+    added = tokenizer.added_tokens_decoder.keys() - set(roles)
+    beyond = {index: word for word, index in tokenizer.get_vocab().items() if index >= rows and index not in added}
+    if beyond:
+        raise UserError(f"LLM {name!r}: {beyond_embeddings(beyond, len(tokenizer), rows)}")
 
 
 def _fresh_llm(size: str, texts: Iterable[str]) -> LoadedLLM:
@@ -180,18 +222,31 @@ def holds_shape(folder: Path) -> bool:
 
 def load_saved_shape(folder: Path, dtype: torch.dtype = torch.float32) -> LoadedLLM:
     """Tokenizer and sizes of an LLM whose weights only a run has; they come from its checkpoint."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        sizes = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(sizes, dtype=dtype, trust_remote_code=False)
+        if (folder / GENERATION_FILE).is_file():
+            model.generation_config.eos_token_id = GenerationConfig.from_pretrained(folder).eos_token_id
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the LLM's sizes and tokenizer in {folder} cannot be read: {reason_not_loaded(error)}"
+        ) from error
+    check_vocabulary(str(folder), tokenizer, model)
     return LoadedLLM(model=model, tokenizer=tokenizer, is_fresh=True)
 
 
 def save_shape(llm: LoadedLLM, folder: Path) -> None:
-    """Write the tokenizer, and the sizes of a fresh LLM, without weights."""
+    """Write the tokenizer, and the sizes and end tokens of a fresh LLM, without weights."""
+    from transformers import GenerationConfig
+
     llm.tokenizer.save_pretrained(folder)
     if llm.is_fresh:
         llm.model.config.save_pretrained(folder)
+        if ends := end_ids(llm.model):  # alone: published settings of sampling are often such that they cannot be saved
+            GenerationConfig(eos_token_id=list(ends)).save_pretrained(folder)
 
 
 def adapt(llm: nn.Module, config: TrainConfig) -> None:

@@ -198,7 +198,9 @@ def answer_batch(
 
 def is_whole(built: Built, sample: Sample) -> bool:
     """Whether the model can read every option of a question to its end."""
-    return not any(built.renderer(with_answer(sample, option).turns).is_cut for option in sample.options)
+    has_clip = sample.clip_id is not None
+    choices = (with_answer(sample, option).turns for option in sample.options)
+    return not any(built.renderer(turns, has_clip=has_clip).is_cut for turns in choices)
 
 
 def _check_whole(built: Built, samples: Sequence[Sample], template: Template | None) -> None:
@@ -220,7 +222,7 @@ def batch_of(built: Built, samples: Sequence[Sample], source: TokenSource) -> Ba
     """Samples as the model reads them: rendered, and with their clips' tokens where it looks at clips."""
     model = built.model
     return make_batch(
-        [built.renderer(sample.turns) for sample in samples],
+        [built.renderer(sample.turns, has_clip=sample.clip_id is not None) for sample in samples],
         [sample.clip_id if model.has_visual else None for sample in samples],
         source,
         model.num_visual_tokens,

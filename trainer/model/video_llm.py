@@ -24,10 +24,10 @@ from mervcache.errors import UserError
 from trainer.config import TrainConfig, used_encoders
 from trainer.data.batches import Batch
 from trainer.data.order import derive_seed
-from trainer.data.prompts import IGNORE_INDEX, PROMPTS, Renderer
+from trainer.data.prompts import IGNORE_INDEX, PROMPTS, Renderer, without_placeholder
 from trainer.data.tokens import TokenShape
 from trainer.model.fusion import Fusion, build_fusion
-from trainer.model.llm import FRESH_PREFIX, LoadedLLM, adapt, load_llm
+from trainer.model.llm import FRESH_PREFIX, LoadedLLM, adapt, end_ids, load_llm, num_embeddings
 from trainer.model.projectors import Projector, build_projectors
 
 
@@ -196,6 +196,9 @@ def build(config: TrainConfig, shapes: Mapping[str, TokenShape], llm: LoadedLLM)
         llm.tokenizer,
         position=config.visual_position,
         placeholder=config.placeholder,
+        template_date=config.template_date,
+        end_ids=end_ids(llm.model),
+        num_embeddings=num_embeddings(llm.model),
         max_tokens=_text_limit(config, model),
     )
     return Built(model=model, llm=llm, renderer=renderer, config=config)
@@ -259,5 +262,6 @@ def texts_of(config: TrainConfig, samples: Iterable[Sample]) -> Iterable[str]:
     if config.prompt == "chat_template":
         raise UserError(f"{config.llm} has no chat template; choose another prompt")
     for sample in samples:
-        yield from (piece.text for piece in PROMPTS[config.prompt](sample.turns, None))
+        turns = without_placeholder(sample.turns, sample.clip_id is not None)
+        yield from (piece.text for piece in PROMPTS[config.prompt](turns, None))
         yield from sample.options

@@ -150,11 +150,8 @@ def test_a_put_whose_answer_was_lost_knows_its_own_mark(s3, monkeypatch):
 def test_a_server_that_ignores_the_condition_is_refused(s3, monkeypatch):
     import obstore
 
-    from featurestore.objects import remote
-
     put = obstore.put
     monkeypatch.setattr(obstore, "put", lambda *a, **o: put(*a, **{**o, "mode": "overwrite"}))
-    monkeypatch.setattr(remote, "_proven", set())
     with pytest.raises(UserError, match="ignores conditional puts"):
         open_objects(s3).put_exclusive("key", b"data")
     monkeypatch.setattr(obstore, "put", put)

@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 
 from featurestore.maintenance.tombstone import tombstone
 from featurestore.maintenance.verify import verify_store
@@ -135,19 +135,19 @@ def test_some_encoders_go_alone_and_into_a_folder(full, hub):
 
 def test_whoever_commits_meanwhile_is_not_overwritten(full, hub, monkeypatch):
     monkeypatch.setattr(hub_objects, "MAX_FILES", 5)
-    look = HubObjects._list_head
+    look = HfApi.list_repo_tree
 
-    def overtaken(self):
-        found = look(self)
+    def overtaken(self, *where, **options):
+        found = list(look(self, *where, **options))
         with hub.lock:
             hub.commit({"README.md": b"# Mine"}, set())
         return found
 
-    monkeypatch.setattr(HubObjects, "_list_head", overtaken)
+    monkeypatch.setattr(HfApi, "list_repo_tree", overtaken)
     with pytest.raises(RunStoppedError, match=r"another client committed to .* run the same command again"):
         push(full.path, URL)
     assert hub.commits == []
-    monkeypatch.setattr(HubObjects, "_list_head", look)
+    monkeypatch.setattr(HfApi, "list_repo_tree", look)
     assert push(full.path, URL).card is False
     assert hub.files["README.md"] == b"# Mine"
     assert arrived(hub) == stored(full)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import stat
 import tarfile
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from mervcache.errors import MediaError, RunStoppedError, UserError
-from pipeline import media as source_module
+from pipeline import media
 from pipeline.decode.decoders import DECODERS, decode_clip
 from pipeline.decode.pyav import ends_early
 from pipeline.decode.sampling import DecodeJob, FailedClipError
@@ -113,13 +114,12 @@ def test_digest_of_a_folder_is_over_sorted_lines_of_name_size_and_digest(studio)
     assert decode_clip(studio.job(studio.folder / "clip")).media_sha256 == expected
 
 
-def test_digest_is_taken_once_per_file_and_anew_when_it_changes(studio, clip_file, monkeypatch) -> None:
-    taken = []
-    digest = source_module._digest
-    monkeypatch.setattr(source_module, "_digest", lambda file: taken.append(1) or digest(file))
+def test_digest_is_taken_once_per_file_and_anew_when_it_changes(studio, clip_file) -> None:
     first = decode_clip(studio.job(clip_file, end_s=1.0)).media_sha256
+    data, status = clip_file.read_bytes(), os.stat(clip_file)
+    clip_file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))  # the last byte of its metadata
+    os.utime(clip_file, ns=(status.st_atime_ns, status.st_mtime_ns))  # it looks untouched, so it is not read again
     assert decode_clip(studio.job(clip_file, start_s=1.0)).media_sha256 == first
-    assert len(taken) == 1
     studio.film("a.mp4", frames=50)
     assert decode_clip(studio.job(clip_file)).media_sha256 != first
 
@@ -162,11 +162,11 @@ def test_missing_file_is_the_clips_fault_and_a_missing_root_is_not(studio, clip_
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOTCONN])
 def test_disk_that_fails_stops_the_run_and_accuses_no_clip(number, studio, clip_file, monkeypatch) -> None:
-    def fail(_):
-        raise OSError(number, os.strerror(number))
+    class Unreadable(io.BytesIO):
+        def read(self, *_):
+            raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(source_module, "_digest", fail)
-    monkeypatch.setattr(Source, "read_through", fail)
+    monkeypatch.setattr(media, "open", lambda *_: Unreadable(), raising=False)
     with pytest.raises(RunStoppedError, match=r"cannot read a\.mp4"):
         decode_clip(studio.job(clip_file))
 

@@ -173,16 +173,34 @@ def test_expected_batches_of_one_modality_hold_it_alone(samples, tokens, config,
     assert sorted(kinds, key=str) == [{False}, {True}, {True}, {True}]
 
 
+def numbered(index):
+    """A question that no other sample has: its number in base 3."""
+    return Turn(role="human", text=" ".join(("red", "green", "blue")[index // 3**place % 3] for place in range(4)))
+
+
+def texts_of(step):
+    """The token ids of every sample of a step."""
+    return [
+        tuple(ids[:length])
+        for batch in step.micro_batches
+        for ids, length in zip(batch.input_ids_BL.tolist(), batch.lengths, strict=True)
+    ]
+
+
 @pytest.mark.parametrize("sampler", ["shuffled", "split_modality"])
 @pytest.mark.parametrize("num_ranks", [2, 3, 6])
 def test_any_number_of_ranks_reads_the_same_global_batches(samples, tokens, config, make_sample, sampler, num_ranks):
     mixed = [*samples, *(make_sample(index, clip_id=None) for index in range(50, 60))]
+    mixed = [replace(sample, turns=(numbered(index), sample.turns[1])) for index, sample in enumerate(mixed)]
     config = replace(config, sampler=sampler)
     alone = batches_of(mixed, tokens, config)
     ranks = [batches_of(mixed, tokens, config, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
     for step in range(8):
-        shares = [batches._share(step) for batches in ranks]
-        assert sorted(i for share in shares for i in share) == sorted(alone.order.batch(step))
+        shares = [texts_of(batches.step(step)) for batches in ranks]
+        indices = alone.order.batch(step)
+        expected = [alone.rendered(index).input_ids for index in indices]
+        assert sorted(ids for share in shares for ids in share) == sorted(expected)
+        assert len(set(expected)) == len(set(indices))
         assert {len(share) for share in shares} == {6 // num_ranks}
 
 

@@ -9,7 +9,6 @@ from mervcache.errors import UserError
 from trainer.data.prompts import (
     IGNORE_INDEX,
     LLAMA2_SYSTEM,
-    PROMPTS,
     VICUNA_SYSTEM,
     Renderer,
     reason_to_refuse,
@@ -276,7 +275,7 @@ def test_every_question_that_repeats_the_placeholder_loses_it():
     assert [t.text for t in without_placeholder(turns, True)] == ["What is it?", "A cat.", "Where?", "On <video>."]
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("prompt", [*CONVERSATIONS, "caption"])
 def test_without_a_clip_tags_are_words_that_are_read_and_trained(prompt, header_tokenizer):
     turns = (
         Turn(role="human", text="Which tag plays a film, <image> or <video>"),

@@ -48,7 +48,8 @@ def test_metrics_equal_those_of_single_samples(tmp_path, validated, samples, hel
     found = Validation(plan, [*samples, *heldout], mixed, make_accelerator(validated, tmp_path))()
     model, losses, counts = plan.built.model.eval(), {}, {}
     for sample in heldout:
-        rendered, kind = plan.built.renderer(sample.turns), modality(sample, mixed.stills([sample.clip_id]))
+        rendered = plan.built.renderer(sample.turns, has_clip=sample.clip_id is not None)
+        kind = modality(sample, mixed.stills([sample.clip_id]))
         text = model.llm.get_input_embeddings().weight[list(rendered.input_ids)]
         visual = text[:0]
         if sample.clip_id is not None:
