@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from featurestore import Clip
 from mervcache.errors import UserError
+from mervcache.files import file_sha256
 from trainer.config import FusionConfig, TrainConfig, in_paper_order, used_encoders
 from trainer.loop.train import train
 from trainer.runs import checkpoint
@@ -88,9 +89,10 @@ def as_version_01(run):
     (run / "run.json").write_text(json.dumps(record))
     folder = checkpoint.newest(run)
     state = json.loads((folder / checkpoint.STATE_FILE).read_text())
+    state = {name: state[name] for name in ("step", "data_digest", "identities", "sha256", "validation")}
     for name in (checkpoint.MODEL_FILE, checkpoint.OPTIMIZER_FILE):
         save_file(to_model_names(load_file(folder / name), encoders), folder / name)
-        state["sha256"][name] = checkpoint.file_sha256(folder / name)
+        state["sha256"][name] = file_sha256(folder / name)
     (folder / checkpoint.STATE_FILE).write_text(json.dumps(state))
     settings = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text("".join(line + "\n" for line in settings.splitlines() if line[:2] != "- "))
