@@ -45,6 +45,7 @@ PromptName = Literal[
 ]
 Protocol = Literal["letters", "likelihood"]  # of multiple choice, see trainer/model/multiple_choice.py
 VisualPosition = Literal["after_bos", "first", "placeholder"]
+MaskRule = Literal["none", "subsets", "sizes"]
 PlaceholderRule = Literal["removed", "as_released"]
 
 # What a model is made of, by name; adding a fusion, resampler or head is a class in its module and a row here.
@@ -198,6 +199,7 @@ class TrainConfig:
     llm_quant: Quantisation | None = None  # of an LLM that is not trained itself; untested: needs CUDA
     train_encoders: tuple[str, ...] = ()  # end to end only: these learn too, at optimizer.encoder_lr
     allow_fresh_frozen: bool = False  # a frozen LLM with fresh weights is an error otherwise
+    mask_encoders: MaskRule = "none"  # each sample shows a random subset of the encoders; see trainer/data/masks.py
     encoders: tuple[str, ...] = ()  # order matters for concat and first; empty: those of `init`, else all of the store
     samples: tuple[str, ...] = ()  # sample sets of the store; empty: all
     stage: str = "finetune"  # samples of this stage only
@@ -263,6 +265,11 @@ class TrainConfig:
             raise UserError(f"source_weights are times per epoch, 0 leaves a source out; got {odd}")
         if self.mode == "text-only" and self.train_llm == "none":
             raise UserError("text-only training of a frozen LLM trains nothing; set train_llm: full")
+        if self.mask_encoders != "none" and (self.mode == "text-only" or self.fusion.name in SINGLE_ENCODER_FUSIONS):
+            what = "text-only training" if self.mode == "text-only" else f"fusion {self.fusion.name}"
+            raise UserError(
+                f"mask_encoders {self.mask_encoders} shows subsets of encoders, and {what} has none to choose"
+            )
         if self.train_encoders and self.mode == "text-only":
             raise UserError("text-only training has no encoders to train; leave train_encoders empty")
         if odd := [encoder for encoder in self.train_encoders if self.encoders and encoder not in self.encoders]:

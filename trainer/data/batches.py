@@ -26,11 +26,12 @@ from torch import Tensor
 from featurestore.clips import Sample
 from mervcache.errors import UserError, unknown_name
 from trainer.config import TrainConfig
+from trainer.data.masks import Mask, draw_mask
 from trainer.data.order import Group, Order, Stream, balanced_share, rank_share
 from trainer.data.prompts import IGNORE_INDEX, Rendered, Renderer, reason_to_refuse
 from trainer.data.tokens import ClipTokens, TokenSource
 
-MOVED = ("input_ids_BL", "labels_BS", "attention_mask_BS")  # of a batch, on the device with its tokens
+MOVED = ("input_ids_BL", "labels_BS", "attention_mask_BS", "shown_CE")  # of a batch, on the device with its tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,8 @@ class Batch:
     clip_rows: tuple[int, ...]  # row of the sample's clip in `tokens`; -1 for text only
     tokens: Mapping[str, ClipTokens]  # encoder -> tokens_CTHWD, maybe with prefix; empty if no sample has a clip
     first_label: int  # smallest labelled position, S if there is none: no logits are needed before
+    masks: tuple[Mask, ...] | None = None  # of each row of `tokens`, on the CPU; None: every encoder is shown
+    shown_CE: Tensor | None = None  # bool, the same
 
     @property
     def supervised_B(self) -> Tensor:
@@ -57,13 +60,14 @@ class Batch:
 
     def pinned(self) -> Batch:
         """The same batch in page-locked memory: a GPU copies from it while it computes."""
-        moved = {name: getattr(self, name).pin_memory() for name in MOVED}
+        moved = {name: value.pin_memory() for name in MOVED if (value := getattr(self, name)) is not None}
         tokens = {encoder: value.pin_memory() for encoder, value in self.tokens.items()}
         return replace(self, **moved, tokens=tokens)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in MOVED}
+        values = {name: value for name in MOVED if (value := getattr(self, name)) is not None}
+        moved = {name: value.to(device, non_blocking=True) for name, value in values.items()}
         tokens = {encoder: value.to(device, non_blocking=True) for encoder, value in self.tokens.items()}
         return replace(self, **moved, tokens=tokens)
 
@@ -75,18 +79,22 @@ def collate(
     *,
     num_visual_tokens: int,
     context: int | None = None,
+    masks: Sequence[Mask] | None = None,
+    leaves_out_masked: bool = False,
 ) -> Batch:
-    """One batch; `context` is the longest sequence that the LLM takes: in training texts have been cut to fit it."""
-    totals = [
-        len(sample.input_ids) + (num_visual_tokens if row >= 0 else 0)
-        for sample, row in zip(rendered, clip_rows, strict=True)
-    ]
+    """One batch; `context` is the longest sequence that the LLM takes: in training texts have been cut to fit it.
+
+    `masks` are those of the rows of `tokens`. With `leaves_out_masked` a row has the visual tokens of the encoders that
+    it shows alone, else `num_visual_tokens` whatever it shows.
+    """
+    visual = [_num_visual(row, num_visual_tokens, masks if leaves_out_masked else None) for row in clip_rows]
+    totals = [len(sample.input_ids) + count for sample, count in zip(rendered, visual, strict=True)]
     if context is not None and max(totals) > context:
         raise UserError(
             f"{num_visual_tokens} visual tokens and {max(len(s.input_ids) for s in rendered)} text tokens exceed the"
             f" LLM's context of {context}; shorten the text"
         )
-    labels_BS = _pad([_with_gap(s, num_visual_tokens * (row >= 0)) for s, row in zip(rendered, clip_rows, strict=True)])
+    labels_BS = _pad([_with_gap(sample, count) for sample, count in zip(rendered, visual, strict=True)])
     labelled = (labels_BS != IGNORE_INDEX).any(0).nonzero()
     return Batch(
         input_ids_BL=_pad([sample.input_ids for sample in rendered], fill=0),
@@ -97,7 +105,16 @@ def collate(
         clip_rows=tuple(clip_rows),
         tokens=dict(tokens),
         first_label=int(labelled[0]) if len(labelled) else max(totals),
+        masks=None if masks is None else tuple(masks),
+        shown_CE=None if masks is None else torch.tensor(masks),
     )
+
+
+def _num_visual(row: int, num_visual_tokens: int, masks: Sequence[Mask] | None) -> int:
+    """Visual tokens of a sample, of which `num_visual_tokens` would be those of all encoders."""
+    if row < 0:
+        return 0
+    return num_visual_tokens if masks is None else num_visual_tokens * sum(masks[row]) // len(masks[row])
 
 
 def distinct_clips(clip_ids: Sequence[str | None]) -> tuple[list[str], list[int]]:
@@ -220,11 +237,12 @@ class Batches:
         *,
         num_visual_tokens: int,
         context: int | None,
+        leaves_out_masked: bool = False,
         rank: int = 0,
         num_ranks: int = 1,
     ) -> None:
         self.data, self.source, self.config = data, source, config
-        self.num_visual_tokens, self.context = num_visual_tokens, context
+        self.num_visual_tokens, self.context, self.leaves_out_masked = num_visual_tokens, context, leaves_out_masked
         self.rank, self.num_ranks = rank, num_ranks
         self.order = Order(
             streams(data.samples, config),
@@ -252,8 +270,9 @@ class Batches:
         size = self.config.micro_batch_size
         parts = [share[start : start + size] for start in range(0, len(share), size)]
         num_supervised = self._num_supervised(batch)
+        epoch = step * self.config.batch_size // self.order.num_per_epoch
         return Step(
-            micro_batches=[self._collate(part) for part in parts],
+            micro_batches=[self._collate(part, epoch) for part in parts],
             divisors=tuple(self._divisor(part, num_supervised, len(parts)) for part in parts),
             num_supervised=num_supervised,
             num_tokens=sum(len(self.rendered(index).input_ids) for index in batch)
@@ -282,10 +301,28 @@ class Batches:
     def _clips(self, indices: Sequence[int]) -> list[str]:
         return [clip for index in indices if (clip := self._clip_id(index)) is not None]
 
-    def _collate(self, indices: Sequence[int]) -> Batch:
+    def _collate(self, indices: Sequence[int], epoch: int) -> Batch:
         clips = [self._clip_id(index) for index in indices]
         return make_batch(
-            [self.rendered(index) for index in indices], clips, self.source, self.num_visual_tokens, self.context
+            [self.rendered(index) for index in indices],
+            clips,
+            self.source,
+            self.num_visual_tokens,
+            self.context,
+            masks=None if self.config.mask_encoders == "none" else [self.mask(index, epoch) for index in indices],
+            leaves_out_masked=self.leaves_out_masked,
+        )
+
+    def mask(self, index: int, epoch: int) -> Mask:
+        """The encoders that a sample shows in an epoch; under a frozen LLM at least one, or nothing would learn."""
+        config = self.config
+        return draw_mask(
+            config.mask_encoders,
+            len(self.source.shapes),
+            config.seed,
+            epoch,
+            self.data.samples[index].sample_id,
+            may_be_empty=config.train_llm != "none",
         )
 
     def _clip_id(self, index: int) -> str | None:
@@ -314,11 +351,33 @@ def make_batch(
     source: TokenSource,
     num_visual_tokens: int,
     context: int | None,
+    *,
+    masks: Sequence[Mask | None] | None = None,
+    leaves_out_masked: bool = False,
 ) -> Batch:
-    """Fetch the tokens of the samples' clips, each once, and collate."""
-    clips, rows = distinct_clips(clip_ids)
+    """Fetch the tokens of the samples' clips, each once, and collate.
+
+    `masks` are those of the samples; a sample that shows no encoder has no visual tokens.
+    """
+    if masks is None:
+        clips, rows = distinct_clips(clip_ids)
+        tokens = source.fetch(clips) if clips else {}
+        return collate(rendered, rows, tokens, num_visual_tokens=num_visual_tokens, context=context)
+    pairs = [(c, m) if c is not None and m and any(m) else None for c, m in zip(clip_ids, masks, strict=True)]
+    places = {pair: row for row, pair in enumerate(dict.fromkeys(pair for pair in pairs if pair is not None))}
+    clips, of_rows = distinct_clips([clip_id for clip_id, _ in places])
     tokens = source.fetch(clips) if clips else {}
-    return collate(rendered, rows, tokens, num_visual_tokens=num_visual_tokens, context=context)
+    if len(of_rows) > len(clips):
+        tokens = {encoder: value[of_rows] for encoder, value in tokens.items()}
+    return collate(
+        rendered,
+        [-1 if pair is None else places[pair] for pair in pairs],
+        tokens,
+        num_visual_tokens=num_visual_tokens,
+        context=context,
+        masks=[mask for _, mask in places] or None,
+        leaves_out_masked=leaves_out_masked,
+    )
 
 
 def _reason_to_drop(sample: Sample, available: set[str], config: TrainConfig) -> str | None:

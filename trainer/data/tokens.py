@@ -42,6 +42,10 @@ class PrefixedTokens:
         """The same in page-locked memory, as `Tensor.pin_memory` gives it."""
         return self._each(Tensor.pin_memory)
 
+    def __getitem__(self, rows: Sequence[int]) -> PrefixedTokens:
+        """The clips at these rows, as a tensor gives them."""
+        return self._each(lambda value: value[rows])
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> PrefixedTokens:
         tokens_BTHWD = None if self.tokens_BTHWD is None else change(self.tokens_BTHWD)
         return replace(self, tokens_BTHWD=tokens_BTHWD, prefix_BTKD=change(self.prefix_BTKD))

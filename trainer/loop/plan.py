@@ -100,6 +100,7 @@ def make_plan(
         config,
         num_visual_tokens=model.num_visual_tokens,
         context=model.context,
+        leaves_out_masked=model.has_visual and model.fusion.leaves_out_masked,
         rank=rank,
         num_ranks=num_ranks,
     )

@@ -18,13 +18,17 @@ from torch import Tensor, nn
 from trainer.config import FUSIONS, FusionConfig, import_choice
 
 Fused = tuple[Tensor, Tensor | None]
+MASKED = float("-inf")  # score of a masked encoder before the softmax
 
 
 class Fusion(nn.Module):
     """Base class: one embeddings_BNM per encoder, in the order of the encoders -> fused_BNM and weights_BE.
 
-    Weights are None where the formula has none; `concat_sequence` gives E x N tokens, all others N.
+    Weights are None where the formula has none; `concat_sequence` gives E x N tokens, all others N. `shown_BE` is True
+    for the encoders that a sample shows, at least one each: a masked one has no influence, and gets no gradient.
     """
+
+    leaves_out_masked = False  # whether masked encoders' tokens are dropped from the sequence by the caller
 
     is_ordered = False  # parameters belong to encoders by their place
 
@@ -36,7 +40,7 @@ class Fusion(nn.Module):
         """Visual tokens that come out when each encoder brings `num_tokens`."""
         return num_tokens
 
-    def forward(self, embeddings: Sequence[Tensor]) -> Fused:
+    def forward(self, embeddings: Sequence[Tensor], shown_BE: Tensor | None = None) -> Fused:
         raise NotImplementedError
 
 
@@ -50,9 +54,9 @@ class CrossAttention(Fusion):
         super().__init__(num_encoders, width, config)
         self.query_M = nn.Parameter(_xavier_row(width))
 
-    def forward(self, embeddings: Sequence[Tensor]) -> Fused:
+    def forward(self, embeddings: Sequence[Tensor], shown_BE: Tensor | None = None) -> Fused:
         mean_BEM = torch.stack([embeddings_BNM.mean(1) for embeddings_BNM in embeddings], dim=1)
-        return _mix(embeddings, (mean_BEM @ self.query_M / sqrt(self.width)).float().softmax(-1))
+        return _mix(embeddings, _weights(mean_BEM @ self.query_M / sqrt(self.width), shown_BE))
 
 
 class CrossAttentionReleased(Fusion):
@@ -73,20 +77,25 @@ class CrossAttentionReleased(Fusion):
         nn.init.zeros_(self.query_projection.bias)
         nn.init.xavier_uniform_(self.key_projection.weight)
 
-    def forward(self, embeddings: Sequence[Tensor]) -> Fused:
+    def forward(self, embeddings: Sequence[Tensor], shown_BE: Tensor | None = None) -> Fused:
         mean_BEM = torch.stack([embeddings_BNM.mean(1) for embeddings_BNM in embeddings], dim=1)
         keys_BEQ = self.key_projection(mean_BEM)
         query_Q = self.query_projection(self.query_Q)
-        return _mix(embeddings, (keys_BEQ @ query_Q / sqrt(len(query_Q))).float().softmax(-1))
+        return _mix(embeddings, _weights(keys_BEQ @ query_Q / sqrt(len(query_Q)), shown_BE))
 
 
 class ConcatSequence(Fusion):
-    """All encoders' tokens, one encoder after the other: E times the visual length."""
+    """All encoders' tokens, one encoder after the other: E times the visual length.
+
+    Those of masked encoders are left out by the caller, which knows the lengths of the sequences.
+    """
+
+    leaves_out_masked = True
 
     def num_tokens(self, num_tokens: int) -> int:
         return self.num_encoders * num_tokens
 
-    def forward(self, embeddings: Sequence[Tensor]) -> Fused:
+    def forward(self, embeddings: Sequence[Tensor], shown_BE: Tensor | None = None) -> Fused:
         return torch.cat(list(embeddings), dim=1), None
 
 
@@ -101,9 +110,16 @@ class ConcatChannel(Fusion):
         self.norm = nn.LayerNorm(num_encoders * width) if self.has_norm else None
         self.linear = nn.Linear(num_encoders * width, width)
 
-    def forward(self, embeddings: Sequence[Tensor]) -> Fused:
+    def forward(self, embeddings: Sequence[Tensor], shown_BE: Tensor | None = None) -> Fused:
+        if shown_BE is not None:
+            embeddings = [
+                torch.where(shown_BE[:, index, None, None], embeddings_BNM, 0.0)
+                for index, embeddings_BNM in enumerate(embeddings)
+            ]
         joined_BNC = torch.cat(list(embeddings), dim=-1)
-        return self.linear(joined_BNC if self.norm is None else self.norm(joined_BNC)), None
+        if self.norm is not None:
+            joined_BNC = self.norm(joined_BNC) if shown_BE is None else _norm_of_shown(self.norm, joined_BNC, shown_BE)
+        return self.linear(joined_BNC), None
 
 
 class ConcatChannelNorm(ConcatChannel):
@@ -121,7 +137,9 @@ class LearnableWeights(Fusion):
         super().__init__(num_encoders, width, config)
         self.scores_E = nn.Parameter(torch.randn(num_encoders))
 
-    def forward(self, embeddings: Sequence[Tensor]) -> Fused:
+    def forward(self, embeddings: Sequence[Tensor], shown_BE: Tensor | None = None) -> Fused:
+        if shown_BE is not None:
+            return _mix(embeddings, _weights(self.scores_E.expand(len(shown_BE), -1), shown_BE))
         weights_E = self.scores_E.float().softmax(-1)
         return _mix(embeddings, weights_E.expand(len(embeddings[0]), -1))
 
@@ -129,15 +147,17 @@ class LearnableWeights(Fusion):
 class MeanFusion(Fusion):
     """O = mean of X_e: the paper's "25%-Mixed" of four encoders."""
 
-    def forward(self, embeddings: Sequence[Tensor]) -> Fused:
+    def forward(self, embeddings: Sequence[Tensor], shown_BE: Tensor | None = None) -> Fused:
         first_BNM = embeddings[0]
+        if shown_BE is not None:
+            return _mix(embeddings, shown_BE.float() / shown_BE.sum(1, keepdim=True))
         return _mix(embeddings, first_BNM.new_full((len(first_BNM), self.num_encoders), 1 / self.num_encoders))
 
 
 class SingleEncoder(Fusion):
     """The first encoder alone; the others are not read."""
 
-    def forward(self, embeddings: Sequence[Tensor]) -> Fused:
+    def forward(self, embeddings: Sequence[Tensor], shown_BE: Tensor | None = None) -> Fused:
         return embeddings[0], embeddings[0].new_ones(len(embeddings[0]), 1)
 
 
@@ -148,6 +168,25 @@ def _mix(embeddings: Sequence[Tensor], weights_BE: Tensor) -> Fused:
     for index, embeddings_BNM in enumerate(embeddings[1:], start=1):
         fused_BNM = fused_BNM + scale_BE[:, index, None, None] * embeddings_BNM
     return fused_BNM, weights_BE
+
+
+def _weights(scores_BE: Tensor, shown_BE: Tensor | None) -> Tensor:
+    """Softmax over the shown encoders, in float32."""
+    scores_BE = scores_BE.float()
+    return (scores_BE if shown_BE is None else scores_BE.masked_fill(~shown_BE, MASKED)).softmax(-1)
+
+
+def _norm_of_shown(norm: nn.LayerNorm, joined_BNC: Tensor, shown_BE: Tensor) -> Tensor:
+    """Layer norm over the channels of the shown encoders; those of masked ones, which are zero, stay zero."""
+    width = joined_BNC.shape[-1] // shown_BE.shape[1]
+    shown_B1C = shown_BE.repeat_interleave(width, dim=1)[:, None]
+    count_B11 = shown_B1C.sum(-1, keepdim=True)
+    exact_BNC = joined_BNC.float()
+    mean_BN1 = exact_BNC.sum(-1, keepdim=True) / count_B11
+    centred_BNC = torch.where(shown_B1C, exact_BNC - mean_BN1, 0.0)
+    variance_BN1 = centred_BNC.square().sum(-1, keepdim=True) / count_B11
+    normed_BNC = centred_BNC * torch.rsqrt(variance_BN1 + norm.eps) * norm.weight + norm.bias
+    return torch.where(shown_B1C, normed_BNC, 0.0).to(joined_BNC.dtype)
 
 
 def _xavier_row(width: int) -> Tensor:

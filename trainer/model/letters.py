@@ -24,7 +24,7 @@ from trainer.data.batches import make_batch
 from trainer.data.prompts import Rendered
 from trainer.data.tokens import TokenSource
 from trainer.model.generate import generate_texts
-from trainer.model.video_llm import Built
+from trainer.model.video_llm import Built, shown_to
 
 DEFAULT_TEMPLATE = Path(__file__).with_name("letters.txt")
 PLACES = ("question", "letters", "options")  # of a template; it may do without the letters
@@ -107,5 +107,6 @@ def generate_answers(
         source,
         model.num_visual_tokens,
         model.context,
+        **shown_to(built, len(samples)),
     )
     return generate_texts(built, batch, max_new_tokens=MAX_NEW_TOKENS, device=device)

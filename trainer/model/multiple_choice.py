@@ -21,7 +21,7 @@ from trainer.data.batches import Batch, make_batch
 from trainer.data.tokens import TokenSource
 from trainer.model import letters
 from trainer.model.letters import Template
-from trainer.model.video_llm import Built
+from trainer.model.video_llm import Built, shown_to
 
 OVERALL = "all"  # category of the line over all samples
 UNNAMED = "no category"  # that of samples which name none
@@ -227,6 +227,7 @@ def batch_of(built: Built, samples: Sequence[Sample], source: TokenSource) -> Ba
         source,
         model.num_visual_tokens,
         model.context,
+        **shown_to(built, len(samples)),
     )
 
 

@@ -23,6 +23,7 @@ from featurestore.clips import Sample
 from mervcache.errors import UserError
 from trainer.config import TrainConfig, used_encoders
 from trainer.data.batches import Batch
+from trainer.data.masks import mask_of
 from trainer.data.order import derive_seed
 from trainer.data.prompts import IGNORE_INDEX, PROMPTS, Renderer, without_placeholder
 from trainer.data.tokens import TokenShape
@@ -88,13 +89,15 @@ class VideoLLM(nn.Module):
         """Frames of the trained encoders -> their tokens_CTHWD; tokens of the frozen ones stay as they are."""
         return {**tokens, **{name: network(tokens[name]) for name, network in self.trained.items()}}
 
-    def visual_tokens(self, tokens: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """encoder -> tokens_CTHWD to fused_CNM and the encoders' weights_CE."""
+    def visual_tokens(
+        self, tokens: Mapping[str, Tensor], shown_CE: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """encoder -> tokens_CTHWD to fused_CNM and the encoders' weights_CE; `shown_CE` as `Fusion` reads it."""
         tokens = self.encode(tokens)
         projected = [
             projector(tokens[encoder]) for encoder, projector in zip(self.encoders, self.projectors, strict=True)
         ]
-        return self.fusion(projected)
+        return self.fusion(projected, shown_CE)
 
     def forward(self, batch: Batch) -> Tensor:
         """Cross-entropy summed over the supervised tokens of the batch."""
@@ -123,14 +126,22 @@ class VideoLLM(nn.Module):
         text_BLM = self.llm.get_input_embeddings()(batch.input_ids_BL)
         visual_CNM = None
         if batch.tokens:
-            visual_CNM = self.visual_tokens(batch.tokens)[0].to(text_BLM.dtype)
+            visual_CNM = self.visual_tokens(batch.tokens, batch.shown_CE)[0].to(text_BLM.dtype)
         elif self.training:
             text_BLM = text_BLM + self._nothing(text_BLM.dtype)
         rows = []
         for index, (length, at, row) in enumerate(zip(batch.lengths, batch.visual_at, batch.clip_rows, strict=True)):
             text_LM = text_BLM[index, :length]
-            rows.append(torch.cat([text_LM[:at], visual_CNM[row], text_LM[at:]]) if row >= 0 else text_LM)
+            visual_NM = self._of_row(visual_CNM, batch, row) if row >= 0 else text_LM[:0]
+            rows.append(torch.cat([text_LM[:at], visual_NM, text_LM[at:]]))
         return pad_sequence(rows, batch_first=True)
+
+    def _of_row(self, visual_CNM: Tensor, batch: Batch, row: int) -> Tensor:
+        """A row's visual tokens, without those of masked encoders where the fusion leaves them out."""
+        if batch.shown_CE is None or not self.fusion.leaves_out_masked:
+            return visual_CNM[row]
+        by_encoder = visual_CNM[row].chunk(self.fusion.num_encoders)
+        return torch.cat([part for part, is_shown in zip(by_encoder, batch.masks[row], strict=True) if is_shown])
 
     def _nothing(self, dtype: torch.dtype) -> Tensor:
         """Zero that depends on every visual parameter: ranks whose batch is all text still join the gradient sum."""
@@ -167,6 +178,7 @@ class Built:
     llm: LoadedLLM
     renderer: Renderer
     config: TrainConfig
+    shown: tuple[str, ...] | None = None  # encoders whose tokens evaluations show; None: all
 
     @property
     def saves_llm(self) -> bool:
@@ -177,6 +189,14 @@ class Built:
         """The precision of the run's training, for a forward of the model; tokens are fetched outside of it."""
         is_half = self.config.precision == "bf16"
         return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=is_half)
+
+
+def shown_to(built: Built, num_samples: int) -> dict[str, Any]:
+    """Options of `make_batch` for samples of an evaluation: all encoders, or those of `built.shown`."""
+    if built.shown is None or not built.model.has_visual:
+        return {}
+    mask = mask_of(built.model.encoders, built.shown)
+    return {"masks": [mask] * num_samples, "leaves_out_masked": built.model.fusion.leaves_out_masked}
 
 
 def build(config: TrainConfig, shapes: Mapping[str, TokenShape], llm: LoadedLLM) -> Built:

@@ -133,3 +133,56 @@ def test_concat_channel_is_a_linear_layer_over_joined_channels():
     normed = (joined - joined.mean(-1, keepdim=True)) / (joined.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
     expected = normed @ fusion.linear.weight.T + fusion.linear.bias
     torch.testing.assert_close(fusion([first, second])[0], expected)
+
+
+SHOWN_BE = torch.tensor([[True, False, True], [False, True, False]])
+
+
+def masked_and_kept(name):
+    """A fusion of three encoders under masks, and of each sample the embeddings that it shows."""
+    torch.manual_seed(5)
+    fusion = build_fusion(FusionConfig(name=name, query_width=6), 3, 4)
+    embeddings = [torch.randn(2, 5, 4, requires_grad=True) for _ in range(3)]
+    fused_BNM, weights_BE = fusion(embeddings, SHOWN_BE)
+    kept = [
+        [x[row : row + 1] for x, is_shown in zip(embeddings, SHOWN_BE[row], strict=True) if is_shown] for row in (0, 1)
+    ]
+    return fusion, embeddings, fused_BNM, weights_BE, kept
+
+
+@pytest.mark.parametrize("name", ["cross_attention", "cross_attention_released", "equal_mix"])
+def test_a_mix_under_a_mask_is_that_of_the_shown_encoders(name):
+    fusion, _, fused_BNM, weights_BE, kept = masked_and_kept(name)
+    for row, shown in enumerate(kept):
+        fusion.num_encoders = len(shown)  # these fusions have no weights of an encoder
+        alone_1NM, weights_1E = fusion(shown)
+        torch.testing.assert_close(fused_BNM[row : row + 1], alone_1NM)
+        torch.testing.assert_close(weights_BE[row][SHOWN_BE[row]], weights_1E[0])
+    assert weights_BE[~SHOWN_BE].tolist() == [0, 0, 0]
+
+
+def test_learned_weights_of_shown_encoders_add_up_to_one():
+    fusion, embeddings, fused_BNM, weights_BE, _ = masked_and_kept("learnable_weights")
+    scores = fusion.scores_E.detach()
+    first, last = scores[[0, 2]].softmax(0)
+    torch.testing.assert_close(fused_BNM[0], first * embeddings[0][0] + last * embeddings[2][0])
+    torch.testing.assert_close(fused_BNM[1], embeddings[1][1])
+    torch.testing.assert_close(weights_BE[0], torch.stack([first, torch.tensor(0.0), last]))
+
+
+def test_channels_of_masked_encoders_are_zero_behind_the_norm_of_the_shown_ones():
+    fusion, embeddings, fused_BNM, _, _ = masked_and_kept("concat_channel_ln")
+    shown = torch.cat([embeddings[0][0], embeddings[2][0]], -1)
+    normed = (shown - shown.mean(-1, keepdim=True)) / (shown.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    joined = torch.cat([normed[:, :4], torch.zeros(5, 4), normed[:, 4:]], -1)
+    torch.testing.assert_close(fused_BNM[0], joined @ fusion.linear.weight.T + fusion.linear.bias)
+
+
+@pytest.mark.parametrize("name", [name for name in FUSIONS if name not in ("first", "concat_sequence")])
+def test_a_masked_encoder_gets_no_gradient_and_all_shown_is_no_mask(name):
+    fusion, embeddings, fused_BNM, _, _ = masked_and_kept(name)
+    fused_BNM.square().sum().backward()
+    for index, embeddings_BNM in enumerate(embeddings):
+        has_gradient = embeddings_BNM.grad.abs().sum((1, 2)) > 0
+        assert torch.equal(has_gradient, SHOWN_BE[:, index])
+    torch.testing.assert_close(fusion(embeddings, torch.ones(2, 3, dtype=torch.bool))[0], fusion(embeddings)[0])

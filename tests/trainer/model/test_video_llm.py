@@ -119,3 +119,23 @@ def test_a_model_without_projectors_is_the_plain_llm():
     batch = collate([FIRST], [-1], {}, num_visual_tokens=0)
     expected = model.llm(input_ids=batch.input_ids_BL, labels=batch.labels_BS).loss * 2
     torch.testing.assert_close(model(batch), expected)
+
+
+@pytest.mark.parametrize("fusion", ["cross_attention", "concat_sequence", "equal_mix"])
+def test_a_sample_under_a_mask_is_read_as_by_a_model_of_the_shown_encoders(fusion):
+    torch.manual_seed(5)
+    shape = TokenShape(grid=(1, 1, 2), width=4, is_pooled=True, identity="test")
+    names = ("dinov2", "vivit")
+    projectors = {name: Projector(ProjectorConfig(), shape, 16) for name in names}
+    both = VideoLLM(llama(), projectors, build_fusion(FusionConfig(name=fusion), 2, 16)).eval()
+    tokens = {name: torch.randn(2, 1, 1, 2, 4) for name in names}
+    masks = [(True, True), (False, True)]
+    count, leaves_out = both.num_visual_tokens, both.fusion.leaves_out_masked
+    batch = collate([FIRST, SECOND], [0, 1], tokens, num_visual_tokens=count, masks=masks, leaves_out_masked=leaves_out)
+    losses_B = both.sample_losses(batch)
+    whole = both.sample_losses(collate([FIRST], [0], {n: t[:1] for n, t in tokens.items()}, num_visual_tokens=count))
+    one = VideoLLM(both.llm, {"vivit": projectors["vivit"]}, build_fusion(FusionConfig(name=fusion), 1, 16)).eval()
+    if fusion == "cross_attention":
+        one.fusion.query_M = both.fusion.query_M
+    alone = one.sample_losses(collate([SECOND], [0], {"vivit": tokens["vivit"][1:]}, num_visual_tokens=2))
+    torch.testing.assert_close(losses_B, torch.cat([whole, alone]))
