@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -32,7 +32,7 @@ from trainer.model.multiple_choice import (
     summarise,
 )
 from trainer.runs.load import LoadedRun, load_run
-from trainer.runs.run_record import RunRecord, ScoreSource, write_scores
+from trainer.runs.run_record import RunRecord, ScoreSource, write_masked_scores, write_scores
 from trainer.runs.stage_folders import last_stage
 from trainer.sources import TokenPlace, opened_for
 
@@ -86,6 +86,37 @@ def evaluate_run(run: Path, request: EvaluationRequest, baselines: Sequence[Path
     }
     named = place if isinstance(place, str) else place.settings["dataset"]
     _save_scores(run, result, ScoreSource(split=request.split, limit=request.limit, store=named, snapshot=state))
+    return result
+
+
+def evaluate_masked(run: Path, request: EvaluationRequest, subsets: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Answers of one checkpoint with only some of its encoders shown, for each of `subsets`; saved in the run's folder.
+
+    The empty subset is the model without visual tokens. The method is "one-shot" for a run that was trained with
+    `mask_encoders`, else "post-hoc": such a run has never seen a subset before.
+    """
+    template = _template(run, (), request)
+    loaded = load_run(run, best=request.best)
+    if not loaded.built.model.has_visual:
+        raise UserError(f"{run} is a text-only run: it has no encoders to mask")
+    place, answers = questions_place(run, loaded, request), {}
+    with opened_for(loaded, place, request.weights, _device()) as (held, source):
+        samples = questions(held, source, split=request.split, has_visual=True)[: request.limit]
+        for subset in subsets:
+            masked = replace(loaded, built=replace(loaded.built, shown=tuple(subset)))
+            answers["+".join(subset)] = _answers(run, masked, samples, source, request, template)
+    result = {
+        "split": request.split,
+        "snapshot": source.snapshot,
+        "step": loaded.step,
+        "method": "post-hoc" if loaded.built.config.mask_encoders == "none" else "one-shot",
+        "protocol": next(iter(answers.values()))[0].protocol,
+        "template": template and asdict(template),
+        "subsets": {
+            name: [{**asdict(answer), "credit": answer.credit} for answer in found] for name, found in answers.items()
+        },
+    }
+    write_masked_scores(last_stage(run), result)
     return result
 
 

@@ -8,6 +8,7 @@ RUN/metrics.jsonl                 a line per step; validation metrics begin with
 RUN/scores/SPLIT.json             the newest evaluation on all questions of a split, by likelihood
 RUN/scores/SPLIT-letters.json     that by letters, which is another figure
 RUN/scores/SPLIT-first-N.json     that on the first N of them, which never replaces one on all
+RUN/scores/SPLIT-masked.json      answers with subsets of the run's encoders, see `trainer.evaluate.evaluate_masked`
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from trainer.runs.stage_folders import no_record, read_record_file
 
 LLM_FOLDER, SCORES_FOLDER = "llm", "scores"
 METRICS_FILE = "metrics.jsonl"
+MASKED = "-masked.json"  # ends the name of a file of answers with subsets of the encoders
 IMPORT_FILE = "imported.json"  # of a run made of a foreign checkpoint: where its weights come from
 PACKAGES = ("merv-pipeline", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "peft")
 FIRST_PROTOCOL = "likelihood"  # the only one of version 0.1, whose scores name none
@@ -128,6 +130,13 @@ class ScoreSource:
     snapshot: str  # id of the store's snapshot
 
 
+def write_masked_scores(run: Path, result: Mapping[str, Any]) -> Path:
+    """Write the answers with subsets of the encoders to the run's folder."""
+    folder = Path(run) / SCORES_FOLDER
+    folder.mkdir(exist_ok=True)
+    return replace_text(folder / f"{_file_stem(result['split'])}{MASKED}", json.dumps(result, indent=1) + "\n")
+
+
 def write_scores(run: Path, result: Mapping[str, Any], source: ScoreSource) -> Path:
     """Write `result` with what it was measured on to the run's folder; an interrupted write leaves the old file."""
     folder = Path(run) / SCORES_FOLDER
@@ -142,14 +151,20 @@ def write_scores(run: Path, result: Mapping[str, Any], source: ScoreSource) -> P
     protocol = result.get("protocol", FIRST_PROTOCOL)
     part = "" if protocol == FIRST_PROTOCOL else f"-{protocol}"
     part += "" if source.limit is None else f"-first-{source.limit}"
-    name = re.sub(r"[^\w-]", "_", source.split)  # a split's name may hold what a path is made of
-    return replace_text(folder / f"{name}{part}.json", json.dumps(record, indent=1) + "\n")
+    return replace_text(folder / f"{_file_stem(source.split)}{part}.json", json.dumps(record, indent=1) + "\n")
+
+
+def _file_stem(split: str) -> str:
+    """A split's name may hold what a path is made of."""
+    return re.sub(r"[^\w-]", "_", split)
 
 
 def read_scores(run: Path) -> list[dict[str, Any]]:
-    """Every record of a run's scores, by file name; UserError for a file that is none."""
+    """Every record of a run's scores on all its encoders, by file name; UserError for a file that is none."""
     records = []
     for path in sorted((Path(run) / SCORES_FOLDER).glob("*.json")):
+        if path.name.endswith(MASKED):
+            continue
         try:
             record = {"protocol": FIRST_PROTOCOL, **json.loads(path.read_text())}
             if not {"split", "snapshot", "scores", "beside", "step"} <= record.keys():
