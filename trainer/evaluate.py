@@ -19,6 +19,7 @@ from mervcache.console import ProgressLine
 from mervcache.errors import UserError
 from trainer.config import LISTING, LiveRequest
 from trainer.data.tokens import TokenSource
+from trainer.model.llm import LoadedLLM
 from trainer.model.multiple_choice import Answer, answer_all, questions, showable, summarise
 from trainer.runs.load import LoadedRun, load_run
 from trainer.runs.run_record import RunRecord, ScoreSource, write_scores
@@ -54,9 +55,14 @@ class EvaluationRequest:
         return {name: value for name, value in given.items() if value is not None}
 
 
-def evaluate_run(run: Path, request: EvaluationRequest, baselines: Sequence[Path] = ()) -> dict[str, Any]:
-    """Score `run`, and every baseline on the same questions; scores are saved in the run's folder."""
-    loaded = load_run(run, best=request.best)
+def evaluate_run(
+    run: Path, request: EvaluationRequest, baselines: Sequence[Path] = (), *, llm: LoadedLLM | None = None
+) -> dict[str, Any]:
+    """Score `run`, and every baseline on the same questions; scores are saved in the run's folder.
+
+    `llm` is the run's LLM where it is loaded already and was not trained.
+    """
+    loaded = load_run(run, best=request.best, llm=llm)
     place = questions_place(run, loaded, request)
     with opened_for(loaded, place, request.weights, _device()) as (samples, source):
         has_visual = loaded.built.model.has_visual

@@ -96,8 +96,14 @@ class StoreTokens(TokenSource):
     """
 
     def __init__(
-        self, store: FeatureStore, encoders: Sequence[str] | Mapping[str, str], *, parts: Sequence[Part] = ("tokens",)
+        self,
+        store: FeatureStore,
+        encoders: Sequence[str] | Mapping[str, str],
+        *,
+        parts: Sequence[Part] = ("tokens",),
+        clips_with: Sequence[str] = (),
     ) -> None:
+        """Only clips that have tokens of the `clips_with` encoders too are available; these are keys of the store."""
         self._store, self._parts = store, parts
         self._keys = dict(encoders) if isinstance(encoders, Mapping) else {encoder: encoder for encoder in encoders}
         self.snapshot = store.snapshot
@@ -121,8 +127,8 @@ class StoreTokens(TokenSource):
             }
             for encoder, identity in identities.items()
         }
-        clips = store.clips
-        has_all = np.logical_and.reduce([clips[key].to_numpy(zero_copy_only=False) for key in self._keys.values()])
+        clips, wanted = store.clips, dict.fromkeys([*self._keys.values(), *clips_with])
+        has_all = np.logical_and.reduce([clips[key].to_numpy(zero_copy_only=False) for key in wanted])
         self._available = set(clips["clip_id"].filter(pa.array(has_all)).to_pylist())
 
     def fetch(self, clip_ids: Sequence[str]) -> dict[str, ClipTokens]:

@@ -38,7 +38,7 @@ from trainer.data.tokens import TokenSource
 from trainer.loop import distributed
 from trainer.loop.distributed import any_rank, deterministic, make_accelerator, prepare
 from trainer.loop.plan import Plan, Validation, fit_standardisation, make_plan
-from trainer.model.llm import is_adapter
+from trainer.model.llm import LoadedLLM, is_adapter
 from trainer.model.video_llm import VideoLLM
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import checkpoint_to_resume, full_tensor, gather_full, write_folder
@@ -84,11 +84,13 @@ def train(
     resume: bool = False,
     stop_at: int | None = None,
     words: Sequence[str] = (),
+    llm: LoadedLLM | None = None,
     quiet: bool = False,
 ) -> TrainResult:
     """Train to the end, or to step `stop_at`; `resume` goes on from the newest checkpoint in `out`, if there is one.
 
-    `words` are texts whose words a fresh LLM knows besides those of the samples. SIGTERM and Ctrl-C finish the step,
+    `words` are texts whose words a fresh LLM knows besides those of the samples, `llm` the config's LLM where it is
+    loaded already and not trained. SIGTERM and Ctrl-C finish the step,
     write a checkpoint and return. Raises UserError before the first step for settings or data that do not fit the run.
     """
     out = Path(out)
@@ -103,6 +105,7 @@ def train(
         store=store,
         run=out if folder else None,
         words=words,
+        llm=llm,
         rank=accelerator.process_index,
         num_ranks=accelerator.num_processes,
     )

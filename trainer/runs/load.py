@@ -60,10 +60,11 @@ class ExportRecord:
     sha256: Mapping[str, str]  # file of weights -> digest
 
 
-def load_run(run: Path, *, best: bool = False) -> LoadedRun:
+def load_run(run: Path, *, best: bool = False, llm: LoadedLLM | None = None) -> LoadedRun:
     """The newest checkpoint of a run, or of a chain's last stage, or an export, as a model in evaluation mode.
 
-    `best`: instead of the newest, the checkpoint with the best validation. Raises UserError for a folder without one,
+    `best`: instead of the newest, the checkpoint with the best validation. `llm`: the run's LLM where it is loaded
+    already and was not trained. Raises UserError for a folder without one,
     StoreDamagedError for weights that differ from their digests.
     """
     run = last_stage(Path(run))
@@ -78,7 +79,7 @@ def load_run(run: Path, *, best: bool = False) -> LoadedRun:
         raise UserError(no_checkpoint(run))
     config = read_config(run)
     record = RunRecord.read(run)
-    built = _rebuild(config, record, resumed_llm(config, run))
+    built = _rebuild(config, record, llm or resumed_llm(config, run))
     state = checkpoint.load_state(folder)
     checkpoint.load_model(folder, built.model, with_llm=built.saves_llm)
     built.model.eval()

@@ -1,0 +1,91 @@
+"""The command `merv-train sweep`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from featurestore.locate import FEATURES, names_of
+from mervcache.config import load_yaml, overlay
+from mervcache.console import CONTEXT, print_result
+from mervcache.errors import EXIT_WITH_FAILURES
+from trainer import cli
+from trainer.ablation.sweep import SUBSET_RULES, SweepConfig
+from trainer.config import Stages, get_stages
+from trainer.loop.stages import merge_settings, to_yaml
+
+SECTION = "sweep"  # of a config file; what is outside are settings of every run
+SETTINGS = ("recipe", "config_file", "llm", "head", "train_llm", "llm_quant", "fraction", "limit", "trackers")
+
+
+@click.command(
+    "sweep",
+    context_settings=CONTEXT,
+    params=[option for option in cli.train_main.params if option.name in SETTINGS],  # as in merv-train
+)
+@cli.handle_cli_errors
+@click.option(
+    "--from-cache",
+    "store",
+    is_flag=False,
+    flag_value=cli.ONLY_STORE,
+    metavar="[STORE]",
+    help=f"Store of the tokens; without a path, the only one under {FEATURES}/.",
+)
+@click.option("--encoders", metavar="LIST", show_default="all of the store", help="Encoders of the whole sweep.")
+@click.option(
+    "--subsets",
+    metavar="|".join([*SUBSET_RULES, "LIST"]),
+    show_default="all",
+    help="Subsets to train: rules, or encoders joined by + (dinov2+siglip,vivit).",
+)
+@click.option("--fusions", metavar="LIST", show_default="the recipe's", help="Fusions, comma separated.")
+@click.option("--projectors", metavar="LIST", show_default="the recipe's", help="Projectors, comma separated.")
+@click.option("--grids", metavar="LIST", show_default="the recipe's", help="Tokens per frame: 1,4,16,64.")
+@click.option("--rates", metavar="LIST", show_default="1", help="Factors of all learning rates: 0.5,1,2.")
+@click.option("--seeds", metavar="LIST", show_default="0", help="Seeds, comma separated.")
+@click.option("--text-only/--no-text-only", default=None, show_default="yes", help="Also the run without encoders.")
+@click.option("--split", show_default="heldout", help="Split whose questions score the runs.")
+@click.option("--max-steps", type=click.IntRange(min=1), show_default="the recipe's", help="Steps of every run.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/sweep"), help="Folder of the sweep.")
+@click.option("--dry-run", is_flag=True, help="Print the runs; train nothing.")
+@click.option("--print-config", is_flag=True, help="Print the axes and every setting as YAML for --config; do nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.pass_context
+def sweep(
+    context: click.Context,
+    store: str | None,
+    recipe: str,
+    config_file: Path | None,
+    out: Path,
+    dry_run: bool,
+    print_config: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Train and score every combination of encoders, fusions, projectors, grids and seeds from one store.
+
+    Call it again to resume after a kill, to retry what failed, or to add combinations. Exit code 3: some runs failed.
+    """
+    axes, stages = resolve_sweep(recipe, config_file, options)
+    if print_config:
+        click.echo(to_sweep_yaml(axes, stages), nl=False)
+        return
+    place = cli.resolve_source(store, {"end_to_end": False, "extract_config": None, "skip_media_check": False})
+    cli.load_torch_modules()
+    from trainer.ablation.execute import open_sweep, run_sweep
+    from trainer.ablation.render import print_outcomes, print_runs
+
+    pinned = open_sweep(axes, stages, place, out)
+    if dry_run:
+        record = {"sweep": str(out), **pinned.pins, "runs": {run.name: run.to_record() for run in pinned.runs}}
+        print_result(record, as_json, lambda: print_runs(pinned))
+        return
+    outcomes = run_sweep(pinned)
+    result = {"sweep": str(out), "runs": [asdict(outcome) for outcome in outcomes]}
+    print_result(result, as_json, lambda: print_outcomes(out, outcomes))
+    if any(outcome.status == "failed" for outcome in outcomes):
+        context.exit(EXIT_WITH_FAILURES)

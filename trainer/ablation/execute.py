@@ -1,0 +1,248 @@
+"""Train and score the runs of a sweep, one after another in this process.
+
+A run that is done is not touched again; one that was killed goes on from its newest checkpoint; one that failed is
+tried again. An LLM that no run trains is loaded once. Each run is the same as by `merv-train` with its config.yaml.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import logging
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from featurestore import FeatureStore
+from featurestore.clips import Sample
+from mervcache.errors import MervCacheError, UserError, unknown_name
+from trainer.ablation.sweep import (
+    SWEEP_FILE,
+    SweepConfig,
+    SweepRun,
+    add_to_record,
+    plan_runs,
+    read_sweep,
+    run_folder,
+    shared_settings,
+)
+from trainer.config import Stages, TrainConfig, used_encoders
+from trainer.data.batches import named_samples, order_digest, select
+from trainer.data.tokens import StoreTokens
+from trainer.evaluate import EvaluationRequest, evaluate_run
+from trainer.loop.stages import train_stages
+from trainer.model.llm import FRESH_PREFIX, LoadedLLM
+from trainer.model.multiple_choice import answer_all, questions, summarise
+from trainer.model.projectors import build_projectors, parts_of
+from trainer.model.video_llm import VideoLLM, build, new_llm
+from trainer.runs import checkpoint
+from trainer.runs.run_record import RunRecord, ScoreSource, read_scores, write_scores
+from trainer.runs.stage_folders import last_stage
+from trainer.sources import opened
+
+CHECKED_WIDTH = 64  # of the projectors that are built to check their grids; any multiple of the attention's heads
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOutcome:
+    """What became of one run."""
+
+    name: str
+    status: str  # "finished", "failed", "stopped" or "pending"
+    accuracy: float | None = None  # on all questions
+    questions: int | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PinnedSweep:
+    """A sweep on a store's snapshot: its runs, and what they share."""
+
+    store: str
+    out: Path
+    encoders: tuple[str, ...]
+    split: str
+    runs: tuple[SweepRun, ...]
+    samples: tuple[Sample, ...] = field(repr=False)  # that every run trains on, in the order of their ids
+    questions: tuple[Sample, ...] = field(repr=False)  # that every run is scored on
+    pins: dict[str, Any] = field(repr=False)
+
+
+def open_sweep(sweep: SweepConfig, stages: Stages, store_path: str, out: Path) -> PinnedSweep:
+    """Expand a sweep and pin it to a snapshot, samples and questions; nothing is written.
+
+    A sweep that was begun keeps its snapshot, whatever was added to the store since. Raises UserError for encoders,
+    grids or settings that the store does not serve, before anything is trained.
+    """
+    before = read_sweep(out) if (out / SWEEP_FILE).exists() else {}
+    store = FeatureStore.open(store_path, snapshot=before.get("snapshot"))
+    config = stages[-1].config
+    if unknown := [name for name in sweep.encoders if name not in store.encoders]:
+        raise UserError(unknown_name("encoder", unknown[0], list(store.encoders)))
+    all_encoders = replace(config, encoders=tuple(sweep.encoders), fusion=type(config.fusion)())
+    encoders = tuple(used_encoders(all_encoders, list(store.encoders)))
+    if config.eval_every is not None and config.eval_split == sweep.split:
+        raise UserError(
+            f"runs would be validated on split {config.eval_split!r}, which scores them: set eval_split to another"
+            " split, or leave eval_every out; a sweep scores the last checkpoint of every run"
+        )
+    time_steps = store.encoders[encoders[0]].grid[0]
+    runs = tuple(plan_runs(sweep, stages, encoders=encoders, snapshot=store.snapshot, time_steps=time_steps))
+    source = StoreTokens(store, encoders, parts=parts_of(config.projector))
+    for run in runs:
+        _check_grids(run, source)
+    known = named_samples(config.samples, store.sample_names, store.samples)
+    samples = select(known, source, replace(config, encoders=encoders)).samples
+    asked = questions(known, source, split=sweep.split, has_visual=True)
+    pins = {
+        "store": store_path,
+        "snapshot": store.snapshot,
+        "encoders": list(encoders),
+        "split": sweep.split,
+        "num_samples": len(samples),
+        "samples_digest": order_digest(samples),
+        "num_questions": len(asked),
+        "questions_digest": _digest(asked),
+        "settings": shared_settings(stages),
+    }
+    return PinnedSweep(
+        store=store_path,
+        out=Path(out),
+        encoders=encoders,
+        split=sweep.split,
+        runs=runs,
+        samples=samples,
+        questions=tuple(asked),
+        pins=pins,
+    )
+
+
+def run_sweep(sweep: PinnedSweep, *, attempts: int = 2) -> list[RunOutcome]:
+    """Train and score every run that is not done; an outcome for each, in the order of the sweep.
+
+    A run that fails is tried again after the others, up to `attempts` times, unless its request is invalid. A stop
+    signal ends the sweep after the step, which is saved.
+    """
+    add_to_record(sweep.out, sweep.pins, sweep.runs)
+    outcomes = {run.name: _outcome(sweep, run) for run in sweep.runs}
+    pending = [run for run in sweep.runs if outcomes[run.name].status != "finished"]
+    pending.sort(key=lambda run: not run.is_trained)  # what is scored as it is needs a trained run's settings
+    llm = _shared_llm(sweep) if pending else None
+    for attempt in range(1, attempts + 1):
+        failed = []
+        for number, run in enumerate(pending, start=1):
+            log.info(f"run {number} of {len(pending)}: {run.name}")
+            outcome, is_final = _train_and_score(sweep, run, llm)
+            outcomes[run.name] = outcome
+            gc.collect()  # accelerate ties a model to itself
+            if outcome.status == "stopped":
+                return list(outcomes.values())
+            if outcome.status == "failed":
+                log.warning(f"{run.name} failed: {outcome.error}")
+                failed += [] if is_final or attempt == attempts else [run]
+        pending = failed
+    return list(outcomes.values())
+
+
+def _train_and_score(sweep: PinnedSweep, run: SweepRun, llm: LoadedLLM | None) -> tuple[RunOutcome, bool]:
+    """One attempt at a run, and whether it makes no sense to try again."""
+    folder = run_folder(sweep.out, run)
+    try:
+        if not run.is_trained:
+            _score_untrained(sweep, run, folder, llm)
+            return _outcome(sweep, run), True
+        with opened(sweep.store) as open_tokens:
+            results = train_stages(run.stages, open_tokens, folder, store=sweep.store, resume=True, llm=llm)
+        if results[-1].steps < results[-1].num_steps:
+            return RunOutcome(name=run.name, status="stopped"), True
+        evaluate_run(folder, EvaluationRequest(split=sweep.split), llm=llm)
+        return _outcome(sweep, run), True
+    except MervCacheError as error:
+        return RunOutcome(name=run.name, status="failed", error=str(error)), isinstance(error, UserError)
+    except Exception as error:  # out of memory, a full disk, a bug: the other runs go on, and the result names it
+        log.debug(traceback.format_exc())
+        return RunOutcome(name=run.name, status="failed", error=f"{type(error).__name__}: {error}"), False
+
+
+def _score_untrained(sweep: PinnedSweep, run: SweepRun, folder: Path, llm: LoadedLLM | None) -> None:
+    """Scores of the LLM as it is published, without visual tokens."""
+    config = run.stages[-1].config
+    llm = llm or new_llm(config, sweep.samples)
+    with opened(sweep.store) as open_tokens:
+        _, source = open_tokens(config, None)
+        built = build(config, source.shapes, llm)
+        text_only = VideoLLM(llm.model, {}, None, exceeds_context=built.model.exceeds_context)
+        answers = list(answer_all(replace(built, model=text_only), sweep.questions, source, device=_device()))
+    result = {
+        "data_digest": "",
+        "step": 0,
+        "scores": [asdict(score) for score in summarise(answers)],
+        "beside": {},
+        "answers": [asdict(answer) for answer in answers],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    source = ScoreSource(split=sweep.split, limit=None, store=sweep.store, snapshot=sweep.pins["snapshot"])
+    write_scores(folder, result, source)
+
+
+def _outcome(sweep: PinnedSweep, run: SweepRun) -> RunOutcome:
+    """What the run's folder says: finished once it is scored on all questions of the sweep at its last step."""
+    folder = run_folder(sweep.out, run)
+    if not folder.is_dir():
+        return RunOutcome(name=run.name, status="pending")
+    folder = last_stage(folder)
+    num_steps = 0
+    if run.is_trained:
+        newest = checkpoint.newest(folder)
+        if newest is None:
+            return RunOutcome(name=run.name, status="pending")
+        num_steps = RunRecord.read(folder).num_steps
+        if checkpoint.load_state(newest).step < num_steps:
+            return RunOutcome(name=run.name, status="pending")
+    for record in read_scores(folder):
+        is_whole = record["split"] == sweep.split and record.get("limit") is None and record["step"] == num_steps
+        if is_whole and [answer["sample_id"] for answer in record["answers"]] == _ids(sweep.questions):
+            overall = record["scores"][0]
+            return RunOutcome(
+                name=run.name, status="finished", accuracy=overall["accuracy"], questions=overall["questions"]
+            )
+    return RunOutcome(name=run.name, status="pending")
+
+
+def _shared_llm(sweep: PinnedSweep) -> LoadedLLM | None:
+    """The LLM of all runs, loaded once, where none of them changes it; else None, and each run loads its own."""
+    configs = [stage.config for run in sweep.runs for stage in run.stages]
+    return new_llm(configs[0], ()) if all(map(_is_shareable, configs)) else None
+
+
+def _is_shareable(config: TrainConfig) -> bool:
+    return config.train_llm == "none" and not config.llm.startswith(FRESH_PREFIX) and config.init is None
+
+
+def _check_grids(run: SweepRun, source: StoreTokens) -> None:
+    """Refuse a grid that the store does not serve; on the meta device, where nothing is allocated."""
+    shapes = {encoder: source.shapes[encoder] for encoder in run.encoders}
+    for stage in run.stages if shapes else ():
+        try:
+            with torch.device("meta"):
+                build_projectors(stage.config.projector, shapes, CHECKED_WIDTH)
+        except UserError as error:
+            raise UserError(f"{run.name}: {error}") from error
+
+
+def _digest(samples: Sequence[Sample]) -> str:
+    return hashlib.sha256("".join(f"{sample.sample_id}\t{sample.digest}\n" for sample in samples).encode()).hexdigest()
+
+
+def _ids(samples: Sequence[Sample]) -> list[str]:
+    return [sample.sample_id for sample in samples]
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
