@@ -21,6 +21,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+EXIT_WITH_FAILURES = 3  # exit code of a command that finished and left something out: clips that failed, records refused
+
 
 class MervCacheError(Exception):
     """Root of the tree; the message gives what is wrong, the values and what to do next."""
