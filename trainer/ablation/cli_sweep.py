@@ -7,16 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import click
+import yaml
 
 from featurestore.locate import FEATURES, names_of
-from mervcache.config import load_yaml, overlay
+from mervcache.config import load_yaml, overlay, to_builtin
 from mervcache.console import CONTEXT, print_result
-from mervcache.errors import EXIT_WITH_FAILURES
+from mervcache.errors import EXIT_WITH_FAILURES, UserError
 from trainer import cli
 from trainer.ablation.sweep import SUBSET_RULES, SweepConfig
 from trainer.config import Stages, get_stages
 from trainer.loop.stages import merge_settings, to_yaml
 
+LISTS = {  # axes that are lists -> the type of an entry
+    "encoders": str,
+    "subsets": str,
+    "fusions": str,
+    "projectors": str,
+    "grids": int,
+    "rates": float,
+    "seeds": int,
+}
+AXES = (*LISTS, "text_only", "split")
 SECTION = "sweep"  # of a config file; what is outside are settings of every run
 SETTINGS = ("recipe", "config_file", "llm", "head", "train_llm", "llm_quant", "fraction", "limit", "trackers")
 
@@ -74,7 +85,7 @@ def sweep(
     if print_config:
         click.echo(to_sweep_yaml(axes, stages), nl=False)
         return
-    place = cli.resolve_source(store, {"end_to_end": False, "extract_config": None, "skip_media_check": False})
+    place = cli.resolve_source(store, dict.fromkeys(cli.LIVE_OPTIONS))
     cli.load_torch_modules()
     from trainer.ablation.execute import open_sweep, run_sweep
     from trainer.ablation.render import print_outcomes, print_runs
@@ -89,3 +100,30 @@ def sweep(
     print_result(result, as_json, lambda: print_outcomes(out, outcomes))
     if any(outcome.status == "failed" for outcome in outcomes):
         context.exit(EXIT_WITH_FAILURES)
+
+
+def resolve_sweep(recipe: str, config_file: Path | None, options: dict[str, Any]) -> tuple[SweepConfig, Stages]:
+    """The axes and the settings of every run: a recipe, then the file, then the options."""
+    settings = load_yaml(config_file) if config_file else {}
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    axes = {name: given.pop(name) for name in list(given) if name in AXES}
+    for name in LISTS:
+        if name in axes:
+            axes[name] = [_typed(name, text) for text in names_of(axes[name])]
+    if "head" in given:
+        given["projector"] = {"head": given.pop("head")}
+    in_file = settings.pop(SECTION, None) or {}
+    stages = merge_settings(get_stages(recipe), settings, given)
+    return overlay(overlay(SweepConfig(), in_file, where=f"{SECTION}."), axes), stages
+
+
+def to_sweep_yaml(axes: SweepConfig, stages: Stages) -> str:
+    """A config file that gives these axes and settings."""
+    return yaml.safe_dump({SECTION: to_builtin(asdict(axes))}, sort_keys=False) + to_yaml(stages)
+
+
+def _typed(name: str, text: str) -> Any:
+    try:
+        return LISTS[name](text)
+    except ValueError:
+        raise UserError(f"--{name} takes numbers separated by commas, got {text!r}") from None

@@ -59,6 +59,13 @@ class TokenShape:
     is_pooled: bool  # the grid is an average of the encoder's own
     identity: str  # names what made the tokens; a checkpoint is only used with equal identities
     num_prefix: int = 0  # K that the source can give; 0: none is stored, or the encoder has none
+    native_grid: tuple[int, int, int] | None = None  # T, H, W that the encoder made, before any pooling, where known
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> TokenShape:
+        """A shape that was written as JSON."""
+        native = record.get("native_grid")
+        return cls(**{**record, "grid": tuple(record["grid"]), "native_grid": native and tuple(native)})
 
 
 class TokenSource(Protocol):
@@ -115,6 +122,7 @@ class StoreTokens(TokenSource):
                 is_pooled=identity.pooling != "none",
                 identity=identity.id,
                 num_prefix=identity.prefix_tokens,
+                native_grid=identity.native_grid,
             )
             for encoder, identity in identities.items()
         }

@@ -56,10 +56,7 @@ class RunRecord:
     @classmethod
     def read(cls, run: Path) -> RunRecord:
         record = json.loads((run / RECORD_FILE).read_text())
-        shapes = {
-            encoder: TokenShape(**{**shape, "grid": tuple(shape["grid"])})
-            for encoder, shape in record["shapes"].items()
-        }
+        shapes = {encoder: TokenShape.from_dict(shape) for encoder, shape in record["shapes"].items()}
         return cls(**{**record, "shapes": shapes})
 
 
