@@ -46,6 +46,19 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     return loaded or {}
 
 
+def parse_pairs(option: str, pairs: Iterable[str]) -> dict[str, Any]:
+    """`["spool_gb=100"]` -> name -> value, numbers and booleans as YAML reads them; `option` is named in errors."""
+    import yaml
+
+    settings = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator:
+            raise UserError(f"{option} is KEY=VALUE, got {pair!r}")
+        settings[name] = yaml.safe_load(value)
+    return settings
+
+
 def to_builtin(value: Any) -> Any:
     """A value as YAML holds it: tuples as lists."""
     if isinstance(value, Mapping):

@@ -21,7 +21,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-EXIT_WITH_FAILURES = 3  # exit code of a command that finished and left something out: clips that failed, records refused
+EXIT_WITH_FAILURES = 3  # exit code of a command that finished but left something out, such as clips
 
 
 class MervCacheError(Exception):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import click
@@ -41,3 +42,8 @@ train_main = click.Group(
     context_settings=cli.train_main.context_settings,
     help=cli.train_main.help,
 )
+
+
+if __name__ == "__main__":  # python -P -m trainer.main train|eval ...: in any folder, with any PATH
+    name = sys.argv.pop(1)
+    {"train": train_main, "eval": eval_main}[name](prog_name=f"merv-{name}")

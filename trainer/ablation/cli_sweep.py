@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import yaml
 
 from featurestore.locate import FEATURES, names_of
-from mervcache.config import load_yaml, overlay, to_builtin
+from jobs.settings import AUTO_WORKERS, ClusterRequest, ClusterSettings
+from mervcache.config import load_yaml, overlay, parse_pairs, to_builtin
 from mervcache.console import CONTEXT, print_result
 from mervcache.errors import EXIT_WITH_FAILURES, UserError
 from trainer import cli
 from trainer.ablation.sweep import SUBSET_RULES, SweepConfig
 from trainer.config import Stages, get_stages
+from trainer.loop.launch import Launch
 from trainer.loop.stages import merge_settings, to_yaml
 
 LISTS = {  # axes that are lists -> the type of an entry
@@ -62,6 +64,15 @@ SETTINGS = ("recipe", "config_file", "llm", "head", "train_llm", "llm_quant", "f
 @click.option("--split", show_default="heldout", help="Split whose questions score the runs.")
 @click.option("--max-steps", type=click.IntRange(min=1), show_default="the recipe's", help="Steps of every run.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/sweep"), help="Folder of the sweep.")
+@click.option(
+    "--scheduler",
+    metavar="local|cuda|slurm|ADDRESS",
+    help="Train side by side on the workers of this cluster, as in `merv-pipeline extract`; else one after another.",
+)
+@click.option("--workers", type=click.IntRange(min=1), help="With --scheduler: runs at once.  [default: one per GPU]")
+@click.option("--cluster", metavar="KEY=VALUE", multiple=True, help="Its setting, as in extract. Repeatable.")
+@click.option("--launch", type=click.Choice(get_args(Launch)), help="With --scheduler: processes of every run.")
+@click.option("--processes", type=click.IntRange(min=1), help="Of --launch.")
 @click.option("--dry-run", is_flag=True, help="Print the runs; train nothing.")
 @click.option("--print-config", is_flag=True, help="Print the axes and every setting as YAML for --config; do nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -72,6 +83,11 @@ def sweep(
     recipe: str,
     config_file: Path | None,
     out: Path,
+    scheduler: str | None,
+    workers: int | None,
+    cluster: tuple[str, ...],
+    launch: Launch | None,
+    processes: int | None,
     dry_run: bool,
     print_config: bool,
     as_json: bool,
@@ -85,9 +101,10 @@ def sweep(
     if print_config:
         click.echo(to_sweep_yaml(axes, stages), nl=False)
         return
+    request = resolve_cluster(scheduler, workers, cluster, launch, processes)
     place = cli.resolve_source(store, dict.fromkeys(cli.LIVE_OPTIONS))
     cli.load_torch_modules()
-    from trainer.ablation.execute import open_sweep, run_sweep
+    from trainer.ablation.execute import open_sweep, run_sweep, run_sweep_on
     from trainer.ablation.render import print_outcomes, print_runs
 
     pinned = open_sweep(axes, stages, place, out)
@@ -95,7 +112,13 @@ def sweep(
         record = {"sweep": str(out), **pinned.pins, "runs": {run.name: run.to_record() for run in pinned.runs}}
         print_result(record, as_json, lambda: print_runs(pinned))
         return
-    outcomes = run_sweep(pinned)
+    if request is None:
+        outcomes = run_sweep(pinned)
+    else:
+        options_of_launch = (
+            ["--launch", launch, *(["--processes", str(processes)] if processes else [])] if launch else []
+        )
+        outcomes = run_sweep_on(pinned, request, recipe, launch=options_of_launch)
     result = {"sweep": str(out), "runs": [asdict(outcome) for outcome in outcomes]}
     print_result(result, as_json, lambda: print_outcomes(out, outcomes))
     if any(outcome.status == "failed" for outcome in outcomes):
@@ -115,6 +138,25 @@ def resolve_sweep(recipe: str, config_file: Path | None, options: dict[str, Any]
     in_file = settings.pop(SECTION, None) or {}
     stages = merge_settings(get_stages(recipe), settings, given)
     return overlay(overlay(SweepConfig(), in_file, where=f"{SECTION}."), axes), stages
+
+
+def resolve_cluster(
+    scheduler: str | None, workers: int | None, cluster: tuple[str, ...], launch: Launch | None, processes: int | None
+) -> ClusterRequest | None:
+    """The cluster that the options ask for; None: this process."""
+    if scheduler is None:
+        if workers or cluster or launch or processes:
+            raise UserError(
+                "--workers, --cluster, --launch and --processes are for runs side by side: give --scheduler"
+            )
+        return None
+    if launch is not None and scheduler != "local":
+        raise UserError(
+            f"--launch takes several devices, and a worker of --scheduler {scheduler} has one; leave it out, or train"
+            " such runs by themselves with the settings in --out/configs"
+        )
+    settings = ClusterSettings.from_mapping(parse_pairs("--cluster", cluster))
+    return ClusterRequest(scheduler=scheduler, num_workers=workers or AUTO_WORKERS, settings=settings)
 
 
 def to_sweep_yaml(axes: SweepConfig, stages: Stages) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
+import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -19,7 +20,13 @@ import torch
 
 from featurestore import FeatureStore
 from featurestore.clips import Sample
+from featurestore.locate import is_url
+from jobs.clusters import ClusterRequest, connect
+from jobs.run import Task, run_tasks
+from mervcache.console import ProgressLine
 from mervcache.errors import MervCacheError, UserError, unknown_name
+from mervcache.files import replace_text
+from trainer.ablation.supervise import RunJob, supervise
 from trainer.ablation.sweep import (
     SWEEP_FILE,
     SweepConfig,
@@ -34,7 +41,7 @@ from trainer.config import Stages, TrainConfig, used_encoders
 from trainer.data.batches import named_samples, order_digest, select
 from trainer.data.tokens import StoreTokens
 from trainer.evaluate import EvaluationRequest, evaluate_run
-from trainer.loop.stages import train_stages
+from trainer.loop.stages import to_yaml, train_stages
 from trainer.model.llm import FRESH_PREFIX, LoadedLLM
 from trainer.model.multiple_choice import answer_all, questions, summarise
 from trainer.model.projectors import build_projectors, parts_of
@@ -148,6 +155,54 @@ def run_sweep(sweep: PinnedSweep, *, attempts: int = 2) -> list[RunOutcome]:
                 failed += [] if is_final or attempt == attempts else [run]
         pending = failed
     return list(outcomes.values())
+
+
+def run_sweep_on(
+    sweep: PinnedSweep, request: ClusterRequest, recipe: str, *, launch: Sequence[str] = ()
+) -> list[RunOutcome]:
+    """As `run_sweep`, side by side on the workers of a cluster, each run in processes of its own.
+
+    `recipe` names the stages of the runs, `launch` are further options of `merv-train`, such as `--launch ddp`. What is
+    scored without training, and the outcomes, are read in this process.
+    """
+    add_to_record(sweep.out, sweep.pins, sweep.runs)
+    outcomes = {run.name: _outcome(sweep, run) for run in sweep.runs}
+    pending = {run.name: run for run in sweep.runs if outcomes[run.name].status != "finished"}
+    tasks = [
+        Task(key=name, arguments=(_job(sweep, run, recipe, launch),)) for name, run in pending.items() if run.is_trained
+    ]
+    with ProgressLine("sweep", total=len(tasks), unit="runs") as line, connect(request) as client:
+        ended = run_tasks(client, supervise, tasks, attempts=1, per_worker=1, worker_wait_s=request.worker_wait_s)
+        for outcome in ended:
+            name = outcome.task.key
+            if outcome.error is None:
+                outcomes[name] = _outcome(sweep, pending[name])
+            else:
+                outcomes[name] = RunOutcome(name=name, status="failed", error=str(outcome.error))
+                log.warning(f"{name} failed: {outcome.error}")
+            line.advance(failed=int(outcome.error is not None))
+    for run in pending.values():
+        if not run.is_trained:
+            outcomes[run.name] = _train_and_score(sweep, run, None)[0]
+    return list(outcomes.values())
+
+
+def _job(sweep: PinnedSweep, run: SweepRun, recipe: str, launch: Sequence[str]) -> RunJob:
+    """A run as command lines; its settings are written to a file of the sweep."""
+    configs, logs = sweep.out / "configs", sweep.out / "logs"
+    for folder in (configs, logs):
+        folder.mkdir(parents=True, exist_ok=True)
+    config = replace_text(configs / f"{run.name}.yaml", to_yaml(run.stages)).absolute()
+    folder = run_folder(sweep.out, run).absolute()
+    store = sweep.store if is_url(sweep.store) else str(Path(sweep.store).absolute())
+    source = ("--from-cache", store, "--recipe", recipe, "--config", str(config))
+    program = (sys.executable, "-P", "-m", "trainer.main")
+    return RunJob(
+        run=str(folder),
+        train=(*program, "train", *source, "--out", str(folder), "--resume", "auto", *launch),
+        score=(*program, "eval", "run", "--checkpoint", str(folder), "--split", sweep.split),
+        log=str((logs / f"{run.name}.log").absolute()),
+    )
 
 
 def _train_and_score(sweep: PinnedSweep, run: SweepRun, llm: LoadedLLM | None) -> tuple[RunOutcome, bool]:
