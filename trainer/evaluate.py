@@ -65,8 +65,9 @@ def evaluate_run(
     loaded = load_run(run, best=request.best, llm=llm)
     place = questions_place(run, loaded, request)
     with opened_for(loaded, place, request.weights, _device()) as (samples, source):
-        has_visual = loaded.built.model.has_visual
-        samples = questions(samples, source, split=request.split, has_visual=has_visual)[: request.limit]
+        # A text-only run of a sweep answers the questions that the other runs see clips of.
+        by_clip = loaded.built.model.has_visual or bool(loaded.built.config.clips_with)
+        samples = questions(samples, source, split=request.split, has_visual=by_clip)[: request.limit]
         answers = _answers(loaded, samples, source, request)
         state = source.snapshot if isinstance(place, str) else f"live-{_digest(samples, source)[:12]}"
     others = {str(path): _baseline_answers(path, samples, place, request) for path in baselines}

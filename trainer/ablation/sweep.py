@@ -215,8 +215,11 @@ def add_to_record(sweep: Path, pins: Mapping[str, Any], runs: Sequence[SweepRun]
     record: dict[str, Any] = {"format": FORMAT, **pins, "runs": {}}
     if (Path(sweep) / SWEEP_FILE).exists():
         record = read_sweep(sweep)
-        if changed := [name for name in pins if record.get(name) != pins[name]]:
-            values = "; ".join(f"{name} was {_short(record.get(name))}, is {_short(pins[name])}" for name in changed)
+        before, now = ({name: values.get(name) for name in pins} for values in (record, pins))
+        if before != now:
+            old, new = _leaves(before), _leaves(now)
+            changed = [name for name in old | new if old.get(name) != new.get(name)]
+            values = "; ".join(f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in changed)
             raise UserError(
                 f"{sweep} was begun with other values ({values}), and runs of one sweep are compared with each other:"
                 " give the same, or another --out"
@@ -240,6 +243,8 @@ def shared_settings(stages: Stages) -> dict[str, Any]:
     return settings
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _leaves(value: Any, name: str = "") -> dict[str, Any]:
+    """The values of nested mappings by their own name: `{"settings": {"finetune": {"seed": 1}}}` -> `{"seed": 1}`."""
+    if not isinstance(value, Mapping):
+        return {name: value}
+    return {leaf: found for key, nested in value.items() for leaf, found in _leaves(nested, key).items()}
