@@ -19,6 +19,7 @@ from featurestore.locate import FEATURES, ROOT_METADATA, Place, find_store, is_u
 from mervcache.config import load_yaml
 from mervcache.console import CONTEXT, echo, handle_errors, print_result, report_saved, stacked
 from mervcache.errors import StoreNotFoundError, UserError, no_file
+from trainer.ablation.cli_costs import COMMANDS as COST_COMMANDS
 from trainer.config import (
     FULL_RECIPE,
     FUSIONS,
@@ -449,6 +450,9 @@ def parse_span(text: str | None) -> tuple[float | None, float | None]:
         raise UserError(f"--span is START,END in seconds, such as 1.5,4 or ,4; got {text!r}") from None
     return start, end
 
+
+for command in COST_COMMANDS:
+    eval_main.add_command(command)
 
 if __name__ == "__main__":
     train_main(prog_name="merv-train")  # as launched processes are started
