@@ -19,7 +19,6 @@ from featurestore.locate import FEATURES, ROOT_METADATA, Place, find_store, is_u
 from mervcache.config import load_yaml
 from mervcache.console import CONTEXT, echo, handle_errors, print_result, report_saved, stacked
 from mervcache.errors import StoreNotFoundError, UserError, no_file
-from trainer.ablation.cli import table_command
 from trainer.config import (
     FULL_RECIPE,
     FUSIONS,
@@ -279,9 +278,6 @@ OWN_STORE = "the one the run was trained on"
 @click.group(context_settings=CONTEXT)
 def eval_main() -> None:
     """Score trained runs, export them, import official checkpoints."""
-
-
-eval_main.add_command(table_command)
 
 
 @eval_main.command("run")

@@ -13,9 +13,13 @@ from click.core import ParameterSource
 
 from mervcache.errors import UserError
 from trainer import cli
+from trainer.ablation.cli import table_command
+from trainer.ablation.cli_costs import COMMANDS as COST_COMMANDS
 from trainer.ablation.cli_sweep import sweep
 
 eval_main = cli.eval_main
+for command in (table_command, *COST_COMMANDS):
+    eval_main.add_command(command)
 
 
 @cli.handle_cli_errors
