@@ -68,6 +68,17 @@ class FeatureIdentity:
         time, height, width = self.grid
         return (time if kind == "video" else min(self.still_period, time), height, width)
 
+    @property
+    def native_grid(self) -> tuple[int, int, int] | None:
+        """T, H, W that the encoder makes of a clip, before pooling; None where the architecture does not say."""
+        if self.pooling == "none":
+            return self.grid
+        sizes = [self.architecture.get(name) for name in ("tubelet_frames", "image_size", "patch_size")]
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            return None
+        tubelet, image, patch = sizes
+        return (self.num_frames // tubelet, image // patch, image // patch)
+
     def to_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(asdict(self)))
 

@@ -107,18 +107,20 @@ def run_tasks(
     after_deaths: Callable[..., Any] | None = None,
     worker_wait_s: float = WORKER_WAIT_S[""],
     listener: Listener = Listener(),
+    per_worker: int = WINDOW_PER_WORKER,
 ) -> Iterator[Outcome]:
     """Yield every task's outcome as it finishes; a failed task is tried again unless `is_final(error)`.
 
     Another worker tries it again, if there is one: a broken device fails at once, is idle and would be given every
     task. A task that Dask gave up because workers died under it is run by `after_deaths` with the same arguments after
     all others, one at a time, so that no other task is blamed for it. Raises `ClusterError` after `worker_wait_s`
-    without any worker. Closing the generator cancels what has not started.
+    without any worker. A worker has at most `per_worker` tasks, those that wait included. Closing the generator cancels
+    what has not started.
     """
     from distributed import KilledWorker
 
     remaining, deadly = iter(tasks), deque[Task]()
-    with _Window(client, _Workers(client, worker_wait_s, listener), listener) as window:
+    with _Window(client, _Workers(client, worker_wait_s, listener), listener, per_worker) as window:
         while True:
             window.fill(function, remaining)
             if not window.running:
@@ -186,8 +188,9 @@ class _Attempt:
 class _Window:
     """The tasks that the cluster has now."""
 
-    def __init__(self, client: Client, workers: _Workers, listener: Listener) -> None:
+    def __init__(self, client: Client, workers: _Workers, listener: Listener, per_worker: int) -> None:
         self._client, self._workers, self._on_report = client, workers, listener.report
+        self._per_worker = per_worker
         self._finished: SimpleQueue[Future] = SimpleQueue()
         self.running: dict[str, _Attempt] = {}  # by the future's key
 
@@ -210,7 +213,7 @@ class _Window:
 
     def fill(self, function: Callable[..., Any], remaining: Iterator[Task]) -> None:
         """Submit tasks until the window is full or none is left."""
-        size = WINDOW_PER_WORKER * max(1, len(self._workers.addresses))
+        size = self._per_worker * max(1, len(self._workers.addresses))
         while len(self.running) < size and (task := next(remaining, None)) is not None:
             self.submit(function, task, 1)
 

@@ -78,6 +78,23 @@ def _extent(value: Any, depth: int, known: dict[int, tuple[int, int]]) -> tuple[
     return known[id(value)]
 
 
+def parse_pairs(option: str, pairs: Iterable[str]) -> dict[str, Any]:
+    """`["spool_gb=100"]` -> name -> value: numbers and booleans as YAML reads them, what is no YAML as text.
+
+    `option` is named in errors.
+    """
+    settings = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator:
+            raise UserError(f"{option} is KEY=VALUE, got {pair!r}")
+        try:
+            settings[name] = parse_yaml(value)
+        except ValueError:  # such as "{00..09}.tar"
+            settings[name] = value
+    return settings
+
+
 def to_builtin(value: Any) -> Any:
     """A value as YAML holds it: tuples as lists."""
     if isinstance(value, Mapping):

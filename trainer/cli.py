@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import click
 from click.core import ParameterSource
@@ -42,10 +42,6 @@ from trainer.loop.stages import dry_run_stages, merge_settings, to_yaml, train_i
 from trainer.render import import_lines, print_losses, print_plan, print_scores, result_lines
 from trainer.runs.stage_folders import check_are_runs, check_is_free, read_record_file, read_stages, stage_folder
 
-if TYPE_CHECKING:
-    pass
-
-
 handle_cli_errors = handle_errors(
     interrupted="Interrupted. What was written is kept; merv-train goes on with --resume auto."
 )
@@ -71,6 +67,7 @@ def keep_bars_to_terminals() -> None:
 
 ONLY_STORE = "-"  # --from-cache without a path: the only store under features/
 
+LIVE_OPTIONS = ("dataset", "root", "weights", "extract_config", "skip_media_check", "end_to_end")  # no settings
 live_options = stacked(  # of --end-to-end, named as in `merv-pipeline extract`
     click.option("--end-to-end", is_flag=True, help="Decode and encode while training, instead of --from-cache."),
     click.option("--dataset", help="End to end: dataset by name; `merv-pipeline datasets` lists them."),
@@ -272,8 +269,7 @@ def pop_live_options(options: dict[str, Any]) -> dict[str, Any]:
     """Remove and return the options of `live_options` that are no settings; `--encoders` is one, split into names."""
     if isinstance(options.get("encoders"), str):
         options["encoders"] = names_of(options["encoders"])
-    names = ("dataset", "root", "weights", "extract_config", "skip_media_check", "end_to_end")
-    return {name: options.pop(name) for name in names if name in options}
+    return {name: options.pop(name) for name in LIVE_OPTIONS if name in options}
 
 
 def _existing(store: Place) -> Place:

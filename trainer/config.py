@@ -202,6 +202,9 @@ class TrainConfig:
     mask_encoders: MaskRule = "none"  # each sample shows a random subset of the encoders; see trainer/data/masks.py
     encoders: tuple[str, ...] = ()  # order matters for concat and first; empty: those of `init`, else all of the store
     samples: tuple[str, ...] = ()  # sample sets of the store; empty: all
+    clips_with: tuple[str, ...] = ()  # only clips that have tokens of these encoders too: runs of unlike encoders then
+    # read the same samples, and are scored on the same questions
+    snapshot: str = ""  # of the store, by id; empty: the newest when the run starts
     stage: str = "finetune"  # samples of this stage only
     split: str = "train"
     fraction: float = 1.0  # share of the samples, chosen by their ids: a smaller share is a subset of a larger one

@@ -213,6 +213,7 @@ class LiveTokens(TokenSource):
                 is_pooled=encoder.identity.pooling != "none",
                 identity=encoder.identity.id + ("+trained" if name in trained else ""),  # no store holds these
                 num_prefix=encoder.identity.prefix_tokens,
+                native_grid=encoder.identity.native_grid,
             )
             for name, encoder in self._encoders.items()
         }

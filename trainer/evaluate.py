@@ -21,6 +21,7 @@ from mervcache.errors import UserError
 from trainer.config import LISTING, LiveRequest, Protocol, read_config
 from trainer.data.tokens import TokenSource
 from trainer.model.letters import Template
+from trainer.model.llm import LoadedLLM
 from trainer.model.multiple_choice import (
     WITHOUT_TOKENS,
     Answer,
@@ -67,13 +68,20 @@ class EvaluationRequest:
         return {name: value for name, value in given.items() if value is not None}
 
 
-def evaluate_run(run: Path, request: EvaluationRequest, baselines: Sequence[Path] = ()) -> dict[str, Any]:
-    """Score `run`, and every baseline on the same questions; scores are saved in the run's folder."""
+def evaluate_run(
+    run: Path, request: EvaluationRequest, baselines: Sequence[Path] = (), *, llm: LoadedLLM | None = None
+) -> dict[str, Any]:
+    """Score `run`, and every baseline on the same questions; scores are saved in the run's folder.
+
+    `llm` is the run's LLM where it is loaded already and was not trained.
+    """
     template = _template(run, baselines, request)
-    loaded = load_run(run, best=request.best)
+    loaded = load_run(run, best=request.best, llm=llm)
     place = questions_place(run, loaded, request)
     with opened_for(loaded, place, request.weights, _device()) as (held, source):
-        found = questions(held, source, split=request.split, has_visual=loaded.built.model.has_visual)
+        # A text-only run of a sweep answers the questions that the other runs see clips of.
+        by_clip = loaded.built.model.has_visual or bool(loaded.built.config.clips_with)
+        found = questions(held, source, split=request.split, has_visual=by_clip)
         samples = found[: request.limit]
         answers = _answers(run, loaded, samples, source, request, template)
         state = source.snapshot if isinstance(place, str) else f"live-{_digest(samples, source)[:12]}"
@@ -89,14 +97,16 @@ def evaluate_run(run: Path, request: EvaluationRequest, baselines: Sequence[Path
     return result
 
 
-def evaluate_masked(run: Path, request: EvaluationRequest, subsets: Sequence[Sequence[str]]) -> dict[str, Any]:
+def evaluate_masked(
+    run: Path, request: EvaluationRequest, subsets: Sequence[Sequence[str]], *, llm: LoadedLLM | None = None
+) -> dict[str, Any]:
     """Answers of one checkpoint with only some of its encoders shown, for each of `subsets`; saved in the run's folder.
 
     The empty subset is the model without visual tokens. The method is "one-shot" for a run that was trained with
     `mask_encoders`, else "post-hoc": such a run has never seen a subset before.
     """
     template = _template(run, (), request)
-    loaded = load_run(run, best=request.best)
+    loaded = load_run(run, best=request.best, llm=llm)
     if not loaded.built.model.has_visual:
         raise UserError(f"{run} is a text-only run: it has no encoders to mask")
     place, answers = questions_place(run, loaded, request), {}

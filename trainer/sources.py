@@ -85,11 +85,11 @@ def open_store(
     `encoders` are those of `recorded_encoders`, in the recorded order; without them and without a choice in the config
     all of the store are used, in the paper's order.
     """
-    store = _at_snapshot(path, snapshot)
+    store = FeatureStore.open(path, snapshot=config.snapshot) if config.snapshot else _at_snapshot(path, snapshot)
     samples = named_samples(config.samples, store.sample_names, store.samples)
-    _check_stored(config.encoders or encoders, list(store.encoders))
+    _check_stored([*(config.encoders or encoders), *config.clips_with], list(store.encoders))
     used = used_encoders(config, list(encoders) or in_paper_order(store.encoders))
-    return samples, StoreTokens(store, used, parts=parts_of(config.projector))
+    return samples, StoreTokens(store, used, parts=parts_of(config.projector), clips_with=config.clips_with)
 
 
 def recorded_encoders(config: TrainConfig, run: Path | None) -> tuple[str, ...]:
@@ -110,9 +110,11 @@ def open_store_for(run: LoadedRun, path: str, *, names: Sequence[str] = ()) -> t
     """Samples of a store, all or those of these names, and a source of the tokens that a finished run reads.
 
     Encoders are found by identity: a store that holds one twice has other keys for it than the run was trained with.
+    In the store it was trained on, a run keeps to its settings `snapshot` and `clips_with`.
     """
     check_has_a_store(run)
-    store = FeatureStore.open(path)
+    config, is_own = run.built.config, path == run.record.store
+    store = FeatureStore.open(path, snapshot=config.snapshot or None if is_own else None)
     keys = {identity.id: key for key, identity in store.encoders.items()}
     wanted = {encoder: keys.get(shape.identity, encoder) for encoder, shape in run.record.shapes.items()}
     wanted = wanted or {key: key for key in store.encoders}  # text only: the clips of all encoders
@@ -122,7 +124,8 @@ def open_store_for(run: LoadedRun, path: str, *, names: Sequence[str] = ()) -> t
             f"the run was trained on tokens of {', '.join(wanted)}, {path} holds {', '.join(store.encoders) or 'none'};"
             " use the store it was trained on, or extract them"
         )
-    source = StoreTokens(store, stored, parts=parts_of(run.built.config.projector))
+    clips_with = config.clips_with if is_own else ()
+    source = StoreTokens(store, stored, parts=parts_of(config.projector), clips_with=clips_with)
     check_identities(run, source)
     return named_samples(names, store.sample_names, store.samples), source
 

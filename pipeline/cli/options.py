@@ -16,7 +16,7 @@ from featurestore.clips import KINDS
 from featurestore.locate import find_store
 from featurestore.storage_dtypes import STORAGE_DTYPES
 from mervcache import console
-from mervcache.config import parse_yaml
+from mervcache.config import parse_pairs
 from mervcache.console import Command, echo, handle_errors, stacked
 from mervcache.errors import EXIT_WITH_FAILURES
 from pipeline.config import COMPUTE_DTYPES, DECODER_NAMES, ExtractConfig, read_config
@@ -152,26 +152,12 @@ def given_options(options: dict[str, Any]) -> dict[str, Any]:
     if "weights" in given:
         given["weights"] = weights_by_encoder(given["weights"])
     if "options" in given:
-        given["options"] = _pairs("--option", given["options"])
+        given["options"] = parse_pairs("--option", given["options"])
     if "cluster" in given:
-        given["cluster"] = _pairs("--cluster", given["cluster"])
+        given["cluster"] = parse_pairs("--cluster", given["cluster"])
     if given.get("grid", "raw") != "raw":
         given["grid"] = _grid(given["grid"])
     return given
-
-
-def _pairs(option: str, pairs: tuple[str, ...]) -> dict[str, Any]:
-    """`("spool_gb=100",)` -> name -> value, numbers and booleans as YAML reads them, what is no YAML as text."""
-    if wrong := [pair for pair in pairs if "=" not in pair]:
-        raise click.BadParameter(f"{option} is KEY=VALUE, got {wrong[0]!r}")
-    return {key: _yaml_or_text(value) for key, value in (pair.split("=", 1) for pair in pairs)}
-
-
-def _yaml_or_text(value: str) -> Any:
-    try:
-        return parse_yaml(value)
-    except ValueError:  # such as "{00..09}.tar"
-        return value
 
 
 def _grid(text: str) -> tuple[int, ...]:

@@ -150,9 +150,12 @@ def store(tmp_path, clips, tokens_of, identities, write_store):
 
 @pytest.fixture
 def make_question_store(make_sample, identities, write_store):
-    """Writes a store of some of 21 videos: a question about each, of which those from 18 on are held out."""
+    """Writes a store of some of 21 videos: a question about each, of which those from 18 on are held out.
 
-    def make(path, indices=range(21)):
+    `failed` are pairs of an encoder and a clip without its tokens.
+    """
+
+    def make(path, indices=range(21), failed=()):
         samples = [make_sample(index, split="train" if index < 18 else "heldout") for index in indices]
         videos = [Clip(dataset="set", path=f"clip{index}.mp4", kind="video") for index in range(21)]
         random = np.random.default_rng(1)
@@ -161,7 +164,7 @@ def make_question_store(make_sample, identities, write_store):
             for encoder, (grid, width, _) in GRIDS.items()
             for clip in videos
         }
-        writer = write_store(path, [videos[index] for index in indices], identities, arrays)
+        writer = write_store(path, [videos[index] for index in indices], identities, arrays, failed=failed)
         writer.add_samples("toy-finetune", samples)
         writer.publish_snapshot()
         return path

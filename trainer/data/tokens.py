@@ -63,6 +63,13 @@ class TokenShape:
     is_pooled: bool  # the grid is an average of the encoder's own
     identity: str  # names what made the tokens; a checkpoint is only used with equal identities
     num_prefix: int = 0  # K that the source can give; 0: none is stored, or the encoder has none
+    native_grid: tuple[int, int, int] | None = None  # T, H, W that the encoder made, before any pooling, where known
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> TokenShape:
+        """A shape that was written as JSON."""
+        native = record.get("native_grid")
+        return cls(**{**record, "grid": tuple(record["grid"]), "native_grid": native and tuple(native)})
 
 
 class TokenSource(Protocol):
@@ -100,8 +107,14 @@ class StoreTokens(TokenSource):
     """
 
     def __init__(
-        self, store: FeatureStore, encoders: Sequence[str] | Mapping[str, str], *, parts: Sequence[Part] = ("tokens",)
+        self,
+        store: FeatureStore,
+        encoders: Sequence[str] | Mapping[str, str],
+        *,
+        parts: Sequence[Part] = ("tokens",),
+        clips_with: Sequence[str] = (),
     ) -> None:
+        """Only clips that have tokens of the `clips_with` encoders too are available; these are keys of the store."""
         self._store, self._parts = store, parts
         self._keys = dict(encoders) if isinstance(encoders, Mapping) else {encoder: encoder for encoder in encoders}
         self.snapshot = store.snapshot
@@ -113,6 +126,7 @@ class StoreTokens(TokenSource):
                 is_pooled=identity.pooling != "none",
                 identity=identity.id,
                 num_prefix=identity.prefix_tokens,
+                native_grid=identity.native_grid,
             )
             for encoder, identity in identities.items()
         }
@@ -125,8 +139,8 @@ class StoreTokens(TokenSource):
             }
             for encoder, identity in identities.items()
         }
-        clips = store.clips
-        has_all = np.logical_and.reduce([clips[key].to_numpy(zero_copy_only=False) for key in self._keys.values()])
+        clips, wanted = store.clips, dict.fromkeys([*self._keys.values(), *clips_with])
+        has_all = np.logical_and.reduce([clips[key].to_numpy(zero_copy_only=False) for key in wanted])
         self._available = set(clips["clip_id"].filter(pa.array(has_all)).to_pylist())
 
     def fetch(self, clip_ids: Sequence[str]) -> dict[str, ClipTokens]:

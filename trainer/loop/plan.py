@@ -25,6 +25,7 @@ from trainer.data.batches import Batches, TrainingData, select
 from trainer.data.order import derive_seed
 from trainer.data.prompts import num_placeholders, reason_to_refuse
 from trainer.data.tokens import TokenShape, TokenSource
+from trainer.model.llm import LoadedLLM
 from trainer.model.multiple_choice import FIRST_CLIPS, answer_batch, batch_of, is_whole, showable
 from trainer.model.projectors import Moments
 from trainer.model.video_llm import Built, build, count_parameters, new_llm, trained_encoders
@@ -69,17 +70,21 @@ def make_plan(
     store: str = "",
     run: Path | None = None,
     words: Sequence[str] = (),
+    llm: LoadedLLM | None = None,
     rank: int = 0,
     num_ranks: int = 1,
 ) -> Plan:
     """Select the data and build the model, with seeded weights or those of the run that `config.init` names.
 
     `run` is a folder that is being resumed: its weights come from its checkpoint later. `words` are texts whose words a
-    fresh LLM knows besides those of the samples. Raises UserError for data or sizes that cannot be trained on.
+    fresh LLM knows besides those of the samples. `llm` is the config's LLM where it is loaded already and not trained.
+    Raises UserError for data or sizes that cannot be trained on.
     """
     data = select(samples, source, config)
     origin = read_origin(config.init) if config.init and run is None else None
-    if run is not None:
+    if llm is not None:
+        pass
+    elif run is not None:
         llm = resumed_llm(config, run)
     elif origin is not None:
         llm = starting_llm(origin, config, data.samples, words)

@@ -25,6 +25,7 @@ from trainer.runs.stage_folders import STAGES_FILE, check_is_free, settings_by_s
 
 if TYPE_CHECKING:
     from trainer.loop.train import TrainResult
+    from trainer.model.llm import LoadedLLM
     from trainer.sources import OpenTokens, TokenPlace
 
 STAGES_KEY = "stages"  # of a config file: holds the settings of single stages
@@ -93,12 +94,14 @@ def train_stages(
     store: str = "",
     resume: bool = False,
     only: str | None = None,
+    llm: LoadedLLM | None = None,
     quiet: bool = False,
 ) -> list[TrainResult]:
     """Train the stages in turn, or the one named `only`; a stage that stops before its end is the last one.
 
     `open_tokens` gives the samples and the token source of a stage's settings. With `resume` finished stages are
-    skipped, and an unfinished one goes on from its newest checkpoint.
+    skipped, and an unfinished one goes on from its newest checkpoint. `llm` is an LLM that is loaded already, for
+    stages that do not train it.
     """
     from trainer.loop.train import train
     from trainer.runs.checkpoint import newest
@@ -127,7 +130,9 @@ def train_stages(
             result = _finished_result(folder, config) if resume else None
             if result is None:
                 samples, source = open_tokens(config, folder)
-                result = train(config, samples, source, folder, store=store, resume=resume, words=words, quiet=quiet)
+                result = train(
+                    config, samples, source, folder, store=store, resume=resume, words=words, llm=llm, quiet=quiet
+                )
                 # accelerate ties a model to itself: its memory and its optimizer's are taken until it is collected.
                 gc.collect()
             results.append(result)

@@ -42,7 +42,7 @@ from trainer.loop.distributed import any_rank, deterministic, make_accelerator, 
 from trainer.loop.metrics import MetricsWriter, finite_or_none
 from trainer.loop.nonfinite import SkippedSteps, Trace
 from trainer.loop.plan import Plan, Validation, fit_standardisation, make_plan
-from trainer.model.llm import is_adapter
+from trainer.model.llm import LoadedLLM, is_adapter
 from trainer.model.video_llm import VideoLLM
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import CheckpointState, checkpoint_to_resume, full_tensor, gather_full, write_folder
@@ -113,11 +113,13 @@ def train(
     resume: bool = False,
     stop_at: int | None = None,
     words: Sequence[str] = (),
+    llm: LoadedLLM | None = None,
     quiet: bool = False,
 ) -> TrainResult:
     """Train to the end, or to step `stop_at`; `resume` goes on from the newest checkpoint in `out`, if there is one.
 
-    `words` are texts whose words a fresh LLM knows besides those of the samples. SIGTERM and Ctrl-C finish the step,
+    `words` are texts whose words a fresh LLM knows besides those of the samples, `llm` the config's LLM where it is
+    loaded already and not trained. SIGTERM and Ctrl-C finish the step,
     write a checkpoint and return. Raises UserError before the first step for settings or data that do not fit the run.
     """
     out = Path(out)
@@ -136,6 +138,7 @@ def train(
             store=store,
             run=out if folder else None,
             words=words,
+            llm=llm,
             rank=accelerator.process_index,
             num_ranks=accelerator.num_processes,
         )

@@ -54,19 +54,22 @@ class Resampler(nn.Module):
 class Average(Resampler):
     """Adaptive average pooling over T, H and W; the identity when both grids are equal.
 
-    The 2D average of the paper is the case of equal T. Grids that were pooled before must nest (each target divides the
-    stored one): averages of overlapping windows, 14 -> 8, pooled again to 4, are not the average of the 14-grid.
+    The 2D average of the paper is the case of equal T. What was pooled before is pooled again only where that is the
+    average of the encoder's own grid: the stored grid divides that one, so that its windows do not overlap, and each
+    target divides the stored one. 16 -> 8 -> 4 is exact; 14 -> 8 -> 4 is not, since the windows of 14 -> 8 overlap.
     """
 
     def __init__(self, config: ProjectorConfig, stored: TokenShape, llm_width: int) -> None:
         grid = config.grid or (_divided_time(config, stored), *stored.grid[1:])
         super().__init__(grid, stored.width)
         _check_not_finer(grid, stored.grid)
-        if stored.is_pooled and any(have % want for want, have in zip(grid, stored.grid, strict=True)):
+        if stored.is_pooled and not _pools_exactly(grid, stored):
+            native = f" of the encoder's {_text(stored.native_grid)}" if stored.native_grid else ""
             raise UserError(
-                f"projector grid {_text(grid)} does not nest in the stored grid {_text(stored.grid)}, which is pooled"
-                " already: choose divisors of the stored grid, or make a store of the encoders' own grids:"
-                f" {_extract_command('raw')}"
+                f"projector grid {_text(grid)} is not exact from the stored grid {_text(stored.grid)}, which is an"
+                f" average{native} already: choose the stored grid, or divisors of it where it divides the encoder's;"
+                f" or make a store of the encoders' own grids: {_extract_command('raw')}, and `merv-pipeline plan` with"
+                " the same options for its price"
             )
 
     def forward(self, tokens_BTHWD: Tensor) -> Tensor:
@@ -253,6 +256,15 @@ def _check_not_finer(grid: Grid, stored: Grid) -> None:
             f"projector grid {_text(grid)} is finer than the stored grid {_text(stored)}; set projector.grid to a"
             " coarser one, or extract a finer one"
         )
+
+
+def _pools_exactly(grid: Grid, stored: TokenShape) -> bool:
+    """Whether pooling the stored average to `grid` gives the average of the encoder's own grid."""
+    native = stored.native_grid or stored.grid  # unknown in records of older runs
+    return all(
+        want == have or (have % want == 0 and own % have == 0)
+        for want, have, own in zip(grid, stored.grid, native, strict=True)
+    )
 
 
 def _check_raw(config: ProjectorConfig, stored: TokenShape, needed: str) -> None:

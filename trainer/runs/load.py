@@ -61,11 +61,12 @@ class ExportRecord:
     sha256: Mapping[str, str]  # file -> digest; before 0.2 of weights alone
 
 
-def load_run(run: Path, *, best: bool = False) -> LoadedRun:
+def load_run(run: Path, *, best: bool = False, llm: LoadedLLM | None = None) -> LoadedRun:
     """The newest checkpoint of a run, or of a chain's last stage, or an export, as a model in evaluation mode.
 
-    `best`: instead of the newest, the checkpoint with the best validation. Raises UserError for a folder without one,
-    StoreDamagedError for weights that differ from their digests.
+    `best`: instead of the newest, the checkpoint with the best validation. `llm`: the run's LLM where it is loaded
+    already and was not trained. Raises UserError for a folder without one, StoreDamagedError for weights that differ
+    from their digests.
     """
     run = last_stage(Path(run))
     if is_export(run):
@@ -78,7 +79,7 @@ def load_run(run: Path, *, best: bool = False) -> LoadedRun:
     state = checkpoint.load_state(folder)
     config = read_config(run)
     record = RunRecord.read(run)
-    built = _rebuild(config, record, resumed_llm(config, run))
+    built = _rebuild(config, record, llm or resumed_llm(config, run))
     checkpoint.load_model(folder, built.model, with_llm=built.saves_llm)
     built.model.eval()
     return LoadedRun(built=built, record=record, step=state.step)

@@ -67,10 +67,7 @@ class RunRecord:
         """The record in a run's folder; StoreDamagedError where it is missing or holds something else."""
         record = read_record_file(run)
         try:
-            shapes = {
-                encoder: TokenShape(**{**shape, "grid": tuple(shape["grid"])})
-                for encoder, shape in record["shapes"].items()
-            }
+            shapes = {encoder: TokenShape.from_dict(shape) for encoder, shape in record["shapes"].items()}
             # Before `encoder_order` was recorded it was that of `shapes`.
             order = tuple(record.get("encoder_order") or shapes)
             return cls(**{**record, "shapes": {name: shapes[name] for name in order}, "encoder_order": order})
@@ -132,9 +129,14 @@ class ScoreSource:
 
 def write_masked_scores(run: Path, result: Mapping[str, Any]) -> Path:
     """Write the answers with subsets of the encoders to the run's folder."""
-    folder = Path(run) / SCORES_FOLDER
-    folder.mkdir(exist_ok=True)
-    return replace_text(folder / f"{_file_stem(result['split'])}{MASKED}", json.dumps(result, indent=1) + "\n")
+    path = masked_scores_file(run, result["split"])
+    path.parent.mkdir(exist_ok=True)
+    return replace_text(path, json.dumps(result, indent=1) + "\n")
+
+
+def masked_scores_file(run: Path, split: str) -> Path:
+    """Where answers with subsets of the encoders are kept."""
+    return Path(run) / SCORES_FOLDER / f"{_file_stem(split)}{MASKED}"
 
 
 def write_scores(run: Path, result: Mapping[str, Any], source: ScoreSource) -> Path:

@@ -61,8 +61,26 @@ def test_pooling_commutes_with_the_linear_head():
 
 
 def test_pooled_grids_that_do_not_nest_are_refused():
-    with pytest.raises(UserError, match=r"1x3x8 does not nest in the stored grid 1x8x8.*--grid raw"):
+    with pytest.raises(UserError, match=r"1x3x8 is not exact from the stored grid 1x8x8.*--grid raw"):
         Projector(ProjectorConfig(grid=(1, 3, 8)), shape((1, 8, 8), 2), 3)
+
+
+@pytest.mark.parametrize("side", [1, 2, 4, 8])
+@pytest.mark.parametrize("native", [14, 16])
+def test_a_pooled_grid_is_pooled_again_only_where_that_is_the_average_of_the_encoders_grid(native, side):
+    def average(tokens_BTHWD, size):
+        return F.adaptive_avg_pool2d(tokens_BTHWD[:, 0].permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)[:, None]
+
+    native_BTHWD = torch.randn(2, 1, native, native, 3)
+    stored_BTHWD, direct_BTHWD = average(native_BTHWD, 8), average(native_BTHWD, side)
+    stored = replace(shape((1, 8, 8), 3), native_grid=(1, native, native))
+    config = ProjectorConfig(grid=(1, side, side))
+    if native == 16 or side == 8:
+        torch.testing.assert_close(Projector(config, stored, 5).resample(stored_BTHWD), direct_BTHWD)
+    else:
+        assert (average(stored_BTHWD, side) - direct_BTHWD).abs().max() > 0.01
+        with pytest.raises(UserError, match=rf"1x{side}x{side} is not exact.*1x14x14"):
+            Projector(config, stored, 5)
 
 
 def test_a_source_may_give_more_than_a_resampler_reads():

@@ -1,0 +1,219 @@
+"""Which runs a sweep has, what pins them, and that each is the run that merv-train would have made."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from featurestore import FeatureStore
+from mervcache.errors import UserError
+from trainer.ablation.execute import open_sweep, run_sweep
+from trainer.ablation.sweep import SweepConfig, expand_subsets, plan_runs, read_sweep, run_folder
+from trainer.config import Stage, get_stages
+from trainer.loop.stages import train_in_stages
+from trainer.main import train_main
+from trainer.runs.run_record import read_metrics, read_scores
+
+FOUR = ("languagebind", "dinov2", "vivit", "siglip")
+
+
+@pytest.fixture
+def stages(config):
+    return (Stage(name="finetune", config=replace(config, max_steps=3)),)
+
+
+def test_all_subsets_of_four_encoders_are_fifteen_by_size_in_the_order_of_the_encoders():
+    found = expand_subsets(["all"], FOUR)
+    assert len(found) == 15
+    assert found[:5] == [("languagebind",), ("dinov2",), ("vivit",), ("siglip",), ("languagebind", "dinov2")]
+    assert found[-1] == FOUR
+
+
+def test_rules_and_lists_add_up_without_repeats():
+    assert expand_subsets(["leave-one-out", "alone"], ["a", "b"]) == [("a",), ("b",), ("a", "b")]
+    assert expand_subsets(["siglip+languagebind"], FOUR) == [("languagebind", "siglip")]
+    with pytest.raises(UserError, match=r"unknown subset or encoder .*'siglop', the nearest known one is 'siglip'"):
+        expand_subsets(["siglop"], FOUR)
+
+
+@given(
+    seeds=st.lists(st.integers(0, 9), min_size=1, max_size=3, unique=True),
+    grids=st.lists(st.sampled_from([1, 4, 16, 64]), max_size=3, unique=True),
+    fusions=st.lists(st.sampled_from(["cross_attention", "concat_sequence", "equal_mix"]), max_size=3, unique=True),
+)
+def test_a_sweep_has_every_combination_once_under_a_name_of_its_own(seeds, grids, fusions):
+    sweep = SweepConfig(seeds=tuple(seeds), grids=tuple(grids), fusions=tuple(fusions))
+    runs = plan_runs(sweep, get_stages("demo"), encoders=FOUR, snapshot="s", time_steps=16)
+    subsets = expand_subsets(["all"], FOUR)
+    expected = set(itertools.product(subsets, fusions or ["cross_attention"], grids or [None], seeds))
+    found = {(run.encoders, run.fusion, run.tokens_per_frame, run.seed) for run in runs if run.encoders}
+    assert found == expected
+    assert len({run.name for run in runs}) == len(runs) == len(expected) + len(seeds)
+    for run in runs:
+        config = run.stages[-1].config
+        assert (config.clips_with, config.snapshot, config.seed) == (FOUR, "s", run.seed)
+        if run.tokens_per_frame:
+            assert config.projector.grid[1] * config.projector.grid[2] == run.tokens_per_frame
+
+
+def test_a_fusion_of_one_encoder_makes_runs_of_single_encoders_only():
+    sweep = SweepConfig(fusions=("first",), text_only=False)
+    runs = plan_runs(sweep, get_stages("demo"), encoders=FOUR, snapshot="s", time_steps=16)
+    assert [run.encoders for run in runs] == [(encoder,) for encoder in FOUR]
+
+
+def test_rates_scale_every_learning_rate():
+    sweep = SweepConfig(rates=(0.5, 1.0), subsets=("alone",), text_only=False)
+    half, whole = plan_runs(sweep, get_stages("demo"), encoders=("dinov2",), snapshot="s", time_steps=16)
+    before, after = whole.stages[0].config.optimizer, half.stages[0].config.optimizer
+    assert (before.projector_lr, before.lora_lr) == (2e-3, 2e-4)
+    assert (after.projector_lr, after.fusion_lr, after.lora_lr) == (1e-3, 1e-3, 1e-4)
+    assert after.warmup_ratio == before.warmup_ratio
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"grids": (8,)}, "squares such as 1, 4, 16, 64; got 8"),
+        ({"fusions": ("cross-attention",)}, "the nearest known one is 'cross_attention'"),
+        ({"seeds": (1, 1)}, "seeds names a value twice"),
+        ({"rates": (0.0,)}, "above 0"),
+        ({"seeds": ()}, "at least one seed"),
+    ],
+)
+def test_axes_that_make_no_sense_are_refused(axes, message):
+    with pytest.raises(UserError, match=message):
+        SweepConfig(**axes)
+
+
+def test_every_run_reads_the_same_samples_and_answers_the_same_questions(make_question_store, stages, tmp_path):
+    failed = [("vivit", "set/clip3.mp4"), ("vivit", "set/clip19.mp4")]  # one to train on, one to ask about
+    store = make_question_store(tmp_path / "gaps.zarr", failed=failed)
+    sweep = open_sweep(SweepConfig(), stages, str(store), tmp_path / "sweep")
+    outcomes = run_sweep(sweep)
+    assert [outcome.status for outcome in outcomes] == ["finished"] * 4  # text only, two alone, both
+    folders = [run_folder(tmp_path / "sweep", run) for run in sweep.runs]
+    records = [json.loads((folder / "run.json").read_text()) for folder in folders]
+    answers = [[answer["sample_id"] for answer in read_scores(folder)[0]["answers"]] for folder in folders]
+    # No run may see a clip that vivit has no tokens of, not even the run of dinov2 alone.
+    assert {record["num_samples"] for record in records} == {len(sweep.samples)} == {17}
+    assert answers == [["s018", "s020"]] * 4
+    assert {record["snapshot"] for record in records} == {FeatureStore.open(store).snapshot}
+
+
+def test_a_run_of_a_sweep_is_the_run_that_its_settings_make_elsewhere(question_store, stages, tmp_path):
+    sweep = open_sweep(SweepConfig(subsets=("alone",)), stages, str(question_store), tmp_path / "sweep")
+    run_sweep(sweep)
+    run = sweep.runs[-1]
+    train_in_stages(run.stages, str(question_store), tmp_path / "elsewhere")
+    [here], [there] = (
+        sorted(f.glob("checkpoints/*/model.safetensors"))[-1:]
+        for f in (run_folder(sweep.out, run), tmp_path / "elsewhere")
+    )
+    assert here.read_bytes() == there.read_bytes()
+
+
+def test_finished_runs_are_left_alone_and_combinations_added_later(question_store, stages, tmp_path):
+    out = tmp_path / "sweep"
+    first = open_sweep(SweepConfig(subsets=("alone",), text_only=False), stages, str(question_store), out)
+    run_sweep(first)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("runs/**/*") if path.is_file()}
+    more = open_sweep(SweepConfig(seeds=(0, 1), text_only=False), stages, str(question_store), out)
+    outcomes = run_sweep(more)
+    assert [outcome.status for outcome in outcomes] == ["finished"] * 6
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert set(read_sweep(out)["runs"]) == {run.name for run in more.runs}
+
+
+def test_a_sweep_is_begun_with_one_set_of_settings(question_store, stages, tmp_path):
+    run_sweep(open_sweep(SweepConfig(subsets=("alone",)), stages, str(question_store), tmp_path / "sweep"))
+    other = (replace(stages[0], config=replace(stages[0].config, batch_size=3)),)
+    with pytest.raises(UserError, match=r"begun with other values.*batch_size was 6, is 3"):
+        run_sweep(open_sweep(SweepConfig(subsets=("alone",)), other, str(question_store), tmp_path / "sweep"))
+
+
+def test_a_frozen_llm_without_visual_tokens_is_scored_as_it_is(question_store, stages, pretrained, tmp_path):
+    frozen = (replace(stages[0], config=replace(stages[0].config, llm=pretrained, train_llm="none")),)
+    sweep = open_sweep(SweepConfig(subsets=("alone",)), frozen, str(question_store), tmp_path / "sweep")
+    outcomes = {outcome.name: outcome for outcome in run_sweep(sweep)}
+    assert {outcome.status for outcome in outcomes.values()} == {"finished"}
+    assert not (run_folder(sweep.out, "text-only__seed0") / "config.yaml").exists()
+    assert outcomes["text-only__seed0"].questions == len(sweep.questions)
+
+
+def test_validation_on_the_questions_that_score_the_runs_is_refused(question_store, stages, tmp_path):
+    validated = (replace(stages[0], config=replace(stages[0].config, eval_every=1)),)
+    with pytest.raises(UserError, match="validated on split 'heldout', which scores them"):
+        open_sweep(SweepConfig(), validated, str(question_store), tmp_path / "sweep")
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(question_store, stages, tmp_path):
+    sweep = open_sweep(
+        SweepConfig(subsets=("alone",), text_only=False), stages, str(question_store), tmp_path / "sweep"
+    )
+    blocked = run_folder(sweep.out, sweep.runs[0])
+    blocked.parent.mkdir(parents=True)
+    blocked.write_text("a file where the run's folder should be")
+    outcomes = run_sweep(sweep)
+    assert [outcome.status for outcome in outcomes] == ["failed", "finished"]
+    assert outcomes[0].error
+    blocked.unlink()
+    assert [outcome.status for outcome in run_sweep(sweep)] == ["finished", "finished"]
+
+
+def test_loss_of_a_killed_sweep_is_that_of_one_that_was_not(question_store, stages, tmp_path):
+    """What `merv-train --resume auto` promises of a run holds for the runs of a sweep."""
+    whole = open_sweep(
+        SweepConfig(subsets=("alone",), text_only=False), stages, str(question_store), tmp_path / "whole"
+    )
+    run_sweep(whole)
+    cut = open_sweep(SweepConfig(subsets=("alone",), text_only=False), stages, str(question_store), tmp_path / "cut")
+    from trainer.loop.train import train
+    from trainer.sources import open_store
+
+    config = cut.runs[0].stages[0].config
+    samples, source = open_store(str(question_store), config)
+    train(config, samples, source, run_folder(cut.out, cut.runs[0]), store=str(question_store), stop_at=2, quiet=True)
+    run_sweep(cut)
+    for run in whole.runs:
+        losses = [[row["loss"] for row in read_metrics(run_folder(s.out, run))] for s in (whole, cut)]
+        assert losses[0] == losses[1]
+
+
+def test_the_command_prints_the_runs_and_its_settings(question_store, tmp_path):
+    runner = CliRunner()
+    (tmp_path / "base.yaml").write_text("projector: {grid: [4, 2, 2]}\n")
+    common = ["sweep", "--from-cache", str(question_store), "--recipe", "demo", "--seeds", "0,1", "--grids", "4"]
+    dry = runner.invoke(
+        train_main,
+        [
+            *common,
+            "--subsets",
+            "alone",
+            "--config",
+            str(tmp_path / "base.yaml"),
+            "--dry-run",
+            "--json",
+            "--out",
+            str(tmp_path / "s"),
+        ],
+    )
+    assert dry.exit_code == 0, dry.output
+    assert len(json.loads(dry.stdout)["runs"]) == 6
+    assert not (tmp_path / "s").exists()
+    printed = runner.invoke(train_main, [*common, "--print-config"])
+    (tmp_path / "sweep.yaml").write_text(printed.stdout)
+    again = runner.invoke(train_main, ["sweep", "--config", str(tmp_path / "sweep.yaml"), "--print-config"])
+    assert again.stdout == printed.stdout
+
+
+def test_options_of_one_run_before_the_command_are_refused():
+    result = CliRunner().invoke(train_main, ["--llm", "fresh:tiny", "sweep"])
+    assert result.exit_code == 1
+    assert "found llm before it" in result.output

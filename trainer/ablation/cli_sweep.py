@@ -1,0 +1,224 @@
+"""The command `merv-train sweep`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+import yaml
+
+from featurestore.locate import FEATURES, names_of
+from jobs.settings import AUTO_WORKERS, ClusterRequest, ClusterSettings
+from mervcache.config import load_yaml, overlay, parse_pairs, to_builtin
+from mervcache.console import CONTEXT, print_result
+from mervcache.errors import EXIT_WITH_FAILURES, UserError
+from trainer import cli
+from trainer.ablation.sweep import SUBSET_RULES, SweepConfig
+from trainer.config import Stages, get_stages
+from trainer.loop.launch import Launch
+from trainer.loop.stages import merge_settings, to_yaml
+
+if TYPE_CHECKING:
+    from trainer.ablation.execute import PinnedSweep, RunOutcome
+
+LISTS = {  # axes that are lists -> the type of an entry
+    "encoders": str,
+    "subsets": str,
+    "fusions": str,
+    "projectors": str,
+    "grids": int,
+    "rates": float,
+    "seeds": int,
+}
+AXES = (*LISTS, "text_only", "one_shot", "post_hoc", "split")
+SECTION = "sweep"  # of a config file; what is outside are settings of every run
+SETTINGS = ("recipe", "config_file", "llm", "head", "train_llm", "llm_quant", "fraction", "limit", "trackers")
+
+
+@click.command(
+    "sweep",
+    context_settings=CONTEXT,
+    params=[option for option in cli.train_main.params if option.name in SETTINGS],  # as in merv-train
+)
+@cli.handle_cli_errors
+@click.option(
+    "--from-cache",
+    "store",
+    is_flag=False,
+    flag_value=cli.ONLY_STORE,
+    metavar="[STORE]",
+    help=f"Store of the tokens; without a path, the only one under {FEATURES}/.",
+)
+@click.option("--encoders", metavar="LIST", show_default="all of the store", help="Encoders of the whole sweep.")
+@click.option(
+    "--subsets",
+    metavar="|".join([*SUBSET_RULES, "LIST"]),
+    show_default="all",
+    help="Subsets to train: rules, or encoders joined by + (dinov2+siglip,vivit).",
+)
+@click.option("--fusions", metavar="LIST", show_default="the recipe's", help="Fusions, comma separated.")
+@click.option("--projectors", metavar="LIST", show_default="the recipe's", help="Projectors, comma separated.")
+@click.option("--grids", metavar="LIST", show_default="the recipe's", help="Tokens per frame: 1,4,16,64.")
+@click.option("--rates", metavar="LIST", show_default="1", help="Factors of all learning rates: 0.5,1,2.")
+@click.option("--seeds", metavar="LIST", show_default="0", help="Seeds, comma separated.")
+@click.option("--text-only/--no-text-only", default=None, show_default="yes", help="Also the run without encoders.")
+@click.option(
+    "--one-shot", is_flag=True, default=None, help="Also train all encoders under random masks; score every subset."
+)
+@click.option("--post-hoc", is_flag=True, default=None, help="Also score every subset of runs of all encoders.")
+@click.option("--split", show_default="heldout", help="Split whose questions score the runs.")
+@click.option("--max-steps", type=click.IntRange(min=1), show_default="the recipe's", help="Steps of every run.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/sweep"), help="Folder of the sweep.")
+@click.option(
+    "--scheduler",
+    metavar="local|cuda|slurm|ADDRESS",
+    help="Train side by side on the workers of this cluster, as in `merv-pipeline extract`; else one after another.",
+)
+@click.option("--workers", type=click.IntRange(min=1), help="With --scheduler: runs at once.  [default: one per GPU]")
+@click.option("--cluster", metavar="KEY=VALUE", multiple=True, help="Its setting, as in extract. Repeatable.")
+@click.option("--launch", type=click.Choice(get_args(Launch)), help="With --scheduler: processes of every run.")
+@click.option("--processes", type=click.IntRange(min=1), help="Of --launch.")
+@click.option("--dry-run", is_flag=True, help="Print the runs; train nothing.")
+@click.option("--print-config", is_flag=True, help="Print the axes and every setting as YAML for --config; do nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.pass_context
+def sweep(
+    context: click.Context,
+    store: str | None,
+    recipe: str,
+    config_file: Path | None,
+    out: Path,
+    scheduler: str | None,
+    workers: int | None,
+    cluster: tuple[str, ...],
+    launch: Launch | None,
+    processes: int | None,
+    dry_run: bool,
+    print_config: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Train and score every combination of encoders, fusions, projectors, grids and seeds from one store.
+
+    Call it again to resume after a kill, to retry what failed, or to add combinations. Exit code 3: some runs failed.
+    """
+    axes, stages = resolve_sweep(recipe, config_file, options)
+    if print_config:
+        click.echo(to_sweep_yaml(axes, stages), nl=False)
+        return
+    request = resolve_cluster(scheduler, workers, cluster, launch, processes)
+    place = cli.resolve_source(store, dict.fromkeys(cli.LIVE_OPTIONS))
+    cli.load_torch_modules()
+    from trainer.ablation.execute import open_sweep, run_sweep, run_sweep_on
+
+    pinned = open_sweep(axes, stages, place, out)
+    if dry_run:
+        record = {"sweep": str(out), **pinned.pins, "runs": {run.name: run.to_record() for run in pinned.runs}}
+        print_result(record, as_json, lambda: print_runs(pinned))
+        return
+    if request is None:
+        outcomes = run_sweep(pinned)
+    else:
+        options_of_launch = (
+            ["--launch", launch, *(["--processes", str(processes)] if processes else [])] if launch else []
+        )
+        outcomes = run_sweep_on(pinned, request, recipe, launch=options_of_launch)
+    result = {"sweep": str(out), "runs": [asdict(outcome) for outcome in outcomes]}
+    print_result(result, as_json, lambda: print_outcomes(out, outcomes))
+    if any(outcome.status == "failed" for outcome in outcomes):
+        context.exit(EXIT_WITH_FAILURES)
+
+
+def resolve_sweep(recipe: str, config_file: Path | None, options: dict[str, Any]) -> tuple[SweepConfig, Stages]:
+    """The axes and the settings of every run: a recipe, then the file, then the options."""
+    settings = load_yaml(config_file) if config_file else {}
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    axes = {name: given.pop(name) for name in list(given) if name in AXES}
+    for name in LISTS:
+        if name in axes:
+            axes[name] = [_typed(name, text) for text in names_of(axes[name])]
+    if "head" in given:
+        given["projector"] = {"head": given.pop("head")}
+    in_file = settings.pop(SECTION, None) or {}
+    stages = merge_settings(get_stages(recipe), settings, given)
+    return overlay(overlay(SweepConfig(), in_file, where=f"{SECTION}."), axes), stages
+
+
+def resolve_cluster(
+    scheduler: str | None, workers: int | None, cluster: tuple[str, ...], launch: Launch | None, processes: int | None
+) -> ClusterRequest | None:
+    """The cluster that the options ask for; None: this process."""
+    if scheduler is None:
+        if workers or cluster or launch or processes:
+            raise UserError(
+                "--workers, --cluster, --launch and --processes are for runs side by side: give --scheduler"
+            )
+        return None
+    if launch is not None and scheduler != "local":
+        raise UserError(
+            f"--launch takes several devices, and a worker of --scheduler {scheduler} has one; leave it out, or train"
+            " such runs by themselves with the settings in --out/configs"
+        )
+    settings = ClusterSettings.from_mapping(parse_pairs("--cluster", cluster))
+    return ClusterRequest(scheduler=scheduler, num_workers=workers or AUTO_WORKERS, settings=settings)
+
+
+def to_sweep_yaml(axes: SweepConfig, stages: Stages) -> str:
+    """A config file that gives these axes and settings."""
+    return yaml.safe_dump({SECTION: to_builtin(asdict(axes))}, sort_keys=False) + to_yaml(stages)
+
+
+def _typed(name: str, text: str) -> Any:
+    try:
+        return LISTS[name](text)
+    except ValueError:
+        raise UserError(f"--{name} takes numbers separated by commas, got {text!r}") from None
+
+
+def print_runs(sweep: PinnedSweep) -> None:
+    """Print the runs of a dry run, and what pins them."""
+    from mervcache.console import console, table  # rich
+
+    rows = []
+    for run in sweep.runs:
+        grid = "stored" if run.tokens_per_frame is None else run.tokens_per_frame
+        axes = (run.fusion, run.projector, grid) if run.encoders else ("-", "-", "-")
+        note = "" if run.is_trained else "frozen LLM: scored as it is"
+        rows.append(("+".join(run.encoders) or "text only", *axes, f"{run.rate:g}", run.seed, note))
+    columns = ("encoders", "fusion", "projector", "tokens/frame", "rate", "seed", "")
+    table(columns, rows, right=("tokens/frame", "rate", "seed"))
+    console().print(
+        f"{len(sweep.runs):,} runs of {len(sweep.samples):,} samples, scored on {len(sweep.questions):,} questions:"
+        f" clips with tokens of {', '.join(sweep.encoders)} in snapshot {sweep.pins['snapshot']}",
+        markup=False,
+    )
+
+
+def print_outcomes(out: Path, outcomes: Sequence[RunOutcome]) -> None:
+    """Print a row per run, then what to do next."""
+    from mervcache.console import console, table  # rich
+
+    rows = [
+        (
+            outcome.name,
+            outcome.status,
+            "-" if outcome.accuracy is None else f"{outcome.accuracy:.3f}",
+            "-" if outcome.questions is None else f"{outcome.questions:,}",
+            outcome.error,
+        )
+        for outcome in outcomes
+    ]
+    has_errors = any(outcome.error for outcome in outcomes)
+    columns = ("run", "status", "accuracy", "questions", *(["error"] if has_errors else []))
+    table(columns, [row[: len(columns)] for row in rows], right=("accuracy", "questions"))
+    finished = sum(outcome.status == "finished" for outcome in outcomes)
+    if finished == len(outcomes):
+        console().print(f"all {finished} runs are scored; next: merv-eval table {out}", markup=False)
+    else:
+        console().print(
+            f"{finished} of {len(outcomes)} runs are scored; the same command again goes on with the others",
+            markup=False,
+        )

@@ -1,0 +1,255 @@
+"""Effective rank of what enters and of what leaves the projectors of a run, or of the tokens of a store alone.
+
+The effective rank (Roy and Vetterli, 2007) is the exponential of the entropy of the singular values, normalised to sum
+1: between 1 and the rank. The singular values are those of the matrix of N tokens by D channels without its mean, taken
+from its D x D covariance, which is summed in float64, so a store of any size fits in memory. arXiv 2606.03879 relates
+the rank before the projector to scores; its formula was not available, so values are not compared with its own.
+
+B clips, T time, H W height width, K prefix tokens, D width, P tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from featurestore import FeatureStore
+from mervcache.errors import UserError
+from trainer.config import TrainConfig, read_config
+from trainer.data.order import derive_seed
+from trainer.data.tokens import ClipTokens, PrefixedTokens, StoreTokens, TokenSource
+from trainer.model.projectors import Projector, build_projectors
+from trainer.runs import checkpoint
+from trainer.runs.load import is_export, read_weights
+from trainer.runs.run_record import RunRecord
+from trainer.runs.stage_folders import last_stage, no_checkpoint
+from trainer.sources import open_store_for
+
+FORMULA = (
+    "exp(-sum p log p), p = singular values / their sum, of the matrix of tokens by channels without its mean"
+    " (Roy and Vetterli, 2007)"
+)
+NUM_CLIPS = 64
+_HEAD_BIAS = re.compile(r"projectors\.0\.head\.(?:(\d+)\.)?bias")  # that of the last layer has the LLM's width
+CLIPS_AT_ONCE = 4  # a raw grid of 16 x 16 x 16 x 1024 is 32 MiB a clip in float64
+
+
+@dataclass(frozen=True, kw_only=True)
+class EffectiveRank:
+    """An effective rank, and what bounds it: it is at most the smaller of `width` and `tokens` - 1."""
+
+    rank: float
+    tokens: int  # N
+    width: int  # D
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderRanks:
+    """Of one encoder; `leaves` is None where there is no projector."""
+
+    encoder: str
+    enters: EffectiveRank
+    leaves: EffectiveRank | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankReport:
+    """Ranks of all encoders on one sample of clips."""
+
+    rows: tuple[EncoderRanks, ...]
+    store: str
+    snapshot: str
+    run: str  # name; "" of a store alone
+    step: int | None
+    clips: int  # in the sample
+    stills: int  # of them
+    available: int  # clips with tokens of every encoder, from which the sample is drawn
+    without: int  # other clips of the store
+    seed: int
+    formula: str = FORMULA
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Covariance:
+    """Sums over tokens for their D x D covariance, in float64.
+
+    The mean of the first tokens is taken off all: a constant part far above what differs would take the precision.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._shift_D: Tensor | None = None
+        self._total_D = self._products_DD = torch.zeros((), dtype=torch.float64)
+
+    def add(self, tokens_PD: Tensor) -> None:
+        """Add tokens of any floating dtype."""
+        exact_PD = tokens_PD.double()
+        if self._shift_D is None:
+            self._shift_D = exact_PD.mean(0)
+        exact_PD = exact_PD - self._shift_D
+        self.count += len(exact_PD)
+        self._total_D = self._total_D.to(exact_PD.device) + exact_PD.sum(0)
+        self._products_DD = self._products_DD.to(exact_PD.device) + exact_PD.T @ exact_PD
+
+    def matrix(self) -> Tensor:
+        """covariance_DD, divided by N."""
+        mean_D = self._total_D / self.count
+        return self._products_DD / self.count - torch.outer(mean_D, mean_D)
+
+    def rank(self) -> EffectiveRank:
+        """The effective rank of the tokens; UserError for values that are not finite."""
+        covariance_DD = self.matrix()
+        if not torch.isfinite(covariance_DD).all():
+            raise UserError("the tokens hold values that are not finite, so they have no effective rank")
+        return EffectiveRank(rank=effective_rank(covariance_DD), tokens=self.count, width=len(covariance_DD))
+
+
+def effective_rank(covariance_DD: Tensor) -> float:
+    """Effective rank of the centred tokens that have this covariance; 0 where all of them are equal.
+
+    A covariance's eigenvalues are the squares of the singular values. Those below D x epsilon of the largest are
+    rounding errors, and left out, as numpy's `matrix_rank` does.
+    """
+    eigenvalues_D = torch.linalg.eigvalsh(covariance_DD)
+    least = len(eigenvalues_D) * torch.finfo(eigenvalues_D.dtype).eps * eigenvalues_D.max()
+    singular = eigenvalues_D[eigenvalues_D > least.clamp_min(0)].sqrt()
+    if not len(singular):
+        return 0.0
+    share = singular / singular.sum()
+    return float((-(share * share.log()).sum()).exp())
+
+
+def ranks_of_run(
+    run: Path, store: str | None = None, *, clips: int = NUM_CLIPS, seed: int = 0, best: bool = False
+) -> RankReport:
+    """Ranks before and behind every projector of a run, on clips of its store or of another with the same encoders."""
+    folder = last_stage(Path(run))
+    config, record = read_config(folder), RunRecord.read(folder)
+    path = store or record.store
+    if config.mode == "text-only":
+        raise UserError(f"{run} is text-only: it has no projectors; for encoders alone give --store without a run")
+    if not path:
+        raise UserError(f"{run} names no store of its own; give the one whose tokens it reads with --store")
+    step, weights = _read_weights(folder, best=best)
+    _, source = open_store_for(_Run(built=_Config(config=config), record=record), path)
+    drawn = _draw(path, source, clips, seed)
+    rows = tuple(_measured(source, drawn.clip_ids, _projectors(config, record, weights)))
+    return drawn.report(rows, run=Path(run).resolve().name, step=step)
+
+
+def ranks_of_store(path: str, encoders: Sequence[str] = (), *, clips: int = NUM_CLIPS, seed: int = 0) -> RankReport:
+    """Ranks of a store's tokens: what would enter the projectors of a run with these encoders, or with all of them."""
+    opened = FeatureStore.open(path)
+    source = StoreTokens(opened, list(encoders) or list(opened.encoders))
+    drawn = _draw(path, source, clips, seed)
+    return drawn.report(tuple(_measured(source, drawn.clip_ids, {})))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Drawn:
+    """The sample of clips."""
+
+    clip_ids: list[str]
+    facts: Mapping[str, Any]
+
+    def report(self, rows: tuple[EncoderRanks, ...], run: str = "", step: int | None = None) -> RankReport:
+        return RankReport(rows=rows, run=run, step=step, clips=len(self.clip_ids), **self.facts)
+
+
+def _draw(path: str, source: StoreTokens, clips: int, seed: int) -> _Drawn:
+    """Clips with tokens of every encoder, in an order that follows from seed and ids alone."""
+    listed = FeatureStore.open(path, snapshot=source.snapshot).clips["clip_id"].to_pylist()
+    available = source.available(listed)
+    if not available:
+        raise UserError(f"no clip of {path} has tokens of every encoder ({', '.join(source.shapes)}); name fewer")
+    drawn = sorted(available, key=lambda clip_id: (derive_seed("rank", seed, clip_id), clip_id))[:clips]
+    facts = {
+        "store": path,
+        "snapshot": source.snapshot,
+        "stills": len(source.stills(drawn)),
+        "available": len(available),
+        "without": len(listed) - len(available),
+        "seed": seed,
+    }
+    return _Drawn(clip_ids=drawn, facts=facts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Config:
+    config: TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """The part of a loaded run that opening its store reads: projectors need no LLM, which may take minutes to load."""
+
+    built: _Config
+    record: RunRecord
+
+
+def _read_weights(run: Path, *, best: bool) -> tuple[int, Mapping[str, Tensor]]:
+    """Steps done, and the weights of a run or an export, compared with their digests."""
+    if is_export(run):
+        return read_weights(run)
+    folder = checkpoint.best(run) if best else checkpoint.newest(run)
+    if folder is None and best and checkpoint.newest(run) is not None:
+        raise UserError(f"no checkpoint of {run} was validated: train with --eval-every, or leave out --best")
+    if folder is None:
+        raise UserError(no_checkpoint(run))
+    return checkpoint.load_state(folder).step, load_file(folder / checkpoint.MODEL_FILE)
+
+
+def _projectors(config: TrainConfig, record: RunRecord, weights: Mapping[str, Tensor]) -> dict[str, Projector]:
+    """The projectors of a run with its weights, in evaluation mode, on a GPU where there is one."""
+    biases = {int(found[1] or 0): weights[found[0]] for found in filter(None, map(_HEAD_BIAS.fullmatch, weights))}
+    projectors = build_projectors(config.projector, record.shapes, len(biases[max(biases)]))
+    for index, projector in enumerate(projectors.values()):
+        prefix = f"projectors.{index}."
+        projector.load_state_dict(
+            {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {encoder: projector.to(device).eval() for encoder, projector in projectors.items()}
+
+
+@torch.no_grad()
+def _measured(
+    source: TokenSource, clip_ids: Sequence[str], projectors: Mapping[str, Projector]
+) -> Iterator[EncoderRanks]:
+    """Projectors run in float32 whatever the run's precision: rounding to 16 bits is noise of full rank."""
+    enters = {encoder: Covariance() for encoder in projectors or source.shapes}
+    leaves = {encoder: Covariance() for encoder in projectors}
+    for start in range(0, len(clip_ids), CLIPS_AT_ONCE):
+        fetched = source.fetch(clip_ids[start : start + CLIPS_AT_ONCE])
+        for encoder, sums in enters.items():
+            tokens = fetched[encoder]
+            if encoder in projectors:
+                device = next(projectors[encoder].parameters()).device
+                tokens = tokens.to(device)
+                leaves[encoder].add(projectors[encoder](tokens).flatten(0, 1))
+            for tokens_PD in _entering(tokens):
+                sums.add(tokens_PD)
+    for encoder, sums in enters.items():
+        try:
+            behind = leaves[encoder].rank() if encoder in leaves else None
+            yield EncoderRanks(encoder=encoder, enters=sums.rank(), leaves=behind)
+        except UserError as error:
+            raise UserError(f"{encoder}: {error}") from error
+
+
+def _entering(tokens: ClipTokens) -> Iterable[Tensor]:
+    """tokens_PD as a source gives them: the grid, the class tokens, or both; no projector reads registers."""
+    if isinstance(tokens, PrefixedTokens):
+        yield tokens.prefix_BTKD[:, :, 0].flatten(0, 1)
+        tokens = tokens.tokens_BTHWD
+    if tokens is not None:
+        yield tokens.flatten(0, 3)

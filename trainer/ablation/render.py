@@ -1,0 +1,277 @@
+"""An ablation table as Markdown, CSV, LaTeX or JSON. Names come from files: each format escapes them in its own way."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from trainer.ablation.document import Cell, Column, Document, Estimate, NotComputed, Section
+from trainer.ablation.panel import seeds_text
+from trainer.ablation.results import ONE_SHOT, POST_HOC, RETRAINED
+
+HEADINGS = {
+    RETRAINED: "Retrained: every subset is a run of its own",
+    POST_HOC: "Post-hoc masked: encoders of a finished run are masked when it is scored",
+    ONE_SHOT: "One-shot: one run was trained with random masks, and scored with each",
+    "": "Methods compared",
+}
+PERCENT = ("share", "points")  # units shown times 100
+UNITS = {"share": "%", "points": "points", "nats": "nats/token"}
+DECIMALS = {"share": 2, "points": 2, "nats": 4, "number": 4}
+LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+}
+MARKDOWN = re.compile(r"[\\`*\[\]<>|#~&$]|(?<!\w)_+|_+(?!\w)")  # underscores within a word mean nothing
+CSV_COLUMNS = tuple("block metric table row column unit value low high p p_holm seeds note".split())
+
+
+def to_markdown(document: Document) -> str:
+    """Headings, pipe tables and lists."""
+    lines = [f"# {_markdown(document.title)}", ""]
+    lines += [f"- {name}: {_markdown(value)}" for name, value in document.facts.items() if value]
+    if document.missing:
+        lines += ["", "**Incomplete:**", "", *(f"- {_markdown(line)}" for line in document.missing)]
+    for block, sections in _blocks(document):
+        lines += ["", f"## {HEADINGS[block]}"]
+        for section in map(_without_constant_setting, sections):
+            lines += ["", f"### {_heading(section, _markdown)}", "", *_pipe_table(section)]
+            lines += ["", *(f"- {_markdown(note)}" for note in _notes(section))] if _notes(section) else []
+    lines += ["", "## Methods", "", *(f"- {_markdown(line)}" for line in document.methods)]
+    if document.footnotes:
+        lines += ["", "## Footnotes", "", *(f"- {_markdown(line)}" for line in document.footnotes)]
+    return "\n".join(lines) + "\n"
+
+
+def questions_to_markdown(document: Document) -> str:
+    """The question x run table."""
+    section = document.questions
+    return "\n".join([f"# {_markdown(section.title)}", "", *_pipe_table(section)]) + "\n"
+
+
+def to_latex(document: Document) -> str:
+    """One `table` per section, for `\\usepackage{booktabs}`; facts and notes are comments and captions."""
+    parts = [f"% {_comment(document.title)}; needs \\usepackage{{booktabs}}"]
+    parts += [f"% {name}: {_comment(value)}" for name, value in document.facts.items() if value]
+    parts += [f"% INCOMPLETE: {_comment(line)}" for line in document.missing]
+    parts += [f"% {_comment(line)}" for line in (*document.methods, *document.footnotes)]
+    for block, sections in _blocks(document):
+        parts += ["", f"% {HEADINGS[block]}"]
+        for section in map(_without_constant_setting, sections):
+            parts.append(_latex_table(section, f"{HEADINGS[block]}. {_heading(section, _latex)}."))
+    return "\n".join(parts) + "\n"
+
+
+def questions_to_latex(document: Document) -> str:
+    """The question x run table."""
+    return _latex_table(document.questions, document.questions.title) + "\n"
+
+
+def to_csv(document: Document) -> str:
+    """One line per number, of all tables: shares and points as fractions of 1; then lines of what is missing."""
+    rows: list[Sequence[Any]] = []
+    for section in document.sections:
+        labels = [index for index, column in enumerate(section.columns) if column.unit == "text"]
+        for row in section.rows:
+            label = "; ".join(f"{section.columns[index].name}={row[index]}" for index in labels if row[index] != "")
+            head = (section.block, section.metric, section.title, label)
+            for column, cell in zip(section.columns, row, strict=True):
+                if column.unit != "text" and cell is not None:
+                    rows.append((*head, column.name, column.unit, *_csv_values(cell)))
+        rows += [(section.block, section.metric, section.title, *[""] * 9, note) for note in section.notes]
+    rows += [("", "", "incomplete", *[""] * 9, line) for line in document.missing]
+    rows += [("", "", "footnote", *[""] * 9, line) for line in document.footnotes]
+    return _csv_text(CSV_COLUMNS, rows)
+
+
+def questions_to_csv(document: Document) -> str:
+    """The question x run table."""
+    section = document.questions
+    return _csv_text([column.name for column in section.columns], section.rows)
+
+
+def to_json(document: Document) -> str:
+    """Everything, the question x run table included: shares and points as fractions of 1."""
+    record = {
+        "format": 1,
+        "title": document.title,
+        "facts": document.facts,
+        "missing": document.missing,
+        "sections": [_json_section(section) for section in document.sections],
+        "methods": document.methods,
+        "footnotes": document.footnotes,
+        "questions": _json_section(document.questions),
+    }
+    return json.dumps(record, indent=1, allow_nan=False) + "\n"
+
+
+def questions_to_json(document: Document) -> str:
+    """The question x run table."""
+    return json.dumps({"format": 1, **_json_section(document.questions)}, indent=1, allow_nan=False) + "\n"
+
+
+FORMATS: dict[str, tuple[Callable[[Document], str], Callable[[Document], str]]] = {
+    "markdown": (to_markdown, questions_to_markdown),
+    "csv": (to_csv, questions_to_csv),
+    "latex": (to_latex, questions_to_latex),
+    "json": (to_json, questions_to_json),
+}
+
+
+def _blocks(document: Document) -> list[tuple[str, list[Section]]]:
+    """Sections by block, those of no block last."""
+    found = [(block, [section for section in document.sections if section.block == block]) for block in HEADINGS]
+    return [(block, sections) for block, sections in found if sections]
+
+
+def _without_constant_setting(section: Section) -> Section:
+    """A setting that all rows share is a note, not a column."""
+    settings = {row[0] for row in section.rows}
+    if section.columns[0].name != "setting" or len(settings) > 1:
+        return section
+    return replace(
+        section,
+        columns=section.columns[1:],
+        rows=tuple(row[1:] for row in section.rows),
+        notes=(*(f"Setting: {setting}." for setting in settings if setting), *section.notes),
+    )
+
+
+def _heading(section: Section, escape: Callable[[str], str]) -> str:
+    return escape(f"{section.title}, {section.metric}" if section.metric else section.title)
+
+
+def _column_heading(column: Column) -> str:
+    return f"{column.name} ({UNITS[column.unit]})" if column.unit in UNITS else column.name
+
+
+def _text(cell: Cell, column: Column) -> str:
+    """A cell as a person reads it."""
+    if cell is None:
+        return ""
+    if isinstance(cell, NotComputed):
+        return "–"
+    if column.unit in ("text", "flag", "count"):
+        return str(cell)
+    scale = 100 if column.unit in PERCENT else 1
+
+    def number(value: float) -> str:
+        return f"{value * scale + 0.0:.{DECIMALS[column.unit]}f}"
+
+    if not isinstance(cell, Estimate):
+        return number(float(cell))
+    text = number(cell.value)
+    if cell.low is not None and cell.high is not None:
+        text += f" [{number(cell.low)}, {number(cell.high)}]"
+    p = cell.p if cell.p_holm is None else cell.p_holm
+    if p is not None:
+        text += f", p {p:.2g}" if p >= 0.001 else ", p < 0.001"
+    return text
+
+
+def _notes(section: Section) -> list[str]:
+    """What a reader of the section has to know: seeds, what is not computed, and its notes."""
+    notes = []
+    if not any(column.name == "seeds" for column in section.columns):
+        by_seeds: dict[tuple[int, ...], list[str]] = {}
+        for index, column in enumerate(section.columns):
+            for seeds in {row[index].seeds for row in section.rows if isinstance(row[index], Estimate)}:
+                by_seeds.setdefault(seeds, []).append(column.name)
+        for seeds, names in by_seeds.items():
+            columns = f" ({', '.join(names)})" if len(by_seeds) > 1 else ""
+            notes.append(f"Seeds{columns}: {seeds_text(seeds)}.")
+    notes += [f"Not computed: {what}: {reason}." for reason, what in section.not_computed.items()]
+    return [*notes, *section.notes]
+
+
+def _pipe_table(section: Section) -> Iterable[str]:
+    columns = section.columns
+    yield "| " + " | ".join(_markdown(_column_heading(column)) for column in columns) + " |"
+    yield "|" + "|".join("---" if column.unit == "text" else "---:" for column in columns) + "|"
+    for row in section.rows:
+        pairs = zip(row, columns, strict=True)
+        cells = (_markdown(cell) if isinstance(cell, str) else _text(cell, column) for cell, column in pairs)
+        yield "| " + " | ".join(cells) + " |"
+
+
+def _latex_table(section: Section, caption: str) -> str:
+    columns = section.columns
+    rows = [[_latex(_text(cell, column)) for cell, column in zip(row, columns, strict=True)] for row in section.rows]
+    notes = "".join(f"\n% {_comment(note)}" for note in _notes(section))
+    layout = "".join("l" if column.unit == "text" else "r" for column in columns)
+    return "\n".join(
+        [
+            f"{notes}",
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{caption}}}",
+            rf"\begin{{tabular}}{{{layout}}}",
+            r"\toprule",
+            " & ".join(_latex(_column_heading(column)) for column in columns) + r" \\",
+            r"\midrule",
+            *("{}" * row[0].startswith(("[", "*")) + " & ".join(row) + r" \\" for row in rows),  # no argument of \\
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+        ]
+    )
+
+
+def _csv_values(cell: Cell) -> tuple[Any, ...]:
+    """Value, low, high, p, p_holm, seeds, note."""
+    if isinstance(cell, Estimate):
+        return (cell.value, cell.low, cell.high, cell.p, cell.p_holm, seeds_text(cell.seeds), "")
+    if isinstance(cell, NotComputed):
+        return (None, None, None, None, None, "", f"not computed: {cell.reason}")
+    return (cell, None, None, None, None, "", "")
+
+
+def _csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def _json_section(section: Section) -> dict[str, Any]:
+    def plain(cell: Cell) -> Any:
+        if isinstance(cell, Estimate):
+            return asdict(cell)
+        return {"not_computed": cell.reason} if isinstance(cell, NotComputed) else cell
+
+    return {
+        "title": section.title,
+        "block": section.block,
+        "metric": section.metric,
+        "columns": [asdict(column) for column in section.columns],
+        "rows": [[plain(cell) for cell in row] for row in section.rows],
+        "notes": section.notes,
+    }
+
+
+def _one_line(text: str) -> str:
+    """Control characters escaped: a name cannot end its line."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _markdown(text: str) -> str:
+    return MARKDOWN.sub(lambda found: "".join(f"\\{character}" for character in found[0]), _one_line(text))
+
+
+def _latex(text: str) -> str:
+    return "".join(LATEX.get(character, character) for character in _one_line(text)).replace("–", "--")
+
+
+def _comment(text: str) -> str:
+    return _one_line(text)

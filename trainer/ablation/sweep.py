@@ -1,0 +1,268 @@
+"""A sweep: which runs it has, and what pins all of them to the same samples and questions.
+
+SWEEP/sweep.json    what the runs share, and each run's place on the axes
+SWEEP/runs/NAME/    a complete run, with the usual contract for resuming
+
+Runs of unlike encoders are comparable only on the same clips. So every run gets the settings `clips_with`, all encoders
+of the sweep, and `snapshot`: its samples and questions follow from these alone, wherever and whenever it is trained.
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from math import isqrt
+from pathlib import Path
+from typing import Any, Literal
+
+from mervcache.config import to_builtin
+from mervcache.errors import UserError, unknown_name
+from mervcache.files import load_json, replace_text
+from trainer.config import FUSIONS, PROJECTORS, SINGLE_ENCODER_FUSIONS, MaskRule, OptimizerConfig, Stages
+from trainer.loop.stages import merge_settings
+
+FORMAT = 1
+SWEEP_FILE, RUNS_FOLDER = "sweep.json", "runs"
+ALL, LEAVE_ONE_OUT, ALONE = "all", "leave-one-out", "alone"
+SUBSET_RULES = (ALL, LEAVE_ONE_OUT, ALONE)
+ONE_SHOT_MASKS: MaskRule = "sizes"  # draws the whole set and single encoders, which the table reads, more often
+TEXT_ONLY = "text-only"  # the run without encoders: the empty subset
+
+Method = Literal["retrained", "one-shot"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """The axes of a sweep; every combination is a run. An empty axis keeps what the recipe and its settings say."""
+
+    encoders: tuple[str, ...] = ()  # of the whole sweep, in their order; empty: all of the store
+    subsets: tuple[str, ...] = (ALL,)  # rules in SUBSET_RULES, or encoders joined by "+": "dinov2+siglip"
+    fusions: tuple[str, ...] = ()
+    projectors: tuple[str, ...] = ()  # names in PROJECTORS
+    grids: tuple[int, ...] = ()  # tokens per frame, squares: 1, 4, 16, 64
+    rates: tuple[float, ...] = ()  # factors of all learning rates
+    seeds: tuple[int, ...] = (0,)
+    text_only: bool = True  # also the run without encoders, which Shapley values need
+    one_shot: bool = False  # also a run of all encoders that learns under masks, scored on every subset
+    post_hoc: bool = False  # score ordinary runs of all encoders on every subset too
+    split: str = "heldout"  # whose questions score the runs
+
+    def __post_init__(self) -> None:
+        for axis in ("subsets", "fusions", "projectors", "grids", "rates", "seeds"):
+            values = getattr(self, axis)
+            if len(set(values)) < len(values):
+                raise UserError(f"sweep: {axis} names a value twice: {', '.join(map(str, values))}")
+        for what, names, known in (("fusion", self.fusions, FUSIONS), ("projector", self.projectors, PROJECTORS)):
+            if unknown := [name for name in names if name not in known]:
+                raise UserError(unknown_name(f"{what} in the sweep", unknown[0], known))
+        if odd := [grid for grid in self.grids if grid < 1 or isqrt(grid) ** 2 != grid]:
+            raise UserError(f"sweep: grids are tokens per frame, squares such as 1, 4, 16, 64; got {odd[0]}")
+        if odd := [rate for rate in self.rates if rate <= 0]:
+            raise UserError(f"sweep: rates are factors of the learning rates, above 0; got {odd[0]}")
+        if not self.seeds or not self.subsets:
+            raise UserError("sweep: a sweep has at least one seed and one subset")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepRun:
+    """One combination."""
+
+    name: str  # of its folder under `runs/`
+    encoders: tuple[str, ...]  # in the order of the sweep; empty: text only
+    fusion: str = ""
+    projector: str = ""
+    tokens_per_frame: int | None = None  # None: the recipe's, else as stored
+    rate: float = 1.0  # factor of the learning rates
+    seed: int = 0
+    mode: str = "frozen"
+    is_trained: bool = True  # False: text only under a frozen LLM, which is scored as it is
+    method: Method = "retrained"
+    is_masked: bool = False  # also scored with every subset of its encoders
+    stages: Stages = ()  # complete settings
+
+    def to_record(self) -> dict[str, Any]:
+        """Its entry in `sweep.json`."""
+        record = to_builtin(asdict(replace(self, stages=())))
+        return {name: value for name, value in record.items() if name not in ("name", "stages", "is_masked")}
+
+
+def expand_subsets(rules: Sequence[str], encoders: Sequence[str]) -> list[tuple[str, ...]]:
+    """The subsets of `encoders` that the rules name, each once: the smallest first, in the order of the encoders.
+
+    >>> expand_subsets(["leave-one-out"], ["a", "b"])
+    [('a',), ('b',), ('a', 'b')]
+    """
+    found: set[tuple[str, ...]] = set()
+    whole = tuple(encoders)
+    for rule in rules:
+        if rule == ALL:
+            sizes = range(1, len(whole) + 1)
+            found.update(itertools.chain.from_iterable(itertools.combinations(whole, size) for size in sizes))
+        elif rule == LEAVE_ONE_OUT:
+            found.update([whole, *(part for part in itertools.combinations(whole, len(whole) - 1) if part)])
+        elif rule == ALONE:
+            found.update((encoder,) for encoder in whole)
+        else:
+            names = [name.strip() for name in rule.split("+")]
+            if unknown := [name for name in names if name not in whole]:
+                raise UserError(unknown_name("subset or encoder in --subsets", unknown[0], [*SUBSET_RULES, *whole]))
+            found.add(tuple(encoder for encoder in whole if encoder in names))
+    return sorted(found, key=lambda subset: (len(subset), [whole.index(encoder) for encoder in subset]))
+
+
+def plan_runs(
+    sweep: SweepConfig, stages: Stages, *, encoders: Sequence[str], snapshot: str, time_steps: int
+) -> list[SweepRun]:
+    """Every run of the sweep: text only first, then the subsets by size.
+
+    `stages` are the recipe's with all settings but the axes, `encoders` those of the whole sweep, `time_steps` those of
+    a stored clip. A fusion that reads one encoder makes runs of single encoders only, a projector that decides its grid
+    one run for all grids.
+    """
+    config = stages[-1].config
+    shape = (config.projector.resampler, config.projector.frame_divisor)
+    rows = [row for row, preset in PROJECTORS.items() if (preset.resampler, preset.frame_divisor) == shape]
+    own_projector = rows[0] if rows else config.projector.resampler
+    pins = {"clips_with": list(encoders), "snapshot": snapshot}
+    runs = []
+    for rate, seed in itertools.product(sweep.rates or (1.0,), sweep.seeds):
+        ending = [*([f"rate{rate:g}"] if rate != 1 else []), f"seed{seed}"]
+        common = {**pins, "seed": seed}
+        if sweep.text_only:
+            is_trained = config.train_llm != "none"
+            settings = {**common, "encoders": list(encoders), **({"mode": TEXT_ONLY} if is_trained else {})}
+            runs.append(
+                SweepRun(
+                    name="__".join([TEXT_ONLY, *ending]),
+                    encoders=(),
+                    rate=rate,
+                    seed=seed,
+                    mode=TEXT_ONLY,
+                    is_trained=is_trained,
+                    stages=_scale_rates(merge_settings(stages, {}, settings), rate),
+                )
+            )
+        for subset, fusion, projector, grid in itertools.product(
+            expand_subsets(sweep.subsets, encoders),
+            sweep.fusions or (config.fusion.name,),
+            sweep.projectors or (own_projector,),
+            sweep.grids or (None,),
+        ):
+            if fusion in SINGLE_ENCODER_FUSIONS and len(subset) > 1:
+                continue
+            if not PROJECTORS.get(projector, config.projector).takes_grid:
+                if grid != (sweep.grids or (None,))[0]:
+                    continue
+                grid = None
+            settings = {**common, "encoders": list(subset), "fusion": {"name": fusion}}
+            if projector != own_projector:
+                preset = PROJECTORS[projector]
+                settings["projector"] = {"resampler": preset.resampler, "frame_divisor": preset.frame_divisor}
+                if not preset.takes_grid:
+                    settings["projector"]["grid"] = None
+            if grid is not None:
+                time = config.projector.grid[0] if config.projector.grid else time_steps
+                settings["projector"] = settings.get("projector", {}) | {"grid": [time, isqrt(grid), isqrt(grid)]}
+            parts = ["+".join(subset), fusion, projector, "stored" if grid is None else str(grid), *ending]
+            axes = {"encoders": subset, "fusion": fusion, "projector": projector, "tokens_per_frame": grid}
+            merged = _scale_rates(merge_settings(stages, {}, settings), rate)
+            is_whole = subset == tuple(encoders)
+            runs.append(
+                SweepRun(
+                    name="__".join(parts),
+                    **axes,
+                    rate=rate,
+                    seed=seed,
+                    is_masked=sweep.post_hoc and is_whole and fusion not in SINGLE_ENCODER_FUSIONS,
+                    stages=merged,
+                )
+            )
+            if sweep.one_shot and is_whole and fusion not in SINGLE_ENCODER_FUSIONS:
+                masked = tuple(replace(s, config=replace(s.config, mask_encoders=ONE_SHOT_MASKS)) for s in merged)
+                runs.append(
+                    SweepRun(
+                        name="__".join(["one-shot", *parts[1:]]),
+                        **axes,
+                        rate=rate,
+                        seed=seed,
+                        method="one-shot",
+                        is_masked=True,
+                        stages=masked,
+                    )
+                )
+    return sorted(runs, key=lambda run: len(run.encoders))
+
+
+def _scale_rates(stages: Stages, factor: float) -> Stages:
+    """The stages with every learning rate times `factor`."""
+
+    def scaled(optimizer: OptimizerConfig) -> OptimizerConfig:
+        names = [field.name for field in fields(optimizer) if field.name.endswith("_lr")]
+        return replace(optimizer, **{name: factor * getattr(optimizer, name) for name in names})
+
+    if factor == 1:
+        return stages
+    return tuple(replace(s, config=replace(s.config, optimizer=scaled(s.config.optimizer))) for s in stages)
+
+
+def run_folder(sweep: Path, run: SweepRun | str) -> Path:
+    """Where a run of the sweep is."""
+    return Path(sweep) / RUNS_FOLDER / (run if isinstance(run, str) else run.name)
+
+
+def read_sweep(sweep: Path) -> dict[str, Any]:
+    """The record of a sweep; UserError for a folder that holds none."""
+    path = Path(sweep) / SWEEP_FILE
+    try:
+        record = load_json(path.read_bytes(), str(path))
+    except OSError:
+        raise UserError(f"{sweep} is no sweep: it has no {SWEEP_FILE}; give the --out of `merv-train sweep`") from None
+    if not isinstance(record, dict) or record.get("format") != FORMAT or not isinstance(record.get("runs"), dict):
+        raise UserError(f"{path} is no record of a sweep that this version reads; make the sweep again")
+    return record
+
+
+def add_to_record(sweep: Path, pins: Mapping[str, Any], runs: Sequence[SweepRun]) -> dict[str, Any]:
+    """Write the sweep's record, or add runs to it; UserError where it was begun with other pins.
+
+    Runs that are in the record stay in it, whether they are in `runs` or not.
+    """
+    record: dict[str, Any] = {"format": FORMAT, **pins, "runs": {}}
+    if (Path(sweep) / SWEEP_FILE).exists():
+        record = read_sweep(sweep)
+        before, now = ({name: values.get(name) for name in pins} for values in (record, pins))
+        if before != now:
+            old, new = _leaves(before), _leaves(now)
+            changed = [name for name in old | new if old.get(name) != new.get(name)]
+            values = "; ".join(f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in changed)
+            raise UserError(
+                f"{sweep} was begun with other values ({values}), and runs of one sweep are compared with each other:"
+                " give the same, or another --out"
+            )
+    record["runs"] |= {run.name: run.to_record() for run in runs}
+    Path(sweep).mkdir(parents=True, exist_ok=True)
+    replace_text(Path(sweep) / SWEEP_FILE, json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def shared_settings(stages: Stages) -> dict[str, Any]:
+    """The settings that all runs of a sweep have in common, by stage: all but the axes."""
+    settings = {}
+    for stage in stages:
+        shared = to_builtin(asdict(stage.config))
+        for name in ("encoders", "fusion", "seed", "mode", "mask_encoders", "clips_with", "snapshot"):
+            del shared[name]
+        for name in ("resampler", "grid", "frame_divisor"):
+            del shared["projector"][name]
+        settings[stage.name] = shared
+    return settings
+
+
+def _leaves(value: Any, name: str = "") -> dict[str, Any]:
+    """The values of nested mappings by their own name: `{"settings": {"finetune": {"seed": 1}}}` -> `{"seed": 1}`."""
+    if not isinstance(value, Mapping):
+        return {name: value}
+    return {leaf: found for key, nested in value.items() for leaf, found in _leaves(nested, key).items()}
