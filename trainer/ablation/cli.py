@@ -15,7 +15,6 @@ from mervcache.errors import EXIT_WITH_FAILURES, UserError
 from trainer.ablation.sweep import SUBSET_RULES, expand_subsets
 from trainer.cli import load_torch_modules
 from trainer.config import Protocol
-from trainer.runs.run_record import RunRecord
 from trainer.runs.stage_folders import check_are_runs, last_stage
 
 SUFFIXES = {".md": "markdown", ".csv": "csv", ".tex": "latex", ".json": "json"}
@@ -92,6 +91,7 @@ def mask_command(checkpoint: Path, subsets: str, as_json: bool, **options: Any) 
     check_are_runs(checkpoint)
     load_torch_modules()
     from trainer.evaluate import EvaluationRequest, evaluate_masked
+    from trainer.runs.run_record import RunRecord
 
     encoders = RunRecord.read(last_stage(checkpoint)).encoder_order
     chosen = [(), *expand_subsets(names_of(subsets), encoders)]

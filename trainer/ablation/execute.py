@@ -278,12 +278,9 @@ def _outcome(sweep: PinnedSweep, run: SweepRun) -> RunOutcome:
     if run.is_masked and not masked_scores_file(folder, sweep.split).is_file():
         return RunOutcome(name=run.name, status="pending")
     for record in read_scores(folder):
-        is_whole = record["split"] == sweep.split and record.get("limit") is None and record["step"] == num_steps
-        if (
-            is_whole
-            and record.get("protocol", sweep.protocol) == sweep.protocol
-            and [answer["sample_id"] for answer in record["answers"]] == _ids(sweep.questions)
-        ):
+        found = (record["split"], record.get("limit"), record["step"], record.get("protocol", sweep.protocol))
+        ids = [answer["sample_id"] for answer in record["answers"]]
+        if found == (sweep.split, None, num_steps, sweep.protocol) and ids == _ids(sweep.questions):
             overall = record["scores"][0]
             return RunOutcome(
                 name=run.name, status="finished", accuracy=overall["accuracy"], questions=overall["questions"]
