@@ -292,10 +292,16 @@ def _parse_result(header: dict[str, Any], body: bytearray, job: DecodeJob) -> De
         if header["error"] == "media":
             raise FailedClipError(header["message"], header.get("media_sha256"))
         raise {"stopped": RunStoppedError, "user": UserError}[header["error"]](header["message"])
-    if len(header["shapes"]) != len(job.views) or sum(map(math.prod, header["shapes"])) != len(body):
+    dtypes = [np.dtype(view.rule.dtype) for view in job.views]
+    if len(header["shapes"]) != len(job.views):
         raise worker.PipeClosedError
-    pixels, frames, offset = np.frombuffer(body, np.uint8), {}, 0
-    for view, shape in zip(job.views, header["shapes"], strict=True):
-        frames[view] = pixels[offset : offset + math.prod(shape)].reshape(shape)
-        offset += math.prod(shape)
+    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in zip(header["shapes"], dtypes, strict=True)]
+    if sum(sizes) != len(body):
+        raise worker.PipeClosedError
+    frames, offset = {}, 0
+    for view, shape, dtype, size in zip(job.views, header["shapes"], dtypes, sizes, strict=True):
+        # copied where it may not be aligned; a view of whole bytes needs no copy
+        part = memoryview(body)[offset : offset + size]
+        frames[view] = np.frombuffer(part if dtype.itemsize == 1 else bytes(part), dtype).reshape(shape)
+        offset += size
     return Decoded(frames=frames, **header["decoded"])

@@ -7,7 +7,7 @@ decoders are imported in `main`.
 
     8 bytes   lengths of header and body, two big-endian uint32
     header    JSON
-    body      frames, uint8, one view after the other
+    body      frames, one view after the other, each in its rule's dtype
 
 No pickle: a decode process reads untrusted files, and what it sends back must not be able to run code.
 """
@@ -159,7 +159,7 @@ def _serve(record: dict[str, Any], results: int, decode_clip: Callable[..., Deco
         },
         "shapes": [list(array.shape) for array in frames],
     }
-    send(results, header, *(array.reshape(-1).data for array in frames))
+    send(results, header, *(array.reshape(-1).view("uint8").data for array in frames))
 
 
 def _limit_processor_time(cpu_s: float) -> None:
