@@ -104,7 +104,7 @@ def main() -> None:
     from pipeline.decode.decoders import decode_clip  # FFmpeg's libraries; before "ready", so that no job pays for it
 
     if arguments.memory_bytes:
-        resource.setrlimit(resource.RLIMIT_AS, (arguments.memory_bytes, arguments.memory_bytes))
+        _limit_memory(arguments.memory_bytes)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash is reported, no core file of 4 GB is written
     # both pipes move to other numbers, so that nothing a library prints or reads can reach them
     jobs, results = os.dup(0), os.dup(1)
@@ -160,6 +160,13 @@ def _serve(record: dict[str, Any], results: int, decode_clip: Callable[..., Deco
         "shapes": [list(array.shape) for array in frames],
     }
     send(results, header, *(array.reshape(-1).view("uint8").data for array in frames))
+
+
+def _limit_memory(num_bytes: int) -> None:
+    """Limit the address space to `num_bytes`, or to less where this process may already use less (`ulimit -v`)."""
+    limits = [limit for limit in resource.getrlimit(resource.RLIMIT_AS) if limit != resource.RLIM_INFINITY]
+    limit = min([num_bytes, *limits])
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def _limit_processor_time(cpu_s: float) -> None:
