@@ -11,14 +11,12 @@ import re
 import shutil
 import subprocess
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from mervcache.errors import MediaError, UserError, unknown_name
 from pipeline.decode.pyav import FORMATS, check_pixels, open_video, read_frames
@@ -31,10 +29,9 @@ from pipeline.decode.sampling import (
     FrameCollector,
     Reading,
 )
-from pipeline.media import FrameFolder, LocalFile, Source, TarMember, frame_order
+from pipeline.decode.stills import read_folder, read_gif, read_image
+from pipeline.media import FrameFolder, LocalFile, Source, TarMember
 
-FOLDER_FPS = 3.0  # of a folder of frames, as for VLEP in the reference
-IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow's others include scripts (EPS)
 FFMPEG_FAILED = "ffmpeg cannot decode the file"
 OLDEST_FFMPEG = (5, 1)
 
@@ -96,56 +93,6 @@ def _clip_fault(error: MediaError | OSError, source: Source) -> str:
     if isinstance(verdict, MediaError):
         return str(verdict)
     raise verdict from error
-
-
-def read_image(source: Source, collector: FrameCollector) -> Reading:
-    """One still image: N = 1, no clock."""
-    if isinstance(source.media, FrameFolder):
-        raise MediaError("not an image: the path is a folder")
-    collector.choose(1, 0.0)
-    with source.open() as file, _open_image(file) as image:
-        collector.add(0, np.asarray(image.convert("RGB")))
-    return Reading(num_frames=1, fps=0.0, decoder="pillow")
-
-
-def read_gif(source: Source, collector: FrameCollector) -> Reading:
-    """Every frame of a GIF, composed as it is shown; a frame depends on those before, so they are read in order."""
-    with source.open() as file, _open_image(file) as image:
-        num_frames = image.n_frames
-        for number in collector.choose(num_frames, 0.0):
-            image.seek(number)
-            collector.add(number, np.asarray(image.convert("RGB")))
-    return Reading(num_frames=num_frames, fps=0.0, decoder="pillow")
-
-
-def read_folder(source: Source, collector: FrameCollector) -> Reading:
-    """A folder's images in natural order: frame_2 before frame_10."""
-    paths = sorted(source.media.paths, key=lambda path: frame_order(path.name))
-    for number in collector.choose(len(paths), FOLDER_FPS):
-        with open(paths[number], "rb") as file, _open_image(file) as image:
-            collector.add(number, np.asarray(image.convert("RGB")))
-    return Reading(num_frames=len(paths), fps=FOLDER_FPS, decoder="pillow")
-
-
-@contextmanager
-def _open_image(file: BinaryIO) -> Iterator[Image.Image]:
-    """An image whose size has been checked; anything Pillow cannot read becomes the clip's error."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's size warning, an error here, and its notes on odd files
-            with Image.open(file, formats=IMAGE_FORMATS) as image:
-                check_pixels(*image.size)
-                yield image
-    except UnidentifiedImageError:
-        raise MediaError("not an image in a known format") from None
-    except Image.DecompressionBombError:
-        raise MediaError("image is larger than Pillow's limit") from None
-    except (SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, OverflowError) as error:
-        raise MediaError(f"damaged image: {type(error).__name__}") from error
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        raise MediaError("damaged image: its data cannot be read") from error
 
 
 def read_with_decord(source: Source, collector: FrameCollector, *, accept_damaged: bool) -> Reading:

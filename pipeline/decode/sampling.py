@@ -74,6 +74,12 @@ class FailedClipError(MediaError):
         self.media_sha256 = media_sha256
 
 
+def exception_name(error: BaseException) -> str:
+    """An exception's type in a reason: "ValueError", or "struct.error" where the name alone says nothing."""
+    kind = type(error)
+    return kind.__name__ if kind.__name__[0].isupper() else f"{kind.__module__}.{kind.__name__}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reading:
     """What a reader reports about the media it has read."""
