@@ -12,13 +12,15 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import cache
 from typing import BinaryIO
 
+import av
 import numpy as np
 
-from mervcache.errors import MediaError, UserError, unknown_name
+from mervcache.errors import MediaError, MervCacheError, UserError, unknown_name
+from pipeline.decode.display import display_filters, flip_of_turned
 from pipeline.decode.pyav import FORMATS, check_pixels, open_video, read_frames
 from pipeline.decode.sampling import (
     DEFAULT_DECODER,
@@ -107,21 +109,36 @@ def read_with_decord(source: Source, collector: FrameCollector, *, accept_damage
         raise UserError("decoder 'decord' is not installed; pip install 'merv-pipeline[decord]'") from error
     if accept_damaged:
         raise UserError("decoder 'decord' cannot accept damaged files; use --decoder frames/1")
-    with open_video(source):
-        pass  # the guards: a real video format, of a size that can be held
+    with open_video(source) as video:  # the guards too: a real video format, of a size that can be held
+        first_frame = None
+        with suppress(av.error.FFmpegError):  # what cannot be decoded is left to decord
+            first_frame = next(video.container.decode(video.stream), None)
+        flip = -1 if first_frame is None else flip_of_turned(display_filters(first_frame))
+    if flip is None:
+        raise MediaError("decord cannot show the display matrix of the file: it turns by quarters only")
     decord.logging.set_level(decord.logging.QUIET)
     decord.bridge.set_bridge("native")
     is_local = isinstance(source.media, LocalFile)
     try:
         with nullcontext(str(source.media.path)) if is_local else source.open() as file:  # a file object is read whole
             reader = decord.VideoReader(file, ctx=decord.cpu(0), num_threads=1)
-        fps = float(reader.get_avg_fps())
-        for number in collector.choose(len(reader), fps):
+        fps, num_frames, times = float(reader.get_avg_fps()), len(reader), None
+        if collector.needs_times and num_frames:
+            times = _rising(reader.get_frame_timestamp(range(num_frames))[:, 0])
+        for number in collector.choose(num_frames, fps, times):
             # get_batch, as in the reference: `reader[number]` seeks anew each time and can give other frames
-            collector.add(number, reader.get_batch([number]).asnumpy()[0])
-    except (decord.DECORDError, RuntimeError, IndexError) as error:
+            frame_HWC = reader.get_batch([number]).asnumpy()[0]
+            collector.add(number, frame_HWC if flip < 0 else np.flip(frame_HWC, flip))
+    except (MervCacheError, MemoryError, OSError):
+        raise
+    except Exception as error:  # DECORDError, RuntimeError, IndexError and what else its bindings raise
         raise MediaError("decord cannot decode the file") from error
-    return Reading(num_frames=len(reader), fps=fps, decoder="decord")
+    return Reading(num_frames=num_frames, fps=fps, decoder="decord")
+
+
+def _rising(times: np.ndarray) -> np.ndarray | None:
+    """Seconds from the first frame; None where they do not rise."""
+    return times - times[0] if (np.diff(times) > 0).all() else None
 
 
 def read_with_ffmpeg(source: Source, collector: FrameCollector, *, accept_damaged: bool) -> Reading:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +22,7 @@ import numpy as np
 from av.stream import Disposition
 
 from mervcache.errors import MediaError
+from pipeline.decode.display import display_filters
 from pipeline.decode.sampling import FrameCollector, Reading
 from pipeline.media import LocalFile, Source
 
@@ -85,26 +86,35 @@ class OpenVideo:
         return self.container.demux(self.stream)
 
     def to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
-        """uint8 [H, W, 3] as it is shown: converted by the frame's own colour tags, turned by its rotation.
+        """uint8 [H, W, 3] as it is shown: converted by the frame's own colour tags, turned by its display matrix.
 
         Through a filter graph, because its conversion is bit-identical to that of the ffmpeg program and of decord;
-        `frame.to_ndarray` chooses another chroma filter for 10-bit and odd-sized video.
+        `frame.to_ndarray` chooses another chroma filter for 10-bit and odd-sized video. Frames are turned before they
+        are converted, as by the program.
         """
         check_pixels(frame.width, frame.height)
-        key = (frame.width, frame.height, frame.format.name)
+        filters = display_filters(frame)
+        key = (frame.width, frame.height, frame.format.name, filters)
         graph = self._graphs.get(key)
         if graph is None:
             graph = av.filter.Graph()
             graph.threads = 1
             size = {"width": frame.width, "height": frame.height}
             buffer = graph.add_buffer(**size, format=frame.format, time_base=self.stream.time_base)
-            graph.link_nodes(buffer, graph.add("format", "pix_fmts=rgb24"), graph.add("buffersink")).configure()
+            nodes = [graph.add(name, arguments or None) for name, arguments in filters]
+            graph.link_nodes(buffer, *nodes, graph.add("format", "pix_fmts=rgb24"), graph.add("buffersink")).configure()
             self._graphs[key] = graph
         graph.push(frame)
-        frame_HWC = graph.pull().to_ndarray()
-        if frame.rotation % 360 and frame.rotation % 90 == 0:
-            frame_HWC = np.rot90(frame_HWC, k=frame.rotation // 90)
-        return frame_HWC
+        return graph.pull().to_ndarray()
+
+    def times(self, pts: Sequence[int | None]) -> np.ndarray | None:
+        """Seconds from the first frame at which each is shown; None where the times are missing or do not rise."""
+        if not pts or None in pts or self.stream.time_base is None:
+            return None
+        ticks = np.array([time - pts[0] for time in pts], dtype=np.float64)
+        if (np.diff(ticks) <= 0).any():
+            return None
+        return ticks * self.stream.time_base.numerator / self.stream.time_base.denominator
 
 
 @contextmanager
