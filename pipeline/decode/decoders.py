@@ -21,7 +21,7 @@ import numpy as np
 
 from mervcache.errors import MediaError, MervCacheError, UserError, unknown_name
 from pipeline.decode.display import display_filters, flip_of_turned
-from pipeline.decode.pyav import FORMATS, check_pixels, open_video, read_frames
+from pipeline.decode.pyav import FORMATS, check_pixels, open_video, read_frames, scan_packets
 from pipeline.decode.sampling import (
     DEFAULT_DECODER,
     OUT_OF_MEMORY,
@@ -155,6 +155,8 @@ def read_with_ffmpeg(source: Source, collector: FrameCollector, *, accept_damage
         raise UserError("decoder 'ffmpeg' cannot accept damaged files; use --decoder frames/1")
     with open_video(source) as video:
         fps, stream_index = video.fps, video.stream.index
+        index = scan_packets(video)
+        times = video.times([index.pts[i] for i in index.shown]) if None not in index.pts else None
     media = source.media
     if isinstance(media, TarMember):
         url = f"subfile,,start,{media.offset},end,{media.offset + media.size},,:{media.tar_path}"
@@ -162,7 +164,9 @@ def read_with_ffmpeg(source: Source, collector: FrameCollector, *, accept_damage
         url = f"file:{media.path}"
     # one decoder thread, errors that end the run, known formats only, no reading beyond the file
     guards = ["-protocol_whitelist", "file,subfile", "-format_whitelist", ",".join(FORMATS)]
-    command = [program, "-nostdin", "-v", "error", "-xerror", "-threads", "1", *guards, "-i", url]
+    # -xerror also ends at the marks of joined transport streams, where every frame is whole
+    strict = ["-err_detect", "explode", "-max_error_rate", "0"] if index.is_joined else ["-xerror"]
+    command = [program, "-nostdin", "-v", "error", *strict, "-threads", "1", *guards, "-i", url]
     command += ["-map", f"0:{stream_index}", "-fps_mode", "passthrough"]
 
     counting = subprocess.run([*command, "-progress", "pipe:1", "-f", "null", "-"], capture_output=True, check=False)
@@ -171,7 +175,8 @@ def read_with_ffmpeg(source: Source, collector: FrameCollector, *, accept_damage
         raise MediaError(FFMPEG_FAILED)
     num_frames = int(counts[-1])
 
-    wanted = collector.choose(num_frames, fps)
+    times = times if times is not None and len(times) == num_frames else None
+    wanted = collector.choose(num_frames, fps, times if collector.needs_times else None)
     command += ["-vf", "select='" + "+".join(f"eq(n,{number})" for number in wanted) + "'"]
     command += ["-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
