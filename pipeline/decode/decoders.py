@@ -21,7 +21,7 @@ import numpy as np
 
 from mervcache.errors import MediaError, MervCacheError, UserError, unknown_name
 from pipeline.decode.display import display_filters, flip_of_turned
-from pipeline.decode.pyav import FORMATS, check_pixels, open_video, read_frames, scan_packets
+from pipeline.decode.pyav import FORMATS, check_pixels, open_video, read_frames, reason, scan_packets
 from pipeline.decode.sampling import (
     DEFAULT_DECODER,
     OUT_OF_MEMORY,
@@ -30,6 +30,7 @@ from pipeline.decode.sampling import (
     FailedClipError,
     FrameCollector,
     Reading,
+    exception_name,
 )
 from pipeline.decode.stills import read_folder, read_gif, read_image
 from pipeline.media import FrameFolder, LocalFile, Source, TarMember
@@ -66,8 +67,16 @@ def decode_clip(job: DecodeJob, *, on_read: Callable[[], None] = lambda: None) -
         frames = collector.frames()
     except MemoryError as error:  # first: PyAV's is an OSError too
         raise FailedClipError(OUT_OF_MEMORY, media_sha256) from error
+    except av.error.FFmpegError as error:  # before OSError: its numbers speak of the file's content, not of a disk
+        fault = MediaError(f"damaged file: {reason(error)}")
+        raise FailedClipError(_clip_fault(fault, source), media_sha256) from error
     except (MediaError, OSError) as error:
         raise FailedClipError(_clip_fault(error, source), media_sha256) from error
+    except MervCacheError:
+        raise
+    except Exception as error:  # what no reader foresees: the libraries' exceptions have no common base
+        fault = MediaError(f"decoder failed: {exception_name(error)}")
+        raise FailedClipError(_clip_fault(fault, source), media_sha256) from error
     return Decoded(
         frames=frames,
         media_sha256=media_sha256,
@@ -171,7 +180,7 @@ def read_with_ffmpeg(source: Source, collector: FrameCollector, *, accept_damage
 
     counting = subprocess.run([*command, "-progress", "pipe:1", "-f", "null", "-"], capture_output=True, check=False)
     counts = [line.partition("=")[2] for line in counting.stdout.decode().splitlines() if line.startswith("frame=")]
-    if counting.returncode or not counts:
+    if counting.returncode or not counts or not counts[-1].isdigit():
         raise MediaError(FFMPEG_FAILED)
     num_frames = int(counts[-1])
 
@@ -210,6 +219,8 @@ def _read_ppm(pipe: BinaryIO) -> np.ndarray | None:
         if not line:
             return None
         header += line.split()
+    if not (header[1].isdigit() and header[2].isdigit()):
+        return None
     width, height = int(header[1]), int(header[2])
     check_pixels(width, height)
     data = pipe.read(width * height * 3)

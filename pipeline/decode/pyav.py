@@ -143,6 +143,8 @@ def open_video(source: Source, *, is_strict: bool = False) -> Iterator[OpenVideo
             best = container.streams.best("video")
             stream = best if best in streams else streams[0]
             codec = stream.codec_context
+            if codec is None:
+                raise MediaError("not a video: the codec of its stream is unknown")
             codec.thread_type, codec.thread_count = "NONE", 1
             codec.options = {"max_pixels": str(MAX_PIXELS)}  # again inside: a stream may change its size midway
             if is_strict:
@@ -294,7 +296,9 @@ def read_in_order(source: Source, index: PacketIndex, collector: FrameCollector,
     """
     try:
         return _read_intact(source, index, collector)
-    except av.error.FFmpegError as error:
+    except (av.error.FFmpegError, CorruptFrameError) as error:
+        if isinstance(error, MemoryError):
+            raise
         if not accept_damaged:
             is_corrupt = isinstance(error, CorruptFrameError)
             what = "a packet is corrupt" if index.is_joined else "a frame is corrupt" if is_corrupt else reason(error)

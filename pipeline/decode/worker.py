@@ -30,7 +30,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mervcache.errors import MediaError, RunStoppedError, UserError
-from pipeline.decode.sampling import OUT_OF_MEMORY, Decoded, DecodeJob
+from pipeline.decode.sampling import OUT_OF_MEMORY, Decoded, DecodeJob, exception_name
 from pipeline.media import Source
 
 LENGTHS = struct.Struct(">II")
@@ -145,7 +145,7 @@ def _serve(record: dict[str, Any], results: int, decode_clip: Callable[..., Deco
                 kind, message = "stopped", f"decode process: {error}"
             case _:  # foreseen by no reader: recorded by its type, traceback on stderr
                 traceback.print_exception(error)
-                kind, message = "media", f"decoder failed: {type(error).__name__}"
+                kind, message = "media", f"decoder failed: {exception_name(error)}"
         send(results, {"error": kind, "message": message, "media_sha256": getattr(error, "media_sha256", None)})
         return
     frames = [decoded.frames[view] for view in job.views]
