@@ -27,6 +27,7 @@ import numpy as np
 from mervcache.errors import MediaError, RunStoppedError, UserError
 from pipeline.decode import worker
 from pipeline.decode.sampling import Decoded, DecodeJob, FailedClipError
+from pipeline.media import Source
 
 WORKER_COMMAND = (sys.executable, "-P", "-m", "pipeline.decode.worker")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYAV_LOGGING": "off"}
@@ -164,7 +165,10 @@ class _WorkerThread(threading.Thread):
                 self._child.kill()
 
     def _decode(self, job: DecodeJob) -> Decoded:
-        """Decode in the child; once more, in a new child, if it hangs or dies."""
+        """Decode in the child; once more, in a new child, if it hangs or dies.
+
+        A clip that ends two children fails with the digest of its bytes, taken here: the children are gone.
+        """
         path, root = job.clip.path, job.root
         for _ in range(TRIES):
             child = self._ready_child()
@@ -188,6 +192,9 @@ class _WorkerThread(threading.Thread):
                         "it was for lack of memory, give the job more or use fewer decode_processes, and run the same "
                         "command again; nothing was quarantined"
                     )
+        if isinstance(failure, MediaError) and child.has_read:  # else the bytes may not arrive here either
+            with contextlib.suppress(MediaError, RunStoppedError, OSError):
+                failure = FailedClipError(str(failure), Source.find(root, path).sha256())
         raise failure
 
     def _ready_child(self) -> _DecodeChild:
