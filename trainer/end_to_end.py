@@ -33,6 +33,7 @@ from pipeline.align import align, align_time
 from pipeline.config import EncoderSettings, EngineSettings, ExtractConfig, read_config
 from pipeline.datasets import list_clips
 from pipeline.decode.sampling import Decoded
+from pipeline.encoders.loading import keep_steps
 from pipeline.encoders.network import EncoderNetwork, build_network
 from pipeline.encoders.weights import fill_random, weights_by_encoder
 from pipeline.media import Root
@@ -237,7 +238,7 @@ class LiveTokens(TokenSource):
         self._clips.update((clip.clip_id, (root, clip)) for clip in clips)
 
     def fetch(self, clip_ids: Sequence[str]) -> dict[str, ClipTokens]:
-        """Tokens by encoder; for a trained encoder uint8 frames_BTHWC, which the model encodes itself."""
+        """Tokens by encoder; for a trained encoder frames_BTHWC, which the model encodes itself."""
         kinds = [self._clips[clip_id][1].kind for clip_id in clip_ids]
         rows: dict[str, dict[int, Arrays]] = {name: {} for name in self._encoders}
         with self._lock:
@@ -315,7 +316,7 @@ class LiveTokens(TokenSource):
 
 
 class TrainableEncoder(nn.Module):
-    """An encoder inside the model that is trained: uint8 frames in, aligned tokens out, differentiable throughout.
+    """An encoder inside the model that is trained: frames in, aligned tokens out, differentiable throughout.
 
     Without dropout, like a frozen one. Its weights stay float32; under a run's bf16 its matrix products are bfloat16.
     Its tokens are cast to no storage dtype: nothing is stored, and the cast has no gradient.
@@ -343,6 +344,7 @@ class TrainableEncoder(nn.Module):
     def forward(self, frames_BTHWC: Tensor) -> ClipTokens:
         pixels_BTHWC = (frames_BTHWC.float() / 255 - self.mean_C) / self.std_C
         features_BTHWD, prefix_BTKD = self.network(pixels_BTHWC.permute(0, 1, 4, 2, 3).contiguous())
+        features_BTHWD, prefix_BTKD = keep_steps(self.network.spec, features_BTHWD, prefix_BTKD)
         tokens_BTHWD = align(features_BTHWD, None if self.identity.pooling == "none" else self.identity.grid)
         if prefix_BTKD is not None and "prefix" in self._parts:
             prefix_BTKD = align_time(prefix_BTKD, self.identity.grid[0])
@@ -411,6 +413,8 @@ def _batch_sizes(extract: ExtractConfig, engine: Engine) -> dict[str, int]:
 def _kept_check(out: Path | None, extract: ExtractConfig) -> MediaCheck:
     """The check whose results are kept in the run's folder; another root or way of decoding has its own file."""
     decides = {"root": extract.root, "decoder": extract.decoder, "accept_damaged": extract.accept_damaged}
+    newer = {"frame_rule": extract.frame_rule, "exif": extract.exif}  # left out where they decide nothing
+    decides |= {name: value for name, value in newer.items() if value not in ({}, "ignore")}
     name = f"media-{hashlib.sha256(canonical_json(decides).encode()).hexdigest()[:12]}.jsonl"
     return MediaCheck(out / name if out is not None else None, is_first_rank=os.environ.get("RANK", "0") == "0")
 
