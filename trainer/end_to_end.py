@@ -37,6 +37,7 @@ from pipeline.encoders.loading import keep_steps
 from pipeline.encoders.network import EncoderNetwork, build_network
 from pipeline.encoders.weights import fill_random, weights_by_encoder
 from pipeline.media import Root
+from pipeline.views import FrameRule
 from pipeline.worker.engine import Engine, TokenEncoder, decode_job, encode_batch, free_cores
 from trainer.config import LISTING, TrainConfig, in_paper_order, used_encoders
 from trainer.data.batches import named_samples
@@ -422,8 +423,14 @@ def _kept_check(out: Path | None, extract: ExtractConfig) -> MediaCheck:
 def _recorded_encoder(record: TokenRecord, name: str, weights: str | None, device: str) -> TokenEncoder:
     """The encoder whose tokens the run was trained on, or an error that names what differs."""
     if name not in record.encoders:
-        run = TokenEncoder(EncoderSettings(name=name, weights=weights or "hub"), device)
-        wanted, made = record.shapes[name], run.identity
+        rule = record.wanted.get(name, {}).get("frame_rule")
+        sizes = {} if rule is None else {"num_frames": FrameRule.parse(rule).num_frames}
+        wanted = record.shapes[name]
+        settings = EncoderSettings(
+            name=name, weights=weights or "hub", architecture=sizes, frame_rule=rule, grid=wanted.grid
+        )
+        run = TokenEncoder(settings, device)
+        made = run.identity
         if (wanted.grid, wanted.width) != (made.grid, made.width):
             raise UserError(
                 f"{name} as published gives tokens {(*made.grid, made.width)}, the run takes"
