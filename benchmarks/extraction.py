@@ -122,7 +122,7 @@ def _forward(
         frames = [d[run.view] for clip, d in zip(clips, decoded, strict=True) if d and clip.kind == kind]
         size = batch_sizes[kind]
         for start in range(0, len(frames), size):
-            batch = np.zeros((size, *frames[0].shape), np.uint8)
+            batch = np.zeros((size, *frames[0].shape), frames[0].dtype)
             batch[: len(frames[start : start + size])] = frames[start : start + size]
             began = time.perf_counter()
             run.tokens(batch)

@@ -36,9 +36,9 @@ class FeatureIdentity:
     weights_sha256: str  # of the loaded weights: sorted names, dtypes, shapes, bytes
     layer: str  # which output, in words: "output of block 23 of 24, no final norm"
     num_frames: int  # frames the encoder sees
-    frame_rule: str  # "linspace-32/2": 32 indices by the reference's expression, every 2nd taken
+    frame_rule: str  # "linspace-32/2": 32 indices by the reference's expression, every 2nd taken; pipeline.views
     decode: str  # decode contract: "frames/1", or "decord", "ffmpeg" by request
-    preprocessing: Mapping[str, Any]  # resize rule, filter, crop, mean, std
+    preprocessing: Mapping[str, Any]  # resize rule, filter, crop, mean, std; dtype and exif where not the usual ones
     still_period: int  # time steps after which a still image's tokens repeat
     grid: tuple[int, int, int]  # stored T, H, W of a video
     pooling: str  # "adaptive-avg" to the grid, or "none" for the encoder's own grid

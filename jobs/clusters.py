@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from jobs.event_loop import event_loop
 from jobs.run import check_workers
 from jobs.security import LOOPBACK, temporary_security
 from jobs.settings import DASK_SETTINGS, ClusterRequest, ClusterSettings
@@ -174,6 +175,7 @@ def cuda(request: ClusterRequest) -> Iterator[Client]:
             client = stack.enter_context(_started(workers, request))
         else:
             cluster = LocalCUDACluster(
+                loop=stack.enter_context(event_loop()),
                 CUDA_VISIBLE_DEVICES=gpus,
                 threads_per_worker=1,
                 memory_limit=None,
@@ -209,11 +211,13 @@ def _started(
     address = request.settings.dashboard_address
     scheduler = common | {"dashboard_address": address, "dashboard": request.dashboard}
     with (
+        event_loop() as loop,
         SpecCluster(
             workers={number: {"cls": cls, "options": each | own} for number, (cls, own) in enumerate(workers)},
             scheduler={"cls": Scheduler, "options": scheduler},
             security=security,
             silence_logs=50,
+            loop=loop,
         ) as cluster,
         Client(cluster) as client,
     ):
@@ -263,28 +267,31 @@ def attach(request: ClusterRequest) -> Iterator[Client]:
 
     by_file = Path(request.scheduler).is_file()
     address = {"scheduler_file": request.scheduler} if by_file else {"address": request.scheduler}
-    try:
-        client = Client(**address, timeout="10 s")
-    except TypeError as error:  # of Dask, for tls:// without a certificate
-        raise ClusterError(
-            f"{request.scheduler} speaks TLS and this shell has no certificate for it: evaluate the lines that "
-            "`python -m jobs.security FOLDER` printed for it, see jobs/README.md"
-        ) from error
-    except (OSError, TimeoutError, ValueError) as error:
-        raise ClusterError(f"no Dask scheduler answers at {request.scheduler}: {error}") from error
-    with client:
-        wanted, wait_s = request.num_workers or 1, request.worker_wait_s
-        if (found := len(client.scheduler_info(n_workers=-1)["workers"])) < wanted:
-            log.info("%s has %d of %d workers; waiting %.0f s for the others", request.scheduler, found, wanted, wait_s)
+    with event_loop() as loop:
         try:
-            client.wait_for_workers(wanted, timeout=wait_s)
-        except TimeoutError as error:
-            found = len(client.scheduler_info(n_workers=-1)["workers"])
+            client = Client(**address, loop=loop, timeout="10 s")
+        except TypeError as error:  # of Dask, for tls:// without a certificate
             raise ClusterError(
-                f"{request.scheduler} has {found} workers after {wait_s:.0f} s, the run wants {wanted}; "
-                "start more with `dask worker ADDRESS --nthreads 1`"
+                f"{request.scheduler} speaks TLS and this shell has no certificate for it: evaluate the lines that "
+                "`python -m jobs.security FOLDER` printed for it, see jobs/README.md"
             ) from error
-        yield client
+        except (OSError, TimeoutError, ValueError) as error:
+            raise ClusterError(f"no Dask scheduler answers at {request.scheduler}: {error}") from error
+        with client:
+            wanted, wait_s = request.num_workers or 1, request.worker_wait_s
+            if (found := len(client.scheduler_info(n_workers=-1)["workers"])) < wanted:
+                log.info(
+                    "%s has %d of %d workers; waiting %.0f s for the others", request.scheduler, found, wanted, wait_s
+                )
+            try:
+                client.wait_for_workers(wanted, timeout=wait_s)
+            except TimeoutError as error:
+                found = len(client.scheduler_info(n_workers=-1)["workers"])
+                raise ClusterError(
+                    f"{request.scheduler} has {found} workers after {wait_s:.0f} s, the run wants {wanted}; "
+                    "start more with `dask worker ADDRESS --nthreads 1`"
+                ) from error
+            yield client
 
 
 Opener = Callable[[ClusterRequest], AbstractContextManager["Client"]]  # its workers have one thread each

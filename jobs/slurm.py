@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.event_loop import event_loop
 from jobs.security import private_folder, temporary_security
 from jobs.settings import (
     ClusterRequest,
@@ -63,10 +64,12 @@ def slurm(request: ClusterRequest) -> Iterator[Client]:
     num_jobs, logs = math.ceil((request.num_workers or per_job) / per_job), Path(settings.log_directory).absolute()
     with (
         private_folder(logs) as credentials,  # the jobs see the folder of their logs
+        event_loop() as loop,
         SLURMCluster(
             **job_options(settings, dashboard=request.dashboard),
             security=temporary_security(),
             shared_temp_directory=str(credentials),
+            loop=loop,
         ) as cluster,
         Client(cluster) as client,
     ):

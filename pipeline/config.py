@@ -41,6 +41,9 @@ class EncoderSettings:
     weights: str = "hub"  # hub | a folder | random:SEED
     architecture: Mapping[str, Any] = field(default_factory=dict)  # sizes other than the published ones
     crop: str | None = None  # squash | centre-crop; None: the encoder's own, as published
+    frame_rule: str | None = None  # "linspace-16"; None: that of a model with several encoders, "linspace-32/K"
+    frame_dtype: str = "uint8"  # float32: frames are not rounded after an interpolation without antialias
+    exif: str = "ignore"  # apply: still pictures are turned as their EXIF orientation says
     grid: tuple[int, int, int] | None = (16, 8, 8)  # T, H, W of the stored tokens; None: the encoder's own grid
     prefix_tokens: bool = False  # also store class and register tokens
     compute_dtype: str = "bfloat16"  # as princetonvisualai/merv runs them
@@ -55,6 +58,9 @@ class EncoderSettings:
             weights=weights,
             architecture={key: value for key, value in identity.architecture.items() if key != "model"},
             crop=identity.preprocessing.get("fit"),
+            frame_rule=identity.frame_rule,
+            frame_dtype=identity.preprocessing.get("dtype", "uint8"),
+            exif=identity.preprocessing.get("exif", "ignore"),
             grid=None if identity.pooling == "none" else identity.grid,
             prefix_tokens=identity.prefix_tokens > 0,
             compute_dtype=identity.compute_dtype,
@@ -64,9 +70,11 @@ class EncoderSettings:
 
     @property
     def spec(self) -> EncoderSpec:
-        """The encoder's declaration at these sizes and with this crop."""
+        """The encoder's declaration at these sizes, with these frames."""
         spec = encoder_spec(self.name).with_architecture(self.architecture)
-        return spec.with_crop(self.crop) if self.crop else spec
+        spec = spec.with_crop(self.crop) if self.crop else spec
+        spec = spec.with_frame_rule(self.frame_rule) if self.frame_rule else spec
+        return spec.with_frame_dtype(self.frame_dtype).with_exif(self.exif)
 
     def identity(self, weights_sha256: str) -> FeatureIdentity:
         """What decides the bytes of the tokens, given what the weights hash to."""
@@ -110,6 +118,9 @@ class ExtractConfig:
     weights: Mapping[str, str] = field(default_factory=dict)  # encoder -> SPEC; "" is the default of all
     architecture: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # encoder -> sizes
     crop: Mapping[str, str] = field(default_factory=dict)  # encoder -> squash | centre-crop; "" is for all
+    frame_rule: Mapping[str, str] = field(default_factory=dict)  # encoder -> linspace-16, +times, ...; "" is for all
+    frame_dtype: Mapping[str, str] = field(default_factory=dict)  # encoder -> uint8 | float32
+    exif: str = "ignore"  # apply: still pictures are turned as their EXIF orientation says
     grid: tuple[int, int, int] | None = (16, 8, 8)
     prefix_tokens: bool = False
     compute_dtype: str = "bfloat16"  # as princetonvisualai/merv runs them
@@ -143,7 +154,13 @@ class ExtractConfig:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UserError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        for setting in ("weights", "architecture", "crop"):  # may name encoders that this run does not use
+        for setting in (
+            "weights",
+            "architecture",
+            "crop",
+            "frame_rule",
+            "frame_dtype",
+        ):  # may name encoders that this run does not use
             for name in getattr(self, setting):
                 if name != "" and name not in ENCODERS:
                     raise UserError(f"{setting}: {unknown_name('encoder', name, ENCODERS)}")
@@ -155,7 +172,7 @@ class ExtractConfig:
             if not isinstance(clips, int) or isinstance(clips, bool) or clips < 1:
                 raise UserError(f"batch of {kind} must be a whole number of clips of at least 1, got {clips!r}")
         for settings in self.encoder_settings:  # fail on a misspelt size now, not after listing a million clips
-            encoder_spec(settings.name).with_architecture(settings.architecture)
+            _ = settings.spec
             check_weights_spec(settings.weights)
         check_block_rows(self.block_rows)
         _ = self.cluster_request  # checked where it is made
@@ -175,6 +192,9 @@ class ExtractConfig:
                 weights=self.weights.get(name, self.weights.get("", "hub")),
                 architecture=self.architecture.get(name, {}),
                 crop=self.crop.get(name, self.crop.get("")),
+                frame_rule=self.frame_rule.get(name, self.frame_rule.get("")),
+                frame_dtype=self.frame_dtype.get(name, self.frame_dtype.get("", "uint8")),
+                exif=self.exif,
                 grid=self.grid,
                 prefix_tokens=self.prefix_tokens,
                 compute_dtype=self.compute_dtype,
@@ -243,7 +263,7 @@ def default_batch(device: str, kind: str) -> int:
 def _normalized(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Expand short forms: one SPEC for all encoders, names with commas, `raw`."""
     long = dict(settings)
-    for name in ("weights", "crop"):
+    for name in ("weights", "crop", "frame_rule", "frame_dtype"):
         if isinstance(long.get(name), str):
             long[name] = {"": long[name]}
     if isinstance(long.get("encoders"), str):

@@ -6,6 +6,7 @@ encoder specs and `--help` import this module.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -16,6 +17,61 @@ BASE_FRAMES = 32  # sampled per clip; an encoder with n frames takes every (32 /
 
 
 @dataclass(frozen=True, kw_only=True)
+class FrameRule:
+    """How a clip's frames are chosen; its text is the `frame_rule` of an identity.
+
+    | text | frames |
+    |---|---|
+    | `linspace-32/2` | 32 evenly spaced indices, every 2nd taken: 16 frames of a model with several encoders |
+    | `linspace-16` | 16 evenly spaced indices: a released model with one encoder of 16 frames; also `linspace-8` |
+    | `+steps/2` added | every 2nd of the encoder's time steps is kept: ViViT's 8-step form, `linspace-32/1+steps/2` |
+    | `+times` added | spans in seconds of variable-rate video are cut by presentation time, not by the average rate |
+    """
+
+    samples: int = BASE_FRAMES  # evenly spaced indices
+    every: int = 1  # of these, every n-th is seen
+    every_step: int = 1  # of the encoder's time steps, every n-th is kept
+    by_times: bool = False
+
+    _TEXT = re.compile(r"linspace-([1-9]\d{0,3})(?:/([1-9]\d{0,3}))?(?:\+steps/([1-9]\d{0,3}))?(\+times)?")
+
+    def __post_init__(self) -> None:
+        if min(self.samples, self.every, self.every_step) < 1 or self.samples % self.every:
+            raise UserError(f"a frame rule takes every n-th of a multiple of n frames, got {self}")
+
+    @classmethod
+    def parse(cls, text: str) -> FrameRule:
+        """The rule of a text; `UserError` for what is none."""
+        match = cls._TEXT.fullmatch(text)
+        if match is None:
+            raise UserError(
+                f"unknown frame rule {text!r}; known: linspace-N (N evenly spaced frames) and linspace-N/K (every K-th"
+                " of them), either with +steps/K (every K-th time step) and +times (spans by presentation time)"
+            )
+        samples, every, every_step = (int(match[group] or 1) for group in (1, 2, 3))
+        return cls(samples=samples, every=every, every_step=every_step, by_times=match[4] is not None)
+
+    def __str__(self) -> str:
+        text = f"linspace-{self.samples}"
+        if self.every > 1 or self.samples == BASE_FRAMES:  # the form that identities of format 1 hold
+            text += f"/{self.every}"
+        text += f"+steps/{self.every_step}" if self.every_step > 1 else ""
+        return text + ("+times" if self.by_times else "")
+
+    @property
+    def num_frames(self) -> int:
+        """Frames that the encoder sees."""
+        return self.samples // self.every
+
+
+def every_nth(num_frames: int) -> FrameRule:
+    """The rule of an encoder in a model with several: `num_frames` of the 32 frames that all encoders share."""
+    if num_frames < 1 or BASE_FRAMES % num_frames:
+        raise UserError(f"an encoder's frames must divide the {BASE_FRAMES} sampled frames, got {num_frames}")
+    return FrameRule(every=BASE_FRAMES // num_frames)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ResizeRule:
     """How one uint8 RGB frame [H, W, 3] becomes [size, size, 3]."""
 
@@ -23,21 +79,47 @@ class ResizeRule:
     filter: Literal["bicubic", "bilinear"] = "bicubic"
     antialias: bool = True  # True: Pillow's filters; False: torch's interpolate, align_corners=False
     fit: Literal["squash", "centre-crop"] = "squash"  # squash ignores the aspect ratio
+    dtype: Literal["uint8", "float32"] = "uint8"  # of the small frame; float32 is not rounded, without antialias only
+    exif: Literal["ignore", "apply"] = "ignore"  # whether a picture is turned as its EXIF orientation says
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("uint8", "float32"):
+            raise UserError(f"small frames are uint8 or float32, got {self.dtype!r}")
+        if self.dtype == "float32" and self.antialias:
+            raise UserError("with antialias frames are resized by Pillow, whose result is uint8, as in the reference")
+        if self.exif not in ("ignore", "apply"):
+            raise UserError(f"EXIF orientation is a choice of ignore and apply, got {self.exif!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The rule as identities hold it: `dtype` and `exif` came later and are left out where they change nothing."""
+        record = asdict(self)
+        for name, unchanged in (("dtype", "uint8"), ("exif", "ignore")):
+            if record[name] == unchanged:
+                del record[name]
+        return record
 
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """Frames of one clip for one encoder: uint8 [num_frames, size, size, 3]."""
+    """Frames of one clip for one encoder: [num_frames, size, size, 3] in the rule's dtype."""
 
     rule: ResizeRule
     num_frames: int
+    frame_rule: str = ""  # how they are chosen; "": evenly, spans of variable-rate video by presentation time
 
     def __post_init__(self) -> None:
         if self.num_frames < 1:
             raise UserError(f"a view needs at least one frame, got num_frames={self.num_frames}")
+        if not self.frame_rule:
+            default = FrameRule(every=every_nth(self.num_frames).every, by_times=True)
+            object.__setattr__(self, "frame_rule", str(default))
+        if (seen := self.frames.num_frames) != self.num_frames:
+            raise UserError(f"frame rule {self.frame_rule} gives {seen} frames, the view holds {self.num_frames}")
+
+    @property
+    def frames(self) -> FrameRule:
+        """The parsed frame rule."""
+        return FrameRule.parse(self.frame_rule)
 
 
 def distinct_views(views: Iterable[View]) -> tuple[View, ...]:

@@ -33,9 +33,11 @@ from pipeline.align import align, align_time
 from pipeline.config import EncoderSettings, EngineSettings, ExtractConfig, read_config
 from pipeline.datasets import list_clips
 from pipeline.decode.sampling import Decoded
+from pipeline.encoders.loading import keep_steps
 from pipeline.encoders.network import EncoderNetwork, build_network
 from pipeline.encoders.weights import fill_random, weights_by_encoder
 from pipeline.media import Root
+from pipeline.views import FrameRule
 from pipeline.worker.engine import Engine, TokenEncoder, decode_job, encode_batch, free_cores
 from trainer.config import LISTING, TrainConfig, in_paper_order, used_encoders
 from trainer.data.batches import named_samples
@@ -238,7 +240,7 @@ class LiveTokens(TokenSource):
         self._clips.update((clip.clip_id, (root, clip)) for clip in clips)
 
     def fetch(self, clip_ids: Sequence[str]) -> dict[str, ClipTokens]:
-        """Tokens by encoder; for a trained encoder uint8 frames_BTHWC, which the model encodes itself."""
+        """Tokens by encoder; for a trained encoder frames_BTHWC, which the model encodes itself."""
         kinds = [self._clips[clip_id][1].kind for clip_id in clip_ids]
         rows: dict[str, dict[int, Arrays]] = {name: {} for name in self._encoders}
         with self._lock:
@@ -316,7 +318,7 @@ class LiveTokens(TokenSource):
 
 
 class TrainableEncoder(nn.Module):
-    """An encoder inside the model that is trained: uint8 frames in, aligned tokens out, differentiable throughout.
+    """An encoder inside the model that is trained: frames in, aligned tokens out, differentiable throughout.
 
     Without dropout, like a frozen one. Its weights stay float32; under a run's bf16 its matrix products are bfloat16.
     Its tokens are cast to no storage dtype: nothing is stored, and the cast has no gradient.
@@ -344,6 +346,7 @@ class TrainableEncoder(nn.Module):
     def forward(self, frames_BTHWC: Tensor) -> ClipTokens:
         pixels_BTHWC = (frames_BTHWC.float() / 255 - self.mean_C) / self.std_C
         features_BTHWD, prefix_BTKD = self.network(pixels_BTHWC.permute(0, 1, 4, 2, 3).contiguous())
+        features_BTHWD, prefix_BTKD = keep_steps(self.network.spec, features_BTHWD, prefix_BTKD)
         tokens_BTHWD = align(features_BTHWD, None if self.identity.pooling == "none" else self.identity.grid)
         if prefix_BTKD is not None and "prefix" in self._parts:
             prefix_BTKD = align_time(prefix_BTKD, self.identity.grid[0])
@@ -412,6 +415,8 @@ def _batch_sizes(extract: ExtractConfig, engine: Engine) -> dict[str, int]:
 def _kept_check(out: Path | None, extract: ExtractConfig) -> MediaCheck:
     """The check whose results are kept in the run's folder; another root or way of decoding has its own file."""
     decides = {"root": extract.root, "decoder": extract.decoder, "accept_damaged": extract.accept_damaged}
+    newer = {"frame_rule": extract.frame_rule, "exif": extract.exif}  # left out where they decide nothing
+    decides |= {name: value for name, value in newer.items() if value not in ({}, "ignore")}
     name = f"media-{hashlib.sha256(canonical_json(decides).encode()).hexdigest()[:12]}.jsonl"
     return MediaCheck(out / name if out is not None else None, is_first_rank=os.environ.get("RANK", "0") == "0")
 
@@ -419,8 +424,14 @@ def _kept_check(out: Path | None, extract: ExtractConfig) -> MediaCheck:
 def _recorded_encoder(record: TokenRecord, name: str, weights: str | None, device: str) -> TokenEncoder:
     """The encoder whose tokens the run was trained on, or an error that names what differs."""
     if name not in record.encoders:
-        run = TokenEncoder(EncoderSettings(name=name, weights=weights or "hub"), device)
-        wanted, made = record.shapes[name], run.identity
+        rule = record.wanted.get(name, {}).get("frame_rule")
+        sizes = {} if rule is None else {"num_frames": FrameRule.parse(rule).num_frames}
+        wanted = record.shapes[name]
+        settings = EncoderSettings(
+            name=name, weights=weights or "hub", architecture=sizes, frame_rule=rule, grid=wanted.grid
+        )
+        run = TokenEncoder(settings, device)
+        made = run.identity
         if (wanted.grid, wanted.width) != (made.grid, made.width):
             raise UserError(
                 f"{name} as published gives tokens {(*made.grid, made.width)}, the run takes"

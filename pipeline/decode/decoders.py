@@ -11,17 +11,17 @@ import re
 import shutil
 import subprocess
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from functools import cache
 from typing import BinaryIO
 
+import av
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
-from mervcache.errors import MediaError, UserError, unknown_name
-from pipeline.decode.pyav import FORMATS, check_pixels, open_video, read_frames
+from mervcache.errors import MediaError, MervCacheError, UserError, unknown_name
+from pipeline.decode.display import display_filters, flip_of_turned
+from pipeline.decode.pyav import FORMATS, check_pixels, open_video, read_frames, reason, scan_packets
 from pipeline.decode.sampling import (
     DEFAULT_DECODER,
     OUT_OF_MEMORY,
@@ -30,11 +30,11 @@ from pipeline.decode.sampling import (
     FailedClipError,
     FrameCollector,
     Reading,
+    exception_name,
 )
-from pipeline.media import FrameFolder, LocalFile, Source, TarMember, frame_order
+from pipeline.decode.stills import read_folder, read_gif, read_image
+from pipeline.media import FrameFolder, LocalFile, Source, TarMember
 
-FOLDER_FPS = 3.0  # of a folder of frames, as for VLEP in the reference
-IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow's others include scripts (EPS)
 FFMPEG_FAILED = "ffmpeg cannot decode the file"
 OLDEST_FFMPEG = (5, 1)
 
@@ -67,8 +67,16 @@ def decode_clip(job: DecodeJob, *, on_read: Callable[[], None] = lambda: None) -
         frames = collector.frames()
     except MemoryError as error:  # first: PyAV's is an OSError too
         raise FailedClipError(OUT_OF_MEMORY, media_sha256) from error
+    except av.error.FFmpegError as error:  # before OSError: its numbers speak of the file's content, not of a disk
+        fault = MediaError(f"damaged file: {reason(error)}")
+        raise FailedClipError(_clip_fault(fault, source), media_sha256) from error
     except (MediaError, OSError) as error:
         raise FailedClipError(_clip_fault(error, source), media_sha256) from error
+    except MervCacheError:
+        raise
+    except Exception as error:  # what no reader foresees: the libraries' exceptions have no common base
+        fault = MediaError(f"decoder failed: {exception_name(error)}")
+        raise FailedClipError(_clip_fault(fault, source), media_sha256) from error
     return Decoded(
         frames=frames,
         media_sha256=media_sha256,
@@ -98,56 +106,6 @@ def _clip_fault(error: MediaError | OSError, source: Source) -> str:
     raise verdict from error
 
 
-def read_image(source: Source, collector: FrameCollector) -> Reading:
-    """One still image: N = 1, no clock."""
-    if isinstance(source.media, FrameFolder):
-        raise MediaError("not an image: the path is a folder")
-    collector.choose(1, 0.0)
-    with source.open() as file, _open_image(file) as image:
-        collector.add(0, np.asarray(image.convert("RGB")))
-    return Reading(num_frames=1, fps=0.0, decoder="pillow")
-
-
-def read_gif(source: Source, collector: FrameCollector) -> Reading:
-    """Every frame of a GIF, composed as it is shown; a frame depends on those before, so they are read in order."""
-    with source.open() as file, _open_image(file) as image:
-        num_frames = image.n_frames
-        for number in collector.choose(num_frames, 0.0):
-            image.seek(number)
-            collector.add(number, np.asarray(image.convert("RGB")))
-    return Reading(num_frames=num_frames, fps=0.0, decoder="pillow")
-
-
-def read_folder(source: Source, collector: FrameCollector) -> Reading:
-    """A folder's images in natural order: frame_2 before frame_10."""
-    paths = sorted(source.media.paths, key=lambda path: frame_order(path.name))
-    for number in collector.choose(len(paths), FOLDER_FPS):
-        with open(paths[number], "rb") as file, _open_image(file) as image:
-            collector.add(number, np.asarray(image.convert("RGB")))
-    return Reading(num_frames=len(paths), fps=FOLDER_FPS, decoder="pillow")
-
-
-@contextmanager
-def _open_image(file: BinaryIO) -> Iterator[Image.Image]:
-    """An image whose size has been checked; anything Pillow cannot read becomes the clip's error."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's size warning, an error here, and its notes on odd files
-            with Image.open(file, formats=IMAGE_FORMATS) as image:
-                check_pixels(*image.size)
-                yield image
-    except UnidentifiedImageError:
-        raise MediaError("not an image in a known format") from None
-    except Image.DecompressionBombError:
-        raise MediaError("image is larger than Pillow's limit") from None
-    except (SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, OverflowError) as error:
-        raise MediaError(f"damaged image: {type(error).__name__}") from error
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        raise MediaError("damaged image: its data cannot be read") from error
-
-
 def read_with_decord(source: Source, collector: FrameCollector, *, accept_damaged: bool) -> Reading:
     """Read with decord, for parity with published work; tested with the maintained fork (decord2, same import).
 
@@ -160,21 +118,36 @@ def read_with_decord(source: Source, collector: FrameCollector, *, accept_damage
         raise UserError("decoder 'decord' is not installed; pip install 'merv-pipeline[decord]'") from error
     if accept_damaged:
         raise UserError("decoder 'decord' cannot accept damaged files; use --decoder frames/1")
-    with open_video(source):
-        pass  # the guards: a real video format, of a size that can be held
+    with open_video(source) as video:  # the guards too: a real video format, of a size that can be held
+        first_frame = None
+        with suppress(av.error.FFmpegError):  # what cannot be decoded is left to decord
+            first_frame = next(video.container.decode(video.stream), None)
+        flip = -1 if first_frame is None else flip_of_turned(display_filters(first_frame))
+    if flip is None:
+        raise MediaError("decord cannot show the display matrix of the file: it turns by quarters only")
     decord.logging.set_level(decord.logging.QUIET)
     decord.bridge.set_bridge("native")
     is_local = isinstance(source.media, LocalFile)
     try:
         with nullcontext(str(source.media.path)) if is_local else source.open() as file:  # a file object is read whole
             reader = decord.VideoReader(file, ctx=decord.cpu(0), num_threads=1)
-        fps = float(reader.get_avg_fps())
-        for number in collector.choose(len(reader), fps):
+        fps, num_frames, times = float(reader.get_avg_fps()), len(reader), None
+        if collector.needs_times and num_frames:
+            times = _rising(reader.get_frame_timestamp(range(num_frames))[:, 0])
+        for number in collector.choose(num_frames, fps, times):
             # get_batch, as in the reference: `reader[number]` seeks anew each time and can give other frames
-            collector.add(number, reader.get_batch([number]).asnumpy()[0])
-    except (decord.DECORDError, RuntimeError, IndexError) as error:
+            frame_HWC = reader.get_batch([number]).asnumpy()[0]
+            collector.add(number, frame_HWC if flip < 0 else np.flip(frame_HWC, flip))
+    except (MervCacheError, MemoryError, OSError):
+        raise
+    except Exception as error:  # DECORDError, RuntimeError, IndexError and what else its bindings raise
         raise MediaError("decord cannot decode the file") from error
-    return Reading(num_frames=len(reader), fps=fps, decoder="decord")
+    return Reading(num_frames=num_frames, fps=fps, decoder="decord")
+
+
+def _rising(times: np.ndarray) -> np.ndarray | None:
+    """Seconds from the first frame; None where they do not rise."""
+    return times - times[0] if (np.diff(times) > 0).all() else None
 
 
 def read_with_ffmpeg(source: Source, collector: FrameCollector, *, accept_damaged: bool) -> Reading:
@@ -191,6 +164,8 @@ def read_with_ffmpeg(source: Source, collector: FrameCollector, *, accept_damage
         raise UserError("decoder 'ffmpeg' cannot accept damaged files; use --decoder frames/1")
     with open_video(source) as video:
         fps, stream_index = video.fps, video.stream.index
+        index = scan_packets(video)
+        times = video.times([index.pts[i] for i in index.shown]) if None not in index.pts else None
     media = source.media
     if isinstance(media, TarMember):
         url = f"subfile,,start,{media.offset},end,{media.offset + media.size},,:{media.tar_path}"
@@ -198,16 +173,19 @@ def read_with_ffmpeg(source: Source, collector: FrameCollector, *, accept_damage
         url = f"file:{media.path}"
     # one decoder thread, errors that end the run, known formats only, no reading beyond the file
     guards = ["-protocol_whitelist", "file,subfile", "-format_whitelist", ",".join(FORMATS)]
-    command = [program, "-nostdin", "-v", "error", "-xerror", "-threads", "1", *guards, "-i", url]
+    # -xerror also ends at the marks of joined transport streams, where every frame is whole
+    strict = ["-err_detect", "explode", "-max_error_rate", "0"] if index.is_joined else ["-xerror"]
+    command = [program, "-nostdin", "-v", "error", *strict, "-threads", "1", *guards, "-i", url]
     command += ["-map", f"0:{stream_index}", "-fps_mode", "passthrough"]
 
     counting = subprocess.run([*command, "-progress", "pipe:1", "-f", "null", "-"], capture_output=True, check=False)
     counts = [line.partition("=")[2] for line in counting.stdout.decode().splitlines() if line.startswith("frame=")]
-    if counting.returncode or not counts:
+    if counting.returncode or not counts or not counts[-1].isdigit():
         raise MediaError(FFMPEG_FAILED)
     num_frames = int(counts[-1])
 
-    wanted = collector.choose(num_frames, fps)
+    times = times if times is not None and len(times) == num_frames else None
+    wanted = collector.choose(num_frames, fps, times if collector.needs_times else None)
     command += ["-vf", "select='" + "+".join(f"eq(n,{number})" for number in wanted) + "'"]
     command += ["-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
@@ -241,6 +219,8 @@ def _read_ppm(pipe: BinaryIO) -> np.ndarray | None:
         if not line:
             return None
         header += line.split()
+    if not (header[1].isdigit() and header[2].isdigit()):
+        return None
     width, height = int(header[1]), int(header[2])
     check_pixels(width, height)
     data = pipe.read(width * height * 3)

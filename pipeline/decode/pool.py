@@ -27,6 +27,7 @@ import numpy as np
 from mervcache.errors import MediaError, RunStoppedError, UserError
 from pipeline.decode import worker
 from pipeline.decode.sampling import Decoded, DecodeJob, FailedClipError
+from pipeline.media import Source
 
 WORKER_COMMAND = (sys.executable, "-P", "-m", "pipeline.decode.worker")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYAV_LOGGING": "off"}
@@ -164,7 +165,10 @@ class _WorkerThread(threading.Thread):
                 self._child.kill()
 
     def _decode(self, job: DecodeJob) -> Decoded:
-        """Decode in the child; once more, in a new child, if it hangs or dies."""
+        """Decode in the child; once more, in a new child, if it hangs or dies.
+
+        A clip that ends two children fails with the digest of its bytes, taken here: the children are gone.
+        """
         path, root = job.clip.path, job.root
         for _ in range(TRIES):
             child = self._ready_child()
@@ -188,6 +192,9 @@ class _WorkerThread(threading.Thread):
                         "it was for lack of memory, give the job more or use fewer decode_processes, and run the same "
                         "command again; nothing was quarantined"
                     )
+        if isinstance(failure, MediaError) and child.has_read:  # else the bytes may not arrive here either
+            with contextlib.suppress(MediaError, RunStoppedError, OSError):
+                failure = FailedClipError(str(failure), Source.find(root, path).sha256())
         raise failure
 
     def _ready_child(self) -> _DecodeChild:
@@ -292,10 +299,16 @@ def _parse_result(header: dict[str, Any], body: bytearray, job: DecodeJob) -> De
         if header["error"] == "media":
             raise FailedClipError(header["message"], header.get("media_sha256"))
         raise {"stopped": RunStoppedError, "user": UserError}[header["error"]](header["message"])
-    if len(header["shapes"]) != len(job.views) or sum(map(math.prod, header["shapes"])) != len(body):
+    dtypes = [np.dtype(view.rule.dtype) for view in job.views]
+    if len(header["shapes"]) != len(job.views):
         raise worker.PipeClosedError
-    pixels, frames, offset = np.frombuffer(body, np.uint8), {}, 0
-    for view, shape in zip(job.views, header["shapes"], strict=True):
-        frames[view] = pixels[offset : offset + math.prod(shape)].reshape(shape)
-        offset += math.prod(shape)
+    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in zip(header["shapes"], dtypes, strict=True)]
+    if sum(sizes) != len(body):
+        raise worker.PipeClosedError
+    frames, offset = {}, 0
+    for view, shape, dtype, size in zip(job.views, header["shapes"], dtypes, sizes, strict=True):
+        # copied where it may not be aligned; a view of whole bytes needs no copy
+        part = memoryview(body)[offset : offset + size]
+        frames[view] = np.frombuffer(part if dtype.itemsize == 1 else bytes(part), dtype).reshape(shape)
+        offset += size
     return Decoded(frames=frames, **header["decoded"])

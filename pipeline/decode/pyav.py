@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import BinaryIO
 
 import av
@@ -22,6 +22,8 @@ import numpy as np
 from av.stream import Disposition
 
 from mervcache.errors import MediaError
+from pipeline.decode.display import display_filters
+from pipeline.decode.joins import count_joins
 from pipeline.decode.sampling import FrameCollector, Reading
 from pipeline.media import LocalFile, Source
 
@@ -51,7 +53,7 @@ def read_frames(source: Source, collector: FrameCollector, *, accept_damaged: bo
                 if ends_early(file):
                     raise MediaError("damaged file: it is shorter than it says")
         try:
-            if not index.damage:
+            if not index.damage and not index.is_joined:
                 return _read_indexed(video, index, collector)
         except (UntrustedIndexError, av.error.FFmpegError) as error:
             if isinstance(error, MemoryError):
@@ -71,9 +73,9 @@ class CorruptFrameError(Exception):
 class OpenVideo:
     """An opened file: its container, its one video stream that is read, and the conversion of that stream's frames."""
 
-    def __init__(self, container: av.container.InputContainer, stream: av.VideoStream) -> None:
-        self.container, self.stream, self.codec = container, stream, stream.codec_context
-        self._graphs: dict[tuple, av.filter.Graph] = {}  # frame size and pixel format -> conversion
+    def __init__(self, source: Source, container: av.container.InputContainer, stream: av.VideoStream) -> None:
+        self.source, self.container, self.stream, self.codec = source, container, stream, stream.codec_context
+        self._graphs: dict[tuple, av.filter.Graph] = {}  # frame size, pixel format and filters -> conversion
 
     @property
     def fps(self) -> float:
@@ -85,34 +87,43 @@ class OpenVideo:
         return self.container.demux(self.stream)
 
     def to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
-        """uint8 [H, W, 3] as it is shown: converted by the frame's own colour tags, turned by its rotation.
+        """uint8 [H, W, 3] as it is shown: converted by the frame's own colour tags, turned by its display matrix.
 
         Through a filter graph, because its conversion is bit-identical to that of the ffmpeg program and of decord;
-        `frame.to_ndarray` chooses another chroma filter for 10-bit and odd-sized video.
+        `frame.to_ndarray` chooses another chroma filter for 10-bit and odd-sized video. Frames are turned before they
+        are converted, as by the program.
         """
         check_pixels(frame.width, frame.height)
-        key = (frame.width, frame.height, frame.format.name)
+        filters = display_filters(frame)
+        key = (frame.width, frame.height, frame.format.name, filters)
         graph = self._graphs.get(key)
         if graph is None:
             graph = av.filter.Graph()
             graph.threads = 1
             size = {"width": frame.width, "height": frame.height}
             buffer = graph.add_buffer(**size, format=frame.format, time_base=self.stream.time_base)
-            graph.link_nodes(buffer, graph.add("format", "pix_fmts=rgb24"), graph.add("buffersink")).configure()
+            nodes = [graph.add(name, arguments or None) for name, arguments in filters]
+            graph.link_nodes(buffer, *nodes, graph.add("format", "pix_fmts=rgb24"), graph.add("buffersink")).configure()
             self._graphs[key] = graph
         graph.push(frame)
-        frame_HWC = graph.pull().to_ndarray()
-        if frame.rotation % 360 and frame.rotation % 90 == 0:
-            frame_HWC = np.rot90(frame_HWC, k=frame.rotation // 90)
-        return frame_HWC
+        return graph.pull().to_ndarray()
+
+    def times(self, pts: Sequence[int | None]) -> np.ndarray | None:
+        """Seconds from the first frame at which each is shown; None where the times are missing or do not rise."""
+        if not pts or None in pts or self.stream.time_base is None:
+            return None
+        ticks = np.array([time - pts[0] for time in pts], dtype=np.float64)
+        if (np.diff(ticks) <= 0).any():
+            return None
+        return ticks * self.stream.time_base.numerator / self.stream.time_base.denominator
 
 
 @contextmanager
-def open_video(source: Source) -> Iterator[OpenVideo]:
+def open_video(source: Source, *, is_strict: bool = False) -> Iterator[OpenVideo]:
     """The best video stream of a file, decoding in one thread; closed on leaving.
 
     One thread per process: many processes decode at once, and skipping single packets is defined only without
-    frame threads.
+    frame threads. `is_strict` makes an error of every fault that the decoder would pass over.
     """
     is_local = isinstance(source.media, LocalFile)
     # known formats alone: a playlist or concat script named clip.mp4 could make FFmpeg read other files or the network
@@ -132,10 +143,14 @@ def open_video(source: Source) -> Iterator[OpenVideo]:
             best = container.streams.best("video")
             stream = best if best in streams else streams[0]
             codec = stream.codec_context
+            if codec is None:
+                raise MediaError("not a video: the codec of its stream is unknown")
             codec.thread_type, codec.thread_count = "NONE", 1
             codec.options = {"max_pixels": str(MAX_PIXELS)}  # again inside: a stream may change its size midway
+            if is_strict:
+                codec.options |= {"err_detect": "explode"}
             check_pixels(codec.width, codec.height)
-            yield OpenVideo(container, stream)
+            yield OpenVideo(source, container, stream)
 
 
 def check_pixels(width: int, height: int) -> None:
@@ -160,6 +175,7 @@ class PacketIndex:
     is_key: tuple[bool, ...]
     is_shown: tuple[bool, ...]  # False: hidden by an edit list, decoded only as a reference
     damage: str | None  # why reading stopped early or is not to be believed
+    is_joined: bool = False  # a transport stream put together of whole ones: FFmpeg marks a packet at each join
 
     @cached_property
     def position(self) -> dict[int, int]:
@@ -198,25 +214,39 @@ class PacketIndex:
 def scan_packets(video: OpenVideo) -> PacketIndex:
     """Read every packet's times and flags, up to the end or to where the file breaks."""
     rows: list[tuple] = []
+    marked: list[int] = []  # positions of packets that FFmpeg takes for corrupt
     damage = None
     try:
         for packet in video.packets():
             if packet.size == 0 and packet.dts is None:
                 continue  # the mark for the end of the stream, not a packet of the file
             if packet.is_corrupt:
-                damage = "a packet is corrupt"
+                marked.append(len(rows))
             rows.append((packet.pts, packet.dts, packet.is_keyframe, not packet.is_discard))
     except av.error.FFmpegError as error:
         damage = reason(error)
     pts, dts, is_key, is_shown = zip(*rows, strict=True) if rows else ((), (), (), ())
-    return PacketIndex(pts, dts, is_key, is_shown, damage)
+    is_joined = bool(marked) and damage is None and _are_joins(video, marked, is_key)
+    if marked and not is_joined:
+        damage = damage or "a packet is corrupt"
+    return PacketIndex(pts, dts, is_key, is_shown, damage, is_joined)
+
+
+def _are_joins(video: OpenVideo, marked: Sequence[int], is_key: Sequence[bool]) -> bool:
+    """Whether every marked packet ends a whole transport stream that another one was joined to."""
+    if video.container.format.name != "mpegts" or not all(any(is_key[i + 1 : i + 3]) for i in marked):
+        return False  # a part begins with a keyframe; FFmpeg marks the last packet before it, or the one before that
+    with video.source.open() as file:
+        return (count_joins(file, video.stream.id) or 0) >= len(marked)
 
 
 def _read_indexed(video: OpenVideo, index: PacketIndex, collector: FrameCollector) -> Reading:
     if not video.container.format.name.startswith(TRUSTED_FORMATS) or video.codec.name in UNTRUSTED_CODECS:
         raise UntrustedIndexError("times of this format are not reliable")
     index.check_trust()
-    wanted = {index.shown[i]: i for i in collector.choose(len(index.shown), video.fps)}  # position -> frame number
+    times = video.times([index.pts[i] for i in index.shown]) if collector.needs_times else None
+    numbers = collector.choose(len(index.shown), video.fps, times)
+    wanted = {index.shown[i]: i for i in numbers}  # position -> frame number
     for first, last in index.segments(list(wanted)):
         for frame in _decode_segment(video, index, first, last, wanted):
             number = wanted.get(index.position.get(frame.pts, -1))
@@ -266,43 +296,55 @@ def read_in_order(source: Source, index: PacketIndex, collector: FrameCollector,
     """
     try:
         return _read_intact(source, index, collector)
-    except av.error.FFmpegError as error:
+    except (av.error.FFmpegError, CorruptFrameError) as error:
+        if isinstance(error, MemoryError):
+            raise
         if not accept_damaged:
-            raise MediaError(f"damaged file: {reason(error)}") from error
-    except CorruptFrameError as error:
-        if not accept_damaged:
-            raise MediaError("damaged file: a frame is corrupt") from error
+            is_corrupt = isinstance(error, CorruptFrameError)
+            what = "a packet is corrupt" if index.is_joined else "a frame is corrupt" if is_corrupt else reason(error)
+            raise MediaError(f"damaged file: {what}") from error
     return _read_damaged(source, index, collector)
 
 
 def _read_intact(source: Source, index: PacketIndex, collector: FrameCollector) -> Reading:
     if index.damage:
         raise CorruptFrameError
-    guess = sum(index.is_shown)
-    try:
-        count, fps = _take(source, collector, guess)
-    except MediaError:  # the guess left the span no frame: count first
-        count, fps = _take(source, None, 0)
-        guess = -1
+    take = partial(_take, source, is_joined=index.is_joined)
+    guess, times = -1, None
+    if not collector.needs_times:
+        guess = sum(index.is_shown)
+        try:
+            count, fps, _ = take(collector, guess)
+        except MediaError:
+            guess = -1
+    if guess < 0:  # frames are counted first: they are chosen by their times, or the guess left nothing to choose
+        count, fps, times = take(None, 0)
     if count != guess:
-        again, fps = _take(source, collector, count)
+        again, fps, _ = take(collector, count, times)
         if again != count:
             raise MediaError("number of frames differs from one pass to the next")
     return Reading(num_frames=count, fps=fps, decoder=SEQUENTIAL_NAME)
 
 
-def _take(source: Source, collector: FrameCollector | None, num_frames: int) -> tuple[int, float]:
-    """One pass that expects `num_frames` frames; returns how many there were, and the frame rate."""
-    with open_video(source) as video:
-        wanted = set(collector.choose(num_frames, video.fps)) if collector else ()
-        count = 0
-        for frame in video.container.decode(video.stream):
+def _take(
+    source: Source,
+    collector: FrameCollector | None,
+    num_frames: int,
+    times: np.ndarray | None = None,
+    *,
+    is_joined: bool,
+) -> tuple[int, float, np.ndarray | None]:
+    """One pass that expects `num_frames` frames; returns how many there were, the frame rate, and their times."""
+    with open_video(source, is_strict=is_joined) as video:
+        wanted = set(collector.choose(num_frames, video.fps, times)) if collector else ()
+        pts = []
+        for count, frame in enumerate(video.container.decode(video.stream)):
+            pts.append(frame.pts)
+            if frame.is_corrupt and (is_joined or count in wanted):
+                raise CorruptFrameError
             if count in wanted:
-                if frame.is_corrupt:
-                    raise CorruptFrameError
                 collector.add(count, video.to_rgb(frame))
-            count += 1
-        return count, video.fps
+        return len(pts), video.fps, video.times(pts)
 
 
 def _read_damaged(source: Source, index: PacketIndex, collector: FrameCollector) -> Reading:
@@ -313,8 +355,9 @@ def _read_damaged(source: Source, index: PacketIndex, collector: FrameCollector)
     with open_video(source) as video:
         fps = video.fps
         good = [number for number, frame in _numbered(video, numbers) if not frame.is_corrupt]
+        shown_at = video.times(sorted(times)) if is_usable else None
     num_frames = len(numbers) if numbers else len(good)
-    wanted = collector.choose(num_frames, fps)
+    wanted = collector.choose(num_frames, fps, shown_at if collector.needs_times else None)
     good = sorted(set(good))
     sources: dict[int, list[int]] = {}  # surviving frame -> the wanted frames that it replaces
     for number in wanted:

@@ -5,7 +5,8 @@ There are two families: Pillow's filters, which average over what they shrink, a
 importing torch would make every decode process 200 MB larger and a second slower to replace; it reads 4 x S x S pixels,
 however large the frame.
 
-H W height and width of the frame, S side of the small frame, C = 3 channels RGB, uint8 throughout.
+H W height and width of the frame, S side of the small frame, C = 3 channels RGB, 0 to 255. Small frames are uint8; the
+second family can also give its float32 results unrounded.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ PILLOW_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampl
 
 
 def resize(frame_HWC: np.ndarray, rule: ResizeRule) -> np.ndarray:
-    """uint8 [H, W, 3] -> uint8 [S, S, 3] by the rule.
+    """uint8 [H, W, 3] -> [S, S, 3] in the rule's dtype.
 
     - squash: the whole frame, aspect ratio ignored: torchvision's `Resize((S, S))`
     - centre-crop: short side to S, centre S x S, without making the part that is cut off. With antialias torchvision's
-      `Resize(S)` and `CenterCrop(S)` on a PIL image; without, LanguageBind's video transform, on uint8
+      `Resize(S)` and `CenterCrop(S)` on a PIL image; without, LanguageBind's video transform
     """
     height, width = frame_HWC.shape[:2]
     size = rule.size
@@ -70,7 +71,7 @@ def _taps(length: int, scaled_length: int, first: int, count: int) -> tuple[np.n
 
 
 def _interpolate(frame_HWC: np.ndarray, rows: tuple, columns: tuple, rule: ResizeRule) -> np.ndarray:
-    """Bilinear reading at rows x columns, rounded to uint8: half a grey level from the float result at most."""
+    """Bilinear reading at rows x columns; uint8 is rounded, half a grey level from the float result at most."""
     if rule.filter != "bilinear":
         raise UserError(f"without antialias only filter='bilinear' is known, got {rule.filter!r}")
     (top, bottom, down), (left, right, along) = rows, columns
@@ -79,4 +80,4 @@ def _interpolate(frame_HWC: np.ndarray, rows: tuple, columns: tuple, rule: Resiz
     upper = upper[:, left] * (1 - along) + upper[:, right] * along
     lower = lower[:, left] * (1 - along) + lower[:, right] * along
     small_SSC = upper * (1 - down) + lower * down
-    return np.rint(small_SSC).clip(0, 255).astype(np.uint8)
+    return small_SSC if rule.dtype == "float32" else np.rint(small_SSC).clip(0, 255).astype(np.uint8)

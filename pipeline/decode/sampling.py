@@ -16,9 +16,16 @@ from featurestore.clips import Clip
 from mervcache.errors import MediaError, UserError
 from pipeline.decode.resize import resize
 from pipeline.media import MediaRoot, Root
-from pipeline.views import BASE_FRAMES, ResizeRule, View
+from pipeline.views import FrameRule, ResizeRule, View
 
 DEFAULT_DECODER = "frames/1"
+ROUNDING = 1e-6  # of a frame: what floating point may take from the reference's expression
+CUT_ELSEWHERE = 2.0  # frames between the ends by average rate and by time: rounding explains less
+UNEVEN = 0.25  # of the mean interval: a frame this far from an even spacing makes a video variable-rate
+VARIABLE_RATE = (
+    "span in seconds of video whose frames do not come at its average rate; "
+    "a frame rule with +times cuts it by presentation time"
+)
 OUT_OF_MEMORY = "decoding needs more memory than a decode process may use"
 
 
@@ -28,16 +35,13 @@ class DecodeJob:
 
     root: Root  # the dataset's root folder
     clip: Clip
-    views: tuple[View, ...]  # distinct; their num_frames divide BASE_FRAMES
+    views: tuple[View, ...]  # distinct
     decoder: str = DEFAULT_DECODER  # name in `decoders.DECODERS`
     accept_damaged: bool = False  # put the nearest frame in the place of one that cannot be decoded
 
     def __post_init__(self) -> None:
         if not self.views or len(set(self.views)) != len(self.views):
             raise UserError(f"a decode job needs distinct views, got {len(self.views)} for {self.clip.clip_id}")
-        for view in self.views:
-            if BASE_FRAMES % view.num_frames:
-                raise UserError(f"a view's frames must divide the {BASE_FRAMES} sampled frames, got {view.num_frames}")
 
     def to_record(self) -> dict[str, Any]:
         """JSON-able form; inverse of `from_record`."""
@@ -45,7 +49,7 @@ class DecodeJob:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> DecodeJob:
-        views = tuple(View(rule=ResizeRule(**v["rule"]), num_frames=v["num_frames"]) for v in record["views"])
+        views = tuple(View(**{**view, "rule": ResizeRule(**view["rule"])}) for view in record["views"])
         root = MediaRoot(**record["root"]) if isinstance(record["root"], dict) else record["root"]
         return cls(**{**record, "root": root, "clip": Clip(**record["clip"]), "views": views})
 
@@ -55,7 +59,8 @@ class Decoded:
     """The small frames of one clip."""
 
     frames: dict[View, np.ndarray] = field(repr=False)
-    """uint8 [view.num_frames, S, S, 3] RGB for a video; [1, S, S, 3] for a still, which the encoder repeats."""
+    """[view.num_frames, S, S, 3] RGB, 0 to 255, in the dtype of the view's rule; [1, S, S, 3] for a still, which the
+    encoder repeats."""
     media_sha256: str  # of the media's bytes: see `media.Source.sha256`
     decoder: str  # what made the pixels, for the receipt: no versions, the same on every machine
     num_frames: int  # N of the whole media as the reader counts; 1 for a still
@@ -71,6 +76,12 @@ class FailedClipError(MediaError):
         self.media_sha256 = media_sha256
 
 
+def exception_name(error: BaseException) -> str:
+    """An exception's type in a reason: "ValueError", or "struct.error" where the name alone says nothing."""
+    kind = type(error)
+    return kind.__name__ if kind.__name__[0].isupper() else f"{kind.__module__}.{kind.__name__}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reading:
     """What a reader reports about the media it has read."""
@@ -80,44 +91,97 @@ class Reading:
     decoder: str  # for the receipt
 
 
-def frame_indices(clip: Clip, num_frames: int, fps: float) -> np.ndarray:
-    """int64 [BASE_FRAMES]: indices into the media's frames in presentation order, never out of range.
+def frame_indices(
+    clip: Clip, num_frames: int, fps: float, rule: FrameRule = FrameRule(), times: np.ndarray | None = None
+) -> np.ndarray:
+    """int64 [rule.num_frames]: indices into the media's frames in presentation order, never out of range.
 
     The reference code (princetonvisualai/merv) computes, for N frames at `fps`,
 
         np.linspace(start * fps, min(N - 1, end * fps - 1), 32, dtype=int)        start = 0, end = N / fps by default
 
-    and an encoder with n frames takes every (32 // n)-th of these. It is kept literally, floating point included:
-    N / fps * fps - 1 can fall just below N - 1, and then the last index is N - 2. That happens for about 3 % of
-    (N, fps), so `linspace(0, N - 1)` is not the same rule. numpy's integer linspace rounds down.
+    and an encoder with n frames takes every (32 // n)-th of these; 32 is the largest number of frames of the model's
+    encoders, so a model with one encoder of 16 frames has 16 in its place (`rule.samples`). It is kept literally,
+    floating point included: N / fps * fps - 1 can fall just below N - 1, and then the last index is N - 2. That happens
+    for about 3 % of (N, fps), so `linspace(0, N - 1)` is not the same rule. numpy's integer linspace rounds down.
+    Two spans that the reference cannot read have the one frame that they show: a video of a single frame whose end
+    falls below its index 0 by rounding, and a span that begins while the last frame is on screen.
+
+    `times` are the seconds from the first frame at which each is shown, where the reader knows them. Seconds times the
+    average rate name other frames than those of the span where the rate varies: such a span is refused, or cut by
+    `times` if the rule says so.
 
     fps 0.0 means that the media has no clock (a GIF): the whole of it is sampled, and a span is an error.
     """
     if num_frames < 1:
         raise MediaError("video holds no frames")
+    is_span = clip.start_s is not None or clip.end_s is not None
     if clip.end_frame is not None:
         first, last = 0, min(num_frames - 1, clip.end_frame)
+    elif is_span and times is not None:
+        first, last = _span_by_times(clip, num_frames, fps, rule, times)
     elif not fps > 0:
-        if clip.start_s is not None or clip.end_s is not None:
+        if is_span:
             raise MediaError("span in seconds of media that has no frame rate")
         first, last = 0, num_frames - 1
     else:
-        start = 0 if clip.start_s is None else clip.start_s
-        end = num_frames / fps if clip.end_s is None else clip.end_s
-        first, last = start * fps, min(num_frames - 1, end * fps - 1)
-    if first > num_frames - 1:
+        first, last = _span_by_rate(clip, num_frames, fps)
+    if first >= num_frames:
         raise MediaError("span begins beyond the end of the video")
-    indices = np.linspace(first, last, BASE_FRAMES, dtype=int)
+    if first > num_frames - 1:
+        return np.full(rule.num_frames, num_frames - 1)
+    if -ROUNDING < last < 0:
+        last = 0
+    indices = np.linspace(first, last, rule.samples, dtype=int)
     if indices.min() < 0:
         raise MediaError("span is shorter than one frame")
-    return indices
+    return indices[:: rule.every]
 
 
-def every_nth(num_frames: int) -> slice:
-    """The part of the sampled frames that an encoder with `num_frames` frames sees: `[:: BASE_FRAMES // n]`."""
-    if num_frames < 1 or BASE_FRAMES % num_frames:
-        raise UserError(f"an encoder's frames must divide the {BASE_FRAMES} sampled frames, got {num_frames}")
-    return slice(None, None, BASE_FRAMES // num_frames)
+def _span_by_rate(clip: Clip, num_frames: int, fps: float) -> tuple[float, float]:
+    """First and last position of a span, in frames, by the reference's expression."""
+    start = 0 if clip.start_s is None else clip.start_s
+    end = num_frames / fps if clip.end_s is None else clip.end_s
+    return start * fps, min(num_frames - 1, end * fps - 1)
+
+
+def _span_by_times(clip: Clip, num_frames: int, fps: float, rule: FrameRule, times: np.ndarray) -> tuple[float, float]:
+    """First and last position of a span: by the reference's expression where frames are evenly spaced, else by time."""
+    first, last = _ends_by_times(clip, num_frames, fps, times)
+    if fps > 0:
+        rated = _span_by_rate(clip, num_frames, fps)
+        distance = max(abs(rated[0] - first), abs(rated[1] - last)) if first < num_frames else 0.0
+        if not rule.by_times:
+            if distance >= CUT_ELSEWHERE:
+                raise MediaError(VARIABLE_RATE)
+            return rated
+        if distance < CUT_ELSEWHERE and not _is_uneven(times):
+            return rated
+    elif not rule.by_times:
+        raise MediaError("span in seconds of media that has no frame rate")
+    return first, last
+
+
+def _ends_by_times(clip: Clip, num_frames: int, fps: float, times: np.ndarray) -> tuple[int, int]:
+    """Indices of the first and the last frame whose time is in [start, end); of the frame on screen if there is none.
+
+    The first is `num_frames` where the span begins after the last frame has gone.
+    """
+    start = 0.0 if clip.start_s is None else clip.start_s
+    length = float(times[-1]) + (1 / fps if fps > 0 else float(times[-1]) / max(1, num_frames - 1))
+    if start >= max(length, num_frames / fps if fps > 0 else 0.0):
+        return num_frames, num_frames
+    first = int(np.searchsorted(times, start, side="left"))
+    last = num_frames - 1 if clip.end_s is None else int(np.searchsorted(times, clip.end_s, side="left")) - 1
+    return (first, last) if first <= last else (last, last)
+
+
+def _is_uneven(times: np.ndarray) -> bool:
+    """Whether frames are not evenly spaced, by more than rounding to a container's ticks explains."""
+    if len(times) < 3:
+        return False
+    even = np.linspace(times[0], times[-1], len(times))
+    return bool(np.abs(times - even).max() > UNEVEN * (even[1] - even[0]))
 
 
 class FrameCollector:
@@ -134,30 +198,46 @@ class FrameCollector:
         self._slots: dict[int, dict[View, list[int]]] = {}  # frame index -> view -> positions in the view
         self._missing: set[int] = set()
 
-    def choose(self, num_frames: int, fps: float) -> list[int]:
+    @property
+    def applies_exif(self) -> bool:
+        """Whether any view wants pictures turned as their EXIF orientation says."""
+        return any(view.rule.exif == "apply" for view in self._job.views)
+
+    @property
+    def needs_times(self) -> bool:
+        """Whether `choose` depends on when each frame is shown: for spans in seconds."""
+        clip = self._job.clip
+        is_span = clip.start_s is not None or clip.end_s is not None
+        return clip.kind == "video" and is_span and clip.end_frame is None
+
+    def choose(self, num_frames: int, fps: float, times: np.ndarray | None = None) -> list[int]:
         """Frame indices wanted of media with `num_frames` frames: distinct, ascending.
 
-        A second call, with a better count, starts over.
+        `times` are the seconds at which each frame is shown, if they are needed and known. A second call, with a better
+        count, starts over.
         """
-        if self._job.clip.kind == "image":
-            wanted = {view: np.zeros(1, dtype=int) for view in self._job.views}
-        else:
-            indices = frame_indices(self._job.clip, num_frames, fps)
-            wanted = {view: indices[every_nth(view.num_frames)] for view in self._job.views}
         self._slots = {}
-        for view, indices in wanted.items():
-            self._frames[view] = np.zeros((len(indices), view.rule.size, view.rule.size, 3), dtype=np.uint8)
+        for view in self._job.views:
+            if self._job.clip.kind == "image":
+                indices = np.zeros(1, dtype=int)
+            else:
+                indices = frame_indices(self._job.clip, num_frames, fps, view.frames, times)
+            self._frames[view] = np.zeros((len(indices), view.rule.size, view.rule.size, 3), dtype=view.rule.dtype)
             for position, index in enumerate(indices.tolist()):
                 self._slots.setdefault(index, {}).setdefault(view, []).append(position)
         self._missing = set(self._slots)
         return sorted(self._slots)
 
-    def add(self, index: int, frame_HWC: np.ndarray) -> None:
-        """Bring one native RGB frame, uint8 [H, W, 3], to every view that wants it."""
+    def add(self, index: int, frame_HWC: np.ndarray, *, upright_HWC: np.ndarray | None = None) -> None:
+        """Bring one native RGB frame, uint8 [H, W, 3], to every view that wants it.
+
+        `upright_HWC` is the frame turned as its EXIF orientation says, for the views that apply it; None: not turned.
+        """
         small: dict[ResizeRule, np.ndarray] = {}
         for view, positions in self._slots[index].items():
             if view.rule not in small:
-                small[view.rule] = resize(frame_HWC, view.rule)
+                is_turned = view.rule.exif == "apply" and upright_HWC is not None
+                small[view.rule] = resize(upright_HWC if is_turned else frame_HWC, view.rule)
             self._frames[view][positions] = small[view.rule]
         self._missing.discard(index)
 

@@ -7,7 +7,7 @@ decoders are imported in `main`.
 
     8 bytes   lengths of header and body, two big-endian uint32
     header    JSON
-    body      frames, uint8, one view after the other
+    body      frames, one view after the other, each in its rule's dtype
 
 No pickle: a decode process reads untrusted files, and what it sends back must not be able to run code.
 """
@@ -30,7 +30,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mervcache.errors import MediaError, RunStoppedError, UserError
-from pipeline.decode.sampling import OUT_OF_MEMORY, Decoded, DecodeJob
+from pipeline.decode.sampling import OUT_OF_MEMORY, Decoded, DecodeJob, exception_name
 from pipeline.media import Source
 
 LENGTHS = struct.Struct(">II")
@@ -104,7 +104,7 @@ def main() -> None:
     from pipeline.decode.decoders import decode_clip  # FFmpeg's libraries; before "ready", so that no job pays for it
 
     if arguments.memory_bytes:
-        resource.setrlimit(resource.RLIMIT_AS, (arguments.memory_bytes, arguments.memory_bytes))
+        _limit_memory(arguments.memory_bytes)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash is reported, no core file of 4 GB is written
     # both pipes move to other numbers, so that nothing a library prints or reads can reach them
     jobs, results = os.dup(0), os.dup(1)
@@ -145,7 +145,7 @@ def _serve(record: dict[str, Any], results: int, decode_clip: Callable[..., Deco
                 kind, message = "stopped", f"decode process: {error}"
             case _:  # foreseen by no reader: recorded by its type, traceback on stderr
                 traceback.print_exception(error)
-                kind, message = "media", f"decoder failed: {type(error).__name__}"
+                kind, message = "media", f"decoder failed: {exception_name(error)}"
         send(results, {"error": kind, "message": message, "media_sha256": getattr(error, "media_sha256", None)})
         return
     frames = [decoded.frames[view] for view in job.views]
@@ -159,7 +159,14 @@ def _serve(record: dict[str, Any], results: int, decode_clip: Callable[..., Deco
         },
         "shapes": [list(array.shape) for array in frames],
     }
-    send(results, header, *(array.reshape(-1).data for array in frames))
+    send(results, header, *(array.reshape(-1).view("uint8").data for array in frames))
+
+
+def _limit_memory(num_bytes: int) -> None:
+    """Limit the address space to `num_bytes`, or to less where this process may already use less (`ulimit -v`)."""
+    limits = [limit for limit in resource.getrlimit(resource.RLIMIT_AS) if limit != resource.RLIM_INFINITY]
+    limit = min([num_bytes, *limits])
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def _limit_processor_time(cpu_s: float) -> None:

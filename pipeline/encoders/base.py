@@ -17,7 +17,7 @@ from typing import Any, Literal
 from featurestore.identity import FeatureIdentity
 from mervcache.errors import UserError, unknown_name
 from pipeline.align import DEFAULT_GRID, aligned_period, check_grid
-from pipeline.views import BASE_FRAMES, ResizeRule, View
+from pipeline.views import BASE_FRAMES, FrameRule, ResizeRule, View, every_nth
 
 Grid = tuple[int, int, int]
 TemporalReach = Literal["frame", "chunk", "clip"]
@@ -53,6 +53,7 @@ class EncoderSpec:
     prefix_tokens: int = 0  # K, in front of the patches
     skipped_blocks: int = 0  # blocks at the end that are never run (1: features are the second to last block's)
     final_norm: bool = False  # whether the network's last LayerNorm is applied
+    frames: FrameRule | None = None  # how frames are chosen; None: those of a model with several encoders
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "architecture", dict(self.architecture))
@@ -71,22 +72,24 @@ class EncoderSpec:
 
     @property
     def grid(self) -> Grid:
-        """Native T, H, W of a video."""
+        """Native T, H, W of a video; T counts the time steps that the frame rule keeps."""
         side = self.architecture["image_size"] // self.architecture["patch_size"]
-        return (self.num_frames // self.architecture["tubelet_frames"], side, side)
+        steps = self.num_frames // self.architecture["tubelet_frames"]
+        return (steps // self.chosen_frames.every_step, side, side)
 
     @property
     def still_period(self) -> int:
         """Time steps after which a still image's features repeat: only these are computed."""
         if self.temporal_reach == "frame":
             return 1
-        frames = self.architecture["frames_per_chunk"] if self.temporal_reach == "chunk" else self.num_frames
-        return frames // self.architecture["tubelet_frames"]
+        return self.still_frames // self.architecture["tubelet_frames"] // self.chosen_frames.every_step
 
     @property
     def still_frames(self) -> int:
         """How often a still image is repeated to give one period."""
-        return 1 if self.temporal_reach == "frame" else self.still_period * self.architecture["tubelet_frames"]
+        if self.temporal_reach == "frame":
+            return 1
+        return self.architecture["frames_per_chunk"] if self.temporal_reach == "chunk" else self.num_frames
 
     @property
     def used_layers(self) -> int:
@@ -102,12 +105,18 @@ class EncoderSpec:
     @property
     def view(self) -> View:
         """The frames that the decoder has to make."""
-        return View(rule=self.resize, num_frames=self.num_frames)
+        decoded = replace(self.chosen_frames, every_step=1)  # time steps are no concern of the decoder
+        return View(rule=self.resize, num_frames=self.num_frames, frame_rule=str(decoded))
+
+    @property
+    def chosen_frames(self) -> FrameRule:
+        """How the frames are chosen."""
+        return every_nth(self.num_frames) if self.frames is None else self.frames
 
     @property
     def frame_rule(self) -> str:
-        """How the frames are chosen among the clip's 32, as written in the identity."""
-        return f"linspace-{BASE_FRAMES}/{BASE_FRAMES // self.num_frames}"
+        """How the frames are chosen, as written in the identity."""
+        return str(self.chosen_frames)
 
     def preprocessing(self) -> dict[str, Any]:
         """Resize rule, mean and std, as written in the identity."""
@@ -136,6 +145,24 @@ class EncoderSpec:
             raise UserError(f"crop of {self.name} must be squash or centre-crop, got {fit!r}")
         return replace(self, resize=replace(self.resize, fit=fit))
 
+    def with_frame_rule(self, text: str) -> EncoderSpec:
+        """The same encoder with frames chosen by another rule; "+times" alone is added to the encoder's own."""
+        rule = replace(self.chosen_frames, by_times=True) if text == "+times" else FrameRule.parse(text)
+        if rule.num_frames != self.num_frames:
+            raise UserError(
+                f"frame rule {text!r} gives {rule.num_frames} frames, {self.name} sees {self.num_frames}; set its"
+                " num_frames under architecture, or choose another rule"
+            )
+        return replace(self, frames=rule)
+
+    def with_frame_dtype(self, dtype: Literal["uint8", "float32"]) -> EncoderSpec:
+        """The same encoder with small frames rounded to uint8 or, where no antialias is used, left as they are."""
+        return replace(self, resize=replace(self.resize, dtype=dtype))
+
+    def with_exif(self, exif: Literal["ignore", "apply"]) -> EncoderSpec:
+        """The same encoder with still pictures as they are stored, or turned as their EXIF orientation says."""
+        return replace(self, resize=replace(self.resize, exif=exif))
+
 
 def _check_architecture(spec: EncoderSpec) -> None:
     """Refuse sizes that the network cannot have."""
@@ -159,6 +186,9 @@ def _check_architecture(spec: EncoderSpec) -> None:
             f"{sizes['num_frames']}; use 1, 2, 4, 8, 16 or 32"
         )
     _check_multiple(spec, "num_frames", "tubelet_frames", "so that every time step is whole")
+    steps, kept = spec.num_frames // sizes["tubelet_frames"], spec.chosen_frames.every_step
+    if steps % kept or (spec.temporal_reach != "frame" and spec.still_frames // sizes["tubelet_frames"] % kept):
+        raise UserError(f"frame rule {spec.frame_rule} keeps every {kept}-th of {steps} time steps of {spec.name}")
     if spec.temporal_reach == "chunk":
         reason = "because it attends within chunks of that many frames; a partial chunk has no meaning"
         _check_multiple(spec, "num_frames", "frames_per_chunk", reason)

@@ -1,4 +1,4 @@
-"""An encoder with weights: uint8 frames in, features out.
+"""An encoder with weights: frames in, features out.
 
 Pixels are (x / 255 - mean) / std in float32 on the device, then cast to the compute dtype; with bfloat16 all weights
 and activations are bfloat16 (as in MERV), norms and softmax accumulate in float32 inside their kernels, position
@@ -63,7 +63,7 @@ class Encoder:
         )
 
     def encode(self, frames_BTHWC: Frames, *, prefix_tokens: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """uint8 RGB frames -> (features_BTHWD, prefix_BTKD or None) on the device, in the compute dtype.
+        """RGB frames, 0 to 255 -> (features_BTHWD, prefix_BTKD or None) on the device, in the compute dtype.
 
         T is the spec's num_frames for videos. T = 1 is a still image: it is repeated to one period, and the features
         have the spec's still_period time steps.
@@ -73,6 +73,7 @@ class Encoder:
         deterministic = torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=False)
         with torch.inference_mode(), deterministic:
             features_BTHWD, prefix_BTKD = self.network(self._normalise(frames_BTHWC.to(self.device)))
+        features_BTHWD, prefix_BTKD = keep_steps(self.spec, features_BTHWD, prefix_BTKD)
         return features_BTHWD, prefix_BTKD if prefix_tokens else None
 
     def encode_tokens(
@@ -94,10 +95,10 @@ class Encoder:
     def _check_frames(self, frames: Frames) -> torch.Tensor:
         if isinstance(frames, np.ndarray):  # which may be read-only (shared memory): torch would warn
             frames = torch.from_numpy(np.require(frames, requirements=["C", "W"]))
-        size = self.spec.resize.size
-        if frames.dtype != torch.uint8 or frames.ndim != 5 or tuple(frames.shape[2:]) != (size, size, 3):
+        size, dtype = self.spec.resize.size, self.spec.resize.dtype
+        if str(frames.dtype) != f"torch.{dtype}" or frames.ndim != 5 or tuple(frames.shape[2:]) != (size, size, 3):
             raise UserError(
-                f"{self.spec.name} wants uint8 frames [batch, time, {size}, {size}, 3], got "
+                f"{self.spec.name} wants {dtype} frames [batch, time, {size}, {size}, 3], got "
                 f"{str(frames.dtype).removeprefix('torch.')} {list(frames.shape)}"
             )
         if frames.shape[1] not in (1, self.spec.num_frames):
@@ -108,9 +109,19 @@ class Encoder:
         return frames
 
     def _normalise(self, frames_BTHWC: torch.Tensor) -> torch.Tensor:
-        """uint8 0..255 -> float32 normalised -> compute dtype; a still is repeated to one period."""
+        """0..255 -> float32 normalised -> compute dtype; a still is repeated to one period."""
         scaled_BTCHW = frames_BTHWC.permute(0, 1, 4, 2, 3).contiguous().float() / 255
         pixels_BTCHW = ((scaled_BTCHW - self._mean_C11) / self._std_C11).to(COMPUTE_DTYPES[self.compute_dtype])
         if frames_BTHWC.shape[1] == 1:
             pixels_BTCHW = pixels_BTCHW.expand(-1, self.spec.still_frames, -1, -1, -1).contiguous()
         return pixels_BTCHW
+
+
+def keep_steps(
+    spec: EncoderSpec, features_BTHWD: torch.Tensor, prefix_BTKD: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The time steps that the spec's frame rule keeps: all, or every n-th."""
+    every = spec.chosen_frames.every_step
+    if every == 1:
+        return features_BTHWD, prefix_BTKD
+    return features_BTHWD[:, ::every], None if prefix_BTKD is None else prefix_BTKD[:, ::every]

@@ -70,7 +70,7 @@ class Engine:
 
 
 class TokenEncoder:
-    """A loaded `Encoder` with the settings of a run: uint8 frames in, aligned tokens to store out."""
+    """A loaded `Encoder` with the settings of a run: small frames in, aligned tokens to store out."""
 
     def __init__(self, settings: EncoderSettings, device: str) -> None:
         spec = settings.spec
@@ -88,10 +88,10 @@ class TokenEncoder:
     def blank(self, kind: str) -> Callable[[int], object]:
         """A function that runs one forward of a given number of black clips."""
         num_frames, size = self.view.num_frames if kind == "video" else 1, self.view.rule.size
-        return lambda clips: self.tokens(np.zeros((clips, num_frames, size, size, 3), np.uint8))
+        return lambda clips: self.tokens(np.zeros((clips, num_frames, size, size, 3), self.view.rule.dtype))
 
     def tokens(self, frames_BTHWC: np.ndarray) -> dict[str, np.ndarray]:
-        """uint8 frames of a batch -> arrays to store: "tokens" float32 [B, T, H, W, D], maybe "prefix" [B, T, K, D]."""
+        """Frames of a batch -> arrays to store: "tokens" float32 [B, T, H, W, D], maybe "prefix" [B, T, K, D]."""
         tokens_BTHWD, prefix_BTKD = self.loaded.encode_tokens(
             frames_BTHWC, grid=self.settings.grid, prefix_tokens=self._prefix
         )
@@ -122,8 +122,8 @@ def encode_batch(
 
     Returns the arrays, first axis in the order of `rows`, and how often the batch was halved for lack of memory.
     """
-    shape = next(iter(frames_by_row.values())).shape
-    batch = np.zeros((len(rows), *shape), np.uint8)
+    first = next(iter(frames_by_row.values()))
+    batch = np.zeros((len(rows), *first.shape), first.dtype)
     for slot, row in enumerate(rows):
         if row in frames_by_row:
             batch[slot] = frames_by_row[row]

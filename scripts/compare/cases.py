@@ -79,6 +79,8 @@ class Bench:
             self.case = outer
 
     def run(self, *words: str | Path, codes: tuple[int, ...] = (0,)) -> str:
+        if words[1:2] == ("extract",):
+            codes = (*codes, 3)  # finished, though some media are broken; earlier commits say that with 0
         return self.side.run(*words, codes=codes)
 
     def record(self, name: str, *words: str | Path, codes: tuple[int, ...] = (0,)) -> None:

@@ -80,7 +80,7 @@ def test_log_messages_of_the_packages_are_plain_lines_on_stderr_once(capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_prints_its_message_at_once_and_interrupts(capsys, number):
-    before = signal.getsignal(number)
+    before = signal.signal(number, signal.SIG_DFL)  # the suite may itself run under nohup
 
     def interrupted() -> None:
         with handle_interrupts("stopping: once more to stop without waiting"):

@@ -21,7 +21,7 @@ import yaml
 
 from featurestore import FeatureStore, verify_store
 from featurestore.clips import Clip
-from mervcache.errors import RunStoppedError
+from mervcache.errors import EXIT_WITH_FAILURES, RunStoppedError
 from pipeline.decode.pool import DecodePool
 from pipeline.decode.sampling import DecodeJob
 from pipeline.views import ResizeRule, View
@@ -57,7 +57,7 @@ class Server:
 
     def run(self, settings: dict) -> None:
         self.start(settings)
-        assert self.wait() == 0, self.output
+        assert self.wait() == EXIT_WITH_FAILURES, self.output  # one film is broken
 
     @property
     def output(self) -> str:
@@ -117,7 +117,7 @@ def test_killed_at_any_moment_a_store_ends_with_the_bytes_of_an_undisturbed_one(
             os.kill(pid, signal.SIGKILL)
         code = server.wait()
         killed += code == -signal.SIGKILL
-        if code == 0:  # it was done before: this store is judged, and another one begun
+        if code == EXIT_WITH_FAILURES:  # it was done before: this store is judged, and another one begun
             check_finished(lab, store, expected)
             finished += 1
             assert finished < 2 * KILLS
@@ -134,7 +134,7 @@ def check_finished(lab, store: Path, expected: dict) -> None:
 def test_an_interrupt_ends_with_130_and_a_store_that_opens_and_can_be_gone_on_with(
     lab, server, spoilt_root, undisturbed
 ):
-    for number in (signal.SIGINT, signal.SIGTERM):  # a person's, a cluster's
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a person's, a cluster's, a closed terminal's
         settings = interrupted(server, lab, spoilt_root, number)
         assert "What was committed is kept; run the same command again to go on." in server.output
         assert "Traceback" not in server.output
@@ -153,7 +153,7 @@ def interrupted(server: Server, lab, root: Path, number: int) -> dict:
         until(lambda: receipts(store) > 0)  # noqa: B023 - called at once
         with suppress(ProcessLookupError):
             os.kill(pid, number)
-        if (code := server.wait()) != 0:
+        if (code := server.wait()) != EXIT_WITH_FAILURES:
             assert code == 130, server.output
             return settings
     raise AssertionError("no run could be interrupted")

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
@@ -133,18 +132,19 @@ def test_other_weights_are_refused_with_the_field_that_differs(run, media_root):
         other.answer(QUESTION, video=media_root / "films/red.mp4")
 
 
-def test_an_import_that_saw_other_frames_is_not_shown_those_of_today(run):
+@pytest.mark.parametrize(("rule", "steps"), [("linspace-16", 16), ("linspace-32/2", 16), ("linspace-8", 8)])
+def test_an_import_is_shown_the_frames_it_was_trained_on(run, rule, steps):
     loaded = load_run(run)
-    published = TokenShape(grid=(16, 8, 8), width=768, is_pooled=True, identity="unbound:siglip")
+    published = TokenShape(grid=(steps, 8, 8), width=768, is_pooled=True, identity="unbound:siglip")
     record = replace(loaded.record, shapes={"siglip": published}, encoders={})
-    for rule in ("linspace-16", "linspace-32/2"):
-        wanted = replace(record, wanted={"siglip": {"frame_rule": rule}})
-        with ExitStack() as stack:
-            if rule == "linspace-16":
-                message = "siglip tokens of frame_rule linspace-16, this source has linspace-32/2"
-                stack.enter_context(pytest.raises(UserError, match=message))
-            config = loaded.built.config
-            stack.enter_context(source_like(config, wanted, trained={}, weights=["random:0"], device="cpu"))
+    options = {"trained": {}, "weights": ["random:0"], "device": "cpu"}
+    wanted = {"frame_rule": rule, "preprocessing.fit": "squash"}
+    with source_like(loaded.built.config, replace(record, wanted={"siglip": wanted}), **options) as source:
+        assert source.facts["siglip"]["identity"]["frame_rule"] == rule
+    cropped = replace(record, wanted={"siglip": {**wanted, "preprocessing.fit": "centre-crop"}})
+    message = r"siglip tokens of preprocessing\.fit centre-crop, this source has squash"
+    with pytest.raises(UserError, match=message), source_like(loaded.built.config, cropped, **options):
+        pass
 
 
 def test_a_text_only_run_answers_without_looking_and_says_so(extracted, tmp_path):

@@ -11,6 +11,8 @@ import torch
 from featurestore import FeatureStore
 from featurestore.clips import Clip, Turn
 from mervcache.errors import UserError
+from pipeline.config import read_config as read_extract_config
+from pipeline.extract import extract
 from trainer.config import FUSIONS, PROJECTORS, FusionConfig, OptimizerConfig, ProjectorConfig, TrainConfig
 from trainer.data.tokens import PrefixedTokens
 from trainer.end_to_end import live_source, through_storage
@@ -289,6 +291,30 @@ def test_a_trained_encoder_starts_with_the_tokens_of_the_frozen_one(opened_live,
     with opened_live(config) as (samples, source):
         clip_ids = sorted(source.available(sample.clip_id for sample in samples))
         assert len(clip_ids) == 7
+        frames = source.fetch(clip_ids)
+        for name, encoder in source.trained.items():
+            with torch.no_grad():
+                tokens_BTHWD = encoder(frames[name]).numpy()
+            stored_BTHWD = store.read(clip_ids, encoder=name).astype(np.float32)
+            np.testing.assert_allclose(tokens_BTHWD, stored_BTHWD, rtol=2**-11, atol=1e-5, err_msg=name)
+
+
+def test_other_frames_are_the_same_live_as_from_a_store(tmp_path, opened_live, media_lab, media_root):
+    """Frame rules of released models, LanguageBind's unrounded frames, ViViT's 8 steps: frozen and trained."""
+    rules = dict.fromkeys(("languagebind", "dinov2"), "linspace-16") | {"siglip": "+times"}
+    rules["vivit"] = "linspace-32/1+steps/2"
+    changes = {"frame_rule": rules, "frame_dtype": {"languagebind": "float32"}, "exif": "apply"}
+    path = tmp_path / "other.zarr"
+    extract(read_extract_config(None, media_lab.settings(media_root, store=str(path), **changes)), quiet=True)
+    store = FeatureStore.open(path)
+    with opened_live(**changes) as (_, source):
+        clip_ids = sorted(source.available(store.clips["clip_id"].to_pylist()))
+        assert {name: shape.identity for name, shape in source.shapes.items()} == {
+            name: identity.id for name, identity in store.encoders.items()
+        }
+        for name, tokens in source.fetch(clip_ids).items():
+            np.testing.assert_array_equal(tokens.numpy(), store.read(clip_ids, encoder=name), err_msg=name)
+    with opened_live(toy_config(train_encoders=tuple(ENCODERS)), **changes) as (_, source):
         frames = source.fetch(clip_ids)
         for name, encoder in source.trained.items():
             with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -94,6 +95,8 @@ def test_each_bad_clip_fails_with_its_reason_and_its_neighbours_succeed(studio, 
         reasons = {decoder: str(future.exception()) for decoder, future in bad.items()}
         assert reasons == BAD_DECODERS
         assert all(isinstance(future.exception(), MediaError) for future in bad.values())
+        sha256 = hashlib.sha256(clip_file.read_bytes()).hexdigest()
+        assert {future.exception().media_sha256 for future in bad.values()} == {sha256}
         assert [studio.numbers(future.result())[-1] for future in good] == [59] * len(good)
 
 

@@ -35,15 +35,6 @@ def test_image_is_one_frame_of_every_view(suffix, studio) -> None:
     assert (decoded.decoder, decoded.num_frames, decoded.fps) == ("pillow", 1, 0.0)
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "LA", "I;16"])
-def test_every_colour_mode_becomes_rgb(mode, studio) -> None:
-    image = Image.fromarray(np.full((9, 9), 40_000, np.uint16)) if mode == "I;16" else picture().convert(mode)
-    image.save(studio.folder / "a.tif")
-    decoded = decode_clip(studio.job(studio.folder / "a.tif", kind="image", views=(VIEW,)))
-    with Image.open(studio.folder / "a.tif") as again:
-        assert np.array_equal(decoded.frames[VIEW][0], small(again))
-
-
 def test_exif_orientation_is_not_applied_as_in_the_reference(studio) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees

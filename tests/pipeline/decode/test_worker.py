@@ -58,6 +58,24 @@ def test_worker_that_spins_ends_by_its_own_processor_limit(worker, studio) -> No
     assert worker.wait(timeout=60) == -signal.SIGXCPU
 
 
+@pytest.mark.parametrize(("kind", "limit_mb"), [("-S", 900), ("-SH", 900), ("-S", 6000), ("-SH", 6000)])
+def test_worker_takes_the_smaller_of_two_memory_limits(kind, limit_mb, studio) -> None:
+    """`ulimit -v` may be below the wanted 4 GB, as the limit or as the most that the limit may be raised to."""
+    command = f'ulimit {kind} -v {limit_mb << 10} && exec "$0" "$@"'
+    worker = [sys.executable, "-P", "-m", "pipeline.decode.worker", "--memory-bytes", str(4 << 30)]
+    process = subprocess.Popen(
+        ["bash", "-c", command, *worker], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+    )
+    with process:
+        assert receive(process) == {"ready": process.pid}
+        limits = Path(f"/proc/{process.pid}/limits").read_text().splitlines()
+        (line,) = [line for line in limits if line.startswith("Max address space")]
+        assert line.split()[3:5] == [str(min(limit_mb << 20, 4 << 30))] * 2
+        ask(process, studio.job(studio.film("a.mp4")))
+        assert [receive(process) for _ in range(3)][-1]["decoded"]["num_frames"] == 60
+        process.stdin.close()
+
+
 def test_worker_ends_if_its_parent_is_another_than_stated() -> None:
     done = subprocess.run(
         [*HOSTILE, "--parent", "1"], stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False

@@ -39,10 +39,14 @@ def test_the_published_sizes_give_the_facts_of_the_paper(name):
 
 
 def test_views_follow_the_reference_and_two_encoders_share_one():
-    assert ENCODERS["dinov2"].view == ENCODERS["siglip"].view == View(rule=SQUASH_BICUBIC, num_frames=16)
-    assert ENCODERS["vivit"].view == View(rule=SQUASH_BILINEAR, num_frames=32)
+    assert (
+        ENCODERS["dinov2"].view
+        == ENCODERS["siglip"].view
+        == View(rule=SQUASH_BICUBIC, num_frames=16, frame_rule="linspace-32/2")
+    )
+    assert ENCODERS["vivit"].view == View(rule=SQUASH_BILINEAR, num_frames=32, frame_rule="linspace-32/1")
     centre = ResizeRule(size=224, filter="bilinear", antialias=False, fit="centre-crop")
-    assert ENCODERS["languagebind"].view == View(rule=centre, num_frames=16)
+    assert ENCODERS["languagebind"].view == View(rule=centre, num_frames=16, frame_rule="linspace-32/2")
 
 
 def test_frame_rules_say_which_of_32_frames_are_taken():
@@ -79,7 +83,7 @@ def test_grid_width_view_and_mlp_follow_other_sizes():
     assert toy.still_period == 4
     assert toy.width == 48
     assert toy.architecture["mlp_size"] == 192
-    assert toy.view == View(rule=replace(SQUASH_BILINEAR, size=64), num_frames=8)
+    assert toy.view == View(rule=replace(SQUASH_BILINEAR, size=64), num_frames=8, frame_rule="linspace-32/4")
     assert ENCODERS["vivit"].grid == (16, 14, 14)
 
 
