@@ -326,6 +326,8 @@ def read_config(run: Path) -> TrainConfig:
     settings = load_yaml(Path(run) / CONFIG_FILE)
     if not settings:
         raise UserError(f"{Path(run) / CONFIG_FILE} is empty; put it back from a copy of the run")
+    if (last := dataclasses.fields(TrainConfig)[-1].name) not in settings:  # written last, by every version
+        raise UserError(f"{Path(run) / CONFIG_FILE} is cut short: it has no {last}; put it back from a copy of the run")
     return overlay(TrainConfig(), settings)
 
 

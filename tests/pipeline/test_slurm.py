@@ -189,7 +189,7 @@ def test_a_worker_that_retires_before_its_walltime_leaves_its_block_to_the_next_
     logs = tiny.folder / "logs"
 
     def open_when_it_retires() -> None:
-        while not any("worker-lifetime-reached" in log.read_text() for log in logs.glob("*")):
+        while not any("worker-lifetime-reached" in log.read_text() for log in logs.glob("*.err")):
             time.sleep(0.1)
         gate.open()
 

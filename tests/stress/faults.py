@@ -23,6 +23,7 @@ from pathlib import Path
 import click
 
 from featurestore import FeatureStore
+from mervcache.errors import EXIT_WITH_FAILURES
 from tests.stress.fault_bucket import credentials_expired
 from tests.stress.fault_lab import (
     BLOCKS,
@@ -161,7 +162,7 @@ def file_removed(lab: FaultLab, rng: random.Random) -> str:
         code = lab.wait()
     finally:
         file.write_bytes(data)
-    check(code == 0, f"the run ended badly: {lab.output[-500:]}")
+    check(code == EXIT_WITH_FAILURES, f"the run ended badly: {lab.output[-500:]}")
     check_quarantine(store, {f"folder/{file.name}": "media file is missing"})
     lab.finish(store, retry_quarantine=True)
     check(digests(store, "tiny") == expected, "tokens differ from an undisturbed run's")
@@ -190,7 +191,7 @@ def poisonous_clip(lab: FaultLab, rng: random.Random, workers: int = 1) -> str:
     """A clip that crashes the process that encodes it: the worker, and where that is embedded, the whole command."""
     store, starts = lab.new_store(), 1
     lab.start(store, encoders=["crashing"], workers=workers)
-    while (code := lab.wait()) != 0:
+    while (code := lab.wait()) != EXIT_WITH_FAILURES:
         check(code == -signal.SIGABRT and starts < 3, f"{code}: {lab.output[-500:]}")
         starts += 1
         lab.start(store, encoders=["crashing"])

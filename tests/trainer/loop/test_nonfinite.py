@@ -25,6 +25,7 @@ from trainer.model.llm import load_llm
 from trainer.runs import checkpoint
 from trainer.runs.load import load_run
 from trainer.runs.run_record import METRICS_FILE, read_metrics
+from trainer.runs.weight_names import to_model_names
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +51,9 @@ def source_with(samples, tokens):
 
 
 def weights_of(folder):
-    return load_file(folder / checkpoint.MODEL_FILE)
+    """Weights by their names in the model, where a projector has a place instead of its encoder's name."""
+    encoders = list(json.loads((folder / "state.json").read_text())["identities"])
+    return to_model_names(load_file(folder / checkpoint.MODEL_FILE), encoders)
 
 
 def odd_steps(plan, clip_index):
