@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from featurestore.clips import Clip
 from featurestore.locate import Place, is_url, place_of
 from featurestore.quality import (
     loss_notes,
@@ -137,38 +136,37 @@ def _clips_html(store: FeatureStore, num_clips: int, roots: Mapping[str, Root]) 
     for number, clip in enumerate(clips):
         steps = STEPS if clip["kind"] == "video" else 1  # a still's tokens repeat
         cells = ["<div></div>", *(f"<div class='t'>{step / STEPS:.0%}</div>" for step in range(steps))]
-        if (frames := _thumbnails(clip, roots)) is not None:
-            cells += ["<div>frames</div>", *(f"<img src='{_png(frame)}' alt='frame'>" for frame in frames[:steps])]
+        if (frames := thumbnails(clip, roots)) is not None:
+            cells += ["<div>frames</div>", *(f"<img src='{png_url(frame)}' alt='frame'>" for frame in frames[:steps])]
         for key, maps_BTHWC in maps.items():
             maps_THWC, name = maps_BTHWC[number], _escaped(key)
             instants = [step * len(maps_THWC) // STEPS for step in range(steps)]  # those of the frames above
-            pictures = (_png(maps_THWC[instant]) for instant in instants)
+            pictures = (png_url(maps_THWC[instant]) for instant in instants)
             cells += [f"<div>{name}</div>", *(f"<img class='map' src='{p}' alt='tokens of {name}'>" for p in pictures)]
         film = f"<div class='scroll'><div class='film' style='--steps: {steps}'>{''.join(cells)}</div></div>"
         parts.append(f"<div class='clip'><h3>{_escaped(clip['clip_id'])}</h3>{film}</div>")
     return "".join(parts)
 
 
-def _thumbnails(clip: dict, roots: Mapping[str, Root]) -> np.ndarray | None:
-    """uint8 [STEPS or 1, S, S, 3], or None where the media cannot be read."""
+def thumbnails(clip: Mapping[str, Any], roots: Mapping[str, Root]) -> np.ndarray | None:
+    """uint8 [STEPS or 1, S, S, 3] of a row of `FeatureStore.clips`, or None where the media cannot be read."""
     from pipeline.decode.decoders import decode_clip
     from pipeline.decode.sampling import DecodeJob
+    from pipeline.properties import clip_of, root_of
     from pipeline.views import ResizeRule, View
 
-    folder = roots.get(clip["dataset"], roots.get(""))
-    if folder is None:
+    if (folder := root_of(clip, roots)) is None:
         return None
     view = View(rule=ResizeRule(size=THUMBNAIL), num_frames=STEPS)
-    fields = ("dataset", "path", "kind", "start_s", "end_s", "end_frame")
-    job = DecodeJob(root=folder, clip=Clip(**{f: clip[f] for f in fields}), views=(view,), accept_damaged=True)
+    job = DecodeJob(root=folder, clip=clip_of(clip), views=(view,), accept_damaged=True)
     try:
         return decode_clip(job).frames[view]
     except MervCacheError:
         return None
 
 
-def _png(image_HWC: np.ndarray) -> str:
-    """A data URL."""
+def png_url(image_HWC: np.ndarray) -> str:
+    """A picture as a data URL."""
     from PIL import Image
 
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Live tokens: media decoded and encoded while training runs, by the code that extraction runs.
+"""Live tokens: media decoded and encoded while training runs, by the code that extraction runs; and media to look at.
 
 The only module of `trainer` that imports `pipeline`. On one machine, with the extraction's batch shape and number of
 torch threads, live tokens are bit-identical to stored ones, and so are the losses of a run on the CPU; with another
@@ -24,7 +24,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from featurestore import FeatureIdentity, Sample
+from featurestore import FeatureIdentity, FeatureStore, Sample
 from featurestore.clips import KINDS, Clip
 from featurestore.storage_dtypes import WIDEST, OverflowedTokens, from_stored, to_stored
 from mervcache.errors import MediaError, UserError, unknown_name
@@ -37,6 +37,7 @@ from pipeline.encoders.loading import keep_steps
 from pipeline.encoders.network import EncoderNetwork, build_network
 from pipeline.encoders.weights import fill_random, weights_by_encoder
 from pipeline.media import Root
+from pipeline.store_media import StoreMedia
 from pipeline.views import FrameRule
 from pipeline.worker.engine import Engine, TokenEncoder, decode_job, encode_batch, free_cores
 from trainer.config import LISTING, TrainConfig, in_paper_order, used_encoders
@@ -181,6 +182,11 @@ def empty_encoders(config: TrainConfig, encoders: Mapping[str, Mapping[str, Any]
             weights_from=facts["weights_from"],
         )
     return made
+
+
+def store_media(store: FeatureStore, root: str | None = None) -> StoreMedia:
+    """Properties and pictures of a store's clips, from their media."""
+    return StoreMedia(store, root)
 
 
 class LiveTokens(TokenSource):

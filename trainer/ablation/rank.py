@@ -10,34 +10,26 @@ B clips, T time, H W height width, K prefix tokens, D width, P tokens.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from featurestore import FeatureStore
 from mervcache.errors import UserError
-from trainer.config import TrainConfig, read_config
+from trainer.ablation.visual import load_visual, open_tokens
 from trainer.data.order import derive_seed
 from trainer.data.tokens import ClipTokens, PrefixedTokens, StoreTokens, TokenSource
-from trainer.model.projectors import Projector, build_projectors
-from trainer.runs import checkpoint
-from trainer.runs.load import is_export, read_weights
-from trainer.runs.run_record import RunRecord
-from trainer.runs.stage_folders import last_stage, no_checkpoint
-from trainer.sources import open_store_for
+from trainer.model.projectors import Projector
 
 FORMULA = (
     "exp(-sum p log p), p = singular values / their sum, of the matrix of tokens by channels without its mean"
     " (Roy and Vetterli, 2007)"
 )
 NUM_CLIPS = 64
-_HEAD_BIAS = re.compile(r"projectors\.0\.head\.(?:(\d+)\.)?bias")  # that of the last layer has the LLM's width
 CLIPS_AT_ONCE = 4  # a raw grid of 16 x 16 x 16 x 1024 is 32 MiB a clip in float64
 
 
@@ -132,31 +124,24 @@ def ranks_of_run(
     run: Path, store: str | None = None, *, clips: int = NUM_CLIPS, seed: int = 0, best: bool = False
 ) -> RankReport:
     """Ranks before and behind every projector of a run, on clips of its store or of another with the same encoders."""
-    folder = last_stage(Path(run))
-    config, record = read_config(folder), RunRecord.read(folder)
-    path = store or record.store
-    if config.mode == "text-only":
-        raise UserError(f"{run} is text-only: it has no projectors; for encoders alone give --store without a run")
-    if not path:
-        raise UserError(f"{run} names no store of its own; give the one whose tokens it reads with --store")
-    step, weights = _read_weights(folder, best=best)
-    _, source = open_store_for(_Run(built=_Config(config=config), record=record), path)
-    drawn = _draw(path, source, clips, seed)
-    rows = tuple(_measured(source, drawn.clip_ids, _projectors(config, record, weights)))
-    return drawn.report(rows, run=Path(run).resolve().name, step=step)
+    part = load_visual(run, best=best)
+    path, _, source = open_tokens(part, store)
+    drawn = draw_clips(path, source, clips, seed)
+    rows = tuple(_measured(source, drawn.clip_ids, part.projectors))
+    return drawn.report(rows, run=Path(run).resolve().name, step=part.step)
 
 
 def ranks_of_store(path: str, encoders: Sequence[str] = (), *, clips: int = NUM_CLIPS, seed: int = 0) -> RankReport:
     """Ranks of a store's tokens: what would enter the projectors of a run with these encoders, or with all of them."""
     opened = FeatureStore.open(path)
     source = StoreTokens(opened, list(encoders) or list(opened.encoders))
-    drawn = _draw(path, source, clips, seed)
+    drawn = draw_clips(path, source, clips, seed)
     return drawn.report(tuple(_measured(source, drawn.clip_ids, {})))
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Drawn:
-    """The sample of clips."""
+class DrawnClips:
+    """A sample of the clips that have tokens of every encoder."""
 
     clip_ids: list[str]
     facts: Mapping[str, Any]
@@ -165,7 +150,7 @@ class _Drawn:
         return RankReport(rows=rows, run=run, step=step, clips=len(self.clip_ids), **self.facts)
 
 
-def _draw(path: str, source: StoreTokens, clips: int, seed: int) -> _Drawn:
+def draw_clips(path: str, source: StoreTokens, clips: int, seed: int) -> DrawnClips:
     """Clips with tokens of every encoder, in an order that follows from seed and ids alone."""
     listed = FeatureStore.open(path, snapshot=source.snapshot).clips["clip_id"].to_pylist()
     available = source.available(listed)
@@ -180,45 +165,7 @@ def _draw(path: str, source: StoreTokens, clips: int, seed: int) -> _Drawn:
         "without": len(listed) - len(available),
         "seed": seed,
     }
-    return _Drawn(clip_ids=drawn, facts=facts)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Config:
-    config: TrainConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Run:
-    """The part of a loaded run that opening its store reads: projectors need no LLM, which may take minutes to load."""
-
-    built: _Config
-    record: RunRecord
-
-
-def _read_weights(run: Path, *, best: bool) -> tuple[int, Mapping[str, Tensor]]:
-    """Steps done, and the weights of a run or an export, compared with their digests."""
-    if is_export(run):
-        return read_weights(run)
-    folder = checkpoint.best(run) if best else checkpoint.newest(run)
-    if folder is None and best and checkpoint.newest(run) is not None:
-        raise UserError(f"no checkpoint of {run} was validated: train with --eval-every, or leave out --best")
-    if folder is None:
-        raise UserError(no_checkpoint(run))
-    return checkpoint.load_state(folder).step, load_file(folder / checkpoint.MODEL_FILE)
-
-
-def _projectors(config: TrainConfig, record: RunRecord, weights: Mapping[str, Tensor]) -> dict[str, Projector]:
-    """The projectors of a run with its weights, in evaluation mode, on a GPU where there is one."""
-    biases = {int(found[1] or 0): weights[found[0]] for found in filter(None, map(_HEAD_BIAS.fullmatch, weights))}
-    projectors = build_projectors(config.projector, record.shapes, len(biases[max(biases)]))
-    for index, projector in enumerate(projectors.values()):
-        prefix = f"projectors.{index}."
-        projector.load_state_dict(
-            {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-        )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return {encoder: projector.to(device).eval() for encoder, projector in projectors.items()}
+    return DrawnClips(clip_ids=drawn, facts=facts)
 
 
 @torch.no_grad()

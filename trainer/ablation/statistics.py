@@ -50,8 +50,8 @@ class Resampling:
     def __init__(self, video_Q: NDArray[np.integer], *, draws: int = DRAWS, seed: int = 0) -> None:
         if draws < 1 or not len(video_Q):
             raise ValueError(f"a bootstrap has at least one draw and one question, got {draws} and {len(video_Q)}")
-        _, index_Q, self._count_V = np.unique(video_Q, return_inverse=True, return_counts=True)
-        self._order_Q = np.argsort(index_Q, kind="stable")
+        _, self._index_Q, self._count_V = np.unique(video_Q, return_inverse=True, return_counts=True)
+        self._order_Q = np.argsort(self._index_Q, kind="stable")
         self._start_V = np.concatenate([[0], np.cumsum(self._count_V)[:-1]])
         self.num_videos, self.num_draws, self._seed = len(self._count_V), draws, seed
         self._weight_BV = self._draw_videos()
@@ -91,6 +91,57 @@ class Resampling:
         mean_SK = sum_SKV.sum(axis=-1) / num_questions
         draws_BK += self._draw_seeds(num_seeds) @ (mean_SK - mean_SK.mean(axis=0))
         return Draws(estimate_K=mean_SK.mean(axis=0), draws_BK=draws_BK)
+
+    def rank_correlations(self, one_KQ: Floats, other_Q: Floats) -> Draws:
+        """Spearman's rho of K quantities with another one over the questions, and its draws.
+
+        A draw repeats the questions of a video as often as the video, and ranks anew. The estimate is nan where a
+        quantity is constant; a draw in which one is has no correlation to show, so it is 0.
+        """
+        ties_K, other = [_Ties(value_Q) for value_Q in one_KQ], _Ties(other_Q)
+        draws_BK = np.empty((self.num_draws, len(ties_K)))
+        for start in range(0, self.num_draws, CHUNK):
+            weight_BQ = self._weight_BV[start : start + CHUNK, self._index_Q].astype(np.float64)
+            draws_BK[start : start + CHUNK] = _rank_correlations(ties_K, other, weight_BQ)
+        estimate_1K = _rank_correlations(ties_K, other, np.ones((1, len(other_Q))))
+        return Draws(estimate_K=estimate_1K[0], draws_BK=np.nan_to_num(draws_BK))
+
+
+class _Ties:
+    """Values by their order, for ranks where each occurs a number of times."""
+
+    def __init__(self, value_Q: Floats) -> None:
+        self._order_Q = np.argsort(value_Q, kind="stable")
+        _, self._start_G, self._group_Q = np.unique(value_Q[self._order_Q], return_index=True, return_inverse=True)
+
+    def ranks(self, weight_BQ: Floats) -> Floats:
+        """[B, Q]: ranks where value q occurs weight_BQ[b, q] times; equal ones share their mean rank."""
+        count_BG = np.add.reduceat(weight_BQ[:, self._order_Q], self._start_G, axis=1)
+        middle_BG = np.cumsum(count_BG, axis=1) - (count_BG - 1) / 2
+        rank_BQ = np.empty_like(weight_BQ)
+        rank_BQ[:, self._order_Q] = middle_BG[:, self._group_Q]
+        return rank_BQ
+
+
+def mean_ranks(value_Q: Floats) -> Floats:
+    """Ranks from 1; equal values share their mean rank."""
+    return _Ties(value_Q).ranks(np.ones((1, len(value_Q))))[0]
+
+
+def _rank_correlations(ties_K: Sequence[_Ties], other: _Ties, weight_BQ: Floats) -> Floats:
+    """[B, K]: Pearson's correlation of ranks, each question counted so often; nan where a quantity is constant."""
+
+    def centred(ties: _Ties) -> Floats:
+        rank_BQ = ties.ranks(weight_BQ)
+        return rank_BQ - (weight_BQ * rank_BQ).sum(axis=1, keepdims=True) / weight_BQ.sum(axis=1, keepdims=True)
+
+    other_BQ, found = centred(other), []
+    square_B = (weight_BQ * other_BQ**2).sum(axis=1)
+    for ties in ties_K:
+        rank_BQ = centred(ties)
+        product_B = (weight_BQ * rank_BQ * other_BQ).sum(axis=1)
+        found.append(_ratio(product_B, (weight_BQ * rank_BQ**2).sum(axis=1), square_B))
+    return np.stack(found, axis=1)
 
 
 def percentile_interval(draws_BK: Floats, level: float = LEVEL) -> tuple[Floats, Floats]:

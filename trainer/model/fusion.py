@@ -9,11 +9,12 @@ B batch, E encoders, N visual tokens, M LLM width, Q query width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import sqrt
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from trainer.config import FUSIONS, FusionConfig, import_choice
 
@@ -42,6 +43,15 @@ class Fusion(nn.Module):
 
     def forward(self, embeddings: Sequence[Tensor], shown_BE: Tensor | None = None) -> Fused:
         raise NotImplementedError
+
+    def contributions(self, embeddings: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Each encoder's part of what comes out, one after the other: their sum, and a bias if there is one, is it.
+
+        Of `concat_sequence` they are the encoders' own tokens, which follow each other instead.
+        """
+        _, weights_BE = self(embeddings)
+        for index in range(weights_BE.shape[1]):
+            yield weights_BE[:, index, None, None].to(embeddings[index].dtype) * embeddings[index]
 
 
 class CrossAttention(Fusion):
@@ -98,6 +108,9 @@ class ConcatSequence(Fusion):
     def forward(self, embeddings: Sequence[Tensor], shown_BE: Tensor | None = None) -> Fused:
         return torch.cat(list(embeddings), dim=1), None
 
+    def contributions(self, embeddings: Sequence[Tensor]) -> Iterator[Tensor]:
+        yield from embeddings
+
 
 class ConcatChannel(Fusion):
     """Concatenated channels, then Linear(E x M -> M)."""
@@ -120,6 +133,16 @@ class ConcatChannel(Fusion):
         if self.norm is not None:
             joined_BNC = self.norm(joined_BNC) if shown_BE is None else _norm_of_shown(self.norm, joined_BNC, shown_BE)
         return self.linear(joined_BNC), None
+
+    def contributions(self, embeddings: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The norm is over the channels of all encoders, and each channel behind it belongs to one."""
+        joined_BNC = torch.cat(list(embeddings), dim=-1)
+        if self.norm is not None:
+            joined_BNC = self.norm(joined_BNC)
+        for part_BNM, weight_MM in zip(
+            joined_BNC.split(self.width, dim=-1), self.linear.weight.split(self.width, dim=1), strict=True
+        ):
+            yield F.linear(part_BNM, weight_MM)
 
 
 class ConcatChannelNorm(ConcatChannel):

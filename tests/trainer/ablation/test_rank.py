@@ -14,9 +14,9 @@ from click.testing import CliRunner
 from featurestore import FeatureStore
 from mervcache.errors import UserError
 from trainer.ablation.rank import Covariance, effective_rank, ranks_of_run, ranks_of_store
-from trainer.cli import eval_main
 from trainer.config import ProjectorConfig
 from trainer.loop.train import train
+from trainer.main import eval_main
 from trainer.runs.load import load_run
 from trainer.sources import open_store
 
