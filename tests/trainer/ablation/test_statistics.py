@@ -13,6 +13,7 @@ from trainer.ablation.statistics import (
     interactions,
     kendall,
     mean_correlation,
+    mean_ranks,
     pairs_of,
     pareto_set,
     percentile_interval,
@@ -222,3 +223,46 @@ def test_intervals_cover_the_truth(num_seeds, seed_sd, noise):
 def test_percentile_interval_of_known_draws():
     low, high = percentile_interval(np.arange(1.0, 1000.0)[:, None])  # 999 draws cut the line into 1000 equal parts
     assert (low[0], high[0]) == pytest.approx((25, 975))
+
+
+def test_rank_correlations_with_ties_are_those_of_spearman():
+    random = np.random.default_rng(0)
+    one_KQ, other_Q = random.integers(0, 4, (3, 40)).astype(float), random.integers(0, 5, 40).astype(float)
+    found = Resampling(np.arange(40), draws=5).rank_correlations(one_KQ, other_Q)
+    np.testing.assert_allclose(found.estimate_K, [spearman(one_Q, other_Q) for one_Q in one_KQ])
+    np.testing.assert_allclose(mean_ranks(np.array([5.0, 1.0, 5.0, 7.0])), [2.5, 1.0, 2.5, 4.0])
+
+
+def test_a_draw_is_the_correlation_of_the_questions_repeated():
+    random = np.random.default_rng(1)
+    video_Q = np.array([0, 0, 1, 2, 2, 2, 3, 4, 5, 5, 6, 7])
+    one_Q, other_Q = random.integers(0, 5, 12).astype(float), random.standard_normal(12)
+    resampling = Resampling(video_Q, draws=50, seed=3)
+    share_BQ = resampling(np.eye(12)[None]).draws_BK  # each question's share of the draw's questions
+    draws_B = resampling.rank_correlations(one_Q[None], other_Q).draws_BK[:, 0]
+    for share_Q, draw in zip(share_BQ, draws_B, strict=True):
+        times_Q = np.rint(60 * share_Q / share_Q[share_Q > 0].min()).astype(int)  # up to a common factor
+        repeated = spearman(np.repeat(one_Q, times_Q), np.repeat(other_Q, times_Q))
+        assert draw == pytest.approx(float(np.nan_to_num(repeated)), abs=1e-9)
+
+
+def test_the_interval_of_a_rank_correlation_is_wider_where_clips_are_of_few_videos():
+    random = np.random.default_rng(2)
+    one_Q = random.standard_normal(200)
+    other_Q = one_Q + random.standard_normal(200)
+
+    def width(video_Q, one_Q, other_Q):
+        low, high = Resampling(video_Q, draws=400).rank_correlations(one_Q[None], other_Q).interval()
+        return float(high[0] - low[0])
+
+    alone = width(np.arange(200), one_Q, other_Q)
+    assert 0.1 < alone < 0.3  # about 2 x 1.96 x (1 - rho^2) x 1.06 / sqrt(200), rho 0.69: 0.16
+    repeated = [np.repeat(values, 4) for values in (np.arange(200), one_Q, other_Q)]
+    assert width(*repeated) == pytest.approx(alone)  # four spans of each video say no more than one
+    assert width(np.arange(800), *repeated[1:]) < 0.6 * alone
+
+
+def test_a_constant_has_no_rank_correlation():
+    found = Resampling(np.arange(20), draws=30).rank_correlations(np.ones((1, 20)), np.arange(20.0))
+    assert np.isnan(found.estimate_K[0])
+    assert (found.draws_BK == 0).all()

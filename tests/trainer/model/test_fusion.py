@@ -186,3 +186,28 @@ def test_a_masked_encoder_gets_no_gradient_and_all_shown_is_no_mask(name):
         has_gradient = embeddings_BNM.grad.abs().sum((1, 2)) > 0
         assert torch.equal(has_gradient, SHOWN_BE[:, index])
     torch.testing.assert_close(fusion(embeddings, torch.ones(2, 3, dtype=torch.bool))[0], fusion(embeddings)[0])
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+def test_contributions_are_what_each_encoder_adds(name):
+    torch.manual_seed(3)
+    fusion = build_fusion(FusionConfig(name=name, query_width=12), 3, 8)
+    embeddings = [torch.randn(2, 4, 8) for _ in range(3)]
+    fused_BNM, _ = fusion(embeddings)
+    parts = list(fusion.contributions(embeddings))
+    assert len(parts) == (1 if name == "first" else 3)
+    if name == "concat_sequence":
+        joined = torch.cat(parts, dim=1)
+    else:
+        joined = sum(parts) + (fusion.linear.bias if name.startswith("concat_channel") else 0)
+    torch.testing.assert_close(joined, fused_BNM)
+
+
+def test_a_contribution_of_channels_is_what_remains_when_the_others_are_zero():
+    """Sums alone would also hold for parts that belong to the wrong encoders."""
+    torch.manual_seed(4)
+    fusion = build_fusion(FusionConfig(name="concat_channel"), 3, 8)
+    embeddings = [torch.randn(2, 4, 8) for _ in range(3)]
+    for index, part in enumerate(fusion.contributions(embeddings)):
+        alone = [x if place == index else torch.zeros_like(x) for place, x in enumerate(embeddings)]
+        torch.testing.assert_close(part, fusion(alone)[0] - fusion.linear.bias)
