@@ -1,6 +1,7 @@
 """Self-contained HTML pages: one file without scripts or links, in light and dark, readable on a phone.
 
-Text is escaped where it becomes HTML, unless it is `Markup`: names of clips, runs and encoders come from files.
+Text is escaped where it becomes HTML, unless it is `Markup`: names of clips, runs and encoders come from files. The
+page's own policy keeps a browser from running scripts in it and from fetching anything for it.
 """
 
 from __future__ import annotations

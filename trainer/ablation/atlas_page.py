@@ -135,7 +135,7 @@ def _contributions(atlas: Atlas) -> str:
         note(
             "Means over clips, in brackets percentiles 10 and 90. A weight alone is no measure of importance, because"
             f" encoders differ in scale: the norm is the {atlas.norm_definition}. A part that is the same for every"
-            " clip counts in it too. Share: of the sum of a clip's norms."
+            " clip counts in it too. Share: of the sum of a clip's norms. Computed in float32, without the LLM."
         )
     )
     return "".join(parts)
@@ -160,12 +160,11 @@ def _correlations(result: AtlasResult) -> str:
     found, properties = result.correlations, result.properties
     if not found:
         return note("No clip could be decoded here, so nothing is known of motion, edges and length.")
-    away = findings(found)
+    away, tested = findings(found), sum(each.p is not None for each in found)
     parts = ["<h3>Intervals away from 0</h3>"]
     if away:
         parts.append(f"<ul>{''.join(f'<li>{escaped(line)}</li>' for line in away)}</ul>")
     else:
-        tested = any(each.low is not None for each in found)
         parts.append(note("None." if tested else f"No interval: fewer than {MIN_MEDIA} media files were decoded."))
     parts += ["<h3>The published finding</h3>", _published(result)]
     parts += ["<h3>All correlations</h3>", _scatters(result), _matrix(result.atlas, found)]
@@ -175,8 +174,9 @@ def _correlations(result: AtlasResult) -> str:
             f" Spearman's rank correlation over the {properties.measured:,} clips that were decoded, of"
             f" {properties.reachable:,} with media, all datasets together: what differs between datasets is in it. In"
             f" brackets {LEVEL:.0%} percentile intervals of {result.draws:,} bootstrap draws of media files; p of rho ="
-            f" 0 by the same draws, adjusted by Holm for the {sum(each.p is not None for each in found)} of the table."
-            " Correlation is not cause: properties are correlated among themselves."
+            f" 0 by the same draws, adjusted by Holm for the {tested} of the table; about {(1 - LEVEL) * tested:.0f} of"
+            " these intervals would be away from 0 by chance alone. Correlation is not cause: properties are correlated"
+            " among themselves."
         )
     )
     parts += [note(f"{LABELS[name]}: {text}.") for name, text in properties.definitions.items()]

@@ -10,6 +10,7 @@ import click
 
 from mervcache.console import CONTEXT, echo, handle_errors, print_result, table
 from mervcache.errors import EXIT_WITH_FAILURES, UserError
+from mervcache.text import safe
 from trainer.cli import load_torch_modules
 from trainer.runs.stage_folders import check_are_runs
 
@@ -72,7 +73,7 @@ def print_atlas(result: AtlasResult, table_path: Path, page: Path) -> None:
     columns = ("encoder", "weight", "norm", "share of the norms")
     table(columns, rows, right=columns[1:])
     for line in findings(result.correlations):
-        click.echo(line)
+        click.echo(safe(line))
     if result.correlations and not findings(result.correlations):
         click.echo("no correlation with a property of clips has an interval away from 0")
     for line in notices(result):

@@ -9,6 +9,7 @@ RUN/scores/SPLIT.json             the newest evaluation on all questions of a sp
 RUN/scores/SPLIT-letters.json     that by letters, which is another figure
 RUN/scores/SPLIT-first-N.json     that on the first N of them, which never replaces one on all
 RUN/scores/SPLIT-masked.json      answers with subsets of the run's encoders, see `trainer.evaluate.evaluate_masked`
+RUN/atlas/NAME.parquet            what each encoder contributes to every clip, see `trainer.ablation.atlas`
 """
 
 from __future__ import annotations
