@@ -112,7 +112,7 @@ class Atlas:
     @property
     def name(self) -> str:
         """The file's stem: store, snapshot, step, and the sample where there is one."""
-        stem = re.sub(r"[^\w.-]", "_", str(self.store).rstrip("/").rpartition("/")[2].removesuffix(".zarr"))
+        stem = re.sub(r"[^\w.-]", "_", store_name(self.store).removesuffix(".zarr"))
         drawn = "" if len(self.clip_ids) == self.available else f"-{len(self.clip_ids)}-clips-seed-{self.seed}"
         return f"{stem}-{self.snapshot}-step-{self.step:08d}{drawn}"
 
@@ -209,7 +209,7 @@ def atlas_table(
         "format": FORMAT,
         "run": atlas.run,
         "step": atlas.step,
-        "store": Path(redact(atlas.store)).name,  # a path says more about a machine than about a clip
+        "store": store_name(atlas.store),
         "snapshot": atlas.snapshot,
         "fusion": atlas.fusion,
         "encoders": list(atlas.encoders),
@@ -239,5 +239,13 @@ def write_atlas(atlas: Atlas, table: pa.Table) -> Path:
 
 
 def read_metadata(table: pa.Table) -> dict[str, Any]:
-    """What `atlas_table` has put into the metadata."""
-    return json.loads(table.schema.metadata[METADATA])
+    """What `atlas_table` has put into the metadata; ValueError where it is not that."""
+    record = json.loads((table.schema.metadata or {}).get(METADATA, b"null"))
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise ValueError("it is not a table of an atlas of this version")
+    return record
+
+
+def store_name(store: str) -> str:
+    """A store's name without its folder, which says more about a machine than about a clip."""
+    return redact(store).rstrip("/").rpartition("/")[2]

@@ -102,11 +102,13 @@ def notices(result: AtlasResult) -> list[str]:
 
 def properties_notices(result: AtlasResult) -> list[str]:
     """Clips without properties."""
-    atlas, properties, found = result.atlas, result.properties, []
-    if gone := len(atlas.clip_ids) - properties.reachable:
+    properties, found = result.properties, []
+    if properties.gone:
+        known = properties.gone - properties.gone_unmeasured
+        earlier = f" ({known:,} have them from an earlier atlas of this run)" if known else ""
         found.append(
-            f"{plural(gone, 'clip')} without media: their folder is gone or not known here, so they have no frames and"
-            " no properties; name it with --root."
+            f"{plural(properties.gone, 'clip')} without media: their folder is gone or not known here, so they have no"
+            f" frames and no properties{earlier}; name it with --root."
         )
     if properties.failed:
         (reason, number), *more = properties.reasons
@@ -159,7 +161,7 @@ def findings(found: Sequence[Correlation]) -> list[str]:
 def _correlations(result: AtlasResult) -> str:
     found, properties = result.correlations, result.properties
     if not found:
-        return note("No clip could be decoded here, so nothing is known of motion, edges and length.")
+        return note("No clip was decoded, so nothing is known of motion, edges and length.")
     away, tested = findings(found), sum(each.p is not None for each in found)
     parts = ["<h3>Intervals away from 0</h3>"]
     if away:
@@ -171,8 +173,8 @@ def _correlations(result: AtlasResult) -> str:
     parts.append(
         note(
             "In bold: the interval is away from 0, also after Holm's correction; a star: only before it."
-            f" Spearman's rank correlation over the {properties.measured:,} clips that were decoded, of"
-            f" {properties.reachable:,} with media, all datasets together: what differs between datasets is in it. In"
+            f" Spearman's rank correlation over {properties.measured:,} decoded clips of"
+            f" {len(result.atlas.clip_ids):,}, all datasets together: what differs between datasets is in it. In"
             f" brackets {LEVEL:.0%} percentile intervals of {result.draws:,} bootstrap draws of media files; p of rho ="
             f" 0 by the same draws, adjusted by Holm for the {tested} of the table; about {(1 - LEVEL) * tested:.0f} of"
             " these intervals would be away from 0 by chance alone. Correlation is not cause: properties are correlated"
@@ -299,7 +301,7 @@ def _galleries(result: AtlasResult, media: StoreMedia, keys: Mapping[str, str]) 
                 f"<div class='quiet'>{escaped(clip_id)}{escaped(_seen_properties(result, clip_id))}</div></div>"
             )
         parts.append(f"<h3>{escaped(encoder)}</h3><div class='gallery'>{''.join(shown)}</div>")
-    if result.properties.reachable < len(atlas.clip_ids):
+    if result.properties.gone:
         parts.append(
             note(
                 "Clips without media show maps of the encoder's tokens: their first three principal components as red,"

@@ -265,6 +265,24 @@ def test_an_encoder_that_follows_motion_is_found(moving_run, moving_store, tmp_p
     assert read_metadata(table)["failed"] == 1
 
 
+def test_what_an_earlier_atlas_has_measured_is_kept_when_the_media_go(moving_run, moving_store, tmp_path, caplog):
+    run, media = moving_run(max_steps=4), tmp_path / "media"
+    shutil.copytree(moving_store / "media", media)
+    first = make_atlas(run, AtlasRequest(root=str(media), decode=12, draws=100), quiet=True)
+    measured = first.result.properties.measured
+    assert measured == 12 - len(first.result.properties.failed)
+    media.rename(tmp_path / "elsewhere")
+    again = make_atlas(run, AtlasRequest(root=str(media), draws=100), quiet=True)  # the same file
+    earlier = make_atlas(run, AtlasRequest(root=str(media), step=2, draws=100), quiet=True)  # another one
+    assert pq.read_table(again.table)["motion"].null_count == MOVING - measured
+    assert first.result.properties.values == again.result.properties.values == earlier.result.properties.values
+    assert f"({measured} have them from an earlier atlas of this run)" in again.page.read_text()
+    for path in (again.table, earlier.table):
+        path.write_bytes(path.read_bytes()[:-50])
+    assert make_atlas(run, AtlasRequest(draws=100), quiet=True).result.properties.measured == 0
+    assert sum("properties are not read from" in record.message for record in caplog.records) == 2
+
+
 class Page(HTMLParser):
     """Tags and images of a page; a tag that is left open is an error."""
 
@@ -320,7 +338,12 @@ def test_without_media_the_page_shows_maps_of_tokens(moving_run):
     assert made["encoders"]["vivit"]["weight"] is None
     page = Page(Path(made["page"]).read_text())
     assert {image["alt"] for image in page.images} == {"tokens of dinov2", "tokens of vivit"}
-    for words in ("24 clips without media", "--root", "The fusion concat_sequence has no weights", "No clip could be"):
+    for words in (
+        "24 clips without media",
+        "--root",
+        "The fusion concat_sequence has no weights",
+        "No clip was decoded",
+    ):
         assert words in page.text
 
 
