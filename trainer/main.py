@@ -13,13 +13,12 @@ from click.core import ParameterSource
 
 from mervcache.errors import UserError
 from trainer import cli
-from trainer.ablation.cli import mask_command, table_command
+from trainer.ablation.cli import COMMANDS
 from trainer.ablation.cli_atlas import atlas_command
-from trainer.ablation.cli_costs import COMMANDS as COST_COMMANDS
 from trainer.ablation.cli_sweep import sweep
 
 eval_main = cli.eval_main
-for command in (table_command, mask_command, atlas_command, *COST_COMMANDS):
+for command in (*COMMANDS, atlas_command):
     eval_main.add_command(command)
 
 

@@ -1,28 +1,39 @@
-"""The command `merv-eval table`: what a sweep says, as Markdown, CSV, LaTeX or JSON. Imports no torch."""
+"""Commands of `merv-eval` about ablations. Nothing here loads torch before a command runs."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from featurestore.locate import names_of
-from mervcache.console import CONTEXT, echo, handle_errors, print_result
+from mervcache.console import CONTEXT, echo, format_bytes, format_duration, handle_errors, print_result
 from mervcache.errors import EXIT_WITH_FAILURES, UserError
 from trainer.ablation.sweep import SUBSET_RULES, expand_subsets
 from trainer.cli import load_torch_modules
 from trainer.config import Protocol
 from trainer.runs.stage_folders import check_are_runs, last_stage
 
+if TYPE_CHECKING:
+    from trainer.ablation.costs import RunCosts
+    from trainer.ablation.document import Document
+    from trainer.ablation.rank import RankReport
+
+handle_cli_errors = handle_errors(interrupted="Interrupted. Nothing was written.")
 SUFFIXES = {".md": "markdown", ".csv": "csv", ".tex": "latex", ".json": "json"}
 SHOWN_MISSING = 5
+FORMAT = click.option(
+    "--format", "format_", type=click.Choice(["text", *SUFFIXES.values()]), default="text", help="Form of the tables."
+)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+RUN = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
 @click.command("table", context_settings=CONTEXT)
-@handle_errors(interrupted="Interrupted. Nothing was written.")
+@handle_cli_errors
 @click.argument("sweep", type=click.Path(path_type=Path))
 @click.option(
     "--format",
@@ -73,7 +84,7 @@ def table_command(
 
 
 @click.command("mask", context_settings=CONTEXT)
-@handle_errors(interrupted="Interrupted. Nothing was written.")
+@handle_cli_errors
 @click.option("--checkpoint", type=click.Path(path_type=Path), required=True, help="Folder of a run.")
 @click.option("--store", show_default="the one the run was trained on", help="Store of the questions' clips.")
 @click.option("--subsets", default="all", metavar="|".join([*SUBSET_RULES, "LIST"]), help="Subsets, as for sweep.")
@@ -82,7 +93,7 @@ def table_command(
     "--protocol", type=click.Choice(get_args(Protocol)), show_default="as in merv-eval run", help="Of scores."
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Ask at most so many questions.")
-@click.option("--json", "as_json", is_flag=True, help="Print the answers as JSON.")
+@JSON
 def mask_command(checkpoint: Path, subsets: str, as_json: bool, **options: Any) -> None:
     """Score one checkpoint with only some of its encoders shown.
 
@@ -106,3 +117,134 @@ def print_masked(result: Mapping[str, Any]) -> None:
     credits = {name: [answer["credit"] for answer in found] for name, found in result["subsets"].items()}
     rows = [(name or "none", f"{sum(c) / len(c):.3f}", f"{len(c):,}") for name, c in credits.items()]
     table((f"encoders shown, {result['method']}", f"accuracy by {result['protocol']}", "questions"), rows)
+
+
+@click.command("flops", context_settings=CONTEXT)
+@handle_cli_errors
+@click.option("--text-tokens", type=click.IntRange(min=0), default=880, help="Tokens of text besides the visual ones.")
+@FORMAT
+@JSON
+def flops_command(text_tokens: int, format_: str, as_json: bool) -> None:
+    """Count the fusion and the projector table of arXiv 2501.01426 at published sizes, next to its figures.
+
+    Nothing is trained or loaded: parameters and multiply-adds follow from shapes alone.
+    """
+    load_torch_modules()
+    from trainer.ablation.published_costs import published_tables
+    from trainer.ablation.render import print_document
+
+    print_document(published_tables(text_tokens), "json" if as_json else format_)
+
+
+@click.command("rank", context_settings=CONTEXT)
+@handle_cli_errors
+@click.argument("run", required=False, type=RUN)
+@click.option("--store", show_default="the one the run was trained on", help="Store of the tokens; alone: no run.")
+@click.option("--encoders", metavar="LIST", help="Of a store alone: encoders, comma separated; all by default.")
+@click.option("--clips", type=click.IntRange(min=1), default=64, help="Clips in the sample.")
+@click.option("--seed", type=int, default=0, help="Chooses the sample.")
+@click.option("--best", is_flag=True, help="Of a run, the best checkpoint by validation instead of the newest.")
+@FORMAT
+@JSON
+def rank_command(
+    run: Path | None, store: str | None, encoders: str | None, format_: str, as_json: bool, **options: Any
+) -> None:
+    """Effective rank of what enters and of what leaves each projector of RUN, or of a store's tokens alone."""
+    if run is None and store is None:
+        raise UserError("give a run, or a store with --store")
+    if run is not None:
+        check_are_runs(run)
+    if run is not None and encoders is not None:
+        raise UserError("--encoders chooses among a store's encoders; a run has its own: leave one of both out")
+    if run is None and options["best"]:
+        raise UserError("--best chooses a checkpoint: give a run too, or leave it out")
+    load_torch_modules()
+    from trainer.ablation.rank import ranks_of_run, ranks_of_store
+    from trainer.ablation.render import print_document
+
+    if run is not None:
+        report = ranks_of_run(run, store, **options)
+    else:
+        options.pop("best")
+        report = ranks_of_store(str(store), names_of(encoders) if encoders else (), **options)
+    if as_json or format_ == "json":
+        print_result(report.to_dict(), True, lambda: None)
+    else:
+        print_document(rank_document(report), format_)
+
+
+def rank_document(report: RankReport) -> Document:
+    """The report as a table."""
+    from trainer.ablation.document import Column, Document, Section
+
+    columns, rows = [Column(name="encoder")], [[row.encoder] for row in report.rows]
+    sides = {"enters": "entering", "leaves": "leaving"} if report.run else {"enters": "entering"}
+    for side, name in sides.items():
+        columns += [
+            Column(name=f"effective rank {name}", unit="decimal"),
+            Column(name=f"channels {name}", unit="count"),
+            Column(name=f"tokens {name}", unit="count"),
+        ]
+        for cells, row in zip(rows, report.rows, strict=True):
+            found = getattr(row, side)
+            cells += [None] * 3 if found is None else [found.rank, found.width, found.tokens]
+    subject = f"run {report.run} at step {report.step}" if report.run else "the encoders"
+    notes = [
+        f"{report.formula}.",
+        f"N = {report.clips} clips ({report.stills} of them stills) drawn with seed {report.seed} from"
+        f" {report.available} that have tokens of every encoder, of {report.store} at {report.snapshot}; a still's time"
+        " steps repeat, as a projector reads them.",
+    ]
+    if report.without:
+        notes.append(f"{report.without} other clips of the store lack tokens of an encoder and were not drawn from.")
+    title = f"Effective rank: {subject}"
+    section = Section(title=title, columns=tuple(columns), rows=tuple(map(tuple, rows)), notes=tuple(notes))
+    return Document(title=title, sections=(section,))
+
+
+@click.command("costs", context_settings=CONTEXT)
+@handle_cli_errors
+@click.argument("run", type=RUN)
+@click.option("--store", show_default="the one the run was trained on", help="Store whose extraction is counted.")
+@click.option("--runs", type=click.IntRange(min=1), default=1, help="Runs like this one that read the store.")
+@click.option("--live", type=RUN, help="The same run end to end: its steps give the cost of live encoding.")
+@click.option("--overlapped", is_flag=True, help="End to end, encoding runs on devices of its own during the steps.")
+@JSON
+def costs_command(run: Path, store: str | None, as_json: bool, **options: Any) -> None:
+    """Measured step time, bytes read, and after how many runs x epochs the store has paid for itself."""
+    check_are_runs(run, *([options["live"]] if options["live"] else []))
+    load_torch_modules()
+    from trainer.ablation.costs import run_costs
+
+    costs = run_costs(run, store, **options)
+    print_result(costs.to_dict(), as_json, lambda: print_costs(costs))
+
+
+def print_costs(costs: RunCosts) -> None:
+    """Print what was measured, and what follows."""
+    from mervcache.console import console, table  # rich
+
+    step, reading, extraction = costs.step, costs.reading, costs.extraction
+    warmup = f", without the first {step.warmup}" if step.warmup else ""
+    rows = [
+        ("step", f"{format_duration(step.seconds)} (mean of {step.steps:,} steps{warmup})"),
+        ("waits for tokens", f"{step.wait_share:.0%}"),
+        ("clips per step", f"{reading.clips:,.1f}, distinct {reading.distinct_clips:,.1f}"),
+        (
+            "read per step",
+            f"{format_bytes(reading.array_bytes)} of arrays, {format_bytes(reading.stored_bytes)} stored",
+        ),
+        (
+            "extraction",
+            f"{format_duration(extraction.seconds)} for {extraction.clips:,} clips,"
+            f" {extraction.seconds_per_clip:.3g} s a clip, {extraction.runs:,} runs by the journal",
+        ),
+        ("live encoding", f"{costs.live_s_per_clip:.3g} s a clip, by {costs.live_source}"),
+    ]
+    table(("", "measured"), rows)
+    console().print(costs.break_even.describe())
+    for note in extraction.notes:
+        echo(note)
+
+
+COMMANDS = (table_command, mask_command, flops_command, rank_command, costs_command)

@@ -1,4 +1,4 @@
-"""The parts of an ablation table, apart from how they are written: sections of typed cells, notes and footnotes."""
+"""What the commands of the ablations print, apart from how it is written: sections of typed cells, and notes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-Unit = Literal["text", "count", "share", "points", "nats", "number"]  # a share of 1 is shown in percent
+# A share of 1 is shown in percent, a change with its sign, a size as `4.19 M`, tera in units of 10^12.
+Unit = Literal["text", "flag", "count", "share", "points", "change", "nats", "number", "decimal", "size", "tera"]
 Row = tuple["Cell", ...]
 
 
@@ -78,12 +79,12 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """Everything that a table says."""
+    """Everything that a command prints."""
 
     title: str
-    facts: dict[str, str]  # what it was measured on
-    methods: tuple[str, ...]  # how the statistics are computed
     sections: tuple[Section, ...]
-    missing: tuple[str, ...]  # runs without answers, and the next command
-    footnotes: tuple[str, ...]
-    questions: Section = field(repr=False)  # credit of every question in every run
+    facts: dict[str, str] = field(default_factory=dict)  # what it was measured on
+    methods: tuple[str, ...] = ()  # how the statistics are computed
+    missing: tuple[str, ...] = ()  # runs without answers, and the next command
+    footnotes: tuple[str, ...] = ()
+    questions: Section | None = field(default=None, repr=False)  # of a sweep: credit of every question in every run

@@ -6,6 +6,7 @@ runs none of them, and their code belongs to the pipeline.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -13,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainer.ablation.document import Column, Document, Section
 from trainer.ablation.flops import NOT_COUNTED, MultiplyAdds, empty_tokens, multiply_adds, num_parameters, run_llm
-from trainer.ablation.rendering import Column, Table
 from trainer.config import PROJECTORS, RESAMPLERS, FusionConfig, ProjectorConfig, import_choice
 from trainer.data.tokens import TokenShape
 from trainer.model.fusion import build_fusion
@@ -120,7 +121,35 @@ PROJECTOR_NOTES = (
 )
 
 
-def fusion_table(text_tokens: int = TEXT_TOKENS) -> Table:
+def published_tables(text_tokens: int = TEXT_TOKENS) -> Document:
+    """Both tables."""
+    encoders = sum(tower.published for tower in TOWERS.values())
+    sections = (
+        _section(
+            f"Fusions: LLaMA-2-7B, four encoders, {text_tokens} text tokens",
+            _FUSION_COLUMNS,
+            fusion_rows(text_tokens),
+            _fusion_notes(encoders),
+        ),
+        _section(
+            "Projectors: LanguageBind alone, without the head", _PROJECTOR_COLUMNS, projector_rows(), PROJECTOR_NOTES
+        ),
+    )
+    return Document(title="The tables of arXiv 2501.01426, counted", sections=sections, footnotes=(NOT_COUNTED,))
+
+
+def _section(
+    title: str, columns: Mapping[str, Column], rows: Sequence[Mapping[str, Any]], notes: Sequence[str]
+) -> Section:
+    return Section(
+        title=title,
+        columns=tuple(columns.values()),
+        rows=tuple(tuple(row[key] for key in columns) for row in rows),
+        notes=tuple(notes),
+    )
+
+
+def fusion_rows(text_tokens: int = TEXT_TOKENS) -> list[dict[str, Any]]:
     """Every fusion in front of LLaMA-2-7B, with four encoders of 16 x 8 x 8 tokens."""
     shapes = {
         name: TokenShape(grid=(NUM_FRAMES, *TRAINED_GRID), width=tower.width, is_pooled=True, identity="published")
@@ -162,19 +191,13 @@ def fusion_table(text_tokens: int = TEXT_TOKENS) -> Table:
                 "difference": published / (row.tera * 1e12) - 1,
             }
         )
-    return Table(
-        name="fusion",
-        title=f"Fusions: LLaMA-2-7B, four encoders, {text_tokens} text tokens",
-        columns=_FUSION_COLUMNS,
-        rows=rows,
-        notes=[*_fusion_notes(encoders), NOT_COUNTED],
-    )
+    return rows
 
 
-def projector_table() -> Table:
+def projector_rows() -> list[dict[str, Any]]:
     """The resamplers of the projector table alone."""
     rows = []
-    for paper, name, config, num_frames, published in _projector_rows():
+    for paper, name, config, num_frames, published in _published_projectors():
         shape = TokenShape(grid=(num_frames, 16, 16), width=1024, is_pooled=False, identity="published", num_prefix=1)
         with torch.device("meta"):
             resampler = import_choice(RESAMPLERS, config.resampler)(config, shape, LLM_WIDTH)
@@ -195,16 +218,10 @@ def projector_table() -> Table:
                 "difference": as_published / published[1] - 1,
             }
         )
-    return Table(
-        name="projectors",
-        title="Projectors: LanguageBind alone, without the head",
-        columns=_PROJECTOR_COLUMNS,
-        rows=rows,
-        notes=[*PROJECTOR_NOTES, NOT_COUNTED],
-    )
+    return rows
 
 
-def _projector_rows() -> list[tuple[str, str, ProjectorConfig, int, tuple[int, int]]]:
+def _published_projectors() -> list[tuple[str, str, ProjectorConfig, int, tuple[int, int]]]:
     """(the paper's row, ours, resampler, frames, published parameters and figure)."""
     return [
         ("2D Avg", "2d-average", ProjectorConfig(grid=(8, 8, 8)), 8, (0, 2_100_000)),
@@ -254,55 +271,29 @@ def _fusion_notes(encoders: int) -> list[str]:
     return [note.format(**facts) for note in FUSION_NOTES]
 
 
-def _short(number: float) -> str:
-    """`4.19 M`, `17.24 T`; small whole numbers as they are."""
-    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
-        if number >= scale:
-            return f"{number / scale:.2f} {unit}"
-    return f"{number:,}"
-
-
-def _tera(number: float) -> str:
-    return f"{number / 1e12:.2f}"
-
-
-def _percent(share: float) -> str:
-    return f"{share:+.1%}"
-
-
-def _columns(*columns: tuple[str, str, Any]) -> tuple[Column, ...]:
-    return tuple(
-        Column(key=key, heading=heading, text=text, is_number=text is not str) for key, heading, text in columns
-    )
-
-
-def _whole(number: int) -> str:
-    return f"{number:,}"
-
-
-_FUSION_COLUMNS = _columns(
-    ("fusion", "fusion", str),
-    ("paper", "row of the paper", str),
-    ("visual_tokens", "visual tokens", _whole),
-    ("fusion_parameters", "its parameters", _short),
-    ("parameters", "parameters", _short),
-    ("macs", "TMACs from the store", _tera),
-    ("flops", "TFLOPs from the store", _tera),
-    ("macs_like_for_like", "TMACs like for like", _tera),
-    ("macs_as_published", "TMACs as published", _tera),
-    ("published", 'published "TFLOPs"', _tera),
-    ("difference", "difference", _percent),
-)
-_PROJECTOR_COLUMNS = _columns(
-    ("projector", "projector", str),
-    ("paper", "row of the paper", str),
-    ("frames", "frames", _whole),
-    ("visual_tokens", "visual tokens", _whole),
-    ("parameters", "parameters", _short),
-    ("macs", "MACs", _short),
-    ("flops", "FLOPs", _short),
-    ("macs_as_published", "as published", _short),
-    ("published_parameters", "published parameters", _short),
-    ("published", 'published "FLOPs"', _short),
-    ("difference", "difference", _percent),
-)
+_FUSION_COLUMNS = {
+    "fusion": Column(name="fusion"),
+    "paper": Column(name="row of the paper"),
+    "visual_tokens": Column(name="visual tokens", unit="count"),
+    "fusion_parameters": Column(name="its parameters", unit="size"),
+    "parameters": Column(name="parameters", unit="size"),
+    "macs": Column(name="TMACs from the store", unit="tera"),
+    "flops": Column(name="TFLOPs from the store", unit="tera"),
+    "macs_like_for_like": Column(name="TMACs like for like", unit="tera"),
+    "macs_as_published": Column(name="TMACs as published", unit="tera"),
+    "published": Column(name='published "TFLOPs"', unit="tera"),
+    "difference": Column(name="difference", unit="change"),
+}
+_PROJECTOR_COLUMNS = {
+    "projector": Column(name="projector"),
+    "paper": Column(name="row of the paper"),
+    "frames": Column(name="frames", unit="count"),
+    "visual_tokens": Column(name="visual tokens", unit="count"),
+    "parameters": Column(name="parameters", unit="size"),
+    "macs": Column(name="MACs", unit="size"),
+    "flops": Column(name="FLOPs", unit="size"),
+    "macs_as_published": Column(name="as published", unit="size"),
+    "published_parameters": Column(name="published parameters", unit="size"),
+    "published": Column(name='published "FLOPs"', unit="size"),
+    "difference": Column(name="difference", unit="change"),
+}

@@ -1,4 +1,4 @@
-"""An ablation table as Markdown, CSV, LaTeX or JSON. Names come from files: each format escapes them in its own way."""
+"""A document as text, Markdown, CSV, LaTeX or JSON. Names come from files: each format escapes them in its own way."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ HEADINGS = {
 }
 PERCENT = ("share", "points")  # units shown times 100
 UNITS = {"share": "%", "points": "points", "nats": "nats/token"}
-DECIMALS = {"share": 2, "points": 2, "nats": 4, "number": 4}
+DECIMALS = {"share": 2, "points": 2, "nats": 4, "number": 4, "decimal": 1}
+SIZES = (("T", 1e12), ("G", 1e9), ("M", 1e6))
 LATEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -42,12 +43,13 @@ def to_markdown(document: Document) -> str:
     lines += [f"- {name}: {_markdown(value)}" for name, value in document.facts.items() if value]
     if document.missing:
         lines += ["", "**Incomplete:**", "", *(f"- {_markdown(line)}" for line in document.missing)]
-    for block, sections in _blocks(document):
-        lines += ["", f"## {HEADINGS[block]}"]
+    for heading, sections in _blocks(document):
+        lines += ["", f"## {heading}"] if heading else []
         for section in map(_without_constant_setting, sections):
             lines += ["", f"### {_heading(section, _markdown)}", "", *_pipe_table(section)]
             lines += ["", *(f"- {_markdown(note)}" for note in _notes(section))] if _notes(section) else []
-    lines += ["", "## Methods", "", *(f"- {_markdown(line)}" for line in document.methods)]
+    if document.methods:
+        lines += ["", "## Methods", "", *(f"- {_markdown(line)}" for line in document.methods)]
     if document.footnotes:
         lines += ["", "## Footnotes", "", *(f"- {_markdown(line)}" for line in document.footnotes)]
     return "\n".join(lines) + "\n"
@@ -65,10 +67,10 @@ def to_latex(document: Document) -> str:
     parts += [f"% {name}: {_comment(value)}" for name, value in document.facts.items() if value]
     parts += [f"% INCOMPLETE: {_comment(line)}" for line in document.missing]
     parts += [f"% {_comment(line)}" for line in (*document.methods, *document.footnotes)]
-    for block, sections in _blocks(document):
-        parts += ["", f"% {HEADINGS[block]}"]
+    for heading, sections in _blocks(document):
+        parts += ["", f"% {heading}"] if heading else []
         for section in map(_without_constant_setting, sections):
-            parts.append(_latex_table(section, f"{HEADINGS[block]}. {_heading(section, _latex)}."))
+            parts.append(_latex_table(section, f"{f'{heading}. ' if heading else ''}{_heading(section, _latex)}."))
     return "\n".join(parts) + "\n"
 
 
@@ -110,7 +112,7 @@ def to_json(document: Document) -> str:
         "sections": [_json_section(section) for section in document.sections],
         "methods": document.methods,
         "footnotes": document.footnotes,
-        "questions": _json_section(document.questions),
+        **({"questions": _json_section(document.questions)} if document.questions else {}),
     }
     return json.dumps(record, indent=1, allow_nan=False) + "\n"
 
@@ -128,10 +130,32 @@ FORMATS: dict[str, tuple[Callable[[Document], str], Callable[[Document], str]]] 
 }
 
 
+def print_document(document: Document, format_: str) -> None:
+    """Print it on stdout, in one of FORMATS or, as "text", as tables for a terminal."""
+    from mervcache.console import table  # rich
+
+    if format_ != "text":
+        print(FORMATS[format_][0](document), end="", flush=True)
+        return
+    for index, section in enumerate(document.sections):
+        print(f"\n{section.title}" if index else section.title)
+        headings = [_column_heading(column) for column in section.columns]
+        right = [name for name, column in zip(headings, section.columns, strict=True) if column.unit != "text"]
+        cells = (
+            [_text(cell, column) for cell, column in zip(row, section.columns, strict=True)] for row in section.rows
+        )
+        table(headings, cells, right=right)
+        for note in _notes(section):
+            print(f"- {_one_line(note)}")
+    for line in (*document.methods, *document.footnotes):
+        print(f"- {_one_line(line)}")
+
+
 def _blocks(document: Document) -> list[tuple[str, list[Section]]]:
-    """Sections by block, those of no block last."""
+    """Sections by the heading of their block, those of no block last; without a heading where there are no blocks."""
     found = [(block, [section for section in document.sections if section.block == block]) for block in HEADINGS]
-    return [(block, sections) for block, sections in found if sections]
+    has_blocks = any(section.block for section in document.sections)
+    return [(HEADINGS[block] if has_blocks else "", sections) for block, sections in found if sections]
 
 
 def _without_constant_setting(section: Section) -> Section:
@@ -161,8 +185,16 @@ def _text(cell: Cell, column: Column) -> str:
         return ""
     if isinstance(cell, NotComputed):
         return "–"
-    if column.unit in ("text", "flag", "count"):
+    if column.unit in ("text", "flag") or isinstance(cell, str):
         return str(cell)
+    if column.unit == "count":
+        return f"{cell:,}"
+    if column.unit == "change":
+        return f"{cell:+.1%}"
+    if column.unit == "tera":
+        return f"{cell / 1e12:.2f}"
+    if column.unit == "size":
+        return next((f"{cell / scale:.2f} {name}" for name, scale in SIZES if cell >= scale), f"{cell:,}")
     scale = 100 if column.unit in PERCENT else 1
 
     def number(value: float) -> str:

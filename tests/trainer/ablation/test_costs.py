@@ -22,9 +22,9 @@ from trainer.ablation.costs import (
     step_reading,
     step_time,
 )
-from trainer.cli import eval_main
 from trainer.config import OptimizerConfig, TrainConfig
 from trainer.loop.train import train
+from trainer.main import eval_main
 from trainer.runs.run_record import read_metrics
 from trainer.sources import open_store
 

@@ -16,7 +16,7 @@ from trainer.ablation.published import PUBLISHED
 from trainer.ablation.render import questions_to_latex, to_csv, to_json, to_latex, to_markdown
 from trainer.ablation.results import read_results
 from trainer.ablation.table import make_table
-from trainer.cli import eval_main
+from trainer.main import eval_main
 
 NUM_QUESTIONS = 20
 # Right answers of 20 by subset: text-only .25, a .50, b .30, ab .60
