@@ -48,6 +48,7 @@ class Answer:
     tied: tuple[int, ...] = ()  # further options that are as good as the predicted one
     scores: tuple[float, ...] = ()  # likelihood: mean log-likelihood of each option
     text: str | None = None  # letters: what the model wrote
+    clip_id: str | None = None  # what the question is about; None: text alone
 
     @property
     def credit(self) -> float:
@@ -270,6 +271,7 @@ def _unanswered(sample: Sample) -> Answer:
         num_options=len(sample.options),
         predicted=None,
         correct=sample.answer_index,
+        clip_id=sample.clip_id,
     )
 
 
