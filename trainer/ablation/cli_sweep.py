@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 import yaml
+from click.core import ParameterSource
 
 from featurestore.locate import FEATURES, names_of
 from jobs.settings import AUTO_WORKERS, ClusterRequest, ClusterSettings
@@ -16,7 +17,15 @@ from mervcache.config import load_yaml, overlay, parse_pairs, to_builtin
 from mervcache.console import CONTEXT, print_result
 from mervcache.errors import EXIT_WITH_FAILURES, UserError
 from trainer import cli
-from trainer.ablation.sweep import SUBSET_RULES, SweepConfig
+from trainer.ablation.sweep import (
+    SECTION,
+    SUBSET_RULES,
+    SWEEP_FILE,
+    SweepConfig,
+    read_sweep,
+    recorded_axes,
+    resume_command,
+)
 from trainer.config import Stages, get_stages
 from trainer.loop.launch import Launch
 from trainer.loop.stages import merge_settings, to_yaml
@@ -34,7 +43,6 @@ LISTS = {  # axes that are lists -> the type of an entry
     "seeds": int,
 }
 AXES = (*LISTS, "text_only", "one_shot", "post_hoc", "split")
-SECTION = "sweep"  # of a config file; what is outside are settings of every run
 SETTINGS = ("recipe", "config_file", "llm", "head", "train_llm", "llm_quant", "fraction", "limit", "trackers")
 
 
@@ -103,18 +111,23 @@ def sweep(
 ) -> None:
     """Train and score every combination of encoders, fusions, projectors, grids and seeds from one store.
 
-    Call it again to resume after a kill, to retry what failed, or to add combinations. Exit code 3: some runs failed.
+    Call it again with --out alone to resume after a kill and to retry what failed, with other axes to add combinations.
+    Exit code 3: some runs failed.
     """
-    axes, stages = resolve_sweep(recipe, config_file, options)
+    typed = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    is_recorded = not {*AXES, *SETTINGS, "max_steps"}.intersection(typed) and (out / SWEEP_FILE).exists()
+    planned = recorded_axes(read_sweep(out)) if is_recorded else [resolve_sweep(recipe, config_file, options)]
     if print_config:
-        click.echo(to_sweep_yaml(axes, stages), nl=False)
+        click.echo("---\n".join(to_sweep_yaml(*axes) for axes in planned), nl=False)
         return
     request = resolve_cluster(scheduler, workers, cluster, launch, processes)
-    place = cli.resolve_source(store, dict.fromkeys(cli.LIVE_OPTIONS))
+    place = None
+    if store is not None or not is_recorded:
+        place = cli.resolve_source(store, dict.fromkeys(cli.LIVE_OPTIONS))
     cli.load_torch_modules()
-    from trainer.ablation.execute import open_sweep, run_sweep, run_sweep_on
+    from trainer.ablation.execute import open_recorded, open_sweep, run_sweep, run_sweep_on
 
-    pinned = open_sweep(axes, stages, place, out)
+    pinned = open_recorded(out, place) if is_recorded else open_sweep(*planned[0], place, out)
     if dry_run:
         record = {"sweep": str(out), **pinned.pins, "runs": {run.name: run.to_record() for run in pinned.runs}}
         print_result(record, as_json, lambda: print_runs(pinned))
@@ -122,10 +135,8 @@ def sweep(
     if request is None:
         outcomes = run_sweep(pinned)
     else:
-        options_of_launch = (
-            ["--launch", launch, *(["--processes", str(processes)] if processes else [])] if launch else []
-        )
-        outcomes = run_sweep_on(pinned, request, recipe, launch=options_of_launch)
+        in_ranks = [*(["--launch", launch] if launch else []), *(["--processes", str(processes)] if processes else [])]
+        outcomes = run_sweep_on(pinned, request, launch=in_ranks)
     result = {"sweep": str(out), "runs": [asdict(outcome) for outcome in outcomes]}
     print_result(result, as_json, lambda: print_outcomes(out, outcomes))
     if any(outcome.status == "failed" for outcome in outcomes):
@@ -219,6 +230,6 @@ def print_outcomes(out: Path, outcomes: Sequence[RunOutcome]) -> None:
         console().print(f"all {finished} runs are scored; next: merv-eval table {out}", markup=False)
     else:
         console().print(
-            f"{finished} of {len(outcomes)} runs are scored; the same command again goes on with the others",
+            f"{finished} of {len(outcomes)} runs are scored; {resume_command(out)} goes on with the others",
             markup=False,
         )

@@ -33,13 +33,15 @@ from trainer.ablation.sweep import (
     SweepConfig,
     SweepRun,
     add_to_record,
+    axes_entry,
     expand_subsets,
     plan_runs,
     read_sweep,
+    recorded_axes,
     run_folder,
     shared_settings,
 )
-from trainer.config import Protocol, Stages, TrainConfig, in_paper_order
+from trainer.config import RECIPES, Protocol, Stages, TrainConfig, in_paper_order
 from trainer.data.batches import named_samples, order_digest, select
 from trainer.data.tokens import StoreTokens
 from trainer.evaluate import EvaluationRequest, evaluate_masked, evaluate_run
@@ -83,6 +85,23 @@ class PinnedSweep:
     samples: tuple[Sample, ...] = field(repr=False)  # that every run trains on, in the order of their ids
     questions: tuple[Sample, ...] = field(repr=False)  # that every run is scored on
     pins: dict[str, Any] = field(repr=False)
+    axes: tuple[dict[str, Any], ...] = field(repr=False)  # the axes and settings that give the runs, as recorded
+
+
+def open_recorded(out: Path, store_path: str | None = None) -> PinnedSweep:
+    """A sweep that was begun, with all runs that its recorded axes and settings give; nothing is written."""
+    record = read_sweep(out)
+    parts = [open_sweep(*axes, store_path or record["store"], out) for axes in recorded_axes(record)]
+    if not parts:
+        raise UserError(
+            f"{Path(out) / SWEEP_FILE} was written before axes were recorded; give the options that the sweep was begun"
+            " with"
+        )
+    runs: dict[str, SweepRun] = {}
+    for run in (run for part in parts for run in part.runs):
+        runs[run.name] = run if run.is_masked else runs.get(run.name, run)
+    ordered = sorted(runs.values(), key=lambda run: len(run.encoders))
+    return replace(parts[-1], runs=tuple(ordered), axes=tuple(entry for part in parts for entry in part.axes))
 
 
 def open_sweep(sweep: SweepConfig, stages: Stages, store_path: str, out: Path) -> PinnedSweep:
@@ -133,6 +152,7 @@ def open_sweep(sweep: SweepConfig, stages: Stages, store_path: str, out: Path) -
         samples=samples,
         questions=tuple(asked),
         pins=pins,
+        axes=(axes_entry(sweep, stages),),
     )
 
 
@@ -142,7 +162,7 @@ def run_sweep(sweep: PinnedSweep, *, attempts: int = 2) -> list[RunOutcome]:
     A run that fails is tried again after the others, up to `attempts` times, unless its request is invalid. A stop
     signal ends the sweep after the step, which is saved.
     """
-    add_to_record(sweep.out, sweep.pins, sweep.runs)
+    add_to_record(sweep.out, sweep.pins, sweep.axes, sweep.runs)
     outcomes = {run.name: _outcome(sweep, run) for run in sweep.runs}
     pending = [run for run in sweep.runs if outcomes[run.name].status != "finished"]
     pending.sort(key=lambda run: not run.is_trained)  # what is scored as it is needs a trained run's settings
@@ -163,20 +183,16 @@ def run_sweep(sweep: PinnedSweep, *, attempts: int = 2) -> list[RunOutcome]:
     return list(outcomes.values())
 
 
-def run_sweep_on(
-    sweep: PinnedSweep, request: ClusterRequest, recipe: str, *, launch: Sequence[str] = ()
-) -> list[RunOutcome]:
+def run_sweep_on(sweep: PinnedSweep, request: ClusterRequest, *, launch: Sequence[str] = ()) -> list[RunOutcome]:
     """As `run_sweep`, side by side on the workers of a cluster, each run in processes of its own.
 
-    `recipe` names the stages of the runs, `launch` are further options of `merv-train`, such as `--launch ddp`. What is
-    scored without training, and the outcomes, are read in this process.
+    `launch` are further options of `merv-train`, such as `--launch ddp`. What is scored without training, and the
+    outcomes, are read in this process.
     """
-    add_to_record(sweep.out, sweep.pins, sweep.runs)
+    add_to_record(sweep.out, sweep.pins, sweep.axes, sweep.runs)
     outcomes = {run.name: _outcome(sweep, run) for run in sweep.runs}
     pending = {run.name: run for run in sweep.runs if outcomes[run.name].status != "finished"}
-    tasks = [
-        Task(key=name, arguments=(_job(sweep, run, recipe, launch),)) for name, run in pending.items() if run.is_trained
-    ]
+    tasks = [Task(key=name, arguments=(_job(sweep, run, launch),)) for name, run in pending.items() if run.is_trained]
     with ProgressLine("sweep", total=len(tasks), unit="runs") as line, connect(request) as client:
         ended = run_tasks(client, supervise, tasks, attempts=1, per_worker=1, worker_wait_s=request.worker_wait_s)
         for outcome in ended:
@@ -193,7 +209,7 @@ def run_sweep_on(
     return list(outcomes.values())
 
 
-def _job(sweep: PinnedSweep, run: SweepRun, recipe: str, launch: Sequence[str]) -> RunJob:
+def _job(sweep: PinnedSweep, run: SweepRun, launch: Sequence[str]) -> RunJob:
     """A run as command lines; its settings are written to a file of the sweep."""
     configs, logs = sweep.out / "configs", sweep.out / "logs"
     for folder in (configs, logs):
@@ -201,6 +217,8 @@ def _job(sweep: PinnedSweep, run: SweepRun, recipe: str, launch: Sequence[str]) 
     config = replace_text(configs / f"{run.name}.yaml", to_yaml(run.stages)).absolute()
     folder = run_folder(sweep.out, run).absolute()
     store = sweep.store if is_url(sweep.store) else str(Path(sweep.store).absolute())
+    names = [stage.name for stage in run.stages]  # its file has all settings: any recipe of the same stages will do
+    recipe = next(name for name, stages in RECIPES.items() if [stage.name for stage in stages] == names)
     source = ("--from-cache", store, "--recipe", recipe, "--config", str(config))
     of_run = ("--checkpoint", str(folder), "--split", sweep.split, "--protocol", sweep.protocol)
     program = (sys.executable, "-P", "-m", "trainer.main")

@@ -21,17 +21,16 @@ from numpy.typing import NDArray
 from featurestore import FeatureStore
 from mervcache.errors import MervCacheError, UserError
 from mervcache.files import load_json
+from trainer.ablation.sweep import NOT_COMPARED, ONE_SHOT, RETRAINED, SWEEP_FILE, read_sweep, resume_command
 from trainer.config import RECORD_FILE
 from trainer.runs.stage_folders import last_stage
 
-FORMAT = 1
-SWEEP_FILE = "sweep.json"
-RETRAINED, POST_HOC, ONE_SHOT = "retrained", "post-hoc", "one-shot"
+POST_HOC = "post-hoc"
 BLOCKS = (RETRAINED, POST_HOC, ONE_SHOT)
 LIKELIHOOD = "likelihood"  # protocol: the option with the best mean log-likelihood is the answer
 CONDITIONS = ("protocol", "template")  # of scores, where they name them: equal in all runs
 TIE_TOLERANCE = 1e-6  # relative, as `trainer/model/multiple_choice.py` has it
-NO_SETTING = ("encoders", "seed", "method", "mode", "is_trained")  # of a run's entry; the rest are its setting
+NO_SETTING = ("encoders", "seed", "method", *NOT_COMPARED)  # of a run's entry; the rest are its setting
 VISUAL_SETTING = ("fusion", "projector", "tokens_per_frame")  # mean nothing without encoders
 
 Subset = tuple[str, ...]  # encoders in the order of the sweep; (): text only
@@ -127,18 +126,13 @@ def subset_name(subset: Iterable[str]) -> str:
     return "+".join(subset) or "text-only"
 
 
-def resume_command(folder: Path) -> str:
-    """What computes the missing runs of a sweep."""
-    return f"merv-train sweep --out {folder}, with the options it was begun with"
-
-
 def read_results(folder: Path, *, store: str | None = None) -> Results:
     """Read a sweep's scores; `store` is where its store is now, if that has moved.
 
     Raises UserError for runs that cannot be compared: other questions, another protocol or snapshot, broken scores.
     """
     folder = Path(folder)
-    record = _read_record(folder)
+    record = read_sweep(folder)
     encoders = tuple(record["encoders"])
     reader = _Reader(folder, record, encoders)
     for name, entry in record["runs"].items():
@@ -165,33 +159,6 @@ def read_results(folder: Path, *, store: str | None = None) -> Results:
         frame_rules=reader.frame_rules,
         notes=tuple(reader.notes),
     )
-
-
-def _read_record(folder: Path) -> dict[str, Any]:
-    path = folder / SWEEP_FILE
-    if not path.is_file():
-        raise UserError(f"{folder} is no sweep: it has no {SWEEP_FILE}; give the folder of merv-train sweep --out")
-    record = load_json(path.read_bytes(), str(path))
-    try:
-        if record["format"] != FORMAT:
-            raise ValueError(f"its format is {record['format']!r}, this version reads {FORMAT}")
-        names, split, seen = record["encoders"], record["split"], {}
-        if not names or len(set(names)) != len(names) or not all(isinstance(name, str) for name in [*names, split]):
-            raise ValueError(f"encoders are different names and the split is one, got {names} and {split!r}")
-        for run, entry in record["runs"].items():
-            if not re.fullmatch(r"[\w+.,=-]+", run) or set(run) == {"."}:
-                raise ValueError(f"{run!r} is no name of a run's folder")
-            if unknown := [name for name in entry["encoders"] if name not in names]:
-                raise ValueError(f"run {run} has encoder {unknown[0]!r}, the sweep has {', '.join(names)}")
-            if entry["method"] not in (RETRAINED, ONE_SHOT) or not isinstance(entry["seed"], int):
-                raise ValueError(f"run {run} has method {entry['method']!r} and seed {entry['seed']!r}")
-            place = (entry["method"], Setting.of(entry), tuple(sorted(entry["encoders"])), entry["seed"])
-            if (other := seen.setdefault(place, run)) != run:
-                raise ValueError(f"runs {other} and {run} have the same encoders, settings and seed")
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        reason = f"entry {error} is missing" if isinstance(error, KeyError) else str(error)
-        raise UserError(f"{path} is no record of a sweep that can be compared: {reason}") from error
-    return record
 
 
 class _Reader:

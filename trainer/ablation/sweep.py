@@ -1,6 +1,6 @@
 """A sweep: which runs it has, and what pins all of them to the same samples and questions.
 
-SWEEP/sweep.json    what the runs share, and each run's place on the axes
+SWEEP/sweep.json    what the runs share, each run's place on the axes, and the axes and settings that gave them
 SWEEP/runs/NAME/    a complete run, with the usual contract for resuming
 
 Runs of unlike encoders are comparable only on the same clips. So every run gets the settings `clips_with`, all encoders
@@ -12,25 +12,40 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from math import isqrt
+from math import isqrt, prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from mervcache.config import to_builtin
+from mervcache.config import overlay, to_builtin
 from mervcache.errors import UserError, unknown_name
 from mervcache.files import load_json, replace_text
-from trainer.config import FUSIONS, PROJECTORS, SINGLE_ENCODER_FUSIONS, MaskRule, OptimizerConfig, Stages
-from trainer.loop.stages import merge_settings
+from trainer.config import (
+    FUSIONS,
+    PROJECTORS,
+    SINGLE_ENCODER_FUSIONS,
+    MaskRule,
+    OptimizerConfig,
+    Stage,
+    Stages,
+    TrainConfig,
+)
+from trainer.loop.stages import STAGES_KEY, merge_settings
+from trainer.runs.stage_folders import settings_by_stage
 
 FORMAT = 1
 SWEEP_FILE, RUNS_FOLDER = "sweep.json", "runs"
 ALL, LEAVE_ONE_OUT, ALONE = "all", "leave-one-out", "alone"
 SUBSET_RULES = (ALL, LEAVE_ONE_OUT, ALONE)
 ONE_SHOT_MASKS: MaskRule = "sizes"  # draws the whole set and single encoders, which the table reads, more often
+SECTION = "sweep"  # of a config file, and of an entry of the record's `axes`: the axes, next to settings of all runs
+NOT_COMPARED = ("mode", "is_trained")  # of a run's entry: they follow from its encoders and settings
 TEXT_ONLY = "text-only"  # the run without encoders: the empty subset
 
+RETRAINED, ONE_SHOT = "retrained", "one-shot"
 Method = Literal["retrained", "one-shot"]
 
 
@@ -74,12 +89,12 @@ class SweepRun:
     encoders: tuple[str, ...]  # in the order of the sweep; empty: text only
     fusion: str = ""
     projector: str = ""
-    tokens_per_frame: int | None = None  # None: the recipe's, else as stored
+    tokens_per_frame: int | None = None  # None: as stored, or as the projector decides
     rate: float = 1.0  # factor of the learning rates
     seed: int = 0
     mode: str = "frozen"
     is_trained: bool = True  # False: text only under a frozen LLM, which is scored as it is
-    method: Method = "retrained"
+    method: Method = RETRAINED
     is_masked: bool = False  # also scored with every subset of its encoders
     stages: Stages = ()  # complete settings
 
@@ -126,6 +141,8 @@ def plan_runs(
     shape = (config.projector.resampler, config.projector.frame_divisor)
     rows = [row for row, preset in PROJECTORS.items() if (preset.resampler, preset.frame_divisor) == shape]
     own_projector = rows[0] if rows else config.projector.resampler
+    own_grid = None if config.projector.grid is None else prod(config.projector.grid[1:])
+    grids = sweep.grids or (own_grid,)
     pins = {"clips_with": list(encoders), "snapshot": snapshot}
     runs = []
     for rate, seed in itertools.product(sweep.rates or (1.0,), sweep.seeds):
@@ -149,12 +166,12 @@ def plan_runs(
             expand_subsets(sweep.subsets, encoders),
             sweep.fusions or (config.fusion.name,),
             sweep.projectors or (own_projector,),
-            sweep.grids or (None,),
+            grids,
         ):
             if fusion in SINGLE_ENCODER_FUSIONS and len(subset) > 1:
                 continue
             if not PROJECTORS.get(projector, config.projector).takes_grid:
-                if grid != (sweep.grids or (None,))[0]:
+                if grid != grids[0]:
                     continue
                 grid = None
             settings = {**common, "encoders": list(subset), "fusion": {"name": fusion}}
@@ -163,7 +180,7 @@ def plan_runs(
                 settings["projector"] = {"resampler": preset.resampler, "frame_divisor": preset.frame_divisor}
                 if not preset.takes_grid:
                     settings["projector"]["grid"] = None
-            if grid is not None:
+            if grid is not None and sweep.grids:
                 time = config.projector.grid[0] if config.projector.grid else time_steps
                 settings["projector"] = settings.get("projector", {}) | {"grid": [time, isqrt(grid), isqrt(grid)]}
             parts = ["+".join(subset), fusion, projector, "stored" if grid is None else str(grid), *ending]
@@ -184,11 +201,11 @@ def plan_runs(
                 masked = tuple(replace(s, config=replace(s.config, mask_encoders=ONE_SHOT_MASKS)) for s in merged)
                 runs.append(
                     SweepRun(
-                        name="__".join(["one-shot", *parts[1:]]),
+                        name="__".join([ONE_SHOT, *parts[1:]]),
                         **axes,
                         rate=rate,
                         seed=seed,
-                        method="one-shot",
+                        method=ONE_SHOT,
                         is_masked=True,
                         stages=masked,
                     )
@@ -214,25 +231,69 @@ def run_folder(sweep: Path, run: SweepRun | str) -> Path:
 
 
 def read_sweep(sweep: Path) -> dict[str, Any]:
-    """The record of a sweep; UserError for a folder that holds none."""
+    """The record of a sweep; UserError for a folder that holds none, or one whose runs cannot be compared."""
     path = Path(sweep) / SWEEP_FILE
+    if not path.is_file():
+        raise UserError(f"{sweep} is no sweep: it has no {SWEEP_FILE}; give the folder of merv-train sweep --out")
+    record = load_json(path.read_bytes(), str(path))
     try:
-        record = load_json(path.read_bytes(), str(path))
-    except OSError:
-        raise UserError(f"{sweep} is no sweep: it has no {SWEEP_FILE}; give the --out of `merv-train sweep`") from None
-    if not isinstance(record, dict) or record.get("format") != FORMAT or not isinstance(record.get("runs"), dict):
-        raise UserError(f"{path} is no record of a sweep that this version reads; make the sweep again")
+        _check_record(record)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        reason = f"entry {error} is missing" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{path} is no record of a sweep that can be compared: {reason}") from error
     return record
 
 
-def add_to_record(sweep: Path, pins: Mapping[str, Any], runs: Sequence[SweepRun]) -> dict[str, Any]:
-    """Write the sweep's record, or add runs to it; UserError where it was begun with other pins.
+def _check_record(record: Any) -> None:
+    if record["format"] != FORMAT:
+        raise ValueError(f"its format is {record['format']!r}, this version reads {FORMAT}")
+    names, split, seen = record["encoders"], record["split"], {}
+    if not names or len(set(names)) != len(names) or not all(isinstance(name, str) for name in [*names, split]):
+        raise ValueError(f"encoders are different names and the split is one, got {names} and {split!r}")
+    for run, entry in record["runs"].items():
+        if not re.fullmatch(r"[\w+.,=-]+", run) or set(run) == {"."}:
+            raise ValueError(f"{run!r} is no name of a run's folder")
+        if unknown := [name for name in entry["encoders"] if name not in names]:
+            raise ValueError(f"run {run} has encoder {unknown[0]!r}, the sweep has {', '.join(names)}")
+        if entry["method"] not in get_args(Method) or not isinstance(entry["seed"], int):
+            raise ValueError(f"run {run} has method {entry['method']!r} and seed {entry['seed']!r}")
+        settings = {name: value for name, value in entry.items() if name not in ("encoders", *NOT_COMPARED)}
+        place = json.dumps([sorted(entry["encoders"]), settings], sort_keys=True)
+        if (other := seen.setdefault(place, run)) != run:
+            raise ValueError(f"runs {other} and {run} have the same encoders, settings and seed")
+
+
+def resume_command(sweep: Path) -> str:
+    """The command line that computes what a sweep lacks."""
+    command, record = f"merv-train sweep --out {shlex.quote(str(sweep))}", read_sweep(sweep)
+    return command if record.get("axes") else f"{command}, with the options it was begun with"
+
+
+def recorded_axes(record: Mapping[str, Any]) -> list[tuple[SweepConfig, Stages]]:
+    """The axes and settings by which a sweep's runs were planned, in turn; none before they were recorded."""
+    found = []
+    for entry in record.get("axes", []):
+        by_stage = entry[STAGES_KEY].items()
+        stages = tuple(Stage(name=name, config=overlay(TrainConfig(), settings)) for name, settings in by_stage)
+        found.append((overlay(SweepConfig(), entry[SECTION]), stages))
+    return found
+
+
+def axes_entry(sweep: SweepConfig, stages: Stages) -> dict[str, Any]:
+    """What `recorded_axes` reads."""
+    return {SECTION: to_builtin(asdict(sweep)), STAGES_KEY: settings_by_stage(stages)}
+
+
+def add_to_record(
+    sweep: Path, pins: Mapping[str, Any], axes: Sequence[Mapping[str, Any]], runs: Sequence[SweepRun]
+) -> dict[str, Any]:
+    """Write the sweep's record, or add axes and runs to it; UserError where it was begun with other pins.
 
     Runs that are in the record stay in it, whether they are in `runs` or not.
     """
-    record: dict[str, Any] = {"format": FORMAT, **pins, "runs": {}}
+    record: dict[str, Any] = {"format": FORMAT, **pins, "axes": [], "runs": {}}
     if (Path(sweep) / SWEEP_FILE).exists():
-        record = read_sweep(sweep)
+        record = {"axes": [], **read_sweep(sweep)}
         before, now = ({name: values.get(name) for name in pins} for values in (record, pins))
         if before != now:
             old, new = _leaves(before), _leaves(now)
@@ -242,6 +303,7 @@ def add_to_record(sweep: Path, pins: Mapping[str, Any], runs: Sequence[SweepRun]
                 f"{sweep} was begun with other values ({values}), and runs of one sweep are compared with each other:"
                 " give the same, or another --out"
             )
+    record["axes"] += [entry for entry in axes if entry not in record["axes"]]
     record["runs"] |= {run.name: run.to_record() for run in runs}
     Path(sweep).mkdir(parents=True, exist_ok=True)
     replace_text(Path(sweep) / SWEEP_FILE, json.dumps(record, indent=1) + "\n")

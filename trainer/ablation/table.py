@@ -20,10 +20,10 @@ from trainer.ablation.results import (
     POST_HOC,
     RETRAINED,
     Results,
-    resume_command,
     subset_name,
 )
 from trainer.ablation.statistics import DRAWS, LEVEL, Resampling, holm
+from trainer.ablation.sweep import resume_command
 
 SHOWN_SUBSETS = 4  # of those that a run lacks, by name
 

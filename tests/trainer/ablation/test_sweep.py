@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
+import yaml
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,8 +16,9 @@ from hypothesis import strategies as st
 from featurestore import FeatureStore
 from mervcache.errors import UserError
 from trainer.ablation.execute import open_sweep, run_sweep
-from trainer.ablation.sweep import SweepConfig, expand_subsets, plan_runs, read_sweep, run_folder
-from trainer.config import Stage, get_stages
+from trainer.ablation.results import read_results
+from trainer.ablation.sweep import SweepConfig, expand_subsets, plan_runs, read_sweep, resume_command, run_folder
+from trainer.config import Stage, get_stages, read_config
 from trainer.loop.stages import train_in_stages
 from trainer.main import train_main
 from trainer.runs.run_record import read_metrics, read_scores
@@ -51,7 +54,7 @@ def test_a_sweep_has_every_combination_once_under_a_name_of_its_own(seeds, grids
     sweep = SweepConfig(seeds=tuple(seeds), grids=tuple(grids), fusions=tuple(fusions))
     runs = plan_runs(sweep, get_stages("demo"), encoders=FOUR, snapshot="s", time_steps=16)
     subsets = expand_subsets(["all"], FOUR)
-    expected = set(itertools.product(subsets, fusions or ["cross_attention"], grids or [None], seeds))
+    expected = set(itertools.product(subsets, fusions or ["cross_attention"], grids or [16], seeds))  # the demo's 4 x 4
     found = {(run.encoders, run.fusion, run.tokens_per_frame, run.seed) for run in runs if run.encoders}
     assert found == expected
     assert len({run.name for run in runs}) == len(runs) == len(expected) + len(seeds)
@@ -211,6 +214,49 @@ def test_the_command_prints_the_runs_and_its_settings(question_store, tmp_path):
     (tmp_path / "sweep.yaml").write_text(printed.stdout)
     again = runner.invoke(train_main, ["sweep", "--config", str(tmp_path / "sweep.yaml"), "--print-config"])
     assert again.stdout == printed.stdout
+
+
+def test_the_folder_alone_repeats_all_axes_and_settings_that_were_recorded(question_store, tmp_path):
+    out = tmp_path / "sweep"
+    common = ["sweep", "--from-cache", str(question_store), "--out", str(out), "--recipe", "demo", "--max-steps", "1"]
+    (tmp_path / "base.yaml").write_text("{llm: 'fresh:mini', batch_size: 3, projector: {grid: [4, 2, 2]}}\n")
+    common += ["--config", str(tmp_path / "base.yaml"), "--no-text-only", "--json"]
+    runner = CliRunner()
+    first = runner.invoke(train_main, [*common, "--subsets", "dinov2", "--seeds", "0,1"])
+    assert first.exit_code == 0, first.output
+    second = runner.invoke(train_main, [*common, "--subsets", "vivit", "--fusions", "equal_mix"])
+    names = [run["name"] for result in (first, second) for run in json.loads(result.stdout)["runs"]]
+    shutil.rmtree(out / "runs")
+    assert resume_command(out) == f"merv-train sweep --out {out}"
+    again = runner.invoke(train_main, ["sweep", "--out", str(out), "--json"])
+    assert again.exit_code == 0, again.output
+    found = json.loads(again.stdout)["runs"]
+    assert sorted(run["name"] for run in found) == sorted(names)
+    assert {run["status"] for run in found} == {"finished"}
+    config = read_config(out / "runs" / "vivit__equal_mix__2d-average__4__seed0")
+    assert (config.batch_size, config.llm, config.projector.standardise) == (3, "fresh:mini", True)
+    printed = runner.invoke(train_main, ["sweep", "--out", str(out), "--print-config"]).stdout
+    assert [part["sweep"]["subsets"] for part in yaml.safe_load_all(printed)] == [["dinov2"], ["vivit"]]
+
+
+def test_another_grid_of_the_settings_is_another_run(question_store, stages, tmp_path):
+    def names(grid):
+        projector = replace(stages[0].config.projector, grid=grid)
+        changed = (replace(stages[0], config=replace(stages[0].config, projector=projector)),)
+        return {
+            run.name for run in open_sweep(SweepConfig(subsets=("alone",)), changed, str(question_store), tmp_path).runs
+        }
+
+    one, other = names((4, 2, 2)), names((4, 1, 1))
+    assert one & other == {"text-only__seed0"}
+    assert "dinov2__cross_attention__2d-average__1__seed0" in other
+
+
+def test_answers_name_the_clip_so_a_table_needs_no_store(question_store, stages, tmp_path):
+    sweep = open_sweep(SweepConfig(subsets=("alone",)), stages, str(question_store), tmp_path / "sweep")
+    run_sweep(sweep)
+    shutil.rmtree(question_store)
+    assert read_results(sweep.out).questions.videos == ("set/clip18.mp4", "set/clip19.mp4", "set/clip20.mp4")
 
 
 def test_options_of_one_run_before_the_command_are_refused():
