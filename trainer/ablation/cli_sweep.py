@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -14,7 +14,7 @@ from click.core import ParameterSource
 from featurestore.locate import FEATURES, names_of
 from jobs.settings import AUTO_WORKERS, ClusterRequest, ClusterSettings
 from mervcache.config import load_yaml, overlay, parse_pairs, to_builtin
-from mervcache.console import CONTEXT, print_result
+from mervcache.console import CONTEXT, format_bytes, format_duration, print_result
 from mervcache.errors import EXIT_WITH_FAILURES, UserError
 from trainer import cli
 from trainer.ablation.sweep import (
@@ -32,6 +32,8 @@ from trainer.loop.stages import merge_settings, to_yaml
 
 if TYPE_CHECKING:
     from trainer.ablation.execute import PinnedSweep, RunOutcome
+    from trainer.ablation.forecast import Forecast
+    from trainer.ablation.rates import RateResult
 
 LISTS = {  # axes that are lists -> the type of an entry
     "encoders": str,
@@ -89,7 +91,28 @@ SETTINGS = ("recipe", "config_file", "llm", "head", "train_llm", "llm_quant", "f
 @click.option("--cluster", metavar="KEY=VALUE", multiple=True, help="Its setting, as in extract. Repeatable.")
 @click.option("--launch", type=click.Choice(get_args(Launch)), help="With --scheduler: processes of every run.")
 @click.option("--processes", type=click.IntRange(min=1), help="Of --launch.")
-@click.option("--dry-run", is_flag=True, help="Print the runs; train nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print the runs, their memory and hours by some measured steps, and when the store pays; keep nothing.",
+)
+@click.option(
+    "--live",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="With --dry-run: a run end to end, whose steps give the cost of live encoding; else the store's journal.",
+)
+@click.option(
+    "--check-rates",
+    metavar="LIST",
+    help="Train no sweep, but the first subset of each size with each of these factors of the learning rates: 0.5,1,2.",
+)
+@click.option(
+    "--check-share",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.2,
+    show_default=True,
+    help="Of --check-rates: share of the steps.",
+)
 @click.option("--print-config", is_flag=True, help="Print the axes and every setting as YAML for --config; do nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_context
@@ -105,6 +128,9 @@ def sweep(
     launch: Launch | None,
     processes: int | None,
     dry_run: bool,
+    live: Path | None,
+    check_rates: str | None,
+    check_share: float,
     print_config: bool,
     as_json: bool,
     **options: Any,
@@ -120,6 +146,9 @@ def sweep(
     if print_config:
         click.echo("---\n".join(to_sweep_yaml(*axes) for axes in planned), nl=False)
         return
+    factors = [_number(float, "check-rates", text) for text in names_of(check_rates)] if check_rates else []
+    if live is not None and not dry_run:
+        raise UserError("--live is for --dry-run: a sweep reads a store")
     request = resolve_cluster(scheduler, workers, cluster, launch, processes)
     place = None
     if store is not None or not is_recorded:
@@ -129,8 +158,19 @@ def sweep(
 
     pinned = open_recorded(out, place) if is_recorded else open_sweep(*planned[0], place, out)
     if dry_run:
+        from trainer.ablation.forecast import forecast
+
+        found = forecast(pinned, live=live)
         record = {"sweep": str(out), **pinned.pins, "runs": {run.name: run.to_record() for run in pinned.runs}}
-        print_result(record, as_json, lambda: print_runs(pinned))
+        print_result({**record, "forecast": found.to_dict()}, as_json, lambda: print_runs(pinned, found))
+        return
+    if factors:
+        from trainer.ablation.rates import best_by_size
+        from trainer.ablation.rates import check_rates as check
+
+        checked = check(pinned, factors, share=check_share)
+        result = {"sweep": str(out), "rates": [asdict(one) for one in checked], "best": best_by_size(checked)}
+        print_result(result, as_json, lambda: print_rates(checked, best_by_size(checked), factors))
         return
     if request is None:
         outcomes = run_sweep(pinned)
@@ -150,7 +190,7 @@ def resolve_sweep(recipe: str, config_file: Path | None, options: dict[str, Any]
     axes = {name: given.pop(name) for name in list(given) if name in AXES}
     for name in LISTS:
         if name in axes:
-            axes[name] = [_typed(name, text) for text in names_of(axes[name])]
+            axes[name] = [_number(LISTS[name], name, text) for text in names_of(axes[name])]
     if "head" in given:
         given["projector"] = {"head": given.pop("head")}
     in_file = settings.pop(SECTION, None) or {}
@@ -182,15 +222,15 @@ def to_sweep_yaml(axes: SweepConfig, stages: Stages) -> str:
     return yaml.safe_dump({SECTION: to_builtin(asdict(axes))}, sort_keys=False) + to_yaml(stages)
 
 
-def _typed(name: str, text: str) -> Any:
+def _number(kind: type, name: str, text: str) -> Any:
     try:
-        return LISTS[name](text)
+        return kind(text)
     except ValueError:
         raise UserError(f"--{name} takes numbers separated by commas, got {text!r}") from None
 
 
-def print_runs(sweep: PinnedSweep) -> None:
-    """Print the runs of a dry run, and what pins them."""
+def print_runs(sweep: PinnedSweep, found: Forecast) -> None:
+    """Print the runs of a dry run, what pins them, and what they will take."""
     from mervcache.console import console, table  # rich
 
     rows = []
@@ -206,6 +246,58 @@ def print_runs(sweep: PinnedSweep) -> None:
         f" clips with tokens of {', '.join(sweep.encoders)} in snapshot {sweep.pins['snapshot']}",
         markup=False,
     )
+    rows = [
+        (
+            one.run,
+            f"{one.steps:,}",
+            format_duration(one.seconds / one.steps),
+            "reading" if one.reads else "computing",
+            format_bytes(one.memory_bytes["total"]),
+        )
+        for one in found.measured
+    ]
+    table(("measured", "steps", "a step", "limited by", "memory"), rows, right=("steps", "a step", "memory"))
+    for line in found.describe():
+        console().print(line, markup=False)
+
+
+def print_rates(results: Sequence[RateResult], best: Mapping[int, float], factors: Sequence[float]) -> None:
+    """Print the validation loss by size and factor, and which factor is best."""
+    from mervcache.console import console, table  # rich
+
+    by_place = {(result.encoders, result.factor): result for result in results}
+    rows = []
+    for encoders in dict.fromkeys(result.encoders for result in results):
+        found = [by_place.get((encoders, factor)) for factor in factors]
+        losses = [
+            "-" if one is None else "not finite" if one.val_loss is None else f"{one.val_loss:.4f}" for one in found
+        ]
+        lowest = best.get(len(encoders))
+        rows.append((str(len(encoders)), "+".join(encoders), *losses, "-" if lowest is None else f"{lowest:g}"))
+    columns = [f"x {factor:g}" for factor in factors]
+    table(("encoders", "subset", *columns, "lowest"), rows, right=("encoders", *columns, "lowest"))
+    for result in results:
+        if result.error:
+            console().print(f"{result.run}: {result.error}", markup=False)
+    console().print("validation loss on training clips that these runs left out", markup=False)
+    edges = sorted(size for size, factor in best.items() if factor in (min(factors), max(factors)))
+    if edges and len(factors) > 1:
+        console().print(
+            f"with {', '.join(map(str, edges))} encoders the lowest is at an end of the factors: try further ones",
+            markup=False,
+        )
+    if len(set(best.values())) > 1:
+        console().print(
+            "sizes differ in their best factor: a sweep with one rate favours some of them; --rates"
+            f" {','.join(f'{factor:g}' for factor in sorted(set(best.values())))} trains all of these",
+            markup=False,
+        )
+
+
+def _loss(result: RateResult | None) -> str:
+    if result is None:
+        return "-"
+    return "not finite" if result.val_loss is None else f"{result.val_loss:.4f}"
 
 
 def print_outcomes(out: Path, outcomes: Sequence[RunOutcome]) -> None:

@@ -163,10 +163,10 @@ def run_sweep(sweep: PinnedSweep, *, attempts: int = 2) -> list[RunOutcome]:
     signal ends the sweep after the step, which is saved.
     """
     add_to_record(sweep.out, sweep.pins, sweep.axes, sweep.runs)
-    outcomes = {run.name: _outcome(sweep, run) for run in sweep.runs}
+    outcomes = {run.name: outcome_of(sweep, run) for run in sweep.runs}
     pending = [run for run in sweep.runs if outcomes[run.name].status != "finished"]
     pending.sort(key=lambda run: not run.is_trained)  # what is scored as it is needs a trained run's settings
-    llm = _shared_llm(sweep) if pending else None
+    llm = shared_llm(sweep) if pending else None
     for attempt in range(1, attempts + 1):
         failed = []
         for number, run in enumerate(pending, start=1):
@@ -190,7 +190,7 @@ def run_sweep_on(sweep: PinnedSweep, request: ClusterRequest, *, launch: Sequenc
     outcomes, are read in this process.
     """
     add_to_record(sweep.out, sweep.pins, sweep.axes, sweep.runs)
-    outcomes = {run.name: _outcome(sweep, run) for run in sweep.runs}
+    outcomes = {run.name: outcome_of(sweep, run) for run in sweep.runs}
     pending = {run.name: run for run in sweep.runs if outcomes[run.name].status != "finished"}
     tasks = [Task(key=name, arguments=(_job(sweep, run, launch),)) for name, run in pending.items() if run.is_trained]
     with ProgressLine("sweep", total=len(tasks), unit="runs") as line, connect(request) as client:
@@ -198,7 +198,7 @@ def run_sweep_on(sweep: PinnedSweep, request: ClusterRequest, *, launch: Sequenc
         for outcome in ended:
             name = outcome.task.key
             if outcome.error is None:
-                outcomes[name] = _outcome(sweep, pending[name])
+                outcomes[name] = outcome_of(sweep, pending[name])
             else:
                 outcomes[name] = RunOutcome(name=name, status="failed", error=str(outcome.error))
                 log.warning(f"{name} failed: {outcome.error}")
@@ -237,7 +237,7 @@ def _train_and_score(sweep: PinnedSweep, run: SweepRun, llm: LoadedLLM | None) -
     try:
         if not run.is_trained:
             _score_untrained(sweep, run, folder, llm)
-            return _outcome(sweep, run), True
+            return outcome_of(sweep, run), True
         with opened(sweep.store) as open_tokens:
             results = train_stages(run.stages, open_tokens, folder, store=sweep.store, resume=True, llm=llm)
         if results[-1].steps < results[-1].num_steps:
@@ -246,7 +246,7 @@ def _train_and_score(sweep: PinnedSweep, run: SweepRun, llm: LoadedLLM | None) -
         evaluate_run(folder, request, llm=llm)
         if run.is_masked:
             evaluate_masked(folder, request, [(), *expand_subsets([ALL], run.encoders)], llm=llm)
-        return _outcome(sweep, run), True
+        return outcome_of(sweep, run), True
     except MervCacheError as error:
         return RunOutcome(name=run.name, status="failed", error=str(error)), isinstance(error, UserError)
     except Exception as error:  # out of memory, a full disk, a bug: the other runs go on, and the result names it
@@ -279,7 +279,7 @@ def _score_untrained(sweep: PinnedSweep, run: SweepRun, folder: Path, llm: Loade
     write_scores(folder, result, source)
 
 
-def _outcome(sweep: PinnedSweep, run: SweepRun) -> RunOutcome:
+def outcome_of(sweep: PinnedSweep, run: SweepRun) -> RunOutcome:
     """What the run's folder says: finished once it is scored on all questions of the sweep at its last step."""
     folder = run_folder(sweep.out, run)
     if not folder.is_dir():
@@ -306,7 +306,7 @@ def _outcome(sweep: PinnedSweep, run: SweepRun) -> RunOutcome:
     return RunOutcome(name=run.name, status="pending")
 
 
-def _shared_llm(sweep: PinnedSweep) -> LoadedLLM | None:
+def shared_llm(sweep: PinnedSweep) -> LoadedLLM | None:
     """The LLM of all runs, loaded once, where none of them changes it; else None, and each run loads its own."""
     configs = [stage.config for run in sweep.runs for stage in run.stages]
     return new_llm(configs[0], ()) if all(map(_is_shareable, configs)) else None

@@ -159,7 +159,7 @@ def plan_runs(
                     seed=seed,
                     mode=TEXT_ONLY,
                     is_trained=is_trained,
-                    stages=_scale_rates(merge_settings(stages, {}, settings), rate),
+                    stages=scale_rates(merge_settings(stages, {}, settings), rate),
                 )
             )
         for subset, fusion, projector, grid in itertools.product(
@@ -185,7 +185,7 @@ def plan_runs(
                 settings["projector"] = settings.get("projector", {}) | {"grid": [time, isqrt(grid), isqrt(grid)]}
             parts = ["+".join(subset), fusion, projector, "stored" if grid is None else str(grid), *ending]
             axes = {"encoders": subset, "fusion": fusion, "projector": projector, "tokens_per_frame": grid}
-            merged = _scale_rates(merge_settings(stages, {}, settings), rate)
+            merged = scale_rates(merge_settings(stages, {}, settings), rate)
             is_whole = subset == tuple(encoders)
             runs.append(
                 SweepRun(
@@ -213,7 +213,7 @@ def plan_runs(
     return sorted(runs, key=lambda run: len(run.encoders))
 
 
-def _scale_rates(stages: Stages, factor: float) -> Stages:
+def scale_rates(stages: Stages, factor: float) -> Stages:
     """The stages with every learning rate times `factor`."""
 
     def scaled(optimizer: OptimizerConfig) -> OptimizerConfig:

@@ -167,6 +167,24 @@ def train(
             return _Loop(plan, source, accelerator, validation, out, files).run(folder, state, stop_at, quiet)
 
 
+def time_steps(plan: Plan, source: TokenSource, count: int) -> list[tuple[float, float]]:
+    """Seconds of reading and of computing of the first steps of a plan; nothing is written, the weights do change.
+
+    A run reads ahead, so its steps take the longer of both.
+    """
+    accelerator = make_accelerator(replace(plan.config, trackers=()), Path())
+    loop = _Loop(plan, source, accelerator, None, Path(), None)
+    model, optimizer = prepare(accelerator, loop.model, loop.optimizer)
+    found = []
+    for number in range(min(count, plan.batches.num_steps)):
+        began = time.perf_counter()
+        step = loop._read(number)
+        read = time.perf_counter()
+        float(loop._step(model, optimizer, number, step)["loss"])  # waits for the device
+        found.append((read - began, time.perf_counter() - read))
+    return found
+
+
 class _Loop:
     """One process's part of a run."""
 
