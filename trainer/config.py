@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
-from math import inf
+from math import inf, isqrt
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,6 +99,8 @@ class ProjectorConfig:
     head: str = "linear"  # a name in HEADS
     pre_layer_norm: bool = False  # layer norm before the head
     standardise: bool = False  # see trainer/model/projectors.py: for small runs with encoders of unlike scale
+    # Tokens per frame, such as 64, 16, 4, 1: every step is trained at one of these grids, see trainer/data/grids.py.
+    nested_grids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _check_choice("projector.resampler", self.resampler, RESAMPLERS)
@@ -113,6 +115,26 @@ class ProjectorConfig:
         if self.grid is not None and not self.takes_grid:
             setting = f"frame_divisor {self.frame_divisor}" if self.frame_divisor > 1 else f"resampler {self.resampler}"
             raise UserError(f"{setting} decides the grid, got projector.grid {list(self.grid)} too; set it to null")
+
+        self._check_nested_grids()
+
+    def _check_nested_grids(self) -> None:
+        nested = self.nested_grids
+        if not nested:
+            return
+        if odd := [tokens for tokens in nested if tokens < 1 or isqrt(tokens) ** 2 != tokens]:
+            raise UserError(f"projector.nested_grids are tokens per frame, squares such as 64, 16, 4, 1; got {odd[0]}")
+        if len(set(nested)) < max(len(nested), 2):
+            raise UserError(f"projector.nested_grids are two or more different grids, got {list(nested)}")
+        if self.resampler != "average" or not self.takes_grid:
+            found = f"resampler {self.resampler}, frame_divisor {self.frame_divisor}"
+            raise UserError(f"projector.nested_grids are averages of each frame, which {found} is not; leave one out")
+        side = isqrt(max(nested))
+        if self.grid is not None and self.grid[1:] != (side, side):
+            raise UserError(
+                f"the finest of projector.nested_grids {list(nested)} is the grid of the run, {side} x {side}, got"
+                f" projector.grid {list(self.grid)} too; set it to null, or to [{self.grid[0]}, {side}, {side}]"
+            )
 
     @property
     def takes_grid(self) -> bool:
@@ -272,6 +294,10 @@ class TrainConfig:
             what = "text-only training" if self.mode == "text-only" else f"fusion {self.fusion.name}"
             raise UserError(
                 f"mask_encoders {self.mask_encoders} shows subsets of encoders, and {what} has none to choose"
+            )
+        if self.mask_encoders != "none" and self.projector.nested_grids:
+            raise UserError(
+                "mask_encoders and projector.nested_grids are one-shot methods of their own: train a run for each"
             )
         if self.train_encoders and self.mode == "text-only":
             raise UserError("text-only training has no encoders to train; leave train_encoders empty")

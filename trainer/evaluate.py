@@ -32,8 +32,16 @@ from trainer.model.multiple_choice import (
     showable,
     summarise,
 )
+from trainer.model.video_llm import Built
 from trainer.runs.load import LoadedRun, load_run
-from trainer.runs.run_record import RunRecord, ScoreSource, write_masked_scores, write_scores
+from trainer.runs.run_record import (
+    RunRecord,
+    ScoreSource,
+    grid_scores_file,
+    masked_scores_file,
+    write_answers,
+    write_scores,
+)
 from trainer.runs.stage_folders import last_stage
 from trainer.sources import TokenPlace, opened_for
 
@@ -105,29 +113,54 @@ def evaluate_masked(
     The empty subset is the model without visual tokens. The method is "one-shot" for a run that was trained with
     `mask_encoders`, else "post-hoc": such a run has never seen a subset before.
     """
-    template = _template(run, (), request)
     loaded = load_run(run, best=request.best, llm=llm)
     if not loaded.built.model.has_visual:
         raise UserError(f"{run} is a text-only run: it has no encoders to mask")
-    place, answers = questions_place(run, loaded, request), {}
+    views = {"+".join(subset): replace(loaded.built, shown=tuple(subset)) for subset in subsets}
+    method = "post-hoc" if loaded.built.config.mask_encoders == "none" else "one-shot"
+    result = _evaluate_views(run, loaded, request, views, "subsets") | {"method": method}
+    write_answers(masked_scores_file(last_stage(run), request.split), result)
+    return result
+
+
+def evaluate_grids(
+    run: Path, request: EvaluationRequest, grids: Sequence[int] = (), *, llm: LoadedLLM | None = None
+) -> dict[str, Any]:
+    """Answers of one checkpoint at each of its nested grids, or at some of them; saved in the run's folder."""
+    loaded = load_run(run, best=request.best, llm=llm)
+    known = loaded.built.config.projector.nested_grids
+    if not known or not loaded.built.model.has_visual:
+        raise UserError(f"{run} was trained at one grid: a run of several has the setting projector.nested_grids")
+    if unknown := [tokens for tokens in grids if tokens not in known]:
+        raise UserError(f"{run} was trained at {', '.join(map(str, known))} tokens per frame, not at {unknown[0]}")
+    views = {str(tokens): replace(loaded.built, tokens_per_frame=tokens) for tokens in grids or known}
+    result = _evaluate_views(run, loaded, request, views, "grids") | {"method": "one-shot"}
+    write_answers(grid_scores_file(last_stage(run), request.split), result)
+    return result
+
+
+def _evaluate_views(
+    run: Path, loaded: LoadedRun, request: EvaluationRequest, views: Mapping[str, Built], key: str
+) -> dict[str, Any]:
+    """Answers to the same questions by several views of one model, under `key` by the names of the views."""
+    template, place = _template(run, (), request), questions_place(run, loaded, request)
     with opened_for(loaded, place, request.weights, _device()) as (held, source):
         samples = questions(held, source, split=request.split, has_visual=True)[: request.limit]
-        for subset in subsets:
-            masked = replace(loaded, built=replace(loaded.built, shown=tuple(subset)))
-            answers["+".join(subset)] = _answers(run, masked, samples, source, request, template)
-    result = {
+        answers = {
+            name: _answers(run, replace(loaded, built=built), samples, source, request, template)
+            for name, built in views.items()
+        }
+    return {
         "split": request.split,
+        "limit": request.limit,
         "snapshot": source.snapshot,
         "step": loaded.step,
-        "method": "post-hoc" if loaded.built.config.mask_encoders == "none" else "one-shot",
         "protocol": next(iter(answers.values()))[0].protocol,
         "template": template and asdict(template),
-        "subsets": {
+        key: {
             name: [{**asdict(answer), "credit": answer.credit} for answer in found] for name, found in answers.items()
         },
     }
-    write_masked_scores(last_stage(run), result)
-    return result
 
 
 def _template(run: Path, baselines: Sequence[Path], request: EvaluationRequest) -> Template | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from featurestore.locate import names_of
-from mervcache.console import CONTEXT, echo, format_bytes, format_duration, handle_errors, print_result
+from mervcache.console import CONTEXT, echo, format_bytes, format_duration, handle_errors, print_result, stacked
 from mervcache.errors import EXIT_WITH_FAILURES, UserError
 from trainer.ablation.sweep import SUBSET_RULES, expand_subsets
 from trainer.cli import load_torch_modules
@@ -83,17 +83,22 @@ def table_command(
         sys.exit(EXIT_WITH_FAILURES)
 
 
+QUESTIONS = stacked(  # one checkpoint, and the questions that it answers in several conditions
+    click.option("--checkpoint", type=click.Path(path_type=Path), required=True, help="Folder of a run."),
+    click.option("--store", show_default="the one the run was trained on", help="Store of the questions' clips."),
+    click.option("--split", default="heldout", help="Split whose questions are asked."),
+    click.option(
+        "--protocol", type=click.Choice(get_args(Protocol)), show_default="as in merv-eval run", help="Of scores."
+    ),
+    click.option("--limit", type=click.IntRange(min=1), help="Ask at most so many questions."),
+    click.option("--json", "as_json", is_flag=True, help="Print the answers as JSON."),
+)
+
+
 @click.command("mask", context_settings=CONTEXT)
 @handle_cli_errors
-@click.option("--checkpoint", type=click.Path(path_type=Path), required=True, help="Folder of a run.")
-@click.option("--store", show_default="the one the run was trained on", help="Store of the questions' clips.")
+@QUESTIONS
 @click.option("--subsets", default="all", metavar="|".join([*SUBSET_RULES, "LIST"]), help="Subsets, as for sweep.")
-@click.option("--split", default="heldout", help="Split whose questions are asked.")
-@click.option(
-    "--protocol", type=click.Choice(get_args(Protocol)), show_default="as in merv-eval run", help="Of scores."
-)
-@click.option("--limit", type=click.IntRange(min=1), help="Ask at most so many questions.")
-@JSON
 def mask_command(checkpoint: Path, subsets: str, as_json: bool, **options: Any) -> None:
     """Score one checkpoint with only some of its encoders shown.
 
@@ -107,16 +112,34 @@ def mask_command(checkpoint: Path, subsets: str, as_json: bool, **options: Any) 
     encoders = RunRecord.read(last_stage(checkpoint)).encoder_order
     chosen = [(), *expand_subsets(names_of(subsets), encoders)]
     result = evaluate_masked(checkpoint, EvaluationRequest(**options), chosen)
-    print_result(result, as_json, lambda: print_masked(result))
+    print_result(result, as_json, lambda: print_views(f"encoders shown, {result['method']}", result, "subsets"))
 
 
-def print_masked(result: Mapping[str, Any]) -> None:
-    """Print a row per subset."""
+@click.command("grids", context_settings=CONTEXT)
+@handle_cli_errors
+@QUESTIONS
+@click.option("--grids", metavar="LIST", show_default="all of the run", help="Tokens per frame, comma separated.")
+def grids_command(checkpoint: Path, grids: str | None, as_json: bool, **options: Any) -> None:
+    """Score one checkpoint that was trained with `projector.nested_grids` at each of them."""
+    chosen = names_of(grids) if grids else ()
+    if odd := [name for name in chosen if not name.isdecimal()]:
+        raise UserError(f"--grids are tokens per frame, such as 64,16, got {odd[0]!r}")
+    check_are_runs(checkpoint)
+    load_torch_modules()
+    from trainer.evaluate import EvaluationRequest, evaluate_grids
+
+    result = evaluate_grids(checkpoint, EvaluationRequest(**options), [int(name) for name in chosen])
+    print_result(result, as_json, lambda: print_views("tokens per frame, one-shot", result, "grids"))
+
+
+def print_views(heading: str, result: Mapping[str, Any], key: str) -> None:
+    """Print a row per condition that the same checkpoint was scored in."""
     from mervcache.console import table  # rich
 
-    credits = {name: [answer["credit"] for answer in found] for name, found in result["subsets"].items()}
+    credits = {name: [answer["credit"] for answer in found] for name, found in result[key].items()}
     rows = [(name or "none", f"{sum(c) / len(c):.3f}", f"{len(c):,}") for name, c in credits.items()]
-    table((f"encoders shown, {result['method']}", f"accuracy by {result['protocol']}", "questions"), rows)
+    columns = (heading, f"accuracy by {result['protocol']}", "questions")
+    table(columns, rows, right=columns[1:])
 
 
 @click.command("flops", context_settings=CONTEXT)
@@ -247,4 +270,4 @@ def print_costs(costs: RunCosts) -> None:
         echo(note)
 
 
-COMMANDS = (table_command, mask_command, flops_command, rank_command, costs_command)
+COMMANDS = (table_command, mask_command, grids_command, flops_command, rank_command, costs_command)

@@ -14,10 +14,11 @@ from click.core import ParameterSource
 from featurestore.locate import FEATURES, names_of
 from jobs.settings import AUTO_WORKERS, ClusterRequest, ClusterSettings
 from mervcache.config import load_yaml, overlay, parse_pairs, to_builtin
-from mervcache.console import CONTEXT, format_bytes, format_duration, print_result
+from mervcache.console import CONTEXT, format_bytes, print_result
 from mervcache.errors import EXIT_WITH_FAILURES, UserError
 from trainer import cli
 from trainer.ablation.sweep import (
+    RETRAINED,
     SECTION,
     SUBSET_RULES,
     SWEEP_FILE,
@@ -41,6 +42,7 @@ LISTS = {  # axes that are lists -> the type of an entry
     "fusions": str,
     "projectors": str,
     "grids": int,
+    "nested_grids": int,
     "rates": float,
     "seeds": int,
 }
@@ -72,6 +74,11 @@ SETTINGS = ("recipe", "config_file", "llm", "head", "train_llm", "llm_quant", "f
 @click.option("--fusions", metavar="LIST", show_default="the recipe's", help="Fusions, comma separated.")
 @click.option("--projectors", metavar="LIST", show_default="the recipe's", help="Projectors, comma separated.")
 @click.option("--grids", metavar="LIST", show_default="the recipe's", help="Tokens per frame: 1,4,16,64.")
+@click.option(
+    "--nested-grids",
+    metavar="LIST",
+    help="Also train all encoders at a random one of these grids per step; score each.",
+)
 @click.option("--rates", metavar="LIST", show_default="1", help="Factors of all learning rates: 0.5,1,2.")
 @click.option("--seeds", metavar="LIST", show_default="0", help="Seeds, comma separated.")
 @click.option("--text-only/--no-text-only", default=None, show_default="yes", help="Also the run without encoders.")
@@ -226,7 +233,7 @@ def _number(kind: type, name: str, text: str) -> Any:
     try:
         return kind(text)
     except ValueError:
-        raise UserError(f"--{name} takes numbers separated by commas, got {text!r}") from None
+        raise UserError(f"--{name.replace('_', '-')} takes numbers separated by commas, got {text!r}") from None
 
 
 def print_runs(sweep: PinnedSweep, found: Forecast) -> None:
@@ -236,8 +243,11 @@ def print_runs(sweep: PinnedSweep, found: Forecast) -> None:
     rows = []
     for run in sweep.runs:
         grid = "stored" if run.tokens_per_frame is None else run.tokens_per_frame
+        grid = ",".join(map(str, run.nested_grids)) or grid
         axes = (run.fusion, run.projector, grid) if run.encoders else ("-", "-", "-")
-        note = "" if run.is_trained else "frozen LLM: scored as it is"
+        note = "frozen LLM: scored as it is"
+        if run.is_trained:
+            note = "" if run.method == RETRAINED else run.method
         rows.append(("+".join(run.encoders) or "text only", *axes, f"{run.rate:g}", run.seed, note))
     columns = ("encoders", "fusion", "projector", "tokens/frame", "rate", "seed", "")
     table(columns, rows, right=("tokens/frame", "rate", "seed"))
@@ -250,7 +260,7 @@ def print_runs(sweep: PinnedSweep, found: Forecast) -> None:
         (
             one.run,
             f"{one.steps:,}",
-            format_duration(one.seconds / one.steps),
+            f"{one.seconds / one.steps:.3g} s",
             "reading" if one.reads else "computing",
             format_bytes(one.memory_bytes["total"]),
         )

@@ -11,7 +11,7 @@ import numpy as np
 from trainer.ablation.document import Cell, Column, Estimate, NotComputed, Section
 from trainer.ablation.panel import Metric, Panel, Study, estimates
 from trainer.ablation.published import alongside
-from trainer.ablation.results import BLOCKS, Setting, Subset, subset_name
+from trainer.ablation.results import RETRAINED, SUBSET_BLOCKS, Setting, Subset, subset_name
 from trainer.ablation.statistics import (
     Floats,
     kendall,
@@ -27,10 +27,10 @@ LEAST_RANKED = 3  # subsets of a rank correlation
 FIRST_SEEDS = "Spearman between seeds of the first"  # the ceiling
 
 
-def axis(study: Study, metric: Metric, panels: Mapping[Setting, Panel], name: str) -> Section | None:
+def axis(study: Study, block: str, metric: Metric, panels: Mapping[Setting, Panel], name: str) -> Section | None:
     """Rows that differ in one setting only, against the reference; None where nothing does.
 
-    Of all encoders, or where these differ in nothing, of every subset.
+    Of all encoders, or where these differ in nothing, of every subset. Published figures are of retrained runs.
     """
     groups: dict[tuple[Setting, Subset], Panel] = {}
     for setting, panel in panels.items():
@@ -40,7 +40,8 @@ def axis(study: Study, metric: Metric, panels: Mapping[Setting, Panel], name: st
     groups = {place: group for place, group in groups.items() if place[1] == study.encoders} or groups
     if not groups:
         return None
-    published, title = alongside(name, study.results.record), name.replace("_", " ")
+    published = alongside(name, study.results.record) if block == RETRAINED else {}
+    title = name.replace("_", " ")
     rows: list[tuple[Cell, ...]] = []
     notes: list[str] = []
     for (setting, subset), group in groups.items():
@@ -91,10 +92,10 @@ def _text(key: Any) -> str:
 
 def agreement(study: Study, metric: Metric) -> Section:
     """Rank correlation of the subsets' scores by two methods, with what retraining with another seed reaches."""
-    by_block = {block: study.panels(block, metric) for block in BLOCKS}
+    by_block = {block: study.panels(block, metric) for block in SUBSET_BLOCKS}
     rows: list[tuple[Cell, ...]] = []
     notes: list[str] = []
-    for one, other in [(one, other) for i, one in enumerate(BLOCKS) for other in BLOCKS[i + 1 :]]:
+    for one, other in combinations(SUBSET_BLOCKS, 2):
         for setting in [setting for setting in by_block[one] if setting in by_block[other]]:
             if not (by_block[one][setting].values and by_block[other][setting].values):
                 continue

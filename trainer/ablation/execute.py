@@ -44,7 +44,7 @@ from trainer.ablation.sweep import (
 from trainer.config import RECIPES, Protocol, Stages, TrainConfig, in_paper_order
 from trainer.data.batches import named_samples, order_digest, select
 from trainer.data.tokens import StoreTokens
-from trainer.evaluate import EvaluationRequest, evaluate_masked, evaluate_run
+from trainer.evaluate import EvaluationRequest, evaluate_grids, evaluate_masked, evaluate_run
 from trainer.loop.stages import to_yaml, train_stages
 from trainer.model.letters import Template
 from trainer.model.llm import FRESH_PREFIX, LoadedLLM
@@ -52,7 +52,14 @@ from trainer.model.multiple_choice import answer_all, default_protocol, question
 from trainer.model.projectors import build_projectors, parts_of
 from trainer.model.video_llm import VideoLLM, build, new_llm
 from trainer.runs import checkpoint
-from trainer.runs.run_record import RunRecord, ScoreSource, masked_scores_file, read_scores, write_scores
+from trainer.runs.run_record import (
+    RunRecord,
+    ScoreSource,
+    grid_scores_file,
+    masked_scores_file,
+    read_scores,
+    write_scores,
+)
 from trainer.runs.stage_folders import last_stage
 from trainer.sources import opened
 
@@ -222,11 +229,12 @@ def _job(sweep: PinnedSweep, run: SweepRun, launch: Sequence[str]) -> RunJob:
     source = ("--from-cache", store, "--recipe", recipe, "--config", str(config))
     of_run = ("--checkpoint", str(folder), "--split", sweep.split, "--protocol", sweep.protocol)
     program = (sys.executable, "-P", "-m", "trainer.main")
+    views = {"mask": run.is_masked, "grids": bool(run.nested_grids)}
     return RunJob(
         run=str(folder),
         train=(*program, "train", *source, "--out", str(folder), "--resume", "auto", *launch),
         score=(*program, "eval", "run", *of_run),
-        mask=(*program, "eval", "mask", *of_run) if run.is_masked else (),
+        views=tuple((*program, "eval", command, *of_run) for command, is_wanted in views.items() if is_wanted),
         log=str((logs / f"{run.name}.log").absolute()),
     )
 
@@ -246,6 +254,8 @@ def _train_and_score(sweep: PinnedSweep, run: SweepRun, llm: LoadedLLM | None) -
         evaluate_run(folder, request, llm=llm)
         if run.is_masked:
             evaluate_masked(folder, request, [(), *expand_subsets([ALL], run.encoders)], llm=llm)
+        if run.nested_grids:
+            evaluate_grids(folder, request, llm=llm)
         return outcome_of(sweep, run), True
     except MervCacheError as error:
         return RunOutcome(name=run.name, status="failed", error=str(error)), isinstance(error, UserError)
@@ -293,7 +303,8 @@ def outcome_of(sweep: PinnedSweep, run: SweepRun) -> RunOutcome:
         num_steps = RunRecord.read(folder).num_steps
         if checkpoint.load_state(newest).step < num_steps:
             return RunOutcome(name=run.name, status="pending")
-    if run.is_masked and not masked_scores_file(folder, sweep.split).is_file():
+    further = [(run.is_masked, masked_scores_file), (run.nested_grids, grid_scores_file)]
+    if any(wanted and not file(folder, sweep.split).is_file() for wanted, file in further):
         return RunOutcome(name=run.name, status="pending")
     for record in read_scores(folder):
         found = (record["split"], record.get("limit"), record["step"], record.get("protocol", sweep.protocol))

@@ -155,7 +155,7 @@ def measure(sweep: PinnedSweep, run: SweepRun, llm: LoadedLLM | None) -> Measure
             plan = make_plan(replace(stage.config, init=None), samples, source, store=sweep.store, llm=llm)
             memory = max(memory, _memory(plan), key=lambda parts: parts["total"])
             try:
-                timed = time_steps(plan, source, WARMUP_STEPS + TIMED_STEPS)
+                timed = time_steps(plan, source, steps_to_time(plan))
             except torch.OutOfMemoryError as error:
                 raise UserError(
                     f"{run.name} does not fit into the memory of this device: it takes about"
@@ -181,6 +181,13 @@ def measure(sweep: PinnedSweep, run: SweepRun, llm: LoadedLLM | None) -> Measure
         clips_per_step=clips,
         memory_bytes=memory,
     )
+
+
+def steps_to_time(plan: Plan) -> list[int]:
+    """The first steps, the warm-up included; of nested grids, which are equally likely, then one step for each."""
+    first = list(range(min(WARMUP_STEPS + TIMED_STEPS, plan.batches.num_steps)))
+    by_grid = {plan.batches.tokens_per_frame(step): step for step in reversed(range(plan.batches.num_steps))}
+    return first if None in by_grid else [*first[:WARMUP_STEPS], *by_grid.values()]
 
 
 def _memory(plan: Plan) -> dict[str, Any]:

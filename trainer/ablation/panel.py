@@ -145,7 +145,8 @@ class Study:
             served = [s for s in panels if s.without(*VISUAL_SETTING) == setting.without(*VISUAL_SETTING)]
             for place in served or [setting]:
                 panels.setdefault(place, Panel()).add_from(baseline, (), ())
-        place = {Setting.of(entry): number for number, entry in enumerate(self.results.record["runs"].values())}
+        entries = self.results.record["runs"].values()
+        place = {setting: number for number, entry in enumerate(entries) for setting in Setting.all_of(entry)}
         return dict(sorted(panels.items(), key=lambda item: place[item[0]]))
 
     def resample(self, panel: Panel, keys: Sequence[Hashable], seeds: tuple[int, ...]) -> dict[Hashable, Cell]:

@@ -12,12 +12,14 @@ from typing import Any
 
 from trainer.ablation.document import Cell, Column, Document, Estimate, NotComputed, Section
 from trainer.ablation.panel import seeds_text
-from trainer.ablation.results import ONE_SHOT, POST_HOC, RETRAINED
+from trainer.ablation.results import POST_HOC
+from trainer.ablation.sweep import NESTED, ONE_SHOT, RETRAINED
 
 HEADINGS = {
     RETRAINED: "Retrained: every subset is a run of its own",
     POST_HOC: "Post-hoc masked: encoders of a finished run are masked when it is scored",
     ONE_SHOT: "One-shot: one run was trained with random masks, and scored with each",
+    NESTED: "One-shot, grids: one run was trained at a random grid in every step, and scored at each",
     "": "Methods compared",
 }
 PERCENT = ("share", "points")  # units shown times 100

@@ -1,8 +1,8 @@
 """Answers of a sweep's runs, checked: the same questions everywhere, one protocol, one snapshot.
 
-Runs come in three blocks that are never mixed: retrained; post-hoc, a finished run scored with encoders masked; and
-one-shot, a run that was trained with masks. A run without answers is missing, with the reason; answers that cannot be
-compared are an error. Imports no torch.
+Runs come in blocks that are never mixed: retrained; post-hoc, a finished run scored with encoders masked; one-shot, a
+run that was trained with masks; and one-shot grids, a run that was trained at several numbers of tokens. A run without
+answers is missing, with the reason; answers that cannot be compared are an error. Imports no torch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,17 @@ from numpy.typing import NDArray
 from featurestore import FeatureStore
 from mervcache.errors import MervCacheError, UserError
 from mervcache.files import load_json
-from trainer.ablation.sweep import NOT_COMPARED, ONE_SHOT, RETRAINED, SWEEP_FILE, read_sweep, resume_command
+from trainer.ablation.sweep import NESTED, NOT_COMPARED, ONE_SHOT, RETRAINED, SWEEP_FILE, read_sweep, resume_command
 from trainer.config import RECORD_FILE
 from trainer.runs.stage_folders import last_stage
 
 POST_HOC = "post-hoc"
-BLOCKS = (RETRAINED, POST_HOC, ONE_SHOT)
+BLOCKS = (RETRAINED, POST_HOC, ONE_SHOT, NESTED)
+SUBSET_BLOCKS = (RETRAINED, POST_HOC, ONE_SHOT)  # that have several subsets of the encoders
 LIKELIHOOD = "likelihood"  # protocol: the option with the best mean log-likelihood is the answer
 CONDITIONS = ("protocol", "template")  # of scores, where they name them: equal in all runs
 TIE_TOLERANCE = 1e-6  # relative, as `trainer/model/multiple_choice.py` has it
-NO_SETTING = ("encoders", "seed", "method", *NOT_COMPARED)  # of a run's entry; the rest are its setting
+NO_SETTING = ("encoders", "seed", "method", "nested_grids", *NOT_COMPARED)  # of a run's entry; the rest are its setting
 VISUAL_SETTING = ("fusion", "projector", "tokens_per_frame")  # mean nothing without encoders
 
 Subset = tuple[str, ...]  # encoders in the order of the sweep; (): text only
@@ -38,14 +39,19 @@ Subset = tuple[str, ...]  # encoders in the order of the sweep; (): text only
 
 @dataclass(frozen=True)
 class Setting:
-    """What runs share that differ in encoders and seed only."""
+    """What answers share that differ in encoders and seed only."""
 
     values: tuple[tuple[str, Any], ...]  # fusion, projector, tokens_per_frame, then what else the sweep varies
 
     @classmethod
-    def of(cls, entry: Mapping[str, Any]) -> Setting:
+    def of(cls, entry: Mapping[str, Any], **changes: Any) -> Setting:
         """The setting of a run's entry in the sweep's record."""
-        return cls(tuple((name, value) for name, value in entry.items() if name not in NO_SETTING))
+        return cls(tuple((name, value) for name, value in {**entry, **changes}.items() if name not in NO_SETTING))
+
+    @classmethod
+    def all_of(cls, entry: Mapping[str, Any]) -> list[Setting]:
+        """Those that a run has answers at: one, or one for each of its nested grids."""
+        return [cls.of(entry, tokens_per_frame=tokens) for tokens in entry.get("nested_grids") or ()] or [cls.of(entry)]
 
     def get(self, name: str) -> Any:
         return dict(self.values).get(name)
@@ -76,6 +82,8 @@ class Member:
     run: str  # name of the run that answers, or would
 
     def __str__(self) -> str:
+        if self.block == NESTED:
+            return f"{self.run}, {self.setting.get('tokens_per_frame')} tokens per frame"
         masked = "" if self.block == RETRAINED else f", encoders left: {subset_name(self.subset)}"
         return f"{self.run}{masked}"
 
@@ -191,6 +199,9 @@ class _Reader:
                 self.missing[member] = reason or unscored
             else:
                 self.answers[member] = self._parse(found.get("answers"), str(path))
+        if member.block == NESTED:
+            self._read_grids(member, entry, scores.with_name(f"{scores.name}-grids.json"), step, reason)
+            return
         if subset and subset == self._encoders:
             self._read_masked(member, masked, step, reason)
         elif masked.is_file() or member.block == ONE_SHOT:
@@ -274,6 +285,19 @@ class _Reader:
                 self.answers[place] = given[subset]
             else:
                 self.missing[place] = "its masked scores lack this subset"
+
+    def _read_grids(self, member: Member, entry: Mapping[str, Any], path: Path, step: int, reason: str | None) -> None:
+        record, unscored = self._read_scores(path, step, "it is not scored at its grids")
+        if record is not None and not isinstance(record.get("grids"), dict):
+            raise UserError(f"{path} has no answers by grid; remove it and score the run's grids again")
+        for setting in Setting.all_of(entry):
+            place, tokens = replace(member, setting=setting), str(setting.get("tokens_per_frame"))
+            if reason or record is None:
+                self.missing[place] = reason or unscored
+            elif tokens in record["grids"]:
+                self.answers[place] = self._parse(record["grids"][tokens], f"{path}, {tokens} tokens per frame")
+            else:
+                self.missing[place] = "its scores lack this grid"
 
     def _parse(self, answers: Any, where: str) -> Answers:
         """Answers in the order of the questions; the first ones define what the questions are."""

@@ -33,7 +33,7 @@ class RunJob:
     run: str  # folder
     train: tuple[str, ...]
     score: tuple[str, ...]
-    mask: tuple[str, ...]  # scores with subsets of the encoders; empty: not wanted
+    views: tuple[tuple[str, ...], ...]  # score it with subsets of its encoders, or at its grids
     log: str  # file that gets what both print
     attempts: int = 2  # in a row without a new checkpoint
 
@@ -50,8 +50,8 @@ def supervise(job: RunJob) -> None:
         failures, before = (failures + 1 if now <= before else 0), now
         if failures == job.attempts:
             raise RunFailedError(f"merv-train ended with code {code}: {_end_of(job.log)}")
-    for command in (job.score, job.mask):
-        if command and (code := _run(command, job.log)) != 0:
+    for command in (job.score, *job.views):
+        if (code := _run(command, job.log)) != 0:
             raise RunFailedError(f"merv-eval ended with code {code}: {_end_of(job.log)}")
 
 

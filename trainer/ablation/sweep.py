@@ -41,12 +41,13 @@ SWEEP_FILE, RUNS_FOLDER = "sweep.json", "runs"
 ALL, LEAVE_ONE_OUT, ALONE = "all", "leave-one-out", "alone"
 SUBSET_RULES = (ALL, LEAVE_ONE_OUT, ALONE)
 ONE_SHOT_MASKS: MaskRule = "sizes"  # draws the whole set and single encoders, which the table reads, more often
+NESTED_NAME, NESTED_PROJECTOR = "nested-grids", "2d-average"  # begins the name of a run; its projector
 SECTION = "sweep"  # of a config file, and of an entry of the record's `axes`: the axes, next to settings of all runs
 NOT_COMPARED = ("mode", "is_trained")  # of a run's entry: they follow from its encoders and settings
 TEXT_ONLY = "text-only"  # the run without encoders: the empty subset
 
-RETRAINED, ONE_SHOT = "retrained", "one-shot"
-Method = Literal["retrained", "one-shot"]
+RETRAINED, ONE_SHOT, NESTED = "retrained", "one-shot", "one-shot, grids"
+Method = Literal["retrained", "one-shot", "one-shot, grids"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +63,12 @@ class SweepConfig:
     seeds: tuple[int, ...] = (0,)
     text_only: bool = True  # also the run without encoders, which Shapley values need
     one_shot: bool = False  # also a run of all encoders that learns under masks, scored on every subset
+    nested_grids: tuple[int, ...] = ()  # also a run of all encoders that learns at all these, scored at each
     post_hoc: bool = False  # score ordinary runs of all encoders on every subset too
     split: str = "heldout"  # whose questions score the runs
 
     def __post_init__(self) -> None:
-        for axis in ("subsets", "fusions", "projectors", "grids", "rates", "seeds"):
+        for axis in ("subsets", "fusions", "projectors", "grids", "nested_grids", "rates", "seeds"):
             values = getattr(self, axis)
             if len(set(values)) < len(values):
                 raise UserError(f"sweep: {axis} names a value twice: {', '.join(map(str, values))}")
@@ -96,12 +98,14 @@ class SweepRun:
     is_trained: bool = True  # False: text only under a frozen LLM, which is scored as it is
     method: Method = RETRAINED
     is_masked: bool = False  # also scored with every subset of its encoders
+    nested_grids: tuple[int, ...] = ()  # tokens per frame at each of which it is scored
     stages: Stages = ()  # complete settings
 
     def to_record(self) -> dict[str, Any]:
         """Its entry in `sweep.json`."""
         record = to_builtin(asdict(replace(self, stages=())))
-        return {name: value for name, value in record.items() if name not in ("name", "stages", "is_masked")}
+        left_out = {"name", "stages", "is_masked"} | (set() if self.nested_grids else {"nested_grids"})
+        return {name: value for name, value in record.items() if name not in left_out}
 
 
 def expand_subsets(rules: Sequence[str], encoders: Sequence[str]) -> list[tuple[str, ...]]:
@@ -138,11 +142,23 @@ def plan_runs(
     one run for all grids.
     """
     config = stages[-1].config
+    if any(stage.config.mask_encoders != "none" or stage.config.projector.nested_grids for stage in stages):
+        raise UserError(
+            "mask_encoders and projector.nested_grids would hold for every run of the sweep: leave them out, and give"
+            " --one-shot or --nested-grids for runs of their own"
+        )
     shape = (config.projector.resampler, config.projector.frame_divisor)
     rows = [row for row, preset in PROJECTORS.items() if (preset.resampler, preset.frame_divisor) == shape]
     own_projector = rows[0] if rows else config.projector.resampler
     own_grid = None if config.projector.grid is None else prod(config.projector.grid[1:])
-    grids = sweep.grids or (own_grid,)
+    grids, whole = sweep.grids or (own_grid,), tuple(encoders)
+    time = config.projector.grid[0] if config.projector.grid else time_steps
+    subsets = expand_subsets(sweep.subsets, encoders)
+    if sweep.post_hoc and whole not in subsets:
+        raise UserError(f"--post-hoc scores runs of all encoders, and no subset is {'+'.join(whole)}: add it")
+    if sweep.nested_grids and NESTED_PROJECTOR not in (sweep.projectors or (own_projector,)):
+        raise UserError(f"--nested-grids trains with projector {NESTED_PROJECTOR}: add it to the projectors")
+    one_shot = [whole] if (sweep.one_shot or sweep.nested_grids) and whole not in subsets else []
     pins = {"clips_with": list(encoders), "snapshot": snapshot}
     runs = []
     for rate, seed in itertools.product(sweep.rates or (1.0,), sweep.seeds):
@@ -163,7 +179,7 @@ def plan_runs(
                 )
             )
         for subset, fusion, projector, grid in itertools.product(
-            expand_subsets(sweep.subsets, encoders),
+            [*subsets, *one_shot],
             sweep.fusions or (config.fusion.name,),
             sweep.projectors or (own_projector,),
             grids,
@@ -181,36 +197,46 @@ def plan_runs(
                 if not preset.takes_grid:
                     settings["projector"]["grid"] = None
             if grid is not None and sweep.grids:
-                time = config.projector.grid[0] if config.projector.grid else time_steps
                 settings["projector"] = settings.get("projector", {}) | {"grid": [time, isqrt(grid), isqrt(grid)]}
             parts = ["+".join(subset), fusion, projector, "stored" if grid is None else str(grid), *ending]
             axes = {"encoders": subset, "fusion": fusion, "projector": projector, "tokens_per_frame": grid}
-            merged = scale_rates(merge_settings(stages, {}, settings), rate)
-            is_whole = subset == tuple(encoders)
-            runs.append(
-                SweepRun(
-                    name="__".join(parts),
-                    **axes,
-                    rate=rate,
-                    seed=seed,
-                    is_masked=sweep.post_hoc and is_whole and fusion not in SINGLE_ENCODER_FUSIONS,
-                    stages=merged,
-                )
+            mixes = subset == whole and fusion not in SINGLE_ENCODER_FUSIONS
+            ordinary = SweepRun(
+                name="__".join(parts),
+                **axes,
+                rate=rate,
+                seed=seed,
+                is_masked=sweep.post_hoc and mixes,
+                stages=scale_rates(merge_settings(stages, {}, settings), rate),
             )
-            if sweep.one_shot and is_whole and fusion not in SINGLE_ENCODER_FUSIONS:
-                masked = tuple(replace(s, config=replace(s.config, mask_encoders=ONE_SHOT_MASKS)) for s in merged)
-                runs.append(
-                    SweepRun(
-                        name="__".join([ONE_SHOT, *parts[1:]]),
-                        **axes,
-                        rate=rate,
-                        seed=seed,
-                        method=ONE_SHOT,
-                        is_masked=True,
-                        stages=masked,
-                    )
-                )
+            runs += [ordinary] if subset in subsets else []
+            runs += [_one_shot(ordinary)] if sweep.one_shot and mixes else []
+            if sweep.nested_grids and subset == whole and projector == NESTED_PROJECTOR and grid == grids[0]:
+                runs.append(_nested(ordinary, sweep.nested_grids, time))
     return sorted(runs, key=lambda run: len(run.encoders))
+
+
+def _one_shot(run: SweepRun) -> SweepRun:
+    """The run that learns under masks, with the settings of an ordinary one."""
+    stages = tuple(replace(s, config=replace(s.config, mask_encoders=ONE_SHOT_MASKS)) for s in run.stages)
+    name = "__".join([ONE_SHOT, *run.name.split("__")[1:]])
+    return replace(run, name=name, method=ONE_SHOT, is_masked=True, stages=stages)
+
+
+def _nested(run: SweepRun, grids: tuple[int, ...], time: int) -> SweepRun:
+    """The run that learns at several grids, with the settings of an ordinary one."""
+    side = isqrt(max(grids))
+    settings = {"projector": {"nested_grids": list(grids), "grid": [time, side, side]}}
+    _, fusion, projector, _, *ending = run.name.split("__")
+    return replace(
+        run,
+        name="__".join([NESTED_NAME, fusion, projector, "-".join(map(str, grids)), *ending]),
+        method=NESTED,
+        is_masked=False,
+        tokens_per_frame=None,
+        nested_grids=grids,
+        stages=merge_settings(run.stages, {}, settings),
+    )
 
 
 def scale_rates(stages: Stages, factor: float) -> Stages:
@@ -317,7 +343,7 @@ def shared_settings(stages: Stages) -> dict[str, Any]:
         shared = to_builtin(asdict(stage.config))
         for name in ("encoders", "fusion", "seed", "mode", "mask_encoders", "clips_with", "snapshot"):
             del shared[name]
-        for name in ("resampler", "grid", "frame_divisor"):
+        for name in ("resampler", "grid", "frame_divisor", "nested_grids"):
             del shared["projector"][name]
         settings[stage.name] = shared
     return settings

@@ -1,4 +1,4 @@
-"""The table of a sweep: encoder importance, settings and agreement of methods, in three blocks that never mix.
+"""The table of a sweep: encoder importance, settings and agreement of methods, in blocks that never mix.
 
 Statistics are those of `statistics.py`, over accuracy and, apart from it, over log-likelihood margins.
 """
@@ -23,7 +23,7 @@ from trainer.ablation.results import (
     subset_name,
 )
 from trainer.ablation.statistics import DRAWS, LEVEL, Resampling, holm
-from trainer.ablation.sweep import resume_command
+from trainer.ablation.sweep import NESTED, resume_command
 
 SHOWN_SUBSETS = 4  # of those that a run lacks, by name
 
@@ -42,7 +42,7 @@ def make_table(results: Results, *, draws: int = DRAWS, seed: int = 0) -> Docume
             found = [scores(study, block, metric, panels), *importance(study, block, metric, panels)]
             if block != POST_HOC:  # the settings of masked runs are compared by their own, retrained answers
                 for name in dict.fromkeys(name for setting in panels for name, _ in setting.values):
-                    if section := axis(study, metric, panels, name):
+                    if section := axis(study, block, metric, panels, name):
                         found.append(section)
                         shown.setdefault(name, set()).update(setting.get(name) for setting in panels)
             sections += _adjust([replace(s, block=block, metric=metric.name) for s in found if s.rows])
@@ -114,11 +114,13 @@ def _missing(results: Results) -> tuple[str, ...]:
     """A line per run and reason, then the next command."""
     lacking: dict[tuple[str, str, str], list[str]] = {}
     for member, reason in results.missing.items():
-        lacking.setdefault((member.block, member.run, reason), []).append(subset_name(member.subset))
+        tokens = f"{member.setting.get('tokens_per_frame')} tokens per frame"
+        which = tokens if member.block == NESTED else subset_name(member.subset)
+        lacking.setdefault((member.block, member.run, reason), []).append(which)
     lines = []
-    for (block, run, reason), subsets in lacking.items():
-        more = ", ..." if len(subsets) > SHOWN_SUBSETS else ""
-        which = "" if block == RETRAINED else f" of {len(subsets)} subsets ({', '.join(subsets[:SHOWN_SUBSETS])}{more})"
+    for (block, run, reason), places in lacking.items():
+        more, kind = ", ..." if len(places) > SHOWN_SUBSETS else "", "grids" if block == NESTED else "subsets"
+        which = "" if block == RETRAINED else f" of {len(places)} {kind} ({', '.join(places[:SHOWN_SUBSETS])}{more})"
         lines.append(f"{block}: {run} has no answers{which}: {reason}")
     return (*lines, f"Next: {resume_command(results.folder)}") if lines else ()
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from featurestore.clips import Sample
 from mervcache.errors import UserError, unknown_name
 from trainer.config import TrainConfig
+from trainer.data.grids import draw_grid
 from trainer.data.masks import Mask, draw_mask
 from trainer.data.order import Group, Order, Stream, balanced_share, rank_share
 from trainer.data.prompts import IGNORE_INDEX, Rendered, Renderer, reason_to_refuse
@@ -48,6 +49,7 @@ class Batch:
     first_label: int  # smallest labelled position, S if there is none: no logits are needed before
     masks: tuple[Mask, ...] | None = None  # of each row of `tokens`, on the CPU; None: every encoder is shown
     shown_CE: Tensor | None = None  # bool, the same
+    tokens_per_frame: int | None = None  # of nested grids; None: the grid of the run
 
     @property
     def supervised_B(self) -> Tensor:
@@ -81,11 +83,12 @@ def collate(
     context: int | None = None,
     masks: Sequence[Mask] | None = None,
     leaves_out_masked: bool = False,
+    tokens_per_frame: int | None = None,
 ) -> Batch:
     """One batch; `context` is the longest sequence that the LLM takes: in training texts have been cut to fit it.
 
     `masks` are those of the rows of `tokens`. With `leaves_out_masked` a row has the visual tokens of the encoders that
-    it shows alone, else `num_visual_tokens` whatever it shows.
+    it shows alone, else `num_visual_tokens` whatever it shows; that is their number at `tokens_per_frame`.
     """
     visual = [_num_visual(row, num_visual_tokens, masks if leaves_out_masked else None) for row in clip_rows]
     totals = [len(sample.input_ids) + count for sample, count in zip(rendered, visual, strict=True)]
@@ -107,6 +110,7 @@ def collate(
         first_label=int(labelled[0]) if len(labelled) else max(totals),
         masks=None if masks is None else tuple(masks),
         shown_CE=None if masks is None else torch.tensor(masks),
+        tokens_per_frame=tokens_per_frame,
     )
 
 
@@ -271,13 +275,25 @@ class Batches:
         parts = [share[start : start + size] for start in range(0, len(share), size)]
         num_supervised = self._num_supervised(batch)
         epoch = step * self.config.batch_size // self.order.num_per_epoch
+        tokens_per_frame = self.tokens_per_frame(step)
         return Step(
-            micro_batches=[self._collate(part, epoch) for part in parts],
+            micro_batches=[self._collate(part, epoch, tokens_per_frame) for part in parts],
             divisors=tuple(self._divisor(part, num_supervised, len(parts)) for part in parts),
             num_supervised=num_supervised,
             num_tokens=sum(len(self.rendered(index).input_ids) for index in batch)
-            + self.num_visual_tokens * len(self._clips(batch)),
+            + self._num_visual_tokens(tokens_per_frame) * len(self._clips(batch)),
+            tokens_per_frame=tokens_per_frame,
         )
+
+    def tokens_per_frame(self, step: int) -> int | None:
+        """The nested grid of a step; None for a run of one grid, or without visual tokens."""
+        grids = () if self.config.mode == "text-only" else self.config.projector.nested_grids
+        return draw_grid(grids, self.config.seed, step)
+
+    def _num_visual_tokens(self, tokens_per_frame: int | None) -> int:
+        if tokens_per_frame is None:
+            return self.num_visual_tokens
+        return self.num_visual_tokens * tokens_per_frame // max(self.config.projector.nested_grids)
 
     def _divisor(self, part: Sequence[int], num_supervised: int, num_parts: int) -> int:
         """What the summed loss of a micro-batch is divided by, so that all of a step's add up to its loss."""
@@ -301,16 +317,17 @@ class Batches:
     def _clips(self, indices: Sequence[int]) -> list[str]:
         return [clip for index in indices if (clip := self._clip_id(index)) is not None]
 
-    def _collate(self, indices: Sequence[int], epoch: int) -> Batch:
+    def _collate(self, indices: Sequence[int], epoch: int, tokens_per_frame: int | None) -> Batch:
         clips = [self._clip_id(index) for index in indices]
         return make_batch(
             [self.rendered(index) for index in indices],
             clips,
             self.source,
-            self.num_visual_tokens,
+            self._num_visual_tokens(tokens_per_frame),
             self.context,
             masks=None if self.config.mask_encoders == "none" else [self.mask(index, epoch) for index in indices],
             leaves_out_masked=self.leaves_out_masked,
+            tokens_per_frame=tokens_per_frame,
         )
 
     def mask(self, index: int, epoch: int) -> Mask:
@@ -337,6 +354,7 @@ class Step:
     divisors: tuple[int, ...]  # of each micro-batch's summed loss; over all ranks the quotients add up to the loss
     num_supervised: int  # tokens over all ranks; 0 where all answers were cut off
     num_tokens: int  # of text and visual, over all ranks
+    tokens_per_frame: int | None = None  # of nested grids
 
 
 def order_digest(samples: Sequence[Sample]) -> str:
@@ -354,15 +372,18 @@ def make_batch(
     *,
     masks: Sequence[Mask | None] | None = None,
     leaves_out_masked: bool = False,
+    tokens_per_frame: int | None = None,
 ) -> Batch:
     """Fetch the tokens of the samples' clips, each once, and collate.
 
-    `masks` are those of the samples; a sample that shows no encoder has no visual tokens.
+    `masks` are those of the samples; a sample that shows no encoder has no visual tokens. `num_visual_tokens` are those
+    at `tokens_per_frame`, where grids are nested.
     """
+    options = {"num_visual_tokens": num_visual_tokens, "context": context, "tokens_per_frame": tokens_per_frame}
     if masks is None:
         clips, rows = distinct_clips(clip_ids)
         tokens = source.fetch(clips) if clips else {}
-        return collate(rendered, rows, tokens, num_visual_tokens=num_visual_tokens, context=context)
+        return collate(rendered, rows, tokens, **options)
     pairs = [(c, m) if c is not None and m and any(m) else None for c, m in zip(clip_ids, masks, strict=True)]
     places = {pair: row for row, pair in enumerate(dict.fromkeys(pair for pair in pairs if pair is not None))}
     clips, of_rows = distinct_clips([clip_id for clip_id, _ in places])
@@ -373,10 +394,9 @@ def make_batch(
         rendered,
         [-1 if pair is None else places[pair] for pair in pairs],
         tokens,
-        num_visual_tokens=num_visual_tokens,
-        context=context,
         masks=[mask for _, mask in places] or None,
         leaves_out_masked=leaves_out_masked,
+        **options,
     )
 
 

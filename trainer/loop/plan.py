@@ -228,16 +228,17 @@ def memory_by_part(built: Built, shapes: Mapping[str, TokenShape], longest_text:
 
 @torch.no_grad()
 def fit_standardisation(plan: Plan, source: TokenSource) -> None:
-    """Measure the constants of every standardising projector on the first clips of epoch 0.
+    """Measure the constants of every standardising projector, at each of its grids, on the first clips of epoch 0.
 
     Projectors of another run keep the constants that their weights were trained with.
     """
     model, order = plan.built.model, plan.batches.order
     known = plan.loaded.names if plan.loaded else set()
     standardised = [
-        (encoder, projector)
+        (encoder, projector, tokens_per_frame, module)
         for index, (encoder, projector) in enumerate(zip(model.encoders, model.projectors, strict=True))
-        if projector.standardise and f"projectors.{index}.standardise.mean_D" not in known
+        for name, (tokens_per_frame, module) in projector.standardisations().items()
+        if f"projectors.{index}.{name}.mean_D" not in known
     ]
     if not standardised:
         return
@@ -249,10 +250,10 @@ def fit_standardisation(plan: Plan, source: TokenSource) -> None:
     moments = [Moments() for _ in standardised]
     for start in range(0, len(clips), STANDARDISE_BATCH):
         tokens = model.encode(source.fetch(clips[start : start + STANDARDISE_BATCH]))
-        for (encoder, projector), sums in zip(standardised, moments, strict=True):
-            sums.add(projector.resample(tokens[encoder]))
-    for (_, projector), sums in zip(standardised, moments, strict=True):
-        projector.standardise.fit(sums)
+        for (encoder, projector, tokens_per_frame, _), sums in zip(standardised, moments, strict=True):
+            sums.add(projector.resample(tokens[encoder], tokens_per_frame))
+    for (*_, module), sums in zip(standardised, moments, strict=True):
+        module.fit(sums)
 
 
 class Validation:

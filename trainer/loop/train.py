@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import cos, pi
 from pathlib import Path
@@ -167,8 +167,8 @@ def train(
             return _Loop(plan, source, accelerator, validation, out, files).run(folder, state, stop_at, quiet)
 
 
-def time_steps(plan: Plan, source: TokenSource, count: int) -> list[tuple[float, float]]:
-    """Seconds of reading and of computing of the first steps of a plan; nothing is written, the weights do change.
+def time_steps(plan: Plan, source: TokenSource, numbers: Iterable[int]) -> list[tuple[float, float]]:
+    """Seconds of reading and of computing of some steps of a plan; nothing is written, the weights do change.
 
     A run reads ahead, so its steps take the longer of both.
     """
@@ -176,7 +176,7 @@ def time_steps(plan: Plan, source: TokenSource, count: int) -> list[tuple[float,
     loop = _Loop(plan, source, accelerator, None, Path(), None)
     model, optimizer = prepare(accelerator, loop.model, loop.optimizer)
     found = []
-    for number in range(min(count, plan.batches.num_steps)):
+    for number in numbers:
         began = time.perf_counter()
         step = loop._read(number)
         read = time.perf_counter()
@@ -343,6 +343,7 @@ class _Loop:
             "samples": config.batch_size,
             "tokens": step.num_tokens,
             "supervised_tokens": step.num_supervised,
+            **({} if step.tokens_per_frame is None else {"tokens_per_frame": step.tokens_per_frame}),
         }
 
     def _update(self, optimizer: Any, loss: Tensor, norm: Tensor) -> int | Tensor:

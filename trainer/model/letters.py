@@ -105,7 +105,7 @@ def generate_answers(
         [render(built, sample, template) for sample in samples],
         [sample.clip_id if model.has_visual else None for sample in samples],
         source,
-        model.num_visual_tokens,
+        model.num_visual_tokens_at(built.tokens_per_frame),
         model.context,
         **shown_to(built, len(samples)),
     )

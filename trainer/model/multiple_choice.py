@@ -226,7 +226,7 @@ def batch_of(built: Built, samples: Sequence[Sample], source: TokenSource) -> Ba
         [built.renderer(sample.turns, has_clip=sample.clip_id is not None) for sample in samples],
         [sample.clip_id if model.has_visual else None for sample in samples],
         source,
-        model.num_visual_tokens,
+        model.num_visual_tokens_at(built.tokens_per_frame),
         model.context,
         **shown_to(built, len(samples)),
     )

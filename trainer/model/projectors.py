@@ -12,7 +12,7 @@ clips, P tokens of a frame, Q queries.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod, sqrt
+from math import isqrt, prod, sqrt
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,14 @@ class Average(Resampler):
 
     def __init__(self, config: ProjectorConfig, stored: TokenShape, llm_width: int) -> None:
         grid = config.grid or (_divided_time(config, stored), *stored.grid[1:])
+        self.nested = {tokens: (grid[0], isqrt(tokens), isqrt(tokens)) for tokens in config.nested_grids}
+        grid = self.nested[max(self.nested)] if self.nested else grid
         super().__init__(grid, stored.width)
+        for each in self.nested.values() or [grid]:
+            self._check(each, stored)
+
+    @staticmethod
+    def _check(grid: Grid, stored: TokenShape) -> None:
         _check_not_finer(grid, stored.grid)
         if stored.is_pooled and not _pools_exactly(grid, stored):
             native = f" of the encoder's {_text(stored.native_grid)}" if stored.native_grid else ""
@@ -72,8 +79,10 @@ class Average(Resampler):
                 " the same options for its price"
             )
 
-    def forward(self, tokens_BTHWD: Tensor) -> Tensor:
-        return average_windows(tokens_BTHWD.float(), self.grid)
+    def forward(self, tokens_BTHWD: Tensor, tokens_per_frame: int | None = None) -> Tensor:
+        """The tokens on the grid, or on that of `nested` with so many tokens per frame."""
+        grid = self.grid if tokens_per_frame is None else self.nested[tokens_per_frame]
+        return average_windows(tokens_BTHWD.float(), grid)
 
 
 class Attention(Resampler):
@@ -350,6 +359,12 @@ class Projector(nn.Module):
         super().__init__()
         self.resampler: Resampler = import_choice(RESAMPLERS, config.resampler)(config, stored, llm_width)
         self.standardise = Standardise(stored.width) if config.standardise else None
+        coarser = [tokens for tokens in config.nested_grids if tokens < max(config.nested_grids)]
+        self.standardise_at = (
+            nn.ModuleDict(  # tokens per frame -> that of a coarser grid: means have smaller deviations
+                {str(tokens): Standardise(stored.width) for tokens in coarser if config.standardise}
+            )
+        )
         width = self.resampler.width
         self.norm = nn.LayerNorm(width) if config.pre_layer_norm else None
         self.head: nn.Module = import_choice(HEADS, config.head)(width, llm_width)
@@ -365,17 +380,32 @@ class Projector(nn.Module):
         """Visual tokens of a clip: N."""
         return prod(self.grid)
 
-    def resample(self, tokens: ClipTokens) -> Tensor:
+    def num_tokens_at(self, tokens_per_frame: int | None) -> int:
+        """The same at one of the nested grids; None is the finest, that of every other run."""
+        return self.num_tokens if tokens_per_frame is None else self.grid[0] * tokens_per_frame
+
+    def standardisations(self) -> dict[str, tuple[int | None, Standardise]]:
+        """Name of the module -> tokens per frame that it is for, where grids are nested, and the module."""
+        found = {f"standardise_at.{tokens}": (int(tokens), module) for tokens, module in self.standardise_at.items()}
+        return found if self.standardise is None else {"standardise": (None, self.standardise), **found}
+
+    def resample(self, tokens: ClipTokens, tokens_per_frame: int | None = None) -> Tensor:
         """Tokens in float32 as the first trained layer finds them: on the target grid, or as stored where the
         resampler itself is trained. What a standardisation is measured on."""
         if isinstance(tokens, PrefixedTokens) and "prefix" not in self.resampler.reads:
             tokens = tokens.tokens_BTHWD  # a source may give more than is needed
+        if tokens_per_frame is not None:
+            return self.resampler(tokens, tokens_per_frame)
         return tokens.float() if self.resampler.is_trained else self.resampler(tokens)
 
-    def forward(self, tokens: ClipTokens) -> Tensor:
-        tokens_BTHWD = self.resample(tokens)
-        if self.standardise is not None:
-            tokens_BTHWD = self.standardise(tokens_BTHWD)
+    def forward(self, tokens: ClipTokens, tokens_per_frame: int | None = None) -> Tensor:
+        """Visual tokens; with nested grids those of the finest one, or of one that is named by its tokens per frame."""
+        tokens_BTHWD = self.resample(tokens, tokens_per_frame)
+        standardise = self.standardise
+        if str(tokens_per_frame) in self.standardise_at:
+            standardise = self.standardise_at[str(tokens_per_frame)]
+        if standardise is not None:
+            tokens_BTHWD = standardise(tokens_BTHWD)
         if self.resampler.is_trained:
             tokens_BTHWD = self.resampler(tokens_BTHWD)
         if self.norm is not None:

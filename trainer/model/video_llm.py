@@ -71,7 +71,11 @@ class VideoLLM(nn.Module):
     @property
     def num_visual_tokens(self) -> int:
         """N after fusion; 0 for a text-only model."""
-        return self.fusion.num_tokens(self.projectors[0].num_tokens) if self.has_visual else 0
+        return self.num_visual_tokens_at(None)
+
+    def num_visual_tokens_at(self, tokens_per_frame: int | None) -> int:
+        """The same at one of the nested grids; None is the finest, that of every other run."""
+        return self.fusion.num_tokens(self.projectors[0].num_tokens_at(tokens_per_frame)) if self.has_visual else 0
 
     @property
     def context(self) -> int | None:
@@ -90,12 +94,16 @@ class VideoLLM(nn.Module):
         return {**tokens, **{name: network(tokens[name]) for name, network in self.trained.items()}}
 
     def visual_tokens(
-        self, tokens: Mapping[str, Tensor], shown_CE: Tensor | None = None
+        self, tokens: Mapping[str, Tensor], shown_CE: Tensor | None = None, tokens_per_frame: int | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """encoder -> tokens_CTHWD to fused_CNM and the encoders' weights_CE; `shown_CE` as `Fusion` reads it."""
+        """encoder -> tokens_CTHWD to fused_CNM and the encoders' weights_CE.
+
+        `shown_CE` as `Fusion` reads it, `tokens_per_frame` of nested grids.
+        """
         tokens = self.encode(tokens)
         projected = [
-            projector(tokens[encoder]) for encoder, projector in zip(self.encoders, self.projectors, strict=True)
+            projector(tokens[encoder], tokens_per_frame)
+            for encoder, projector in zip(self.encoders, self.projectors, strict=True)
         ]
         return self.fusion(projected, shown_CE)
 
@@ -126,7 +134,8 @@ class VideoLLM(nn.Module):
         text_BLM = self.llm.get_input_embeddings()(batch.input_ids_BL)
         visual_CNM = None
         if batch.tokens:
-            visual_CNM = self.visual_tokens(batch.tokens, batch.shown_CE)[0].to(text_BLM.dtype)
+            visual_CNM, _ = self.visual_tokens(batch.tokens, batch.shown_CE, batch.tokens_per_frame)
+            visual_CNM = visual_CNM.to(text_BLM.dtype)
         elif self.training:
             text_BLM = text_BLM + self._nothing(text_BLM.dtype)
         rows = []
@@ -179,6 +188,7 @@ class Built:
     renderer: Renderer
     config: TrainConfig
     shown: tuple[str, ...] | None = None  # encoders whose tokens evaluations show; None: all
+    tokens_per_frame: int | None = None  # of nested grids, the one that evaluations read; None: the finest
 
     @property
     def saves_llm(self) -> bool:
@@ -192,11 +202,14 @@ class Built:
 
 
 def shown_to(built: Built, num_samples: int) -> dict[str, Any]:
-    """Options of `make_batch` for samples of an evaluation: all encoders, or those of `built.shown`."""
-    if built.shown is None or not built.model.has_visual:
+    """Options of `make_batch` for samples of an evaluation: the encoders and the grid that it reads."""
+    if not built.model.has_visual:
         return {}
-    mask = mask_of(built.model.encoders, built.shown)
-    return {"masks": [mask] * num_samples, "leaves_out_masked": built.model.fusion.leaves_out_masked}
+    options: dict[str, Any] = {"tokens_per_frame": built.tokens_per_frame}
+    if built.shown is not None:
+        options["masks"] = [mask_of(built.model.encoders, built.shown)] * num_samples
+        options["leaves_out_masked"] = built.model.fusion.leaves_out_masked
+    return options
 
 
 def build(config: TrainConfig, shapes: Mapping[str, TokenShape], llm: LoadedLLM) -> Built:

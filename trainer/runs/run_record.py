@@ -9,6 +9,7 @@ RUN/scores/SPLIT.json             the newest evaluation on all questions of a sp
 RUN/scores/SPLIT-letters.json     that by letters, which is another figure
 RUN/scores/SPLIT-first-N.json     that on the first N of them, which never replaces one on all
 RUN/scores/SPLIT-masked.json      answers with subsets of the run's encoders, see `trainer.evaluate.evaluate_masked`
+RUN/scores/SPLIT-grids.json       answers at each of the run's nested grids, see `trainer.evaluate.evaluate_grids`
 RUN/atlas/NAME.parquet            what each encoder contributes to every clip, see `trainer.ablation.atlas`
 """
 
@@ -32,7 +33,7 @@ from trainer.runs.stage_folders import no_record, read_record_file
 
 LLM_FOLDER, SCORES_FOLDER = "llm", "scores"
 METRICS_FILE = "metrics.jsonl"
-MASKED = "-masked.json"  # ends the name of a file of answers with subsets of the encoders
+MASKED, GRIDS = "-masked.json", "-grids.json"  # end the names of files of answers with subsets, or at nested grids
 IMPORT_FILE = "imported.json"  # of a run made of a foreign checkpoint: where its weights come from
 PACKAGES = ("merv-pipeline", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "peft")
 FIRST_PROTOCOL = "likelihood"  # the only one of version 0.1, whose scores name none
@@ -128,9 +129,8 @@ class ScoreSource:
     snapshot: str  # id of the store's snapshot
 
 
-def write_masked_scores(run: Path, result: Mapping[str, Any]) -> Path:
-    """Write the answers with subsets of the encoders to the run's folder."""
-    path = masked_scores_file(run, result["split"])
+def write_answers(path: Path, result: Mapping[str, Any]) -> Path:
+    """Write the answers of a run in several conditions, to a file that one of the two functions below names."""
     path.parent.mkdir(exist_ok=True)
     return replace_text(path, json.dumps(result, indent=1) + "\n")
 
@@ -138,6 +138,11 @@ def write_masked_scores(run: Path, result: Mapping[str, Any]) -> Path:
 def masked_scores_file(run: Path, split: str) -> Path:
     """Where answers with subsets of the encoders are kept."""
     return Path(run) / SCORES_FOLDER / f"{_file_stem(split)}{MASKED}"
+
+
+def grid_scores_file(run: Path, split: str) -> Path:
+    """Where answers at nested grids are kept."""
+    return Path(run) / SCORES_FOLDER / f"{_file_stem(split)}{GRIDS}"
 
 
 def write_scores(run: Path, result: Mapping[str, Any], source: ScoreSource) -> Path:
@@ -163,10 +168,10 @@ def _file_stem(split: str) -> str:
 
 
 def read_scores(run: Path) -> list[dict[str, Any]]:
-    """Every record of a run's scores on all its encoders, by file name; UserError for a file that is none."""
+    """Every record of scores on all encoders and tokens of a run, by file name; UserError for a file that is none."""
     records = []
     for path in sorted((Path(run) / SCORES_FOLDER).glob("*.json")):
-        if path.name.endswith(MASKED):
+        if path.name.endswith((MASKED, GRIDS)):
             continue
         try:
             record = {"protocol": FIRST_PROTOCOL, **json.loads(path.read_text())}

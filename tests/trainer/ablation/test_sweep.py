@@ -18,6 +18,7 @@ from mervcache.errors import UserError
 from trainer.ablation.execute import open_sweep, run_sweep
 from trainer.ablation.results import read_results
 from trainer.ablation.sweep import SweepConfig, expand_subsets, plan_runs, read_sweep, resume_command, run_folder
+from trainer.ablation.table import make_table
 from trainer.config import Stage, get_stages, read_config
 from trainer.loop.stages import train_in_stages
 from trainer.main import train_main
@@ -257,6 +258,61 @@ def test_answers_name_the_clip_so_a_table_needs_no_store(question_store, stages,
     run_sweep(sweep)
     shutil.rmtree(question_store)
     assert read_results(sweep.out).questions.videos == ("set/clip18.mp4", "set/clip19.mp4", "set/clip20.mp4")
+
+
+def test_a_run_of_nested_grids_is_planned_once_per_fusion_whatever_the_subsets_and_grids():
+    sweep = SweepConfig(
+        subsets=("alone",), fusions=("cross_attention", "first"), grids=(4, 16), nested_grids=(16, 4, 1)
+    )
+    runs = plan_runs(sweep, get_stages("demo"), encoders=FOUR, snapshot="s", time_steps=16)
+    nested = [run for run in runs if run.method == "one-shot, grids"]
+    assert [run.name for run in nested] == [
+        "nested-grids__cross_attention__2d-average__16-4-1__seed0",
+    ]
+    assert nested[0].encoders == FOUR
+    projector = nested[0].stages[0].config.projector
+    assert (projector.nested_grids, projector.grid) == ((16, 4, 1), (4, 4, 4))
+    assert {run.stages[0].config.projector.nested_grids for run in runs if run not in nested} == {()}
+
+
+def test_one_shot_runs_are_planned_where_no_subset_is_whole():
+    sweep = SweepConfig(subsets=("alone",), one_shot=True, text_only=False)
+    runs = plan_runs(sweep, get_stages("demo"), encoders=FOUR, snapshot="s", time_steps=16)
+    assert [(run.method, len(run.encoders)) for run in runs] == [("retrained", 1)] * 4 + [("one-shot", 4)]
+
+
+@pytest.mark.parametrize(
+    ("axes", "changes", "message"),
+    [
+        ({"nested_grids": (16, 8)}, {}, "squares such as 64, 16, 4, 1; got 8"),
+        ({"nested_grids": (16, 4), "projectors": ("2d-attention",)}, {}, "trains with projector 2d-average"),
+        ({"subsets": ("alone",), "post_hoc": True}, {}, "no subset is languagebind.dinov2.vivit.siglip"),
+        ({}, {"mask_encoders": "subsets"}, "would hold for every run"),
+    ],
+)
+def test_one_shot_runs_that_cannot_be_are_refused(axes, changes, message):
+    (stage,) = get_stages("demo")
+    stages = (replace(stage, config=replace(stage.config, **changes)),)
+    with pytest.raises(UserError, match=message):
+        plan_runs(SweepConfig(**axes), stages, encoders=FOUR, snapshot="s", time_steps=16)
+
+
+def test_nested_grids_are_scored_and_stand_in_a_block_of_their_own(question_store, stages, tmp_path):
+    axes = SweepConfig(subsets=("all",), grids=(4, 1), nested_grids=(4, 1), text_only=False)
+    sweep = open_sweep(axes, stages, str(question_store), tmp_path / "sweep")
+    assert {outcome.status for outcome in run_sweep(sweep)} == {"finished"}
+    results = read_results(sweep.out)
+    assert not results.missing
+    nested = [member for member in results.answers if member.block == "one-shot, grids"]
+    assert [member.setting.get("tokens_per_frame") for member in nested] == [4, 1]
+    document = make_table(results, draws=100)
+    (section,) = [s for s in document.sections if s.block == "one-shot, grids" and s.title == "Tokens per frame"][:1]
+    accuracy = [row[3].value for row in section.rows]
+    expected = [results.answers[member].credit_Q.mean() for member in reversed(nested)]  # by size
+    assert accuracy == pytest.approx(expected)
+    (sweep.out / "runs" / nested[0].run / "scores" / "heldout-grids.json").unlink()
+    assert [outcome.status for outcome in run_sweep(sweep)].count("finished") == 7
+    assert (sweep.out / "runs" / nested[0].run / "scores" / "heldout-grids.json").is_file()
 
 
 def test_options_of_one_run_before_the_command_are_refused():
