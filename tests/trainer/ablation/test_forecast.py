@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from click.testing import CliRunner
 
+from featurestore import FeatureStore, StoreWriter
 from mervcache.errors import UserError
+from trainer.ablation.costs import extraction_cost, run_step_time
 from trainer.ablation.execute import open_sweep, run_sweep
 from trainer.ablation.forecast import TIMED_STEPS, WARMUP_STEPS, Measured, forecast, seconds_of, steps_to_time
 from trainer.ablation.sweep import SweepConfig, SweepRun
-from trainer.config import OptimizerConfig, ProjectorConfig, Stage, TrainConfig
+from trainer.config import LiveRequest, OptimizerConfig, Stage, TrainConfig
 from trainer.loop.plan import make_plan
+from trainer.loop.stages import train_in_stages
 from trainer.loop.train import time_steps
 from trainer.main import train_main
 from trainer.sources import open_store
+
+PAIR = ("dinov2", "vivit")
 
 
 @pytest.fixture
@@ -100,32 +106,68 @@ def test_timed_steps_are_those_of_the_run_and_write_nothing(question_store, conf
     assert steps_to_time(make_plan(replace(config, max_steps=1), samples, source)) == [0]
 
 
+@pytest.fixture
+def colours(tmp_path, extracted):
+    """A store that the pipeline has made, with its journal, and a question about each of its clips."""
+    shutil.copytree(extracted, tmp_path / "colours.zarr")
+    store = FeatureStore.open(tmp_path / "colours.zarr")
+    asked = [
+        replace(sample, sample_id=f"q{number}", split="heldout", options=("red", "blue"), answer_index=0)
+        for number, sample in enumerate(sample for sample in store.samples() if sample.clip_id is not None)
+    ]
+    writer = StoreWriter.open_or_create(tmp_path / "colours.zarr")
+    writer.add_samples("questions", asked)
+    writer.publish_snapshot()
+    return tmp_path / "colours.zarr"
+
+
 @pytest.mark.slow
-def test_break_even_of_a_sweep_on_a_real_store(tmp_path, extracted):
+def test_break_even_of_a_sweep_on_a_real_store_by_its_journal_and_by_a_run_end_to_end(
+    tmp_path, colours, media_lab, media_root
+):
     config = TrainConfig(
         llm="fresh:mini",
         train_llm="full",
-        projector=ProjectorConfig(standardise=True),
         optimizer=OptimizerConfig(projector_lr=1e-3),
         batch_size=6,
         micro_batch_size=6,
         max_steps=WARMUP_STEPS + TIMED_STEPS,
         precision="fp32",
+        log_every=1,
     )
     (tmp_path / "base.yaml").write_text(config.to_yaml())
-    command = ["sweep", "--from-cache", str(extracted), "--config", str(tmp_path / "base.yaml"), "--recipe", "demo"]
+    command = ["sweep", "--from-cache", str(colours), "--config", str(tmp_path / "base.yaml"), "--recipe", "demo"]
     command += ["--subsets", "dinov2,dinov2+vivit", "--out", str(tmp_path / "sweep"), "--dry-run"]
-    result = CliRunner().invoke(train_main, [*command, "--json"])
-    assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)["forecast"]
-    even = found["break_even"]
-    saved = even["live_pass_s"] - even["cached_pass_s"]
-    assert even["passes"] == pytest.approx(even["extraction_s"] / saved)
-    one, both = found["measured"][-2:]
-    assert even["cached_pass_s"] == pytest.approx(
-        (one["seconds"] + both["seconds"]) / 2 / one["steps"] * one["steps_per_epoch"]
-    )
+
+    def predict(*options):
+        result = CliRunner().invoke(train_main, [*command, *options, "--json"])
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)["forecast"]
+
+    def live_seconds(found):
+        """Of a clip, on average over the two runs that read tokens."""
+        even, first = found["break_even"], found["measured"][-1]
+        return (even["live_pass_s"] - even["cached_pass_s"]) / first["steps_per_epoch"] / first["clips_per_step"]
+
+    found = predict()
+    even, (one, both) = found["break_even"], found["measured"][-2:]
+    assert even["passes"] == pytest.approx(even["extraction_s"] / (even["live_pass_s"] - even["cached_pass_s"]))
+    step_s = (one["seconds"] + both["seconds"]) / 2 / one["steps"]
+    assert even["cached_pass_s"] == pytest.approx(step_s * one["steps_per_epoch"])
+    journal = FeatureStore.open(colours).runs()
+    alone, pair = (extraction_cost(journal, encoders=names).worker_s_per_clip for names in (["dinov2"], PAIR))
+    assert live_seconds(found) == pytest.approx((alone + pair) / 2)
+
+    end_to_end = (Stage(name="finetune", config=replace(config, encoders=PAIR)),)
+    train_in_stages(end_to_end, LiveRequest(settings=media_lab.settings(media_root)), tmp_path / "live")
+    found = predict("--live", str(tmp_path / "live"))
+    both = found["measured"][-1]
+    live = max(0, run_step_time(tmp_path / "live").seconds - both["seconds"] / both["steps"]) / both["clips_per_step"]
+    assert live_seconds(found) == pytest.approx((live + live * alone / pair) / 2)
+
     printed = CliRunner().invoke(train_main, command).stdout
     assert "hours of training" in printed
-    assert "pays" in printed
+    assert "the store" in printed
     assert not (tmp_path / "sweep").exists()
+    refused = CliRunner().invoke(train_main, [*command[:-1], "--live", str(tmp_path / "live")])
+    assert "--live is for --dry-run" in refused.output
