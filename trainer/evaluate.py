@@ -34,14 +34,8 @@ from trainer.model.multiple_choice import (
 )
 from trainer.model.video_llm import Built
 from trainer.runs.load import LoadedRun, load_run
-from trainer.runs.run_record import (
-    RunRecord,
-    ScoreSource,
-    grid_scores_file,
-    masked_scores_file,
-    write_answers,
-    write_scores,
-)
+from trainer.runs.run_record import RunRecord, ScoreSource, write_answers, write_scores
+from trainer.runs.score_files import grid_scores_file, masked_scores_file
 from trainer.runs.stage_folders import last_stage
 from trainer.sources import TokenPlace, opened_for
 
@@ -119,7 +113,7 @@ def evaluate_masked(
     views = {"+".join(subset): replace(loaded.built, shown=tuple(subset)) for subset in subsets}
     method = "post-hoc" if loaded.built.config.mask_encoders == "none" else "one-shot"
     result = _evaluate_views(run, loaded, request, views, "subsets") | {"method": method}
-    write_answers(masked_scores_file(last_stage(run), request.split), result)
+    write_answers(masked_scores_file(last_stage(run), request.split, limit=request.limit), result)
     return result
 
 
@@ -135,7 +129,7 @@ def evaluate_grids(
         raise UserError(f"{run} was trained at {', '.join(map(str, known))} tokens per frame, not at {unknown[0]}")
     views = {str(tokens): replace(loaded.built, tokens_per_frame=tokens) for tokens in grids or known}
     result = _evaluate_views(run, loaded, request, views, "grids") | {"method": "one-shot"}
-    write_answers(grid_scores_file(last_stage(run), request.split), result)
+    write_answers(grid_scores_file(last_stage(run), request.split, limit=request.limit), result)
     return result
 
 

@@ -52,14 +52,8 @@ from trainer.model.multiple_choice import answer_all, default_protocol, question
 from trainer.model.projectors import build_projectors, parts_of
 from trainer.model.video_llm import VideoLLM, build, new_llm
 from trainer.runs import checkpoint
-from trainer.runs.run_record import (
-    RunRecord,
-    ScoreSource,
-    grid_scores_file,
-    masked_scores_file,
-    read_scores,
-    write_scores,
-)
+from trainer.runs.run_record import RunRecord, ScoreSource, read_scores, write_scores
+from trainer.runs.score_files import grid_scores_file, masked_scores_file
 from trainer.runs.stage_folders import last_stage
 from trainer.sources import opened
 

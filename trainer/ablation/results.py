@@ -8,7 +8,6 @@ answers is missing, with the reason; answers that cannot be compared are an erro
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +22,7 @@ from mervcache.errors import MervCacheError, UserError
 from mervcache.files import load_json
 from trainer.ablation.sweep import NESTED, NOT_COMPARED, ONE_SHOT, RETRAINED, SWEEP_FILE, read_sweep, resume_command
 from trainer.config import RECORD_FILE
+from trainer.runs.score_files import grid_scores_file, masked_scores_file, scores_file
 from trainer.runs.stage_folders import last_stage
 
 POST_HOC = "post-hoc"
@@ -189,18 +189,18 @@ class _Reader:
         subset = self._ordered(entry["encoders"])
         member = Member(block=entry["method"], setting=Setting.of(entry), subset=subset, seed=entry["seed"], run=name)
         folder = last_stage(folder)
-        scores = folder / "scores" / re.sub(r"[^\w-]", "_", self._record["split"])  # as the scores are written
-        masked = scores.with_name(f"{scores.name}-masked.json")
+        split = self._record["split"]
+        masked = masked_scores_file(folder, split)
         step, reason = self._check_finished(folder, entry)
         if member.block == RETRAINED:
-            path = scores.with_name(f"{scores.name}.json")
+            path = scores_file(folder, split, protocol=self._record.get("protocol", LIKELIHOOD))
             found, unscored = self._read_scores(path, step, "it is not scored")
             if reason or found is None:
                 self.missing[member] = reason or unscored
             else:
                 self.answers[member] = self._parse(found.get("answers"), str(path))
         if member.block == NESTED:
-            self._read_grids(member, entry, scores.with_name(f"{scores.name}-grids.json"), step, reason)
+            self._read_grids(member, entry, grid_scores_file(folder, split), step, reason)
             return
         if subset and subset == self._encoders:
             self._read_masked(member, masked, step, reason)

@@ -5,11 +5,7 @@ RUN/run.json                      the record: data, model and software
 RUN/llm/                          tokenizer, and the sizes of a fresh LLM
 RUN/metrics.jsonl                 a line per step; validation metrics begin with `val_`; `skipped` is 1 where the step
                                   changed nothing, and null is a number that was not finite
-RUN/scores/SPLIT.json             the newest evaluation on all questions of a split, by likelihood
-RUN/scores/SPLIT-letters.json     that by letters, which is another figure
-RUN/scores/SPLIT-first-N.json     that on the first N of them, which never replaces one on all
-RUN/scores/SPLIT-masked.json      answers with subsets of the run's encoders, see `trainer.evaluate.evaluate_masked`
-RUN/scores/SPLIT-grids.json       answers at each of the run's nested grids, see `trainer.evaluate.evaluate_grids`
+RUN/scores/                       see `score_files.py`
 RUN/atlas/NAME.parquet            what each encoder contributes to every clip, see `trainer.ablation.atlas`
 """
 
@@ -17,7 +13,6 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -29,14 +24,13 @@ from mervcache.files import replace_text
 from mervcache.text import redact, redact_all
 from trainer.config import RECORD_FILE
 from trainer.data.tokens import TokenShape
+from trainer.runs.score_files import FIRST_PROTOCOL, GRIDS, MASKED, SCORES_FOLDER, scores_file
 from trainer.runs.stage_folders import no_record, read_record_file
 
-LLM_FOLDER, SCORES_FOLDER = "llm", "scores"
+LLM_FOLDER = "llm"
 METRICS_FILE = "metrics.jsonl"
-MASKED, GRIDS = "-masked.json", "-grids.json"  # end the names of files of answers with subsets, or at nested grids
 IMPORT_FILE = "imported.json"  # of a run made of a foreign checkpoint: where its weights come from
 PACKAGES = ("merv-pipeline", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "peft")
-FIRST_PROTOCOL = "likelihood"  # the only one of version 0.1, whose scores name none
 UNBOUND = "unbound:"  # begins the identity in an imported run, whose weights do not say what made their tokens
 
 
@@ -130,19 +124,9 @@ class ScoreSource:
 
 
 def write_answers(path: Path, result: Mapping[str, Any]) -> Path:
-    """Write the answers of a run in several conditions, to a file that one of the two functions below names."""
+    """Write the answers of a run in several conditions."""
     path.parent.mkdir(exist_ok=True)
     return replace_text(path, json.dumps(result, indent=1) + "\n")
-
-
-def masked_scores_file(run: Path, split: str) -> Path:
-    """Where answers with subsets of the encoders are kept."""
-    return Path(run) / SCORES_FOLDER / f"{_file_stem(split)}{MASKED}"
-
-
-def grid_scores_file(run: Path, split: str) -> Path:
-    """Where answers at nested grids are kept."""
-    return Path(run) / SCORES_FOLDER / f"{_file_stem(split)}{GRIDS}"
 
 
 def write_scores(run: Path, result: Mapping[str, Any], source: ScoreSource) -> Path:
@@ -156,15 +140,8 @@ def write_scores(run: Path, result: Mapping[str, Any], source: ScoreSource) -> P
         "snapshot": source.snapshot,
         **result,
     }
-    protocol = result.get("protocol", FIRST_PROTOCOL)
-    part = "" if protocol == FIRST_PROTOCOL else f"-{protocol}"
-    part += "" if source.limit is None else f"-first-{source.limit}"
-    return replace_text(folder / f"{_file_stem(source.split)}{part}.json", json.dumps(record, indent=1) + "\n")
-
-
-def _file_stem(split: str) -> str:
-    """A split's name may hold what a path is made of."""
-    return re.sub(r"[^\w-]", "_", split)
+    path = scores_file(run, source.split, protocol=result.get("protocol", FIRST_PROTOCOL), limit=source.limit)
+    return replace_text(path, json.dumps(record, indent=1) + "\n")
 
 
 def read_scores(run: Path) -> list[dict[str, Any]]:

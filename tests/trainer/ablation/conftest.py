@@ -90,8 +90,9 @@ class SweepFolder:
             self.score(name, answers=list(answers), **changes)
         return name
 
-    def score(self, name: str, *, file: str = "heldout", **content: Any) -> Path:
+    def score(self, name: str, *, file: str = "", **content: Any) -> Path:
         """Write a file of scores."""
+        file = file or ("heldout-letters" if self.record.get("protocol") == "letters" else "heldout")
         step = 60 if self.runs[name]["is_trained"] else 0
         record = {"split": "heldout", "limit": None, "store": "nowhere.zarr", "snapshot": "00001-abc", "step": step}
         path = self.path / "runs" / name / "scores" / f"{file}.json"

@@ -315,6 +315,16 @@ def test_nested_grids_are_scored_and_stand_in_a_block_of_their_own(question_stor
     assert (sweep.out / "runs" / nested[0].run / "scores" / "heldout-grids.json").is_file()
 
 
+def test_a_sweep_that_is_scored_by_letters_has_a_table(question_store, stages, tmp_path):
+    by_letters = (replace(stages[0], config=replace(stages[0].config, protocol="letters")),)
+    axes = SweepConfig(subsets=("alone",), text_only=False)
+    sweep = open_sweep(axes, by_letters, str(question_store), tmp_path / "sweep")
+    assert {outcome.status for outcome in run_sweep(sweep)} == {"finished"}
+    results = read_results(sweep.out)
+    assert not results.missing
+    assert {found.margin_Q for found in results.answers.values()} == {None}
+
+
 def test_options_of_one_run_before_the_command_are_refused():
     result = CliRunner().invoke(train_main, ["--llm", "fresh:tiny", "sweep"])
     assert result.exit_code == 1
