@@ -63,7 +63,7 @@ class Average(Resampler):
         grid = config.grid or (_divided_time(config, stored), *stored.grid[1:])
         super().__init__(grid, stored.width)
         _check_not_finer(grid, stored.grid)
-        if stored.is_pooled and not _pools_exactly(grid, stored):
+        if stored.is_pooled and not pools_exactly(grid, stored):
             native = f" of the encoder's {_text(stored.native_grid)}" if stored.native_grid else ""
             raise UserError(
                 f"projector grid {_text(grid)} is not exact from the stored grid {_text(stored.grid)}, which is an"
@@ -258,7 +258,7 @@ def _check_not_finer(grid: Grid, stored: Grid) -> None:
         )
 
 
-def _pools_exactly(grid: Grid, stored: TokenShape) -> bool:
+def pools_exactly(grid: Grid, stored: TokenShape) -> bool:
     """Whether pooling the stored average to `grid` gives the average of the encoder's own grid."""
     native = stored.native_grid or stored.grid  # unknown in records of older runs
     return all(
