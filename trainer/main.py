@@ -16,10 +16,11 @@ from trainer import cli
 from trainer.ablation.cli import mask_command, table_command
 from trainer.ablation.cli_atlas import atlas_command
 from trainer.ablation.cli_costs import COMMANDS as COST_COMMANDS
+from trainer.ablation.cli_probe import probe_command
 from trainer.ablation.cli_sweep import sweep
 
 eval_main = cli.eval_main
-for command in (table_command, mask_command, atlas_command, *COST_COMMANDS):
+for command in (table_command, mask_command, atlas_command, probe_command, *COST_COMMANDS):
     eval_main.add_command(command)
 
 
