@@ -36,6 +36,7 @@ _API = {  # public name -> where it is defined
     "get_stages": "trainer.config:get_stages",
     "load_run": "trainer.runs.load:load_run",
     "open_store": "featurestore.store:FeatureStore.open",
+    "probe": "trainer.ablation.probe:probe",
     "pull": "featurestore.transfer.sync:transfer",
     "push": "featurestore.transfer.sync:push",
     "read_extract_config": "pipeline.config:read_config",

@@ -55,7 +55,7 @@ def _write_store(
     rows = writer.add_clips(clips)
     for encoder, identity in identities.items():
         for kind in sorted({clip.kind for clip in clips}):
-            group = writer.ensure_group(kind, identity, batch_shape=1, weights_label="random:0")
+            group = writer.ensure_group(kind, identity, batch_shape=1, weights_label="random:0", new_identity=True)
             mine = {row: clip for row, clip in rows if clip.kind == kind}
             for block in sorted({row // block_rows for row in mine}):
                 task = group.begin(block)

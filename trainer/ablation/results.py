@@ -438,5 +438,10 @@ def _with_videos(
 
 
 def _video(sample_id: str, clip_id: str | None) -> str:
-    """The media of a clip, without its span; a text-only question is a cluster of its own."""
-    return f"text-only question {sample_id}" if clip_id is None else clip_id.partition("#")[0]
+    """The media of a clip; a text-only question is a cluster of its own."""
+    return f"text-only question {sample_id}" if clip_id is None else video_of(clip_id)
+
+
+def video_of(clip_id: str) -> str:
+    """Dataset and path of a clip's media, without its span."""
+    return clip_id.partition("#")[0]

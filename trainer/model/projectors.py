@@ -70,7 +70,7 @@ class Average(Resampler):
     @staticmethod
     def _check(grid: Grid, stored: TokenShape) -> None:
         _check_not_finer(grid, stored.grid)
-        if stored.is_pooled and not _pools_exactly(grid, stored):
+        if stored.is_pooled and not pools_exactly(grid, stored):
             native = f" of the encoder's {_text(stored.native_grid)}" if stored.native_grid else ""
             raise UserError(
                 f"projector grid {_text(grid)} is not exact from the stored grid {_text(stored.grid)}, which is an"
@@ -267,7 +267,7 @@ def _check_not_finer(grid: Grid, stored: Grid) -> None:
         )
 
 
-def _pools_exactly(grid: Grid, stored: TokenShape) -> bool:
+def pools_exactly(grid: Grid, stored: TokenShape) -> bool:
     """Whether pooling the stored average to `grid` gives the average of the encoder's own grid."""
     native = stored.native_grid or stored.grid  # unknown in records of older runs
     return all(
