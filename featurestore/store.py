@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -21,13 +21,28 @@ import pyarrow.compute as pc
 
 from featurestore.clips import Sample
 from featurestore.identity import FeatureIdentity
-from featurestore.layout import JOURNAL, ROOT_METADATA, journal_key, journal_names, receipt_blocks, receipts_prefix
+from featurestore.layout import (
+    JOURNAL,
+    ROOT_METADATA,
+    block_of,
+    journal_key,
+    journal_names,
+    receipt_blocks,
+    receipts_prefix,
+)
 from featurestore.locate import Place, no_store_at, place_of
 from featurestore.objects.base import Objects, get_bounded
-from featurestore.objects.open import open_cached, open_objects
+from featurestore.objects.open import in_parallel, open_cached, open_objects
 from featurestore.parquet import read_table, table_file
 from featurestore.reader import BatchReader, ClipLines, Frames, encoder_keys
-from featurestore.records import MAX_JOURNAL_BYTES, Tombstone, driver_runs, parse_journal, read_tombstones
+from featurestore.records import (
+    MAX_JOURNAL_BYTES,
+    Tombstone,
+    driver_runs,
+    parse_journal,
+    read_receipt,
+    read_tombstones,
+)
 from featurestore.schemas import CLIP_SCHEMA, SAMPLE_SCHEMA, table_to_samples
 from featurestore.snapshots import column, load_snapshot, newest_snapshot_id, read_snapshot_table
 from featurestore.zarr_metadata import parse_root, read_document
@@ -190,6 +205,25 @@ class FeatureStore:
         if not self.encoders[self._key(encoder)].prefix_tokens:
             raise UserError(f"{encoder} was stored without prefix tokens; extract it with prefix tokens to have them")
         return self._batches.read("prefix", *self._locate(clip_ids, encoder), frames)
+
+    def media_sha256(self, *, encoder: str) -> dict[str, str]:
+        """Clip id -> sha256 of the media that its tokens of an encoder were made from, where receipts record it."""
+        group, found = self._groups[self._key(encoder)], {}
+        for kind, is_kind in (("image", self._is_image), ("video", ~self._is_image)):
+            rows = self._rows[group]
+            lines = np.flatnonzero(is_kind & (rows >= 0))
+            size = self._record.block_rows[kind]
+            blocks = sorted({block_of(int(row), size) for row in rows[lines]})
+            read = partial(read_receipt, self._objects, kind, group, block_rows=size)
+            receipts = in_parallel(read, blocks, self._objects.parallel_reads)
+            of_block = dict(zip(blocks, receipts, strict=True))
+            for clip_id, row in zip(
+                self._clip_ids.take(pa.array(lines)).to_pylist(), rows[lines].tolist(), strict=True
+            ):
+                outcome = of_block[block_of(row, size)].outcome(row)
+                if outcome.state == "ok" and outcome.media_sha256:
+                    found[clip_id] = outcome.media_sha256
+        return found
 
     def data_digest(self, clip_ids: Iterable[str], encoders: Sequence[str], samples: Iterable[Sample] = ()) -> str:
         """64 hex digits over the (clip, identity, row digest) and samples that a run reads, in any order.

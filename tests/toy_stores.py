@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -50,6 +51,7 @@ def _write_store(
     *,
     failed: Collection[tuple[str, str]] = (),  # (encoder, clip id) that cannot be decoded
     block_rows: int = 4,
+    media: Mapping[tuple[str, str], str] = MappingProxyType({}),  # (encoder, clip id) -> sha256 of its file
 ) -> StoreWriter:
     writer = StoreWriter.open_or_create(path, block_rows=dict.fromkeys(KINDS, block_rows))
     rows = writer.add_clips(clips)
@@ -64,7 +66,8 @@ def _write_store(
                     if (encoder, clip.clip_id) in failed:
                         task.fail(row, "cannot be decoded")
                     else:
-                        media = sha256_hex(clip.path.encode())  # every path is a file of its own
-                        task.add(row, arrays[encoder, clip.clip_id], media_sha256=media, decoder="frames/1")
+                        key = encoder, clip.clip_id
+                        sha256 = media.get(key) or sha256_hex(clip.path.encode())  # every path is a file of its own
+                        task.add(row, arrays[key], media_sha256=sha256, decoder="frames/1")
                 task.commit()
     return writer

@@ -25,7 +25,7 @@ import yaml
 from torch import Tensor, nn
 
 from featurestore import FeatureIdentity, FeatureStore, Sample
-from featurestore.clips import KINDS, Clip
+from featurestore.clips import KINDS, Clip, Kind
 from featurestore.storage_dtypes import WIDEST, OverflowedTokens, from_stored, to_stored
 from mervcache.errors import MediaError, UserError, unknown_name
 from mervcache.files import canonical_json
@@ -36,7 +36,7 @@ from pipeline.decode.sampling import Decoded
 from pipeline.encoders.loading import keep_steps
 from pipeline.encoders.network import EncoderNetwork, build_network
 from pipeline.encoders.weights import fill_random, weights_by_encoder
-from pipeline.media import Root
+from pipeline.media import Root, Source, kind_of_path
 from pipeline.store_media import StoreMedia
 from pipeline.views import FrameRule
 from pipeline.worker.engine import Engine, TokenEncoder, decode_job, encode_batch, free_cores
@@ -163,6 +163,18 @@ def source_like(
         }
         order, parts = tuple(record.shapes), parts_of(config.projector)
         yield LiveTokens(engine, frozen, trained, batch, order=order, parts=parts, **options)
+
+
+def media_of(path: Path) -> tuple[Kind, str]:
+    """Kind of a media file (of a folder of frames: video) and the sha256 that stores record of its bytes.
+
+    Raises UserError for what cannot be read.
+    """
+    try:
+        sha256 = Source.find(str(path.parent), path.name).sha256()
+    except (MediaError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    return kind_of_path(path.name) or "video", sha256
 
 
 def empty_encoders(config: TrainConfig, encoders: Mapping[str, Mapping[str, Any]]) -> dict[str, TrainableEncoder]:

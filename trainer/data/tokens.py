@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 
-from featurestore import FeatureStore, Sample
+from featurestore import Clip, FeatureStore, Sample
 from featurestore.quality import read_parity
 from mervcache.errors import UserError
 
@@ -155,6 +155,21 @@ class StoreTokens(TokenSource):
 
     def data_digest(self, clip_ids: Iterable[str], samples: Iterable[Sample]) -> str:
         return self._store.data_digest(clip_ids, list(self._keys.values()), samples)
+
+    def media_sha256(self) -> dict[str, str]:
+        """Available clip -> sha256 of its media, where receipts record the same for every encoder."""
+        media = [self._store.media_sha256(encoder=key) for key in self._keys.values()]
+        return {
+            clip_id: sha256
+            for clip_id, sha256 in media[0].items()
+            if clip_id in self._available and all(other.get(clip_id) == sha256 for other in media)
+        }
+
+    def listed(self) -> list[Clip]:
+        """The available clips, with their paths and spans."""
+        names = ("clip_id", "dataset", "path", "kind", "start_s", "end_s", "end_frame")
+        rows = self._store.clips.select(names).to_pylist()
+        return [Clip(**row) for row in rows if row.pop("clip_id") in self._available]
 
     def _read(self, clip_ids: Sequence[str], encoder: str) -> ClipTokens:
         tokens_BTHWD = None

@@ -113,6 +113,10 @@ class VideoLLM(nn.Module):
 
     def token_losses(self, batch: Batch) -> Tensor:
         """Cross-entropy by sample and position, float32 [B, S - first_label], zero where nothing is supervised."""
+        return _cross_entropy(*self._predictions(batch))
+
+    def _predictions(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """logits_BPV and labels_BP, P positions from the first label of the batch on."""
         embeddings_BSM = self.splice(batch)
         first = max(batch.first_label, 1)  # position p is predicted at p - 1
         # By index, not by count: a slice is not contiguous, and torch then copies the output layer once per sample on
@@ -123,11 +127,7 @@ class VideoLLM(nn.Module):
             inputs_embeds=embeddings_BSM, attention_mask=batch.attention_mask_BS, use_cache=False, **options
         )
         logits_BPV = output.logits if self._keeps_logits else output.logits[:, places_P]
-        labels_BP = batch.labels_BS[:, first:]
-        losses = F.cross_entropy(
-            logits_BPV.float().flatten(0, 1), labels_BP.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
-        )
-        return losses.view(labels_BP.shape)
+        return logits_BPV, batch.labels_BS[:, first:]
 
     def splice(self, batch: Batch) -> Tensor:
         """Text embeddings with each sample's visual tokens in their place: embeddings_BSM, padded with zeros."""
@@ -168,6 +168,13 @@ class VideoLLM(nn.Module):
         return -self.sample_losses(batch) / batch.supervised_B
 
     @torch.no_grad()
+    def likelihood(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Log-likelihood of each sample's supervised tokens in all, float32 [B]; whether each is the likeliest, [B]."""
+        logits_BPV, labels_BP = self._predictions(batch)
+        is_greedy_BP = (logits_BPV.argmax(-1) == labels_BP) | (labels_BP == IGNORE_INDEX)
+        return -_cross_entropy(logits_BPV, labels_BP).sum(1), is_greedy_BP.all(1)
+
+    @torch.no_grad()
     def generate(self, batch: Batch, **options: Any) -> Tensor:
         """New token ids [B, new] behind open questions; `options` go to the LLM's own `generate`."""
         embeddings_BSM = self.splice(batch)
@@ -177,6 +184,14 @@ class VideoLLM(nn.Module):
         embeddings_BSM = torch.stack([row.roll(shift, 0) for row, shift in zip(embeddings_BSM, left, strict=True)])
         mask_BS = torch.stack([row.roll(shift) for row, shift in zip(batch.attention_mask_BS, left, strict=True)])
         return self.llm.generate(inputs_embeds=embeddings_BSM, attention_mask=mask_BS, **options)
+
+
+def _cross_entropy(logits_BPV: Tensor, labels_BP: Tensor) -> Tensor:
+    """float32 [B, P], zero where there is no label."""
+    losses = F.cross_entropy(
+        logits_BPV.float().flatten(0, 1), labels_BP.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+    )
+    return losses.view(labels_BP.shape)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,3 +1,5 @@
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -32,6 +34,28 @@ def test_a_clip_is_available_only_with_every_encoder(store, clips):
     ids = [clip.clip_id for clip in clips]
     assert StoreTokens(store, ["dinov2"]).available([*ids, "set/none.mp4"]) == set(ids)
     assert StoreTokens(store, ["dinov2", "vivit"]).available(ids) == set(ids) - {ids[1]}
+
+
+def test_the_media_of_a_clip_are_those_that_all_its_tokens_were_made_from(store, clips, tmp_path, write_store):
+    recorded = {clip.clip_id: hashlib.sha256(clip.path.encode()).hexdigest() for clip in clips}
+    assert StoreTokens(store, ["dinov2"]).media_sha256() == recorded
+    del recorded[clips[1].clip_id]  # without tokens of vivit
+    source = StoreTokens(store, ["dinov2", "vivit"])
+    assert source.media_sha256() == recorded
+    assert source.listed() == [clip for clip in clips if clip.clip_id in recorded]
+    identities = {key: store.encoders[key] for key in ("dinov2", "vivit")}
+    arrays = {
+        (key, clip.clip_id): {"tokens": np.zeros((*identity.grid_of(clip.kind), identity.width), np.float16)}
+        for key, identity in identities.items()
+        for clip in clips
+    }
+    changed = {("vivit", clips[2].clip_id): "e" * 64}  # the file changed between two extractions
+    write_store(tmp_path / "other.zarr", clips, identities, arrays, media=changed).publish_snapshot()
+    other = FeatureStore.open(tmp_path / "other.zarr")
+    assert clips[2].clip_id in StoreTokens(other, ["dinov2"]).media_sha256()
+    assert set(StoreTokens(other, ["dinov2", "vivit"]).media_sha256()) == {c.clip_id for c in clips} - {
+        clips[2].clip_id
+    }
 
 
 def test_shapes_and_identities_come_from_the_store(store):
