@@ -344,7 +344,7 @@ def test_the_ranking_is_compared_with_retrained_runs(labelled, new_sweep):
     words = ["--sweep", folder.path, "--probes", "linear", "--draws", DRAWS, "--format", "markdown"]
     result = call(store, "--labels", write_labels(folder.path / "l.csv", labels.items()), *words)
     assert result.exit_code == 0, result.stderr
-    assert f"| {found.single.value:.2f} |" in result.stdout
+    assert f"| {found.single.value:.4f} [" in result.stdout
 
 
 def test_a_sweep_of_two_sets_is_no_ranking(labelled, new_sweep):
