@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from mervcache.config import load_yaml
-from mervcache.errors import StoreDamagedError
+from mervcache.config import load_yaml, overlay
+from mervcache.errors import StoreDamagedError, UserError
 from mervcache.files import file_sha256, record_digest
-from trainer.config import CONFIG_FILE, RECORD_FILE
+from trainer.config import CONFIG_FILE, RECORD_FILE, TrainConfig
 from trainer.runs.run_record import IMPORT_FILE, LLM_FOLDER
 
 DIGEST = "digest"  # key of a sealed record: the digest of its other entries
@@ -63,7 +63,7 @@ class RunFiles:
             return  # written before digests were kept
         check_digests(run, self.sha256, run_file_names(run), "the run")
         found = fixed_settings(run)
-        if changed := [name for name, value in self.settings.items() if name not in found or found[name] != value]:
+        if changed := [name for name in self.settings if not _is_same(name, self.settings, found)]:
             values = "; ".join(f"{name} was {self.settings[name]!r}, is {found.get(name)!r}" for name in changed)
             raise StoreDamagedError(
                 f"{run / CONFIG_FILE} was changed after the run began ({values}); put the values back, or start a new"
@@ -74,6 +74,19 @@ class RunFiles:
             has_weights = any(name.endswith(WEIGHTS) for name in self.llm_sha256)
             names = llm_file_names(folder, with_weights=has_weights)
             check_digests(folder, self.llm_sha256, names, f"the run {run}")
+
+
+def _is_same(name: str, recorded: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
+    """Whether a setting is as recorded. One of several parts may have got a new part since: its default is the same."""
+    if name not in found:
+        return False
+    default = getattr(TrainConfig(), name, None)
+    if not is_dataclass(default):
+        return found[name] == recorded[name]
+    try:
+        return overlay(default, found[name]) == overlay(default, recorded[name])
+    except (UserError, TypeError):  # a value that no version takes
+        return False
 
 
 def fixed_settings(run: Path) -> dict[str, Any]:

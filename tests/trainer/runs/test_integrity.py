@@ -26,6 +26,14 @@ def change(path, old, new):
     path.write_text(text.replace(old, new, 1))
 
 
+def forget_nested_grids(run):
+    """As the version wrote it that had no such setting."""
+    path = checkpoint.newest(run) / "state.json"
+    state = unseal(path)
+    assert state["files"]["settings"]["projector"].pop("nested_grids") == []
+    path.write_text(seal(state))
+
+
 CHANGES = {
     "a word of the tokenizer": lambda run: change(run / "llm/tokenizer.json", '"red"', '"rad"'),
     "the norm's epsilon": lambda run: change(run / "llm/config.json", "1e-06", "1e-02"),
@@ -34,6 +42,10 @@ CHANGES = {
     "the record": lambda run: change(run / "run.json", '"num_samples": 18', '"num_samples": 19'),
     "a setting": lambda run: change(run / "config.yaml", "seed: 7", "seed: 8"),
     "a nested setting": lambda run: change(run / "config.yaml", "weight_decay: 0.0", "weight_decay: 0.1"),
+    "a nested setting that is new": lambda run: (
+        forget_nested_grids(run),
+        change(run / "config.yaml", "nested_grids: []", "nested_grids: [4, 1]"),
+    ),
     "a step": lambda run: change(checkpoint.newest(run) / "state.json", '"step": 2', '"step": 3'),
 }
 
@@ -52,6 +64,8 @@ def test_a_changed_file_is_no_run_to_go_on_with_or_to_load(begun, config, sample
         config = replace(config, seed=8)
     if name == "a nested setting":
         config = replace(config, optimizer=replace(config.optimizer, weight_decay=0.1))
+    if name == "a nested setting that is new":
+        config = replace(config, projector=replace(config.projector, nested_grids=(4, 1)))
     with pytest.raises(StoreDamagedError, match=r"from a copy|start a new run"):
         train(config, samples, tokens, begun, resume=True, quiet=True)
     with pytest.raises(StoreDamagedError):
@@ -65,6 +79,19 @@ def test_settings_that_change_no_loss_may_be_changed_in_the_file(begun, config, 
     assert load_run(begun).step == 2
     assert train(replace(config, log_every=1), samples, tokens, begun, resume=True, quiet=True).steps == 6
     assert load_run(begun).step == 6
+
+
+def test_a_setting_that_a_later_version_has_is_no_change(begun, config, samples, tokens):
+    """Such a version writes it to the folder when it resumes, and may be killed before its first checkpoint."""
+    forget_nested_grids(begun)
+    assert load_run(begun).step == 2
+    assert train(config, samples, tokens, begun, resume=True, quiet=True).steps == 6
+
+
+def test_a_value_that_no_version_takes_is_a_change(begun):
+    change(begun / "config.yaml", "clip_norm: 1.0", "clip_norm: much")
+    with pytest.raises(StoreDamagedError, match="'clip_norm': 'much'"):
+        load_run(begun)
 
 
 def test_the_digests_are_those_of_the_start_and_not_of_what_is_found_at_a_checkpoint(
