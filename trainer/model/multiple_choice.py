@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -76,17 +76,29 @@ def default_protocol(config: TrainConfig) -> Protocol:
     return config.protocol or ("likelihood" if config.has_fresh_llm else "letters")
 
 
-def questions(samples: Sequence[Sample], source: TokenSource, *, split: str, has_visual: bool) -> list[Sample]:
-    """Samples of that split that have options and, where clips are shown, tokens."""
-    found = [sample for sample in samples if sample.options and sample.split == split]
+def questions(
+    samples: Sequence[Sample],
+    source: TokenSource,
+    *,
+    split: str,
+    has_visual: bool,
+    is_asked: Callable[[Sample], bool] = lambda sample: bool(sample.options),
+) -> list[Sample]:
+    """Samples of that split that are asked, by default those with options, with tokens where clips are shown."""
+    found = [sample for sample in samples if sample.split == split and is_asked(sample)]
     found = showable(found, source, has_visual=has_visual)
     if not found:
-        raise UserError(_no_question(samples, split))
+        raise UserError(_no_question(samples, split, is_asked))
     return found
 
 
 def coverage(
-    samples: Sequence[Sample], answerable: Sequence[Sample], scored: Sequence[Sample], split: str
+    samples: Sequence[Sample],
+    answerable: Sequence[Sample],
+    scored: Sequence[Sample],
+    split: str,
+    *,
+    is_asked: Callable[[Sample], bool] = lambda sample: bool(sample.options),
 ) -> dict[str, dict[str, int]]:
     """Benchmark -> how many of the split's questions were scored, and how many not, by reason."""
     has_tokens = {(sample.source, sample.sample_id) for sample in answerable}
@@ -96,7 +108,7 @@ def coverage(
         if sample.split != split or sample.stage == CAPTION_STAGE:
             continue
         key = sample.source, sample.sample_id
-        if not sample.options:
+        if not is_asked(sample):
             outcome = OPEN_ENDED
         elif key not in has_tokens:
             outcome = WITHOUT_TOKENS
@@ -115,11 +127,11 @@ def showable(samples: Sequence[Sample], source: TokenSource, *, has_visual: bool
     return [sample for sample in samples if sample.clip_id is None or sample.clip_id in known]
 
 
-def _no_question(samples: Sequence[Sample], split: str) -> str:
+def _no_question(samples: Sequence[Sample], split: str, is_asked: Callable[[Sample], bool]) -> str:
     """Which questions there are, so that the next command is the right one."""
     counts = Counter(sample.split for sample in samples if sample.options)
     held = ", ".join(f"{count} of split {name!r}" for name, count in counts.items()) or "none"
-    for name, outcomes in coverage(samples, (), (), split).items():
+    for name, outcomes in coverage(samples, (), (), split, is_asked=is_asked).items():
         if outcomes.get(OPEN_ENDED):
             held += f"; {name} has {outcomes[OPEN_ENDED]} open-ended of split {split!r}, which are not scored"
     others = [name for name in counts if name not in (split, TRAINED_SPLIT)]
@@ -150,25 +162,38 @@ def answer_all(
 
     Raises UserError that names `run` and the question where the output of the model is not finite.
     """
-    _check_whole(built, samples, template)
+    check_whole(built, samples, template)
     built.model.to(device).eval()
     for start in range(0, len(samples), batch_size):
         if built.model.has_visual:
             coming = samples[start : start + 2 * batch_size]
             source.expect(sample.clip_id for sample in coming if sample.clip_id is not None)
         part = samples[start : start + batch_size]
-        if template is None:
-            answers = answer_batch(built, part, source, device)
-        else:
-            texts = letters.generate_answers(built, part, source, template, device)
-            answers = [_lettered(sample, text) for sample, text in zip(part, texts, strict=True)]
-        for answer in answers:
-            if math.isnan(answer.credit):
-                raise UserError(
-                    f"{run}: the model's output is not finite (NaN or infinite) at question {answer.sample_id}, so it"
-                    " has no score; look for such values in the run's metrics, and score an older checkpoint"
-                )
-        yield from answers
+        yield from answer_part(built, part, source, device=device, template=template, run=run)
+
+
+def answer_part(
+    built: Built,
+    samples: Sequence[Sample],
+    source: TokenSource,
+    *,
+    device: str = "cpu",
+    template: Template | None = None,
+    run: str = "the run",
+) -> list[Answer]:
+    """`answer_all` of one batch, by a model that is on the device, of questions that `check_whole` has seen."""
+    if template is None:
+        answers = answer_batch(built, samples, source, device)
+    else:
+        texts = letters.generate_answers(built, samples, source, template, device)
+        answers = [_lettered(sample, text) for sample, text in zip(samples, texts, strict=True)]
+    for answer in answers:
+        if math.isnan(answer.credit):
+            raise UserError(
+                f"{run}: the model's output is not finite (NaN or infinite) at question {answer.sample_id}, so it"
+                " has no score; look for such values in the run's metrics, and score an older checkpoint"
+            )
+    return answers
 
 
 def answer_batch(
@@ -204,7 +229,7 @@ def is_whole(built: Built, sample: Sample) -> bool:
     return not any(built.renderer(turns, has_clip=has_clip).is_cut for turns in choices)
 
 
-def _check_whole(built: Built, samples: Sequence[Sample], template: Template | None) -> None:
+def check_whole(built: Built, samples: Sequence[Sample], template: Template | None) -> None:
     """A prompt or an option that is cut off has no score; said before hours of other questions."""
     cut = [
         sample.sample_id
