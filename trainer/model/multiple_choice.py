@@ -18,8 +18,9 @@ from featurestore.clips import Sample, Turn
 from mervcache.errors import UserError
 from trainer.config import Protocol, TrainConfig
 from trainer.data.batches import Batch, make_batch
+from trainer.data.prompts import Rendered
 from trainer.data.tokens import TokenSource
-from trainer.model import letters
+from trainer.model import letters, shared_prefix
 from trainer.model.letters import Template
 from trainer.model.video_llm import Built, shown_to
 
@@ -183,7 +184,7 @@ def answer_part(
 ) -> list[Answer]:
     """`answer_all` of one batch, by a model that is on the device, of questions that `check_whole` has seen."""
     if template is None:
-        answers = answer_batch(built, samples, source, device)
+        answers = answer_batch(built, samples, source, device, shares_prompt=True)
     else:
         texts = letters.generate_answers(built, samples, source, template, device)
         answers = [_lettered(sample, text) for sample, text in zip(samples, texts, strict=True)]
@@ -197,11 +198,18 @@ def answer_part(
 
 
 def answer_batch(
-    built: Built, samples: Sequence[Sample], source: TokenSource, device: torch.device | str
+    built: Built,
+    samples: Sequence[Sample],
+    source: TokenSource,
+    device: torch.device | str,
+    *,
+    shares_prompt: bool = False,
 ) -> list[Answer]:
-    """Answer questions by likelihood in one forward, with the current weights.
+    """Answer questions by likelihood with the current weights, in one forward of all options as whole sequences.
 
-    Options that the model reads as the same tokens are scored once, so that they are equally good to the bit.
+    With `shares_prompt` a question's prompt is read once for all of its options where the LLM can, see
+    `trainer.model.shared_prefix`: not where ranks must all compute alike. Options that the model reads as the same
+    tokens are scored once, so that they are equally good to the bit.
     """
     choices: list[Sample] = []
     places: dict[tuple[int, tuple[int, ...]], int] = {}  # question and tokens -> place among the choices
@@ -214,12 +222,38 @@ def answer_batch(
             if place == len(choices):
                 choices.append(choice)
             options[-1].append(place)
-    batch = batch_of(built, choices, source).to(device)
-    with built.autocast(device):
-        scores = built.model.score(batch).tolist()
+    owners = [number for number, _ in places]
+    scores = _shared_scores(built, samples, choices, owners, source, device) if shares_prompt else None
+    if scores is None:
+        batch = batch_of(built, choices, source).to(device)
+        with built.autocast(device):
+            scores = built.model.score(batch).tolist()
     return [
         _answer(sample, tuple(scores[place] for place in found)) for sample, found in zip(samples, options, strict=True)
     ]
+
+
+def _shared_scores(
+    built: Built,
+    samples: Sequence[Sample],
+    choices: Sequence[Sample],
+    owners: Sequence[int],
+    source: TokenSource,
+    device: torch.device | str,
+) -> list[float] | None:
+    """Scores of the choices, of which `owners` are the questions in order; None where prompts cannot be shared."""
+    if not shared_prefix.can_share(built.model):
+        return None
+    renderings: list[list[Rendered]] = [[] for _ in samples]
+    for choice, owner in zip(choices, owners, strict=True):
+        renderings[owner].append(_rendered(built, choice))
+    questions = [shared_prefix.split(found) for found in renderings]
+    if None in questions:
+        return None
+    prefixes = _batch([one.prefix for one in questions], built, samples, source)
+    with built.autocast(device):
+        found = shared_prefix.score_shared(built.model, prefixes.to(device), questions)
+    return None if found is None else [score for of_question in found for score in of_question]
 
 
 def is_whole(built: Built, sample: Sample) -> bool:
@@ -246,9 +280,17 @@ def check_whole(built: Built, samples: Sequence[Sample], template: Template | No
 
 def batch_of(built: Built, samples: Sequence[Sample], source: TokenSource) -> Batch:
     """Samples as the model reads them: rendered, and with their clips' tokens where it looks at clips."""
+    return _batch([_rendered(built, sample) for sample in samples], built, samples, source)
+
+
+def _rendered(built: Built, sample: Sample) -> Rendered:
+    return built.renderer(sample.turns, has_clip=sample.clip_id is not None)
+
+
+def _batch(rendered: Sequence[Rendered], built: Built, samples: Sequence[Sample], source: TokenSource) -> Batch:
     model = built.model
     return make_batch(
-        [built.renderer(sample.turns, has_clip=sample.clip_id is not None) for sample in samples],
+        rendered,
         [sample.clip_id if model.has_visual else None for sample in samples],
         source,
         model.num_visual_tokens_at(built.tokens_per_frame),
