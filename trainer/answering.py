@@ -10,11 +10,16 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
+from accelerate import PartialState
+
 from featurestore.clips import Sample
 from mervcache.console import ProgressLine
+from mervcache.errors import UserError
 from mervcache.files import record_digest
 from trainer.data.prompts import Rendered
 from trainer.data.tokens import TokenSource
@@ -27,6 +32,7 @@ from trainer.runs.predictions import PREDICTIONS_FOLDER, RecordLog, log_path
 from trainer.runs.run_record import software_versions
 
 OPEN_ENDED = "open-ended"
+LONGEST_WAIT = timedelta(days=1)  # for the process that has the longest answers
 KEY = "question"  # of a line: digest of the sample
 
 AnyAnswer = TypeVar("AnyAnswer", Answer, OpenAnswer)
@@ -168,13 +174,15 @@ def _answered(
     """Answers in the order of the samples; those in the file are not computed again."""
     rank, num_ranks = ranks()
     records = RecordLog(file, conditions, key=KEY, rank=rank, starts_anew=not asking.resumes)
-    _meet(num_ranks)  # nobody writes before all have read: so all share out the same missing batches
+    meet()  # nobody writes before all have read: so all share out the same missing batches
     keyed = [(sample.digest, sample) for sample in samples]
     batches = [keyed[start : start + asking.batch_size] for start in range(0, len(keyed), asking.batch_size)]
     missing = [part for part in batches if any(key not in records.records for key, _ in part)]
     line.advance(len(samples) - sum(map(len, missing)))
     own = missing[rank::num_ranks]
     with records:
+        if num_ranks > 1 and not records.is_kept:
+            raise UserError(f"{num_ranks} processes answer together through files, and {file} cannot be written")
         for index, part in enumerate(own):
             coming = [sample.clip_id for _, sample in (*part, *(own[index + 1] if index + 1 < len(own) else ()))]
             source.expect(clip_id for clip_id in coming if clip_id is not None and kind.has_visual)
@@ -185,12 +193,13 @@ def _answered(
                 if key not in records.records
             )
             line.advance(len(part))
-    _meet(num_ranks)
+    meet()
     if num_ranks > 1:
         records.read()
+        meet()
     if rank == 0:
         records.merge([key for key, _ in keyed])
-    _meet(num_ranks)
+    meet()
     return [kind.parse(records.records[key]["answer"]) for key, _ in keyed]
 
 
@@ -204,9 +213,12 @@ def _record(key: str, sample: Sample, kind: _Kind[AnyAnswer], answer: AnyAnswer)
     }
 
 
-def _meet(num_ranks: int) -> None:
-    """Wait for the other processes."""
+def meet() -> None:
+    """Wait for the processes that answer together; the first time each takes its device."""
+    num_ranks = ranks()[1]
     if num_ranks > 1:
-        from accelerate import PartialState
-
-        PartialState().wait_for_everyone()
+        # Without `cpu` accelerate leaves processes on a machine without a GPU alone, and each would answer everything.
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=LONGEST_WAIT)
+        if state.num_processes != num_ranks:
+            raise UserError(f"WORLD_SIZE is {num_ranks}, and accelerate sees {state.num_processes} processes")
+        state.wait_for_everyone()

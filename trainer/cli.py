@@ -20,7 +20,7 @@ from mervcache.config import load_yaml
 from mervcache.console import CONTEXT, echo, handle_errors, print_result, report_saved, stacked
 from mervcache.errors import StoreNotFoundError, UserError, no_file
 from mervcache.text import printable
-from trainer.cli_judge import judge_options, pop_judge
+from trainer.cli_evaluate import answer_options, judge_options, pop_judge, share_questions
 from trainer.config import (
     FULL_RECIPE,
     FUSIONS,
@@ -318,29 +318,20 @@ def eval_main() -> None:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Text file with the prompt of --protocol letters: {question}, {letters}, {options}.",
 )
-@click.option(
-    "--open-ended/--no-open-ended",
-    default=None,
-    show_default="those of benchmarks",
-    help="Ask open-ended questions, also those of training sets; or only multiple choice.",
-)
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, help="Longest open-ended answer, in tokens.")
+@answer_options
 @judge_options
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, help="Questions at once, with all their options.")
-@click.option(
-    "--resume/--no-resume", "resumes", default=True, help="Read the predictions that are in the run's folder already."
-)
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON, answers included.")
 def eval_run(checkpoint: Path, store: str | None, baseline: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     """Scores on the questions of benchmarks by category, next to chance and to baseline runs.
 
     Multiple choice by --protocol; open-ended answers are generated and matched, and judged with --judge. Every answer
-    is kept at once, a line each in predictions/ of the run: the same command goes on after a kill. Several processes,
-    as `accelerate launch` starts them, share the questions.
+    is kept at once, a line each in predictions/ of the run: the same command goes on after a kill.
 
     Exit code 3: questions were left out, because their clips have no tokens.
     """
     check_are_runs(checkpoint, *baseline)
+    share_questions(options.pop("processes"))
     load_torch_modules()
     from trainer.evaluate import EvaluationRequest, evaluate_run
 

@@ -20,7 +20,7 @@ import torch
 
 from featurestore.clips import Sample
 from mervcache.errors import UserError
-from trainer.answering import OPEN_ENDED, Asking, RunAnswers, answer_questions
+from trainer.answering import OPEN_ENDED, Asking, RunAnswers, answer_questions, meet
 from trainer.benchmark_scores import by_benchmark, open_report
 from trainer.config import LISTING, LiveRequest, Protocol, read_config
 from trainer.data.tokens import TokenSource
@@ -89,6 +89,7 @@ def evaluate_run(
     `llm` is the run's LLM where it is loaded already and was not trained.
     """
     template = _template(run, baselines, request)
+    meet()
     loaded = load_run(run, best=request.best, llm=llm)
     place = questions_place(run, loaded, request)
     is_asked = _asked(loaded, request)

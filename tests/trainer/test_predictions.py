@@ -110,6 +110,25 @@ def test_a_killed_evaluation_goes_on_with_the_next_question_and_ends_alike(bench
     assert len(count.asked) == 2 + 8  # nothing is left
 
 
+def command(run, *arguments):
+    program = [sys.executable, "-P", "-m", "trainer.main", "eval", "run", "--checkpoint", str(run), "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*program, *arguments], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)  # printed once
+
+
+@pytest.mark.slow
+def test_several_processes_share_the_questions_and_answer_alike(benchmark_run):
+    alone = command(benchmark_run, "--max-new-tokens", "3", "--batch-size", "1")
+    names = sorted(path.name for path in (benchmark_run / "predictions").iterdir())
+    texts = [(benchmark_run / "predictions" / name).read_text() for name in names]
+    options = ("--max-new-tokens", "3", "--batch-size", "1", "--no-resume", "--processes", "2")
+    assert command(benchmark_run, *options) == alone
+    assert sorted(path.name for path in (benchmark_run / "predictions").iterdir()) == names
+    assert [(benchmark_run / "predictions" / name).read_text() for name in names] == texts
+
+
 def test_other_conditions_are_another_file(benchmark_run, monkeypatch):
     count = Counter(monkeypatch)
     evaluate_run(benchmark_run, REQUEST)

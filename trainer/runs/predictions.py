@@ -75,6 +75,11 @@ class RecordLog:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether what is added is written to a file."""
+        return self._descriptor >= 0
+
     def close(self) -> None:
         """Close the file, which releases its lock."""
         if self._descriptor >= 0:

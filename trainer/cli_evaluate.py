@@ -1,7 +1,8 @@
-"""Options that name a judge of open-ended answers, for commands that score runs."""
+"""Options of `merv-eval run` about open-ended questions, their judge, and the processes that answer."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,10 +10,31 @@ import click
 
 from mervcache.console import stacked
 from mervcache.errors import UserError
+from trainer.loop.launch import is_launched, relaunch
 
 if TYPE_CHECKING:
     from trainer.judge import Judge
 
+# -P: Python does not look for modules in the folder it is started from.
+THIS_COMMAND = (sys.executable, "-P", "-m", "trainer.main", "eval")
+
+answer_options = stacked(
+    click.option(
+        "--open-ended/--no-open-ended",
+        default=None,
+        show_default="those of benchmarks",
+        help="Ask open-ended questions, also those of training sets; or only multiple choice.",
+    ),
+    click.option(
+        "--max-new-tokens", type=click.IntRange(min=1), default=512, help="Longest open-ended answer, in tokens."
+    ),
+    click.option(
+        "--resume/--no-resume", "resumes", default=True, help="Read the predictions that the run's folder has already."
+    ),
+    click.option(
+        "--processes", type=click.IntRange(min=1), help="Share the questions among so many processes, one per GPU."
+    ),
+)
 judge_options = stacked(
     click.option(
         "--judge",
@@ -28,6 +50,12 @@ judge_options = stacked(
     ),
     click.option("--judge-requests", type=click.IntRange(1, 256), default=8, help="Requests to the judge at once."),
 )
+
+
+def share_questions(processes: int | None) -> None:
+    """Replace this process by a launcher of several, where they are requested and this is none of them."""
+    if processes is not None and processes > 1 and not is_launched():
+        relaunch("ddp", processes, sys.argv[1:], program=THIS_COMMAND)
 
 
 def pop_judge(options: dict[str, Any]) -> Judge | None:
