@@ -18,8 +18,9 @@ from click.core import ParameterSource
 from featurestore.locate import FEATURES, ROOT_METADATA, Place, find_store, is_url, names_of, no_store_at
 from mervcache.config import load_yaml
 from mervcache.console import CONTEXT, echo, handle_errors, print_result, report_saved, stacked
-from mervcache.errors import EXIT_WITH_FAILURES, StoreNotFoundError, UserError, no_file
+from mervcache.errors import StoreNotFoundError, UserError, no_file
 from mervcache.text import printable
+from trainer.cli_evaluate import answer_options, judge_options, pop_judge, share_questions
 from trainer.config import (
     FULL_RECIPE,
     FUSIONS,
@@ -317,21 +318,29 @@ def eval_main() -> None:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Text file with the prompt of --protocol letters: {question}, {letters}, {options}.",
 )
+@answer_options
+@judge_options
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, help="Questions at once, with all their options.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON, answers included.")
 def eval_run(checkpoint: Path, store: str | None, baseline: tuple[Path, ...], as_json: bool, **options: Any) -> None:
-    """Multiple-choice accuracy by category, next to chance and to baseline runs.
+    """Scores on the questions of benchmarks by category, next to chance and to baseline runs.
+
+    Multiple choice by --protocol; open-ended answers are generated and matched, and judged with --judge. Every answer
+    is kept at once, a line each in predictions/ of the run: the same command goes on after a kill.
 
     Exit code 3: questions were left out, because their clips have no tokens.
     """
     check_are_runs(checkpoint, *baseline)
+    share_questions(options.pop("processes"))
     load_torch_modules()
     from trainer.evaluate import EvaluationRequest, evaluate_run
 
-    result = evaluate_run(checkpoint, EvaluationRequest(store=store, **options), baseline)
-    print_result(result, as_json, lambda: print_scores(result))
+    judge = pop_judge(options)
+    result = evaluate_run(checkpoint, EvaluationRequest(store=store, judge=judge, **options), baseline)
+    if is_first_rank():
+        print_result(result, as_json, lambda: print_scores(result))
     if result["lost"]:
-        sys.exit(EXIT_WITH_FAILURES)
+        end_with_failures()
 
 
 @eval_main.command("distortion")

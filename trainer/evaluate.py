@@ -1,4 +1,7 @@
-"""Score a run on multiple-choice questions, by category, next to chance and to baseline runs.
+"""Score a run on the questions of benchmarks, by category, next to chance and to baseline runs.
+
+Multiple choice by a protocol of `trainer/model/multiple_choice.py`; open-ended questions of benchmarks by generation,
+compared with the right answer as `trainer/model/open_ended.py` says and, on request, by a judge (`trainer/judge.py`).
 
 A text-only run trained the same way (`merv-train --mode text-only`) is the baseline to compare with: it shows what the
 question text alone gives away. All runs of an evaluation are scored by one protocol, which every result names. Scores
@@ -8,7 +11,7 @@ are saved in the run's folder as JSON.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -16,25 +19,29 @@ from typing import Any, get_args
 import torch
 
 from featurestore.clips import Sample
-from mervcache.console import ProgressLine
 from mervcache.errors import UserError
+from trainer.answering import OPEN_ENDED, Asking, RunAnswers, answer_questions, meet
+from trainer.benchmark_scores import by_benchmark, open_report
 from trainer.config import LISTING, LiveRequest, Protocol, read_config
 from trainer.data.tokens import TokenSource
+from trainer.judge import Judge
+from trainer.loop.launch import is_first_rank
 from trainer.model.letters import Template
 from trainer.model.llm import LoadedLLM
 from trainer.model.multiple_choice import (
     WITHOUT_TOKENS,
     Answer,
-    answer_all,
     coverage,
     default_protocol,
     questions,
     showable,
     summarise,
 )
+from trainer.model.open_ended import MAX_NEW_TOKENS, is_open_question
 from trainer.model.video_llm import Built
 from trainer.runs.load import LoadedRun, load_run
-from trainer.runs.run_record import RunRecord, ScoreSource, write_answers, write_scores
+from trainer.runs.predictions import PREDICTIONS_FOLDER
+from trainer.runs.run_record import RunRecord, ScoreSource, write_answers, write_open_scores, write_scores
 from trainer.runs.score_files import grid_scores_file, masked_scores_file
 from trainer.runs.stage_folders import last_stage
 from trainer.sources import TokenPlace, opened_for
@@ -54,8 +61,12 @@ class EvaluationRequest:
     limit: int | None = None  # questions, at most; None: all
     protocol: Protocol | None = None  # None: that of the run's settings, see `default_protocol`
     letters_template: Path | None = None  # of protocol letters; None: that of the run's settings
+    open_ended: bool | None = None  # ask open-ended questions: None those of benchmarks, True those of every stage
+    max_new_tokens: int = MAX_NEW_TOKENS  # of an open-ended answer
+    judge: Judge | None = None  # of open-ended answers
     batch_size: int = 16  # questions at once, with all their options
     best: bool = False  # of every run the best checkpoint by validation, instead of the newest
+    resumes: bool = True  # reads the answers that an earlier evaluation under the same conditions has kept
 
     def __post_init__(self) -> None:
         if self.store is not None and self.media:
@@ -73,29 +84,42 @@ class EvaluationRequest:
 def evaluate_run(
     run: Path, request: EvaluationRequest, baselines: Sequence[Path] = (), *, llm: LoadedLLM | None = None
 ) -> dict[str, Any]:
-    """Score `run`, and every baseline on the same questions; scores are saved in the run's folder.
+    """Score `run`, and every baseline on the same questions; predictions and scores are saved in the run's folder.
 
     `llm` is the run's LLM where it is loaded already and was not trained.
     """
     template = _template(run, baselines, request)
+    meet()
     loaded = load_run(run, best=request.best, llm=llm)
     place = questions_place(run, loaded, request)
+    is_asked = _asked(loaded, request)
     with opened_for(loaded, place, request.weights, _device()) as (held, source):
         # A text-only run of a sweep answers the questions that the other runs see clips of.
         by_clip = loaded.built.model.has_visual or bool(loaded.built.config.clips_with)
-        found = questions(held, source, split=request.split, has_visual=by_clip)
+        found = questions(held, source, split=request.split, has_visual=by_clip, is_asked=is_asked)
         samples = found[: request.limit]
-        answers = _answers(run, loaded, samples, source, request, template)
-        state = source.snapshot if isinstance(place, str) else f"live-{_digest(samples, source)[:12]}"
-    others = {str(path): _baseline_answers(path, samples, place, request, template) for path in baselines}
-    asked = coverage(held, found, samples, request.split)
-    result = report(loaded, answers, others) | {
+        state = _state(place, samples, source)
+        answers = _answers(run, loaded, samples, source, request, template, state)
+    others = {path: _baseline_answers(path, samples, place, request, template) for path in baselines}
+    asked = coverage(held, found, samples, request.split, is_asked=is_asked)
+    result = report(loaded, answers.all_choices, {str(path): other.all_choices for path, other in others.items()}) | {
         "questions": asked,
         "lost": sum(outcomes.get(WITHOUT_TOKENS, 0) for outcomes in asked.values()),
         "template": template and asdict(template),
+        "benchmarks": by_benchmark(answers, {str(path): other for path, other in others.items()}),
     }
+    if answers.texts and is_first_rank():
+        folders = {"": run, **{str(path): path for path in baselines}}
+        result["open_ended"] = open_report(
+            answers,
+            {str(path): other for path, other in others.items()},
+            request.judge,
+            max_new_tokens=request.max_new_tokens,
+            folders={name: last_stage(path) / PREDICTIONS_FOLDER for name, path in folders.items()},
+        )
     named = place if isinstance(place, str) else place.settings["dataset"]
-    _save_scores(run, result, ScoreSource(split=request.split, limit=request.limit, store=named, snapshot=state))
+    if is_first_rank():
+        _save_scores(run, result, ScoreSource(split=request.split, limit=request.limit, store=named, snapshot=state))
     return result
 
 
@@ -140,8 +164,9 @@ def _evaluate_views(
     template, place = _template(run, (), request), questions_place(run, loaded, request)
     with opened_for(loaded, place, request.weights, _device()) as (held, source):
         samples = questions(held, source, split=request.split, has_visual=True)[: request.limit]
+        state = _state(place, samples, source)
         answers = {
-            name: _answers(run, replace(loaded, built=built), samples, source, request, template)
+            name: _answers(run, replace(loaded, built=built), samples, source, request, template, state).all_choices
             for name, built in views.items()
         }
     return {
@@ -198,18 +223,24 @@ def report(run: LoadedRun, answers: Sequence[Answer], baselines: Mapping[str, Se
     Raises UserError for answers by different protocols.
     """
     protocols = {answer.protocol for other in (answers, *baselines.values()) for answer in other}
-    if len(protocols) != 1:
+    if len(protocols) > 1:
         raise UserError(
             f"scores by {' and '.join(sorted(protocols))} are not comparable; score all runs by one protocol"
         )
     return {
         "data_digest": run.record.data_digest,
         "step": run.step,
-        "protocol": protocols.pop(),
-        "scores": [asdict(score) for score in summarise(answers)],
-        "beside": {name: [asdict(score) for score in summarise(other)] for name, other in baselines.items()},
+        "protocol": next(iter(protocols), OPEN_ENDED),
+        "scores": [asdict(score) for score in summarise(answers)] if answers else [],
+        "beside": {name: [asdict(score) for score in summarise(other)] for name, other in baselines.items() if other},
         "answers": [{**asdict(answer), "credit": answer.credit} for answer in answers],
     }
+
+
+def _asked(run: LoadedRun, request: EvaluationRequest) -> Callable[[Sample], bool]:
+    """Which samples are asked: those with options, and open-ended questions of benchmarks unless told otherwise."""
+    asks_open = run.built.config.prompt != "caption" if request.open_ended is None else request.open_ended
+    return lambda sample: bool(sample.options) or (asks_open and is_open_question(sample, bool(request.open_ended)))
 
 
 def _answers(
@@ -219,20 +250,33 @@ def _answers(
     source: TokenSource,
     request: EvaluationRequest,
     template: Template | None,
-) -> list[Answer]:
-    options = {"batch_size": request.batch_size, "device": _device(), "template": template, "run": str(path)}
-    with ProgressLine("score", total=len(samples), unit="questions") as line:
-        return list(line.over(answer_all(run.built, samples, source, **options)))
+    state: str,
+) -> RunAnswers:
+    """Answers of the run in the folder `path`, which keeps them; `state` names the state of the tokens."""
+    asking = Asking(
+        template=template,
+        batch_size=request.batch_size,
+        max_new_tokens=request.max_new_tokens,
+        device=_device(),
+        facts={"split": request.split, "snapshot": state},
+        resumes=request.resumes,
+    )
+    return answer_questions(last_stage(path), run, samples, source, asking, name=str(path))
 
 
 def _baseline_answers(
-    path: Path, samples: Sequence[Sample], place: TokenPlace, request: EvaluationRequest, template: Template | None
-) -> list[Answer]:
+    path: Path,
+    samples: Sequence[Sample],
+    place: TokenPlace,
+    request: EvaluationRequest,
+    template: Template | None,
+) -> RunAnswers:
     """A baseline's answers to the same questions."""
     other = load_run(path, best=request.best)
-    with opened_for(other, _baseline_place(other, place, request), request.weights, _device()) as (_, source):
+    own_place = _baseline_place(other, place, request)
+    with opened_for(other, own_place, request.weights, _device()) as (_, source):
         _check_same_questions(path, other, samples, source)
-        return _answers(path, other, samples, source, request, template)
+        return _answers(path, other, samples, source, request, template, _state(own_place, samples, source))
 
 
 def _baseline_place(other: LoadedRun, place: TokenPlace, request: EvaluationRequest) -> TokenPlace:
@@ -260,9 +304,12 @@ def _check_same_questions(path: Path, other: LoadedRun, samples: Sequence[Sample
         )
 
 
-def _digest(samples: Sequence[Sample], source: TokenSource) -> str:
-    """Digest of the questions and of their clips' tokens or media."""
-    return source.data_digest({sample.clip_id for sample in samples if sample.clip_id is not None}, samples)
+def _state(place: TokenPlace, samples: Sequence[Sample], source: TokenSource) -> str:
+    """Names the tokens: the snapshot of a store, else a digest of the questions and of their clips' media."""
+    if isinstance(place, str):
+        return source.snapshot
+    clips = {sample.clip_id for sample in samples if sample.clip_id is not None}
+    return f"live-{source.data_digest(clips, samples)[:12]}"
 
 
 def _device() -> str:
@@ -270,7 +317,11 @@ def _device() -> str:
 
 
 def _save_scores(run: Path, result: Mapping[str, Any], source: ScoreSource) -> None:
+    choices = {name: value for name, value in result.items() if name != "open_ended"}
     try:
-        write_scores(last_stage(run), result, source)
+        if result["scores"]:
+            write_scores(last_stage(run), choices, source)
+        if "open_ended" in result:
+            write_open_scores(last_stage(run), {"step": result["step"], **result["open_ended"]}, source)
     except OSError as error:
         log.warning("the scores were not saved in %s: %s", run, error.strerror)

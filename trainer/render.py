@@ -56,27 +56,64 @@ def plan_rows(plan: Mapping[str, Any]) -> dict[str, str]:
 
 
 def print_scores(result: Mapping[str, Any]) -> None:
-    """Print accuracy by category, next to chance and to the baseline runs, then what it was measured by and on."""
+    """Print scores by benchmark and category, next to chance and to the baseline runs, then what they are of."""
     from mervcache.console import console, table  # rich
 
-    columns = ("questions about", "number", "accuracy", "chance", *result["beside"])
-    others = [{row["category"]: row for row in rows} for rows in result["beside"].values()]
-    rows = []
-    for row in result["scores"]:
-        shares = (row, *(other[row["category"]] for other in others))
-        accuracies = [f"{share['accuracy']:.2f}" for share in shares]
-        rows.append((row["category"], row["questions"], accuracies[0], f"{row['chance']:.2f}", *accuracies[1:]))
-    table(columns, rows, right=columns[1:])
+    if result["scores"]:
+        columns = ("questions about", "number", "accuracy", "chance", *result["beside"])
+        table(columns, choice_rows(result), right=columns[1:])
+    if "open_ended" in result:
+        columns, rows = open_table(result["open_ended"])
+        table(columns, rows, right=columns[1:])
     for line in score_notes(result):
         console().print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def choice_rows(result: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """Rows of multiple choice: over all, then by category, where there are several benchmarks for each of them."""
+    parts = {"": result}
+    if len(result.get("benchmarks", ())) > 1:
+        parts = {"": {**result, "scores": result["scores"][:1]}, **result["benchmarks"]}
+    rows = []
+    for benchmark, part in parts.items():
+        others = [{row["category"]: row for row in table} for table in part["beside"].values()]
+        for row in part["scores"]:
+            shares = (row, *(other[row["category"]] for other in others))
+            accuracies = [f"{share['accuracy']:.2f}" for share in shares]
+            name = _row_name(benchmark, row["category"])
+            rows.append((name, row["questions"], accuracies[0], f"{row['chance']:.2f}", *accuracies[1:]))
+    return rows
+
+
+def open_table(report: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
+    """Columns and rows of open-ended questions; the columns of a judge have its name."""
+    judge = report["judge"]
+    figures = {"exact": "exact", "normalised": "normalised"}
+    if judge is not None:
+        figures |= {"judge_accuracy": f"yes by {judge['version']}", "judge_score": f"score by {judge['version']}"}
+    shown = "normalised" if judge is None else "judge_accuracy"
+    others = [f"{run}: {figures[shown]}" for run in report["beside"]]
+    rows = []
+    for benchmark, scores in report["scores"].items():
+        tables = [{row["category"]: row for row in found[benchmark]} for found in report["beside"].values()]
+        for row in scores:
+            values = [row[name] for name in figures] + [table[row["category"]][shown] for table in tables]
+            rows.append((_row_name(benchmark, row["category"]), row["questions"], *(f"{v:.2f}" for v in values)))
+    return ("open-ended questions of", "number", *figures.values(), *others), rows
+
+
+def _row_name(benchmark: str, category: str) -> str:
+    if not benchmark:
+        return category
+    return benchmark if category == "all" else f"{benchmark}: {category}"
+
+
 def score_notes(result: Mapping[str, Any]) -> list[str]:
     """The protocol of an evaluation, ties and unreadable answers of every run, and the questions without a score."""
-    lines = [f"Protocol {result['protocol']}: {PROTOCOLS[result['protocol']]}."]
-    if result["template"] is not None:
+    lines = [f"Protocol {result['protocol']}: {PROTOCOLS[result['protocol']]}."] if result["scores"] else []
+    if result["template"] is not None and result["scores"]:
         lines.append(f"Prompt: {result['template']['name']}, whose text is in the result.")
-    for name, rows in {"": result["scores"], **result["beside"]}.items():
+    for name, rows in {"": result["scores"], **result["beside"]}.items() if result["scores"] else ():
         overall = next(row for row in rows if row["category"] == "all")
         tied, unreadable, number = (overall[part] for part in ("tied", "unreadable", "questions"))
         of = f" of {name}" if name else ""
@@ -85,10 +122,31 @@ def score_notes(result: Mapping[str, Any]) -> list[str]:
         if result["protocol"] == "letters":
             share = f"{unreadable / number:.1%}"
             lines.append(f"Unreadable answers{of}: {unreadable:,} of {number:,} ({share}), counted as wrong.")
+    if "open_ended" in result:
+        lines += open_notes(result["open_ended"])
     for benchmark, outcomes in result["questions"].items():
         left = ", ".join(f"{count:,} {outcome}" for outcome, count in outcomes.items() if outcome != "scored")
         if left:
             lines.append(f"{benchmark}: {outcomes['scored']:,} of {sum(outcomes.values()):,} questions scored; {left}.")
+    return lines
+
+
+def open_notes(report: Mapping[str, Any]) -> list[str]:
+    """How open-ended answers were compared, and which of them were cut or not judged."""
+    lines = [f"Normalised: {report['normalisation']}."]
+    if (judge := report["judge"]) is not None:
+        prompt = judge["template"]["name"]
+        lines.append(
+            f"Judge: {judge['version']} at {judge['endpoint']}, prompt {prompt}; its scores compare with no other's."
+        )
+    for run, benchmarks in {"": report["scores"], **report["beside"]}.items():
+        of = f" of {run}" if run else ""
+        overall = [row for rows in benchmarks.values() for row in rows if row["category"] == "all"]
+        number, cut = (sum(row[name] for row in overall) for name in ("questions", "unfinished"))
+        if cut:
+            lines.append(f"Cut answers{of}: {cut:,} of {number:,} at {report['max_new_tokens']:,} new tokens or less.")
+        if unreadable := sum(row.get("judge_unreadable", 0) for row in overall):
+            lines.append(f"Unreadable verdicts{of}: {unreadable:,} of {number:,}, counted as no with score 0.")
     return lines
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from featurestore import Clip, FeatureStore
+from featurestore import Clip, FeatureStore, StoreWriter
 from featurestore.clips import Sample, Turn
 from trainer.config import OptimizerConfig, ProjectorConfig, TrainConfig
 from trainer.data.tokens import MemoryTokens
@@ -176,6 +176,23 @@ def make_question_store(make_sample, identities, write_store):
 def question_store(tmp_path, make_question_store):
     """18 training questions and 3 held-out ones about 21 videos, as a folder on disk."""
     return make_question_store(tmp_path / "features" / "toy.zarr")
+
+
+@pytest.fixture
+def benchmark_run(tmp_path, config, question_store, make_sample):
+    """A run of one step on a store with two benchmarks: 3 open-ended questions, 2 multiple-choice ones."""
+    from trainer.loop.train import train
+    from trainer.sources import open_store
+
+    samples, tokens = open_store(str(question_store), config)
+    train(replace(config, max_steps=1), samples, tokens, tmp_path / "run", store=str(question_store), quiet=True)
+    writer = StoreWriter.open_or_create(question_store)
+    held = [replace(make_sample(index, split="heldout"), stage="eval") for index in range(5)]
+    opened = [replace(one, source="MSVD", options=(), answer_index=None, category="what") for one in held[:3]]
+    chosen = [replace(one, source="NExT/QA", category=("causal", "temporal")[i]) for i, one in enumerate(held[3:])]
+    writer.add_samples("bench", [*opened, *chosen])
+    writer.publish_snapshot()
+    return tmp_path / "run"
 
 
 @pytest.fixture(scope="session")

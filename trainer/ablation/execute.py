@@ -227,7 +227,7 @@ def _job(sweep: PinnedSweep, run: SweepRun, launch: Sequence[str]) -> RunJob:
     return RunJob(
         run=str(folder),
         train=(*program, "train", *source, "--out", str(folder), "--resume", "auto", *launch),
-        score=(*program, "eval", "run", *of_run),
+        score=(*program, "eval", "run", *of_run, "--no-open-ended"),
         views=tuple((*program, "eval", command, *of_run) for command, is_wanted in views.items() if is_wanted),
         log=str((logs / f"{run.name}.log").absolute()),
     )
@@ -244,7 +244,7 @@ def _train_and_score(sweep: PinnedSweep, run: SweepRun, llm: LoadedLLM | None) -
             results = train_stages(run.stages, open_tokens, folder, store=sweep.store, resume=True, llm=llm)
         if results[-1].steps < results[-1].num_steps:
             return RunOutcome(name=run.name, status="stopped"), True
-        request = EvaluationRequest(split=sweep.split, protocol=sweep.protocol)
+        request = EvaluationRequest(split=sweep.split, protocol=sweep.protocol, open_ended=False)
         evaluate_run(folder, request, llm=llm)
         if run.is_masked:
             evaluate_masked(folder, request, [(), *expand_subsets([ALL], run.encoders)], llm=llm)

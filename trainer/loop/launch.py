@@ -41,12 +41,14 @@ def is_first_rank() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def relaunch(launch: Launch, processes: int | None, arguments: Sequence[str]) -> None:
-    """Replace this process by the launcher; `arguments` are this command's."""
+def relaunch(
+    launch: Launch, processes: int | None, arguments: Sequence[str], *, program: Sequence[str] = THIS_COMMAND
+) -> None:
+    """Replace this process by the launcher; `arguments` are those of `program`, this command."""
     import torch  # seconds, but the processes will need longer
 
     num_gpus = torch.cuda.device_count()
-    command = launch_command(launch, num_processes(launch, processes, num_gpus), arguments)
+    command = launch_command(launch, num_processes(launch, processes, num_gpus), arguments, program)
     echo(f"running {shlex.join(command)}")
     os.execve(command[0], command, launch_environment(os.environ, num_gpus))
 
@@ -88,12 +90,14 @@ def run_launcher() -> None:
     sys.exit(code)
 
 
-def launch_command(launch: Launch, processes: int, arguments: Sequence[str]) -> list[str]:
+def launch_command(
+    launch: Launch, processes: int, arguments: Sequence[str], program: Sequence[str] = THIS_COMMAND
+) -> list[str]:
     """The launcher's command line; the processes read `--launch` too, and see by `is_launched` what they are."""
     launcher = [sys.executable, "-P", "-m", "trainer.loop.launch"]
     options = ["--config_file", str(LAUNCH_FILES[launch]), "--num_processes", str(processes)]
     # Port 0: a free one, so that several runs fit on one machine.
-    return [*launcher, *options, "--main_process_port", "0", "--no_python", *THIS_COMMAND, *arguments]
+    return [*launcher, *options, "--main_process_port", "0", "--no_python", *program, *arguments]
 
 
 def launch_environment(environment: Mapping[str, str], num_gpus: int) -> dict[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,8 +18,9 @@ from featurestore.clips import Sample, Turn
 from mervcache.errors import UserError
 from trainer.config import Protocol, TrainConfig
 from trainer.data.batches import Batch, make_batch
+from trainer.data.prompts import Rendered
 from trainer.data.tokens import TokenSource
-from trainer.model import letters
+from trainer.model import letters, shared_prefix
 from trainer.model.letters import Template
 from trainer.model.video_llm import Built, shown_to
 
@@ -76,17 +77,29 @@ def default_protocol(config: TrainConfig) -> Protocol:
     return config.protocol or ("likelihood" if config.has_fresh_llm else "letters")
 
 
-def questions(samples: Sequence[Sample], source: TokenSource, *, split: str, has_visual: bool) -> list[Sample]:
-    """Samples of that split that have options and, where clips are shown, tokens."""
-    found = [sample for sample in samples if sample.options and sample.split == split]
+def questions(
+    samples: Sequence[Sample],
+    source: TokenSource,
+    *,
+    split: str,
+    has_visual: bool,
+    is_asked: Callable[[Sample], bool] = lambda sample: bool(sample.options),
+) -> list[Sample]:
+    """Samples of that split that are asked, by default those with options, with tokens where clips are shown."""
+    found = [sample for sample in samples if sample.split == split and is_asked(sample)]
     found = showable(found, source, has_visual=has_visual)
     if not found:
-        raise UserError(_no_question(samples, split))
+        raise UserError(_no_question(samples, split, is_asked))
     return found
 
 
 def coverage(
-    samples: Sequence[Sample], answerable: Sequence[Sample], scored: Sequence[Sample], split: str
+    samples: Sequence[Sample],
+    answerable: Sequence[Sample],
+    scored: Sequence[Sample],
+    split: str,
+    *,
+    is_asked: Callable[[Sample], bool] = lambda sample: bool(sample.options),
 ) -> dict[str, dict[str, int]]:
     """Benchmark -> how many of the split's questions were scored, and how many not, by reason."""
     has_tokens = {(sample.source, sample.sample_id) for sample in answerable}
@@ -96,7 +109,7 @@ def coverage(
         if sample.split != split or sample.stage == CAPTION_STAGE:
             continue
         key = sample.source, sample.sample_id
-        if not sample.options:
+        if not is_asked(sample):
             outcome = OPEN_ENDED
         elif key not in has_tokens:
             outcome = WITHOUT_TOKENS
@@ -115,11 +128,11 @@ def showable(samples: Sequence[Sample], source: TokenSource, *, has_visual: bool
     return [sample for sample in samples if sample.clip_id is None or sample.clip_id in known]
 
 
-def _no_question(samples: Sequence[Sample], split: str) -> str:
+def _no_question(samples: Sequence[Sample], split: str, is_asked: Callable[[Sample], bool]) -> str:
     """Which questions there are, so that the next command is the right one."""
     counts = Counter(sample.split for sample in samples if sample.options)
     held = ", ".join(f"{count} of split {name!r}" for name, count in counts.items()) or "none"
-    for name, outcomes in coverage(samples, (), (), split).items():
+    for name, outcomes in coverage(samples, (), (), split, is_asked=is_asked).items():
         if outcomes.get(OPEN_ENDED):
             held += f"; {name} has {outcomes[OPEN_ENDED]} open-ended of split {split!r}, which are not scored"
     others = [name for name in counts if name not in (split, TRAINED_SPLIT)]
@@ -150,33 +163,53 @@ def answer_all(
 
     Raises UserError that names `run` and the question where the output of the model is not finite.
     """
-    _check_whole(built, samples, template)
+    check_whole(built, samples, template)
     built.model.to(device).eval()
     for start in range(0, len(samples), batch_size):
         if built.model.has_visual:
             coming = samples[start : start + 2 * batch_size]
             source.expect(sample.clip_id for sample in coming if sample.clip_id is not None)
         part = samples[start : start + batch_size]
-        if template is None:
-            answers = answer_batch(built, part, source, device)
-        else:
-            texts = letters.generate_answers(built, part, source, template, device)
-            answers = [_lettered(sample, text) for sample, text in zip(part, texts, strict=True)]
-        for answer in answers:
-            if math.isnan(answer.credit):
-                raise UserError(
-                    f"{run}: the model's output is not finite (NaN or infinite) at question {answer.sample_id}, so it"
-                    " has no score; look for such values in the run's metrics, and score an older checkpoint"
-                )
-        yield from answers
+        yield from answer_part(built, part, source, device=device, template=template, run=run)
+
+
+def answer_part(
+    built: Built,
+    samples: Sequence[Sample],
+    source: TokenSource,
+    *,
+    device: str = "cpu",
+    template: Template | None = None,
+    run: str = "the run",
+) -> list[Answer]:
+    """`answer_all` of one batch, by a model that is on the device, of questions that `check_whole` has seen."""
+    if template is None:
+        answers = answer_batch(built, samples, source, device, shares_prompt=True)
+    else:
+        texts = letters.generate_answers(built, samples, source, template, device)
+        answers = [_lettered(sample, text) for sample, text in zip(samples, texts, strict=True)]
+    for answer in answers:
+        if math.isnan(answer.credit):
+            raise UserError(
+                f"{run}: the model's output is not finite (NaN or infinite) at question {answer.sample_id}, so it"
+                " has no score; look for such values in the run's metrics, and score an older checkpoint"
+            )
+    return answers
 
 
 def answer_batch(
-    built: Built, samples: Sequence[Sample], source: TokenSource, device: torch.device | str
+    built: Built,
+    samples: Sequence[Sample],
+    source: TokenSource,
+    device: torch.device | str,
+    *,
+    shares_prompt: bool = False,
 ) -> list[Answer]:
-    """Answer questions by likelihood in one forward, with the current weights.
+    """Answer questions by likelihood with the current weights, in one forward of all options as whole sequences.
 
-    Options that the model reads as the same tokens are scored once, so that they are equally good to the bit.
+    With `shares_prompt` a question's prompt is read once for all of its options where the LLM can, see
+    `trainer.model.shared_prefix`: not where ranks must all compute alike. Options that the model reads as the same
+    tokens are scored once, so that they are equally good to the bit.
     """
     choices: list[Sample] = []
     places: dict[tuple[int, tuple[int, ...]], int] = {}  # question and tokens -> place among the choices
@@ -189,12 +222,38 @@ def answer_batch(
             if place == len(choices):
                 choices.append(choice)
             options[-1].append(place)
-    batch = batch_of(built, choices, source).to(device)
-    with built.autocast(device):
-        scores = built.model.score(batch).tolist()
+    owners = [number for number, _ in places]
+    scores = _shared_scores(built, samples, choices, owners, source, device) if shares_prompt else None
+    if scores is None:
+        batch = batch_of(built, choices, source).to(device)
+        with built.autocast(device):
+            scores = built.model.score(batch).tolist()
     return [
         _answer(sample, tuple(scores[place] for place in found)) for sample, found in zip(samples, options, strict=True)
     ]
+
+
+def _shared_scores(
+    built: Built,
+    samples: Sequence[Sample],
+    choices: Sequence[Sample],
+    owners: Sequence[int],
+    source: TokenSource,
+    device: torch.device | str,
+) -> list[float] | None:
+    """Scores of the choices, of which `owners` are the questions in order; None where prompts cannot be shared."""
+    if not shared_prefix.can_share(built.model):
+        return None
+    renderings: list[list[Rendered]] = [[] for _ in samples]
+    for choice, owner in zip(choices, owners, strict=True):
+        renderings[owner].append(_rendered(built, choice))
+    questions = [shared_prefix.split(found) for found in renderings]
+    if None in questions:
+        return None
+    prefixes = _batch([one.prefix for one in questions], built, samples, source)
+    with built.autocast(device):
+        found = shared_prefix.score_shared(built.model, prefixes.to(device), questions)
+    return None if found is None else [score for of_question in found for score in of_question]
 
 
 def is_whole(built: Built, sample: Sample) -> bool:
@@ -204,7 +263,7 @@ def is_whole(built: Built, sample: Sample) -> bool:
     return not any(built.renderer(turns, has_clip=has_clip).is_cut for turns in choices)
 
 
-def _check_whole(built: Built, samples: Sequence[Sample], template: Template | None) -> None:
+def check_whole(built: Built, samples: Sequence[Sample], template: Template | None) -> None:
     """A prompt or an option that is cut off has no score; said before hours of other questions."""
     cut = [
         sample.sample_id
@@ -221,9 +280,17 @@ def _check_whole(built: Built, samples: Sequence[Sample], template: Template | N
 
 def batch_of(built: Built, samples: Sequence[Sample], source: TokenSource) -> Batch:
     """Samples as the model reads them: rendered, and with their clips' tokens where it looks at clips."""
+    return _batch([_rendered(built, sample) for sample in samples], built, samples, source)
+
+
+def _rendered(built: Built, sample: Sample) -> Rendered:
+    return built.renderer(sample.turns, has_clip=sample.clip_id is not None)
+
+
+def _batch(rendered: Sequence[Rendered], built: Built, samples: Sequence[Sample], source: TokenSource) -> Batch:
     model = built.model
     return make_batch(
-        [built.renderer(sample.turns, has_clip=sample.clip_id is not None) for sample in samples],
+        rendered,
         [sample.clip_id if model.has_visual else None for sample in samples],
         source,
         model.num_visual_tokens_at(built.tokens_per_frame),

@@ -51,7 +51,7 @@ class VideoLLM(nn.Module):
         self.fusion = fusion
         self.trained_names: tuple[str, ...] = ()
         self.trained_encoders = nn.ModuleList()  # end to end only, see `join`
-        self._keeps_logits = "logits_to_keep" in inspect.signature(llm.forward).parameters
+        self.keeps_logits = "logits_to_keep" in inspect.signature(llm.forward).parameters
 
     def join(self, encoders: Mapping[str, nn.Module]) -> None:
         """Train these encoders with the rest: batches hold their frames, and `encode` makes tokens of them."""
@@ -122,11 +122,11 @@ class VideoLLM(nn.Module):
         # By index, not by count: a slice is not contiguous, and torch then copies the output layer once per sample on
         # the CPU in bf16 (SmolLM2-135M, 8 samples of 28 tokens: a forward took 4.5 CPU seconds, and takes 0.5).
         places_P = torch.arange(first - 1, embeddings_BSM.shape[1] - 1, device=embeddings_BSM.device)
-        options = {"logits_to_keep": places_P} if self._keeps_logits else {}
+        options = {"logits_to_keep": places_P} if self.keeps_logits else {}
         output = self.llm(
             inputs_embeds=embeddings_BSM, attention_mask=batch.attention_mask_BS, use_cache=False, **options
         )
-        logits_BPV = output.logits if self._keeps_logits else output.logits[:, places_P]
+        logits_BPV = output.logits if self.keeps_logits else output.logits[:, places_P]
         return logits_BPV, batch.labels_BS[:, first:]
 
     def splice(self, batch: Batch) -> Tensor:
@@ -177,13 +177,17 @@ class VideoLLM(nn.Module):
     @torch.no_grad()
     def generate(self, batch: Batch, **options: Any) -> Tensor:
         """New token ids [B, new] behind open questions; `options` go to the LLM's own `generate`."""
+        embeddings_BSM, mask_BS = self.left_padded(batch)
+        return self.llm.generate(inputs_embeds=embeddings_BSM, attention_mask=mask_BS, **options)
+
+    def left_padded(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """`splice` and its mask with the padding at the left: what follows continues at the right end."""
         embeddings_BSM = self.splice(batch)
         lengths = batch.attention_mask_BS.sum(1).tolist()
         left = [embeddings_BSM.shape[1] - length for length in lengths]
-        # Generation continues at the right end, so padding moves to the left.
         embeddings_BSM = torch.stack([row.roll(shift, 0) for row, shift in zip(embeddings_BSM, left, strict=True)])
         mask_BS = torch.stack([row.roll(shift) for row, shift in zip(batch.attention_mask_BS, left, strict=True)])
-        return self.llm.generate(inputs_embeds=embeddings_BSM, attention_mask=mask_BS, **options)
+        return embeddings_BSM, mask_BS
 
 
 def _cross_entropy(logits_BPV: Tensor, labels_BP: Tensor) -> Tensor:

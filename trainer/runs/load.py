@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mervcache.errors import StoreDamagedError, UserError
+from mervcache.files import record_digest
 from trainer.config import CONFIG_FILE, RECORD_FILE, TrainConfig, read_config
 from trainer.model.llm import FRESH_PREFIX, LoadedLLM, holds_shape, is_adapter, load_llm, load_saved_shape
 from trainer.model.video_llm import Built, build, llm_dtype, new_llm
@@ -45,6 +46,7 @@ class LoadedRun:
     built: Built
     record: RunRecord
     step: int  # steps done
+    weights_digest: str = ""  # of the files that hold the trained weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +84,7 @@ def load_run(run: Path, *, best: bool = False, llm: LoadedLLM | None = None) -> 
     built = _rebuild(config, record, llm or resumed_llm(config, run))
     checkpoint.load_model(folder, built.model, with_llm=built.saves_llm)
     built.model.eval()
-    return LoadedRun(built=built, record=record, step=state.step)
+    return LoadedRun(built=built, record=record, step=state.step, weights_digest=state.sha256[checkpoint.MODEL_FILE])
 
 
 def load_export(folder: str | Path) -> LoadedRun:
@@ -97,7 +99,9 @@ def load_export(folder: str | Path) -> LoadedRun:
     check_order(built.model.encoders, run_record.encoder_order, folder)
     load_exactly(built.model, _read_parts(folder, record), expected, folder)
     built.model.eval()
-    return LoadedRun(built=built, record=run_record, step=record.step)
+    return LoadedRun(
+        built=built, record=run_record, step=record.step, weights_digest=record_digest(dict(record.sha256))
+    )
 
 
 def resumed_llm(config: TrainConfig, run: Path) -> LoadedLLM:

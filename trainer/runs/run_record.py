@@ -6,6 +6,7 @@ RUN/llm/                          tokenizer, and the sizes of a fresh LLM
 RUN/metrics.jsonl                 a line per step; validation metrics begin with `val_`; `skipped` is 1 where the step
                                   changed nothing, and null is a number that was not finite
 RUN/scores/                       see `score_files.py`
+RUN/predictions/                  every prediction as a line, see `predictions.py`
 RUN/atlas/NAME.parquet            what each encoder contributes to every clip, see `trainer.ablation.atlas`
 """
 
@@ -20,11 +21,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mervcache.errors import StoreDamagedError, UserError
-from mervcache.files import replace_text
+from mervcache.files import record_digest, replace_text
 from mervcache.text import redact, redact_all
 from trainer.config import RECORD_FILE
 from trainer.data.tokens import TokenShape
-from trainer.runs.score_files import FIRST_PROTOCOL, GRIDS, MASKED, SCORES_FOLDER, scores_file
+from trainer.runs.score_files import FIRST_PROTOCOL, GRIDS, MASKED, SCORES_FOLDER, open_scores_file, scores_file
 from trainer.runs.stage_folders import no_record, read_record_file
 
 LLM_FOLDER = "llm"
@@ -133,15 +134,23 @@ def write_scores(run: Path, result: Mapping[str, Any], source: ScoreSource) -> P
     """Write `result` with what it was measured on to the run's folder; an interrupted write leaves the old file."""
     folder = Path(run) / SCORES_FOLDER
     folder.mkdir(exist_ok=True)
-    record = {
-        "split": source.split,
-        "limit": source.limit,
-        "store": Path(redact(source.store)).name,  # a path says more about a machine than about a score
-        "snapshot": source.snapshot,
-        **result,
-    }
     path = scores_file(run, source.split, protocol=result.get("protocol", FIRST_PROTOCOL), limit=source.limit)
-    return replace_text(path, json.dumps(record, indent=1) + "\n")
+    return replace_text(path, json.dumps({**_origin(source), **result}, indent=1) + "\n")
+
+
+def write_open_scores(run: Path, result: Mapping[str, Any], source: ScoreSource) -> Path:
+    """Write scores of open-ended answers to the run's folder; those of different judges are different files."""
+    judge = result["judge"]
+    name = "" if judge is None else f"{judge['version']}-{record_digest(judge)[:8]}"
+    path = open_scores_file(run, source.split, judge=name, limit=source.limit)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return replace_text(path, json.dumps({**_origin(source), **result}, indent=1) + "\n")
+
+
+def _origin(source: ScoreSource) -> dict[str, Any]:
+    """What scores are of; a path says more about a machine than about a score."""
+    store = Path(redact(source.store)).name
+    return {"split": source.split, "limit": source.limit, "store": store, "snapshot": source.snapshot}
 
 
 def read_scores(run: Path) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ RUN/scores/SPLIT.json             the newest evaluation on all questions of a sp
 RUN/scores/SPLIT-letters.json     that by letters, which is another figure
 RUN/scores/SPLIT-first-N.json     that on the first N of them, which never replaces one on all
 RUN/scores/SPLIT-masked.json      answers with subsets of the run's encoders, see `trainer.evaluate.evaluate_masked`
+RUN/scores/open-ended/SPLIT.json  open-ended answers, matched; SPLIT-JUDGE.json: those that a judge has judged
 RUN/scores/SPLIT-grids.json       answers at each of the run's nested grids, see `trainer.evaluate.evaluate_grids`
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-SCORES_FOLDER = "scores"
+SCORES_FOLDER, OPEN_ENDED_FOLDER = "scores", "open-ended"
 MASKED, GRIDS = "-masked.json", "-grids.json"  # end the names of files of answers in several conditions
 FIRST_PROTOCOL = "likelihood"  # the only one of version 0.1, whose scores name none
 
@@ -31,6 +32,12 @@ def masked_scores_file(run: Path, split: str, *, limit: int | None = None) -> Pa
 def grid_scores_file(run: Path, split: str, *, limit: int | None = None) -> Path:
     """Where answers at nested grids are kept."""
     return _file(run, f"{_stem(split)}{_first(limit)}{GRIDS}")
+
+
+def open_scores_file(run: Path, split: str, *, judge: str = "", limit: int | None = None) -> Path:
+    """Where the scores of open-ended answers are kept; `judge` tells judges apart."""
+    part = f"-{_stem(judge)}" if judge else ""
+    return _file(run, f"{OPEN_ENDED_FOLDER}/{_stem(split)}{part}{_first(limit)}.json")
 
 
 def _file(run: Path, name: str) -> Path:
