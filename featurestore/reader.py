@@ -97,13 +97,13 @@ class GroupReader:
     def read_row(self, array: str, row: int, out: np.ndarray, steps: np.ndarray | None = None) -> None:
         """Row `row` as floats into `out`; `steps` picks stored time steps, None takes all in order."""
         dtype, spec = self._dtypes[array], self.specs[array]
-        if dtype.decode is None and steps is None and out.flags.c_contiguous:
+        if dtype.from_stored is None and steps is None and out.flags.c_contiguous:
             self.read_stored(array, row, out)
             return
         stored = np.empty(spec.row_shape, dtype=spec.dtype)
         self.read_stored(array, row, stored)
         picked = stored if steps is None else stored[steps]
-        if dtype.decode is None:
+        if dtype.from_stored is None:
             out[...] = picked
             return
         sidecars: dict[str, np.ndarray] = {}
@@ -111,7 +111,7 @@ class GroupReader:
             for name in ("scale", "offset"):
                 sidecars[name] = np.empty(self.specs[name].row_shape, dtype=self.specs[name].dtype)
                 self.read_stored(name, row, sidecars[name])
-        dtype.decode(picked, sidecars, out)
+        dtype.from_stored(picked, sidecars, out)
 
     def read_stored(self, array: str, row: int, out: np.ndarray) -> None:
         """Row `row` as it is stored, into a contiguous array of the stored dtype."""
