@@ -19,7 +19,6 @@ from featurestore.layout import (
     shard_key,
 )
 from featurestore.objects.base import Objects, put_if_absent
-from featurestore.reader import Shard, build_shard, check_shard, encode_row
 from featurestore.records import (
     LOST,
     MAX_REASON_LENGTH,
@@ -28,6 +27,7 @@ from featurestore.records import (
     read_receipt,
     row_digest,
 )
+from featurestore.shards import Shard, build_shard, check_shard, encode_row
 from featurestore.snapshots import ClipIndex
 from featurestore.storage_dtypes import OverflowedTokens, to_stored
 from featurestore.zarr_metadata import (

@@ -23,7 +23,7 @@ from featurestore.identity import FeatureIdentity
 from featurestore.layout import ROOT_METADATA, check_block_rows
 from featurestore.locate import is_url
 from featurestore.objects.base import Objects
-from featurestore.reader import encode_row
+from featurestore.shards import encode_row
 from featurestore.snapshots import newest_snapshot_id
 from featurestore.storage_dtypes import OverflowedTokens, to_stored
 from featurestore.store import FeatureStore
