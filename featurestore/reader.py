@@ -56,14 +56,14 @@ class BatchReader:
             stored_time = reader.specs[array].row_shape[0]
             readers[still] = reader, None if is_whole and stored_time == time else steps % stored_time
 
-        def read_row(place: int) -> None:
-            reader, stored_steps = readers[bool(is_image[place])]
-            reader.read_row(array, int(rows[place]), out[place], stored_steps)
+        def read_row(index: int) -> None:
+            reader, stored_steps = readers[bool(is_image[index])]
+            reader.read_row(array, int(rows[index]), out[index], stored_steps)
 
         order = np.lexsort((rows, is_image)).tolist()  # as on disk
         if self._objects.parallel_reads == 1:
-            for place in order:
-                read_row(place)
+            for index in order:
+                read_row(index)
         else:
             in_parallel(read_row, order, self._objects.parallel_reads)
         return out
@@ -145,12 +145,12 @@ class ClipLines:
         """int64 [len(wanted)]; ClipUnavailableError names the first that is unknown."""
         hashes = np.fromiter(map(hash, wanted), dtype=np.int64, count=len(wanted))
         lines = np.empty(len(wanted), dtype=np.int64)
-        for number, place in enumerate(np.searchsorted(self._hashes, hashes).tolist()):
-            while place < len(self._hashes) and self._hashes[place] == hashes[number]:
-                lines[number] = self._lines[place]
+        for number, position in enumerate(np.searchsorted(self._hashes, hashes).tolist()):
+            while position < len(self._hashes) and self._hashes[position] == hashes[number]:
+                lines[number] = self._lines[position]
                 if self._clip_ids[int(lines[number])].as_py() == wanted[number]:
                     break
-                place += 1  # another clip of the same hash
+                position += 1  # another clip of the same hash
             else:
                 raise ClipUnavailableError(
                     f"clip {wanted[number]!r} is not in this store's snapshot; see store.clips for those that are"

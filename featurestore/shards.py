@@ -185,12 +185,12 @@ class ShardCache:
         self.scratch = Scratch()
 
     def get(self, kind: str, group: str, spec: ArraySpec, block: int) -> Shard:
-        place = (kind, group, spec.name, block)
+        shard_id = (kind, group, spec.name, block)
         with self._lock:
-            if place in self._shards:
-                self._shards.move_to_end(place)
-                return self._shards[place]
-        key = shard_key(*place)
+            if shard_id in self._shards:
+                self._shards.move_to_end(shard_id)
+                return self._shards[shard_id]
+        key = shard_key(*shard_id)
         try:
             shard = Shard(spec, self._objects.open(key))
         except FileNotFoundError:
@@ -198,7 +198,7 @@ class ShardCache:
                 f"{key} is missing though its receipt is there; run `merv-pipeline verify`"
             ) from None
         with self._lock:
-            self._shards[place] = shard
+            self._shards[shard_id] = shard
             # A dropped shard closes its file when the last reader lets go of it, not here while it may be in use.
             while len(self._shards) > self._max_open:
                 self._shards.popitem(last=False)
