@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 
 NOT_STAGES = ("total", DECODING)  # not counted as a worker's stages: the total, and decoding, which runs in parallel
 SNAPSHOT_INTERVAL_S = 180.0
-MIN_FAILED = 32  # clips; below this a share says nothing: the run goes on and reports `failures` at its end
+MIN_FAILED = 32  # clips; below this the share is not judged: the run goes on and reports `failures` at its end
 
 
 def extract(config: ExtractConfig, *, quiet: bool = False) -> ExtractSummary:

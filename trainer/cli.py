@@ -428,7 +428,7 @@ def eval_ask(questions: tuple[str, ...], checkpoint: Path, as_json: bool, **opti
         raise UserError('what is the question? Give it behind the options: merv-eval ask ... "What happens?"')
     options["span"] = parse_span(options["span"])
     for path in (options["video"], options["image"]):
-        if path is not None and not path.exists():  # said before a run is loaded for it
+        if path is not None and not path.exists():  # before a run is loaded
             raise UserError(no_file(path))
     weights = options.pop("weights")
     check_are_runs(checkpoint)

@@ -116,7 +116,7 @@ def lost_lines(result: Mapping[str, Any]) -> list[str]:
     lines = []
     if skipped := result.get("skipped"):
         lines.append(
-            f"{result['run']}: {plural(skipped, 'step')} of {result['steps']} changed nothing, for the loss or the"
+            f"{result['run']}: {plural(skipped, 'step')} of {result['steps']} changed nothing, because the loss or the"
             " gradient was not finite: `skipped` is 1 in their rows of metrics.jsonl"
         )
     if unranked := result.get("unranked"):
