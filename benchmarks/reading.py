@@ -21,7 +21,7 @@ from numcodecs import blosc
 from synthetic import synthetic_identity
 
 from featurestore.clips import Clip
-from featurestore.reader import Shard
+from featurestore.shards import Shard
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
 

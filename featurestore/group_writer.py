@@ -19,7 +19,6 @@ from featurestore.layout import (
     shard_key,
 )
 from featurestore.objects.base import Objects, put_if_absent
-from featurestore.reader import Shard, build_shard, check_shard, encode_row
 from featurestore.records import (
     LOST,
     MAX_REASON_LENGTH,
@@ -28,6 +27,7 @@ from featurestore.records import (
     read_receipt,
     row_digest,
 )
+from featurestore.shards import Shard, build_shard, check_shard, encode_row
 from featurestore.snapshots import ClipIndex
 from featurestore.storage_dtypes import OverflowedTokens, to_stored
 from featurestore.zarr_metadata import (
@@ -186,7 +186,7 @@ class BlockWriter:
             raise UserError(f"block {self.block}: {len(missing)} planned rows have no outcome, one is row {missing[0]}")
         for name, spec in self.specs.items():
             shard = build_shard(spec, self._chunks[name])
-            if not put_if_absent(self._objects, self._shard_key(name), shard):  # what the existing one holds counts
+            if not put_if_absent(self._objects, self._shard_key(name), shard):  # the existing one is kept
                 self._replace_torn(name, b"".join(shard))
             if name != "tokens":
                 self._drop_rows_that_differ(name)
@@ -220,7 +220,7 @@ class BlockWriter:
             aside = f"{TEMPORARY}/torn/{key.replace('/', '-')}-{uuid.uuid4().hex[:8]}"
             self._objects.put_exclusive(aside, torn)
             log.warning("%s is torn and no receipt names it: set aside as %s and written anew", key, aside)
-            self._objects.compare_and_swap(key, torn, shard)  # not where another writer was first: its shard counts
+            self._objects.compare_and_swap(key, torn, shard)  # unless another writer was first: its shard is kept
 
     def _drop_rows_that_differ(self, name: str) -> None:
         """Drop rows whose sidecar on disk is another attempt's, so that tokens never meet another attempt's scale."""

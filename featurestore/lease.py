@@ -93,7 +93,7 @@ class StoreLease:
     def _read(self) -> dict | None:
         """The holder; None without a lease, and for one that is not whole.
 
-        Leases are put whole: a power cut may leave a file without its content, and that is nobody's.
+        Leases are put whole: a file without its content, as a power cut may leave, is no lease.
         """
         try:
             holder = json.loads(self._objects.get(LEASE_KEY))

@@ -29,15 +29,15 @@ class OverflowedTokens(ValueError):
 class StorageDtype:
     """One storage dtype.
 
-    `encode` maps floats [..., D] to {"tokens": items}, and to "scale" and "offset" [D] too where `is_affine`; it
-    raises OverflowedTokens. `decode` writes floats into its third argument; None means that the items are the floats.
+    `to_stored` maps floats [..., D] to {"tokens": items}, and to "scale" and "offset" [D] too where `is_affine`; it
+    raises OverflowedTokens. `from_stored` (items, sidecars, out) writes floats into `out`; None: the items are floats.
     """
 
     zarr_dtype: str  # data type of the stored items; numpy knows it by the same name
     fill_value: int | str  # of absent rows, as zarr.json writes it
     item_bytes: int
-    encode: Callable[[np.ndarray], Arrays]
-    decode: Callable[[np.ndarray, Mapping[str, np.ndarray], np.ndarray], None] | None = None  # items, sidecars, out
+    to_stored: Callable[[np.ndarray], Arrays]
+    from_stored: Callable[[np.ndarray, Mapping[str, np.ndarray], np.ndarray], None] | None = None
     is_affine: bool = False  # float32 arrays `scale` and `offset` belong to it
     prefix: str | None = None  # storage dtype of prefix tokens, where it is another one
     step: float  # one unit in the last place, relative
@@ -46,16 +46,16 @@ class StorageDtype:
     @property
     def float_dtype(self) -> str:
         """What reading gives: the stored items where they are floats, else float32."""
-        return self.zarr_dtype if self.decode is None else "float32"
+        return self.zarr_dtype if self.from_stored is None else "float32"
 
     def floats(self, items: np.ndarray, sidecars: Mapping[str, np.ndarray]) -> np.ndarray:
         """Stored items of one clip as floats; `sidecars` holds "scale" and "offset" where `is_affine`."""
         import numpy as np
 
-        if self.decode is None:
+        if self.from_stored is None:
             return items
         out = np.empty(items.shape, dtype=np.float32)
-        self.decode(items, sidecars, out)
+        self.from_stored(items, sidecars, out)
         return out
 
 
@@ -83,9 +83,9 @@ def item_facts(zarr_dtype: str, logical_dtype: str | None) -> tuple[int | str, i
 
 def to_stored(arrays: Mapping[str, np.ndarray], name: str) -> Arrays:
     """{"tokens": float [T, H, W, D], "prefix": float [T, K, D]} of one clip -> what is stored, by array name."""
-    stored = storage_dtype(name).encode(arrays["tokens"])
+    stored = storage_dtype(name).to_stored(arrays["tokens"])
     if "prefix" in arrays:
-        stored["prefix"] = storage_dtype(prefix_dtype(name)).encode(arrays["prefix"])["tokens"]
+        stored["prefix"] = storage_dtype(prefix_dtype(name)).to_stored(arrays["prefix"])["tokens"]
     return stored
 
 
@@ -105,7 +105,7 @@ def _overflow(tokens: np.ndarray, reason: str) -> OverflowedTokens:
     return OverflowedTokens(reason if is_finite else "the encoder's tokens are not finite")
 
 
-def _encode_float16(tokens: np.ndarray) -> Arrays:
+def _to_stored_float16(tokens: np.ndarray) -> Arrays:
     """Round once to nearest even."""
     import numpy as np
 
@@ -116,7 +116,7 @@ def _encode_float16(tokens: np.ndarray) -> Arrays:
     return {"tokens": stored}
 
 
-def _encode_bfloat16(tokens: np.ndarray) -> Arrays:
+def _to_stored_bfloat16(tokens: np.ndarray) -> Arrays:
     """Round once to nearest even; the bits as uint16."""
     import numpy as np
 
@@ -128,13 +128,13 @@ def _encode_bfloat16(tokens: np.ndarray) -> Arrays:
     return {"tokens": rounded}
 
 
-def _decode_bfloat16(bits: np.ndarray, _sidecars: Mapping[str, np.ndarray], out: np.ndarray) -> None:
+def _from_stored_bfloat16(bits: np.ndarray, _sidecars: Mapping[str, np.ndarray], out: np.ndarray) -> None:
     import numpy as np
 
     np.left_shift(bits, 16, dtype=np.uint32, out=out.view(np.uint32))
 
 
-def _encode_uint8(tokens: np.ndarray) -> Arrays:
+def _to_stored_uint8(tokens: np.ndarray) -> Arrays:
     """Affine per channel over all other axes; a constant channel is stored exactly."""
     import numpy as np
 
@@ -150,7 +150,7 @@ def _encode_uint8(tokens: np.ndarray) -> Arrays:
     return {"scale": scale, "offset": low, "tokens": stored}
 
 
-def _decode_uint8(items: np.ndarray, sidecars: Mapping[str, np.ndarray], out: np.ndarray) -> None:
+def _from_stored_uint8(items: np.ndarray, sidecars: Mapping[str, np.ndarray], out: np.ndarray) -> None:
     import numpy as np
 
     np.multiply(items, sidecars["scale"], out=out)
@@ -162,7 +162,7 @@ STORAGE_DTYPES: dict[str, StorageDtype] = {
         zarr_dtype="float16",
         fill_value="NaN",
         item_bytes=2,
-        encode=_encode_float16,
+        to_stored=_to_stored_float16,
         step=2**-10,
         error="2^-11 of a value",
     ),
@@ -172,8 +172,8 @@ STORAGE_DTYPES: dict[str, StorageDtype] = {
         zarr_dtype="uint16",
         fill_value=0x7FC1,
         item_bytes=2,
-        encode=_encode_bfloat16,
-        decode=_decode_bfloat16,
+        to_stored=_to_stored_bfloat16,
+        from_stored=_from_stored_bfloat16,
         step=2**-7,
         error="2^-8 of a value",
     ),
@@ -182,8 +182,8 @@ STORAGE_DTYPES: dict[str, StorageDtype] = {
         zarr_dtype="uint8",
         fill_value=0,
         item_bytes=1,
-        encode=_encode_uint8,
-        decode=_decode_uint8,
+        to_stored=_to_stored_uint8,
+        from_stored=_from_stored_uint8,
         is_affine=True,
         prefix="float16",  # prefix tokens are few
         step=2**-5,

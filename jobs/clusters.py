@@ -139,12 +139,12 @@ def local(request: ClusterRequest) -> Iterator[Client]:
     num_workers = request.num_workers or 1
     if num_workers == 1:
         options = {"dashboard_address": request.settings.dashboard_address, "dashboard": False}
-        with _started([(Worker, options)], request, in_process=True) as client:
+        with _start_cluster([(Worker, options)], request, in_process=True) as client:
             yield client
         return
     with (
         dask.config.set({"distributed.nanny.pre-spawn-environ": _threads_environment(num_workers)}),
-        _started([(Nanny, {})] * num_workers, request) as client,
+        _start_cluster([(Nanny, {})] * num_workers, request) as client,
     ):
         client.register_plugin(_ignore_terminal())
         yield client
@@ -172,7 +172,7 @@ def cuda(request: ClusterRequest) -> Iterator[Client]:
         if LocalCUDACluster is None:
             folder = request.settings.local_directory
             workers = [(Nanny, {"env": {"CUDA_VISIBLE_DEVICES": gpu}, "local_directory": folder}) for gpu in gpus]
-            client = stack.enter_context(_started(workers, request))
+            client = stack.enter_context(_start_cluster(workers, request))
         else:
             cluster = LocalCUDACluster(
                 loop=stack.enter_context(event_loop()),
@@ -194,13 +194,13 @@ def cuda(request: ClusterRequest) -> Iterator[Client]:
 
 
 @contextmanager
-def _started(
+def _start_cluster(
     workers: list[tuple[type, dict[str, Any]]], request: ClusterRequest, *, in_process: bool = False
 ) -> Iterator[Client]:
     """A client of a scheduler in this process and of the workers, classes with their options.
 
-    All listen on the loopback interface, behind a certificate that only this cluster has: whoever can connect to a
-    scheduler, any user of the machine, could otherwise run code as this user. A worker in this process has no socket.
+    All listen on the loopback interface, behind a certificate that only this cluster has: otherwise any user of
+    the machine could connect to the scheduler and run code as this user. A worker in this process has no socket.
     """
     from distributed import Client, Scheduler, SpecCluster
 

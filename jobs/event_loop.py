@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tornado.ioloop import IOLoop
 
-PATIENCE_S = 2.0  # for tasks that are still running when all has been closed
+PENDING_TIMEOUT_S = 2.0  # for tasks that are still running when all has been closed
 LAST_TIMERS_S = 0.02  # Dask's streams wait for at most 5 ms
-OWN_TASKS = 2  # of the loop: its main one, and the one that looks
+OWN_TASKS = 2  # of the loop: its main one, and `_finish`
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def event_loop() -> Iterator[IOLoop]:
 
 
 async def _finish() -> None:
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + PENDING_TIMEOUT_S
     while len(asyncio.all_tasks()) > OWN_TASKS and time.monotonic() < deadline:
         await asyncio.sleep(0.005)
     await asyncio.sleep(LAST_TIMERS_S)

@@ -1,7 +1,7 @@
-"""TLS for the clusters that this project starts: whoever may talk to a Dask scheduler runs code as its owner.
+"""TLS for the clusters that this project starts: a client of a Dask scheduler can run code as its owner.
 
-Every cluster gets a certificate of its own that is its own authority, so that only who has its key can connect. It is
-kept in memory, or in a folder that only the user may read where the parts of a cluster are started by a job script:
+Every cluster gets a certificate of its own that is its own authority, so that only holders of its key can connect. It
+is kept in memory, or in a folder that only the user may read where a job script starts the parts of a cluster:
 
     python -m jobs.security FOLDER        # writes FOLDER/tls.pem and prints the lines that Dask's programs need
 """

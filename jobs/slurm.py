@@ -98,7 +98,7 @@ def _check_submits(script: str) -> None:
 def job_options(settings: ClusterSettings, *, dashboard: bool = False) -> dict[str, Any]:
     """Arguments of `SLURMCluster`; where one is None, dask-jobqueue reads its own configuration files.
 
-    It writes them into the job script as they are, so what stands in a shell line is quoted here.
+    It writes them into the job script as they are, so values in shell lines are quoted here.
     """
     workers = max(1, settings.gpus)
     logs = str(Path(settings.log_directory).absolute())

@@ -62,7 +62,7 @@ class _EchoHandler(logging.Handler):
 
 
 def log_to_stderr() -> None:
-    """Print the INFO messages of our packages on stderr, as plain lines, and the traceback of a bug as safely."""
+    """Print the INFO messages of our packages on stderr, as plain lines; tracebacks of bugs are redacted too."""
     sys.excepthook = _print_traceback
     logging.lastResort = _EchoHandler(logging.WARNING)  # warnings of libraries
     for name in PACKAGES:

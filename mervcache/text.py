@@ -65,7 +65,9 @@ def printable(text: str) -> str:
     """
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c in _KEPT or unicodedata.category(c) == "Zs" else _code(c) for c in text)
+    return "".join(
+        c if c.isprintable() or c in _KEPT or unicodedata.category(c) == "Zs" else ascii(c)[1:-1] for c in text
+    )
 
 
 def one_line(text: str) -> str:
@@ -85,7 +87,3 @@ def shareable(text: str) -> str:
 def safe(text: str) -> str:
     """What a terminal or a log is given."""
     return printable(redact(text))
-
-
-def _code(character: str) -> str:
-    return ascii(character)[1:-1]

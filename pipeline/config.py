@@ -43,7 +43,7 @@ class EncoderSettings:
     crop: str | None = None  # squash | centre-crop; None: the encoder's own, as published
     frame_rule: str | None = None  # "linspace-16"; None: that of a model with several encoders, "linspace-32/K"
     frame_dtype: str = "uint8"  # float32: frames are not rounded after an interpolation without antialias
-    exif: str = "ignore"  # apply: still pictures are turned as their EXIF orientation says
+    exif: str = "ignore"  # apply: still pictures are turned by their EXIF orientation
     grid: tuple[int, int, int] | None = (16, 8, 8)  # T, H, W of the stored tokens; None: the encoder's own grid
     prefix_tokens: bool = False  # also store class and register tokens
     compute_dtype: str = "bfloat16"  # as princetonvisualai/merv runs them
@@ -120,7 +120,7 @@ class ExtractConfig:
     crop: Mapping[str, str] = field(default_factory=dict)  # encoder -> squash | centre-crop; "" is for all
     frame_rule: Mapping[str, str] = field(default_factory=dict)  # encoder -> linspace-16, +times, ...; "" is for all
     frame_dtype: Mapping[str, str] = field(default_factory=dict)  # encoder -> uint8 | float32
-    exif: str = "ignore"  # apply: still pictures are turned as their EXIF orientation says
+    exif: str = "ignore"  # apply: still pictures are turned by their EXIF orientation
     grid: tuple[int, int, int] | None = (16, 8, 8)
     prefix_tokens: bool = False
     compute_dtype: str = "bfloat16"  # as princetonvisualai/merv runs them

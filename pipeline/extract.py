@@ -42,7 +42,7 @@ from pipeline.refresh import StaleMedia, clips_without_rows, identity_notes, sca
 from pipeline.retry import plan_retry
 from pipeline.reuse import OtherStore
 from pipeline.run_encoders import describe, on_a_worker, remembered_encoders
-from pipeline.summary import ExtractSummary, predict_from_first_blocks, read_plan, run_record
+from pipeline.summary import ExtractSummary, predict_from_first_blocks, read_forecast, run_record
 from pipeline.worker.crash_marks import remove_all_marks
 from pipeline.worker.reports import DECODING, BlockCounts, EncoderDescription
 
@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 
 NOT_STAGES = ("total", DECODING)  # not counted as a worker's stages: the total, and decoding, which runs in parallel
 SNAPSHOT_INTERVAL_S = 180.0
-MIN_FAILED = 32  # clips; below this a share says nothing: the run goes on and reports `failures` at its end
+MIN_FAILED = 32  # clips; below this the share is not judged: the run goes on and reports `failures` at its end
 
 
 def extract(config: ExtractConfig, *, quiet: bool = False) -> ExtractSummary:
@@ -67,7 +67,7 @@ def extract(config: ExtractConfig, *, quiet: bool = False) -> ExtractSummary:
     check_has_clips(listing)
     summary = ExtractSummary.begin(config, listing)
     if config.forecast:
-        summary.predicted = read_plan(config.forecast).to_dict()
+        summary.predicted = read_forecast(config.forecast).to_dict()
     for note in listing.notes:
         log.info(note)
     extraction = Extraction(config=config, listing=listing, summary=summary, objects=objects, view=view)

@@ -23,7 +23,7 @@ from featurestore.identity import FeatureIdentity
 from featurestore.layout import ROOT_METADATA, check_block_rows
 from featurestore.locate import is_url
 from featurestore.objects.base import Objects
-from featurestore.reader import encode_row
+from featurestore.shards import encode_row
 from featurestore.snapshots import newest_snapshot_id
 from featurestore.storage_dtypes import OverflowedTokens, to_stored
 from featurestore.store import FeatureStore
@@ -114,7 +114,7 @@ def forecast(config: ExtractConfig, *, probe: int = 4) -> Forecast:
     total, spread = _total_seconds(rows, probed.clips)
     decode_s = [record.decode_s for records in probed.clips.values() for record in records]
     startup_s, free_bytes = probed.startup_s, None
-    if not is_url(config.store_path):  # the nearest folder that exists tells which disk it will be
+    if not is_url(config.store_path):  # the nearest folder that exists is on the disk it will be on
         path = Path(config.store_path).resolve()
         free_bytes = shutil.disk_usage(next(parent for parent in [path, *path.parents] if parent.exists())).free
     return Forecast(

@@ -1,10 +1,10 @@
 """Media of a clip: from a path relative to the dataset's root to the bytes and their digest.
 
 Paths come from untrusted annotations, so nothing outside the real root is ever opened: a symbolic link inside the root
-may not lead out of it (the root itself may be a link) but into one folder that the user names (`MediaRoot.links`), and
-devices, pipes and sockets are refused. A fault of one clip
-is a `MediaError` whose text holds no absolute path; a root that is gone or a share that stopped responding is a
-`RunStoppedError`, because it would otherwise quarantine the whole dataset.
+may lead only into it (the root itself may be a link) or into the one folder that the user names (`MediaRoot.links`),
+and devices, pipes and sockets are refused. A fault of one clip is a `MediaError` whose text holds no absolute path; a
+root that is gone or a share that stopped responding is a `RunStoppedError`, because it would otherwise quarantine the
+whole dataset.
 """
 
 from __future__ import annotations
@@ -32,61 +32,9 @@ from pipeline.tar_index import tar_index
 VIDEO_EXTENSIONS = frozenset(  # of the formats that the decoder opens; .ogg and .m4a are mostly sound alone
     f".{name}"
     for name in (
-        *(
-            "264",
-            "265",
-            "266",
-            "3g2",
-            "3gp",
-            "asf",
-            "avc",
-            "avi",
-            "dif",
-            "divx",
-            "dv",
-            "f4v",
-            "flv",
-            "gif",
-            "h264",
-            "h265",
-        ),
-        *(
-            "h266",
-            "hevc",
-            "ivf",
-            "m1v",
-            "m2t",
-            "m2ts",
-            "m2v",
-            "m4v",
-            "mj2",
-            "mjpeg",
-            "mjpg",
-            "mk3d",
-            "mkv",
-            "mov",
-            "mp4",
-        ),
-        *(
-            "mpe",
-            "mpeg",
-            "mpg",
-            "mpv",
-            "mts",
-            "mxf",
-            "nut",
-            "obu",
-            "ogm",
-            "ogv",
-            "qt",
-            "rm",
-            "rmvb",
-            "swf",
-            "ts",
-            "vob",
-        ),
-        *("vvc", "webm", "wmv", "wtv"),
-    )
+        "264 265 266 3g2 3gp asf avc avi dif divx dv f4v flv gif h264 h265 h266 hevc ivf m1v m2t m2ts m2v m4v mj2 "
+        "mjpeg mjpg mk3d mkv mov mp4 mpe mpeg mpg mpv mts mxf nut obu ogm ogv qt rm rmvb swf ts vob vvc webm wmv wtv"
+    ).split()
 )
 FRAME_EXTENSIONS = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
 OTHER_IMAGES = frozenset((".apng", ".dib", ".jfif", ".jpe", ".pbm", ".pgm", ".pnm", ".ppm"))
@@ -101,10 +49,9 @@ READ_BYTES = 1 << 20
 MACHINE_ERRNOS = frozenset(
     getattr(errno, name)
     for name in (
-        *("EIO", "EREMOTEIO", "ESTALE", "ENOSPC", "EDQUOT", "ENODEV", "ENXIO", "EMFILE", "ENFILE", "EKEYEXPIRED"),
-        *("ENOTCONN", "ECONNRESET", "ECONNABORTED", "ESHUTDOWN", "EHOSTDOWN", "EHOSTUNREACH", "ETIMEDOUT"),
-        *("ENETDOWN", "ENETUNREACH", "ENOLINK", "ECOMM"),
-    )
+        "EIO EREMOTEIO ESTALE ENOSPC EDQUOT ENODEV ENXIO EMFILE ENFILE EKEYEXPIRED ENOTCONN ECONNRESET ECONNABORTED "
+        "ESHUTDOWN EHOSTDOWN EHOSTUNREACH ETIMEDOUT ENETDOWN ENETUNREACH ENOLINK ECOMM"
+    ).split()
     if hasattr(errno, name)
 )
 
@@ -178,7 +125,11 @@ def resolve_media(root: Root, path: str) -> Media:
 
 def allowed_folders(root: Root) -> tuple[str, ...]:
     """The real folders that hold media: the root, and the one that its links may lead into."""
-    return tuple(map(os.path.realpath, [root, root.links] if isinstance(root, MediaRoot) else [root]))
+    return tuple(map(os.path.realpath, _named_folders(root)))
+
+
+def _named_folders(root: Root) -> list[str | Path | MediaRoot]:
+    return [root, root.links] if isinstance(root, MediaRoot) else [root]
 
 
 def is_inside(real_path: str, folders: Iterable[str]) -> bool:
@@ -269,7 +220,7 @@ def _find_member(tar_path: str, name: str) -> TarMember:
 
 def _check_root(root: Root) -> RunStoppedError | None:
     """The error for a root that is gone; an empty folder is what an unmounted share leaves behind."""
-    for folder in [root, root.links] if isinstance(root, MediaRoot) else [root]:
+    for folder in _named_folders(root):
         try:
             with os.scandir(folder) as entries:
                 if next(entries, None) is None:

@@ -100,18 +100,18 @@ def plan_blocks(
         requested = rows.blocks_with(clip_ids)
         if not requested:
             continue
-        missing: dict[tuple[int, int], dict[str, frozenset[int]]] = defaultdict(dict)  # by block and batch shape
+        wanted: dict[tuple[int, int], dict[str, frozenset[int]]] = defaultdict(dict)  # by block and batch shape
         for name, identity in identities.items():
             group = store.open_group(kind, identity.group_name)
             committed = group.committed_blocks()
             done = _clips_done_earlier(group, rows.older, committed, rows.block_rows)
             done = done.difference(stale.get(name, ())) | view.removed
             for block in requested:
-                if block not in committed and (wanted := rows.live(block, done)):
-                    missing[block, group.batch_shape][name] = wanted
+                if block not in committed and (encoder_rows := rows.wanted(block, done)):
+                    wanted[block, group.batch_shape][name] = encoder_rows
         planned += [
-            PlannedBlock(kind=kind, block=block, clips=rows.table_of(block), wanted=wanted, batch=batch)
-            for (block, batch), wanted in sorted(missing.items(), key=lambda item: item[0])
+            PlannedBlock(kind=kind, block=block, clips=rows.table_of(block), wanted=by_encoder, batch=batch)
+            for (block, batch), by_encoder in sorted(wanted.items(), key=lambda item: item[0])
         ]
     return planned
 
@@ -141,8 +141,8 @@ class _Rows:
         is_requested = clip_ids.__contains__
         return [block for block, part in self._slices.items() if any(map(is_requested, self._ids[part]))]
 
-    def live(self, block: int, done: Collection[str]) -> frozenset[int]:
-        """Rows of a block that are their clip's newest, of clips that are not done."""
+    def wanted(self, block: int, done: Collection[str]) -> frozenset[int]:
+        """Rows of a block to compute: the newest of each clip that is not done."""
         part = self._slices[block]
         pairs = zip(self._rows[part], self._ids[part], strict=True)
         return frozenset(row for row, clip_id in pairs if self._newest[clip_id] == row and clip_id not in done)

@@ -158,7 +158,7 @@ class Prediction:
 
     by: str  # "plan", or "its first N clips"
     clips: int
-    seconds: float | None  # None: a plan without a probe
+    seconds: float | None  # None: a forecast without a probe
     interval_s: tuple[float, float] | None  # None: unknown
     bytes: int
 
@@ -178,22 +178,22 @@ def prediction_text(prediction: Mapping[str, Any] | None) -> str:
     return f"{time}, {format_bytes(prediction['bytes'])} for {clips}, by {prediction['by']}"
 
 
-def read_plan(path: str | Path) -> Prediction:
+def read_forecast(path: str | Path) -> Prediction:
     """The prediction in a file that holds what `merv-pipeline plan --json` printed; `UserError` for any other file."""
     try:
-        plan = json.loads(Path(path).read_text())
+        forecast = json.loads(Path(path).read_text())
         by_clip: dict[tuple[str, str], int] = {}  # every encoder's rows count the same clips
-        for row in plan["rows"]:
+        for row in forecast["rows"]:
             group = (row["stage"], row["kind"])
             by_clip[group] = max(by_clip.get(group, 0), int(row["to_do"]))
-        startup_s = float(plan.get("startup_s", 0.0))  # a run measures its seconds from when the encoders are loaded
-        interval = plan["interval_s"]
+        startup_s = float(forecast.get("startup_s", 0.0))  # a run is timed from when the encoders are loaded
+        interval = forecast["interval_s"]
         return Prediction(
             by="plan",
             clips=sum(by_clip.values()),
-            seconds=None if plan["seconds"] is None else float(plan["seconds"]) - startup_s,
+            seconds=None if forecast["seconds"] is None else float(forecast["seconds"]) - startup_s,
             interval_s=interval and (float(interval[0]) - startup_s, float(interval[1]) - startup_s),
-            bytes=int(plan["bytes"]),
+            bytes=int(forecast["bytes"]),
         )
     except OSError as error:
         raise UserError(f"forecast {path} cannot be read: {error.strerror}") from error

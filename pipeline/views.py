@@ -80,7 +80,7 @@ class ResizeRule:
     antialias: bool = True  # True: Pillow's filters; False: torch's interpolate, align_corners=False
     fit: Literal["squash", "centre-crop"] = "squash"  # squash ignores the aspect ratio
     dtype: Literal["uint8", "float32"] = "uint8"  # of the small frame; float32 is not rounded, without antialias only
-    exif: Literal["ignore", "apply"] = "ignore"  # whether a picture is turned as its EXIF orientation says
+    exif: Literal["ignore", "apply"] = "ignore"  # whether a picture is turned by its EXIF orientation
 
     def __post_init__(self) -> None:
         if self.dtype not in ("uint8", "float32"):

@@ -40,7 +40,7 @@ from trainer.config import (
 )
 from trainer.loop.launch import Launch, end_with_failures, is_first_rank, is_launched, relaunch
 from trainer.loop.stages import dry_run_stages, merge_settings, to_yaml, train_in_stages
-from trainer.render import import_lines, print_losses, print_plan, print_scores, result_lines
+from trainer.render import import_lines, print_dry_run, print_losses, print_scores, result_lines
 from trainer.runs.stage_folders import check_are_runs, check_is_free, read_record_file, read_stages, stage_folder
 
 handle_cli_errors = handle_errors(
@@ -176,8 +176,8 @@ def train_main(
     place = resolve_source(store, live, earlier)
     if dry_run:
         load_torch_modules()
-        plan = dry_run_stages(stages, place)
-        print_result(plan, as_json, lambda: print_plan(plan))
+        report = dry_run_stages(stages, place)
+        print_result(report, as_json, lambda: print_dry_run(report))
         return
     if not is_launched():  # one of several ranks may find what the first has begun
         if resume is None:
@@ -433,7 +433,7 @@ def eval_ask(questions: tuple[str, ...], checkpoint: Path, as_json: bool, **opti
         raise UserError('what is the question? Give it behind the options: merv-eval ask ... "What happens?"')
     options["span"] = parse_span(options["span"])
     for path in (options["video"], options["image"]):
-        if path is not None and not path.exists():  # said before a run is loaded for it
+        if path is not None and not path.exists():  # before a run is loaded
             raise UserError(no_file(path))
     weights = options.pop("weights")
     check_are_runs(checkpoint)

@@ -2,7 +2,7 @@
 
 The file is a pickle made elsewhere: only tensors in plain containers are read from it (`weights_only`), so no code in
 it can run. Every name of the checkpoint must be used or known to change no output, and every name of `VideoLLM` must be
-found. A checkpoint does not say what made its tokens: with a store the run is bound to the identities in it, without
+found. A checkpoint does not record what made its tokens: with a store the run is bound to the identities in it, without
 one it takes tokens of the right sizes from any store.
 
 Names in the checkpoint (training/strategies/fsdp.py splits the state dict of models/vidlms/merv.py by its first name;

@@ -135,7 +135,7 @@ class OfficialConfig:
         return self.num_frames[index] // encoder.frames_per_step // encoder.every_step, side, side
 
     def wanted(self, index: int) -> dict[str, str]:
-        """What the identity of encoder `index`'s tokens must say, by dotted names.
+        """What the identity of encoder `index`'s tokens must hold, by dotted names.
 
         As many frames as the encoder with most of them sees are sampled evenly, and every k-th of these is taken.
         """

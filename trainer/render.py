@@ -18,41 +18,41 @@ PROTOCOLS = {
 MEMORY_PARTS = ("parameters", "gradients", "moments", "tokens", "activations", "total")
 
 
-def print_plan(plan: Mapping[str, Any]) -> None:
+def print_dry_run(report: Mapping[str, Any]) -> None:
     """Print the result of a dry run, a column per stage."""
     from mervcache.console import table  # rich
 
-    stages = plan.get("stages") or {"": plan}
-    columns = [plan_rows(stage) for stage in stages.values()]
+    stages = report.get("stages") or {"": report}
+    columns = [dry_run_rows(stage) for stage in stages.values()]
     names = dict.fromkeys(name for column in columns for name in column)
     table(("", *stages), [(name, *(column.get(name, "-") for column in columns)) for name in names])
 
 
-def plan_rows(plan: Mapping[str, Any]) -> dict[str, str]:
+def dry_run_rows(report: Mapping[str, Any]) -> dict[str, str]:
     """Row name -> value of one stage."""
-    text, memory = plan["text_tokens"], plan["memory_bytes"]
-    context = f" of {plan['context']:,}" if plan["context"] else ""
+    text, memory = report["text_tokens"], report["memory_bytes"]
+    context = f" of {report['context']:,}" if report["context"] else ""
     rows = {
-        "steps": f"{plan['steps']:,} of {plan['batch_size']:,} samples",
-        "samples": f"{plan['samples']:,}",
-        "dropped": _counts(plan["dropped"]),
-        "unread": _counts(plan["unread"]),
+        "steps": f"{report['steps']:,} of {report['batch_size']:,} samples",
+        "samples": f"{report['samples']:,}",
+        "dropped": _counts(report["dropped"]),
+        "unread": _counts(report["unread"]),
         "text tokens": f"median {text['median']:,}, longest {text['longest']:,}",
-        "visual tokens": f"{plan['visual_tokens']:,}",
-        "longest sequence": f"{plan['longest_sequence']:,}{context}",
+        "visual tokens": f"{report['visual_tokens']:,}",
+        "longest sequence": f"{report['longest_sequence']:,}{context}",
     }
-    if plan["cut"]:
-        rows["texts cut"] = f"{plan['cut']:,} at {plan['text_limit']:,} tokens"
-    if plan["without_answer"]:
-        rows["answer cut off"] = f"{plan['without_answer']:,}"
-    if plan.get("without_placeholder"):
-        rows["no placeholder"] = f"{plan['without_placeholder']:,}, which begin with the visual tokens"
-    for part, sizes in plan["parameters"].items():
+    if report["cut"]:
+        rows["texts cut"] = f"{report['cut']:,} at {report['text_limit']:,} tokens"
+    if report["without_answer"]:
+        rows["answer cut off"] = f"{report['without_answer']:,}"
+    if report.get("without_placeholder"):
+        rows["no placeholder"] = f"{report['without_placeholder']:,}, which begin with the visual tokens"
+    for part, sizes in report["parameters"].items():
         rows[f"trained of {part}"] = f"{sizes['trained']:,} of {sizes['total']:,}"
     for part in MEMORY_PARTS:
         about = "about " if part in ("activations", "total") else ""  # activations are a rough formula
         rows[f"GB, {part}"] = f"{about}{memory[part] / GB:.3g}"
-    return rows | ({"starts from": plan["init"]} if "init" in plan else {})
+    return rows | ({"starts from": report["init"]} if "init" in report else {})
 
 
 def print_scores(result: Mapping[str, Any]) -> None:
@@ -174,7 +174,7 @@ def lost_lines(result: Mapping[str, Any]) -> list[str]:
     lines = []
     if skipped := result.get("skipped"):
         lines.append(
-            f"{result['run']}: {plural(skipped, 'step')} of {result['steps']} changed nothing, for the loss or the"
+            f"{result['run']}: {plural(skipped, 'step')} of {result['steps']} changed nothing, because the loss or the"
             " gradient was not finite: `skipped` is 1 in their rows of metrics.jsonl"
         )
     if unranked := result.get("unranked"):

@@ -20,7 +20,7 @@ from trainer.runs import checkpoint
 from trainer.runs.load import LoadedRun
 from trainer.runs.run_record import RunRecord
 from trainer.runs.stage_folders import last_stage
-from trainer.runs.unbound import is_unbound, why_not
+from trainer.runs.unbound import is_unbound, why_unreadable
 
 TokenPlace = str | LiveRequest  # a store's path, or a live extraction
 # Settings, and the folder of a run that may have begun with them -> its samples and tokens.
@@ -170,7 +170,7 @@ def check_identities(run: LoadedRun, source: TokenSource) -> None:
     for encoder, shape in run.record.shapes.items():
         found = source.shapes.get(encoder)
         if found is not None and is_unbound(shape):
-            if reason := why_not(run.record, encoder, found, source.facts.get(encoder, {})):
+            if reason := why_unreadable(run.record, encoder, found, source.facts.get(encoder, {})):
                 raise UserError(reason)
         elif found is None or found.identity != shape.identity:
             raise UserError(

@@ -20,9 +20,9 @@ from featurestore.maintenance.tombstone import open_shards
 from featurestore.maintenance.verify import Verification
 from featurestore.objects.base import Objects
 from featurestore.parquet import read_table, table_file
-from featurestore.reader import Shard
 from featurestore.records import Receipt, RowOutcome, row_digest
 from featurestore.schemas import CLIP_SCHEMA
+from featurestore.shards import Shard
 from featurestore.snapshots import Snapshot, allocate, column, part_bytes, read_snapshot_table
 from featurestore.zarr_metadata import (
     CODECS,

@@ -43,7 +43,6 @@ from featurestore.maintenance.verify import Verification
 from featurestore.objects.base import Objects, get_bounded
 from featurestore.objects.open import open_objects
 from featurestore.parquet import MAX_TABLE_BYTES, own_digest_holds
-from featurestore.reader import ABSENT
 from featurestore.records import (
     MAX_JOURNAL_BYTES,
     Receipt,
@@ -53,6 +52,7 @@ from featurestore.records import (
 )
 from featurestore.records import MAX_RECORD_BYTES as MAX_TOMBSTONE_BYTES
 from featurestore.reference_clips import ReferenceClips, max_reference_clip_bytes
+from featurestore.shards import ABSENT
 from featurestore.snapshots import MAX_RECORD_BYTES as MAX_SNAPSHOT_BYTES
 from featurestore.snapshots import ClipIndex, Snapshot, load_snapshot
 from featurestore.writer import StoreWriter

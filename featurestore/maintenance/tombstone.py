@@ -23,7 +23,6 @@ from featurestore.locate import Place
 from featurestore.objects.base import Objects
 from featurestore.objects.open import in_parallel
 from featurestore.parquet import read_table, table_bytes, table_file
-from featurestore.reader import Shard, build_shard
 from featurestore.records import (
     Receipt,
     RowOutcome,
@@ -34,6 +33,7 @@ from featurestore.records import (
     tombstoned_clips,
 )
 from featurestore.schemas import SAMPLE_SCHEMA
+from featurestore.shards import Shard, build_shard
 from featurestore.snapshots import ClipIndex
 from featurestore.store import clips_named
 from featurestore.writer import StoreWriter

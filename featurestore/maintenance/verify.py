@@ -53,7 +53,6 @@ from featurestore.maintenance.derived_table import check_table
 from featurestore.objects.base import Objects, get_bounded
 from featurestore.objects.open import in_parallel, open_objects
 from featurestore.parquet import own_digest_holds, read_table, table_file
-from featurestore.reader import CRC_BYTES, Shard, check_shard
 from featurestore.records import (
     MAX_JOURNAL_BYTES,
     Receipt,
@@ -67,6 +66,7 @@ from featurestore.records import (
 )
 from featurestore.reference_clips import ReferenceClips, max_reference_clip_bytes
 from featurestore.schemas import SAMPLE_SCHEMA
+from featurestore.shards import CRC_BYTES, Shard, check_shard
 from featurestore.snapshots import ClipIndex, Snapshot, load_snapshot, read_snapshot_table
 from featurestore.zarr_metadata import (
     ArraySpec,

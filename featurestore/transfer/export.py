@@ -45,7 +45,7 @@ from featurestore.objects.base import get_bounded, machine_faults
 from featurestore.objects.local import LocalObjects
 from featurestore.objects.open import in_parallel
 from featurestore.parquet import read_table, table_bytes
-from featurestore.reader import encode_row, encoder_keys
+from featurestore.reader import encoder_keys
 from featurestore.records import RowOutcome, Tombstone
 from featurestore.reference_clips import ReferenceClips, max_reference_clip_bytes
 from featurestore.schemas import (
@@ -56,6 +56,7 @@ from featurestore.schemas import (
     table_to_clips,
     table_to_samples,
 )
+from featurestore.shards import encode_row
 from featurestore.transfer.merge import Cell, CellGroup, CellSource, LoadedCell, check_cell, decoded_cell
 from featurestore.transfer.selection import Selection
 from featurestore.zarr_metadata import CODECS, ArraySpec, array_specs, parse_identity

@@ -22,10 +22,11 @@ from featurestore.layout import block_of, journal_key, slot_of, tombstone_key
 from featurestore.locate import Place, check_is_another
 from featurestore.objects.base import put_if_absent
 from featurestore.objects.open import in_parallel, open_objects
-from featurestore.reader import ShardCache, decode_row, encode_row, encoder_keys
+from featurestore.reader import encoder_keys
 from featurestore.records import Receipt, RowOutcome, Tombstone, journal_bytes, read_receipt, row_digest
 from featurestore.reference_clips import ReferenceClips, put_reference_clips, read_reference_clips
 from featurestore.schemas import CLIP_SCHEMA, table_to_clips
+from featurestore.shards import ShardCache, decode_row, encode_row
 from featurestore.snapshots import ClipIndex, SnapshotTable, column, load_snapshot, read_snapshot_table
 from featurestore.store import FeatureStore
 from featurestore.transfer.selection import Selection

@@ -180,7 +180,7 @@ def transfer(
     if (newest := newest_snapshot_id(origin)) is None:
         raise StoreError(f"{source} has no snapshot yet: let its extraction end, or run it again to finish it")
     snapshot = load_snapshot(origin, newest)
-    blocks = plan_blocks(origin, snapshot, selection)  # read and checked before the destination is made
+    blocks = blocks_to_send(origin, snapshot, selection)  # read and checked before the destination is made
     writer = StoreWriter.open_or_create(destination, block_rows=dict(snapshot.block_rows), objects=target)
     plan = TransferPlan(
         origin=origin, writer=writer, snapshot=snapshot, selection=selection, blocks=blocks, check=check
@@ -211,7 +211,7 @@ def transfer(
     return done
 
 
-def plan_blocks(origin: Objects, snapshot: Snapshot, selection: Selection) -> list[BlockTransfer]:
+def blocks_to_send(origin: Objects, snapshot: Snapshot, selection: Selection) -> list[BlockTransfer]:
     """The blocks to send, every receipt read and checked against the snapshot."""
     groups = set(selection.groups(encoder_keys(snapshot.groups)))
     requested: dict[tuple[str, int], set[int]] | None = None  # (kind, block) -> rows of requested clips; None: all

@@ -168,7 +168,7 @@ def _grid(text: str) -> tuple[int, ...]:
 
 
 def exit_with_failures(summaries: Sequence[ExtractSummary]) -> None:
-    """Say what is missing in the last line, and in the exit code; returns where nothing is."""
+    """Print what is missing as the last line and exit with its code; return if nothing is."""
     if failures := [summary.failures for summary in summaries if summary.failures]:
         echo(f"finished with failures (exit code {EXIT_WITH_FAILURES}): {'; '.join(failures)}")
         click.get_current_context().exit(EXIT_WITH_FAILURES)

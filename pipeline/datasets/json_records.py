@@ -25,7 +25,7 @@ SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")  # of an annotation file
 WRAPPERS = frozenset(
     "data records rows samples annotations items examples instances questions answers train test val validation".split()
 )
-FIELDS = frozenset(  # of records: they tell a table's columns from its rows
+FIELDS = frozenset(  # of records: they distinguish a table's columns from its rows
     "id conversations video videos image images question question_id answer answer_id options video_name".split()
 )
 OF_A_RECORD = frozenset(("conversations", "question", "question_id"))  # no object around records has these
@@ -125,7 +125,7 @@ class _Window:
                 yield from items
             elif streamed is None and isinstance(columns, list):
                 streamed = key
-                yield from (self._named(columns, row) for row in items)
+                yield from (_named_values(columns, row) for row in items)
             else:
                 held[key] = list(items)
         self.position += 1
@@ -142,7 +142,7 @@ class _Window:
         has_fields = not FIELDS.isdisjoint(whole)
         if values and all(isinstance(value, dict) for value in values):
             if has_fields == any(not FIELDS.isdisjoint(value) for value in values):
-                raise self._unclear("rows cannot be told from columns")
+                raise self._unclear("rows and columns cannot be distinguished")
             yield from _rows_of_columns(whole) if has_fields else values
             return
         talks = whole.get("conversations")
@@ -161,11 +161,6 @@ class _Window:
             raise self._unclear("it holds rows without, or before, the names of their columns")
         elif not any(value == [] for key, value in whole.items() if key in WRAPPERS):
             raise self._unclear("it holds one object without records")
-
-    def _named(self, columns: list, row: object) -> object:
-        if not isinstance(row, list) or len(row) != len(columns):
-            return row  # no record: refused and counted where records are checked
-        return {str(name): value for name, value in zip(columns, row, strict=True)}
 
     def _check_single(self, keys: list[str]) -> None:
         if len(keys) > 1:
@@ -246,6 +241,12 @@ def _is_list_of(kind: type, value: object) -> bool:
 
 def _is_records(value: object) -> bool:
     return bool(value) and _is_list_of(dict, value)
+
+
+def _named_values(columns: list, row: object) -> object:
+    if not isinstance(row, list) or len(row) != len(columns):
+        return row  # no record: refused and counted where records are checked
+    return {str(name): value for name, value in zip(columns, row, strict=True)}
 
 
 def _rows_of_columns(columns: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

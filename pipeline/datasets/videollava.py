@@ -141,7 +141,7 @@ def named_medium(record: Mapping[str, Any]) -> tuple[str, Kind] | None:
 
 
 def check_text_only(record: Mapping[str, Any], turns: Sequence[Turn]) -> None:
-    """Refuse a record that asks about a medium, or names one, under no key that is read."""
+    """Refuse a record that refers to a medium, or names one, under no key that is read."""
     keys = [key for key, value in record.items() if key not in ("id", "conversations") and not is_absent(value)]
     if named := [key for key in keys if any(kind_of_path(path) for path in _paths_in(record[key]))]:
         raise RecordError(f"medium under {_quoted(named[0])} is not read: rename the key to 'video' or 'image'")

@@ -208,7 +208,7 @@ def _collect_shard(builder: ListingBuilder, shard: str, options: Mapping[str, An
     samples = _samples(builder, index)
     captions = _Captions(file.path, _table_path(builder, shard), options)
     for key, sample in samples.items():
-        # an image beside a video is its thumbnail
+        # an image of a video's key is its thumbnail
         kind = next((kind for kind in KINDS if sample.media[kind]), None)
         if kind is None:
             builder.skip("captions without a video or image", len(sample.texts))
@@ -255,7 +255,7 @@ def _samples(builder: ListingBuilder, index: TarIndex) -> dict[str, _Sample]:
 
 
 def _table_path(builder: ListingBuilder, shard: str) -> Path | None:
-    """The Parquet file that video2dataset writes beside a shard, under the root as the shard is named there."""
+    """The Parquet file that video2dataset writes next to a shard, by its name under the root."""
     try:
         table = resolve_media(builder.media_root, f"{shard[: -len('.tar')]}.parquet")
     except MediaError as error:

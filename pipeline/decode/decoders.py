@@ -1,8 +1,7 @@
 """The decoders by name, and `decode_clip`, which decodes one clip with one of them.
 
 No decoder falls back to another: they count and convert frames differently, so one store would hold rows that mean
-different things. Images, GIFs and folders of frames are read by Pillow under every name, as in the reference code
-(princetonvisualai/merv): no EXIF orientation, no transparency, the first frame of an animated image.
+different things. Images, GIFs and folders of frames are read by Pillow under every name (`stills.py`).
 """
 
 from __future__ import annotations
@@ -67,14 +66,14 @@ def decode_clip(job: DecodeJob, *, on_read: Callable[[], None] = lambda: None) -
         frames = collector.frames()
     except MemoryError as error:  # first: PyAV's is an OSError too
         raise FailedClipError(OUT_OF_MEMORY, media_sha256) from error
-    except av.error.FFmpegError as error:  # before OSError: its numbers speak of the file's content, not of a disk
+    except av.error.FFmpegError as error:  # before OSError: its numbers describe the file's content, not a disk
         fault = MediaError(f"damaged file: {reason(error)}")
         raise FailedClipError(_clip_fault(fault, source), media_sha256) from error
     except (MediaError, OSError) as error:
         raise FailedClipError(_clip_fault(error, source), media_sha256) from error
     except MervCacheError:
         raise
-    except Exception as error:  # what no reader foresees: the libraries' exceptions have no common base
+    except Exception as error:  # the libraries' exceptions have no common base
         fault = MediaError(f"decoder failed: {exception_name(error)}")
         raise FailedClipError(_clip_fault(fault, source), media_sha256) from error
     return Decoded(

@@ -1,8 +1,8 @@
-"""Joined transport streams: tell the place where two were put together from a place where packets are missing.
+"""Joined transport streams: distinguish the place where two were joined from one where packets are missing.
 
 A transport stream is made to be joined (`cat a.ts b.ts`), but its packets of 188 bytes are counted modulo 16, the count
 starts again in the second part, and FFmpeg marks the frame at the join as corrupt although all of its bytes are there.
-Some decoders show a frame whose end is missing without an error (HEVC), so the packets themselves have to say it.
+Some decoders show a frame whose end is missing without an error (HEVC), so the packets themselves are examined.
 """
 
 from __future__ import annotations

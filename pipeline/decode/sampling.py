@@ -77,7 +77,7 @@ class FailedClipError(MediaError):
 
 
 def exception_name(error: BaseException) -> str:
-    """An exception's type in a reason: "ValueError", or "struct.error" where the name alone says nothing."""
+    """An exception's type in a reason: "ValueError", or with its module: "struct.error"."""
     kind = type(error)
     return kind.__name__ if kind.__name__[0].isupper() else f"{kind.__module__}.{kind.__name__}"
 
@@ -109,7 +109,7 @@ def frame_indices(
 
     `times` are the seconds from the first frame at which each is shown, where the reader knows them. Seconds times the
     average rate name other frames than those of the span where the rate varies: such a span is refused, or cut by
-    `times` if the rule says so.
+    `times`, by the rule.
 
     fps 0.0 means that the media has no clock (a GIF): the whole of it is sampled, and a span is an error.
     """
@@ -200,7 +200,7 @@ class FrameCollector:
 
     @property
     def applies_exif(self) -> bool:
-        """Whether any view wants pictures turned as their EXIF orientation says."""
+        """Whether any view has pictures turned by their EXIF orientation."""
         return any(view.rule.exif == "apply" for view in self._job.views)
 
     @property
@@ -231,7 +231,7 @@ class FrameCollector:
     def add(self, index: int, frame_HWC: np.ndarray, *, upright_HWC: np.ndarray | None = None) -> None:
         """Bring one native RGB frame, uint8 [H, W, 3], to every view that wants it.
 
-        `upright_HWC` is the frame turned as its EXIF orientation says, for the views that apply it; None: not turned.
+        `upright_HWC` is the frame turned by its EXIF orientation, for the views that apply it; None: not turned.
         """
         small: dict[ResizeRule, np.ndarray] = {}
         for view, positions in self._slots[index].items():

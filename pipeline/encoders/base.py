@@ -160,7 +160,7 @@ class EncoderSpec:
         return replace(self, resize=replace(self.resize, dtype=dtype))
 
     def with_exif(self, exif: Literal["ignore", "apply"]) -> EncoderSpec:
-        """The same encoder with still pictures as they are stored, or turned as their EXIF orientation says."""
+        """The same encoder with still pictures as they are stored, or turned by their EXIF orientation."""
         return replace(self, resize=replace(self.resize, exif=exif))
 
 

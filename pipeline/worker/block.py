@@ -111,31 +111,31 @@ class _BlockWork:
         self._reporter = TaskReporter()
         self._unreachable: list[int] = []  # rows whose media are missing or may not be read
 
-        self._wanted = dict(task.wanted)  # less what another store holds of the same media, which is copied
+        self._to_encode = dict(task.wanted)  # less the rows that are copied from another store
         if task.reuse is not None:
             with self._stage("copy from another store"):
                 copied = copy_cells(task.reuse, task.root, self._clips, task.kind, self.writers, task.groups)
             for name, rows in copied.items():
-                self._wanted[name] = self._wanted[name] - rows
+                self._to_encode[name] -= rows
                 self.counts["reused"] += len(rows)
-        self._needed = frozenset().union(*self._wanted.values())
+        self._to_decode = frozenset().union(*self._to_encode.values())
 
         encoders = [engine.encoders[name] for name in task.wanted]
         jobs = (
             (row, decode_job(task.root, clip, encoders, accept_damaged=task.accept_damaged))
             for row, clip in task.rows
-            if row in self._needed
+            if row in self._to_decode
         )
         self._decoding = decode_ahead(jobs, engine.pool, 2 * task.batch + engine.num_decoders)
 
     def encode(self, rows: Sequence[int]) -> None:
-        """Encode one batch of rows with every encoder that wants any of them."""
-        decoded = {row: result for row in rows if row in self._needed and (result := self._decoded(row)) is not None}
-        for name, wanted in self._wanted.items():
+        """Encode one batch of rows with every encoder that has any of them to encode."""
+        decoded = {row: result for row in rows if row in self._to_decode and (result := self._decoded(row)) is not None}
+        for name, to_encode in self._to_encode.items():
             for row in rows:
-                if row in self._clips and row not in self.task.wanted[name]:
+                if row not in self.task.wanted[name]:
                     self.writers[name].skip(row)
-            ready = {row: decoded[row] for row in rows if row in wanted and row in decoded}
+            ready = {row: decoded[row] for row in rows if row in to_encode and row in decoded}
             if self._probe is not None:
                 self._encode_one_by_one(name, rows, ready)
             elif ready:
@@ -196,7 +196,7 @@ class _BlockWork:
             reused=self.counts["reused"],
             made={
                 name: EncoderWork(
-                    clips=len(self._wanted[name]), seconds=self.seconds[f"encode:{name}"], bytes=receipt.stored_bytes
+                    clips=len(self._to_encode[name]), seconds=self.seconds[f"encode:{name}"], bytes=receipt.stored_bytes
                 )
                 for name, receipt in receipts.items()
             },
@@ -209,7 +209,7 @@ class _BlockWork:
         self._decoding.close()
 
     def _decoded(self, row: int) -> Decoded | None:
-        """The clip's frames; None if it failed, which is then recorded for every encoder that wanted it."""
+        """The clip's frames; None if it failed, which is then recorded for every encoder that was to encode it."""
         with self._stage("decode wait"):
             decoded_row, result = next(self._decoding)
         assert decoded_row == row, f"decoded rows come in order, got {decoded_row} for {row}"
@@ -221,8 +221,8 @@ class _BlockWork:
         if str(result) in UNREACHABLE:
             self._unreachable.append(row)
         self.counts["failed"] += 1
-        for name, wanted in self._wanted.items():
-            if row in wanted:
+        for name, to_encode in self._to_encode.items():
+            if row in to_encode:
                 self.writers[name].fail(row, str(result), scope="clip", media_sha256=sha256)
         return None
 
@@ -261,9 +261,10 @@ class _BlockWork:
         A share may have been unmounted in the middle of the block: clips decoded before are looked for once more.
         """
         root, paths = self.task.root, [self._clips[row].path for row in self._unreachable]
-        if len(paths) and len(self._needed) > 1 and not any(self._is_there(self._clips[row]) for row in self._needed):
+        clips = [self._clips[row] for row in self._to_decode]
+        if paths and len(clips) > 1 and not any(map(self._is_there, clips)):
             raise RunStoppedError(
-                f"all {len(self._needed)} media files of a block have vanished from {root} since they were listed, or "
+                f"all {len(clips)} media files of a block have vanished from {root} since they were listed, or "
                 "may not be read by this worker: mount the share again, or let it read there, and run the same command "
                 "again; nothing was quarantined"
             )

@@ -19,10 +19,10 @@ import numpy as np
 from featurestore.identity import FeatureIdentity
 from featurestore.objects.base import parse_listing
 from featurestore.parquet import read_table
-from featurestore.reader import build_shard, decode_row, encode_row, parse_index
 from featurestore.records import Receipt, Tombstone, parse_journal
 from featurestore.reference_clips import ReferenceClips
 from featurestore.schemas import CLIP_SCHEMA, SAMPLE_SCHEMA, table_to_clips, table_to_samples
+from featurestore.shards import build_shard, decode_row, encode_row, parse_index
 from featurestore.snapshots import Snapshot, snapshot_schema
 from featurestore.zarr_metadata import ArraySpec, parse_array, parse_root
 from mervcache.errors import MervCacheError

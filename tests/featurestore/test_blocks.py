@@ -11,8 +11,8 @@ import pytest
 from featurestore.layout import receipt_key, shard_key
 from featurestore.maintenance.repair import repair_store
 from featurestore.maintenance.verify import verify_store
-from featurestore.reader import Shard, build_shard, encode_row
 from featurestore.records import LOST, row_digest
+from featurestore.shards import Shard, build_shard, encode_row
 from mervcache.errors import UserError
 
 FULL = {"prefix_tokens": 3, "storage_dtype": "uint8"}  # an identity with every array

@@ -12,9 +12,9 @@ import pytest
 
 from featurestore.objects.base import parse_listing
 from featurestore.parquet import read_table
-from featurestore.reader import decode_row, parse_index
 from featurestore.records import Receipt, Tombstone, parse_journal
 from featurestore.schemas import CLIP_SCHEMA, SAMPLE_SCHEMA, table_to_clips, table_to_samples
+from featurestore.shards import decode_row, parse_index
 from featurestore.snapshots import Snapshot
 from featurestore.zarr_metadata import parse_group, parse_root
 from mervcache import errors

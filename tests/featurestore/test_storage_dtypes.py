@@ -86,7 +86,7 @@ def test_unknown_storage_dtypes_are_listed():
         to_stored({"tokens": np.zeros(1)}, "int4")
 
 
-def _decode_sixteenths(items, _sidecars, out):
+def _from_sixteenths(items, _sidecars, out):
     np.multiply(items.astype(np.float32) - 128, 1 / 16, out=out)
 
 
@@ -95,8 +95,8 @@ SIXTEENTHS = StorageDtype(
     zarr_dtype="uint8",
     fill_value=255,
     item_bytes=1,
-    encode=lambda tokens: {"tokens": np.rint(tokens * 16 + 128).clip(0, 254).astype(np.uint8)},
-    decode=_decode_sixteenths,
+    to_stored=lambda tokens: {"tokens": np.rint(tokens * 16 + 128).clip(0, 254).astype(np.uint8)},
+    from_stored=_from_sixteenths,
     step=2**-5,
     error="1/32",
 )

@@ -14,8 +14,8 @@ import pytest
 from featurestore.clips import Sample, Turn
 from featurestore.maintenance.tombstone import clips_of_same_media, erase_tombstoned, tombstone
 from featurestore.maintenance.verify import verify_store
-from featurestore.reader import encode_row
 from featurestore.records import read_tombstones
+from featurestore.shards import encode_row
 from featurestore.store import FeatureStore
 from featurestore.transfer.merge import StoreCells, combine
 from featurestore.transfer.sync import transfer
@@ -45,8 +45,6 @@ def filled(kit, make):
 def bytes_of_row(kit, make) -> bytes:
     tokens = make.floats(make.video(2), make.identity())["tokens"].astype(np.float16)
     group = kit.group(make.identity())
-    from featurestore.reader import encode_row
-
     return encode_row(group.specs["tokens"], tokens)
 
 

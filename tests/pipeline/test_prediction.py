@@ -13,7 +13,7 @@ from pipeline.cli.extract import main
 from pipeline.forecast import forecast
 from pipeline.report import write_report
 from pipeline.status import store_status
-from pipeline.summary import Prediction, predict_from_first_blocks, read_plan
+from pipeline.summary import Prediction, predict_from_first_blocks, read_forecast
 
 
 def test_the_pace_of_the_first_blocks_is_that_of_the_whole_run():
@@ -29,9 +29,9 @@ def test_before_a_twentieth_and_after_the_end_there_is_nothing_to_predict(done):
 def test_a_file_that_is_no_plan_is_refused_with_the_command_that_makes_one(tmp_path):
     (tmp_path / "plan.json").write_text('{"rows": 3}')
     with pytest.raises(UserError, match="save one with `merv-pipeline plan --json > "):
-        read_plan(tmp_path / "plan.json")
+        read_forecast(tmp_path / "plan.json")
     with pytest.raises(UserError, match="cannot be read: No such file"):
-        read_plan(tmp_path / "none.json")
+        read_forecast(tmp_path / "none.json")
 
 
 def test_a_plan_made_on_a_cluster_stands_beside_what_the_run_took(lab):
@@ -82,5 +82,5 @@ def test_a_plan_s_seconds_are_those_of_a_run_whose_encoders_are_loaded(tmp_path)
     rows = [{"stage": "-", "kind": "video", "to_do": 4}]
     plan = {"rows": rows, "seconds": 100.0, "interval_s": [90.0, 110.0], "startup_s": 85.0, "bytes": 7}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
-    predicted = read_plan(tmp_path / "plan.json")
+    predicted = read_forecast(tmp_path / "plan.json")
     assert (predicted.seconds, predicted.interval_s) == (15.0, (5.0, 25.0))

@@ -1,7 +1,7 @@
-from trainer.render import plan_rows, print_scores, result_lines
+from trainer.render import dry_run_rows, print_scores, result_lines
 
 
-def told(**changes):
+def report(**changes):
     return {
         "samples": 1200,
         "dropped": {"text only": 3, "clip without tokens of every encoder": 1},
@@ -30,7 +30,7 @@ def told(**changes):
 
 
 def test_a_stage_in_rows():
-    assert plan_rows(told()) == {
+    assert dry_run_rows(report()) == {
         "steps": "10 of 128 samples",
         "samples": "1,200",
         "dropped": "3 text only, 1 clip without tokens of every encoder",
@@ -50,7 +50,7 @@ def test_a_stage_in_rows():
 
 
 def test_what_not_every_stage_has_is_a_row_where_it_is():
-    rows = plan_rows(told(without_answer=2, cut=1003, init="all weights of stage align", context=None))
+    rows = dry_run_rows(report(without_answer=2, cut=1003, init="all weights of stage align", context=None))
     assert (rows["answer cut off"], rows["starts from"]) == ("2", "all weights of stage align")
     assert rows["longest sequence"] == "1,116"
     assert rows["texts cut"] == "1,003 at 2,048 tokens"

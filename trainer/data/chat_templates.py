@@ -110,7 +110,7 @@ class ChatTemplate:
             same = takewhile(lambda pair: pair[0] == pair[1], zip(start, whole, strict=False))
             start = start[: sum(1 for _ in same)]
             if len(start) < len(prompt):
-                raise self._error(f"rewrites what stands before the answer {message['content'][:60]!r}")
+                raise self._error(f"rewrites the text before the answer {message['content'][:60]!r}")
         answer = whole[len(start) : len(whole) - len(after)]
         start, blank = self._with_blank(start, prompt)
         return blank + answer, start
@@ -130,8 +130,8 @@ class ChatTemplate:
         ]
         if not found:
             raise self._error("writes no end token behind an answer")
-        place, length, takes_blanks = min(found)
-        end, rest = after[: place - length], after[place - length :]
+        start, length, takes_blanks = min(found)
+        end, rest = after[: start - length], after[start - length :]
         blanks = len(rest) - len(rest.lstrip()) if takes_blanks else 0
         return end + rest[:blanks], rest[blanks:]
 

@@ -278,8 +278,8 @@ def words_hold_blanks(tokenizer: Any) -> bool:
 def without_placeholder(turns: Sequence[Turn], has_clip: bool) -> list[Turn]:
     """The conversation with stripped texts, and its questions without the placeholder of the clip.
 
-    That is what stands at the start or the end of a question. Where no question has one there, it is the first one
-    within a question.
+    It is removed at the start or the end of every question; where no question has one there, the first one within a
+    question is removed.
     """
     texts = [turn.text.strip() for turn in turns]
     questions = [index for index, turn in enumerate(turns) if turn.role == "human" and has_clip]
@@ -298,7 +298,7 @@ def with_mark(turns: Sequence[Turn]) -> list[Turn]:
     """The conversation with stripped texts, and `MARK` in the place of the one placeholder in its questions.
 
     A first question without one is read as if it began with one and a newline, as data and Video-LLaVA's inference
-    write it: questions that are asked about a file hold none.
+    write it: questions about a single file hold none.
     """
     if (found := num_placeholders(turns)) > 1:
         raise UserError(

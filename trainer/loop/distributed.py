@@ -52,7 +52,7 @@ def fsdp_plugin(config: TrainConfig) -> Any:
     from accelerate.utils import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    plugin = FullyShardedDataParallelPlugin()  # reads what the launch file says
+    plugin = FullyShardedDataParallelPlugin()  # reads the launch file's settings
     if plugin.fsdp_version != 2 or plugin.cpu_ram_efficient_loading:
         raise UserError(
             "FSDP must be version 2 with cpu_ram_efficient_loading off, as `merv-train --launch fsdp` sets it: frozen"
@@ -100,7 +100,7 @@ def on_first_rank(accelerator: Accelerator, action: Callable[[], Result]) -> Res
 def raise_together(accelerator: Accelerator, failure: MervCacheError | None) -> None:
     """Raise on every rank where one has failed, so that none waits for it."""
     if any_rank(accelerator, failure is not None)[0]:
-        raise failure or RunStoppedError("another process of this run failed; its message says why")
+        raise failure or RunStoppedError("another process of this run failed; its message gives the reason")
 
 
 def decides_on_device(accelerator: Accelerator) -> bool:

@@ -24,13 +24,13 @@ class SkippedSteps:
         self.limit, self.total, self.in_a_row = limit, total, 0
 
     def count(self, is_skipped: bool) -> None:
-        """Take note of the next step."""
+        """Count one step."""
         self.total += is_skipped
         self.in_a_row = self.in_a_row + 1 if is_skipped else 0
 
     @property
     def is_traced(self) -> bool:
-        """Whether the next step is the last chance."""
+        """Whether the run ends if the next step is skipped too."""
         return self.in_a_row >= self.limit - 1
 
 
@@ -44,7 +44,7 @@ class Trace:
 
     def __enter__(self) -> Trace:
         for name, module in self._model.named_modules():
-            self._hooks.append(module.register_forward_hook(partial(self._look, name or "the loss")))
+            self._hooks.append(module.register_forward_hook(partial(self._check_output, name or "the loss")))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -57,16 +57,16 @@ class Trace:
         self.parameter = next(iter(nonfinite_names(gradients)), "")
 
     @torch.no_grad()
-    def _look(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+    def _check_output(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         for value in tree_leaves(output):
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 continue
             if not self.activation and not value.detach().isfinite().all():
                 self.activation = name
             if value.requires_grad:
-                self._hooks.append(value.register_hook(partial(self._look_back, name)))
+                self._hooks.append(value.register_hook(partial(self._check_gradient, name)))
 
-    def _look_back(self, name: str, gradient: Tensor) -> None:
+    def _check_gradient(self, name: str, gradient: Tensor) -> None:
         if not self.gradient and not gradient.detach().isfinite().all():
             self.gradient = name
 

@@ -137,7 +137,7 @@ def save(
                 data_digest=data_digest,
                 identities=dict(identities),
                 sha256={name: file_sha256(temporary / name) for name in (MODEL_FILE, OPTIMIZER_FILE)},
-                validation=_finite_or_none(validation or {}),
+                validation={name: x if isfinite(x) else None for name, x in (validation or {}).items()},  # JSON: no NaN
                 skipped=skipped,
                 files=files or RunFiles.of(run),
             )
@@ -188,7 +188,7 @@ def set_aside_after(folder: Path) -> None:
         aside = later.with_name(ASIDE + later.name)
         shutil.rmtree(aside, ignore_errors=True)
         later.rename(aside)
-        logger.warning(f"{later.name} was set aside as {aside}; remove it when nobody needs it")
+        logger.warning(f"{later.name} was set aside as {aside}; remove it when it is not needed")
 
 
 def _nonfinite_weights(folder: Path) -> Iterator[str]:
@@ -223,7 +223,7 @@ def is_ranked(validation: Mapping[str, float | None]) -> bool:
 def goodness(validation: Mapping[str, float | None]) -> tuple[float, float]:
     """Sort key of checkpoints: accuracy where it was measured, then the smaller loss; metrics that are not finite last.
 
-    `is_ranked` says whether they may be the best at all.
+    Only those that `is_ranked` may be the best.
     """
     if not is_ranked(validation):
         return -inf, -inf
@@ -254,11 +254,6 @@ def read_state(folder: Path) -> CheckpointState:
         raise UserError(
             f"{folder} is not a checkpoint of this version: {error}; remove it to use an older one"
         ) from error
-
-
-def _finite_or_none(values: Mapping[str, float]) -> dict[str, float | None]:
-    """JSON has no NaN."""
-    return {name: value if isfinite(value) else None for name, value in values.items()}
 
 
 def nonfinite_names(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -39,8 +39,8 @@ def disk_faults(run: Path, what: str, *, num_bytes: int | None = None) -> Iterat
             raise
         size = f" of {format_bytes(num_bytes)}" if num_bytes is not None else ""
         raise RunStoppedError(
-            f"cannot write {what}{size} to {run}: {FAULTS[number]} ({os.strerror(number)}); {_free(run)}are free there."
-            " What was saved before is kept: make room, then go on with --resume auto"
+            f"cannot write {what}{size} to {run}: {FAULTS[number]} ({os.strerror(number)}); {_free_space(run)} are free"
+            " there. What was saved before is kept: make room, then go on with --resume auto"
         ) from error
 
 
@@ -54,9 +54,9 @@ def remove_leftovers(run: Path) -> None:
                 path.unlink()
 
 
-def _free(run: Path) -> str:
+def _free_space(run: Path) -> str:
     nearest = next(folder for folder in (run.absolute(), *run.absolute().parents) if folder.is_dir())
     try:
-        return f"{format_bytes(shutil.disk_usage(nearest).free)} "
+        return format_bytes(shutil.disk_usage(nearest).free)
     except OSError:
-        return "an unknown number of bytes "
+        return "an unknown number of bytes"

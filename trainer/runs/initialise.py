@@ -26,7 +26,7 @@ from trainer.runs.checkpoint import LLM_PREFIX
 from trainer.runs.load import is_export, read_weights, resumed_llm
 from trainer.runs.run_record import RunRecord
 from trainer.runs.stage_folders import last_stage
-from trainer.runs.unbound import is_unbound, why_not
+from trainer.runs.unbound import is_unbound, why_unreadable
 from trainer.runs.weight_names import to_model_names
 
 BASE = ".base_layer."  # in names of weights that have an adapter, as peft makes them
@@ -150,7 +150,7 @@ def _candidates(origin: Origin, built: Built, source: TokenSource) -> Iterable[t
         elif encoder in old_trained and encoder not in model.trained_names:
             reason = "there its encoder was trained too"
         elif is_unbound(there[encoder]):
-            reason = why_not(origin.record, encoder, source.shapes[encoder], source.facts.get(encoder, {}))
+            reason = why_unreadable(origin.record, encoder, source.shapes[encoder], source.facts.get(encoder, {}))
         elif there[encoder].identity != source.shapes[encoder].identity:
             reason = f"it was trained on tokens of identity {there[encoder].identity}"
         old = f"projectors.{list(there).index(encoder)}." if encoder in there else ""

@@ -104,5 +104,5 @@ def no_record(run: Path, reason: str) -> str:
     """The message for a run whose record cannot be read."""
     return (
         f"{run / RECORD_FILE}, the record of the run, cannot be read: {reason}; put it back from a copy of the run:"
-        " without it nobody knows which tokens the weights were trained on"
+        " it alone names the tokens that the weights were trained on"
     )

@@ -15,7 +15,7 @@ def is_unbound(shape: TokenShape) -> bool:
     return shape.identity.startswith(UNBOUND)
 
 
-def why_not(record: RunRecord, encoder: str, found: TokenShape, facts: Mapping[str, Any]) -> str | None:
+def why_unreadable(record: RunRecord, encoder: str, found: TokenShape, facts: Mapping[str, Any]) -> str | None:
     """Why an unbound run cannot read these tokens of `encoder`; None if it can.
 
     `facts` is what their source knows about them; where it knows no identity, only sizes are compared.

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from featurestore.reader import ABSENT, encode_row
 from featurestore.schemas import CLIP_SCHEMA, SAMPLE_SCHEMA
+from featurestore.shards import ABSENT, encode_row
 from featurestore.zarr_metadata import ArraySpec
 
 SPEC = ArraySpec(name="tokens", rows=4, row_shape=(2, 2, 2, 4), block_rows=4, dtype="float16")

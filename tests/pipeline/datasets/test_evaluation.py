@@ -94,6 +94,7 @@ def test_of_the_options_the_first_num_option_count(tmp_path):
         ({"time": [2, math.nan]}, (2.0, None, None)),
         ({"time": [math.nan, math.nan]}, (0.0, None, None)),
         ({"time": [1, 2], "end_frame": 7}, (None, None, 7)),
+        ({"time": [1, 2], "end_frame": 0}, (None, None, 0)),
         ({"time": [1, 2], "end_frame": -1}, (1.0, 2.0, None)),
         ({"end_frame": 7.0}, (None, None, 7)),
         ({"end_frame": math.nan, "time": [1, 2]}, (1.0, 2.0, None)),

@@ -108,8 +108,8 @@ def test_a_table_with_schema_holds_the_records_and_their_row_labels(tmp_path):
     [
         ('{"train": [{"id": 1}], "test": [{"id": 2}]}', "several lists of records ('train', 'test')"),
         ('{"one": [{"id": 1}], "two": [{"id": 2}]}', "several lists of records ('one', 'two')"),
-        ('{"a": {"b": {"c": 1}}}', "rows cannot be told from columns"),
-        ('{"id": {"id": 1}}', "rows cannot be told from columns"),
+        ('{"a": {"b": {"c": 1}}}', "rows and columns cannot be distinguished"),
+        ('{"id": {"id": 1}}', "rows and columns cannot be distinguished"),
         ('{"id": ["a"], "video": ["a.mp4", "b.mp4"]}', "different lengths"),
         ('{"data": [[1, 2]], "columns": ["id", "video"]}', "names of their columns"),
         ('{"annotations": [{"a": 1}], "conversations": []}', "may be a record"),

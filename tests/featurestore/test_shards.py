@@ -12,7 +12,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from featurestore.reader import Scratch, Shard, build_shard, encode_row
+from featurestore.shards import Scratch, Shard, build_shard, encode_row
 from featurestore.zarr_metadata import ArraySpec
 from mervcache.errors import StoreDamagedError
 
