@@ -119,6 +119,7 @@ def _conditions(run: LoadedRun, benchmark: str, kind: _Kind, asking: Asking) -> 
         "weights": run.weights_digest,
         "settings": record_digest(run.built.config.to_yaml())[:32],
         "shown": None if run.built.shown is None else list(run.built.shown),
+        "tokens_per_frame": run.built.tokens_per_frame,
         **asking.facts,
         "versions": software_versions(),
     }

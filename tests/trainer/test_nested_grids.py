@@ -16,6 +16,7 @@ from trainer.evaluate import EvaluationRequest, evaluate_grids, evaluate_run
 from trainer.loop.plan import fit_standardisation, make_plan
 from trainer.loop.train import train
 from trainer.main import eval_main
+from trainer.model import open_ended
 from trainer.model.projectors import Projector
 from trainer.runs.load import load_run
 from trainer.runs.run_record import read_metrics, read_scores
@@ -150,6 +151,15 @@ def test_scores_at_each_grid(run):
 def test_answers_by_letters_are_generated_at_each_grid(run):
     found = evaluate_grids(run, EvaluationRequest(protocol="letters"))
     assert [len(answers) for answers in found["grids"].values()] == [3, 3]
+
+
+def test_open_questions_are_answered_at_each_grid(run, question_store):
+    built = load_run(run).built
+    samples, source = open_store(str(question_store), built.config)
+    for tokens_per_frame in (4, 1):
+        view = replace(built, tokens_per_frame=tokens_per_frame)
+        answers = open_ended.answer_batch(view, samples[:2], source, "cpu", max_new_tokens=3)
+        assert [answer.sample_id for answer in answers] == ["s000", "s001"]
 
 
 def test_a_run_of_one_grid_has_no_others(brief, tmp_path):

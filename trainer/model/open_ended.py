@@ -128,7 +128,7 @@ def answer_batch(
         [render(built, sample) for sample in samples],
         [sample.clip_id if model.has_visual else None for sample in samples],
         source,
-        model.num_visual_tokens,
+        model.num_visual_tokens_at(built.tokens_per_frame),
         model.context,
         **shown_to(built, len(samples)),
     )

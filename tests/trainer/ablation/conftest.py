@@ -92,7 +92,8 @@ class SweepFolder:
 
     def score(self, name: str, *, file: str = "", **content: Any) -> Path:
         """Write a file of scores."""
-        file = file or ("heldout-letters" if self.record.get("protocol") == "letters" else "heldout")
+        protocol = self.record.get("protocol", "likelihood")
+        file = file or ("heldout" if protocol == "likelihood" else f"heldout-{protocol}")
         step = 60 if self.runs[name]["is_trained"] else 0
         record = {"split": "heldout", "limit": None, "store": "nowhere.zarr", "snapshot": "00001-abc", "step": step}
         path = self.path / "runs" / name / "scores" / f"{file}.json"
