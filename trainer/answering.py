@@ -119,6 +119,7 @@ def _conditions(run: LoadedRun, benchmark: str, kind: _Kind, asking: Asking) -> 
         "weights": run.weights_digest,
         "settings": record_digest(run.built.config.to_yaml())[:32],
         "shown": None if run.built.shown is None else list(run.built.shown),
+        "tokens_per_frame": run.built.tokens_per_frame,
         **asking.facts,
         "versions": software_versions(),
     }
@@ -207,7 +208,6 @@ def _record(key: str, sample: Sample, kind: _Kind[AnyAnswer], answer: AnyAnswer)
     prompt = kind.prompt(sample)
     return {
         KEY: key,
-        "clip_id": sample.clip_id,
         "prompt_sha256": record_digest([prompt.visual_at, list(prompt.input_ids)]),
         "answer": asdict(answer),
     }

@@ -47,6 +47,7 @@ class OpenAnswer:
     correct: str
     text: str  # what the model wrote
     is_finished: bool  # False: cut at the limit of new tokens
+    clip_id: str | None = None  # what the question is about; None: text alone
 
     @property
     def is_exact(self) -> bool:
@@ -128,7 +129,7 @@ def answer_batch(
         [render(built, sample) for sample in samples],
         [sample.clip_id if model.has_visual else None for sample in samples],
         source,
-        model.num_visual_tokens,
+        model.num_visual_tokens_at(built.tokens_per_frame),
         model.context,
         **shown_to(built, len(samples)),
     )
@@ -148,6 +149,7 @@ def answer_batch(
                 correct=sample.turns[-1].text,
                 text=generated.text,
                 is_finished=generated.is_finished,
+                clip_id=sample.clip_id,
             )
         )
     return answers
