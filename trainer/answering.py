@@ -208,7 +208,6 @@ def _record(key: str, sample: Sample, kind: _Kind[AnyAnswer], answer: AnyAnswer)
     prompt = kind.prompt(sample)
     return {
         KEY: key,
-        "clip_id": sample.clip_id,
         "prompt_sha256": record_digest([prompt.visual_at, list(prompt.input_ids)]),
         "answer": asdict(answer),
     }

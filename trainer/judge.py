@@ -90,7 +90,7 @@ class Verdict:
 
     is_match: bool | None
     score: int | None
-    version: str  # the model as the endpoint names it
+    version: str  # the model as the endpoint names it; "" where no reply was one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,14 +151,14 @@ def judge_answers(judge: Judge, answers: Sequence[OpenAnswer], folder: Path | No
 
 def one_version(verdicts: Sequence[Verdict], judge: Judge) -> str:
     """The version that all verdicts are by. Raises UserError for several: their scores are not comparable."""
-    counts = Counter(verdict.version for verdict in verdicts)
+    counts = Counter(verdict.version for verdict in verdicts if verdict.version)
     if len(counts) > 1:
         named = ", ".join(f"{version} ({number} answers)" for version, number in counts.most_common())
         raise UserError(
             f"the judge {judge.model} answered as {named}, and scores of different judges are not comparable; name one"
             " version with --judge-model, or remove predictions/judge-*.jsonl from the runs and judge again"
         )
-    return next(iter(counts))
+    return next(iter(counts), judge.model)
 
 
 def parse_verdict(text: str) -> tuple[bool, int] | None:
@@ -237,7 +237,7 @@ class _Asker:
         return {"is_match": None, "score": None, "version": version, "text": text}
 
     def _reply(self, answer: OpenAnswer) -> tuple[str, str]:
-        """Version and text of a reply; "" where it is none of the expected form."""
+        """Version and text of a reply; "" for what is none of the expected form."""
         body = {
             "model": self.judge.model,
             "messages": self.judge.template.messages(answer),
@@ -247,12 +247,10 @@ class _Asker:
         reply = self._post(json.dumps(body).encode())
         try:
             record = json.loads(reply)
-            version, text = record.get("model"), record["choices"][0]["message"]["content"]
+            version, text = record.get("model", self.judge.model), record["choices"][0]["message"]["content"]
         except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-            return self.judge.model, ""
-        return version if isinstance(version, str) and version else self.judge.model, text if isinstance(
-            text, str
-        ) else ""
+            return "", ""
+        return one_line(str(version))[:100], text if isinstance(text, str) else ""
 
     def _post(self, body: bytes) -> bytes:
         """The reply to one request, after waiting for an endpoint that is busy."""

@@ -339,7 +339,9 @@ def _ssv2(source: Source) -> tuple[Iterable[object], Parse]:
     path = source.beside("something-something-v2-labels.json", "labels.json")
     if path is None:
         raise UserError(f"{source.folder} has {source.file.name} but no labels.json, which lists the classes")
-    labels, seed = tuple(read_object(path)), int(source.options["ssv2_seed"])
+    labels, seed = tuple(read_object(path)), whole_number(source.options["ssv2_seed"])
+    if seed is None:
+        raise UserError(f"option ssv2_seed is a whole number, got {source.options['ssv2_seed']!r}")
     temporal = read_classes(Path(str(source.options["ssv2_temporal"]) or TEMPORAL_CLASSES))
     if len(labels) < NUM_CHOICES:
         raise UserError(f"{path} has {len(labels)} labels, and a question needs {NUM_CHOICES}")

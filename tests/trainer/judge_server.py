@@ -14,10 +14,11 @@ VERSION = "judge-2026-01-01"
 class JudgeServer:
     """Says yes with score 5 where the prediction is the right answer, else no with 1.
 
-    `faults` are used up by the first requests, one each: a status, "hang up", "hang", or the text of a reply.
+    `faults` are used up by the first requests, one each: a status, "hang up", "hang", the text of a reply, or bytes
+    in the place of a reply.
     """
 
-    def __init__(self, faults: Iterable[int | str] = (), version: str = VERSION) -> None:
+    def __init__(self, faults: Iterable[int | str | bytes] = (), version: str = VERSION) -> None:
         self.faults, self.version = deque(faults), version
         self.requests: list[dict] = []
         self.keys: list[str | None] = []
@@ -60,11 +61,14 @@ class JudgeServer:
                 if isinstance(fault, int):
                     self.reply(fault, {"error": {"message": f"no: {self.headers.get('Authorization')}"}})
                     return
+                if isinstance(fault, bytes):
+                    self.reply(200, fault)
+                    return
                 text = fault if fault is not None else judged(body)
                 self.reply(200, {"model": judge.version, "choices": [{"message": {"content": text}}]})
 
-            def reply(self, status: int, record: dict) -> None:
-                data = json.dumps(record).encode()
+            def reply(self, status: int, record: dict | bytes) -> None:
+                data = record if isinstance(record, bytes) else json.dumps(record).encode()
                 self.send_response(status)
                 if status == 429:
                     self.send_header("Retry-After", "0")

@@ -112,6 +112,15 @@ def test_what_does_not_fit_the_schema_is_asked_again_and_then_counts_as_unreadab
         assert third.is_match is True
 
 
+def test_a_page_in_the_place_of_a_reply_is_unreadable_and_no_version_of_the_judge(tmp_path, of_server):
+    with JudgeServer([b"<html>", b"{}", b'{"choices": [{"message": {}}]}']) as server:
+        judge = of_server(server, concurrency=1)
+        verdicts = judge_answers(judge, answers(2), tmp_path)
+        assert verdicts[0] == Verdict(is_match=None, score=None, version="")
+        assert len(server.requests) == 4
+        assert one_version(verdicts, judge) == VERSION
+
+
 @pytest.mark.parametrize("status", [401, 400, 307])
 def test_a_refusal_ends_the_command_at_once_and_the_key_is_nowhere(tmp_path, of_server, status):
     with JudgeServer([status] * 40) as server:

@@ -31,7 +31,7 @@ def test_every_prediction_is_a_line_with_its_prompt_and_the_conditions(benchmark
     assert {"torch", "transformers"} <= head["versions"].keys()
     assert [row["answer"]["sample_id"] for row in rows] == ["s000", "s001", "s002"]
     assert {row["prompt_sha256"] for row in rows} == {rows[0]["prompt_sha256"]}  # the same question
-    assert [row["clip_id"] for row in rows] == [f"set/clip{index}.mp4" for index in range(3)]
+    assert [row["answer"]["clip_id"] for row in rows] == [f"set/clip{index}.mp4" for index in range(3)]
     head, *rows = lines(benchmark_run, "NExT_QA")
     assert (head["protocol"], head["template"], len(rows)) == ("likelihood", None, 2)
     assert len(rows[0]["answer"]["scores"]) == 3

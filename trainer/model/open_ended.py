@@ -47,6 +47,7 @@ class OpenAnswer:
     correct: str
     text: str  # what the model wrote
     is_finished: bool  # False: cut at the limit of new tokens
+    clip_id: str | None = None  # what the question is about; None: text alone
 
     @property
     def is_exact(self) -> bool:
@@ -148,6 +149,7 @@ def answer_batch(
                 correct=sample.turns[-1].text,
                 text=generated.text,
                 is_finished=generated.is_finished,
+                clip_id=sample.clip_id,
             )
         )
     return answers

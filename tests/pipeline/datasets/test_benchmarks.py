@@ -254,6 +254,11 @@ def test_labels_of_something_become_questions_with_five_options(bench):
     assert [sample.options for sample in ssv2(bench, ssv2_seed=1)[1]] != [sample.options for sample in samples]
 
 
+def test_the_seed_is_a_number(bench):
+    with pytest.raises(UserError, match="ssv2_seed is a whole number, got 'x'"):
+        ssv2(bench, ssv2_seed="x")
+
+
 def test_the_temporal_subset_may_be_another_list(bench, tmp_path):
     (tmp_path / "own.txt").write_text("# mine\nClosing something\n")
     _, samples = ssv2(bench, ssv2_temporal=str(tmp_path / "own.txt"))
