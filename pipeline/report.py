@@ -6,10 +6,9 @@ The page has no scripts and no links, so it can be mailed. Token maps are princi
 from __future__ import annotations
 
 import base64
-import html
 import io
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -30,7 +29,7 @@ from featurestore.quality import (
 from featurestore.store import FeatureStore
 from mervcache.console import format_bytes, format_duration
 from mervcache.errors import MervCacheError, UserError
-from mervcache.text import safe
+from mervcache.page import Markup, cards, escaped, make_page, note, table
 from pipeline.media import Root
 from pipeline.status import store_status
 from pipeline.summary import media_roots, prediction_text
@@ -51,25 +50,30 @@ def write_report(path: Place, *, out: str | Path | None = None, root: str | None
     store, status = FeatureStore.open(place), store_status(place)
     runs = store.runs()
     random = sorted({entry["encoder"] for entry in status["encoders"] if entry["weights"].startswith("random")})
-    warning = f"Seeded random weights, not trained ones: {_escaped(', '.join(random))}."
+    warning = f"Seeded random weights, not trained ones: {', '.join(random)}."
     clips, num_bytes = sum(status["clips"].values()), status["bytes"]
-    cards = {
+    facts = {
         "clips": f"{clips:,}",
         "samples": f"{sum(status['samples'].values()):,}",
         "on disk": format_bytes(num_bytes),
         "per clip": format_bytes(num_bytes / clips) if clips else "-",
         "quarantined": f"{sum(status['quarantine'].values()):,}",
     }
-    page = Template((files("pipeline") / "report.html").read_text()).substitute(
-        title=_escaped(f"MERV Cache: {path.name}"),
-        subtitle=_escaped(f"snapshot {status['snapshot']} · datasets {', '.join(status['datasets'])}"),
-        notice=f"<p class='warn'>{warning}</p>" if random else "",
-        cards="".join(f"<div class='card'><b>{_escaped(v)}</b><span>{k}</span></div>" for k, v in cards.items()),
+    folder = files("pipeline")
+    body = Template((folder / "report.html").read_text()).substitute(
+        cards=cards(facts),
         encoders=_encoder_table(store, status),
         distortion=_distortion_tables(store),
         clips=_clips_html(store, num_clips, media_roots(runs, root)),
         runs=_runs_table([run for run in runs if run["summary"]["clips"]]),
         quarantine=_quarantine_table(store),
+    )
+    page = make_page(
+        title=f"MERV Cache: {path.name}",
+        subtitle=f"snapshot {status['snapshot']} · datasets {', '.join(status['datasets'])}",
+        notices=[warning] if random else [],
+        style=(folder / "report.css").read_text(),
+        body=Markup(body),
     )
     target = Path(out) if out else path.with_name(f"{path.name.removesuffix('.zarr')}-report.html")
     try:
@@ -97,29 +101,25 @@ def _encoder_table(store: FeatureStore, status: dict[str, Any]) -> str:
                 entry["to_do"],
                 parity_words(checked[key]),
                 format_bytes(stored_bytes[key]),
-                _Markup(f"<div class='bar'><i style='width:{100 * stored_bytes[key] / largest:.0f}%'></i></div>"),
+                Markup(f"<div class='bar'><i style='width:{100 * stored_bytes[key] / largest:.0f}%'></i></div>"),
             ]
         )
     columns = ("encoder", "identity", "weights", "tokens", "stored as", "committed", "failed", "to do", "parity")
-    return _table((*columns, "bytes", "bytes relative to the largest"), rows)
+    return table((*columns, "bytes", "bytes relative to the largest"), rows)
 
 
 def _distortion_tables(store: FeatureStore) -> str:
     """What was measured of storage dtypes, or the command that measures it."""
     found, parts = read_distortion(store), []
     if found.tokens:
-        parts += [_table(*token_table(found.tokens)), *map(_note, token_notes(found.tokens))]
+        parts += [table(*token_table(found.tokens)), *map(note, token_notes(found.tokens))]
     else:
-        parts.append(_note(f"Bytes, speed and error not measured: run merv-pipeline distortion {store.path}"))
+        parts.append(note(f"Bytes, speed and error not measured: run merv-pipeline distortion {store.path}"))
     if found.loss:
-        parts += [_table(*loss_table(found.loss)), *map(_note, loss_notes(found.loss))]
+        parts += [table(*loss_table(found.loss)), *map(note, loss_notes(found.loss))]
     else:
-        parts.append(_note(f"Loss not measured: run merv-eval distortion --checkpoint RUN --store {store.path}"))
+        parts.append(note(f"Loss not measured: run merv-eval distortion --checkpoint RUN --store {store.path}"))
     return "".join(parts)
-
-
-def _note(text: str) -> str:
-    return f"<p class='quiet'>{_escaped(text)}</p>"
 
 
 def _clips_html(store: FeatureStore, num_clips: int, roots: Mapping[str, Root]) -> str:
@@ -139,12 +139,12 @@ def _clips_html(store: FeatureStore, num_clips: int, roots: Mapping[str, Root]) 
         if (frames := thumbnails(clip, roots)) is not None:
             cells += ["<div>frames</div>", *(f"<img src='{png_url(frame)}' alt='frame'>" for frame in frames[:steps])]
         for key, maps_BTHWC in maps.items():
-            maps_THWC, name = maps_BTHWC[number], _escaped(key)
+            maps_THWC, name = maps_BTHWC[number], escaped(key)
             instants = [step * len(maps_THWC) // STEPS for step in range(steps)]  # those of the frames above
             pictures = (png_url(maps_THWC[instant]) for instant in instants)
             cells += [f"<div>{name}</div>", *(f"<img class='map' src='{p}' alt='tokens of {name}'>" for p in pictures)]
         film = f"<div class='scroll'><div class='film' style='--steps: {steps}'>{''.join(cells)}</div></div>"
-        parts.append(f"<div class='clip'><h3>{_escaped(clip['clip_id'])}</h3>{film}</div>")
+        parts.append(f"<div class='clip'><h3>{escaped(clip['clip_id'])}</h3>{film}</div>")
     return "".join(parts)
 
 
@@ -215,7 +215,7 @@ def _runs_table(runs: Sequence[dict]) -> str:
             ]
         )
     columns = ("run", "clips", "failed", "time", "clips/s", "written", "predicted", "share of block time")
-    return _table(columns, rows) if rows else "<p>No run has finished yet.</p>"
+    return table(columns, rows) if rows else "<p>No run has finished yet.</p>"
 
 
 def _quarantine_table(store: FeatureStore) -> str:
@@ -227,24 +227,4 @@ def _quarantine_table(store: FeatureStore) -> str:
         grouped.setdefault((row["clip_id"], row["reason"]), []).append(row["encoder"])
     listed = [(clip, ", ".join(encoders), reason) for (clip, reason), encoders in list(grouped.items())[:200]]
     more = f"<p class='quiet'>and {len(grouped) - 200} more</p>" if len(grouped) > 200 else ""
-    return _table(("clip", "encoders", "reason"), listed) + more
-
-
-def _escaped(text: str) -> str:
-    """Untrusted text as HTML, without credentials and control characters."""
-    return html.escape(safe(text))
-
-
-class _Markup(str):
-    """HTML made here, not to be escaped."""
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    head = "".join(f"<th>{_escaped(column)}</th>" for column in columns)
-    body = "".join(f"<tr>{''.join(_cell(value) for value in row)}</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
-
-
-def _cell(value: Any) -> str:
-    text = value if isinstance(value, _Markup) else _escaped(str(value))
-    return f"<td class='n'>{text}</td>" if isinstance(value, int | float) else f"<td>{text}</td>"
+    return table(("clip", "encoders", "reason"), listed) + more

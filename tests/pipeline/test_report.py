@@ -14,6 +14,7 @@ from PIL import Image
 
 from featurestore import FeatureStore
 from pipeline.report import STEPS, principal_maps, write_report
+from tests.browser import WIDTHS, needs_browser, open_page
 
 
 class Page(HTMLParser):
@@ -115,3 +116,11 @@ def test_control_characters_of_names_are_spelled_out_on_the_page(lab):
     assert "\x9b" not in page
     assert "\u202e" not in page
     assert r"valley/a\x9b31m\u202egpj.mp4" in page
+
+
+@needs_browser
+def test_a_browser_shows_the_page_without_errors_and_without_moving_it_sideways(page, tmp_path):
+    opened, console = open_page(page[0], tmp_path)
+    assert console == []
+    assert [one.width for one in opened] == list(WIDTHS)
+    assert all(one.scroll_width <= one.width for one in opened)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -12,7 +12,7 @@ import click
 from featurestore.locate import names_of
 from mervcache.console import CONTEXT, echo, format_bytes, format_duration, handle_errors, print_result, stacked
 from mervcache.errors import EXIT_WITH_FAILURES, UserError
-from trainer.ablation.sweep import SUBSET_RULES, expand_subsets
+from trainer.ablation.sweep import SUBSET_RULES, SWEEP_FILE, expand_subsets
 from trainer.cli import load_torch_modules
 from trainer.config import Protocol
 from trainer.runs.stage_folders import check_are_runs, last_stage
@@ -72,15 +72,58 @@ def table_command(
     else:
         replace_text(out, text)
         echo(f"wrote {out}")
-    if document.missing:
-        *lines, following = document.missing
-        more = len(lines) - SHOWN_MISSING
-        for line in lines[:SHOWN_MISSING]:
-            echo(line)
-        if more > 0:
-            echo(f"and {more} more, which the table lists")
-        echo(f"The table is incomplete. {following}")
-        sys.exit(EXIT_WITH_FAILURES)
+    end_if_incomplete(document.missing, "table")
+
+
+def end_if_incomplete(missing: Sequence[str], what: str) -> None:
+    """Print the runs that a table or page lacks, and exit with 3, if there are any."""
+    if not missing:
+        return
+    *lines, following = missing
+    more = len(lines) - SHOWN_MISSING
+    for line in lines[:SHOWN_MISSING]:
+        echo(line)
+    if more > 0:
+        echo(f"and {more} more, which the {what} lists")
+    echo(f"The {what} is incomplete. {following}")
+    sys.exit(EXIT_WITH_FAILURES)
+
+
+@click.command("report", context_settings=CONTEXT)
+@handle_cli_errors
+@click.argument("path", metavar="SWEEP|RUN", type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    show_default="NAME-report.html next to the folder",
+    help="File to write.",
+)
+@click.option("--split", show_default="heldout", help="Of a run: split whose scores are shown.")
+@click.option(
+    "--protocol", type=click.Choice(get_args(Protocol)), show_default="that of its scores", help="Of a run's scores."
+)
+@click.option("--draws", type=click.IntRange(min=100), default=10_000, help="Bootstrap draws of the intervals.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of these draws.")
+@click.option(
+    "--text-tokens",
+    type=click.IntRange(min=1),
+    show_default="mean of a training sample",
+    help="Text tokens of the sample whose FLOPs are counted.",
+)
+@click.option("--store", show_default="where it was read", help="Place of the store, if it has moved.")
+def report_command(path: Path, **options: Any) -> None:
+    """One self-contained HTML page about a sweep or a run: scores, lattice of subsets, learning curves, costs, tables.
+
+    Exits with 3 if runs of a sweep are missing, which the page lists.
+    """
+    if not (path / SWEEP_FILE).is_file():
+        check_are_runs(path)
+    load_torch_modules()
+    from trainer.ablation.report import write_report
+
+    written = write_report(path, **options)
+    echo(f"wrote {written.path}")
+    end_if_incomplete(written.missing, "page")
 
 
 QUESTIONS = stacked(  # one checkpoint, and the questions that it answers in several conditions
@@ -270,4 +313,4 @@ def print_costs(costs: RunCosts) -> None:
         echo(note)
 
 
-COMMANDS = (table_command, mask_command, grids_command, flops_command, rank_command, costs_command)
+COMMANDS = (table_command, report_command, mask_command, grids_command, flops_command, rank_command, costs_command)

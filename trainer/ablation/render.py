@@ -45,11 +45,12 @@ def to_markdown(document: Document) -> str:
     lines += [f"- {name}: {_markdown(value)}" for name, value in document.facts.items() if value]
     if document.missing:
         lines += ["", "**Incomplete:**", "", *(f"- {_markdown(line)}" for line in document.missing)]
-    for heading, sections in _blocks(document):
+    for heading, sections in blocks(document):
         lines += ["", f"## {heading}"] if heading else []
-        for section in map(_without_constant_setting, sections):
+        for section in map(without_constant_setting, sections):
             lines += ["", f"### {_heading(section, _markdown)}", "", *_pipe_table(section)]
-            lines += ["", *(f"- {_markdown(note)}" for note in _notes(section))] if _notes(section) else []
+            notes = [f"- {_markdown(note)}" for note in section_notes(section)]
+            lines += ["", *notes] if notes else []
     if document.methods:
         lines += ["", "## Methods", "", *(f"- {_markdown(line)}" for line in document.methods)]
     if document.footnotes:
@@ -69,9 +70,9 @@ def to_latex(document: Document) -> str:
     parts += [f"% {name}: {_comment(value)}" for name, value in document.facts.items() if value]
     parts += [f"% INCOMPLETE: {_comment(line)}" for line in document.missing]
     parts += [f"% {_comment(line)}" for line in (*document.methods, *document.footnotes)]
-    for heading, sections in _blocks(document):
+    for heading, sections in blocks(document):
         parts += ["", f"% {heading}"] if heading else []
-        for section in map(_without_constant_setting, sections):
+        for section in map(without_constant_setting, sections):
             parts.append(_latex_table(section, f"{f'{heading}. ' if heading else ''}{_heading(section, _latex)}."))
     return "\n".join(parts) + "\n"
 
@@ -141,26 +142,26 @@ def print_document(document: Document, format_: str) -> None:
         return
     for index, section in enumerate(document.sections):
         print(f"\n{section.title}" if index else section.title)
-        headings = [_column_heading(column) for column in section.columns]
+        headings = [column_heading(column) for column in section.columns]
         right = [name for name, column in zip(headings, section.columns, strict=True) if column.unit != "text"]
         cells = (
-            [_text(cell, column) for cell, column in zip(row, section.columns, strict=True)] for row in section.rows
+            [cell_text(cell, column) for cell, column in zip(row, section.columns, strict=True)] for row in section.rows
         )
         table(headings, cells, right=right)
-        for note in _notes(section):
+        for note in section_notes(section):
             print(f"- {_one_line(note)}")
     for line in (*document.methods, *document.footnotes):
         print(f"- {_one_line(line)}")
 
 
-def _blocks(document: Document) -> list[tuple[str, list[Section]]]:
+def blocks(document: Document) -> list[tuple[str, list[Section]]]:
     """Sections by the heading of their block, those of no block last; without a heading where there are no blocks."""
     found = [(block, [section for section in document.sections if section.block == block]) for block in HEADINGS]
     has_blocks = any(section.block for section in document.sections)
     return [(HEADINGS[block] if has_blocks else "", sections) for block, sections in found if sections]
 
 
-def _without_constant_setting(section: Section) -> Section:
+def without_constant_setting(section: Section) -> Section:
     """A setting that all rows share is a note, not a column."""
     settings = {row[0] for row in section.rows}
     if section.columns[0].name != "setting" or len(settings) > 1:
@@ -177,11 +178,11 @@ def _heading(section: Section, escape: Callable[[str], str]) -> str:
     return escape(f"{section.title}, {section.metric}" if section.metric else section.title)
 
 
-def _column_heading(column: Column) -> str:
+def column_heading(column: Column) -> str:
     return f"{column.name} ({UNITS[column.unit]})" if column.unit in UNITS else column.name
 
 
-def _text(cell: Cell, column: Column) -> str:
+def cell_text(cell: Cell, column: Column) -> str:
     """A cell as a person reads it."""
     if cell is None:
         return ""
@@ -213,7 +214,7 @@ def _text(cell: Cell, column: Column) -> str:
     return text
 
 
-def _notes(section: Section) -> list[str]:
+def section_notes(section: Section) -> list[str]:
     """What a reader of the section has to know: seeds, what is not computed, and its notes."""
     notes = []
     if not any(column.name == "seeds" for column in section.columns):
@@ -230,18 +231,20 @@ def _notes(section: Section) -> list[str]:
 
 def _pipe_table(section: Section) -> Iterable[str]:
     columns = section.columns
-    yield "| " + " | ".join(_markdown(_column_heading(column)) for column in columns) + " |"
+    yield "| " + " | ".join(_markdown(column_heading(column)) for column in columns) + " |"
     yield "|" + "|".join("---" if column.unit == "text" else "---:" for column in columns) + "|"
     for row in section.rows:
         pairs = zip(row, columns, strict=True)
-        cells = (_markdown(cell) if isinstance(cell, str) else _text(cell, column) for cell, column in pairs)
+        cells = (_markdown(cell) if isinstance(cell, str) else cell_text(cell, column) for cell, column in pairs)
         yield "| " + " | ".join(cells) + " |"
 
 
 def _latex_table(section: Section, caption: str) -> str:
     columns = section.columns
-    rows = [[_latex(_text(cell, column)) for cell, column in zip(row, columns, strict=True)] for row in section.rows]
-    notes = "".join(f"\n% {_comment(note)}" for note in _notes(section))
+    rows = [
+        [_latex(cell_text(cell, column)) for cell, column in zip(row, columns, strict=True)] for row in section.rows
+    ]
+    notes = "".join(f"\n% {_comment(note)}" for note in section_notes(section))
     layout = "".join("l" if column.unit == "text" else "r" for column in columns)
     return "\n".join(
         [
@@ -251,7 +254,7 @@ def _latex_table(section: Section, caption: str) -> str:
             rf"\caption{{{caption}}}",
             rf"\begin{{tabular}}{{{layout}}}",
             r"\toprule",
-            " & ".join(_latex(_column_heading(column)) for column in columns) + r" \\",
+            " & ".join(_latex(column_heading(column)) for column in columns) + r" \\",
             r"\midrule",
             *("{}" * row[0].startswith(("[", "*")) + " & ".join(row) + r" \\" for row in rows),  # no argument of \\
             r"\bottomrule",

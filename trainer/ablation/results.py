@@ -126,6 +126,7 @@ class Results:
     answers: Mapping[Member, Answers]
     missing: Mapping[Member, str]  # planned, without answers -> reason
     frame_rules: Mapping[str, str]  # encoder -> how its frames were chosen
+    resume: str  # command that computes what is missing
     notes: tuple[str, ...] = field(default=())
 
 
@@ -142,38 +143,40 @@ def read_results(folder: Path, *, store: str | None = None) -> Results:
     folder = Path(folder)
     record = read_sweep(folder)
     encoders = tuple(record["encoders"])
-    reader = _Reader(folder, record, encoders)
+    reader = _Reader(record, encoders, resume_command(folder))
     for name, entry in record["runs"].items():
-        reader.read_run(name, entry)
-    if reader.questions is None:
-        reasons = Counter(reader.missing.values())
-        raise UserError(
-            f"{folder} has no scored run yet ({'; '.join(f'{n} x {reason}' for reason, n in reasons.items())}); run"
-            f" {resume_command(folder)}"
-        )
+        reader.read_run(name, entry, folder / "runs" / name)
     expected = record.get("num_questions")
-    if expected is not None and len(reader.questions) != expected:
+    if reader.questions is not None and expected is not None and len(reader.questions) != expected:
         raise UserError(
             f"the runs of {folder} answer {len(reader.questions)} questions, {SWEEP_FILE} names {expected}; score them"
             f" again with {resume_command(folder)}"
         )
-    return Results(
-        folder=folder,
-        record={"protocol": LIKELIHOOD, **reader.conditions, **record},
-        encoders=encoders,
-        questions=_with_videos(reader.questions, reader.clips, record, store),
-        answers=reader.answers,
-        missing=reader.missing,
-        frame_rules=reader.frame_rules,
-        notes=tuple(reader.notes),
-    )
+    return reader.results(folder, store)
+
+
+def read_run_results(
+    folder: Path, encoders: Subset, entry: Mapping[str, Any], conditions: Mapping[str, Any], *, store: str | None = None
+) -> Results:
+    """One run's own scores and those with masks, as a sweep of that run alone.
+
+    `entry` is what a sweep's record would say of it, `conditions` name its split and the protocol of its scores.
+    """
+    folder = Path(folder)
+    name = folder.resolve().name
+    record = {"encoders": list(encoders), **conditions, "runs": {name: dict(entry)}}
+    command = {ONE_SHOT: "mask", NESTED: "grids"}.get(entry["method"], "run")
+    options = f"--checkpoint {folder} --split {conditions['split']} --protocol {conditions['protocol']}"
+    reader = _Reader(record, encoders, f"merv-eval {command} {options}")
+    reader.read_run(name, entry, folder)
+    return reader.results(folder, store)
 
 
 class _Reader:
     """Collects answers, and checks each against the first."""
 
-    def __init__(self, folder: Path, record: Mapping[str, Any], encoders: tuple[str, ...]) -> None:
-        self._folder, self._record, self._encoders = folder, record, encoders
+    def __init__(self, record: Mapping[str, Any], encoders: tuple[str, ...], resume: str) -> None:
+        self._record, self._encoders, self._resume = record, encoders, resume
         self.conditions = {name: record[name] for name in CONDITIONS if name in record}  # else of the first scores
         self.questions: Questions | None = None
         self._first = ""  # the run that the questions were read from
@@ -183,9 +186,25 @@ class _Reader:
         self.frame_rules: dict[str, str] = {}
         self.notes: list[str] = []
 
-    def read_run(self, name: str, entry: Mapping[str, Any]) -> None:
+    def results(self, folder: Path, store: str | None) -> Results:
+        """All that was read; UserError where there are no answers at all."""
+        if self.questions is None:
+            reasons = "; ".join(f"{n} x {reason}" for reason, n in Counter(self.missing.values()).items())
+            raise UserError(f"{folder} has no scored run yet ({reasons}); run {self._resume}")
+        return Results(
+            folder=folder,
+            record={"protocol": LIKELIHOOD, **self.conditions, **self._record},
+            encoders=self._encoders,
+            questions=_with_videos(self.questions, self.clips, self._record, store),
+            answers=self.answers,
+            missing=self.missing,
+            frame_rules=self.frame_rules,
+            resume=self._resume,
+            notes=tuple(self.notes),
+        )
+
+    def read_run(self, name: str, entry: Mapping[str, Any], folder: Path) -> None:
         """The run's own scores, and those with masks."""
-        folder = self._folder / "runs" / name
         subset = self._ordered(entry["encoders"])
         member = Member(block=entry["method"], setting=Setting.of(entry), subset=subset, seed=entry["seed"], run=name)
         folder = last_stage(folder)
@@ -223,7 +242,7 @@ class _Reader:
             return 0, "it has not begun"
         run = load_json(path.read_bytes(), str(path))
         if not isinstance(run, dict) or not isinstance(run.get("num_steps"), int):
-            raise UserError(f"{path} is no record of a run; remove {folder} and run {resume_command(self._folder)}")
+            raise UserError(f"{path} is no record of a run; remove {folder} and run {self._resume}")
         for encoder, facts in (run.get("encoders") or {}).items():
             identity = facts.get("identity") or {}
             if "frame_rule" in identity:
@@ -245,7 +264,7 @@ class _Reader:
             if record.get(name) != value:
                 raise UserError(
                     f"{path} cannot be compared: its {name} is {record.get(name)!r}, the sweep's is {value!r}; remove"
-                    f" it and run {resume_command(self._folder)}"
+                    f" it and run {self._resume}"
                 )
         if record.get("limit") is not None:
             raise UserError(f"{path} is about the first {record['limit']} questions only; score the run on all of them")
@@ -326,7 +345,7 @@ class _Reader:
             raise UserError(
                 f"{where} and {self._first} answer different questions ({len(by_id)} and {len(asked)}); only one of"
                 f" them has {', '.join(sorted(differing)[:3])}. Runs of one sweep answer one list: remove the scores"
-                f" and run {resume_command(self._folder)}"
+                f" and run {self._resume}"
             )
         ordered = [by_id[name] for name in asked.sample_ids]
         for one, options, correct in zip(ordered, asked.num_options, asked.correct, strict=True):

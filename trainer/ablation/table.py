@@ -23,7 +23,7 @@ from trainer.ablation.results import (
     subset_name,
 )
 from trainer.ablation.statistics import DRAWS, LEVEL, Resampling, holm
-from trainer.ablation.sweep import NESTED, resume_command
+from trainer.ablation.sweep import NESTED
 
 SHOWN_SUBSETS = 4  # of those that a run lacks, by name
 
@@ -122,7 +122,7 @@ def _missing(results: Results) -> tuple[str, ...]:
         more, kind = ", ..." if len(places) > SHOWN_SUBSETS else "", "grids" if block == NESTED else "subsets"
         which = "" if block == RETRAINED else f" of {len(places)} {kind} ({', '.join(places[:SHOWN_SUBSETS])}{more})"
         lines.append(f"{block}: {run} has no answers{which}: {reason}")
-    return (*lines, f"Next: {resume_command(results.folder)}") if lines else ()
+    return (*lines, f"Next: {results.resume}") if lines else ()
 
 
 def _frame_rules(results: Results) -> list[str]:

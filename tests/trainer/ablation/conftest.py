@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, combinations
 from pathlib import Path
@@ -77,7 +78,7 @@ class SweepFolder:
         """A run, and its scores if it has answers; its name."""
         grid = str(run["tokens_per_frame"] or "stored")
         parts = ["+".join(run["encoders"]) or "text-only", run["fusion"], run["projector"], grid, run["method"]]
-        name = "__".join([*filter(None, parts), f"seed{run['seed']}"])
+        name = re.sub(r"[^\w+-]", "", "__".join([*filter(None, parts), f"seed{run['seed']}"]))
         self.runs[name] = dict(run)
         self._write()
         folder = self.path / "runs" / name
@@ -90,8 +91,8 @@ class SweepFolder:
             self.score(name, answers=list(answers), **changes)
         return name
 
-    def score(self, name: str, *, file: str = "", **content: Any) -> Path:
-        """Write a file of scores."""
+    def score(self, name: str, *, file: str | None = None, **content: Any) -> Path:
+        """Write a file of scores, by default that of the sweep's protocol."""
         protocol = self.record.get("protocol", "likelihood")
         file = file or ("heldout" if protocol == "likelihood" else f"heldout-{protocol}")
         step = 60 if self.runs[name]["is_trained"] else 0

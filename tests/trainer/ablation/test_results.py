@@ -12,6 +12,7 @@ from featurestore.clips import Sample, Turn
 from mervcache.errors import UserError
 from tests.trainer.ablation.conftest import entry, make_answer
 from trainer.ablation.results import read_results
+from trainer.runs.run_record import ScoreSource, write_scores
 
 
 def answers(*right: bool, **changes):
@@ -67,6 +68,18 @@ def test_letters_may_be_unreadable_and_have_no_likelihoods(new_sweep):
     np.testing.assert_array_equal(found.credit_Q, [1, 0, 0])
     np.testing.assert_array_equal(found.is_unreadable_Q, [False, False, True])
     assert found.margin_Q is None
+
+
+@pytest.mark.parametrize("protocol", ["letters", "likelihood"])
+def test_scores_are_read_where_an_evaluation_by_the_protocol_of_the_sweep_writes_them(new_sweep, protocol):
+    sweep = new_sweep(protocol=protocol)
+    name = sweep.add(entry("a"))
+    source = ScoreSource(split="heldout", limit=None, store="nowhere.zarr", snapshot="00001-abc")
+    for written in ("letters", "likelihood"):
+        result = {"protocol": written, "step": 60, "answers": answers(written == protocol)}
+        write_scores(sweep.path / "runs" / name, result, source)
+    (found,) = read_results(sweep.path).answers.values()
+    np.testing.assert_array_equal(found.credit_Q, [1])
 
 
 def test_spans_of_one_video_are_one_cluster_and_text_only_questions_are_their_own(sweep):
