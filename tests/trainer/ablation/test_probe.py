@@ -369,12 +369,12 @@ def test_the_command_writes_every_format(labelled, tmp_path):
 
     printed = written().stdout
     assert all(words in printed for words in ("reads", "Chance: 33.3%", "Memory: at most", "mean cross-entropy"))
-    rows = list(csv.DictReader(io.StringIO(written("--format", "csv").stdout)))
-    assert [row["encoders"] for row in rows] == ["reads"]
     report = json.loads(written("--json").stdout)
-    assert float(rows[0]["accuracy"]) == pytest.approx(report["rows"][0]["accuracy"])
+    cells = list(csv.DictReader(io.StringIO(written("--format", "csv").stdout)))
+    (accuracy,) = (cell for cell in cells if cell["column"] == "accuracy")
+    assert float(accuracy["value"]) == pytest.approx(report["rows"][0]["accuracy"])
     assert len(report["rows"][0]["predicted"]) == len(report["clips"]) == 60
-    for name, start in (("t.md", "**Probes"), ("t.tex", "% Probes"), ("t.csv", "encoders,"), ("t.json", "{")):
+    for name, start in (("t.md", "# Probes"), ("t.tex", "% Probes"), ("t.csv", "block,"), ("t.json", "{")):
         assert written("--out", tmp_path / name).stdout == ""
         assert (tmp_path / name).read_text().startswith(start)
     assert call(store, "--labels", table, "--out", tmp_path / "t.xyz").exit_code == 1

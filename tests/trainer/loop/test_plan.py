@@ -6,10 +6,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from featurestore.clips import Turn
 from mervcache.errors import UserError
 from trainer.config import FusionConfig, LoraConfig
-from trainer.evaluate import answer_all
 from trainer.loop.plan import describe, make_plan
 from trainer.loop.train import train
 from trainer.model.llm import FRESH_LLMS, FreshLLM, word_tokenizer
+from trainer.model.multiple_choice import answer_all
 from trainer.runs.load import load_run
 
 
