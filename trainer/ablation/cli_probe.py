@@ -36,8 +36,12 @@ PROBES = ("linear", "attentive")  # as in trainer/ablation/probe_features.py, wh
     metavar="[COLUMN]",
     help="Instead: a column of the store's samples, category or source; clips whose samples differ in it are left out.",
 )
-@click.option("--samples", default="", metavar="LIST", help="Sets of samples whose --category is read; all by default.")
-@click.option("--encoders", default="", metavar="LIST", help="Encoders, or NAME@IDENTITY; all of the store by default.")
+@click.option(
+    "--samples", default="", show_default="all", metavar="LIST", help="Sets of samples whose --category is read."
+)
+@click.option(
+    "--encoders", default="", show_default="all", metavar="LIST", help="Encoders of the store, or NAME@IDENTITY."
+)
 @click.option(
     "--subsets", default="all", metavar="|".join([*SUBSET_RULES, "LIST"]), help="Sets of encoders, as for sweep."
 )

@@ -155,7 +155,7 @@ def probe(
     plan, not_computed = _plan(readouts, used, source.shapes)
     results = None if sweep is None else read_results(Path(sweep), store=str(store))
     kept, left_out = _available(found, opened, source)
-    classes, rare = classes_of(kept)
+    classes, rare = classes_of(kept, left_out)
     left_out |= rare
 
     num_clips = len(classes.clip_ids)
@@ -173,7 +173,7 @@ def probe(
     if len(rows_N) < num_clips:
         names = ", ".join(f"{name} {count}" for name, count in features.num_unfinite.items())
         left_out[f"clips whose tokens are not finite ({names})"] = num_clips - len(rows_N)
-        classes, rows_N, rare = _without(classes, rows_N)
+        classes, rows_N, rare = _without(classes, rows_N, left_out)
         left_out |= rare
         features.keep(rows_N)
 
@@ -327,10 +327,10 @@ def _available(found: Labels, store: FeatureStore, source: StoreTokens) -> tuple
     return {clip: found.by_clip[clip] for clip in sorted(available)}, left_out
 
 
-def _without(classes: Classes, rows_N: NDArray) -> tuple[Classes, NDArray, dict[str, int]]:
+def _without(classes: Classes, rows_N: NDArray, left_out: Mapping[str, int]) -> tuple[Classes, NDArray, dict[str, int]]:
     """The classes of some of the clips, the rows of these, and what that leaves out besides."""
     kept = {classes.clip_ids[row]: classes.names[classes.label_N[row]] for row in rows_N}
-    fewer, rare = classes_of(kept)
+    fewer, rare = classes_of(kept, left_out)
     row_of = {clip: row for row, clip in enumerate(classes.clip_ids)}
     return fewer, np.array([row_of[clip] for clip in fewer.clip_ids]), rare
 

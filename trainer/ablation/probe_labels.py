@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -156,10 +157,12 @@ class Classes:
         return np.unique([video_of(clip) for clip in self.clip_ids], return_inverse=True)[1]
 
 
-def classes_of(by_clip: Mapping[str, str]) -> tuple[Classes, dict[str, int]]:
+def classes_of(
+    by_clip: Mapping[str, str], left_out: Mapping[str, int] = MappingProxyType({})
+) -> tuple[Classes, dict[str, int]]:
     """Clips by class, and how many were left out because their class has too few videos to be learnt and tested.
 
-    UserError where less than two classes are left.
+    UserError where less than two classes are left; it names what was `left_out` before.
     """
     videos: dict[str, set[str]] = {}
     for clip, label in by_clip.items():
@@ -167,9 +170,10 @@ def classes_of(by_clip: Mapping[str, str]) -> tuple[Classes, dict[str, int]]:
     names = sorted(label for label, found in videos.items() if len(found) >= LEAST_VIDEOS)
     if len(names) < 2:
         only = f"one class, {names[0]!r}," if names else "no class"
+        before = "".join(f"; left out: {count:,} {what}" for what, count in left_out.items())
         raise UserError(
             f"a probe tells classes apart, and {only} has clips of {LEAST_VIDEOS} or more videos"
-            f" ({len(by_clip):,} clips, {len(videos):,} different labels)"
+            f" ({len(by_clip):,} clips, {len(videos):,} different labels{before})"
         )
     clips = sorted(clip for clip, label in by_clip.items() if label in set(names))
     number = {label: index for index, label in enumerate(names)}

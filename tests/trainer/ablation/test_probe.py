@@ -259,6 +259,10 @@ def test_the_stores_samples_give_classes_but_answers_are_none(make_store):
     assert report.classes == {"jump": 11, "run": 12}
     assert report.rows[0].accuracy == 1.0
     assert call(store, "--category", "--probes", "linear").exit_code == 3  # the column of that name
+    same = [sample(index, clip, "run") for index, clip in enumerate(clips)]
+    same += [sample(99, clips[0], "sit"), sample(98, clips[1], "sit")]
+    one = make_store(clips, {"reads": noise(0, 24)}, name="one.zarr", samples=same)
+    assert "left out: 2 clips whose samples differ in category" in call(one, "--category").stderr
     for words in (["--category", "answer_index"], ["--category", "options"]):
         result = call(store, *words)
         assert result.exit_code == 1
