@@ -204,7 +204,7 @@ def test_tokens_that_are_not_finite_are_left_out_and_said(make_store, monkeypatc
     broken = with_label(noise(0, 30), labels.values())
     broken[4, 1, 0, 1, 3], broken[7, 0, 0, 0, 0] = np.nan, np.inf
     with monkeypatch.context() as patched:
-        unchecked = replace(STORAGE_DTYPES["float16"], encode=lambda tokens: {"tokens": tokens})
+        unchecked = replace(STORAGE_DTYPES["float16"], to_stored=lambda tokens: {"tokens": tokens})
         patched.setitem(STORAGE_DTYPES, "float16", unchecked)
         store = make_store(clips, {"broken": broken, "whole": noise(1, 30)})
     report = probe(store, labels, subsets=["alone"], draws=DRAWS)
@@ -373,10 +373,12 @@ def test_the_command_writes_every_format(labelled, tmp_path):
 
     printed = written().stdout
     assert all(words in printed for words in ("reads", "Chance: 33.3%", "Memory: at most", "mean cross-entropy"))
+    rows = list(csv.DictReader(io.StringIO(written("--format", "csv").stdout)))
+    (accuracy,) = (row for row in rows if row["column"] == "accuracy")
+    assert accuracy["row"].startswith("encoders=reads;")
     report = json.loads(written("--json").stdout)
-    cells = list(csv.DictReader(io.StringIO(written("--format", "csv").stdout)))
-    (accuracy,) = (cell for cell in cells if cell["column"] == "accuracy")
-    assert float(accuracy["value"]) == pytest.approx(report["rows"][0]["accuracy"])
+    for name, column in (("accuracy", "value"), ("low", "low"), ("high", "high")):
+        assert float(accuracy[column]) == pytest.approx(report["rows"][0][name])
     assert len(report["rows"][0]["predicted"]) == len(report["clips"]) == 60
     for name, start in (("t.md", "# Probes"), ("t.tex", "% Probes"), ("t.csv", "block,"), ("t.json", "{")):
         assert written("--out", tmp_path / name).stdout == ""
