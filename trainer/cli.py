@@ -384,6 +384,8 @@ def eval_export(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> N
     from trainer.runs.export import export_run
 
     result = export_run(checkpoint, out, **options)
+    for note in result.get("notes", ()):
+        echo(note)
     line = f"{result['out']}: step {result['step']}, {result['bytes'] / 1e6:.1f} MB; fill in the licence in README.md"
     print_result(result, as_json, lambda: click.echo(line))
 

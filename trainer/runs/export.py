@@ -85,7 +85,8 @@ def export_run(
     dtype = str(llm.dtype).removeprefix("torch.")
     with atomic_directory(out) as folder:
         _write_weights(folder, loaded.built, kind, merge_lora=merge_lora)
-        _write_facts(folder, run, loaded)
+        published = _without_paths(loaded, kind)
+        _write_facts(folder, run, published)
         record = ExportRecord(
             format=FORMAT,
             step=loaded.step,
@@ -97,11 +98,17 @@ def export_run(
             sha256={name: file_sha256(folder / name) for name in export_files(folder)},
         )
         (folder / EXPORT_FILE).write_text(seal(asdict(record)))
-        facts = _card_facts(run, loaded, record, name=name or out.name, license=license)
+        facts = _card_facts(run, published, record, name=name or out.name, license=license)
         (folder / CARD_FILE).write_text(model_card(facts))
     files = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
     size = sum((out / file).stat().st_size for file in files)
-    return {"out": str(out), "step": record.step, "llm": kind, "bytes": size, "files": files}
+    result = {"out": str(out), "step": record.step, "llm": kind, "bytes": size, "files": files}
+    if kind != "whole" and Path(llm_path := loaded.built.config.llm).is_dir():
+        note = (
+            f"config.yaml names the folder of the LLM on this machine, {llm_path}: add --with-llm before you share it"
+        )
+        result["notes"] = [note]
+    return result
 
 
 def _llm_weights(built: Built, *, with_llm: bool, merge_lora: bool) -> LLMWeights:
@@ -163,18 +170,37 @@ def _merge_adapters(llm: nn.Module) -> None:
     del llm.peft_config
 
 
-def _write_facts(out: Path, run: Path, loaded: LoadedRun) -> None:
-    """Settings, record and identities; paths are cut to their names, so that no folder of this machine is published."""
-    (out / CONFIG_FILE).write_text(loaded.built.config.to_yaml())
-    known = {encoder: dict(facts) for encoder, facts in loaded.record.encoders.items()}
-    for facts in known.values():
+def _without_paths(loaded: LoadedRun, kind: LLMWeights) -> LoadedRun:
+    """Settings and record with paths cut to their names, so that no folder of this machine is published.
+
+    The one that stays is that of a local LLM whose weights are not in the export, which could not be loaded without it.
+    """
+    config, record = loaded.built.config, loaded.record
+    settings = {name: getattr(config, name) for name in ("init", "letters_template")}
+    paths = {name: Path(path).name for name, path in settings.items() if path is not None}
+    if kind == "whole" and Path(config.llm).is_dir():
+        paths["llm"] = Path(config.llm).name
+    encoders = {encoder: dict(facts) for encoder, facts in record.encoders.items()}
+    for facts in encoders.values():
         source = facts.get("weights_from")
         if source and Path(source).exists():
             facts["weights_from"] = Path(source).name
-    replace(loaded.record, store=Path(loaded.record.store).name, encoders=known, live=None).write(out)
+    started_from = record.started_from.replace(f"{Path(config.init).parent}/", "") if config.init else ""
+    return replace(
+        loaded,
+        built=replace(loaded.built, config=replace(config, **paths)),
+        record=replace(record, store=Path(record.store).name, encoders=encoders, live=None, started_from=started_from),
+    )
+
+
+def _write_facts(out: Path, run: Path, published: LoadedRun) -> None:
+    """Settings, record and identities."""
+    record = published.record
+    (out / CONFIG_FILE).write_text(published.built.config.to_yaml())
+    record.write(out)
     encoders = {
-        encoder: {"identity_id": shape.identity, **known.get(encoder, {})}
-        for encoder, shape in loaded.record.shapes.items()
+        encoder: {"identity_id": shape.identity, **record.encoders.get(encoder, {})}
+        for encoder, shape in record.shapes.items()
     }
     (out / ENCODERS_FILE).write_text(json.dumps(encoders, indent=1) + "\n")
     if (run / IMPORT_FILE).is_file():

@@ -1,6 +1,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,7 +64,8 @@ def assert_same_model(run, out, samples, tokens):
     before, after = load_run(run), load_export(out)
     assert torch.equal(logits(before, samples, tokens), logits(after, samples, tokens))
     assert (after.step, after.record.data_digest) == (before.step, before.record.data_digest)
-    assert after.built.config == before.built.config
+    config = before.built.config  # paths are cut where they are not needed
+    assert after.built.config in (config, replace(config, llm=Path(config.llm).name))
     assert not after.built.model.training
 
 
@@ -103,6 +105,7 @@ def test_a_frozen_llm_is_named_and_not_copied(make, out, base, samples, tokens):
     run = make(llm=base, train_llm="none")
     report = export_run(run, out)
     assert report["llm"] == "named"
+    assert base in report["notes"][0]  # it cannot be loaded without that folder
     assert not list((out / "llm").glob("*.safetensors"))
     assert (out / "llm/tokenizer.json").is_file()
     assert_same_model(run, out, samples, tokens)
@@ -111,7 +114,11 @@ def test_a_frozen_llm_is_named_and_not_copied(make, out, base, samples, tokens):
 def test_a_frozen_llm_is_copied_on_request_and_the_folder_needs_no_other(make, out, base, samples, tokens):
     run = make(llm=base, train_llm="none", precision="bf16")
     expected = logits(load_run(run), samples, tokens)
-    assert export_run(run, out, with_llm=True)["llm"] == "whole"
+    report = export_run(run, out, with_llm=True)
+    assert (report["llm"], "notes" in report) == ("whole", False)
+    assert base not in "".join(
+        path.read_text() for path in out.rglob("*.*") if path.suffix in (".yaml", ".json", ".md")
+    )
     shutil.rmtree(base)
     after = load_export(out)
     assert after.built.model.llm.dtype == torch.bfloat16
@@ -341,3 +348,11 @@ def test_the_command_writes_the_folder_and_refuses_what_exists(store_run, out):
     assert "exists already" in again.stderr
     scored = CliRunner().invoke(eval_main, ["run", "--checkpoint", str(out), "--json"])
     assert "no feature store at toy.zarr" in scored.stderr  # where the store lay was not given away
+
+
+def test_the_run_that_another_one_started_from_is_named_without_its_folder(make, out, tmp_path):
+    first = make().rename(tmp_path / "first")
+    export_run(make(init=str(first)), out)
+    written = "".join(path.read_text() for path in out.rglob("*.*") if path.suffix in (".yaml", ".json", ".md"))
+    assert f"weights of {first.name} (step" in written
+    assert str(tmp_path) not in written
