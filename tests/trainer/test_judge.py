@@ -121,7 +121,7 @@ def test_a_page_in_the_place_of_a_reply_is_unreadable_and_no_version_of_the_judg
         assert one_version(verdicts, judge) == VERSION
 
 
-@pytest.mark.parametrize("status", [401, 400, 307])
+@pytest.mark.parametrize("status", [401, 400, 302])
 def test_a_refusal_ends_the_command_at_once_and_the_key_is_nowhere(tmp_path, of_server, status):
     with JudgeServer([status] * 40) as server:
         with pytest.raises(UserError, match=rf"refused the request with HTTP {status}.*0 of 30 answers") as caught:
