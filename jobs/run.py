@@ -12,6 +12,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -27,6 +28,10 @@ TOPIC = "task-reports"  # of events in Dask's scheduler
 INTERVAL_S = 3.0  # between the reports of one task
 WINDOW_PER_WORKER = 2  # one that runs and one that waits
 RECOUNT_S = 5.0  # between two counts of the workers
+SCHEDULER_LOST = (
+    "the scheduler is gone, or forgot this run's tasks; what was committed is kept: start the cluster again and run the"
+    " same command again"
+)
 
 Report = Mapping[str, Any]  # plain values that msgpack can encode
 
@@ -240,13 +245,12 @@ class _Window:
             return None
         attempt = self.running.pop(future.key)
         if future.cancelled():  # not by us: cancelled futures are not watched
-            raise ClusterError(
-                "the scheduler is gone, or forgot this run's tasks; what was committed is kept: start the cluster "
-                "again and run the same command again"
-            )
+            raise ClusterError(SCHEDULER_LOST)
         try:
             error = future.exception(timeout=RECOUNT_S)
             result = None if error is not None else future.result(timeout=RECOUNT_S)
+        except CancelledError:  # between the look above and this one
+            raise ClusterError(SCHEDULER_LOST) from None
         except OSError:  # its worker left with the result and Dask computes it again, or the connection is slow or cut
             self._watch(attempt)
             return None

@@ -45,17 +45,31 @@ def private_folder(parent: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
+def security_in(folder: Path) -> Security:
+    """A certificate and key in a file of `folder`, which job scripts name; Dask would make files that outlive it."""
+    from distributed import Security
+
+    path = _write_certificate(folder)
+    files = {f"tls_{role}_{kind}": path for role in ("scheduler", "worker", "client") for kind in ("cert", "key")}
+    return Security(require_encryption=True, tls_ca_file=path, **files)
+
+
 def write_credentials(folder: Path) -> dict[str, Any]:
     """Write a new certificate with its key into `folder`, mode 0700; returns the settings of Dask that use it."""
+    path = _write_certificate(folder)
+    names = ["ca-file", *(f"{role}.cert" for role in ("scheduler", "worker", "client"))]
+    return {"distributed.comm.require-encryption": True} | {f"distributed.comm.tls.{name}": path for name in names}
+
+
+def _write_certificate(folder: Path) -> str:
+    """Path of a new file that holds the certificate and its key."""
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
     path, security = folder.absolute() / _CREDENTIALS, temporary_security()
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(security.tls_scheduler_cert + security.tls_scheduler_key)
-    names = ["ca-file", *(f"{role}.cert" for role in ("scheduler", "worker", "client"))]  # the key is in the same file
-    files = {f"distributed.comm.tls.{name}": str(path) for name in names}
-    return {"distributed.comm.require-encryption": True} | files
+    return str(path)
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.event_loop import event_loop
-from jobs.security import private_folder, temporary_security
+from jobs.security import private_folder, security_in
 from jobs.settings import (
     ClusterRequest,
     ClusterSettings,
@@ -67,8 +67,7 @@ def slurm(request: ClusterRequest) -> Iterator[Client]:
         event_loop() as loop,
         SLURMCluster(
             **job_options(settings, dashboard=request.dashboard),
-            security=temporary_security(),
-            shared_temp_directory=str(credentials),
+            security=security_in(credentials),
             loop=loop,
         ) as cluster,
         Client(cluster) as client,

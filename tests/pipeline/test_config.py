@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import fields
 
-import click
 import pytest
 
 from mervcache.errors import UserError
@@ -38,7 +37,7 @@ def test_options_of_the_dataset_are_pairs_with_values_as_yaml_reads_them():
     options = ("shards=https://host/{00..99}.tar", "spool_gb=1.5", "captions=false")
     config = config_from_options(None, {"dataset": "webdataset", "options": options})
     assert config.options == {"shards": "https://host/{00..99}.tar", "spool_gb": 1.5, "captions": False}
-    with pytest.raises(click.BadParameter, match="--option is KEY=VALUE, got 'spool_gb'"):
+    with pytest.raises(UserError, match="--option is KEY=VALUE, got 'spool_gb'"):
         config_from_options(None, {"dataset": "webdataset", "options": ("spool_gb",)})
 
 
