@@ -238,7 +238,7 @@ def report(run: LoadedRun, answers: Sequence[Answer], baselines: Mapping[str, Se
 
 
 def _asked(run: LoadedRun, request: EvaluationRequest) -> Callable[[Sample], bool]:
-    """Which samples are asked: those with options, and open-ended questions of benchmarks unless told otherwise."""
+    """Which samples are asked: those with options, and open-ended questions of benchmarks by default."""
     asks_open = run.built.config.prompt != "caption" if request.open_ended is None else request.open_ended
     return lambda sample: bool(sample.options) or (asks_open and is_open_question(sample, bool(request.open_ended)))
 

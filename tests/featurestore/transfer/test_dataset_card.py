@@ -1,4 +1,4 @@
-"""The card of a store whose names come from strangers."""
+"""The card of a store whose names come from untrusted input."""
 
 from __future__ import annotations
 
