@@ -72,7 +72,7 @@ def starting_llm(
     origin: Origin, config: TrainConfig, samples: Iterable[Sample], words: Iterable[str] = ()
 ) -> LoadedLLM:
     """The new run's LLM, with the weights that the origin's checkpoint holds where it is the same LLM."""
-    if origin.config.llm != config.llm:
+    if not _is_same_llm(origin, config):
         return new_llm(config, samples, words)
     llm = resumed_llm(config, origin.run)
     weights = {
@@ -86,6 +86,11 @@ def starting_llm(
         raise UserError(f"init: the LLM in {origin.run} is not of the shape of {config.llm}")
     llm.model.load_state_dict(weights)
     return replace(llm, is_fresh=True)
+
+
+def _is_same_llm(origin: Origin, config: TrainConfig) -> bool:
+    """Whether both runs name one LLM; an export that holds the LLM names its folder without the path."""
+    return origin.config.llm in (config.llm, Path(config.llm).name)
 
 
 @torch.no_grad()
@@ -110,7 +115,7 @@ def load_parts(origin: Origin, built: Built, source: TokenSource) -> Loaded:
         else:
             missing[part] = reason
     missing |= _left_behind(origin, built)
-    if origin.config.llm != built.config.llm:
+    if not _is_same_llm(origin, built.config):
         missing["LLM"] = f"there it is {origin.config.llm}, here {built.config.llm}"
     else:
         llm_names = {name for name in model.state_dict() if name.startswith(LLM_PREFIX)}
