@@ -220,7 +220,8 @@ def test_a_store_pickles_as_its_place_and_snapshot(filled, kit, make):
     assert np.array_equal(again.read(VIDEOS, encoder="dinov2"), store.read(VIDEOS, encoder="dinov2"))
 
 
-def test_a_path_without_a_store_says_how_to_make_one(tmp_path):
+def test_a_path_without_a_store_says_how_to_make_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where this runs there may be stores nearby
     for path in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(
             StoreNotFoundError, match="make one with `merv-pipeline extract --dataset NAME --store PATH`"

@@ -74,7 +74,8 @@ def test_a_name_that_fits_many_clips_or_none_says_which_there_are(extracted):
         inspect_store(extracted.store, "v99")
 
 
-def test_a_place_without_a_store_or_without_a_snapshot_says_what_to_do(tmp_path):
+def test_a_place_without_a_store_or_without_a_snapshot_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where this runs there may be stores nearby
     from featurestore.writer import StoreWriter
 
     with pytest.raises(StoreNotFoundError, match="make one with `merv-pipeline extract --dataset NAME --store PATH`"):
