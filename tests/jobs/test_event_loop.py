@@ -11,6 +11,8 @@ import pytest
 
 from jobs.event_loop import event_loop
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = """
 import gc, sys
 from jobs.clusters import ClusterRequest, connect

@@ -17,6 +17,8 @@ from jobs.security import write_credentials
 from jobs.settings import dask_environment
 from mervcache.errors import ClusterError
 
+pytestmark = pytest.mark.slow
+
 OUTSIDER = """
 import sys
 from distributed import Client, Security

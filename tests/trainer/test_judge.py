@@ -17,6 +17,8 @@ from trainer.cli import eval_main
 from trainer.judge import DEFAULT_TEMPLATE, Judge, JudgeTemplate, Verdict, judge_answers, one_version, parse_verdict
 from trainer.model.open_ended import OpenAnswer
 
+pytestmark = pytest.mark.slow
+
 KEY = "sk-of-nobody-4711"
 
 

@@ -15,6 +15,8 @@ from trainer.runs.load import load_run
 from trainer.runs.run_record import read_scores
 from trainer.sources import open_store
 
+pytestmark = pytest.mark.slow
+
 
 def trained(config, store, out):
     samples, source = open_store(str(store), config)

@@ -22,6 +22,8 @@ from trainer.runs.load import load_run
 from trainer.runs.run_record import read_metrics, read_scores
 from trainer.sources import open_store
 
+pytestmark = pytest.mark.slow
+
 
 def at_grid(config, tokens_per_frame):
     """The settings of a run of this grid alone."""

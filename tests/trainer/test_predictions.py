@@ -16,6 +16,8 @@ from trainer.evaluate import EvaluationRequest, evaluate_run
 from trainer.model import multiple_choice, open_ended
 from trainer.runs.predictions import RecordLog
 
+pytestmark = pytest.mark.slow
+
 REQUEST = EvaluationRequest(batch_size=1, max_new_tokens=3)
 
 

@@ -29,6 +29,8 @@ from trainer.runs.export import export_run
 from trainer.runs.load import load_run
 from trainer.sources import open_store
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def longer_mini_llm(monkeypatch):

@@ -23,6 +23,8 @@ from trainer.loop.train import time_steps
 from trainer.main import train_main
 from trainer.sources import open_store
 
+pytestmark = pytest.mark.slow
+
 PAIR = ("dinov2", "vivit")
 
 

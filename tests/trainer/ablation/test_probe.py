@@ -22,6 +22,8 @@ from trainer.ablation.document import NotComputed
 from trainer.ablation.probe import probe
 from trainer.main import eval_main
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("jump", "run", "sit")
 DRAWS = 200
 T, H, W = GRID = (2, 2, 2)

@@ -17,6 +17,8 @@ from trainer.config import Stage, read_config
 from trainer.main import train_main
 from trainer.runs.run_record import RunRecord, read_metrics
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def stages(config):

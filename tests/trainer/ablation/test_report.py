@@ -20,6 +20,8 @@ from trainer.data.tokens import TokenShape
 from trainer.main import eval_main, train_main
 from trainer.runs.run_record import RunRecord
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>'\"&"
 NUM_QUESTIONS = 24
 RIGHT = {0: 6, 1: 10, 2: 12, 3: 15, 4: 18}  # of 24 questions, by the number of encoders

@@ -24,6 +24,8 @@ from trainer.loop.stages import train_in_stages
 from trainer.main import train_main
 from trainer.runs.run_record import read_metrics, read_scores
 
+pytestmark = pytest.mark.slow
+
 FOUR = ("languagebind", "dinov2", "vivit", "siglip")
 
 

@@ -17,6 +17,8 @@ from trainer.model.open_ended import (
 )
 from trainer.runs.load import load_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("text", "expected"),
