@@ -93,7 +93,7 @@ def evaluate_run(
     loaded = load_run(run, best=request.best, llm=llm)
     place = questions_place(run, loaded, request)
     is_asked = _asked(loaded, request)
-    with opened_for(loaded, place, request.weights, _device()) as (held, source):
+    with opened_for(loaded, place, request.weights, default_device()) as (held, source):
         # A text-only run of a sweep answers the questions that the other runs see clips of.
         by_clip = loaded.built.model.has_visual or bool(loaded.built.config.clips_with)
         found = questions(held, source, split=request.split, has_visual=by_clip, is_asked=is_asked)
@@ -162,7 +162,7 @@ def _evaluate_views(
 ) -> dict[str, Any]:
     """Answers to the same questions by several views of one model, under `key` by the names of the views."""
     template, place = _template(run, (), request), questions_place(run, loaded, request)
-    with opened_for(loaded, place, request.weights, _device()) as (held, source):
+    with opened_for(loaded, place, request.weights, default_device()) as (held, source):
         samples = questions(held, source, split=request.split, has_visual=True)[: request.limit]
         state = _state(place, samples, source)
         answers = {
@@ -257,7 +257,7 @@ def _answers(
         template=template,
         batch_size=request.batch_size,
         max_new_tokens=request.max_new_tokens,
-        device=_device(),
+        device=default_device(),
         facts={"split": request.split, "snapshot": state},
         resumes=request.resumes,
     )
@@ -274,7 +274,7 @@ def _baseline_answers(
     """A baseline's answers to the same questions."""
     other = load_run(path, best=request.best)
     own_place = _baseline_place(other, place, request)
-    with opened_for(other, own_place, request.weights, _device()) as (_, source):
+    with opened_for(other, own_place, request.weights, default_device()) as (_, source):
         _check_same_questions(path, other, samples, source)
         return _answers(path, other, samples, source, request, template, _state(own_place, samples, source))
 
@@ -312,7 +312,8 @@ def _state(place: TokenPlace, samples: Sequence[Sample], source: TokenSource) ->
     return f"live-{source.data_digest(clips, samples)[:12]}"
 
 
-def _device() -> str:
+def default_device() -> str:
+    """The device that runs are scored on."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

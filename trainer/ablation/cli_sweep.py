@@ -304,12 +304,6 @@ def print_rates(results: Sequence[RateResult], best: Mapping[int, float], factor
         )
 
 
-def _loss(result: RateResult | None) -> str:
-    if result is None:
-        return "-"
-    return "not finite" if result.val_loss is None else f"{result.val_loss:.4f}"
-
-
 def print_outcomes(out: Path, outcomes: Sequence[RunOutcome]) -> None:
     """Print a row per run, then what to do next."""
     from mervcache.console import console, table  # rich

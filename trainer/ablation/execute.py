@@ -44,7 +44,7 @@ from trainer.ablation.sweep import (
 from trainer.config import RECIPES, Protocol, Stages, TrainConfig, in_paper_order
 from trainer.data.batches import named_samples, order_digest, select
 from trainer.data.tokens import StoreTokens
-from trainer.evaluate import EvaluationRequest, evaluate_grids, evaluate_masked, evaluate_run
+from trainer.evaluate import EvaluationRequest, default_device, evaluate_grids, evaluate_masked, evaluate_run
 from trainer.loop.stages import to_yaml, train_stages
 from trainer.model.letters import Template
 from trainer.model.llm import FRESH_PREFIX, LoadedLLM
@@ -267,7 +267,7 @@ def _score_untrained(sweep: PinnedSweep, run: SweepRun, folder: Path, llm: Loade
         built = build(config, source.shapes, llm)
         text_only = VideoLLM(llm.model, {}, None, exceeds_context=built.model.exceeds_context)
         template = Template.read(config.letters_template) if sweep.protocol == "letters" else None
-        options = {"device": _device(), "template": template, "run": run.name}
+        options = {"device": default_device(), "template": template, "run": run.name}
         answers = list(answer_all(replace(built, model=text_only), sweep.questions, source, **options))
     result = {
         "data_digest": "",
@@ -338,7 +338,3 @@ def _digest(samples: Sequence[Sample]) -> str:
 
 def _ids(samples: Sequence[Sample]) -> list[str]:
     return [sample.sample_id for sample in samples]
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
