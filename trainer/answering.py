@@ -6,6 +6,7 @@ processes take turns at them, so that each question is computed in the same batc
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from mervcache.errors import UserError
 from mervcache.files import record_digest
 from trainer.data.prompts import Rendered
 from trainer.data.tokens import TokenSource
+from trainer.loop.distributed import leave_group
 from trainer.model import letters, multiple_choice, open_ended
 from trainer.model.letters import Template
 from trainer.model.multiple_choice import Answer
@@ -218,6 +220,7 @@ def meet() -> None:
     num_ranks = ranks()[1]
     if num_ranks > 1:
         # Without `cpu` accelerate leaves processes on a machine without a GPU alone, and each would answer everything.
+        atexit.register(leave_group)
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=LONGEST_WAIT)
         if state.num_processes != num_ranks:
             raise UserError(f"WORLD_SIZE is {num_ranks}, and accelerate sees {state.num_processes} processes")

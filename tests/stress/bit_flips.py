@@ -1,4 +1,4 @@
-"""Flip bits of a store and ask `verify --full` what it finds; then let `repair` mend some, one at a time.
+"""Flip bits of a store and count what `verify --full` finds; then let `repair` mend some, one at a time.
 
     python -m tests.stress.bit_flips [--flips 5000] [--seed 0] [--repairs 200]
 

@@ -1,6 +1,6 @@
 """Where faults are made: media, a program that runs extractions at once, and what an undisturbed store looks like.
 
-Comes in: a folder. Goes out: a `FaultLab`. Encoders are the plug-ins of `tiny_encoders`; runs are forked from one
+Encoders are the plug-ins of `tiny_encoders`; runs are forked from one
 process that has imported everything, so that hundreds of them fit into a minute.
 """
 

@@ -1,4 +1,4 @@
-"""Change stores on purpose, as a stranger could, and do everything a reader does: nothing may come of it but an error.
+"""Change stores on purpose, as an attacker could, and do everything a reader does: nothing may come of it but an error.
 
     python -m tests.stress.fuzz [--minutes 10] [--seed 0] [--corpus DIR]
 

@@ -5,6 +5,7 @@ Under DDP every rank holds the whole model; under FSDP (version 2) a shard of ev
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import os
@@ -37,12 +38,23 @@ def make_accelerator(config: TrainConfig, run: Path) -> Accelerator:
         if AcceleratorState._shared_state.get("distributed_type") == DistributedType.FSDP:
             raise UserError("under FSDP one command has one precision: train stages of unlike precision one by one")
         AcceleratorState._reset_state()
+    atexit.register(leave_group)
     return Accelerator(
         mixed_precision=precision,
         fsdp_plugin=fsdp_plugin(config),
         log_with=list(config.trackers) or None,
         project_dir=str(run / TRACKERS_FOLDER),
     )
+
+
+def leave_group() -> None:
+    """End this process's part in a group of ranks, before the interpreter ends.
+
+    gloo's threads hold tensors for a moment after a collective has returned; one that frees a tensor while Python shuts
+    down aborts the process (seen with torch 2.13: exit by SIGABRT after everything was done).
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def fsdp_plugin(config: TrainConfig) -> Any:

@@ -39,6 +39,7 @@ def run_by_two():
             "ACCELERATE_USE_CPU": "true",
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
+            "PYTHONFAULTHANDLER": "1",  # a crash in torch's own threads names the place
         }
         started = [
             subprocess.Popen(
