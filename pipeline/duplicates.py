@@ -1,0 +1,145 @@
+"""Near-duplicates among a store's clips, and evaluation clips that training has seen, from pooled tokens.
+
+Two clips are near-duplicates where the cosine of their centred mean tokens reaches a threshold for every encoder that
+holds both. Exact ones have media of equal sha256. Leakage is a pair of which one clip has questions to score and the
+other is trained on.
+
+C clips, D width of an encoder.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featurestore.clips import Sample
+from featurestore.store import FeatureStore
+from mervcache.console import SILENT, ProgressLine
+from mervcache.errors import UserError
+from pipeline.vectors import pool_clips
+
+ROWS_AT_ONCE = 1024  # of the matrix of cosines
+THRESHOLD = 0.98
+
+
+@dataclass(frozen=True, kw_only=True)
+class DuplicatePair:
+    """Two clips alike, in the order of the store."""
+
+    first: str
+    second: str
+    cosines: Mapping[str, float]  # by encoder
+    is_exact: bool  # the media have the same bytes, and the clips the same span of them
+    is_leak: bool  # one is trained on and the other scored
+
+
+@dataclass(frozen=True, kw_only=True)
+class Duplicates:
+    """What was compared and found; pairs by falling least cosine."""
+
+    store: str
+    snapshot: str
+    encoders: tuple[str, ...]
+    threshold: float
+    clips: int  # compared: those with tokens of every encoder
+    without: int  # clips that lack tokens of one, which were not compared
+    shared: int  # clips that are themselves both trained on and scored
+    pairs: tuple[DuplicatePair, ...]
+
+    @property
+    def leaks(self) -> tuple[DuplicatePair, ...]:
+        return tuple(pair for pair in self.pairs if pair.is_leak)
+
+    def groups(self) -> list[list[str]]:
+        """Clips connected by pairs, each group in the order of the pairs: keep one of each to have no duplicates."""
+        group_of: dict[str, list[str]] = {}
+        for pair in self.pairs:
+            one, other = group_of.get(pair.first, [pair.first]), group_of.get(pair.second, [pair.second])
+            if one is not other:
+                one = one + other
+            group_of |= dict.fromkeys(one, one)
+        return list({id(group): group for group in group_of.values()}.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"leaks": len(self.leaks), "groups": self.groups()}
+
+
+def find_duplicates(
+    store: FeatureStore,
+    encoders: Sequence[str] | None = None,
+    *,
+    threshold: float = THRESHOLD,
+    progress: ProgressLine = SILENT,
+) -> Duplicates:
+    """Compare every clip with every other: time grows with the square of the clips, memory with their number.
+
+    100,000 clips of width 1,024 are 10^13 multiplications, minutes on one machine, and 400 MB per encoder.
+    """
+    chosen = list(store.encoders if encoders is None else encoders)
+    if unknown := [name for name in chosen if name not in store.encoders]:
+        raise UserError(f"no encoder {unknown[0]!r} in {store.path}; it has: {', '.join(store.encoders)}")
+    if not -1 <= threshold <= 1:
+        raise UserError(f"the threshold is a cosine, from -1 to 1, got {threshold}")
+    table = store.clips
+    is_complete = np.all([table[name].to_numpy() for name in chosen], axis=0)
+    clip_ids = table["clip_id"].filter(is_complete).to_pylist()
+    vectors = [pool_clips(store, name, clip_ids, progress=progress).normalised() for name in chosen]
+    spans = _span_keys(table.filter(is_complete).to_pylist(), store.media_sha256(encoder=chosen[0]))
+    trained, scored = _uses(store.samples())
+    pairs = []
+    for first, second, cosines in _alike(vectors, threshold):
+        one, other = clip_ids[first], clip_ids[second]
+        pairs.append(
+            DuplicatePair(
+                first=one,
+                second=other,
+                cosines=dict(zip(chosen, cosines, strict=True)),
+                is_exact=spans[first] is not None and spans[first] == spans[second],
+                is_leak=(one in trained and other in scored) or (other in trained and one in scored),
+            )
+        )
+    pairs.sort(key=lambda pair: -min(pair.cosines.values()))
+    return Duplicates(
+        store=store.path,
+        snapshot=store.snapshot,
+        encoders=tuple(chosen),
+        threshold=threshold,
+        clips=len(clip_ids),
+        without=len(table) - len(clip_ids),
+        shared=len(trained & scored),
+        pairs=tuple(pairs),
+    )
+
+
+def _alike(vectors: Sequence[NDArray[np.float32]], threshold: float) -> Iterable[tuple[int, int, list[float]]]:
+    """(first, second, cosine by encoder) of pairs that reach the threshold for all encoders."""
+    num_clips = len(vectors[0])
+    for start in range(0, num_clips, ROWS_AT_ONCE):
+        cosines = [values_CD[start : start + ROWS_AT_ONCE] @ values_CD[start:].T for values_CD in vectors]
+        is_alike = np.triu(np.all([found >= threshold for found in cosines], axis=0), k=1)
+        for row, column in np.argwhere(is_alike):
+            yield start + int(row), start + int(column), [float(found[row, column]) for found in cosines]
+
+
+def _span_keys(rows: Sequence[Mapping[str, Any]], media_sha256: Mapping[str, str]) -> list[tuple | None]:
+    """What two clips of the same bytes share; None where the digest of the media is not recorded."""
+    return [
+        (digest, row["start_s"], row["end_s"], row["end_frame"])
+        if (digest := media_sha256.get(row["clip_id"]))
+        else None
+        for row in rows
+    ]
+
+
+def _uses(samples: Iterable[Sample]) -> tuple[set[str], set[str]]:
+    """Clips that are trained on, and clips with questions that are scored."""
+    clips: dict[bool, set[str]] = defaultdict(set)
+    for sample in samples:
+        if sample.clip_id is not None:
+            clips[sample.stage == "eval" or sample.split == "heldout"].add(sample.clip_id)
+    return clips[False], clips[True]
