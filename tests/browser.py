@@ -19,7 +19,10 @@ WIDTHS = (390, 1400)  # a phone and a screen
 
 # A frame of each width has the layout of a window of that width.
 HARNESS = """<!doctype html><body>%s<pre id=found></pre><script>
+const ready = %s;
 onload = () => {
+  const open = [...document.querySelectorAll('iframe')].filter(frame => !frame.contentDocument.querySelector(ready));
+  if (open.length) { setTimeout(onload, 50); return; }
   const frames = [...document.querySelectorAll('iframe')].map(frame => {
     const root = frame.contentDocument.documentElement, inner = frame.contentWindow.innerWidth;
     const folded = [...root.querySelectorAll('details')];
@@ -45,19 +48,28 @@ class Opened:
     heights: list[float]  # of its drawings
 
 
-def open_page(page: Path, folder: Path, widths: Sequence[int] = WIDTHS) -> tuple[list[Opened], list[str]]:
-    """The page at every width, and the lines that the browser wrote to its console."""
+def open_page(
+    page: Path, folder: Path, widths: Sequence[int] = WIDTHS, ready: str = "body"
+) -> tuple[list[Opened], list[str]]:
+    """The page at every width, and the lines that the browser wrote to its console.
+
+    `ready` selects an element that a page with scripts has once it is drawn.
+    """
     frames = "".join(
         f"<iframe src='{page.as_uri()}' width={width} height=3000 frameborder=0></iframe>" for width in widths
     )
     harness = folder / "harness.html"
-    harness.write_text(HARNESS % frames)
+    harness.write_text(HARNESS % (frames, json.dumps(ready)))
+    document, lines = read_page(harness.as_uri(), folder)
+    (found,) = re.findall(r"<pre id=\"found\">(.*?)</pre>", document, re.DOTALL)
+    texts = json.loads(found.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    return [Opened(**{**frame, "heights": tuple(frame["heights"])}) for frame in texts], lines
+
+
+def read_page(url: str, folder: Path) -> tuple[str, list[str]]:
+    """The page's HTML after its scripts have run, and the lines that the browser wrote to its console."""
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--allow-file-access-from-files"]
     options += ["--enable-logging=stderr", "--dump-dom", f"--user-data-dir={folder / 'profile'}"]
-    done = subprocess.run(
-        [BROWSER, *options, harness.as_uri()], capture_output=True, text=True, timeout=120, check=True
-    )
-    (found,) = re.findall(r"<pre id=\"found\">(.*?)</pre>", done.stdout, re.DOTALL)
-    texts = json.loads(found.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
-    opened = [Opened(**{**frame, "heights": tuple(frame["heights"])}) for frame in texts]
-    return opened, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    options += ["--virtual-time-budget=60000"]  # scripts and their timers run until it has passed
+    done = subprocess.run([BROWSER, *options, url], capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
