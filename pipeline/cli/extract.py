@@ -15,6 +15,7 @@ import click
 from featurestore.locate import Place, find_store, store_first
 from jobs.slurm import TEMPLATES, submit_script
 from mervcache.console import CONTEXT, ProgressLine, handle_interrupts
+from pipeline.cli.explore import EXPLORE_COMMANDS
 from pipeline.cli.options import (
     AS_JSON,
     CLUSTER_OPTION,
@@ -280,5 +281,5 @@ def submit(template: str, config_file: str, **options: Any) -> None:
 
 for command in (extract, plan, explain, status, inspect, report, encoders, datasets, submit):
     main.add_command(command)
-for command in (*STORE_COMMANDS, *SHARE_COMMANDS):
+for command in (*STORE_COMMANDS, *SHARE_COMMANDS, *EXPLORE_COMMANDS):
     main.add_command(command)

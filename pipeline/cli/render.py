@@ -13,12 +13,14 @@ from featurestore.transfer.merge import Combined
 from featurestore.transfer.sync import Transferred
 from mervcache.console import bold, console, format_bytes, format_duration, plural, table
 from pipeline.datasets import link_advice, options_of
+from pipeline.duplicates import Duplicates
 from pipeline.explain import EncoderChange, Explanation
 from pipeline.status import EncoderProgress, StoreProgress
 from pipeline.summary import prediction_text
 from pipeline.worker.reports import DECODING
 
 NUM_SHOWN = 5  # clip ids; --json has all
+NUM_PAIRS = 50
 VALUE_WIDTH = 70  # characters of a setting
 _STATES = {"same": "stored as requested", "changed": "stored with other settings", "new": "not stored"}
 _WEIGHTS = {
@@ -427,3 +429,30 @@ def _changed_media(found: Explanation) -> None:
         out.print(
             f"{plural(found.unlisted, 'clip')} of the store that the dataset lists no more: their tokens stay valid"
         )
+
+
+def duplicates(found: Duplicates) -> None:
+    """Pairs, leaks first, and what was compared."""
+    pairs = sorted(found.pairs, key=lambda pair: not pair.is_leak)
+    rows = [
+        (
+            pair.first,
+            pair.second,
+            f"{min(pair.cosines.values()):.4f}",
+            "same bytes" if pair.is_exact else "",
+            "trained and scored" if pair.is_leak else "",
+        )
+        for pair in pairs[:NUM_PAIRS]
+    ]
+    if rows:
+        table(("clip", "other clip", "least cosine", "media", "leak"), rows, right=("least cosine",))
+    if len(pairs) > NUM_PAIRS:
+        print(f"and {len(pairs) - NUM_PAIRS:,} more: --json has all")
+    print(
+        f"{plural(len(pairs), 'pair')} of {found.clips:,} clips reach {found.threshold} for"
+        f" {', '.join(found.encoders)}; {len(found.leaks):,} between a trained and a scored clip"
+    )
+    if found.shared:
+        print(f"{plural(found.shared, 'clip')} have both trained and scored conversations")
+    if found.without:
+        print(f"{plural(found.without, 'clip')} not compared: tokens of an encoder are missing")

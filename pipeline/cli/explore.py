@@ -1,0 +1,122 @@
+"""Commands that look at a store's clips: view, vectors, duplicates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from featurestore.locate import Place, names_of
+from mervcache.console import ProgressLine, echo
+from pipeline.cli.options import AS_JSON, ROOT, handle_cli_errors, print_result, takes_store
+
+ENCODERS = click.option("--encoders", metavar="LIST", show_default="all", help="Only these, comma separated.")
+
+
+@click.command()
+@handle_cli_errors
+@takes_store
+@ROOT
+@click.option(
+    "--run", type=click.Path(file_okay=False, path_type=Path), help="A training run: its answers and fusion weights."
+)
+@click.option(
+    "--projection", type=click.Choice(["pca", "umap"]), default="pca", help="Of the map; umap needs umap-learn."
+)
+@click.option("--max-clips", type=click.IntRange(1), default=5000, help="In the page; of more, evenly spaced ones.")
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="On 127.0.0.1; 0 takes a free one.")
+@click.option("--browser/--no-browser", "opens", default=True, help="Open the page.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Write the page into this new folder instead, and end.",
+)
+@click.option("--media", "with_media", is_flag=True, help="With --out: copy the media that a browser plays.")
+def view(place: Place, out: Path | None, port: int, opens: bool, with_media: bool, **options: Any) -> None:
+    """Look at the clips of a store in a browser.
+
+    A map by pooled features, a table to search and filter, videos next to what each encoder sees, conversations,
+    nearest clips, and with --run answers and fusion weights. Served to this machine alone; nothing is written.
+
+    \b
+    merv-pipeline view features/demo.zarr
+    merv-pipeline view features/demo.zarr --run runs/demo --out site
+    """
+    from featurestore import FeatureStore
+    from pipeline.explorer import Explorer, serve, write_site
+
+    if with_media and out is None:
+        raise click.UsageError("--media copies media into the folder of --out: add --out DIR")
+    with Explorer(FeatureStore.open(place), plays_media=with_media or out is None, **options) as explorer:
+        if out is not None:
+            click.echo(write_site(explorer, out))
+            return
+        server = serve(explorer, port)
+        try:
+            click.echo(server.url)
+            echo("Ctrl-C ends it.")
+            if opens:
+                click.launch(server.url)
+            server.serve_forever()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            server.server_close()
+
+
+@click.command()
+@handle_cli_errors
+@takes_store
+@ENCODERS
+@click.option("--pooling", type=click.Choice(["mean", "max"]), default="mean", help="Over time, height and width.")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    show_default="NAME-vectors.parquet next to the store",
+    help="Parquet file to write.",
+)
+def vectors(place: Place, encoders: str | None, pooling: Any, out: Path | None) -> None:
+    """Write one vector per clip and encoder as Parquet, for duckdb, LanceDB, FAISS, FiftyOne.
+
+    A column of fixed-size lists of float32 per encoder, next to clip_id, dataset and kind.
+
+    \b
+    merv-pipeline vectors features/demo.zarr --encoders dinov2,siglip
+    """
+    from featurestore import FeatureStore
+    from pipeline.vectors import pool_store, vectors_path, write_vectors
+
+    store = FeatureStore.open(place)
+    chosen = names_of(encoders) if encoders else list(store.encoders)
+    with ProgressLine("pool", unit="clips", total=len(store) * len(chosen)) as progress:
+        table = pool_store(store, chosen, pooling=pooling, progress=progress)
+    click.echo(write_vectors(table, out or vectors_path(store)))
+
+
+@click.command()
+@handle_cli_errors
+@takes_store
+@ENCODERS
+@click.option(
+    "--threshold", type=click.FloatRange(-1, 1), default=0.98, help="Least cosine of centred means, of every encoder."
+)
+@AS_JSON
+def duplicates(place: Place, encoders: str | None, threshold: float, as_json: bool) -> None:
+    """List clips that look alike to every encoder, and scored clips that training has seen.
+
+    \b
+    merv-pipeline duplicates features/demo.zarr --threshold 0.95 --json
+    """
+    from featurestore import FeatureStore
+    from pipeline.cli import render
+    from pipeline.duplicates import find_duplicates
+
+    store = FeatureStore.open(place)
+    chosen = names_of(encoders) if encoders else list(store.encoders)
+    with ProgressLine("pool", unit="clips", total=len(store) * len(chosen)) as progress:
+        found = find_duplicates(store, chosen, threshold=threshold, progress=progress)
+    print_result(found.to_dict(), as_json, lambda: render.duplicates(found))
+
+
+EXPLORE_COMMANDS: tuple[click.Command, ...] = (view, vectors, duplicates)
