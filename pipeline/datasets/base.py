@@ -186,6 +186,11 @@ class ListingBuilder:
             entry[1].append(str(example)[:200].encode("utf-8", "replace").decode())
 
     @property
+    def clips(self) -> list[Clip]:
+        """All clips so far, in their order."""
+        return list(self._clips.values())
+
+    @property
     def has_rejected(self) -> bool:
         return bool(self._rejected)
 

@@ -1,4 +1,4 @@
-"""Folder: every video and image under a root, without annotations or samples.
+"""Folder: every video and image under a root, without annotations; with `labels` also their classes.
 
 One clip per file with a known extension, sorted by path. Hidden files and folders and files with other extensions are
 skipped and counted; what links out of the root, and a linked folder whose files are listed elsewhere, is refused.
@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from mervcache.errors import UserError
-from pipeline.datasets.base import DatasetSpec, ListingBuilder, RecordError
+from pipeline.datasets.base import DatasetSpec, ListingBuilder, Option, RecordError
+from pipeline.datasets.labels import collect_labels
 from pipeline.datasets.walk import check_link, ending, walk_files
 from pipeline.media import kind_of_path
 
 
 def collect(builder: ListingBuilder, options: Mapping[str, Any]) -> None:
     """Add every media file; a name that cannot be a clip's path is refused and counted."""
-    del options
     paths: list[str] = []
     for path in walk_files(builder):
         if kind_of_path(path):
@@ -37,7 +37,15 @@ def collect(builder: ListingBuilder, options: Mapping[str, Any]) -> None:
             builder.add_clip(path, kind_of_path(path))
         except RecordError as error:
             builder.reject(str(error), path)
+    if options["labels"]:
+        collect_labels(builder, str(options["labels"]), builder.clips)
 
+
+LABELS = Option(
+    default="",
+    help="`folders`, where the folder of a file names its class, or a CSV with columns of paths and labels, relative "
+    "to the root: conversations to train on, questions under val/ or test/, and classes to probe",
+)
 
 SPEC = DatasetSpec(
     name="folder",
@@ -45,5 +53,7 @@ SPEC = DatasetSpec(
     default_root="data/folder",
     download="Put videos and images there, in folders as you like.",
     collect=collect,
+    stages=("finetune", "eval"),
+    options={"labels": LABELS},
     lists_media=True,
 )

@@ -34,6 +34,8 @@ MEDIA_KEYS: dict[str, Kind | None] = {
 SPAN_KEYS = frozenset(("start", "end", "starttime", "endtime", "timestamp", "time", "span", "segment"))
 KEYS_SHOWN = 5  # of a record, in a reason
 
+OWN = "annotations.json"  # records of one's own, of no published name
+
 # stage -> packagings, the preferred one first; a merge is a plain concatenation (PKU-YuanGroup/Video-LLaVA)
 ANNOTATIONS: dict[str, tuple[tuple[str, ...], ...]] = {
     "align": (
@@ -43,6 +45,7 @@ ANNOTATIONS: dict[str, tuple[tuple[str, ...], ...]] = {
     "finetune": (
         ("videochatgpt_llavaimage_tune.json",),
         ("llava_image_tune_.json", "videochatgpt_tune_.json", "nlp_tune.json"),
+        (OWN,),
     ),
 }
 SOURCE_OF_FOLDER = {"videochatgpt_tune": "videochatgpt"}  # other folders are named like their source
@@ -56,7 +59,7 @@ DOWNLOAD = """\
 2. Annotations, from the links in TRAIN_AND_VALIDATE.md of PKU-YuanGroup/Video-LLaVA:
    valley_llavaimage.json and videochatgpt_llavaimage_tune.json, or the newer file per source.
 3. Under the root: the JSON files, and the folders valley/, llava_image/, videochatgpt_tune/ and llava_image_tune/.
-Records of your own go into a file of one of those names (or .jsonl, .json.gz, .jsonl.gz), each with one medium under
+Records of your own go into annotations.json (or .jsonl, .json.gz, .jsonl.gz), each with one medium under
 "video" or "image" (also videos, video_path, images, image_path, media, file_name, ...) or with none."""
 
 
@@ -73,7 +76,8 @@ def collect(builder: ListingBuilder, options: Mapping[str, Any]) -> None:
         for expected, files in zip(ANNOTATIONS[stage], present, strict=True):
             listed = ", ".join(files)
             if files and files != chosen:
-                builder.notes.append(f"{stage}: {listed} passed over, {', '.join(chosen)} holds the same records")
+                same = "is read" if OWN in (*files, *chosen) else "holds the same records"
+                builder.notes.append(f"{stage}: {listed} passed over, {', '.join(chosen)} {same}")
             elif files and (lacking := [name for name in expected if name not in files]):
                 builder.notes.append(f"{stage}: {', '.join(lacking)} is not there, only {listed} is read")
         if not chosen:
@@ -83,6 +87,7 @@ def collect(builder: ListingBuilder, options: Mapping[str, Any]) -> None:
             _collect_file(builder, stage, name)
     if not has_annotations:
         expected = [name for stage in stages for name in ANNOTATIONS[stage][0]]
+        expected += [OWN] if "finetune" in stages else []
         raise UserError(f"no annotations under {builder.root}: expected {' or '.join(expected)}\n{DOWNLOAD}")
 
 
@@ -120,7 +125,7 @@ def named_medium(record: Mapping[str, Any]) -> tuple[str, Kind] | None:
     """The path and kind of a record's medium, None where it names none; `RecordError` for several or an unclear one."""
     found: dict[tuple[str, Kind], str] = {}  # path, kind -> key
     for key, value in record.items():
-        name = _plain_key(key)
+        name = plain_key(key)
         if name not in MEDIA_KEYS or is_absent(value):
             continue
         entries = [entry for entry in value if not is_absent(entry)] if isinstance(value, list) else [value]
@@ -151,7 +156,7 @@ def check_text_only(record: Mapping[str, Any], turns: Sequence[Turn]) -> None:
             raise RecordError(f"question has a media placeholder and no key names a medium ({_keys_of(keys)})")
 
 
-def _plain_key(key: str) -> str:
+def plain_key(key: str) -> str:
     """`videos`, `video_path`, `imagePaths` -> `video`, `videopath`, `imagepath`."""
     return key.lower().replace("_", "").replace("-", "").removesuffix("s")
 
@@ -171,7 +176,7 @@ def _paths_in(value: object) -> Iterator[str]:
 
 
 def _is_span(key: str, value: object) -> bool:
-    return _plain_key(key) in SPAN_KEYS and not is_absent(value)
+    return plain_key(key) in SPAN_KEYS and not is_absent(value)
 
 
 def _keys_of(keys: Iterable[str]) -> str:

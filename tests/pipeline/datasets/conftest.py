@@ -74,7 +74,7 @@ def make_webdataset(root: Path) -> Path:
 
 
 def make_folder(root: Path) -> Path:
-    for name in ("b/2.mp4", "b/1.MOV", "a.jpg", ".hidden.mp4", ".git/c.mp4", "notes.txt"):
+    for name in ("b/2.mp4", "b/1.MOV", "a.jpg", ".hidden.mp4", ".git/c.mp4", "notes.txt", "val/b/3.mp4"):
         write(root / name)
     return root
 

@@ -14,7 +14,7 @@ from pipeline.datasets import DATASETS, DatasetListing, check_has_clips, load_da
 from pipeline.media import resolve_media
 from tests.pipeline.datasets import conftest as layouts
 
-OPTIONS = {"demo": {"train": 12, "heldout": 3, "size": 32, "num_frames": 4}}
+OPTIONS = {"demo": {"train": 12, "heldout": 3, "size": 32, "num_frames": 4}, "folder": {"labels": "folders"}}
 
 
 @pytest.fixture(scope="module", params=list(DATASETS))

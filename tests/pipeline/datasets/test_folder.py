@@ -146,3 +146,69 @@ def test_a_name_that_no_clip_can_have_is_counted(tmp_path):
 def test_the_real_small_set_holds_27_videos_and_11_images(mini):
     kinds = [clip.kind for clip in load_dataset("folder", mini).clips]
     assert (kinds.count("video"), kinds.count("image")) == (27, 11)
+
+
+def put(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+
+
+def test_folders_name_classes_to_train_on_and_to_score(tmp_path):
+    put(tmp_path, "train/cat/a.mp4", "train/dog/b.jpg", "val/cat/c.mp4", "loose.mp4", "train/d.mp4")
+    listing = load_dataset("folder", tmp_path, labels="folders")
+    samples = [sample for found in listing.samples.values() for sample in found]
+    by_path = {sample.clip_id.removeprefix("folder/"): sample for sample in samples}
+    assert {path: (s.category, s.stage, s.split, s.options) for path, s in by_path.items()} == {
+        "train/cat/a.mp4": ("cat", "finetune", "train", ()),
+        "train/dog/b.jpg": ("dog", "finetune", "train", ()),
+        "val/cat/c.mp4": ("cat", "eval", "heldout", ("cat", "dog")),
+    }
+    assert by_path["val/cat/c.mp4"].answer_index == 0
+    assert by_path["train/dog/b.jpg"].turns[1].text == "dog"
+    assert len(listing.clips) == 5
+    assert listing.skipped == {"clips without a label, which have no conversation": 2}
+    assert set(load_dataset("folder", tmp_path, stage="eval", labels="folders").samples) == {"folder-eval"}
+
+
+@pytest.mark.parametrize("heading", ["path,label", "file_name,class", "Video,Category", "label,image_path"])
+def test_a_table_of_labels_is_read_under_the_usual_headings(tmp_path, heading):
+    put(tmp_path, "v/a.mp4", "v/b.mp4", "v/c.mp4")
+    rows = [
+        ("./v/a.mp4", "cat, small"),
+        ("v//b.mp4", "dog"),
+        ("v/gone.mp4", "dog"),
+        ("../x.mp4", "dog"),
+        ("v/c.mp4", ""),
+    ]
+    is_turned = heading.startswith("label")
+    lines = [f'"{label}",{path}' if is_turned else f'{path},"{label}"' for path, label in rows]
+    (tmp_path / "labels.csv").write_text("\n".join([heading, *lines]) + "\n")
+    listing = load_dataset("folder", tmp_path, labels="labels.csv")
+    (samples,) = listing.samples.values()
+    assert {sample.clip_id: sample.category for sample in samples} == {
+        "folder/v/a.mp4": "cat, small",
+        "folder/v/b.mp4": "dog",
+    }
+    assert listing.missing == {"v": 1}
+    assert {reason: found.count for reason, found in listing.rejected.items()} == {
+        "media path is unsafe": 1,
+        "row without a label": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("name,label\na.mp4,cat\n", "column of paths"),
+        ("path,label\nb.mp4,cat\n", "none of the 1 clips"),
+        ("path,label\na.mp4,cat\na.mp4,dog\n", "keep one"),
+        (None, "no such file"),
+    ],
+)
+def test_a_table_that_labels_nothing_or_twice_is_an_error(tmp_path, text, reason):
+    put(tmp_path, "a.mp4")
+    if text is not None:
+        (tmp_path / "labels.csv").write_text(text)
+    with pytest.raises(UserError, match=reason):
+        load_dataset("folder", tmp_path, labels="labels.csv")

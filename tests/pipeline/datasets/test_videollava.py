@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 from collections import Counter
@@ -350,3 +351,18 @@ def test_broken_json_is_an_error_with_file_and_position(tmp_path):
 )
 def test_the_source_follows_from_the_leading_folders(path, source):
     assert source_of(path) == source
+
+
+@pytest.mark.parametrize("name", ["annotations.json", "annotations.jsonl", "annotations.jsonl.gz"])
+def test_records_of_ones_own_have_a_name_that_anyone_would_choose(tmp_path, name):
+    record = {
+        "id": "1",
+        "video": "a.mp4",
+        "conversations": [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "A cat."}],
+    }
+    text = json.dumps(record) + "\n" if ".jsonl" in name else json.dumps([record])
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    listing = load_dataset("videollava", tmp_path)
+    assert [clip.path for clip in listing.clips] == ["a.mp4"]
+    assert [sample.stage for sample in listing.samples["videollava-finetune"]] == ["finetune"]
