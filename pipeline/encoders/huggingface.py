@@ -35,6 +35,7 @@ class HuggingFaceNetwork(EncoderNetwork):
         *,
         choices: Mapping[str, Any] | None = None,  # config values that a checkpoint need not agree with
         model_options: Mapping[str, Any] | None = None,  # keyword arguments of the model class
+        call_options: Mapping[str, Any] | None = None,  # keyword arguments of each call
         final_norm: str | None = "layernorm",  # attribute of the last LayerNorm, if it takes all tokens
         unused: tuple[str, ...] = (),  # parameters and modules that do not touch the features
         published_names: Mapping[str, str] | None = None,  # regular expressions: library's name -> checkpoint's
@@ -44,6 +45,7 @@ class HuggingFaceNetwork(EncoderNetwork):
         if final_norm is None:
             refuse_final_norm(spec)
         self._model_class, self._options = model_class, dict(model_options or {})
+        self._call_options = dict(call_options or {})
         self._sizes = {
             "hidden_size": spec.width,
             "num_attention_heads": spec.architecture["num_heads"],
@@ -62,12 +64,12 @@ class HuggingFaceNetwork(EncoderNetwork):
         batch, num_frames = pixels_BTCHW.shape[:2]
         _, height, width = self.spec.grid
         if self.spec.temporal_reach == "frame":
-            tokens_XND = self.model(pixels_BTCHW.flatten(0, 1)).last_hidden_state
+            tokens_XND = self.model(pixels_BTCHW.flatten(0, 1), **self._call_options).last_hidden_state
             tokens_BTND = tokens_XND.unflatten(0, (batch, num_frames))  # [(B T), K + H W, D]
             prefix_BTKD, patches_BTPD = tokens_BTND.tensor_split([self.spec.prefix_tokens], dim=2)
             features_BTHWD = patches_BTPD.unflatten(2, (height, width))
         else:
-            tokens_BND = self.model(pixels_BTCHW).last_hidden_state  # [B, K + T H W, D]
+            tokens_BND = self.model(pixels_BTCHW, **self._call_options).last_hidden_state  # [B, K + T H W, D]
             prefix_BKD, patches_BPD = tokens_BND.tensor_split([self.spec.prefix_tokens], dim=1)
             features_BTHWD = patches_BPD.unflatten(1, (-1, height, width))
             prefix_BTKD = prefix_BKD.unsqueeze(1).expand(-1, features_BTHWD.shape[1], -1, -1)

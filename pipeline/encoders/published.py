@@ -1,11 +1,12 @@
 """The built-in encoders: one `EncoderSpec` each, with its builder where it needs code of its own.
 
 To add one, write its spec and builder here and list it in `PUBLISHED`. Sizes, layers and preprocessing are MERV's
-(arXiv 2501.01426) for its four encoders; CLIP and VideoMAE are for comparisons.
+(arXiv 2501.01426) for its four encoders; the others are for comparisons.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pipeline.encoders.base import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, EncoderSpec
@@ -242,6 +243,96 @@ def build_videomae(spec: EncoderSpec) -> EncoderNetwork:
     )
 
 
+# SigLIP 2 ViT-B/16 at 224 pixels (arXiv 2502.14786): SigLIP's network with other weights, trained for localisation and
+# dense features too; read where SigLIP is.
+SIGLIP2 = replace(
+    SIGLIP,
+    name="siglip2",
+    summary="SigLIP 2 ViT-B/16: image features aligned with language, better localised than SigLIP's",
+    hub_id="google/siglip2-base-patch16-224",
+)
+
+
+# DINOv3 ViT-L/16 (arXiv 2508.10104): every frame by itself, rotary positions, a class token and four registers; the
+# last block through the final norm, which is what its authors evaluate dense features with.
+DINOV3 = EncoderSpec(
+    name="dinov3",
+    summary="DINOv3 ViT-L/16: self-supervised image features; the Hub gives the weights to who accepts Meta's licence",
+    model="dinov3",
+    hub_id="facebook/dinov3-vitl16-pretrain-lvd1689m",
+    builder=f"{__name__}:build_dinov3",
+    architecture={"image_size": 224, "patch_size": 16, "num_frames": 16, "tubelet_frames": 1}
+    | VIT_LARGE
+    | {"activation": "gelu", "norm_eps": 1e-5},
+    temporal_reach="frame",
+    resize=ResizeRule(filter="bicubic"),
+    mean=IMAGENET_MEAN,
+    std=IMAGENET_STD,
+    prefix_tokens=5,
+    final_norm=True,
+)
+
+
+def build_dinov3(spec: EncoderSpec) -> EncoderNetwork:
+    sizes = {
+        "patch_size": spec.architecture["patch_size"],
+        "intermediate_size": spec.architecture["mlp_size"],
+        "num_register_tokens": spec.prefix_tokens - 1,
+    }
+    choices = {"image_size": spec.architecture["image_size"]}  # rotary positions: weights fit any size
+    return _build(
+        spec,
+        "DINOv3ViT",
+        sizes,
+        choices=choices,
+        final_norm="norm",
+        unused=("embeddings.mask_token",),
+        published_names={r"^model\.layer\.": "layer."},
+    )
+
+
+# V-JEPA 2 ViT-L/16 at 256 pixels (arXiv 2506.09985): joint attention over a clip of tubelets with rotary positions in
+# time, height and width. It was trained on 64 frames; the 32 that all encoders share give 16 time steps. The last block
+# through the final norm, without the predictor. Frames are squashed, where its authors crop.
+VJEPA2 = EncoderSpec(
+    name="vjepa2",
+    summary="V-JEPA 2 ViT-L/16: self-supervised video features, motion",
+    model="vjepa2",
+    hub_id="facebook/vjepa2-vitl-fpc64-256",
+    builder=f"{__name__}:build_vjepa2",
+    architecture={"image_size": 256, "patch_size": 16, "num_frames": 32, "tubelet_frames": 2}
+    | VIT_LARGE
+    | {"activation": "gelu", "norm_eps": 1e-6},
+    temporal_reach="clip",
+    resize=ResizeRule(filter="bilinear"),
+    mean=IMAGENET_MEAN,
+    std=IMAGENET_STD,
+    final_norm=True,
+)
+
+
+def build_vjepa2(spec: EncoderSpec) -> EncoderNetwork:
+    sizes = spec.architecture
+    return _build(
+        spec,
+        "VJEPA2",
+        {
+            "patch_size": sizes["patch_size"],
+            "tubelet_size": sizes["tubelet_frames"],
+            "mlp_ratio": sizes["mlp_size"] / sizes["hidden_size"],
+        },
+        # Rotary positions fit any size; the predictor, which is not used, need not be built whole.
+        choices={
+            "crop_size": sizes["image_size"],
+            "frames_per_clip": sizes["num_frames"],
+            "pred_num_hidden_layers": 1,
+        },
+        final_norm="encoder.layernorm",
+        unused=("predictor",),
+        call_options={"skip_predictor": True},
+    )
+
+
 def _image_sizes(spec: EncoderSpec) -> dict[str, Any]:
     sizes = spec.architecture
     return {
@@ -251,4 +342,4 @@ def _image_sizes(spec: EncoderSpec) -> dict[str, Any]:
     }
 
 
-PUBLISHED = {spec.name: spec for spec in (LANGUAGEBIND, DINOV2, VIVIT, SIGLIP, CLIP, VIDEOMAE)}
+PUBLISHED = {spec.name: spec for spec in (LANGUAGEBIND, DINOV2, VIVIT, SIGLIP, CLIP, VIDEOMAE, SIGLIP2, DINOV3, VJEPA2)}

@@ -8,7 +8,7 @@ import torch
 
 from pipeline.encoders import ENCODERS, load_encoder
 
-BUILT_IN = ("languagebind", "dinov2", "vivit", "siglip", "clip", "videomae")
+BUILT_IN = ("languagebind", "dinov2", "vivit", "siglip", "clip", "videomae", "siglip2", "dinov3", "vjepa2")
 TOY = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_layers": 3, "num_heads": 4}
 TEXT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99}
 
@@ -87,7 +87,13 @@ def _plain_model(spec):
             published_image = sizes["position_grid"] * sizes["patch_size"]
             values = common | {"image_size": published_image, "patch_size": sizes["patch_size"], "mlp_ratio": 4}
             model = hf.Dinov2WithRegistersModel(hf.Dinov2WithRegistersConfig(**values))
-        elif spec.name == "siglip":
+        elif spec.name == "dinov3":
+            model = hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**image, num_register_tokens=4))
+        elif spec.name == "vjepa2":
+            values = {name: value for name, value in common.items() if name != "image_size"}
+            values |= {"crop_size": sizes["image_size"], "patch_size": sizes["patch_size"]}
+            model = hf.VJEPA2Model(hf.VJEPA2Config(**values, pred_num_hidden_layers=2))
+        elif spec.name in ("siglip", "siglip2"):
             model = hf.SiglipModel(hf.SiglipConfig(vision_config=image, text_config=TEXT))
         elif spec.name == "clip":
             model = hf.CLIPModel(hf.CLIPConfig(vision_config=image, text_config=TEXT))

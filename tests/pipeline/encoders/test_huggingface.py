@@ -32,7 +32,11 @@ def plain_features(name, model, frames_THWC):
     """[T, H, W, D] of one clip by the whole published model."""
     if name == "dinov2":
         hidden = model(plain_pixels(frames_THWC, *IMAGENET), output_hidden_states=True).hidden_states[-2][:, 5:]
-    elif name == "siglip":
+    elif name == "dinov3":
+        hidden = model(plain_pixels(frames_THWC, *IMAGENET)).last_hidden_state[:, 5:]
+    elif name == "vjepa2":
+        hidden = model(plain_pixels(frames_THWC, *IMAGENET)[None]).last_hidden_state
+    elif name in ("siglip", "siglip2"):
         hidden = model.vision_model(plain_pixels(frames_THWC, *HALVES), output_hidden_states=True).hidden_states[-2]
     elif name == "clip":
         hidden = model.vision_model(plain_pixels(frames_THWC, *OPENAI), output_hidden_states=True).hidden_states[-2]
@@ -45,7 +49,7 @@ def plain_features(name, model, frames_THWC):
     return hidden.reshape(-1, 4, 4, 32)
 
 
-FAMILIES = ("dinov2", "siglip", "clip", "vivit", "videomae")
+FAMILIES = ("dinov2", "siglip", "clip", "vivit", "videomae", "siglip2", "dinov3", "vjepa2")
 
 
 @pytest.mark.parametrize("name", FAMILIES)

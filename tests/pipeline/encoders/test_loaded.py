@@ -12,10 +12,18 @@ from pipeline.align import align
 from pipeline.encoders import load_encoder
 from pipeline.encoders.base import feature_identity
 
-BUILT_IN = ("languagebind", "dinov2", "vivit", "siglip", "clip", "videomae")
+BUILT_IN = ("languagebind", "dinov2", "vivit", "siglip", "clip", "videomae", "siglip2", "dinov3", "vjepa2")
 GRIDS = dict.fromkeys(BUILT_IN, (16, 4, 4)) | {"videomae": (8, 4, 4)}
-PERIODS = {"languagebind": 8, "dinov2": 1, "vivit": 16, "siglip": 1, "clip": 1, "videomae": 8}
-PREFIXES = {"languagebind": 1, "dinov2": 5, "vivit": 1, "siglip": 0, "clip": 1, "videomae": 0}
+PERIODS = {"languagebind": 8, "dinov2": 1, "vivit": 16, "siglip": 1, "clip": 1, "videomae": 8} | {
+    "siglip2": 1,
+    "dinov3": 1,
+    "vjepa2": 16,
+}
+PREFIXES = {"languagebind": 1, "dinov2": 5, "vivit": 1, "siglip": 0, "clip": 1, "videomae": 0} | {
+    "siglip2": 0,
+    "dinov3": 5,
+    "vjepa2": 0,
+}
 
 every_encoder = pytest.mark.parametrize("name", BUILT_IN)
 with_prefix = pytest.mark.parametrize("name", [name for name in BUILT_IN if PREFIXES[name]])
@@ -132,7 +140,7 @@ def test_safetensors_and_bin_of_the_same_weights_agree_in_hash_and_features(name
 def test_a_checkpoint_that_lacks_a_used_weight_is_refused_by_its_name(name, spec_of, checkpoint, tmp_path):
     spec = spec_of(name)
     weights = load_file(checkpoint(spec) / "model.safetensors")
-    ends = (".1.mlp.fc2.weight", ".1.output.dense.weight")  # of the second block, in one naming or the other
+    ends = (".1.mlp.fc2.weight", ".1.output.dense.weight", ".1.mlp.down_proj.weight")  # of the second block
     victim = next(key for key in sorted(weights) if key.endswith(ends) and "text_model" not in key)
     save_file({key: value for key, value in weights.items() if key != victim}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((checkpoint(spec) / "config.json").read_text())
