@@ -58,7 +58,7 @@ def write_report(path: Place, *, out: str | Path | None = None, root: str | None
         "samples": f"{sum(status['samples'].values()):,}",
         "on disk": format_bytes(num_bytes),
         "per clip": format_bytes(num_bytes / clips) if clips else "-",
-        "quarantined": f"{sum(status['quarantine'].values()):,}",
+        "clips quarantined": f"{len(set(store.quarantine['clip_id'].to_pylist())):,}",
     }
     folder = files("pipeline")
     body = Template((folder / "report.html").read_text()).substitute(

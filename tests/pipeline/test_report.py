@@ -98,8 +98,9 @@ def test_by_default_the_page_lies_beside_the_store_and_lists_the_quarantine_esca
     lab.copy_of_root()
     (lab.root / "valley/a<b>&.mp4").write_bytes(b"not a film")
     lab.annotate(lab.root, ["valley/a<b>&.mp4", "valley/v5.mp4"], [])
-    lab.extract(encoders=("siglip",))
+    lab.extract(encoders=("siglip", "dinov2"))
     path = write_report(lab.store)
+    assert re.search(r"<b>1</b><span>clips quarantined", path.read_text())  # by two encoders
     assert path == lab.folder / "store-report.html"
     assert "videollava/valley/a<b>&.mp4" in Page(path).text
     assert "a<b>" not in path.read_text()
