@@ -122,6 +122,7 @@ class ExtractConfig:
     frame_dtype: Mapping[str, str] = field(default_factory=dict)  # encoder -> uint8 | float32
     exif: str = "ignore"  # apply: still pictures are turned by their EXIF orientation
     grid: tuple[int, int, int] | None = (16, 8, 8)
+    upsample: bool = False  # let rows and columns of the grid be more than an encoder's own: adaptive windows overlap
     prefix_tokens: bool = False
     compute_dtype: str = "bfloat16"  # as princetonvisualai/merv runs them
     storage_dtype: str = "float16"
@@ -228,6 +229,18 @@ class ExtractConfig:
             )
         except ClusterError as error:
             raise UserError(str(error)) from error
+
+    def check_grids(self) -> None:
+        """UserError for a grid that would repeat places of an encoder's own, unless `upsample` is set."""
+        for settings in self.encoder_settings if self.grid is not None and not self.upsample else ():
+            own = settings.spec.grid
+            if self.grid[1] > own[1] or self.grid[2] > own[2]:
+                wanted, has = ("x".join(map(str, grid)) for grid in (self.grid, own))
+                raise UserError(
+                    f"grid {wanted} is finer than the {has} of {settings.name}: it would hold places twice. Store the"
+                    " encoders' own grids with --grid raw, from which merv-train --projector 2d-average-upsampled makes"
+                    " the same tokens; or give --upsample"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

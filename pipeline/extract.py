@@ -93,10 +93,11 @@ def check_request(config: ExtractConfig) -> tuple[Objects, StoreView | None]:
     Returns the opened place and the store in it, if there is one. The same checks are repeated where something is
     written, since another driver may have been there meanwhile.
 
-    Errors: `ClusterError` for an unknown scheduler; `UserError` for a place where no store can be and for other block
-    rows; `IdentityConflictError` where an encoder is stored under other settings.
+    Errors: `ClusterError` for an unknown scheduler; `UserError` for a grid finer than an encoder's, a place where no
+    store can be and for other block rows; `IdentityConflictError` where an encoder is stored under other settings.
     """
     check_scheduler(config.scheduler)
+    config.check_grids()
     objects = check_place(config.store_path)
     if not objects.exists(ROOT_METADATA):
         return objects, None

@@ -64,6 +64,7 @@ SINGLE_ENCODER_FUSIONS = ("first",)  # read the first encoder only
 ENCODER_ORDER = ("languagebind", "dinov2", "vivit", "siglip")
 RESAMPLERS = {
     "average": "trainer.model.projectors:Average",
+    "average_upsampled": "trainer.model.projectors:UpsampledAverage",
     "attention": "trainer.model.projectors:Attention",
     "convolution": "trainer.model.projectors:Convolution",
     "convolution_3d": "trainer.model.projectors:Convolution3D",
@@ -145,6 +146,8 @@ class ProjectorConfig:
 # The rows of the projector ablation (arXiv 2501.01426): any head goes with each of them.
 PROJECTORS: dict[str, ProjectorConfig] = {
     "2d-average": ProjectorConfig(),  # the paper's default; its 8 x 8 is the store's grid, of a raw one set grid
+    # The same with grids finer than an encoder's own, such as 256 tokens per frame of a 14 x 14 one.
+    "2d-average-upsampled": ProjectorConfig(resampler="average_upsampled"),
     "2d-attention": ProjectorConfig(resampler="attention"),
     "2d-convolution": ProjectorConfig(resampler="convolution"),
     "3d-average": ProjectorConfig(frame_divisor=2),

@@ -144,7 +144,7 @@ def explain(
     print_result(found.to_dict(), as_json, lambda: render.explanation(found))
 
 
-_INHERITED = "dataset root encoders weights stage kind limit decoder compute_dtype storage_dtype grid".split()
+_INHERITED = "dataset root encoders weights stage kind limit decoder compute_dtype storage_dtype grid upsample".split()
 for parameter in explain.params:  # each command has its own copy of shared options
     if parameter.name in _INHERITED:
         parameter.show_default = "as in the store's newest run"

@@ -110,6 +110,12 @@ extraction_options = stacked(  # what would be extracted, from where, with what,
         help="Stored tokens per clip, or raw: each encoder's own grid.",
     ),
     click.option(
+        "--upsample",
+        is_flag=True,
+        default=None,
+        help="Let rows and columns of --grid be more than an encoder's own.",
+    ),
+    click.option(
         "--prefix-tokens",
         is_flag=True,
         default=None,

@@ -23,6 +23,13 @@ def test_other_settings_of_an_encoder_are_told_without_its_weights(ask):
     assert "weights_sha256" not in str(refused.value)
 
 
+def test_a_grid_that_would_repeat_places_is_refused_unless_it_is_named(ask):
+    with pytest.raises(UserError, match=r"grid 8x5x5 is finer than the \d+x4x4 of .*--grid raw"):
+        ask(grid=[8, 5, 5], new_identity=True)
+    with pytest.raises(UserError, match="nowhere"):  # the run ends where the media should be
+        ask(grid=[8, 5, 5], upsample=True, new_identity=True)
+
+
 def test_other_block_rows_are_told(ask):
     with pytest.raises(UserError, match="this store has blocks of 4 video rows, got 8"):
         ask(block_rows={"video": 8})

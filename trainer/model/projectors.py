@@ -27,6 +27,7 @@ TRAINED_GRID = (8, 8)  # H, W behind a trained resampler where the config names 
 NUM_HEADS = 8  # of the attention
 INIT_STD = 0.02  # of the attention's weights
 STAGE_DEPTH = 3  # blocks before, and blocks behind the pooling of the 2D convolution
+UPSAMPLED = "; tokens finer than an encoder's own grid, from a raw store: --projector 2d-average-upsampled"
 EXTRACT_OPTIONS = {  # what a resampler needs of a store, as a name for it -> how it is extracted
     "raw": "--grid raw",
     "class": "--prefix-tokens",
@@ -67,9 +68,8 @@ class Average(Resampler):
         for each in self.nested.values() or [grid]:
             self._check(each, stored)
 
-    @staticmethod
-    def _check(grid: Grid, stored: TokenShape) -> None:
-        _check_not_finer(grid, stored.grid)
+    def _check(self, grid: Grid, stored: TokenShape) -> None:
+        _check_not_finer(grid, stored.grid, UPSAMPLED)
         if stored.is_pooled and not pools_exactly(grid, stored):
             native = f" of the encoder's {_text(stored.native_grid)}" if stored.native_grid else ""
             raise UserError(
@@ -83,6 +83,19 @@ class Average(Resampler):
         """The tokens on the grid, or on that of `nested` with so many tokens per frame."""
         grid = self.grid if tokens_per_frame is None else self.nested[tokens_per_frame]
         return average_windows(tokens_BTHWD.float(), grid)
+
+
+class UpsampledAverage(Average):
+    """The same windows on a grid that may be finer than the encoder's own, as princetonvisualai/merv pools any grid.
+
+    Window i of m over n < m places still begins at floor(i n / m) and ends before ceil((i + 1) n / m), so that it holds
+    one place or the mean of two neighbours. It adds visual tokens and no information: 256 tokens per frame of a
+    14 x 14 grid, next to encoders of 16 x 16. Other grids are those of `Average`; time steps are never added.
+    """
+
+    def _check(self, grid: Grid, stored: TokenShape) -> None:
+        if stored.is_pooled or grid[0] > stored.grid[0]:
+            super()._check(grid, stored)
 
 
 class Attention(Resampler):
@@ -259,11 +272,11 @@ def _divided_time(config: ProjectorConfig, stored: TokenShape) -> int:
     return time
 
 
-def _check_not_finer(grid: Grid, stored: Grid) -> None:
+def _check_not_finer(grid: Grid, stored: Grid, advice: str = "") -> None:
     if any(want > have for want, have in zip(grid, stored, strict=True)):
         raise UserError(
             f"projector grid {_text(grid)} is finer than the stored grid {_text(stored)}; set projector.grid to a"
-            " coarser one, or extract a finer one"
+            f" coarser one, or extract a finer one{advice}"
         )
 
 

@@ -83,6 +83,38 @@ def test_a_pooled_grid_is_pooled_again_only_where_that_is_the_average_of_the_enc
             Projector(config, stored, 5)
 
 
+@pytest.mark.parametrize("side", [8, 14, 16, 24])
+def test_a_named_projector_upsamples_a_raw_grid_over_torch_windows(side):
+    """256 tokens per frame of ViViT and SigLIP: the released code has AdaptiveAvgPool2d(16) on their 14 x 14."""
+    config = ProjectorConfig(resampler="average_upsampled", grid=(2, side, side))
+    projector = Projector(config, shape((2, 14, 14), 3, is_pooled=False), 5)
+    tokens_BTHWD = torch.randn(2, 2, 14, 14, 3)
+    expected = F.adaptive_avg_pool2d(tokens_BTHWD.flatten(0, 1).permute(0, 3, 1, 2), side).permute(0, 2, 3, 1)
+    torch.testing.assert_close(projector.resample(tokens_BTHWD).flatten(0, 1), expected)
+    assert projector(tokens_BTHWD).shape == (2, 2 * side * side, 5)
+    if side == 16:  # by hand: window 1 begins at floor(14 / 16) = 0 and ends before ceil(2 * 14 / 16) = 2
+        torch.testing.assert_close(projector.resample(tokens_BTHWD)[:, :, 1, 0], tokens_BTHWD[:, :, :2, 0].mean(2))
+
+
+@pytest.mark.parametrize(
+    ("grid", "stored", "message"),
+    [
+        ((1, 16, 16), shape((1, 14, 14), 2), "finer than the stored grid 1x14x14"),  # what was pooled already
+        ((1, 3, 8), shape((1, 8, 8), 2), "1x3x8 is not exact from the stored grid 1x8x8"),
+        ((4, 16, 16), shape((2, 14, 14), 2, is_pooled=False), "4x16x16 is finer than the stored grid 2x14x14"),
+    ],
+)
+def test_upsampling_adds_no_time_steps_and_repeats_no_pooling(grid, stored, message):
+    with pytest.raises(UserError, match=message):
+        Projector(ProjectorConfig(resampler="average_upsampled", grid=grid), stored, 3)
+
+
+def test_no_other_projector_upsamples_and_the_error_names_the_one_that_does():
+    raw = shape((1, 14, 14), 2, is_pooled=False)
+    with pytest.raises(UserError, match=r"1x16x16 is finer than the stored grid 1x14x14.*2d-average-upsampled"):
+        Projector(ProjectorConfig(grid=(1, 16, 16)), raw, 3)
+
+
 def test_a_source_may_give_more_than_a_resampler_reads():
     projector = Projector(ProjectorConfig(), shape((1, 2, 2), 4), 3)
     tokens_BTHWD = torch.randn(1, 1, 2, 2, 4)

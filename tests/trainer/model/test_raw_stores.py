@@ -22,6 +22,7 @@ WIDTHS = {"dinov2": 16, "siglip": 8, "vivit": 8}
 PREFIX = {"dinov2": 3, "siglip": 0, "vivit": 1}
 NUM_VISUAL = {
     "2d-average": 162,
+    "2d-average-upsampled": 162,
     "2d-attention": 128,
     "2d-convolution": 128,
     "3d-average": 81,

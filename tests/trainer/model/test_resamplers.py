@@ -16,6 +16,7 @@ POOLED = replace(RAW, grid=(4, 8, 8), is_pooled=True)
 LLM_WIDTH = 12
 NUM_TOKENS = {
     "2d-average": 4 * 9 * 9,
+    "2d-average-upsampled": 4 * 9 * 9,
     "2d-attention": 4 * 64,
     "2d-convolution": 4 * 64,
     "3d-average": 2 * 9 * 9,
