@@ -110,11 +110,15 @@ def open_store_for(run: LoadedRun, path: str, *, names: Sequence[str] = ()) -> t
     """Samples of a store, all or those of these names, and a source of the tokens that a finished run reads.
 
     Encoders are found by identity: a store that holds one twice has other keys for it than the run was trained with.
-    In the store it was trained on, a run keeps to its settings `snapshot` and `clips_with`.
+    In the store it was trained on, wherever that is now, a run keeps to its settings `snapshot` and `clips_with`.
     """
     check_has_a_store(run)
     config, is_own = run.built.config, path == run.record.store
-    store = FeatureStore.open(path, snapshot=config.snapshot or None if is_own else None)
+    if is_own:
+        store = FeatureStore.open(path, snapshot=config.snapshot or None)
+    else:
+        store = _at_snapshot(path, config.snapshot)
+        is_own = store.snapshot == config.snapshot  # its name holds a digest of the content
     keys = {identity.id: key for key, identity in store.encoders.items()}
     wanted = {encoder: keys.get(shape.identity, encoder) for encoder, shape in run.record.shapes.items()}
     wanted = wanted or {key: key for key in store.encoders}  # text only: the clips of all encoders

@@ -24,7 +24,7 @@ from featurestore.locate import is_url
 from jobs.clusters import ClusterRequest, connect
 from jobs.run import Task, run_tasks
 from mervcache.console import ProgressLine
-from mervcache.errors import MervCacheError, UserError, unknown_name
+from mervcache.errors import MervCacheError, StoreError, UserError, unknown_name
 from mervcache.files import replace_text
 from trainer.ablation.supervise import RunJob, supervise
 from trainer.ablation.sweep import (
@@ -108,11 +108,11 @@ def open_recorded(out: Path, store_path: str | None = None) -> PinnedSweep:
 def open_sweep(sweep: SweepConfig, stages: Stages, store_path: str, out: Path) -> PinnedSweep:
     """Expand a sweep and pin it to a snapshot, samples and questions; nothing is written.
 
-    A sweep that was begun keeps its snapshot, whatever was added to the store since. Raises UserError for encoders,
+    A sweep that was begun keeps its snapshot, whatever was added to the store since; the store may have moved, since a
+    snapshot's name holds a digest of its content. Raises UserError for encoders,
     grids or settings that the store does not serve, before anything is trained.
     """
-    before = read_sweep(out) if (out / SWEEP_FILE).exists() else {}
-    store = FeatureStore.open(store_path, snapshot=before.get("snapshot"))
+    store = _open_pinned(store_path, out)
     config = stages[-1].config
     if unknown := [name for name in sweep.encoders if name not in store.encoders]:
         raise UserError(unknown_name("encoder", unknown[0], list(store.encoders)))
@@ -132,7 +132,6 @@ def open_sweep(sweep: SweepConfig, stages: Stages, store_path: str, out: Path) -
     samples = select(known, source, replace(config, encoders=encoders)).samples
     asked = questions(known, source, split=sweep.split, has_visual=True)
     pins = {
-        "store": store_path,
         "snapshot": store.snapshot,
         "encoders": list(encoders),
         "split": sweep.split,
@@ -157,13 +156,27 @@ def open_sweep(sweep: SweepConfig, stages: Stages, store_path: str, out: Path) -
     )
 
 
+def _open_pinned(store_path: str, out: Path) -> FeatureStore:
+    """The store at the snapshot that the sweep was begun with, else at its newest one."""
+    if not (out / SWEEP_FILE).exists():
+        return FeatureStore.open(store_path)
+    snapshot = read_sweep(out)["snapshot"]
+    try:
+        return FeatureStore.open(store_path, snapshot=snapshot)
+    except StoreError as error:
+        raise UserError(
+            f"{out} was begun with snapshot {snapshot} of its store: {error}. Give the place where that store is now"
+            " with --from-cache STORE, or another --out for this one"
+        ) from error
+
+
 def run_sweep(sweep: PinnedSweep, *, attempts: int = 2) -> list[RunOutcome]:
     """Train and score every run that is not done; an outcome for each, in the order of the sweep.
 
     A run that fails is tried again after the others, up to `attempts` times, unless its request is invalid. A stop
     signal ends the sweep after the step, which is saved.
     """
-    add_to_record(sweep.out, sweep.pins, sweep.axes, sweep.runs)
+    add_to_record(sweep.out, sweep.pins, sweep.axes, sweep.runs, store=sweep.store)
     outcomes = {run.name: outcome_of(sweep, run) for run in sweep.runs}
     pending = [run for run in sweep.runs if outcomes[run.name].status != "finished"]
     pending.sort(key=lambda run: not run.is_trained)  # what is scored as it is needs a trained run's settings
@@ -190,7 +203,7 @@ def run_sweep_on(sweep: PinnedSweep, request: ClusterRequest, *, launch: Sequenc
     `launch` are further options of `merv-train`, such as `--launch ddp`. What is scored without training, and the
     outcomes, are read in this process.
     """
-    add_to_record(sweep.out, sweep.pins, sweep.axes, sweep.runs)
+    add_to_record(sweep.out, sweep.pins, sweep.axes, sweep.runs, store=sweep.store)
     outcomes = {run.name: outcome_of(sweep, run) for run in sweep.runs}
     pending = {run.name: run for run in sweep.runs if outcomes[run.name].status != "finished"}
     tasks = [Task(key=name, arguments=(_job(sweep, run, launch),)) for name, run in pending.items() if run.is_trained]
@@ -221,7 +234,7 @@ def _job(sweep: PinnedSweep, run: SweepRun, launch: Sequence[str]) -> RunJob:
     names = [stage.name for stage in run.stages]  # its file has all settings: any recipe of the same stages will do
     recipe = next(name for name, stages in RECIPES.items() if [stage.name for stage in stages] == names)
     source = ("--from-cache", store, "--recipe", recipe, "--config", str(config))
-    of_run = ("--checkpoint", str(folder), "--split", sweep.split, "--protocol", sweep.protocol)
+    of_run = ("--checkpoint", str(folder), "--store", store, "--split", sweep.split, "--protocol", sweep.protocol)
     program = (sys.executable, "-P", "-m", "trainer.main")
     views = {"mask": run.is_masked, "grids": bool(run.nested_grids)}
     return RunJob(
@@ -244,7 +257,7 @@ def _train_and_score(sweep: PinnedSweep, run: SweepRun, llm: LoadedLLM | None) -
             results = train_stages(run.stages, open_tokens, folder, store=sweep.store, resume=True, llm=llm)
         if results[-1].steps < results[-1].num_steps:
             return RunOutcome(name=run.name, status="stopped"), True
-        request = EvaluationRequest(split=sweep.split, protocol=sweep.protocol, open_ended=False)
+        request = EvaluationRequest(store=sweep.store, split=sweep.split, protocol=sweep.protocol, open_ended=False)
         evaluate_run(folder, request, llm=llm)
         if run.is_masked:
             evaluate_masked(folder, request, [(), *expand_subsets([ALL], run.encoders)], llm=llm)

@@ -311,13 +311,14 @@ def axes_entry(sweep: SweepConfig, stages: Stages) -> dict[str, Any]:
 
 
 def add_to_record(
-    sweep: Path, pins: Mapping[str, Any], axes: Sequence[Mapping[str, Any]], runs: Sequence[SweepRun]
+    sweep: Path, pins: Mapping[str, Any], axes: Sequence[Mapping[str, Any]], runs: Sequence[SweepRun], *, store: str
 ) -> dict[str, Any]:
     """Write the sweep's record, or add axes and runs to it; UserError where it was begun with other pins.
 
-    Runs that are in the record stay in it, whether they are in `runs` or not.
+    Runs that are in the record stay in it, whether they are in `runs` or not. `store` is where the store is now: the
+    snapshot among the pins decides which one it is.
     """
-    record: dict[str, Any] = {"format": FORMAT, **pins, "axes": [], "runs": {}}
+    record: dict[str, Any] = {"format": FORMAT, "store": store, **pins, "axes": [], "runs": {}}
     if (Path(sweep) / SWEEP_FILE).exists():
         record = {"axes": [], **read_sweep(sweep)}
         before, now = ({name: values.get(name) for name in pins} for values in (record, pins))
@@ -329,6 +330,7 @@ def add_to_record(
                 f"{sweep} was begun with other values ({values}), and runs of one sweep are compared with each other:"
                 " give the same, or another --out"
             )
+    record["store"] = store
     record["axes"] += [entry for entry in axes if entry not in record["axes"]]
     record["runs"] |= {run.name: run.to_record() for run in runs}
     Path(sweep).mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,15 @@ from featurestore import FeatureStore
 from mervcache.errors import UserError
 from trainer.ablation.execute import open_sweep, run_sweep
 from trainer.ablation.results import read_results
-from trainer.ablation.sweep import SweepConfig, expand_subsets, plan_runs, read_sweep, resume_command, run_folder
+from trainer.ablation.sweep import (
+    SweepConfig,
+    add_to_record,
+    expand_subsets,
+    plan_runs,
+    read_sweep,
+    resume_command,
+    run_folder,
+)
 from trainer.ablation.table import make_table
 from trainer.config import Stage, get_stages, read_config
 from trainer.loop.stages import train_in_stages
@@ -240,6 +248,45 @@ def test_the_folder_alone_repeats_all_axes_and_settings_that_were_recorded(quest
     assert (config.batch_size, config.llm, config.projector.standardise) == (3, "fresh:mini", True)
     printed = runner.invoke(train_main, ["sweep", "--out", str(out), "--print-config"]).stdout
     assert [part["sweep"]["subsets"] for part in yaml.safe_load_all(printed)] == [["dinov2"], ["vivit"]]
+
+
+def test_a_sweep_goes_on_where_its_store_is_now(make_question_store, stages, tmp_path):
+    """Half a run was trained in the old place; clips that one encoder lacks stay left out in the new one."""
+    from trainer.loop.train import train
+    from trainer.sources import open_store
+
+    axes, failed = SweepConfig(subsets=("alone",)), [("vivit", "set/clip3.mp4"), ("vivit", "set/clip19.mp4")]
+    store = make_question_store(tmp_path / "old.zarr", failed=failed)
+    whole = open_sweep(axes, stages, str(store), tmp_path / "whole")
+    run_sweep(whole)
+    cut = open_sweep(axes, stages, str(store), tmp_path / "cut")
+    half = next(run for run in cut.runs if run.encoders)
+    config = half.stages[0].config
+    samples, source = open_store(str(store), config)
+    train(config, samples, source, run_folder(cut.out, half), store=str(store), stop_at=2, quiet=True)
+    add_to_record(cut.out, cut.pins, cut.axes, cut.runs, store=str(store))
+    moved = store.rename(tmp_path / "new.zarr")
+    runner = CliRunner()
+    lost = runner.invoke(train_main, ["sweep", "--out", str(cut.out)])
+    assert lost.exit_code == 1
+    assert "--from-cache STORE" in lost.output
+    found = runner.invoke(train_main, ["sweep", "--out", str(cut.out), "--from-cache", str(moved), "--json"])
+    assert found.exit_code == 0, found.output
+    assert {run["status"] for run in json.loads(found.stdout)["runs"]} == {"finished"}
+    for run in whole.runs:
+        scores = [read_scores(run_folder(sweep.out, run))[0] for sweep in (whole, cut)]
+        assert scores[0]["answers"] == scores[1]["answers"]
+    assert read_sweep(cut.out)["store"] == str(moved)
+    assert runner.invoke(train_main, ["sweep", "--out", str(cut.out)]).exit_code == 0  # nothing is left to do
+
+
+def test_another_store_does_not_take_the_place_of_the_sweeps_own(make_question_store, stages, tmp_path):
+    store, out = make_question_store(tmp_path / "one.zarr"), tmp_path / "sweep"
+    sweep = open_sweep(SweepConfig(), stages, str(store), out)
+    add_to_record(out, sweep.pins, sweep.axes, sweep.runs, store=str(store))
+    other = make_question_store(tmp_path / "other.zarr", indices=range(1, 21))
+    with pytest.raises(UserError, match=rf"begun with snapshot {sweep.pins['snapshot']} .*another --out"):
+        open_sweep(SweepConfig(), stages, str(other), out)
 
 
 def test_another_grid_of_the_settings_is_another_run(question_store, stages, tmp_path):
