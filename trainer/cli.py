@@ -16,11 +16,11 @@ import click
 from click.core import ParameterSource
 
 from featurestore.locate import FEATURES, ROOT_METADATA, Place, find_store, is_url, names_of, no_store_at
-from mervcache.config import load_yaml
+from mervcache.config import load_yaml, parse_pairs
 from mervcache.console import CONTEXT, echo, handle_errors, print_result, report_saved, stacked
 from mervcache.errors import StoreNotFoundError, UserError, no_file
 from mervcache.text import printable
-from trainer.cli_evaluate import answer_options, judge_options, pop_judge, share_questions
+from trainer.cli_evaluate import answer_options, dataset_options, judge_options, pop_judge, share_questions
 from trainer.config import (
     FULL_RECIPE,
     FUSIONS,
@@ -293,8 +293,7 @@ def eval_main() -> None:
 @handle_cli_errors
 @CHECKPOINT
 @click.option("--store", show_default=OWN_STORE, help="Store of the questions' clips.")
-@click.option("--dataset", help="Decode and encode the clips of this dataset's questions now, instead of --store.")
-@click.option("--root", type=click.Path(file_okay=False), help="Folder of the dataset's media and annotations.")
+@dataset_options
 @click.option(
     "--weights", metavar="SPEC", multiple=True, help="Of encoders that run now: where they are; as in ask. Repeatable."
 )
@@ -335,7 +334,7 @@ def eval_run(checkpoint: Path, store: str | None, baseline: tuple[Path, ...], as
     load_torch_modules()
     from trainer.evaluate import EvaluationRequest, evaluate_run
 
-    judge = pop_judge(options)
+    judge, options["options"] = pop_judge(options), parse_pairs("--option", options["options"])
     result = evaluate_run(checkpoint, EvaluationRequest(store=store, judge=judge, **options), baseline)
     if is_first_rank():
         print_result(result, as_json, lambda: print_scores(result))

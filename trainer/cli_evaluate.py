@@ -1,4 +1,4 @@
-"""Options of `merv-eval run` about open-ended questions, their judge, and the processes that answer."""
+"""Options of `merv-eval run` about the dataset, open-ended questions, their judge, and the processes that answer."""
 
 from __future__ import annotations
 
@@ -18,6 +18,17 @@ if TYPE_CHECKING:
 # -P: Python does not look for modules in the folder it is started from.
 THIS_COMMAND = (sys.executable, "-P", "-m", "trainer.main", "eval")
 
+dataset_options = stacked(
+    click.option("--dataset", help="Decode and encode the clips of this dataset's questions now, instead of --store."),
+    click.option("--root", type=click.Path(file_okay=False), help="Folder of the dataset's media and annotations."),
+    click.option(
+        "--option",
+        "options",
+        metavar="KEY=VALUE",
+        multiple=True,
+        help="An option of the dataset; `merv-pipeline datasets NAME` lists them. Repeatable.",
+    ),
+)
 answer_options = stacked(
     click.option(
         "--open-ended/--no-open-ended",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -56,6 +56,7 @@ class EvaluationRequest:
     store: str | None = None  # of the questions' clips
     dataset: str | None = None  # its clips are decoded and encoded live, instead of read from a store
     root: str | None = None  # folder of the dataset's media and annotations
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the dataset, over those of the training
     weights: tuple[str, ...] = ()  # SPEC or NAME=SPEC: where the weights of encoders that run now are
     split: str = "heldout"
     limit: int | None = None  # questions, at most; None: all
@@ -70,14 +71,13 @@ class EvaluationRequest:
 
     def __post_init__(self) -> None:
         if self.store is not None and self.media:
-            raise UserError(
-                f"tokens come from a store or are computed live: give --store or --{', --'.join(self.media)}, not both"
-            )
+            given = ", ".join({"options": "--option"}.get(name, f"--{name}") for name in self.media)
+            raise UserError(f"tokens come from a store or are computed live: give --store or {given}, not both")
 
     @property
-    def media(self) -> dict[str, str]:
+    def media(self) -> dict[str, Any]:
         """The given settings of a live extraction."""
-        given = {"dataset": self.dataset, "root": self.root}
+        given = {"dataset": self.dataset, "root": self.root, "options": dict(self.options) or None}
         return {name: value for name, value in given.items() if value is not None}
 
 
@@ -214,7 +214,7 @@ def questions_place(run: Path, loaded: LoadedRun, request: EvaluationRequest) ->
             f"{run} names no store of its own; give the one that holds the questions with --store, or --dataset and"
             " --root to decode and encode their clips now"
         )
-    return LiveRequest(settings={**known, **media})
+    return LiveRequest(settings={**known, **media, "options": {**known.get("options", {}), **request.options}})
 
 
 def report(run: LoadedRun, answers: Sequence[Answer], baselines: Mapping[str, Sequence[Answer]]) -> dict[str, Any]:

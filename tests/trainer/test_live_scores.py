@@ -146,6 +146,19 @@ def test_the_scores_are_kept_with_what_they_were_measured_on(run, quiz):
     assert record["snapshot"].startswith("live-")
 
 
+def test_the_datasets_options_decide_which_questions_are_asked(run, quiz, tmp_path):
+    shutil.copytree(quiz, tmp_path / "both")
+    shutil.copytree(quiz / "Colours", tmp_path / "both" / "Shades")
+    place = ("--checkpoint", run, "--dataset", "eval", "--root", tmp_path / "both", "--json")
+    one = score(*place, "--option", "benchmarks=Shades")
+    assert one.exit_code == 3, one.output  # the broken film
+    assert list(json.loads(one.stdout)["questions"]) == ["Shades"]
+    assert list(json.loads(score(*place).stdout)["questions"]) == ["Colours", "Shades"]
+    unknown = score(*place, "--option", "benchmark=Shades")
+    assert unknown.exit_code == 1
+    assert "dataset eval has no option benchmark; its options are: benchmarks" in unknown.output
+
+
 def test_an_export_answers_as_its_run_and_its_card_names_the_command(run, quiz, tmp_path):
     export_run(run, tmp_path / "given")
     command = "merv-eval run --checkpoint path/to/this/folder --dataset NAME --root DIR"
@@ -197,6 +210,8 @@ def test_baselines_are_scored_on_the_same_questions(run, small, tmp_path, media_
 def test_two_places_and_none_are_errors(run, small, tmp_path, extracted, quiz):
     with pytest.raises(UserError, match="give --store or --dataset, --root, not both"):
         evaluate_run(run, EvaluationRequest(store=str(extracted), dataset="eval", root=str(quiz)))
+    with pytest.raises(UserError, match="give --store or --option, not both"):
+        evaluate_run(run, EvaluationRequest(store=str(extracted), options={"benchmarks": "Colours"}))
     with pytest.raises(UserError, match=r"also trained siglip, .*without --store"):
         evaluate_run(run, EvaluationRequest(store=str(extracted)))
     record = json.loads((run / "run.json").read_text())
