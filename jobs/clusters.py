@@ -143,7 +143,7 @@ def local(request: ClusterRequest) -> Iterator[Client]:
             yield client
         return
     with (
-        dask.config.set({"distributed.nanny.pre-spawn-environ": _threads_environment(num_workers)}),
+        dask.config.set({"distributed.nanny.pre-spawn-environ": _threads_environment(num_workers * request.ranks)}),
         _start_cluster([(Nanny, {})] * num_workers, request) as client,
     ):
         client.register_plugin(_ignore_terminal())
@@ -152,26 +152,29 @@ def local(request: ClusterRequest) -> Iterator[Client]:
 
 @contextmanager
 def cuda(request: ClusterRequest) -> Iterator[Client]:
-    """One worker process per GPU of this machine, each of which sees only its own.
+    """One worker process per GPU of this machine, each of which sees only its own; or per group of `ranks` GPUs.
 
     dask-cuda starts them where it is installed, and binds each to the cores next to its GPU. Its releases pin Dask to
-    one version, so where it is not installed, nannies set CUDA_VISIBLE_DEVICES before each worker starts.
+    one version, so where it is not installed, and for groups, nannies set CUDA_VISIBLE_DEVICES before a worker starts.
     """
     import dask
     from distributed import Client, Nanny
 
     gpus = _selected_gpus(request)
+    groups = [",".join(gpus[first : first + request.ranks]) for first in range(0, len(gpus), request.ranks)]
     try:
         from dask_cuda import LocalCUDACluster  # optional, and slow to import
     except ImportError:
         LocalCUDACluster = None
         log.info("dask-cuda is not installed: %d worker processes, one pinned to each GPU, all cores shared", len(gpus))
+    if request.ranks > 1:
+        LocalCUDACluster = None  # its workers see all GPUs, their own first
     with ExitStack() as stack:
         environment = {"distributed.nanny.pre-spawn-environ": _threads_environment(len(gpus))}
         stack.enter_context(dask.config.set(environment))
         if LocalCUDACluster is None:
             folder = request.settings.local_directory
-            workers = [(Nanny, {"env": {"CUDA_VISIBLE_DEVICES": gpu}, "local_directory": folder}) for gpu in gpus]
+            workers = [(Nanny, {"env": {"CUDA_VISIBLE_DEVICES": own}, "local_directory": folder}) for own in groups]
             client = stack.enter_context(_start_cluster(workers, request))
         else:
             cluster = LocalCUDACluster(
@@ -225,7 +228,7 @@ def _start_cluster(
 
 
 def _selected_gpus(request: ClusterRequest) -> list[str]:
-    """The GPUs to use, as CUDA_VISIBLE_DEVICES names them; `num_workers` takes the first ones."""
+    """The GPUs to use, as CUDA_VISIBLE_DEVICES names them: the first ones, `ranks` for each of `num_workers`."""
     listed = request.settings.devices
     gpus = [gpu.strip() for gpu in listed.split(",")] if listed else visible_gpus()
     if not gpus:
@@ -233,13 +236,15 @@ def _selected_gpus(request: ClusterRequest) -> list[str]:
             "--scheduler cuda found no GPU on this machine: check `nvidia-smi`, CUDA_VISIBLE_DEVICES and that torch is "
             "a build for CUDA; without a GPU use --scheduler local"
         )
-    if len(set(gpus)) < len(gpus) or request.num_workers > len(gpus):
+    num_workers = request.num_workers or len(gpus) // request.ranks
+    if len(set(gpus)) < len(gpus) or not 0 < num_workers * request.ranks <= len(gpus):
         wanted = f"{request.num_workers} workers" if request.num_workers else "one worker each"
+        wanted += f" of {request.ranks} processes" if request.ranks > 1 else ""
         raise ClusterError(
             f"one process per GPU: {wanted} wanted of the GPUs {', '.join(gpus)}; "
             "give fewer --workers or name each GPU once"
         )
-    return gpus[: request.num_workers or None]
+    return gpus[: num_workers * request.ranks]
 
 
 def _threads_environment(num_workers: int) -> dict[str, str]:

@@ -3,7 +3,8 @@
     dask worker ADDRESS --nworkers 4 --name node7 --preload jobs.pin      # node7-0 ... node7-3, one GPU each
 
 The number is counted from 0, modulo the GPUs in CUDA_VISIBLE_DEVICES (without it: all of the machine's). A job with one
-GPU, or none, is left unchanged. It runs before CUDA is initialised.
+GPU, or none, is left unchanged. It runs before CUDA is initialised. `MERV_GPUS_PER_WORKER=2` gives each worker two, for
+tasks that start a process per GPU.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+GPUS_VARIABLE = "MERV_GPUS_PER_WORKER"
 
 
 def dask_setup(worker: object) -> None:
@@ -25,10 +28,14 @@ def pinned(name: str, environ: Mapping[str, str], devices: Sequence[str] = ()) -
 
     >>> pinned("node7-3", {"CUDA_VISIBLE_DEVICES": "4,5,6,7"})
     {'CUDA_VISIBLE_DEVICES': '7'}
+    >>> pinned("node7-1", {"CUDA_VISIBLE_DEVICES": "4,5,6,7", "MERV_GPUS_PER_WORKER": "2"})
+    {'CUDA_VISIBLE_DEVICES': '6,7'}
     """
     listed = environ.get("CUDA_VISIBLE_DEVICES")
     gpus = [gpu for gpu in listed.split(",") if gpu] if listed is not None else devices
     number = re.search(r"(\d+)$", name)
-    if len(gpus) < 2 or number is None:
+    each = int(environ.get(GPUS_VARIABLE, "1"))
+    if len(gpus) <= each or number is None:
         return {}
-    return {"CUDA_VISIBLE_DEVICES": gpus[int(number[1]) % len(gpus)]}
+    first = int(number[1]) % (len(gpus) // each) * each
+    return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[first : first + each])}

@@ -80,6 +80,7 @@ class ClusterRequest:
 
     scheduler: str = "local"  # name in CLUSTERS, tcp://HOST:PORT, or the path of a scheduler file
     num_workers: int = AUTO_WORKERS
+    ranks: int = 1  # processes that a task starts: its worker has as many GPUs, where there are GPUs at all
     device: str = "auto"  # what the tasks compute on: cpu, auto, cuda, cuda:1
     dashboard: bool = False  # starting it costs about a second and needs bokeh
     settings: ClusterSettings = field(default_factory=ClusterSettings)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.event_loop import event_loop
+from jobs.pin import GPUS_VARIABLE
 from jobs.security import private_folder, security_in
 from jobs.settings import (
     ClusterRequest,
@@ -52,7 +53,10 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def slurm(request: ClusterRequest) -> Iterator[Client]:
-    """Submit `num_workers` / `gpus` jobs and continue with the first worker; others join as the queue lets them."""
+    """Submit jobs for `num_workers` workers and continue with the first; others join as the queue lets them.
+
+    A job has a worker per GPU; where tasks start several processes, one for as many GPUs, on one node.
+    """
     try:
         from dask_jobqueue import SLURMCluster  # optional
     except ImportError as error:
@@ -60,13 +64,13 @@ def slurm(request: ClusterRequest) -> Iterator[Client]:
     from distributed import Client
 
     settings = request.settings
-    per_job = max(1, settings.gpus)
+    per_job = workers_per_job(settings, request.ranks)
     num_jobs, logs = math.ceil((request.num_workers or per_job) / per_job), Path(settings.log_directory).absolute()
     with (
         private_folder(logs) as credentials,  # the jobs see the folder of their logs
         event_loop() as loop,
         SLURMCluster(
-            **job_options(settings, dashboard=request.dashboard),
+            **job_options(settings, ranks=request.ranks, dashboard=request.dashboard),
             security=security_in(credentials),
             loop=loop,
         ) as cluster,
@@ -94,16 +98,27 @@ def _check_submits(script: str) -> None:
         )
 
 
-def job_options(settings: ClusterSettings, *, dashboard: bool = False) -> dict[str, Any]:
+def workers_per_job(settings: ClusterSettings, ranks: int = 1) -> int:
+    """Workers of a job whose tasks start so many processes each; `ClusterError` where its GPUs do not go round."""
+    if settings.gpus % ranks and settings.gpus:
+        raise ClusterError(
+            f"a job of {settings.gpus} GPUs is not whole runs of {ranks} processes with a GPU each: give"
+            f" --cluster gpus={ranks}"
+        )
+    return max(1, settings.gpus // ranks)
+
+
+def job_options(settings: ClusterSettings, *, ranks: int = 1, dashboard: bool = False) -> dict[str, Any]:
     """Arguments of `SLURMCluster`; where one is None, dask-jobqueue reads its own configuration files.
 
     It writes them into the job script as they are, so values in shell lines are quoted here.
     """
-    workers = max(1, settings.gpus)
+    workers = workers_per_job(settings, ranks)
     logs = str(Path(settings.log_directory).absolute())
     check_directive_value("log_directory", logs)
     directives = [f"--gres=gpu:{settings.gpus}"] if settings.gpus else []
     directives += ["--exclusive"] if settings.exclusive else []
+    directives += ["--nodes=1"] if ranks > 1 else []
     return {
         "queue": settings.partition,
         "account": settings.account,
@@ -115,7 +130,7 @@ def job_options(settings: ClusterSettings, *, dashboard: bool = False) -> dict[s
         "job_mem": settings.memory,
         "job_directives_skip": [] if settings.memory else ["--mem="],
         "job_extra_directives": [*directives, *settings.directives],
-        "job_script_prologue": [*prologue(settings), *settings.prologue],
+        "job_script_prologue": [*prologue(settings, ranks), *settings.prologue],
         "worker_extra_args": [
             *("--memory-limit", "0", "--preload", "jobs.pin"),
             *("--dashboard-address", shlex.quote(settings.dashboard_address)),
@@ -138,11 +153,12 @@ def lifetime(walltime: str) -> list[str]:
     return ["--lifetime", f"{seconds - margin}s", "--lifetime-stagger", f"{margin * 2 // 5}s"]
 
 
-def prologue(settings: ClusterSettings) -> list[str]:
+def prologue(settings: ClusterSettings, ranks: int = 1) -> list[str]:
     """The first shell lines of every job."""
-    threads = max(1, settings.cpus // max(1, settings.gpus))
+    threads = max(1, settings.cpus // (workers_per_job(settings, ranks) * ranks))
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     environment = worker_environment() | dict.fromkeys(names, str(threads))
+    environment |= {GPUS_VARIABLE: str(ranks)} if ranks > 1 else {}
     return [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
 
 

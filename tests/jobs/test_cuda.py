@@ -61,6 +61,13 @@ def test_with_fake_gpus_every_process_is_pinned_to_one_of_its_own(fake_cuda, cap
     assert message.startswith("dask-cuda is not installed: 2 worker processes, one pinned to each GPU")
 
 
+def test_with_fake_gpus_tasks_of_two_processes_have_two_gpus_each(fake_cuda):
+    with connect(ClusterRequest(scheduler="cuda", ranks=2)) as client:
+        assert sorted(client.run(os.getenv, "CUDA_VISIBLE_DEVICES").values()) == ["0,1", "2,3"]
+    with pytest.raises(ClusterError, match="3 workers of 2 processes wanted of the GPUs 0, 1, 2, 3"):
+        connect(ClusterRequest(scheduler="cuda", num_workers=3, ranks=2)).__enter__()
+
+
 def test_with_fake_gpus_two_workers_on_one_device_are_refused_by_its_uuid(fake_cuda):
     with pytest.raises(ClusterError, match=r"2 workers share the GPU GPU-0: tls://.*, tls://.*; give each its own"):
         connect(request(devices="0,9")).__enter__()

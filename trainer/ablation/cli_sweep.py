@@ -30,6 +30,7 @@ from trainer.ablation.sweep import (
 from trainer.config import Stages, get_stages
 from trainer.loop.launch import Launch
 from trainer.loop.stages import merge_settings, to_yaml
+from trainer.runs.stage_folders import check_are_runs
 
 if TYPE_CHECKING:
     from trainer.ablation.execute import PinnedSweep, RunOutcome
@@ -94,9 +95,17 @@ SETTINGS = ("recipe", "config_file", "llm", "head", "train_llm", "llm_quant", "f
     metavar="local|cuda|slurm|ADDRESS",
     help="Train side by side on the workers of this cluster, as in `merv-pipeline extract`; else one after another.",
 )
-@click.option("--workers", type=click.IntRange(min=1), help="With --scheduler: runs at once.  [default: one per GPU]")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="With --scheduler: runs at once.  [default: one per GPU, or per --processes GPUs]",
+)
 @click.option("--cluster", metavar="KEY=VALUE", multiple=True, help="Its setting, as in extract. Repeatable.")
-@click.option("--launch", type=click.Choice(get_args(Launch)), help="With --scheduler: processes of every run.")
+@click.option(
+    "--launch",
+    type=click.Choice(get_args(Launch)),
+    help="With --scheduler: every run in several processes, on the GPUs of one node; with slurm in a job of its own.",
+)
 @click.option("--processes", type=click.IntRange(min=1), help="Of --launch.")
 @click.option(
     "--dry-run",
@@ -106,7 +115,7 @@ SETTINGS = ("recipe", "config_file", "llm", "head", "train_llm", "llm_quant", "f
 @click.option(
     "--live",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="With --dry-run: a run end to end, whose steps give the cost of live encoding; else the store's journal.",
+    help="A run end to end, whose steps give the cost of live encoding; else the store's journal.",
 )
 @click.option(
     "--check-rates",
@@ -154,14 +163,15 @@ def sweep(
         click.echo("---\n".join(to_sweep_yaml(*axes) for axes in planned), nl=False)
         return
     factors = [_number(float, "check-rates", text) for text in names_of(check_rates)] if check_rates else []
-    if live is not None and not dry_run:
-        raise UserError("--live is for --dry-run: a sweep reads a store")
+    if live is not None:
+        check_are_runs(live)
     request = resolve_cluster(scheduler, workers, cluster, launch, processes)
     place = None
     if store is not None or not is_recorded:
         place = cli.resolve_source(store, dict.fromkeys(cli.LIVE_OPTIONS))
     cli.load_torch_modules()
-    from trainer.ablation.execute import open_recorded, open_sweep, run_sweep, run_sweep_on
+    from trainer.ablation.execute import open_recorded, open_sweep, run_sweep, run_sweep_on, write_times
+    from trainer.ablation.wall_time import read_times
 
     pinned = open_recorded(out, place) if is_recorded else open_sweep(*planned[0], place, out)
     if dry_run:
@@ -182,10 +192,11 @@ def sweep(
     if request is None:
         outcomes = run_sweep(pinned)
     else:
-        in_ranks = [*(["--launch", launch] if launch else []), *(["--processes", str(processes)] if processes else [])]
-        outcomes = run_sweep_on(pinned, request, launch=in_ranks)
-    result = {"sweep": str(out), "runs": [asdict(outcome) for outcome in outcomes]}
-    print_result(result, as_json, lambda: print_outcomes(out, outcomes))
+        outcomes = run_sweep_on(pinned, request, launch=launch_options(launch, processes))
+    write_times(pinned, live)
+    times = read_times(out)
+    result = {"sweep": str(out), "runs": [asdict(outcome) for outcome in outcomes], "times": times}
+    print_result(result, as_json, lambda: print_outcomes(out, outcomes, times))
     if any(outcome.status == "failed" for outcome in outcomes):
         context.exit(EXIT_WITH_FAILURES)
 
@@ -215,13 +226,26 @@ def resolve_cluster(
                 "--workers, --cluster, --launch and --processes are for runs side by side: give --scheduler"
             )
         return None
-    if launch is not None and scheduler != "local":
-        raise UserError(
-            f"--launch takes several devices, and a worker of --scheduler {scheduler} has one; leave it out, or train"
-            " such runs by themselves with the settings in --out/configs"
-        )
+    if processes and launch is None:
+        raise UserError("--processes is of --launch: give --launch ddp or fsdp too")
     settings = ClusterSettings.from_mapping(parse_pairs("--cluster", cluster))
-    return ClusterRequest(scheduler=scheduler, num_workers=workers or AUTO_WORKERS, settings=settings)
+    ranks = 1
+    if launch is not None:
+        from jobs.clusters import visible_gpus  # here, for --help
+
+        listed = settings.devices.split(",") if settings.devices else visible_gpus()
+        ranks = processes or {"slurm": settings.gpus, "cuda": len(listed)}.get(scheduler, 1)
+        if not ranks and scheduler == "slurm":
+            raise UserError("--cluster gpus=0 leaves the number of processes open: give --processes too")
+    return ClusterRequest(
+        scheduler=scheduler, num_workers=workers or AUTO_WORKERS, ranks=max(1, ranks), settings=settings
+    )
+
+
+def launch_options(launch: Launch | None, processes: int | None) -> list[str]:
+    """Options of `merv-train` for the processes of every run."""
+    options = [] if launch is None else ["--launch", launch]
+    return [*options, *([] if processes is None else ["--processes", str(processes)])]
 
 
 def to_sweep_yaml(axes: SweepConfig, stages: Stages) -> str:
@@ -304,7 +328,7 @@ def print_rates(results: Sequence[RateResult], best: Mapping[int, float], factor
         )
 
 
-def print_outcomes(out: Path, outcomes: Sequence[RunOutcome]) -> None:
+def print_outcomes(out: Path, outcomes: Sequence[RunOutcome], times: Mapping[str, Any]) -> None:
     """Print a row per run, then what to do next."""
     from mervcache.console import console, table  # rich
 
@@ -321,6 +345,10 @@ def print_outcomes(out: Path, outcomes: Sequence[RunOutcome]) -> None:
     has_errors = any(outcome.error for outcome in outcomes)
     columns = ("run", "status", "accuracy", "questions", *(["error"] if has_errors else []))
     table(columns, [row[: len(columns)] for row in rows], right=("accuracy", "questions"))
+    if times["runs"]:
+        from trainer.ablation.wall_time import describe
+
+        console().print(describe(times), markup=False)
     finished = sum(outcome.status == "finished" for outcome in outcomes)
     if finished == len(outcomes):
         console().print(f"all {finished} runs are scored; next: merv-eval table {out}", markup=False)

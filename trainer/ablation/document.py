@@ -9,6 +9,7 @@ from typing import Literal
 # A share of 1 is shown in percent, a change with its sign, a size as `4.19 M`, tera in units of 10^12.
 Unit = Literal["text", "flag", "count", "share", "points", "change", "nats", "number", "decimal", "size", "tera"]
 Row = tuple["Cell", ...]
+TIME = "time"  # block of a sweep's wall times
 
 
 @dataclass(frozen=True, kw_only=True)

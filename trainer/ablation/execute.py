@@ -10,6 +10,7 @@ import gc
 import hashlib
 import logging
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -26,7 +27,7 @@ from jobs.run import Task, run_tasks
 from mervcache.console import ProgressLine
 from mervcache.errors import MervCacheError, StoreError, UserError, unknown_name
 from mervcache.files import replace_text
-from trainer.ablation.supervise import RunJob, supervise
+from trainer.ablation.supervise import RunJob, RunTime, checkpoints_of, supervise
 from trainer.ablation.sweep import (
     ALL,
     SWEEP_FILE,
@@ -41,6 +42,7 @@ from trainer.ablation.sweep import (
     run_folder,
     shared_settings,
 )
+from trainer.ablation.wall_time import add_end_to_end, add_run_time
 from trainer.config import RECIPES, Protocol, Stages, TrainConfig, in_paper_order
 from trainer.data.batches import named_samples, order_digest, select
 from trainer.data.tokens import StoreTokens
@@ -206,17 +208,26 @@ def run_sweep_on(sweep: PinnedSweep, request: ClusterRequest, *, launch: Sequenc
     add_to_record(sweep.out, sweep.pins, sweep.axes, sweep.runs, store=sweep.store)
     outcomes = {run.name: outcome_of(sweep, run) for run in sweep.runs}
     pending = {run.name: run for run in sweep.runs if outcomes[run.name].status != "finished"}
-    tasks = [Task(key=name, arguments=(_job(sweep, run, launch),)) for name, run in pending.items() if run.is_trained]
-    with ProgressLine("sweep", total=len(tasks), unit="runs") as line, connect(request) as client:
-        ended = run_tasks(client, supervise, tasks, attempts=1, per_worker=1, worker_wait_s=request.worker_wait_s)
-        for outcome in ended:
-            name = outcome.task.key
-            if outcome.error is None:
-                outcomes[name] = outcome_of(sweep, pending[name])
-            else:
-                outcomes[name] = RunOutcome(name=name, status="failed", error=str(outcome.error))
-                log.warning(f"{name} failed: {outcome.error}")
-            line.advance(failed=int(outcome.error is not None))
+    jobs = {name: _job(sweep, run, launch) for name, run in pending.items() if run.is_trained}
+    with ProgressLine("sweep", total=len(jobs), unit="runs") as line, connect(request) as client:
+        while jobs:
+            before, advanced = {name: checkpoints_of(job.run) for name, job in jobs.items()}, {}
+            tasks = [Task(key=name, arguments=(job,)) for name, job in jobs.items()]
+            for ended in run_tasks(
+                client, supervise, tasks, attempts=1, per_worker=1, worker_wait_s=request.worker_wait_s
+            ):
+                name = ended.task.key
+                if ended.error is None:
+                    add_run_time(sweep.out, name, ended.result)
+                    outcomes[name] = outcome_of(sweep, pending[name])
+                else:
+                    outcomes[name] = RunOutcome(name=name, status="failed", error=str(ended.error))
+                    log.warning(f"{name} failed: {ended.error}")
+                    if not checkpoints_of(jobs[name].run) <= before[name]:  # it got on, so its attempts begin anew
+                        advanced[name] = jobs[name]
+                        continue
+                line.advance(failed=int(ended.error is not None))
+            jobs = advanced
     for run in pending.values():
         if not run.is_trained:
             outcomes[run.name] = _train_and_score(sweep, run, None)[0]
@@ -251,10 +262,14 @@ def _train_and_score(sweep: PinnedSweep, run: SweepRun, llm: LoadedLLM | None) -
     folder = run_folder(sweep.out, run)
     try:
         if not run.is_trained:
+            began = time.monotonic()
             _score_untrained(sweep, run, folder, llm)
+            add_run_time(sweep.out, run.name, RunTime(train_s=0.0, score_s=time.monotonic() - began))
             return outcome_of(sweep, run), True
+        began = time.monotonic()
         with opened(sweep.store) as open_tokens:
             results = train_stages(run.stages, open_tokens, folder, store=sweep.store, resume=True, llm=llm)
+        trained = time.monotonic()
         if results[-1].steps < results[-1].num_steps:
             return RunOutcome(name=run.name, status="stopped"), True
         request = EvaluationRequest(store=sweep.store, split=sweep.split, protocol=sweep.protocol, open_ended=False)
@@ -263,6 +278,8 @@ def _train_and_score(sweep: PinnedSweep, run: SweepRun, llm: LoadedLLM | None) -
             evaluate_masked(folder, request, [(), *expand_subsets([ALL], run.encoders)], llm=llm)
         if run.nested_grids:
             evaluate_grids(folder, request, llm=llm)
+        ended = time.monotonic()
+        add_run_time(sweep.out, run.name, RunTime(train_s=trained - began, score_s=ended - trained))
         return outcome_of(sweep, run), True
     except MervCacheError as error:
         return RunOutcome(name=run.name, status="failed", error=str(error)), isinstance(error, UserError)
@@ -322,6 +339,19 @@ def outcome_of(sweep: PinnedSweep, run: SweepRun) -> RunOutcome:
                 name=run.name, status="finished", accuracy=overall["accuracy"], questions=overall["questions"]
             )
     return RunOutcome(name=run.name, status="pending")
+
+
+def write_times(sweep: PinnedSweep, live: Path | None = None) -> None:
+    """Write what the runs that have ended would have taken end to end; `live` is a run whose steps give the rate."""
+    add_end_to_end(
+        sweep.out,
+        sweep.runs,
+        FeatureStore.open(sweep.store, snapshot=sweep.pins["snapshot"]).runs(),
+        encoders=sweep.encoders,
+        samples=sweep.samples,
+        questions=sweep.questions,
+        live=live,
+    )
 
 
 def shared_llm(sweep: PinnedSweep) -> LoadedLLM | None:

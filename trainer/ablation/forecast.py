@@ -30,6 +30,7 @@ from trainer.ablation.costs import (
 )
 from trainer.ablation.execute import PinnedSweep, outcome_of, shared_llm
 from trainer.ablation.sweep import SweepRun
+from trainer.ablation.wall_time import names_in
 from trainer.config import read_config
 from trainer.loop.plan import Plan, make_plan, memory_by_part
 from trainer.loop.train import time_steps
@@ -254,8 +255,3 @@ def _live_scale(
 
 def _worker_seconds(journal: Sequence[Mapping[str, Any]], encoders: Sequence[str]) -> ExtractionCost:
     return extraction_cost(journal, encoders=names_in(encoders))
-
-
-def names_in(encoders: Sequence[str]) -> set[str]:
-    """Names in the journal: a store that holds an encoder twice calls it NAME@ID."""
-    return {encoder.partition("@")[0] for encoder in encoders}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from trainer.ablation.document import Cell, Column, Document, Estimate, NotComputed, Section
+from trainer.ablation.document import TIME, Cell, Column, Document, Estimate, NotComputed, Section
 from trainer.ablation.panel import seeds_text
 from trainer.ablation.results import POST_HOC
 from trainer.ablation.sweep import NESTED, ONE_SHOT, RETRAINED
@@ -21,6 +21,7 @@ HEADINGS = {
     ONE_SHOT: "One-shot: one run was trained with random masks, and scored with each",
     NESTED: "One-shot, grids: one run was trained at a random grid in every step, and scored at each",
     "": "Methods compared",
+    TIME: "Time",
 }
 PERCENT = ("share", "points")  # units shown times 100
 UNITS = {"share": "%", "points": "points", "nats": "nats/token"}

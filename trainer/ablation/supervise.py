@@ -10,20 +10,31 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mervcache.errors import MervCacheError
+from mervcache.errors import MervCacheError, UserError
+from trainer.runs.lock import STAGES_LOCK, run_lock
 
 PR_SET_PDEATHSIG = 1  # Linux's prctl option: the signal to get when the parent dies
 LAST_LINES = 20  # of a failed process's log that its error quotes
+LOCK_POLL_S, LOCK_WAIT_S = 1.0, 900.0  # for a trainer whose worker retired: it saves a checkpoint and ends
 # -P: Python does not look for modules in the folder it is started from.
 START = (sys.executable, "-P", "-m", "trainer.ablation.supervise")
 
 
 class RunFailedError(MervCacheError):
     """A run's process ended with an error again and again without a new checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunTime:
+    """Elapsed seconds of a run that got through."""
+
+    train_s: float  # loading and all attempts of this task included
+    score_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,40 +49,60 @@ class RunJob:
     attempts: int = 2  # in a row without a new checkpoint
 
 
-def supervise(job: RunJob) -> None:
-    """Train to the end and score.
+def supervise(job: RunJob) -> RunTime:
+    """Train to the end and score; how long that took.
 
     A training that fails is started again, and goes on from its newest checkpoint; only attempts without a new
     checkpoint count. Raises `RunFailedError` with the end of the log.
     """
-    failures, before = 0, _checkpoints(job.run)
-    while (code := _run(job.train, job.log)) != 0:
-        now = _checkpoints(job.run)
+    began = time.monotonic()
+    failures, before = 0, checkpoints_of(job.run)
+    _wait_until_free(Path(job.run))
+    while (ended := _run(job.train, job.log)).code != 0:
+        now = checkpoints_of(job.run)
         failures, before = (failures + 1 if now <= before else 0), now
         if failures == job.attempts:
-            raise RunFailedError(f"merv-train ended with code {code}: {_end_of(job.log)}")
+            raise RunFailedError(f"merv-train ended with code {ended.code}: {ended.reason}")
+    trained = time.monotonic()
     for command in (job.score, *job.views):
-        if (code := _run(command, job.log)) != 0:
-            raise RunFailedError(f"merv-eval ended with code {code}: {_end_of(job.log)}")
+        if (ended := _run(command, job.log)).code != 0:
+            raise RunFailedError(f"merv-eval ended with code {ended.code}: {ended.reason}")
+    return RunTime(train_s=trained - began, score_s=time.monotonic() - trained)
 
 
-def _run(command: Sequence[str], log: str) -> int:
+def _wait_until_free(run: Path) -> None:
+    """Wait for another trainer of the run, such as one that saves its last step on a node whose job ends."""
+    deadline = time.monotonic() + LOCK_WAIT_S
+    while time.monotonic() < deadline:
+        try:
+            with run_lock(run, STAGES_LOCK):
+                return
+        except UserError:  # held
+            time.sleep(LOCK_POLL_S)
+
+
+@dataclass(frozen=True)
+class _Ended:
+    code: int
+    reason: str  # the command's own error, else the end of what it printed: launchers add pages of their own
+
+
+def _run(command: Sequence[str], log: str) -> _Ended:
     with Path(log).open("ab") as file:
+        began = file.tell()
         process = subprocess.Popen(
             [*START, str(os.getpid()), *command], stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
         )
-        return process.wait()
+        code = process.wait()
+    lines = Path(log).read_bytes()[began:].decode(errors="replace").splitlines()
+    errors = dict.fromkeys(line for line in lines if line.startswith("Error: "))  # of several ranks, once
+    return _Ended(code, "\n".join(errors or lines[-LAST_LINES:]))
 
 
-def _checkpoints(run: str) -> frozenset[str]:
+def checkpoints_of(run: str) -> frozenset[str]:
     """The newest checkpoint of every stage."""
     folders = {folder.parent for folder in Path(run).rglob("checkpoints/step-*")}
     return frozenset(str(max(folder.glob("step-*"))) for folder in folders)
-
-
-def _end_of(log: str) -> str:
-    lines = Path(log).read_text(errors="replace").splitlines()
-    return "\n".join(lines[-LAST_LINES:])
 
 
 def main() -> None:

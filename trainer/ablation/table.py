@@ -24,6 +24,7 @@ from trainer.ablation.results import (
 )
 from trainer.ablation.statistics import DRAWS, LEVEL, Resampling, holm
 from trainer.ablation.sweep import NESTED
+from trainer.ablation.wall_time import time_section
 
 SHOWN_SUBSETS = 4  # of those that a run lacks, by name
 
@@ -47,6 +48,8 @@ def make_table(results: Results, *, draws: int = DRAWS, seed: int = 0) -> Docume
                         shown.setdefault(name, set()).update(setting.get(name) for setting in panels)
             sections += _adjust([replace(s, block=block, metric=metric.name) for s in found if s.rows])
     sections += [section for metric in METRICS if (section := agreement(study, metric)).rows]
+    times = time_section(results.folder)
+    sections += [times] if times else []
     notes = list(results.notes)
     if not any(section.title == ENCODERS for section in sections):
         notes.append(
