@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mervcache.errors import MervCacheError, UserError
+from mervcache.errors import EXIT_WITH_FAILURES, MervCacheError, UserError
 from trainer.runs.lock import STAGES_LOCK, run_lock
 
 PR_SET_PDEATHSIG = 1  # Linux's prctl option: the signal to get when the parent dies
 LAST_LINES = 20  # of a failed process's log that its error quotes
+FINISHED = (0, EXIT_WITH_FAILURES)  # 3: with skipped steps; as in one process, the folder decides what it is
 LOCK_POLL_S, LOCK_WAIT_S = 1.0, 900.0  # for a trainer whose worker retired: it saves a checkpoint and ends
 # -P: Python does not look for modules in the folder it is started from.
 START = (sys.executable, "-P", "-m", "trainer.ablation.supervise")
@@ -58,14 +59,14 @@ def supervise(job: RunJob) -> RunTime:
     began = time.monotonic()
     failures, before = 0, checkpoints_of(job.run)
     _wait_until_free(Path(job.run))
-    while (ended := _run(job.train, job.log)).code != 0:
+    while (ended := _run(job.train, job.log)).code not in FINISHED:
         now = checkpoints_of(job.run)
         failures, before = (failures + 1 if now <= before else 0), now
         if failures == job.attempts:
             raise RunFailedError(f"merv-train ended with code {ended.code}: {ended.reason}")
     trained = time.monotonic()
     for command in (job.score, *job.views):
-        if (ended := _run(command, job.log)).code != 0:
+        if (ended := _run(command, job.log)).code not in FINISHED:
             raise RunFailedError(f"merv-eval ended with code {ended.code}: {ended.reason}")
     return RunTime(train_s=trained - began, score_s=time.monotonic() - trained)
 

@@ -129,6 +129,11 @@ with run_lock(Path(sys.argv[1]) / "run", STAGES_LOCK):
 """
 
 
+def test_a_run_with_skipped_steps_has_ended_and_is_scored(tmp_path):
+    """merv-train ends with 3 where the loss of a step was not finite: the weights are there."""
+    supervise(job(tmp_path, "import pathlib, sys; pathlib.Path(sys.argv[1]).mkdir(); sys.exit(3)"))
+
+
 def test_a_run_waits_for_a_trainer_that_is_still_saving(tmp_path):
     """As where a node's job ends: the trainer there has the run's lock until its checkpoint is written."""
     holder = [sys.executable, "-c", HOLDER, str(tmp_path)]
