@@ -27,6 +27,7 @@ from jobs.run import Task, run_tasks
 from mervcache.console import ProgressLine
 from mervcache.errors import MervCacheError, StoreError, UserError, unknown_name
 from mervcache.files import replace_text
+from trainer.ablation.live_time import add_end_to_end
 from trainer.ablation.supervise import RunJob, RunTime, checkpoints_of, supervise
 from trainer.ablation.sweep import (
     ALL,
@@ -42,7 +43,7 @@ from trainer.ablation.sweep import (
     run_folder,
     shared_settings,
 )
-from trainer.ablation.wall_time import add_end_to_end, add_run_time
+from trainer.ablation.wall_time import add_run_time
 from trainer.config import RECIPES, Protocol, Stages, TrainConfig, in_paper_order
 from trainer.data.batches import named_samples, order_digest, select
 from trainer.data.tokens import StoreTokens

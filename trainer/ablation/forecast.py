@@ -29,8 +29,8 @@ from trainer.ablation.costs import (
     run_step_time,
 )
 from trainer.ablation.execute import PinnedSweep, outcome_of, shared_llm
+from trainer.ablation.live_time import names_in
 from trainer.ablation.sweep import SweepRun
-from trainer.ablation.wall_time import names_in
 from trainer.config import read_config
 from trainer.loop.plan import Plan, make_plan, memory_by_part
 from trainer.loop.train import time_steps

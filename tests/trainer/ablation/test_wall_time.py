@@ -9,11 +9,12 @@ import pytest
 from mervcache.errors import UserError
 from tests.trainer.ablation.conftest import entry, make_answer
 from trainer.ablation.document import NotComputed
+from trainer.ablation.live_time import add_end_to_end
 from trainer.ablation.results import read_results
 from trainer.ablation.supervise import RunTime
 from trainer.ablation.sweep import SweepRun
 from trainer.ablation.table import make_table
-from trainer.ablation.wall_time import add_end_to_end, add_run_time, describe, read_times, time_section
+from trainer.ablation.wall_time import add_run_time, describe, read_times, time_section
 
 RUNS = (
     SweepRun(name="text", encoders=(), mode="text-only"),
