@@ -20,6 +20,7 @@ from torch import Tensor
 
 from featurestore import FeatureStore
 from mervcache.errors import UserError
+from trainer.ablation.document import Column, Document, Section
 from trainer.ablation.visual import load_visual, open_tokens
 from trainer.data.order import derive_seed
 from trainer.data.tokens import ClipTokens, PrefixedTokens, StoreTokens, TokenSource
@@ -200,3 +201,30 @@ def _entering(tokens: ClipTokens) -> Iterable[Tensor]:
         tokens = tokens.tokens_BTHWD
     if tokens is not None:
         yield tokens.flatten(0, 3)
+
+
+def rank_document(report: RankReport) -> Document:
+    """The report as a table."""
+    columns, rows = [Column(name="encoder")], [[row.encoder] for row in report.rows]
+    sides = {"enters": "entering", "leaves": "leaving"} if report.run else {"enters": "entering"}
+    for side, name in sides.items():
+        columns += [
+            Column(name=f"effective rank {name}", unit="decimal"),
+            Column(name=f"channels {name}", unit="count"),
+            Column(name=f"tokens {name}", unit="count"),
+        ]
+        for cells, row in zip(rows, report.rows, strict=True):
+            found = getattr(row, side)
+            cells += [None] * 3 if found is None else [found.rank, found.width, found.tokens]
+    subject = f"run {report.run} at step {report.step}" if report.run else "the encoders"
+    notes = [
+        f"{report.formula}.",
+        f"N = {report.clips} clips ({report.stills} of them stills) drawn with seed {report.seed} from"
+        f" {report.available} that have tokens of every encoder, of {report.store} at {report.snapshot}; a still's time"
+        " steps repeat, as a projector reads them.",
+    ]
+    if report.without:
+        notes.append(f"{report.without} other clips of the store lack tokens of an encoder and were not drawn from.")
+    title = f"Effective rank: {subject}"
+    section = Section(title=title, columns=tuple(columns), rows=tuple(map(tuple, rows)), notes=tuple(notes))
+    return Document(title=title, sections=(section,))

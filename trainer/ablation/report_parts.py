@@ -25,11 +25,10 @@ from trainer.ablation.figures import (
     size_legend,
     swatches,
 )
-from trainer.ablation.flops import NOT_COUNTED, Cost
+from trainer.ablation.flops import NOT_COUNTED, Cost, mean_text_tokens, run_cost
 from trainer.ablation.plots import Curve, curves
 from trainer.ablation.render import HEADINGS
 from trainer.ablation.results import BLOCKS, POST_HOC, VISUAL_SETTING, Results, Subset, subset_name
-from trainer.ablation.run_cost import mean_text_tokens, run_cost
 from trainer.ablation.statistics import LEVEL
 from trainer.ablation.subject import Subject
 from trainer.ablation.sweep import NESTED, ONE_SHOT, RETRAINED
