@@ -96,13 +96,33 @@ def page(subject: Subject, document: Document | None, text_tokens: int | None = 
     body = "".join(f"<h2 id='part{i}'>{escaped(title)}</h2>\n{content}\n" for i, (title, content) in enumerate(parts))
     kind = "Ablation" if subject.is_sweep else "Run"
     notices = [*warnings(subject), *(f"Incomplete: {line}" for line in (document.missing if document else ()))]
-    return make_page(
+    whole = make_page(
         title=f"{kind} {subject.name}",
         subtitle=_subtitle(subject),
         notices=notices,
         style=(files("trainer.ablation") / "report.css").read_text(),
         body=Markup(f"{cards(_cards(subject, document))}<nav>{links}</nav>{body}"),
     )
+    return without_folders(whole, local_paths(subject))
+
+
+def local_paths(subject: Subject) -> set[str]:
+    """Absolute paths of this machine in what the page is about."""
+    values = [
+        *(str(path) for path in (subject.path.absolute(), subject.path.resolve())),
+        *(subject.results.record.values() if subject.results else ()),
+        *(value for record in subject.records.values() for value in (record.store, *(record.live or {}).values())),
+        *(value for config in subject.configs.values() for value in vars(config).values()),
+        *(subject.scores["beside"] if subject.scores else ()),
+    ]
+    return {value for value in values if isinstance(value, str) and Path(value).is_absolute() and Path(value).name}
+
+
+def without_folders(page: str, paths: Iterable[str]) -> str:
+    """The page with these paths as their names: it is mailed, and folders of a machine name its users."""
+    for path in sorted(paths, key=len, reverse=True):
+        page = page.replace(escaped(path), escaped(Path(path).name))
+    return page
 
 
 def _subtitle(subject: Subject) -> str:
@@ -282,6 +302,7 @@ def commands(subject: Subject) -> Markup:
     """Commands that make the same again, and the settings they name."""
     parts = []
     if subject.commands:
+        parts.append(note("Stores and runs are shown by their names: put in where they are."))
         parts.append(f"<pre>{escaped(chr(10).join(subject.commands))}</pre>")
     else:
         held = f"{subject.path}/runs/*/config.yaml"

@@ -66,7 +66,10 @@ def _baselines(subject: Subject) -> dict[str, float]:
     """Accuracy of the runs that a run was scored alongside."""
     beside = subject.scores["beside"] if subject.scores else {}
     return {
-        f"baseline {name}": row["accuracy"] for name, rows in beside.items() for row in rows if row["category"] == "all"
+        f"baseline {Path(name).name}": row["accuracy"]
+        for name, rows in beside.items()
+        for row in rows
+        if row["category"] == "all"
     }
 
 

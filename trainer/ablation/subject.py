@@ -107,7 +107,7 @@ def _run(path: Path, split: str, protocol: str | None, store: str | None) -> Sub
         runs={name: folder},
         records={name: record},
         configs={name: config},
-        commands=_run_commands(path, folder, record, results, len(stages) > 1),
+        commands=_run_commands(path, record, results, len(stages) > 1),
         files={CONFIG_FILE: (folder / CONFIG_FILE).read_text()},
         curves=shown,
         scores=chosen,
@@ -147,9 +147,7 @@ def _entry(config: TrainConfig, encoders: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _run_commands(
-    path: Path, folder: Path, record: RunRecord, results: Results | None, is_staged: bool
-) -> tuple[str, ...]:
+def _run_commands(path: Path, record: RunRecord, results: Results | None, is_staged: bool) -> tuple[str, ...]:
     """Train, score and show a run of the same settings, named NEW."""
     source = f"--from-cache {shlex.quote(_place(record.store))}"
     if record.live:
@@ -157,8 +155,7 @@ def _run_commands(
         source = " ".join(
             ["--end-to-end", *(f"--{name} {shlex.quote(redact(str(value)))}" for name, value in live.items())]
         )
-    file = shlex.quote(str(folder / CONFIG_FILE))
-    commands = [f"merv-train {source} --config {file} --out NEW"]
+    commands = [f"merv-train {source} --config {CONFIG_FILE} --out NEW"]
     if is_staged:
         commands = [f"merv-train --resume {shlex.quote(str(path))}  # staged: its settings are in stages.yaml"]
     split = f" --split {shlex.quote(results.record['split'])}" if results else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -228,7 +229,9 @@ def test_a_sweep_can_be_made_again_from_its_page(question_store, settings, tmp_p
     command = re.search(r"merv-train sweep (--from-cache \S+ --recipe \S+ --config sweep-1.yaml) --out NEW", page.text)
     (shown,) = re.findall(r"sweep-1\.yaml(sweep:\n.*?)\n(?=\n|Methods)", page.text, re.DOTALL)
     (tmp_path / "sweep-1.yaml").write_text(shown)
-    options = command[1].replace("sweep-1.yaml", str(tmp_path / "sweep-1.yaml")).split()
+    assert f"--from-cache {question_store.name} " in command[1]  # its name, for a page is given to others
+    named = command[1].replace(question_store.name, str(question_store))
+    options = named.replace("sweep-1.yaml", str(tmp_path / "sweep-1.yaml")).split()
     invoke(train_main, "sweep", *options, "--out", again)
     made = read_sweep(again)
     assert made == read_sweep(out)
@@ -271,9 +274,30 @@ def test_a_run_has_a_page_of_its_own(question_store, settings, tmp_path):
     assert "Lattice of subsets" in masked.text
     assert "text-only, post-hoc: " in masked.text
     assert "merv-eval mask --checkpoint NEW" in masked.text
-    assert f"merv-train --from-cache {question_store} --config {run}/config.yaml --out NEW" in masked.text
+    assert f"merv-train --from-cache {question_store.name} --config config.yaml --out NEW" in masked.text
     digest = json.loads((run / "run.json").read_text())["data_digest"]
     assert digest in masked.text
+
+
+def test_a_page_names_no_folder_of_this_machine(question_store, settings, tmp_path):
+    run, words = tmp_path / "a run" / "visual", tmp_path / "a run" / "words"
+    options = ["--from-cache", question_store, *settings]
+    invoke(train_main, *options, "--out", run)
+    invoke(eval_main, "report", run, "--out", tmp_path / "unscored.html")
+    invoke(train_main, *options, "--mode", "text-only", "--out", words)
+    invoke(eval_main, "run", "--checkpoint", run, "--baseline", words)
+    invoke(eval_main, "report", run, "--out", tmp_path / "scored.html")
+    sweep = tmp_path / "a run" / "sweep"
+    invoke(train_main, "sweep", *options, "--subsets", "alone", "--out", sweep)
+    shutil.rmtree(sweep / "runs" / next(iter(read_sweep(sweep)["runs"])) / "scores")
+    assert CliRunner().invoke(eval_main, ["report", str(sweep), "--out", str(tmp_path / "sweep.html")]).exit_code == 3
+    for name in ("unscored", "scored", "sweep"):
+        text = (tmp_path / f"{name}.html").read_text()
+        assert str(tmp_path) not in text, name
+        assert str(question_store.parent) not in text
+        assert question_store.name in text
+    assert "baseline words" in Page(tmp_path / "scored.html").text
+    assert "Next: merv-train sweep --out sweep" in Page(tmp_path / "sweep.html").text.replace("'", "")
 
 
 def test_a_text_only_run_has_a_page_too(question_store, settings, tmp_path):
