@@ -32,6 +32,17 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as
 RUN = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
+RANKS = click.option(
+    "--ranks", is_flag=True, help="Also effective ranks, from a sample of clips: minutes a run at full size."
+)
+TEXT_TOKENS = click.option(
+    "--text-tokens",
+    type=click.IntRange(min=1),
+    show_default="mean of a training sample",
+    help="Text tokens of the sample whose FLOPs are counted.",
+)
+
+
 @click.command("table", context_settings=CONTEXT)
 @handle_cli_errors
 @click.argument("sweep", type=click.Path(path_type=Path))
@@ -47,8 +58,20 @@ RUN = click.Path(exists=True, file_okay=False, path_type=Path)
 @click.option("--draws", type=click.IntRange(min=100), default=10_000, help="Bootstrap draws of the intervals.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of these draws.")
 @click.option("--store", show_default="where the sweep read it", help="Place of the sweep's store, if it has moved.")
+@click.option("--costs/--no-costs", default=True, help="Tokens, parameters, FLOPs, step time and bytes of every run.")
+@RANKS
+@TEXT_TOKENS
 def table_command(
-    sweep: Path, format_: str | None, out: Path | None, questions: bool, draws: int, seed: int, store: str | None
+    sweep: Path,
+    format_: str | None,
+    out: Path | None,
+    questions: bool,
+    draws: int,
+    seed: int,
+    store: str | None,
+    costs: bool,
+    ranks: bool,
+    text_tokens: int | None,
 ) -> None:
     """Encoder importance, settings and agreement of methods, from the scores of SWEEP.
 
@@ -65,7 +88,16 @@ def table_command(
             raise UserError(f"--out {out} ends in none of {', '.join(SUFFIXES)}; give --format too")
     if out is not None and not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.absolute().parent}; make it first")
-    document = make_table(read_results(sweep, store=store), draws=draws, seed=seed)
+    if ranks and not costs:
+        raise UserError("--ranks are among the costs: leave out --no-costs")
+    results, measured = read_results(sweep, store=store), None
+    if costs and not questions:
+        load_torch_modules()
+        from trainer.ablation.costs_table import folders_of, measure_costs
+
+        places = {"store": store, "text_tokens": text_tokens}
+        measured = measure_costs(results, folders_of(results), with_ranks=ranks, **places)
+    document = make_table(results, costs=measured, draws=draws, seed=seed)
     text = FORMATS[format_ or "markdown"][questions](document)
     if out is None:
         click.echo(text, nl=False)
@@ -104,12 +136,8 @@ def end_if_incomplete(missing: Sequence[str], what: str) -> None:
 )
 @click.option("--draws", type=click.IntRange(min=100), default=10_000, help="Bootstrap draws of the intervals.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of these draws.")
-@click.option(
-    "--text-tokens",
-    type=click.IntRange(min=1),
-    show_default="mean of a training sample",
-    help="Text tokens of the sample whose FLOPs are counted.",
-)
+@RANKS
+@TEXT_TOKENS
 @click.option("--store", show_default="where it was read", help="Place of the store, if it has moved.")
 def report_command(path: Path, **options: Any) -> None:
     """One self-contained HTML page about a sweep or a run: scores, lattice of subsets, learning curves, costs, tables.

@@ -7,7 +7,21 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 # A share of 1 is shown in percent, a change with its sign, a size as `4.19 M`, tera in units of 10^12.
-Unit = Literal["text", "flag", "count", "share", "points", "change", "nats", "number", "decimal", "size", "tera"]
+Unit = Literal[
+    "text",
+    "flag",
+    "count",
+    "share",
+    "points",
+    "change",
+    "nats",
+    "number",
+    "decimal",
+    "size",
+    "tera",
+    "seconds",
+    "bytes",
+]
 Row = tuple["Cell", ...]
 
 

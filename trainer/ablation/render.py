@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from mervcache.console import format_bytes
 from trainer.ablation.document import Cell, Column, Document, Estimate, NotComputed, Section
 from trainer.ablation.panel import seeds_text
 from trainer.ablation.results import POST_HOC
@@ -196,6 +197,10 @@ def cell_text(cell: Cell, column: Column) -> str:
         return f"{cell:+.1%}"
     if column.unit == "tera":
         return f"{cell / 1e12:.2f}"
+    if column.unit == "seconds":
+        return f"{cell:.3g} s"
+    if column.unit == "bytes":
+        return format_bytes(cell)
     if column.unit == "size":
         return next((f"{cell / scale:.2f} {name}" for name, scale in SIZES if cell >= scale), f"{cell:,}")
     scale = 100 if column.unit in PERCENT else 1

@@ -16,6 +16,7 @@ from featurestore.quality import parity_words
 from mervcache.errors import UserError
 from mervcache.files import replace_text
 from mervcache.page import Markup, cards, escaped, make_page, note, table
+from trainer.ablation.costs_table import SweepCosts, measure_costs
 from trainer.ablation.document import Document, Estimate, NotComputed, Section
 from trainer.ablation.figures import read_scores
 from trainer.ablation.importance import ENCODERS
@@ -59,19 +60,24 @@ def write_report(
     draws: int = DRAWS,
     seed: int = 0,
     text_tokens: int | None = None,
+    ranks: bool = False,
 ) -> Written:
     """Write the page of a sweep or a run, by default as NAME-report.html next to its folder."""
     subject = read_subject(path, split=split, protocol=protocol, store=store)
-    document = make_table(subject.results, draws=draws, seed=seed) if subject.results else None
+    document = costs = None
+    if subject.results:
+        places = {"store": store, "text_tokens": text_tokens}
+        costs = measure_costs(subject.results, subject.runs, with_ranks=ranks, **places)
+        document = make_table(subject.results, costs=costs, draws=draws, seed=seed)
     target = out or subject.path.resolve().with_name(f"{subject.name}-report.html")
     try:
-        replace_text(target, page(subject, document, text_tokens))
+        replace_text(target, page(subject, document, costs))
     except OSError as error:
         raise UserError(f"the page cannot be written to {target}: {error.strerror}; give another --out") from error
     return Written(path=target, missing=document.missing if document else ())
 
 
-def page(subject: Subject, document: Document | None, text_tokens: int | None = None) -> str:
+def page(subject: Subject, document: Document | None, costs: SweepCosts | None = None) -> str:
     """The whole page as text."""
     parts: list[tuple[str, str]] = []
     if subject.results and document:
@@ -86,7 +92,7 @@ def page(subject: Subject, document: Document | None, text_tokens: int | None = 
         parts.append(("Scores", note(f"Not scored: run merv-eval run --checkpoint {subject.path}, then this again.")))
     parts.append(("Learning curves", curves_part(subject)))
     if subject.results and document:
-        parts.append(("Accuracy against cost", costs_part(subject, scores, text_tokens)))
+        parts += [("Accuracy against cost", costs_part(subject.results, scores, costs))] if costs else []
         parts.append(("Tables", _tables(subject, document)))
     parts += [("Provenance", provenance(subject)), ("Make it again", commands(subject))]
     if document:

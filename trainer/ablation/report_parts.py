@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mervcache.errors import UserError
 from mervcache.page import Markup, escaped, note, table
+from trainer.ablation.costs_table import SweepCosts
+from trainer.ablation.document import NotComputed
 from trainer.ablation.figures import (
     LARGEST,
     Costed,
@@ -25,10 +26,10 @@ from trainer.ablation.figures import (
     size_legend,
     swatches,
 )
-from trainer.ablation.flops import NOT_COUNTED, Cost, mean_text_tokens, run_cost
+from trainer.ablation.flops import NOT_COUNTED, Cost
 from trainer.ablation.plots import Curve, curves
 from trainer.ablation.render import HEADINGS
-from trainer.ablation.results import BLOCKS, POST_HOC, VISUAL_SETTING, Results, Subset, subset_name
+from trainer.ablation.results import BLOCKS, POST_HOC, Results, Subset, subset_name
 from trainer.ablation.statistics import LEVEL
 from trainer.ablation.subject import Subject
 from trainer.ablation.sweep import NESTED, ONE_SHOT, RETRAINED
@@ -39,7 +40,6 @@ MEANING = {
     ONE_SHOT: "One checkpoint had to learn all subsets: a run of its own may do better at each.",
     NESTED: "One checkpoint had to learn all numbers of tokens: a run of its own may do better at each.",
 }
-COSTED = (RETRAINED, NESTED)  # a masked encoder is computed all the same
 MIN_LATTICE = 4  # subsets with scores from which on a lattice says something
 OPEN_ROWS = 24  # longer tables are folded
 NAMED_CURVES = 8  # runs with a colour of their own; more are coloured by their number of encoders
@@ -170,31 +170,19 @@ def curves_part(subject: Subject) -> Markup:
     return Markup("".join(parts))
 
 
-def costs_part(subject: Subject, scores: Sequence[Score], text_tokens: int | None) -> Markup:
+def costs_part(results: Results, scores: Sequence[Score], costs: SweepCosts) -> Markup:
     """Pareto plots of visual tokens and of FLOPs, and a table; of answers that cost what the run's settings say."""
-    results = subject.results
-    folders: dict[tuple[str, str, Subset], tuple[Path, int | None]] = {}
-    for member in results.answers:
-        if member.block in COSTED and member.run in subject.runs:
-            setting = member.setting if member.subset else member.setting.without(*VISUAL_SETTING)
-            tokens = member.setting.get("tokens_per_frame") if member.block == NESTED else None
-            folders.setdefault((member.block, str(setting), member.subset), (subject.runs[member.run], tokens))
-    if not folders:
+    by_label = {(block, str(setting), subset): row.cost for (block, setting, subset), row in costs.rows.items()}
+    if not by_label:
         return Markup("")
-    text_tokens = text_tokens or mean_text_tokens(subject.runs.values())
-    if text_tokens is None:
-        return note("Not counted: no metrics say how long a text is; give --text-tokens.")
-    costs: dict[tuple[str, str, Subset], Cost] = {}
-    lacking: dict[str, None] = {}
-    for place, (folder, tokens) in folders.items():
-        try:
-            costs[place] = run_cost(folder, text_tokens, tokens_per_frame=tokens)
-        except UserError as error:
-            lacking[str(error)] = None
-    found = {s: cost for s in scores if s.estimate and (cost := costs.get((s.block, s.setting, s.subset)))}
+    lacking = dict.fromkeys(cost.reason for cost in by_label.values() if isinstance(cost, NotComputed))
+    if costs.text_tokens is None:
+        return note(f"Not counted: {', '.join(lacking)}.")
+    places = {s: by_label.get((s.block, s.setting, s.subset)) for s in scores if s.estimate}
+    found = {score: cost for score, cost in places.items() if isinstance(cost, Cost)}
     about = note(
-        f"One forward of a sample with {text_tokens:,} text tokens besides the visual ones. Encoders ran once, when the"
-        " store was made, and are not counted."
+        f"One forward of a sample with {costs.text_tokens:,} text tokens besides the visual ones. Encoders ran once,"
+        " when the store was made, and are not counted."
     )
     counted = f"<details><summary>What is counted</summary>{note(NOT_COUNTED)}</details>"
     parts: list[str] = [about, counted, *(f"<p class='warn'>Not counted: {escaped(reason)}</p>" for reason in lacking)]

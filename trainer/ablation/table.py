@@ -6,11 +6,11 @@ Statistics are those of `statistics.py`, over accuracy and, apart from it, over 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trainer.ablation.comparisons import agreement, axis
+from trainer.ablation.comparisons import agreement, axis, token_matched
 from trainer.ablation.document import Cell, Column, Document, Estimate, Section
 from trainer.ablation.importance import ENCODERS, importance, scores
 from trainer.ablation.panel import METRICS, Study
@@ -25,11 +25,14 @@ from trainer.ablation.results import (
 from trainer.ablation.statistics import DRAWS, LEVEL, Resampling, holm
 from trainer.ablation.sweep import NESTED
 
+if TYPE_CHECKING:
+    from trainer.ablation.costs_table import SweepCosts  # imports torch
+
 SHOWN_SUBSETS = 4  # of those that a run lacks, by name
 
 
-def make_table(results: Results, *, draws: int = DRAWS, seed: int = 0) -> Document:
-    """Every statistic that the sweep's answers allow; the same arguments give the same table."""
+def make_table(results: Results, *, costs: SweepCosts | None = None, draws: int = DRAWS, seed: int = 0) -> Document:
+    """Every statistic that the answers allow, and what the runs cost; the same arguments give the same table."""
     videos = np.unique(results.questions.videos, return_inverse=True)[1]
     study = Study(results=results, resampling=Resampling(videos, draws=draws, seed=seed))
     sections: list[Section] = []
@@ -45,7 +48,11 @@ def make_table(results: Results, *, draws: int = DRAWS, seed: int = 0) -> Docume
                     if section := axis(study, block, metric, panels, name):
                         found.append(section)
                         shown.setdefault(name, set()).update(setting.get(name) for setting in panels)
+            if costs and block == RETRAINED:
+                tokens = costs.visual_tokens(block)
+                found += filter(None, [token_matched(study, block, metric, panels, tokens)])
             sections += _adjust([replace(s, block=block, metric=metric.name) for s in found if s.rows])
+        sections += costs.sections(block) if costs else []
     sections += [section for metric in METRICS if (section := agreement(study, metric)).rows]
     notes = list(results.notes)
     if not any(section.title == ENCODERS for section in sections):
