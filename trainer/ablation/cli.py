@@ -138,6 +138,14 @@ def end_if_incomplete(missing: Sequence[str], what: str) -> None:
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of these draws.")
 @RANKS
 @TEXT_TOKENS
+@click.option(
+    "--with",
+    "tables",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    multiple=True,
+    metavar="FILE",
+    help="Show these tables too, which merv-eval probe --out FILE.json or another command has written; repeatable.",
+)
 @click.option("--store", show_default="where it was read", help="Place of the store, if it has moved.")
 def report_command(path: Path, **options: Any) -> None:
     """One self-contained HTML page about a sweep or a run: scores, lattice of subsets, learning curves, costs, tables.

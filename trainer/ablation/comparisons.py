@@ -10,8 +10,7 @@ import numpy as np
 
 from trainer.ablation.document import Cell, Column, Estimate, NotComputed, Section
 from trainer.ablation.panel import Metric, Panel, Study, estimates
-from trainer.ablation.published import alongside
-from trainer.ablation.results import RETRAINED, SUBSET_BLOCKS, VISUAL_SETTING, Setting, Subset, subset_name
+from trainer.ablation.results import SUBSET_BLOCKS, VISUAL_SETTING, Setting, Subset, subset_name
 from trainer.ablation.statistics import (
     Floats,
     kendall,
@@ -27,10 +26,10 @@ LEAST_RANKED = 3  # subsets of a rank correlation
 FIRST_SEEDS = "Spearman between seeds of the first"  # the ceiling
 
 
-def axis(study: Study, block: str, metric: Metric, panels: Mapping[Setting, Panel], name: str) -> Section | None:
+def axis(study: Study, metric: Metric, panels: Mapping[Setting, Panel], name: str) -> Section | None:
     """Rows that differ in one setting only, against the reference; None where nothing does.
 
-    Of all encoders, or where these differ in nothing, of every subset. Published figures are of retrained runs.
+    Of all encoders, or where these differ in nothing, of every subset.
     """
     groups: dict[tuple[Setting, Subset], Panel] = {}
     for setting, panel in panels.items():
@@ -40,7 +39,6 @@ def axis(study: Study, block: str, metric: Metric, panels: Mapping[Setting, Pane
     groups = {place: group for place, group in groups.items() if place[1] == study.encoders} or groups
     if not groups:
         return None
-    published = alongside(name, study.results.record) if block == RETRAINED else {}
     title = name.replace("_", " ")
     rows: list[tuple[Cell, ...]] = []
     notes: list[str] = []
@@ -62,12 +60,10 @@ def axis(study: Study, block: str, metric: Metric, panels: Mapping[Setting, Pane
             row = [str(setting), subset_name(subset), _text(key), levels.get(key) or reason]
             row += [differences.get(key) or reason]
             row += [front.get(key)] if name == GRID else []
-            row += [published.get(key)] if published else []
             rows.append(tuple(row))
     columns = [Column(name="setting"), Column(name="encoders"), Column(name=title)]
     columns += [Column(name=metric.name, unit=metric.level), Column(name="difference", unit=metric.difference)]
     columns += [Column(name="on the Pareto front", unit="flag")] if name == GRID else []
-    columns += [Column(name="published", unit="share")] if published else []
     notes = list(dict.fromkeys(notes))
     return Section(title=title.capitalize(), columns=tuple(columns), rows=tuple(rows), notes=tuple(notes))
 

@@ -56,6 +56,15 @@ class Column:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Plot:
+    """How a page draws a table: a line for each value of a column, or each set of them."""
+
+    x: str  # names of columns
+    y: str
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Section:
     """One table."""
 
@@ -65,6 +74,7 @@ class Section:
     block: str = ""  # retrained, post-hoc or one-shot; "": of no block
     metric: str = ""
     notes: tuple[str, ...] = ()
+    plot: Plot | None = None
 
     def map_cells(self, change: Callable[[Cell], Cell]) -> Section:
         """The section with every cell changed."""

@@ -6,12 +6,14 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 from mervcache.console import format_bytes
-from trainer.ablation.document import Cell, Column, Document, Estimate, NotComputed, Section
+from mervcache.errors import UserError
+from trainer.ablation.document import Cell, Column, Document, Estimate, NotComputed, Plot, Section, Unit
 from trainer.ablation.panel import seeds_text
 from trainer.ablation.results import POST_HOC
 from trainer.ablation.sweep import NESTED, ONE_SHOT, RETRAINED
@@ -124,6 +126,54 @@ def to_json(document: Document) -> str:
 def questions_to_json(document: Document) -> str:
     """The question x run table."""
     return json.dumps({"format": 1, **_json_section(document.questions)}, indent=1, allow_nan=False) + "\n"
+
+
+def read_json(path: Path) -> Document:
+    """A document that a command wrote as JSON; UserError for a file that is none."""
+    try:
+        record = json.loads(path.read_text())
+        if record["format"] != 1:
+            raise ValueError(f"its format is {record['format']!r}, this version reads 1")
+        return Document(
+            title=str(record["title"]),
+            facts={str(name): str(value) for name, value in record["facts"].items()},
+            sections=tuple(map(_section_of_json, record["sections"])),
+            **{name: tuple(map(str, record[name])) for name in ("missing", "methods", "footnotes")},
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"entry {error} is missing" if isinstance(error, KeyError) else str(error)
+        raise UserError(
+            f"{path} holds no tables ({reason}); give a file that merv-eval probe, rank, flops or table has written as"
+            " JSON with --out or --format json"
+        ) from error
+
+
+def _section_of_json(record: Mapping[str, Any]) -> Section:
+    columns = tuple(Column(name=str(column["name"]), unit=column["unit"]) for column in record["columns"])
+    if unknown := [column.unit for column in columns if column.unit not in get_args(Unit)]:
+        raise ValueError(f"unit {unknown[0]!r} of a column is unknown")
+    rows = tuple(tuple(map(_cell_of_json, row)) for row in record["rows"])
+    if any(len(row) != len(columns) for row in rows):
+        raise ValueError("a row has another number of cells than the table has columns")
+    plot = record.get("plot") and Plot(**{**record["plot"], "lines": tuple(record["plot"]["lines"])})
+    names = {column.name for column in columns}
+    if plot and not {plot.x, plot.y, *plot.lines} <= names:
+        raise ValueError("a plot names columns that its table has not")
+    texts = {name: str(record[name]) for name in ("title", "block", "metric")}
+    return Section(columns=columns, rows=rows, notes=tuple(map(str, record["notes"])), plot=plot, **texts)
+
+
+def _cell_of_json(value: Any) -> Cell:
+    if isinstance(value, Mapping):
+        if "not_computed" in value:
+            return NotComputed(str(value["not_computed"]))
+        numbers = {name: value[name] for name in ("value", "low", "high", "p", "p_holm")}
+        if not all(number is None or isinstance(number, int | float) for number in numbers.values()):
+            raise ValueError(f"a cell holds {value}")
+        return Estimate(**numbers, seeds=tuple(value["seeds"]))
+    if value is not None and not isinstance(value, str | int | float):
+        raise ValueError(f"a cell holds {value!r}")
+    return value
 
 
 FORMATS: dict[str, tuple[Callable[[Document], str], Callable[[Document], str]]] = {
@@ -299,6 +349,7 @@ def _json_section(section: Section) -> dict[str, Any]:
         "columns": [asdict(column) for column in section.columns],
         "rows": [[plain(cell) for cell in row] for row in section.rows],
         "notes": section.notes,
+        **({"plot": asdict(section.plot)} if section.plot else {}),
     }
 
 

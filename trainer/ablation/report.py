@@ -16,12 +16,20 @@ from featurestore.quality import parity_words
 from mervcache.errors import UserError
 from mervcache.files import replace_text
 from mervcache.page import Markup, cards, escaped, make_page, note, table
+from mervcache.text import shareable
 from trainer.ablation.costs_table import SweepCosts, measure_costs
 from trainer.ablation.document import Document, Estimate, NotComputed, Section
 from trainer.ablation.figures import read_scores
 from trainer.ablation.importance import ENCODERS
 from trainer.ablation.panel import ACCURACY
-from trainer.ablation.render import blocks, cell_text, column_heading, section_notes, without_constant_setting
+from trainer.ablation.render import (
+    blocks,
+    cell_text,
+    column_heading,
+    read_json,
+    section_notes,
+    without_constant_setting,
+)
 from trainer.ablation.report_parts import (
     OPEN_ROWS,
     categories_part,
@@ -31,6 +39,7 @@ from trainer.ablation.report_parts import (
     lattices_part,
     methods_of,
     scores_part,
+    section_plot,
 )
 from trainer.ablation.statistics import DRAWS
 from trainer.ablation.subject import Subject, read_subject
@@ -61,23 +70,30 @@ def write_report(
     seed: int = 0,
     text_tokens: int | None = None,
     ranks: bool = False,
+    tables: Sequence[Path] = (),
 ) -> Written:
-    """Write the page of a sweep or a run, by default as NAME-report.html next to its folder."""
+    """Write the page of a sweep or a run, by default as NAME-report.html next to its folder.
+
+    `tables` are files that other commands wrote as JSON, such as probes, which the page shows too.
+    """
+    others = [read_json(table) for table in tables]
     subject = read_subject(path, split=split, protocol=protocol, store=store)
     document = costs = None
     if subject.results:
         places = {"store": store, "text_tokens": text_tokens}
         costs = measure_costs(subject.results, subject.runs, with_ranks=ranks, **places)
-        document = make_table(subject.results, costs=costs, draws=draws, seed=seed)
+        document = make_table(subject.results, folders=subject.runs, costs=costs, draws=draws, seed=seed)
     target = out or subject.path.resolve().with_name(f"{subject.name}-report.html")
     try:
-        replace_text(target, page(subject, document, costs))
+        replace_text(target, page(subject, document, costs, others))
     except OSError as error:
         raise UserError(f"the page cannot be written to {target}: {error.strerror}; give another --out") from error
     return Written(path=target, missing=document.missing if document else ())
 
 
-def page(subject: Subject, document: Document | None, costs: SweepCosts | None = None) -> str:
+def page(
+    subject: Subject, document: Document | None, costs: SweepCosts | None = None, others: Sequence[Document] = ()
+) -> str:
     """The whole page as text."""
     parts: list[tuple[str, str]] = []
     if subject.results and document:
@@ -94,6 +110,7 @@ def page(subject: Subject, document: Document | None, costs: SweepCosts | None =
     if subject.results and document:
         parts += [("Accuracy against cost", costs_part(subject.results, scores, costs))] if costs else []
         parts.append(("Tables", _tables(subject, document)))
+    parts += [(other.title, _other_tables(other)) for other in others]
     parts += [("Provenance", provenance(subject)), ("Make it again", commands(subject))]
     if document:
         parts += [("Methods", _list(document.methods)), ("Footnotes", _list(document.footnotes))]
@@ -179,6 +196,21 @@ def _tables(subject: Subject, document: Document) -> Markup:
             is_main = section.title == ENCODERS and section.metric == ACCURACY.name
             parts.append(folded(title, Markup(content), is_open=is_main and len(section.rows) <= OPEN_ROWS))
     return Markup("".join(parts))
+
+
+def _other_tables(document: Document) -> Markup:
+    """Tables of another command, and their plots."""
+    parts = []
+    for section in document.sections:
+        title = "" if section.title == document.title else section.title
+        content = Markup(f"{section_plot(section)}{section_table(section)}{_list(_nameless(section_notes(section)))}")
+        parts.append(folded(title, content, is_open=len(section.rows) <= OPEN_ROWS) if title else content)
+    return Markup("".join([*parts, _list(_nameless((*document.methods, *document.footnotes)))]))
+
+
+def _nameless(lines: Iterable[str]) -> list[str]:
+    """The lines without the folders of absolute paths."""
+    return [shareable(line) for line in lines]
 
 
 def _says_something(section: Section) -> bool:

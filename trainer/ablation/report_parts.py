@@ -9,9 +9,10 @@ import numpy as np
 
 from mervcache.page import Markup, escaped, note, table
 from trainer.ablation.costs_table import SweepCosts
-from trainer.ablation.document import NotComputed
+from trainer.ablation.document import Estimate, NotComputed, Section
 from trainer.ablation.figures import (
     LARGEST,
+    NUM_COLOURS,
     Costed,
     Score,
     by_size,
@@ -28,7 +29,7 @@ from trainer.ablation.figures import (
 )
 from trainer.ablation.flops import NOT_COUNTED, Cost
 from trainer.ablation.plots import Curve, curves
-from trainer.ablation.render import HEADINGS
+from trainer.ablation.render import HEADINGS, column_heading
 from trainer.ablation.results import BLOCKS, POST_HOC, Results, Subset, subset_name
 from trainer.ablation.statistics import LEVEL
 from trainer.ablation.subject import Subject
@@ -222,6 +223,27 @@ def costs_part(results: Results, scores: Sequence[Score], costs: SweepCosts) -> 
     right = range(len(labels), len(labels) + len(values))
     parts.append(folded("Costs", table([*labels, *values], rows, right=right), is_open=not numbers))
     return Markup("".join(parts))
+
+
+def section_plot(section: Section) -> Markup:
+    """The plot of a table that has one: a line for each value of the columns that name lines."""
+    if section.plot is None:
+        return Markup("")
+    names = [column.name for column in section.columns]
+    x, y, *lines = (names.index(name) for name in (section.plot.x, section.plot.y, *section.plot.lines))
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in section.rows:
+        value = row[y].value if isinstance(row[y], Estimate) else row[y]
+        if isinstance(value, int | float) and isinstance(row[x], int | float):
+            points.setdefault(", ".join(str(row[index]) for index in lines), []).append((row[x], value))
+    kinds = {name: f"e{index % NUM_COLOURS}" for index, name in enumerate(points)}
+    drawn = [Curve(name=name, kind=kinds[name], points=sorted(found)) for name, found in points.items()]
+    if len({place for curve in drawn for place, _ in curve.points}) < 2:
+        return Markup("")
+    label = f"{column_heading(section.columns[y])} against {section.plot.x}"
+    shown = curves(drawn, label=label, x_name=section.plot.x, y_text="{:g}".format, has_marks=True)
+    key = swatches({kind: name for name, kind in kinds.items()})
+    return Markup(f"{note(label[0].upper() + label[1:] + '.')}{key}{shown}")
 
 
 def folded(title: str, content: Markup, *, is_open: bool = False) -> str:

@@ -102,7 +102,7 @@ class SweepFolder:
         step = 60 if self.runs[name]["is_trained"] else 0
         record = {"split": "heldout", "limit": None, "store": "nowhere.zarr", "snapshot": "00001-abc", "step": step}
         path = self.path / "runs" / name / "scores" / f"{file}.json"
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({**record, "scores": [], "beside": {}, **content}))
         return path
 
