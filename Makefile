@@ -25,7 +25,7 @@ demo: setup
 	$(BIN)/merv-train --from-cache features/demo.zarr --recipe demo --mode text-only --out runs/demo-text-only --resume auto
 	$(BIN)/merv-eval run --checkpoint runs/demo --baseline runs/demo-text-only
 	$(BIN)/merv-eval mask --checkpoint runs/demo
-	$(BIN)/merv-eval probe features/demo.zarr --labels data/demo/directions.csv --probes linear --grids 16 --out runs/probes.json
+	$(BIN)/merv-eval probe features/demo.zarr --labels data/demo/directions.csv --probes linear --subsets alone,leave-one-out --grids 1 --out runs/probes.json
 	$(BIN)/merv-eval report runs/demo --ranks --with runs/probes.json
 	@echo "Look at features/demo-report.html: what each encoder sees; and at runs/demo-report.html: what each one adds."
 

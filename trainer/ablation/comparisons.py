@@ -84,6 +84,8 @@ def token_matched(
     placed = {(setting, subset): panel for setting, panel in panels.items() for subset in filter(None, panel.keys)}
     several = [place for place in placed if len(place[1]) > 1 and place in tokens]
     several = [place for place in several if place[1] == study.encoders] or several
+    if not any(_is_control(place, other) for place in several for other in placed):
+        return None  # whatever their tokens: a run of its own, which nothing could be compared with
     rows: list[tuple[Cell, ...]] = []
     notes: list[str] = []
     for place in several:
@@ -109,8 +111,6 @@ def token_matched(
             value_SKQ = pair.stack([place, control], choice.seeds)
             (difference,) = estimates(study.resampling(value_SKQ[:, :1] - value_SKQ[:, 1:]), choice.seeds, tested=True)
             rows.append((*head, levels[place], levels[control], difference))
-    if not rows:
-        return None
     columns = (
         Column(name="setting"),
         Column(name="encoders"),

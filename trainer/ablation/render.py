@@ -275,7 +275,7 @@ def section_notes(section: Section) -> list[str]:
     if not any(column.name == "seeds" for column in section.columns):
         by_seeds: dict[tuple[int, ...], list[str]] = {}
         for index, column in enumerate(section.columns):
-            for seeds in {row[index].seeds for row in section.rows if isinstance(row[index], Estimate)}:
+            for seeds in {row[index].seeds for row in section.rows if isinstance(row[index], Estimate)} - {()}:
                 by_seeds.setdefault(seeds, []).append(column.name)
         for seeds, names in by_seeds.items():
             columns = f" ({', '.join(names)})" if len(by_seeds) > 1 else ""
