@@ -25,6 +25,7 @@ HEADINGS = {
     NESTED: "One-shot, grids: one run was trained at a random grid in every step, and scored at each",
     "": "Methods compared",
 }
+SHARED = ("setting", "seeds", "probe", "reads")  # columns that are left out where all rows have one value
 PERCENT = ("share", "points")  # units shown times 100
 UNITS = {"share": "%", "points": "points", "nats": "nats/token"}
 DECIMALS = {"share": 2, "points": 2, "nats": 4, "number": 4, "decimal": 1}
@@ -50,7 +51,7 @@ def to_markdown(document: Document) -> str:
         lines += ["", "**Incomplete:**", "", *(f"- {_markdown(line)}" for line in document.missing)]
     for heading, sections in blocks(document):
         lines += ["", f"## {heading}"] if heading else []
-        for section in map(without_constant_setting, sections):
+        for section in map(without_constants, sections):
             lines += ["", f"### {_heading(section, _markdown)}", "", *_pipe_table(section)]
             notes = [f"- {_markdown(note)}" for note in section_notes(section)]
             lines += ["", *notes] if notes else []
@@ -75,7 +76,7 @@ def to_latex(document: Document) -> str:
     parts += [f"% {_comment(line)}" for line in (*document.methods, *document.footnotes)]
     for heading, sections in blocks(document):
         parts += ["", f"% {heading}"] if heading else []
-        for section in map(without_constant_setting, sections):
+        for section in map(without_constants, sections):
             parts.append(_latex_table(section, f"{f'{heading}. ' if heading else ''}{_heading(section, _latex)}."))
     return "\n".join(parts) + "\n"
 
@@ -212,16 +213,20 @@ def blocks(document: Document) -> list[tuple[str, list[Section]]]:
     return [(HEADINGS[block] if has_blocks else "", sections) for block, sections in found if sections]
 
 
-def without_constant_setting(section: Section) -> Section:
-    """A setting that all rows share is a note, not a column."""
-    settings = {row[0] for row in section.rows}
-    if section.columns[0].name != "setting" or len(settings) > 1:
-        return section
+def without_constants(section: Section) -> Section:
+    """What all rows share is a note, not a column: their setting, seeds, kind of probe."""
+    notes, kept = [], []
+    for index, column in enumerate(section.columns):
+        values = {row[index] for row in section.rows}
+        if column.name in SHARED and len(values) == 1:
+            notes += [f"{column.name.capitalize()}: {value}." for value in values if value]
+        else:
+            kept.append(index)
     return replace(
         section,
-        columns=section.columns[1:],
-        rows=tuple(row[1:] for row in section.rows),
-        notes=(*(f"Setting: {setting}." for setting in settings if setting), *section.notes),
+        columns=tuple(section.columns[index] for index in kept),
+        rows=tuple(tuple(row[index] for index in kept) for row in section.rows),
+        notes=(*notes, *section.notes),
     )
 
 
@@ -272,7 +277,8 @@ def cell_text(cell: Cell, column: Column) -> str:
 def section_notes(section: Section) -> list[str]:
     """What a reader of the section has to know: seeds, what is not computed, and its notes."""
     notes = []
-    if not any(column.name == "seeds" for column in section.columns):
+    has_seeds = any(column.name == "seeds" for column in section.columns)
+    if not has_seeds and not any(note.startswith("Seeds: ") for note in section.notes):
         by_seeds: dict[tuple[int, ...], list[str]] = {}
         for index, column in enumerate(section.columns):
             for seeds in {row[index].seeds for row in section.rows if isinstance(row[index], Estimate)} - {()}:

@@ -28,7 +28,7 @@ from trainer.ablation.render import (
     column_heading,
     read_json,
     section_notes,
-    without_constant_setting,
+    without_constants,
 )
 from trainer.ablation.report_parts import (
     OPEN_ROWS,
@@ -184,7 +184,7 @@ def _tables(subject: Subject, document: Document) -> Markup:
     """Every table of `merv-eval table`."""
     parts = []
     for heading, sections in blocks(document):
-        shown = [s for s in map(without_constant_setting, sections) if subject.is_sweep or _says_something(s)]
+        shown = [s for s in map(without_constants, sections) if subject.is_sweep or _says_something(s)]
         if not shown:
             continue
         if not subject.is_sweep and sections[0].block == RETRAINED:
@@ -203,7 +203,8 @@ def _other_tables(document: Document) -> Markup:
     parts = []
     for section in document.sections:
         title = "" if section.title == document.title else section.title
-        content = Markup(f"{section_plot(section)}{section_table(section)}{_list(_nameless(section_notes(section)))}")
+        shown = without_constants(section)
+        content = Markup(f"{section_plot(section)}{section_table(shown)}{_list(_nameless(section_notes(shown)))}")
         parts.append(folded(title, content, is_open=len(section.rows) <= OPEN_ROWS) if title else content)
     return Markup("".join([*parts, _list(_nameless((*document.methods, *document.footnotes)))]))
 
