@@ -33,7 +33,6 @@ from trainer.runs.run_record import read_metrics
 from trainer.sources import open_store
 
 RATE = 1e-4
-SECONDS = Column(name="seconds", unit="seconds")
 
 
 @click.command(context_settings={"show_default": True})
@@ -42,7 +41,7 @@ SECONDS = Column(name="seconds", unit="seconds")
 @click.option(
     "--config", "config_file", type=click.Path(exists=True, dir_okay=False), help="Settings of the extraction."
 )
-@click.option("--clips", default=64, help="Videos that are extracted.")
+@click.option("--clips", type=click.IntRange(min=8), default=64, help="Videos that are extracted.")
 @click.option("--workers", default=2, help="Of the second extraction with each number of encoders.")
 @click.option("--rounds", default=1, help="Extractions of each kind, in turn; the shortest counts.")
 @click.option("--steps", default=6, help="Training steps, the first of which does not count.")
@@ -78,22 +77,28 @@ def main(
         replace_text(out, to_json(document))
 
 
-def measure_extractions(
-    folder: Path, base: ExtractConfig, counts: range, workers: int, rounds: int
-) -> Iterator[tuple[Row, float]]:
-    """(encoders, how, seconds per clip) of every kind of extraction; the stores of one worker stay in `folder`."""
-    best: dict[tuple[int, int], float] = {}
-    kinds = [(count, number) for count in counts for number in dict.fromkeys((1, workers))]
+def measure_extractions(folder: Path, base: ExtractConfig, counts: range, workers: int, rounds: int) -> Iterator[Row]:
+    """(encoders, how, seconds per further clip, seconds before the first) of every kind of extraction.
+
+    By two extractions, of all clips and of a quarter. The stores that one worker made of all clips stay in `folder`.
+    """
+    few, many = base.limit // 4, base.limit
+    elapsed: dict[tuple[int, int, int], float] = {}
+    kinds = [
+        (count, number, clips) for count in counts for number in dict.fromkeys((1, workers)) for clips in (few, many)
+    ]
     for turn in range(rounds):
-        for count, number in kinds:
-            store = str(folder / f"{count}-{number}-{turn}.zarr")
-            config = replace(base, store=store, encoders=base.encoders[:count], workers=number, canaries=False)
-            summary = extract(config, quiet=True)
-            seconds = summary.elapsed_s / summary.clips
-            best[count, number] = min(seconds, best.get((count, number), seconds))
-    for (count, number), seconds in best.items():
-        how = "in series, one worker" if number == 1 else f"on {number} workers"
-        yield count, how, seconds
+        for kind in kinds:
+            count, number, clips = kind
+            store = str(folder / f"{count}-{number}-{clips}-{turn}.zarr")
+            settings = {"store": store, "encoders": base.encoders[:count], "workers": number, "limit": clips}
+            summary = extract(replace(base, canaries=False, **settings), quiet=True)
+            elapsed[kind] = min(summary.elapsed_s, elapsed.get(kind, summary.elapsed_s))
+    for count, number, clips in kinds:
+        if clips == few:
+            seconds = (elapsed[count, number, many] - elapsed[count, number, few]) / (many - few)
+            how = "in series, one worker" if number == 1 else f"on {number} workers"
+            yield count, how, seconds, elapsed[count, number, few] - few * seconds
 
 
 def measure_steps(
@@ -108,7 +113,7 @@ def measure_steps(
     for count in counts:
         chosen = replace(config, encoders=base.encoders[:count])
         file = Path(config_file) if config_file else None
-        runs = {"from the store": open_store(str(folder / f"{count}-1-0.zarr"), chosen)}
+        runs = {"from the store": open_store(str(folder / f"{count}-1-{settings['limit']}-0.zarr"), chosen)}
         with live_source(chosen, {**settings, "threads": 1}, file, out=folder / f"live-{count}") as live:
             for name, (samples, source) in {**runs, "end to end": live}.items():
                 run = folder / f"{name}-{count}"
@@ -127,20 +132,30 @@ def as_document(base: ExtractConfig, extractions: list[Row], steps: list[Row], r
     sections = (
         Section(
             title="Extraction against the number of encoders",
-            columns=(Column(name="encoders", unit="count"), Column(name="workers"), SECONDS),
+            columns=(
+                Column(name="encoders", unit="count"),
+                Column(name="workers"),
+                Column(name="a clip", unit="seconds"),
+                Column(name="before the first", unit="seconds"),
+            ),
             rows=tuple(extractions),
             notes=(
-                f"Elapsed seconds per clip, loading the encoders included, shortest of {rounds}. Workers share the"
+                "Elapsed seconds of a further clip, by extractions of all clips and of a quarter, and what is left"
+                f" before the first: starting workers and loading encoders. Shortest of {rounds}; workers share the"
                 f" {os.cpu_count()} cores of this machine with whatever else runs on it.",
             ),
-            plot=Plot(x="encoders", y="seconds", lines=("workers",)),
+            plot=Plot(x="encoders", y="a clip", lines=("workers",)),
         ),
         Section(
             title="Training step against the number of encoders",
-            columns=(Column(name="encoders", unit="count"), Column(name="tokens"), SECONDS),
+            columns=(
+                Column(name="encoders", unit="count"),
+                Column(name="tokens"),
+                Column(name="a step", unit="seconds"),
+            ),
             rows=tuple(steps),
             notes=("Median of the steps behind the first; the same LLM, fusion and batches.",),
-            plot=Plot(x="encoders", y="seconds", lines=("tokens",)),
+            plot=Plot(x="encoders", y="a step", lines=("tokens",)),
         ),
     )
     return Document(title="Time against the number of encoders", sections=sections, footnotes=(f"Encoders: {about}.",))

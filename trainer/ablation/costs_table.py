@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from featurestore.locate import is_url
+from mervcache.console import ProgressLine
 from mervcache.errors import MervCacheError
 from trainer.ablation.costs import StepReading, StepTime, run_step_time, step_reading
 from trainer.ablation.document import Cell, Column, NotComputed, Row, Section
@@ -170,7 +171,11 @@ def measure_costs(
     if with_ranks:
         ranked = {member.run: folders[member.run] for members in groups.values() for member in members if member.subset}
         ranks = ranks_of_runs(ranked, store)
-    rows = {place: _measure(members, folders, store, text_tokens, ranks) for place, members in groups.items()}
+    rows: dict[Place, RowCosts] = {}
+    with ProgressLine("costs", total=len(groups), unit="rows") as progress:
+        for place, members in groups.items():
+            rows[place] = _measure(members, folders, store, text_tokens, ranks)
+            progress.advance()
     return SweepCosts(rows=rows, text_tokens=text_tokens, ranks=ranks)
 
 

@@ -31,7 +31,8 @@ SCENES = [make_scene(0, split, number) for split in SPLITS for number in range(2
 
 
 def files_of(root: Path) -> dict[str, tuple[bytes, int]]:
-    paths = sorted(path for path in root.rglob("*") if path.suffix in (".mp4", ".png"))
+    others = ("demo.json", "directions.csv")
+    paths = sorted(path for path in root.rglob("*") if path.is_file() and path.name not in others)
     return {path.relative_to(root).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
 
 
