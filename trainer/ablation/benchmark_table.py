@@ -67,8 +67,8 @@ class BenchmarkScores:
 
     def section(self) -> Section | None:
         """A row per setting, subset and conditions; None where it would repeat the table of scores."""
-        conditions = {place[2] for place in self.rows}
-        if len(conditions) < 2 and not any(each.benchmark in BENCHMARKS for each in conditions):
+        kinds = {(each.benchmark, _scored_by(each)) for _, _, each in self.rows}
+        if len(kinds) < 2 and not any(benchmark in BENCHMARKS for benchmark, _ in kinds):
             return None
         found = {place: alongside(self._own(*place)) for place in self.rows}
         has_judge = any(score.judge_score is not None for scores in self.rows.values() for score in scores.values())
