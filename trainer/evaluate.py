@@ -137,7 +137,7 @@ def evaluate_masked(
     views = {"+".join(subset): replace(loaded.built, shown=tuple(subset)) for subset in subsets}
     method = "post-hoc" if loaded.built.config.mask_encoders == "none" else "one-shot"
     result = _evaluate_views(run, loaded, request, views, "subsets") | {"method": method}
-    write_answers(masked_scores_file(last_stage(run), request.split, limit=request.limit), result)
+    _write_views(run, masked_scores_file, result)
     return result
 
 
@@ -153,7 +153,7 @@ def evaluate_grids(
         raise UserError(f"{run} was trained at {', '.join(map(str, known))} tokens per frame, not at {unknown[0]}")
     views = {str(tokens): replace(loaded.built, tokens_per_frame=tokens) for tokens in grids or known}
     result = _evaluate_views(run, loaded, request, views, "grids") | {"method": "one-shot"}
-    write_answers(grid_scores_file(last_stage(run), request.split, limit=request.limit), result)
+    _write_views(run, grid_scores_file, result)
     return result
 
 
@@ -180,6 +180,11 @@ def _evaluate_views(
             name: [{**asdict(answer), "credit": answer.credit} for answer in found] for name, found in answers.items()
         },
     }
+
+
+def _write_views(run: Path, file: Callable[..., Path], result: Mapping[str, Any]) -> None:
+    conditions = {"protocol": result["protocol"], "limit": result["limit"]}
+    write_answers(file(last_stage(run), result["split"], **conditions), result)
 
 
 def _template(run: Path, baselines: Sequence[Path], request: EvaluationRequest) -> Template | None:

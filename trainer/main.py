@@ -14,12 +14,11 @@ from click.core import ParameterSource
 from mervcache.errors import UserError
 from trainer import cli
 from trainer.ablation.cli import COMMANDS
-from trainer.ablation.cli_atlas import atlas_command
 from trainer.ablation.cli_probe import probe_command
 from trainer.ablation.cli_sweep import sweep
 
 eval_main = cli.eval_main
-for command in (*COMMANDS, atlas_command, probe_command):
+for command in (*COMMANDS, probe_command):
     eval_main.add_command(command)
 
 

@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from featurestore.clips import Turn
+from featurestore.clips import Clip, Turn
 from mervcache.errors import UserError
+from mervcache.files import replace_text
 from pipeline.datasets.base import DatasetSpec, ListingBuilder, Option
 
 SPLITS = ("train", "heldout")
@@ -58,6 +59,7 @@ GLYPHS = {
 GREY_UV = 128.0  # colour difference of every grey
 
 MANIFEST = "demo.json"
+LABELS = "directions.csv"  # clip_id,label of the videos with one direction, for `merv-eval probe`
 RENDERER = 1  # raised whenever the same seed draws other pixels
 MAX_CLIPS = 1_000_000
 STAGES = ("align", "finetune", "eval")
@@ -114,6 +116,10 @@ def collect(builder: ListingBuilder, options: Mapping[str, Any]) -> None:
             builder.declare_samples(f"{builder.name}-{stage}")
     for scene in scenes:
         _add_samples(builder, scene)
+    try:
+        _write_labels(builder.root, builder.name, scenes)
+    except OSError as error:  # of a root that was drawn before and cannot be written to
+        builder.notes.append(f"{LABELS} is not written: {error.strerror}")
 
 
 def render_missing(root: Path, scenes: Iterable[Scene], settings: Mapping[str, int], counts: Mapping[str, int]) -> int:
@@ -159,6 +165,19 @@ def _write_manifest(root: Path, settings: Mapping[str, int], counts: Mapping[str
     temporary = root / f".{MANIFEST}.{os.getpid()}.part"
     temporary.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(temporary, root / MANIFEST)
+
+
+def _write_labels(root: Path, dataset: str, scenes: Iterable[Scene]) -> None:
+    """The direction of every video that moves in one: no frame alone shows it."""
+    rows = [
+        f"{Clip(dataset=dataset, path=scene.name, kind='video').clip_id},{scene.directions[0]}"
+        for scene in scenes
+        if scene.family == "direction"
+    ]
+    text = "\n".join(["clip_id,label", *rows]) + "\n"
+    path = root / LABELS
+    if not path.is_file() or path.read_text() != text:
+        replace_text(path, text)
 
 
 def _add_samples(builder: ListingBuilder, scene: Scene) -> None:

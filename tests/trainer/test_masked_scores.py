@@ -42,14 +42,17 @@ def test_all_encoders_shown_is_the_ordinary_score_and_none_is_the_llm_alone(conf
     assert [record["split"] for record in read_scores(run)] == ["heldout"]
 
 
-def test_a_few_questions_never_replace_the_scores_on_all(config, question_store, tmp_path):
+def test_fewer_questions_and_another_protocol_never_replace_the_scores_on_all(config, question_store, tmp_path):
     run = trained(replace(config, max_steps=1), question_store, tmp_path / "run")
     evaluate_masked(run, EvaluationRequest(), [("dinov2",)])
     evaluate_masked(run, EvaluationRequest(limit=2), [("dinov2",)])
+    evaluate_masked(run, EvaluationRequest(protocol="letters"), [("dinov2",)])
     counts = {
         path.name: len(json.loads(path.read_text())["subsets"]["dinov2"]) for path in (run / "scores").glob("*masked*")
     }
-    assert counts == {"heldout-masked.json": 3, "heldout-first-2-masked.json": 2}
+    assert counts == {"heldout-masked.json": 3, "heldout-first-2-masked.json": 2, "heldout-letters-masked.json": 3}
+    masked = json.loads((run / "scores" / "heldout-letters-masked.json").read_text())
+    assert masked["protocol"] == "letters"
 
 
 def test_a_run_trained_with_masks_says_so_and_resumes_to_the_same_losses(config, question_store, tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 
 from mervcache.console import plural
 from mervcache.page import Markup, cards, escaped, make_page, note, table
-from trainer.ablation.atlas import Atlas
+from trainer.ablation.atlas import Atlas, store_name
 from trainer.ablation.atlas_findings import (
     MIN_MEDIA,
     PUBLISHED,
@@ -75,7 +75,7 @@ def atlas_page(result: AtlasResult, media: StoreMedia, keys: Mapping[str, str]) 
     )
     return make_page(
         title=f"Atlas of {atlas.run} at step {atlas.step:,}",
-        subtitle=f"{atlas.store} at snapshot {atlas.snapshot}",
+        subtitle=f"{store_name(atlas.store)} at snapshot {atlas.snapshot}",
         notices=notices(result),
         style=(files("trainer") / "ablation" / "atlas.css").read_text(),
         body=Markup(body),

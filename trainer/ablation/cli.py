@@ -12,15 +12,15 @@ import click
 from featurestore.locate import names_of
 from mervcache.console import CONTEXT, echo, format_bytes, format_duration, handle_errors, print_result, stacked
 from mervcache.errors import EXIT_WITH_FAILURES, UserError
+from mervcache.text import safe
 from trainer.ablation.sweep import SUBSET_RULES, SWEEP_FILE, expand_subsets
 from trainer.cli import load_torch_modules
 from trainer.config import Protocol
 from trainer.runs.stage_folders import check_are_runs, last_stage
 
 if TYPE_CHECKING:
+    from trainer.ablation.atlas_page import AtlasResult
     from trainer.ablation.costs import RunCosts
-    from trainer.ablation.document import Document
-    from trainer.ablation.rank import RankReport
 
 handle_cli_errors = handle_errors(interrupted="Interrupted. Nothing was written.")
 SUFFIXES = {".md": "markdown", ".csv": "csv", ".tex": "latex", ".json": "json"}
@@ -30,6 +30,17 @@ FORMAT = click.option(
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 RUN = click.Path(exists=True, file_okay=False, path_type=Path)
+
+
+RANKS = click.option(
+    "--ranks", is_flag=True, help="Also effective ranks, from a sample of clips: minutes a run at full size."
+)
+TEXT_TOKENS = click.option(
+    "--text-tokens",
+    type=click.IntRange(min=1),
+    show_default="mean of a training sample",
+    help="Text tokens of the sample whose FLOPs are counted.",
+)
 
 
 @click.command("table", context_settings=CONTEXT)
@@ -47,8 +58,20 @@ RUN = click.Path(exists=True, file_okay=False, path_type=Path)
 @click.option("--draws", type=click.IntRange(min=100), default=10_000, help="Bootstrap draws of the intervals.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of these draws.")
 @click.option("--store", show_default="where the sweep read it", help="Place of the sweep's store, if it has moved.")
+@click.option("--costs/--no-costs", default=True, help="Tokens, parameters, FLOPs, step time and bytes of every run.")
+@RANKS
+@TEXT_TOKENS
 def table_command(
-    sweep: Path, format_: str | None, out: Path | None, questions: bool, draws: int, seed: int, store: str | None
+    sweep: Path,
+    format_: str | None,
+    out: Path | None,
+    questions: bool,
+    draws: int,
+    seed: int,
+    store: str | None,
+    costs: bool,
+    ranks: bool,
+    text_tokens: int | None,
 ) -> None:
     """Encoder importance, settings and agreement of methods, from the scores of SWEEP.
 
@@ -65,7 +88,16 @@ def table_command(
             raise UserError(f"--out {out} ends in none of {', '.join(SUFFIXES)}; give --format too")
     if out is not None and not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.absolute().parent}; make it first")
-    document = make_table(read_results(sweep, store=store), draws=draws, seed=seed)
+    if ranks and not costs:
+        raise UserError("--ranks are among the costs: leave out --no-costs")
+    results, measured = read_results(sweep, store=store), None
+    if costs and not questions:
+        load_torch_modules()
+        from trainer.ablation.costs_table import folders_of, measure_costs
+
+        places = {"store": store, "text_tokens": text_tokens}
+        measured = measure_costs(results, folders_of(results), with_ranks=ranks, **places)
+    document = make_table(results, costs=measured, draws=draws, seed=seed)
     text = FORMATS[format_ or "markdown"][questions](document)
     if out is None:
         click.echo(text, nl=False)
@@ -104,11 +136,15 @@ def end_if_incomplete(missing: Sequence[str], what: str) -> None:
 )
 @click.option("--draws", type=click.IntRange(min=100), default=10_000, help="Bootstrap draws of the intervals.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of these draws.")
+@RANKS
+@TEXT_TOKENS
 @click.option(
-    "--text-tokens",
-    type=click.IntRange(min=1),
-    show_default="mean of a training sample",
-    help="Text tokens of the sample whose FLOPs are counted.",
+    "--with",
+    "tables",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    multiple=True,
+    metavar="FILE",
+    help="Show these tables too, which merv-eval probe --out FILE.json or another command has written; repeatable.",
 )
 @click.option("--store", show_default="where it was read", help="Place of the store, if it has moved.")
 def report_command(path: Path, **options: Any) -> None:
@@ -225,7 +261,7 @@ def rank_command(
     if run is None and options["best"]:
         raise UserError("--best chooses a checkpoint: give a run too, or leave it out")
     load_torch_modules()
-    from trainer.ablation.rank import ranks_of_run, ranks_of_store
+    from trainer.ablation.rank import rank_document, ranks_of_run, ranks_of_store
     from trainer.ablation.render import print_document
 
     if run is not None:
@@ -237,35 +273,6 @@ def rank_command(
         print_result(report.to_dict(), True, lambda: None)
     else:
         print_document(rank_document(report), format_)
-
-
-def rank_document(report: RankReport) -> Document:
-    """The report as a table."""
-    from trainer.ablation.document import Column, Document, Section
-
-    columns, rows = [Column(name="encoder")], [[row.encoder] for row in report.rows]
-    sides = {"enters": "entering", "leaves": "leaving"} if report.run else {"enters": "entering"}
-    for side, name in sides.items():
-        columns += [
-            Column(name=f"effective rank {name}", unit="decimal"),
-            Column(name=f"channels {name}", unit="count"),
-            Column(name=f"tokens {name}", unit="count"),
-        ]
-        for cells, row in zip(rows, report.rows, strict=True):
-            found = getattr(row, side)
-            cells += [None] * 3 if found is None else [found.rank, found.width, found.tokens]
-    subject = f"run {report.run} at step {report.step}" if report.run else "the encoders"
-    notes = [
-        f"{report.formula}.",
-        f"N = {report.clips} clips ({report.stills} of them stills) drawn with seed {report.seed} from"
-        f" {report.available} that have tokens of every encoder, of {report.store} at {report.snapshot}; a still's time"
-        " steps repeat, as a projector reads them.",
-    ]
-    if report.without:
-        notes.append(f"{report.without} other clips of the store lack tokens of an encoder and were not drawn from.")
-    title = f"Effective rank: {subject}"
-    section = Section(title=title, columns=tuple(columns), rows=tuple(map(tuple, rows)), notes=tuple(notes))
-    return Document(title=title, sections=(section,))
 
 
 @click.command("costs", context_settings=CONTEXT)
@@ -313,4 +320,75 @@ def print_costs(costs: RunCosts) -> None:
         echo(note)
 
 
-COMMANDS = (table_command, report_command, mask_command, grids_command, flops_command, rank_command, costs_command)
+@click.command("atlas", context_settings=CONTEXT)
+@handle_errors(interrupted="Interrupted. Files that were written before are kept.")
+@click.argument("run", type=RUN)
+@click.option("--store", show_default="the one the run was trained on", help="Store of the clips.")
+@click.option("--step", type=click.IntRange(min=0), show_default="the newest", help="Checkpoint to look at.")
+@click.option("--best", is_flag=True, help="Look at the best checkpoint by validation.")
+@click.option("--compare", metavar="RUN|STEP", help="Another run, or another step of this one, to compare with.")
+@click.option("--root", help="Folder of the media, if it has moved.")
+@click.option("--clips", type=click.IntRange(min=1), show_default="all", help="A sample of so many clips.")
+@click.option(
+    "--decode", type=click.IntRange(min=0), default=512, help="Clips whose motion, edges and length are measured."
+)
+@click.option("--draws", type=click.IntRange(min=100), default=10_000, help="Bootstrap draws of the intervals.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of samples and draws.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), show_default="next to the table", help="Page.")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def atlas_command(run: Path, as_json: bool, out: Path | None, **options: Any) -> None:
+    """Write what each encoder of RUN contributes to the clips of a store: a table and a page.
+
+    The table is RUN/atlas/NAME.parquet. No LLM is loaded. Exits with 3 if clips could not be decoded.
+    """
+    check_are_runs(run)
+    if options["step"] is not None and options["best"]:
+        raise UserError("--step and --best choose a checkpoint each; leave one of both out")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.absolute().parent}; make it first")
+    load_torch_modules()
+    from trainer.ablation.atlas_run import AtlasRequest, make_atlas
+
+    made = make_atlas(run, AtlasRequest(**options), page=out, quiet=as_json)
+    print_result(made.to_dict(), as_json, lambda: print_atlas(made.result, made.table, made.page))
+    if made.result.properties.failed:
+        sys.exit(EXIT_WITH_FAILURES)
+
+
+def print_atlas(result: AtlasResult, table_path: Path, page: Path) -> None:
+    """Print a row per encoder, the findings, what is missing, and the files."""
+    from mervcache.console import table  # rich
+    from trainer.ablation.atlas_page import findings, notices
+
+    atlas = result.atlas
+    weights = [] if atlas.weight_CE is None else [f"{mean:.3f}" for mean in atlas.weight_CE.mean(axis=0)]
+    rows = [
+        (
+            encoder,
+            weights[place] if weights else "none",
+            f"{atlas.norm_CE[:, place].mean():.3g}",
+            f"{atlas.share_CE[:, place].mean():.0%}",
+        )
+        for place, encoder in enumerate(atlas.encoders)
+    ]
+    columns = ("encoder", "weight", "norm", "share of the norms")
+    table(columns, rows, right=columns[1:])
+    for line in findings(result.correlations):
+        click.echo(safe(line))
+    if result.correlations and not findings(result.correlations):
+        click.echo("no correlation with a property of clips has an interval away from 0")
+    for line in notices(result):
+        echo(line)
+    echo(f"wrote {table_path} and {page}")
+
+
+COMMANDS = (
+    table_command,
+    report_command,
+    mask_command,
+    grids_command,
+    flops_command,
+    rank_command,
+    costs_command,
+    atlas_command,
+)

@@ -10,8 +10,7 @@ import numpy as np
 
 from trainer.ablation.document import Cell, Column, Estimate, NotComputed, Section
 from trainer.ablation.panel import Metric, Panel, Study, estimates
-from trainer.ablation.published import alongside
-from trainer.ablation.results import RETRAINED, SUBSET_BLOCKS, Setting, Subset, subset_name
+from trainer.ablation.results import SUBSET_BLOCKS, VISUAL_SETTING, Setting, Subset, subset_name
 from trainer.ablation.statistics import (
     Floats,
     kendall,
@@ -27,10 +26,10 @@ LEAST_RANKED = 3  # subsets of a rank correlation
 FIRST_SEEDS = "Spearman between seeds of the first"  # the ceiling
 
 
-def axis(study: Study, block: str, metric: Metric, panels: Mapping[Setting, Panel], name: str) -> Section | None:
+def axis(study: Study, metric: Metric, panels: Mapping[Setting, Panel], name: str) -> Section | None:
     """Rows that differ in one setting only, against the reference; None where nothing does.
 
-    Of all encoders, or where these differ in nothing, of every subset. Published figures are of retrained runs.
+    Of all encoders, or where these differ in nothing, of every subset.
     """
     groups: dict[tuple[Setting, Subset], Panel] = {}
     for setting, panel in panels.items():
@@ -40,7 +39,6 @@ def axis(study: Study, block: str, metric: Metric, panels: Mapping[Setting, Pane
     groups = {place: group for place, group in groups.items() if place[1] == study.encoders} or groups
     if not groups:
         return None
-    published = alongside(name, study.results.record) if block == RETRAINED else {}
     title = name.replace("_", " ")
     rows: list[tuple[Cell, ...]] = []
     notes: list[str] = []
@@ -62,14 +60,80 @@ def axis(study: Study, block: str, metric: Metric, panels: Mapping[Setting, Pane
             row = [str(setting), subset_name(subset), _text(key), levels.get(key) or reason]
             row += [differences.get(key) or reason]
             row += [front.get(key)] if name == GRID else []
-            row += [published.get(key)] if published else []
             rows.append(tuple(row))
     columns = [Column(name="setting"), Column(name="encoders"), Column(name=title)]
     columns += [Column(name=metric.name, unit=metric.level), Column(name="difference", unit=metric.difference)]
     columns += [Column(name="on the Pareto front", unit="flag")] if name == GRID else []
-    columns += [Column(name="published", unit="share")] if published else []
     notes = list(dict.fromkeys(notes))
     return Section(title=title.capitalize(), columns=tuple(columns), rows=tuple(rows), notes=tuple(notes))
+
+
+def token_matched(
+    study: Study,
+    block: str,
+    metric: Metric,
+    panels: Mapping[Setting, Panel],
+    tokens: Mapping[tuple[Setting, Subset], int],
+) -> Section | None:
+    """Runs of several encoders against runs that give the LLM as many visual tokens; None without any.
+
+    Controls are one of the run's own encoders alone, at any fusion, projector and grid, and the same encoders by
+    another fusion at another grid: what several encoders are worth apart from the tokens that they add. Rows are of all
+    encoders, or where there are none, of every subset.
+    """
+    placed = {(setting, subset): panel for setting, panel in panels.items() for subset in filter(None, panel.keys)}
+    several = [place for place in placed if len(place[1]) > 1 and place in tokens]
+    several = [place for place in several if place[1] == study.encoders] or several
+    if not any(_is_control(place, other) for place in several for other in placed):
+        return None  # whatever their tokens: a run of its own, which nothing could be compared with
+    rows: list[tuple[Cell, ...]] = []
+    notes: list[str] = []
+    for place in several:
+        setting, subset = place
+        controls = [other for other in placed if tokens.get(other) == tokens[place] and _is_control(place, other)]
+        if not controls:
+            reason = NotComputed(
+                f"no run of one of its encoders has {tokens[place]:,} visual tokens; --grids adds numbers of tokens"
+            )
+            rows.append((str(setting), subset_name(subset), tokens[place], None, reason, reason, reason))
+        for control in controls:
+            pair = Panel()
+            for key in (place, control):
+                pair.add_from(placed[key], key[1], key)
+            choice = pair.choose([place, control])
+            label = f"{subset_name(control[1])}{f' ({control[0]})' * (control[0] != setting)}"
+            head = (str(setting), subset_name(subset), tokens[place], label)
+            if reason := pair.why_not([place, control], choice):
+                rows.append((*head, reason, reason, reason))
+                continue
+            notes += pair.left_out([place, control], choice, f"{subset_name(subset)} against {label}")
+            levels = study.resample(pair, [place, control], choice.seeds)
+            value_SKQ = pair.stack([place, control], choice.seeds)
+            (difference,) = estimates(study.resampling(value_SKQ[:, :1] - value_SKQ[:, 1:]), choice.seeds, tested=True)
+            rows.append((*head, levels[place], levels[control], difference))
+    columns = (
+        Column(name="setting"),
+        Column(name="encoders"),
+        Column(name="visual tokens", unit="count"),
+        Column(name="control of as many tokens"),
+        Column(name=metric.name, unit=metric.level),
+        Column(name=f"{metric.name} of the control", unit=metric.level),
+        Column(name="difference", unit=metric.difference),
+    )
+    return Section(
+        title="Token-matched control", columns=columns, rows=tuple(rows), notes=tuple(dict.fromkeys(notes)), block=block
+    )
+
+
+def _is_control(place: tuple[Setting, Subset], other: tuple[Setting, Subset]) -> bool:
+    """Whether the two differ in nothing but what a control of as many tokens may differ in."""
+    (setting, subset), (its_setting, its_subset) = place, other
+    if setting.without(*VISUAL_SETTING) != its_setting.without(*VISUAL_SETTING):
+        return False
+    if len(its_subset) == 1:
+        return its_subset[0] in subset
+    grids = setting.get(GRID), its_setting.get(GRID)
+    return its_subset == subset and setting.get("fusion") != its_setting.get("fusion") and grids[0] != grids[1]
 
 
 def _front(levels: Mapping[Hashable, Cell]) -> dict[Hashable, str]:

@@ -7,7 +7,21 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 # A share of 1 is shown in percent, a change with its sign, a size as `4.19 M`, tera in units of 10^12.
-Unit = Literal["text", "flag", "count", "share", "points", "change", "nats", "number", "decimal", "size", "tera"]
+Unit = Literal[
+    "text",
+    "flag",
+    "count",
+    "share",
+    "points",
+    "change",
+    "nats",
+    "number",
+    "decimal",
+    "size",
+    "tera",
+    "seconds",
+    "bytes",
+]
 Row = tuple["Cell", ...]
 TIME = "time"  # block of a sweep's wall times
 
@@ -43,6 +57,15 @@ class Column:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Plot:
+    """How a page draws a table: a line for each value of a column, or each set of them."""
+
+    x: str  # names of columns
+    y: str
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Section:
     """One table."""
 
@@ -52,6 +75,7 @@ class Section:
     block: str = ""  # retrained, post-hoc or one-shot; "": of no block
     metric: str = ""
     notes: tuple[str, ...] = ()
+    plot: Plot | None = None
 
     def map_cells(self, change: Callable[[Cell], Cell]) -> Section:
         """The section with every cell changed."""

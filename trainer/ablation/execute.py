@@ -329,7 +329,7 @@ def outcome_of(sweep: PinnedSweep, run: SweepRun) -> RunOutcome:
         if checkpoint.load_state(newest).step < num_steps:
             return RunOutcome(name=run.name, status="pending")
     further = [(run.is_masked, masked_scores_file), (run.nested_grids, grid_scores_file)]
-    if any(wanted and not file(folder, sweep.split).is_file() for wanted, file in further):
+    if any(wanted and not file(folder, sweep.split, protocol=sweep.protocol).is_file() for wanted, file in further):
         return RunOutcome(name=run.name, status="pending")
     for record in read_scores(folder):
         found = (record["split"], record.get("limit"), record["step"], record.get("protocol", sweep.protocol))

@@ -120,14 +120,22 @@ class Curve:
 
 
 def curves(
-    found: Sequence[Curve], *, height: int = 240, label: str, x_name: str, y_text: Callable[[float], str]
+    found: Sequence[Curve],
+    *,
+    height: int = 240,
+    label: str,
+    x_name: str,
+    y_text: Callable[[float], str],
+    has_marks: bool = False,
 ) -> Markup:
-    """Curves over a common axis."""
+    """Curves over a common axis; `has_marks`: with a mark at every point, whose places are the ticks."""
     drawn = [(curve, smooth(curve.points)) if curve.is_smoothed else (curve, list(curve.points)) for curve in found]
     shown = [p for curve, points in drawn for p in [*points, *(curve.points if len(found) == 1 else [])]]
-    x = scale_of([step for curve in found for step, _ in curve.points], margin=0)
+    places = sorted({step for curve in found for step, _ in curve.points})
+    x = scale_of(places, margin=0.04 if has_marks else 0)
     y = scale_of([value for _, value in shown if value is not None], log=True)
-    parts = [axes(x, y, height=height, x_text=lambda value: f"{value:,.0f}", y_text=y_text)]
+    ticks = places if has_marks else ()
+    parts = [axes(x, y, height=height, x_text=lambda value: f"{value:,.0f}", y_text=y_text, x_ticks=ticks)]
     lines = []
     for curve, points in drawn:
         if curve.is_smoothed and len(found) == 1:
@@ -136,7 +144,12 @@ def curves(
     area = (
         f"<svg width='100%' height='{height}' viewBox='0 0 100 100' preserveAspectRatio='none'>{''.join(lines)}</svg>"
     )
-    parts += [area, text("100%", height + 34, x_name, "quiet", anchor="end")]
+    parts.append(area)
+    for curve, points in drawn if has_marks else ():
+        for step, value in points:
+            about = f"{curve.name}, {step:,} {x_name}: {y_text(value)}"
+            parts.append(mark(x.percent(step), height * (1 - y(value)), f"{curve.kind} dot", title=about))
+    parts.append(text("100%", height + 34, x_name, "quiet", anchor="end"))
     return figure("".join(parts), height=height + 42, label=label)
 
 

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from featurestore import FeatureStore
-from mervcache.errors import UserError
+from mervcache.errors import MervCacheError, UserError
+from trainer.ablation.document import Column, Document, Section
 from trainer.ablation.visual import load_visual, open_tokens
 from trainer.data.order import derive_seed
-from trainer.data.tokens import ClipTokens, PrefixedTokens, StoreTokens, TokenSource
+from trainer.data.tokens import ClipTokens, Part, PrefixedTokens, StoreTokens, TokenSource
 from trainer.model.projectors import Projector
+from trainer.runs.run_record import RunRecord
 
 FORMULA = (
     "exp(-sum p log p), p = singular values / their sum, of the matrix of tokens by channels without its mean"
@@ -140,6 +142,38 @@ def ranks_of_store(path: str, encoders: Sequence[str] = (), *, clips: int = NUM_
 
 
 @dataclass(frozen=True, kw_only=True)
+class SweepRanks:
+    """Ranks of several runs, all on one sample of clips."""
+
+    by_run: Mapping[str, tuple[EncoderRanks, ...]]
+    missing: Mapping[str, str]  # run -> why it was not measured
+    notes: tuple[str, ...]
+
+
+def ranks_of_runs(
+    runs: Mapping[str, Path], store: str | None = None, *, clips: int = NUM_CLIPS, seed: int = 0
+) -> SweepRanks:
+    """Ranks of runs of one store by name; what several of them read is measured once.
+
+    The clips are drawn from those that have tokens of every encoder of the run that has most.
+    """
+    by_run: dict[str, tuple[EncoderRanks, ...]] = {}
+    missing: dict[str, str] = {}
+    entering: dict[tuple[str, tuple[Part, ...]], EffectiveRank] = {}
+    drawn: DrawnClips | None = None
+    for name in sorted(runs, key=lambda name: -len(RunRecord.read(runs[name]).shapes)):
+        try:
+            part = load_visual(runs[name])
+            path, _, source = open_tokens(part, store)
+            drawn = drawn or draw_clips(path, source, clips, seed)
+            by_run[name] = tuple(_measured(source, drawn.clip_ids, part.projectors, entering))
+        except MervCacheError as error:
+            missing[name] = str(error)
+    notes = rank_notes(drawn.report(())) if drawn else ()
+    return SweepRanks(by_run=by_run, missing=missing, notes=notes)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DrawnClips:
     """A sample of the clips that have tokens of every encoder."""
 
@@ -170,25 +204,36 @@ def draw_clips(path: str, source: StoreTokens, clips: int, seed: int) -> DrawnCl
 
 @torch.no_grad()
 def _measured(
-    source: TokenSource, clip_ids: Sequence[str], projectors: Mapping[str, Projector]
+    source: TokenSource,
+    clip_ids: Sequence[str],
+    projectors: Mapping[str, Projector],
+    entering: dict[tuple[str, tuple[Part, ...]], EffectiveRank] | None = None,
 ) -> Iterator[EncoderRanks]:
-    """Projectors run in float32 whatever the run's precision: rounding to 16 bits is noise of full rank."""
-    enters = {encoder: Covariance() for encoder in projectors or source.shapes}
+    """Projectors run in float32 whatever the run's precision: rounding to 16 bits is noise of full rank.
+
+    `entering` holds what earlier runs have measured of the same tokens, and gets what is measured here.
+    """
+    known = {} if entering is None else entering
+    reads = {encoder: projector.resampler.reads for encoder, projector in projectors.items()}
+    keys = {e: (source.shapes[e].identity, reads.get(e, ())) for e in projectors or source.shapes}
+    enters = {encoder: Covariance() for encoder, key in keys.items() if key not in known}
     leaves = {encoder: Covariance() for encoder in projectors}
     for start in range(0, len(clip_ids), CLIPS_AT_ONCE):
         fetched = source.fetch(clip_ids[start : start + CLIPS_AT_ONCE])
-        for encoder, sums in enters.items():
+        for encoder in keys:
             tokens = fetched[encoder]
             if encoder in projectors:
                 device = next(projectors[encoder].parameters()).device
                 tokens = tokens.to(device)
                 leaves[encoder].add(projectors[encoder](tokens).flatten(0, 1))
-            for tokens_PD in _entering(tokens):
-                sums.add(tokens_PD)
-    for encoder, sums in enters.items():
+            for tokens_PD in _entering(tokens) if encoder in enters else ():
+                enters[encoder].add(tokens_PD)
+    for encoder, key in keys.items():
         try:
             behind = leaves[encoder].rank() if encoder in leaves else None
-            yield EncoderRanks(encoder=encoder, enters=sums.rank(), leaves=behind)
+            if encoder in enters:
+                known[key] = enters[encoder].rank()
+            yield EncoderRanks(encoder=encoder, enters=known[key], leaves=behind)
         except UserError as error:
             raise UserError(f"{encoder}: {error}") from error
 
@@ -200,3 +245,35 @@ def _entering(tokens: ClipTokens) -> Iterable[Tensor]:
         tokens = tokens.tokens_BTHWD
     if tokens is not None:
         yield tokens.flatten(0, 3)
+
+
+def rank_document(report: RankReport) -> Document:
+    """The report as a table."""
+    columns, rows = [Column(name="encoder")], [[row.encoder] for row in report.rows]
+    sides = {"enters": "entering", "leaves": "leaving"} if report.run else {"enters": "entering"}
+    for side, name in sides.items():
+        columns += [
+            Column(name=f"effective rank {name}", unit="decimal"),
+            Column(name=f"channels {name}", unit="count"),
+            Column(name=f"tokens {name}", unit="count"),
+        ]
+        for cells, row in zip(rows, report.rows, strict=True):
+            found = getattr(row, side)
+            cells += [None] * 3 if found is None else [found.rank, found.width, found.tokens]
+    subject = f"run {report.run} at step {report.step}" if report.run else "the encoders"
+    title = f"Effective rank: {subject}"
+    section = Section(title=title, columns=tuple(columns), rows=tuple(map(tuple, rows)), notes=rank_notes(report))
+    return Document(title=title, sections=(section,))
+
+
+def rank_notes(report: RankReport) -> tuple[str, ...]:
+    """The formula, and the sample that the ranks are of."""
+    notes = [
+        f"{report.formula}.",
+        f"N = {report.clips} clips ({report.stills} of them stills) drawn with seed {report.seed} from"
+        f" {report.available} that have tokens of every encoder, of {report.store} at {report.snapshot}; a still's time"
+        " steps repeat, as a projector reads them.",
+    ]
+    if report.without:
+        notes.append(f"{report.without} other clips of the store lack tokens of an encoder and were not drawn from.")
+    return tuple(notes)

@@ -6,11 +6,14 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
-from trainer.ablation.document import TIME, Cell, Column, Document, Estimate, NotComputed, Section
+from mervcache.console import format_bytes
+from mervcache.errors import UserError
+from trainer.ablation.document import TIME, Cell, Column, Document, Estimate, NotComputed, Plot, Section, Unit
 from trainer.ablation.panel import seeds_text
 from trainer.ablation.results import POST_HOC
 from trainer.ablation.sweep import NESTED, ONE_SHOT, RETRAINED
@@ -23,6 +26,7 @@ HEADINGS = {
     "": "Methods compared",
     TIME: "Time",
 }
+SHARED = ("setting", "seeds", "probe", "reads")  # columns that are left out where all rows have one value
 PERCENT = ("share", "points")  # units shown times 100
 UNITS = {"share": "%", "points": "points", "nats": "nats/token"}
 DECIMALS = {"share": 2, "points": 2, "nats": 4, "number": 4, "decimal": 1}
@@ -48,7 +52,7 @@ def to_markdown(document: Document) -> str:
         lines += ["", "**Incomplete:**", "", *(f"- {_markdown(line)}" for line in document.missing)]
     for heading, sections in blocks(document):
         lines += ["", f"## {heading}"] if heading else []
-        for section in map(without_constant_setting, sections):
+        for section in map(without_constants, sections):
             lines += ["", f"### {_heading(section, _markdown)}", "", *_pipe_table(section)]
             notes = [f"- {_markdown(note)}" for note in section_notes(section)]
             lines += ["", *notes] if notes else []
@@ -73,7 +77,7 @@ def to_latex(document: Document) -> str:
     parts += [f"% {_comment(line)}" for line in (*document.methods, *document.footnotes)]
     for heading, sections in blocks(document):
         parts += ["", f"% {heading}"] if heading else []
-        for section in map(without_constant_setting, sections):
+        for section in map(without_constants, sections):
             parts.append(_latex_table(section, f"{f'{heading}. ' if heading else ''}{_heading(section, _latex)}."))
     return "\n".join(parts) + "\n"
 
@@ -126,6 +130,54 @@ def questions_to_json(document: Document) -> str:
     return json.dumps({"format": 1, **_json_section(document.questions)}, indent=1, allow_nan=False) + "\n"
 
 
+def read_json(path: Path) -> Document:
+    """A document that a command wrote as JSON; UserError for a file that is none."""
+    try:
+        record = json.loads(path.read_text())
+        if record["format"] != 1:
+            raise ValueError(f"its format is {record['format']!r}, this version reads 1")
+        return Document(
+            title=str(record["title"]),
+            facts={str(name): str(value) for name, value in record["facts"].items()},
+            sections=tuple(map(_section_of_json, record["sections"])),
+            **{name: tuple(map(str, record[name])) for name in ("missing", "methods", "footnotes")},
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"entry {error} is missing" if isinstance(error, KeyError) else str(error)
+        raise UserError(
+            f"{path} holds no tables ({reason}); give a file that merv-eval probe, rank, flops or table has written as"
+            " JSON with --out or --format json"
+        ) from error
+
+
+def _section_of_json(record: Mapping[str, Any]) -> Section:
+    columns = tuple(Column(name=str(column["name"]), unit=column["unit"]) for column in record["columns"])
+    if unknown := [column.unit for column in columns if column.unit not in get_args(Unit)]:
+        raise ValueError(f"unit {unknown[0]!r} of a column is unknown")
+    rows = tuple(tuple(map(_cell_of_json, row)) for row in record["rows"])
+    if any(len(row) != len(columns) for row in rows):
+        raise ValueError("a row has another number of cells than the table has columns")
+    plot = record.get("plot") and Plot(**{**record["plot"], "lines": tuple(record["plot"]["lines"])})
+    names = {column.name for column in columns}
+    if plot and not {plot.x, plot.y, *plot.lines} <= names:
+        raise ValueError("a plot names columns that its table has not")
+    texts = {name: str(record[name]) for name in ("title", "block", "metric")}
+    return Section(columns=columns, rows=rows, notes=tuple(map(str, record["notes"])), plot=plot, **texts)
+
+
+def _cell_of_json(value: Any) -> Cell:
+    if isinstance(value, Mapping):
+        if "not_computed" in value:
+            return NotComputed(str(value["not_computed"]))
+        numbers = {name: value[name] for name in ("value", "low", "high", "p", "p_holm")}
+        if not all(number is None or isinstance(number, int | float) for number in numbers.values()):
+            raise ValueError(f"a cell holds {value}")
+        return Estimate(**numbers, seeds=tuple(value["seeds"]))
+    if value is not None and not isinstance(value, str | int | float):
+        raise ValueError(f"a cell holds {value!r}")
+    return value
+
+
 FORMATS: dict[str, tuple[Callable[[Document], str], Callable[[Document], str]]] = {
     "markdown": (to_markdown, questions_to_markdown),
     "csv": (to_csv, questions_to_csv),
@@ -162,16 +214,20 @@ def blocks(document: Document) -> list[tuple[str, list[Section]]]:
     return [(HEADINGS[block] if has_blocks else "", sections) for block, sections in found if sections]
 
 
-def without_constant_setting(section: Section) -> Section:
-    """A setting that all rows share is a note, not a column."""
-    settings = {row[0] for row in section.rows}
-    if section.columns[0].name != "setting" or len(settings) > 1:
-        return section
+def without_constants(section: Section) -> Section:
+    """What all rows share is a note, not a column: their setting, seeds, kind of probe."""
+    notes, kept = [], []
+    for index, column in enumerate(section.columns):
+        values = {row[index] for row in section.rows}
+        if column.name in SHARED and len(values) == 1:
+            notes += [f"{column.name.capitalize()}: {value}." for value in values if value]
+        else:
+            kept.append(index)
     return replace(
         section,
-        columns=section.columns[1:],
-        rows=tuple(row[1:] for row in section.rows),
-        notes=(*(f"Setting: {setting}." for setting in settings if setting), *section.notes),
+        columns=tuple(section.columns[index] for index in kept),
+        rows=tuple(tuple(row[index] for index in kept) for row in section.rows),
+        notes=(*notes, *section.notes),
     )
 
 
@@ -197,6 +253,10 @@ def cell_text(cell: Cell, column: Column) -> str:
         return f"{cell:+.1%}"
     if column.unit == "tera":
         return f"{cell / 1e12:.2f}"
+    if column.unit == "seconds":
+        return f"{cell:.3g} s"
+    if column.unit == "bytes":
+        return format_bytes(cell)
     if column.unit == "size":
         return next((f"{cell / scale:.2f} {name}" for name, scale in SIZES if cell >= scale), f"{cell:,}")
     scale = 100 if column.unit in PERCENT else 1
@@ -218,10 +278,11 @@ def cell_text(cell: Cell, column: Column) -> str:
 def section_notes(section: Section) -> list[str]:
     """What a reader of the section has to know: seeds, what is not computed, and its notes."""
     notes = []
-    if not any(column.name == "seeds" for column in section.columns):
+    has_seeds = any(column.name == "seeds" for column in section.columns)
+    if not has_seeds and not any(note.startswith("Seeds: ") for note in section.notes):
         by_seeds: dict[tuple[int, ...], list[str]] = {}
         for index, column in enumerate(section.columns):
-            for seeds in {row[index].seeds for row in section.rows if isinstance(row[index], Estimate)}:
+            for seeds in {row[index].seeds for row in section.rows if isinstance(row[index], Estimate)} - {()}:
                 by_seeds.setdefault(seeds, []).append(column.name)
         for seeds, names in by_seeds.items():
             columns = f" ({', '.join(names)})" if len(by_seeds) > 1 else ""
@@ -295,6 +356,7 @@ def _json_section(section: Section) -> dict[str, Any]:
         "columns": [asdict(column) for column in section.columns],
         "rows": [[plain(cell) for cell in row] for row in section.rows],
         "notes": section.notes,
+        **({"plot": asdict(section.plot)} if section.plot else {}),
     }
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from mervcache.errors import UserError
 from mervcache.page import Markup, escaped, note, table
+from trainer.ablation.costs_table import SweepCosts
+from trainer.ablation.document import Estimate, NotComputed, Section
 from trainer.ablation.figures import (
     LARGEST,
+    NUM_COLOURS,
     Costed,
     Score,
     by_size,
@@ -27,9 +29,8 @@ from trainer.ablation.figures import (
 )
 from trainer.ablation.flops import NOT_COUNTED, Cost
 from trainer.ablation.plots import Curve, curves
-from trainer.ablation.render import HEADINGS
-from trainer.ablation.results import BLOCKS, POST_HOC, VISUAL_SETTING, Results, Subset, subset_name
-from trainer.ablation.run_cost import mean_text_tokens, run_cost
+from trainer.ablation.render import HEADINGS, column_heading
+from trainer.ablation.results import BLOCKS, POST_HOC, Results, Subset, subset_name
 from trainer.ablation.statistics import LEVEL
 from trainer.ablation.subject import Subject
 from trainer.ablation.sweep import NESTED, ONE_SHOT, RETRAINED
@@ -40,7 +41,6 @@ MEANING = {
     ONE_SHOT: "One checkpoint had to learn all subsets: a run of its own may do better at each.",
     NESTED: "One checkpoint had to learn all numbers of tokens: a run of its own may do better at each.",
 }
-COSTED = (RETRAINED, NESTED)  # a masked encoder is computed all the same
 MIN_LATTICE = 4  # subsets with scores from which on a lattice says something
 OPEN_ROWS = 24  # longer tables are folded
 NAMED_CURVES = 8  # runs with a colour of their own; more are coloured by their number of encoders
@@ -67,7 +67,10 @@ def _baselines(subject: Subject) -> dict[str, float]:
     """Accuracy of the runs that a run was scored alongside."""
     beside = subject.scores["beside"] if subject.scores else {}
     return {
-        f"baseline {name}": row["accuracy"] for name, rows in beside.items() for row in rows if row["category"] == "all"
+        f"baseline {Path(name).name}": row["accuracy"]
+        for name, rows in beside.items()
+        for row in rows
+        if row["category"] == "all"
     }
 
 
@@ -168,31 +171,19 @@ def curves_part(subject: Subject) -> Markup:
     return Markup("".join(parts))
 
 
-def costs_part(subject: Subject, scores: Sequence[Score], text_tokens: int | None) -> Markup:
+def costs_part(results: Results, scores: Sequence[Score], costs: SweepCosts) -> Markup:
     """Pareto plots of visual tokens and of FLOPs, and a table; of answers that cost what the run's settings say."""
-    results = subject.results
-    folders: dict[tuple[str, str, Subset], tuple[Path, int | None]] = {}
-    for member in results.answers:
-        if member.block in COSTED and member.run in subject.runs:
-            setting = member.setting if member.subset else member.setting.without(*VISUAL_SETTING)
-            tokens = member.setting.get("tokens_per_frame") if member.block == NESTED else None
-            folders.setdefault((member.block, str(setting), member.subset), (subject.runs[member.run], tokens))
-    if not folders:
+    by_label = {(block, str(setting), subset): row.cost for (block, setting, subset), row in costs.rows.items()}
+    if not by_label:
         return Markup("")
-    text_tokens = text_tokens or mean_text_tokens(subject.runs.values())
-    if text_tokens is None:
-        return note("Not counted: no metrics say how long a text is; give --text-tokens.")
-    costs: dict[tuple[str, str, Subset], Cost] = {}
-    lacking: dict[str, None] = {}
-    for place, (folder, tokens) in folders.items():
-        try:
-            costs[place] = run_cost(folder, text_tokens, tokens_per_frame=tokens)
-        except UserError as error:
-            lacking[str(error)] = None
-    found = {s: cost for s in scores if s.estimate and (cost := costs.get((s.block, s.setting, s.subset)))}
+    lacking = dict.fromkeys(cost.reason for cost in by_label.values() if isinstance(cost, NotComputed))
+    if costs.text_tokens is None:
+        return note(f"Not counted: {', '.join(lacking)}.")
+    places = {s: by_label.get((s.block, s.setting, s.subset)) for s in scores if s.estimate}
+    found = {score: cost for score, cost in places.items() if isinstance(cost, Cost)}
     about = note(
-        f"One forward of a sample with {text_tokens:,} text tokens besides the visual ones. Encoders ran once, when the"
-        " store was made, and are not counted."
+        f"One forward of a sample with {costs.text_tokens:,} text tokens besides the visual ones. Encoders ran once,"
+        " when the store was made, and are not counted."
     )
     counted = f"<details><summary>What is counted</summary>{note(NOT_COUNTED)}</details>"
     parts: list[str] = [about, counted, *(f"<p class='warn'>Not counted: {escaped(reason)}</p>" for reason in lacking)]
@@ -232,6 +223,27 @@ def costs_part(subject: Subject, scores: Sequence[Score], text_tokens: int | Non
     right = range(len(labels), len(labels) + len(values))
     parts.append(folded("Costs", table([*labels, *values], rows, right=right), is_open=not numbers))
     return Markup("".join(parts))
+
+
+def section_plot(section: Section) -> Markup:
+    """The plot of a table that has one: a line for each value of the columns that name lines."""
+    if section.plot is None:
+        return Markup("")
+    names = [column.name for column in section.columns]
+    x, y, *lines = (names.index(name) for name in (section.plot.x, section.plot.y, *section.plot.lines))
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in section.rows:
+        value = row[y].value if isinstance(row[y], Estimate) else row[y]
+        if isinstance(value, int | float) and isinstance(row[x], int | float):
+            points.setdefault(", ".join(str(row[index]) for index in lines), []).append((row[x], value))
+    kinds = {name: f"e{index % NUM_COLOURS}" for index, name in enumerate(points)}
+    drawn = [Curve(name=name, kind=kinds[name], points=sorted(found)) for name, found in points.items()]
+    if len({place for curve in drawn for place, _ in curve.points}) < 2:
+        return Markup("")
+    label = f"{column_heading(section.columns[y])} against {section.plot.x}"
+    shown = curves(drawn, label=label, x_name=section.plot.x, y_text="{:g}".format, has_marks=True)
+    key = swatches({kind: name for name, kind in kinds.items()})
+    return Markup(f"{note(label[0].upper() + label[1:] + '.')}{key}{shown}")
 
 
 def folded(title: str, content: Markup, *, is_open: bool = False) -> str:

@@ -209,17 +209,18 @@ class _Reader:
         member = Member(block=entry["method"], setting=Setting.of(entry), subset=subset, seed=entry["seed"], run=name)
         folder = last_stage(folder)
         split = self._record["split"]
-        masked = masked_scores_file(folder, split)
+        protocol = self._record.get("protocol", LIKELIHOOD)
+        masked = masked_scores_file(folder, split, protocol=protocol)
         step, reason = self._check_finished(folder, entry)
         if member.block == RETRAINED:
-            path = scores_file(folder, split, protocol=self._record.get("protocol", LIKELIHOOD))
+            path = scores_file(folder, split, protocol=protocol)
             found, unscored = self._read_scores(path, step, "it is not scored")
             if reason or found is None:
                 self.missing[member] = reason or unscored
             else:
                 self.answers[member] = self._parse(found.get("answers"), str(path))
         if member.block == NESTED:
-            self._read_grids(member, entry, grid_scores_file(folder, split), step, reason)
+            self._read_grids(member, entry, grid_scores_file(folder, split, protocol=protocol), step, reason)
             return
         if subset and subset == self._encoders:
             self._read_masked(member, masked, step, reason)

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
@@ -15,7 +15,7 @@ from mervcache.errors import UserError
 from mervcache.text import redact
 from trainer.ablation.results import LIKELIHOOD, POST_HOC, Results, read_results, read_run_results
 from trainer.ablation.sweep import NESTED, ONE_SHOT, RETRAINED, SWEEP_FILE, read_sweep, run_folder
-from trainer.config import CONFIG_FILE, PROJECTORS, RECIPES, RECORD_FILE, TrainConfig, read_config
+from trainer.config import CONFIG_FILE, PROJECTORS, RECIPES, RECORD_FILE, Protocol, TrainConfig, read_config
 from trainer.loop.stages import STAGES_KEY
 from trainer.runs.run_record import RunRecord, read_scores
 from trainer.runs.score_files import grid_scores_file, masked_scores_file
@@ -89,14 +89,14 @@ def _run(path: Path, split: str, protocol: str | None, store: str | None) -> Sub
         raise UserError(f"{path} has scores by {' and '.join(protocols)}, which are not comparable; give --protocol")
     chosen = next((s for s in found if protocol in (None, s["protocol"])), None)
     results = None
-    files = (masked_scores_file(folder, split), grid_scores_file(folder, split))
-    if chosen is not None or any(path.is_file() for path in files):
+    by = chosen["protocol"] if chosen else protocol or _view_protocol(folder, split)
+    if chosen is not None or _has_views(folder, split, by):
         encoders = () if config.mode == "text-only" else record.encoder_order
         conditions = {
             "split": split,
             "store": store or record.store,
             "snapshot": chosen["snapshot"] if chosen else record.snapshot,
-            "protocol": chosen["protocol"] if chosen else protocol or LIKELIHOOD,
+            "protocol": by,
         }
         results = read_run_results(path, encoders, _entry(config, encoders), conditions, store=store)
     shown = {stage.name: stage_folder(path, stages, stage) for stage in stages} if len(stages) > 1 else {name: folder}
@@ -107,11 +107,21 @@ def _run(path: Path, split: str, protocol: str | None, store: str | None) -> Sub
         runs={name: folder},
         records={name: record},
         configs={name: config},
-        commands=_run_commands(path, folder, record, results, len(stages) > 1),
+        commands=_run_commands(path, record, results, len(stages) > 1),
         files={CONFIG_FILE: (folder / CONFIG_FILE).read_text()},
         curves=shown,
         scores=chosen,
     )
+
+
+def _has_views(folder: Path, split: str, protocol: str) -> bool:
+    """Whether there are answers with masks, or at nested grids."""
+    return any(file(folder, split, protocol=protocol).is_file() for file in (masked_scores_file, grid_scores_file))
+
+
+def _view_protocol(folder: Path, split: str) -> str:
+    """That of a run's answers with masks or at grids, where it has no scores of its own."""
+    return next((name for name in get_args(Protocol) if _has_views(folder, split, name)), LIKELIHOOD)
 
 
 def _entry(config: TrainConfig, encoders: Sequence[str]) -> dict[str, Any]:
@@ -137,9 +147,7 @@ def _entry(config: TrainConfig, encoders: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _run_commands(
-    path: Path, folder: Path, record: RunRecord, results: Results | None, is_staged: bool
-) -> tuple[str, ...]:
+def _run_commands(path: Path, record: RunRecord, results: Results | None, is_staged: bool) -> tuple[str, ...]:
     """Train, score and show a run of the same settings, named NEW."""
     source = f"--from-cache {shlex.quote(_place(record.store))}"
     if record.live:
@@ -147,8 +155,7 @@ def _run_commands(
         source = " ".join(
             ["--end-to-end", *(f"--{name} {shlex.quote(redact(str(value)))}" for name, value in live.items())]
         )
-    file = shlex.quote(str(folder / CONFIG_FILE))
-    commands = [f"merv-train {source} --config {file} --out NEW"]
+    commands = [f"merv-train {source} --config {CONFIG_FILE} --out NEW"]
     if is_staged:
         commands = [f"merv-train --resume {shlex.quote(str(path))}  # staged: its settings are in stages.yaml"]
     split = f" --split {shlex.quote(results.record['split'])}" if results else ""

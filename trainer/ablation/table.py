@@ -5,12 +5,15 @@ Statistics are those of `statistics.py`, over accuracy and, apart from it, over 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trainer.ablation.comparisons import agreement, axis
+from trainer.ablation.benchmark_table import read_benchmarks
+from trainer.ablation.comparisons import agreement, axis, token_matched
 from trainer.ablation.document import Cell, Column, Document, Estimate, Section
 from trainer.ablation.importance import ENCODERS, importance, scores
 from trainer.ablation.panel import METRICS, Study
@@ -26,15 +29,29 @@ from trainer.ablation.statistics import DRAWS, LEVEL, Resampling, holm
 from trainer.ablation.sweep import NESTED
 from trainer.ablation.wall_time import time_section
 
+if TYPE_CHECKING:
+    from trainer.ablation.costs_table import SweepCosts  # imports torch
+
 SHOWN_SUBSETS = 4  # of those that a run lacks, by name
 
 
-def make_table(results: Results, *, draws: int = DRAWS, seed: int = 0) -> Document:
-    """Every statistic that the sweep's answers allow; the same arguments give the same table."""
+def make_table(
+    results: Results,
+    *,
+    folders: Mapping[str, Path] | None = None,
+    costs: SweepCosts | None = None,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Document:
+    """Every statistic that the answers allow, and what the runs cost; the same arguments give the same table.
+
+    `folders` are those of the runs by name, by default those of a sweep.
+    """
     videos = np.unique(results.questions.videos, return_inverse=True)[1]
     study = Study(results=results, resampling=Resampling(videos, draws=draws, seed=seed))
     sections: list[Section] = []
-    shown: dict[str, set[Any]] = {"encoders": {subset_name(results.encoders), *results.encoders}}
+    shown: dict[str, set[Any]] = {"encoders": {"+".join(sorted(results.encoders)), *results.encoders}}
+    benchmarks = read_benchmarks(results, folders)
     for block in BLOCKS:
         for metric in METRICS:
             panels = study.panels(block, metric)
@@ -43,10 +60,16 @@ def make_table(results: Results, *, draws: int = DRAWS, seed: int = 0) -> Docume
             found = [scores(study, block, metric, panels), *importance(study, block, metric, panels)]
             if block != POST_HOC:  # the settings of masked runs are compared by their own, retrained answers
                 for name in dict.fromkeys(name for setting in panels for name, _ in setting.values):
-                    if section := axis(study, block, metric, panels, name):
+                    if section := axis(study, metric, panels, name):
                         found.append(section)
                         shown.setdefault(name, set()).update(setting.get(name) for setting in panels)
+            if costs and block == RETRAINED:
+                tokens = costs.visual_tokens(block)
+                found += filter(None, [token_matched(study, block, metric, panels, tokens)])
             sections += _adjust([replace(s, block=block, metric=metric.name) for s in found if s.rows])
+        if block == RETRAINED:
+            sections += filter(None, [benchmarks.section()])
+        sections += costs.sections(block) if costs else []
     sections += [section for metric in METRICS if (section := agreement(study, metric)).rows]
     times = time_section(results.folder)
     sections += [times] if times else []
@@ -62,7 +85,7 @@ def make_table(results: Results, *, draws: int = DRAWS, seed: int = 0) -> Docume
         methods=_methods(draws),
         sections=tuple(sections),
         missing=_missing(results),
-        footnotes=(*_frame_rules(results), *footnotes(shown, results.record), *notes),
+        footnotes=(*_frame_rules(results), *footnotes(shown, benchmarks.own()), *notes),
         questions=_questions(results),
     )
 

@@ -50,6 +50,7 @@ from trainer.runs.run_record import (
     IMPORT_FILE,
     LLM_FOLDER,
     read_metrics,
+    read_open_scores,
     read_scores,
     software_versions,
 )
@@ -223,6 +224,7 @@ def _card_facts(run: Path, loaded: LoadedRun, record: ExportRecord, *, name: str
         llm_revision=record.llm_revision,
         license=license,
         scores=read_scores(run),
+        open_scores=read_open_scores(run),
         losses=losses[-NUM_LOSSES:],
         steps_trained=metrics[-1]["step"] + 1 if metrics else None,
         validation=state.validation if state else None,

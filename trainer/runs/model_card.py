@@ -43,6 +43,7 @@ class CardFacts:
     llm_revision: str | None  # commit of the Hub's LLM
     license: str = UNKNOWN_LICENSE
     scores: Sequence[Mapping[str, Any]] = ()  # as trainer/runs/run_record.py reads them
+    open_scores: Sequence[Mapping[str, Any]] = ()  # of open-ended answers, likewise
     losses: Sequence[float] = ()  # of the last steps before the checkpoint
     steps_trained: int | None = None  # by the whole run, of which the checkpoint may be an earlier one
     validation: Mapping[str, float | None] | None = None  # of the exported checkpoint; None: not finite
@@ -76,7 +77,12 @@ def model_card(facts: CardFacts) -> str:
             ]
         ),
         "Training": _training(facts),
-        "Scores": "\n\n".join(_score_table(scores, facts.step) for scores in facts.scores)
+        "Scores": "\n\n".join(
+            [
+                *(_score_table(scores, facts.step) for scores in facts.scores),
+                *(_open_score_table(scores, facts.step) for scores in facts.open_scores),
+            ]
+        )
         or "Not evaluated: `merv-eval run --checkpoint RUN` before the export puts its scores here.",
         "Settings": f"```yaml\n{facts.config.to_yaml()}```",
         "Software": _table(
@@ -228,12 +234,56 @@ def _score_table(record: Mapping[str, Any], step: int) -> str:
         )
         for row in record["scores"]
     ]
-    part = f", the first {record['limit']} questions only" if record.get("limit") else ""
-    stale = "" if record["step"] == step else f" **These are scores of step {record['step']}, not of this checkpoint.**"
-    snapshot = f"snapshot `{_clean(record['snapshot'])}`{part}.{stale}"
-    head = f"Split `{_clean(record['split'])}` of `{_stem(record)}` by protocol `{record['protocol']}`, {snapshot}"
+    head = f"{_place(record)} by protocol `{record['protocol']}`, {_state(record, step)}"
     table = _table(("questions about", "number", "accuracy", "chance", *others), rows)
     return f"{head}\n\n{table}{_score_notes(record)}"
+
+
+def _open_score_table(record: Mapping[str, Any], step: int) -> str:
+    """Open-ended answers of one evaluation: a row per benchmark and category."""
+    judge = record["judge"]
+    columns = ["benchmark", "questions about", "number", "exact", "normalised"]
+    columns += ["judge: accuracy", "judge: score 0-5", "judge: unreadable"] if judge else []
+    values = {
+        "exact": ".3f",
+        "normalised": ".3f",
+        "judge_accuracy": ".3f",
+        "judge_score": ".2f",
+        "judge_unreadable": "",
+    }
+    rows = [
+        (
+            benchmark,
+            row["category"],
+            row["questions"],
+            *(format(row[name], values[name]) for name in values if name in row),
+        )
+        for benchmark, found in record["scores"].items()
+        for row in found
+    ]
+    others = {Path(name).name for name in record["beside"]}
+    notes = [f"Answers of at most {record['max_new_tokens']} tokens, greedy"]
+    if judge:
+        notes.append(
+            f"Judge: `{_clean(judge['version'])}` with the prompt `{_clean(judge['template']['name'])}`, sha256"
+            f" `{_clean(judge['template']['sha256'][:12])}`; scores of other judges are not comparable"
+        )
+    else:
+        notes.append("No judge: exact and normalised matches are stricter than one, and not comparable with its scores")
+    if others:
+        notes.append(f"Scored alongside {', '.join(sorted(map(_clean, others)))}, whose scores are in the run's folder")
+    head = f"{_place(record)}, open-ended answers, {_state(record, step)}"
+    return f"{head}\n\n{_table(columns, rows)}\n\n{_bullets(notes)}"
+
+
+def _place(record: Mapping[str, Any]) -> str:
+    return f"Split `{_clean(record['split'])}` of `{_stem(record)}`"
+
+
+def _state(record: Mapping[str, Any], step: int) -> str:
+    part = f", the first {record['limit']} questions only" if record.get("limit") else ""
+    stale = "" if record["step"] == step else f" **These are scores of step {record['step']}, not of this checkpoint.**"
+    return f"snapshot `{_clean(record['snapshot'])}`{part}.{stale}"
 
 
 def _score_notes(record: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -25,13 +25,22 @@ from mervcache.files import record_digest, replace_text
 from mervcache.text import redact, redact_all
 from trainer.config import RECORD_FILE
 from trainer.data.tokens import TokenShape
-from trainer.runs.score_files import FIRST_PROTOCOL, GRIDS, MASKED, SCORES_FOLDER, open_scores_file, scores_file
+from trainer.runs.score_files import (
+    FIRST_PROTOCOL,
+    GRIDS,
+    MASKED,
+    OPEN_ENDED_FOLDER,
+    SCORES_FOLDER,
+    open_scores_file,
+    scores_file,
+)
 from trainer.runs.stage_folders import no_record, read_record_file
 
 LLM_FOLDER = "llm"
 METRICS_FILE = "metrics.jsonl"
 IMPORT_FILE = "imported.json"  # of a run made of a foreign checkpoint: where its weights come from
 PACKAGES = ("merv-pipeline", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "peft")
+_SCORED = frozenset(("split", "snapshot", "scores", "beside", "step"))  # entries of every record of scores
 UNBOUND = "unbound:"  # begins the identity in an imported run, whose weights do not say what made their tokens
 
 
@@ -153,19 +162,24 @@ def _origin(source: ScoreSource) -> dict[str, Any]:
     return {"split": source.split, "limit": source.limit, "store": store, "snapshot": source.snapshot}
 
 
+def read_open_scores(run: Path) -> list[dict[str, Any]]:
+    """Every record of open-ended answers of a run, by file name; UserError for a file that is none."""
+    folder = Path(run) / SCORES_FOLDER / OPEN_ENDED_FOLDER
+    return [_read_scores(path, {*_SCORED, "judge", "max_new_tokens"}) for path in sorted(folder.glob("*.json"))]
+
+
 def read_scores(run: Path) -> list[dict[str, Any]]:
     """Every record of scores on all encoders and tokens of a run, by file name; UserError for a file that is none."""
-    records = []
-    for path in sorted((Path(run) / SCORES_FOLDER).glob("*.json")):
-        if path.name.endswith((MASKED, GRIDS)):
-            continue
-        try:
-            record = {"protocol": FIRST_PROTOCOL, **json.loads(path.read_text())}
-            if not {"split", "snapshot", "scores", "beside", "step"} <= record.keys():
-                raise ValueError("entries are missing")
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(
-                f"{path} holds no scores of this version ({error}); remove it, or evaluate again"
-            ) from error
-        records.append(record)
-    return records
+    paths = sorted((Path(run) / SCORES_FOLDER).glob("*.json"))
+    whole = [path for path in paths if not path.name.endswith((MASKED, GRIDS))]
+    return [{"protocol": FIRST_PROTOCOL, **_read_scores(path, _SCORED)} for path in whole]
+
+
+def _read_scores(path: Path, entries: Set[str]) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text())
+        if not entries <= record.keys():
+            raise ValueError("entries are missing")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} holds no scores of this version ({error}); remove it, or evaluate again") from error
+    return record

@@ -31,7 +31,8 @@ SCENES = [make_scene(0, split, number) for split in SPLITS for number in range(2
 
 
 def files_of(root: Path) -> dict[str, tuple[bytes, int]]:
-    paths = sorted(path for path in root.rglob("*") if path.is_file() and path.name != "demo.json")
+    others = ("demo.json", "directions.csv")
+    paths = sorted(path for path in root.rglob("*") if path.is_file() and path.name not in others)
     return {path.relative_to(root).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
 
 
@@ -117,6 +118,15 @@ def test_the_manifest_says_what_was_drawn(tmp_path):
         "counts": {"train": 12, "heldout": 4},
         "is_complete": True,
     }
+
+
+def test_the_labels_of_directions_are_those_of_the_clips(tmp_path):
+    listing = load_dataset("demo", tmp_path, **SMALL)
+    rows = [line.split(",") for line in (tmp_path / "directions.csv").read_text().splitlines()]
+    videos = [make_scene(0, split, number) for split in SPLITS for number in range(SMALL[split])]
+    moving = [scene for scene in videos if scene.family == "direction"]
+    assert rows == [["clip_id", "label"], *([f"demo/{scene.name}", scene.directions[0]] for scene in moving)]
+    assert {clip_id for clip_id, _ in rows[1:]} <= {clip.clip_id for clip in listing.clips}
 
 
 def test_files_are_h264_videos_and_png_stills_that_show_the_scene(tmp_path):

@@ -91,20 +91,24 @@ class SweepFolder:
             self.score(name, answers=list(answers), **changes)
         return name
 
+    @property
+    def _stem(self) -> str:
+        protocol = self.record.get("protocol", "likelihood")
+        return "heldout" if protocol == "likelihood" else f"heldout-{protocol}"
+
     def score(self, name: str, *, file: str | None = None, **content: Any) -> Path:
         """Write a file of scores, by default that of the sweep's protocol."""
-        protocol = self.record.get("protocol", "likelihood")
-        file = file or ("heldout" if protocol == "likelihood" else f"heldout-{protocol}")
+        file = file or self._stem
         step = 60 if self.runs[name]["is_trained"] else 0
         record = {"split": "heldout", "limit": None, "store": "nowhere.zarr", "snapshot": "00001-abc", "step": step}
         path = self.path / "runs" / name / "scores" / f"{file}.json"
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({**record, "scores": [], "beside": {}, **content}))
         return path
 
     def mask(self, name: str, subsets: Mapping[str, Sequence[Mapping[str, Any]]], method: str = "post-hoc") -> Path:
         """Write a run's scores with masks."""
-        return self.score(name, file="heldout-masked", method=method, subsets=subsets)
+        return self.score(name, file=f"{self._stem}-masked", method=method, subsets=subsets)
 
 
 @pytest.fixture

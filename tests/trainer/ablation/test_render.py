@@ -8,8 +8,8 @@ import json
 
 import pytest
 
-from trainer.ablation.document import Column, Document, Section
-from trainer.ablation.render import FORMATS, print_document
+from trainer.ablation.document import Column, Document, Estimate, Section
+from trainer.ablation.render import FORMATS, print_document, section_notes, without_constants
 
 SECTION = Section(
     title="A small table",
@@ -67,3 +67,16 @@ def test_latex():
 def test_notes_are_printed_once(capsys, form):
     print_document(DOCUMENT, form)
     assert capsys.readouterr().out.count("50% of it.") == 1
+
+
+def test_what_all_rows_share_is_a_note():
+    names = ("setting", "encoders", "seeds", "reads")
+    columns = (*(Column(name=name) for name in names), Column(name="x", unit="number"))
+    rows = (("s", "a", "0 1", "mean", Estimate(value=1.0, seeds=(0, 1))), ("s", "b", "0", "mean", None))
+    section = without_constants(Section(title="t", columns=columns, rows=rows, notes=("last",)))
+    assert [column.name for column in section.columns] == ["encoders", "seeds", "x"]
+    assert section.rows[1] == ("b", "0", None)
+    assert section_notes(section) == ["Setting: s.", "Reads: mean.", "last"]
+    shared = without_constants(Section(title="t", columns=columns, rows=rows[:1]))
+    assert shared.rows == ((rows[0][1], rows[0][4]),)
+    assert section_notes(shared).count("Seeds: 0 1.") == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,8 +12,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from featurestore import FeatureStore
 from tests.browser import WIDTHS, needs_browser, open_page
 from tests.trainer.ablation.conftest import all_subsets, entry, make_answer
+from trainer.ablation.document import Column, Document, Plot, Section
+from trainer.ablation.render import read_json, to_json
 from trainer.ablation.report import write_report
 from trainer.ablation.sweep import read_sweep
 from trainer.config import TrainConfig
@@ -228,7 +232,9 @@ def test_a_sweep_can_be_made_again_from_its_page(question_store, settings, tmp_p
     command = re.search(r"merv-train sweep (--from-cache \S+ --recipe \S+ --config sweep-1.yaml) --out NEW", page.text)
     (shown,) = re.findall(r"sweep-1\.yaml(sweep:\n.*?)\n(?=\n|Methods)", page.text, re.DOTALL)
     (tmp_path / "sweep-1.yaml").write_text(shown)
-    options = command[1].replace("sweep-1.yaml", str(tmp_path / "sweep-1.yaml")).split()
+    assert f"--from-cache {question_store.name} " in command[1]  # its name, for a page is given to others
+    named = command[1].replace(question_store.name, str(question_store))
+    options = named.replace("sweep-1.yaml", str(tmp_path / "sweep-1.yaml")).split()
     invoke(train_main, "sweep", *options, "--out", again)
     made = read_sweep(again)
     assert made == read_sweep(out)
@@ -271,9 +277,91 @@ def test_a_run_has_a_page_of_its_own(question_store, settings, tmp_path):
     assert "Lattice of subsets" in masked.text
     assert "text-only, post-hoc: " in masked.text
     assert "merv-eval mask --checkpoint NEW" in masked.text
-    assert f"merv-train --from-cache {question_store} --config {run}/config.yaml --out NEW" in masked.text
+    assert f"merv-train --from-cache {question_store.name} --config config.yaml --out NEW" in masked.text
     digest = json.loads((run / "run.json").read_text())["data_digest"]
     assert digest in masked.text
+
+
+def test_a_page_names_no_folder_of_this_machine(question_store, settings, tmp_path):
+    run, words = tmp_path / "a run" / "visual", tmp_path / "a run" / "words"
+    options = ["--from-cache", question_store, *settings]
+    invoke(train_main, *options, "--out", run)
+    invoke(eval_main, "report", run, "--out", tmp_path / "unscored.html")
+    invoke(train_main, *options, "--mode", "text-only", "--out", words)
+    invoke(eval_main, "run", "--checkpoint", run, "--baseline", words)
+    invoke(eval_main, "report", run, "--out", tmp_path / "scored.html")
+    sweep = tmp_path / "a run" / "sweep"
+    invoke(train_main, "sweep", *options, "--subsets", "alone", "--out", sweep)
+    shutil.rmtree(sweep / "runs" / next(iter(read_sweep(sweep)["runs"])) / "scores")
+    assert CliRunner().invoke(eval_main, ["report", str(sweep), "--out", str(tmp_path / "sweep.html")]).exit_code == 3
+    for name in ("unscored", "scored", "sweep"):
+        text = (tmp_path / f"{name}.html").read_text()
+        assert str(tmp_path) not in text, name
+        assert str(question_store.parent) not in text
+        assert question_store.name in text
+    assert "baseline words" in Page(tmp_path / "scored.html").text
+    assert "Next: merv-train sweep --out sweep" in Page(tmp_path / "sweep.html").text.replace("'", "")
+
+
+def test_a_page_shows_the_tables_of_other_commands(new_sweep, question_store, tmp_path):
+    clips = FeatureStore.open(question_store).clips["clip_id"].to_pylist()
+    labels = tmp_path / "labels.csv"
+    labels.write_text("clip_id,label\n" + "".join(f"{clip},{'ab'[i % 2]}\n" for i, clip in enumerate(clips)))
+    options = [
+        "--labels",
+        labels,
+        "--probes",
+        "linear",
+        "--folds",
+        2,
+        "--draws",
+        100,
+        "--out",
+        tmp_path / "probes.json",
+    ]
+    invoke(eval_main, "probe", question_store, *options)
+    probes = json.loads((tmp_path / "probes.json").read_text())["sections"][0]
+    folder = fill(new_sweep(("a", "b")), ("a", "b"), seeds=(0,))
+    options = ["--draws", 200, "--with", tmp_path / "probes.json", "--out", tmp_path / "page.html"]
+    invoke(eval_main, "report", folder.path, *options)
+    page = Page(tmp_path / "page.html")
+    assert "Probes of frozen features" in page.text
+    start = page.rows.index(["encoders", "accuracy (%)", "balanced accuracy (%)"]) + 1  # the probe is a note
+    shown = {row[0]: row[1] for row in page.rows[start : start + len(probes["rows"])]}
+    assert shown.keys() == {row[0] for row in probes["rows"]}
+    for row in probes["rows"]:
+        assert shown[row[0]].startswith(f"{100 * row[3]['value']:.2f} [")
+    assert str(tmp_path) not in (tmp_path / "page.html").read_text()
+
+
+def test_a_table_with_a_plot_is_drawn_and_escaped(new_sweep, tmp_path):
+    columns = (Column(name="encoders", unit="count"), Column(name="how"), Column(name="seconds", unit="seconds"))
+    rows = tuple((count, how, count * 0.5) for count in (1, 2, 3) for how in ("in series", HOSTILE))
+    plot = Plot(x="encoders", y="seconds", lines=("how",))
+    section = Section(title=HOSTILE, columns=columns, rows=rows, notes=(HOSTILE,), plot=plot)
+    document = Document(title="Time", sections=(section,), footnotes=("toy",))
+    (tmp_path / "times.json").write_text(to_json(document))
+    assert read_json(tmp_path / "times.json") == document
+    folder = fill(new_sweep(("a", "b")), ("a", "b"), seeds=(0,))
+    page = Page(write_report(folder.path, draws=200, tables=[tmp_path / "times.json"], out=tmp_path / "p.html").path)
+    assert {f"in series, {count} encoders: {count * 0.5:g}" for count in (1, 2, 3)} <= set(page.titles)
+    assert not {"script", "img"} & {tag for tag, _ in page.tags}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", '{"format": 2}', '{"format": 1, "title": "t"}', "TABLE"],
+)
+def test_a_file_that_holds_no_tables_is_refused_by_its_name(new_sweep, tmp_path, content):
+    columns = [{"name": "a", "unit": "text"}]
+    broken = {"title": "t", "block": "", "metric": "", "columns": columns, "rows": [["x", 2]], "notes": []}
+    record = {"format": 1, "title": "t", "facts": {}, "sections": [broken], "missing": [], "methods": []}
+    path = tmp_path / "odd.json"
+    path.write_text(content if content != "TABLE" else json.dumps({**record, "footnotes": []}))
+    folder = fill(new_sweep(("a", "b")), ("a", "b"), seeds=(0,))
+    result = CliRunner().invoke(eval_main, ["report", str(folder.path), "--with", str(path)])
+    assert result.exit_code == 1
+    assert "odd.json holds no tables" in result.output
 
 
 def test_a_text_only_run_has_a_page_too(question_store, settings, tmp_path):

@@ -12,7 +12,6 @@ from click.testing import CliRunner
 
 from tests.trainer.ablation.conftest import all_subsets, entry, make_answer
 from trainer.ablation.document import Estimate, NotComputed
-from trainer.ablation.published import PUBLISHED
 from trainer.ablation.render import questions_to_latex, to_csv, to_json, to_latex, to_markdown
 from trainer.ablation.results import read_results
 from trainer.ablation.table import make_table
@@ -224,38 +223,99 @@ def test_unreadable_answers_are_a_share_beside_chance(new_sweep):
 
 
 MERV = ("languagebind", "dinov2", "vivit", "siglip")
-AS_PUBLISHED = {
-    "benchmark": "NExT-QA",
-    "protocol": "letters",
-    "judge": None,
-    "prompt": "merv-letters",
-    "frames": 32,
-}
+JUDGE = {"version": "gpt-3.5-turbo-0613", "template": {"name": "video-chatgpt.txt", "sha256": "0"}}
+OPEN_ROW = {"category": "all", "questions": 50, "normalised": 0.25, "judge_accuracy": 0.5, "judge_score": 2.5}
 
 
-def test_published_figures_are_footnotes_that_say_what_differs(new_sweep):
-    folder = new_sweep(MERV)
-    folder.add(entry(MERV), answers(12))
-    folder.add(entry(MERV, fusion="equal_mix"), answers(12))
+def as_published(new_sweep, *, source="NExTQA", template="merv-letters.txt", rule="linspace-32/2", **changes):
+    """A sweep of one run that is scored as the paper's model is, but for the changes."""
+    folder = new_sweep(MERV, protocol="letters")
+    name = folder.add(
+        entry(MERV, **{"tokens_per_frame": 64, **changes}),
+        [{**answer, "scores": None} for answer in answers(12)],
+        protocol="letters",
+        template={"name": template, "text": "{question}"},
+        benchmarks={source: {"scores": [{"category": "all", "questions": 20, "accuracy": 0.6}]}},
+    )
+    record = folder.path / "runs" / name / "run.json"
+    record.write_text(record.read_text().replace("linspace-32/2", rule))
+    return folder, name
+
+
+def benchmark_rows(document):
+    section = next((s for s in document.sections if s.title == "Scores by benchmark"), None)
+    names = [column.name for column in section.columns] if section else []
+    return [dict(zip(names, row, strict=True)) for row in section.rows] if section else []
+
+
+def test_a_published_figure_of_equal_layout_and_conditions_stands_alongside(new_sweep):
+    folder, _ = as_published(new_sweep)
     document = table_of(folder)
-    (note,) = [note for note in document.footnotes if "Cross-Attn" in note]
+    (row,) = benchmark_rows(document)
+    assert (row["benchmark"], row["scored by"], row["questions"]) == ("NExT-QA", "letters, prompt merv-letters", 20)
+    assert (row["accuracy"], row["published"]) == pytest.approx((0.6, 0.6309))
+    assert row["row of the paper"] == "MERV (frozen) (encoders)"
+    assert not any("63.09" in note for note in document.footnotes)
+    assert "0.6309" in to_csv(document)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"template": "letters.txt"}, "prompt merv-letters, here letters"),
+        ({"rule": "linspace-16"}, "frames 32, here 16"),
+        ({"source": "mine"}, "no scores on it"),
+        ({"fusion": "equal_mix"}, "no run here has its encoders, fusion"),
+        ({"projector": "3d-average"}, "no run here has its encoders, fusion"),
+        ({"tokens_per_frame": 16}, "no run here has its encoders, fusion"),
+    ],
+)
+def test_whatever_differs_makes_a_published_figure_a_footnote_that_names_it(new_sweep, changes, reason):
+    folder, _ = as_published(new_sweep, **changes)
+    document = table_of(folder)
+    assert all("published" not in row for row in benchmark_rows(document))
+    (note,) = [note for note in document.footnotes if "63.09" in note]
+    assert "encoders on NExT-QA: MERV (frozen) 63.09" in note
+    assert reason in note
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"judge": {**JUDGE, "version": "gpt-4o-mini-2024-07-18"}}, "judge gpt-3.5-turbo-0613, here gpt-4o-mini"),
+        ({"judge": {**JUDGE, "template": {"name": "judge.txt"}}}, "prompt video-chatgpt, here judge"),
+        ({"judge": None}, "judge gpt-3.5-turbo-0613, here none"),
+        ({"limit": 50}, "no scores on it"),
+        ({"step": 30}, "no scores on it"),
+    ],
+)
+def test_open_ended_figures_stand_alongside_those_of_the_same_judge(new_sweep, changes, reason):
+    folder, name = as_published(new_sweep)
+    folder.score(name, file="open-ended/heldout-judge", **{"judge": JUDGE, "scores": {"MSVD": [OPEN_ROW]}, **changes})
+    document = table_of(folder)
+    rows = [row for row in benchmark_rows(document) if row["benchmark"] == "MSVD-QA"]
+    notes = [note for note in document.footnotes if "MERV (frozen) 70.97" in note]
+    if reason is None:  # the paper has this model twice, in the table of tokens per frame and in the main one
+        assert [(row["published"], row["row of the paper"]) for row in rows] == [
+            (pytest.approx(0.6908), "64 tokens per frame (tokens_per_frame)"),
+            (pytest.approx(0.7097), "MERV (frozen) (encoders)"),
+        ]
+        assert {(row["accuracy"], row["judge's score"]) for row in rows} == {(0.5, 2.5)}
+        assert not notes
+    else:
+        assert all(row["published"] is None for row in rows)
+        assert reason in notes[0]
+
+
+def test_averages_over_sets_that_are_not_published_are_footnotes(new_sweep):
+    folder = new_sweep(MERV)
+    for fusion in ("cross_attention", "equal_mix"):
+        folder.add(entry(MERV, fusion=fusion), answers(12))
+    (note,) = [note for note in table_of(folder).footnotes if "Cross-Attn" in note]
     assert "56.83" in note
     assert "54.19" in note
-    assert "16.24" not in note
-    assert "here likelihood" in note
-    assert all(column.name != "published" for section in document.sections for column in section.columns)
-    assert any("NExT-QA: MERV (frozen) 63.09" in note for note in document.footnotes)
-
-
-def test_a_published_figure_of_equal_conditions_stands_alongside(new_sweep):
-    conditions = next(row.conditions for row in PUBLISHED if row.layout == "fusion")
-    folder = new_sweep(MERV, **conditions)
-    for fusion in ("cross_attention", "equal_mix"):
-        folder.add(entry(MERV, fusion=fusion), [{**answer, "scores": None} for answer in answers(12)])
-    document = table_of(folder)
-    rows = {row["fusion"]: row["published"] for row in rows_of(document, "Fusion")}
-    assert rows == {"cross_attention": pytest.approx(0.5683), "equal_mix": pytest.approx(0.5419)}
-    assert not any("Cross-Attn" in note for note in document.footnotes)
+    assert "no scores on it" in note
 
 
 def test_the_same_sweep_gives_the_same_table(sweep):
@@ -363,13 +423,13 @@ def test_the_command_reports_invalid_requests(sweep, tmp_path, invoke):
     assert "no folder" in invoke(sweep.path, "--out", tmp_path / "none" / "table.md").stderr
 
 
-def test_the_command_loads_no_torch(sweep):
+def test_the_command_without_costs_loads_no_torch(sweep):
     import subprocess
     import sys
 
     code = (
         "import sys; from trainer.ablation.cli import table_command\n"
-        f"table_command([{str(sweep.path)!r}, '--draws', '100'], standalone_mode=False)\n"
+        f"table_command([{str(sweep.path)!r}, '--no-costs', '--draws', '100'], standalone_mode=False)\n"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -144,6 +144,30 @@ def test_a_score_names_its_protocol_and_what_it_leaves_out(facts):
     )
 
 
+@pytest.mark.parametrize("judge", [None, {"version": "judge-7<b>", "template": {"name": "j.txt", "sha256": "f" * 64}}])
+def test_open_ended_scores_name_their_judge(facts, judge):
+    judged = {"judge_accuracy": 0.75, "judge_score": 3.25, "judge_unreadable": 1} if judge else {}
+    row = {"category": "all", "questions": 8, "exact": 0.125, "normalised": 0.5, "unfinished": 0, **judged}
+    record = {
+        "split": "heldout",
+        "limit": 8,
+        "store": "a.zarr",
+        "snapshot": "1-a",
+        "step": 9,
+        "max_new_tokens": 512,
+        "judge": judge,
+        "scores": {"MSVD|QA": [row]},
+        "beside": {"runs/words": {}},
+    }
+    text = model_card(replace(facts, open_scores=[record]))
+    assert "Not evaluated" not in text
+    assert "Split `heldout` of `a`, open-ended answers, snapshot `1-a`, the first 8 questions only" in text
+    assert "**These are scores of step 9, not of this checkpoint.**" in text
+    cells = "| MSVD\\|QA | all | 8 | 0.125 | 0.500 |"
+    assert (f"{cells} 0.750 | 3.25 | 1 |" if judge else f"{cells}\n") in text
+    assert ("Judge: `judge-7&lt;b>` with the prompt `j.txt`" in text) is bool(judge)
+
+
 def test_text_from_data_opens_neither_cells_nor_html(facts):
     row = {"category": "a|b\n<script>", "questions": 1, "accuracy": 1.0, "chance": 0.5}
     record = {
