@@ -19,8 +19,10 @@ import av
 import numpy as np
 
 from mervcache.errors import MediaError, MervCacheError, UserError, unknown_name
+from pipeline.decode.container import FORMATS, check_pixels, open_video, reason
 from pipeline.decode.display import display_filters, flip_of_turned
-from pipeline.decode.pyav import FORMATS, check_pixels, open_video, read_frames, reason, scan_packets
+from pipeline.decode.packet_index import NO_TIME, scan_packets
+from pipeline.decode.pyav import read_frames
 from pipeline.decode.sampling import (
     DEFAULT_DECODER,
     OUT_OF_MEMORY,
@@ -164,7 +166,7 @@ def read_with_ffmpeg(source: Source, collector: FrameCollector, *, accept_damage
     with open_video(source) as video:
         fps, stream_index = video.fps, video.stream.index
         index = scan_packets(video)
-        times = video.times([index.pts[i] for i in index.shown]) if None not in index.pts else None
+        times = video.times(index.pts[index.shown].tolist()) if NO_TIME not in index.pts else None
     media = source.media
     if isinstance(media, TarMember):
         url = f"subfile,,start,{media.offset},end,{media.offset + media.size},,:{media.tar_path}"

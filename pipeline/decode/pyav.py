@@ -1,38 +1,37 @@
 """The default decoder, "frames/1": exact frames through PyAV, found by presentation time.
 
-One pass over the packets (no decoding) gives the presentation time of every frame shown; sorted, these are the frame
-numbers. Each wanted frame is decoded from the last keyframe shown at or before it, and matched by time, never by
-counting. Where packet times cannot be trusted the file is decoded in order from its start instead; both give the same
-pixels, so which one ran is provenance, not identity. All video files, whatever the decoder, are opened here with guards
-against hostile input.
+The packet index (`packet_index.py`) holds the presentation time of every frame shown; sorted, these are the frame
+numbers. It comes from the tables of an MP4 file where they can be trusted, else from a scan of the packets. Each wanted
+frame is decoded from the last keyframe shown at or before it, and matched by time, never by counting. Where packet
+times cannot be trusted either, the file is decoded in order from its start. All ways give the same pixels, so which one
+ran is provenance, not identity.
 """
 
 from __future__ import annotations
 
 import os
 from bisect import bisect_left
-from collections.abc import Container, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Container, Iterator
+from contextlib import suppress
+from functools import partial
 from typing import BinaryIO
 
 import av
 import numpy as np
-from av.stream import Disposition
 
 from mervcache.errors import MediaError
-from pipeline.decode.display import display_filters
-from pipeline.decode.joins import count_joins
+from pipeline.decode.container import OpenVideo, open_video, reason
+from pipeline.decode.packet_index import (
+    NO_TIME,
+    PacketIndex,
+    UntrustedIndexError,
+    index_from_tables,
+    read_moov,
+    scan_packets,
+)
 from pipeline.decode.sampling import FrameCollector, Reading
-from pipeline.media import LocalFile, Source
+from pipeline.media import Source
 
-MAX_PIXELS = 1 << 26  # per frame or image, 8192 x 8192: 201 MB as RGB
-FORMATS = (
-    *("mov", "matroska", "avi", "flv", "mpegts", "mpeg", "mpegvideo", "asf", "ogg", "rm", "ivf", "nut", "mxf", "dv"),
-    *("h264", "hevc", "vvc", "m4v", "h263", "obu", "av1", "mjpeg", "wtv", "ea", "bink", "smk", "swf", "mpegtsraw"),
-    *("png_pipe", "jpeg_pipe", "webp_pipe", "bmp_pipe", "tiff_pipe", "gif_pipe", "mp3", "wav", "flac", "aac"),
-)  # the last line is opened to be refused with a better reason
 INDEXED_NAME = "frames/1"
 SEQUENTIAL_NAME = "frames/1+sequential"
 TRUSTED_FORMATS = ("mov,mp4", "matroska")  # AVI has no presentation times; TS and PS may start and jump anywhere
@@ -43,7 +42,18 @@ MAX_EBML_HEADER_BYTES = 4096  # real ones have 40; where the segment is not foun
 
 
 def read_frames(source: Source, collector: FrameCollector, *, accept_damaged: bool) -> Reading:
-    """Fill the collector with exact frames, by the packet index or, where it cannot be trusted, in order."""
+    """Fill the collector with exact frames, by the packet index or, where it cannot be trusted, in order.
+
+    A damaged file ends in the scan, which finds the reason: the tables only replace it where every frame decodes.
+    """
+    with source.open() as file:
+        moov = read_moov(file)
+    if moov is not None:
+        with open_video(source) as video:
+            index = index_from_tables(video, moov)
+            reading = _try_indexed(video, index, collector) if index is not None else None
+        if reading is not None:
+            return reading
     with open_video(source) as video:
         index = scan_packets(video)
         if not accept_damaged:
@@ -52,233 +62,67 @@ def read_frames(source: Source, collector: FrameCollector, *, accept_damaged: bo
             with source.open() as file:
                 if ends_early(file):
                     raise MediaError("damaged file: it is shorter than it says")
-        try:
-            if not index.damage and not index.is_joined:
-                return _read_indexed(video, index, collector)
-        except (UntrustedIndexError, av.error.FFmpegError) as error:
-            if isinstance(error, MemoryError):
-                raise
-            # in order it may still decode; if it does not, that error is the one to report
+        is_sound = not index.damage and not index.is_joined
+        reading = _try_indexed(video, index, collector) if is_sound else None
+    if reading is not None:
+        return reading
     return read_in_order(source, index, collector, accept_damaged=accept_damaged)
-
-
-class UntrustedIndexError(Exception):
-    """The packets do not show which frames are shown when; decode in order instead."""
 
 
 class CorruptFrameError(Exception):
     """The decoder filled holes in a wanted frame with guesses."""
 
 
-class OpenVideo:
-    """An opened file: its container, its one video stream that is read, and the conversion of that stream's frames."""
-
-    def __init__(self, source: Source, container: av.container.InputContainer, stream: av.VideoStream) -> None:
-        self.source, self.container, self.stream, self.codec = source, container, stream, stream.codec_context
-        self._graphs: dict[tuple, av.filter.Graph] = {}  # frame size, pixel format and filters -> conversion
-
-    @property
-    def fps(self) -> float:
-        """Average frames per second, as the reference's reader reports it; 0.0 if the file has no clock."""
-        return float(self.stream.average_rate or self.stream.guessed_rate or 0)
-
-    def packets(self) -> Iterator[av.Packet]:
-        """The stream's packets from the current position, in decode order."""
-        return self.container.demux(self.stream)
-
-    def to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
-        """uint8 [H, W, 3] as it is shown: converted by the frame's own colour tags, turned by its display matrix.
-
-        Through a filter graph, because its conversion is bit-identical to that of the ffmpeg program and of decord;
-        `frame.to_ndarray` chooses another chroma filter for 10-bit and odd-sized video. Frames are turned before they
-        are converted, as by the program.
-        """
-        check_pixels(frame.width, frame.height)
-        filters = display_filters(frame)
-        key = (frame.width, frame.height, frame.format.name, filters)
-        graph = self._graphs.get(key)
-        if graph is None:
-            graph = av.filter.Graph()
-            graph.threads = 1
-            size = {"width": frame.width, "height": frame.height}
-            buffer = graph.add_buffer(**size, format=frame.format, time_base=self.stream.time_base)
-            nodes = [graph.add(name, arguments or None) for name, arguments in filters]
-            graph.link_nodes(buffer, *nodes, graph.add("format", "pix_fmts=rgb24"), graph.add("buffersink")).configure()
-            self._graphs[key] = graph
-        graph.push(frame)
-        return graph.pull().to_ndarray()
-
-    def times(self, pts: Sequence[int | None]) -> np.ndarray | None:
-        """Seconds from the first frame at which each is shown; None where the times are missing or do not rise."""
-        if not pts or None in pts or self.stream.time_base is None:
-            return None
-        ticks = np.array([time - pts[0] for time in pts], dtype=np.float64)
-        if (np.diff(ticks) <= 0).any():
-            return None
-        return ticks * self.stream.time_base.numerator / self.stream.time_base.denominator
-
-
-@contextmanager
-def open_video(source: Source, *, is_strict: bool = False) -> Iterator[OpenVideo]:
-    """The best video stream of a file, decoding in one thread; closed on leaving.
-
-    One thread per process: many processes decode at once, and skipping single packets is defined only without
-    frame threads. `is_strict` makes an error of every fault that the decoder would pass over.
-    """
-    is_local = isinstance(source.media, LocalFile)
-    # known formats alone: a playlist or concat script named clip.mp4 could make FFmpeg read other files or the network
-    options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "file"}
-    with nullcontext(str(source.media.path)) if is_local else source.open() as file:
-        try:
-            container = av.open(file, container_options=options, metadata_errors="ignore")
-        except av.error.FFmpegError as error:
-            raise MediaError(f"not a video: {reason(error)}") from error
-        with container:
-            if container.format.name.endswith("_pipe"):
-                raise MediaError("not a video: the file is a still image")
-            # FFmpeg's choice, but the cover art of a song is no video
-            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-            if not streams:
-                raise MediaError("file has no video stream")
-            best = container.streams.best("video")
-            stream = best if best in streams else streams[0]
-            codec = stream.codec_context
-            if codec is None:
-                raise MediaError("not a video: the codec of its stream is unknown")
-            codec.thread_type, codec.thread_count = "NONE", 1
-            codec.options = {"max_pixels": str(MAX_PIXELS)}  # again inside: a stream may change its size midway
-            if is_strict:
-                codec.options |= {"err_detect": "explode"}
-            check_pixels(codec.width, codec.height)
-            yield OpenVideo(source, container, stream)
-
-
-def check_pixels(width: int, height: int) -> None:
-    """Refuse a picture too large to hold; called before any of it is decoded."""
-    if width * height > MAX_PIXELS:
-        raise MediaError(f"frames are larger than {MAX_PIXELS} pixels")
-
-
-def reason(error: av.error.FFmpegError) -> str:
-    """FFmpeg's message without the file's path, so that a reason is the same on every machine."""
-    if isinstance(error, MemoryError):
-        raise error
-    return error.strerror or type(error).__name__
-
-
-@dataclass(frozen=True)
-class PacketIndex:
-    """Every packet of the video stream, in decode order."""
-
-    pts: tuple[int | None, ...]
-    dts: tuple[int | None, ...]
-    is_key: tuple[bool, ...]
-    is_shown: tuple[bool, ...]  # False: hidden by an edit list, decoded only as a reference
-    damage: str | None  # why reading stopped early or is not to be believed
-    is_joined: bool = False  # a transport stream put together of whole ones: FFmpeg marks a packet at each join
-
-    @cached_property
-    def position(self) -> dict[int, int]:
-        """Presentation time -> position in decode order."""
-        return {time: i for i, time in enumerate(self.pts)}
-
-    @cached_property
-    def shown(self) -> list[int]:
-        """Positions of the shown frames in presentation order: frame number -> position."""
-        return sorted((i for i, shown in enumerate(self.is_shown) if shown), key=self.pts.__getitem__)
-
-    def check_trust(self) -> None:
-        """Raise where frames cannot be found by presentation time."""
-        if None in self.pts or len(self.position) != len(self.pts):
-            raise UntrustedIndexError("missing or repeated presentation times")
-        if not self.is_key or not self.is_key[0]:
-            raise UntrustedIndexError("stream does not begin with a keyframe")
-
-    def segments(self, wanted: list[int]) -> list[tuple[int, int]]:
-        """Stretches of packets (first, last) to decode for the wanted positions.
-
-        Each begins with the last keyframe before a wanted position in decode order that is shown no later than it.
-        """
-        stretches: list[tuple[int, int]] = []
-        for position in sorted(wanted):
-            before = range(position, -1, -1)
-            key = next((i for i in before if self.is_key[i] and self.pts[i] <= self.pts[position]), None)
-            if key is None:
-                raise UntrustedIndexError("frame is shown before the first keyframe")
-            while stretches and key <= stretches[-1][1]:  # leading frames of an open group begin before its keyframe
-                key = min(key, stretches.pop()[0])
-            stretches.append((key, position))
-        return stretches
-
-
-def scan_packets(video: OpenVideo) -> PacketIndex:
-    """Read every packet's times and flags, up to the end or to where the file breaks."""
-    rows: list[tuple] = []
-    marked: list[int] = []  # positions of packets that FFmpeg takes for corrupt
-    damage = None
+def _try_indexed(video: OpenVideo, index: PacketIndex, collector: FrameCollector) -> Reading | None:
+    """`_read_indexed`, or None where the index fails: another way may still decode the file, or give the reason."""
     try:
-        for packet in video.packets():
-            if packet.size == 0 and packet.dts is None:
-                continue  # the mark for the end of the stream, not a packet of the file
-            if packet.is_corrupt:
-                marked.append(len(rows))
-            rows.append((packet.pts, packet.dts, packet.is_keyframe, not packet.is_discard))
-    except av.error.FFmpegError as error:
-        damage = reason(error)
-    pts, dts, is_key, is_shown = zip(*rows, strict=True) if rows else ((), (), (), ())
-    is_joined = bool(marked) and damage is None and _are_joins(video, marked, is_key)
-    if marked and not is_joined:
-        damage = damage or "a packet is corrupt"
-    return PacketIndex(pts, dts, is_key, is_shown, damage, is_joined)
-
-
-def _are_joins(video: OpenVideo, marked: Sequence[int], is_key: Sequence[bool]) -> bool:
-    """Whether every marked packet ends a whole transport stream that another one was joined to."""
-    if video.container.format.name != "mpegts" or not all(any(is_key[i + 1 : i + 3]) for i in marked):
-        return False  # a part begins with a keyframe; FFmpeg marks the last packet before it, or the one before that
-    with video.source.open() as file:
-        return (count_joins(file, video.stream.id) or 0) >= len(marked)
+        return _read_indexed(video, index, collector)
+    except (UntrustedIndexError, av.error.FFmpegError) as error:
+        if isinstance(error, MemoryError):
+            raise
+        return None
 
 
 def _read_indexed(video: OpenVideo, index: PacketIndex, collector: FrameCollector) -> Reading:
     if not video.container.format.name.startswith(TRUSTED_FORMATS) or video.codec.name in UNTRUSTED_CODECS:
         raise UntrustedIndexError("times of this format are not reliable")
     index.check_trust()
-    times = video.times([index.pts[i] for i in index.shown]) if collector.needs_times else None
-    numbers = collector.choose(len(index.shown), video.fps, times)
-    wanted = {index.shown[i]: i for i in numbers}  # position -> frame number
-    for first, last in index.segments(list(wanted)):
+    pts = index.pts[index.shown].tolist()  # of frame 0, 1, 2, ...
+    numbers = collector.choose(len(pts), video.fps, video.times(pts) if collector.needs_times else None)
+    wanted = {pts[number]: number for number in numbers}
+    for first, last in index.segments(index.shown[numbers].tolist()):
         for frame in _decode_segment(video, index, first, last, wanted):
-            number = wanted.get(index.position.get(frame.pts, -1))
-            if number is not None and not frame.is_corrupt:
-                collector.add(number, video.to_rgb(frame))
+            if frame.pts in wanted and not frame.is_corrupt:
+                collector.add(wanted[frame.pts], video.to_rgb(frame))
     if collector.missing():
         raise UntrustedIndexError("a frame did not come at its time")
-    return Reading(num_frames=len(index.shown), fps=video.fps, decoder=INDEXED_NAME)
+    return Reading(num_frames=len(pts), fps=video.fps, decoder=INDEXED_NAME)
 
 
 def _decode_segment(
     video: OpenVideo, index: PacketIndex, first: int, last: int, wanted: Container[int]
 ) -> Iterator[av.VideoFrame]:
     """Decode packets first..last; frames that no other frame refers to are skipped unless wanted (1.1-1.7x faster)."""
-    for position, packet in zip(range(first, last + 1), _packets_from(video, index, first), strict=False):
-        if index.position.get(packet.pts) != position:
-            raise UntrustedIndexError("packets come in another order after a seek")
-        video.codec.skip_frame = "DEFAULT" if position in wanted else "NONREF"
+    columns = (index.pts, index.is_key, index.is_shown)  # not dts: after a seek FFmpeg guesses those of Matroska anew
+    expected = zip(*(column[first : last + 1].tolist() for column in columns), strict=True)
+    for row, packet in zip(expected, _packets_from(video, index, first), strict=False):
+        if (packet.pts, packet.is_keyframe, not packet.is_discard) != row:
+            raise UntrustedIndexError("packets are not those of the index")
+        video.codec.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
         yield from video.codec.decode(packet)
     yield from video.codec.decode(None)  # no more packets needed: what is held back for reordering comes out
 
 
 def _packets_from(video: OpenVideo, index: PacketIndex, first: int) -> Iterator[av.Packet]:
     """Packets in decode order from `first` on; some formats seek by decode time, some by presentation time."""
-    start = min(time for time in (*index.pts[:1], *index.dts[:1]) if time is not None)
+    start = min(time for time in (index.pts[0], index.dts[0]) if time != NO_TIME)
     for target in (index.pts[first], index.dts[first], start):
-        if target is None:
+        if target == NO_TIME:
             continue
-        video.container.seek(target, stream=video.stream, backward=True)  # also empties the decoder
+        video.container.seek(int(target), stream=video.stream, backward=True)  # also empties the decoder
         packets = video.packets()
         for packet in packets:
-            position = index.position.get(packet.pts, -1)
+            position = index.position_of(packet.pts)
             if position > first:
                 break  # landed behind it: try the next way to name the position
             if position == first:
@@ -312,7 +156,7 @@ def _read_intact(source: Source, index: PacketIndex, collector: FrameCollector) 
     take = partial(_take, source, is_joined=index.is_joined)
     guess, times = -1, None
     if not collector.needs_times:
-        guess = sum(index.is_shown)
+        guess = int(index.is_shown.sum())
         try:
             count, fps, _ = take(collector, guess)
         except MediaError:
@@ -349,13 +193,13 @@ def _take(
 
 def _read_damaged(source: Source, index: PacketIndex, collector: FrameCollector) -> Reading:
     """Take every wanted frame that decodes, and in place of each other one the nearest that does."""
-    times = [time for time, shown in zip(index.pts, index.is_shown, strict=True) if shown]
-    is_usable = None not in times and len(set(times)) == len(times)  # else frames are counted
-    numbers = {time: number for number, time in enumerate(sorted(times))} if is_usable else {}
+    pts = np.sort(index.pts[index.is_shown]).tolist()
+    is_usable = NO_TIME not in pts and len(set(pts)) == len(pts)  # else frames are counted
+    numbers = {time: number for number, time in enumerate(pts)} if is_usable else {}
     with open_video(source) as video:
         fps = video.fps
         good = [number for number, frame in _numbered(video, numbers) if not frame.is_corrupt]
-        shown_at = video.times(sorted(times)) if is_usable else None
+        shown_at = video.times(pts) if is_usable else None
     num_frames = len(numbers) if numbers else len(good)
     wanted = collector.choose(num_frames, fps, shown_at if collector.needs_times else None)
     good = sorted(set(good))

@@ -12,6 +12,7 @@ second family can also give its float32 results unrounded.
 from __future__ import annotations
 
 import math
+from functools import cached_property
 
 import numpy as np
 from PIL import Image
@@ -19,17 +20,30 @@ from PIL import Image
 from mervcache.errors import UserError
 from pipeline.views import ResizeRule
 
+STRIP_ROWS = 32  # interpolated at a time: arrays so small that their memory stays with the process
 PILLOW_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
-def resize(frame_HWC: np.ndarray, rule: ResizeRule) -> np.ndarray:
-    """uint8 [H, W, 3] -> [S, S, 3] in the rule's dtype.
+class NativeFrame:
+    """A frame of native size, uint8 [H, W, 3], with what resizing it by several rules has in common."""
+
+    def __init__(self, frame_HWC: np.ndarray) -> None:
+        self.frame_HWC = frame_HWC
+
+    @cached_property
+    def image(self) -> Image.Image:
+        """The frame as Pillow holds it, 4 bytes per pixel: a copy, made once for all rules with antialias."""
+        return Image.fromarray(np.ascontiguousarray(self.frame_HWC))
+
+
+def resize(frame: NativeFrame, rule: ResizeRule) -> np.ndarray:
+    """[S, S, 3] in the rule's dtype.
 
     - squash: the whole frame, aspect ratio ignored: torchvision's `Resize((S, S))`
     - centre-crop: short side to S, centre S x S, without making the part that is cut off. With antialias torchvision's
       `Resize(S)` and `CenterCrop(S)` on a PIL image; without, LanguageBind's video transform
     """
-    height, width = frame_HWC.shape[:2]
+    height, width = frame.frame_HWC.shape[:2]
     size = rule.size
     if rule.fit not in ("squash", "centre-crop"):
         raise UserError(f"no resize with fit={rule.fit!r}; use squash or centre-crop")
@@ -39,13 +53,12 @@ def resize(frame_HWC: np.ndarray, rule: ResizeRule) -> np.ndarray:
         top, left = crop_corner(scaled_height, scaled_width, size)
     if not rule.antialias:
         rows, columns = _taps(height, scaled_height, top, size), _taps(width, scaled_width, left, size)
-        return _interpolate(frame_HWC, rows, columns, rule)
+        return _interpolate(frame.frame_HWC, rows, columns, rule)
     box = None  # in pixels of the frame; None is the whole of it
     if rule.fit == "centre-crop":
         y_scale, x_scale = height / scaled_height, width / scaled_width
         box = (left * x_scale, top * y_scale, (left + size) * x_scale, (top + size) * y_scale)
-    image = Image.fromarray(np.ascontiguousarray(frame_HWC))
-    return np.asarray(image.resize((size, size), PILLOW_FILTERS[rule.filter], box=box))
+    return np.asarray(frame.image.resize((size, size), PILLOW_FILTERS[rule.filter], box=box))
 
 
 def scaled_size(height: int, width: int, size: int) -> tuple[int, int]:
@@ -75,9 +88,22 @@ def _interpolate(frame_HWC: np.ndarray, rows: tuple, columns: tuple, rule: Resiz
     if rule.filter != "bilinear":
         raise UserError(f"without antialias only filter='bilinear' is known, got {rule.filter!r}")
     (top, bottom, down), (left, right, along) = rows, columns
-    along, down = along[None, :, None], down[:, None, None]
-    upper, lower = frame_HWC[top], frame_HWC[bottom]  # [S, W, C] rows of the crop only
-    upper = upper[:, left] * (1 - along) + upper[:, right] * along
-    lower = lower[:, left] * (1 - along) + lower[:, right] * along
-    small_SSC = upper * (1 - down) + lower * down
-    return small_SSC if rule.dtype == "float32" else np.rint(small_SSC).clip(0, 255).astype(np.uint8)
+    along, down = np.repeat(along, 3)[None], down[:, None]  # columns and channels as one axis, long enough for SIMD
+    small_SSC = np.empty((len(top), len(left), 3), dtype=rule.dtype)
+    for first in range(0, len(top), STRIP_ROWS):
+        strip = slice(first, first + STRIP_ROWS)
+        upper, lower = (_along_rows(frame_HWC[positions[strip]], left, right, along) for positions in (top, bottom))
+        upper *= 1 - down[strip]
+        upper += lower * down[strip]
+        if rule.dtype == "uint8":
+            np.rint(upper, out=upper).clip(0, 255, out=upper)
+        small_SSC[strip] = upper.reshape(-1, len(left), 3)
+    return small_SSC
+
+
+def _along_rows(rows_RWC: np.ndarray, left: np.ndarray, right: np.ndarray, along: np.ndarray) -> np.ndarray:
+    """float32 [R, S * C]: rows mixed of their columns at `left` and `right`."""
+    low, high = (rows_RWC.take(columns, axis=1).reshape(len(rows_RWC), -1) for columns in (left, right))
+    mixed = low * (1 - along)
+    mixed += high * along
+    return mixed

@@ -14,7 +14,7 @@ import numpy as np
 
 from featurestore.clips import Clip
 from mervcache.errors import MediaError, UserError
-from pipeline.decode.resize import resize
+from pipeline.decode.resize import NativeFrame, resize
 from pipeline.media import MediaRoot, Root
 from pipeline.views import FrameRule, ResizeRule, View
 
@@ -233,11 +233,12 @@ class FrameCollector:
 
         `upright_HWC` is the frame turned by its EXIF orientation, for the views that apply it; None: not turned.
         """
+        frame = NativeFrame(frame_HWC)
+        upright = frame if upright_HWC is None else NativeFrame(upright_HWC)
         small: dict[ResizeRule, np.ndarray] = {}
         for view, positions in self._slots[index].items():
             if view.rule not in small:
-                is_turned = view.rule.exif == "apply" and upright_HWC is not None
-                small[view.rule] = resize(upright_HWC if is_turned else frame_HWC, view.rule)
+                small[view.rule] = resize(upright if view.rule.exif == "apply" else frame, view.rule)
             self._frames[view][positions] = small[view.rule]
         self._missing.discard(index)
 

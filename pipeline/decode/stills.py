@@ -15,7 +15,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from mervcache.errors import MediaError, MervCacheError
-from pipeline.decode.pyav import check_pixels
+from pipeline.decode.container import check_pixels
 from pipeline.decode.sampling import FrameCollector, Reading, exception_name
 from pipeline.media import FrameFolder, Source, frame_order
 

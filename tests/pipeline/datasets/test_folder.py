@@ -8,7 +8,7 @@ from PIL import Image
 
 from mervcache.errors import UserError
 from pipeline.datasets import load_dataset
-from pipeline.decode.pyav import FORMATS
+from pipeline.decode.container import FORMATS
 from pipeline.decode.stills import IMAGE_FORMATS
 from pipeline.media import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image, UnidentifiedImageError
 
 from mervcache.errors import RunStoppedError, UserError
+from pipeline.decode.container import OpenVideo
 from pipeline.decode.decoders import DECODERS, decode_clip
-from pipeline.decode.pyav import OpenVideo
 from pipeline.decode.sampling import FailedClipError
 
 AV_ERRORS = sorted(

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mervcache.errors import MediaError
-from pipeline.decode import pyav
+from pipeline.decode import container
 from pipeline.decode.decoders import decode_clip
 from pipeline.views import ResizeRule, View
 
@@ -257,8 +257,8 @@ def test_cover_art_of_a_song_is_no_video(studio) -> None:
 
 def test_frames_past_the_pixel_cap_are_refused_before_decoding(studio, monkeypatch) -> None:
     path = studio.film("a.mp4")
-    monkeypatch.setattr(pyav, "MAX_PIXELS", 192 * 96 - 1)
-    monkeypatch.setattr(pyav.OpenVideo, "packets", lambda _: pytest.fail("packets were read"))
+    monkeypatch.setattr(container, "MAX_PIXELS", 192 * 96 - 1)
+    monkeypatch.setattr(container.OpenVideo, "packets", lambda _: pytest.fail("packets were read"))
     with pytest.raises(MediaError, match="frames are larger than"):
         decode_clip(studio.job(path))
 

@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.decode import pyav
+from pipeline.decode.container import OpenVideo, open_video
 from pipeline.decode.decoders import decode_clip
-from pipeline.decode.pyav import PacketIndex, UntrustedIndexError, open_video, scan_packets
+from pipeline.decode.packet_index import NO_TIME, PacketIndex, UntrustedIndexError, scan_packets
 from pipeline.decode.sampling import FrameCollector
 from pipeline.media import Source
 from pipeline.views import ResizeRule, View
@@ -20,14 +21,14 @@ NATIVE = View(rule=ResizeRule(size=96, filter="bilinear"), num_frames=32)
 
 def index_of(pts, keys, shown=None) -> PacketIndex:
     shown = [True] * len(pts) if shown is None else shown
-    return PacketIndex(
-        tuple(pts), tuple(range(len(pts))), tuple(i in keys for i in range(len(pts))), tuple(shown), None
-    )
+    times = np.array([NO_TIME if time is None else time for time in pts], dtype=np.int64)
+    is_key = np.array([i in keys for i in range(len(pts))], dtype=bool)
+    return PacketIndex(times, np.arange(len(pts)), is_key, np.array(shown, dtype=bool), None)
 
 
 def test_frames_are_numbered_by_presentation_time_without_the_hidden_ones() -> None:
     index = index_of([0, 3, 1, 2, 4], keys=[0], shown=[False, True, True, True, True])
-    assert index.shown == [2, 3, 1, 4]
+    assert index.shown.tolist() == [2, 3, 1, 4]
 
 
 def test_leading_frames_of_an_open_group_are_decoded_from_the_group_before() -> None:
@@ -113,10 +114,8 @@ def test_an_index_that_lies_falls_back_to_order_with_the_same_frames(studio, mon
 def test_frames_nobody_asked_for_are_not_converted(studio, monkeypatch) -> None:
     path = studio.film("a.mp4", frames=100, options={"g": "250", "bf": "3"})
     converted = []
-    to_rgb = pyav.OpenVideo.to_rgb
-    monkeypatch.setattr(
-        pyav.OpenVideo, "to_rgb", lambda self, frame: converted.append(frame.pts) or to_rgb(self, frame)
-    )
+    to_rgb = OpenVideo.to_rgb
+    monkeypatch.setattr(OpenVideo, "to_rgb", lambda self, frame: converted.append(frame.pts) or to_rgb(self, frame))
     view = View(rule=ResizeRule(size=8), num_frames=4)
     decode_clip(studio.job(path, views=(view,)))
     assert len(converted) == 4

@@ -14,7 +14,7 @@ from pipeline.align import align
 from pipeline.config import EncoderSettings, read_config
 from pipeline.decode.decoders import decode_clip
 from pipeline.decode.pool import DecodePool
-from pipeline.decode.resize import resize
+from pipeline.decode.resize import NativeFrame, resize
 from pipeline.decode.sampling import DecodeJob
 from pipeline.encoders import ENCODERS
 from pipeline.encoders.base import feature_identity
@@ -143,7 +143,7 @@ def test_float_frames_are_the_pixels_of_the_reference_and_rounded_ones_are_near(
     errors = {}
     for dtype in ("uint8", "float32"):
         rule = replace(encoder.spec.resize, dtype=dtype)
-        small = torch.from_numpy(np.stack([resize(frame, rule) for frame in frames]))
+        small = torch.from_numpy(np.stack([resize(NativeFrame(frame), rule) for frame in frames]))
         errors[dtype] = (encoder._normalise(small[None])[0] - expected).abs().max().item()
     assert errors["float32"] < 5e-5  # float32 arithmetic; a grey level is 15e-3
     assert 0.2 / 255 / 0.27 < errors["uint8"] < 0.51 / 255 / 0.26  # half a grey level
