@@ -22,24 +22,20 @@ from mervcache.errors import StoreNotFoundError, UserError, no_file
 from mervcache.text import printable
 from trainer.cli_evaluate import answer_options, judge_options, pop_judge, share_questions
 from trainer.config import (
-    FULL_RECIPE,
     FUSIONS,
     HEADS,
-    MODE_FULL,
     PROJECTORS,
-    RECIPES,
     RECORD_FILE,
     LiveRequest,
     Mode,
     Protocol,
     Quantisation,
-    Stages,
     Tracker,
     TrainLLM,
-    get_stages,
 )
 from trainer.loop.launch import Launch, end_with_failures, is_first_rank, is_launched, relaunch
 from trainer.loop.stages import dry_run_stages, merge_settings, to_yaml, train_in_stages
+from trainer.recipes import FULL_RECIPE, MODE_FULL, RECIPES, Stages, get_stages
 from trainer.render import import_lines, print_dry_run, print_losses, print_scores, result_lines
 from trainer.runs.stage_folders import check_are_runs, check_is_free, read_record_file, read_stages, stage_folder
 

@@ -7,7 +7,7 @@ from click.testing import CliRunner
 
 from mervcache.config import overlay
 from trainer.cli import eval_main, train_main
-from trainer.config import get_recipe
+from trainer.recipes import get_recipe
 
 SMALL = {
     "llm": "fresh:mini",

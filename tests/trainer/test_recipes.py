@@ -3,7 +3,7 @@ from operator import attrgetter
 import pytest
 
 from mervcache.errors import UserError
-from trainer.config import FULL_RECIPE, MODE_FULL, RECIPES, get_recipe, get_stages
+from trainer.recipes import FULL_RECIPE, MODE_FULL, RECIPES, get_recipe, get_stages
 
 # MERV_SPEC section 5 (training), 3 (fusion) and 4 (prompt, cut) by hand: dotted setting -> value.
 SHARED = {

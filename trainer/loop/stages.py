@@ -18,8 +18,9 @@ import yaml
 from featurestore.locate import check_room
 from mervcache.config import overlay
 from mervcache.errors import UserError, unknown_name
-from trainer.config import CONFIG_FILE, Stages, TrainConfig, read_config
+from trainer.config import CONFIG_FILE, TrainConfig, read_config
 from trainer.loop.launch import is_first_rank
+from trainer.recipes import Stages
 from trainer.runs.lock import STAGES_LOCK, run_lock
 from trainer.runs.stage_folders import STAGES_FILE, check_is_free, settings_by_stage, stage_folder, write_stages
 
