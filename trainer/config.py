@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -77,6 +78,18 @@ HEADS = {
     "gelu-mlp": "trainer.model.projectors:gelu_mlp",
     "fused-gelu-mlp": "trainer.model.projectors:fused_gelu_mlp",
 }
+
+
+CHECKPOINTING_PARAMETERS = 3e9  # of an LLM whose layers are computed again in the backward pass by default
+BYTE_UNITS = {"GB": 1e9, "GIB": 2**30, "MB": 1e6, "MIB": 2**20}
+
+
+def parse_bytes(setting: str, text: str) -> int:
+    """Bytes of a text such as `80GB` or `79.6 GiB`."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    if found is None or found[2].upper() not in BYTE_UNITS or float(found[1]) == 0:
+        raise UserError(f"{setting} is a size such as 80GB or 24GiB, got {text!r}")
+    return int(float(found[1]) * BYTE_UNITS[found[2].upper()])
 
 
 def import_choice(table: Mapping[str, str], name: str) -> Any:
@@ -251,11 +264,17 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     batch_size: int = 128  # samples per step over all ranks
     micro_batch_size: int = 8  # samples per rank and forward
+    # Positions per rank and forward, padding included, instead of a number of samples: trainer/data/partition.py. It
+    # changes no loss per token but by rounding, and the random numbers of dropout.
+    token_budget: int | None = None
+    device_memory: str | None = None  # of each process, such as 80GB; None: that of its GPU, of a CPU no limit
     epochs: float = 1.0
     max_steps: int | None = None  # instead of epochs
     seed: int = 7
     precision: Precision = "bf16"  # matrix products; trained weights stay in fp32
-    activation_checkpointing: bool = False  # of the LLM's layers: less memory for a second forward
+    # Of the LLM's layers: less memory for a second forward. None: on from CHECKPOINTING_PARAMETERS on, or where the
+    # device's memory needs it.
+    activation_checkpointing: bool | None = None
     deterministic: bool = False  # torch's deterministic algorithms: the same losses to the bit on the same ranks
     loss: LossName = "per_token"  # micro_batch_means: as princetonvisualai/merv, depends on the micro-batch size
     log_every: int = 10  # steps between lines of metrics
@@ -279,6 +298,10 @@ class TrainConfig:
         for name in ("eval_every", "eval_limit"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
+        if self.token_budget is not None:
+            self._check_token_budget(self.token_budget)
+        if self.device_memory is not None:
+            parse_bytes("device_memory", self.device_memory)
         if self.checkpoint_minutes is not None and self.checkpoint_minutes <= 0:
             raise UserError(f"checkpoint_minutes must be more than 0, got {self.checkpoint_minutes}")
         if self.eval_every is not None and self.eval_split == self.split:
@@ -323,6 +346,15 @@ class TrainConfig:
             raise UserError(
                 f"llm_quant {self.llm_quant} is for a pretrained LLM that is not trained itself, got llm {self.llm!r}"
                 f" and train_llm {self.train_llm}; set train_llm: lora or none, or leave llm_quant out"
+            )
+
+    def _check_token_budget(self, budget: int) -> None:
+        if budget < 1:
+            raise UserError(f"token_budget is a number of positions, at least 1, got {budget}")
+        if self.loss == "micro_batch_means":
+            raise UserError(
+                "loss micro_batch_means depends on which samples share a micro-batch, and token_budget decides that"
+                " by their lengths; set loss: per_token, or leave token_budget out"
             )
 
     @property
