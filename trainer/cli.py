@@ -146,7 +146,13 @@ live_options = stacked(  # of --end-to-end, named as in `merv-pipeline extract`
     " they have 10 minutes to write a checkpoint.",
 )
 @click.option("--processes", type=click.IntRange(min=1), show_default="one per GPU", help="Of --launch.")
-@click.option("--dry-run", is_flag=True, help="Print parameters, steps, lengths and dropped samples; train nothing.")
+@click.option(
+    "--device-memory",
+    metavar="SIZE",
+    show_default="what the GPU has",
+    help="Fit every process into this, such as 80GB: checkpointing and smaller micro-batches, or an error.",
+)
+@click.option("--dry-run", is_flag=True, help="Print parameters, memory, steps and what is dropped; train nothing.")
 @click.option("--print-config", is_flag=True, help="Print every setting in force as YAML for --config; do nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def train_main(
@@ -172,7 +178,7 @@ def train_main(
     place = resolve_source(store, live, earlier)
     if dry_run:
         load_torch_modules()
-        report = dry_run_stages(stages, place)
+        report = dry_run_stages(stages, place, launch=launch, processes=processes)
         print_result(report, as_json, lambda: print_dry_run(report))
         return
     if not is_launched():  # one of several ranks may find what the first has begun

@@ -72,7 +72,7 @@ SOURCES = {
         | {
             "train_llm": "none",
             "sampler": "shuffled",
-            "activation_checkpointing": False,
+            "activation_checkpointing": None,  # on: its LLM has 7B parameters
             "optimizer.projector_lr": 1e-3,
             "optimizer.fusion_lr": 1e-3,
             "optimizer.weight_decay": 0.0,
