@@ -32,7 +32,8 @@ RELEASED_FINETUNE = TrainConfig(
 
 RECIPES: dict[str, Stages] = {
     # Projectors and fusion trained under a frozen LLM, with the batch of arXiv 2501.01426's second stage. Its rate of
-    # 2e-5 is for an LLM that is trained too; under a frozen one it hardly moves a projector (benchmarks/README.md).
+    # 2e-5 is for an LLM that is trained too; under a frozen one it hardly moves a projector (benchmarks/README.md). A
+    # token_budget of 11,000 takes as much memory as 8 samples and saves most of the padding: docs/training-memory.md.
     "merv-frozen": (
         Stage(name="finetune", config=TrainConfig(optimizer=OptimizerConfig(projector_lr=1e-3, fusion_lr=1e-3))),
     ),

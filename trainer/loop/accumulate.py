@@ -74,39 +74,45 @@ class Gradients:
             # Out of the except clause, whose error held the tensors of the forward pass.
             optimizer.zero_grad()
             clear_device_cache(garbage_collection=True)
-            batches.limit = self._smaller(number, step, reason)
-            if self.run is not None:
-                replace_text(self.run / LIMIT_FILE, json.dumps(asdict(batches.limit)) + "\n")
-            if accelerator.num_processes == 1:
-                logger.warning(f"step {number} is done again with {batches.limit}, and so are all others: {reason}")
-                step = self.read(number)
-            elif accelerator.is_fsdp2:
-                raise RunStoppedError(
-                    f"step {number}: {reason}; --resume auto goes on from the last checkpoint with {batches.limit}"
-                )
-            else:
+            logger.warning(f"step {number}, rank {accelerator.process_index}, with {step.limit}: {reason}")
+            limit = self._smaller(number, step)
+            if limit is not None:
+                batches.limit = limit
+            if limit is not None and self.run is not None:
+                replace_text(self.run / LIMIT_FILE, json.dumps(asdict(limit)) + "\n")
+            if accelerator.num_processes > 1 and not accelerator.is_fsdp2:
                 self.has_failed = True
-                logger.warning(f"step {number} on rank {accelerator.process_index}: {reason}")
                 filler = replace(step, micro_batches=[batches.filler(number)], divisors=(1,))
                 return accumulate(accelerator, model, filler), step
+            if limit is None or accelerator.is_fsdp2:
+                raise self.end(number, step)
+            logger.warning(f"step {number} is done again with {limit}, and so are all others")
+            step = self.read(number)
 
-    def _smaller(self, number: int, step: Step, reason: str) -> Limit:
-        """Half the limit of a step; RunStoppedError where that cannot help."""
-        config, batches, is_sharded = self.plan.config, self.plan.batches, self.accelerator.is_fsdp2
-        longest = max(batches.length(index, number) for index in batches.order.batch(number))
-        limit = step.limit.halved(longest) if config.loss == "per_token" else None
-        if limit is not None:
-            return limit
+    def end(self, number: int, step: Step) -> RunStoppedError:
+        """The end of a run whose step does not fit, with what to do."""
+        config, begin = self.plan.config, f"memory ran out in step {number} with {step.limit}"
+        if (limit := self._smaller(number, step)) is not None:
+            return RunStoppedError(
+                f"{begin} on one of {self.accelerator.num_processes} processes; go on from the last checkpoint with"
+                f" --resume auto, which uses {limit} from now on"
+            )
         options = [] if config.activation_checkpointing else ["activation_checkpointing: true"]
         if config.loss != "per_token":
             options.append("a new run with a smaller micro_batch_size, which this loss depends on")
-        if not is_sharded:
+        if not self.accelerator.is_fsdp2:
             options.append("--launch fsdp on several GPUs")
         options.append("a new run with a smaller max_text_tokens or fewer visual tokens")
-        raise RunStoppedError(
-            f"memory ran out in step {number} with {step.limit}, and nothing smaller is possible: {reason}. What the"
-            f" last checkpoint holds is kept; choose {'; '.join(options)}"
+        return RunStoppedError(
+            f"{begin}, and nothing smaller is the same training. The last checkpoint is kept; choose"
+            f" {'; '.join(options)}"
         )
+
+    def _smaller(self, number: int, step: Step) -> Limit | None:
+        """Half the limit of a step; None where that is impossible or another training."""
+        batches = self.plan.batches
+        longest = max(batches.length(index, number) for index in batches.order.batch(number))
+        return step.limit.halved(longest) if self.plan.config.loss == "per_token" else None
 
 
 def read_limit(run: Path, config: TrainConfig) -> Limit | None:

@@ -29,13 +29,13 @@ from torch.nn import Parameter
 
 from featurestore.clips import Sample
 from featurestore.locate import check_room
-from mervcache.errors import NonFiniteError, RunStoppedError, UserError
+from mervcache.errors import NonFiniteError, UserError
 from trainer.config import OptimizerConfig, TrainConfig
 from trainer.data.batches import Step
 from trainer.data.prefetch import Prefetch
 from trainer.data.tokens import TokenSource
 from trainer.loop import distributed
-from trainer.loop.accumulate import LIMIT_FILE, Gradients, read_limit
+from trainer.loop.accumulate import Gradients, read_limit
 from trainer.loop.distributed import any_rank, deterministic, make_accelerator, on_first_rank, prepare, raise_together
 from trainer.loop.interrupt import CheckpointTimer, stop_signals
 from trainer.loop.metrics import MetricsWriter, finite_or_none
@@ -242,7 +242,10 @@ class _Loop:
                 row = self._step(model, optimizer, number, step)
                 if self.gradients.has_failed:
                     metrics.flush(waited_s=steps.waited_s, is_synced=True)
-                    self._stop_out_of_memory(number, saved)
+                    if saved < number:
+                        self._save(number, {})
+                    distributed.stop_trackers(accelerator)
+                    raise self.gradients.end(number, step)
                 done = number + 1
                 validated: dict[str, float] = {}
                 if self.validation and not self.is_stopped and (done % config.eval_every == 0 or done == num_steps):
@@ -299,16 +302,6 @@ class _Loop:
             f" gradient was not finite. In step {done - 1} the first value that is not finite is {place}. What was"
             " trained before is saved. Look at the samples and lower the learning rates in a new run;"
             " max_skipped_in_row in a config file allows more, and --resume auto goes on"
-        )
-
-    def _stop_out_of_memory(self, number: int, saved: int) -> None:
-        """End a run of several ranks before the step that did not fit into the memory of one of them."""
-        if saved < number:
-            self._save(number, {})
-        distributed.stop_trackers(self.accelerator)
-        raise RunStoppedError(
-            f"memory ran out in step {number} of {self.out} on one of {self.accelerator.num_processes} processes; what"
-            f" was trained before is saved, and {LIMIT_FILE} holds a smaller limit: go on with --resume auto"
         )
 
     def _log_start(self, start: int) -> None:
