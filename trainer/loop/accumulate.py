@@ -82,12 +82,21 @@ class Gradients:
                 replace_text(self.run / LIMIT_FILE, json.dumps(asdict(limit)) + "\n")
             if accelerator.num_processes > 1 and not accelerator.is_fsdp2:
                 self.has_failed = True
-                filler = replace(step, micro_batches=[batches.filler(number)], divisors=(1,))
-                return accumulate(accelerator, model, filler), step
+                return self._join(model, number, step), step
             if limit is None or accelerator.is_fsdp2:
                 raise self.end(number, step)
             logger.warning(f"step {number} is done again with {limit}, and so are all others")
             step = self.read(number)
+
+    def _join(self, model: nn.Module, number: int, step: Step) -> Tensor:
+        """Give zeros to the gradients that the other ranks sum up, so that they come to the decision about the step."""
+        # DDP broadcasts buffers at the first forward of a step, which this rank has begun already.
+        model.require_forward_param_sync = False
+        filler = replace(step, micro_batches=[self.plan.batches.filler(number)], divisors=(1,))
+        try:
+            return accumulate(self.accelerator, model, filler)
+        except RuntimeError as error:  # gradients of the step were being summed already
+            raise self.end(number, step) from error
 
     def end(self, number: int, step: Step) -> RunStoppedError:
         """The end of a run whose step does not fit, with what to do."""

@@ -203,7 +203,7 @@ class _Loop:
         self.is_deferred = distributed.decides_on_device(accelerator)
         self.optimizer = build_optimizer(self.model, self.config.optimizer, fused=self.is_deferred)
         self.names: dict[int, str] = {}  # id(parameter) -> name, once the model is on device and ranks
-        self.gradients = Gradients(plan, accelerator, out if files is not None else None, self._read)
+        self.gradients = Gradients(plan, accelerator, None if out == Path() else out, self._read)
         self.timer = CheckpointTimer(self.config.checkpoint_minutes)
         self.best: tuple[float, float] | None = None  # goodness of the best validation so far
         self.skips = SkippedSteps(self.config.max_skipped_in_row)

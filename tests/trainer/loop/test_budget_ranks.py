@@ -107,13 +107,14 @@ def test_where_memory_runs_out_on_one_rank_of_ddp_both_save_and_resume_smaller(a
     runs = [
         {"out": str(tmp_path / "run"), "changes": changes, "fails_behind": 3, "positions": 20},
         {"out": str(tmp_path / "run"), "changes": changes, "fails_behind": 0, "positions": 20, "resume": True},
-        {"out": str(tmp_path / "hopeless"), "changes": BY_NUMBER, "fails_behind": 0, "positions": 0},
+        # a sample with a clip does not fit, the shortest text does
+        {"out": str(tmp_path / "hopeless"), "changes": BY_NUMBER, "fails_behind": 0, "positions": 10},
     ]
     ended = run_by_two(tmp_path, SCRIPT, runs, free_port)
     assert [code for code, _, _ in ended] == [0, 0], "\n".join(errors for _, _, errors in ended)
-    said = [text.splitlines() for _, text, _ in ended]
-    assert said[0] == said[1]
-    first, hopeless = said[0]
+    messages = [text.splitlines() for _, text, _ in ended]
+    assert messages[0] == messages[1]
+    first, hopeless = messages[0]
     assert "step 3 with micro_batch_size 3 on one of 2 processes" in first
     assert "--resume auto, which uses micro_batch_size 1" in first
     assert "nothing smaller is the same training" in hopeless
