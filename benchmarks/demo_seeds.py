@@ -18,7 +18,8 @@ from typing import Any
 import click
 
 from mervcache.config import overlay
-from trainer.config import TrainConfig, get_recipe
+from trainer.config import TrainConfig
+from trainer.recipes import get_recipe
 
 Scores = Mapping[str, Mapping[str, Any]]  # category -> its line of an evaluation
 

@@ -25,7 +25,8 @@ from typing import Any
 import click
 
 from mervcache.config import overlay
-from trainer.config import TrainConfig, get_recipe
+from trainer.config import TrainConfig
+from trainer.recipes import get_recipe
 
 EDGE = 10  # steps at the end of a run whose training losses are averaged
 

@@ -33,7 +33,7 @@ _API = {  # public name -> where it is defined
     "export_run": "trainer.runs.export:export_run",
     "extract": "pipeline.extract:extract",
     "forecast": "pipeline.forecast:forecast",
-    "get_stages": "trainer.config:get_stages",
+    "get_stages": "trainer.recipes:get_stages",
     "load_run": "trainer.runs.load:load_run",
     "open_store": "featurestore.store:FeatureStore.open",
     "probe": "trainer.ablation.probe:probe",

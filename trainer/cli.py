@@ -22,24 +22,20 @@ from mervcache.errors import StoreNotFoundError, UserError, no_file
 from mervcache.text import printable
 from trainer.cli_evaluate import answer_options, dataset_options, judge_options, pop_judge, share_questions
 from trainer.config import (
-    FULL_RECIPE,
     FUSIONS,
     HEADS,
-    MODE_FULL,
     PROJECTORS,
-    RECIPES,
     RECORD_FILE,
     LiveRequest,
     Mode,
     Protocol,
     Quantisation,
-    Stages,
     Tracker,
     TrainLLM,
-    get_stages,
 )
 from trainer.loop.launch import Launch, end_with_failures, is_first_rank, is_launched, relaunch
 from trainer.loop.stages import dry_run_stages, merge_settings, to_yaml, train_in_stages
+from trainer.recipes import FULL_RECIPE, MODE_FULL, RECIPES, Stages, get_stages
 from trainer.render import import_lines, print_dry_run, print_losses, print_scores, result_lines
 from trainer.runs.stage_folders import check_are_runs, check_is_free, read_record_file, read_stages, stage_folder
 
@@ -150,7 +146,13 @@ live_options = stacked(  # of --end-to-end, named as in `merv-pipeline extract`
     " they have 10 minutes to write a checkpoint.",
 )
 @click.option("--processes", type=click.IntRange(min=1), show_default="one per GPU", help="Of --launch.")
-@click.option("--dry-run", is_flag=True, help="Print parameters, steps, lengths and dropped samples; train nothing.")
+@click.option(
+    "--device-memory",
+    metavar="SIZE",
+    show_default="what the GPU has",
+    help="Fit every process into this, such as 80GB: checkpointing and smaller micro-batches, or an error.",
+)
+@click.option("--dry-run", is_flag=True, help="Print parameters, memory, steps and what is dropped; train nothing.")
 @click.option("--print-config", is_flag=True, help="Print every setting in force as YAML for --config; do nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def train_main(
@@ -176,7 +178,7 @@ def train_main(
     place = resolve_source(store, live, earlier)
     if dry_run:
         load_torch_modules()
-        report = dry_run_stages(stages, place)
+        report = dry_run_stages(stages, place, launch=launch, processes=processes)
         print_result(report, as_json, lambda: print_dry_run(report))
         return
     if not is_launched():  # one of several ranks may find what the first has begun

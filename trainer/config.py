@@ -1,13 +1,15 @@
-"""Settings of a training run: one typed `TrainConfig`, and the recipes (named configurations) that it starts from.
+"""Settings of a training run: one typed `TrainConfig`.
 
-Later layers win: recipe, config file, command-line options. Imports no torch, because `--help` reads this module: what
-is chosen by name (fusions, resamplers, heads) is listed here as `module:name` and imported when a model is built.
+Later layers win: recipe (`trainer/recipes.py`), config file, command-line options. Imports no torch, because `--help`
+reads this module: what is chosen by name (fusions, resamplers, heads) is listed here as `module:name` and imported when
+a model is built.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -77,6 +79,18 @@ HEADS = {
     "gelu-mlp": "trainer.model.projectors:gelu_mlp",
     "fused-gelu-mlp": "trainer.model.projectors:fused_gelu_mlp",
 }
+
+
+CHECKPOINTING_PARAMETERS = 3e9  # of an LLM whose layers are computed again in the backward pass by default
+BYTE_UNITS = {"GB": 1e9, "GIB": 2**30, "MB": 1e6, "MIB": 2**20}
+
+
+def parse_bytes(setting: str, text: str) -> int:
+    """Bytes of a text such as `80GB` or `79.6 GiB`."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    if found is None or found[2].upper() not in BYTE_UNITS or float(found[1]) == 0:
+        raise UserError(f"{setting} is a size such as 80GB or 24GiB, got {text!r}")
+    return int(float(found[1]) * BYTE_UNITS[found[2].upper()])
 
 
 def import_choice(table: Mapping[str, str], name: str) -> Any:
@@ -253,11 +267,17 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     batch_size: int = 128  # samples per step over all ranks
     micro_batch_size: int = 8  # samples per rank and forward
+    # Positions per rank and forward, padding included, instead of a number of samples: trainer/data/partition.py. It
+    # changes no loss per token but by rounding, and the random numbers of dropout.
+    token_budget: int | None = None
+    device_memory: str | None = None  # of each process, such as 80GB; None: that of its GPU, of a CPU no limit
     epochs: float = 1.0
     max_steps: int | None = None  # instead of epochs
     seed: int = 7
     precision: Precision = "bf16"  # matrix products; trained weights stay in fp32
-    activation_checkpointing: bool = False  # of the LLM's layers: less memory for a second forward
+    # Of the LLM's layers: less memory for a second forward. None: on from CHECKPOINTING_PARAMETERS on, or where the
+    # device's memory needs it.
+    activation_checkpointing: bool | None = None
     deterministic: bool = False  # torch's deterministic algorithms: the same losses to the bit on the same ranks
     loss: LossName = "per_token"  # micro_batch_means: as princetonvisualai/merv, depends on the micro-batch size
     log_every: int = 10  # steps between lines of metrics
@@ -281,6 +301,10 @@ class TrainConfig:
         for name in ("eval_every", "eval_limit"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
+        if self.token_budget is not None:
+            self._check_token_budget(self.token_budget)
+        if self.device_memory is not None:
+            parse_bytes("device_memory", self.device_memory)
         if self.checkpoint_minutes is not None and self.checkpoint_minutes <= 0:
             raise UserError(f"checkpoint_minutes must be more than 0, got {self.checkpoint_minutes}")
         if self.eval_every is not None and self.eval_split == self.split:
@@ -325,6 +349,15 @@ class TrainConfig:
             raise UserError(
                 f"llm_quant {self.llm_quant} is for a pretrained LLM that is not trained itself, got llm {self.llm!r}"
                 f" and train_llm {self.train_llm}; set train_llm: lora or none, or leave llm_quant out"
+            )
+
+    def _check_token_budget(self, budget: int) -> None:
+        if budget < 1:
+            raise UserError(f"token_budget is a number of positions, at least 1, got {budget}")
+        if self.loss == "micro_batch_means":
+            raise UserError(
+                "loss micro_batch_means depends on which samples share a micro-batch, and token_budget decides that"
+                " by their lengths; set loss: per_token, or leave token_budget out"
             )
 
     @property
@@ -381,107 +414,3 @@ def used_encoders(config: TrainConfig, available: Sequence[str]) -> list[str]:
         if encoder not in available:
             raise UserError(unknown_name("encoder", encoder, available))
     return chosen
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One stage of a recipe: a complete run."""
-
-    name: str  # its folder's name where a recipe has several
-    config: TrainConfig
-
-
-Stages = tuple[Stage, ...]
-
-RELEASED_FINETUNE = TrainConfig(
-    train_llm="full",
-    fusion=FusionConfig(name="cross_attention_released"),
-    optimizer=OptimizerConfig(weight_decay=0.1),
-    loss="micro_batch_means",
-    sampler="split_modality",
-    activation_checkpointing=True,
-)
-
-RECIPES: dict[str, Stages] = {
-    # Projectors and fusion trained under a frozen LLM, with the batch of arXiv 2501.01426's second stage. Its rate of
-    # 2e-5 is for an LLM that is trained too; under a frozen one it hardly moves a projector (benchmarks/README.md).
-    "merv-frozen": (
-        Stage(name="finetune", config=TrainConfig(optimizer=OptimizerConfig(projector_lr=1e-3, fusion_lr=1e-3))),
-    ),
-    # What the released code does under the same name: its fusion, and the LLM is trained too, from the first step. Its
-    # decay of 0.1 is nominal: on several GPUs it is decided after FSDP has flattened the tensors, and flat ones do not
-    # decay.
-    "merv-frozen-released": (Stage(name="finetune", config=RELEASED_FINETUNE),),
-    # Both stages with the LLM trained: captions first, then instructions from all weights of the first stage.
-    "merv-full": (
-        Stage(
-            name="align",
-            config=TrainConfig(
-                stage="align",
-                prompt="caption",
-                train_llm="full",
-                optimizer=OptimizerConfig(projector_lr=1e-4, fusion_lr=1e-4, llm_lr=1e-4),
-                batch_size=256,
-                micro_batch_size=16,
-                activation_checkpointing=True,
-            ),
-        ),
-        Stage(
-            name="finetune",
-            config=TrainConfig(train_llm="full", sampler="split_modality", activation_checkpointing=True),
-        ),
-    ),
-    # The same stages with the numbers, the loss and the fusion of the released code, whose second stage is that of
-    # merv-frozen-released. Released, that stage takes only the projectors of the first; here it takes all weights.
-    "merv-full-released": (
-        Stage(
-            name="align",
-            config=TrainConfig(
-                stage="align",
-                prompt="caption",
-                train_llm="full",
-                fusion=FusionConfig(name="cross_attention_released"),
-                optimizer=OptimizerConfig(projector_lr=1e-4, fusion_lr=1e-4, llm_lr=1e-4),
-                batch_size=256,
-                micro_batch_size=16,
-                loss="micro_batch_means",
-                activation_checkpointing=True,
-            ),
-        ),
-        Stage(name="finetune", config=RELEASED_FINETUNE),
-    ),
-    # A small fresh LLM that learns synthetic clips on two CPU cores; see the docstring of trainer/model/projectors.py.
-    "demo": (
-        Stage(
-            name="finetune",
-            config=TrainConfig(
-                llm="fresh:tiny",
-                train_llm="full",
-                projector=ProjectorConfig(grid=(4, 4, 4), standardise=True),
-                optimizer=OptimizerConfig(projector_lr=2e-3, fusion_lr=2e-3, llm_lr=2e-3, warmup_ratio=0.05),
-                batch_size=32,
-                micro_batch_size=32,
-                max_steps=600,
-                precision="fp32",
-                log_every=20,
-                checkpoint_every=300,
-            ),
-        ),
-    ),
-}
-MODE_FULL, FULL_RECIPE = "full", "merv-full"  # `--mode full` is another way to type `--recipe merv-full`
-
-
-def get_stages(name: str) -> Stages:
-    """The recipe of that name."""
-    if name not in RECIPES:
-        raise UserError(unknown_name("recipe", name, list(RECIPES)))
-    return RECIPES[name]
-
-
-def get_recipe(name: str) -> TrainConfig:
-    """The settings of a recipe of one stage."""
-    stages = get_stages(name)
-    if len(stages) > 1:
-        raise UserError(f"recipe {name} has stages {', '.join(s.name for s in stages)}; choose one of one stage")
-    return stages[0].config

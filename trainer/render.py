@@ -15,7 +15,7 @@ PROTOCOLS = {
     "letters": "the options are in the prompt, and the first character of the answer is compared",
     "likelihood": "the option with the largest mean log-likelihood of its tokens is the answer",
 }
-MEMORY_PARTS = ("parameters", "gradients", "moments", "tokens", "activations", "total")
+MEMORY_PARTS = ("parameters", "gradients", "moments", "copies", "tokens", "activations", "logits", "total")
 
 
 def print_dry_run(report: Mapping[str, Any]) -> None:
@@ -49,9 +49,14 @@ def dry_run_rows(report: Mapping[str, Any]) -> dict[str, str]:
         rows["no placeholder"] = f"{report['without_placeholder']:,}, which begin with the visual tokens"
     for part, sizes in report["parameters"].items():
         rows[f"trained of {part}"] = f"{sizes['trained']:,} of {sizes['total']:,}"
+    rows["micro-batch"] = report["micro_batch"]
+    rows["useful work"] = ", ".join(f"{share:.0%} with {limit}" for limit, share in report["useful_share"].items())
+    rows["activation checkpointing"] = "on" if report["activation_checkpointing"] else "off"
     for part in MEMORY_PARTS:
-        about = "about " if part in ("activations", "total") else ""  # activations are a rough formula
+        about = "about " if part in ("activations", "logits", "total") else ""  # of the longest texts at once
         rows[f"GB, {part}"] = f"{about}{memory[part] / GB:.3g}"
+    if report["device_bytes"] is not None:
+        rows["GB, device"] = f"{report['device_bytes'] / GB:.3g}"
     return rows | ({"starts from": report["init"]} if "init" in report else {})
 
 

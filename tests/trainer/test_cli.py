@@ -7,7 +7,7 @@ from click.testing import CliRunner
 
 from mervcache.config import overlay
 from trainer.cli import eval_main, train_main
-from trainer.config import get_recipe
+from trainer.recipes import get_recipe
 
 SMALL = {
     "llm": "fresh:mini",
@@ -72,6 +72,20 @@ def test_a_dry_run_writes_nothing(here):
     assert (told["samples"], told["visual_tokens"], told["steps"]) == (18, 8, 3)
     assert set(told["parameters"]) == {"projectors", "fusion", "llm"}
     assert not (here / "run").exists()
+
+
+def test_a_run_that_does_not_fit_is_made_smaller_or_refused_before_it_starts(here):
+    report = json.loads(train("--dry-run", "--device-memory", "1GB", "--json").stdout)
+    assert (report["device_bytes"], report["micro_batch"]) == (10**9, "micro_batch_size 6")
+    total = report["memory_bytes"]["total"]
+    tight = f"{total / 0.92 / 1e6 - 0.01:.3f}MB"  # just too little for what was configured
+    smaller = json.loads(train("--dry-run", "--device-memory", tight, "--json").stdout)
+    assert smaller["memory_bytes"]["total"] < total
+    for options in (["--dry-run"], ["--out", "run"], ["--dry-run", "--launch", "ddp", "--processes", "2"]):
+        refused = train(*options, "--device-memory", "0.1MB")
+        assert refused.exit_code == 1
+        assert "a process at the least" in refused.stderr
+    assert not (here / "run" / "config.yaml").exists()
 
 
 def test_a_dry_run_is_a_short_table_for_a_person(here):

@@ -9,16 +9,15 @@ from mervcache.errors import UserError
 from trainer.config import (
     FUSIONS,
     HEADS,
-    RECIPES,
     RESAMPLERS,
     FusionConfig,
     ProjectorConfig,
     PromptName,
     TrainConfig,
-    get_recipe,
     import_choice,
 )
 from trainer.data.prompts import PROMPTS
+from trainer.recipes import RECIPES, get_recipe
 
 
 def test_a_config_survives_its_own_yaml(tmp_path, config):

@@ -3,7 +3,7 @@ from operator import attrgetter
 import pytest
 
 from mervcache.errors import UserError
-from trainer.config import FULL_RECIPE, MODE_FULL, RECIPES, get_recipe, get_stages
+from trainer.recipes import FULL_RECIPE, MODE_FULL, RECIPES, get_recipe, get_stages
 
 # MERV_SPEC section 5 (training), 3 (fusion) and 4 (prompt, cut) by hand: dotted setting -> value.
 SHARED = {
@@ -72,7 +72,7 @@ SOURCES = {
         | {
             "train_llm": "none",
             "sampler": "shuffled",
-            "activation_checkpointing": False,
+            "activation_checkpointing": None,  # on: its LLM has 7B parameters
             "optimizer.projector_lr": 1e-3,
             "optimizer.fusion_lr": 1e-3,
             "optimizer.weight_decay": 0.0,

@@ -16,13 +16,19 @@ def report(**changes):
         "longest_sequence": 1116,
         "context": 2048,
         "parameters": {"projectors": {"total": 5000, "trained": 5000}, "llm": {"total": 70000, "trained": 0}},
+        "micro_batch": "micro_batch_size 8",
+        "useful_share": {"micro_batch_size 8": 0.69, "token_budget 9000": 0.961},
+        "activation_checkpointing": True,
+        "device_bytes": None,
         "memory_bytes": {
             "parameters": 26_800_000_000,
             "gradients": 10_000_000,
             "moments": 20_000_000,
+            "copies": 0,
             "tokens": 0,
             "activations": 5_000_000_000,
-            "total": 31_830_000_000,
+            "logits": 2_000_000_000,
+            "total": 33_830_000_000,
             "activations_formula": "",
         },
         **changes,
@@ -40,13 +46,22 @@ def test_a_stage_in_rows():
         "longest sequence": "1,116 of 2,048",
         "trained of projectors": "5,000 of 5,000",
         "trained of llm": "0 of 70,000",
+        "micro-batch": "micro_batch_size 8",
+        "useful work": "69% with micro_batch_size 8, 96% with token_budget 9000",
+        "activation checkpointing": "on",
         "GB, parameters": "26.8",
         "GB, gradients": "0.01",
         "GB, moments": "0.02",
+        "GB, copies": "0",
         "GB, tokens": "0",
         "GB, activations": "about 5",
-        "GB, total": "about 31.8",
+        "GB, logits": "about 2",
+        "GB, total": "about 33.8",
     }
+
+
+def test_the_memory_that_was_planned_for_is_a_row():
+    assert dry_run_rows(report(device_bytes=80 * 10**9))["GB, device"] == "80"
 
 
 def test_what_not_every_stage_has_is_a_row_where_it_is():

@@ -27,9 +27,9 @@ from trainer.ablation.sweep import (
     recorded_axes,
     resume_command,
 )
-from trainer.config import Stages, get_stages
 from trainer.loop.launch import Launch
 from trainer.loop.stages import merge_settings, to_yaml
+from trainer.recipes import Stages, get_stages
 from trainer.runs.stage_folders import check_are_runs
 
 if TYPE_CHECKING:

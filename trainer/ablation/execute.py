@@ -44,7 +44,7 @@ from trainer.ablation.sweep import (
     shared_settings,
 )
 from trainer.ablation.wall_time import add_run_time
-from trainer.config import RECIPES, Protocol, Stages, TrainConfig, in_paper_order
+from trainer.config import Protocol, TrainConfig, in_paper_order
 from trainer.data.batches import named_samples, order_digest, select
 from trainer.data.tokens import StoreTokens
 from trainer.evaluate import EvaluationRequest, default_device, evaluate_grids, evaluate_masked, evaluate_run
@@ -54,6 +54,7 @@ from trainer.model.llm import FRESH_PREFIX, LoadedLLM
 from trainer.model.multiple_choice import answer_all, default_protocol, questions, summarise
 from trainer.model.projectors import build_projectors, parts_of
 from trainer.model.video_llm import VideoLLM, build, new_llm
+from trainer.recipes import RECIPES, Stages
 from trainer.runs import checkpoint
 from trainer.runs.run_record import RunRecord, ScoreSource, read_scores, write_scores
 from trainer.runs.score_files import grid_scores_file, masked_scores_file

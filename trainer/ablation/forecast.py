@@ -32,7 +32,8 @@ from trainer.ablation.execute import PinnedSweep, outcome_of, shared_llm
 from trainer.ablation.live_time import names_in
 from trainer.ablation.sweep import SweepRun
 from trainer.config import read_config
-from trainer.loop.plan import Plan, make_plan, memory_by_part
+from trainer.loop.memory import memory_by_part
+from trainer.loop.plan import Plan, make_plan
 from trainer.loop.train import time_steps
 from trainer.model.llm import LoadedLLM
 from trainer.runs.run_record import RunRecord

@@ -18,10 +18,11 @@ from featurestore.clips import Sample
 from mervcache.errors import NonFiniteError, UserError
 from trainer.ablation.execute import PinnedSweep, shared_llm
 from trainer.ablation.sweep import RETRAINED, SweepRun, scale_rates
-from trainer.config import Stage, Stages, TrainConfig
+from trainer.config import TrainConfig
 from trainer.data.order import derive_seed
 from trainer.data.tokens import TokenSource
 from trainer.loop.stages import train_stages
+from trainer.recipes import Stage, Stages
 from trainer.runs.run_record import read_metrics
 from trainer.runs.stage_folders import last_stage
 from trainer.sources import OpenTokens, opened

@@ -15,8 +15,9 @@ from mervcache.errors import UserError
 from mervcache.text import redact
 from trainer.ablation.results import LIKELIHOOD, POST_HOC, Results, read_results, read_run_results
 from trainer.ablation.sweep import NESTED, ONE_SHOT, RETRAINED, SWEEP_FILE, read_sweep, run_folder
-from trainer.config import CONFIG_FILE, PROJECTORS, RECIPES, RECORD_FILE, Protocol, TrainConfig, read_config
+from trainer.config import CONFIG_FILE, PROJECTORS, RECORD_FILE, Protocol, TrainConfig, read_config
 from trainer.loop.stages import STAGES_KEY
+from trainer.recipes import RECIPES
 from trainer.runs.run_record import RunRecord, read_scores
 from trainer.runs.score_files import grid_scores_file, masked_scores_file
 from trainer.runs.stage_folders import check_are_runs, last_stage, read_stages, stage_folder

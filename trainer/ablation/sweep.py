@@ -23,17 +23,9 @@ from typing import Any, Literal, get_args
 from mervcache.config import overlay, to_builtin
 from mervcache.errors import UserError, unknown_name
 from mervcache.files import load_json, replace_text
-from trainer.config import (
-    FUSIONS,
-    PROJECTORS,
-    SINGLE_ENCODER_FUSIONS,
-    MaskRule,
-    OptimizerConfig,
-    Stage,
-    Stages,
-    TrainConfig,
-)
+from trainer.config import FUSIONS, PROJECTORS, SINGLE_ENCODER_FUSIONS, MaskRule, OptimizerConfig, TrainConfig
 from trainer.loop.stages import STAGES_KEY, merge_settings
+from trainer.recipes import Stage, Stages
 from trainer.runs.stage_folders import settings_by_stage
 
 FORMAT = 1

@@ -1,4 +1,4 @@
-"""Training data: which samples a run reads, the batches of every step, collating and prefetching.
+"""Training data: which samples a run reads, the batches of every step, and collating.
 
 Batches of a step follow from its number alone, so resuming costs the same at any step. A clip without tokens drops its
 samples, which are counted and never replaced. Label positions and masks come from lengths, not from `id != pad`
@@ -10,14 +10,11 @@ B samples, C distinct clips, L padded text length, S padded length with visual t
 from __future__ import annotations
 
 import hashlib
-import queue
-import threading
-import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Generic, TypeVar
+from itertools import chain
 
 import numpy as np
 import torch
@@ -28,7 +25,8 @@ from mervcache.errors import UserError, unknown_name
 from trainer.config import TrainConfig
 from trainer.data.grids import draw_grid
 from trainer.data.masks import Mask, draw_mask
-from trainer.data.order import Group, Order, Stream, balanced_share, rank_share
+from trainer.data.order import Group, Order, Stream, balanced_shares, rank_shares
+from trainer.data.partition import Limit, padding_share, partition
 from trainer.data.prompts import IGNORE_INDEX, Rendered, Renderer, reason_to_refuse
 from trainer.data.tokens import ClipTokens, TokenSource
 
@@ -248,6 +246,7 @@ class Batches:
         self.data, self.source, self.config = data, source, config
         self.num_visual_tokens, self.context, self.leaves_out_masked = num_visual_tokens, context, leaves_out_masked
         self.rank, self.num_ranks = rank, num_ranks
+        self.limit = Limit.of(config)  # the loop lowers it where memory runs out
         self.order = Order(
             streams(data.samples, config),
             batch_size=config.batch_size,
@@ -269,21 +268,60 @@ class Batches:
 
     def step(self, step: int) -> Step:
         """This rank's part of a step; no communication, since every rank computes the order."""
-        batch, share = self.order.batch(step), self._share(step)
-        self.source.expect(self._clips([*share, *self._share(step + 1)]))
-        size = self.config.micro_batch_size
-        parts = [share[start : start + size] for start in range(0, len(share), size)]
+        batch, limit = self.order.batch(step), self.limit
+        shares, following = self.parts(step, limit), self.parts(step + 1, limit)[self.rank]
+        parts = shares[self.rank]
+        self.source.expect(self._clips([*chain(*parts), *chain(*following)]))
         num_supervised = self._num_supervised(batch)
-        epoch = step * self.config.batch_size // self.order.num_per_epoch
-        tokens_per_frame = self.tokens_per_frame(step)
+        epoch, tokens_per_frame = self._epoch(step), self.tokens_per_frame(step)
         return Step(
-            micro_batches=[self._collate(part, epoch, tokens_per_frame) for part in parts],
+            micro_batches=[
+                self._collate(part, epoch, tokens_per_frame) if part else self.filler(step) for part in parts
+            ],
             divisors=tuple(self._divisor(part, num_supervised, len(parts)) for part in parts),
             num_supervised=num_supervised,
             num_tokens=sum(len(self.rendered(index).input_ids) for index in batch)
             + self._num_visual_tokens(tokens_per_frame) * len(self._clips(batch)),
+            padding_share=padding_share(list(chain(*shares)), {index: self.length(index, step) for index in batch}),
+            limit=limit,
             tokens_per_frame=tokens_per_frame,
         )
+
+    def parts(self, step: int, limit: Limit) -> list[list[list[int]]]:
+        """Every rank's micro-batches of a step, as indices of samples: those of like length share one."""
+        batch = self.order.batch(step)
+        if limit.tokens is not None:
+            lengths = [self.length(index, step) for index in batch]
+            shares = partition(lengths, self.num_ranks, limit.tokens)
+            return [[[batch[place] for place in part] for part in share] for share in shares]
+        texts = {index: len(self.rendered(index).input_ids) for index in batch}
+        if self.config.sampler == "split_modality":
+            shares = balanced_shares(batch, [texts[index] for index in batch], self.num_ranks)
+        else:
+            shares = rank_shares(batch, self.num_ranks)
+        shares = [sorted(share, key=texts.__getitem__) for share in shares]
+        starts = range(0, len(shares[0]), limit.samples)
+        return [[share[start : start + limit.samples] for start in starts] for share in shares]
+
+    def filler(self, step: int) -> Batch:
+        """A micro-batch that takes part in a step and changes nothing: the shortest sample without labels."""
+        index = min(self.order.batch(step), key=lambda index: (self.length(index, step), index))
+        return self._collate([index], self._epoch(step), self.tokens_per_frame(step), counts=False)
+
+    def length(self, index: int, step: int) -> int:
+        """Positions of a sample in a step, of text and visual tokens."""
+        text = len(self.rendered(index).input_ids)
+        if self._clip_id(index) is None:
+            return text
+        visual = self._num_visual_tokens(self.tokens_per_frame(step))
+        if self.config.mask_encoders == "none":
+            return text + visual
+        mask = self.mask(index, self._epoch(step))
+        shown = sum(mask) / len(mask) if self.leaves_out_masked else any(mask)
+        return text + int(visual * shown)
+
+    def _epoch(self, step: int) -> int:
+        return step * self.config.batch_size // self.order.num_per_epoch
 
     def tokens_per_frame(self, step: int) -> int | None:
         """The nested grid of a step; None for a run of one grid, or without visual tokens."""
@@ -304,23 +342,19 @@ class Batches:
     def _num_supervised(self, indices: Sequence[int]) -> int:
         return sum(self.rendered(index).num_supervised for index in indices)
 
-    def _share(self, step: int) -> list[int]:
-        """This rank's samples of a step, the shortest first: those of like length share a micro-batch."""
-        batch = self.order.batch(step)
-        lengths = {index: len(self.rendered(index).input_ids) for index in batch}
-        if self.config.sampler == "split_modality":
-            share = balanced_share(batch, [lengths[index] for index in batch], self.rank, self.num_ranks)
-        else:
-            share = rank_share(batch, self.rank, self.num_ranks)
-        return sorted(share, key=lengths.__getitem__)
-
     def _clips(self, indices: Sequence[int]) -> list[str]:
         return [clip for index in indices if (clip := self._clip_id(index)) is not None]
 
-    def _collate(self, indices: Sequence[int], epoch: int, tokens_per_frame: int | None) -> Batch:
+    def _collate(
+        self, indices: Sequence[int], epoch: int, tokens_per_frame: int | None, *, counts: bool = True
+    ) -> Batch:
+        """The batch of these samples; where it does not count, without their labels."""
         clips = [self._clip_id(index) for index in indices]
+        rendered = [self.rendered(index) for index in indices]
+        if not counts:
+            rendered = [replace(sample, labels=(IGNORE_INDEX,) * len(sample.labels)) for sample in rendered]
         return make_batch(
-            [self.rendered(index) for index in indices],
+            rendered,
             clips,
             self.source,
             self._num_visual_tokens(tokens_per_frame),
@@ -354,6 +388,8 @@ class Step:
     divisors: tuple[int, ...]  # of each micro-batch's summed loss; over all ranks the quotients add up to the loss
     num_supervised: int  # tokens over all ranks; 0 where all answers were cut off
     num_tokens: int  # of text and visual, over all ranks
+    padding_share: float  # of the positions of all ranks' micro-batches
+    limit: Limit  # of these micro-batches
     tokens_per_frame: int | None = None  # of nested grids
 
 
@@ -434,52 +470,3 @@ def _nothing_there(samples: Sequence[Sample], config: TrainConfig) -> str:
         advice = "add some with `merv-pipeline extract --dataset NAME --root DIR --store STORE`"
     wanted = f"stage {config.stage!r} and split {config.split!r}"
     return f"no samples of {wanted}; there are {listed or 'none at all'}; {advice}"
-
-
-T = TypeVar("T")
-
-
-class Prefetch(Generic[T]):
-    """Iterates `make(start)`, ..., `make(stop - 1)`, up to `depth` of them made ahead; closes its thread on exit."""
-
-    def __init__(self, make: Callable[[int], T], start: int, stop: int, *, depth: int) -> None:
-        self.waited_s = 0.0  # time the consumer stood still, in all
-        self._queue: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=max(depth, 1))
-        self._stopped = threading.Event()
-        self._count = stop - start
-        self._thread = threading.Thread(target=self._run, args=(make, start, stop), name="prefetch", daemon=True)
-        self._thread.start()
-
-    def __enter__(self) -> Prefetch[T]:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stopped.set()
-        self._thread.join()
-
-    def __iter__(self) -> Iterator[T]:
-        for _ in range(self._count):
-            began = time.perf_counter()
-            made, error = self._queue.get()
-            self.waited_s += time.perf_counter() - began
-            if error is not None:
-                raise error
-            yield made
-
-    def _run(self, make: Callable[[int], T], start: int, stop: int) -> None:
-        for step in range(start, stop):
-            try:
-                item = (make(step), None)
-            except BaseException as error:  # handed to the consumer, which raises it
-                item = (None, error)
-            if not self._put(item) or item[1] is not None:
-                return
-
-    def _put(self, item: tuple[T | None, BaseException | None]) -> bool:
-        while not self._stopped.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False

@@ -132,14 +132,14 @@ class Order:
         return turns[permutation(len(turns), "turns", self.seed, epoch, self.digest)]
 
 
-def rank_share(batch: Sequence[int], rank: int, num_ranks: int) -> list[int]:
-    """A rank's contiguous part of a global batch."""
+def rank_shares(batch: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Every rank's contiguous part of a global batch."""
     size = share_size(batch, num_ranks)
-    return list(batch[rank * size : (rank + 1) * size])
+    return [list(batch[rank * size : (rank + 1) * size]) for rank in range(num_ranks)]
 
 
-def balanced_share(batch: Sequence[int], lengths: Sequence[int], rank: int, num_ranks: int) -> list[int]:
-    """A rank's part of a global batch, so that ranks get equal counts and like sums of length.
+def balanced_shares(batch: Sequence[int], lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Every rank's part of a global batch, so that ranks get equal counts and like sums of length.
 
     The longest first, each to the rank with the least work that has room, as princetonvisualai/merv.
     """
@@ -151,7 +151,7 @@ def balanced_share(batch: Sequence[int], lengths: Sequence[int], rank: int, num_
         least = min(with_room, key=lambda number: (work[number], number))
         shares[least].append(batch[place])
         work[least] += lengths[place]
-    return shares[rank]
+    return shares
 
 
 def share_size(batch: Sequence[int], num_ranks: int) -> int:

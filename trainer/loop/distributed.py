@@ -17,11 +17,12 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 
 from mervcache.errors import MervCacheError, RunStoppedError, UserError
 from trainer.config import TrainConfig
+from trainer.loop.memory import Device, device_memory
 from trainer.model.llm import decoder_layers
 from trainer.model.video_llm import VideoLLM
 
@@ -87,6 +88,17 @@ def prepare(accelerator: Accelerator, model: VideoLLM, optimizer: torch.optim.Op
     prepared, optimizer = accelerator.prepare(model, optimizer)
     register_fsdp_forward_method(model, "sample_losses")  # validation calls it: weights are gathered for it too
     return prepared, optimizer
+
+
+def device_of(accelerator: Accelerator, config: TrainConfig) -> Device:
+    """What each process has: memory as configured, else of the smallest GPU among them."""
+    memory = device_memory(config, accelerator.device)
+    memories = [found for found in gather_object([memory]) if found is not None]
+    return Device(
+        memory=min(memories, default=None),
+        num_processes=accelerator.num_processes,
+        is_sharded=accelerator.is_fsdp2,
+    )
 
 
 def any_rank(accelerator: Accelerator, *flags: bool | Tensor) -> list[bool]:

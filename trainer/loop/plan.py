@@ -1,17 +1,18 @@
 """The plan of a run: everything that is decided before the first step, and the validation that runs between steps.
 
-A dry run stops at the plan and prints `describe`. B samples of a micro-batch, S sequence length, N visual tokens,
-M LLM width, L text length, V vocabulary, E encoders.
+A dry run stops at the plan and prints `describe`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from heapq import nlargest
 from itertools import islice
-from math import isfinite, prod
+from math import isfinite
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -23,9 +24,11 @@ from mervcache.errors import UserError
 from trainer.config import TrainConfig
 from trainer.data.batches import Batches, TrainingData, select
 from trainer.data.order import derive_seed
-from trainer.data.prompts import num_placeholders, reason_to_refuse
-from trainer.data.tokens import TokenShape, TokenSource
-from trainer.model.llm import LoadedLLM
+from trainer.data.partition import Limit, useful_share
+from trainer.data.prompts import Rendered, num_placeholders, reason_to_refuse
+from trainer.data.tokens import TokenSource
+from trainer.loop.memory import ONE_PROCESS, Device, fit, memory_by_part
+from trainer.model.llm import LoadedLLM, is_checkpointed
 from trainer.model.multiple_choice import FIRST_CLIPS, answer_batch, batch_of, is_whole, showable
 from trainer.model.projectors import Moments
 from trainer.model.video_llm import Built, build, count_parameters, new_llm, trained_encoders
@@ -33,17 +36,10 @@ from trainer.runs.initialise import Loaded, load_parts, read_origin, starting_ll
 from trainer.runs.load import resumed_llm
 from trainer.runs.run_record import RunRecord, software_versions
 
-NUM_MOMENTS = 2  # AdamW's
-FLOAT_BYTES = 4
-# arXiv 2205.05198, table 2: a layer keeps 34 bytes per position and channel in 16 bits, without the matrix of attention
-# scores, which fused attention does not keep; with checkpointing 2, and the whole of the layer that is being redone.
-LAYER_BYTES, CHECKPOINT_BYTES = 34, 2
-FORMULA = (
-    "{layers} B S M + 4 x 3 B L V + 4 x 2 B E N M bytes; B {B}, S {S}, M {M}, L {L}, V {V}, E {E}, N {N}"
-    " (layers as arXiv 2205.05198, table 2; logits, their gradient and a copy; visual tokens before and behind fusion)"
-)
 STANDARDISE_CLIPS = 512  # clips whose tokens give the standardisation's constants
 STANDARDISE_BATCH = 32  # clips in memory at once
+NUM_LONGEST = 64  # samples with the most characters, one of which has the most tokens
+MEASURED_STEPS = 50  # whose batches give the useful share
 MIN_TEXT_TOKENS = 32  # a short question with its answer: a run whose context has less for text is refused
 MODALITIES = ("video", "image", "text")
 
@@ -60,6 +56,7 @@ class Plan:
     batches: Batches
     record: RunRecord
     loaded: Loaded | None = None  # what was loaded from another run
+    device: Device = ONE_PROCESS
 
 
 def make_plan(
@@ -72,12 +69,14 @@ def make_plan(
     words: Sequence[str] = (),
     llm: LoadedLLM | None = None,
     rank: int = 0,
-    num_ranks: int = 1,
+    device: Device = ONE_PROCESS,
+    limit: Limit | None = None,
 ) -> Plan:
     """Select the data and build the model, with seeded weights or those of the run that `config.init` names.
 
     `run` is a folder that is being resumed: its weights come from its checkpoint later. `words` are texts whose words a
     fresh LLM knows besides those of the samples. `llm` is the config's LLM where it is loaded already and not trained.
+    The plan's config has what was chosen to fit the `device`; `limit` is what a run that ran out of memory had come to.
     Raises UserError for data or sizes that cannot be trained on.
     """
     data = select(samples, source, config)
@@ -98,6 +97,10 @@ def make_plan(
         logger.info(loaded.message)
     built.renderer.check_readable(samples)
     _check_context(built, data.samples, is_first_rank=rank == 0)
+    if device.memory is not None:
+        longest_text = max(map(len, (text.input_ids for text in _longest_texts(built, data.samples))))
+        built = fit(built, source.shapes, longest_text, device, is_first_rank=rank == 0)
+    config = built.config
     batches = Batches(
         data,
         source,
@@ -107,8 +110,10 @@ def make_plan(
         context=model.context,
         leaves_out_masked=model.has_visual and model.fusion.leaves_out_masked,
         rank=rank,
-        num_ranks=num_ranks,
+        num_ranks=device.num_processes,
     )
+    if limit is not None:
+        batches.limit = limit
     record = RunRecord(
         store=store,
         data_digest=data.digest,
@@ -126,7 +131,7 @@ def make_plan(
         live=source.live,
         encoder_order=model.encoders,
     )
-    return Plan(config=config, data=data, built=built, batches=batches, record=record, loaded=loaded)
+    return Plan(config=config, data=data, built=built, batches=batches, record=record, loaded=loaded, device=device)
 
 
 def _check_context(built: Built, samples: Sequence[Sample], *, is_first_rank: bool) -> None:
@@ -143,12 +148,17 @@ def _check_context(built: Built, samples: Sequence[Sample], *, is_first_rank: bo
     limit = built.renderer.max_tokens
     if not is_first_rank or limit == config.max_text_tokens:  # the second: only the user's own limit cuts
         return
-    longest = max(samples, key=lambda sample: sum(len(turn.text) for turn in sample.turns))
-    if built.renderer(longest.turns, has_clip=longest.clip_id is not None).is_cut:
+    if any(text.is_cut for text in _longest_texts(built, samples)):
         logger.info(
             f"texts are cut at {limit:,} tokens: of the LLM's context of {context:,}, {visual:,} are visual tokens;"
             " --dry-run counts the texts"
         )
+
+
+def _longest_texts(built: Built, samples: Sequence[Sample]) -> list[Rendered]:
+    """The texts of the samples with the most characters: rendering them all would take minutes."""
+    longest = nlargest(NUM_LONGEST, samples, key=lambda sample: sum(len(turn.text) for turn in sample.turns))
+    return [built.renderer(sample.turns, has_clip=sample.clip_id is not None) for sample in longest]
 
 
 def describe(plan: Plan) -> dict[str, Any]:
@@ -172,9 +182,35 @@ def describe(plan: Plan) -> dict[str, Any]:
         "longest_sequence": lengths[-1] + plan.record.num_visual_tokens,
         "context": plan.built.model.context,
         "parameters": plan.record.parameters,
-        "memory_bytes": memory_by_part(plan.built, plan.record.shapes, lengths[-1]),
+        "micro_batch": str(plan.batches.limit),
+        "useful_share": useful_shares(plan),
+        "activation_checkpointing": is_checkpointed(plan.built.model.llm, config),
+        "device_bytes": plan.device.memory,
+        "memory_bytes": memory_by_part(plan.built, plan.record.shapes, lengths[-1], plan.device),
         "encoders": {encoder: [*shape.grid, shape.width] for encoder, shape in plan.record.shapes.items()},
         "data_digest": plan.data.digest,
+    }
+
+
+def useful_shares(plan: Plan) -> dict[str, float]:
+    """Share of the ranks' time that is no padding and no waiting, of the first steps: as configured, and by tokens.
+
+    The budget that is tried takes no more memory than the micro-batches that are configured: their samples, each of
+    median length.
+    """
+    batches = plan.batches
+    steps = range(min(batches.num_steps, MEASURED_STEPS))
+    lengths = [{index: batches.length(index, step) for index in batches.order.batch(step)} for step in steps]
+    limits = [batches.limit]
+    if batches.limit.tokens is None and plan.config.loss == "per_token":
+        typical = median(length for found in lengths for length in found.values())
+        limits.append(Limit(samples=batches.limit.samples, tokens=int(batches.limit.samples * typical)))
+    return {
+        str(limit): fmean(
+            useful_share(batches.parts(step, limit), found, is_sharded=plan.device.is_sharded)
+            for step, found in zip(steps, lengths, strict=True)
+        )
+        for limit in limits
     }
 
 
@@ -183,47 +219,6 @@ def num_without_placeholder(samples: Sequence[Sample], config: TrainConfig) -> i
     if config.visual_position != "placeholder" or config.prompt == "caption":
         return 0
     return sum(sample.clip_id is not None and num_placeholders(sample.turns) == 0 for sample in samples)
-
-
-def memory_by_part(built: Built, shapes: Mapping[str, TokenShape], longest_text: int) -> dict[str, Any]:
-    """Bytes that one process holds on its device, by part, their sum, and the formula of the activations.
-
-    Activations are a rough formula: they tell 10 GB from 100 GB, not 10 from 11. Under FSDP parameters, gradients and
-    moments are divided by the number of processes.
-    """
-    config, model, llm = built.config, built.model, built.model.llm
-
-    def num_bytes(trained_only: bool) -> int:
-        parameters = (p for p in model.parameters() if p.requires_grad or not trained_only)
-        return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-
-    # Every sample of the micro-batch may have a clip of its own; projectors read tokens in float32.
-    tokens = sum((prod(shape.grid) + shape.grid[0] * shape.num_prefix) * shape.width for shape in shapes.values())
-    size = {
-        "B": config.micro_batch_size,
-        "S": longest_text + model.num_visual_tokens,
-        "M": llm.get_input_embeddings().weight.shape[1],
-        "L": longest_text,
-        "V": llm.config.vocab_size,
-        "E": len(model.projectors),
-        "N": model.num_visual_tokens,
-    }
-    layers = LAYER_BYTES * llm.config.num_hidden_layers
-    if config.activation_checkpointing:
-        layers = CHECKPOINT_BYTES * llm.config.num_hidden_layers + LAYER_BYTES
-    layers *= 1 if config.precision == "bf16" else 2  # the paper's figures are for 16 bits
-    activations = layers * size["B"] * size["S"] * size["M"]
-    activations += FLOAT_BYTES * 3 * size["B"] * size["L"] * size["V"]  # logits
-    activations += FLOAT_BYTES * 2 * size["B"] * size["E"] * size["N"] * size["M"]  # visual tokens
-    parts = {
-        "parameters": num_bytes(trained_only=False),
-        "gradients": num_bytes(trained_only=True),
-        "moments": NUM_MOMENTS * num_bytes(trained_only=True),
-        "tokens": config.micro_batch_size * tokens * FLOAT_BYTES,
-        "activations": activations,
-    }
-    formula = FORMULA.format(layers=layers, **size)
-    return {**parts, "total": sum(parts.values()), "activations_formula": formula}
 
 
 @torch.no_grad()

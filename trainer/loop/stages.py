@@ -18,8 +18,9 @@ import yaml
 from featurestore.locate import check_room
 from mervcache.config import overlay
 from mervcache.errors import UserError, unknown_name
-from trainer.config import CONFIG_FILE, Stages, TrainConfig, read_config
-from trainer.loop.launch import is_first_rank
+from trainer.config import CONFIG_FILE, TrainConfig, read_config
+from trainer.loop.launch import Launch, is_first_rank
+from trainer.recipes import Stages
 from trainer.runs.lock import STAGES_LOCK, run_lock
 from trainer.runs.stage_folders import STAGES_FILE, check_is_free, settings_by_stage, stage_folder, write_stages
 
@@ -78,12 +79,17 @@ def train_in_stages(
     return [asdict(result) for result in results]
 
 
-def dry_run_stages(stages: Stages, place: TokenPlace) -> dict[str, Any]:
-    """Everything that is known before the first step of every stage, with the tokens of a place."""
+def dry_run_stages(
+    stages: Stages, place: TokenPlace, *, launch: Launch | None = None, processes: int | None = None
+) -> dict[str, Any]:
+    """Everything that is known before the first step of every stage, with the tokens of a place.
+
+    It is that of one process, of so many that `launch` would start.
+    """
     from trainer.sources import opened, store_of
 
     with opened(place) as open_tokens:
-        return describe_stages(stages, open_tokens, store=store_of(place))
+        return describe_stages(stages, open_tokens, store=store_of(place), launch=launch, processes=processes)
 
 
 def train_stages(
@@ -141,15 +147,25 @@ def train_stages(
     return results
 
 
-def describe_stages(stages: Stages, open_tokens: OpenTokens, *, store: str = "") -> dict[str, Any]:
+def describe_stages(
+    stages: Stages,
+    open_tokens: OpenTokens,
+    *,
+    store: str = "",
+    launch: Launch | None = None,
+    processes: int | None = None,
+) -> dict[str, Any]:
     """The report of a dry run, of each stage where there are several; a later stage's start is not trained yet."""
+    from trainer.loop.memory import planned_device
     from trainer.loop.plan import describe, make_plan
 
     words = _check_samples(stages, open_tokens) if len(stages) > 1 else ()
     reports = {}
     for index, stage in enumerate(stages):
         samples, source = open_tokens(stage.config, None)
-        reports[stage.name] = describe(make_plan(stage.config, samples, source, store=store, words=words))
+        device = planned_device(stage.config, launch, processes)
+        plan = make_plan(stage.config, samples, source, store=store, words=words, device=device)
+        reports[stage.name] = describe(plan)
         if index and stage.config.init is None:
             reports[stage.name]["init"] = f"all weights of stage {stages[index - 1].name}"
     return {STAGES_KEY: reports} if len(stages) > 1 else reports[stages[0].name]

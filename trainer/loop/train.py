@@ -13,12 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
-import sys
-import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import cos, pi
 from pathlib import Path
@@ -34,11 +31,13 @@ from featurestore.clips import Sample
 from featurestore.locate import check_room
 from mervcache.errors import NonFiniteError, UserError
 from trainer.config import OptimizerConfig, TrainConfig
-from trainer.data.batches import Prefetch, Step
-from trainer.data.order import derive_seed
+from trainer.data.batches import Step
+from trainer.data.prefetch import Prefetch
 from trainer.data.tokens import TokenSource
 from trainer.loop import distributed
+from trainer.loop.accumulate import Gradients, read_limit
 from trainer.loop.distributed import any_rank, deterministic, make_accelerator, on_first_rank, prepare, raise_together
+from trainer.loop.interrupt import CheckpointTimer, stop_signals
 from trainer.loop.metrics import MetricsWriter, finite_or_none
 from trainer.loop.nonfinite import SkippedSteps, Trace
 from trainer.loop.plan import Plan, Validation, fit_standardisation, make_plan
@@ -140,7 +139,8 @@ def train(
             words=words,
             llm=llm,
             rank=accelerator.process_index,
-            num_ranks=accelerator.num_processes,
+            device=distributed.device_of(accelerator, config),
+            limit=read_limit(out, config),
         )
         digests = set(gather_object([plan.data.digest]))  # each process opened the store by itself
         if len(digests) > 1:
@@ -203,6 +203,7 @@ class _Loop:
         self.is_deferred = distributed.decides_on_device(accelerator)
         self.optimizer = build_optimizer(self.model, self.config.optimizer, fused=self.is_deferred)
         self.names: dict[int, str] = {}  # id(parameter) -> name, once the model is on device and ranks
+        self.gradients = Gradients(plan, accelerator, None if out == Path() else out, self._read)
         self.timer = CheckpointTimer(self.config.checkpoint_minutes)
         self.best: tuple[float, float] | None = None  # goodness of the best validation so far
         self.skips = SkippedSteps(self.config.max_skipped_in_row)
@@ -236,7 +237,15 @@ class _Loop:
         done, saved = start, start
         with steps, metrics, stop_signals() as self.is_stop_requested:
             for number, step in enumerate(steps, start=start):
+                if step.limit != self.plan.batches.limit:  # made before memory ran out
+                    step = self._read(number)
                 row = self._step(model, optimizer, number, step)
+                if self.gradients.has_failed:
+                    metrics.flush(waited_s=steps.waited_s, is_synced=True)
+                    if saved < number:
+                        self._save(number, {})
+                    distributed.stop_trackers(accelerator)
+                    raise self.gradients.end(number, step)
                 done = number + 1
                 validated: dict[str, float] = {}
                 if self.validation and not self.is_stopped and (done % config.eval_every == 0 or done == num_steps):
@@ -315,21 +324,11 @@ class _Loop:
     def _step(self, model: torch.nn.Module, optimizer: Any, number: int, step: Step) -> dict[str, Any]:
         """Forward and backward over the micro-batches, one update; a row of metrics."""
         config, accelerator = self.config, self.accelerator
-        torch.manual_seed(derive_seed("step", config.seed, number, accelerator.process_index))
         set_rates(self.optimizer, number, self.plan.batches.num_steps, config.optimizer)
         model.train()
-        total = torch.zeros((), device=accelerator.device)
         self.trace = Trace(self.model) if self.skips.is_traced else None
         with self.trace or contextlib.nullcontext():
-            for index, (batch, divisor) in enumerate(zip(step.micro_batches, step.divisors, strict=True)):
-                # FSDP sums every time: without it each rank would keep whole fp32 gradients between micro-batches.
-                is_summed = accelerator.is_fsdp2 or index == len(step.micro_batches) - 1
-                with contextlib.nullcontext() if is_summed else accelerator.no_sync(model):
-                    with accelerator.autocast():  # FSDP's own precision is that of weights alone
-                        loss = model(batch.to(accelerator.device)) / divisor
-                    # Data parallelism averages gradients over ranks; here they are parts of a sum.
-                    accelerator.backward(loss * accelerator.num_processes)
-                total += loss.detach()
+            total, step = self.gradients(model, optimizer, number, step)
         norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm or float("inf"))
         norm, total = full_tensor(norm.detach()), accelerator.reduce(total, "sum")
         is_skipped = self._update(optimizer, total, norm)
@@ -342,6 +341,7 @@ class _Loop:
             **current_rates(self.optimizer),
             "samples": config.batch_size,
             "tokens": step.num_tokens,
+            "padding_share": step.padding_share,
             "supervised_tokens": step.num_supervised,
             **({} if step.tokens_per_frame is None else {"tokens_per_frame": step.tokens_per_frame}),
         }
@@ -361,7 +361,12 @@ class _Loop:
             optimizer.step()
             self.is_stopped, self.is_time = any_rank(self.accelerator, *flags)
             return is_odd.int()
-        is_skipped, self.is_stopped, self.is_time = any_rank(self.accelerator, is_odd, *flags)
+        flags = (*flags, self.gradients.has_failed)
+        is_skipped, self.is_stopped, self.is_time, self.gradients.has_failed = any_rank(
+            self.accelerator, is_odd, *flags
+        )
+        if self.gradients.has_failed:
+            return 1
         if not is_skipped:
             optimizer.step()
         elif self.trace is not None:
@@ -449,41 +454,3 @@ def rate_factor(step: int, num_steps: int, num_warmup: int) -> float:
     if step < num_warmup:
         return (step + 1) / num_warmup
     return 0.5 * (1 + cos(pi * (step - num_warmup) / max(1, num_steps - num_warmup)))
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yields a function that returns True once SIGTERM, SIGHUP or Ctrl-C came; a second Ctrl-C stops at once."""
-    received = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield received.is_set  # signals reach the main thread only
-        return
-
-    def stop(number: int, frame: object) -> None:
-        received.set()
-        if number == signal.SIGINT:
-            print("\nstopping after this step, which is saved (once more to stop at once)", file=sys.stderr, flush=True)
-            signal.signal(signal.SIGINT, before[signal.SIGINT])
-
-    # A shell starts background processes with SIGINT ignored, nohup with SIGHUP: it is meant for another process.
-    numbers = [n for n in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, *numbers)}
-    try:
-        yield received.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class CheckpointTimer:
-    """Due when `minutes` have passed since the last reset; never, without minutes."""
-
-    def __init__(self, minutes: float | None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._minutes, self._clock = minutes, clock
-        self.reset()
-
-    def reset(self) -> None:
-        self._started = self._clock()
-
-    def is_due(self) -> bool:
-        return self._minutes is not None and self._clock() - self._started >= 60 * self._minutes

@@ -21,12 +21,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mervcache.errors import UserError, unknown_name
-from trainer.config import LoraConfig, TrainConfig
+from trainer.config import CHECKPOINTING_PARAMETERS, LoraConfig, TrainConfig
 from trainer.data.prompts import beyond_embeddings
 
 FRESH_PREFIX = "fresh:"
 HUB_TIMEOUT_S = 10.0  # of one request to the Hub
 GENERATION_FILE = "generation_config.json"  # transformers' name
+PLAIN_FORWARD = "plain_forward"  # attribute of a checkpointed `forward`: the layer's own
 SPECIAL_WORDS = ("<unk>", "<s>", "</s>")
 QUANTISATIONS: dict[str, dict[str, Any]] = {  # options of transformers' BitsAndBytesConfig
     "int8": {"load_in_8bit": True},  # LLM.int8(), arXiv 2208.07339
@@ -257,8 +258,7 @@ def adapt(llm: nn.Module, config: TrainConfig) -> None:
     llm.requires_grad_(config.train_llm == "full")
     if config.train_llm == "lora":
         add_adapters(llm, config.lora)
-    if config.activation_checkpointing:
-        checkpoint_layers(llm)
+    checkpoint_layers(llm, is_on=is_checkpointed(llm, config))
 
 
 def add_adapters(llm: nn.Module, config: LoraConfig) -> None:
@@ -285,6 +285,10 @@ def add_adapters(llm: nn.Module, config: LoraConfig) -> None:
         target_modules=list(config.targets) or "all-linear",  # all but the output layer
     )
     inject_adapter_in_model(settings, llm)
+    for module in llm.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            # Autocast casts the adapters' small weights; peft would cast, and autograd keep, every activation in fp32.
+            module.cast_input_dtype_enabled = False
     for name, parameter in llm.named_parameters():
         if is_adapter(name):
             parameter.data = parameter.data.float()
@@ -295,17 +299,29 @@ def is_adapter(name: str) -> bool:
     return ".lora_" in name
 
 
-def checkpoint_layers(llm: nn.Module) -> None:
+def is_checkpointed(llm: nn.Module, config: TrainConfig) -> bool:
+    """Whether the config wants activation checkpointing; where it does not say so, the LLM's size decides."""
+    if config.activation_checkpointing is not None:
+        return config.activation_checkpointing
+    return bool(decoder_layers(llm)) and llm.num_parameters() >= CHECKPOINTING_PARAMETERS
+
+
+def checkpoint_layers(llm: nn.Module, *, is_on: bool = True) -> None:
     """Activation checkpointing: every decoder layer keeps only its input and is computed again in the backward pass.
 
     transformers' own switch does nothing in evaluation mode, which a frozen LLM is in. Here the layer's `forward` is
-    replaced: hooks around the layer (FSDP gathers weights in one) run once, and no input needs a gradient.
+    replaced: hooks around the layer (FSDP gathers weights in one) run once, and no input needs a gradient. An LLM that
+    serves several runs is switched for each of them.
     """
     layers = decoder_layers(llm)
-    if not layers:
+    if is_on and not layers:
         raise UserError(f"activation_checkpointing: {type(llm).__name__} names no layers for it; turn it off")
     for layer in layers:
-        layer.forward = _checkpointed(layer.forward)
+        plain = getattr(layer.forward, PLAIN_FORWARD, None)
+        if is_on and plain is None:
+            layer.forward = _checkpointed(layer.forward)
+        elif not is_on and plain is not None:
+            layer.forward = plain
 
 
 def decoder_layers(llm: nn.Module) -> list[nn.Module]:
@@ -322,4 +338,5 @@ def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
+    setattr(wrapped, PLAIN_FORWARD, forward)
     return wrapped

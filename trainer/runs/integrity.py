@@ -27,6 +27,7 @@ FREE_ON_RESUME = {
     "checkpoint_every",
     "checkpoint_minutes",
     "deterministic",
+    "device_memory",
     "eval_every",
     "eval_limit",
     "eval_split",
@@ -98,7 +99,7 @@ def fixed_settings(run: Path) -> dict[str, Any]:
 
 def free_settings(loss: str | None) -> set[str]:
     """Names of the settings that may change. A loss per token is one sum, however it is cut into micro-batches."""
-    return FREE_ON_RESUME | ({"micro_batch_size"} if loss == "per_token" else set())
+    return FREE_ON_RESUME | ({"micro_batch_size", "token_budget"} if loss == "per_token" else set())
 
 
 def run_file_names(run: Path) -> list[str]:

@@ -5,6 +5,7 @@ RUN/run.json                      the record: data, model and software
 RUN/llm/                          tokenizer, and the sizes of a fresh LLM
 RUN/metrics.jsonl                 a line per step; validation metrics begin with `val_`; `skipped` is 1 where the step
                                   changed nothing, and null is a number that was not finite
+RUN/micro_batch.json              what a micro-batch may hold since memory ran out, see `trainer.loop.accumulate`
 RUN/scores/                       see `score_files.py`
 RUN/predictions/                  every prediction as a line, see `predictions.py`
 RUN/atlas/NAME.parquet            what each encoder contributes to every clip, see `trainer.ablation.atlas`

@@ -18,7 +18,8 @@ import yaml
 from mervcache.config import load_yaml, overlay, to_builtin
 from mervcache.errors import StoreDamagedError, UserError
 from mervcache.files import record_digest, replace_text
-from trainer.config import CONFIG_FILE, RECORD_FILE, Stage, Stages, TrainConfig, read_config
+from trainer.config import CONFIG_FILE, RECORD_FILE, TrainConfig, read_config
+from trainer.recipes import Stage, Stages
 
 STAGES_FILE = "stages.yaml"  # in the folder of a chain
 DIGEST = "digest"  # the first entry of that file: the digest of the others

@@ -16,11 +16,12 @@ from trainer.ablation.costs import extraction_cost, run_step_time
 from trainer.ablation.execute import open_sweep, run_sweep
 from trainer.ablation.forecast import TIMED_STEPS, WARMUP_STEPS, Measured, forecast, seconds_of, steps_to_time
 from trainer.ablation.sweep import SweepConfig, SweepRun
-from trainer.config import LiveRequest, OptimizerConfig, Stage, TrainConfig
+from trainer.config import LiveRequest, OptimizerConfig, TrainConfig
 from trainer.loop.plan import make_plan
 from trainer.loop.stages import train_in_stages
 from trainer.loop.train import time_steps
 from trainer.main import train_main
+from trainer.recipes import Stage
 from trainer.sources import open_store
 
 pytestmark = pytest.mark.slow

@@ -13,8 +13,9 @@ from mervcache.errors import UserError
 from trainer.ablation.execute import open_sweep
 from trainer.ablation.rates import CHECK_SPLIT, RateResult, best_by_size, check_rates, held_back
 from trainer.ablation.sweep import SweepConfig
-from trainer.config import Stage, read_config
+from trainer.config import read_config
 from trainer.main import train_main
+from trainer.recipes import Stage
 from trainer.runs.run_record import RunRecord, read_metrics
 
 pytestmark = pytest.mark.slow

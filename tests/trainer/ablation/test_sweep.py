@@ -27,9 +27,10 @@ from trainer.ablation.sweep import (
     run_folder,
 )
 from trainer.ablation.table import make_table
-from trainer.config import Stage, get_stages, read_config
+from trainer.config import read_config
 from trainer.loop.stages import train_in_stages
 from trainer.main import train_main
+from trainer.recipes import Stage, get_stages
 from trainer.runs.run_record import read_metrics, read_scores
 
 pytestmark = pytest.mark.slow

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mervcache.errors import UserError
-from trainer.data.order import Group, Order, Stream, balanced_share, permutation, rank_share
+from trainer.data.order import Group, Order, Stream, balanced_shares, permutation, rank_shares
 
 SIZES = st.integers(1, 60)
 SEEDS = st.integers(0, 2**31)
@@ -80,20 +80,20 @@ def test_a_step_needs_no_step_before_it(num_visual, num_text, seed, step, batch_
 @given(num_ranks=st.sampled_from([1, 2, 3, 4, 6, 12]), step=st.integers(0, 30), seed=SEEDS)
 def test_ranks_share_the_same_global_batch_without_overlap(num_ranks, step, seed):
     batch = one_stream(num_samples=31, batch_size=12, seed=seed).batch(step)
-    assert [i for rank in range(num_ranks) for i in rank_share(batch, rank, num_ranks)] == batch
+    assert [index for share in rank_shares(batch, num_ranks) for index in share] == batch
 
 
 @given(lengths=st.lists(st.integers(1, 500), min_size=12, max_size=12), num_ranks=st.sampled_from([1, 2, 3, 4, 6, 12]))
 def test_balanced_ranks_share_the_batch_in_equal_counts(lengths, num_ranks):
     batch = list(range(100, 112))
-    shares = [balanced_share(batch, lengths, rank, num_ranks) for rank in range(num_ranks)]
+    shares = balanced_shares(batch, lengths, num_ranks)
     assert sorted(index for share in shares for index in share) == batch
     assert {len(share) for share in shares} == {12 // num_ranks}
 
 
 def test_the_longest_goes_to_the_rank_with_the_least_work_that_has_room():
     lengths = [9, 1, 2, 1, 1, 1]  # 10 to rank 0; 12, 11 and 13 to rank 1, which is full; the rest to rank 0
-    shares = [balanced_share([10, 11, 12, 13, 14, 15], lengths, rank, 2) for rank in (0, 1)]
+    shares = balanced_shares([10, 11, 12, 13, 14, 15], lengths, 2)
     assert shares == [[10, 14, 15], [12, 11, 13]]
 
 
@@ -164,7 +164,7 @@ def test_steps_are_whole_batches_and_at_least_one():
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused():
-    for share in (lambda: rank_share([1, 2, 3, 4], 0, 3), lambda: balanced_share([1, 2, 3, 4], [1] * 4, 0, 3)):
+    for share in (lambda: rank_shares([1, 2, 3, 4], 3), lambda: balanced_shares([1, 2, 3, 4], [1] * 4, 3)):
         with pytest.raises(UserError, match="batch_size 4 must be a multiple of the number of ranks, 3"):
             share()
 

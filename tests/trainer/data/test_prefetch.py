@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from trainer.data.batches import Prefetch
+from trainer.data.prefetch import Prefetch
 
 
 def test_steps_come_in_order():

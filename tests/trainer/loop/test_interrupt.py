@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from trainer.loop.train import CheckpointTimer, stop_signals
+from trainer.loop.interrupt import CheckpointTimer, stop_signals
 
 
 def test_a_checkpoint_is_due_after_its_minutes_and_again_after_a_reset():

@@ -13,42 +13,6 @@ from trainer.model.multiple_choice import answer_all
 from trainer.runs.load import load_run
 
 
-def test_memory_is_reported_by_part_and_equals_a_hand_computation(config, samples, tokens):
-    plan = make_plan(config, samples, tokens)
-    report = describe(plan)
-    memory = report["memory_bytes"]
-    parameters = sum(part["total"] for part in report["parameters"].values())
-    assert memory["parameters"] == memory["gradients"] == 4 * parameters  # all of it is trained, in fp32
-    assert memory["moments"] == 8 * parameters
-    assert memory["tokens"] == 4 * (4 * 2 * 2 * (8 + 6)) * 4  # clips, grid, widths, float32
-    text, vocabulary = report["text_tokens"]["longest"], len(plan.built.llm.tokenizer)
-    layers = 2 * 34 * 2 * 4 * (text + 8) * 32  # twice 16 bits, 34 bytes, layers, B, S, M
-    logits, visual = 4 * 3 * 4 * text * vocabulary, 4 * 2 * 4 * 2 * 8 * 32
-    assert memory["activations"] == layers + logits + visual
-    assert (
-        memory["total"]
-        == sum(memory[name] for name in ("parameters", "gradients", "moments", "tokens")) + (memory["activations"])
-    )
-    assert f"136 B S M + 4 x 3 B L V + 4 x 2 B E N M bytes; B 4, S {text + 8}, M 32" in memory["activations_formula"]
-
-
-def test_what_is_frozen_has_neither_gradients_nor_moments(config, samples, tokens):
-    plan = make_plan(replace(config, train_llm="none", allow_fresh_frozen=True), samples, tokens)
-    trained = sum(p.numel() for p in plan.built.model.parameters() if p.requires_grad)
-    memory = describe(plan)["memory_bytes"]
-    assert (memory["gradients"], memory["moments"]) == (4 * trained, 8 * trained)
-    assert memory["gradients"] < memory["parameters"]
-
-
-def test_checkpointing_layers_saves_activations(config, samples, tokens):
-    full, less = (
-        describe(make_plan(replace(config, activation_checkpointing=is_on), samples, tokens))["memory_bytes"]
-        for is_on in (False, True)
-    )
-    assert less["activations"] < full["activations"]
-    assert less["parameters"] == full["parameters"]
-
-
 @pytest.mark.parametrize("sampler", ["shuffled", "split_modality"])
 def test_what_fills_no_batch_is_reported(config, samples, tokens, make_sample, sampler):
     mixed = [*samples, *(make_sample(index, clip_id=None) for index in range(50, 54))]

@@ -12,10 +12,11 @@ from featurestore import StoreWriter
 from featurestore.clips import Turn
 from mervcache.errors import UserError
 from trainer.cli import eval_main, train_main
-from trainer.config import OptimizerConfig, Stage, get_stages, read_config
+from trainer.config import OptimizerConfig, read_config
 from trainer.data.tokens import MemoryTokens
 from trainer.loop import train as train_rooms
 from trainer.loop.stages import describe_stages, merge_settings, train_stages
+from trainer.recipes import Stage, get_stages
 from trainer.runs.load import load_run
 from trainer.runs.run_record import RunRecord, read_metrics
 from trainer.runs.stage_folders import STAGES_FILE, last_stage, read_stages

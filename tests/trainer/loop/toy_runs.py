@@ -8,8 +8,9 @@ import torch
 
 from featurestore.clips import Sample, Turn
 from mervcache.config import overlay
-from trainer.config import Stage, Stages, TrainConfig, get_recipe
+from trainer.config import TrainConfig
 from trainer.data.tokens import MemoryTokens
+from trainer.recipes import Stage, Stages, get_recipe
 
 
 def toy_config(**changes: object) -> TrainConfig:

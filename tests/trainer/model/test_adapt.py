@@ -55,6 +55,27 @@ def test_adapters_begin_as_nothing_and_then_add_their_product(llm):
     assert torch.allclose(layer(x), x @ layer.base_layer.weight.T + added, atol=1e-5)
 
 
+def test_under_autocast_adapters_are_cast_and_activations_are_not():
+    """Against the low-rank product in fp32: 16-bit rounding of inputs and weights, 2^-8 each."""
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"layer": torch.nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)})
+    add_adapters(model, LoraConfig(rank=4, alpha=8.0, dropout=0.0))
+    layer, x = model["layer"], torch.randn(20, 64, dtype=torch.bfloat16, requires_grad=True)
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    torch.nn.init.normal_(b)
+    kept = []
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda value: kept.append(value) or value, lambda value: value),
+    ):
+        found = layer(x)
+    wanted = x.detach().float() @ (layer.base_layer.weight.float().T + a.T @ b.T * 2.0)
+    assert torch.allclose(found.float(), wanted, atol=0.02 * wanted.abs().max().item())
+    assert {value.dtype for value in kept} == {torch.bfloat16}
+    found.float().sum().backward()
+    assert a.grad.dtype == b.grad.dtype == torch.float32
+
+
 def test_a_target_that_is_no_layer_lists_those_that_are(llm):
     with pytest.raises(UserError, match=r"linear layer in lora.targets 'q_prj', the nearest known one is 'q_proj'"):
         add_adapters(llm, LoraConfig(targets=("q_prj",)))
@@ -124,6 +145,17 @@ def test_layers_are_not_computed_again_without_gradients(llm):
     checkpoint_layers(llm)
     with torch.no_grad():
         assert llm.generate(torch.tensor([[1, 3]]), max_new_tokens=2, do_sample=False).shape == (1, 4)
+
+
+def test_checkpointing_of_an_llm_that_serves_several_runs_is_switched_not_added(llm):
+    layer = decoder_layers(llm)[0]
+    plain = layer.forward
+    checkpoint_layers(llm)
+    once = layer.forward
+    checkpoint_layers(llm)
+    assert layer.forward is once
+    checkpoint_layers(llm, is_on=False)
+    assert layer.forward == plain
 
 
 def test_an_llm_without_layers_to_checkpoint_is_refused():

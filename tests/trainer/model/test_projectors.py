@@ -6,9 +6,10 @@ from torch.nn import functional as F
 
 from mervcache.errors import UserError
 from trainer.cli import resolve_stages
-from trainer.config import HEADS, ProjectorConfig, get_stages
+from trainer.config import HEADS, ProjectorConfig
 from trainer.data.tokens import PrefixedTokens, TokenShape
 from trainer.model.projectors import Moments, Projector, build_projectors
+from trainer.recipes import get_stages
 
 
 def shape(grid, width, is_pooled=True, num_prefix=0):

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from mervcache.errors import StoreDamagedError
-from trainer.config import Stage
 from trainer.loop.stages import train_stages
 from trainer.loop.train import train
+from trainer.recipes import Stage
 from trainer.runs import checkpoint
 from trainer.runs.export import export_run
 from trainer.runs.integrity import RunFiles, seal, unseal
