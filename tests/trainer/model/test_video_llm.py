@@ -70,6 +70,37 @@ def test_the_output_layer_reads_only_the_places_that_predict_a_label_in_one_piec
     assert read[0].is_contiguous()  # or torch copies the output layer once per sample
 
 
+@pytest.mark.parametrize("rows", [None, 1, 2])
+def test_a_settled_model_runs_its_output_layer_at_supervised_places_alone(model, monkeypatch, rows):
+    if rows is not None:  # several chunks, which are computed again in the backward pass
+        monkeypatch.setattr("trainer.model.video_llm.LOGIT_BYTES", rows * 12 * 4)
+    batch, read = batch_of([FIRST, SECOND, FIRST], [1, 0, -1]), []
+    wanted = model.token_losses(batch)
+    wanted.sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    model.settle(longest=20)
+    assert model.has_plain_head
+    model.llm.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: read.append(len(inputs[0])))
+    found = model.token_losses(batch)
+    assert sum(read) == 6  # labels of the three samples
+    assert max(read) == (rows or 6)
+    found.sum().backward()
+    torch.testing.assert_close(found, wanted)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, gradients[name], msg=name)
+
+
+def test_a_settled_model_takes_a_batch_without_labels(model):
+    model.settle(longest=20)
+    unsupervised = Rendered(input_ids=(1, 5), labels=(X, X), visual_at=1)
+    loss = model(batch_of([unsupervised, unsupervised], [0, 1]))
+    loss.backward()
+    assert loss.item() == 0.0
+
+
 def test_visual_tokens_stand_behind_the_bos_or_first(model):
     embeddings_BSM = model.splice(batch_of([FIRST, SECOND], [0, 1]))
     visual_CNM, _ = model.visual_tokens(TOKENS)
