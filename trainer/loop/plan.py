@@ -73,23 +73,24 @@ def make_plan(
     llm: LoadedLLM | None = None,
     rank: int = 0,
     num_ranks: int = 1,
+    device: torch.device | None = None,
 ) -> Plan:
     """Select the data and build the model, with seeded weights or those of the run that `config.init` names.
 
     `run` is a folder that is being resumed: its weights come from its checkpoint later. `words` are texts whose words a
     fresh LLM knows besides those of the samples. `llm` is the config's LLM where it is loaded already and not trained.
-    Raises UserError for data or sizes that cannot be trained on.
+    `device`: an LLM that is not trained is read straight onto it. Raises UserError for data or sizes that cannot be trained on.
     """
     data = select(samples, source, config)
     origin = read_origin(config.init) if config.init and run is None else None
     if llm is not None:
         pass
     elif run is not None:
-        llm = resumed_llm(config, run)
+        llm = resumed_llm(config, run, device)
     elif origin is not None:
-        llm = starting_llm(origin, config, data.samples, words)
+        llm = starting_llm(origin, config, data.samples, words, device)
     else:
-        llm = new_llm(config, data.samples, words)
+        llm = new_llm(config, data.samples, words, device)
     built = build(config, source.shapes, llm)
     model = built.model
     model.join(trained_encoders(config, source.trained))

@@ -20,6 +20,8 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
 from math import cos, pi
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from torch.nn import Parameter
 
 from featurestore.clips import Sample
 from featurestore.locate import check_room
-from mervcache.errors import NonFiniteError, UserError
+from mervcache.errors import MervCacheError, NonFiniteError, UserError
 from trainer.config import OptimizerConfig, TrainConfig
 from trainer.data.batches import Prefetch, Step
 from trainer.data.order import derive_seed
@@ -45,11 +47,12 @@ from trainer.loop.plan import Plan, Validation, fit_standardisation, make_plan
 from trainer.model.llm import LoadedLLM, is_adapter
 from trainer.model.video_llm import VideoLLM
 from trainer.runs import checkpoint
-from trainer.runs.checkpoint import CheckpointState, checkpoint_to_resume, full_tensor, gather_full, write_folder
+from trainer.runs.checkpoint import CheckpointState, checkpoint_to_resume, full_tensor, write_folder
 from trainer.runs.disk import disk_faults, remove_leftovers
 from trainer.runs.integrity import RunFiles
 from trainer.runs.lock import run_lock
 from trainer.runs.run_record import METRICS_FILE, read_metrics
+from trainer.runs.saver import BackgroundSaver, staged
 
 LR_SETTINGS = {  # module of VideoLLM -> the setting of its learning rate
     "projectors": "projector_lr",
@@ -141,6 +144,7 @@ def train(
             llm=llm,
             rank=accelerator.process_index,
             num_ranks=accelerator.num_processes,
+            device=None if accelerator.is_fsdp2 else accelerator.device,  # FSDP takes its shards from the host's memory
         )
         digests = set(gather_object([plan.data.digest]))  # each process opened the store by itself
         if len(digests) > 1:
@@ -200,10 +204,15 @@ class _Loop:
         self.plan, self.source, self.accelerator, self.out = plan, source, accelerator, out
         self.config, self.validation, self.files = plan.config, validation, files
         self.model: VideoLLM = plan.built.model
-        self.is_deferred = distributed.decides_on_device(accelerator)
-        self.optimizer = build_optimizer(self.model, self.config.optimizer, fused=self.is_deferred)
+        # 8-bit AdamW has no flag on the device by which it skips an update.
+        self.is_deferred = self.config.optimizer.name == "adamw" and distributed.decides_on_device(accelerator)
+        self.optimizer = build_optimizer(
+            self.model, self.config.optimizer, fused=accelerator.device.type == "cuda", is_sharded=accelerator.is_fsdp2
+        )
         self.names: dict[int, str] = {}  # id(parameter) -> name, once the model is on device and ranks
         self.timer = CheckpointTimer(self.config.checkpoint_minutes)
+        self.saver = BackgroundSaver()
+        self.group: Any = None  # of the ranks' threads that write sharded checkpoints
         self.best: tuple[float, float] | None = None  # goodness of the best validation so far
         self.skips = SkippedSteps(self.config.max_skipped_in_row)
         self.trace: Trace | None = None  # of a step that is the last chance
@@ -220,6 +229,7 @@ class _Loop:
         if folder is not None and state is not None:
             checkpoint.load_optimizer(folder, self.optimizer, self.names, start - state.skipped)
             self.best, self.skips.total = checkpoint.best_goodness(self.out), state.skipped
+        self.group = distributed.side_group() if accelerator.is_fsdp2 else None
         distributed.start_trackers(accelerator, config, self.out, start)
         stop = min(num_steps, stop_at if stop_at is not None else num_steps)
         steps = Prefetch(self._read, start, stop, depth=config.prefetch_batches)
@@ -234,7 +244,7 @@ class _Loop:
             log=lambda row: distributed.log(accelerator, row),
         )
         done, saved = start, start
-        with steps, metrics, stop_signals() as self.is_stop_requested:
+        with self.saver, steps, metrics, stop_signals() as self.is_stop_requested:
             for number, step in enumerate(steps, start=start):
                 row = self._step(model, optimizer, number, step)
                 done = number + 1
@@ -259,6 +269,7 @@ class _Loop:
                     saved = done
                 if is_last:
                     break
+            self._finish_save()
         distributed.stop_trackers(accelerator)
         return TrainResult.of_run(self.out, steps=done, num_steps=num_steps, data_digest=self.plan.data.digest)
 
@@ -287,6 +298,7 @@ class _Loop:
         if saved < first:
             self.skips.total -= self.skips.in_a_row
             self._save(first, {})
+        self._finish_save()
         distributed.stop_trackers(self.accelerator)
         raise NonFiniteError(
             f"steps {first} to {done - 1} of {self.out}, {self.skips.in_a_row} in a row, changed nothing: their loss or"
@@ -376,37 +388,56 @@ class _Loop:
         return checkpoint.is_ranked(validated) and (self.best is None or checkpoint.goodness(validated) > self.best)
 
     def _save(self, done: int, validated: Mapping[str, float]) -> None:
-        """A checkpoint of full tensors: every rank contributes its shards, the first one writes."""
+        """Copy what a checkpoint holds and have it written: under FSDP by every rank its shards, else by the first."""
+        self._finish_save()
         is_writer = self.accelerator.is_main_process
         weights = checkpoint.model_weights(self.model, with_llm=self.plan.built.saves_llm)
         moments = checkpoint.optimizer_tensors(self.optimizer, self.names)
-        weights, moments = gather_full(weights, keep=is_writer), gather_full(moments, keep=is_writer)
-        on_first_rank(
-            self.accelerator,
-            lambda: checkpoint.save(
-                self.out,
-                step=done,
-                weights=weights,
-                optimizer=moments,
-                data_digest=self.plan.data.digest,
-                identities={encoder: shape.identity for encoder, shape in self.plan.record.shapes.items()},
-                keep=self.config.keep_checkpoints,
-                validation=validated,
-                skipped=self.skips.total,
-                files=self.files,
-            ),
-        )
+        if self.group is not None:
+            self._raise_together(lambda: checkpoint.check_finite(done, weights, moments))
+        if is_writer or self.group is not None:
+            self.saver.start(
+                partial(
+                    checkpoint.save,
+                    self.out,
+                    step=done,
+                    weights=staged(weights),
+                    optimizer=staged(moments),
+                    data_digest=self.plan.data.digest,
+                    identities={encoder: shape.identity for encoder, shape in self.plan.record.shapes.items()},
+                    keep=self.config.keep_checkpoints,
+                    validation=validated,
+                    skipped=self.skips.total,
+                    files=self.files,
+                    group=self.group,
+                    is_writer=is_writer,
+                )
+            )
         if self._is_best(validated):
             self.best = checkpoint.goodness(validated)
         self.timer.reset()
-        self.accelerator.wait_for_everyone()
+
+    def _finish_save(self) -> None:
+        """Wait until the checkpoint that is being written has its name; where it failed, every rank does."""
+        self._raise_together(self.saver.wait)
+
+    def _raise_together(self, action: Callable[[], None]) -> None:
+        failure = None
+        try:
+            action()
+        except MervCacheError as error:
+            failure = error
+        raise_together(self.accelerator, failure)
 
 
-def build_optimizer(model: VideoLLM, config: OptimizerConfig, *, fused: bool = False) -> torch.optim.AdamW:
+def build_optimizer(
+    model: VideoLLM, config: OptimizerConfig, *, fused: bool = False, is_sharded: bool = False
+) -> torch.optim.Optimizer:
     """AdamW with a group per part and decay; tensors with fewer than two axes never decay.
 
-    `fused`: one kernel, which skips an update where `found_inf` is set on the device. `set_rates` sets the
-    learning rates before each step. Raises UserError where nothing is trained.
+    `fused`: one kernel, which skips an update where `found_inf` is set on the device. `is_sharded`: under FSDP.
+    `set_rates` sets the learning rates before each step. Raises UserError where nothing is trained, or 8-bit moments
+    cannot be had.
     """
     members: dict[tuple[str, bool], list[Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
@@ -426,7 +457,24 @@ def build_optimizer(model: VideoLLM, config: OptimizerConfig, *, fused: bool = F
     ]
     if not groups:
         raise UserError("nothing is trained: the fusion and the projectors have no parameters and the LLM is frozen")
+    if config.name == "adamw8bit":
+        return _adamw8bit(groups, config, is_sharded)
     return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=fused or None)
+
+
+def _adamw8bit(groups: list[dict[str, Any]], config: OptimizerConfig, is_sharded: bool) -> torch.optim.Optimizer:
+    """AdamW whose moments of larger tensors are kept in 8 bits (arXiv 2110.02861): 2 bytes a parameter, not 8."""
+    if is_sharded:
+        raise UserError(
+            "optimizer.name adamw8bit quantises whole tensors, and FSDP shards them: use --launch ddp, or adamw"
+        )
+    if find_spec("bitsandbytes") is None:
+        raise UserError(
+            "optimizer.name adamw8bit needs bitsandbytes: pip install 'merv-pipeline[quant]', or set it to adamw"
+        )
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(groups, betas=config.betas, eps=config.eps)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, step: int, num_steps: int, config: OptimizerConfig) -> None:

@@ -314,11 +314,23 @@ def _text_limit(config: TrainConfig, model: VideoLLM) -> int:
     return max(1, min(config.max_text_tokens, left))
 
 
-def new_llm(config: TrainConfig, samples: Iterable[Sample], words: Iterable[str] = ()) -> LoadedLLM:
-    """The LLM a run starts from; a fresh one knows the words of the samples, and `words`."""
+def new_llm(
+    config: TrainConfig, samples: Iterable[Sample], words: Iterable[str] = (), device: torch.device | None = None
+) -> LoadedLLM:
+    """The LLM a run starts from; a fresh one knows the words of the samples, and `words`.
+
+    One that is not trained itself is read straight onto `device`.
+    """
     torch.manual_seed(derive_seed("llm", config.seed))
     texts = chain(texts_of(config, samples), words) if config.llm.startswith(FRESH_PREFIX) else ()
-    return load_llm(config.llm, texts=texts, dtype=llm_dtype(config), quant=config.llm_quant)
+    return load_llm(
+        config.llm,
+        texts=texts,
+        dtype=llm_dtype(config),
+        quant=config.llm_quant,
+        attention=config.attn_implementation,
+        device=None if config.train_llm == "full" else device,
+    )
 
 
 def llm_dtype(config: TrainConfig) -> torch.dtype:

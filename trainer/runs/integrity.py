@@ -24,6 +24,7 @@ WEIGHTS = (".safetensors",)
 FREE_ON_RESUME = {
     "activation_checkpointing",
     "allow_fresh_frozen",
+    "attn_implementation",
     "checkpoint_every",
     "checkpoint_minutes",
     "deterministic",
