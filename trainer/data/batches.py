@@ -30,9 +30,16 @@ from trainer.data.grids import draw_grid
 from trainer.data.masks import Mask, draw_mask
 from trainer.data.order import Group, Order, Stream, balanced_share, rank_share
 from trainer.data.prompts import IGNORE_INDEX, Rendered, Renderer, reason_to_refuse
+from trainer.data.rendered_cache import RenderedCache
 from trainer.data.tokens import ClipTokens, TokenSource
 
-MOVED = ("input_ids_BL", "labels_BS", "attention_mask_BS", "supervised_K", "shown_CE")  # of a batch, on the device with its tokens
+MOVED = (
+    "input_ids_BL",
+    "labels_BS",
+    "attention_mask_BS",
+    "supervised_K",
+    "shown_CE",
+)  # of a batch, on the device with its tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +248,7 @@ class Batches:
         self,
         data: TrainingData,
         source: TokenSource,
-        renderer: Renderer,
+        renderer: Renderer | RenderedCache,
         config: TrainConfig,
         *,
         num_visual_tokens: int,

@@ -120,16 +120,6 @@ def side_group() -> Any:
     return torch.distributed.new_group(backend="gloo")
 
 
-def shut_down() -> None:
-    """End the process group, if there is one, once every rank has come so far.
-
-    A process that ends without it may take away what another one's last message still needs.
-    """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-
-
 def decides_on_device(accelerator: Accelerator) -> bool:
     """Whether AdamW skips a step by a flag on the device: on one GPU, where nothing else makes a step wait."""
     is_alone = accelerator.num_processes == 1 and not accelerator.is_fsdp2

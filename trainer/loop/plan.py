@@ -24,6 +24,7 @@ from trainer.config import TrainConfig
 from trainer.data.batches import Batches, TrainingData, select
 from trainer.data.order import derive_seed
 from trainer.data.prompts import num_placeholders, reason_to_refuse
+from trainer.data.rendered_cache import RenderedCache, renderer_key
 from trainer.data.tokens import TokenShape, TokenSource
 from trainer.model.llm import LoadedLLM
 from trainer.model.multiple_choice import FIRST_CLIPS, answer_batch, batch_of, is_whole, showable
@@ -59,6 +60,7 @@ class Plan:
     built: Built
     batches: Batches
     record: RunRecord
+    rendered: RenderedCache  # what the batches render samples with
     loaded: Loaded | None = None  # what was loaded from another run
 
 
@@ -79,7 +81,8 @@ def make_plan(
 
     `run` is a folder that is being resumed: its weights come from its checkpoint later. `words` are texts whose words a
     fresh LLM knows besides those of the samples. `llm` is the config's LLM where it is loaded already and not trained.
-    `device`: an LLM that is not trained is read straight onto it. Raises UserError for data or sizes that cannot be trained on.
+    An LLM that is not trained is read straight onto `device`. Raises UserError for data or sizes that cannot be
+    trained on.
     """
     data = select(samples, source, config)
     origin = read_origin(config.init) if config.init and run is None else None
@@ -99,10 +102,13 @@ def make_plan(
         logger.info(loaded.message)
     built.renderer.check_readable(samples)
     _check_context(built, data.samples, is_first_rank=rank == 0)
+    # A fresh tokenizer is another one in every run, and quick.
+    key = None if built.llm.is_fresh else renderer_key(built.renderer)
+    rendered = RenderedCache(built.renderer, key, writes=rank == 0)
     batches = Batches(
         data,
         source,
-        built.renderer,
+        rendered,
         config,
         num_visual_tokens=model.num_visual_tokens,
         context=model.context,
@@ -127,7 +133,7 @@ def make_plan(
         live=source.live,
         encoder_order=model.encoders,
     )
-    return Plan(config=config, data=data, built=built, batches=batches, record=record, loaded=loaded)
+    return Plan(config=config, data=data, built=built, batches=batches, record=record, rendered=rendered, loaded=loaded)
 
 
 def _check_context(built: Built, samples: Sequence[Sample], *, is_first_rank: bool) -> None:
@@ -156,6 +162,7 @@ def describe(plan: Plan) -> dict[str, Any]:
     """The report of a dry run: sizes, lengths, counts and bytes, after rendering every sample."""
     order, config = plan.batches.order, plan.config
     rendered = [plan.batches.rendered(index) for index in range(len(plan.data.samples))]
+    plan.rendered.flush()
     lengths = sorted(len(sample.input_ids) for sample in rendered)
     return {
         "samples": len(rendered),

@@ -40,6 +40,7 @@ from trainer.data.batches import Prefetch, Step
 from trainer.data.order import derive_seed
 from trainer.data.tokens import TokenSource
 from trainer.loop import distributed
+from trainer.loop.device import TrainingFlops
 from trainer.loop.distributed import any_rank, deterministic, make_accelerator, on_first_rank, prepare, raise_together
 from trainer.loop.metrics import MetricsWriter, finite_or_none
 from trainer.loop.nonfinite import SkippedSteps, Trace
@@ -146,6 +147,7 @@ def train(
             num_ranks=accelerator.num_processes,
             device=None if accelerator.is_fsdp2 else accelerator.device,  # FSDP takes its shards from the host's memory
         )
+        held.callback(plan.rendered.flush)
         digests = set(gather_object([plan.data.digest]))  # each process opened the store by itself
         if len(digests) > 1:
             raise UserError(
@@ -242,6 +244,9 @@ class _Loop:
             is_first_rank=accelerator.is_main_process,
             quiet=quiet,
             log=lambda row: distributed.log(accelerator, row),
+            device=accelerator.device,
+            flops=TrainingFlops.of(self.model),
+            num_ranks=accelerator.num_processes,
         )
         done, saved = start, start
         with self.saver, steps, metrics, stop_signals() as self.is_stop_requested:

@@ -242,9 +242,7 @@ def holds_shape(folder: Path) -> bool:
     return (folder / "config.json").is_file()
 
 
-def load_saved_shape(
-    folder: Path, dtype: torch.dtype = torch.float32, attention: Attention | None = None
-) -> LoadedLLM:
+def load_saved_shape(folder: Path, dtype: torch.dtype = torch.float32, attention: Attention | None = None) -> LoadedLLM:
     """Tokenizer and sizes of an LLM whose weights only a run has; they come from its checkpoint."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 

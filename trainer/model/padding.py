@@ -25,6 +25,7 @@ LENGTH, SHORTER = 12, 7  # positions of the measured batch: of its first sample,
 # Largest difference of a logit, as a share of the largest one, between kernels with a mask and without. In fp32 it is
 # zero with as many heads of keys as of queries, and rounding (1e-7) with fewer.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+KIND = "unpinned_rope_type"  # attribute of a pinned module: an LLM may serve several runs
 RESCALED = ("dynamic", "longrope")  # kinds of rotary positions, by transformers' names, that read the batch's length
 WINDOWS = ("sliding_window", "attention_chunk_size")  # settings of an LLM, by transformers' names
 
@@ -54,7 +55,7 @@ def pin_rotary(llm: nn.Module, length: int) -> bool:
 
     is_pinned = False
     for module in llm.modules():
-        kinds = getattr(module, "rope_type", None)
+        kinds = getattr(module, KIND, getattr(module, "rope_type", None))
         named = kinds if isinstance(kinds, Mapping) else {None: kinds}  # by type of layer, where there are several
         rescaled = {layer: kind for layer, kind in named.items() if kind in RESCALED}
         for layer, kind in rescaled.items():
@@ -65,6 +66,7 @@ def pin_rotary(llm: nn.Module, length: int) -> bool:
             setattr(module, f"{prefix}attention_scaling", scaling)
             is_pinned = True
         if rescaled:  # transformers leaves what it calls default as it is
+            setattr(module, KIND, kinds)
             module.rope_type = "default" if None in rescaled else {**kinds, **dict.fromkeys(rescaled, "default")}
     return is_pinned
 

@@ -34,8 +34,7 @@ from trainer.model.llm import FRESH_PREFIX, LoadedLLM, adapt, end_ids, load_llm,
 from trainer.model.padding import Padding, decoder_of, has_plain_head, settle_padding
 from trainer.model.projectors import Projector, build_projectors
 
-
-LOGIT_BYTES = 2**28  # fp32 logits that exist at once; the output layer of more tokens is computed again in the backward
+LOGIT_BYTES = 2**28  # fp32 logits at once; the output layer of more tokens is computed again in the backward pass
 MASK_KEPT = Padding(keeps_mask=True, reason="it was not measured")
 
 
@@ -63,7 +62,7 @@ class VideoLLM(nn.Module):
         self.has_plain_head = False  # see `settle`
 
     def settle(self, longest: int) -> None:
-        """Measure how the LLM reads padding and whether its output layer stands alone, for sequences up to `longest`."""
+        """Measure how the LLM reads padding of sequences up to `longest`, and whether its output layer stands alone."""
         self.padding = settle_padding(self.llm, longest)
         self.has_plain_head = has_plain_head(self.llm)
 

@@ -174,6 +174,8 @@ def test_rescaled_positions_are_those_of_the_longest_sequence_whatever_the_batch
 def test_a_run_of_short_sequences_keeps_unscaled_positions(make):
     llm = made(make)
     frequencies = llm.model.rotary_emb.inv_freq.clone()
+    settle_padding(llm, longest=20)  # of another run that shared the LLM
+    assert not torch.equal(llm.model.rotary_emb.inv_freq, frequencies)
     assert settle_padding(llm, longest=7).rotary_length == 7
     assert torch.equal(llm.model.rotary_emb.inv_freq, frequencies)
 

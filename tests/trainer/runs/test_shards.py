@@ -32,6 +32,10 @@ def test_a_write_in_the_background_is_waited_for_and_its_failure_raised_once():
 
 
 def test_the_error_that_ends_a_run_is_not_hidden_by_that_of_a_write():
-    with pytest.raises(KeyError), BackgroundSaver() as saver:
-        saver.start(lambda: 1 / 0)
-        raise KeyError
+    def run():
+        with BackgroundSaver() as saver:
+            saver.start(lambda: 1 / 0)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        run()
