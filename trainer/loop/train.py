@@ -208,8 +208,9 @@ class _Loop:
         self.model: VideoLLM = plan.built.model
         # 8-bit AdamW has no flag on the device by which it skips an update.
         self.is_deferred = self.config.optimizer.name == "adamw" and distributed.decides_on_device(accelerator)
+        is_fused = self.is_deferred or accelerator.device.type == "cuda"
         self.optimizer = build_optimizer(
-            self.model, self.config.optimizer, fused=accelerator.device.type == "cuda", is_sharded=accelerator.is_fsdp2
+            self.model, self.config.optimizer, fused=is_fused, is_sharded=accelerator.is_fsdp2
         )
         self.names: dict[int, str] = {}  # id(parameter) -> name, once the model is on device and ranks
         self.timer = CheckpointTimer(self.config.checkpoint_minutes)
