@@ -223,6 +223,7 @@ class TrainConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     llm_quant: Quantisation | None = None  # of an LLM that is not trained itself; untested: needs CUDA
     attn_implementation: Attention | None = None  # of the LLM; None: transformers' choice, sdpa where the LLM has it
+    fused_loss: bool = False  # output layer and loss in one kernel, by liger-kernel; untested on a GPU, which it needs
     train_encoders: tuple[str, ...] = ()  # end to end only: these learn too, at optimizer.encoder_lr
     allow_fresh_frozen: bool = False  # a frozen LLM with fresh weights is an error otherwise
     mask_encoders: MaskRule = "none"  # each sample shows a random subset of the encoders; see trainer/data/masks.py

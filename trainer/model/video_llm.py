@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import chain
 from typing import Any
 
@@ -60,11 +61,23 @@ class VideoLLM(nn.Module):
         self.keeps_logits = "logits_to_keep" in inspect.signature(llm.forward).parameters
         self.padding = MASK_KEPT
         self.has_plain_head = False  # see `settle`
+        self.fuses_loss = False  # see `fuse_loss`
 
     def settle(self, longest: int) -> None:
         """Measure how the LLM reads padding of sequences up to `longest`, and whether its output layer stands alone."""
         self.padding = settle_padding(self.llm, longest)
         self.has_plain_head = has_plain_head(self.llm)
+
+    def fuse_loss(self) -> None:
+        """Have Liger's kernel (arXiv 2410.10989) compute output layer and loss in one, without logits in memory.
+
+        UserError where it is not installed, or the LLM's logits are not those of a linear layer.
+        """
+        if find_spec("liger_kernel") is None:
+            raise UserError("fused_loss needs liger-kernel: pip install liger-kernel, or leave it out")
+        if not self.has_plain_head or type(self.llm.get_output_embeddings()) is not nn.Linear:
+            raise UserError(f"fused_loss: the logits of {type(self.llm).__name__} are not a linear layer; leave it out")
+        self.fuses_loss = True
 
     def join(self, encoders: Mapping[str, nn.Module]) -> None:
         """Train these encoders with the rest: batches hold their frames, and `encode` makes tokens of them."""
@@ -122,20 +135,30 @@ class VideoLLM(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Cross-entropy summed over the supervised tokens of the batch."""
-        return self.token_losses(batch).sum()
+        if not self.fuses_loss:
+            return self.token_losses(batch).sum()
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        head = self.llm.get_output_embeddings()
+        hidden_KM, labels_K = self._supervised(batch)
+        return liger_fused_linear_cross_entropy(hidden_KM, head.weight, labels_K, head.bias, reduction="sum")
 
     def token_losses(self, batch: Batch) -> Tensor:
         """Cross-entropy by sample and position, float32 [B, S - first_label], zero where nothing is supervised."""
         if not self.has_plain_head:
             return _cross_entropy(*self._predictions(batch))
-        hidden_BSM = decoder_of(self.llm)(
-            inputs_embeds=self.splice(batch), attention_mask=self._mask(batch), use_cache=False
-        ).last_hidden_state
-        labels_K = batch.labels_BS.flatten()[batch.supervised_K]
-        hidden_KM = hidden_BSM.flatten(0, 1).index_select(0, batch.supervised_K - 1)  # p is predicted at p - 1
+        hidden_KM, labels_K = self._supervised(batch)
         losses_K = _head_losses(self.llm.get_output_embeddings(), hidden_KM, labels_K)
         losses_BS = losses_K.new_zeros(batch.labels_BS.numel()).index_copy(0, batch.supervised_K, losses_K)
         return losses_BS.view(batch.labels_BS.shape)[:, max(batch.first_label, 1) :]
+
+    def _supervised(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """hidden_KM that predict supervised tokens, and labels_K."""
+        hidden_BSM = decoder_of(self.llm)(
+            inputs_embeds=self.splice(batch), attention_mask=self._mask(batch), use_cache=False
+        ).last_hidden_state
+        hidden_KM = hidden_BSM.flatten(0, 1).index_select(0, batch.supervised_K - 1)  # p is predicted at p - 1
+        return hidden_KM, batch.labels_BS.flatten()[batch.supervised_K]
 
     def _mask(self, batch: Batch) -> Tensor | None:
         return batch.attention_mask_BS if self.padding.keeps_mask else None
@@ -294,6 +317,8 @@ def build(config: TrainConfig, shapes: Mapping[str, TokenShape], llm: LoadedLLM)
         max_tokens=_text_limit(config, model),
     )
     model.settle(renderer.max_tokens + model.num_visual_tokens)
+    if config.fused_loss:
+        model.fuse_loss()
     return Built(model=model, llm=llm, renderer=renderer, config=config)
 
 

@@ -31,6 +31,7 @@ FREE_ON_RESUME = {
     "eval_every",
     "eval_limit",
     "eval_split",
+    "fused_loss",
     "init_partial",
     "keep_checkpoints",
     "letters_template",
