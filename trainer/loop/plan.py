@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from math import isfinite, prod
 from pathlib import Path
@@ -100,6 +100,8 @@ def make_plan(
     loaded = load_parts(origin, built, source) if origin else None
     if loaded and rank == 0:
         logger.info(loaded.message)
+    if model.padding.keeps_mask and rank == 0:
+        logger.info(f"batches keep their attention mask: {model.padding.reason}")
     built.renderer.check_readable(samples)
     _check_context(built, data.samples, is_first_rank=rank == 0)
     # A fresh tokenizer is another one in every run, and quick.
@@ -132,6 +134,7 @@ def make_plan(
         tokens="from cache" if source.live is None else "end to end",
         live=source.live,
         encoder_order=model.encoders,
+        padding=asdict(model.padding),
     )
     return Plan(config=config, data=data, built=built, batches=batches, record=record, rendered=rendered, loaded=loaded)
 

@@ -76,9 +76,9 @@ def _reason_to_keep(llm: nn.Module, longest: int) -> str:
     for name in WINDOWS:
         window = getattr(text_config, name, None)
         if window is not None and longest >= window:
-            return f"its {name} of {window} is within reach of sequences of up to {longest}"
+            return f"the LLM's {name} of {window} is within reach of sequences of up to {longest}"
     if not without_mask(llm):
-        return "its outputs depend on the mask or on later positions"
+        return "the LLM's outputs depend on the mask or on later positions"
     return ""
 
 
