@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,12 +16,12 @@ import click
 from click.core import ParameterSource
 
 from featurestore.locate import FEATURES, ROOT_METADATA, Place, find_store, is_url, names_of, no_store_at
-from jobs.slurm import training_script
 from mervcache.config import load_yaml
 from mervcache.console import CONTEXT, echo, handle_errors, print_result, report_saved, stacked
 from mervcache.errors import StoreNotFoundError, UserError, no_file
 from mervcache.text import printable
 from trainer.cli_evaluate import answer_options, judge_options, pop_judge, share_questions
+from trainer.cli_launch import launch_options, pop_processes, sbatch_script
 from trainer.config import (
     FULL_RECIPE,
     FUSIONS,
@@ -39,7 +39,7 @@ from trainer.config import (
     TrainLLM,
     get_stages,
 )
-from trainer.loop.launch import Launch, Machines, end_with_failures, is_first_rank, is_launched, relaunch
+from trainer.loop.launch import end_with_failures, is_first_rank, is_launched
 from trainer.loop.stages import dry_run_stages, merge_settings, to_yaml, train_in_stages
 from trainer.render import import_lines, print_dry_run, print_losses, print_scores, result_lines
 from trainer.runs.stage_folders import check_are_runs, check_is_free, read_record_file, read_stages, stage_folder
@@ -144,19 +144,7 @@ live_options = stacked(  # of --end-to-end, named as in `merv-pipeline extract`
     metavar="auto|RUN",
     help="auto: go on with --out if it has a checkpoint, else start; RUN: go on with that run.",
 )
-@click.option(
-    "--launch",
-    type=click.Choice(get_args(Launch)),
-    help="Train on several processes through accelerate: ddp, or fsdp for models too large for one GPU. After a SIGTERM"
-    " they have 10 minutes to write a checkpoint.",
-)
-@click.option("--processes", type=click.IntRange(min=1), show_default="one per GPU", help="Of --launch.")
-@click.option("--machines", type=click.IntRange(min=1), default=1, help="Of --launch: machines that run this command.")
-@click.option("--machine-rank", type=click.IntRange(min=0), default=0, help="Of --machines: this one, counted from 0.")
-@click.option("--main-machine", metavar="HOST:PORT", default="", help="Of --machines: where the first one is reached.")
-@click.option(
-    "--print-sbatch", is_flag=True, help="Print a SLURM script that runs this command on whole nodes; do nothing."
-)
+@launch_options
 @click.option("--dry-run", is_flag=True, help="Print parameters, steps, lengths and dropped samples; train nothing.")
 @click.option("--print-config", is_flag=True, help="Print every setting in force as YAML for --config; do nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -165,24 +153,16 @@ def train_main(
     config_file: Path | None,
     out: Path,
     resume: str | None,
-    launch: Launch | None,
-    processes: int | None,
-    machines: int,
-    machine_rank: int,
-    main_machine: str,
-    print_sbatch: bool,
     dry_run: bool,
     print_config: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Train projectors and fusion, and the LLM on request, from the tokens of a feature store or end to end."""
-    if print_sbatch:
-        click.echo(sbatch_script(launch, [word for word in sys.argv[1:] if word != "--print-sbatch"]), nl=False)
+    if options.pop("print_sbatch"):
+        click.echo(sbatch_script(options["launch"], sys.argv[1:]), nl=False)
         return
-    group = Machines(count=machines, rank=machine_rank, main=main_machine)
-    if group.count > 1 and launch is None:
-        raise UserError(f"--machines {group.count} is for several processes: give --launch ddp or fsdp too")
+    processes = pop_processes(options)
     start, out, earlier = resolve_run(resume, out, options)
     live = pop_live_options(options)  # the rest are settings
     only = options.pop("stage") if len(start) > 1 else None
@@ -199,8 +179,8 @@ def train_main(
     if not is_launched():  # one of several ranks may find what the first has begun
         if resume is None:
             check_is_free(out, stages, only)
-        if launch is not None:
-            relaunch(launch, processes, sys.argv[1:], machines=group)
+        if processes is not None:
+            processes.start(sys.argv[1:])
     load_torch_modules()
     results = train_in_stages(stages, place, out, resume=resume is not None, only=only)
     if is_first_rank():
@@ -208,13 +188,6 @@ def train_main(
         print_result(result, as_json, lambda: click.echo("\n".join(result_lines(results))))
     if any(result["skipped"] or result["unranked"] for result in results):
         end_with_failures()
-
-
-def sbatch_script(launch: Launch | None, arguments: Sequence[str]) -> str:
-    """The job that runs `merv-train` with these arguments on every node."""
-    if launch is None:
-        raise UserError("--print-sbatch is for several processes: give --launch ddp or fsdp too")
-    return training_script(arguments)
 
 
 def resolve_run(resume: str | None, out: Path, options: dict[str, Any]) -> tuple[Stages, Path, dict[str, Any] | None]:

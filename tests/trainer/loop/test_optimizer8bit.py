@@ -7,7 +7,8 @@ import pytest
 from safetensors.torch import load_file
 
 from mervcache.errors import UserError
-from trainer.loop.train import build_optimizer, train
+from trainer.loop.optimizer import build_optimizer
+from trainer.loop.train import train
 from trainer.runs import checkpoint
 from trainer.runs.run_record import read_metrics
 
