@@ -24,7 +24,7 @@ launch_options = stacked(
     click.option("--processes", type=click.IntRange(min=1), show_default="one per GPU", help="Of --launch."),
     click.option("--machines", type=click.IntRange(min=1), default=1, help="Machines that run this command."),
     click.option("--machine-rank", type=click.IntRange(min=0), default=0, help="This one of --machines, from 0."),
-    click.option("--main-machine", metavar="HOST:PORT", default="", help="Where the first of --machines is reached."),
+    click.option("--main-machine", metavar="HOST:PORT", help="Where the first of --machines is reached."),
     click.option(
         PRINT_SBATCH, is_flag=True, help="Print a SLURM script that runs this command on whole nodes; do nothing."
     ),
@@ -48,7 +48,7 @@ def pop_processes(options: dict[str, Any]) -> Processes | None:
     """Remove the options of `launch_options` and return what they start; None for this process alone."""
     launch, count = options.pop("launch"), options.pop("processes")
     number, rank, main = (options.pop(name) for name in ("machines", "machine_rank", "main_machine"))
-    machines = Machines(count=number, rank=rank, main=main)
+    machines = Machines(count=number, rank=rank, main=main or "")
     if launch is None and machines.count > 1:
         raise UserError(f"--machines {machines.count} is for several processes: give --launch ddp or fsdp too")
     return None if launch is None else Processes(launch=launch, count=count, machines=machines)
