@@ -17,7 +17,7 @@ from trainer.config import TrainConfig
 from trainer.data.batches import Batch, collate
 from trainer.data.prompts import IGNORE_INDEX, Rendered
 from trainer.data.tokens import TokenShape
-from trainer.loop.train import build_optimizer, set_rates
+from trainer.loop.optimizer import build_optimizer, set_rates
 from trainer.model.llm import LoadedLLM, word_tokenizer
 from trainer.model.video_llm import Built, build, count_parameters
 

@@ -17,7 +17,7 @@ import shlex
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,7 @@ TEMPLATES = {
     "one-allocation": "scheduler, one worker per GPU and the driver in one job",
     "driver": "the driver alone, which submits a job per worker itself (--scheduler slurm)",
 }
+TEMPLATE_FOLDER = Path(__file__).with_name("templates")
 MARGIN_S = 240  # retire before the walltime; longer gains nothing: Dask gives the block to another worker at once
 CHECK_S = 5.0  # between looks at the queue while no worker has joined
 POLL_S = 30.0  # between looks at jobs that ended
@@ -262,7 +263,7 @@ def submit_script(name: str, settings: ClusterSettings, *, config: str, num_work
     """
     if name not in TEMPLATES:
         raise ClusterError(unknown_name("template", name, TEMPLATES))
-    text = Path(__file__).with_name("templates").joinpath(f"{name}.sbatch").read_text()
+    text = (TEMPLATE_FOLDER / f"{name}.sbatch").read_text()
     wanted = num_workers or max(1, settings.gpus)
     given = {"partition": settings.partition, "account": settings.account}
     options = [f"--{option}={value}" for option, value in given.items() if value]
@@ -282,6 +283,17 @@ def submit_script(name: str, settings: ClusterSettings, *, config: str, num_work
             lines.append(f"{variable}=${{{variable}:-{shlex.quote(variables[variable])}}}")
         else:
             lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def training_script(arguments: Sequence[str]) -> str:
+    """The template of a training on several nodes; each of the arguments of `merv-train` is one word of the script."""
+    folder = shlex.quote(str(Path(sys.executable).parent))
+    values = {"ARGUMENTS": f"({shlex.join(arguments)})", "BIN": f"${{BIN:-{folder}}}"}
+    lines = []
+    for line in (TEMPLATE_FOLDER / "train.sbatch").read_text().splitlines():
+        name = line.partition("=")[0]
+        lines.append(f"{name}={values[name]}" if name in values else line)
     return "\n".join(lines) + "\n"
 
 

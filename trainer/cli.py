@@ -21,6 +21,7 @@ from mervcache.console import CONTEXT, echo, handle_errors, print_result, report
 from mervcache.errors import StoreNotFoundError, UserError, no_file
 from mervcache.text import printable
 from trainer.cli_evaluate import answer_options, dataset_options, judge_options, pop_judge, share_questions
+from trainer.cli_launch import launch_options, pop_processes, sbatch_script
 from trainer.config import (
     FUSIONS,
     HEADS,
@@ -33,7 +34,7 @@ from trainer.config import (
     Tracker,
     TrainLLM,
 )
-from trainer.loop.launch import Launch, end_with_failures, is_first_rank, is_launched, relaunch
+from trainer.loop.launch import end_with_failures, is_first_rank, is_launched
 from trainer.loop.stages import dry_run_stages, merge_settings, to_yaml, train_in_stages
 from trainer.recipes import FULL_RECIPE, MODE_FULL, RECIPES, Stages, get_stages
 from trainer.render import import_lines, print_dry_run, print_losses, print_scores, result_lines
@@ -139,13 +140,7 @@ live_options = stacked(  # of --end-to-end, named as in `merv-pipeline extract`
     metavar="auto|RUN",
     help="auto: go on with --out if it has a checkpoint, else start; RUN: go on with that run.",
 )
-@click.option(
-    "--launch",
-    type=click.Choice(get_args(Launch)),
-    help="Train on several processes through accelerate: ddp, or fsdp for models too large for one GPU. After a SIGTERM"
-    " they have 10 minutes to write a checkpoint.",
-)
-@click.option("--processes", type=click.IntRange(min=1), show_default="one per GPU", help="Of --launch.")
+@launch_options
 @click.option(
     "--device-memory",
     metavar="SIZE",
@@ -160,14 +155,16 @@ def train_main(
     config_file: Path | None,
     out: Path,
     resume: str | None,
-    launch: Launch | None,
-    processes: int | None,
     dry_run: bool,
     print_config: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Train projectors and fusion, and the LLM on request, from the tokens of a feature store or end to end."""
+    if options.pop("print_sbatch"):
+        click.echo(sbatch_script(options["launch"], sys.argv[1:]), nl=False)
+        return
+    processes = pop_processes(options)
     start, out, earlier = resolve_run(resume, out, options)
     live = pop_live_options(options)  # the rest are settings
     only = options.pop("stage") if len(start) > 1 else None
@@ -178,14 +175,15 @@ def train_main(
     place = resolve_source(store, live, earlier)
     if dry_run:
         load_torch_modules()
-        report = dry_run_stages(stages, place, launch=launch, processes=processes)
+        launched = {} if processes is None else {"launch": processes.launch, "processes": processes.total}
+        report = dry_run_stages(stages, place, **launched)
         print_result(report, as_json, lambda: print_dry_run(report))
         return
     if not is_launched():  # one of several ranks may find what the first has begun
         if resume is None:
             check_is_free(out, stages, only)
-        if launch is not None:
-            relaunch(launch, processes, sys.argv[1:])
+        if processes is not None:
+            processes.start(sys.argv[1:])
     load_torch_modules()
     results = train_in_stages(stages, place, out, resume=resume is not None, only=only)
     if is_first_rank():

@@ -28,6 +28,8 @@ CONFIG_FILE, RECORD_FILE = "config.yaml", "run.json"  # in a run's folder
 Mode = Literal["frozen", "text-only"]
 TrainLLM = Literal["none", "lora", "full"]
 Quantisation = Literal["int8", "nf4"]
+Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]  # transformers' names
+OptimizerName = Literal["adamw", "adamw8bit"]
 Sampler = Literal["shuffled", "split_modality"]
 LossName = Literal["per_token", "micro_batch_means"]
 Tracker = Literal["tensorboard", "wandb"]
@@ -208,6 +210,7 @@ class LoraConfig:
 class OptimizerConfig:
     """AdamW with one learning rate per part, linear warm-up, cosine to zero."""
 
+    name: OptimizerName = "adamw"  # adamw8bit: moments in 8 bits, by bitsandbytes; one process or DDP on GPUs
     projector_lr: float = 2e-5
     fusion_lr: float = 2e-5
     llm_lr: float = 2e-5
@@ -236,6 +239,8 @@ class TrainConfig:
     train_llm: TrainLLM = "none"
     lora: LoraConfig = field(default_factory=LoraConfig)
     llm_quant: Quantisation | None = None  # of an LLM that is not trained itself; untested: needs CUDA
+    attn_implementation: Attention | None = None  # of the LLM; None: transformers' choice, sdpa where the LLM has it
+    fused_loss: bool = False  # output layer and loss in one kernel, by liger-kernel; untested on a GPU, which it needs
     train_encoders: tuple[str, ...] = ()  # end to end only: these learn too, at optimizer.encoder_lr
     allow_fresh_frozen: bool = False  # a frozen LLM with fresh weights is an error otherwise
     mask_encoders: MaskRule = "none"  # each sample shows a random subset of the encoders; see trainer/data/masks.py

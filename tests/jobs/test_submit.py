@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from jobs.settings import ClusterSettings, worker_environment
-from jobs.slurm import TEMPLATES, job_options, submit_script
+from jobs.slurm import TEMPLATES, job_options, submit_script, training_script
 from mervcache.errors import ClusterError
 
 SITE = ClusterSettings(
@@ -159,3 +159,29 @@ def test_a_folder_that_an_sbatch_line_cannot_name_is_refused_before_a_job_is_sub
     monkeypatch.chdir(tmp_path / "my project")
     with pytest.raises(ClusterError, match=r"log_directory is .*my project"):
         job_options(ClusterSettings())
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+def test_a_training_script_hands_every_argument_to_each_node_as_it_is(value, tmp_path, monkeypatch):
+    """The whole script runs in bash; srun and scontrol are stand-ins that start one task on each of two nodes."""
+    programs = {
+        "merv-train": f'#!/bin/bash\nprintf "%s\\0" "$@" > {tmp_path}/words-$SLURM_NODEID\n',
+        "scontrol": "#!/bin/bash\nprintf 'node1\\nnode2\\n'\n",
+        "srun": '#!/bin/bash\nfor n in 0 1; do SLURM_NNODES=2 SLURM_NODEID=$n "${@:3}" || exit; done\n',
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    script = training_script(["--from-cache", value, "--out", "runs/merv", "--launch", "fsdp"])
+    job = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "20007"}
+    path = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    subprocess.run(["bash", "-c", script], cwd=tmp_path, env=job | path, check=True, timeout=60)
+    for rank in range(2):
+        words = (tmp_path / f"words-{rank}").read_text().split("\0")[:-1]
+        given = ["--resume", "auto", "--from-cache", value, "--out", "runs/merv", "--launch", "fsdp"]
+        assert words == [*given, "--machines", "2", "--machine-rank", str(rank), "--main-machine", "node1:20007"]
+
+
+def test_a_training_script_asks_for_one_launcher_on_each_node():
+    assert {"--ntasks-per-node=1", "--signal=B:TERM@300", "--requeue"} <= set(options(training_script([])))

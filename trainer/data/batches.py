@@ -28,9 +28,16 @@ from trainer.data.masks import Mask, draw_mask
 from trainer.data.order import Group, Order, Stream, balanced_shares, rank_shares
 from trainer.data.partition import Limit, padding_share, partition
 from trainer.data.prompts import IGNORE_INDEX, Rendered, Renderer, reason_to_refuse
+from trainer.data.rendered_cache import RenderedCache
 from trainer.data.tokens import ClipTokens, TokenSource
 
-MOVED = ("input_ids_BL", "labels_BS", "attention_mask_BS", "shown_CE")  # of a batch, on the device with its tokens
+MOVED = (
+    "input_ids_BL",
+    "labels_BS",
+    "attention_mask_BS",
+    "supervised_K",
+    "shown_CE",
+)  # of a batch, on the device with its tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +47,8 @@ class Batch:
     input_ids_BL: Tensor  # int64, right-padded with 0
     labels_BS: Tensor  # int64 in the layout with visual tokens; IGNORE_INDEX everywhere but on answers
     attention_mask_BS: Tensor  # int64, 1 on real positions
+    supervised_K: Tensor  # int64, places in labels_BS.flatten() that hold a label; not a sequence's first, which no
+    # position predicts
     lengths: tuple[int, ...]  # text tokens of each sample
     visual_at: tuple[int, ...]  # text position before which a sample's visual tokens are inserted
     clip_rows: tuple[int, ...]  # row of the sample's clip in `tokens`; -1 for text only
@@ -96,11 +105,14 @@ def collate(
             f" LLM's context of {context}; shorten the text"
         )
     labels_BS = _pad([_with_gap(sample, count) for sample, count in zip(rendered, visual, strict=True)])
-    labelled = (labels_BS != IGNORE_INDEX).any(0).nonzero()
+    is_labelled_BS = labels_BS != IGNORE_INDEX
+    labelled = is_labelled_BS.any(0).nonzero()
+    supervised = torch.arange(labels_BS.numel()).view(labels_BS.shape)[:, 1:][is_labelled_BS[:, 1:]]
     return Batch(
         input_ids_BL=_pad([sample.input_ids for sample in rendered], fill=0),
         labels_BS=labels_BS,
         attention_mask_BS=(torch.arange(max(totals))[None] < torch.tensor(totals)[:, None]).long(),
+        supervised_K=supervised,
         lengths=tuple(len(sample.input_ids) for sample in rendered),
         visual_at=tuple(sample.visual_at for sample in rendered),
         clip_rows=tuple(clip_rows),
@@ -234,7 +246,7 @@ class Batches:
         self,
         data: TrainingData,
         source: TokenSource,
-        renderer: Renderer,
+        renderer: Renderer | RenderedCache,
         config: TrainConfig,
         *,
         num_visual_tokens: int,

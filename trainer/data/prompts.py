@@ -129,7 +129,7 @@ class Renderer:
             raise UserError(unknown_name("prompt", prompt, list(PROMPTS)))
         self.format, self.tokenizer = PROMPTS[prompt], tokenizer
         self.prompt, self.placeholder, self.released = prompt, placeholder, RELEASED_PROMPTS.get(prompt)
-        self.position, self.max_tokens = position, max_tokens
+        self.position, self.max_tokens, self.template_date = position, max_tokens, template_date
         self.bos_id = tokenizer.bos_token_id if adds_bos(tokenizer) else None
         self.blank = " " if words_hold_blanks(tokenizer) else ""
         if tokenizer.eos_token_id is None:

@@ -127,6 +127,11 @@ def raise_together(accelerator: Accelerator, failure: MervCacheError | None) -> 
         raise failure or RunStoppedError("another process of this run failed; its message gives the reason")
 
 
+def side_group() -> Any:
+    """A process group on CPUs for threads alongside the training; every rank calls it at the same time."""
+    return torch.distributed.new_group(backend="gloo")
+
+
 def decides_on_device(accelerator: Accelerator) -> bool:
     """Whether AdamW skips a step by a flag on the device: on one GPU, where nothing else makes a step wait."""
     is_alone = accelerator.num_processes == 1 and not accelerator.is_fsdp2

@@ -1,8 +1,8 @@
 """`--launch`: the same command on several processes, one per GPU, through `accelerate launch`.
 
 `merv-train --launch ddp --processes 8 ...` replaces itself by accelerate's launcher, which starts `merv-train ...` that
-many times; it works from any folder, also from one that has a `trainer/` of its own. More than one machine needs
-accelerate's own options, added to the command that is printed.
+many times; it works from any folder, also from one that has a `trainer/` of its own. On several machines the same
+command runs on each, with its number and the address of the first: `--print-sbatch` writes a job that does so.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +32,37 @@ EXIT_FILE_VARIABLE = "MERV_TRAIN_EXIT_FILE"  # names the file for the first rank
 THIS_COMMAND = (sys.executable, "-P", "-m", "trainer.cli")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Machines:
+    """The machines of one training, each of which starts as many processes."""
+
+    count: int = 1
+    rank: int = 0  # of this one
+    main: str = ""  # HOST:PORT on the first, where processes meet
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.count:
+            raise UserError(f"--machine-rank counts from 0 to --machines - 1, got {self.rank} of {self.count}")
+        host, _, port = self.main.rpartition(":")
+        if (self.count > 1 or self.main) and not (host and port.isdecimal() and 0 < int(port) < 65536):
+            raise UserError(
+                f"--machines {self.count} needs --main-machine HOST:PORT, an address of the first machine that all of"
+                f" them reach and a free port there; got {self.main!r}"
+            )
+
+    def options(self, processes: int) -> list[str]:
+        """Those of accelerate's launcher, for so many processes on each machine."""
+        if not self.main:
+            # Port 0: a free one, so that several runs fit on one machine.
+            return ["--num_processes", str(processes), "--main_process_port", "0"]
+        host, _, port = self.main.rpartition(":")
+        total = ["--num_processes", str(processes * self.count), "--num_machines", str(self.count)]
+        return [*total, "--machine_rank", str(self.rank), "--main_process_ip", host, "--main_process_port", port]
+
+
+ONE_MACHINE = Machines()
+
+
 def is_launched() -> bool:
     """Whether this process is one of several already."""
     return "LOCAL_RANK" in os.environ
@@ -42,13 +74,18 @@ def is_first_rank() -> bool:
 
 
 def relaunch(
-    launch: Launch, processes: int | None, arguments: Sequence[str], *, program: Sequence[str] = THIS_COMMAND
+    launch: Launch,
+    processes: int | None,
+    arguments: Sequence[str],
+    *,
+    program: Sequence[str] = THIS_COMMAND,
+    machines: Machines = ONE_MACHINE,
 ) -> None:
     """Replace this process by the launcher; `arguments` are those of `program`, this command."""
     import torch  # seconds, but the processes will need longer
 
     num_gpus = torch.cuda.device_count()
-    command = launch_command(launch, num_processes(launch, processes, num_gpus), arguments, program)
+    command = launch_command(launch, num_processes(launch, processes, num_gpus), arguments, program, machines)
     echo(f"running {shlex.join(command)}")
     os.execve(command[0], command, launch_environment(os.environ, num_gpus))
 
@@ -91,13 +128,16 @@ def run_launcher() -> None:
 
 
 def launch_command(
-    launch: Launch, processes: int, arguments: Sequence[str], program: Sequence[str] = THIS_COMMAND
+    launch: Launch,
+    processes: int,
+    arguments: Sequence[str],
+    program: Sequence[str] = THIS_COMMAND,
+    machines: Machines = ONE_MACHINE,
 ) -> list[str]:
     """The launcher's command line; the processes read `--launch` too, and see by `is_launched` what they are."""
     launcher = [sys.executable, "-P", "-m", "trainer.loop.launch"]
-    options = ["--config_file", str(LAUNCH_FILES[launch]), "--num_processes", str(processes)]
-    # Port 0: a free one, so that several runs fit on one machine.
-    return [*launcher, *options, "--main_process_port", "0", "--no_python", *program, *arguments]
+    options = ["--config_file", str(LAUNCH_FILES[launch]), *machines.options(processes)]
+    return [*launcher, *options, "--no_python", *program, *arguments]
 
 
 def launch_environment(environment: Mapping[str, str], num_gpus: int) -> dict[str, str]:

@@ -11,14 +11,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mervcache.console import ProgressLine, plural
+from trainer.loop.device import Device, TrainingFlops
 from trainer.runs.run_record import METRICS_FILE, open_metrics
 
 
 class MetricsWriter:
     """Progress on stderr and the rows of metrics.jsonl; silent on ranks that are not the first.
 
-    Rows are written at each `flush`, with the speed of the steps since the last one.
+    Rows are written at each `flush`, with the speed of the steps since the last one: samples_per_s, tokens_per_s (real
+    positions of text and visual tokens), data_wait (seconds that the loop stood still for data) and its share
+    wait_share; on a GPU also peak_memory (bytes of the first rank so far) and mfu, see `device.py`.
     """
 
     def __init__(
@@ -30,8 +35,13 @@ class MetricsWriter:
         is_first_rank: bool,
         quiet: bool = False,
         log: Callable[[Mapping[str, Any]], None] | None = None,  # called with every row that is written
+        device: torch.device | None = None,
+        flops: TrainingFlops | None = None,
+        num_ranks: int = 1,
     ) -> None:
         self._log = log
+        self._device = Device(device, num_ranks)
+        self._flops = flops or TrainingFlops()
         self._validation, self._num_skipped = "", 0  # text of the last one
         self._rows: list[dict[str, Any]] = []
         self._started, self._waited_s = time.perf_counter(), 0.0
@@ -69,10 +79,13 @@ class MetricsWriter:
             return []
         rows = [{name: finite_or_none(value) for name, value in row.items()} for row in self._rows]
         seconds = time.perf_counter() - self._started
+        tokens, answers = (sum(row.get(name, 0) for row in rows) for name in ("tokens", "supervised_tokens"))
         speed = {
             "samples_per_s": sum(row["samples"] for row in rows) / seconds,
-            "tokens_per_s": sum(row["tokens"] for row in rows) / seconds,
+            "tokens_per_s": tokens / seconds,
             "wait_share": min((waited_s - self._waited_s) / seconds, 1.0),
+            "data_wait": waited_s - self._waited_s,
+            **self._device.figures(self._flops.of_steps(tokens, answers) / seconds),
         }
         rows = [{**row, **speed} for row in rows]
         if self._file is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from heapq import nlargest
 from itertools import islice
 from math import isfinite
@@ -26,6 +26,7 @@ from trainer.data.batches import Batches, TrainingData, select
 from trainer.data.order import derive_seed
 from trainer.data.partition import Limit, useful_share
 from trainer.data.prompts import Rendered, num_placeholders, reason_to_refuse
+from trainer.data.rendered_cache import RenderedCache, renderer_key
 from trainer.data.tokens import TokenSource
 from trainer.loop.memory import ONE_PROCESS, Device, fit, memory_by_part
 from trainer.model.llm import LoadedLLM, is_checkpointed
@@ -55,6 +56,7 @@ class Plan:
     built: Built
     batches: Batches
     record: RunRecord
+    rendered: RenderedCache  # what the batches render samples with
     loaded: Loaded | None = None  # what was loaded from another run
     device: Device = ONE_PROCESS
 
@@ -71,40 +73,47 @@ def make_plan(
     rank: int = 0,
     device: Device = ONE_PROCESS,
     limit: Limit | None = None,
+    llm_device: torch.device | None = None,
 ) -> Plan:
     """Select the data and build the model, with seeded weights or those of the run that `config.init` names.
 
     `run` is a folder that is being resumed: its weights come from its checkpoint later. `words` are texts whose words a
     fresh LLM knows besides those of the samples. `llm` is the config's LLM where it is loaded already and not trained.
     The plan's config has what was chosen to fit the `device`; `limit` is what a run that ran out of memory had come to.
-    Raises UserError for data or sizes that cannot be trained on.
+    An LLM that is not trained is read straight onto `llm_device`. Raises UserError for data or sizes that cannot be
+    trained on.
     """
     data = select(samples, source, config)
     origin = read_origin(config.init) if config.init and run is None else None
     if llm is not None:
         pass
     elif run is not None:
-        llm = resumed_llm(config, run)
+        llm = resumed_llm(config, run, llm_device)
     elif origin is not None:
-        llm = starting_llm(origin, config, data.samples, words)
+        llm = starting_llm(origin, config, data.samples, words, llm_device)
     else:
-        llm = new_llm(config, data.samples, words)
+        llm = new_llm(config, data.samples, words, llm_device)
     built = build(config, source.shapes, llm)
     model = built.model
     model.join(trained_encoders(config, source.trained))
     loaded = load_parts(origin, built, source) if origin else None
     if loaded and rank == 0:
         logger.info(loaded.message)
+    if model.padding.keeps_mask and rank == 0:
+        logger.info(f"batches keep their attention mask: {model.padding.reason}")
     built.renderer.check_readable(samples)
     _check_context(built, data.samples, is_first_rank=rank == 0)
     if device.memory is not None:
         longest_text = max(map(len, (text.input_ids for text in _longest_texts(built, data.samples))))
         built = fit(built, source.shapes, longest_text, device, is_first_rank=rank == 0)
     config = built.config
+    # A fresh tokenizer is another one in every run, and quick.
+    key = None if built.llm.is_fresh else renderer_key(built.renderer)
+    rendered = RenderedCache(built.renderer, key, writes=rank == 0)
     batches = Batches(
         data,
         source,
-        built.renderer,
+        rendered,
         config,
         num_visual_tokens=model.num_visual_tokens,
         context=model.context,
@@ -130,8 +139,18 @@ def make_plan(
         tokens="from cache" if source.live is None else "end to end",
         live=source.live,
         encoder_order=model.encoders,
+        padding=asdict(model.padding),
     )
-    return Plan(config=config, data=data, built=built, batches=batches, record=record, loaded=loaded, device=device)
+    return Plan(
+        config=config,
+        data=data,
+        built=built,
+        batches=batches,
+        record=record,
+        rendered=rendered,
+        loaded=loaded,
+        device=device,
+    )
 
 
 def _check_context(built: Built, samples: Sequence[Sample], *, is_first_rank: bool) -> None:
@@ -165,6 +184,7 @@ def describe(plan: Plan) -> dict[str, Any]:
     """The report of a dry run: sizes, lengths, counts and bytes, after rendering every sample."""
     order, config = plan.batches.order, plan.config
     rendered = [plan.batches.rendered(index) for index in range(len(plan.data.samples))]
+    plan.rendered.flush()
     lengths = sorted(len(sample.input_ids) for sample in rendered)
     return {
         "samples": len(rendered),

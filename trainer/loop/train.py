@@ -14,10 +14,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import cos, pi
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,38 +24,32 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
-from torch.nn import Parameter
 
 from featurestore.clips import Sample
 from featurestore.locate import check_room
-from mervcache.errors import NonFiniteError, UserError
-from trainer.config import OptimizerConfig, TrainConfig
+from mervcache.errors import MervCacheError, NonFiniteError, UserError
+from trainer.config import TrainConfig
 from trainer.data.batches import Step
 from trainer.data.prefetch import Prefetch
 from trainer.data.tokens import TokenSource
 from trainer.loop import distributed
 from trainer.loop.accumulate import Gradients, read_limit
+from trainer.loop.device import TrainingFlops
 from trainer.loop.distributed import any_rank, deterministic, make_accelerator, on_first_rank, prepare, raise_together
 from trainer.loop.interrupt import CheckpointTimer, stop_signals
 from trainer.loop.metrics import MetricsWriter, finite_or_none
 from trainer.loop.nonfinite import SkippedSteps, Trace
+from trainer.loop.optimizer import build_optimizer, current_rates, set_rates
 from trainer.loop.plan import Plan, Validation, fit_standardisation, make_plan
-from trainer.model.llm import LoadedLLM, is_adapter
+from trainer.model.llm import LoadedLLM
 from trainer.model.video_llm import VideoLLM
 from trainer.runs import checkpoint
-from trainer.runs.checkpoint import CheckpointState, checkpoint_to_resume, full_tensor, gather_full, write_folder
+from trainer.runs.checkpoint import CheckpointState, checkpoint_to_resume, full_tensor, write_folder
 from trainer.runs.disk import disk_faults, remove_leftovers
 from trainer.runs.integrity import RunFiles
 from trainer.runs.lock import run_lock
 from trainer.runs.run_record import METRICS_FILE, read_metrics
-
-LR_SETTINGS = {  # module of VideoLLM -> the setting of its learning rate
-    "projectors": "projector_lr",
-    "fusion": "fusion_lr",
-    "llm": "llm_lr",
-    "trained_encoders": "encoder_lr",
-}
-ADAPTER_LR = "lora_lr"  # of the adapters inside the LLM
+from trainer.runs.saver import BackgroundSaver, staged
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +134,10 @@ def train(
             rank=accelerator.process_index,
             device=distributed.device_of(accelerator, config),
             limit=read_limit(out, config),
+            # FSDP takes its shards from the host's memory.
+            llm_device=None if accelerator.is_fsdp2 else accelerator.device,
         )
+        held.callback(plan.rendered.flush)
         digests = set(gather_object([plan.data.digest]))  # each process opened the store by itself
         if len(digests) > 1:
             raise UserError(
@@ -200,11 +196,17 @@ class _Loop:
         self.plan, self.source, self.accelerator, self.out = plan, source, accelerator, out
         self.config, self.validation, self.files = plan.config, validation, files
         self.model: VideoLLM = plan.built.model
-        self.is_deferred = distributed.decides_on_device(accelerator)
-        self.optimizer = build_optimizer(self.model, self.config.optimizer, fused=self.is_deferred)
+        # 8-bit AdamW has no flag on the device by which it skips an update.
+        self.is_deferred = self.config.optimizer.name == "adamw" and distributed.decides_on_device(accelerator)
+        is_fused = self.is_deferred or accelerator.device.type == "cuda"
+        self.optimizer = build_optimizer(
+            self.model, self.config.optimizer, fused=is_fused, is_sharded=accelerator.is_fsdp2
+        )
         self.names: dict[int, str] = {}  # id(parameter) -> name, once the model is on device and ranks
         self.gradients = Gradients(plan, accelerator, None if out == Path() else out, self._read)
         self.timer = CheckpointTimer(self.config.checkpoint_minutes)
+        self.saver = BackgroundSaver()
+        self.group: Any = None  # of the ranks' threads that write sharded checkpoints
         self.best: tuple[float, float] | None = None  # goodness of the best validation so far
         self.skips = SkippedSteps(self.config.max_skipped_in_row)
         self.trace: Trace | None = None  # of a step that is the last chance
@@ -221,6 +223,7 @@ class _Loop:
         if folder is not None and state is not None:
             checkpoint.load_optimizer(folder, self.optimizer, self.names, start - state.skipped)
             self.best, self.skips.total = checkpoint.best_goodness(self.out), state.skipped
+        self.group = distributed.side_group() if accelerator.is_fsdp2 else None
         distributed.start_trackers(accelerator, config, self.out, start)
         stop = min(num_steps, stop_at if stop_at is not None else num_steps)
         steps = Prefetch(self._read, start, stop, depth=config.prefetch_batches)
@@ -233,9 +236,12 @@ class _Loop:
             is_first_rank=accelerator.is_main_process,
             quiet=quiet,
             log=lambda row: distributed.log(accelerator, row),
+            device=accelerator.device,
+            flops=TrainingFlops.of(self.model),
+            num_ranks=accelerator.num_processes,
         )
         done, saved = start, start
-        with steps, metrics, stop_signals() as self.is_stop_requested:
+        with self.saver, steps, metrics, stop_signals() as self.is_stop_requested:
             for number, step in enumerate(steps, start=start):
                 if step.limit != self.plan.batches.limit:  # made before memory ran out
                     step = self._read(number)
@@ -268,6 +274,7 @@ class _Loop:
                     saved = done
                 if is_last:
                     break
+            self._finish_save()
         distributed.stop_trackers(accelerator)
         return TrainResult.of_run(self.out, steps=done, num_steps=num_steps, data_digest=self.plan.data.digest)
 
@@ -296,6 +303,7 @@ class _Loop:
         if saved < first:
             self.skips.total -= self.skips.in_a_row
             self._save(first, {})
+        self._finish_save()
         distributed.stop_trackers(self.accelerator)
         raise NonFiniteError(
             f"steps {first} to {done - 1} of {self.out}, {self.skips.in_a_row} in a row, changed nothing: their loss or"
@@ -381,76 +389,43 @@ class _Loop:
         return checkpoint.is_ranked(validated) and (self.best is None or checkpoint.goodness(validated) > self.best)
 
     def _save(self, done: int, validated: Mapping[str, float]) -> None:
-        """A checkpoint of full tensors: every rank contributes its shards, the first one writes."""
+        """Copy what a checkpoint holds and have it written: under FSDP by every rank its shards, else by the first."""
+        self._finish_save()
         is_writer = self.accelerator.is_main_process
         weights = checkpoint.model_weights(self.model, with_llm=self.plan.built.saves_llm)
         moments = checkpoint.optimizer_tensors(self.optimizer, self.names)
-        weights, moments = gather_full(weights, keep=is_writer), gather_full(moments, keep=is_writer)
-        on_first_rank(
-            self.accelerator,
-            lambda: checkpoint.save(
-                self.out,
-                step=done,
-                weights=weights,
-                optimizer=moments,
-                data_digest=self.plan.data.digest,
-                identities={encoder: shape.identity for encoder, shape in self.plan.record.shapes.items()},
-                keep=self.config.keep_checkpoints,
-                validation=validated,
-                skipped=self.skips.total,
-                files=self.files,
-            ),
-        )
+        if self.group is not None:
+            self._raise_together(lambda: checkpoint.check_finite(done, weights, moments))
+        if is_writer or self.group is not None:
+            self.saver.start(
+                partial(
+                    checkpoint.save,
+                    self.out,
+                    step=done,
+                    weights=staged(weights),
+                    optimizer=staged(moments),
+                    data_digest=self.plan.data.digest,
+                    identities={encoder: shape.identity for encoder, shape in self.plan.record.shapes.items()},
+                    keep=self.config.keep_checkpoints,
+                    validation=validated,
+                    skipped=self.skips.total,
+                    files=self.files,
+                    group=self.group,
+                    is_writer=is_writer,
+                )
+            )
         if self._is_best(validated):
             self.best = checkpoint.goodness(validated)
         self.timer.reset()
-        self.accelerator.wait_for_everyone()
 
+    def _finish_save(self) -> None:
+        """Wait until the checkpoint that is being written has its name; where it failed, every rank does."""
+        self._raise_together(self.saver.wait)
 
-def build_optimizer(model: VideoLLM, config: OptimizerConfig, *, fused: bool = False) -> torch.optim.AdamW:
-    """AdamW with a group per part and decay; tensors with fewer than two axes never decay.
-
-    `fused`: one kernel, which skips an update where `found_inf` is set on the device. `set_rates` sets the
-    learning rates before each step. Raises UserError where nothing is trained.
-    """
-    members: dict[tuple[str, bool], list[Parameter]] = defaultdict(list)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            part = name.partition(".")[0]
-            setting = ADAPTER_LR if part == "llm" and is_adapter(name) else LR_SETTINGS[part]
-            members[setting, parameter.ndim > 1 and not name.endswith(".bias")].append(parameter)
-    groups = [
-        {
-            "params": parameters,
-            "weight_decay": config.weight_decay if decays else 0.0,
-            "rate": setting,
-            "peak": getattr(config, setting),
-            "lr": 0.0,
-        }
-        for (setting, decays), parameters in members.items()
-    ]
-    if not groups:
-        raise UserError("nothing is trained: the fusion and the projectors have no parameters and the LLM is frozen")
-    return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=fused or None)
-
-
-def set_rates(optimizer: torch.optim.Optimizer, step: int, num_steps: int, config: OptimizerConfig) -> None:
-    """Set every group's learning rate for step 0, 1, ..."""
-    factor = rate_factor(step, num_steps, int(config.warmup_ratio * num_steps))
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * factor
-
-
-def current_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Setting -> current learning rate, of what is trained."""
-    return {group["rate"]: group["lr"] for group in optimizer.param_groups}
-
-
-def rate_factor(step: int, num_steps: int, num_warmup: int) -> float:
-    """Share of the peak rate: linear up over `num_warmup` steps, then half a cosine to zero.
-
-    As `get_cosine_schedule_with_warmup` of transformers, but warming up from the first step, which has rate 0 there.
-    """
-    if step < num_warmup:
-        return (step + 1) / num_warmup
-    return 0.5 * (1 + cos(pi * (step - num_warmup) / max(1, num_steps - num_warmup)))
+    def _raise_together(self, action: Callable[[], None]) -> None:
+        failure = None
+        try:
+            action()
+        except MervCacheError as error:
+            failure = error
+        raise_together(self.accelerator, failure)

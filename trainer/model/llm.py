@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mervcache.errors import UserError, unknown_name
-from trainer.config import CHECKPOINTING_PARAMETERS, LoraConfig, TrainConfig
+from trainer.config import CHECKPOINTING_PARAMETERS, Attention, LoraConfig, TrainConfig
 from trainer.data.prompts import beyond_embeddings
 
 FRESH_PREFIX = "fresh:"
@@ -67,19 +67,28 @@ class LoadedLLM:
 
 
 def load_llm(
-    name: str, *, texts: Iterable[str] = (), dtype: torch.dtype = torch.float32, quant: str | None = None
+    name: str,
+    *,
+    texts: Iterable[str] = (),
+    dtype: torch.dtype = torch.float32,
+    quant: str | None = None,
+    attention: Attention | None = None,
+    device: torch.device | None = None,
 ) -> LoadedLLM:
     """Load a Hub id, a local folder or `fresh:NAME`, its weights as `dtype` or quantised.
 
-    `texts` is what a fresh tokenizer learns its words from; fresh weights are fp32 and follow torch's seed. Raises
-    UserError for an LLM that cannot be loaded.
+    `texts` is what a fresh tokenizer learns its words from; fresh weights are fp32, follow torch's seed and are on the
+    CPU. Others are read straight onto `device`, without a copy in the host's memory. Raises UserError for an LLM that
+    cannot be loaded.
     """
     if name.startswith(FRESH_PREFIX):
-        return _fresh_llm(name.removeprefix(FRESH_PREFIX), texts)
+        return _fresh_llm(name.removeprefix(FRESH_PREFIX), texts, attention)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = hub_options(name)
     options = quantised_loading(quant) if quant is not None else {}
+    if quant is None and device is not None and device.type != "cpu":
+        options = {"device_map": {"": device}}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
         model = AutoModelForCausalLM.from_pretrained(
@@ -88,13 +97,21 @@ def load_llm(
             use_safetensors=True,
             adapter_kwargs=where,
             trust_remote_code=False,
+            attn_implementation=attention,
             **options,
             **where,
         )
+    except ImportError as error:  # a kernel of `attention` that is not installed
+        raise UserError(no_attention(attention, error)) from error
     except (OSError, ValueError) as error:
         raise UserError(_no_llm(name, reason_not_loaded(error))) from error
     check_vocabulary(name, tokenizer, model)
     return LoadedLLM(model=model, tokenizer=tokenizer, is_fresh=False)
+
+
+def no_attention(attention: str | None, error: Exception) -> str:
+    """That an implementation of attention is not there."""
+    return f"attn_implementation {attention}: {str(error).strip().splitlines()[0]}; install it, or leave it out"
 
 
 def reason_not_loaded(error: Exception) -> str:
@@ -130,7 +147,7 @@ def check_vocabulary(name: str, tokenizer: Any, model: nn.Module) -> None:
         raise UserError(f"LLM {name!r}: {beyond_embeddings(beyond, len(tokenizer), rows)}")
 
 
-def _fresh_llm(size: str, texts: Iterable[str]) -> LoadedLLM:
+def _fresh_llm(size: str, texts: Iterable[str], attention: Attention | None) -> LoadedLLM:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     if size not in FRESH_LLMS:
@@ -147,8 +164,13 @@ def _fresh_llm(size: str, texts: Iterable[str]) -> LoadedLLM:
         eos_token_id=2,
         pad_token_id=2,
         tie_word_embeddings=False,
+        attn_implementation=attention,
     )
-    return LoadedLLM(model=LlamaForCausalLM(config), tokenizer=tokenizer, is_fresh=True)
+    try:
+        model = LlamaForCausalLM(config)
+    except ImportError as error:
+        raise UserError(no_attention(attention, error)) from error
+    return LoadedLLM(model=model, tokenizer=tokenizer, is_fresh=True)
 
 
 def word_tokenizer(texts: Iterable[str]) -> Any:
@@ -221,16 +243,20 @@ def holds_shape(folder: Path) -> bool:
     return (folder / "config.json").is_file()
 
 
-def load_saved_shape(folder: Path, dtype: torch.dtype = torch.float32) -> LoadedLLM:
+def load_saved_shape(folder: Path, dtype: torch.dtype = torch.float32, attention: Attention | None = None) -> LoadedLLM:
     """Tokenizer and sizes of an LLM whose weights only a run has; they come from its checkpoint."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         sizes = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_config(sizes, dtype=dtype, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(
+            sizes, dtype=dtype, trust_remote_code=False, attn_implementation=attention
+        )
         if (folder / GENERATION_FILE).is_file():
             model.generation_config.eos_token_id = GenerationConfig.from_pretrained(folder).eos_token_id
+    except ImportError as error:
+        raise UserError(no_attention(attention, error)) from error
     except (OSError, ValueError) as error:
         raise UserError(
             f"the LLM's sizes and tokenizer in {folder} cannot be read: {reason_not_loaded(error)}"

@@ -3,7 +3,8 @@
 Visual tokens are inserted where the batch says (after a lone BOS, else first), carry no label and take positions
 0..S-1, as in arXiv 2501.01426. Samples without a clip have no visual tokens at all, not masked ones.
 
-B samples, C distinct clips, N visual tokens, M LLM width, L text length, S sequence length, V vocabulary.
+B samples, C distinct clips, N visual tokens, M LLM width, L text length, S sequence length, V vocabulary, K supervised
+tokens of a batch.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import chain
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
 from featurestore.clips import Sample
 from mervcache.errors import UserError
@@ -29,7 +32,11 @@ from trainer.data.prompts import IGNORE_INDEX, PROMPTS, Renderer, without_placeh
 from trainer.data.tokens import TokenShape
 from trainer.model.fusion import Fusion, build_fusion
 from trainer.model.llm import FRESH_PREFIX, LoadedLLM, adapt, end_ids, load_llm, num_embeddings
+from trainer.model.padding import Padding, decoder_of, has_plain_head, settle_padding
 from trainer.model.projectors import Projector, build_projectors
+
+LOGIT_BYTES = 2**28  # fp32 logits at once; the output layer of more tokens is computed again in the backward pass
+MASK_KEPT = Padding(keeps_mask=True, reason="it was not measured")
 
 
 class VideoLLM(nn.Module):
@@ -52,6 +59,25 @@ class VideoLLM(nn.Module):
         self.trained_names: tuple[str, ...] = ()
         self.trained_encoders = nn.ModuleList()  # end to end only, see `join`
         self.keeps_logits = "logits_to_keep" in inspect.signature(llm.forward).parameters
+        self.padding = MASK_KEPT
+        self.has_plain_head = False  # see `settle`
+        self.fuses_loss = False  # see `fuse_loss`
+
+    def settle(self, longest: int) -> None:
+        """Measure how the LLM reads padding of sequences up to `longest`, and whether its output layer stands alone."""
+        self.padding = settle_padding(self.llm, longest)
+        self.has_plain_head = has_plain_head(self.llm)
+
+    def fuse_loss(self) -> None:
+        """Have Liger's kernel (arXiv 2410.10989) compute output layer and loss in one, without logits in memory.
+
+        UserError where it is not installed, or the LLM's logits are not those of a linear layer.
+        """
+        if find_spec("liger_kernel") is None:
+            raise UserError("fused_loss needs liger-kernel: pip install liger-kernel, or leave it out")
+        if not self.has_plain_head or type(self.llm.get_output_embeddings()) is not nn.Linear:
+            raise UserError(f"fused_loss: the logits of {type(self.llm).__name__} are not a linear layer; leave it out")
+        self.fuses_loss = True
 
     def join(self, encoders: Mapping[str, nn.Module]) -> None:
         """Train these encoders with the rest: batches hold their frames, and `encode` makes tokens of them."""
@@ -109,11 +135,33 @@ class VideoLLM(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Cross-entropy summed over the supervised tokens of the batch."""
-        return self.token_losses(batch).sum()
+        if not self.fuses_loss:
+            return self.token_losses(batch).sum()
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        head = self.llm.get_output_embeddings()
+        hidden_KM, labels_K = self._supervised(batch)
+        return liger_fused_linear_cross_entropy(hidden_KM, head.weight, labels_K, head.bias, reduction="sum")
 
     def token_losses(self, batch: Batch) -> Tensor:
         """Cross-entropy by sample and position, float32 [B, S - first_label], zero where nothing is supervised."""
-        return _cross_entropy(*self._predictions(batch))
+        if not self.has_plain_head:
+            return _cross_entropy(*self._predictions(batch))
+        hidden_KM, labels_K = self._supervised(batch)
+        losses_K = _head_losses(self.llm.get_output_embeddings(), hidden_KM, labels_K)
+        losses_BS = losses_K.new_zeros(batch.labels_BS.numel()).index_copy(0, batch.supervised_K, losses_K)
+        return losses_BS.view(batch.labels_BS.shape)[:, max(batch.first_label, 1) :]
+
+    def _supervised(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """hidden_KM that predict supervised tokens, and labels_K."""
+        hidden_BSM = decoder_of(self.llm)(
+            inputs_embeds=self.splice(batch), attention_mask=self._mask(batch), use_cache=False
+        ).last_hidden_state
+        hidden_KM = hidden_BSM.flatten(0, 1).index_select(0, batch.supervised_K - 1)  # p is predicted at p - 1
+        return hidden_KM, batch.labels_BS.flatten()[batch.supervised_K]
+
+    def _mask(self, batch: Batch) -> Tensor | None:
+        return batch.attention_mask_BS if self.padding.keeps_mask else None
 
     def _predictions(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """logits_BPV and labels_BP, P positions from the first label of the batch on."""
@@ -123,9 +171,7 @@ class VideoLLM(nn.Module):
         # the CPU in bf16 (SmolLM2-135M, 8 samples of 28 tokens: a forward took 4.5 CPU seconds, and takes 0.5).
         places_P = torch.arange(first - 1, embeddings_BSM.shape[1] - 1, device=embeddings_BSM.device)
         options = {"logits_to_keep": places_P} if self.keeps_logits else {}
-        output = self.llm(
-            inputs_embeds=embeddings_BSM, attention_mask=batch.attention_mask_BS, use_cache=False, **options
-        )
+        output = self.llm(inputs_embeds=embeddings_BSM, attention_mask=self._mask(batch), use_cache=False, **options)
         logits_BPV = output.logits if self.keeps_logits else output.logits[:, places_P]
         return logits_BPV, batch.labels_BS[:, first:]
 
@@ -198,6 +244,23 @@ def _cross_entropy(logits_BPV: Tensor, labels_BP: Tensor) -> Tensor:
     return losses.view(labels_BP.shape)
 
 
+def _head_losses(head: nn.Module, hidden_KM: Tensor, labels_K: Tensor) -> Tensor:
+    """Cross-entropy of the output layer's predictions, float32 [K], a chunk of rows at a time.
+
+    Of more than one chunk none keeps its logits: they are computed again in the backward pass.
+    """
+    width = getattr(head, "out_features", None) or head.weight.shape[0]
+    rows = max(1, LOGIT_BYTES // (4 * width))
+    if len(labels_K) <= rows:
+        return _row_losses(head, hidden_KM, labels_K)
+    chunks = zip(hidden_KM.split(rows), labels_K.split(rows), strict=True)
+    return torch.cat([checkpoint(_row_losses, head, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+def _row_losses(head: nn.Module, hidden_KM: Tensor, labels_K: Tensor) -> Tensor:
+    return F.cross_entropy(head(hidden_KM).float(), labels_K, reduction="none")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Built:
     """A model ready to train or to use."""
@@ -253,6 +316,9 @@ def build(config: TrainConfig, shapes: Mapping[str, TokenShape], llm: LoadedLLM)
         num_embeddings=num_embeddings(llm.model),
         max_tokens=_text_limit(config, model),
     )
+    model.settle(renderer.max_tokens + model.num_visual_tokens)
+    if config.fused_loss:
+        model.fuse_loss()
     return Built(model=model, llm=llm, renderer=renderer, config=config)
 
 
@@ -272,11 +338,23 @@ def _text_limit(config: TrainConfig, model: VideoLLM) -> int:
     return max(1, min(config.max_text_tokens, left))
 
 
-def new_llm(config: TrainConfig, samples: Iterable[Sample], words: Iterable[str] = ()) -> LoadedLLM:
-    """The LLM a run starts from; a fresh one knows the words of the samples, and `words`."""
+def new_llm(
+    config: TrainConfig, samples: Iterable[Sample], words: Iterable[str] = (), device: torch.device | None = None
+) -> LoadedLLM:
+    """The LLM a run starts from; a fresh one knows the words of the samples, and `words`.
+
+    One that is not trained itself is read straight onto `device`.
+    """
     torch.manual_seed(derive_seed("llm", config.seed))
     texts = chain(texts_of(config, samples), words) if config.llm.startswith(FRESH_PREFIX) else ()
-    return load_llm(config.llm, texts=texts, dtype=llm_dtype(config), quant=config.llm_quant)
+    return load_llm(
+        config.llm,
+        texts=texts,
+        dtype=llm_dtype(config),
+        quant=config.llm_quant,
+        attention=config.attn_implementation,
+        device=None if config.train_llm == "full" else device,
+    )
 
 
 def llm_dtype(config: TrainConfig) -> torch.dtype:

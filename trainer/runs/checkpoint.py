@@ -2,12 +2,14 @@
 
     RUN/checkpoints/step-00000400/
         model.safetensors       trained weights and measured constants; all of the LLM where its weights are fresh
-        optimizer.safetensors   AdamW's two moments and its number of updates, by parameter name
+        optimizer.safetensors   AdamW's two moments and its number of updates, by parameter name; 8-bit moments as
+                                bitsandbytes keeps them
         state.json              step, skipped steps, data digest, encoder identities, validation, sha256 of the two
                                 files and of the run's other files, and of itself
 
 Nothing else is state: order and random numbers are functions of the seed and the step, the learning rate of the step.
-Tensors are full, so one process or any number of ranks can read them. Weights that are not finite are not saved.
+Tensors are full, so one process or any number of ranks can read them, also those that FSDP had sharded. Weights that
+are not finite are not saved.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import inf, isfinite
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,6 +38,7 @@ from trainer.model.video_llm import Built, VideoLLM
 from trainer.runs.disk import disk_faults
 from trainer.runs.integrity import RunFiles, fixed_settings, free_settings, seal, unseal
 from trainer.runs.run_record import LLM_FOLDER, RunRecord
+from trainer.runs.saver import write_shards
 from trainer.runs.weight_names import check_order, to_file_names, to_model_names
 
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -112,25 +117,34 @@ def save(
     validation: Mapping[str, float] | None = None,
     skipped: int = 0,
     files: RunFiles | None = None,
+    group: Any = None,
+    is_writer: bool = True,
 ) -> Path:
     """Write one checkpoint, then remove all but the newest `keep` and the best by validation.
 
-    `files` are the digests that `write_folder` gave; by default those of the files as they are. Raises NonFiniteError
-    for weights that are not finite and RunStoppedError where the disk is full; nothing of it is left then.
+    `files` are the digests that `write_folder` gave; by default those of the files as they are. Where tensors are
+    sharded every rank calls this, with a process group that nothing else uses meanwhile; `is_writer` is the one that
+    keeps the folder. Raises NonFiniteError for weights that are not finite (of sharded ones the caller has looked at
+    all, see `check_finite`) and RunStoppedError where the disk is full; nothing of it is left then.
     """
-    for kind, tensors in (("weights", weights), ("optimizer", optimizer)):
-        if names := nonfinite_names(tensors):
-            raise NonFiniteError(f"the {kind} of step {step} are not finite and are not saved: {_listed(names)}")
+    if group is None:
+        check_finite(step, weights, optimizer)
     folder = _checkpoints(run) / f"step-{step:08d}"
-    temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+    temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid() if group is None else 'ranks'}")
     encoders = list(identities)
     num_bytes = sum(value.nbytes for value in [*weights.values(), *optimizer.values()])
     try:
         with disk_faults(run, "a checkpoint", num_bytes=num_bytes):
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            save_file(to_file_names(_on_cpu(weights), encoders), temporary / MODEL_FILE)
-            save_file(to_file_names(_on_cpu(optimizer), encoders), temporary / OPTIMIZER_FILE)
+            if group is None:
+                shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True, exist_ok=group is not None)
+            for tensors, name in ((weights, MODEL_FILE), (optimizer, OPTIMIZER_FILE)):
+                if group is None:
+                    save_file(to_file_names(_on_cpu(tensors), encoders), temporary / name)
+                else:
+                    write_shards(to_file_names(tensors, encoders), temporary / name, group, is_writer=is_writer)
+            if not is_writer:
+                return folder
             apply_umask(temporary)
             state = CheckpointState(
                 step=step,
@@ -148,7 +162,8 @@ def save(
             temporary.rename(folder)
             _sync(folder.parent)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if is_writer:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
     for old in set(checkpoints(run)[:-keep]) - {best(run)}:
         shutil.rmtree(old)
@@ -265,6 +280,13 @@ def nonfinite_names(tensors: Mapping[str, Tensor]) -> list[str]:
     return [name for name, is_finite in zip(floating, flags.tolist(), strict=True) if not is_finite]
 
 
+def check_finite(step: int, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
+    """Raise NonFiniteError for values that no checkpoint may hold; of sharded tensors for those of this rank."""
+    for kind, tensors in (("weights", weights), ("optimizer", optimizer)):
+        if names := nonfinite_names(tensors):
+            raise NonFiniteError(f"the {kind} of step {step} are not finite and are not saved: {_listed(names)}")
+
+
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
@@ -298,9 +320,9 @@ def load_exactly(model: nn.Module, weights: Mapping[str, Tensor], expected: set[
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Tensor]:
     """AdamW's state as `NAME/exp_avg` and so on; `names` maps id(parameter) to its name."""
     return {
-        f"{names[id(parameter)]}/{moment}": state[moment]
+        f"{names[id(parameter)]}/{entry}": torch.as_tensor(value)
         for parameter, state in optimizer.state.items()
-        for moment in (*MOMENTS, STEP)
+        for entry, value in state.items()
     }
 
 
@@ -309,6 +331,9 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, names: Mappin
 
     `step`, of the run, is the number of updates where the checkpoint has no number for each parameter.
     """
+    if "fused" not in optimizer.defaults:
+        _load_8bit(folder, optimizer, names)
+        return
     moments = to_model_names(load_file(folder / OPTIMIZER_FILE), _recorded_encoders(folder))
     is_fused = bool(optimizer.defaults["fused"])
     for group in optimizer.param_groups:
@@ -321,17 +346,18 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, names: Mappin
                 optimizer.state[parameter] = {STEP: updates, **state}
 
 
-def gather_full(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """Full tensors from all ranks' shards, one at a time, on the CPU; none on ranks that say keep=False.
-
-    Every rank must call it with the same names in the same order.
-    """
-    gathered = {}
-    for name, value in tensors.items():
-        full = full_tensor(value.detach())
-        if keep:
-            gathered[name] = full.cpu()
-    return gathered
+def _load_8bit(folder: Path, optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> None:
+    """The same of bitsandbytes' AdamW, whose state has more entries, and others for small tensors."""
+    moments = to_model_names(load_file(folder / OPTIMIZER_FILE), _recorded_encoders(folder))
+    states: dict[str, dict[str, Any]] = defaultdict(dict)
+    for path, value in moments.items():
+        name, _, entry = path.rpartition("/")
+        states[name][entry] = value
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if state := states.get(names[id(parameter)]):
+                placed = {entry: value.to(parameter.device) for entry, value in state.items() if entry != STEP}
+                optimizer.state[parameter] = {STEP: int(state[STEP]), **placed}
 
 
 def full_tensor(value: Tensor) -> Tensor:
@@ -345,13 +371,16 @@ def local(value: Tensor) -> Tensor:
 
 
 def placed_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A full tensor on the device of `parameter`, sharded as it is; every rank passes the same value."""
+    """A full tensor on the device of `parameter`, sharded as it is; every rank passes the same value.
+
+    Each takes its shard of its own copy, so nothing is sent.
+    """
     value = value.to(parameter.device)
     if not hasattr(parameter, "device_mesh"):
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def _recorded_encoders(folder: Path) -> tuple[str, ...]:

@@ -69,12 +69,16 @@ def read_origin(init: str) -> Origin:
 
 
 def starting_llm(
-    origin: Origin, config: TrainConfig, samples: Iterable[Sample], words: Iterable[str] = ()
+    origin: Origin,
+    config: TrainConfig,
+    samples: Iterable[Sample],
+    words: Iterable[str] = (),
+    device: torch.device | None = None,
 ) -> LoadedLLM:
     """The new run's LLM, with the weights that the origin's checkpoint holds where it is the same LLM."""
     if not _is_same_llm(origin, config):
-        return new_llm(config, samples, words)
-    llm = resumed_llm(config, origin.run)
+        return new_llm(config, samples, words, device)
+    llm = resumed_llm(config, origin.run, device)
     weights = {
         name.removeprefix(LLM_PREFIX).replace(BASE, "."): value
         for name, value in origin.weights.items()

@@ -24,6 +24,7 @@ WEIGHTS = (".safetensors",)
 FREE_ON_RESUME = {
     "activation_checkpointing",
     "allow_fresh_frozen",
+    "attn_implementation",
     "checkpoint_every",
     "checkpoint_minutes",
     "deterministic",
@@ -31,6 +32,7 @@ FREE_ON_RESUME = {
     "eval_every",
     "eval_limit",
     "eval_split",
+    "fused_loss",
     "init_partial",
     "keep_checkpoints",
     "letters_template",

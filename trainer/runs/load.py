@@ -104,13 +104,18 @@ def load_export(folder: str | Path) -> LoadedRun:
     )
 
 
-def resumed_llm(config: TrainConfig, run: Path) -> LoadedLLM:
-    """The LLM of a run that has begun: without weights where the run's checkpoints hold all of them."""
+def resumed_llm(config: TrainConfig, run: Path, device: torch.device | None = None) -> LoadedLLM:
+    """The LLM of a run that has begun: without weights where the run's checkpoints hold all of them.
+
+    One that is not trained itself is read straight onto `device`.
+    """
     if holds_shape(run / LLM_FOLDER):
         if config.llm_quant is not None:
             raise UserError(f"llm_quant is for an LLM as it is published, and {run} holds one that was trained")
         try:
-            return load_saved_shape(run / LLM_FOLDER, llm_dtype(config))
+            return load_saved_shape(run / LLM_FOLDER, llm_dtype(config), config.attn_implementation)
+        except UserError:
+            raise
         except Exception as error:  # tokenizers raises bare ones, transformers many kinds
             raise StoreDamagedError(
                 f"{run / LLM_FOLDER} cannot be read ({str(error).splitlines()[0] or type(error).__name__}); put its"
@@ -118,7 +123,7 @@ def resumed_llm(config: TrainConfig, run: Path) -> LoadedLLM:
             ) from error
     if config.llm.startswith(FRESH_PREFIX):  # its words and sizes are nowhere else
         raise StoreDamagedError(f"{run / LLM_FOLDER} has no config.json; put its files back from a copy of the run")
-    return new_llm(config, ())
+    return new_llm(config, (), device=device)
 
 
 def read_weights(folder: Path) -> tuple[int, dict[str, Tensor]]:
@@ -172,7 +177,9 @@ def _read_parts(folder: Path, record: ExportRecord) -> dict[str, Tensor]:
 def _load_llm(folder: Path, record: ExportRecord, config: TrainConfig) -> LoadedLLM:
     if record.llm != "whole":
         return new_llm(config, ())
-    llm = load_llm(str(folder / LLM_FOLDER), dtype=getattr(torch, record.llm_dtype))
+    llm = load_llm(
+        str(folder / LLM_FOLDER), dtype=getattr(torch, record.llm_dtype), attention=config.attn_implementation
+    )
     return replace(llm, is_fresh=True)  # what it was before is not known here: to export it again is to copy it
 
 

@@ -64,6 +64,8 @@ class RunRecord:
     tokens: str = "from cache"  # or "end to end"
     live: Mapping[str, Any] | None = None  # of an end-to-end run: the extraction's settings, a resumed run reads them
     encoder_order: tuple[str, ...] = ()  # of `shapes`, which the fusion reads in this order
+    padding: Mapping[str, Any] = field(default_factory=dict)  # whether batches have an attention mask and why, and the
+    # length by which rescaled rotary positions are computed; empty: written before masks were left out
     wanted: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # encoder -> what an unbound import wants
 
     def write(self, run: Path) -> None:

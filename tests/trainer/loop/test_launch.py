@@ -12,7 +12,7 @@ from torch.distributed.launcher.api import LaunchConfig
 from featurestore import StoreWriter
 from mervcache.errors import UserError
 from trainer.cli import train_main
-from trainer.loop.launch import LAUNCH_FILES, launch_command, launch_environment, num_processes
+from trainer.loop.launch import LAUNCH_FILES, Machines, launch_command, launch_environment, num_processes
 
 pytestmark = pytest.mark.slow
 
@@ -67,6 +67,50 @@ def test_two_launched_processes_have_the_losses_of_one_and_one_of_them_prints(he
         assert [row[name] for row in together] == pytest.approx([row[name] for row in alone], rel=1e-4), name
     for name in ("val_loss", "val_accuracy"):
         assert together[-1][name] == pytest.approx(alone[-1][name], rel=1e-4), name
+
+
+def test_two_machines_of_one_process_have_the_losses_of_one(here, free_port):
+    """Both are this machine: each runs the command with its number, and the first one's address."""
+    merv_train(here, "--out", "alone")
+    program = str(Path(sys.executable).with_name("merv-train"))
+    command = [program, "--from-cache", "--recipe", "demo", "--config", "settings.yaml", "--out", "two"]
+    command += ["--launch", "ddp", "--processes", "1", "--machines", "2", "--main-machine", f"127.0.0.1:{free_port}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    machines = [
+        subprocess.Popen(
+            [*command, "--machine-rank", str(rank)], cwd=here, env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    errors = [machine.communicate(timeout=240)[1] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], errors
+    assert [row["loss"] for row in rows(here / "two")] == pytest.approx(
+        [row["loss"] for row in rows(here / "alone")], rel=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("machines", "reason"),
+    [
+        ({"count": 2}, "needs --main-machine HOST:PORT"),
+        ({"count": 2, "main": "node1"}, "needs --main-machine HOST:PORT"),
+        ({"count": 2, "main": "node1:0"}, "needs --main-machine HOST:PORT"),
+        ({"count": 2, "rank": 2, "main": "node1:4000"}, "counts from 0"),
+    ],
+)
+def test_machines_that_could_not_meet_are_refused(machines, reason):
+    with pytest.raises(UserError, match=reason):
+        Machines(**machines)
+
+
+def test_every_machine_starts_its_part_of_all_processes():
+    machines = Machines(count=4, rank=3, main="node1:4000")
+    command = launch_command("fsdp", 8, [], machines=machines)
+    given = dict(zip(command[4:14:2], command[5:15:2], strict=False))
+    assert given["--num_processes"] == "32"
+    assert (given["--num_machines"], given["--machine_rank"]) == ("4", "3")
+    assert command[command.index("--main_process_ip") + 1] == "node1"
+    assert command[command.index("--main_process_port") + 1] == "4000"
 
 
 def test_the_command_names_files_and_modules_so_that_it_works_anywhere():

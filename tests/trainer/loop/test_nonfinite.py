@@ -19,8 +19,9 @@ from mervcache.errors import EXIT_WITH_FAILURES, NonFiniteError
 from trainer.cli import train_main
 from trainer.data.order import derive_seed
 from trainer.data.tokens import MemoryTokens
+from trainer.loop.optimizer import build_optimizer
 from trainer.loop.plan import make_plan
-from trainer.loop.train import build_optimizer, train
+from trainer.loop.train import train
 from trainer.model.llm import load_llm
 from trainer.runs import checkpoint
 from trainer.runs.load import load_run

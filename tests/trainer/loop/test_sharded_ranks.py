@@ -32,6 +32,7 @@ from accelerate.utils import DistributedType
 from tests.trainer.loop.toy_runs import as_captions, toy_config, toy_questions, toy_tokens, two_stages
 
 import trainer.loop.train
+import trainer.model.video_llm
 from trainer.loop import distributed as ranks
 from trainer.loop.stages import train_stages
 
@@ -72,6 +73,7 @@ def go(out, changes, resume=False, stop_at=None, is_chain=False, odd=None):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     trainer.loop.train.make_accelerator, trainer.loop.train.prepare = sharding, weighing
+    trainer.model.video_llm.LOGIT_BYTES = 1  # a token at a time: its logits are computed again from sharded weights
     for options in json.loads(sys.argv[1]):
         go(**options)
     print(json.dumps(held))

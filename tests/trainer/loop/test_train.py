@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from mervcache.errors import StoreDamagedError, UserError
 from trainer.config import FUSIONS, FusionConfig, read_config
 from trainer.data.tokens import MemoryTokens
+from trainer.loop.optimizer import build_optimizer, rate_factor
 from trainer.loop.plan import describe, make_plan
-from trainer.loop.train import build_optimizer, rate_factor, train
+from trainer.loop.train import train
 from trainer.runs import checkpoint
 from trainer.runs.load import load_run
 from trainer.runs.run_record import METRICS_FILE, read_metrics

@@ -6,8 +6,9 @@ from safetensors.torch import load_file
 
 from mervcache.errors import UserError
 from trainer.config import LoraConfig, TrainConfig
+from trainer.loop.optimizer import build_optimizer, current_rates, set_rates
 from trainer.loop.plan import make_plan
-from trainer.loop.train import build_optimizer, current_rates, set_rates, train
+from trainer.loop.train import train
 from trainer.model.llm import add_adapters, checkpoint_layers, decoder_layers, load_llm, quantised_loading
 from trainer.runs import checkpoint
 from trainer.runs.load import load_run

@@ -4,15 +4,18 @@ import ast
 import json
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trainer
 from featurestore.clips import Turn
 from mervcache.errors import UserError
 from trainer.loop.plan import make_plan
+from trainer.loop.train import train
 from trainer.model.llm import load_llm, load_saved_shape, save_shape
 from trainer.runs.load import load_run
 
@@ -194,3 +197,25 @@ def test_the_end_tokens_of_a_generation_are_those_of_the_llm_also_where_only_its
     assert load_saved_shape(tmp_path / "shape").model.generation_config.eos_token_id == [2, 5]
     train(replace(config, llm=pretrained, max_steps=1), samples, tokens, tmp_path / "run", quiet=True)
     assert load_run(tmp_path / "run").built.renderer.end_ids == (2, 5)
+
+
+def test_the_implementation_of_attention_is_a_setting(config, samples, tokens, pretrained, tmp_path):
+    losses = {}
+    for name in ("eager", "sdpa"):
+        settings = replace(config, llm=pretrained, train_llm="lora", attn_implementation=name, max_steps=2)
+        built = make_plan(settings, samples, tokens).built
+        assert built.model.llm.config._attn_implementation == name
+        losses[name] = train(settings, samples, tokens, tmp_path / name, quiet=True).loss
+    assert losses["eager"] == pytest.approx(losses["sdpa"], rel=1e-5)
+
+
+@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash_attn is installed")
+@pytest.mark.parametrize("llm", ["fresh:mini", "pretrained"])
+def test_an_implementation_that_is_not_installed_is_named(llm, pretrained):
+    with pytest.raises(UserError, match=r"attn_implementation flash_attention_2: .*leave it out"):
+        load_llm(pretrained if llm == "pretrained" else llm, texts=["a"], attention="flash_attention_2")
+
+
+def test_weights_are_read_straight_onto_their_device(pretrained):
+    llm = load_llm(pretrained, device=torch.device("meta"))
+    assert {parameter.device.type for parameter in llm.model.parameters()} == {"meta"}

@@ -1,7 +1,14 @@
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from mervcache.errors import UserError
 from trainer.config import FusionConfig, ProjectorConfig
 from trainer.data.batches import collate
 from trainer.data.prompts import IGNORE_INDEX, Rendered
@@ -33,12 +40,16 @@ def gpt2():
     return GPT2LMHeadModel(GPT2Config(vocab_size=12, n_embd=16, n_layer=2, n_head=2, n_positions=64))
 
 
-@pytest.fixture(params=[llama, gpt2], ids=["llama", "gpt2"])
-def model(request):
+def model_of(make):
     torch.manual_seed(5)
     shape = TokenShape(grid=(1, 1, 2), width=4, is_pooled=True, identity="test")
     projectors = {"dinov2": Projector(ProjectorConfig(), shape, 16)}
-    return VideoLLM(request.param(), projectors, build_fusion(FusionConfig(), 1, 16)).eval()
+    return VideoLLM(make(), projectors, build_fusion(FusionConfig(), 1, 16)).eval()
+
+
+@pytest.fixture(params=[llama, gpt2], ids=["llama", "gpt2"])
+def model(request):
+    return model_of(request.param)
 
 
 def batch_of(rendered, rows):
@@ -68,6 +79,72 @@ def test_the_output_layer_reads_only_the_places_that_predict_a_label_in_one_piec
     assert batch.first_label == 3  # behind two visual tokens and one of text
     assert [tuple(hidden_BPM.shape) for hidden_BPM in read] == [(2, 7 - 3, 16)]
     assert read[0].is_contiguous()  # or torch copies the output layer once per sample
+
+
+@pytest.mark.parametrize("rows", [None, 1, 2])
+def test_a_settled_model_runs_its_output_layer_at_supervised_places_alone(model, monkeypatch, rows):
+    if rows is not None:  # several chunks, which are computed again in the backward pass
+        monkeypatch.setattr("trainer.model.video_llm.LOGIT_BYTES", rows * 12 * 4)
+    batch, read = batch_of([FIRST, SECOND, FIRST], [1, 0, -1]), []
+    wanted = model.token_losses(batch)
+    wanted.sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    model.settle(longest=20)
+    assert model.has_plain_head
+    model.llm.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: read.append(len(inputs[0])))
+    found = model.token_losses(batch)
+    assert sum(read) == 6  # labels of the three samples
+    assert max(read) == (rows or 6)
+    found.sum().backward()
+    torch.testing.assert_close(found, wanted)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, gradients[name], msg=name)
+
+
+def test_a_settled_model_takes_a_batch_without_labels(model):
+    model.settle(longest=20)
+    unsupervised = Rendered(input_ids=(1, 5), labels=(X, X), visual_at=1)
+    loss = model(batch_of([unsupervised, unsupervised], [0, 1]))
+    loss.backward()
+    assert loss.item() == 0.0
+
+
+FUSED = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from tests.trainer.model.test_video_llm import FIRST, SECOND, batch_of, llama, model_of
+
+model, batch = model_of(llama), batch_of([FIRST, SECOND, FIRST], [1, 0, -1])
+model.settle(longest=20)
+wanted = model(batch) / 6
+wanted.backward()
+gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+model.zero_grad()
+model.fuse_loss()
+found = model(batch) / 6
+found.backward()
+torch.testing.assert_close(found, wanted)
+for name, parameter in model.named_parameters():
+    if parameter.grad is not None:
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6, msg=name)
+"""
+
+
+@pytest.mark.skipif(find_spec("liger_kernel") is None, reason="liger-kernel is not installed")
+def test_the_fused_loss_is_the_loss():
+    """Triton interprets the kernel on the CPU."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", FUSED, str(Path(__file__).resolve().parents[3])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_fused_loss_that_cannot_be_had_is_refused(model):
+    with pytest.raises(UserError, match="liger-kernel" if find_spec("liger_kernel") is None else "not a linear layer"):
+        model.fuse_loss()
 
 
 def test_visual_tokens_stand_behind_the_bos_or_first(model):
