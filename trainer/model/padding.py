@@ -143,11 +143,14 @@ def decoder_of(llm: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def evaluating(llm: nn.Module) -> Iterator[Any]:
-    """Evaluation mode, without dropout; every module gets its own mode back."""
+    """Evaluation mode, without dropout, and products as in training; every module gets its own mode back."""
     modes = {module: module.training for module in llm.modules()}
+    table = llm.get_input_embeddings().weight
+    is_half = table.dtype in (torch.bfloat16, torch.float16)  # adapters in it are fp32, which autocast casts
     llm.eval()
     try:
-        yield
+        with torch.autocast(table.device.type, dtype=table.dtype if is_half else None, enabled=is_half):
+            yield
     finally:
         for module, mode in modes.items():
             module.training = mode

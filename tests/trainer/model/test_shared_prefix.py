@@ -48,13 +48,14 @@ def test_scores_are_those_of_whole_sequences(brief, asked, tokens, shown):
 
 
 def test_a_prompt_is_read_once_for_all_of_its_options(brief, asked, tokens, monkeypatch):
-    read, forward = [], brief.built.model.llm.forward
+    decoder = brief.built.model.llm.model
+    read, forward = [], decoder.forward
 
     def counted(*arguments, inputs_embeds, **options):
         read.append(inputs_embeds.shape[:2].numel())
         return forward(*arguments, inputs_embeds=inputs_embeds, **options)
 
-    monkeypatch.setattr(brief.built.model.llm, "forward", counted)
+    monkeypatch.setattr(decoder, "forward", counted)
     list(answer_all(brief.built, asked[:1], tokens))
     once = sum(read)
     read.clear()
