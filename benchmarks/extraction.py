@@ -34,7 +34,7 @@ from pipeline.extract import extract
 from pipeline.views import View, distinct_views
 
 if TYPE_CHECKING:
-    from pipeline.worker.engine import TokenEncoder
+    from pipeline.worker.encode import TokenEncoder
 
 CORES = len(os.sched_getaffinity(0))
 

@@ -37,7 +37,9 @@ from pipeline.decode.sampling import Decoded
 from pipeline.extract import check_place
 from pipeline.media import Root
 from pipeline.run_encoders import LoadingLog
-from pipeline.worker.engine import Engine, TokenEncoder, decode_job, encode_batch, reporting_engine
+from pipeline.worker.admission import run_alone
+from pipeline.worker.encode import TokenEncoder, encode_batch
+from pipeline.worker.engine import Engine, decode_job, reporting_engine
 from pipeline.worker.reports import EncoderProbe, Probe, ProbeRecord
 
 if TYPE_CHECKING:
@@ -153,13 +155,16 @@ def probe_workers(
     """
     parts = [{kind: clips[n::workers] for kind, clips in chosen.items()} for n in range(workers)]
     tasks = [
-        Task(key=f"probe-{n}-{uuid.uuid4().hex}", arguments=(config.engine_settings, root, part, config.batch))
+        Task(
+            key=f"probe-{n}-{uuid.uuid4().hex}",
+            arguments=(probe_clips, config.engine_settings, root, part, config.batch),
+        )
         for n, part in enumerate(parts)
         if n == 0 or any(part.values())
     ]
     probes, clips = [], {}
     wait_s, listener = config.cluster_request.worker_wait_s, LoadingLog().listener
-    for outcome in run_tasks(client, probe_clips, tasks, attempts=1, worker_wait_s=wait_s, listener=listener):
+    for outcome in run_tasks(client, run_alone, tasks, attempts=1, worker_wait_s=wait_s, listener=listener):
         if outcome.error is not None:
             raise outcome.error
         for kind, records in outcome.result.clips.items():

@@ -12,7 +12,8 @@ from typing import Any
 
 from featurestore.identity import FeatureIdentity
 
-DECODING = "decode (in its processes)"  # a stage that runs in parallel with the others
+DECODING, COMPRESSING, COMMITTING = "decode (in its processes)", "compress (in its threads)", "commit"
+PARALLEL_STAGES = (DECODING, COMPRESSING, COMMITTING)  # beside the encoders; the other stages add up to "total"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +27,13 @@ class EncoderDescription:
     batch: Mapping[str, int] = field(default_factory=dict)  # kind -> clips per forward that its device holds
     load_s: float = 0.0
     fingerprint: str | None = None  # of the files that it was loaded from
+    compiled: bool = False  # by torch.compile, which changes the last bits
 
     @property
     def journal_entry(self) -> dict[str, str | int]:
         """The encoder in a run's record: the group of its tokens, and what they were made on."""
-        return {"group": self.identity.group_name, "device": self.device, "threads": self.threads}
+        entry = {"group": self.identity.group_name, "device": self.device, "threads": self.threads}
+        return entry | ({"compiled": True} if self.compiled else {})
 
 
 @dataclass(frozen=True, kw_only=True)
