@@ -213,6 +213,14 @@ def forecast(result) -> None:
             f"{result.decode_s:.3f} s per clip, runs in parallel and counts where it is slower; "
             f"{format_duration(result.startup_s)} of the whole is a worker's start."
         )
+    if balance := result.balance:
+        kind = "GPU" if result.device.startswith("cuda") else "worker"
+        cores = plural(balance.cores_wanted, "core")
+        bound = "bound by decoding: the encoders wait for frames" if balance.decode_bound else "not bound by decoding"
+        out.print(
+            f"{bound}; a {kind} here has {balance.decoders} for decoding, and wants {cores} to decode and compress at "
+            "the encoders' pace"
+        )
     counted("listed but absent", "media", result.missing)
     counted("refused at listing", "records", result.rejected)
     counted("not read", "count", result.skipped)

@@ -52,6 +52,11 @@ class BlocksInFlight:
         with self._entered(lambda: not self._bytes, None, 0):
             yield
 
+    @property
+    def has_waiting(self) -> bool:
+        """Whether a thread waits for admission."""
+        return self._first_in_line.locked()
+
     @contextmanager
     def _entered(self, fits: Callable[[], bool], key: str | None, num_bytes: int) -> Iterator[None]:
         with self._first_in_line, self._changed:

@@ -12,7 +12,8 @@ from typing import Any
 
 from featurestore.identity import FeatureIdentity
 
-DECODING, COMPRESSING, COMMITTING = "decode (in its processes)", "compress (in its threads)", "commit"
+DECODING = "decode (in its processes)"
+COMPRESSING, COMMITTING = "compress (in its threads)", "commit (in its thread)"  # "commit" was a part of "total" once
 PARALLEL_STAGES = (DECODING, COMPRESSING, COMMITTING)  # beside the encoders; the other stages add up to "total"
 
 
@@ -83,6 +84,7 @@ class EncoderProbe:
 
     seconds: float  # per clip of a full batch
     stored_bytes: float  # the mean over the clips that were encoded together
+    write_s: float = 0.0  # core seconds per clip, to compress its tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +95,7 @@ class ProbeRecord:
     wall_s: float  # on a worker that decodes while it encodes
     encoders: Mapping[str, EncoderProbe]
     worker: int = 0  # which of the probed workers it was
+    decoders: int = 1  # decode processes of that worker
 
 
 @dataclass(frozen=True, kw_only=True)
