@@ -423,7 +423,7 @@ def _settings_of_this_rank(settings: EngineSettings) -> EngineSettings:
     if settings.device == "auto" and torch.cuda.is_available():
         settings = replace(settings, device=f"cuda:{rank}")
     if ranks > 1 and not settings.decode_processes:
-        settings = replace(settings, decode_processes=free_cores(ranks))
+        settings = replace(settings, decode_processes=max(1, free_cores(ranks) - 1))
     return settings
 
 

@@ -6,6 +6,7 @@ Imported by workers only, because it imports torch and the models.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import threading
 from collections.abc import Callable, Collection
@@ -127,6 +128,9 @@ def close_engines() -> None:
     if torch.cuda.is_initialized():
         gc.collect()
         torch.cuda.empty_cache()
+
+
+atexit.register(close_engines)  # the encoding thread must not be in native code when the interpreter ends
 
 
 def describe_encoders(settings: EngineSettings) -> dict[str, EncoderDescription]:

@@ -21,6 +21,7 @@ import sys
 import threading
 from collections import Counter
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from featurestore.zarr_metadata import clip_bytes
@@ -35,6 +36,7 @@ from pipeline.worker.engine import close_engines
 from pipeline.worker.reports import BlockCounts, BlockReport
 
 COMMAND = (sys.executable, "-P", "-m", "pipeline.worker.isolate")
+DECODERS = 2  # of the child: it encodes one clip at a time
 TRIES = 2  # a crash may be the machine's; the second one on the same clip is the clip's
 MAX_CULPRITS = 3  # clips of one block; more of them suggest a machine problem
 NO_DIGEST = "0" * 64  # of weights: sizes do not depend on it
@@ -113,6 +115,8 @@ def _run_child(
     task: BlockTask, crashed: dict[EncoderRow, str], reporter: TaskReporter
 ) -> tuple[EncoderRow | None, int, dict[str, Any] | None]:
     """(the last clip announced, exit status, the child's last message if it reached its end)."""
+    decode_processes = task.engine.decode_processes or DECODERS
+    task = replace(task, engine=replace(task.engine, decode_processes=decode_processes))
     reading_end, writing_end = os.pipe()
     command = (*COMMAND, str(writing_end), str(os.getpid()))
     last, result = None, None
