@@ -76,11 +76,10 @@ def main(
 
 
 def one_round(config: ExtractConfig, listing: DatasetListing) -> dict:
-    began = cpu_s()
     figures = bare(config, listing)
-    between = cpu_s()
+    began = cpu_s()
     figures |= through_the_pipeline(config)
-    cpu = {"bare": between - began, "pipeline": cpu_s() - between}
+    cpu = {"bare": figures.pop("bare cpu"), "pipeline": cpu_s() - began}
     limit_s = figures["bare decode and resize"] + sum(figures["bare forward"].values())
     return figures | {
         "ratio": figures["pipeline"] / limit_s,
@@ -105,12 +104,12 @@ def bare(config: ExtractConfig, listing: DatasetListing) -> dict:
     views = distinct_views(run.view for run in engine.encoders.values())
     with ProcessPoolExecutor(CORES, mp_context=get_context("spawn")) as pool:
         list(pool.map(_warm, range(CORES)))
-        started = time.perf_counter()
+        started, began = time.perf_counter(), cpu_s()
         decoded = list(pool.map(_decode, _jobs(listing, views)))
-        decode_s = time.perf_counter() - started
-    batch = {kind: config.batch.get(kind) or engine.batch_of(kind) for kind in KINDS}
+        decode_s, cpu = time.perf_counter() - started, cpu_s() - began
+    batch, began = {kind: config.batch.get(kind) or engine.batch_of(kind) for kind in KINDS}, cpu_s()
     forward_s = {name: _forward(run, listing.clips, decoded, batch) for name, run in engine.encoders.items()}
-    return {"bare decode and resize": decode_s, "bare forward": forward_s}
+    return {"bare decode and resize": decode_s, "bare forward": forward_s, "bare cpu": cpu + cpu_s() - began}
 
 
 def decode_all(listing: DatasetListing, views: tuple[View, ...]) -> list[dict[View, np.ndarray] | None]:

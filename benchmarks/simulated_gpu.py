@@ -127,7 +127,8 @@ def main(as_json: bool, only: tuple[str, ...], blocks: int, load: float) -> None
 def simulate(client, case: Case, costs: HostCosts, blocks: int, load: float) -> dict:
     """One row of the table."""
     settings = EngineSettings(encoders=tuple(map(encoder_settings, ENCODERS[case.encoders])), device="cuda")
-    with tempfile.TemporaryDirectory(prefix="simulated-") as name, host_cores(Path(name), case) as fifo:
+    folder = tempfile.TemporaryDirectory(prefix="simulated-", ignore_cleanup_errors=True)
+    with folder as name, host_cores(Path(name), case) as fifo:
         tasks = planned_tasks(Path(name), case, settings, blocks * case.workers)
         dilation = round(max(10.0, real_cores(case) / load), 1)
         setup = Setup(

@@ -138,7 +138,7 @@ def forecast(config: ExtractConfig, *, probe: int = 4) -> Forecast:
         probed=len(decode_s),
         device=probed.device,
         decode_s=statistics.fmean(decode_s or [0.0]),
-        balance=_balance(rows, probed.clips),
+        balance=balance(rows, probed.clips),
         startup_s=startup_s,
         seconds=startup_s + total / workers if total else None,
         interval_s=(startup_s + max(0.0, total - spread) / workers, startup_s + (total + spread) / workers)
@@ -329,7 +329,7 @@ def _done(config: ExtractConfig, objects: Objects, identities: Mapping[str, Feat
     return done
 
 
-def _balance(rows: Sequence[ForecastRow], probed: Mapping[str, Sequence[ProbeRecord]]) -> Balance | None:
+def balance(rows: Sequence[ForecastRow], probed: Mapping[str, Sequence[ProbeRecord]]) -> Balance | None:
     """Core seconds of the host per second of the encoders, summed over the clips of each kind."""
     encode_s = decode_s = write_s = 0.0
     for kind, records in probed.items():
