@@ -167,7 +167,7 @@ def probe_workers(
     parts = [{kind: clips[n::workers] for kind, clips in chosen.items()} for n in range(workers)]
     tasks = [
         Task(
-            key=f"probe-{n}-{uuid.uuid4().hex}",
+            key=f"probe_clips-{n}-{uuid.uuid4().hex}",
             arguments=(probe_clips, config.engine_settings, root, part, config.batch),
         )
         for n, part in enumerate(parts)
