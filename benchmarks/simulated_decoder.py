@@ -13,7 +13,7 @@ import sys
 import time
 
 LENGTHS = struct.Struct(">II")
-QUANTUM_S = 0.02  # after which a core goes to who waits for it, as a scheduler would do
+QUANTUM_S = 0.1  # after which a core goes to who waits for it; long beside what it takes this machine to wake a process
 
 
 class Cores:
