@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.worker.engine import TokenEncoder, encode_batch
+from pipeline.worker.encode import TokenEncoder, encode_batch
 
 LARGEST = 65504.0  # of float16
 SMALLEST_NORMAL = 2.0**-14  # below it float16 loses digits

@@ -4,7 +4,10 @@
 
 Same cores, same torch threads, same batch shape, seeded weights. Bare decode: every clip through `decode_clip` in one
 process per core, nothing else running. Bare forward: every batch of those frames through each encoder, tokens thrown
-away. Pipeline: `extract_block` over all blocks, decoding, encoding, compressing and committing, models loaded.
+away. Pipeline: a whole run, decoding, encoding, compressing and committing, models loaded.
+
+Wall time is worthless where other work shares the cores; `cpu ratio` compares processor time, of this process and all
+that it starts, and rounds of bare and pipeline alternate because a machine drifts.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from typing import TYPE_CHECKING
 
 import click
 import numpy as np
+import psutil
 
 from featurestore.clips import KINDS, Clip
 from mervcache.errors import MediaError
@@ -34,7 +38,7 @@ from pipeline.extract import extract
 from pipeline.views import View, distinct_views
 
 if TYPE_CHECKING:
-    from pipeline.worker.engine import TokenEncoder
+    from pipeline.worker.encode import TokenEncoder
 
 CORES = len(os.sched_getaffinity(0))
 
@@ -64,17 +68,32 @@ def main(
     )
     listing = load_dataset(dataset, root, kind=kind, limit=limit)
     measured = [one_round(config, listing) for _ in range(rounds)]
-    ratios = sorted(figures["ratio"] for figures in measured)
-    result = {"clips": len(listing.clips), "cores": CORES, "ratios": ratios, "rounds": measured}
+    ratios = {name: sorted(figures[name] for figures in measured) for name in ("ratio", "cpu ratio")}
+    result = {"clips": len(listing.clips), "cores": CORES, **ratios, "rounds": measured}
     if out:
         Path(out).write_text(json.dumps(result, indent=2))
     click.echo(json.dumps(result, indent=2))
 
 
 def one_round(config: ExtractConfig, listing: DatasetListing) -> dict:
-    figures = bare(config, listing) | through_the_pipeline(config)
+    figures = bare(config, listing)
+    began = cpu_s()
+    figures |= through_the_pipeline(config)
+    cpu = {"bare": figures.pop("bare cpu"), "pipeline": cpu_s() - began}
     limit_s = figures["bare decode and resize"] + sum(figures["bare forward"].values())
-    return figures | {"ratio": figures["pipeline"] / limit_s, "clips/s": len(listing.clips) / figures["pipeline"]}
+    return figures | {
+        "ratio": figures["pipeline"] / limit_s,
+        "cpu seconds": cpu,
+        "cpu ratio": cpu["pipeline"] / cpu["bare"],
+        "clips/s": len(listing.clips) / figures["pipeline"],
+    }
+
+
+def cpu_s() -> float:
+    """Processor seconds of this process and of all that it started, those that have ended included."""
+    this = psutil.Process()
+    times = [this.cpu_times(), *(child.cpu_times() for child in this.children(recursive=True))]
+    return sum(each.user + each.system + each.children_user + each.children_system for each in times)
 
 
 def bare(config: ExtractConfig, listing: DatasetListing) -> dict:
@@ -85,12 +104,12 @@ def bare(config: ExtractConfig, listing: DatasetListing) -> dict:
     views = distinct_views(run.view for run in engine.encoders.values())
     with ProcessPoolExecutor(CORES, mp_context=get_context("spawn")) as pool:
         list(pool.map(_warm, range(CORES)))
-        started = time.perf_counter()
+        started, began = time.perf_counter(), cpu_s()
         decoded = list(pool.map(_decode, _jobs(listing, views)))
-        decode_s = time.perf_counter() - started
-    batch = {kind: config.batch.get(kind) or engine.batch_of(kind) for kind in KINDS}
+        decode_s, cpu = time.perf_counter() - started, cpu_s() - began
+    batch, began = {kind: config.batch.get(kind) or engine.batch_of(kind) for kind in KINDS}, cpu_s()
     forward_s = {name: _forward(run, listing.clips, decoded, batch) for name, run in engine.encoders.items()}
-    return {"bare decode and resize": decode_s, "bare forward": forward_s}
+    return {"bare decode and resize": decode_s, "bare forward": forward_s, "bare cpu": cpu + cpu_s() - began}
 
 
 def decode_all(listing: DatasetListing, views: tuple[View, ...]) -> list[dict[View, np.ndarray] | None]:
@@ -136,7 +155,7 @@ def through_the_pipeline(config: ExtractConfig) -> dict:
         summary = extract(replace(config, store=f"{folder}/bench.zarr"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return {
-        "pipeline": summary.stage_s["total"],
+        "pipeline": summary.elapsed_s,
         "stages": {name: seconds for name, seconds in summary.stage_s.items() if name != "total"},
         "bytes per clip": summary.bytes / max(1, summary.clips),
         "failed": summary.failed,

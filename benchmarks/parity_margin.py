@@ -42,7 +42,7 @@ def encode(out: Path, encoders: str, dtypes: str, threads: int, batch: int, devi
     """Encode the reference videos into the folder OUT."""
     import torch
 
-    from pipeline.worker.engine import TokenEncoder
+    from pipeline.worker.encode import TokenEncoder
 
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +30,7 @@ from featurestore.records import (
     read_receipt,
     row_digest,
 )
-from featurestore.shards import Shard, build_shard, check_shard, encode_row
+from featurestore.shards import Shard, build_shard, check_shard, decode_row, encode_row
 from featurestore.snapshots import ClipIndex
 from featurestore.storage_dtypes import OverflowedTokens, to_stored
 from featurestore.zarr_metadata import (
@@ -40,8 +43,6 @@ from mervcache.errors import StoreDamagedError, UserError
 from mervcache.text import shareable
 
 log = logging.getLogger(__name__)
-
-_PENDING = "0" * 32  # digest of an added row until the bytes on disk are digested
 
 
 class GroupWriter:
@@ -99,7 +100,8 @@ class GroupWriter:
 class BlockWriter:
     """Collects the outcome of every planned row of one block, then commits it.
 
-    Memory is bounded by the block's encoded bytes. Shards are put in the order of layout.ARRAYS, tokens last, and a row
+    Several threads may add rows at once: a shard is sorted by row when it is built. Memory is bounded by the block's
+    encoded bytes. Shards are put in the order of layout.ARRAYS, tokens last, and a row
     goes into the tokens' shard only if its prefix, scale and offset on disk are its own. So a row in a tokens' shard is
     complete, and a shard without a receipt (its writer was killed) is adopted as it is.
     """
@@ -138,9 +140,15 @@ class BlockWriter:
         except OverflowedTokens as error:
             self.fail(row, str(error), media_sha256=media_sha256, decoder=decoder, scope="encoder")
             return
-        for name, spec in self.specs.items():
-            self._chunks[name][row - self.rows.start] = encode_row(spec, stored[name])
-        self._outcomes[row] = RowOutcome(state="ok", digest=_PENDING, media_sha256=media_sha256, decoder=decoder)
+        self.add_stored(row, stored, media_sha256=media_sha256, decoder=decoder)
+
+    def add_stored(
+        self, row: int, stored: Mapping[str, np.ndarray], *, media_sha256: str | None, decoder: str | None
+    ) -> None:
+        """Keep a clip's items as they are stored, of every array: what `to_stored` gives for its floats."""
+        self._check_free(row)
+        chunks = {name: encode_row(spec, stored[name]) for name, spec in self.specs.items()}
+        self._keep(row, chunks, row_digest(stored), media_sha256=media_sha256, decoder=decoder)
 
     def add_chunks(
         self, row: int, chunks: Mapping[str, bytes], *, media_sha256: str | None, decoder: str | None
@@ -149,9 +157,17 @@ class BlockWriter:
         self._check_free(row)
         if set(chunks) != set(self.specs):
             raise UserError(f"row {row} of {self._group.name} must have {sorted(self.specs)}, got {sorted(chunks)}")
+        stored = {name: np.empty(spec.row_shape, spec.dtype) for name, spec in self.specs.items()}
+        for name, spec in self.specs.items():
+            decode_row(spec, np.frombuffer(chunks[name], dtype=np.uint8), stored[name])
+        self._keep(row, chunks, row_digest(stored), media_sha256=media_sha256, decoder=decoder)
+
+    def _keep(
+        self, row: int, chunks: Mapping[str, bytes], digest: str, *, media_sha256: str | None, decoder: str | None
+    ) -> None:
         for name, chunk in chunks.items():
             self._chunks[name][row - self.rows.start] = chunk
-        self._outcomes[row] = RowOutcome(state="ok", digest=_PENDING, media_sha256=media_sha256, decoder=decoder)
+        self._outcomes[row] = RowOutcome(state="ok", digest=digest, media_sha256=media_sha256, decoder=decoder)
 
     def fail(
         self,
@@ -177,20 +193,25 @@ class BlockWriter:
     def commit(self) -> Receipt:
         """Put the shards, read them back and put the receipt; returns the receipt that is on disk.
 
-        If another worker was first, the existing shards win: rows that they hold are ok, rows that only this writer had
-        are recorded as lost in an interrupted attempt and can be retried.
+        Where every shard is this writer's own and reads back as it was written, rows have the digests that were taken
+        when they were added. If another worker was first, or an interrupted attempt left a shard, the existing shards
+        win and their rows are digested from disk: rows that they hold are ok, rows that only this writer had are
+        recorded as lost in an interrupted attempt and can be retried.
         """
         if existing := self._read_receipt():
             return existing
         if missing := sorted(self.planned - set(self._outcomes)):
             raise UserError(f"block {self.block}: {len(missing)} planned rows have no outcome, one is row {missing[0]}")
+        own: dict[str, dict[str, Any]] = {}  # {"sha256", "bytes"} of the shards that are this writer's
         for name, spec in self.specs.items():
             shard = build_shard(spec, self._chunks[name])
-            if not put_if_absent(self._objects, self._shard_key(name), shard):  # the existing one is kept
-                self._replace_torn(name, b"".join(shard))
+            if put_if_absent(self._objects, self._shard_key(name), shard):
+                own[name] = self._read_back(name, shard)
+                continue
+            self._replace_torn(name, b"".join(shard))
             if name != "tokens":
                 self._drop_rows_that_differ(name)
-        receipt = self._describe_shards()
+        receipt = self._receipt(self._outcomes, own) if len(own) == len(self.specs) else self._describe_shards()
         if put_if_absent(self._objects, self._receipt_key, receipt.to_bytes()):
             return receipt
         return self._read_receipt() or receipt
@@ -209,6 +230,17 @@ class BlockWriter:
 
     def _open_shard(self, name: str) -> Shard:
         return Shard(self.specs[name], self._objects.open(self._shard_key(name)))
+
+    def _read_back(self, name: str, shard: Sequence[bytes]) -> dict[str, Any]:
+        """{"sha256", "bytes"} of a shard that was just put; `StoreDamagedError` unless it reads back as written."""
+        key, written = self._shard_key(name), hashlib.sha256()
+        for piece in shard:
+            written.update(piece)
+        with closing(self._open_shard(name)) as opened:
+            record = opened.record()
+        if record != {"sha256": written.hexdigest(), "bytes": sum(map(len, shard))}:
+            raise StoreDamagedError(f"{key} does not read back as it was written: check the disk that holds the store")
+        return record
 
     def _replace_torn(self, name: str, shard: bytes) -> None:
         """Set aside an existing shard that is not whole, as after a power cut: no receipt names it."""
@@ -236,7 +268,7 @@ class BlockWriter:
         """The receipt of what the shards on disk hold."""
         shards = {name: self._open_shard(name) for name in self.specs}
         present = {self.rows.start + slot for slot in shards["tokens"].rows()}
-        rows = []
+        rows: dict[int, RowOutcome] = {}
         for row in self.rows:
             outcome = self._outcomes.get(row, RowOutcome(state="empty"))
             if row in present and row in self.planned:
@@ -248,14 +280,17 @@ class BlockWriter:
                     outcome = RowOutcome(state="failed", scope="encoder", reason=LOST)
             elif outcome.state == "ok":
                 outcome = replace(outcome, state="failed", digest=None, scope="encoder", reason=LOST)
-            rows.append(outcome)
-        receipt = Receipt(
+            rows[row] = outcome
+        records = {name: shard.record() for name, shard in shards.items()}
+        for shard in shards.values():
+            shard.close()
+        return self._receipt(rows, records)
+
+    def _receipt(self, outcomes: Mapping[int, RowOutcome], shards: Mapping[str, Mapping[str, Any]]) -> Receipt:
+        return Receipt(
             kind=self._group.kind,
             group=self._group.name,
             block=self.block,
-            rows=tuple(rows),
-            shards={name: shard.record() for name, shard in shards.items()},
+            rows=tuple(outcomes.get(row, RowOutcome(state="empty")) for row in self.rows),
+            shards=shards,
         )
-        for shard in shards.values():
-            shard.close()
-        return receipt

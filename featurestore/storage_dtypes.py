@@ -97,12 +97,22 @@ def from_stored(stored: Mapping[str, np.ndarray], name: str) -> Arrays:
     return floats
 
 
-def _overflow(tokens: np.ndarray, reason: str) -> OverflowedTokens:
+def overflow_reason(name: str, *, is_finite: bool) -> str:
+    """Why floats do not fit the storage dtype `name`; `is_finite`: before the cast.
+
+    Reasons hold no measured values, so that the same clip gives the same receipt everywhere.
+    """
+    if not is_finite:
+        return "the encoder's tokens are not finite"
+    advice = f"; store it as {WIDEST} (--storage-dtype {WIDEST})" if name == "float16" else ""
+    return f"tokens overflow {name}{advice}"
+
+
+def _overflow(tokens: np.ndarray, name: str) -> OverflowedTokens:
     import numpy as np
 
-    # Reasons hold no measured values, so that the same clip gives the same receipt everywhere.
     is_finite = bool(np.isfinite(np.asarray(tokens, dtype=np.float32)).all())
-    return OverflowedTokens(reason if is_finite else "the encoder's tokens are not finite")
+    return OverflowedTokens(overflow_reason(name, is_finite=is_finite))
 
 
 def _to_stored_float16(tokens: np.ndarray) -> Arrays:
@@ -112,7 +122,7 @@ def _to_stored_float16(tokens: np.ndarray) -> Arrays:
     with np.errstate(over="ignore"):
         stored = np.asarray(tokens).astype(np.float16, copy=False)
     if not np.isfinite(stored).all():
-        raise _overflow(tokens, f"tokens overflow float16; store it as {WIDEST} (--storage-dtype {WIDEST})")
+        raise _overflow(tokens, "float16")
     return {"tokens": stored}
 
 
@@ -124,7 +134,7 @@ def _to_stored_bfloat16(tokens: np.ndarray) -> Arrays:
     bits = floats.view(np.uint32)
     rounded = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     if not np.isfinite(floats).all() or ((rounded & 0x7F80) == 0x7F80).any():
-        raise _overflow(tokens, "tokens overflow bfloat16")
+        raise _overflow(tokens, "bfloat16")
     return {"tokens": rounded}
 
 
@@ -140,12 +150,12 @@ def _to_stored_uint8(tokens: np.ndarray) -> Arrays:
 
     floats = np.asarray(tokens, dtype=np.float32)
     if not np.isfinite(floats).all():
-        raise _overflow(floats, "tokens overflow uint8")
+        raise _overflow(floats, "uint8")
     axes = tuple(range(floats.ndim - 1))
     low, high = floats.min(axis=axes), floats.max(axis=axes)
     scale = ((high.astype(np.float64) - low) / 255).astype(np.float32)
     if not np.isfinite(scale).all():
-        raise _overflow(floats, "tokens overflow uint8")
+        raise _overflow(floats, "uint8")
     stored = np.clip(np.rint((floats - low) / np.where(scale > 0, scale, 1)), 0, 255).astype(np.uint8)
     return {"scale": scale, "offset": low, "tokens": stored}
 

@@ -251,7 +251,9 @@ class _Window:
             result = None if error is not None else future.result(timeout=RECOUNT_S)
         except CancelledError:  # between the look above and this one
             raise ClusterError(SCHEDULER_LOST) from None
-        except OSError:  # its worker left with the result and Dask computes it again, or the connection is slow or cut
+        except (OSError, UnboundLocalError):
+            # Its worker left with the result and Dask computes it again, or the connection is slow or cut. The second
+            # error is what `distributed.utils.sync` makes of a cancellation in its event loop, seen under heavy load.
             self._watch(attempt)
             return None
         failed_on = _failed_on(self._client, future.key) if error is not None else ()

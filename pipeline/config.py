@@ -99,6 +99,7 @@ class EngineSettings:
     threads: int = AUTO  # torch threads; decides the last bits of a sum, so it is fixed for a store
     decode_processes: int = AUTO
     decode_timeout_s: float = 60.0
+    compiled: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +141,8 @@ class ExtractConfig:
     cluster: Mapping[str, Any] = field(default_factory=dict)  # jobs.settings.ClusterSettings, for cuda and slurm
     device: str = "auto"  # auto: cuda where torch sees one, else cpu
     threads: int = AUTO  # torch threads per worker
-    decode_processes: int = AUTO  # per worker
+    compiled: bool = False  # encoders by torch.compile, without autotuning: other last bits; recorded in the journal
+    decode_processes: int = AUTO  # per worker; its share of the host's cores
     decode_timeout_s: float = 60.0
     max_failed: float = 0.5  # stop when more than this share failed, and at least 32 clips
     forecast: str | None = None  # file with what `plan --json` printed, for the record
@@ -214,6 +216,7 @@ class ExtractConfig:
             threads=self.threads,
             decode_processes=self.decode_processes,
             decode_timeout_s=self.decode_timeout_s,
+            compiled=self.compiled,
         )
 
     @property

@@ -35,7 +35,7 @@ from pipeline.parity import encode_clips, engine_without_encoders, load_as_store
 from pipeline.summary import media_roots
 
 if TYPE_CHECKING:
-    from pipeline.worker.engine import TokenEncoder
+    from pipeline.worker.encode import TokenEncoder
 
 READ_BATCH = 8  # clips in memory at once
 REPEATS = 3  # of every timing, of which the fastest counts: other programs share the machine

@@ -43,15 +43,16 @@ from pipeline.retry import plan_retry
 from pipeline.reuse import OtherStore
 from pipeline.run_encoders import describe, on_a_worker, remembered_encoders
 from pipeline.summary import ExtractSummary, predict_from_first_blocks, read_forecast, run_record
+from pipeline.worker.admission import MAX_BLOCKS, QUEUED_TASKS
 from pipeline.worker.crash_marks import remove_all_marks
-from pipeline.worker.reports import DECODING, BlockCounts, EncoderDescription
+from pipeline.worker.reports import PARALLEL_STAGES, BlockCounts, EncoderDescription
 
 if TYPE_CHECKING:
     from distributed import Client
 
 log = logging.getLogger(__name__)
 
-NOT_STAGES = ("total", DECODING)  # not counted as a worker's stages: the total, and decoding, which runs in parallel
+NOT_STAGES = ("total", *PARALLEL_STAGES)  # not counted as a worker's stages
 SNAPSHOT_INTERVAL_S = 180.0
 MIN_FAILED = 32  # clips; below this the share is not judged: the run goes on and reports `failures` at its end
 
@@ -417,6 +418,7 @@ def run_blocks(
         after_deaths=extract_isolated,
         worker_wait_s=request.worker_wait_s,
         listener=listener,
+        per_worker=MAX_BLOCKS + QUEUED_TASKS,
     )
     with progress, closing(outcomes):
         for outcome in outcomes:

@@ -37,7 +37,9 @@ from pipeline.decode.sampling import Decoded
 from pipeline.extract import check_place
 from pipeline.media import Root
 from pipeline.run_encoders import LoadingLog
-from pipeline.worker.engine import Engine, TokenEncoder, decode_job, encode_batch, reporting_engine
+from pipeline.worker.admission import run_alone
+from pipeline.worker.encode import TokenEncoder, encode_batch
+from pipeline.worker.engine import Engine, decode_job, reporting_engine
 from pipeline.worker.reports import EncoderProbe, Probe, ProbeRecord
 
 if TYPE_CHECKING:
@@ -66,6 +68,15 @@ class ForecastRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Balance:
+    """Whether a worker's decode processes keep up with its encoders, over all clips that are to do."""
+
+    decoders: int  # decode processes of a worker
+    decode_bound: bool  # its encoders wait for them
+    cores_wanted: int  # of a worker, so that they do not: for decoding and for compressing tokens
+
+
+@dataclass(frozen=True, kw_only=True)
 class Forecast:
     """What an extraction would cost."""
 
@@ -77,6 +88,7 @@ class Forecast:
     probed_workers: int = 0  # on so many workers
     device: str = ""
     decode_s: float = 0.0  # per clip, in a decode process
+    balance: Balance | None = None  # decoding alongside encoding; None without a probe
     startup_s: float = 0.0  # until a worker has loaded the encoders; a part of `seconds`
     seconds: float | None = None  # wall time of the whole run
     interval_s: tuple[float, float] | None = None
@@ -126,6 +138,7 @@ def forecast(config: ExtractConfig, *, probe: int = 4) -> Forecast:
         probed=len(decode_s),
         device=probed.device,
         decode_s=statistics.fmean(decode_s or [0.0]),
+        balance=balance(rows, probed.clips),
         startup_s=startup_s,
         seconds=startup_s + total / workers if total else None,
         interval_s=(startup_s + max(0.0, total - spread) / workers, startup_s + (total + spread) / workers)
@@ -153,13 +166,16 @@ def probe_workers(
     """
     parts = [{kind: clips[n::workers] for kind, clips in chosen.items()} for n in range(workers)]
     tasks = [
-        Task(key=f"probe-{n}-{uuid.uuid4().hex}", arguments=(config.engine_settings, root, part, config.batch))
+        Task(
+            key=f"probe_clips-{n}-{uuid.uuid4().hex}",
+            arguments=(probe_clips, config.engine_settings, root, part, config.batch),
+        )
         for n, part in enumerate(parts)
         if n == 0 or any(part.values())
     ]
     probes, clips = [], {}
     wait_s, listener = config.cluster_request.worker_wait_s, LoadingLog().listener
-    for outcome in run_tasks(client, probe_clips, tasks, attempts=1, worker_wait_s=wait_s, listener=listener):
+    for outcome in run_tasks(client, run_alone, tasks, attempts=1, worker_wait_s=wait_s, listener=listener):
         if outcome.error is not None:
             raise outcome.error
         for kind, records in outcome.result.clips.items():
@@ -212,7 +228,9 @@ def _probe_kind(engine: Engine, root: Root, kind: str, clips: Sequence[Clip], ba
         for clip in clips_of_batch:
             # Decoding runs in parallel with the encoders: it costs wall time only where it is the slower of the two.
             wall_s = max(encode_s, clip.seconds / engine.num_decoders)
-            records.append(ProbeRecord(decode_s=clip.seconds, wall_s=wall_s, encoders=encoders))
+            records.append(
+                ProbeRecord(decode_s=clip.seconds, wall_s=wall_s, encoders=encoders, decoders=engine.num_decoders)
+            )
     return records
 
 
@@ -223,13 +241,15 @@ def _probe_encoder(run: TokenEncoder, kind: str, clips: Sequence[Decoded], batch
     arrays, _ = encode_batch(run, frames, range(batch))
     seconds = (time.perf_counter() - started) / batch
     specs, stored_bytes = array_specs(run.identity, kind, blocks=1, block_rows=1), 0
+    began = time.thread_time()
     for slot in frames:
         try:
             stored = to_stored({name: items[slot] for name, items in arrays.items()}, run.identity.storage_dtype)
         except OverflowedTokens:
             continue
         stored_bytes += sum(len(encode_row(specs[name], array)) for name, array in stored.items())
-    return EncoderProbe(seconds=seconds, stored_bytes=stored_bytes / len(frames))
+    write_s = (time.thread_time() - began) / len(frames)
+    return EncoderProbe(seconds=seconds, stored_bytes=stored_bytes / len(frames), write_s=write_s)
 
 
 def standard_error(records: Sequence[ProbeRecord]) -> float:
@@ -307,6 +327,28 @@ def _done(config: ExtractConfig, objects: Objects, identities: Mapping[str, Feat
         committed = clips.filter(clips[key])["clip_id"].to_pylist() if key else []
         done[name] = set(committed) | {row["clip_id"] for row in quarantine if row["encoder"] == key}
     return done
+
+
+def balance(rows: Sequence[ForecastRow], probed: Mapping[str, Sequence[ProbeRecord]]) -> Balance | None:
+    """Core seconds of the host per second of the encoders, summed over the clips of each kind."""
+    encode_s = decode_s = write_s = 0.0
+    for kind, records in probed.items():
+        to_do = Counter()
+        for row in (row for row in rows if row.kind == kind and records):
+            to_do[row.encoder] += row.to_do - row.reusable
+        for name, clips in to_do.items():
+            encode_s += clips * statistics.fmean(record.encoders[name].seconds for record in records)
+            write_s += clips * statistics.fmean(record.encoders[name].write_s for record in records)
+        if to_do:
+            decode_s += max(to_do.values()) * statistics.fmean(record.decode_s for record in records)
+    if not encode_s:
+        return None
+    decoders = min(record.decoders for records in probed.values() for record in records)
+    return Balance(
+        decoders=decoders,
+        decode_bound=decode_s / decoders > encode_s,
+        cores_wanted=math.ceil((decode_s + write_s) / encode_s),
+    )
 
 
 def _total_seconds(rows: Sequence[ForecastRow], probed: Mapping[str, Sequence[ProbeRecord]]) -> tuple[float, float]:

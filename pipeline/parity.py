@@ -38,7 +38,8 @@ from pipeline.reference_clips import CLIPS, RENDERING, decode_reference_clips, e
 from pipeline.summary import media_roots, software_versions
 
 if TYPE_CHECKING:
-    from pipeline.worker.engine import Engine, TokenEncoder
+    from pipeline.worker.encode import TokenEncoder
+    from pipeline.worker.engine import Engine
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ def load_as_stored(
     """
     import torch
 
-    from pipeline.worker.engine import TokenEncoder
+    from pipeline.worker.encode import TokenEncoder
 
     if maker := maker_of(objects, identity.group_name):
         given = maker.run["config"]["weights"]
@@ -259,7 +260,8 @@ def encode_clips(
 
     `media` is clip id -> sha256 of the file that its tokens were made from; any other file is a `UserError`.
     """
-    from pipeline.worker.engine import decode_job, encode_batch
+    from pipeline.worker.encode import encode_batch
+    from pipeline.worker.engine import decode_job
 
     futures = []
     for clip in clips:

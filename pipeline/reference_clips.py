@@ -31,7 +31,8 @@ from pipeline.config import EngineSettings
 
 if TYPE_CHECKING:
     from pipeline.decode.sampling import Decoded
-    from pipeline.worker.engine import Engine, TokenEncoder
+    from pipeline.worker.encode import TokenEncoder
+    from pipeline.worker.engine import Engine
 
 RENDERING = "canaries/1"  # of the archive's pictures; on disk, so other pictures get another number
 ARCHIVE = "reference_clips.tar.xz"
@@ -64,7 +65,7 @@ def encode_reference_clips(run: TokenEncoder, kind: str, batch: int, decoded: Ma
 
     A clip whose tokens overflow the storage dtype is left out: a dataset's clip would be quarantined.
     """
-    from pipeline.worker.engine import encode_batch
+    from pipeline.worker.encode import encode_batch
 
     names, clips = list(decoded), []
     specs = array_specs(run.identity, kind, blocks=0, block_rows=1)

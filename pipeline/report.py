@@ -34,7 +34,7 @@ from mervcache.page import Markup, cards, escaped, make_page, note, table
 from pipeline.media import Root
 from pipeline.status import store_status
 from pipeline.summary import media_roots, prediction_text
-from pipeline.worker.reports import DECODING
+from pipeline.worker.reports import PARALLEL_STAGES
 
 STEPS = 8  # time steps pictured per clip
 THUMBNAIL = 96  # pixels per side
@@ -223,7 +223,8 @@ def _runs_table(runs: Sequence[dict]) -> str:
         seconds = max(summary["elapsed_s"], 1e-9)
         stages = Counter(summary["stage_s"])
         total = stages.pop("total", 0) or 1
-        stages.pop(DECODING, None)  # in separate processes, in parallel with these
+        for name in PARALLEL_STAGES:
+            stages.pop(name, None)
         shares = ", ".join(f"{name} {s / total:.0%}" for name, s in stages.most_common())
         rows.append(
             [

@@ -19,6 +19,7 @@ from jobs.run import Listener, Report, Task, run_tasks
 from mervcache.errors import MervCacheError, RunStoppedError, UserError
 from pipeline.config import EncoderSettings, ExtractConfig
 from pipeline.encoders.weights import cache_weights_digest, cached_weights_digest, parse_weights, weights_fingerprint
+from pipeline.worker.admission import run_alone
 from pipeline.worker.reports import EncoderDescription
 
 if TYPE_CHECKING:
@@ -66,10 +67,13 @@ def on_a_worker(
     *arguments: Any,
     listener: Listener = Listener(),
 ) -> Any:
-    """Run the function on any one worker and return its result; raises if no worker appears in time."""
-    task = Task(key=f"{function.__name__}-{uuid.uuid4().hex}", arguments=arguments)
+    """Run the function on any one worker, with no block in flight there, and return its result.
+
+    Raises if no worker appears in time.
+    """
+    task = Task(key=f"{function.__name__}-{uuid.uuid4().hex}", arguments=(function, *arguments))
     wait_s = config.cluster_request.worker_wait_s
-    (outcome,) = run_tasks(client, function, [task], attempts=1, worker_wait_s=wait_s, listener=listener)
+    (outcome,) = run_tasks(client, run_alone, [task], attempts=1, worker_wait_s=wait_s, listener=listener)
     if outcome.error is None:
         return outcome.result
     if isinstance(outcome.error, MervCacheError):

@@ -39,7 +39,9 @@ from pipeline.encoders.weights import fill_random, weights_by_encoder
 from pipeline.media import Root, Source, kind_of_path
 from pipeline.store_media import StoreMedia
 from pipeline.views import FrameRule
-from pipeline.worker.engine import Engine, TokenEncoder, decode_job, encode_batch, free_cores
+from pipeline.worker.cores import free_cores
+from pipeline.worker.encode import TokenEncoder, encode_batch
+from pipeline.worker.engine import Engine, decode_job
 from trainer.config import LISTING, TrainConfig, in_paper_order, used_encoders
 from trainer.data.batches import named_samples
 from trainer.data.tokens import ClipTokens, MemoryTokens, Part, PrefixedTokens, TokenShape, TokenSource
@@ -421,7 +423,7 @@ def _settings_of_this_rank(settings: EngineSettings) -> EngineSettings:
     if settings.device == "auto" and torch.cuda.is_available():
         settings = replace(settings, device=f"cuda:{rank}")
     if ranks > 1 and not settings.decode_processes:
-        settings = replace(settings, decode_processes=free_cores(ranks))
+        settings = replace(settings, decode_processes=max(1, free_cores(ranks) - 1))
     return settings
 
 

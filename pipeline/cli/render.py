@@ -17,7 +17,7 @@ from pipeline.duplicates import Duplicates
 from pipeline.explain import EncoderChange, Explanation
 from pipeline.status import EncoderProgress, StoreProgress
 from pipeline.summary import prediction_text
-from pipeline.worker.reports import DECODING
+from pipeline.worker.reports import PARALLEL_STAGES
 
 NUM_SHOWN = 5  # clip ids; --json has all
 NUM_PAIRS = 50
@@ -81,12 +81,12 @@ def summary(result) -> None:
             f"{result.frames / seconds:.0f} frames/s, {format_bytes(result.bytes / seconds)}/s"
         )
         total = result.stage_s["total"]
-        stages = {name: s for name, s in result.stage_s.items() if name not in ("total", DECODING)}
+        stages = {name: s for name, s in result.stage_s.items() if name not in ("total", *PARALLEL_STAGES)}
         stages["rest"] = max(0.0, total - sum(stages.values()))
         rows = [(name, f"{s:.1f}", f"{s / total:.0%}") for name, s in sorted(stages.items(), key=lambda item: -item[1])]
         table(("stage", "seconds", "share"), rows, right=("seconds", "share"))
-        decoding_s = result.stage_s.get(DECODING, 0.0)
-        out.print(f"decoding took {decoding_s:.1f} s in processes of its own, in parallel with these stages")
+        beside = ", ".join(f"{name} {result.stage_s.get(name, 0.0):.1f} s" for name in PARALLEL_STAGES)
+        out.print(f"in parallel with these stages: {beside}")
     counted("quarantined", "clips", result.reasons)
     counted("listed but absent", "media", result.missing)
     counted("refused at listing", "records", result.rejected)
@@ -212,6 +212,14 @@ def forecast(result) -> None:
             f"({result.device}); the range is {result.interval}. The rows are the encoders alone; decoding, "
             f"{result.decode_s:.3f} s per clip, runs in parallel and counts where it is slower; "
             f"{format_duration(result.startup_s)} of the whole is a worker's start."
+        )
+    if balance := result.balance:
+        kind = "GPU" if result.device.startswith("cuda") else "worker"
+        cores = plural(balance.cores_wanted, "core")
+        bound = "bound by decoding: the encoders wait for frames" if balance.decode_bound else "not bound by decoding"
+        out.print(
+            f"{bound}; a {kind} here has {balance.decoders} for decoding, and wants {cores} to decode and compress at "
+            "the encoders' pace"
         )
     counted("listed but absent", "media", result.missing)
     counted("refused at listing", "records", result.rejected)

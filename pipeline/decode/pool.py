@@ -8,6 +8,7 @@ daemonic workers may not have such children.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import math
 import os
 import queue
@@ -34,6 +35,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYAV_LOGGING
 TRIES = 2  # a timeout or a crash may come from a busy machine; the second one counts against the clip
 START_TIMEOUT_S = 120.0  # imports from a slow share
 EXIT_GRACE_S = 5.0  # until the status of a crashed process is available
+PIPE_BYTES = 1 << 20  # of results; Linux's default of 64 KiB costs a change of process for every 64 KiB of frames
 STDERR_BYTES = 1 << 20  # kept of what the child's libraries print
 # Signals that a process does not send itself: a person, a cluster, or a kernel short of memory does.
 EXTERNAL_SIGNALS = frozenset((signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
@@ -238,6 +240,8 @@ class _DecodeChild:
         except OSError as error:
             self._stderr.close()
             raise RunStoppedError(f"cannot start a decode process: {error}") from error
+        with contextlib.suppress(OSError, AttributeError):  # a user may have no more pages for pipes; Linux only
+            fcntl.fcntl(self._process.stdout, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         self._is_ready = False
         self.has_read = False  # the job's media, to the last byte: a later timeout is the decoder's
 

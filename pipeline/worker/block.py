@@ -1,20 +1,28 @@
-"""Computes one block: decode ahead, encode, write behind, commit.
+"""Computes one block: decode, encode, compress, commit.
 
-Dask calls `isolate.compute_block`, which calls `extract_block` here, in this process or in a child. The three stages
-overlap: decode processes work on the next clips while the device encodes this batch and a thread compresses the last
-one. Batches are cut by row, not by what happened to decode: a broken neighbour is a zeroed slot, and a clip's bits
-never depend on the other clips of its batch.
+Dask calls `isolate.compute_block`, which calls `extract_block` here, in this process or in a child. One Dask task is
+one block; its thread feeds the block's clips to the engine's stages (`stages.py`), waits for their rows and commits
+them, so that it returns only after the block's receipts. Several blocks are in flight at once: while one commits on its
+task's thread, the batches of the next are encoded and the clips of the one after are decoded.
+
+Batches are cut by row, not by what happened to decode: a broken neighbour is a zeroed slot, and a clip's bits never
+depend on the other clips of its batch.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
+
+import numpy as np
+import torch
 
 from featurestore.clips import Clip
 from featurestore.group_writer import BlockWriter
@@ -23,14 +31,14 @@ from jobs import metrics
 from jobs.run import TaskReporter, metered
 from mervcache.errors import MediaError, RunStoppedError
 from pipeline.config import EngineSettings
-from pipeline.decode.pool import decode_ahead
 from pipeline.decode.sampling import Decoded
 from pipeline.media import UNREACHABLE, Root, folder_has_gone, resolve_media
 from pipeline.reuse import ReuseTask, copy_cells
-from pipeline.worker.engine import Engine, decode_job, encode_batch, engine_for
-from pipeline.worker.reports import DECODING, BlockCounts, BlockReport, EncoderWork
-
-WRITES_IN_FLIGHT = 2  # batches compressed behind the encoder; bounds the memory
+from pipeline.views import View, distinct_views
+from pipeline.worker.encode import PendingTokens, TokenEncoder
+from pipeline.worker.engine import Engine, decode_job, engine_for
+from pipeline.worker.reports import COMMITTING, COMPRESSING, DECODING, BlockCounts, BlockReport, EncoderWork
+from pipeline.worker.stages import Countdown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +73,14 @@ class CrashProbe:
     crashed: Mapping[EncoderRow, str]  # cells that crashed a process -> how; not tried again
 
 
+def frame_bytes(view: View, kind: str) -> int:
+    """Bytes of one clip's small frames."""
+    num_frames = view.num_frames if kind == "video" else 1
+    return num_frames * view.rule.size**2 * 3 * np.dtype(view.rule.dtype).itemsize
+
+
 def extract_block(task: BlockTask, *, probe: CrashProbe | None = None) -> BlockReport:
     """Compute and commit one block; its counts so far are reported to the driver meanwhile."""
-    started = time.monotonic()
     engine = engine_for(task.engine)
     for name in task.wanted:  # a worker that loads other weights than the driver planned must not write a byte
         loaded = engine.encoders[name].identity.group_name
@@ -76,14 +89,10 @@ def extract_block(task: BlockTask, *, probe: CrashProbe | None = None) -> BlockR
                 f"this worker loads {name} as {loaded}, the plan has {task.groups[name]}: "
                 "give every worker the same weights folder and version"
             )
-    work = _BlockWork(task, engine, probe)
-    try:
-        rows = [row for row, _ in task.rows]
-        for start in range(0, len(rows), task.batch):
-            work.encode(rows[start : start + task.batch])
-        report = work.finish(started)
-    finally:
-        work.close()
+    block = _Block(task, engine, probe)
+    block.feed()
+    block.wait()
+    report = block.commit()
     metrics.count("blocks", "Blocks committed")
     metrics.count("clips", "Clips computed or failed", report.clips)
     metrics.count("clips_failed", "Clips quarantined", report.failed)
@@ -93,8 +102,26 @@ def extract_block(task: BlockTask, *, probe: CrashProbe | None = None) -> BlockR
     return report
 
 
-class _BlockWork:
-    """The state of one block being computed."""
+class _Batch:
+    """The rows of one forward, and what has arrived of them."""
+
+    def __init__(self, block: _Block, rows: Sequence[int], to_decode: Sequence[int], clip_bytes: int) -> None:
+        self.rows, self.to_decode = rows, to_decode
+        self.num_bytes = clip_bytes * len(to_decode)
+        self.frames: dict[int, Mapping[View, np.ndarray]] = {}  # by row, until the batch is encoded
+        self.about: dict[int, dict[str, str]] = {}  # by row: media_sha256 and decoder, for the receipt
+        self._block = block
+
+    def encode(self, waited_s: float) -> None:
+        self._block.encode(self, waited_s)
+
+
+class _Block:
+    """One block being computed: fed by its task's thread, then filled by the engine's stages, then committed.
+
+    Batches never span blocks. What goes wrong in any stage fails the block; its other batches pass through the stages
+    without work, so that nothing of it is left in them when its task ends.
+    """
 
     def __init__(self, task: BlockTask, engine: Engine, probe: CrashProbe | None) -> None:
         self.task, self.engine, self._probe = task, engine, probe
@@ -106,8 +133,11 @@ class _BlockWork:
             name: store.open_group(task.kind, task.groups[name]).begin(task.block, list(self._clips))
             for name in task.wanted
         }
-        self._behind = ThreadPoolExecutor(1, thread_name_prefix="write-behind")
-        self._writes: deque[Future] = deque()
+        self._lock = threading.Lock()  # over counts, seconds and the error
+        self._error: BaseException | None = None
+        self._decodes: set[Future[Decoded]] = set()  # that have not arrived
+        self._writes: list[Future[None]] = []
+        self._encoded = threading.Event()  # every batch has left the encoding thread
         self._reporter = TaskReporter()
         self._unreachable: list[int] = []  # rows whose media are missing or may not be read
 
@@ -118,66 +148,161 @@ class _BlockWork:
             for name, rows in copied.items():
                 self._to_encode[name] -= rows
                 self.counts["reused"] += len(rows)
+            self.seconds["total"] = self.seconds["copy from another store"]
+        for name, writer in self.writers.items():
+            for row in self._clips.keys() - task.wanted[name]:
+                writer.skip(row)
         self._to_decode = frozenset().union(*self._to_encode.values())
 
-        encoders = [engine.encoders[name] for name in task.wanted]
-        jobs = (
-            (row, decode_job(task.root, clip, encoders, accept_damaged=task.accept_damaged))
-            for row, clip in task.rows
-            if row in self._to_decode
-        )
-        self._decoding = decode_ahead(jobs, engine.pool, 2 * task.batch + engine.num_decoders)
+    def feed(self) -> None:
+        """Have the block's clips decoded, batch by batch, as far as frames fit the budget."""
+        encoders = [self.engine.encoders[name] for name in self.task.wanted]
+        rows, size = list(self._clips), self.task.batch
+        clip_bytes = sum(frame_bytes(view, self.task.kind) for view in distinct_views(each.view for each in encoders))
+        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+        batches = [_Batch(self, part, [row for row in part if row in self._to_decode], clip_bytes) for part in parts]
+        self._left = Countdown(len(batches), self._encoded.set)
+        with self.engine.stages.feeding:
+            self._fed = time.monotonic()
+            for batch in batches:
+                self.engine.stages.frames.acquire(batch.num_bytes)
+                if not batch.to_decode or self._error is not None:
+                    self.engine.stages.put(batch)
+                    continue
+                arrivals = Countdown(len(batch.to_decode), partial(self.engine.stages.put, batch))
+                for row in batch.to_decode:
+                    self._decode(row, encoders, partial(self._arrived, batch, row, arrivals))
 
-    def encode(self, rows: Sequence[int]) -> None:
-        """Encode one batch of rows with every encoder that has any of them to encode."""
-        decoded = {row: result for row in rows if row in self._to_decode and (result := self._decoded(row)) is not None}
+    def _decode(self, row: int, encoders: Sequence[TokenEncoder], arrived: Callable[[Future[Decoded]], object]) -> None:
+        try:
+            job = decode_job(self.task.root, self._clips[row], encoders, accept_damaged=self.task.accept_damaged)
+            future = self.engine.pool.submit(job)
+        except Exception as error:  # the pool was closed
+            future = Future()
+            future.set_exception(error)
+        self._decodes.add(future)
+        future.add_done_callback(arrived)
+
+    def _arrived(self, batch: _Batch, row: int, arrivals: Countdown, future: Future[Decoded]) -> None:
+        """Take a decoded clip; one that failed is recorded for every encoder that was to encode it."""
+        self._decodes.discard(future)
+        try:
+            decoded = future.result()
+            batch.about[row] = {"media_sha256": decoded.media_sha256, "decoder": decoded.decoder}
+            batch.frames[row] = decoded.frames
+            self._count(frames=max(len(frames) for frames in decoded.frames.values()))
+            self._spent(DECODING, decoded.seconds)
+        except MediaError as reason:
+            sha256 = getattr(reason, "media_sha256", None)  # of a FailedClipError: the bytes that failed
+            if str(reason) in UNREACHABLE:
+                self._unreachable.append(row)
+            self._count(failed=1)
+            for name, to_encode in self._to_encode.items():
+                if row in to_encode:
+                    self.writers[name].fail(row, str(reason), scope="clip", media_sha256=sha256)
+        except CancelledError:
+            self._fail(RunStoppedError("the decode pool was closed"))
+        except BaseException as error:
+            self._fail(error)
+        finally:
+            arrivals.down()
+
+    def encode(self, batch: _Batch, waited_s: float) -> None:
+        """Encode a batch with every encoder that has any of its rows to encode; called by the encoding thread."""
+        began = time.monotonic()
+        waited_s = min(waited_s, began - self._fed)  # an engine may have been without work before
+        self._spent("decode wait", self.engine.stages.idle(waited_s))
+        try:
+            if self._error is None:
+                if self._probe is None:
+                    self._encode_together(batch)
+                else:
+                    self._encode_one_by_one(batch)
+        except BaseException as error:
+            self._fail(error)
+        finally:
+            batch.frames.clear()
+            self._spent("total", waited_s + time.monotonic() - began)
+            self._left.down()
+
+    def _encode_together(self, batch: _Batch) -> None:
+        """One forward of each encoder; each row keeps its fixed slot even where other rows are missing."""
+        on_device: dict[View, torch.Tensor] = {}  # encoders that share a view share the copy
         for name, to_encode in self._to_encode.items():
-            for row in rows:
-                if row not in self.task.wanted[name]:
-                    self.writers[name].skip(row)
-            ready = {row: decoded[row] for row in rows if row in to_encode and row in decoded}
-            if self._probe is not None:
-                self._encode_one_by_one(name, rows, ready)
-            elif ready:
-                self._encode_together(name, rows, ready)
-            self.counts["cells"] += len(self.task.wanted[name].intersection(rows))
+            rows = [row for row in batch.rows if row in to_encode and row in batch.frames]
+            if rows:
+                view = self.engine.encoders[name].view
+                if view not in on_device:
+                    on_device[view] = self._upload(batch, view, batch.frames)
+                self._launch(name, batch, rows, on_device[view])
+            self._count(cells=len(self.task.wanted[name].intersection(batch.rows)))
             self._reporter.report(lambda: self._counts_so_far().to_dict())
 
-    def _encode_together(self, name: str, rows: Sequence[int], decoded: Mapping[int, Decoded]) -> None:
-        """Run one forward and write behind; each row keeps its fixed slot even where other rows are missing."""
-        encoder, writer = self.engine.encoders[name], self.writers[name]
-        frames = {row: clip.frames[encoder.view] for row, clip in decoded.items()}
-        slots = [*rows, *[None] * (self.task.batch - len(rows))]
-        with self._stage(f"encode:{name}"):
-            arrays, halvings = encode_batch(encoder, frames, slots)
-        self.counts["halvings"] += halvings
-
-        def write() -> None:
-            for row, clip in decoded.items():
-                parts = {part: array[slots.index(row)] for part, array in arrays.items()}
-                writer.add(row, parts, media_sha256=clip.media_sha256, decoder=clip.decoder)
-
-        self._writes.append(self._behind.submit(write))
-        self._drain(WRITES_IN_FLIGHT)
-
-    def _encode_one_by_one(self, name: str, rows: Sequence[int], decoded: Mapping[int, Decoded]) -> None:
+    def _encode_one_by_one(self, batch: _Batch) -> None:
         """Each clip in a forward of its own, announced first; a clip that crashed this encoder before fails with it."""
-        for row, clip in decoded.items():
-            cell = EncoderRow(name, row)
-            if reason := self._probe.crashed.get(cell):
-                self.writers[name].fail(
-                    row, reason, scope="encoder", media_sha256=clip.media_sha256, decoder=clip.decoder
-                )
-                continue
-            self._probe.announce(cell, self._counts_so_far())
-            self._encode_together(name, rows, {row: clip})
-            self._drain(0)  # a crash while it is compressed is this clip's as well
+        for name, to_encode in self._to_encode.items():
+            for row in sorted(to_encode.intersection(batch.frames)):
+                cell = EncoderRow(name, row)
+                if reason := self._probe.crashed.get(cell):
+                    self.writers[name].fail(row, reason, scope="encoder", **batch.about[row])
+                    continue
+                self._probe.announce(cell, self._counts_so_far())
+                frames = self._upload(batch, self.engine.encoders[name].view, {row: batch.frames[row]})
+                self._launch(name, batch, [row], frames)
+                wait(self._writes)  # a crash while it is compressed is this clip's as well
+            self._count(cells=len(self.task.wanted[name].intersection(batch.rows)))
 
-    def finish(self, started: float) -> BlockReport:
-        """Commit every encoder's shard and report the block, which began at `started` of `time.monotonic`."""
-        self._drain(0)
+    def _upload(self, batch: _Batch, view: View, frames: Mapping[int, Mapping[View, np.ndarray]]) -> torch.Tensor:
+        slots = [*batch.rows, *[None] * (self.task.batch - len(batch.rows))]
+        return self.engine.staging.upload({row: views[view] for row, views in frames.items()}, slots)
+
+    def _launch(self, name: str, batch: _Batch, rows: Sequence[int], frames_BTHWC: torch.Tensor) -> None:
+        """Start a forward, and have its rows compressed when their tokens are on the host."""
+        encoder, stages = self.engine.encoders[name], self.engine.stages
+        began = time.monotonic()
+        stages.behind.acquire()
+        self._spent("write wait", stages.idle(time.monotonic() - began))
+        try:
+            tokens = stages.launched = encoder.launch(frames_BTHWC, self.engine.staging)
+        except BaseException:
+            stages.behind.release()
+            raise
+        self._count(halvings=tokens.halvings)
+        storage_dtype = encoder.identity.storage_dtype
+        write = partial(self._write, name, batch, tokens, storage_dtype)
+        self._writes += stages.compress(
+            rows, write, lambda: self._spent(f"encode:{name}", tokens.wait(storage_dtype).seconds)
+        )
+
+    def _write(self, name: str, batch: _Batch, tokens: PendingTokens, storage_dtype: str, row: int) -> None:
+        """Compress one row; called by a compressor thread."""
+        if self._error is not None:
+            return
+        try:
+            encoded, began = tokens.wait(storage_dtype), time.monotonic()
+            writer, slot, about = self.writers[name], batch.rows.index(row), batch.about[row]
+            if reason := encoded.overflow(slot):
+                writer.fail(row, reason, scope="encoder", **about)
+            elif encoded.is_cast:
+                writer.add_stored(row, encoded.row(slot), **about)
+            else:
+                writer.add(row, encoded.row(slot), **about)
+            self._spent(COMPRESSING, time.monotonic() - began)
+        except BaseException as error:
+            self._fail(error)
+
+    def wait(self) -> None:
+        """Wait until every row has its outcome; raises what went wrong in any stage."""
+        with metered("decode, encode, compress"):
+            self._encoded.wait()
+            wait(self._writes)
+        if self._error is not None:
+            raise self._error
+
+    def commit(self) -> BlockReport:
+        """Commit every encoder's shard and report the block."""
         self._check_vanished_media()
-        with self._stage("commit"):
+        with self._stage(COMMITTING):
             receipts = {name: writer.commit() for name, writer in self.writers.items()}
         reasons: dict[int, str] = {}  # by row, of rows that failed with any encoder
         for name, receipt in receipts.items():
@@ -201,30 +326,8 @@ class _BlockWork:
                 for name, receipt in receipts.items()
             },
             reasons=dict(Counter(reasons.values())),
-            seconds={**self.seconds, "total": time.monotonic() - started},
+            seconds=dict(self.seconds),
         )
-
-    def close(self) -> None:
-        self._behind.shutdown(wait=True, cancel_futures=True)
-        self._decoding.close()
-
-    def _decoded(self, row: int) -> Decoded | None:
-        """The clip's frames; None if it failed, which is then recorded for every encoder that was to encode it."""
-        with self._stage("decode wait"):
-            decoded_row, result = next(self._decoding)
-        assert decoded_row == row, f"decoded rows come in order, got {decoded_row} for {row}"
-        if isinstance(result, Decoded):
-            self.counts["frames"] += max(len(frames) for frames in result.frames.values())
-            self.seconds[DECODING] += result.seconds
-            return result
-        sha256 = getattr(result, "media_sha256", None)  # of a FailedClipError: the bytes that failed
-        if str(result) in UNREACHABLE:
-            self._unreachable.append(row)
-        self.counts["failed"] += 1
-        for name, to_encode in self._to_encode.items():
-            if row in to_encode:
-                self.writers[name].fail(row, str(result), scope="clip", media_sha256=sha256)
-        return None
 
     def _counts_so_far(self) -> BlockCounts:
         """Counts so far, with the keys of the final report; clips are estimated from the share of cells done."""
@@ -244,16 +347,26 @@ class _BlockWork:
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
+        """A stage on the task's own thread."""
         began = time.monotonic()
         with metered(name):
             yield
-        self.seconds[name] += time.monotonic() - began
+        self._spent(name, time.monotonic() - began)
 
-    def _drain(self, keep: int) -> None:
-        """Wait until at most `keep` writes are left."""
-        with self._stage("write wait"):
-            while len(self._writes) > keep:
-                self._writes.popleft().result()
+    def _spent(self, stage: str, seconds: float) -> None:
+        with self._lock:
+            self.seconds[stage] += seconds
+
+    def _count(self, **counts: int) -> None:
+        with self._lock:
+            self.counts.update(counts)
+
+    def _fail(self, error: BaseException) -> None:
+        """Keep the first error, and cancel what is not being decoded yet."""
+        with self._lock:
+            self._error = self._error or error
+        for future in list(self._decodes):
+            future.cancel()
 
     def _check_vanished_media(self) -> None:
         """Stop the run if all media of the block, or a whole folder, are gone since planning: no clip is broken.

@@ -6,31 +6,31 @@ Imported by workers only, because it imports torch and the models.
 
 from __future__ import annotations
 
+import atexit
 import gc
-import os
 import threading
-import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection
+from functools import cached_property
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from featurestore.clips import KINDS, Clip
 from featurestore.identity import FeatureIdentity
 from jobs.run import TaskReporter
 from mervcache.errors import UserError
-from pipeline.config import EncoderSettings, EngineSettings, default_batch
+from pipeline.config import EngineSettings, default_batch
 from pipeline.decode.pool import DecodePool
 from pipeline.decode.sampling import DecodeJob
-from pipeline.encoders import load_encoder
-from pipeline.encoders.weights import weights_fingerprint
 from pipeline.media import Root
 from pipeline.views import View, distinct_views
+from pipeline.worker.cores import free_cores, sharing_workers
+from pipeline.worker.encode import Staging, TokenEncoder, staging_for
 from pipeline.worker.reports import EncoderDescription
+from pipeline.worker.stages import Stages
 
 OnLoaded = Callable[[str, float], None]  # an encoder's name, and the seconds that loading it took
-MAX_DECODERS = 8  # decode processes by default
+MIN_COMPRESSORS = 2  # threads that compress; as many as the worker has cores, where those are more
 HEADROOM = 0.8  # of the free memory: fragments, other kernels on real frames and other programs need some
 
 
@@ -44,11 +44,27 @@ class Engine:
             torch.set_num_threads(settings.threads)
         self.encoders: dict[str, TokenEncoder] = {}
         for each in settings.encoders:
-            self.encoders[each.name] = TokenEncoder(each, self.device)
+            self.encoders[each.name] = TokenEncoder(each, self.device, compiled=settings.compiled)
             on_loaded(each.name, self.encoders[each.name].load_s)
-        self.num_decoders = settings.decode_processes or free_cores()
+        self.cores = free_cores(sharing_workers())  # counted now: workers that start together have all joined
+        self.num_decoders = settings.decode_processes or default_decoders(self.device, self.cores)
         self.pool = DecodePool(self.num_decoders, timeout_s=settings.decode_timeout_s)
         self._batches: dict[str, int] = {}
+
+    @cached_property
+    def staging(self) -> Staging:
+        """Copies to and from the device."""
+        return staging_for(self.device)
+
+    @cached_property
+    def stages(self) -> Stages:
+        """The threads that encode and compress; started for the first block."""
+        return Stages(
+            num_encoders=len(self.encoders),
+            num_decoders=self.num_decoders,
+            num_compressors=max(MIN_COMPRESSORS, self.cores),
+            threads=torch.get_num_threads(),
+        )
 
     def batch_of(self, kind: str) -> int:
         """Clips per forward: the device's default, or less where its memory is short.
@@ -67,38 +83,8 @@ class Engine:
 
     def close(self) -> None:
         self.pool.close()
-
-
-class TokenEncoder:
-    """A loaded `Encoder` with the settings of a run: small frames in, aligned tokens to store out."""
-
-    def __init__(self, settings: EncoderSettings, device: str) -> None:
-        spec = settings.spec
-        self.settings = settings
-        self._prefix = settings.prefix_tokens and spec.prefix_tokens > 0  # SigLIP, for one, has none
-        started, before = time.monotonic(), weights_fingerprint(spec, settings.weights)
-        self.loaded = load_encoder(spec, settings.weights, device=device, compute_dtype=settings.compute_dtype)
-        after = weights_fingerprint(spec, settings.weights)
-        self.fingerprint = after if before in (None, after) else None  # None: files that changed meanwhile have no name
-        self.load_s = time.monotonic() - started
-        self.view: View = self.loaded.spec.view
-        self.weights_label: str = self.loaded.weights_label
-        self.identity: FeatureIdentity = settings.identity(self.loaded.weights_sha256)
-
-    def blank(self, kind: str) -> Callable[[int], object]:
-        """A function that runs one forward of a given number of black clips."""
-        num_frames, size = self.view.num_frames if kind == "video" else 1, self.view.rule.size
-        return lambda clips: self.tokens(np.zeros((clips, num_frames, size, size, 3), self.view.rule.dtype))
-
-    def tokens(self, frames_BTHWC: np.ndarray) -> dict[str, np.ndarray]:
-        """Frames of a batch -> arrays to store: "tokens" float32 [B, T, H, W, D], maybe "prefix" [B, T, K, D]."""
-        tokens_BTHWD, prefix_BTKD = self.loaded.encode_tokens(
-            frames_BTHWC, grid=self.settings.grid, prefix_tokens=self._prefix
-        )
-        arrays = {"tokens": tokens_BTHWD.cpu().numpy()}
-        if prefix_BTKD is not None:
-            arrays["prefix"] = prefix_BTKD.cpu().numpy()
-        return arrays
+        if "stages" in vars(self):
+            self.stages.close()
 
 
 class HasView(Protocol):
@@ -113,33 +99,6 @@ def decode_job(root: Root, clip: Clip, encoders: Collection[HasView], *, accept_
     (decoder,) = {encoder.identity.decode for encoder in encoders}
     views = distinct_views(encoder.view for encoder in encoders)
     return DecodeJob(root=root, clip=clip, views=views, decoder=decoder, accept_damaged=accept_damaged)
-
-
-def encode_batch(
-    run: TokenEncoder, frames_by_row: Mapping[int, np.ndarray], rows: Sequence[int | None]
-) -> tuple[dict[str, np.ndarray], int]:
-    """Encode a batch of fixed shape: rows without frames are zeroed, so that neighbours never change a clip's bits.
-
-    Returns the arrays, first axis in the order of `rows`, and how often the batch was halved for lack of memory.
-    """
-    first = next(iter(frames_by_row.values()))
-    batch = np.zeros((len(rows), *first.shape), first.dtype)
-    for slot, row in enumerate(rows):
-        if row in frames_by_row:
-            batch[slot] = frames_by_row[row]
-    return _halve_until_it_fits(run, batch)
-
-
-def _halve_until_it_fits(run: TokenEncoder, batch: np.ndarray) -> tuple[dict[str, np.ndarray], int]:
-    try:
-        return run.tokens(batch), 0
-    except torch.OutOfMemoryError:
-        if len(batch) == 1:
-            raise
-    half = len(batch) // 2
-    parts = [_halve_until_it_fits(run, part) for part in (batch[:half], batch[half:])]
-    arrays = {name: np.concatenate([part[0][name] for part in parts]) for name in parts[0][0]}
-    return arrays, 1 + sum(part[1] for part in parts)
 
 
 _engines: dict[str, Engine] = {}  # one per process in practice: a run has one setting
@@ -171,6 +130,9 @@ def close_engines() -> None:
         torch.cuda.empty_cache()
 
 
+atexit.register(close_engines)  # the encoding thread must not be in native code when the interpreter ends
+
+
 def describe_encoders(settings: EngineSettings) -> dict[str, EncoderDescription]:
     """Load the encoders and describe each for the driver."""
     engine = reporting_engine(settings)
@@ -183,14 +145,15 @@ def describe_encoders(settings: EngineSettings) -> dict[str, EncoderDescription]
             batch={kind: engine.batch_of(kind) for kind in KINDS},
             load_s=run.load_s,
             fingerprint=run.fingerprint,
+            compiled=settings.compiled,
         )
         for name, run in engine.encoders.items()
     }
 
 
-def free_cores(sharers: int = 1) -> int:
-    """Decode processes by default: a process's share of the cores it may use, less one for the encoders' thread."""
-    return max(1, min(MAX_DECODERS, len(os.sched_getaffinity(0)) // sharers - 1))
+def default_decoders(device: str, cores: int) -> int:
+    """Decode processes of a worker that has `cores`: all of them, less one where the encoders compute on a CPU too."""
+    return max(1, cores - 1) if device == "cpu" else cores
 
 
 def _check_device(device: str) -> str:

@@ -12,7 +12,9 @@ from typing import Any
 
 from featurestore.identity import FeatureIdentity
 
-DECODING = "decode (in its processes)"  # a stage that runs in parallel with the others
+DECODING = "decode (in its processes)"
+COMPRESSING, COMMITTING = "compress (in its threads)", "commit (in its thread)"  # "commit" was a part of "total" once
+PARALLEL_STAGES = (DECODING, COMPRESSING, COMMITTING)  # beside the encoders; the other stages add up to "total"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +28,13 @@ class EncoderDescription:
     batch: Mapping[str, int] = field(default_factory=dict)  # kind -> clips per forward that its device holds
     load_s: float = 0.0
     fingerprint: str | None = None  # of the files that it was loaded from
+    compiled: bool = False  # by torch.compile, which changes the last bits
 
     @property
     def journal_entry(self) -> dict[str, str | int]:
         """The encoder in a run's record: the group of its tokens, and what they were made on."""
-        return {"group": self.identity.group_name, "device": self.device, "threads": self.threads}
+        entry = {"group": self.identity.group_name, "device": self.device, "threads": self.threads}
+        return entry | ({"compiled": True} if self.compiled else {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +84,7 @@ class EncoderProbe:
 
     seconds: float  # per clip of a full batch
     stored_bytes: float  # the mean over the clips that were encoded together
+    write_s: float = 0.0  # core seconds per clip, to compress its tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +95,7 @@ class ProbeRecord:
     wall_s: float  # on a worker that decodes while it encodes
     encoders: Mapping[str, EncoderProbe]
     worker: int = 0  # which of the probed workers it was
+    decoders: int = 1  # decode processes of that worker
 
 
 @dataclass(frozen=True, kw_only=True)

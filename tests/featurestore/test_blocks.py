@@ -11,9 +11,10 @@ import pytest
 from featurestore.layout import receipt_key, shard_key
 from featurestore.maintenance.repair import repair_store
 from featurestore.maintenance.verify import verify_store
+from featurestore.objects.local import LocalObjects
 from featurestore.records import LOST, row_digest
 from featurestore.shards import Shard, build_shard, encode_row
-from mervcache.errors import UserError
+from mervcache.errors import StoreDamagedError, UserError
 
 FULL = {"prefix_tokens": 3, "storage_dtype": "uint8"}  # an identity with every array
 
@@ -125,6 +126,28 @@ def test_who_comes_second_gets_the_receipt_of_the_first(make, block):
     slow = make.fill_block(group.begin(0), clips, group.identity, noise=1)
     first = make.fill_block(group.begin(0), clips, group.identity).commit()
     assert slow.commit() == first
+
+
+@pytest.mark.parametrize("array", ["scale", "tokens"])
+def test_a_shard_that_does_not_read_back_as_it_was_written_has_no_receipt(array, make, block, kit, monkeypatch):
+    """A disk that loses a bit between the write and the read; the next attempt sets the shard aside."""
+    group, clips = block(**FULL)
+    damaged, put = shard_key("video", group.name, array, 0), LocalObjects.put_exclusive
+
+    def put_with_a_flipped_bit(self, key, data):
+        if key == damaged:
+            data = bytearray(b"".join(data))
+            data[10] ^= 1
+        put(self, key, bytes(data) if key == damaged else data)
+
+    monkeypatch.setattr(LocalObjects, "put_exclusive", put_with_a_flipped_bit)
+    with pytest.raises(StoreDamagedError, match=array):
+        make.fill_block(group.begin(0), clips, group.identity).commit()
+    assert group.committed_blocks() == set()
+    monkeypatch.undo()
+    receipt = make.fill_block(group.begin(0), clips, group.identity).commit()
+    assert [row.state for row in receipt.rows] == ["ok", "ok", "ok", "empty"]
+    assert not verify_store(kit.path, "full")
 
 
 def orphan(kit, group, clips, make, rows, noise, arrays) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from click.testing import CliRunner
@@ -64,7 +65,8 @@ def test_a_plan_made_on_a_cluster_stands_beside_what_the_run_took(lab):
 
 def test_without_a_plan_a_run_predicts_itself_from_its_first_block(extracted):
     predicted = extracted.summary.predicted
-    assert (predicted["by"], predicted["clips"]) == ("its first 4 clips", 14)
+    assert re.fullmatch(r"its first \d+ clips", predicted["by"])  # blocks finish in any order
+    assert predicted["clips"] == 14
     assert predicted["bytes"] > 0
 
 

@@ -27,7 +27,7 @@ from mervcache.errors import EXIT_WITH_FAILURES
 
 SERVER = Path(__file__).parents[1] / "pipeline" / "extract_server.py"
 DETERMINISTIC = ("zarr.json", "clips", "samples", "video", "image", "receipts")
-STILLS, FILMS, ROWS, BATCH = 20, 4, 4, 2
+STILLS, FILMS, ROWS, BATCH = 44, 4, 4, 2  # more blocks than a worker has in flight
 BLOCKS = STILLS // ROWS + FILMS // ROWS
 SITE = """
 import sys
@@ -280,7 +280,7 @@ def cluster(lab: FaultLab, environment: dict[str, str]) -> Iterator[tuple[Path, 
 
 
 def draw_media(folder: Path) -> None:
-    """Twenty stills, one of them white all over, and four films."""
+    """Stills, one of them white all over, and films."""
     import av
     from PIL import Image
 

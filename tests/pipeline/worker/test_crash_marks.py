@@ -20,6 +20,20 @@ with crash_mark(SimpleNamespace(store=sys.argv[1], kind="video", block=1, batch=
 """
 
 
+SEVERAL_BLOCKS = """
+import signal, sys
+from types import SimpleNamespace
+from pipeline.worker.crash_marks import crash_mark
+def mark(block):
+    return crash_mark(SimpleNamespace(store=sys.argv[1], kind="video", block=block, batch=2))
+with mark(1):
+    with mark(2):
+        with mark(3):
+            pass
+        signal.raise_signal(signal.SIGSEGV)
+"""
+
+
 def task(store, block=1):
     return SimpleNamespace(store=str(store), kind="video", block=block, batch=2)
 
@@ -34,6 +48,23 @@ def test_only_a_crash_is_remembered_and_only_of_its_own_block(number, remembered
     assert not has_crashed(task(tmp_path, block=11))
     remove_marks(task(tmp_path))
     assert not has_crashed(task(tmp_path))
+
+
+def test_a_crash_suspects_every_block_in_flight_and_none_that_had_left(tmp_path):
+    code = subprocess.run([sys.executable, "-c", SEVERAL_BLOCKS, str(tmp_path)], stderr=subprocess.DEVNULL)
+    assert code.returncode == -signal.SIGSEGV
+    assert [has_crashed(task(tmp_path, block)) for block in (1, 2, 3, 4)] == [True, True, False, False]
+    remove_marks(task(tmp_path, 1))  # its block was computed alone
+    assert [has_crashed(task(tmp_path, block)) for block in (1, 2)] == [False, True]
+
+
+def test_blocks_of_other_processes_are_not_suspected(tmp_path):
+    """A process that was killed leaves marks too, beside those of one that crashed."""
+    for number in (signal.SIGKILL, signal.SIGSEGV):
+        block = BLOCK.replace("block=1", f"block={int(number)}")
+        subprocess.run([sys.executable, "-c", block, str(tmp_path), str(int(number))], stderr=subprocess.DEVNULL)
+    assert not has_crashed(task(tmp_path, int(signal.SIGKILL)))
+    assert has_crashed(task(tmp_path, int(signal.SIGSEGV)))
 
 
 def test_an_exception_and_a_good_end_leave_nothing(tmp_path):

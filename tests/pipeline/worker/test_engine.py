@@ -13,15 +13,8 @@ import torch
 from featurestore.clips import Clip
 from mervcache.errors import UserError
 from pipeline.decode.sampling import DecodeJob
-from pipeline.worker.engine import (
-    Engine,
-    TokenEncoder,
-    close_engines,
-    decode_job,
-    describe_encoders,
-    encode_batch,
-    engine_for,
-)
+from pipeline.worker.encode import TokenEncoder, encode_batch
+from pipeline.worker.engine import Engine, close_engines, decode_job, describe_encoders, engine_for
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +39,10 @@ def test_a_clip_has_the_same_bits_alone_or_with_any_neighbours(run):
 class ShortOfMemory(TokenEncoder):
     """An encoder on a device that holds `capacity` clips."""
 
-    def tokens(self, frames_BTHWC):
+    def encode(self, frames_BTHWC):
         if len(frames_BTHWC) > self.capacity:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return super().tokens(frames_BTHWC)
+        return super().encode(frames_BTHWC)
 
 
 @pytest.mark.parametrize(("clips", "capacity", "halvings"), [(4, 4, 0), (4, 2, 1), (4, 1, 3), (5, 2, 2), (5, 1, 4)])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from featurestore.clips import Clip
 from mervcache.errors import RunStoppedError
 from pipeline.config import EngineSettings
+from pipeline.worker.admission import IN_FLIGHT
 from pipeline.worker.block import BlockTask
 from pipeline.worker.isolate import extract_isolated
 from pipeline.worker.reports import BlockReport, EncoderWork
@@ -33,6 +35,8 @@ for row, _ in task.rows:
     if str(row) in fates:
         signal.raise_signal(fates[str(row)])
 reasons = {f"{row}: {why}": 1 for (_, row), why in crashed.items()}
+if name := fates.get("environment"):
+    reasons = {os.environ[name]: 1}
 counts = dict.fromkeys(("clips", "failed", "frames", "bytes", "halvings", "block", "reused"), 0)
 work = {"siglip": {"clips": 8, "seconds": 0.5, "bytes": 80}}
 report = counts | {"kind": "video", "seconds": {"total": 1.5}, "made": work, "reasons": reasons}
@@ -92,6 +96,19 @@ def test_two_culprits_are_found_one_after_the_other_by_how_they_ended(suspect):
 def test_a_process_killed_from_outside_blames_no_clip(suspect):
     with pytest.raises(RunStoppedError, match=r"killed from outside \(signal SIGKILL\), while siglip encoded d/3.mp4"):
         suspect(_3=KILL)
+
+
+def test_a_suspect_waits_until_the_blocks_in_flight_have_left(suspect):
+    with ThreadPoolExecutor(1) as threads:
+        with IN_FLIGHT.admit("an engine", 1):
+            report = threads.submit(suspect)
+            with pytest.raises(TimeoutError):
+                report.result(timeout=0.5)
+        assert report.result(timeout=60).kind == "video"
+
+
+def test_a_suspect_launches_one_kernel_at_a_time(suspect):
+    assert suspect(environment="CUDA_LAUNCH_BLOCKING").reasons == {"1": 1}
 
 
 def test_many_culprits_are_the_machines_fault(suspect):
