@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pyarrow as pa
 
+from featurestore.buffers import BufferPool
 from featurestore.identity import FeatureIdentity
 from featurestore.layout import ROOT_METADATA, array_metadata_key, shard_key
 from featurestore.objects.base import Objects
@@ -24,7 +25,7 @@ class BatchReader:
     """Reads rows of both kinds into one batch; opens each group on first use."""
 
     def __init__(self, objects: Objects) -> None:
-        self._objects, self._shards = objects, ShardCache(objects)
+        self._objects, self._shards, self._buffers = objects, ShardCache(objects), BufferPool()
         self._groups: dict[tuple[str, bool], GroupReader] = {}  # by group name and "is a still"
 
     def read(
@@ -42,7 +43,7 @@ class BatchReader:
         inner = (height, width) if array == "tokens" else (identity.prefix_tokens,)
         shape, dtype = (len(rows), len(steps), *inner, identity.width), np.dtype(_dtype_of(identity, array).float_dtype)
         if out is None:
-            out = np.empty(shape, dtype=dtype)
+            out = self._buffers.empty(shape, dtype)
         elif out.shape != shape or out.dtype != dtype:
             raise UserError(f"out must be {shape} {dtype}, got {out.shape} {out.dtype}")
 

@@ -196,7 +196,7 @@ class FeatureStore:
     ) -> np.ndarray:
         """Tokens as floats [B, T, H, W, D]; `frames` picks time steps (a slice or indices), a still's steps repeat.
 
-        `out` is an array to read into (pinned, or used again: fresh memory costs half of an uncompressed read).
+        `out` is an array to read into, e.g. pinned. Without it, memory of arrays that are gone is used again.
         """
         return self._batches.read("tokens", *self._locate(clip_ids, encoder), frames, out)
 
