@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -79,6 +80,7 @@ class GroupReader:
         self._objects, self._shards = objects, shards or ShardCache(objects)
         self._dtypes = {array: _dtype_of(identity, array) for array in ("tokens", "prefix")}
         self._opened: dict[str, ArraySpec] = {}  # as on disk
+        self._opening = threading.Lock()  # a batch is read by many threads, and each would send the same request
 
     def read_row(self, array: str, row: int, out: np.ndarray, steps: np.ndarray | None = None) -> None:
         """Row `row` as floats into `out`; `steps` picks stored time steps, None takes all in order."""
@@ -101,12 +103,20 @@ class GroupReader:
 
     def read_stored(self, array: str, row: int, out: np.ndarray) -> None:
         """Row `row` as it is stored, into a contiguous array of the stored dtype."""
-        spec = self._opened.get(array) or self._open_array(array)
+        spec = self._spec(array)
         block, slot = divmod(row, spec.block_rows)
         shard = self._shards.get(self.kind, self.group, spec, block)
         if not shard.read_row(slot, out, self._shards.scratch):
             key = shard_key(self.kind, self.group, array, block)
             raise StoreDamagedError(f"{key} lacks row {row} though its receipt has it; run `merv-pipeline verify`")
+
+    def _spec(self, array: str) -> ArraySpec:
+        """The array as it is on disk, read on first use."""
+        if array not in self._opened:
+            with self._opening:
+                if array not in self._opened:
+                    self._opened[array] = self._open_array(array)
+        return self._opened[array]
 
     def _open_array(self, array: str) -> ArraySpec:
         key, expected = array_metadata_key(self.kind, self.group, array), self.specs[array]
@@ -124,7 +134,6 @@ class GroupReader:
             raise StoreDamagedError(
                 f"{key} describes {spec.row_shape} {spec.dtype}, its identity {expected.row_shape} {expected.dtype}"
             )
-        self._opened[array] = spec
         return spec
 
 
