@@ -1,6 +1,6 @@
 """Reading alongside other formats: shuffled whole clips through each format's loader to a collated batch.
 
-    python benchmarks/peers.py                        # under 10 minutes on two cores; the first time installs the peers
+    python benchmarks/peers.py            # minutes on two quiet cores; the first time, the peers are installed
     python benchmarks/peers.py --page docs/performance.md --json peers.json --plot docs/performance.svg
 
 Every format holds the same synthetic tokens, one encoder, 2.1 MB per clip, and every reader checks a digest
