@@ -19,6 +19,7 @@ from featurestore.layout import (
     CARD,
     JOURNAL,
     LISTING,
+    NEWEST,
     ROOT_METADATA,
     TEMPORARY,
     block_of,
@@ -144,7 +145,7 @@ def push(
     sizes = {
         key: size
         for key, size in target.list_tree().items()
-        if key not in (LISTING, CARD) and not key.startswith((f"{TEMPORARY}/", "."))
+        if key not in (LISTING, CARD, NEWEST) and not key.startswith((f"{TEMPORARY}/", "."))
     }
     listing = listing_bytes(sizes)
     if not put_if_absent(target, LISTING, listing) and target.get(LISTING) != listing:
