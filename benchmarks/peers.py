@@ -92,7 +92,8 @@ def main(
     if plot:
         subprocess.run([peers, HERE / "peers_plot.py", plot], input=json.dumps(result), text=True, check=True)
     if page:
-        replace_part(page, "peers", text)
+        picture = f"\n\n![MB/s by format]({os.path.relpath(plot, page.parent)})" if plot else ""
+        replace_part(page, "peers", text + picture)
 
 
 def peer_python(environment: Path) -> Path:
