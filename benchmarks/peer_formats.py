@@ -81,6 +81,32 @@ def get_many(place: str, names: list[str]) -> list[bytes]:
         return [bytes(data) for data in pool.map(lambda name: obstore.get(store, name).bytes(), names)]
 
 
+class RangedFile(io.RawIOBase):
+    """An object as a file of ranged reads, for libraries that want bytes."""
+
+    def __init__(self, place: str, name: str) -> None:
+        import obstore
+
+        self._reader = obstore.open_reader(bucket_of(place), name)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._reader.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._reader.tell()
+
+    def readinto(self, buffer: memoryview) -> int:
+        data = bytes(self._reader.read(len(buffer)))
+        buffer[: len(data)] = data
+        return len(data)
+
+
 class ClipFiles(torch.utils.data.Dataset):
     """Items by number, with one open handle per process; `__getitems__` reads a loader's whole batch."""
 
@@ -216,7 +242,7 @@ def read_tensorstore(place: str, codec: str, num_clips: int, workers: int) -> Ca
             kvstore = {
                 "driver": "s3",
                 "bucket": parts.netloc,
-                "path": f"{parts.path.strip('/')}/{path}/",
+                "path": f"{parts.path}/{path}/".lstrip("/"),
                 "endpoint": os.environ["AWS_ENDPOINT_URL"],
                 "aws_region": os.environ["AWS_REGION"],
             }
@@ -299,9 +325,7 @@ def read_hdf5(place: str, codec: str, num_clips: int, workers: int) -> Callable[
     def open_file(place: str) -> Any:
         if not is_remote(place):
             return h5py.File(f"{place}/clips.h5", "r")["tokens"]
-        import obstore
-
-        return h5py.File(obstore.open_reader(bucket_of(place), "clips.h5"), "r")["tokens"]
+        return h5py.File(RangedFile(place, "clips.h5"), "r")["tokens"]
 
     def read(tokens: Any, numbers: list[int]) -> np.ndarray:
         batch = np.empty((len(numbers), *SHAPE), np.float16)

@@ -14,7 +14,7 @@ from featurestore.identity import FeatureIdentity
 from featurestore.layout import ROOT_METADATA, array_metadata_key, shard_key
 from featurestore.objects.base import Objects
 from featurestore.objects.open import in_parallel
-from featurestore.shards import ShardCache
+from featurestore.shards import Shard, ShardCache
 from featurestore.storage_dtypes import StorageDtype, prefix_dtype, storage_dtype
 from featurestore.zarr_metadata import ArraySpec, array_specs, parse_array, parse_root, read_document
 from mervcache.errors import ClipUnavailableError, StoreDamagedError, StoreFormatError, UserError
@@ -67,7 +67,12 @@ class BatchReader:
             for index in order:
                 read_row(index)
         else:
-            in_parallel(read_row, order, self._objects.parallel_reads)
+            # Each shard is opened once: of many threads that want its rows, each would send the same requests.
+            size = {still: reader.block_rows(array) for still, (reader, _) in readers.items()}
+            of_block = {(bool(is_image[n]), int(rows[n]) // size[bool(is_image[n])]): n for n in order}
+            width = self._objects.parallel_reads
+            in_parallel(lambda n: readers[bool(is_image[n])][0].shard(array, int(rows[n])), of_block.values(), width)
+            in_parallel(read_row, order, width)
         return out
 
 
@@ -103,12 +108,18 @@ class GroupReader:
 
     def read_stored(self, array: str, row: int, out: np.ndarray) -> None:
         """Row `row` as it is stored, into a contiguous array of the stored dtype."""
-        spec = self._spec(array)
-        block, slot = divmod(row, spec.block_rows)
-        shard = self._shards.get(self.kind, self.group, spec, block)
-        if not shard.read_row(slot, out, self._shards.scratch):
+        block, slot = divmod(row, self.block_rows(array))
+        if not self.shard(array, row).read_row(slot, out, self._shards.scratch):
             key = shard_key(self.kind, self.group, array, block)
             raise StoreDamagedError(f"{key} lacks row {row} though its receipt has it; run `merv-pipeline verify`")
+
+    def block_rows(self, array: str) -> int:
+        return self._spec(array).block_rows
+
+    def shard(self, array: str, row: int) -> Shard:
+        """The shard of a row, opened on first use."""
+        spec = self._spec(array)
+        return self._shards.get(self.kind, self.group, spec, row // spec.block_rows)
 
     def _spec(self, array: str) -> ArraySpec:
         """The array as it is on disk, read on first use."""
