@@ -352,8 +352,8 @@ def read_webdataset(place: str, codec: str, num_clips: int, workers: int) -> Cal
 
     num_files = -(-num_clips // CLIPS_PER_FILE)
     urls = [f"{place}/{number:06d}.tar" for number in range(num_files)]
-    if is_remote(place):  # the server lets anyone read
-        urls = [f"pipe:curl -s {url.replace('s3://', os.environ['AWS_ENDPOINT_URL'] + '/')}" for url in urls]
+    if is_remote(place):
+        urls = [f"pipe:curl -s '{signed(url)}'" for url in urls]
 
     def checked(sample: dict) -> torch.Tensor:
         return torch.from_numpy(check(sample["npy"], int(sample["crc.id"])))
@@ -362,6 +362,16 @@ def read_webdataset(place: str, codec: str, num_clips: int, workers: int) -> Cal
     data = data.shuffle(CLIPS_PER_FILE).decode().map(checked).batched(BATCH, collation_fn=torch.stack, partial=True)
     loader = webdataset.WebLoader(data, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
     return lambda: iter(loader)
+
+
+def signed(url: str) -> str:
+    """An address that needs no credentials, of an s3:// URL."""
+    import boto3
+
+    parts = urlsplit(url)
+    names = {"Bucket": parts.netloc, "Key": parts.path.lstrip("/")}
+    client = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"], region_name=os.environ["AWS_REGION"])
+    return client.generate_presigned_url("get_object", Params=names)
 
 
 def write_litdata(place: str, codec: str, num_clips: int) -> None:
