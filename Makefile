@@ -7,7 +7,7 @@ DEMO_CONFIG := pipeline/demo.yaml
 
 LLM := models/smollm2-135m
 
-.PHONY: setup demo demo-sweep check test lint bench smollm2 gpu-check
+.PHONY: setup demo demo-sweep check test lint bench bench-extraction bench-floors smollm2 gpu-check
 setup: $(STAMP)
 
 # torch goes first, so that nothing else pulls another build of it.
@@ -56,9 +56,19 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Reading alongside other formats and time to the first batch, written into docs/performance.md: under 10 minutes on two
+# quiet cores. The first time, the other formats' libraries are installed into .peers/ (7 GB).
+bench: bench-floors
+	$(BIN)/python benchmarks/peers.py --page docs/performance.md --json docs/performance.json --plot docs/performance.svg
+	$(BIN)/python benchmarks/first_batch.py --page docs/performance.md
+
+# Ratios to bare work of reading, extraction and a training step; fails below their floors.
+bench-floors: setup
+	$(BIN)/python benchmarks/floors.py
+
 # Pipeline time over bare decoding and bare forwards, four full-size encoders: minutes per clip on a CPU.
 DATA ?= data/videollava
-bench: setup
+bench-extraction: setup
 	$(BIN)/python benchmarks/extraction.py --root $(DATA)
 
 # The CUDA path on a real device; without one it says so and leaves with code 2.

@@ -1,9 +1,11 @@
-"""Reading beside its limit: shuffled whole-clip reads from a store, against the same bytes without it.
+"""Reading compared with its limit: shuffled whole-clip reads from a store, and the same bytes without it.
 
     python benchmarks/reading.py            # 0.3 GB in a temporary folder, one thread, warm page cache
 
 Tokens are synthetic: float16 [16, 8, 8, 1024], smooth in time, of uneven channel scale. What is read is checked
 against its crc32c everywhere, except in the first row of each half; so the second row is the limit at equal checks.
+Readers take turns, and processor time counts, since other work on the machine changes it least; tensorstore's threads
+are in it.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
@@ -39,7 +41,7 @@ def main(clips: int, repeats: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "bench.zarr"
             make_store(path, clips, codec)
-            compare(path, codec, repeats)
+            report(codec, clips, compare(path, codec, repeats))
 
 
 def make_store(path: Path, num_clips: int, codec: str) -> None:
@@ -58,7 +60,8 @@ def make_store(path: Path, num_clips: int, codec: str) -> None:
     writer.publish_snapshot()
 
 
-def compare(path: Path, codec: str, repeats: int) -> None:
+def compare(path: Path, codec: str, repeats: int, only: Sequence[str] = ()) -> dict[str, float]:
+    """Processor seconds of a pass over all clips by reader, the best of the repeats; readers take turns."""
     store = FeatureStore.open(path)
     ids = store.clips["clip_id"].to_pylist()
     np.random.default_rng(1).shuffle(ids)
@@ -69,21 +72,41 @@ def compare(path: Path, codec: str, repeats: int) -> None:
         "bare, checked": lambda batch: bare(chunks, batch, out, codec, check=True),
         "FeatureStore.read(out=)": lambda batch: store.read(batch, encoder="synthetic", out=out),
         "FeatureStore.read": lambda batch: store.read(batch, encoder="synthetic"),
+        "training loader": loader_of(store),
         "zarr-python, array[i]": zarr_reader(path, store, out),
         "tensorstore": tensorstore_reader(path, store),
     }
-    best = {name: min(seconds(reader, ids) for _ in range(repeats)) for name, reader in readers.items()}
-    megabytes = len(ids) * out[0].nbytes / 1e6
+    rounds = [
+        {name: seconds(reader, ids) for name, reader in readers.items() if not only or name in only}
+        for _ in range(repeats)
+    ]
+    return {name: min(taken[name] for taken in rounds) for name in rounds[0]}
+
+
+def report(codec: str, clips: int, best: dict[str, float]) -> None:
+    megabytes = clips * 2 * GRID[0] * GRID[1] * GRID[2] * WIDTH / 1e6
     click.echo(f"codec {codec}: {'reader':<26}{'MB/s':>8}{'of bare, checked':>18}")
     for name, taken in best.items():
         click.echo(f"{'':<{len(codec) + 8}}{name:<26}{megabytes / taken:>8.0f}{best['bare, checked'] / taken:>18.2f}")
 
 
 def seconds(reader: Callable, ids: list[str]) -> float:
-    started = time.perf_counter()
+    """Processor seconds of one pass in whole batches."""
+    started = time.process_time()
     for start in range(0, len(ids) - BATCH + 1, BATCH):
         reader(ids[start : start + BATCH])
-    return time.perf_counter() - started
+    return time.process_time() - started
+
+
+def loader_of(store: FeatureStore) -> Callable:
+    """What a step does to read: tokens as tensors, collated with a text of 32 tokens."""
+    from trainer.data.batches import collate
+    from trainer.data.prompts import Rendered
+    from trainer.data.tokens import StoreTokens
+
+    source = StoreTokens(store, ["synthetic"])
+    text = Rendered(input_ids=[1] * 32, labels=[1] * 32, visual_at=1)
+    return lambda batch: collate([text] * len(batch), range(len(batch)), source.fetch(batch), num_visual_tokens=64)
 
 
 def encoded_chunks(store: FeatureStore, path: Path, ids: list[str]) -> dict[str, tuple[int, int, int]]:

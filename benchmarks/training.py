@@ -77,10 +77,10 @@ def main(clips: int, batch_size: int, steps: int, rounds: int, threads: int, wid
     click.echo(f"ratio: {figures['ratio']:.3f}")
 
 
-def compare(folder: Path, config: TrainConfig, num_clips: int, rounds: int) -> dict:
+def compare(folder: Path, config: TrainConfig, num_clips: int, rounds: int, grid: tuple[int, int, int] = GRID) -> dict:
     """Rounds in turn; medians over all counted steps."""
     samples = [_sample(index) for index in range(num_clips)]
-    tokens = make_store(folder / "bench.zarr", num_clips)
+    tokens = make_store(folder / "bench.zarr", num_clips, grid)
     store = StoreTokens(FeatureStore.open(folder / "bench.zarr"), list(WIDTHS))
     sources = {"store": store, "ready": ReadyTokens([sample.clip_id for sample in samples], tokens)}
     rows: dict[str, list[dict]] = {name: [] for name in sources}
@@ -103,21 +103,21 @@ def measure(config: TrainConfig, samples: list[Sample], source: TokenSource, out
     return read_metrics(out)[WARM_UP:]
 
 
-def make_store(path: Path, num_clips: int) -> dict[str, Tensor]:
+def make_store(path: Path, num_clips: int, grid: tuple[int, int, int]) -> dict[str, Tensor]:
     """Clips with tokens that are smooth in time and of uneven channel scale; those of the first few, in memory."""
     writer = StoreWriter.open_or_create(path)
     rows = writer.add_clips([Clip(dataset="bench", path=f"{i:04d}.mp4", kind="video") for i in range(num_clips)])
     random, kept = np.random.default_rng(0), {}
     for encoder, width in WIDTHS.items():
         group = writer.ensure_group(
-            "video", synthetic_identity(encoder, GRID, width), batch_shape=1, weights_label="random:0"
+            "video", synthetic_identity(encoder, grid, width), batch_shape=1, weights_label="random:0"
         )
         gain = random.lognormal(size=width)
         values = []
         for block in group.missing_blocks():
             task = group.begin(block)
             for row in (row for row, _ in rows if row in task.rows):
-                drift = 0.3 * random.normal(size=(*GRID, width)).cumsum(axis=0)
+                drift = 0.3 * random.normal(size=(*grid, width)).cumsum(axis=0)
                 tokens = ((random.normal(size=(1, 1, 1, width)) + drift) * gain).astype(np.float16)
                 task.add(row, {"tokens": tokens}, media_sha256=None, decoder=None)
                 values.append(tokens)

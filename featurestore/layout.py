@@ -28,6 +28,7 @@ PARTS, SAMPLES, RECEIPTS, SNAPSHOTS, JOURNAL, TOMBSTONES, CANARIES, TEMPORARY = 
     "tmp",
 )
 CARD, LISTING = "README.md", "listing.json"  # written by `push`: for people, and for places that cannot list
+NEWEST = "newest.json"  # in a bucket: what is newest, for readers; see newest.py
 # Arrays of a group, in the order in which their shards are put and their rows digested: tokens last, see writer.py.
 ARRAYS: tuple[str, ...] = ("prefix", "scale", "offset", "tokens")
 TRAILING_AXES: dict[str, int] = {"prefix": 3, "scale": 1, "offset": 1, "tokens": 4}  # axes after "row"

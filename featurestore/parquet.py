@@ -64,9 +64,9 @@ def _digest_place(data: bytes) -> int | None:
     return start if start >= len(_MARK) and start + 64 <= len(data) else None
 
 
-def table_file(objects: Objects, key: str) -> bytes:
-    """The bytes of a Parquet file of plausible size."""
-    return get_bounded(objects, key, MAX_TABLE_BYTES)
+def table_file(objects: Objects, key: str, *, sha256: str | None = None) -> bytes:
+    """The bytes of a Parquet file of plausible size; the caller checks that they have `sha256`."""
+    return get_bounded(objects, key, MAX_TABLE_BYTES, sha256=sha256)
 
 
 def read_table(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
 
+from featurestore.buffers import BufferPool
 from featurestore.identity import FeatureIdentity
 from featurestore.layout import ROOT_METADATA, array_metadata_key, shard_key
 from featurestore.objects.base import Objects
 from featurestore.objects.open import in_parallel
-from featurestore.shards import ShardCache
+from featurestore.shards import Shard, ShardCache
 from featurestore.storage_dtypes import StorageDtype, prefix_dtype, storage_dtype
 from featurestore.zarr_metadata import ArraySpec, array_specs, parse_array, parse_root, read_document
 from mervcache.errors import ClipUnavailableError, StoreDamagedError, StoreFormatError, UserError
@@ -24,7 +26,7 @@ class BatchReader:
     """Reads rows of both kinds into one batch; opens each group on first use."""
 
     def __init__(self, objects: Objects) -> None:
-        self._objects, self._shards = objects, ShardCache(objects)
+        self._objects, self._shards, self._buffers = objects, ShardCache(objects), BufferPool()
         self._groups: dict[tuple[str, bool], GroupReader] = {}  # by group name and "is a still"
 
     def read(
@@ -42,7 +44,7 @@ class BatchReader:
         inner = (height, width) if array == "tokens" else (identity.prefix_tokens,)
         shape, dtype = (len(rows), len(steps), *inner, identity.width), np.dtype(_dtype_of(identity, array).float_dtype)
         if out is None:
-            out = np.empty(shape, dtype=dtype)
+            out = self._buffers.empty(shape, dtype)
         elif out.shape != shape or out.dtype != dtype:
             raise UserError(f"out must be {shape} {dtype}, got {out.shape} {out.dtype}")
 
@@ -65,7 +67,12 @@ class BatchReader:
             for index in order:
                 read_row(index)
         else:
-            in_parallel(read_row, order, self._objects.parallel_reads)
+            # Each shard is opened once: of many threads that want its rows, each would send the same requests.
+            size = {still: reader.block_rows(array) for still, (reader, _) in readers.items()}
+            of_block = {(bool(is_image[n]), int(rows[n]) // size[bool(is_image[n])]): n for n in order}
+            width = self._objects.parallel_reads
+            in_parallel(lambda n: readers[bool(is_image[n])][0].shard(array, int(rows[n])), of_block.values(), width)
+            in_parallel(read_row, order, width)
         return out
 
 
@@ -78,6 +85,7 @@ class GroupReader:
         self._objects, self._shards = objects, shards or ShardCache(objects)
         self._dtypes = {array: _dtype_of(identity, array) for array in ("tokens", "prefix")}
         self._opened: dict[str, ArraySpec] = {}  # as on disk
+        self._opening = threading.Lock()  # a batch is read by many threads, and each would send the same request
 
     def read_row(self, array: str, row: int, out: np.ndarray, steps: np.ndarray | None = None) -> None:
         """Row `row` as floats into `out`; `steps` picks stored time steps, None takes all in order."""
@@ -100,12 +108,26 @@ class GroupReader:
 
     def read_stored(self, array: str, row: int, out: np.ndarray) -> None:
         """Row `row` as it is stored, into a contiguous array of the stored dtype."""
-        spec = self._opened.get(array) or self._open_array(array)
-        block, slot = divmod(row, spec.block_rows)
-        shard = self._shards.get(self.kind, self.group, spec, block)
-        if not shard.read_row(slot, out, self._shards.scratch):
+        block, slot = divmod(row, self.block_rows(array))
+        if not self.shard(array, row).read_row(slot, out, self._shards.scratch):
             key = shard_key(self.kind, self.group, array, block)
             raise StoreDamagedError(f"{key} lacks row {row} though its receipt has it; run `merv-pipeline verify`")
+
+    def block_rows(self, array: str) -> int:
+        return self._spec(array).block_rows
+
+    def shard(self, array: str, row: int) -> Shard:
+        """The shard of a row, opened on first use."""
+        spec = self._spec(array)
+        return self._shards.get(self.kind, self.group, spec, row // spec.block_rows)
+
+    def _spec(self, array: str) -> ArraySpec:
+        """The array as it is on disk, read on first use."""
+        if array not in self._opened:
+            with self._opening:
+                if array not in self._opened:
+                    self._opened[array] = self._open_array(array)
+        return self._opened[array]
 
     def _open_array(self, array: str) -> ArraySpec:
         key, expected = array_metadata_key(self.kind, self.group, array), self.specs[array]
@@ -123,7 +145,6 @@ class GroupReader:
             raise StoreDamagedError(
                 f"{key} describes {spec.row_shape} {spec.dtype}, its identity {expected.row_shape} {expected.dtype}"
             )
-        self._opened[array] = spec
         return spec
 
 

@@ -30,6 +30,7 @@ from featurestore.layout import (
     tombstone_key,
     tombstone_names,
 )
+from featurestore.newest import update_newest
 from featurestore.objects.base import Objects, get_bounded, put_if_absent
 from mervcache.errors import StoreDamagedError, StoreError, StoreFormatError, UserError
 from mervcache.files import canonical_json, load_json, record_digest
@@ -306,6 +307,7 @@ def put_tombstone(objects: Objects, clips: Iterable[str], reason: str, date: str
         clips=tuple(sorted(set(clips))), reason=reason.strip(), date=date, erased=tuple(sorted(set(erased)))
     )
     put_if_absent(objects, tombstone_key(tombstone.id), tombstone.to_bytes())  # the name holds the digest
+    update_newest(objects)
     return tombstone
 
 

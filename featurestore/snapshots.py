@@ -36,6 +36,7 @@ from featurestore.layout import (
     snapshot_ids,
     snapshot_keys,
 )
+from featurestore.newest import update_newest
 from featurestore.objects.base import Objects, get_bounded, put_if_absent
 from featurestore.parquet import read_table, table_bytes, table_file
 from featurestore.records import STATES, Receipt, read_receipt, tombstone_ids
@@ -198,7 +199,7 @@ def read_snapshot_table(objects: Objects, snapshot: Snapshot, columns: list[str]
     """The snapshot's table, its bytes checked."""
     key = snapshot_keys(snapshot.id)[0]
     try:
-        data = table_file(objects, key)
+        data = table_file(objects, key, sha256=snapshot.table_sha256)
     except FileNotFoundError:
         raise StoreDamagedError(f"{key} is missing; open an older snapshot or publish a new one") from None
     if sha256_hex(data) != snapshot.table_sha256:
@@ -234,12 +235,14 @@ def publish(objects: Objects, block_rows: Mapping[str, int], *, anew: bool = Fal
         parent = load_snapshot(objects, newest) if newest else None
         snapshot, table = _build(objects, block_rows, parent, anew)
         if parent is not None and snapshot.has_content_of(parent):
+            update_newest(objects)  # a publisher that was killed may not have come to it
             return parent.id
         table_key, record_key = snapshot_keys(snapshot.id)
         for key, data in ((table_key, table), (record_key, snapshot.to_bytes())):
             put_if_absent(objects, key, data)  # the name holds the digest: an existing object has the same bytes
         rivals = [other for other in snapshot_ids(objects.list_names(SNAPSHOTS)) if other >= f"{snapshot.sequence:08d}"]
         if rivals == [snapshot.id]:
+            update_newest(objects)
             return snapshot.id
 
 

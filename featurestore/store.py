@@ -31,8 +31,9 @@ from featurestore.layout import (
     receipts_prefix,
 )
 from featurestore.locate import Place, no_store_at, place_of
+from featurestore.newest import Newest, read_newest
 from featurestore.objects.base import Objects, get_bounded
-from featurestore.objects.open import in_parallel, open_cached, open_objects
+from featurestore.objects.open import in_parallel, open_cached
 from featurestore.parquet import read_table, table_file
 from featurestore.reader import BatchReader, ClipLines, Frames, encoder_keys
 from featurestore.records import (
@@ -41,10 +42,10 @@ from featurestore.records import (
     driver_runs,
     parse_journal,
     read_receipt,
-    read_tombstones,
+    read_tombstone,
 )
 from featurestore.schemas import CLIP_SCHEMA, SAMPLE_SCHEMA, table_to_samples
-from featurestore.snapshots import column, load_snapshot, newest_snapshot_id, read_snapshot_table
+from featurestore.snapshots import column, load_snapshot, read_snapshot_table
 from featurestore.zarr_metadata import parse_root, read_document
 from mervcache.errors import ClipUnavailableError, StoreDamagedError, StoreError, StoreNotFoundError, UserError
 from mervcache.files import sha256_hex
@@ -61,6 +62,7 @@ class FeatureStore:
         cache_bytes: int | None = None,
         *,
         objects: Objects | None = None,  # of the path, where the caller has opened them
+        newest: Newest | None = None,  # of the objects, where the caller has read it
     ) -> None:
         self.path = path
         self.snapshot = snapshot  # id: SEQUENCE-DIGEST12
@@ -75,7 +77,9 @@ class FeatureStore:
         self._is_image = table["kind"].to_numpy(zero_copy_only=False) == "image"
         self._rows = {group: table[column(group, "row")].to_numpy() for group in self._groups.values()}
         # Removals apply to every snapshot, also to those that were made before; lines keep their place.
-        self.tombstones: dict[str, Tombstone] = read_tombstones(self._objects)  # by id
+        self.tombstones: dict[str, Tombstone] = {  # by id
+            name: read_tombstone(self._objects, name) for name in (newest or read_newest(self._objects)).tombstones
+        }
         self._removed = {clip: tombstone for tombstone in self.tombstones.values() for clip in tombstone.clips}
         self._is_hidden = np.zeros(len(self._clip_ids), dtype=bool)
         if self._removed:
@@ -98,17 +102,19 @@ class FeatureStore:
         to `cache_bytes` (default: MERV_CACHE_BYTES, else 50 GB); False caches nothing.
         """
         path = place_of(path)
-        objects = open_objects(path)
-        if not objects.exists(ROOT_METADATA):
-            raise StoreNotFoundError(no_store_at(path))
-        parse_root(read_document(objects, ROOT_METADATA))
-        snapshot = snapshot or newest_snapshot_id(objects)
+        objects = open_cached(path, cache, cache_bytes)
+        try:
+            parse_root(read_document(objects, ROOT_METADATA))
+        except FileNotFoundError:
+            raise StoreNotFoundError(no_store_at(path)) from None
+        newest = read_newest(objects)
+        snapshot = snapshot or newest.snapshot
         if snapshot is None:
             raise StoreError(
                 f"{path} has no snapshot yet: extraction makes one every few minutes and at its end; wait for it, or "
                 "run the same `merv-pipeline extract` again to finish it"
             )
-        return cls(str(path), snapshot, cache, cache_bytes)
+        return cls(str(path), snapshot, cache, cache_bytes, objects=objects, newest=newest)
 
     def __reduce__(self) -> tuple:
         return (FeatureStore, (self.path, self.snapshot, *self._cache_settings))
@@ -128,10 +134,13 @@ class FeatureStore:
     @cached_property
     def clips(self) -> pa.Table:
         """clip_id, dataset, path, start_s, end_s, end_frame, kind, and a column per encoder key: True if committed."""
-        table = self._clip_columns().drop_columns(["row"])
-        for key, group in self._groups.items():
-            table = table.append_column(key, pa.array(self._rows[group] >= 0))
-        return table.filter(pa.array(~self._is_hidden)) if self._removed else table
+        return self._visible(self._with_encoders(self._clip_columns().drop_columns(["row"])))
+
+    @cached_property
+    def committed(self) -> pa.Table:
+        """clip_id, kind and the encoder columns of `clips`: of the open snapshot, where `clips` reads other files."""
+        kinds = pa.array(np.where(self._is_image, "image", "video"), pa.string())
+        return self._visible(self._with_encoders(pa.table({"clip_id": self._clip_ids, "kind": kinds})))
 
     @property
     def quarantine(self) -> pa.Table:
@@ -196,7 +205,7 @@ class FeatureStore:
     ) -> np.ndarray:
         """Tokens as floats [B, T, H, W, D]; `frames` picks time steps (a slice or indices), a still's steps repeat.
 
-        `out` is an array to read into (pinned, or used again: fresh memory costs half of an uncompressed read).
+        `out` is an array to read into, e.g. pinned. Without it, memory of arrays that are gone is used again.
         """
         return self._batches.read("tokens", *self._locate(clip_ids, encoder), frames, out)
 
@@ -233,10 +242,10 @@ class FeatureStore:
         distinct = sorted(set(clip_ids))
         lines = self._lines(distinct)
         parts: list[str] = []
-        for encoder in encoders:
-            key = self._key(encoder)
-            name = column(self._groups[key], "digest")
-            digests = read_snapshot_table(self._objects, self._record, [name])[name].take(pa.array(lines)).to_pylist()
+        names = {key: column(self._groups[key], "digest") for key in map(self._key, encoders)}
+        table = read_snapshot_table(self._objects, self._record, list(names.values())) if names else None
+        for key, name in names.items():
+            digests = table[name].take(pa.array(lines)).to_pylist()
             identity = self.encoders[key].id
             parts += [f"clip\t{c}\t{identity}\t{d}" for c, d in zip(distinct, digests, strict=True)]
         parts += [f"sample\t{sample.digest}" for sample in samples]
@@ -285,6 +294,14 @@ class FeatureStore:
             )
         return self.encoders[key], rows, self._is_image[lines]
 
+    def _with_encoders(self, table: pa.Table) -> pa.Table:
+        for key, group in self._groups.items():
+            table = table.append_column(key, pa.array(self._rows[group] >= 0))
+        return table
+
+    def _visible(self, table: pa.Table) -> pa.Table:
+        return table.filter(pa.array(~self._is_hidden)) if self._removed else table
+
     def _key(self, encoder: str) -> str:
         """The key of an encoder; UserError lists the choices for ambiguous and unknown names."""
         if encoder in self._groups:
@@ -327,7 +344,7 @@ class FeatureStore:
 
     def _read_digested(self, key: str, sha256: str) -> bytes:
         try:
-            data = table_file(self._objects, key)
+            data = table_file(self._objects, key, sha256=sha256)
         except FileNotFoundError:
             raise StoreDamagedError(f"{key} is missing though the snapshot names it; restore it from a copy") from None
         if sha256_hex(data) != sha256:

@@ -23,6 +23,7 @@ from featurestore.layout import (
     GROUP_NAME,
     JOURNAL,
     LISTING,
+    NEWEST,
     PARTS,
     ROOT_METADATA,
     SAMPLES,
@@ -50,6 +51,7 @@ from featurestore.layout import (
 )
 from featurestore.locate import Place, no_store_at
 from featurestore.maintenance.derived_table import check_table
+from featurestore.newest import MAX_NEWEST_BYTES, Newest, list_newest
 from featurestore.objects.base import Objects, get_bounded
 from featurestore.objects.open import in_parallel, open_objects
 from featurestore.parquet import own_digest_holds, read_table, table_file
@@ -196,6 +198,7 @@ class Verification:
         for name in journal_names(self.objects.list_names(JOURNAL)):
             with self.findings.reading(journal_key(name)):
                 parse_journal(get_bounded(self.objects, journal_key(name), MAX_JOURNAL_BYTES), name)
+        self._check_newest()
         self._find_orphans()
 
     def _check_tombstones(self) -> None:
@@ -432,6 +435,18 @@ class Verification:
         for name in named:
             self.findings.add_damage(reference_clip_key(*name.split("/")), _NOT_NAMED)
 
+    def _check_newest(self) -> None:
+        """Readers of a bucket believe this object instead of listing."""
+        if not self.objects.keeps_newest or not self.objects.exists(NEWEST):
+            return
+        with self.findings.reading(NEWEST):
+            newest = Newest.parse(get_bounded(self.objects, NEWEST, MAX_NEWEST_BYTES))
+            listed = list_newest(self.objects)
+            if newest != listed:
+                problem = f"names snapshot {newest.snapshot} and {len(newest.tombstones)} removals, there are"
+                found = f"{listed.snapshot} and {len(listed.tombstones)}"
+                self.findings.add_damage(NEWEST, f"{problem} {found}", "run the same extract or push again")
+
     def _find_orphans(self) -> None:
         """Temporary files of killed runs, shards without a receipt, and names that no store has."""
         for key in self.objects.cleanup_tmp(dry_run=True):
@@ -442,8 +457,8 @@ class Verification:
             problem = "is a link or device; a store holds plain files"
             self.findings.add_damage(key, problem, "put the file in its place, or delete it")
         for key in sorted(self.objects.list_tree()):
-            if key in self.findings.checked or key in (CARD, LISTING) or key.split("/")[0] == TEMPORARY:
-                continue  # card and listing are written again by every push
+            if key in self.findings.checked or key in (CARD, LISTING, NEWEST) or key.split("/")[0] == TEMPORARY:
+                continue  # card and listing are written again by every push, NEWEST is checked where it is used
             if place := shard_place(key):
                 kind, group, array, _ = place
                 self.findings.add_orphan(

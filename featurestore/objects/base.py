@@ -43,6 +43,7 @@ class Objects(Protocol):
     root: str
     parallel_reads: int  # requests worth having in flight at once
     defers_visibility: bool = False  # True: other clients see a put only after `flush`
+    keeps_newest: bool = False  # True: an object names what is newest, since listing costs requests: see newest.py
 
     def put_exclusive(self, key: str, data: Buffer | Sequence[Buffer]) -> None:
         """Put the pieces durably under a new key; AlreadyExistsError if the key exists, whatever its bytes."""
@@ -56,7 +57,12 @@ class Objects(Protocol):
         """Replace the object only if it still is `old`; returns whether it was."""
         ...
 
-    def get(self, key: str) -> bytes: ...
+    def get(self, key: str, *, max_bytes: int | None = None, sha256: str | None = None) -> bytes:
+        """All bytes; StoreFormatError before reading more than `max_bytes`.
+
+        `sha256` is theirs, where the caller knows and checks it: a cache then need not find out which version is there.
+        """
+        ...
 
     def open(self, key: str) -> OpenObject: ...
 
@@ -127,12 +133,15 @@ def digest_of(objects: Objects, key: str) -> str:
     return objects.known_sha256(key) or sha256_hex(objects.get(key))
 
 
-def get_bounded(objects: Objects, key: str, max_bytes: int) -> bytes:
+def get_bounded(objects: Objects, key: str, max_bytes: int, *, sha256: str | None = None) -> bytes:
     """The bytes of an untrusted object; one that is larger than such a file can be is refused before it is read."""
-    size = objects.size(key)
-    if size > max_bytes:
+    return objects.get(key, max_bytes=max_bytes, sha256=sha256)
+
+
+def check_size(key: str, size: int, max_bytes: int | None) -> None:
+    """StoreFormatError where an object is larger than such a file can be."""
+    if max_bytes is not None and size > max_bytes:
         raise StoreFormatError(f"{key} has {size} bytes, more than the {max_bytes} that such a file can need")
-    return objects.get(key)
 
 
 _LISTING_FORMAT = 1

@@ -27,7 +27,7 @@ from mervcache.errors import UserError
 from mervcache.files import sha256_hex, user_cache
 
 DEFAULT_BYTES = 50 * 10**9
-_KEPT_WHOLE = (PARTS, SAMPLES, SNAPSHOTS)  # folders whose objects are read whole and checked by their reader
+_KEPT_WHOLE = (PARTS, SAMPLES, SNAPSHOTS)  # folders whose tables are read whole and checked by their reader
 _CRC_BYTES, _SHA_BYTES = 4, 32
 _BLOCK = 512  # bytes: the unit of st_blocks
 _CHECKS_PER_BOUND = 64  # the folder is measured each time a process has written this fraction of the bound
@@ -62,13 +62,13 @@ class CachedObjects:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._objects, name)
 
-    def get(self, key: str) -> bytes:
-        if key.split("/")[0] not in _KEPT_WHOLE:
-            return self._objects.get(key)
-        path = self.cache.path(self._objects.root, key, self._objects.open(key).version)
+    def get(self, key: str, *, max_bytes: int | None = None, sha256: str | None = None) -> bytes:
+        if key.split("/")[0] not in _KEPT_WHOLE or not key.endswith(".parquet"):
+            return self._objects.get(key, max_bytes=max_bytes)
+        path = self.cache.path(self._objects.root, key, sha256 or self._objects.open(key).version)
         data = self.cache.read_whole(path)
-        if data is None:
-            data = self._objects.get(key)
+        if data is None or (sha256 is not None and sha256_hex(data) != sha256):
+            data = self._objects.get(key, max_bytes=max_bytes)
             self.cache.write_whole(path, data)
         return data
 

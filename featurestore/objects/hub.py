@@ -85,10 +85,10 @@ class HubObjects(Objects):
             if key in self._committed:
                 self._add(key, CommitOperationDelete(self._path(key)))
 
-    def get(self, key: str) -> bytes:
+    def get(self, key: str, *, max_bytes: int | None = None, sha256: str | None = None) -> bytes:
         with self._lock:
             data = getattr(self._pending.get(key), "path_or_fileobj", b"")
-        return data or self._reader_of(key).get(key)
+        return data or self._reader_of(key).get(key, max_bytes=max_bytes)
 
     def open(self, key: str) -> RemoteObject:
         return self._reader_of(key).open(key)

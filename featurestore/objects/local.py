@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 
 from featurestore.layout import TEMPORARY
-from featurestore.objects.base import Buffer, Objects, check_key, machine_faults
+from featurestore.objects.base import Buffer, Objects, check_key, check_size, machine_faults
 from mervcache.errors import AlreadyExistsError, StoreFormatError
 
 _NO_LINK = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
@@ -68,8 +68,9 @@ class LocalObjects(Objects):
             self.replace(key, new)
         return True
 
-    def get(self, key: str) -> bytes:
+    def get(self, key: str, *, max_bytes: int | None = None, sha256: str | None = None) -> bytes:
         with machine_faults(f"read {key}"), os.fdopen(_open_regular(self._path(key), key), "rb") as file:
+            check_size(key, os.fstat(file.fileno()).st_size, max_bytes)
             return file.read()
 
     def open(self, key: str) -> LocalObject:

@@ -20,7 +20,16 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from featurestore.layout import LISTING, TEMPORARY
-from featurestore.objects.base import CREDENTIALS, Buffer, Objects, check_key, parse_listing, scatter, service_faults
+from featurestore.objects.base import (
+    CREDENTIALS,
+    Buffer,
+    Objects,
+    check_key,
+    check_size,
+    parse_listing,
+    scatter,
+    service_faults,
+)
 from mervcache.errors import AlreadyExistsError, RunStoppedError, UserError, unknown_name
 
 if TYPE_CHECKING:
@@ -149,6 +158,7 @@ class RemoteObjects(Objects):
     """A folder of a bucket."""
 
     parallel_reads = 16  # requests in flight: one waits 10-50 ms for its first byte
+    keeps_newest = True
 
     def __init__(self, url: str, store: ObjectStore | None = None) -> None:
         self.root = url.rstrip("/")
@@ -190,9 +200,11 @@ class RemoteObjects(Objects):
             return False
         return True
 
-    def get(self, key: str) -> bytes:
+    def get(self, key: str, *, max_bytes: int | None = None, sha256: str | None = None) -> bytes:
         with self._faults(f"read {key}"):
-            return self._get(key).bytes().to_bytes()
+            answer = self._get(key)
+            check_size(key, answer.meta["size"], max_bytes)  # before the body is received
+            return answer.bytes().to_bytes()
 
     def get_range(self, key: str, offset: int, length: int) -> memoryview:
         """Bytes of an object that is long enough."""
@@ -294,6 +306,8 @@ class RemoteObjects(Objects):
 
 class WebObjects(RemoteObjects):
     """A store behind a web server or on the Hub: read only, its names known by the listing that `push` puts there."""
+
+    keeps_newest = False  # the listing is one object, and names what is newest too
 
     def __init__(self, url: str, store: ObjectStore | None = None) -> None:
         super().__init__(url, store)

@@ -19,6 +19,7 @@ from featurestore.layout import (
     CARD,
     JOURNAL,
     LISTING,
+    NEWEST,
     ROOT_METADATA,
     TEMPORARY,
     block_of,
@@ -33,6 +34,7 @@ from featurestore.layout import (
 from featurestore.locate import Place, check_is_another, no_store_at, place_of
 from featurestore.maintenance.derived_table import check_table
 from featurestore.maintenance.tombstone import erase_tombstoned
+from featurestore.newest import update_newest
 from featurestore.objects.base import Objects, digest_of, get_bounded, listing_bytes, put_if_absent
 from featurestore.objects.local import LocalObjects
 from featurestore.objects.open import check_writable, in_parallel, open_hub, open_objects
@@ -143,7 +145,7 @@ def push(
     sizes = {
         key: size
         for key, size in target.list_tree().items()
-        if key not in (LISTING, CARD) and not key.startswith((f"{TEMPORARY}/", "."))
+        if key not in (LISTING, CARD, NEWEST) and not key.startswith((f"{TEMPORARY}/", "."))
     }
     listing = listing_bytes(sizes)
     if not put_if_absent(target, LISTING, listing) and target.get(LISTING) != listing:
@@ -196,6 +198,7 @@ def transfer(
     )
     for name in tombstone_ids(origin):  # first, so that a removed clip is visible at no time
         put_if_absent(plan.target, tombstone_key(name), origin.get(tombstone_key(name)))
+    update_newest(plan.target)
     _copy_tables(plan)
     _make_groups(plan)
     defers = plan.target.defers_visibility
@@ -421,6 +424,7 @@ def _publish(plan: TransferPlan) -> str:
         check_table(near, snapshot, source=plan.origin)
     put_if_absent(target, table_key, _digested(plan.origin, table_key, snapshot.table_sha256))
     put_if_absent(target, record_key, snapshot.to_bytes())
+    update_newest(target)
     newest = newest_snapshot_id(target)
     if newest != snapshot.id:  # the destination was ahead: by earlier partial transfers, or an extraction there
         with suppress(StoreError):

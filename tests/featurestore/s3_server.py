@@ -1,4 +1,6 @@
-"""A real S3 server for tests: moto's, over HTTP, in a process of its own. `python s3_server.py PORT` runs it.
+"""A real S3 server for tests: moto's, over HTTP, in a process of its own.
+
+    python s3_server.py PORT [LATENCY_S]    # each answer waits so long, like one from afar
 
 moto looks and then writes, while S3's conditional puts are atomic: requests are let in one at a time.
 """
@@ -84,13 +86,14 @@ def s3(s3_endpoint, monkeypatch, request) -> str:
     return f"s3://{bucket}/stores/one.zarr"
 
 
-def serve(port: int) -> None:
+def serve(port: int, latency_s: float = 0.0) -> None:
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import run_simple
 
     app, turn = DomainDispatcherApplication(create_backend_app), threading.Lock()
 
     def one_at_a_time(environ, start_response):
+        time.sleep(latency_s)
         with turn:
             return [b"".join(app(environ, start_response))]
 
@@ -98,4 +101,4 @@ def serve(port: int) -> None:
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]))
+    serve(int(sys.argv[1]), *map(float, sys.argv[2:]))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
@@ -130,8 +131,16 @@ class StoreTokens(TokenSource):
             )
             for encoder, identity in identities.items()
         }
-        labels, checks = store.info()["groups"], read_parity(store)
-        self.facts = {
+        clips, wanted = store.committed, dict.fromkeys([*self._keys.values(), *clips_with])
+        has_all = np.logical_and.reduce([clips[key].to_numpy(zero_copy_only=False) for key in wanted])
+        self._available = set(clips["clip_id"].filter(pa.array(has_all)).to_pylist())
+
+    @cached_property
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """Read when the run's record is written: checks are journals, which are listed."""
+        labels, checks = self._store.info()["groups"], read_parity(self._store)
+        identities = {encoder: self._store.encoders[key] for encoder, key in self._keys.items()}
+        return {
             encoder: {
                 "weights": labels[identity.group_name]["weights"],
                 "identity": identity.to_dict(),
@@ -139,9 +148,6 @@ class StoreTokens(TokenSource):
             }
             for encoder, identity in identities.items()
         }
-        clips, wanted = store.clips, dict.fromkeys([*self._keys.values(), *clips_with])
-        has_all = np.logical_and.reduce([clips[key].to_numpy(zero_copy_only=False) for key in wanted])
-        self._available = set(clips["clip_id"].filter(pa.array(has_all)).to_pylist())
 
     def fetch(self, clip_ids: Sequence[str]) -> dict[str, ClipTokens]:
         return {encoder: self._read(clip_ids, encoder) for encoder in self.shapes}
@@ -150,7 +156,7 @@ class StoreTokens(TokenSource):
         return self._available.intersection(clip_ids)
 
     def stills(self, clip_ids: Iterable[str]) -> set[str]:
-        clips = self._store.clips
+        clips = self._store.committed
         return set(clips.filter(pc.equal(clips["kind"], "image"))["clip_id"].to_pylist()).intersection(clip_ids)
 
     def data_digest(self, clip_ids: Iterable[str], samples: Iterable[Sample]) -> str:

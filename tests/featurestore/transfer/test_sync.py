@@ -37,7 +37,7 @@ def full(kit, make):
     return kit
 
 
-def content(place, skipped=("README.md", "listing.json", "journal", "tmp")) -> dict[str, bytes]:
+def content(place, skipped=("README.md", "listing.json", "newest.json", "journal", "tmp")) -> dict[str, bytes]:
     """Every object but journals, of the snapshots the newest alone."""
     objects = open_objects(place)
     newest = f"snapshots/{newest_snapshot_id(objects)}."
