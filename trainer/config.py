@@ -174,9 +174,9 @@ class FusionConfig:
 class LoraConfig:
     """Low-rank updates of the LLM's linear layers (arXiv 2106.09685), for train_llm: lora."""
 
-    rank: int = 16
+    rank: int = 16  # of each update
     alpha: float = 32.0  # updates are scaled by alpha / rank
-    dropout: float = 0.05
+    dropout: float = 0.05  # on the input of each update
     targets: tuple[str, ...] = ()  # names of linear layers; empty: all of the decoder, not the output layer
 
     def __post_init__(self) -> None:
@@ -191,14 +191,14 @@ class LoraConfig:
 class OptimizerConfig:
     """AdamW with one learning rate per part, linear warm-up, cosine to zero."""
 
-    projector_lr: float = 2e-5
-    fusion_lr: float = 2e-5
-    llm_lr: float = 2e-5
-    lora_lr: float = 2e-4
+    projector_lr: float = 2e-5  # learning rates, after the warm-up
+    fusion_lr: float = 2e-5  # of the fusion's parameters
+    llm_lr: float = 2e-5  # with train_llm: full
+    lora_lr: float = 2e-4  # with train_llm: lora
     encoder_lr: float = 2e-6  # end to end only
     weight_decay: float = 0.0  # of tensors with two axes or more: no biases, no norms, not the fusion's query
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
+    eps: float = 1e-8  # of AdamW
     warmup_ratio: float = 0.03  # share of all steps
     clip_norm: float = 1.0  # global gradient norm; 0 turns clipping off
 
@@ -216,7 +216,7 @@ class TrainConfig:
 
     mode: Mode = "frozen"  # text-only: the same run without visual tokens, as a baseline
     llm: str = "meta-llama/Llama-2-7b-hf"  # Hub id, local folder, or fresh:NAME
-    train_llm: TrainLLM = "none"
+    train_llm: TrainLLM = "none"  # how much of the LLM is trained
     lora: LoraConfig = field(default_factory=LoraConfig)
     llm_quant: Quantisation | None = None  # of an LLM that is not trained itself; untested: needs CUDA
     train_encoders: tuple[str, ...] = ()  # end to end only: these learn too, at optimizer.encoder_lr
@@ -228,7 +228,7 @@ class TrainConfig:
     # read the same samples, and are scored on the same questions
     snapshot: str = ""  # of the store, by id; empty: the newest when the run starts
     stage: str = "finetune"  # samples of this stage only
-    split: str = "train"
+    split: str = "train"  # samples of this split only
     fraction: float = 1.0  # share of the samples, chosen by their ids: a smaller share is a subset of a larger one
     limit: int | None = None  # at most so many samples, the first by sample id
     source_weights: Mapping[str, float] = field(default_factory=dict)  # source -> times per epoch; 0.5: half, in turn
@@ -237,8 +237,8 @@ class TrainConfig:
     init_partial: bool = False  # allow that parts of `init` are not loaded, or that it lacks some; each is reported
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
-    prompt: PromptName = "pure"
-    # after_bos: after a lone BOS, else first; placeholder: where the text of the sample has <video> or <image>
+    prompt: PromptName = "pure"  # how a conversation is written
+    # Where visual tokens go. after_bos: after a lone BOS, else first; placeholder: in the place of <video> or <image>
     visual_position: VisualPosition = "after_bos"
     template_date: str = "2024-07-26"  # what chat templates that write today's date read; Llama 3's own default
     placeholder: PlaceholderRule = (
@@ -250,9 +250,9 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     batch_size: int = 128  # samples per step over all ranks
     micro_batch_size: int = 8  # samples per rank and forward
-    epochs: float = 1.0
+    epochs: float = 1.0  # passes over the samples
     max_steps: int | None = None  # instead of epochs
-    seed: int = 7
+    seed: int = 7  # of fresh weights, the order of samples, masks and dropout
     precision: Precision = "bf16"  # matrix products; trained weights stay in fp32
     activation_checkpointing: bool = False  # of the LLM's layers: less memory for a second forward
     deterministic: bool = False  # torch's deterministic algorithms: the same losses to the bit on the same ranks
@@ -262,7 +262,7 @@ class TrainConfig:
     checkpoint_minutes: float | None = None  # and whenever so much time has passed
     keep_checkpoints: int = 2  # the last ones; the best by validation is kept as well
     eval_every: int | None = None  # steps between validations on held-out samples
-    eval_split: str = "heldout"
+    eval_split: str = "heldout"  # split of the validation
     max_skipped_in_row: int = 10  # steps without a finite loss and gradient, which change nothing, before a run ends
     eval_limit: int = 256  # held-out samples per validation, whose questions are scored by likelihood
     protocol: Protocol | None = None  # of merv-eval run; null: letters, of a fresh LLM likelihood
