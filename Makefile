@@ -7,7 +7,7 @@ DEMO_CONFIG := pipeline/demo.yaml
 
 LLM := models/smollm2-135m
 
-.PHONY: setup demo demo-sweep check test lint bench smollm2 gpu-check
+.PHONY: setup demo demo-sweep check test lint docs wheel bench smollm2 gpu-check
 setup: $(STAMP)
 
 # torch goes first, so that nothing else pulls another build of it.
@@ -54,6 +54,16 @@ check: setup lint
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The site in build/site: warnings are errors, and nothing is loaded from the network. The variable silences a notice of mkdocs-material.
+docs: $(VENV)/.docs-installed
+	$(BIN)/python scripts/settings_reference.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "Look at build/site/index.html"
+
+$(VENV)/.docs-installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
 
 # Pipeline time over bare decoding and bare forwards, four full-size encoders: minutes per clip on a CPU.
 DATA ?= data/videollava

@@ -9,7 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
-    ["README.md", "jobs/README.md", *(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))]
+    ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "jobs/README.md"]
+    + [path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md")]
 )
 RUN, NOT_RUN = "<!-- run -->", "<!-- not run:"  # on the line before a fence
 PROGRAMS = ("merv-pipeline", "merv-train", "merv-eval")
