@@ -24,7 +24,7 @@ import click
 from jobs.settings import ClusterSettings
 from mervcache.config import to_builtin
 from pipeline.config import ExtractConfig
-from pipeline.datasets import DATASETS, LINKS, LINKS_OPTION
+from pipeline.datasets import BUILT_IN, LINKS, LINKS_OPTION
 from trainer.ablation.sweep import SweepConfig
 from trainer.config import RECIPES, FusionConfig, LoraConfig, OptimizerConfig, ProjectorConfig, TrainConfig
 
@@ -149,7 +149,7 @@ def dataset_options() -> str:
     """A row per option of a built-in dataset."""
     rows = [
         [f"`{spec.name}`", f"`{name}`", f"`{json.dumps(option.default)}`", option.help]
-        for spec in DATASETS.values()
+        for spec in BUILT_IN.values()
         for name, option in spec.options.items()
     ]
     rows.append(["all but `demo`", f"`{LINKS_OPTION}`", f"`{json.dumps(LINKS.default)}`", LINKS.help])

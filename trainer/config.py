@@ -19,6 +19,7 @@ import yaml
 
 from mervcache.config import load_yaml, overlay, to_builtin
 from mervcache.errors import UserError, unknown_name
+from mervcache.plugins import PlugInTable
 
 LISTING = ("dataset", "root", "options", "stage", "kind", "limit")  # extraction settings that decide what is listed
 CONFIG_FILE, RECORD_FILE = "config.yaml", "run.json"  # in a run's folder
@@ -48,8 +49,9 @@ VisualPosition = Literal["after_bos", "first", "placeholder"]
 MaskRule = Literal["none", "subsets", "sizes"]
 PlaceholderRule = Literal["removed", "as_released"]
 
-# What a model is made of, by name; adding a fusion, resampler or head is a class in its module and a row here.
-FUSIONS = {
+# What a model is made of, by name; adding a fusion, resampler or head is a class in its module and a row here. From
+# outside, a fusion is a class under an entry point of the group `merv.fusions`: docs/extending.md.
+BUILT_IN_FUSIONS = {
     "cross_attention": "trainer.model.fusion:CrossAttention",
     "cross_attention_released": "trainer.model.fusion:CrossAttentionReleased",
     "concat_sequence": "trainer.model.fusion:ConcatSequence",
@@ -59,6 +61,7 @@ FUSIONS = {
     "equal_mix": "trainer.model.fusion:MeanFusion",
     "first": "trainer.model.fusion:SingleEncoder",
 }
+FUSIONS: PlugInTable[str] = PlugInTable(BUILT_IN_FUSIONS, group="merv.fusions", what="fusion", kind=None)
 SINGLE_ENCODER_FUSIONS = ("first",)  # read the first encoder only
 # The order of arXiv 2501.01426, which concatenations and `first` depend on, and of the released checkpoints.
 ENCODER_ORDER = ("languagebind", "dinov2", "vivit", "siglip")
@@ -79,9 +82,12 @@ HEADS = {
 
 
 def import_choice(table: Mapping[str, str], name: str) -> Any:
-    """The class or function that `table` names, imported now."""
+    """The class or function that `table` names, imported now; `UserError` for a plug-in that cannot be."""
     module, _, attribute = table[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{name} = {table[name]} cannot be loaded: {error}") from error
 
 
 def _check_choice(setting: str, name: str, table: Mapping[str, str]) -> None:
