@@ -124,6 +124,11 @@ def handle_interrupts(message: str) -> Iterator[None]:
             signal.signal(number, signal.default_int_handler)
 
 
+def examples(*lines: str) -> str:
+    """The end of a command's help: lines that can be typed."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
 def stacked(*decorators: Decorator) -> Decorator:
     """One decorator made of several, the first outermost: options that commands share."""
     return lambda command: functools.reduce(lambda inner, outer: outer(inner), reversed(decorators), command)

@@ -1,15 +1,16 @@
-"""Options of `merv-eval run` about open-ended questions, their judge, and the processes that answer."""
+"""Options of `merv-eval run` about protocols, open-ended questions, their judge, and the processes that answer."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from mervcache.console import stacked
 from mervcache.errors import UserError
+from trainer.config import Protocol
 from trainer.loop.launch import is_launched, relaunch
 
 if TYPE_CHECKING:
@@ -18,6 +19,19 @@ if TYPE_CHECKING:
 # -P: Python does not look for modules in the folder it is started from.
 THIS_COMMAND = (sys.executable, "-P", "-m", "trainer.main", "eval")
 
+protocol_options = stacked(
+    click.option(
+        "--protocol",
+        type=click.Choice(get_args(Protocol)),
+        show_default="letters, of a fresh LLM likelihood",
+        help="letters: options in the prompt, first character of the answer; likelihood: the most likely option.",
+    ),
+    click.option(
+        "--letters-template",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="Text file with the prompt of --protocol letters: {question}, {letters}, {options}.",
+    ),
+)
 answer_options = stacked(
     click.option(
         "--open-ended/--no-open-ended",

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mervcache.console import CONTEXT, echo, handle_errors, print_result, table
+from mervcache.completion import complete_store
+from mervcache.console import CONTEXT, echo, examples, handle_errors, print_result, table
 from mervcache.errors import EXIT_WITH_FAILURES, UserError
 from mervcache.text import safe
 from trainer.cli import load_torch_modules
@@ -20,10 +21,12 @@ if TYPE_CHECKING:
 RUN = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
-@click.command("atlas", context_settings=CONTEXT)
+@click.command("atlas", context_settings=CONTEXT, epilog=examples("merv-eval atlas runs/first --clips 5000"))
 @handle_errors(interrupted="Interrupted. Files that were written before are kept.")
 @click.argument("run", type=RUN)
-@click.option("--store", show_default="the one the run was trained on", help="Store of the clips.")
+@click.option(
+    "--store", shell_complete=complete_store, show_default="the one the run was trained on", help="Store of the clips."
+)
 @click.option("--step", type=click.IntRange(min=0), show_default="the newest", help="Checkpoint to look at.")
 @click.option("--best", is_flag=True, help="Look at the best checkpoint by validation.")
 @click.option("--compare", metavar="RUN|STEP", help="Another run, or another step of this one, to compare with.")
