@@ -56,14 +56,14 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 # The site in build/site: warnings are errors, and nothing is loaded from the network. The variable silences a notice of mkdocs-material.
-docs: $(VENV)/.docs-installed
+docs: setup
 	$(BIN)/python scripts/settings_reference.py --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 	@echo "Look at build/site/index.html"
 
-$(VENV)/.docs-installed: $(STAMP)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
-	touch $@
+# The wheel and the source archive, in dist/.
+wheel: setup
+	$(BIN)/python -c "from setuptools import build_meta; print(build_meta.build_wheel('dist'), build_meta.build_sdist('dist'))"
 
 # Pipeline time over bare decoding and bare forwards, four full-size encoders: minutes per clip on a CPU.
 DATA ?= data/videollava

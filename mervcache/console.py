@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-from mervcache.errors import MervCacheError
+from mervcache.errors import MervCacheError, missing_extra
 from mervcache.text import redact_all, safe
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ def _print_traceback(kind: type[BaseException], error: BaseException, trace: Tra
 def handle_errors(*, interrupted: str) -> Decorator:
     """Decorator of a command: a `MervCacheError` becomes its message and exit code 1, Ctrl-C `interrupted` and 130.
 
-    Any other error is a bug and keeps its traceback. Apply it directly under `@click.command` so that it also covers
-    the decorators below.
+    So does a module of an extra that is not installed. Any other error is a bug and keeps its traceback. Apply it
+    directly under `@click.command` so that it also covers the decorators below.
     """
 
     def decorate(command: Command) -> Command:
@@ -91,6 +91,11 @@ def handle_errors(*, interrupted: str) -> Decorator:
                 return command(*args, **kwargs)
             except MervCacheError as error:
                 echo(f"Error: {error}")
+                sys.exit(1)
+            except ModuleNotFoundError as error:
+                if (message := missing_extra(error)) is None:
+                    raise
+                echo(f"Error: {message}")
                 sys.exit(1)
             except KeyboardInterrupt:
                 echo(f"\n{interrupted}")
