@@ -10,11 +10,17 @@ import pytest
 from click.testing import CliRunner
 
 from pipeline.cli.extract import main
-from tests.docs.pages import PAGES, PROGRAMS, ROOT, blocks_of
+from tests.docs.pages import NOT_RUN, PAGES, PROGRAMS, ROOT, blocks_of
 from trainer.main import eval_main, train_main
 
 COMMANDS = dict(zip(PROGRAMS, (main, train_main, eval_main), strict=True))
-LINES = [(block, words) for page in PAGES for block in blocks_of(page) for words in block.commands]
+LINES = [
+    (block, words)
+    for page in PAGES
+    for block in blocks_of(page)
+    if not block.mark.startswith(NOT_RUN)
+    for words in block.commands
+]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(block.runs for block in blocks_of(page))])
