@@ -18,10 +18,10 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
 from mervcache.errors import MervCacheError, missing_extra
 from mervcache.text import redact_all, safe
@@ -107,7 +107,7 @@ def handle_errors(*, interrupted: str) -> Decorator:
 
 
 @contextmanager
-def handle_interrupts(message: str) -> Iterator[None]:
+def handle_interrupts(message: str) -> Generator[None, None, None]:
     """Raise `KeyboardInterrupt` on SIGINT, SIGTERM and SIGHUP, after printing `message`; a second signal is final.
 
     SIGHUP stays ignored where it is, as with nohup.
@@ -205,12 +205,13 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Seque
 
     def shown(cell: Any) -> str:  # a line break in an untrusted name must not look like a row of its own
         if isinstance(cell, list):
-            return "\n".join(map(shown, cell))
+            return "\n".join(map(shown, cast("list[Any]", cell)))
         return safe(str(cell)).replace("\n", "\\n").replace("\t", "\\t")
 
     names, cells = [shown(name) for name in columns], [[shown(cell) for cell in row] for row in rows]
     headings, are_numbers = [names] if any(names) else [], [name in right for name in columns]
-    widths, least = [], []  # as long as its longest line, and as its longest word; a number stays with its unit
+    widths: list[int] = []  # as long as its longest line
+    least: list[int] = []  # as long as its longest word; a number stays with its unit
     for column, name in enumerate(names):
         lines = [line for row in [*headings, *cells] for line in row[column].split("\n")]
         words = [word for row in cells for word in row[column].split("\n" if are_numbers[column] else None)]
@@ -244,9 +245,11 @@ class Counts:
 
     done: int = 0
     failed: int = 0
-    amounts: Mapping[str, float] = field(default_factory=dict)  # name -> amount, shown as a rate: frames, MB
-    seconds: Mapping[str, float] = field(default_factory=dict)  # stage -> workers' time, shown as a share
-    notes: Mapping[str, int] = field(default_factory=dict)  # shown where it is not 0: batches halved
+    amounts: Mapping[str, float] = field(
+        default_factory=dict[str, float]
+    )  # name -> amount, shown as a rate: frames, MB
+    seconds: Mapping[str, float] = field(default_factory=dict[str, float])  # stage -> workers' time, shown as a share
+    notes: Mapping[str, int] = field(default_factory=dict[str, int])  # shown where it is not 0: batches halved
 
     def __add__(self, other: Counts) -> Counts:
         def added(one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, Any]:
