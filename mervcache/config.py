@@ -67,7 +67,6 @@ def parse_yaml(text: str | bytes) -> Any:
 
 def _extent(value: Any, depth: int, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
     """(values, levels) with every alias written out; a list that holds itself has too many levels."""
-    entries: list[Any] = []
     if isinstance(value, dict):
         mapping = cast("dict[Any, Any]", value)
         entries = [*mapping, *mapping.values()]
@@ -75,12 +74,13 @@ def _extent(value: Any, depth: int, known: dict[int, tuple[int, int]]) -> tuple[
         entries = [*cast("Iterable[Any]", value)]
     else:
         return 1, 0
+    key = id(cast("Any", value))
     if depth > MAX_DEPTH:
         raise RecursionError
-    if id(value) not in known:
+    if key not in known:
         extents = [_extent(entry, depth + 1, known) for entry in entries]
-        known[id(value)] = 1 + sum(size for size, _ in extents), 1 + max((levels for _, levels in extents), default=0)
-    return known[id(value)]
+        known[key] = 1 + sum(size for size, _ in extents), 1 + max((levels for _, levels in extents), default=0)
+    return known[key]
 
 
 def parse_pairs(option: str, pairs: Iterable[str]) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def overlay(config: Config, changes: Mapping[str, Any], where: str = "") -> Conf
         if not dataclasses.is_dataclass(current):
             values[key] = _typed(value, hints[key], name, UserError)
         elif isinstance(value, Mapping):
-            values[key] = overlay(current, cast("Mapping[str, Any]", value), where=f"{name}.")
+            values[key] = overlay(cast("Any", current), cast("Mapping[str, Any]", value), where=f"{name}.")
         else:
             raise UserError(f"{name} must be `name: value` pairs, got {value!r}")
     return cast("Config", dataclasses.replace(cast("Any", config), **values))
@@ -133,7 +133,7 @@ def overlay(config: Config, changes: Mapping[str, Any], where: str = "") -> Conf
 
 def check_types(config: Any) -> None:
     """Raise `UserError` for a field that does not hold a value of its type."""
-    hints = typing.get_type_hints(type(config))
+    hints = typing.get_type_hints(cast("type[Any]", type(config)))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if _typed(value, hints[field.name], field.name, UserError) != value:  # "2e-5" is a number only in `overlay`

@@ -45,7 +45,7 @@ class PlugInTable(Mapping[str, Value]):
         return found
 
     def __getitem__(self, name: str) -> Value:
-        entries = self._plug_ins.get(name, []) if isinstance(name, str) else []
+        entries = self._plug_ins.get(name, [])
         if not entries:
             return self._built_in[name]
         origins = ["built in"] * (name in self._built_in) + [entry.value for entry in entries]
