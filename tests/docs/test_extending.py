@@ -106,8 +106,8 @@ def test_the_commands_of_the_page_use_all_three_plug_ins(outside):
 @pytest.mark.slow
 def test_a_cluster_of_ones_own_serves_an_extraction(outside):
     done = python(outside, "import runpy; runpy.run_path('my_cluster.py', run_name='__main__')")
-    assert done.stdout.splitlines()[-1:] == ["4 clips"], done.stdout + done.stderr
-    assert len(FeatureStore.open(outside / "features/cluster.zarr")) == 4
+    assert done.stdout.splitlines()[-1:] == ["2 clips"], done.stdout + done.stderr
+    assert len(FeatureStore.open(outside / "features/cluster.zarr")) == 2
 
 
 def test_a_fusion_that_is_none_is_named(outside, monkeypatch):

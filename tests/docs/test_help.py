@@ -96,7 +96,7 @@ def programs(tmp_path_factory):
     ("line", "expected"),
     [
         ("merv-pipeline extract --dataset vid", ["videollava"]),
-        ("merv-pipeline extract --encoders siglip,d", ["siglip,dinov2"]),
+        ("merv-pipeline extract --encoders siglip,lang", ["siglip,languagebind"]),
         ("merv-pipeline report features/", ["features/demo.zarr", "features/lab.zarr"]),
         ("merv-train --from-cache features/l", ["features/lab.zarr"]),
         ("merv-eval run --store features/d", ["features/demo.zarr"]),
