@@ -7,7 +7,7 @@ DEMO_CONFIG := pipeline/demo.yaml
 
 LLM := models/smollm2-135m
 
-.PHONY: setup demo demo-sweep check test lint bench bench-extraction bench-floors smollm2 gpu-check
+.PHONY: setup demo demo-sweep check test lint docs wheel bench bench-extraction bench-floors smollm2 gpu-check
 setup: $(STAMP)
 
 # torch goes first, so that nothing else pulls another build of it.
@@ -55,6 +55,17 @@ check: setup lint
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python mervcache
+
+# The site in build/site: warnings are errors, and nothing is loaded from the network. The variable silences a notice of mkdocs-material.
+docs: setup
+	$(BIN)/python scripts/settings_reference.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "Look at build/site/index.html"
+
+# The wheel and the source archive, in dist/.
+wheel: setup
+	$(BIN)/python -c "from setuptools import build_meta; print(build_meta.build_wheel('dist'), build_meta.build_sdist('dist'))"
 
 # Reading alongside other formats and time to the first batch, written into docs/performance.md: under 10 minutes on two
 # quiet cores. The first time, the other formats' libraries are installed into .peers/ (7 GB).

@@ -43,7 +43,7 @@ _API = {  # public name -> where it is defined
     "train": "trainer.loop.stages:train_in_stages",
     "verify_store": "featurestore.maintenance.verify:verify_store",
 }
-__all__ = [*_API]
+__all__ = [*_API]  # pyright: ignore[reportUnsupportedDunderAll]: names are loaded on first use
 
 
 def __getattr__(name: str) -> Any:

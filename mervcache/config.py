@@ -9,9 +9,9 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 from mervcache.errors import MervCacheError, UserError, nearest_name, unknown_name
 
@@ -67,15 +67,20 @@ def parse_yaml(text: str | bytes) -> Any:
 
 def _extent(value: Any, depth: int, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
     """(values, levels) with every alias written out; a list that holds itself has too many levels."""
-    if not isinstance(value, dict | list | tuple | set):
+    if isinstance(value, dict):
+        mapping = cast("dict[Any, Any]", value)
+        entries = [*mapping, *mapping.values()]
+    elif isinstance(value, list | tuple | set):
+        entries = [*cast("Iterable[Any]", value)]
+    else:
         return 1, 0
+    key = id(cast("Any", value))
     if depth > MAX_DEPTH:
         raise RecursionError
-    if id(value) not in known:
-        entries = [*value, *value.values()] if isinstance(value, dict) else value
+    if key not in known:
         extents = [_extent(entry, depth + 1, known) for entry in entries]
-        known[id(value)] = 1 + sum(size for size, _ in extents), 1 + max((levels for _, levels in extents), default=0)
-    return known[id(value)]
+        known[key] = 1 + sum(size for size, _ in extents), 1 + max((levels for _, levels in extents), default=0)
+    return known[key]
 
 
 def parse_pairs(option: str, pairs: Iterable[str]) -> dict[str, Any]:
@@ -83,7 +88,7 @@ def parse_pairs(option: str, pairs: Iterable[str]) -> dict[str, Any]:
 
     `option` is named in errors.
     """
-    settings = {}
+    settings: dict[str, Any] = {}
     for pair in pairs:
         name, separator, value = pair.partition("=")
         if not separator:
@@ -98,8 +103,8 @@ def parse_pairs(option: str, pairs: Iterable[str]) -> dict[str, Any]:
 def to_builtin(value: Any) -> Any:
     """A value as YAML holds it: tuples as lists."""
     if isinstance(value, Mapping):
-        return {key: to_builtin(item) for key, item in value.items()}
-    return [to_builtin(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: to_builtin(item) for key, item in cast("Mapping[Any, Any]", value).items()}
+    return [to_builtin(item) for item in cast("Sequence[Any]", value)] if isinstance(value, list | tuple) else value
 
 
 def from_settings(
@@ -114,21 +119,21 @@ def from_settings(
 def overlay(config: Config, changes: Mapping[str, Any], where: str = "") -> Config:
     """`config` with `changes`, of which a mapping changes a nested dataclass; else a `UserError`."""
     check_names(config, changes, where=where)
-    hints, values = typing.get_type_hints(type(config)), {}
+    hints, values = typing.get_type_hints(type(config)), cast("dict[str, Any]", {})
     for key, value in changes.items():
         current, name = getattr(config, key), f"{where}{key}"
         if not dataclasses.is_dataclass(current):
             values[key] = _typed(value, hints[key], name, UserError)
         elif isinstance(value, Mapping):
-            values[key] = overlay(current, value, where=f"{name}.")
+            values[key] = overlay(cast("Any", current), cast("Mapping[str, Any]", value), where=f"{name}.")
         else:
             raise UserError(f"{name} must be `name: value` pairs, got {value!r}")
-    return dataclasses.replace(config, **values)
+    return cast("Config", dataclasses.replace(cast("Any", config), **values))
 
 
 def check_types(config: Any) -> None:
     """Raise `UserError` for a field that does not hold a value of its type."""
-    hints = typing.get_type_hints(type(config))
+    hints = typing.get_type_hints(cast("type[Any]", type(config)))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if _typed(value, hints[field.name], field.name, UserError) != value:  # "2e-5" is a number only in `overlay`
@@ -190,14 +195,16 @@ def _typed(value: Any, hint: Any, name: str, error: type[MervCacheError]) -> Any
     if origin is Mapping:
         if not isinstance(value, Mapping):
             raise error(f"{name} must be `name: value` pairs, got {value!r}")
-        return {str(key): _typed(item, arguments[1], f"{name}.{key}", error) for key, item in value.items()}
+        pairs = cast("Mapping[Any, Any]", value).items()
+        return {str(key): _typed(item, arguments[1], f"{name}.{key}", error) for key, item in pairs}
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise error(f"{name} must be a list, got {value!r}")
-        inner = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
-        if len(inner) != len(value):
+        items = cast("Sequence[Any]", value)
+        inner = [arguments[0]] * len(items) if arguments[-1] is Ellipsis else list(arguments)
+        if len(inner) != len(items):
             raise error(f"{name} must be a list of {len(inner)} entries, got {value!r}")
-        numbered = enumerate(zip(value, inner, strict=True))
+        numbered = enumerate(zip(items, inner, strict=True))
         return tuple(_typed(item, kind, f"{name}[{number}]", error) for number, (item, kind) in numbered)
     if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:

@@ -18,12 +18,12 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
-from mervcache.errors import MervCacheError
+from mervcache.errors import MervCacheError, missing_extra
 from mervcache.text import redact_all, safe
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ def _print_traceback(kind: type[BaseException], error: BaseException, trace: Tra
 def handle_errors(*, interrupted: str) -> Decorator:
     """Decorator of a command: a `MervCacheError` becomes its message and exit code 1, Ctrl-C `interrupted` and 130.
 
-    Any other error is a bug and keeps its traceback. Apply it directly under `@click.command` so that it also covers
-    the decorators below.
+    So does a module of an extra that is not installed. Any other error is a bug and keeps its traceback. Apply it
+    directly under `@click.command` so that it also covers the decorators below.
     """
 
     def decorate(command: Command) -> Command:
@@ -92,6 +92,11 @@ def handle_errors(*, interrupted: str) -> Decorator:
             except MervCacheError as error:
                 echo(f"Error: {error}")
                 sys.exit(1)
+            except ModuleNotFoundError as error:
+                if (message := missing_extra(error)) is None:
+                    raise
+                echo(f"Error: {message}")
+                sys.exit(1)
             except KeyboardInterrupt:
                 echo(f"\n{interrupted}")
                 sys.exit(130)
@@ -102,7 +107,7 @@ def handle_errors(*, interrupted: str) -> Decorator:
 
 
 @contextmanager
-def handle_interrupts(message: str) -> Iterator[None]:
+def handle_interrupts(message: str) -> Generator[None, None, None]:
     """Raise `KeyboardInterrupt` on SIGINT, SIGTERM and SIGHUP, after printing `message`; a second signal is final.
 
     SIGHUP stays ignored where it is, as with nohup.
@@ -122,6 +127,11 @@ def handle_interrupts(message: str) -> Iterator[None]:
     finally:
         for number in numbers:
             signal.signal(number, signal.default_int_handler)
+
+
+def examples(*lines: str) -> str:
+    """The end of a command's help: lines that can be typed."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def stacked(*decorators: Decorator) -> Decorator:
@@ -195,12 +205,13 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Seque
 
     def shown(cell: Any) -> str:  # a line break in an untrusted name must not look like a row of its own
         if isinstance(cell, list):
-            return "\n".join(map(shown, cell))
+            return "\n".join(map(shown, cast("list[Any]", cell)))
         return safe(str(cell)).replace("\n", "\\n").replace("\t", "\\t")
 
     names, cells = [shown(name) for name in columns], [[shown(cell) for cell in row] for row in rows]
     headings, are_numbers = [names] if any(names) else [], [name in right for name in columns]
-    widths, least = [], []  # as long as its longest line, and as its longest word; a number stays with its unit
+    widths: list[int] = []  # as long as its longest line
+    least: list[int] = []  # as long as its longest word; a number stays with its unit
     for column, name in enumerate(names):
         lines = [line for row in [*headings, *cells] for line in row[column].split("\n")]
         words = [word for row in cells for word in row[column].split("\n" if are_numbers[column] else None)]
@@ -234,9 +245,11 @@ class Counts:
 
     done: int = 0
     failed: int = 0
-    amounts: Mapping[str, float] = field(default_factory=dict)  # name -> amount, shown as a rate: frames, MB
-    seconds: Mapping[str, float] = field(default_factory=dict)  # stage -> workers' time, shown as a share
-    notes: Mapping[str, int] = field(default_factory=dict)  # shown where it is not 0: batches halved
+    amounts: Mapping[str, float] = field(
+        default_factory=dict[str, float]
+    )  # name -> amount, shown as a rate: frames, MB
+    seconds: Mapping[str, float] = field(default_factory=dict[str, float])  # stage -> workers' time, shown as a share
+    notes: Mapping[str, int] = field(default_factory=dict[str, int])  # shown where it is not 0: batches halved
 
     def __add__(self, other: Counts) -> Counts:
         def added(one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, Any]:

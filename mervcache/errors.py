@@ -22,6 +22,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+EXTRA_OF = {  # module that an extra brings -> the extras that have it
+    **dict.fromkeys(("torch", "transformers", "accelerate", "safetensors", "PIL"), "extract,train"),
+    **dict.fromkeys(("dask", "distributed", "cryptography"), "extract,train"),
+    **dict.fromkeys(("av", "fsspec", "webdataset"), "extract"),
+    "peft": "train",
+}
 EXIT_WITH_FAILURES = 3  # exit code of a command that finished and left something out, such as clips that failed
 
 
@@ -96,6 +102,16 @@ def unknown_name(what: str, name: object, known: Iterable[object], *, nearest: s
     nearest = nearest_name(name, listed) if nearest is None else nearest
     hint = f", the nearest known one is {nearest!r}" if nearest else ""
     return f"unknown {what} {name!r}{hint}; known: {', '.join(listed) or 'none'}"
+
+
+def missing_extra(error: ModuleNotFoundError) -> str | None:
+    """The message for a module that an extra brings; None for any other module, which is a bug.
+
+    >>> missing_extra(ModuleNotFoundError(name="torch.nn"))
+    "torch is not installed: pip install 'merv-pipeline[extract,train]'"
+    """
+    module = (error.name or "").partition(".")[0]
+    return f"{module} is not installed: pip install 'merv-pipeline[{EXTRA_OF[module]}]'" if module in EXTRA_OF else None
 
 
 def no_file(path: object) -> str:

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def user_cache() -> Path:
 
 
 @contextmanager
-def atomic_directory(out: Path) -> Iterator[Path]:
+def atomic_directory(out: Path) -> Generator[Path, None, None]:
     """An empty folder to fill, which becomes `out` at the end of the block; it is removed if the block fails."""
     temporary = _temporary_name(out)
     shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with this id: in containers every id is 1

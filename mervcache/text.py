@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 from mervcache.errors import UserError
 
@@ -47,8 +47,8 @@ def redact_all(value: Any) -> Any:
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, Mapping):
-        return {redact_all(key): redact_all(item) for key, item in value.items()}
-    return [redact_all(item) for item in value] if isinstance(value, list | tuple) else value
+        return {redact_all(key): redact_all(item) for key, item in cast("Mapping[Any, Any]", value).items()}
+    return [redact_all(item) for item in cast("Sequence[Any]", value)] if isinstance(value, list | tuple) else value
 
 
 def check_not_redacted(address: str, give: str = "give the address again") -> None:

@@ -106,7 +106,7 @@ class EngineSettings:
 class ExtractConfig:
     """Every setting of `merv-pipeline extract`; the first part decides bytes, the rest only speed and place."""
 
-    dataset: str
+    dataset: str  # by name; `merv-pipeline datasets` lists them
     root: str | None = None  # folder of the media and annotations; None: the dataset's own default
     options: Mapping[str, Any] = field(default_factory=dict)  # the dataset's own options
     store: str | None = None  # None: features/DATASET.zarr
@@ -115,38 +115,38 @@ class ExtractConfig:
     limit: int | None = None  # clips, the first of the listing
     samples: bool = True  # False where a licence forbids copying the annotations
     canaries: bool = True  # store tokens of the reference clips, for `verify --parity`
-    encoders: tuple[str, ...] = MERV_ENCODERS
+    encoders: tuple[str, ...] = MERV_ENCODERS  # by name; `merv-pipeline encoders` lists them
     weights: Mapping[str, str] = field(default_factory=dict)  # encoder -> SPEC; "" is the default of all
     architecture: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # encoder -> sizes
     crop: Mapping[str, str] = field(default_factory=dict)  # encoder -> squash | centre-crop; "" is for all
     frame_rule: Mapping[str, str] = field(default_factory=dict)  # encoder -> linspace-16, +times, ...; "" is for all
     frame_dtype: Mapping[str, str] = field(default_factory=dict)  # encoder -> uint8 | float32
     exif: str = "ignore"  # apply: still pictures are turned by their EXIF orientation
-    grid: tuple[int, int, int] | None = (16, 8, 8)
     upsample: bool = False  # let rows and columns of the grid be more than an encoder's own: adaptive windows overlap
-    prefix_tokens: bool = False
+    grid: tuple[int, int, int] | None = (16, 8, 8)  # T, H, W of the stored tokens; raw: each encoder's own grid
+    prefix_tokens: bool = False  # store class and register tokens too, of the encoders that have them
     compute_dtype: str = "bfloat16"  # as princetonvisualai/merv runs them
-    storage_dtype: str = "float16"
-    decoder: str = "frames/1"
-    accept_damaged: bool = False
+    storage_dtype: str = "float16"  # float16 | bfloat16 | uint8
+    decoder: str = "frames/1"  # frames/1 is frame-exact; decord | ffmpeg for parity with published work
+    accept_damaged: bool = False  # use the decodable frames of damaged files
     block_rows: Mapping[str, int] = field(default_factory=dict)  # kind -> clips per block, fixed at creation
     batch: Mapping[str, int] = field(default_factory=dict)  # kind -> clips per forward; absent: what the device holds
     reuse: str | None = None  # another store: what it holds of the same media is copied instead of computed
-    new_identity: bool = False
+    new_identity: bool = False  # store changed features alongside the existing ones
     refresh: bool = False  # compute clips again whose media changed since their tokens were stored
-    retry_quarantine: bool = False
+    retry_quarantine: bool = False  # retry clips that failed before
     retry_reason: str | None = None  # of the quarantine, only clips whose reason holds this text
-    scheduler: str = "local"
+    scheduler: str = "local"  # local | cuda | slurm | tcp://HOST:PORT | a scheduler file
     workers: int = AUTO  # one; with cuda, or jobs of several GPUs, one per GPU
     cluster: Mapping[str, Any] = field(default_factory=dict)  # jobs.settings.ClusterSettings, for cuda and slurm
     device: str = "auto"  # auto: cuda where torch sees one, else cpu
     threads: int = AUTO  # torch threads per worker
     compiled: bool = False  # encoders by torch.compile, without autotuning: other last bits; recorded in the journal
     decode_processes: int = AUTO  # per worker; its share of the host's cores
-    decode_timeout_s: float = 60.0
+    decode_timeout_s: float = 60.0  # seconds for one clip, after which its decoder is killed
     max_failed: float = 0.5  # stop when more than this share failed, and at least 32 clips
     forecast: str | None = None  # file with what `plan --json` printed, for the record
-    dashboard: bool = False
+    dashboard: bool = False  # start Dask's dashboard
     performance_report: str | None = None  # HTML file; None: next to the store with a dashboard, else none
 
     def __post_init__(self) -> None:

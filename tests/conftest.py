@@ -22,8 +22,17 @@ settings.register_profile("same", deadline=None, derandomize=True)
 settings.load_profile("same")
 
 
+QUICK = {  # what an installed package is checked with, see scripts/check_wheel.sh: these need no extra
+    "mervcache": {"config", "console", "progress_line", "tables", "text"},
+    "featurestore": set("blocks clip_names layout locate receipts shards snapshots store tombstones writer".split()),
+}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow files first: at the end of a run on several processes they would keep one of them alone."""
+    """Mark the quick tests. Slow files first: at the end of a run on several processes they would keep one alone."""
+    for item in items:
+        if item.path.stem.removeprefix("test_") in QUICK.get(item.path.parent.name, ()):
+            item.add_marker("quick")
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # stable: the order within a file stays
 
 

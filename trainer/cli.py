@@ -16,11 +16,20 @@ import click
 from click.core import ParameterSource
 
 from featurestore.locate import FEATURES, ROOT_METADATA, Place, find_store, is_url, names_of, no_store_at
+from mervcache.completion import complete_dataset, complete_encoders, complete_store
 from mervcache.config import load_yaml, parse_pairs
 from mervcache.console import CONTEXT, echo, handle_errors, print_result, report_saved, stacked
 from mervcache.errors import StoreNotFoundError, UserError, no_file
 from mervcache.text import printable
-from trainer.cli_evaluate import answer_options, dataset_options, judge_options, pop_judge, share_questions
+from trainer.cli_evaluate import (
+    answer_options,
+    dataset_options,
+    judge_options,
+    pop_judge,
+    protocol_options,
+    share_questions,
+)
+from trainer.cli_examples import EXAMPLES
 from trainer.cli_launch import launch_options, pop_processes, sbatch_script
 from trainer.config import (
     FUSIONS,
@@ -29,7 +38,6 @@ from trainer.config import (
     RECORD_FILE,
     LiveRequest,
     Mode,
-    Protocol,
     Quantisation,
     Tracker,
     TrainLLM,
@@ -68,10 +76,17 @@ ONLY_STORE = "-"  # --from-cache without a path: the only store under features/
 LIVE_OPTIONS = ("dataset", "root", "weights", "extract_config", "skip_media_check", "end_to_end")  # no settings
 live_options = stacked(  # of --end-to-end, named as in `merv-pipeline extract`
     click.option("--end-to-end", is_flag=True, help="Decode and encode while training, instead of --from-cache."),
-    click.option("--dataset", help="End to end: dataset by name; `merv-pipeline datasets` lists them."),
+    click.option(
+        "--dataset",
+        shell_complete=complete_dataset,
+        help="End to end: dataset by name; `merv-pipeline datasets` lists them.",
+    ),
     click.option("--root", type=click.Path(file_okay=False), help="End to end: folder of media and annotations."),
     click.option(
-        "--encoders", metavar="LIST", help="Encoders that the run uses, comma separated; their order matters."
+        "--encoders",
+        metavar="LIST",
+        shell_complete=complete_encoders,
+        help="Encoders that the run uses, comma separated; their order matters.",
     ),
     click.option(
         "--weights",
@@ -90,11 +105,13 @@ live_options = stacked(  # of --end-to-end, named as in `merv-pipeline extract`
 )
 
 
-@click.command(context_settings=CONTEXT)
+@click.command(context_settings=CONTEXT, epilog=EXAMPLES["train"])
 @handle_cli_errors
+@click.version_option(package_name="merv-pipeline")
 @click.option(
     "--from-cache",
     "store",
+    shell_complete=complete_store,
     is_flag=False,
     flag_value=ONLY_STORE,
     metavar="[STORE]",
@@ -284,15 +301,16 @@ CHECKPOINT = click.option("--checkpoint", type=click.Path(path_type=Path), requi
 OWN_STORE = "the one the run was trained on"
 
 
-@click.group(context_settings=CONTEXT)
+@click.group(context_settings=CONTEXT, epilog=EXAMPLES["eval"])
+@click.version_option(package_name="merv-pipeline")
 def eval_main() -> None:
     """Score trained runs, export them, import official checkpoints."""
 
 
-@eval_main.command("run")
+@eval_main.command("run", epilog=EXAMPLES["run"])
 @handle_cli_errors
 @CHECKPOINT
-@click.option("--store", show_default=OWN_STORE, help="Store of the questions' clips.")
+@click.option("--store", shell_complete=complete_store, show_default=OWN_STORE, help="Store of the questions' clips.")
 @dataset_options
 @click.option(
     "--weights", metavar="SPEC", multiple=True, help="Of encoders that run now: where they are; as in ask. Repeatable."
@@ -306,17 +324,7 @@ def eval_main() -> None:
 )
 @click.option("--best", is_flag=True, help="Of every run, the best checkpoint by validation instead of the newest.")
 @click.option("--limit", type=click.IntRange(min=1), help="Ask at most so many questions.")
-@click.option(
-    "--protocol",
-    type=click.Choice(get_args(Protocol)),
-    show_default="letters, of a fresh LLM likelihood",
-    help="letters: options in the prompt, first character of the answer; likelihood: the most likely option.",
-)
-@click.option(
-    "--letters-template",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Text file with the prompt of --protocol letters: {question}, {letters}, {options}.",
-)
+@protocol_options
 @answer_options
 @judge_options
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, help="Questions at once, with all their options.")
@@ -342,10 +350,10 @@ def eval_run(checkpoint: Path, store: str | None, baseline: tuple[Path, ...], as
         end_with_failures()
 
 
-@eval_main.command("distortion")
+@eval_main.command("distortion", epilog=EXAMPLES["distortion"])
 @handle_cli_errors
 @CHECKPOINT
-@click.option("--store", show_default=OWN_STORE, help="Store of the tokens.")
+@click.option("--store", shell_complete=complete_store, show_default=OWN_STORE, help="Store of the tokens.")
 @click.option("--split", default="heldout", help="Split whose samples the loss is of.")
 @click.option("--limit", type=click.IntRange(min=1), default=256, help="Samples, at most.")
 @click.option("--best", is_flag=True, help="The best checkpoint by validation instead of the newest.")
@@ -366,7 +374,7 @@ def eval_distortion(checkpoint: Path, store: str | None, as_json: bool, **option
     print_result(record, as_json, lambda: print_losses(measured))
 
 
-@eval_main.command("export")
+@eval_main.command("export", epilog=EXAMPLES["export"])
 @handle_cli_errors
 @CHECKPOINT
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to make; it must not exist.")
@@ -389,7 +397,7 @@ def eval_export(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> N
     print_result(result, as_json, lambda: click.echo(line))
 
 
-@eval_main.command("import-official")
+@eval_main.command("import-official", epilog=EXAMPLES["import-official"])
 @handle_cli_errors
 @click.argument("checkpoint_file", metavar="CHECKPOINT.pt", type=click.Path(path_type=Path))
 @click.option(
@@ -401,7 +409,12 @@ def eval_export(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> N
 )
 @click.option("--llm", required=True, help="Hub id or folder of the LLM it was trained from: tokenizer and sizes.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run to make.")
-@click.option("--store", show_default="any with tokens of its sizes", help="Store whose tokens the run will read.")
+@click.option(
+    "--store",
+    shell_complete=complete_store,
+    show_default="any with tokens of its sizes",
+    help="Store whose tokens the run will read.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print what was imported as JSON.")
 def eval_import_official(checkpoint_file: Path, config_file: Path, as_json: bool, **options: Any) -> None:
     """Make a run of a checkpoint of princetonvisualai/merv; only tensors are read from it, no code is run."""
@@ -412,7 +425,7 @@ def eval_import_official(checkpoint_file: Path, config_file: Path, as_json: bool
     print_result(result, as_json, lambda: click.echo("\n".join(import_lines(result))))
 
 
-@eval_main.command("ask")
+@eval_main.command("ask", epilog=EXAMPLES["ask"])
 @handle_cli_errors
 @click.argument("questions", nargs=-1)
 @CHECKPOINT

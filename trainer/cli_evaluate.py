@@ -1,15 +1,17 @@
-"""Options of `merv-eval run` about the dataset, open-ended questions, their judge, and the processes that answer."""
+"""Options of `merv-eval run`: dataset, protocols, open-ended questions, their judge, and processes that answer."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from mervcache.completion import complete_dataset
 from mervcache.console import stacked
 from mervcache.errors import UserError
+from trainer.config import Protocol
 from trainer.loop.launch import is_launched, relaunch
 
 if TYPE_CHECKING:
@@ -19,7 +21,11 @@ if TYPE_CHECKING:
 THIS_COMMAND = (sys.executable, "-P", "-m", "trainer.main", "eval")
 
 dataset_options = stacked(
-    click.option("--dataset", help="Decode and encode the clips of this dataset's questions now, instead of --store."),
+    click.option(
+        "--dataset",
+        shell_complete=complete_dataset,
+        help="Decode and encode the clips of this dataset's questions now, instead of --store.",
+    ),
     click.option("--root", type=click.Path(file_okay=False), help="Folder of the dataset's media and annotations."),
     click.option(
         "--option",
@@ -27,6 +33,19 @@ dataset_options = stacked(
         metavar="KEY=VALUE",
         multiple=True,
         help="An option of the dataset; `merv-pipeline datasets NAME` lists them. Repeatable.",
+    ),
+)
+protocol_options = stacked(
+    click.option(
+        "--protocol",
+        type=click.Choice(get_args(Protocol)),
+        show_default="letters, of a fresh LLM likelihood",
+        help="letters: options in the prompt, first character of the answer; likelihood: the most likely option.",
+    ),
+    click.option(
+        "--letters-template",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="Text file with the prompt of --protocol letters: {question}, {letters}, {options}.",
     ),
 )
 answer_options = stacked(

@@ -21,6 +21,7 @@ import yaml
 
 from mervcache.config import load_yaml, overlay, to_builtin
 from mervcache.errors import UserError, unknown_name
+from mervcache.plugins import PlugInTable
 
 LISTING = ("dataset", "root", "options", "stage", "kind", "limit")  # extraction settings that decide what is listed
 CONFIG_FILE, RECORD_FILE = "config.yaml", "run.json"  # in a run's folder
@@ -52,8 +53,9 @@ VisualPosition = Literal["after_bos", "first", "placeholder"]
 MaskRule = Literal["none", "subsets", "sizes"]
 PlaceholderRule = Literal["removed", "as_released"]
 
-# What a model is made of, by name; adding a fusion, resampler or head is a class in its module and a row here.
-FUSIONS = {
+# What a model is made of, by name; adding a fusion, resampler or head is a class in its module and a row here. From
+# outside, a fusion is a class under an entry point of the group `merv.fusions`: docs/extending.md.
+BUILT_IN_FUSIONS = {
     "cross_attention": "trainer.model.fusion:CrossAttention",
     "cross_attention_released": "trainer.model.fusion:CrossAttentionReleased",
     "concat_sequence": "trainer.model.fusion:ConcatSequence",
@@ -63,6 +65,7 @@ FUSIONS = {
     "equal_mix": "trainer.model.fusion:MeanFusion",
     "first": "trainer.model.fusion:SingleEncoder",
 }
+FUSIONS: PlugInTable[str] = PlugInTable(BUILT_IN_FUSIONS, group="merv.fusions", what="fusion", kind=None)
 SINGLE_ENCODER_FUSIONS = ("first",)  # read the first encoder only
 # The order of arXiv 2501.01426, which concatenations and `first` depend on, and of the released checkpoints.
 ENCODER_ORDER = ("languagebind", "dinov2", "vivit", "siglip")
@@ -96,9 +99,12 @@ def parse_bytes(setting: str, text: str) -> int:
 
 
 def import_choice(table: Mapping[str, str], name: str) -> Any:
-    """The class or function that `table` names, imported now."""
+    """The class or function that `table` names, imported now; `UserError` for a plug-in that cannot be."""
     module, _, attribute = table[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{name} = {table[name]} cannot be loaded: {error}") from error
 
 
 def _check_choice(setting: str, name: str, table: Mapping[str, str]) -> None:
@@ -193,9 +199,9 @@ class FusionConfig:
 class LoraConfig:
     """Low-rank updates of the LLM's linear layers (arXiv 2106.09685), for train_llm: lora."""
 
-    rank: int = 16
+    rank: int = 16  # of each update
     alpha: float = 32.0  # updates are scaled by alpha / rank
-    dropout: float = 0.05
+    dropout: float = 0.05  # on the input of each update
     targets: tuple[str, ...] = ()  # names of linear layers; empty: all of the decoder, not the output layer
 
     def __post_init__(self) -> None:
@@ -211,14 +217,14 @@ class OptimizerConfig:
     """AdamW with one learning rate per part, linear warm-up, cosine to zero."""
 
     name: OptimizerName = "adamw"  # adamw8bit: moments in 8 bits, by bitsandbytes; one process or DDP on GPUs
-    projector_lr: float = 2e-5
-    fusion_lr: float = 2e-5
-    llm_lr: float = 2e-5
-    lora_lr: float = 2e-4
+    projector_lr: float = 2e-5  # learning rates, after the warm-up
+    fusion_lr: float = 2e-5  # of the fusion's parameters
+    llm_lr: float = 2e-5  # with train_llm: full
+    lora_lr: float = 2e-4  # with train_llm: lora
     encoder_lr: float = 2e-6  # end to end only
     weight_decay: float = 0.0  # of tensors with two axes or more: no biases, no norms, not the fusion's query
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
+    eps: float = 1e-8  # of AdamW
     warmup_ratio: float = 0.03  # share of all steps
     clip_norm: float = 1.0  # global gradient norm; 0 turns clipping off
 
@@ -236,7 +242,7 @@ class TrainConfig:
 
     mode: Mode = "frozen"  # text-only: the same run without visual tokens, as a baseline
     llm: str = "meta-llama/Llama-2-7b-hf"  # Hub id, local folder, or fresh:NAME
-    train_llm: TrainLLM = "none"
+    train_llm: TrainLLM = "none"  # how much of the LLM is trained
     lora: LoraConfig = field(default_factory=LoraConfig)
     llm_quant: Quantisation | None = None  # of an LLM that is not trained itself; untested: needs CUDA
     attn_implementation: Attention | None = None  # of the LLM; None: transformers' choice, sdpa where the LLM has it
@@ -250,7 +256,7 @@ class TrainConfig:
     # read the same samples, and are scored on the same questions
     snapshot: str = ""  # of the store, by id; empty: the newest when the run starts
     stage: str = "finetune"  # samples of this stage only
-    split: str = "train"
+    split: str = "train"  # samples of this split only
     fraction: float = 1.0  # share of the samples, chosen by their ids: a smaller share is a subset of a larger one
     limit: int | None = None  # at most so many samples, the first by sample id
     source_weights: Mapping[str, float] = field(default_factory=dict)  # source -> times per epoch; 0.5: half, in turn
@@ -259,8 +265,8 @@ class TrainConfig:
     init_partial: bool = False  # allow that parts of `init` are not loaded, or that it lacks some; each is reported
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
-    prompt: PromptName = "pure"
-    # after_bos: after a lone BOS, else first; placeholder: where the text of the sample has <video> or <image>
+    prompt: PromptName = "pure"  # how a conversation is written
+    # Where visual tokens go. after_bos: after a lone BOS, else first; placeholder: in the place of <video> or <image>
     visual_position: VisualPosition = "after_bos"
     template_date: str = "2024-07-26"  # what chat templates that write today's date read; Llama 3's own default
     placeholder: PlaceholderRule = (
@@ -276,9 +282,9 @@ class TrainConfig:
     # changes no loss per token but by rounding, and the random numbers of dropout.
     token_budget: int | None = None
     device_memory: str | None = None  # of each process, such as 80GB; None: that of its GPU, of a CPU no limit
-    epochs: float = 1.0
+    epochs: float = 1.0  # passes over the samples
     max_steps: int | None = None  # instead of epochs
-    seed: int = 7
+    seed: int = 7  # of fresh weights, the order of samples, masks and dropout
     precision: Precision = "bf16"  # matrix products; trained weights stay in fp32
     # Of the LLM's layers: less memory for a second forward. None: on from CHECKPOINTING_PARAMETERS on, or where the
     # device's memory needs it.
@@ -290,7 +296,7 @@ class TrainConfig:
     checkpoint_minutes: float | None = None  # and whenever so much time has passed
     keep_checkpoints: int = 2  # the last ones; the best by validation is kept as well
     eval_every: int | None = None  # steps between validations on held-out samples
-    eval_split: str = "heldout"
+    eval_split: str = "heldout"  # split of the validation
     max_skipped_in_row: int = 10  # steps without a finite loss and gradient, which change nothing, before a run ends
     eval_limit: int = 256  # held-out samples per validation, whose questions are scored by likelihood
     protocol: Protocol | None = None  # of merv-eval run; null: letters, of a fresh LLM likelihood

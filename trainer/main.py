@@ -45,6 +45,7 @@ train_main = click.Group(
     invoke_without_command=True,
     context_settings=cli.train_main.context_settings,
     help=cli.train_main.help,
+    epilog=cli.train_main.epilog,
 )
 
 

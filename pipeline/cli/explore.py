@@ -8,13 +8,24 @@ from typing import Any
 import click
 
 from featurestore.locate import Place, names_of
-from mervcache.console import ProgressLine, echo
+from mervcache.completion import complete_encoders
+from mervcache.console import ProgressLine, echo, examples
 from pipeline.cli.options import AS_JSON, ROOT, handle_cli_errors, print_result, takes_store
 
-ENCODERS = click.option("--encoders", metavar="LIST", show_default="all", help="Only these, comma separated.")
+ENCODERS = click.option(
+    "--encoders",
+    metavar="LIST",
+    shell_complete=complete_encoders,
+    show_default="all",
+    help="Only these, comma separated.",
+)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "merv-pipeline view features/demo.zarr", "merv-pipeline view features/demo.zarr --run runs/demo --out site"
+    )
+)
 @handle_cli_errors
 @takes_store
 @ROOT
@@ -38,10 +49,6 @@ def view(place: Place, out: Path | None, port: int, opens: bool, with_media: boo
 
     A map by pooled features, a table to search and filter, videos next to what each encoder sees, conversations,
     nearest clips, and with --run answers and fusion weights. Served to this machine alone; nothing is written.
-
-    \b
-    merv-pipeline view features/demo.zarr
-    merv-pipeline view features/demo.zarr --run runs/demo --out site
     """
     from featurestore import FeatureStore
     from pipeline.explorer import Explorer, serve, write_site
@@ -65,7 +72,7 @@ def view(place: Place, out: Path | None, port: int, opens: bool, with_media: boo
             server.server_close()
 
 
-@click.command()
+@click.command(epilog=examples("merv-pipeline vectors features/demo.zarr --encoders dinov2,siglip"))
 @handle_cli_errors
 @takes_store
 @ENCODERS
@@ -80,9 +87,6 @@ def vectors(place: Place, encoders: str | None, pooling: Any, out: Path | None) 
     """Write one vector per clip and encoder as Parquet, for duckdb, LanceDB, FAISS, FiftyOne.
 
     A column of fixed-size lists of float32 per encoder, next to clip_id, dataset and kind.
-
-    \b
-    merv-pipeline vectors features/demo.zarr --encoders dinov2,siglip
     """
     from featurestore import FeatureStore
     from pipeline.vectors import pool_store, vectors_path, write_vectors
@@ -94,7 +98,7 @@ def vectors(place: Place, encoders: str | None, pooling: Any, out: Path | None) 
     click.echo(write_vectors(table, out or vectors_path(store)))
 
 
-@click.command()
+@click.command(epilog=examples("merv-pipeline duplicates features/demo.zarr --threshold 0.95 --json"))
 @handle_cli_errors
 @takes_store
 @ENCODERS
@@ -103,11 +107,7 @@ def vectors(place: Place, encoders: str | None, pooling: Any, out: Path | None) 
 )
 @AS_JSON
 def duplicates(place: Place, encoders: str | None, threshold: float, as_json: bool) -> None:
-    """List clips that look alike to every encoder, and scored clips that training has seen.
-
-    \b
-    merv-pipeline duplicates features/demo.zarr --threshold 0.95 --json
-    """
+    """List clips that look alike to every encoder, and scored clips that training has seen."""
     from featurestore import FeatureStore
     from pipeline.cli import render
     from pipeline.duplicates import find_duplicates

@@ -14,7 +14,8 @@ import click
 
 from featurestore.locate import Place, find_store, store_first
 from jobs.slurm import TEMPLATES, submit_script
-from mervcache.console import CONTEXT, ProgressLine, handle_interrupts
+from mervcache.completion import SHELLS, complete_dataset, complete_store, completion_script
+from mervcache.console import CONTEXT, ProgressLine, examples, handle_interrupts
 from pipeline.cli.explore import EXPLORE_COMMANDS
 from pipeline.cli.options import (
     AS_JSON,
@@ -33,14 +34,26 @@ from pipeline.cli.share import SHARE_COMMANDS
 from pipeline.cli.store import STORE_COMMANDS
 from pipeline.config import ExtractConfig
 
+PROGRAMS = ("merv-pipeline", "merv-train", "merv-eval")  # of the distribution
 
-@click.group(context_settings=CONTEXT)
+
+@click.group(
+    context_settings=CONTEXT,
+    epilog=examples(
+        "merv-pipeline extract --dataset demo --config pipeline/demo.yaml", "merv-pipeline report features/demo.zarr"
+    ),
+)
 @click.version_option(package_name="merv-pipeline")
 def main() -> None:
     """Run the frozen encoders of a multi-encoder VideoLLM once, into a feature store that training reads."""
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "merv-pipeline extract --dataset demo --config pipeline/demo.yaml",
+        "merv-pipeline extract --dataset folder --root MY_VIDEOS --store features/lab.zarr --scheduler cuda",
+    )
+)
 @handle_cli_errors
 @extraction_options
 @click.option("--retry-quarantine", is_flag=True, default=None, help="Retry clips that failed before.")
@@ -89,7 +102,11 @@ def extract(config_file: str | None, print_config: bool, as_json: bool, **option
         exit_with_failures([summary])
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "merv-pipeline plan --dataset videollava", "merv-pipeline plan --dataset videollava --json > plan.json"
+    )
+)
 @handle_cli_errors
 @extraction_options
 @click.option("--probe", type=click.IntRange(0), default=4, help="Clips of each kind to encode, for the time.")
@@ -103,9 +120,9 @@ def plan(config_file: str | None, probe: int, as_json: bool, **options: Any) -> 
     print_result(result.to_dict(), as_json, lambda: render.forecast(result))
 
 
-@click.command()
+@click.command(epilog=examples("merv-pipeline explain features/lab.zarr --grid 16,4,4"))
 @handle_cli_errors
-@click.argument("place", type=click.Path(), required=False, metavar="[STORE]")
+@click.argument("place", type=click.Path(), required=False, metavar="[STORE]", shell_complete=complete_store)
 @extraction_options
 @click.option(
     "--media",
@@ -152,7 +169,9 @@ for parameter in explain.params:  # each command has its own copy of shared opti
         parameter.help, parameter.show_default = "The store, as for extract.", "the only one under features/"
 
 
-@click.command()
+@click.command(
+    epilog=examples("merv-pipeline status features/lab.zarr", "merv-pipeline status features/lab.zarr --watch 30")
+)
 @handle_cli_errors
 @takes_store
 @click.option(
@@ -184,9 +203,11 @@ def status(place: Place, every_s: float | None, as_json: bool) -> None:
             print(json.dumps(progress.to_dict()) if as_json else render.watch_line(progress), flush=True)
 
 
-@click.command()
+@click.command(
+    epilog=examples("merv-pipeline inspect features/lab.zarr dinov2", "merv-pipeline inspect features/lab.zarr v1.mp4")
+)
 @handle_cli_errors
-@click.argument("names", nargs=-1, required=True, metavar="[STORE] CLIP|ENCODER")
+@click.argument("names", nargs=-1, required=True, shell_complete=complete_store, metavar="[STORE] CLIP|ENCODER")
 @STORE_OPTION
 @AS_JSON
 def inspect(names: tuple[str, ...], store_option: str | None, as_json: bool) -> None:
@@ -204,7 +225,7 @@ def inspect(names: tuple[str, ...], store_option: str | None, as_json: bool) -> 
     print_result(result, as_json, lambda: render.details(result))
 
 
-@click.command()
+@click.command(epilog=examples("merv-pipeline report features/lab.zarr --out report.html"))
 @handle_cli_errors
 @takes_store
 @click.option(
@@ -224,7 +245,7 @@ def report(place: Place, **options: Any) -> None:
     click.echo(write_report(place, **options))
 
 
-@click.command()
+@click.command(epilog=examples("merv-pipeline encoders"))
 @handle_cli_errors
 @AS_JSON
 def encoders(as_json: bool) -> None:
@@ -236,9 +257,9 @@ def encoders(as_json: bool) -> None:
     print_result(rows, as_json, lambda: render.encoders(rows))
 
 
-@click.command()
+@click.command(epilog=examples("merv-pipeline datasets", "merv-pipeline datasets videollava"))
 @handle_cli_errors
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete_dataset)
 @AS_JSON
 def datasets(name: str | None, as_json: bool) -> None:
     """List the datasets, or show one by NAME. Its layout and its options."""
@@ -254,7 +275,9 @@ def datasets(name: str | None, as_json: bool) -> None:
         print_result(rows, as_json, lambda: render.rows_of(rows))
 
 
-@click.command("submit-script")
+@click.command(
+    "submit-script", epilog=examples("merv-pipeline submit-script --config extract.yaml --workers 8 > job.sbatch")
+)
 @handle_cli_errors
 @click.argument("template", type=click.Choice(list(TEMPLATES)), default=next(iter(TEMPLATES)))
 @click.option(
@@ -269,8 +292,6 @@ def datasets(name: str | None, as_json: bool) -> None:
 def submit(template: str, config_file: str, **options: Any) -> None:
     """Print a SLURM script that runs an extraction.
 
-    merv-pipeline submit-script --config extract.yaml > job.sbatch
-
     TEMPLATE one-allocation: scheduler, one worker per GPU and the driver in one job; driver: a small job that submits
     a job per worker itself.
     """
@@ -279,7 +300,15 @@ def submit(template: str, config_file: str, **options: Any) -> None:
     click.echo(script, nl=False)
 
 
-for command in (extract, plan, explain, status, inspect, report, encoders, datasets, submit):
+@click.command(epilog=examples('eval "$(merv-pipeline completion bash)"', "merv-pipeline completion fish | source"))
+@handle_cli_errors
+@click.argument("shell", type=click.Choice(SHELLS))
+def completion(shell: str) -> None:
+    """Print what completes commands and names in a SHELL. For merv-pipeline, merv-train and merv-eval."""
+    click.echo(completion_script(main, PROGRAMS, shell))
+
+
+for command in (extract, plan, explain, status, inspect, report, encoders, datasets, submit, completion):
     main.add_command(command)
 for command in (*STORE_COMMANDS, *SHARE_COMMANDS, *EXPLORE_COMMANDS):
     main.add_command(command)

@@ -16,6 +16,7 @@ from featurestore.clips import KINDS
 from featurestore.locate import find_store
 from featurestore.storage_dtypes import STORAGE_DTYPES
 from mervcache import console
+from mervcache.completion import complete_dataset, complete_encoders, complete_store
 from mervcache.config import parse_pairs
 from mervcache.console import Command, echo, handle_errors, stacked
 from mervcache.errors import EXIT_WITH_FAILURES
@@ -30,6 +31,7 @@ STAGES = ("align", "finetune")
 STORE_OPTION = click.option(
     "--store",
     "store_option",
+    shell_complete=complete_store,
     type=click.Path(),
     show_default="the only one under features/",
     help="The store, as for extract.",
@@ -56,17 +58,34 @@ CLUSTER_OPTION = click.option(
     help="A setting of cuda or slurm, such as partition=gpu or walltime=8:00:00; see jobs/README.md. Repeatable.",
 )
 extraction_options = stacked(  # what would be extracted, from where, with what, and where it runs
-    click.option("--dataset", help="Dataset by name; `merv-pipeline datasets` lists them."),
+    click.option(
+        "--dataset", shell_complete=complete_dataset, help="Dataset by name; `merv-pipeline datasets` lists them."
+    ),
     click.option(
         "--root",
         type=click.Path(file_okay=False),
         show_default="the dataset's own, e.g. data/videollava",
         help="Folder of media and annotations.",
     ),
-    click.option("--store", type=click.Path(), show_default="features/DATASET.zarr", help="Feature store to write."),
-    click.option("--reuse", metavar="STORE", help="Copy what another store holds of the same media; folder or URL."),
     click.option(
-        "--encoders", metavar="LIST", show_default=",".join(ExtractConfig.encoders), help="Encoders, comma separated."
+        "--store",
+        type=click.Path(),
+        shell_complete=complete_store,
+        show_default="features/DATASET.zarr",
+        help="Feature store to write.",
+    ),
+    click.option(
+        "--reuse",
+        metavar="STORE",
+        shell_complete=complete_store,
+        help="Copy what another store holds of the same media; folder or URL.",
+    ),
+    click.option(
+        "--encoders",
+        metavar="LIST",
+        shell_complete=complete_encoders,
+        show_default=",".join(ExtractConfig.encoders),
+        help="Encoders, comma separated.",
     ),
     click.option(
         "--weights",
@@ -138,7 +157,7 @@ extraction_options = stacked(  # what would be extracted, from where, with what,
 def takes_store(command: Command) -> Command:
     """Decorator: passes the store that the argument or --store names, else the only one under features/."""
 
-    @click.argument("store", type=click.Path(), required=False)
+    @click.argument("store", type=click.Path(), required=False, shell_complete=complete_store)
     @STORE_OPTION
     @functools.wraps(command)
     def wrapped(store: str | None, store_option: str | None, **options: Any) -> Any:

@@ -9,7 +9,8 @@ import click
 
 from featurestore.clips import KINDS
 from featurestore.locate import find_store, names_of
-from mervcache.console import ProgressLine, stacked
+from mervcache.completion import complete_dataset, complete_encoders, complete_store
+from mervcache.console import ProgressLine, examples, stacked
 from pipeline.cli.options import AS_JSON, handle_cli_errors, print_result
 
 if TYPE_CHECKING:
@@ -25,8 +26,20 @@ as its documentation says; hf:// is tested against a server of our own that spea
 itself (nor is Xet); none was tried against the service itself. No repository is made by itself, and the history of one
 keeps what a tombstone removes until it is squashed.
 """
-ENCODERS = click.option("--encoders", metavar="LIST", show_default="all", help="Only these, comma separated.")
-DATASETS = click.option("--datasets", metavar="LIST", show_default="all", help="Only clips of these, comma separated.")
+ENCODERS = click.option(
+    "--encoders",
+    metavar="LIST",
+    shell_complete=complete_encoders,
+    show_default="all",
+    help="Only these, comma separated.",
+)
+DATASETS = click.option(
+    "--datasets",
+    metavar="LIST",
+    shell_complete=complete_dataset,
+    show_default="all",
+    help="Only clips of these, comma separated.",
+)
 CLIPS = click.option(
     "--clips", type=click.Path(exists=True, dir_okay=False), show_default="all", help="File of clip ids, one per line."
 )
@@ -46,9 +59,15 @@ cell_options = stacked(DATASETS, SPLIT, ENCODERS, CLIPS, KIND, AS_JSON)
 MB = 1e6
 
 
-@click.command(epilog=URLS)
+@click.command(
+    epilog=examples(
+        "merv-pipeline push features/lab.zarr s3://BUCKET/lab.zarr",
+        "merv-pipeline push features/lab.zarr hf://datasets/USER/NAME --license cc-by-4.0",
+    )
+    + f"\n\n{URLS}"
+)
 @handle_cli_errors
-@click.argument("store")
+@click.argument("store", shell_complete=complete_store)
 @click.argument("url")
 @transfer_options
 @click.option(
@@ -77,10 +96,13 @@ def push(
     print_result(vars(done), as_json, lambda: render.transferred(done))
 
 
-@click.command(epilog=URLS)
+@click.command(
+    epilog=examples("merv-pipeline pull s3://BUCKET/lab.zarr features/lab.zarr --encoders dinov2,siglip")
+    + f"\n\n{URLS}"
+)
 @handle_cli_errors
 @click.argument("url")
-@click.argument("store")
+@click.argument("store", shell_complete=complete_store)
 @transfer_options
 @click.option("--journal/--no-journal", "with_journal", default=True, help="Fetch the journals of runs too.")
 def pull(
@@ -108,9 +130,11 @@ def _select(*, encoders: str | None, datasets: str | None, clips: str | None, **
     )
 
 
-@click.command()
+@click.command(
+    epilog=examples("merv-pipeline subset features/lab.zarr features/small.zarr --encoders dinov2 --split train")
+)
 @handle_cli_errors
-@click.argument("store")
+@click.argument("store", shell_complete=complete_store)
 @click.argument("out")
 @cell_options
 def subset(store: str, out: str, as_json: bool, **options: Any) -> None:
@@ -118,9 +142,9 @@ def subset(store: str, out: str, as_json: bool, **options: Any) -> None:
     _combine(_stored_cells([store]), out, as_json, _select(**options))
 
 
-@click.command()
+@click.command(epilog=examples("merv-pipeline union features/mine.zarr features/theirs.zarr features/ours.zarr"))
 @handle_cli_errors
-@click.argument("stores", nargs=-1, required=True, metavar="STORE... OUT")
+@click.argument("stores", nargs=-1, required=True, shell_complete=complete_store, metavar="STORE... OUT")
 @cell_options
 def union(stores: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Make a new store OUT from several. Where two have a clip of the same encoder, the first store wins."""
@@ -129,9 +153,9 @@ def union(stores: tuple[str, ...], as_json: bool, **options: Any) -> None:
     _combine(_stored_cells(stores[:-1]), stores[-1], as_json, _select(**options))
 
 
-@click.command("export")
+@click.command("export", epilog=examples("merv-pipeline export features/lab.zarr exported --format safetensors"))
 @handle_cli_errors
-@click.argument("store")
+@click.argument("store", shell_complete=complete_store)
 @click.argument("out", type=click.Path(file_okay=False))
 @click.option(
     "--format", type=click.Choice(("webdataset", "safetensors")), default="webdataset", help="Format of the files."
@@ -148,7 +172,7 @@ def export_store(store: str, out: str, format: str, as_json: bool, **options: An
     print_result(vars(done), as_json, lambda: render.details(vars(done)))
 
 
-@click.command("import")
+@click.command("import", epilog=examples("merv-pipeline import exported features/copy.zarr"))
 @handle_cli_errors
 @click.argument("folder", type=click.Path(exists=True, file_okay=False))
 @click.argument("out")

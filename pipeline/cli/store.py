@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from featurestore.locate import Place, find_store, names_of, store_first
-from mervcache.console import ProgressLine, echo, report_saved
+from mervcache.completion import complete_encoders, complete_store
+from mervcache.console import ProgressLine, echo, examples, report_saved
 from pipeline.cli.options import (
     AS_JSON,
     DATASET_OPTION,
@@ -27,7 +28,9 @@ from pipeline.cli.options import (
 from pipeline.config import ExtractConfig
 
 
-@click.command()
+@click.command(
+    epilog=examples("merv-pipeline verify features/lab.zarr --full", "merv-pipeline verify features/lab.zarr --parity")
+)
 @handle_cli_errors
 @takes_store
 @click.option("--full", is_flag=True, help="Read every byte; quick checks names, sizes and digests of metadata.")
@@ -48,7 +51,13 @@ from pipeline.config import ExtractConfig
     show_default="the reference clips",
     help="With --parity: file of clip ids, one per line, whose media are encoded again instead.",
 )
-@click.option("--encoders", metavar="LIST", show_default="all", help="With --parity: only these, comma separated.")
+@click.option(
+    "--encoders",
+    metavar="LIST",
+    shell_complete=complete_encoders,
+    show_default="all",
+    help="With --parity: only these, comma separated.",
+)
 @click.option(
     "--weights", metavar="SPEC", multiple=True, show_default="as at extraction", help="With --parity. Repeatable."
 )
@@ -110,10 +119,21 @@ def _check_parity(place: Place, *, encoders: str | None, weights: tuple[str, ...
     return record
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "merv-pipeline repair features/lab.zarr --from s3://BUCKET/lab.zarr",
+        "merv-pipeline repair features/lab.zarr --recompute --root MY_VIDEOS",
+    )
+)
 @handle_cli_errors
 @takes_store
-@click.option("--from", "other", type=click.Path(), help="Another copy of the store: a folder or URL.")
+@click.option(
+    "--from",
+    "other",
+    type=click.Path(),
+    shell_complete=complete_store,
+    help="Another copy of the store: a folder or URL.",
+)
 @click.option("--recompute", is_flag=True, help="Compute from the media what no copy has.")
 @ROOT
 @WEIGHTS
@@ -159,16 +179,18 @@ def repair(
         click.get_current_context().exit(1)
 
 
-@click.group()
+@click.group(epilog=examples("merv-pipeline quarantine list features/lab.zarr"))
 def quarantine() -> None:
     """List clips that failed, or retry them."""
 
 
-_ENCODER = click.option("--encoder", show_default="all", help="Failures of this encoder only.")
+_ENCODER = click.option(
+    "--encoder", shell_complete=complete_encoders, show_default="all", help="Failures of this encoder only."
+)
 _REASON = click.option("--reason", metavar="TEXT", show_default="any", help="Failures whose reason contains this text.")
 
 
-@quarantine.command("list")
+@quarantine.command("list", epilog=examples("merv-pipeline quarantine list features/lab.zarr --reason audio"))
 @handle_cli_errors
 @takes_store
 @_ENCODER
@@ -183,7 +205,7 @@ def list_quarantine(place: Place, encoder: str | None, reason: str | None, as_js
     print_result(rows, as_json, lambda: render.quarantined(rows))
 
 
-@quarantine.command()
+@quarantine.command(epilog=examples("merv-pipeline quarantine retry features/lab.zarr --encoder dinov2"))
 @handle_cli_errors
 @takes_store
 @_ENCODER
@@ -208,9 +230,11 @@ def retry(place: Place, encoder: str | None, reason: str | None, as_json: bool, 
     exit_with_failures(summaries)
 
 
-@click.command()
+@click.command(
+    epilog=examples("merv-pipeline tombstone features/lab.zarr v1.mp4 --reason 'consent withdrawn' --all-copies")
+)
 @handle_cli_errors
-@click.argument("clips", nargs=-1, required=True, metavar="[STORE] CLIP...")
+@click.argument("clips", nargs=-1, required=True, shell_complete=complete_store, metavar="[STORE] CLIP...")
 @click.option("--reason", required=True, help="Why, for later readers of the store: a licence, a consent withdrawn.")
 @click.option(
     "--all-copies/--exact-ids",
@@ -239,7 +263,7 @@ def tombstone(
     print_result(result, as_json, lambda: render.details(result))
 
 
-@click.command()
+@click.command(epilog=examples("merv-pipeline distortion features/lab.zarr --sample 32"))
 @handle_cli_errors
 @takes_store
 @click.option("--sample", type=click.IntRange(1), default=64, help="Clips of each encoder and kind, at most.")

@@ -1,5 +1,6 @@
 """Datasets by name: from annotation files to clips and samples.
 
+A plug-in is an entry point in the group `merv.datasets` whose value is a DatasetSpec; see docs/extending.md.
 Listing opens no media, and importing this package nothing heavy: the command line's help reads the table.
 """
 
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from featurestore.clips import KINDS
 from mervcache.errors import UserError, unknown_name
+from mervcache.plugins import PlugInTable
 from pipeline.datasets import demo, evaluation, folder, videollava, webdataset
 from pipeline.datasets.base import (
     DatasetListing,
@@ -32,9 +34,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DATASETS: dict[str, DatasetSpec] = {
-    spec.name: spec for spec in (demo.SPEC, videollava.SPEC, webdataset.SPEC, folder.SPEC, evaluation.SPEC)
-}
+BUILT_IN = {spec.name: spec for spec in (demo.SPEC, videollava.SPEC, webdataset.SPEC, folder.SPEC, evaluation.SPEC)}
+DATASETS: PlugInTable[DatasetSpec] = PlugInTable(BUILT_IN, group="merv.datasets", what="dataset", kind=DatasetSpec)
 
 LINKS_OPTION = "media_links"
 LINKS = Option(
@@ -44,9 +45,11 @@ LINKS = Option(
 )
 
 __all__ = [
+    "BUILT_IN",
     "DATASETS",
     "DatasetListing",
     "DatasetSpec",
+    "ListingBuilder",
     "Option",
     "Rejected",
     "check_has_clips",

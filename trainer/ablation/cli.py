@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from featurestore.locate import names_of
-from mervcache.console import CONTEXT, echo, format_bytes, format_duration, handle_errors, print_result, stacked
+from mervcache.completion import complete_encoders, complete_store
+from mervcache.console import (
+    CONTEXT,
+    echo,
+    examples,
+    format_bytes,
+    format_duration,
+    handle_errors,
+    print_result,
+    stacked,
+)
 from mervcache.errors import EXIT_WITH_FAILURES, UserError
 from mervcache.text import safe
 from trainer.ablation.sweep import SUBSET_RULES, SWEEP_FILE, expand_subsets
@@ -43,7 +53,11 @@ TEXT_TOKENS = click.option(
 )
 
 
-@click.command("table", context_settings=CONTEXT)
+@click.command(
+    "table",
+    context_settings=CONTEXT,
+    epilog=examples("merv-eval table runs/sweep", "merv-eval table runs/sweep --out table.tex"),
+)
 @handle_cli_errors
 @click.argument("sweep", type=click.Path(path_type=Path))
 @click.option(
@@ -57,10 +71,15 @@ TEXT_TOKENS = click.option(
 @click.option("--questions", is_flag=True, help="Instead: a row per question, with what it was worth to every run.")
 @click.option("--draws", type=click.IntRange(min=100), default=10_000, help="Bootstrap draws of the intervals.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of these draws.")
-@click.option("--store", show_default="where the sweep read it", help="Place of the sweep's store, if it has moved.")
 @click.option("--costs/--no-costs", default=True, help="Tokens, parameters, FLOPs, step time and bytes of every run.")
 @RANKS
 @TEXT_TOKENS
+@click.option(
+    "--store",
+    shell_complete=complete_store,
+    show_default="where the sweep read it",
+    help="Place of the sweep's store, if it has moved.",
+)
 def table_command(
     sweep: Path,
     format_: str | None,
@@ -121,7 +140,9 @@ def end_if_incomplete(missing: Sequence[str], what: str) -> None:
     sys.exit(EXIT_WITH_FAILURES)
 
 
-@click.command("report", context_settings=CONTEXT)
+@click.command(
+    "report", context_settings=CONTEXT, epilog=examples("merv-eval report runs/sweep", "merv-eval report runs/first")
+)
 @handle_cli_errors
 @click.argument("path", metavar="SWEEP|RUN", type=click.Path(path_type=Path))
 @click.option(
@@ -146,7 +167,12 @@ def end_if_incomplete(missing: Sequence[str], what: str) -> None:
     metavar="FILE",
     help="Show these tables too, which merv-eval probe --out FILE.json or another command has written; repeatable.",
 )
-@click.option("--store", show_default="where it was read", help="Place of the store, if it has moved.")
+@click.option(
+    "--store",
+    shell_complete=complete_store,
+    show_default="where it was read",
+    help="Place of the store, if it has moved.",
+)
 def report_command(path: Path, **options: Any) -> None:
     """One self-contained HTML page about a sweep or a run: scores, lattice of subsets, learning curves, costs, tables.
 
@@ -164,7 +190,12 @@ def report_command(path: Path, **options: Any) -> None:
 
 QUESTIONS = stacked(  # one checkpoint, and the questions that it answers in several conditions
     click.option("--checkpoint", type=click.Path(path_type=Path), required=True, help="Folder of a run."),
-    click.option("--store", show_default="the one the run was trained on", help="Store of the questions' clips."),
+    click.option(
+        "--store",
+        shell_complete=complete_store,
+        show_default="the one the run was trained on",
+        help="Store of the questions' clips.",
+    ),
     click.option("--split", default="heldout", help="Split whose questions are asked."),
     click.option(
         "--protocol", type=click.Choice(get_args(Protocol)), show_default="as in merv-eval run", help="Of scores."
@@ -174,7 +205,7 @@ QUESTIONS = stacked(  # one checkpoint, and the questions that it answers in sev
 )
 
 
-@click.command("mask", context_settings=CONTEXT)
+@click.command("mask", context_settings=CONTEXT, epilog=examples("merv-eval mask --checkpoint runs/first"))
 @handle_cli_errors
 @QUESTIONS
 @click.option("--subsets", default="all", metavar="|".join([*SUBSET_RULES, "LIST"]), help="Subsets, as for sweep.")
@@ -194,7 +225,7 @@ def mask_command(checkpoint: Path, subsets: str, as_json: bool, **options: Any) 
     print_result(result, as_json, lambda: print_views(f"encoders shown, {result['method']}", result, "subsets"))
 
 
-@click.command("grids", context_settings=CONTEXT)
+@click.command("grids", context_settings=CONTEXT, epilog=examples("merv-eval grids --checkpoint runs/nested"))
 @handle_cli_errors
 @QUESTIONS
 @click.option("--grids", metavar="LIST", show_default="all of the run", help="Tokens per frame, comma separated.")
@@ -221,7 +252,7 @@ def print_views(heading: str, result: Mapping[str, Any], key: str) -> None:
     table(columns, rows, right=columns[1:])
 
 
-@click.command("flops", context_settings=CONTEXT)
+@click.command("flops", context_settings=CONTEXT, epilog=examples("merv-eval flops --format csv"))
 @handle_cli_errors
 @click.option("--text-tokens", type=click.IntRange(min=0), default=880, help="Tokens of text besides the visual ones.")
 @FORMAT
@@ -238,11 +269,25 @@ def flops_command(text_tokens: int, format_: str, as_json: bool) -> None:
     print_document(published_tables(text_tokens), "json" if as_json else format_)
 
 
-@click.command("rank", context_settings=CONTEXT)
+@click.command(
+    "rank",
+    context_settings=CONTEXT,
+    epilog=examples("merv-eval rank runs/first", "merv-eval rank --store features/lab.zarr"),
+)
 @handle_cli_errors
 @click.argument("run", required=False, type=RUN)
-@click.option("--store", show_default="the one the run was trained on", help="Store of the tokens; alone: no run.")
-@click.option("--encoders", metavar="LIST", help="Of a store alone: encoders, comma separated; all by default.")
+@click.option(
+    "--store",
+    shell_complete=complete_store,
+    show_default="the one the run was trained on",
+    help="Store of the tokens; alone: no run.",
+)
+@click.option(
+    "--encoders",
+    metavar="LIST",
+    shell_complete=complete_encoders,
+    help="Of a store alone: encoders, comma separated; all by default.",
+)
 @click.option("--clips", type=click.IntRange(min=1), default=64, help="Clips in the sample.")
 @click.option("--seed", type=int, default=0, help="Chooses the sample.")
 @click.option("--best", is_flag=True, help="Of a run, the best checkpoint by validation instead of the newest.")
@@ -275,10 +320,15 @@ def rank_command(
         print_document(rank_document(report), format_)
 
 
-@click.command("costs", context_settings=CONTEXT)
+@click.command("costs", context_settings=CONTEXT, epilog=examples("merv-eval costs runs/first"))
 @handle_cli_errors
 @click.argument("run", type=RUN)
-@click.option("--store", show_default="the one the run was trained on", help="Store whose extraction is counted.")
+@click.option(
+    "--store",
+    shell_complete=complete_store,
+    show_default="the one the run was trained on",
+    help="Store whose extraction is counted.",
+)
 @click.option("--runs", type=click.IntRange(min=1), default=1, help="Runs like this one that read the store.")
 @click.option("--live", type=RUN, help="The same run end to end: its steps give the cost of live encoding.")
 @click.option("--overlapped", is_flag=True, help="End to end, encoding runs on devices of its own during the steps.")
@@ -320,10 +370,12 @@ def print_costs(costs: RunCosts) -> None:
         echo(note)
 
 
-@click.command("atlas", context_settings=CONTEXT)
+@click.command("atlas", context_settings=CONTEXT, epilog=examples("merv-eval atlas runs/first --clips 5000"))
 @handle_errors(interrupted="Interrupted. Files that were written before are kept.")
 @click.argument("run", type=RUN)
-@click.option("--store", show_default="the one the run was trained on", help="Store of the clips.")
+@click.option(
+    "--store", shell_complete=complete_store, show_default="the one the run was trained on", help="Store of the clips."
+)
 @click.option("--step", type=click.IntRange(min=0), show_default="the newest", help="Checkpoint to look at.")
 @click.option("--best", is_flag=True, help="Look at the best checkpoint by validation.")
 @click.option("--compare", metavar="RUN|STEP", help="Another run, or another step of this one, to compare with.")

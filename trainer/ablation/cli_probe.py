@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from featurestore.locate import names_of
-from mervcache.console import CONTEXT, ProgressLine, echo, format_bytes, handle_errors, print_result
+from mervcache.completion import complete_store
+from mervcache.console import CONTEXT, ProgressLine, echo, examples, format_bytes, handle_errors, print_result
 from mervcache.errors import EXIT_WITH_FAILURES, UserError
 from trainer.ablation.cli import SUFFIXES
 from trainer.ablation.sweep import SUBSET_RULES
@@ -23,9 +24,11 @@ if TYPE_CHECKING:
 PROBES = ("linear", "attentive")  # as in trainer/ablation/probe_features.py, which loads torch
 
 
-@click.command("probe", context_settings=CONTEXT)
+@click.command(
+    "probe", context_settings=CONTEXT, epilog=examples("merv-eval probe features/lab.zarr --labels clips.csv")
+)
 @handle_errors(interrupted="Interrupted. Nothing was written.")
-@click.argument("store")
+@click.argument("store", shell_complete=complete_store)
 @click.option(
     "--labels", type=click.Path(dir_okay=False, path_type=Path), help="Table .csv or .parquet: clip_id, label."
 )

@@ -13,8 +13,9 @@ from click.core import ParameterSource
 
 from featurestore.locate import FEATURES, names_of
 from jobs.settings import AUTO_WORKERS, ClusterRequest, ClusterSettings
+from mervcache.completion import complete_encoders, complete_store
 from mervcache.config import load_yaml, overlay, parse_pairs, to_builtin
-from mervcache.console import CONTEXT, format_bytes, print_result
+from mervcache.console import CONTEXT, examples, format_bytes, print_result
 from mervcache.errors import EXIT_WITH_FAILURES, UserError
 from trainer import cli
 from trainer.ablation.sweep import (
@@ -54,18 +55,29 @@ SETTINGS = ("recipe", "config_file", "llm", "head", "train_llm", "llm_quant", "f
 @click.command(
     "sweep",
     context_settings=CONTEXT,
+    epilog=examples(
+        "merv-train sweep --from-cache features/lab.zarr --recipe demo --seeds 0,1,2 --out runs/sweep --dry-run",
+        "merv-train sweep --out runs/sweep",
+    ),
     params=[option for option in cli.train_main.params if option.name in SETTINGS],  # as in merv-train
 )
 @cli.handle_cli_errors
 @click.option(
     "--from-cache",
     "store",
+    shell_complete=complete_store,
     is_flag=False,
     flag_value=cli.ONLY_STORE,
     metavar="[STORE]",
     help=f"Store of the tokens; without a path, the only one under {FEATURES}/.",
 )
-@click.option("--encoders", metavar="LIST", show_default="all of the store", help="Encoders of the whole sweep.")
+@click.option(
+    "--encoders",
+    metavar="LIST",
+    shell_complete=complete_encoders,
+    show_default="all of the store",
+    help="Encoders of the whole sweep.",
+)
 @click.option(
     "--subsets",
     metavar="|".join([*SUBSET_RULES, "LIST"]),

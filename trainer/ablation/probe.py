@@ -143,7 +143,10 @@ def probe(
     sweep
         Folder of a sweep on this store, whose retrained scores the probes' ranking is compared with.
 
-    Raises UserError for labels that name no two classes, and where memory does not suffice.
+    Raises
+    ------
+    UserError
+        Labels that name no two classes, or too little memory.
     """
     opened = FeatureStore.open(store)
     found = _labels(opened, labels, category, samples)

@@ -48,11 +48,11 @@ class SweepConfig:
 
     encoders: tuple[str, ...] = ()  # of the whole sweep, in their order; empty: all of the store
     subsets: tuple[str, ...] = (ALL,)  # rules in SUBSET_RULES, or encoders joined by "+": "dinov2+siglip"
-    fusions: tuple[str, ...] = ()
+    fusions: tuple[str, ...] = ()  # names in FUSIONS
     projectors: tuple[str, ...] = ()  # names in PROJECTORS
     grids: tuple[int, ...] = ()  # tokens per frame, squares: 1, 4, 16, 64
     rates: tuple[float, ...] = ()  # factors of all learning rates
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = (0,)  # a run of every combination for each
     text_only: bool = True  # also the run without encoders, which Shapley values need
     one_shot: bool = False  # also a run of all encoders that learns under masks, scored on every subset
     nested_grids: tuple[int, ...] = ()  # also a run of all encoders that learns at all these, scored at each

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mervcache.errors import UserError
 from trainer.config import FUSIONS, FusionConfig, import_choice
 
 Fused = tuple[Tensor, Tensor | None]
@@ -219,4 +220,7 @@ def _xavier_row(width: int) -> Tensor:
 
 def build_fusion(config: FusionConfig, num_encoders: int, width: int) -> Fusion:
     """The fusion that the config names, for these sizes."""
-    return import_choice(FUSIONS, config.name)(num_encoders, width, config)
+    cls = import_choice(FUSIONS, config.name)
+    if not (isinstance(cls, type) and issubclass(cls, Fusion)):
+        raise UserError(f"fusion plug-in {config.name} = {FUSIONS[config.name]} must be a class of Fusion, got {cls!r}")
+    return cls(num_encoders, width, config)
