@@ -26,7 +26,8 @@ from mervcache.config import to_builtin
 from pipeline.config import ExtractConfig
 from pipeline.datasets import BUILT_IN, LINKS, LINKS_OPTION
 from trainer.ablation.sweep import SweepConfig
-from trainer.config import RECIPES, FusionConfig, LoraConfig, OptimizerConfig, ProjectorConfig, TrainConfig
+from trainer.config import FusionConfig, LoraConfig, OptimizerConfig, ProjectorConfig, TrainConfig
+from trainer.recipes import RECIPES
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "settings.md"
 HEAD = """# Settings

@@ -84,9 +84,10 @@ def view(place: Place, out: Path | None, port: int, opens: bool, with_media: boo
     help="Parquet file to write.",
 )
 def vectors(place: Place, encoders: str | None, pooling: Any, out: Path | None) -> None:
-    """Write one vector per clip and encoder as Parquet, for duckdb, LanceDB, FAISS, FiftyOne.
+    """Write one vector per clip and encoder.
 
-    A column of fixed-size lists of float32 per encoder, next to clip_id, dataset and kind.
+    As Parquet for duckdb, LanceDB, FAISS and FiftyOne: a column of fixed-size lists of float32 per encoder, next to
+    clip_id, dataset and kind.
     """
     from featurestore import FeatureStore
     from pipeline.vectors import pool_store, vectors_path, write_vectors
@@ -107,7 +108,10 @@ def vectors(place: Place, encoders: str | None, pooling: Any, out: Path | None) 
 )
 @AS_JSON
 def duplicates(place: Place, encoders: str | None, threshold: float, as_json: bool) -> None:
-    """List clips that look alike to every encoder, and scored clips that training has seen."""
+    """List near-duplicates, and leaks of evaluation into training.
+
+    Near-duplicates look alike to every encoder; a leak is a pair of a scored clip and one that is trained on.
+    """
     from featurestore import FeatureStore
     from pipeline.cli import render
     from pipeline.duplicates import find_duplicates

@@ -63,7 +63,7 @@ def test_every_command_has_help():
 
 def test_the_list_of_commands_is_whole_on_a_terminal_of_80_columns():
     text = CliRunner().invoke(main, ["--help"], terminal_width=80).output
-    summaries = text.partition("Commands:\n")[2].splitlines()
+    summaries = text.partition("Commands:\n")[2].partition("\n\n")[0].splitlines()
     assert len(summaries) == len(main.commands)
     assert all(len(line) <= 80 and not line.endswith("...") for line in summaries), text
 
@@ -195,8 +195,8 @@ MISTAKES = [
     (["extract"], "which dataset? give --dataset NAME; `merv-pipeline datasets` lists them"),
     (["extract", "--dataset", "videolava"], "unknown dataset 'videolava', the nearest known one is 'videollava'"),
     (
-        ["extract", "--dataset", "demo", "--encoders", "dinov3"],
-        "unknown encoder 'dinov3', the nearest known one is 'dinov2'",
+        ["extract", "--dataset", "demo", "--encoders", "videoma"],
+        "unknown encoder 'videoma', the nearest known one is 'videomae'",
     ),
     (["extract", "--dataset", "demo", "--config", "none.yaml"], "config file none.yaml cannot be read: No such file"),
     (["extract", "--dataset", "videollava"], "the root of dataset videollava, "),

@@ -93,10 +93,10 @@ REFUSED = [
     ({"encoders": ["dinov2", "dinov2"]}, "encoders must be a list of different names"),
     ({"encoders": 4}, "encoders must be a list of different names, got 4"),
     (
-        {"encoders": "dinov3"},
-        "unknown encoder 'dinov3', the nearest known one is 'dinov2'; known: ",
+        {"encoders": "videoma"},
+        "unknown encoder 'videoma', the nearest known one is 'videomae'; known: ",
     ),
-    ({"weights": {"dino": "hub"}}, "weights: unknown encoder 'dino', the nearest known one is 'dinov2'"),
+    ({"weights": {"vivi": "hub"}}, "weights: unknown encoder 'vivi', the nearest known one is 'vivit'"),
     ({"architecture": {"clipp": {}}}, "architecture: unknown encoder 'clipp', the nearest known one is 'clip'"),
     ({"encoders": ["siglip"], "architecture": {"siglip": {"num_layer": 3}}}, "the nearest known one is 'num_layers'"),
     ({"batch": {"vidio": 3}}, "batch: unknown kind 'vidio', the nearest known one is 'video'"),

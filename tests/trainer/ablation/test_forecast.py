@@ -172,5 +172,3 @@ def test_break_even_of_a_sweep_on_a_real_store_by_its_journal_and_by_a_run_end_t
     assert "hours of training" in printed
     assert "the store" in printed
     assert not (tmp_path / "sweep").exists()
-    refused = CliRunner().invoke(train_main, [*command[:-1], "--live", str(tmp_path / "live")])
-    assert "--live is for --dry-run" in refused.output
