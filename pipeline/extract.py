@@ -374,6 +374,7 @@ class Extraction:
         encoders = {name: encoder.journal_entry for name, encoder in self.encoders.items()}
         record = run_record(self.config, self.listing, encoders, self.summary, started)
         self.view.writer.journal(f"{self.summary.run}-driver", record)
+        self.view.objects.cleanup_tmp()  # what workers that died were writing
 
     def _count_quarantined(self, snapshot: str) -> int:
         """Listed clips that failed for an encoder of this run, whenever that was."""

@@ -18,6 +18,7 @@ KINDS = [
     "media file removed",
     "poisonous file",
     "poisonous clip",
+    "poisonous clip, 2 workers",
     "two drivers",
     "credentials expired",
 ]
