@@ -13,6 +13,7 @@ from typing import Literal
 
 from mervcache.errors import UserError
 from mervcache.files import record_digest
+from mervcache.reprs import brief, changed_fields
 
 Kind = Literal["video", "image"]
 KINDS: tuple[Kind, ...] = ("video", "image")
@@ -47,6 +48,8 @@ class Clip:
             raise UserError(f"span must end after it starts, got {self.start_s}..{self.end_s} s for {self.path}")
         if self.end_frame is not None and self.end_frame < 0:
             raise UserError(f"end_frame must be >= 0, got {self.end_frame} for {self.path}")
+
+    __repr__ = changed_fields
 
     @property
     def clip_id(self) -> str:
@@ -137,6 +140,12 @@ class Sample:
             raise UserError(
                 f"sample {self.sample_id!r}: answer_index {self.answer_index} is not one of {len(self.options)} options"
             )
+
+    def __repr__(self) -> str:
+        first = self.turns[0].text
+        shown = first if len(first) <= 60 else first[:57] + "..."
+        where = f"{self.stage}, {self.split}, of {self.source}"
+        return brief(self, f"{self.sample_id} on {self.clip_id or 'no clip'}: {shown!r} ({where})")
 
     @property
     def digest(self) -> str:

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from featurestore.clips import Sample
 from featurestore.store import FeatureStore
 from mervcache.errors import UserError
+from mervcache.reprs import brief
 
 
 class FeatureDataset(Dataset):
@@ -34,6 +35,9 @@ class FeatureDataset(Dataset):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_store": None}
+
+    def __repr__(self) -> str:
+        return brief(self, f"of {len(self)} items from {self._place[0]}: {', '.join(self._encoders)}")
 
     @property
     def store(self) -> FeatureStore:

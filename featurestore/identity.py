@@ -15,6 +15,7 @@ from typing import Any
 from featurestore.storage_dtypes import storage_dtype
 from mervcache.errors import StoreFormatError, UserError
 from mervcache.files import record_digest
+from mervcache.reprs import brief
 
 IDENTITY_LENGTH = 12  # hex digits in a group's name
 
@@ -52,6 +53,11 @@ class FeatureIdentity:
         if not self.encoder or not all(c.islower() or c.isdigit() or c in "_." for c in self.encoder):
             raise UserError(f"encoder names are lower case letters, digits, '_' and '.', got {self.encoder!r}")
         object.__setattr__(self, "grid", tuple(self.grid))
+
+    def __repr__(self) -> str:
+        sizes = "x".join(map(str, (*self.grid, self.width)))
+        weights = f"weights {self.weights_sha256[:8]}, forward in {self.compute_dtype}"
+        return brief(self, f"{self.encoder}@{self.id}: {sizes} {self.storage_dtype}, {weights}, {self.decode}")
 
     @cached_property
     def id(self) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +35,7 @@ from featurestore.newest import Newest, read_newest
 from featurestore.objects.base import Objects, get_bounded
 from featurestore.objects.open import in_parallel, open_cached
 from featurestore.parquet import read_table, table_file
+from featurestore.pooling import FloatDtype, Pool, clips_at_once, float_dtype, pool_tokens
 from featurestore.reader import BatchReader, ClipLines, Frames, encoder_keys
 from featurestore.records import (
     MAX_JOURNAL_BYTES,
@@ -46,9 +47,23 @@ from featurestore.records import (
 )
 from featurestore.schemas import CLIP_SCHEMA, SAMPLE_SCHEMA, table_to_samples
 from featurestore.snapshots import column, load_snapshot, read_snapshot_table
+from featurestore.store_html import store_html
+from featurestore.token_maps import plot_maps
 from featurestore.zarr_metadata import parse_root, read_document
-from mervcache.errors import ClipUnavailableError, StoreDamagedError, StoreError, StoreNotFoundError, UserError
+from mervcache.errors import (
+    ClipUnavailableError,
+    StoreDamagedError,
+    StoreError,
+    StoreNotFoundError,
+    UserError,
+    missing_extra,
+)
 from mervcache.files import sha256_hex
+from mervcache.reprs import brief
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 
 class FeatureStore:
@@ -120,7 +135,11 @@ class FeatureStore:
         return (FeatureStore, (self.path, self.snapshot, *self._cache_settings))
 
     def __repr__(self) -> str:
-        return f"<FeatureStore {self.path} at {self.snapshot}: {len(self)} clips of {', '.join(self._groups)}>"
+        return brief(self, f"{self.path} at {self.snapshot}: {len(self)} clips of {', '.join(self._groups)}")
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return store_html(self.info(), {key: (self.encoders[key], name) for key, name in self._groups.items()})
 
     def __len__(self) -> int:
         return len(self._clip_ids) - int(np.count_nonzero(self._is_hidden))
@@ -201,13 +220,84 @@ class FeatureStore:
         return self._rows[self._groups[self._key(encoder)]][lines]
 
     def read(
-        self, clip_ids: Sequence[str], *, encoder: str, frames: Frames = None, out: np.ndarray | None = None
+        self,
+        clip_ids: Sequence[str],
+        *,
+        encoder: str,
+        frames: Frames = None,
+        out: np.ndarray | None = None,
+        pool: Pool | None = None,
+        dtype: FloatDtype | None = None,
     ) -> np.ndarray:
-        """Tokens as floats [B, T, H, W, D]; `frames` picks time steps (a slice or indices), a still's steps repeat.
+        """Tokens as floats [B, T, H, W, D], or with `pool` one vector per clip [B, D].
 
-        `out` is an array to read into, e.g. pinned. Without it, memory of arrays that are gone is used again.
+        Tokens stored as float16 come as float16, others as float32. **NumPy sums float16 in float16**: `.std()` and
+        `.sum()` of a batch of such tokens overflow to inf or NaN. Read with `dtype="float32"`, or with `pool`, to
+        compute with them.
+
+        Parameters
+        ----------
+        frames
+            Time steps to read, a slice or indices; a still's steps repeat.
+        out
+            An array to read into, e.g. pinned. Without it, memory of arrays that are gone is used again.
+        pool
+            "mean" or "max" over time, height and width, as float32. Of many clips a part at a time is in memory.
+        dtype
+            "float32" or "float64", which hold every stored value; with `pool` also what the mean is summed in.
+
+        Raises
+        ------
+        ClipUnavailableError
+            For a clip without tokens of this encoder.
+        UserError
+            For an unknown encoder, pool or dtype, for steps outside the grid, and for `out` with `pool` or `dtype`.
         """
-        return self._batches.read("tokens", *self._locate(clip_ids, encoder), frames, out)
+        if pool is None and dtype is None:
+            return self._batches.read("tokens", *self._locate(clip_ids, encoder), frames, out)
+        if out is not None:
+            raise UserError("out takes tokens as they are read: leave out pool and dtype, or leave out `out`")
+        identity, rows, is_image = self._locate(clip_ids, encoder)
+        result_dtype = float_dtype("float32" if dtype is None else dtype)
+        if pool is None:
+            return self._batches.read("tokens", identity, rows, is_image, frames).astype(result_dtype, copy=False)
+        at_once = clips_at_once(identity)
+        parts = [slice(start, start + at_once) for start in range(0, max(1, len(rows)), at_once)]
+        pooled = (
+            pool_tokens(self._batches.read("tokens", identity, rows[part], is_image[part], frames), pool, result_dtype)
+            for part in parts
+        )
+        return np.concatenate(list(pooled))
+
+    def to_pandas(self) -> pd.DataFrame:
+        """`clips` as a pandas DataFrame; UserError where pandas is not installed."""
+        try:
+            import pandas  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise UserError(missing_extra(error) or str(error)) from error
+        return self.clips.to_pandas()
+
+    def plot(
+        self, clip_ids: str | Sequence[str], *, encoders: Sequence[str] | None = None, num_steps: int = 8
+    ) -> Figure:
+        """Token maps of one clip or a few as a matplotlib figure: a row per encoder, a column per time step.
+
+        Colours are the first three principal components of an encoder's tokens of these clips. A store holds no
+        frames: `merv-pipeline view` shows them next to the maps. By default all encoders that have the clips are shown,
+        and at most `num_steps` time steps, evenly spaced. UserError where matplotlib is not installed.
+        """
+        ids = [clip_ids] if isinstance(clip_ids, str) else list(clip_ids)
+        if not ids or num_steps < 1:
+            raise UserError(f"plot needs at least one clip and one step, got {len(ids)} and num_steps={num_steps}")
+        lines = self._lines(ids)
+        complete = [key for key, group in self._groups.items() if (self._rows[group][lines] >= 0).all()]
+        maps: dict[str, dict[str, np.ndarray]] = {clip_id: {} for clip_id in ids}
+        for encoder in (complete or list(self._groups)) if encoders is None else encoders:
+            for clip_id, is_image in zip(ids, self._is_image[lines], strict=True):
+                stored = self.encoders[self._key(encoder)].grid_of("image" if is_image else "video")[0]
+                steps = np.unique(np.linspace(0, stored - 1, min(num_steps, stored)).astype(int))
+                maps[clip_id][encoder] = self.read([clip_id], encoder=encoder, frames=steps)[0]
+        return plot_maps(maps)
 
     def read_prefix(self, clip_ids: Sequence[str], *, encoder: str, frames: Frames = None) -> np.ndarray:
         """Class and register tokens as floats [B, T, K, D], for encoders that store them."""

@@ -7,7 +7,8 @@
     mervcache.train(mervcache.get_stages("demo"), "features/demo.zarr", "runs/demo")
     print(mervcache.ask("runs/demo", "What colour is the shape?", video="clip.mp4"))
 
-Names are imported when they are first used: `import mervcache` loads neither torch nor pyarrow.
+docs/python.md has an example for every task. Names are imported when they are first used: `import mervcache` loads
+neither torch nor pyarrow. `__init__.pyi` next to this file gives them to editors and type checkers.
 """
 
 from __future__ import annotations
@@ -20,15 +21,19 @@ from typing import Any
 _API = {  # public name -> where it is defined
     "Asker": "trainer.ask:Asker",
     "Clip": "featurestore.clips:Clip",
+    "ClusterRequest": "jobs.settings:ClusterRequest",
     "EvaluationRequest": "trainer.evaluate:EvaluationRequest",
+    "Explorer": "pipeline.explorer.content:Explorer",
     "ExtractConfig": "pipeline.config:ExtractConfig",
     "FeatureDataset": "featurestore.dataset:FeatureDataset",
     "FeatureIdentity": "featurestore.identity:FeatureIdentity",
     "FeatureStore": "featurestore.store:FeatureStore",
     "MervCacheError": "mervcache.errors:MervCacheError",
     "Sample": "featurestore.clips:Sample",
+    "SweepConfig": "trainer.ablation.sweep:SweepConfig",
     "TrainConfig": "trainer.config:TrainConfig",
     "ask": "trainer.ask:ask",
+    "duplicates": "pipeline.duplicates:find_duplicates",
     "evaluate": "trainer.evaluate:evaluate_run",
     "export_run": "trainer.runs.export:export_run",
     "extract": "pipeline.extract:extract",
@@ -36,12 +41,18 @@ _API = {  # public name -> where it is defined
     "get_stages": "trainer.recipes:get_stages",
     "load_run": "trainer.runs.load:load_run",
     "open_store": "featurestore.store:FeatureStore.open",
+    "pool_clips": "pipeline.vectors:pool_clips",
     "probe": "trainer.ablation.probe:probe",
     "pull": "featurestore.transfer.sync:transfer",
     "push": "featurestore.transfer.sync:push",
     "read_extract_config": "pipeline.config:read_config",
+    "serve_explorer": "pipeline.explorer.server:serve",
+    "sweep": "trainer.ablation.execute:train_sweep",
     "train": "trainer.loop.stages:train_in_stages",
+    "vectors": "pipeline.vectors:pool_store",
     "verify_store": "featurestore.maintenance.verify:verify_store",
+    "write_explorer": "pipeline.explorer.server:write_site",
+    "write_vectors": "pipeline.vectors:write_vectors",
 }
 __all__ = [*_API]  # pyright: ignore[reportUnsupportedDunderAll]: names are loaded on first use
 
@@ -59,7 +70,8 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_API})
+    """The public names alone: completion lists no module of this package and no import of this file."""
+    return sorted(__all__)
 
 
 def _check_nothing_hides_our_packages() -> None:

@@ -27,6 +27,8 @@ EXTRA_OF = {  # module that an extra brings -> the extras that have it
     **dict.fromkeys(("dask", "distributed", "cryptography"), "extract,train"),
     **dict.fromkeys(("av", "fsspec", "webdataset"), "extract"),
     "peft": "train",
+    "pandas": "pandas",
+    "matplotlib": "plot",
 }
 EXIT_WITH_FAILURES = 3  # exit code of a command that finished and left something out, such as clips that failed
 

@@ -6,7 +6,7 @@ An unknown key is an error that names the nearest known one: an ignored misspell
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from featurestore.storage_dtypes import STORAGE_DTYPES
 from jobs.settings import ClusterRequest, ClusterSettings
 from mervcache.config import check_names, check_types, load_yaml
 from mervcache.errors import ClusterError, UserError, unknown_name
+from mervcache.reprs import changed_fields
 from mervcache.text import redact_all
 from pipeline.encoders.base import EncoderSpec, feature_identity
 from pipeline.encoders.registry import ENCODERS, MERV_ENCODERS, encoder_spec
@@ -104,7 +105,11 @@ class EngineSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig:
-    """Every setting of `merv-pipeline extract`; the first part decides bytes, the rest only speed and place."""
+    """Every setting of `merv-pipeline extract`; the first part decides bytes, the rest only speed and place.
+
+    Short forms are those of a config file: `weights="random:0"` for all encoders, likewise `crop`, `frame_rule` and
+    `frame_dtype`; `encoders="dinov2,siglip"`; `grid="raw"`, `"8,4,4"` or a list. The fields hold the long forms.
+    """
 
     dataset: str  # by name; `merv-pipeline datasets` lists them
     root: str | None = None  # folder of the media and annotations; None: the dataset's own default
@@ -150,6 +155,10 @@ class ExtractConfig:
     performance_report: str | None = None  # HTML file; None: next to the store with a dashboard, else none
 
     def __post_init__(self) -> None:
+        short = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, value in _normalized(short).items():
+            if value is not short[name]:
+                object.__setattr__(self, name, value)
         object.__setattr__(self, "grid", _checked_grid(self.grid))
         object.__setattr__(self, "encoders", _checked_encoders(self.encoders))
         check_types(self)
@@ -181,6 +190,8 @@ class ExtractConfig:
         _ = self.cluster_request  # checked where it is made
         if not 0 <= self.max_failed <= 1:
             raise UserError(f"max_failed is a share between 0 and 1, got {self.max_failed}")
+
+    __repr__ = changed_fields
 
     @property
     def store_path(self) -> Place:
@@ -277,15 +288,19 @@ def default_batch(device: str, kind: str) -> int:
 
 
 def _normalized(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Expand short forms: one SPEC for all encoders, names with commas, `raw`."""
+    """Expand short forms: one SPEC for all encoders, names with commas, a grid as text."""
     long = dict(settings)
     for name in ("weights", "crop", "frame_rule", "frame_dtype"):
         if isinstance(long.get(name), str):
             long[name] = {"": long[name]}
     if isinstance(long.get("encoders"), str):
         long["encoders"] = names_of(long["encoders"])
-    if long.get("grid") == "raw":
-        long["grid"] = None
+    if isinstance(grid := long.get("grid"), str):
+        numbers = grid.split(",")
+        if grid == "raw":
+            long["grid"] = None
+        elif all(number.strip().isdecimal() for number in numbers):
+            long["grid"] = [int(number) for number in numbers]
     return long
 
 

@@ -21,6 +21,7 @@ from featurestore.clips import Sample
 from featurestore.store import FeatureStore
 from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import UserError
+from mervcache.reprs import brief
 from pipeline.vectors import pool_clips
 
 ROWS_AT_ONCE = 1024  # of the matrix of cosines
@@ -50,6 +51,10 @@ class Duplicates:
     without: int  # clips that lack tokens of one, which were not compared
     shared: int  # clips that are themselves both trained on and scored
     pairs: tuple[DuplicatePair, ...]
+
+    def __repr__(self) -> str:
+        found = f"{len(self.pairs)} pairs, {len(self.leaks)} leaks among {self.clips} clips"
+        return brief(self, f"in {self.store}: {found} at cosine {self.threshold:g}")
 
     @property
     def leaks(self) -> tuple[DuplicatePair, ...]:

@@ -30,7 +30,9 @@ from featurestore.store import FeatureStore
 from featurestore.zarr_metadata import array_specs, clip_bytes, parse_root
 from jobs.clusters import connect
 from jobs.run import Task, run_tasks
+from mervcache.console import format_bytes, format_duration
 from mervcache.errors import MediaError
+from mervcache.reprs import brief
 from pipeline.config import EngineSettings, ExtractConfig
 from pipeline.datasets import DatasetListing, check_has_clips, list_clips
 from pipeline.decode.sampling import Decoded
@@ -93,6 +95,12 @@ class Forecast:
     seconds: float | None = None  # wall time of the whole run
     interval_s: tuple[float, float] | None = None
     interval: str = INTERVAL  # what the interval is
+
+    def __repr__(self) -> str:
+        to_do, size = sum(row.to_do for row in self.rows), format_bytes(sum(row.bytes for row in self.rows))
+        time = "time not probed" if self.seconds is None else format_duration(self.seconds)
+        return brief(self, f"{self.store}: {to_do} clips by encoder to do, {size}, {time} on {self.workers} workers")
+
     missing: dict[str, int] = field(default_factory=dict)  # folder -> media listed but absent
     rejected: dict[str, int] = field(default_factory=dict)  # reason -> annotation records refused
     skipped: dict[str, int] = field(default_factory=dict)  # what the dataset does not read by its rules -> files

@@ -9,7 +9,6 @@ import base64
 import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -28,6 +27,7 @@ from featurestore.quality import (
     token_table,
 )
 from featurestore.store import FeatureStore
+from featurestore.token_maps import principal_maps
 from mervcache.console import format_bytes, format_duration
 from mervcache.errors import MervCacheError, UserError
 from mervcache.page import Markup, cards, escaped, make_page, note, table
@@ -38,7 +38,6 @@ from pipeline.worker.reports import PARALLEL_STAGES
 
 STEPS = 8  # time steps pictured per clip
 THUMBNAIL = 96  # pixels per side
-CLIPPED = (1.0, 99.0)  # percentiles that become black and full colour: outlier tokens must not grey out the rest
 
 
 def write_report(path: Place, *, out: str | Path | None = None, root: str | None = None, num_clips: int = 8) -> Path:
@@ -178,42 +177,6 @@ def image_bytes(image_HWC: np.ndarray, format: str) -> bytes:
 def png_url(image_HWC: np.ndarray) -> str:
     """A picture as a data URL."""
     return "data:image/png;base64," + base64.b64encode(image_bytes(image_HWC, "PNG")).decode()
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrincipalColours:
-    """Colours of an encoder's tokens: their first three principal components as red, green and blue."""
-
-    mean_D: np.ndarray
-    directions_D3: np.ndarray  # fewer columns where D < 3
-    low_3: np.ndarray  # components that become black
-    high_3: np.ndarray  # and full colour
-
-    @classmethod
-    def fit(cls, tokens_BTHWD: np.ndarray) -> PrincipalColours:
-        """Components of all the tokens given; colours are comparable between all maps that one fit makes."""
-        flat = tokens_BTHWD.reshape(-1, tokens_BTHWD.shape[-1]).astype(np.float32)
-        mean_D = flat.mean(axis=0)
-        flat = flat - mean_D
-        _, directions = np.linalg.eigh(flat.T @ flat)  # [D, D], ascending: D is small against the number of tokens
-        strongest = directions[:, ::-1][:, : min(3, flat.shape[1])]
-        strongest = strongest * np.where(strongest.sum(axis=0) < 0, -1, 1)  # an arbitrary sign could flip between runs
-        low, high = np.percentile(flat @ strongest, CLIPPED, axis=0)
-        return cls(mean_D=mean_D, directions_D3=strongest, low_3=low, high_3=high)
-
-    def maps(self, tokens_BTHWD: np.ndarray) -> np.ndarray:
-        """float tokens [B, T, H, W, D] -> uint8 RGB maps [B, T, H, W, 3]."""
-        flat = tokens_BTHWD.reshape(-1, tokens_BTHWD.shape[-1]).astype(np.float32) - self.mean_D
-        components = flat @ self.directions_D3
-        scaled = np.clip((components - self.low_3) / np.maximum(self.high_3 - self.low_3, 1e-12), 0, 1)
-        maps = np.zeros((len(scaled), 3), np.uint8)
-        maps[:, : scaled.shape[1]] = np.round(255 * scaled)
-        return maps.reshape(*tokens_BTHWD.shape[:-1], 3)
-
-
-def principal_maps(tokens_BTHWD: np.ndarray) -> np.ndarray:
-    """float tokens [B, T, H, W, D] -> uint8 RGB maps [B, T, H, W, 3], in the colours of these tokens alone."""
-    return PrincipalColours.fit(tokens_BTHWD).maps(tokens_BTHWD)
 
 
 def _runs_table(runs: Sequence[dict]) -> str:

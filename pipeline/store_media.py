@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from featurestore.store import FeatureStore
+from featurestore.token_maps import principal_maps
 from mervcache.errors import MediaError
 from pipeline.decode.pool import DecodePool, decode_ahead
 from pipeline.decode.sampling import DecodeJob
 from pipeline.properties import DEFINITIONS, LUMA, SIDE, ClipProperties, clip_of, properties_of, root_of
-from pipeline.report import png_url, principal_maps, thumbnails
+from pipeline.report import png_url, thumbnails
 from pipeline.summary import media_roots
 from pipeline.views import BASE_FRAMES, ResizeRule, View
 

@@ -21,6 +21,7 @@ from featurestore.identity import FeatureIdentity
 from featurestore.store import FeatureStore
 from mervcache.console import format_bytes, format_duration, plural
 from mervcache.errors import UserError
+from mervcache.reprs import brief
 from pipeline.config import ExtractConfig
 from pipeline.datasets import LINKS_OPTION, DatasetListing
 from pipeline.media import MediaRoot, Root
@@ -62,6 +63,10 @@ class ExtractSummary:
     changed: int = 0  # clips whose media changed and whose tokens stay as they are
     not_compared: int = 0  # clips whose media were touched and not read
     blocks_of: dict[str, list[int]] = field(default_factory=dict, repr=False)  # kind -> blocks committed in this run
+
+    def __repr__(self) -> str:
+        amounts = f"{self.clips} clips computed, {self.failed} failed, {self.listed} listed, {self.elapsed_s:.1f} s"
+        return brief(self, f"{self.run}: {self.dataset} to {self.store} at {self.snapshot}: {amounts}")
 
     @classmethod
     def begin(cls, config: ExtractConfig, listing: DatasetListing) -> ExtractSummary:

@@ -10,10 +10,9 @@ C clips, D width of an encoder.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -21,21 +20,16 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from featurestore.locate import is_url
+from featurestore.pooling import Pool
 from featurestore.store import FeatureStore
 from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import UserError
 from mervcache.files import canonical_json
+from mervcache.reprs import brief
 
 METADATA = b"merv_cache.vectors"
 FORMAT = 1
-BYTES_AT_ONCE = 64 * 2**20  # of stored tokens read before they are pooled
-
-Pooling = Literal["mean", "max"]
-# Over time, height and width, in float32: a float16 sum over 1,024 tokens loses digits.
-POOLINGS: Mapping[Pooling, Callable[[np.ndarray], NDArray[np.float32]]] = {
-    "mean": lambda tokens_BTHWD: tokens_BTHWD.mean(axis=(1, 2, 3), dtype=np.float32),
-    "max": lambda tokens_BTHWD: tokens_BTHWD.max(axis=(1, 2, 3)).astype(np.float32),
-}
+CLIPS_AT_ONCE = 64  # between two updates of the progress line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +38,9 @@ class ClipVectors:
 
     clip_ids: tuple[str, ...]
     values_CD: NDArray[np.float32]
+
+    def __repr__(self) -> str:
+        return brief(self, f"of {len(self.clip_ids)} clips, width {self.values_CD.shape[1]}")
 
     def normalised(self) -> NDArray[np.float32]:
         """The vectors less their mean, at length one: their dot products are cosines between -1 and 1.
@@ -60,7 +57,7 @@ def pool_clips(
     encoder: str,
     clip_ids: Sequence[str] | None = None,
     *,
-    pooling: Pooling = "mean",
+    pooling: Pool = "mean",
     progress: ProgressLine = SILENT,
 ) -> ClipVectors:
     """The pooled tokens of clips that have them, by default all, in their order. UserError for tokens not finite."""
@@ -69,12 +66,10 @@ def pool_clips(
     is_stored = table[encoder].to_pylist()
     known = [clip for clip, is_in in zip(table["clip_id"].to_pylist(), is_stored, strict=True) if is_in]
     wanted = known if chosen is None else [clip for clip in known if clip in chosen]
-    identity = store.encoders[encoder]
-    at_once = max(1, BYTES_AT_ONCE // (4 * int(np.prod(identity.grid)) * identity.width))
-    values_CD = np.empty((len(wanted), identity.width), np.float32)
-    for start in range(0, len(wanted), at_once):
-        batch = wanted[start : start + at_once]
-        values_CD[start : start + len(batch)] = POOLINGS[pooling](store.read(batch, encoder=encoder))
+    values_CD = np.empty((len(wanted), store.encoders[encoder].width), np.float32)
+    for start in range(0, len(wanted), CLIPS_AT_ONCE):
+        batch = wanted[start : start + CLIPS_AT_ONCE]
+        values_CD[start : start + len(batch)] = store.read(batch, encoder=encoder, pool=pooling)
         progress.advance(len(batch))
     odd = np.flatnonzero(~np.isfinite(values_CD).all(axis=1))
     if len(odd):
@@ -89,7 +84,7 @@ def pool_store(
     store: FeatureStore,
     encoders: Sequence[str] | None = None,
     *,
-    pooling: Pooling = "mean",
+    pooling: Pool = "mean",
     progress: ProgressLine = SILENT,
 ) -> pa.Table:
     """A row per clip of the store with its vectors, in the layout that the module describes."""

@@ -22,6 +22,7 @@ import yaml
 from mervcache.config import load_yaml, overlay, to_builtin
 from mervcache.errors import UserError, unknown_name
 from mervcache.plugins import PlugInTable
+from mervcache.reprs import changed_fields
 
 LISTING = ("dataset", "root", "options", "stage", "kind", "limit")  # extraction settings that decide what is listed
 CONFIG_FILE, RECORD_FILE = "config.yaml", "run.json"  # in a run's folder
@@ -370,6 +371,8 @@ class TrainConfig:
                 "loss micro_batch_means depends on which samples share a micro-batch, and token_budget decides that"
                 " by their lengths; set loss: per_token, or leave token_budget out"
             )
+
+    __repr__ = changed_fields
 
     @property
     def has_fresh_llm(self) -> bool:

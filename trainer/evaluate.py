@@ -20,6 +20,7 @@ import torch
 
 from featurestore.clips import Sample
 from mervcache.errors import UserError
+from mervcache.reprs import changed_fields
 from trainer.answering import OPEN_ENDED, Asking, RunAnswers, answer_questions, meet
 from trainer.benchmark_scores import by_benchmark, open_report
 from trainer.config import LISTING, LiveRequest, Protocol, read_config
@@ -73,6 +74,8 @@ class EvaluationRequest:
         if self.store is not None and self.media:
             given = ", ".join({"options": "--option"}.get(name, f"--{name}") for name in self.media)
             raise UserError(f"tokens come from a store or are computed live: give --store or {given}, not both")
+
+    __repr__ = changed_fields
 
     @property
     def media(self) -> dict[str, Any]:

@@ -59,6 +59,7 @@ from featurestore.zarr_metadata import read_arrays
 from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import StoreDamagedError, StoreError, StoreNotFoundError, UserError
 from mervcache.files import sha256_hex
+from mervcache.reprs import changed_fields
 from mervcache.text import redact, redact_all
 
 MEASUREMENTS = (DISTORTION_PREFIX, PARITY_PREFIX)  # names of journals that hold no host or path begin so
@@ -81,6 +82,8 @@ class Transferred:
     overhead: float = 1.0  # rows of the blocks over rows of the requested clips
     encoders: list[str] = field(default_factory=list)
     card: bool | None = None  # written; False: a README.md written by hand was left; None: only `push` writes one
+
+    __repr__ = changed_fields
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from typing import Any
 from featurestore.clips import Clip, Kind, Sample, Turn, check_relative_path
 from mervcache.console import plural
 from mervcache.errors import UserError
+from mervcache.reprs import brief
 from pipeline.media import MediaRoot, allowed_folders, is_inside
 
 EXAMPLES_KEPT = 5  # of refused records, per reason
@@ -58,6 +59,11 @@ class DatasetListing:
     rejected: Mapping[str, Rejected] = field(default_factory=dict)  # reason -> records refused for it
     skipped: Mapping[str, int] = field(default_factory=dict)  # what a dataset does not read by its rules -> files
     notes: tuple[str, ...] = ()  # what was chosen on the user's behalf
+
+    def __repr__(self) -> str:
+        samples = sum(len(each) for each in self.samples.values())
+        left_out = f"{sum(self.missing.values())} absent, {sum(each.count for each in self.rejected.values())} rejected"
+        return brief(self, f"{self.name} at {self.root}: {len(self.clips)} clips, {samples} samples, {left_out}")
 
 
 def loss_lines(listing: DatasetListing) -> list[str]:

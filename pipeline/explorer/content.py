@@ -23,6 +23,7 @@ import numpy as np
 
 from featurestore.clips import Sample
 from featurestore.store import FeatureStore
+from featurestore.token_maps import PrincipalColours
 from mervcache.console import ProgressLine
 from mervcache.errors import MediaError, MervCacheError, UserError
 from mervcache.text import safe
@@ -33,7 +34,7 @@ from pipeline.explorer.projection import project
 from pipeline.explorer.run_results import RunResults
 from pipeline.media import LocalFile, Source, TarMember
 from pipeline.properties import clip_of, root_of
-from pipeline.report import PrincipalColours, image_bytes
+from pipeline.report import image_bytes
 from pipeline.summary import media_roots
 from pipeline.vectors import ClipVectors, pool_clips
 from pipeline.views import ResizeRule, View

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import featurestore
 import mervcache
+import trainer
 
 ROOT = Path(mervcache.__file__).resolve().parents[1]
 
@@ -25,7 +28,21 @@ def python(code: str, folder: Path, **environment: str) -> subprocess.CompletedP
 @pytest.mark.parametrize("name", mervcache.__all__)
 def test_every_public_name_is_there_and_documented(name):
     assert getattr(mervcache, name).__doc__
-    assert name in dir(mervcache)
+
+
+def test_completion_lists_public_names_alone():
+    importlib.import_module("mervcache.console")  # which is then an attribute of the package
+
+    for package in (mervcache, featurestore, trainer):
+        assert dir(package) == sorted(package.__all__)
+
+
+def test_editors_are_given_the_same_names_from_the_same_places():
+    """`__init__.pyi` runs as Python: every name in it is the value that the package gives."""
+    stub: dict[str, object] = {}
+    exec((ROOT / "mervcache/__init__.pyi").read_text(), stub)
+    assert sorted(stub["__all__"]) == sorted(mervcache.__all__)
+    assert [name for name in mervcache.__all__ if stub[name] != getattr(mervcache, name)] == []
 
 
 def test_an_unknown_name_is_an_attribute_error():

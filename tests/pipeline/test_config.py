@@ -6,6 +6,7 @@ import re
 from dataclasses import fields
 
 import pytest
+import yaml
 
 from mervcache.errors import UserError
 from pipeline.cli.options import config_from_options, given_options
@@ -177,3 +178,41 @@ def test_an_option_that_is_no_yaml_is_text():
         "spool_gb": 1.5,
         "deep": "[" * 9999,
     }
+
+
+SHORT_FORMS = [
+    {"weights": "random:0"},
+    {"crop": "squash"},
+    {"frame_rule": "linspace-16", "encoders": "dinov2"},
+    {"frame_dtype": "float32", "encoders": "languagebind"},
+    {"encoders": "dinov2,siglip"},
+    {"encoders": ["dinov2", "siglip"]},
+    {"grid": "raw"},
+    {"grid": "8,4,4"},
+    {"grid": [8, 4, 4]},
+    {"batch": {"video": 2}},
+    {"max_failed": 1},
+]
+
+
+@pytest.mark.parametrize("settings", SHORT_FORMS, ids=str)
+def test_python_takes_the_short_forms_of_a_file(settings, tmp_path):
+    file = tmp_path / "extract.yaml"
+    file.write_text(yaml.safe_dump({"dataset": "demo", **settings}))
+    config = ExtractConfig(dataset="demo", **settings)
+    assert config == read_config(file, {})
+    assert ExtractConfig(**config.to_dict()) == config
+
+
+def test_short_forms_reach_every_encoder():
+    config = ExtractConfig(dataset="demo", weights="random:3", encoders="dinov2,siglip", grid="8,4,4")
+    assert [(each.name, each.weights, each.grid) for each in config.encoder_settings] == [
+        ("dinov2", "random:3", (8, 4, 4)),
+        ("siglip", "random:3", (8, 4, 4)),
+    ]
+
+
+@pytest.mark.parametrize("grid", ["8,4", "8x4x4", "8,4,0", "", "8,4,-4"])
+def test_a_grid_as_text_that_is_none_is_an_error_with_the_text(grid):
+    with pytest.raises(UserError, match="three whole numbers"):
+        ExtractConfig(dataset="demo", grid=grid)

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from featurestore import FeatureStore
-from pipeline.report import STEPS, principal_maps, write_report
+from featurestore.token_maps import principal_maps
+from pipeline.report import STEPS, write_report
 from tests.browser import WIDTHS, needs_browser, open_page
 
 

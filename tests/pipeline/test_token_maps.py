@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pipeline.report import principal_maps
+from featurestore.token_maps import principal_maps
 
 
 def test_tokens_that_differ_along_one_direction_go_from_black_to_full_in_the_first_colour():

@@ -174,6 +174,21 @@ def _open_pinned(store_path: str, out: Path) -> FeatureStore:
         ) from error
 
 
+def train_sweep(
+    axes: SweepConfig, stages: Stages, store: str | Path, out: str | Path, *, cluster: ClusterRequest | None = None
+) -> list[RunOutcome]:
+    """Train and score every combination of `axes` from one store; an outcome for each, in the order of the sweep.
+
+    The runs go one after another in this process, or side by side on the workers of `cluster`. Called again with the
+    same `out` it goes on where it ended and tries again what failed; other axes add runs. Raises UserError for
+    encoders, grids or settings that the store does not serve, before anything is trained.
+    """
+    pinned = open_sweep(axes, stages, str(store), Path(out))
+    outcomes = run_sweep(pinned) if cluster is None else run_sweep_on(pinned, cluster)
+    write_times(pinned)
+    return outcomes
+
+
 def run_sweep(sweep: PinnedSweep, *, attempts: int = 2) -> list[RunOutcome]:
     """Train and score every run that is not done; an outcome for each, in the order of the sweep.
 

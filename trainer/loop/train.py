@@ -28,6 +28,7 @@ from torch import Tensor
 from featurestore.clips import Sample
 from featurestore.locate import check_room
 from mervcache.errors import MervCacheError, NonFiniteError, UserError
+from mervcache.reprs import brief
 from trainer.config import TrainConfig
 from trainer.data.batches import Step
 from trainer.data.prefetch import Prefetch
@@ -67,6 +68,10 @@ class TrainResult:
     best: str = ""  # the best by validation; empty: none was validated
     skipped: int = 0  # steps whose loss or gradient was not finite, so that they changed nothing
     unranked: int = 0  # validations with a number that was not finite
+
+    def __repr__(self) -> str:
+        loss = "not finite" if self.loss is None else f"{self.loss:.4g}"
+        return brief(self, f"{self.run}: {self.steps} of {self.num_steps} steps, loss {loss}, {self.skipped} skipped")
 
     @property
     def is_complete(self) -> bool:

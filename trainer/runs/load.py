@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mervcache.errors import StoreDamagedError, UserError
 from mervcache.files import record_digest
+from mervcache.reprs import brief
 from trainer.config import CONFIG_FILE, RECORD_FILE, TrainConfig, read_config
 from trainer.model.llm import FRESH_PREFIX, LoadedLLM, holds_shape, is_adapter, load_llm, load_saved_shape
 from trainer.model.video_llm import Built, build, llm_dtype, new_llm
@@ -47,6 +48,11 @@ class LoadedRun:
     record: RunRecord
     step: int  # steps done
     weights_digest: str = ""  # of the files that hold the trained weights
+
+    def __repr__(self) -> str:
+        encoders = ", ".join(self.record.encoder_order or self.record.shapes) or "text only"
+        trained = f"{self.record.num_samples} samples of {self.record.store or 'no store'}"
+        return brief(self, f"{encoders} under {self.built.config.llm}: step {self.step}, trained on {trained}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from typing import Any, TextIO
 
 from mervcache.errors import StoreDamagedError, UserError
 from mervcache.files import record_digest, replace_text
+from mervcache.reprs import brief
 from mervcache.text import redact, redact_all
 from trainer.config import RECORD_FILE
 from trainer.data.tokens import TokenShape
@@ -67,6 +68,11 @@ class RunRecord:
     padding: Mapping[str, Any] = field(default_factory=dict)  # whether batches have an attention mask and why, and the
     # length by which rescaled rotary positions are computed; empty: written before masks were left out
     wanted: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # encoder -> what an unbound import wants
+
+    def __repr__(self) -> str:
+        what = f"{self.num_steps} steps on {self.num_samples} samples of {self.store or 'no store'}"
+        encoders = ", ".join(self.encoder_order or self.shapes) or "text only"
+        return brief(self, f"{what}: {encoders}; {self.num_visual_tokens} visual tokens, {self.tokens}")
 
     def write(self, run: Path) -> None:
         (run / RECORD_FILE).write_text(json.dumps(redact_all(asdict(self)), indent=1) + "\n")

@@ -263,6 +263,13 @@ def test_the_folder_is_a_checkpoint_for_every_command(store_run, out, question_s
     assert (out / "scores/heldout.json").is_file()
 
 
+def test_a_loaded_run_is_one_line_with_its_encoders_and_step(store_run, question_store):
+    shown = repr(load_run(store_run))
+    assert shown.isprintable()
+    assert len(shown) < 300 + len(str(question_store))
+    assert [word for word in ("dinov2", "vivit", "step 2", str(question_store)) if word not in shown] == []
+
+
 def test_encoders_json_holds_every_field_of_the_identities(store_run, out, question_store, config):
     export_run(store_run, out)
     encoders = json.loads((out / "encoders.json").read_text())
