@@ -35,14 +35,14 @@ class ClusterSettings:
 
     devices: str | None = None  # cuda: GPUs as in CUDA_VISIBLE_DEVICES, "0,2"; None: all that are visible
     local_directory: str | None = None  # cuda, slurm: a fast local folder for the files of Dask's workers
-    dashboard_host: str = "127.0.0.1"  # all: address of dashboards and /metrics, which anybody who reaches it can read
+    dashboard_host: str = "127.0.0.1"  # all: address of dashboards and /metrics, readable without a password
     worker_wait: str | None = None  # all: [D-]HH:MM:SS without any worker, then stop; None: 10 min, slurm: a day
     walltime: str = "12:00:00"  # slurm: [D-]HH:MM:SS
     partition: str | None = None  # slurm
     account: str | None = None  # slurm
     gpus: int = 1  # slurm: GPUs of a job, 0 for none; a job runs one worker per GPU
-    cpus: int = 8  # slurm: cores of a job; decoding wants about eight per GPU
-    memory: str | None = None  # slurm: "64GB"; None: what the partition gives
+    cpus: int = 8  # slurm: cores of a job; decoding needs about eight per GPU
+    memory: str | None = None  # slurm: "64GB"; None: the partition's default
     exclusive: bool = False  # slurm: whole nodes
     directives: tuple[str, ...] = ()  # slurm: further #SBATCH options, such as "--constraint=a100"
     prologue: tuple[str, ...] = ()  # slurm: shell lines before the workers start, such as "module load cuda"

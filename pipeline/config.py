@@ -44,7 +44,7 @@ class EncoderSettings:
     crop: str | None = None  # squash | centre-crop; None: the encoder's own, as published
     frame_rule: str | None = None  # "linspace-16"; None: that of a model with several encoders, "linspace-32/K"
     frame_dtype: str = "uint8"  # float32: frames are not rounded after an interpolation without antialias
-    exif: str = "ignore"  # apply: still pictures are turned by their EXIF orientation
+    exif: str = "ignore"  # apply: rotate still pictures by their EXIF orientation
     grid: tuple[int, int, int] | None = (16, 8, 8)  # T, H, W of the stored tokens; None: the encoder's own grid
     prefix_tokens: bool = False  # also store class and register tokens
     compute_dtype: str = "bfloat16"  # as princetonvisualai/merv runs them
@@ -117,16 +117,16 @@ class ExtractConfig:
     store: str | None = None  # None: features/DATASET.zarr
     stage: str | None = None  # align | finetune | None: all
     kind: str | None = None  # video | image | None: all
-    limit: int | None = None  # clips, the first of the listing
-    samples: bool = True  # False where a licence forbids copying the annotations
+    limit: int | None = None  # only the first clips of the listing
+    samples: bool = True  # store the annotations; False if a licence forbids copying them
     canaries: bool = True  # store tokens of the reference clips, for `verify --parity`
     encoders: tuple[str, ...] = MERV_ENCODERS  # by name; `merv-pipeline encoders` lists them
-    weights: Mapping[str, str] = field(default_factory=dict)  # encoder -> SPEC; "" is the default of all
+    weights: Mapping[str, str] = field(default_factory=dict)  # encoder -> SPEC; "" applies to all others
     architecture: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # encoder -> sizes
     crop: Mapping[str, str] = field(default_factory=dict)  # encoder -> squash | centre-crop; "" is for all
     frame_rule: Mapping[str, str] = field(default_factory=dict)  # encoder -> linspace-16, +times, ...; "" is for all
     frame_dtype: Mapping[str, str] = field(default_factory=dict)  # encoder -> uint8 | float32
-    exif: str = "ignore"  # apply: still pictures are turned by their EXIF orientation
+    exif: str = "ignore"  # apply: rotate still pictures by their EXIF orientation
     upsample: bool = False  # let rows and columns of the grid be more than an encoder's own: adaptive windows overlap
     grid: tuple[int, int, int] | None = (16, 8, 8)  # T, H, W of the stored tokens; raw: each encoder's own grid
     prefix_tokens: bool = False  # store class and register tokens too, of the encoders that have them
@@ -135,14 +135,14 @@ class ExtractConfig:
     decoder: str = "frames/1"  # frames/1 is frame-exact; decord | ffmpeg for parity with published work
     accept_damaged: bool = False  # use the decodable frames of damaged files
     block_rows: Mapping[str, int] = field(default_factory=dict)  # kind -> clips per block, fixed at creation
-    batch: Mapping[str, int] = field(default_factory=dict)  # kind -> clips per forward; absent: what the device holds
-    reuse: str | None = None  # another store: what it holds of the same media is copied instead of computed
+    batch: Mapping[str, int] = field(default_factory=dict)  # kind -> clips per forward; absent: fitted to memory
+    reuse: str | None = None  # another store: copy its tokens of the same media
     new_identity: bool = False  # store changed features alongside the existing ones
     refresh: bool = False  # compute clips again whose media changed since their tokens were stored
     retry_quarantine: bool = False  # retry clips that failed before
-    retry_reason: str | None = None  # of the quarantine, only clips whose reason holds this text
+    retry_reason: str | None = None  # retry only clips whose reason contains this text
     scheduler: str = "local"  # local | cuda | slurm | tcp://HOST:PORT | a scheduler file
-    workers: int = AUTO  # one; with cuda, or jobs of several GPUs, one per GPU
+    workers: int = AUTO  # 0: one; with cuda, or jobs of several GPUs, one per GPU
     cluster: Mapping[str, Any] = field(default_factory=dict)  # jobs.settings.ClusterSettings, for cuda and slurm
     device: str = "auto"  # auto: cuda where torch sees one, else cpu
     threads: int = AUTO  # torch threads per worker
@@ -150,7 +150,7 @@ class ExtractConfig:
     decode_processes: int = AUTO  # per worker; its share of the host's cores
     decode_timeout_s: float = 60.0  # seconds for one clip, after which its decoder is killed
     max_failed: float = 0.5  # stop when more than this share failed, and at least 32 clips
-    forecast: str | None = None  # file with what `plan --json` printed, for the record
+    forecast: str | None = None  # output file of `plan --json`, recorded in the journal
     dashboard: bool = False  # start Dask's dashboard
     performance_report: str | None = None  # HTML file; None: next to the store with a dashboard, else none
 

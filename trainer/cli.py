@@ -86,7 +86,7 @@ live_options = stacked(  # of --end-to-end, named as in `merv-pipeline extract`
         "--encoders",
         metavar="LIST",
         shell_complete=complete_encoders,
-        help="Encoders that the run uses, comma separated; their order matters.",
+        help="Encoders of the run, comma separated; the order matters.",
     ),
     click.option(
         "--weights",
@@ -132,22 +132,25 @@ live_options = stacked(  # of --end-to-end, named as in `merv-pipeline extract`
     help=f"{MODE_FULL} is the recipe {FULL_RECIPE}; text-only drops the visual tokens: the baseline.",
 )
 @click.option("--projector", type=click.Choice(list(PROJECTORS)), help="Resampler of each encoder's tokens.")
-@click.option("--head", type=click.Choice(list(HEADS)), help="Trained head behind the resampler.")
-@click.option("--fusion", type=click.Choice(list(FUSIONS)), help="How the encoders' tokens are mixed.")
+@click.option("--head", type=click.Choice(list(HEADS)), help="Trained head after the resampler.")
+@click.option("--fusion", type=click.Choice(list(FUSIONS)), help="How the encoders' tokens are fused.")
 @click.option("--train-llm", type=click.Choice(get_args(TrainLLM)), help="How much of the LLM is trained.")
 @click.option(
     "--llm-quant",
     type=click.Choice(get_args(Quantisation)),
-    help="Hold the untrained weights of the LLM so. Untested without a GPU: needs CUDA and the extra `quant`.",
+    help="Quantise the untrained weights of the LLM. Not tested on a GPU; needs CUDA and the extra `quant`.",
 )
-@click.option("--stage", help="Train on the samples of this stage, align or finetune; of two stages, only this one.")
+@click.option(
+    "--stage",
+    help="Train on the samples of this stage, align or finetune; of a recipe with two stages, run only this one.",
+)
 @click.option("--fraction", type=click.FloatRange(0, 1, min_open=True), help="Train on this share of the samples.")
-@click.option("--limit", type=click.IntRange(min=1), help="Train on at most so many samples.")
+@click.option("--limit", type=click.IntRange(min=1), help="Train on at most this many samples.")
 @click.option("--init", metavar="RUN", help="Start from the weights of this run or export, and with its encoders.")
 @click.option(
-    "--init-partial", is_flag=True, default=None, help="Of --init, load the parts that fit and report the others."
+    "--init-partial", is_flag=True, default=None, help="Load only the parts of --init that fit and report the others."
 )
-@click.option("--eval-every", type=click.IntRange(min=1), help="Validate on held-out samples every so many steps.")
+@click.option("--eval-every", type=click.IntRange(min=1), help="Steps between validations on held-out samples.")
 @click.option(
     "--track", "trackers", multiple=True, type=click.Choice(get_args(Tracker)), help="Also log to. Repeatable."
 )
@@ -155,7 +158,7 @@ live_options = stacked(  # of --end-to-end, named as in `merv-pipeline extract`
 @click.option(
     "--resume",
     metavar="auto|RUN",
-    help="auto: go on with --out if it has a checkpoint, else start; RUN: go on with that run.",
+    help="auto: resume --out if it has a checkpoint, else start; RUN: resume that run.",
 )
 @launch_options
 @click.option(
@@ -315,7 +318,7 @@ def eval_main() -> None:
 @click.option(
     "--weights", metavar="SPEC", multiple=True, help="Of encoders that run now: where they are; as in ask. Repeatable."
 )
-@click.option("--split", default="heldout", help="Split whose questions are asked.")
+@click.option("--split", default="heldout", help="Split whose questions are scored.")
 @click.option(
     "--baseline",
     multiple=True,
@@ -323,17 +326,17 @@ def eval_main() -> None:
     help="Another run that answers the same questions, such as a text-only one. Repeatable.",
 )
 @click.option("--best", is_flag=True, help="Of every run, the best checkpoint by validation instead of the newest.")
-@click.option("--limit", type=click.IntRange(min=1), help="Ask at most so many questions.")
+@click.option("--limit", type=click.IntRange(min=1), help="Score at most this many questions.")
 @protocol_options
 @answer_options
 @judge_options
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, help="Questions at once, with all their options.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON, answers included.")
 def eval_run(checkpoint: Path, store: str | None, baseline: tuple[Path, ...], as_json: bool, **options: Any) -> None:
-    """Scores on the questions of benchmarks by category, next to chance and to baseline runs.
+    """Score benchmark questions by category, next to chance and baseline runs.
 
     Multiple choice by --protocol; open-ended answers are generated and matched, and judged with --judge. Every answer
-    is kept at once, a line each in predictions/ of the run: the same command goes on after a kill.
+    is kept at once, a line each in predictions/ of the run: the same command resumes after a kill.
 
     Exit code 3: questions were left out, because their clips have no tokens.
     """
@@ -385,7 +388,7 @@ def eval_distortion(checkpoint: Path, store: str | None, as_json: bool, **option
 @click.option("--merge-lora", is_flag=True, help="Add LoRA adapters to the LLM's weights, instead of a peft folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
 def eval_export(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> None:
-    """Export a run as a folder for others: safetensors, settings, tokenizer, model card."""
+    """Export a run as a folder: safetensors, settings, tokenizer, model card."""
     check_are_runs(checkpoint)
     load_torch_modules()
     from trainer.runs.export import export_run
@@ -417,7 +420,7 @@ def eval_export(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> N
 )
 @click.option("--json", "as_json", is_flag=True, help="Print what was imported as JSON.")
 def eval_import_official(checkpoint_file: Path, config_file: Path, as_json: bool, **options: Any) -> None:
-    """Make a run of a checkpoint of princetonvisualai/merv; only tensors are read from it, no code is run."""
+    """Import a checkpoint of princetonvisualai/merv as a run; reads only tensors, runs no code."""
     load_torch_modules()
     from trainer.official import import_official
 
@@ -442,7 +445,7 @@ def eval_import_official(checkpoint_file: Path, config_file: Path, as_json: bool
 )
 @click.option("--json", "as_json", is_flag=True, help="Print questions and answers as JSON.")
 def eval_ask(questions: tuple[str, ...], checkpoint: Path, as_json: bool, **options: Any) -> None:
-    """Answer QUESTIONS about a video or an image; without any, ask at the terminal, one a line."""
+    """Answer QUESTIONS about a video or an image; without any, read them from the terminal, one per line."""
     if not questions and not is_terminal():
         raise UserError('what is the question? Give it behind the options: merv-eval ask ... "What happens?"')
     options["span"] = parse_span(options["span"])

@@ -24,7 +24,7 @@ dataset_options = stacked(
     click.option(
         "--dataset",
         shell_complete=complete_dataset,
-        help="Decode and encode the clips of this dataset's questions now, instead of --store.",
+        help="Decode and encode the clips of this dataset's questions, instead of --store.",
     ),
     click.option("--root", type=click.Path(file_okay=False), help="Folder of the dataset's media and annotations."),
     click.option(
@@ -53,7 +53,7 @@ answer_options = stacked(
         "--open-ended/--no-open-ended",
         default=None,
         show_default="those of benchmarks",
-        help="Ask open-ended questions, also those of training sets; or only multiple choice.",
+        help="Include all open-ended questions, also of training sets; or only multiple choice.",
     ),
     click.option(
         "--max-new-tokens", type=click.IntRange(min=1), default=512, help="Longest open-ended answer, in tokens."
@@ -62,7 +62,9 @@ answer_options = stacked(
         "--resume/--no-resume", "resumes", default=True, help="Read the predictions that the run's folder has already."
     ),
     click.option(
-        "--processes", type=click.IntRange(min=1), help="Share the questions among so many processes, one per GPU."
+        "--processes",
+        type=click.IntRange(min=1),
+        help="Distribute the questions over this many processes, one per GPU.",
     ),
 )
 judge_options = stacked(

@@ -23,8 +23,8 @@ launch_options = stacked(
     ),
     click.option("--processes", type=click.IntRange(min=1), show_default="one per GPU", help="Of --launch."),
     click.option("--machines", type=click.IntRange(min=1), default=1, help="Machines that run this command."),
-    click.option("--machine-rank", type=click.IntRange(min=0), default=0, help="This one of --machines, from 0."),
-    click.option("--main-machine", metavar="HOST:PORT", help="Where the first of --machines is reached."),
+    click.option("--machine-rank", type=click.IntRange(min=0), default=0, help="Index of this machine, from 0."),
+    click.option("--main-machine", metavar="HOST:PORT", help="Address of the first of --machines."),
     click.option(
         PRINT_SBATCH, is_flag=True, help="Print a SLURM script that runs this command on whole nodes; do nothing."
     ),

@@ -245,11 +245,11 @@ class TrainConfig:
     llm: str = "meta-llama/Llama-2-7b-hf"  # Hub id, local folder, or fresh:NAME
     train_llm: TrainLLM = "none"  # how much of the LLM is trained
     lora: LoraConfig = field(default_factory=LoraConfig)
-    llm_quant: Quantisation | None = None  # of an LLM that is not trained itself; untested: needs CUDA
+    llm_quant: Quantisation | None = None  # of a frozen or LoRA-trained LLM; needs CUDA, not tested on a GPU
     attn_implementation: Attention | None = None  # of the LLM; None: transformers' choice, sdpa where the LLM has it
     fused_loss: bool = False  # output layer and loss in one kernel, by liger-kernel; untested on a GPU, which it needs
-    train_encoders: tuple[str, ...] = ()  # end to end only: these learn too, at optimizer.encoder_lr
-    allow_fresh_frozen: bool = False  # a frozen LLM with fresh weights is an error otherwise
+    train_encoders: tuple[str, ...] = ()  # end to end only: train these too, at optimizer.encoder_lr
+    allow_fresh_frozen: bool = False  # allow a frozen LLM with fresh weights
     mask_encoders: MaskRule = "none"  # each sample shows a random subset of the encoders; see trainer/data/masks.py
     encoders: tuple[str, ...] = ()  # order matters for concat and first; empty: those of `init`, else all of the store
     samples: tuple[str, ...] = ()  # sample sets of the store; empty: all
@@ -259,7 +259,7 @@ class TrainConfig:
     stage: str = "finetune"  # samples of this stage only
     split: str = "train"  # samples of this split only
     fraction: float = 1.0  # share of the samples, chosen by their ids: a smaller share is a subset of a larger one
-    limit: int | None = None  # at most so many samples, the first by sample id
+    limit: int | None = None  # at most this many samples, the first by sample id
     source_weights: Mapping[str, float] = field(default_factory=dict)  # source -> times per epoch; 0.5: half, in turn
     sampler: Sampler = "shuffled"  # split_modality: batches of one modality, ranks of like length
     init: str | None = None  # run whose weights this one starts from
@@ -267,9 +267,9 @@ class TrainConfig:
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
     prompt: PromptName = "pure"  # how a conversation is written
-    # Where visual tokens go. after_bos: after a lone BOS, else first; placeholder: in the place of <video> or <image>
+    # Place of the visual tokens. after_bos: after a lone BOS, else first; placeholder: instead of <video> or <image>
     visual_position: VisualPosition = "after_bos"
-    template_date: str = "2024-07-26"  # what chat templates that write today's date read; Llama 3's own default
+    template_date: str = "2024-07-26"  # date for chat templates that insert today's; Llama 3's default
     placeholder: PlaceholderRule = (
         "removed"  # "<video>" of a question with a clip; as_released: as the released MERV code
     )
@@ -287,20 +287,20 @@ class TrainConfig:
     max_steps: int | None = None  # instead of epochs
     seed: int = 7  # of fresh weights, the order of samples, masks and dropout
     precision: Precision = "bf16"  # matrix products; trained weights stay in fp32
-    # Of the LLM's layers: less memory for a second forward. None: on from CHECKPOINTING_PARAMETERS on, or where the
+    # Of the LLM's layers: less memory for a second forward. None: on for 3B parameters or more, or where the
     # device's memory needs it.
     activation_checkpointing: bool | None = None
     deterministic: bool = False  # torch's deterministic algorithms: the same losses to the bit on the same ranks
     loss: LossName = "per_token"  # micro_batch_means: as princetonvisualai/merv, depends on the micro-batch size
     log_every: int = 10  # steps between lines of metrics
     checkpoint_every: int = 500  # steps; the last step always has one
-    checkpoint_minutes: float | None = None  # and whenever so much time has passed
+    checkpoint_minutes: float | None = None  # also a checkpoint after this many minutes
     keep_checkpoints: int = 2  # the last ones; the best by validation is kept as well
     eval_every: int | None = None  # steps between validations on held-out samples
     eval_split: str = "heldout"  # split of the validation
     max_skipped_in_row: int = 10  # steps without a finite loss and gradient, which change nothing, before a run ends
     eval_limit: int = 256  # held-out samples per validation, whose questions are scored by likelihood
-    protocol: Protocol | None = None  # of merv-eval run; null: letters, of a fresh LLM likelihood
+    protocol: Protocol | None = None  # of merv-eval run; null: letters, or likelihood for a fresh LLM
     letters_template: str | None = None  # file with the prompt of protocol letters; null: trainer/model/letters.txt
     trackers: tuple[Tracker, ...] = ()  # in addition to the JSON lines; needs the extra `track`
     prefetch_batches: int = 4  # global batches read ahead

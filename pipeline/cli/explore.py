@@ -35,20 +35,25 @@ ENCODERS = click.option(
 @click.option(
     "--projection", type=click.Choice(["pca", "umap"]), default="pca", help="Of the map; umap needs umap-learn."
 )
-@click.option("--max-clips", type=click.IntRange(1), default=5000, help="In the page; of more, evenly spaced ones.")
-@click.option("--port", type=click.IntRange(0, 65535), default=0, help="On 127.0.0.1; 0 takes a free one.")
+@click.option(
+    "--max-clips",
+    type=click.IntRange(1),
+    default=5000,
+    help="Maximum number of clips in the page, evenly spaced over the store.",
+)
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port on 127.0.0.1; 0 selects a free one.")
 @click.option("--browser/--no-browser", "opens", default=True, help="Open the page.")
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Write the page into this new folder instead, and end.",
+    help="Write the page into this new folder and exit.",
 )
 @click.option("--media", "with_media", is_flag=True, help="With --out: copy the media that a browser plays.")
 def view(place: Place, out: Path | None, port: int, opens: bool, with_media: bool, **options: Any) -> None:
-    """Look at the clips of a store in a browser.
+    """Show the clips of a store in a browser.
 
     A map by pooled features, a table to search and filter, videos next to what each encoder sees, conversations,
-    nearest clips, and with --run answers and fusion weights. Served to this machine alone; nothing is written.
+    nearest clips, and with --run answers and fusion weights. The server listens on 127.0.0.1 only and writes nothing.
     """
     from featurestore import FeatureStore
     from pipeline.explorer import Explorer, serve, write_site
@@ -104,13 +109,16 @@ def vectors(place: Place, encoders: str | None, pooling: Any, out: Path | None) 
 @takes_store
 @ENCODERS
 @click.option(
-    "--threshold", type=click.FloatRange(-1, 1), default=0.98, help="Least cosine of centred means, of every encoder."
+    "--threshold",
+    type=click.FloatRange(-1, 1),
+    default=0.98,
+    help="Smallest cosine similarity of centred mean tokens, for every encoder.",
 )
 @AS_JSON
 def duplicates(place: Place, encoders: str | None, threshold: float, as_json: bool) -> None:
     """List near-duplicates, and leaks of evaluation into training.
 
-    Near-duplicates look alike to every encoder; a leak is a pair of a scored clip and one that is trained on.
+    Near-duplicates are similar for every encoder; a leak is a pair of an evaluation clip and a training clip.
     """
     from featurestore import FeatureStore
     from pipeline.cli import render

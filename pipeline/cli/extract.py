@@ -109,7 +109,7 @@ def extract(config_file: str | None, print_config: bool, as_json: bool, **option
 )
 @handle_cli_errors
 @extraction_options
-@click.option("--probe", type=click.IntRange(0), default=4, help="Clips of each kind to encode, for the time.")
+@click.option("--probe", type=click.IntRange(0), default=4, help="Clips of each kind to encode for the time estimate.")
 @AS_JSON
 def plan(config_file: str | None, probe: int, as_json: bool, **options: Any) -> None:
     """Estimate the cost of an extraction. Clips, bytes, files and hours, by stage, kind and encoder."""
@@ -128,9 +128,9 @@ def plan(config_file: str | None, probe: int, as_json: bool, **options: Any) -> 
     "--media",
     type=click.Choice(["quick", "full"]),
     default="quick",
-    help="quick compares media that were touched since their tokens were made, full reads all.",
+    help="quick hashes media modified since extraction, full hashes all.",
 )
-@click.option("--probe", type=click.IntRange(0), default=0, help="Clips of each kind to encode, for the time.")
+@click.option("--probe", type=click.IntRange(0), default=0, help="Clips of each kind to encode for the time estimate.")
 @click.option("--print-config", is_flag=True, help="Print the settings that are explained, for extract --config.")
 @AS_JSON
 def explain(
@@ -186,7 +186,7 @@ for parameter in explain.params:  # each command has its own copy of shared opti
 )
 @AS_JSON
 def status(place: Place, every_s: float | None, as_json: bool) -> None:
-    """Show what is committed, to do and quarantined. Per encoder."""
+    """Show what is committed, pending and quarantined. Per encoder."""
     from pipeline.cli import render
     from pipeline.quarantine import quarantined
     from pipeline.status import store_status, watch
@@ -213,7 +213,7 @@ def status(place: Place, every_s: float | None, as_json: bool) -> None:
 def inspect(names: tuple[str, ...], store_option: str | None, as_json: bool) -> None:
     """Show what the store holds of a clip or an encoder.
 
-    Give a clip's id, or an end of it that no other clip has ("v1.mp4").
+    Give a clip id or a unique ending of one ("v1.mp4").
     """
     from pipeline.cli import render
     from pipeline.status import inspect_store
@@ -236,7 +236,7 @@ def inspect(names: tuple[str, ...], store_option: str | None, as_json: bool) -> 
 )
 @ROOT
 @click.option(
-    "--clips", "num_clips", type=click.IntRange(1, 64), default=8, help="Clips with pictures of their tokens."
+    "--clips", "num_clips", type=click.IntRange(1, 64), default=8, help="Number of clips shown with token maps."
 )
 def report(place: Place, **options: Any) -> None:
     """Write one HTML page about a store. Token maps of some clips, sizes, rates and failures."""
@@ -304,7 +304,7 @@ def submit(template: str, config_file: str, **options: Any) -> None:
 @handle_cli_errors
 @click.argument("shell", type=click.Choice(SHELLS))
 def completion(shell: str) -> None:
-    """Print what completes commands and names in a SHELL. For merv-pipeline, merv-train and merv-eval."""
+    """Print the completion script for a SHELL. For merv-pipeline, merv-train and merv-eval."""
     click.echo(completion_script(main, PROGRAMS, shell))
 
 

@@ -42,7 +42,7 @@ ROOT = click.option(
 WEIGHTS = click.option(
     "--weights", metavar="SPEC", multiple=True, show_default="as at extraction", help="As for extract. Repeatable."
 )
-DEVICE = click.option("--device", show_default="cuda where there is one, else cpu", help="cpu, cuda, cuda:1, ...")
+DEVICE = click.option("--device", show_default="cuda if available, else cpu", help="cpu, cuda, cuda:1, ...")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 DATASET_OPTION = click.option(
     "--option",
@@ -78,7 +78,7 @@ extraction_options = stacked(  # what would be extracted, from where, with what,
         "--reuse",
         metavar="STORE",
         shell_complete=complete_store,
-        help="Copy what another store holds of the same media; folder or URL.",
+        help="Copy tokens of the same media from another store; folder or URL.",
     ),
     click.option(
         "--encoders",
@@ -108,7 +108,7 @@ extraction_options = stacked(  # what would be extracted, from where, with what,
         "--decoder",
         type=click.Choice(DECODER_NAMES),
         show_default=ExtractConfig.decoder,
-        help="frames/1 is frame-exact; the others are for parity with published work.",
+        help="frames/1 is frame-exact; the others reproduce published work.",
     ),
     click.option(
         "--compute-dtype",
@@ -120,7 +120,7 @@ extraction_options = stacked(  # what would be extracted, from where, with what,
         "--storage-dtype",
         type=click.Choice(tuple(STORAGE_DTYPES)),
         show_default=ExtractConfig.storage_dtype,
-        help="Number type of the stored tokens.",
+        help="Data type of the stored tokens.",
     ),
     click.option(
         "--grid",
@@ -132,7 +132,7 @@ extraction_options = stacked(  # what would be extracted, from where, with what,
         "--upsample",
         is_flag=True,
         default=None,
-        help="Let rows and columns of --grid be more than an encoder's own.",
+        help="Allow --grid to exceed the rows and columns of an encoder's own grid.",
     ),
     click.option(
         "--prefix-tokens",

@@ -138,7 +138,7 @@ def _select(*, encoders: str | None, datasets: str | None, clips: str | None, **
 @click.argument("out")
 @cell_options
 def subset(store: str, out: str, as_json: bool, **options: Any) -> None:
-    """Make a new store from a part of one. Nothing is computed, every row is checked."""
+    """Make a new store from a part of one. Nothing is recomputed; every row is verified."""
     _combine(_stored_cells([store]), out, as_json, _select(**options))
 
 
@@ -147,7 +147,7 @@ def subset(store: str, out: str, as_json: bool, **options: Any) -> None:
 @click.argument("stores", nargs=-1, required=True, shell_complete=complete_store, metavar="STORE... OUT")
 @cell_options
 def union(stores: tuple[str, ...], as_json: bool, **options: Any) -> None:
-    """Make a new store OUT from several. Where two have a clip of the same encoder, the first store wins."""
+    """Make a new store OUT from several. If two have tokens of the same clip and encoder, the first store wins."""
     if len(stores) < 3:
         raise click.UsageError("give two stores or more, and the new one: union STORE STORE OUT")
     _combine(_stored_cells(stores[:-1]), stores[-1], as_json, _select(**options))

@@ -61,7 +61,7 @@ from pipeline.config import ExtractConfig
 @click.option(
     "--weights", metavar="SPEC", multiple=True, show_default="as at extraction", help="With --parity. Repeatable."
 )
-@click.option("--device", show_default="cuda where there is one, else cpu", help="With --parity: cpu, cuda, ...")
+@click.option("--device", show_default="cuda if available, else cpu", help="With --parity: cpu, cuda, ...")
 @ROOT
 @click.option("--workers", type=click.IntRange(1), default=2, help="Blocks, or media, checked at once.")
 @AS_JSON
@@ -75,10 +75,10 @@ def verify(
     as_json: bool,
     **parity_options: Any,
 ) -> None:
-    """Check that a store is sound. Exit code 1 where anything is damaged, 0 where there are only orphaned files.
+    """Check that a store is sound. Exit code 1 if anything is damaged, 0 if there are only orphaned files.
 
     With --parity, also whether this machine's libraries, decoder and encoders reproduce the stored tokens: exit code 1
-    where they are outside the tolerance. The result is saved in the store's journal.
+    if they are outside the tolerance. The result is saved in the store's journal.
     """
     from featurestore.maintenance.verify import is_damaged, verify_store
     from pipeline.cli import render
@@ -134,12 +134,12 @@ def _check_parity(place: Place, *, encoders: str | None, weights: tuple[str, ...
     shell_complete=complete_store,
     help="Another copy of the store: a folder or URL.",
 )
-@click.option("--recompute", is_flag=True, help="Compute from the media what no copy has.")
+@click.option("--recompute", is_flag=True, help="Recompute from the media what no copy has.")
 @ROOT
 @WEIGHTS
 @click.option("--device", show_default="as at extraction", help="cpu, cuda, cuda:1, ...")
 @click.option(
-    "--new-bytes", is_flag=True, help="Accept what this machine computes although its bytes differ: a numbered receipt."
+    "--new-bytes", is_flag=True, help="Accept recomputed tokens whose bytes differ; the receipt gets a number."
 )
 @AS_JSON
 def repair(
@@ -247,9 +247,9 @@ def retry(place: Place, encoder: str | None, reason: str | None, as_json: bool, 
 def tombstone(
     clips: tuple[str, ...], reason: str, all_copies: bool | None, store_option: str | None, as_json: bool
 ) -> None:
-    """Remove clips for good, tokens and conversations.
+    """Delete clips with their tokens and conversations, in all copies.
 
-    Give a clip's id, or an end of it that no other clip has. Its tokens and conversations are erased from the files;
+    Give a clip id or a unique ending of one. Its tokens and conversations are erased from the files;
     its id stays, in the clip parts and in the tombstone, so that it is never computed again. Other copies of the store
     apply the removal when they are pushed to or pull from it. Where the same video has other ids (of another dataset,
     another span), they are listed: remove them with --all-copies, or keep them with --exact-ids.

@@ -210,7 +210,7 @@ SPEC = DatasetSpec(
         ),
         "ssv2_seed": Option(default=0, help="of Something-Something: seed that the options are drawn by"),
         "ssv2_temporal": Option(
-            default="", help="of Something-Something: file with the classes of the temporal subset; empty: our list"
+            default="", help="of Something-Something: file with the classes of the temporal subset; empty: built in"
         ),
     },
 )

@@ -68,7 +68,9 @@ TEXT_TOKENS = click.option(
     help="How the table is written.",
 )
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="File to write instead of stdout.")
-@click.option("--questions", is_flag=True, help="Instead: a row per question, with what it was worth to every run.")
+@click.option(
+    "--questions", is_flag=True, help="One row per question with its score in every run, instead of the table."
+)
 @click.option("--draws", type=click.IntRange(min=100), default=10_000, help="Bootstrap draws of the intervals.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of these draws.")
 @click.option("--costs/--no-costs", default=True, help="Tokens, parameters, FLOPs, step time and bytes of every run.")
@@ -176,7 +178,7 @@ def end_if_incomplete(missing: Sequence[str], what: str) -> None:
 def report_command(path: Path, **options: Any) -> None:
     """One self-contained HTML page about a sweep or a run: scores, lattice of subsets, learning curves, costs, tables.
 
-    Exits with 3 if runs of a sweep are missing, which the page lists.
+    Exit code 3: runs of a sweep are missing; the page lists them.
     """
     if not (path / SWEEP_FILE).is_file():
         check_are_runs(path)
@@ -196,11 +198,11 @@ QUESTIONS = stacked(  # one checkpoint, and the questions that it answers in sev
         show_default="the one the run was trained on",
         help="Store of the questions' clips.",
     ),
-    click.option("--split", default="heldout", help="Split whose questions are asked."),
+    click.option("--split", default="heldout", help="Split whose questions are scored."),
     click.option(
         "--protocol", type=click.Choice(get_args(Protocol)), show_default="as in merv-eval run", help="Of scores."
     ),
-    click.option("--limit", type=click.IntRange(min=1), help="Ask at most so many questions."),
+    click.option("--limit", type=click.IntRange(min=1), help="Score at most this many questions."),
     click.option("--json", "as_json", is_flag=True, help="Print the answers as JSON."),
 )
 
@@ -210,7 +212,7 @@ QUESTIONS = stacked(  # one checkpoint, and the questions that it answers in sev
 @QUESTIONS
 @click.option("--subsets", default="all", metavar="|".join([*SUBSET_RULES, "LIST"]), help="Subsets, as for sweep.")
 def mask_command(checkpoint: Path, subsets: str, as_json: bool, **options: Any) -> None:
-    """Score one checkpoint with only some of its encoders shown.
+    """Score one checkpoint with some of its encoders masked.
 
     One-shot for a run that was trained with `mask_encoders`, else post-hoc: such a run has never seen a subset before.
     """
@@ -254,11 +256,13 @@ def print_views(heading: str, result: Mapping[str, Any], key: str) -> None:
 
 @click.command("flops", context_settings=CONTEXT, epilog=examples("merv-eval flops --format csv"))
 @handle_cli_errors
-@click.option("--text-tokens", type=click.IntRange(min=0), default=880, help="Tokens of text besides the visual ones.")
+@click.option(
+    "--text-tokens", type=click.IntRange(min=0), default=880, help="Text tokens in addition to the visual ones."
+)
 @FORMAT
 @JSON
 def flops_command(text_tokens: int, format_: str, as_json: bool) -> None:
-    """Count the fusion and the projector table of arXiv 2501.01426 at published sizes, next to its figures.
+    """Count parameters and FLOPs for the fusion and projector tables of arXiv 2501.01426 at published sizes.
 
     Nothing is trained or loaded: parameters and multiply-adds follow from shapes alone.
     """
@@ -296,7 +300,7 @@ def flops_command(text_tokens: int, format_: str, as_json: bool) -> None:
 def rank_command(
     run: Path | None, store: str | None, encoders: str | None, format_: str, as_json: bool, **options: Any
 ) -> None:
-    """Effective rank of what enters and of what leaves each projector of RUN, or of a store's tokens alone."""
+    """Effective rank of the input and output of each projector of RUN, or of a store's tokens."""
     if run is None and store is None:
         raise UserError("give a run, or a store with --store")
     if run is not None:
@@ -334,7 +338,7 @@ def rank_command(
 @click.option("--overlapped", is_flag=True, help="End to end, encoding runs on devices of its own during the steps.")
 @JSON
 def costs_command(run: Path, store: str | None, as_json: bool, **options: Any) -> None:
-    """Measured step time, bytes read, and after how many runs x epochs the store has paid for itself."""
+    """Measured step time, bytes read, and break-even of the store in runs x epochs."""
     check_are_runs(run, *([options["live"]] if options["live"] else []))
     load_torch_modules()
     from trainer.ablation.costs import run_costs
@@ -376,11 +380,11 @@ def print_costs(costs: RunCosts) -> None:
 @click.option(
     "--store", shell_complete=complete_store, show_default="the one the run was trained on", help="Store of the clips."
 )
-@click.option("--step", type=click.IntRange(min=0), show_default="the newest", help="Checkpoint to look at.")
-@click.option("--best", is_flag=True, help="Look at the best checkpoint by validation.")
+@click.option("--step", type=click.IntRange(min=0), show_default="the newest", help="Step of the checkpoint.")
+@click.option("--best", is_flag=True, help="Use the best checkpoint by validation.")
 @click.option("--compare", metavar="RUN|STEP", help="Another run, or another step of this one, to compare with.")
 @click.option("--root", help="Folder of the media, if it has moved.")
-@click.option("--clips", type=click.IntRange(min=1), show_default="all", help="A sample of so many clips.")
+@click.option("--clips", type=click.IntRange(min=1), show_default="all", help="Number of clips in the sample.")
 @click.option(
     "--decode", type=click.IntRange(min=0), default=512, help="Clips whose motion, edges and length are measured."
 )
@@ -389,7 +393,7 @@ def print_costs(costs: RunCosts) -> None:
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), show_default="next to the table", help="Page.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def atlas_command(run: Path, as_json: bool, out: Path | None, **options: Any) -> None:
-    """Write what each encoder of RUN contributes to the clips of a store: a table and a page.
+    """Write a table and a page of each encoder's contribution to the clips of a store.
 
     The table is RUN/atlas/NAME.parquet. No LLM is loaded. Exits with 3 if clips could not be decoded.
     """

@@ -122,17 +122,17 @@ SETTINGS = ("recipe", "config_file", "llm", "head", "train_llm", "llm_quant", "f
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Print the runs, their memory and hours by some measured steps, and when the store pays; keep nothing.",
+    help="Print runs, memory, hours (from a few measured steps) and break-even of the store; write nothing.",
 )
 @click.option(
     "--live",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="A run end to end, whose steps give the cost of live encoding; else the store's journal.",
+    help="An end-to-end run whose steps give the cost of live encoding; default: the store's journal.",
 )
 @click.option(
     "--check-rates",
     metavar="LIST",
-    help="Train no sweep, but the first subset of each size with each of these factors of the learning rates: 0.5,1,2.",
+    help="Instead of the sweep, train the first subset of each size with these factors of the learning rates: 0.5,1,2.",
 )
 @click.option(
     "--check-share",
@@ -165,7 +165,7 @@ def sweep(
 ) -> None:
     """Train and score every combination of encoders, fusions, projectors, grids and seeds from one store.
 
-    Call it again with --out alone to resume after a kill and to retry what failed, with other axes to add combinations.
+    Repeat it with --out alone to resume and to retry failed runs, or with other axes to add combinations.
     Exit code 3: some runs failed.
     """
     typed = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]

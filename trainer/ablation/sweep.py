@@ -53,11 +53,11 @@ class SweepConfig:
     grids: tuple[int, ...] = ()  # tokens per frame, squares: 1, 4, 16, 64
     rates: tuple[float, ...] = ()  # factors of all learning rates
     seeds: tuple[int, ...] = (0,)  # a run of every combination for each
-    text_only: bool = True  # also the run without encoders, which Shapley values need
-    one_shot: bool = False  # also a run of all encoders that learns under masks, scored on every subset
-    nested_grids: tuple[int, ...] = ()  # also a run of all encoders that learns at all these, scored at each
+    text_only: bool = True  # add the run without encoders, which Shapley values need
+    one_shot: bool = False  # add a run of all encoders trained with random masks, scored on every subset
+    nested_grids: tuple[int, ...] = ()  # add a run of all encoders trained at all these, scored at each
     post_hoc: bool = False  # score ordinary runs of all encoders on every subset too
-    split: str = "heldout"  # whose questions score the runs
+    split: str = "heldout"  # split of the questions that score the runs
 
     def __post_init__(self) -> None:
         for axis in ("subsets", "fusions", "projectors", "grids", "nested_grids", "rates", "seeds"):
