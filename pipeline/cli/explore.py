@@ -116,7 +116,7 @@ def vectors(place: Place, encoders: str | None, pooling: Any, out: Path | None) 
 )
 @AS_JSON
 def duplicates(place: Place, encoders: str | None, threshold: float, as_json: bool) -> None:
-    """List near-duplicates, and leaks of evaluation into training.
+    """List near-duplicates, and leaks into training.
 
     Near-duplicates are similar for every encoder; a leak is a pair of an evaluation clip and a training clip.
     """

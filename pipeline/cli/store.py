@@ -247,7 +247,7 @@ def retry(place: Place, encoder: str | None, reason: str | None, as_json: bool, 
 def tombstone(
     clips: tuple[str, ...], reason: str, all_copies: bool | None, store_option: str | None, as_json: bool
 ) -> None:
-    """Delete clips with their tokens and conversations, in all copies.
+    """Delete clips with their tokens and conversations.
 
     Give a clip id or a unique ending of one. Its tokens and conversations are erased from the files;
     its id stays, in the clip parts and in the tombstone, so that it is never computed again. Other copies of the store
