@@ -67,6 +67,7 @@ class RunRecord:
     encoder_order: tuple[str, ...] = ()  # of `shapes`, which the fusion reads in this order
     padding: Mapping[str, Any] = field(default_factory=dict)  # whether batches have an attention mask and why, and the
     # length by which rescaled rotary positions are computed; empty: written before masks were left out
+    num_questions: int = 0  # of the store that `merv-eval run` asks by default
     wanted: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # encoder -> what an unbound import wants
 
     def __repr__(self) -> str:
