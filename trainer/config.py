@@ -23,6 +23,7 @@ from mervcache.config import load_yaml, overlay, to_builtin
 from mervcache.errors import UserError, unknown_name
 from mervcache.plugins import PlugInTable
 from mervcache.reprs import changed_fields
+from trainer.paths import found_settings, recorded_settings
 
 LISTING = ("dataset", "root", "options", "stage", "kind", "limit")  # extraction settings that decide what is listed
 CONFIG_FILE, RECORD_FILE = "config.yaml", "run.json"  # in a run's folder
@@ -389,6 +390,11 @@ class TrainConfig:
         """Text that `TrainConfig` reads back to the same value."""
         return yaml.safe_dump(to_builtin(dataclasses.asdict(self)), sort_keys=False)
 
+    def recorded_yaml(self, run: Path, before: Mapping[str, Any] | None = None) -> str:
+        """Text that `read_config` reads back from the folder `run`, wherever that is by then; `before` is in it now."""
+        settings = recorded_settings(dataclasses.asdict(self), run, before)
+        return yaml.safe_dump(to_builtin(settings), sort_keys=False)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LiveRequest:
@@ -410,7 +416,7 @@ def read_config(run: Path) -> TrainConfig:
         raise UserError(f"{Path(run) / CONFIG_FILE} is empty; put it back from a copy of the run")
     if (last := dataclasses.fields(TrainConfig)[-1].name) not in settings:  # written last, by every version
         raise UserError(f"{Path(run) / CONFIG_FILE} is cut short: it has no {last}; put it back from a copy of the run")
-    return overlay(TrainConfig(), settings)
+    return overlay(TrainConfig(), found_settings(settings, Path(run)))
 
 
 def in_paper_order(encoders: Iterable[str]) -> list[str]:
