@@ -41,6 +41,7 @@ PACKAGES = ("mervcache", "featurestore", "jobs", "pipeline", "trainer")
 PIPED_WIDTH = 160  # characters of a sentence where stdout is not a terminal; rich would fold it at 80
 LOG_INTERVAL_S = 10.0  # between log lines; in long runs a 60th of the elapsed time, up to the maximum
 MAX_LOG_INTERVAL_S = 300.0
+PULSE_S = 1.0  # between looks whether a log line is due
 RATE_WINDOW_S = 300.0  # rates and ETA cover the last five minutes, because workers join and leave
 RATE_STEP_S = 5.0  # between two samples of the window
 LOG_WIDTH = 120  # characters of a log line
@@ -290,6 +291,7 @@ class ProgressLine:
         self._scale, self._stream = scale, stream or sys.stderr
         self._lock = threading.Lock()
         self._live: Any = None
+        self._closed = threading.Event()
         self._reset(total, first)
 
     def _reset(self, total: int, first: int = 0) -> None:
@@ -405,7 +407,11 @@ class ProgressLine:
         return not self.quiet and self.total > self._first
 
     def _open(self) -> None:
-        if not self._is_shown or not self._stream.isatty() or os.environ.get("TERM") in ("dumb", "unknown"):
+        if not self._is_shown:
+            return
+        if not self._stream.isatty() or os.environ.get("TERM") in ("dumb", "unknown"):
+            self._closed = threading.Event()
+            threading.Thread(target=self._show_regularly, args=(self._closed,), daemon=True).start()
             return
         from rich.console import Console
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
@@ -417,16 +423,25 @@ class ProgressLine:
 
     def _close(self) -> None:
         self._is_closed, live, self._live = True, self._live, None
+        self._closed.set()
         if live is not None:
             live.stop()
         elif self._is_shown and self._logged != (self.counts, self._waiting):
             self._write_line()
 
+    def _show_regularly(self, closed: threading.Event) -> None:
+        """Log lines are due also while one item takes minutes."""
+        while not closed.wait(PULSE_S):
+            self._show()
+
     def _show(self) -> None:
         live = self._live  # another thread may close the line meanwhile
         if live is not None:
             width = live.console.width - BAR_WIDTH - len(self.label) - 6
-            live.update(self._bar, completed=self._first + self.counts.done, text=self.text(width)[:width])
+            text = self.text(width)
+            if len(text) > width:  # whole figures of the postfix, which two spaces separate
+                text = text[: width + 1].rpartition("  ")[0] or text
+            live.update(self._bar, completed=self._first + self.counts.done, text=text[:width])
         if live is not None or self._is_closed:
             return
         interval_s = min(max(LOG_INTERVAL_S, self.elapsed_s / 60), MAX_LOG_INTERVAL_S)  # a day leaves some 400 lines
@@ -437,6 +452,23 @@ class ProgressLine:
         self._last_line, self._logged = time.monotonic(), (self.counts, self._waiting)
         head = f"{self.label}: "
         print(safe(head + self.text(LOG_WIDTH - len(head))), file=self._stream, flush=True)
+
+
+@contextmanager
+def log_while_running(label: str, *, quiet: bool = False) -> Generator[None]:
+    """Log `label: 0:00:08` now and then while the block runs, so that a call of minutes without steps is not silent."""
+    done, began = threading.Event(), time.monotonic()
+
+    def log_regularly() -> None:
+        while not done.wait(LOG_INTERVAL_S - PULSE_S):
+            echo(f"{label}: {_clock(time.monotonic() - began)}")
+
+    if not quiet:
+        threading.Thread(target=log_regularly, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 SILENT = ProgressLine(quiet=True)  # the default of library calls; its counts are not read

@@ -10,7 +10,7 @@ import atexit
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -22,6 +22,7 @@ from featurestore.clips import Sample
 from mervcache.console import ProgressLine
 from mervcache.errors import UserError
 from mervcache.files import record_digest
+from trainer.config import TrainConfig
 from trainer.data.prompts import Rendered
 from trainer.data.tokens import TokenSource
 from trainer.loop.distributed import leave_group
@@ -29,6 +30,7 @@ from trainer.model import letters, multiple_choice, open_ended
 from trainer.model.letters import Template
 from trainer.model.multiple_choice import Answer
 from trainer.model.open_ended import OpenAnswer
+from trainer.paths import PATH_SETTINGS
 from trainer.runs.load import LoadedRun
 from trainer.runs.predictions import PREDICTIONS_FOLDER, RecordLog, log_path
 from trainer.runs.run_record import software_versions
@@ -119,12 +121,18 @@ def _conditions(run: LoadedRun, benchmark: str, kind: _Kind, asking: Asking) -> 
         **kind.facts,
         "step": run.step,
         "weights": run.weights_digest,
-        "settings": record_digest(run.built.config.to_yaml())[:32],
+        "settings": record_digest(_without_folders(run.built.config).to_yaml())[:32],
         "shown": None if run.built.shown is None else list(run.built.shown),
         "tokens_per_frame": run.built.tokens_per_frame,
         **asking.facts,
         "versions": software_versions(),
     }
+
+
+def _without_folders(config: TrainConfig) -> TrainConfig:
+    """The settings with paths cut to their names: a run that has moved goes on with the answers it has."""
+    paths = {name: value for name in PATH_SETTINGS if (value := getattr(config, name)) is not None}
+    return replace(config, **{name: Path(value).name for name, value in paths.items()})
 
 
 def _choice_kind(run: LoadedRun, source: TokenSource, asking: Asking, name: str) -> _Kind[Answer]:

@@ -31,6 +31,7 @@ from trainer.cli_evaluate import (
 )
 from trainer.cli_examples import EXAMPLES
 from trainer.cli_launch import launch_options, pop_processes, sbatch_script
+from trainer.cli_sizes import size_options
 from trainer.config import (
     FUSIONS,
     HEADS,
@@ -144,8 +145,7 @@ live_options = stacked(  # of --end-to-end, named as in `merv-pipeline extract`
     "--stage",
     help="Train on the samples of this stage, align or finetune; of a recipe with two stages, run only this one.",
 )
-@click.option("--fraction", type=click.FloatRange(0, 1, min_open=True), help="Train on this share of the samples.")
-@click.option("--limit", type=click.IntRange(min=1), help="Train on at most this many samples.")
+@size_options
 @click.option("--init", metavar="RUN", help="Start from the weights of this run or export, and with its encoders.")
 @click.option(
     "--init-partial", is_flag=True, default=None, help="Load only the parts of --init that fit and report the others."

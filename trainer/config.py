@@ -23,6 +23,7 @@ from mervcache.config import load_yaml, overlay, to_builtin
 from mervcache.errors import UserError, unknown_name
 from mervcache.plugins import PlugInTable
 from mervcache.reprs import changed_fields
+from trainer.paths import found_settings, recorded_settings
 
 LISTING = ("dataset", "root", "options", "stage", "kind", "limit")  # extraction settings that decide what is listed
 CONFIG_FILE, RECORD_FILE = "config.yaml", "run.json"  # in a run's folder
@@ -87,6 +88,7 @@ HEADS = {
 }
 
 
+SIZED_BY_SAMPLES = ("batch_size", "epochs", "optimizer.projector_lr", "optimizer.fusion_lr")
 CHECKPOINTING_PARAMETERS = 3e9  # of an LLM whose layers are computed again in the backward pass by default
 BYTE_UNITS = {"GB": 1e9, "GIB": 2**30, "MB": 1e6, "MIB": 2**20}
 
@@ -284,6 +286,9 @@ class TrainConfig:
     token_budget: int | None = None
     device_memory: str | None = None  # of each process, such as 80GB; None: that of its GPU, of a CPU no limit
     epochs: float = 1.0  # passes over the samples
+    # Settings that a run decides by its number of samples when it begins, at most batch_size and at least epochs and
+    # optimizer.*_lr as they are here. One that is given in a file or as an option is not among them.
+    by_samples: tuple[str, ...] = ()
     max_steps: int | None = None  # instead of epochs
     seed: int = 7  # of fresh weights, the order of samples, masks and dropout
     precision: Precision = "bf16"  # matrix products; trained weights stay in fp32
@@ -313,6 +318,8 @@ class TrainConfig:
         for name in ("eval_every", "eval_limit"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
+        if odd := [name for name in self.by_samples if name not in SIZED_BY_SAMPLES]:
+            raise UserError(unknown_name("setting in by_samples", odd[0], SIZED_BY_SAMPLES))
         if self.token_budget is not None:
             self._check_token_budget(self.token_budget)
         if self.device_memory is not None:
@@ -383,6 +390,11 @@ class TrainConfig:
         """Text that `TrainConfig` reads back to the same value."""
         return yaml.safe_dump(to_builtin(dataclasses.asdict(self)), sort_keys=False)
 
+    def recorded_yaml(self, run: Path, before: Mapping[str, Any] | None = None) -> str:
+        """Text that `read_config` reads back from the folder `run`, wherever that is by then; `before` is in it now."""
+        settings = recorded_settings(dataclasses.asdict(self), run, before)
+        return yaml.safe_dump(to_builtin(settings), sort_keys=False)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LiveRequest:
@@ -404,7 +416,7 @@ def read_config(run: Path) -> TrainConfig:
         raise UserError(f"{Path(run) / CONFIG_FILE} is empty; put it back from a copy of the run")
     if (last := dataclasses.fields(TrainConfig)[-1].name) not in settings:  # written last, by every version
         raise UserError(f"{Path(run) / CONFIG_FILE} is cut short: it has no {last}; put it back from a copy of the run")
-    return overlay(TrainConfig(), settings)
+    return overlay(TrainConfig(), found_settings(settings, Path(run)))
 
 
 def in_paper_order(encoders: Iterable[str]) -> list[str]:

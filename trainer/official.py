@@ -105,8 +105,8 @@ def import_official(
     }
     with atomic_directory(out) as folder:
         save_shape(imported.llm, folder / LLM_FOLDER)
-        record.write(folder)
-        (folder / CONFIG_FILE).write_text(imported.config.to_yaml())
+        record.located(out).write(folder)
+        (folder / CONFIG_FILE).write_text(imported.config.recorded_yaml(out))
         (folder / IMPORT_FILE).write_text(json.dumps(origin, indent=1) + "\n")
         checkpoint.save(
             folder,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mervcache.errors import UserError, unknown_name
-from trainer.config import FusionConfig, OptimizerConfig, ProjectorConfig, TrainConfig
+from trainer.config import SIZED_BY_SAMPLES, FusionConfig, OptimizerConfig, ProjectorConfig, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,14 +28,22 @@ RELEASED_FINETUNE = TrainConfig(
     loss="micro_batch_means",
     sampler="split_modality",
     activation_checkpointing=True,
+    by_samples=SIZED_BY_SAMPLES,
 )
 
+# Sizes and rates of a recipe from a publication are those for its hundreds of thousands of samples; `by_samples` lets
+# them give way where there are few.
 RECIPES: dict[str, Stages] = {
     # Projectors and fusion trained under a frozen LLM, with the batch of arXiv 2501.01426's second stage. Its rate of
     # 2e-5 is for an LLM that is trained too; under a frozen one it hardly moves a projector (benchmarks/README.md). A
     # token_budget of 11,000 takes as much memory as 8 samples and saves most of the padding: docs/training-memory.md.
     "merv-frozen": (
-        Stage(name="finetune", config=TrainConfig(optimizer=OptimizerConfig(projector_lr=1e-3, fusion_lr=1e-3))),
+        Stage(
+            name="finetune",
+            config=TrainConfig(
+                optimizer=OptimizerConfig(projector_lr=1e-3, fusion_lr=1e-3), by_samples=SIZED_BY_SAMPLES
+            ),
+        ),
     ),
     # What the released code does under the same name: its fusion, and the LLM is trained too, from the first step. Its
     # decay of 0.1 is nominal: on several GPUs it is decided after FSDP has flattened the tensors, and flat ones do not
@@ -53,11 +61,14 @@ RECIPES: dict[str, Stages] = {
                 batch_size=256,
                 micro_batch_size=16,
                 activation_checkpointing=True,
+                by_samples=SIZED_BY_SAMPLES,
             ),
         ),
         Stage(
             name="finetune",
-            config=TrainConfig(train_llm="full", sampler="split_modality", activation_checkpointing=True),
+            config=TrainConfig(
+                train_llm="full", sampler="split_modality", activation_checkpointing=True, by_samples=SIZED_BY_SAMPLES
+            ),
         ),
     ),
     # The same stages with the numbers, the loss and the fusion of the released code, whose second stage is that of
@@ -75,9 +86,31 @@ RECIPES: dict[str, Stages] = {
                 micro_batch_size=16,
                 loss="micro_batch_means",
                 activation_checkpointing=True,
+                by_samples=SIZED_BY_SAMPLES,
             ),
         ),
         Stage(name="finetune", config=RELEASED_FINETUNE),
+    ),
+    # A small published LLM that learns one's own few clips by heart, on two CPU cores too: all of its weights are
+    # trained, in ten passes or more. `--llm models/smollm2-135m` after `make smollm2` takes it without the Hub.
+    "small": (
+        Stage(
+            name="finetune",
+            config=TrainConfig(
+                llm="HuggingFaceTB/SmolLM2-135M-Instruct",
+                train_llm="full",
+                prompt="chat_template",
+                projector=ProjectorConfig(grid=(4, 4, 4), standardise=True),
+                optimizer=OptimizerConfig(projector_lr=1e-3, fusion_lr=1e-3, llm_lr=3e-4, warmup_ratio=0.05),
+                batch_size=4,
+                micro_batch_size=4,
+                epochs=10,
+                by_samples=("epochs",),
+                precision="fp32",
+                log_every=5,
+                checkpoint_every=100,
+            ),
+        ),
     ),
     # A small fresh LLM that learns synthetic clips on two CPU cores; see the docstring of trainer/model/projectors.py.
     "demo": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,15 @@ MEMORY_PARTS = ("parameters", "gradients", "moments", "copies", "tokens", "activ
 
 def print_dry_run(report: Mapping[str, Any]) -> None:
     """Print the result of a dry run, a column per stage."""
-    from mervcache.console import table  # rich
+    from mervcache.console import console, table  # rich
 
     stages = report.get("stages") or {"": report}
     columns = [dry_run_rows(stage) for stage in stages.values()]
     names = dict.fromkeys(name for column in columns for name in column)
     table(("", *stages), [(name, *(column.get(name, "-") for column in columns)) for name in names])
+    for name, stage in stages.items():
+        for line in stage.get("warnings", ()):
+            console().print(f"{name}: {line}" if name else line, soft_wrap=True)
 
 
 def dry_run_rows(report: Mapping[str, Any]) -> dict[str, str]:
@@ -170,7 +174,11 @@ def result_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line per stage that was trained; the last one says what to do next."""
     lines = [f"{result['run']}: {_done(result)}" for result in results]
     if lines and results[-1]["steps"] == results[-1]["num_steps"]:
-        lines[-1] += f"; next: merv-eval run --checkpoint {results[-1]['run']}"
+        run = shlex.quote(results[-1]["run"])
+        command = f'ask --checkpoint {run} --video FILE "What happens in the video?"'
+        if results[-1]["num_questions"]:
+            command = f"run --checkpoint {run}"
+        lines[-1] += f"; next: merv-eval {command}"
     return lines + [line for result in results for line in lost_lines(result)]
 
 

@@ -21,6 +21,7 @@ from pipeline.worker.reports import PARALLEL_STAGES
 
 NUM_SHOWN = 5  # clip ids; --json has all
 NUM_PAIRS = 50
+MANY_SAMPLES = 5000  # that teach more than a small LLM's own clips: the user's LLM then
 VALUE_WIDTH = 70  # characters of a setting
 _STATES = {"same": "stored as requested", "changed": "stored with other settings", "new": "not stored"}
 _WEIGHTS = {
@@ -103,7 +104,9 @@ def summary(result) -> None:
         out.print("once the cause is fixed: the same command with --retry-quarantine")
     out.print(f"report: merv-pipeline report {result.store}")
     if result.samples:
-        how = "--recipe demo" if result.dataset == "demo" else "--llm FOLDER_OR_HUB_ID"
+        how = "--recipe demo" if result.dataset == "demo" else "--recipe small"
+        if result.samples > MANY_SAMPLES:
+            how = "--llm FOLDER_OR_HUB_ID"
         out.print(f"train: merv-train --from-cache {result.store} {how} --out runs/first", soft_wrap=True)
 
 

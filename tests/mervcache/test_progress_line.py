@@ -1,12 +1,14 @@
 """The progress line of all commands: counts, rates and what is left; live on a terminal, lines in a log."""
 
 import io
+import queue
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from mervcache.console import Counts, ProgressLine
+from mervcache.console import Counts, ProgressLine, log_while_running
 
 
 @pytest.fixture
@@ -259,3 +261,36 @@ def test_threads_may_report_while_others_finish():
     for thread in threads:
         thread.join()
     assert (progress.counts.done, progress.counts.failed) == (800, 200)
+
+
+def test_a_log_shows_life_while_one_item_takes_long(monkeypatch):
+    monkeypatch.setattr("mervcache.console.PULSE_S", 0.01)
+    monkeypatch.setattr("mervcache.console.LOG_INTERVAL_S", 0.0)
+    lines = queue.Queue()
+
+    class Log(io.StringIO):
+        def write(self, text):
+            lines.put(text)
+            return len(text)
+
+    with ProgressLine("train", total=9, unit="steps", stream=Log()):
+        assert lines.get(timeout=60) == "train: 0/9 steps, ETA unknown, 0 steps/s"  # no step was counted
+
+
+def test_a_call_without_steps_shows_life(monkeypatch):
+    monkeypatch.setattr("mervcache.console.PULSE_S", 0.0)
+    monkeypatch.setattr("mervcache.console.LOG_INTERVAL_S", 0.01)
+    lines = queue.Queue()
+    monkeypatch.setattr("mervcache.console.echo", lines.put)
+    with log_while_running("loading llm"):
+        assert lines.get(timeout=60).startswith("loading llm: 0:00:00")
+
+
+def test_a_bar_of_80_columns_keeps_step_and_eta_and_whole_figures(terminal, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with ProgressLine("train", total=1000, unit="steps", stream=terminal) as progress:
+        progress.advance(10)
+        progress.set_postfix("loss 1.2345  lr 1.0e-03  12.3 samples/s  held out: loss 0.25")
+    last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue()).split("\r")[-1].strip()
+    assert re.search(r"10/1000 steps, ETA \d+:\d\d:\d\d, loss 1\.2345$", last), last
+    assert len(last) <= 80

@@ -90,8 +90,8 @@ def test_a_recipe_that_names_a_source_has_its_values_field_by_field(name):
         assert found == wanted
 
 
-def test_every_recipe_but_the_demo_names_a_source():
-    assert set(RECIPES) == {*SOURCES, "demo"}
+def test_every_recipe_but_the_small_ones_names_a_source():
+    assert set(RECIPES) == {*SOURCES, "demo", "small"}
 
 
 def test_a_chain_is_not_one_config():

@@ -1,4 +1,4 @@
-from trainer.render import dry_run_rows, print_scores, result_lines
+from trainer.render import dry_run_rows, print_dry_run, print_scores, result_lines
 
 
 def report(**changes):
@@ -71,8 +71,8 @@ def test_what_not_every_stage_has_is_a_row_where_it_is():
     assert rows["texts cut"] == "1,003 at 2,048 tokens"
 
 
-def result(run, steps, num_steps=600):
-    return {"run": run, "steps": steps, "num_steps": num_steps, "loss": 0.25}
+def result(run, steps, num_steps=600, num_questions=9):
+    return {"run": run, "steps": steps, "num_steps": num_steps, "loss": 0.25, "num_questions": num_questions}
 
 
 def test_a_stopped_run_says_how_to_go_on():
@@ -87,6 +87,16 @@ def test_a_finished_run_names_the_next_command():
         "r/align: step 600 of 600, loss 0.2500",
         "r/finetune: step 600 of 600, loss 0.2500; next: merv-eval run --checkpoint r/finetune",
     ]
+
+
+def test_without_questions_the_next_command_asks_one():
+    (line,) = result_lines([result("r/a b", 600, num_questions=0)])
+    assert "next: merv-eval ask --checkpoint 'r/a b' --video FILE" in line
+
+
+def test_warnings_of_sizes_are_below_the_table(capsys):
+    print_dry_run({"stages": {"align": report(warnings=["too few"]), "finetune": report(warnings=[])}})
+    assert capsys.readouterr().out.splitlines()[-1] == "align: too few"
 
 
 def score(category, accuracy):

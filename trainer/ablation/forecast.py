@@ -56,6 +56,7 @@ class Measured:
     steps_per_epoch: float  # of the last stage
     clips_per_step: float
     memory_bytes: dict[str, Any]  # of the stage that takes most
+    batch_size: int  # of the last stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +169,8 @@ def measure(sweep: PinnedSweep, run: SweepRun, llm: LoadedLLM | None) -> Measure
             seconds += plan.batches.num_steps * max(reading, computing)
             steps, reads = steps + plan.batches.num_steps, reads or reading > computing
             order, shown = plan.batches.order, [sample.clip_id is not None for sample in plan.data.samples]
-            steps_per_epoch = order.num_per_epoch / stage.config.batch_size
+            batch_size = plan.config.batch_size
+            steps_per_epoch = order.num_per_epoch / batch_size
             one_epoch = range(min(plan.batches.num_steps, max(1, int(steps_per_epoch))))
             clips = mean(sum(shown[index] for index in order.batch(step)) for step in one_epoch)
             del plan
@@ -182,6 +184,7 @@ def measure(sweep: PinnedSweep, run: SweepRun, llm: LoadedLLM | None) -> Measure
         steps_per_epoch=steps_per_epoch,
         clips_per_step=clips,
         memory_bytes=memory,
+        batch_size=batch_size,
     )
 
 
@@ -242,11 +245,11 @@ def _live_scale(
     same = [run for run in runs if set(run.encoders) == set(record.encoder_order)]
     if not same:
         raise UserError(f"no run of this sweep has the encoders of {live}, {', '.join(record.encoder_order)}")
-    found, config = measured[setting_of(same[0])], same[0].stages[-1].config
+    found = measured[setting_of(same[0])]
     batch_size = read_config(last_stage(live)).batch_size
-    if batch_size != config.batch_size:
+    if batch_size != found[0].batch_size:
         raise UserError(
-            f"{live} has batch_size {batch_size}, this sweep {config.batch_size}: their steps do not compare"
+            f"{live} has batch_size {batch_size}, this sweep {found[0].batch_size}: their steps do not compare"
         )
     end_to_end = run_step_time(live)
     cached = replace(end_to_end, seconds=seconds_of(same[0], found) / found[0].steps)

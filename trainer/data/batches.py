@@ -239,6 +239,11 @@ def streams(samples: Sequence[Sample], config: TrainConfig) -> list[Stream]:
     ]
 
 
+def samples_per_epoch(samples: Sequence[Sample], config: TrainConfig) -> int:
+    """How many samples an epoch reads, by the weights of their sources."""
+    return sum(stream.num_per_epoch for stream in streams(samples, config))
+
+
 class Batches:
     """The micro-batches of every step, for one rank."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from heapq import nlargest
 from itertools import islice
 from math import isfinite
@@ -20,17 +20,20 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from featurestore.clips import Sample
+from mervcache.console import ProgressLine, log_while_running
 from mervcache.errors import UserError
 from trainer.config import TrainConfig
-from trainer.data.batches import Batches, TrainingData, select
+from trainer.data.batches import Batches, TrainingData, samples_per_epoch, select
 from trainer.data.order import derive_seed
 from trainer.data.partition import Limit, useful_share
 from trainer.data.prompts import Rendered, num_placeholders, reason_to_refuse
 from trainer.data.rendered_cache import RenderedCache, renderer_key
 from trainer.data.tokens import TokenSource
 from trainer.loop.memory import ONE_PROCESS, Device, fit, memory_by_part
+from trainer.loop.sizes import fit_to_samples, size_warnings
 from trainer.model.llm import LoadedLLM, is_checkpointed
 from trainer.model.multiple_choice import FIRST_CLIPS, answer_batch, batch_of, is_whole, showable
+from trainer.model.open_ended import is_open_question
 from trainer.model.projectors import Moments
 from trainer.model.video_llm import Built, build, count_parameters, new_llm, trained_encoders
 from trainer.runs.initialise import Loaded, load_parts, read_origin, starting_llm
@@ -42,6 +45,7 @@ STANDARDISE_BATCH = 32  # clips in memory at once
 NUM_LONGEST = 64  # samples with the most characters, one of which has the most tokens
 MEASURED_STEPS = 50  # whose batches give the useful share
 MIN_TEXT_TOKENS = 32  # a short question with its answer: a run whose context has less for text is refused
+QUESTIONS_SPLIT = "heldout"  # the default of `merv-eval run --split`
 MODALITIES = ("video", "image", "text")
 
 logger = logging.getLogger(__name__)
@@ -84,16 +88,18 @@ def make_plan(
     trained on.
     """
     data = select(samples, source, config)
+    config = _sized(config, data.samples, device, is_first_rank=rank == 0)
     origin = read_origin(config.init) if config.init and run is None else None
-    if llm is not None:
-        pass
-    elif run is not None:
-        llm = resumed_llm(config, run, llm_device)
-    elif origin is not None:
-        llm = starting_llm(origin, config, data.samples, words, llm_device)
-    else:
-        llm = new_llm(config, data.samples, words, llm_device)
-    built = build(config, source.shapes, llm)
+    with log_while_running(f"loading {config.llm}", quiet=llm is not None or rank != 0):
+        if llm is not None:
+            pass
+        elif run is not None:
+            llm = resumed_llm(config, run, llm_device)
+        elif origin is not None:
+            llm = starting_llm(origin, config, data.samples, words, llm_device)
+        else:
+            llm = new_llm(config, data.samples, words, llm_device)
+        built = build(config, source.shapes, llm)
     model = built.model
     model.join(trained_encoders(config, source.trained))
     loaded = load_parts(origin, built, source) if origin else None
@@ -105,7 +111,8 @@ def make_plan(
     _check_context(built, data.samples, is_first_rank=rank == 0)
     if device.memory is not None:
         longest_text = max(map(len, (text.input_ids for text in _longest_texts(built, data.samples))))
-        built = fit(built, source.shapes, longest_text, device, is_first_rank=rank == 0)
+        with log_while_running("measuring memory", quiet=rank != 0):
+            built = fit(built, source.shapes, longest_text, device, is_first_rank=rank == 0)
     config = built.config
     # A fresh tokenizer is another one in every run, and quick.
     key = None if built.llm.is_fresh else renderer_key(built.renderer)
@@ -140,6 +147,7 @@ def make_plan(
         live=source.live,
         encoder_order=model.encoders,
         padding=asdict(model.padding),
+        num_questions=_num_questions(samples, source, has_visual=model.has_visual),
     )
     return Plan(
         config=config,
@@ -151,6 +159,26 @@ def make_plan(
         loaded=loaded,
         device=device,
     )
+
+
+def _sized(config: TrainConfig, samples: Sequence[Sample], device: Device, *, is_first_rank: bool) -> TrainConfig:
+    """The settings with what follows from the number of samples, which is reported."""
+    if not config.by_samples:
+        return config
+    sized = fit_to_samples(config, samples_per_epoch(samples, config), device.num_processes)
+    optimizer = sized.optimizer
+    if is_first_rank and replace(sized, by_samples=config.by_samples) != config:
+        logger.info(
+            f"sizes for {len(samples):,} samples: --batch-size {sized.batch_size}, --epochs {sized.epochs:g}, rates"
+            f" {optimizer.projector_lr:g} of projectors and {optimizer.fusion_lr:g} of the fusion"
+        )
+    return sized
+
+
+def _num_questions(samples: Sequence[Sample], source: TokenSource, *, has_visual: bool) -> int:
+    held = [sample for sample in samples if sample.split == QUESTIONS_SPLIT]
+    asked = [sample for sample in held if sample.options or is_open_question(sample)]
+    return len(showable(asked, source, has_visual=has_visual))
 
 
 def _check_context(built: Built, samples: Sequence[Sample], *, is_first_rank: bool) -> None:
@@ -209,6 +237,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "memory_bytes": memory_by_part(plan.built, plan.record.shapes, lengths[-1], plan.device),
         "encoders": {encoder: [*shape.grid, shape.width] for encoder, shape in plan.record.shapes.items()},
         "data_digest": plan.data.digest,
+        "warnings": size_warnings(config, order.num_per_epoch, plan.batches.num_steps),
     }
 
 
@@ -242,7 +271,7 @@ def num_without_placeholder(samples: Sequence[Sample], config: TrainConfig) -> i
 
 
 @torch.no_grad()
-def fit_standardisation(plan: Plan, source: TokenSource) -> None:
+def fit_standardisation(plan: Plan, source: TokenSource, *, quiet: bool = True) -> None:
     """Measure the constants of every standardising projector, at each of its grids, on the first clips of epoch 0.
 
     Projectors of another run keep the constants that their weights were trained with.
@@ -263,10 +292,13 @@ def fit_standardisation(plan: Plan, source: TokenSource) -> None:
     found = islice((clip_id for clip_id in ordered if clip_id is not None), 8 * STANDARDISE_CLIPS)
     clips = list(dict.fromkeys(found))[:STANDARDISE_CLIPS]
     moments = [Moments() for _ in standardised]
-    for start in range(0, len(clips), STANDARDISE_BATCH):
-        tokens = model.encode(source.fetch(clips[start : start + STANDARDISE_BATCH]))
-        for (encoder, projector, tokens_per_frame, _), sums in zip(standardised, moments, strict=True):
-            sums.add(projector.resample(tokens[encoder], tokens_per_frame))
+    with ProgressLine("measure scales", total=len(clips), unit="clips", quiet=quiet) as progress:
+        for start in range(0, len(clips), STANDARDISE_BATCH):
+            part = clips[start : start + STANDARDISE_BATCH]
+            tokens = model.encode(source.fetch(part))
+            for (encoder, projector, tokens_per_frame, _), sums in zip(standardised, moments, strict=True):
+                sums.add(projector.resample(tokens[encoder], tokens_per_frame))
+            progress.advance(len(part))
     for (*_, module), sums in zip(standardised, moments, strict=True):
         module.fit(sums)
 

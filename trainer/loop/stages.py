@@ -20,6 +20,7 @@ from mervcache.config import overlay
 from mervcache.errors import UserError, unknown_name
 from trainer.config import CONFIG_FILE, TrainConfig, read_config
 from trainer.loop.launch import Launch, is_first_rank
+from trainer.loop.sizes import as_begun
 from trainer.recipes import Stages
 from trainer.runs.lock import STAGES_LOCK, run_lock
 from trainer.runs.stage_folders import STAGES_FILE, check_is_free, settings_by_stage, stage_folder, write_stages
@@ -56,7 +57,8 @@ def merge_settings(stages: Stages, settings: Mapping[str, Any], options: Mapping
         if len(stages) > 1:
             fixed = {"stage", *(["init"] if index else []), *(["prompt"] if stage.config.prompt == "caption" else [])}
         layers = [_without(common, fixed), by_stage.get(stage.name, {}), _without(options, fixed)]
-        merged.append(replace(stage, config=overlay(stage.config, _merge(layers))))
+        config = overlay(stage.config, _merge(layers))
+        merged.append(replace(stage, config=replace(config, by_samples=_undecided(stage.config.by_samples, layers))))
     return tuple(merged)
 
 
@@ -186,6 +188,17 @@ def _merge(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return merged
 
 
+def _undecided(by_samples: tuple[str, ...], layers: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """`by_samples` without the settings that a layer has; one that has `by_samples` itself, as a printed config does,
+    decides for itself."""
+    for layer in layers:
+        given = {*layer, *(f"optimizer.{name}" for name in layer.get("optimizer") or {})}
+        if "max_steps" in given and layer["max_steps"] is not None:
+            given.add("epochs")
+        by_samples = layer.get("by_samples", tuple(name for name in by_samples if name not in given))
+    return tuple(by_samples)
+
+
 def _prepare_folder(out: Path, stages: Stages, only: str | None, resume: bool) -> None:
     """Refuse a folder that holds something else; write a chain's stages, on the first rank alone."""
     other = STAGES_FILE if len(stages) == 1 else CONFIG_FILE
@@ -224,7 +237,7 @@ def _finished_result(folder: Path, config: TrainConfig) -> TrainResult | None:
     from trainer.runs.disk import remove_leftovers
     from trainer.runs.run_record import RunRecord
 
-    checkpoint = checkpoint_to_resume(folder, config, resume=True)
+    checkpoint = checkpoint_to_resume(folder, as_begun(config, folder), resume=True)
     if checkpoint is None:
         return None
     record, step = RunRecord.read(folder), int(checkpoint.name.removeprefix("step-"))
@@ -234,4 +247,10 @@ def _finished_result(folder: Path, config: TrainConfig) -> TrainResult | None:
     if is_first_rank():
         with run_lock(folder):
             remove_leftovers(folder)
-    return TrainResult.of_run(folder, steps=step, num_steps=record.num_steps, data_digest=record.data_digest)
+    return TrainResult.of_run(
+        folder,
+        steps=step,
+        num_steps=record.num_steps,
+        data_digest=record.data_digest,
+        num_questions=record.num_questions,
+    )

@@ -42,6 +42,7 @@ from trainer.loop.metrics import MetricsWriter, finite_or_none
 from trainer.loop.nonfinite import SkippedSteps, Trace
 from trainer.loop.optimizer import build_optimizer, current_rates, set_rates
 from trainer.loop.plan import Plan, Validation, fit_standardisation, make_plan
+from trainer.loop.sizes import as_begun, size_warnings
 from trainer.model.llm import LoadedLLM
 from trainer.model.video_llm import VideoLLM
 from trainer.runs import checkpoint
@@ -64,6 +65,7 @@ class TrainResult:
     num_steps: int  # of the whole run
     loss: float | None  # of the last step; None: it was not finite
     data_digest: str
+    num_questions: int  # that `merv-eval run` asks
     checkpoint: str  # the newest
     best: str = ""  # the best by validation; empty: none was validated
     skipped: int = 0  # steps whose loss or gradient was not finite, so that they changed nothing
@@ -125,6 +127,7 @@ def train(
     accelerator = make_accelerator(config, out)
     with contextlib.ExitStack() as held:
         on_first_rank(accelerator, lambda: held.enter_context(run_lock(out)))
+        config = as_begun(config, out) if resume else config
         folder = checkpoint_to_resume(out, config, resume)
         state = checkpoint.load_state(folder) if folder else None
         accelerator.wait_for_everyone()  # before the first rank writes what the others look for
@@ -221,7 +224,7 @@ class _Loop:
     def run(self, folder: Path | None, state: CheckpointState | None, stop_at: int | None, quiet: bool) -> TrainResult:
         """Start, or go on from the checkpoint `folder`, and step to the end, to `stop_at`, or until a stop signal."""
         config, accelerator, num_steps = self.config, self.accelerator, self.plan.batches.num_steps
-        start = self._restore_model(folder, state)
+        start = self._restore_model(folder, state, quiet=quiet or not accelerator.is_main_process)
         model, optimizer = prepare(accelerator, self.model, self.optimizer)
         self.names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         self._check_weights()
@@ -281,12 +284,18 @@ class _Loop:
                     break
             self._finish_save()
         distributed.stop_trackers(accelerator)
-        return TrainResult.of_run(self.out, steps=done, num_steps=num_steps, data_digest=self.plan.data.digest)
+        return TrainResult.of_run(
+            self.out,
+            steps=done,
+            num_steps=num_steps,
+            data_digest=self.plan.data.digest,
+            num_questions=self.plan.record.num_questions,
+        )
 
-    def _restore_model(self, folder: Path | None, state: CheckpointState | None) -> int:
+    def _restore_model(self, folder: Path | None, state: CheckpointState | None, *, quiet: bool) -> int:
         """Weights of a checkpoint, or fresh ones with measured constants; the first step to do."""
         if folder is None or state is None:
-            fit_standardisation(self.plan, self.source)
+            fit_standardisation(self.plan, self.source, quiet=quiet)
             return 0
         checkpoint.load_model(folder, self.model, with_llm=self.plan.built.saves_llm)
         return state.step
@@ -326,6 +335,8 @@ class _Loop:
             f"{self.out} {begins}: {self.plan.batches.num_steps} steps of {config.batch_size} samples, {config.llm},"
             f" tokens of {tokens}; a checkpoint every {config.checkpoint_every} steps"
         )
+        for line in size_warnings(config, self.plan.batches.order.num_per_epoch, self.plan.batches.num_steps):
+            logger.warning(line)
 
     def _read(self, number: int) -> Step:
         """A step's batches; for a GPU in pinned memory, so that copies overlap with compute."""

@@ -30,11 +30,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from featurestore.locate import check_room
+from mervcache.config import load_yaml
 from mervcache.errors import NonFiniteError, StoreDamagedError, UserError
 from mervcache.files import apply_umask, file_sha256, replace_text
 from trainer.config import CONFIG_FILE, TrainConfig, read_config
 from trainer.model.llm import save_shape
 from trainer.model.video_llm import Built, VideoLLM
+from trainer.paths import PATH_SETTINGS, is_same_path
 from trainer.runs.disk import disk_faults
 from trainer.runs.integrity import RunFiles, fixed_settings, free_settings, seal, unseal
 from trainer.runs.run_record import LLM_FOLDER, RunRecord
@@ -81,6 +83,8 @@ def checkpoint_to_resume(out: Path, config: TrainConfig, resume: bool) -> Path |
         raise UserError(f"{out} holds a run already; go on with --resume auto, or choose another --out")
     before = read_config(out)
     names = [field.name for field in fields(config) if field.name not in free_settings(config.loss)]
+    paths = {name for name in PATH_SETTINGS if is_same_path(getattr(before, name), getattr(config, name))}
+    names = [name for name in names if name not in paths]
     if changed := [name for name in names if getattr(before, name) != getattr(config, name)]:
         values = "; ".join(f"{name} was {getattr(before, name)!r}, is {getattr(config, name)!r}" for name in changed)
         raise UserError(
@@ -98,8 +102,9 @@ def write_folder(out: Path, built: Built, record: RunRecord, resumed: Checkpoint
     with disk_faults(out, "the run's settings"):
         if resumed is None:
             save_shape(built.llm, out / LLM_FOLDER)
-            record.write(out)
-        replace_text(out / CONFIG_FILE, built.config.to_yaml())
+            record.located(out).write(out)
+        before = load_yaml(out / CONFIG_FILE) if resumed is not None else None
+        replace_text(out / CONFIG_FILE, built.config.recorded_yaml(out, before))
     if resumed is not None and resumed.files is not None:
         return replace(resumed.files, settings=fixed_settings(out))
     return RunFiles.of(out, built.config.llm, with_weights=not built.saves_llm)

@@ -30,6 +30,7 @@ from mervcache.files import atomic_directory, file_sha256
 from trainer.config import CONFIG_FILE
 from trainer.model.llm import is_adapter
 from trainer.model.video_llm import Built
+from trainer.paths import recorded_path
 from trainer.runs import checkpoint
 from trainer.runs.integrity import seal
 from trainer.runs.load import (
@@ -39,6 +40,7 @@ from trainer.runs.load import (
     EXPORT_FILE,
     FORMAT,
     LLM_NOTES,
+    LOCAL_LLM_NOTES,
     ExportRecord,
     LLMWeights,
     LoadedRun,
@@ -86,7 +88,7 @@ def export_run(
     dtype = str(llm.dtype).removeprefix("torch.")
     with atomic_directory(out) as folder:
         _write_weights(folder, loaded.built, kind, merge_lora=merge_lora)
-        published = _without_paths(loaded, kind)
+        published = _without_paths(loaded, kind, out)
         _write_facts(folder, run, published)
         record = ExportRecord(
             format=FORMAT,
@@ -99,7 +101,8 @@ def export_run(
             sha256={name: file_sha256(folder / name) for name in export_files(folder)},
         )
         (folder / EXPORT_FILE).write_text(seal(asdict(record)))
-        facts = _card_facts(run, published, record, name=name or out.name, license=license)
+        is_local = Path(loaded.built.config.llm).is_dir()
+        facts = _card_facts(run, published, record, name=name or out.name, license=license, is_local=is_local)
         (folder / CARD_FILE).write_text(model_card(facts))
     files = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
     size = sum((out / file).stat().st_size for file in files)
@@ -171,16 +174,17 @@ def _merge_adapters(llm: nn.Module) -> None:
     del llm.peft_config
 
 
-def _without_paths(loaded: LoadedRun, kind: LLMWeights) -> LoadedRun:
+def _without_paths(loaded: LoadedRun, kind: LLMWeights, out: Path) -> LoadedRun:
     """Settings and record with paths cut to their names, so that no folder of this machine is published.
 
-    The one that stays is that of a local LLM whose weights are not in the export, which could not be loaded without it.
+    The one that stays, relative to the export where it was given so, is that of a local LLM whose weights are not in
+    the export, which could not be loaded without it.
     """
     config, record = loaded.built.config, loaded.record
     settings = {name: getattr(config, name) for name in ("init", "letters_template")}
     paths = {name: Path(path).name for name, path in settings.items() if path is not None}
-    if kind == "whole" and Path(config.llm).is_dir():
-        paths["llm"] = Path(config.llm).name
+    if Path(config.llm).is_dir():
+        paths["llm"] = Path(config.llm).name if kind == "whole" else recorded_path(config.llm, out)
     encoders = {encoder: dict(facts) for encoder, facts in record.encoders.items()}
     for facts in encoders.values():
         source = facts.get("weights_from")
@@ -208,7 +212,9 @@ def _write_facts(out: Path, run: Path, published: LoadedRun) -> None:
         shutil.copyfile(run / IMPORT_FILE, out / IMPORT_FILE)
 
 
-def _card_facts(run: Path, loaded: LoadedRun, record: ExportRecord, *, name: str, license: str) -> CardFacts:
+def _card_facts(
+    run: Path, loaded: LoadedRun, record: ExportRecord, *, name: str, license: str, is_local: bool
+) -> CardFacts:
     """What the run's folder records; an imported or older run may lack some of it."""
     metrics = read_metrics(run)
     losses = [row["loss"] for row in metrics if row["step"] < loaded.step]
@@ -220,7 +226,8 @@ def _card_facts(run: Path, loaded: LoadedRun, record: ExportRecord, *, name: str
         config=loaded.built.config,
         record=loaded.record,
         step=loaded.step,
-        llm_weights=LLM_NOTES[record.llm],
+        llm_weights=LLM_NOTES[record.llm] if record.llm == "whole" or not is_local else LOCAL_LLM_NOTES[record.llm],
+        is_local_llm=is_local,
         llm_revision=record.llm_revision,
         license=license,
         scores=read_scores(run),

@@ -21,6 +21,7 @@ from trainer.config import TrainConfig, read_config
 from trainer.data.tokens import TokenSource
 from trainer.model.llm import LoadedLLM, is_adapter
 from trainer.model.video_llm import Built, new_llm
+from trainer.paths import is_same_path
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import LLM_PREFIX
 from trainer.runs.load import is_export, read_weights, resumed_llm
@@ -94,7 +95,7 @@ def starting_llm(
 
 def _is_same_llm(origin: Origin, config: TrainConfig) -> bool:
     """Whether both runs name one LLM; an export that holds the LLM names its folder without the path."""
-    return origin.config.llm in (config.llm, Path(config.llm).name)
+    return is_same_path(origin.config.llm, config.llm) or origin.config.llm == Path(config.llm).name
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from mervcache.config import load_yaml, overlay
 from mervcache.errors import StoreDamagedError, UserError
 from mervcache.files import file_sha256, record_digest
 from trainer.config import CONFIG_FILE, RECORD_FILE, TrainConfig
+from trainer.paths import found_path
 from trainer.runs.run_record import IMPORT_FILE, LLM_FOLDER
 
 DIGEST = "digest"  # key of a sealed record: the digest of its other entries
@@ -72,7 +73,7 @@ class RunFiles:
                 f"{run / CONFIG_FILE} was changed after the run began ({values}); put the values back, or start a new"
                 " run with another --out"
             )
-        folder = Path(str(self.settings.get("llm")))
+        folder = Path(found_path(str(self.settings.get("llm")), run))
         if self.llm_sha256 and folder.is_dir():
             has_weights = any(name.endswith(WEIGHTS) for name in self.llm_sha256)
             names = llm_file_names(folder, with_weights=has_weights)

@@ -40,6 +40,16 @@ LLM_NOTES: dict[LLMWeights, str] = {  # for the model card
 }
 
 
+_LOCAL = (
+    "The LLM was read from a folder of the machine that trained this, which `llm` in `config.yaml` names: this folder"
+    " cannot be loaded without that one, and whether its weights are published is not recorded."
+)
+LOCAL_LLM_NOTES: dict[str, str] = {  # of an LLM that is no model hub's
+    "named": f"**The LLM's weights are not here.** {_LOCAL}",
+    "adapter": f"**Of the LLM only the LoRA adapters are here, in `adapter/`.** {_LOCAL}",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoadedRun:
     """A trained model with what it was trained on."""

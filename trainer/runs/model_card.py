@@ -41,6 +41,7 @@ class CardFacts:
     step: int  # steps done
     llm_weights: str  # where the LLM's weights are, in words
     llm_revision: str | None  # commit of the Hub's LLM
+    is_local_llm: bool = False  # it was a folder, and not a model hub's name
     license: str = UNKNOWN_LICENSE
     scores: Sequence[Mapping[str, Any]] = ()  # as trainer/runs/run_record.py reads them
     open_scores: Sequence[Mapping[str, Any]] = ()  # of open-ended answers, likewise
@@ -125,7 +126,7 @@ def hub_id(llm: str) -> str | None:
 
 def _front_matter(facts: CardFacts) -> str:
     """YAML between two lines of dashes; its model index holds the overall accuracy of every evaluation."""
-    base = hub_id(facts.config.llm)
+    base = None if facts.is_local_llm else hub_id(facts.config.llm)
     results = [
         {
             "task": {"type": TASK, "name": f"multiple choice by {record['protocol']}"},
@@ -164,9 +165,14 @@ def _summary(facts: CardFacts) -> str:
         f"{part} {sizes['total']:,} ({sizes['trained']:,} trained)" for part, sizes in facts.record.parameters.items()
     )
     source = f"\n\nImported from a checkpoint of {_clean(facts.origin['source'])}." if facts.origin else ""
+    llm = (
+        f"the local LLM `{_clean(Path(facts.config.llm).name)}`"
+        if facts.is_local_llm
+        else f"`{_clean(facts.config.llm)}`"
+    )
     revision = f" at revision `{facts.llm_revision}`" if facts.llm_revision else ""
     return (
-        f"A VideoLLM: visual tokens of {encoders}{fusion}, in front of `{_clean(facts.config.llm)}`{revision}."
+        f"A VideoLLM: visual tokens of {encoders}{fusion}, in front of {llm}{revision}."
         f" {facts.record.num_visual_tokens} visual tokens per clip. {facts.llm_weights}{source}\n\n"
         f"Parameters: {counts}."
     )

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Set
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -27,6 +27,7 @@ from mervcache.reprs import brief
 from mervcache.text import redact, redact_all
 from trainer.config import RECORD_FILE
 from trainer.data.tokens import TokenShape
+from trainer.paths import recorded_path
 from trainer.runs.score_files import (
     FIRST_PROTOCOL,
     GRIDS,
@@ -50,7 +51,7 @@ UNBOUND = "unbound:"  # begins the identity in an imported run, whose weights do
 class RunRecord:
     """A run's data, sizes and software."""
 
-    store: str  # where the tokens were read from
+    store: str  # where the tokens were read from: a URL, or a path that is relative to the folder in its run.json
     data_digest: str
     num_samples: int
     dropped: Mapping[str, int]
@@ -67,6 +68,7 @@ class RunRecord:
     encoder_order: tuple[str, ...] = ()  # of `shapes`, which the fusion reads in this order
     padding: Mapping[str, Any] = field(default_factory=dict)  # whether batches have an attention mask and why, and the
     # length by which rescaled rotary positions are computed; empty: written before masks were left out
+    num_questions: int = 0  # of the store that `merv-eval run` asks by default
     wanted: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # encoder -> what an unbound import wants
 
     def __repr__(self) -> str:
@@ -76,6 +78,13 @@ class RunRecord:
 
     def write(self, run: Path) -> None:
         (run / RECORD_FILE).write_text(json.dumps(redact_all(asdict(self)), indent=1) + "\n")
+
+    def located(self, run: Path) -> RunRecord:
+        """The record as the folder `run` holds it: local paths relative to the folder, so that both can move."""
+        live = self.live
+        if live and isinstance(root := live.get("root"), str):
+            live = {**live, "root": recorded_path(root, run)}
+        return replace(self, store=recorded_path(self.store, run) if self.store else "", live=live)
 
     @classmethod
     def read(cls, run: Path) -> RunRecord:

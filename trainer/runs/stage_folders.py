@@ -19,6 +19,7 @@ from mervcache.config import load_yaml, overlay, to_builtin
 from mervcache.errors import StoreDamagedError, UserError
 from mervcache.files import record_digest, replace_text
 from trainer.config import CONFIG_FILE, RECORD_FILE, TrainConfig, read_config
+from trainer.paths import found_path, found_settings, recorded_settings
 from trainer.recipes import Stage, Stages
 
 STAGES_FILE = "stages.yaml"  # in the folder of a chain
@@ -52,12 +53,13 @@ def read_stages(run: Path) -> Stages:
         )
     if not stages or not all(re.fullmatch(r"[\w-]+", str(name)) for name in stages):
         raise UserError(f"{path} must hold the settings of stages by plain names, got {list(stages)}")
-    return tuple(Stage(name=name, config=overlay(TrainConfig(), settings)) for name, settings in stages.items())
+    found = {name: found_settings(settings, Path(run)) for name, settings in stages.items()}
+    return tuple(Stage(name=name, config=overlay(TrainConfig(), settings)) for name, settings in found.items())
 
 
 def write_stages(out: Path, stages: Stages) -> None:
     """Write the stages of a chain to its folder, with a digest of themselves."""
-    settings = settings_by_stage(stages)
+    settings = {name: recorded_settings(one, out) for name, one in settings_by_stage(stages).items()}
     replace_text(out / STAGES_FILE, yaml.safe_dump({DIGEST: record_digest(settings), **settings}, sort_keys=False))
 
 
@@ -89,7 +91,7 @@ def last_stage(run: Path) -> Path:
 
 
 def read_record_file(run: Path) -> dict[str, Any]:
-    """run.json as JSON; StoreDamagedError where it is missing or cannot be parsed."""
+    """run.json as JSON, its paths as `found_path`; StoreDamagedError where it is missing or cannot be parsed."""
     try:
         record = json.loads((run / RECORD_FILE).read_text())
     except OSError as error:
@@ -98,6 +100,10 @@ def read_record_file(run: Path) -> dict[str, Any]:
         raise StoreDamagedError(no_record(run, f"it is not JSON ({error})")) from error
     if not isinstance(record, dict):
         raise StoreDamagedError(no_record(run, f"it holds {type(record).__name__}, not a mapping"))
+    for part in (record, record.get("live")):
+        for name in ("store", "root"):
+            if isinstance(part, dict) and isinstance(path := part.get(name), str):
+                part[name] = found_path(path, run)
     return record
 
 

@@ -44,6 +44,7 @@ def one(encoders, seconds):
         steps_per_epoch=5,
         clips_per_step=4,
         memory_bytes={"total": 1},
+        batch_size=4,
     )
 
 
