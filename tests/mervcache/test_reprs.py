@@ -83,7 +83,9 @@ def values(tmp_path, toy_identity, write_store):
         encoder_order=("one", "two"),
         software=dict.fromkeys(map(str, range(50)), "1.0"),
     )
-    result = TrainResult(run="runs/a", steps=7, num_steps=9, loss=None, data_digest="d" * 64, checkpoint="runs/a/7")
+    result = TrainResult(
+        run="runs/a", steps=7, num_steps=9, loss=None, data_digest="d" * 64, checkpoint="runs/a/7", num_questions=0
+    )
     summary = ExtractSummary(store="features/toy.zarr", run="r1", dataset="toy", listed=20, clips=18, failed=2)
     return [
         (identity, ["toy", identity.id, "4x2x2x8", "float16"]),
