@@ -22,7 +22,7 @@ from featurestore.store import FeatureStore
 from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import UserError
 from mervcache.reprs import brief
-from pipeline.vectors import pool_clips
+from pipeline.vectors import chosen_encoders, pool_clips
 
 ROWS_AT_ONCE = 1024  # of the matrix of cosines
 THRESHOLD = 0.98
@@ -85,9 +85,7 @@ def find_duplicates(
 
     100,000 clips of width 1,024 are 10^13 multiplications, minutes on one machine, and 400 MB per encoder.
     """
-    chosen = list(store.encoders if encoders is None else encoders)
-    if unknown := [name for name in chosen if name not in store.encoders]:
-        raise UserError(f"no encoder {unknown[0]!r} in {store.path}; it has: {', '.join(store.encoders)}")
+    chosen = chosen_encoders(store, encoders)
     if not -1 <= threshold <= 1:
         raise UserError(f"the threshold is a cosine, from -1 to 1, got {threshold}")
     table = store.clips

@@ -80,6 +80,14 @@ def pool_clips(
     return ClipVectors(clip_ids=tuple(wanted), values_CD=values_CD)
 
 
+def chosen_encoders(store: FeatureStore, encoders: Sequence[str] | None) -> list[str]:
+    """Keys of the encoders named, by default all of the store; UserError for one that it lacks."""
+    chosen = list(store.encoders if encoders is None else encoders)
+    if unknown := [name for name in chosen if name not in store.encoders]:
+        raise UserError(f"no encoder {unknown[0]!r} in {store.path}; it has: {', '.join(store.encoders)}")
+    return chosen
+
+
 def pool_store(
     store: FeatureStore,
     encoders: Sequence[str] | None = None,
@@ -88,9 +96,7 @@ def pool_store(
     progress: ProgressLine = SILENT,
 ) -> pa.Table:
     """A row per clip of the store with its vectors, in the layout that the module describes."""
-    chosen = list(store.encoders if encoders is None else encoders)
-    if unknown := [name for name in chosen if name not in store.encoders]:
-        raise UserError(f"no encoder {unknown[0]!r} in {store.path}; it has: {', '.join(store.encoders)}")
+    chosen = chosen_encoders(store, encoders)
     clips = store.clips.select(["clip_id", "dataset", "kind"])
     place_of_clip = {clip: place for place, clip in enumerate(clips["clip_id"].to_pylist())}
     for encoder in chosen:

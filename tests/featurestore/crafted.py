@@ -365,7 +365,7 @@ def reseal_snapshots(path: Path, file: Path) -> None:
     """Every snapshot that names the file names its new digest."""
     key, sha256 = file.relative_to(path).as_posix(), hashlib.sha256(file.read_bytes()).hexdigest()
     for record_file in sorted((path / "snapshots").glob("*.json")):
-        if not record_file.is_file():  # an earlier change has made it a pipe, which nobody writes to
+        if not record_file.is_file():  # an earlier change has made it a pipe without a writer
             continue
         record = json.loads(record_file.read_bytes())
         if key in record["parts"]:
