@@ -104,7 +104,7 @@ def collate(
             f"{num_visual_tokens} visual tokens and {max(len(s.input_ids) for s in rendered)} text tokens exceed the"
             f" LLM's context of {context}; shorten the text"
         )
-    labels_BS = _pad([_with_gap(sample, count) for sample, count in zip(rendered, visual, strict=True)])
+    labels_BS = _labels(rendered, visual)
     is_labelled_BS = labels_BS != IGNORE_INDEX
     labelled = is_labelled_BS.any(0).nonzero()
     supervised = torch.arange(labels_BS.numel()).view(labels_BS.shape)[:, 1:][is_labelled_BS[:, 1:]]
@@ -137,16 +137,22 @@ def distinct_clips(clip_ids: Sequence[str | None]) -> tuple[list[str], list[int]
     return list(rows), [-1 if clip_id is None else rows[clip_id] for clip_id in clip_ids]
 
 
-def _with_gap(sample: Rendered, num_visual_tokens: int) -> list[int]:
-    """Labels with unsupervised positions for the visual tokens."""
-    gap = [IGNORE_INDEX] * num_visual_tokens
-    return [*sample.labels[: sample.visual_at], *gap, *sample.labels[sample.visual_at :]]
+def _labels(rendered: Sequence[Rendered], visual: Sequence[int]) -> Tensor:
+    """labels_BS with unsupervised positions for the visual tokens of each sample, padded at the right."""
+    longest = max(len(sample.labels) + count for sample, count in zip(rendered, visual, strict=True))
+    labels_BS = np.full((len(rendered), longest), IGNORE_INDEX, dtype=np.int64)
+    for row_S, sample, count in zip(labels_BS, rendered, visual, strict=True):
+        row_S[: sample.visual_at] = sample.labels[: sample.visual_at]
+        row_S[sample.visual_at + count : len(sample.labels) + count] = sample.labels[sample.visual_at :]
+    return torch.from_numpy(labels_BS)
 
 
-def _pad(rows: Sequence[Sequence[int]], fill: int = IGNORE_INDEX) -> Tensor:
+def _pad(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
     """int64 [rows, longest], padded at the right."""
-    longest = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows], dtype=torch.long)
+    padded = np.full((len(rows), max(map(len, rows))), fill, dtype=np.int64)
+    for row, values in zip(padded, rows, strict=True):
+        row[: len(values)] = values
+    return torch.from_numpy(padded)
 
 
 VISUAL, TEXT = "visual", "text"  # streams of the split_modality sampler: a cached image costs what a cached video costs
