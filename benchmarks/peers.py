@@ -6,9 +6,9 @@
 Every format holds the same synthetic tokens, one encoder, 2.1 MB per clip, and every reader checks a digest
 (peer_formats.py). Local: one core (no loader workers) and two (two workers, or the format's own threads; this project:
 its prefetching thread), cold (pages dropped by `posix_fadvise`) and warm (the best of the other passes), uncompressed
-and with the format's usual codec. S3: a server on this machine whose every answer waits `--latency-ms`; its own work
-is part of the time, so these figures rank formats and are no rates of S3. Peers run in an environment of their own,
-made from peers.txt.
+and with the format's usual codec. S3: a server on this machine (range_server.py) whose every answer waits
+`--latency-ms`; its own work is part of the time, so these figures rank formats and are no rates of S3. Peers run in an
+environment of their own, made from peers.txt.
 """
 
 from __future__ import annotations
@@ -17,27 +17,30 @@ import json
 import os
 import platform
 import re
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import venv
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from urllib.request import Request, urlopen
 
 import click
 from peer_formats import FORMATS, SHAPE, WITHOUT_CODEC
+
+from featurestore.layout import NEWEST
+from featurestore.newest import list_newest
+from featurestore.objects.open import open_objects
 
 HERE = Path(__file__).parent
 OURS = "merv"
 CODECS = ("none", "default")
 CLIP_MB = 2 * SHAPE[0] * SHAPE[1] * SHAPE[2] * SHAPE[3] / 1e6
 LOCAL = [(codec, cores, state) for codec in CODECS for cores in (1, 2) for state in ("cold", "warm")]
-SERVER = HERE.parent / "tests/featurestore/s3_server.py"
 LIMIT_S = 120  # of one case
 KEYS = {
     "AWS_ACCESS_KEY_ID": "bench",
@@ -79,7 +82,7 @@ def main(
                 rows[name] |= local_cases(name, codec, clips, passes, Path(folder), peers)
                 click.echo(f"{codec} {name}: {json.dumps(rows[name])}", err=True)
         if s3_clips:
-            with s3_server(latency_ms / 1000) as endpoint:
+            with s3_server(Path(folder), latency_ms / 1000) as endpoint:
                 for name in names:
                     rows[name]["s3"] = s3_case(name, s3_clips, Path(folder), peers, endpoint)
                     click.echo(f"s3 {name}: {rows[name]['s3']}", err=True)
@@ -175,42 +178,33 @@ def s3_case(name: str, clips: int, folder: Path, peers: Path, endpoint: str) -> 
     place, error = written(name, "none", clips, folder, peers)
     if error:
         return error
-    bucket = re.sub(r"[^a-z0-9-]", "-", place.name.lower())
+    if name == OURS:
+        put_newest(place)
     environ = {**os.environ, **KEYS, "AWS_ENDPOINT_URL": endpoint}
-    if upload_error := upload(place, bucket, endpoint, environ):
-        return upload_error
     with tempfile.TemporaryDirectory(dir=folder) as cache:
-        found = read(name, f"s3://{bucket}", "none", clips, 2, 1, peers, {**environ, "PEER_CACHE": cache})
+        found = read(name, f"s3://{place.name}", "none", clips, 2, 1, peers, {**environ, "PEER_CACHE": cache})
     return found if isinstance(found, str) else round(clips * CLIP_MB / found["wall_s"][0])
 
 
-def upload(place: Path, bucket: str, endpoint: str, environ: Any) -> str:
-    """Put a folder into a bucket, unless the bucket is there; returns why that failed."""
-    headers = {"Authorization": "AWS4-HMAC-SHA256 Credential=bench/x/us-east-1/s3/x"}
-    known = urlopen(Request(endpoint, headers=headers)).read().decode()
-    if f"<Name>{bucket}</Name>" in known:
-        return ""
-    urlopen(Request(f"{endpoint}/{bucket}", method="PUT", headers=headers)).close()
-    code = (
-        "import sys; from pathlib import Path; from obstore.store import from_url; import obstore\n"
-        "place, bucket = Path(sys.argv[1]), from_url(f's3://{sys.argv[2]}', client_options={'allow_http': True})\n"
-        "for path in (path for path in place.rglob('*') if path.is_file()):\n"
-        "    obstore.put(bucket, str(path.relative_to(place)), path.read_bytes(), use_multipart=False)\n"
-    )
-    return failure_of(run([sys.executable, "-c", code, place, bucket], environ))
+def put_newest(place: Path) -> None:
+    """What a store in a bucket has and one in a folder lacks: the object that spares its readers a listing."""
+    (place / NEWEST).write_bytes(list_newest(open_objects(place)).to_bytes())
 
 
 @contextmanager
-def s3_server(latency_s: float) -> Iterator[str]:
-    """The address of the tests' S3 server, with every answer delayed."""
-    sys.path.insert(0, str(HERE.parent))
-    from tests.featurestore.s3_server import free_port, wait_for
-
-    port = free_port()
-    command = [sys.executable, str(SERVER), str(port), str(latency_s)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def s3_server(folder: Path, latency_s: float) -> Iterator[str]:
+    """The address of a server whose buckets are the folders of `folder`; every answer is delayed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen([sys.executable, HERE / "range_server.py", folder, str(port), str(latency_s)])
     try:
-        wait_for(f"http://127.0.0.1:{port}/moto-api/", process)
+        while True:
+            with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port), timeout=5):
+                break
+            if process.poll() is not None:
+                raise click.ClickException("the S3 server of the benchmark did not start")
+            time.sleep(0.05)
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
