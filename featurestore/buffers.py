@@ -35,7 +35,7 @@ class BufferPool:
         lease = buffer[:num_bytes]
         weakref.finalize(lease, self._give_back, buffer).atexit = False
         # Views of the array keep its base, a memoryview, which keeps the lease: numpy skips a base that is an array.
-        return np.frombuffer(memoryview(lease), dtype=dtype).reshape(shape)
+        return np.frombuffer(lease.data, dtype=dtype).reshape(shape)
 
     def _take(self, num_bytes: int) -> np.ndarray:
         """The smallest idle buffer that fits without wasting more than half of itself, else a new one."""

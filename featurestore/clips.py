@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from mervcache.errors import UserError
 from mervcache.files import record_digest
@@ -134,7 +135,8 @@ class Sample:
         roles = tuple(turn.role for turn in self.turns)
         if not roles or len(roles) % 2 or any(role != expected[i % 2] for i, role in enumerate(roles)):
             raise UserError(f"sample {self.sample_id!r}: turns must alternate human, gpt, got {list(roles)}")
-        if not all(isinstance(turn.text, str) for turn in self.turns):
+        texts: list[Any] = [turn.text for turn in self.turns]  # of a file, and so of any type
+        if not all(isinstance(text, str) for text in texts):
             raise UserError(f"sample {self.sample_id!r} has a turn without text")
         if self.options and not (self.answer_index is not None and 0 <= self.answer_index < len(self.options)):
             raise UserError(
@@ -152,7 +154,7 @@ class Sample:
         """32 hex digits over every field: part of a run's data digest."""
         return record_digest(self.to_record())[:32]
 
-    def to_record(self) -> dict:
+    def to_record(self) -> dict[str, Any]:
         """Plain values by column."""
         record = {name: getattr(self, name) for name in self.__dataclass_fields__}
         record["turns"] = [{"role": turn.role, "text": turn.text} for turn in self.turns]
@@ -160,7 +162,8 @@ class Sample:
         return record
 
     @classmethod
-    def from_record(cls, record: dict) -> Sample:
+    def from_record(cls, record: Mapping[str, Any]) -> Sample:
         """Inverse of `to_record`; checks the sample again."""
         turns = tuple(Turn(**turn) for turn in record["turns"])
-        return cls(**{**record, "turns": turns, "options": tuple(record["options"] or ())})
+        values: dict[str, Any] = {**record, "turns": turns, "options": tuple(record["options"] or ())}
+        return cls(**values)

@@ -18,7 +18,7 @@ from mervcache.errors import UserError
 from mervcache.reprs import brief
 
 
-class FeatureDataset(Dataset):
+class FeatureDataset(Dataset[dict[str, Any]]):
     """Item i is {"clip_id": str, ENCODER: tokens_THWD, ...}, and "sample" where samples were given.
 
     Tokens are float16, or float32 where the storage dtype is another. Text-only samples carry no tokens.
@@ -60,9 +60,8 @@ class FeatureDataset(Dataset):
             records.append({"clip_id": item.clip_id, "sample": item} if is_sample else {"clip_id": item})
         with_clip = [record for record in records if record["clip_id"] is not None]
         for encoder in self._encoders if with_clip else ():
-            tokens_BTHWD = torch.from_numpy(
-                self.store.read([record["clip_id"] for record in with_clip], encoder=encoder)
-            )
+            stored_BTHWD = self.store.read([record["clip_id"] for record in with_clip], encoder=encoder)
+            tokens_BTHWD = torch.from_numpy(stored_BTHWD)  # pyright: ignore[reportUnknownMemberType]: torch has no type
             for record, tokens_THWD in zip(with_clip, tokens_BTHWD, strict=True):
                 record[encoder] = tokens_THWD
         return records

@@ -30,7 +30,7 @@ from featurestore.records import (
     read_receipt,
     row_digest,
 )
-from featurestore.shards import Shard, build_shard, check_shard, decode_row, encode_row
+from featurestore.shards import Shard, build_shard, check_shard, decode_all, decode_row, encode_row
 from featurestore.snapshots import ClipIndex
 from featurestore.storage_dtypes import OverflowedTokens, to_stored
 from featurestore.zarr_metadata import (
@@ -272,8 +272,7 @@ class BlockWriter:
         for row in self.rows:
             outcome = self._outcomes.get(row, RowOutcome(state="empty"))
             if row in present and row in self.planned:
-                stored = {name: shard.decode(row - self.rows.start) for name, shard in shards.items()}
-                if all(array is not None for array in stored.values()):
+                if (stored := decode_all(shards, row - self.rows.start)) is not None:
                     about = {"media_sha256": outcome.media_sha256, "decoder": outcome.decoder}
                     outcome = RowOutcome(state="ok", digest=row_digest(stored), **about)
                 else:

@@ -14,7 +14,7 @@ from typing import Any
 
 from featurestore.storage_dtypes import storage_dtype
 from mervcache.errors import StoreFormatError, UserError
-from mervcache.files import record_digest
+from mervcache.files import is_json_object, record_digest
 from mervcache.reprs import brief
 
 IDENTITY_LENGTH = 12  # hex digits in a group's name
@@ -24,7 +24,7 @@ def _leaves(record: Mapping[str, Any], under: str = "") -> dict[str, Any]:
     """Values of a nested record by dotted names."""
     leaves: dict[str, Any] = {}
     for name, value in record.items():
-        leaves |= _leaves(value, f"{under}{name}.") if isinstance(value, Mapping) else {under + name: value}
+        leaves |= _leaves(value, f"{under}{name}.") if is_json_object(value) else {under + name: value}
     return leaves
 
 
@@ -80,9 +80,10 @@ class FeatureIdentity:
         if self.pooling == "none":
             return self.grid
         sizes = [self.architecture.get(name) for name in ("tubelet_frames", "image_size", "patch_size")]
-        if not all(isinstance(size, int) and size > 0 for size in sizes):
+        known = [size for size in sizes if isinstance(size, int) and size > 0]
+        if len(known) < len(sizes):
             return None
-        tubelet, image, patch = sizes
+        tubelet, image, patch = known
         return (self.num_frames // tubelet, image // patch, image // patch)
 
     def to_dict(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from featurestore.clips import KINDS
 from mervcache.errors import StoreFormatError, UserError
@@ -227,7 +228,7 @@ def record_name(key: str) -> str | None:
     return match[1] if match else None
 
 
-def check_block_rows(block_rows: Mapping[str, int] | None) -> dict[str, int]:
+def check_block_rows(block_rows: Mapping[str, Any] | None) -> dict[str, int]:
     """Defaults filled in, values checked."""
     given = dict(block_rows or {})
     if unknown := sorted(set(given) - set(KINDS)):

@@ -14,13 +14,16 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Mapping
 from contextlib import suppress
+from typing import Any
 
 from featurestore.layout import TEMPORARY
 from featurestore.locate import Place
 from featurestore.objects.base import machine_faults, put_if_absent
 from featurestore.objects.open import open_objects
 from mervcache.errors import MervCacheError, UserError
+from mervcache.files import is_json_object
 
 STALE_AFTER_S = 120.0
 POLL_S = 5.0  # between two looks at another host's lease
@@ -83,14 +86,14 @@ class StoreLease:
             first = touched_s
             time.sleep(min(POLL_S, self._stale_after_s / 8))
 
-    def holder(self) -> dict | None:
+    def holder(self) -> dict[str, Any] | None:
         """{"host", "pid", "run", "since" (Unix time)} of the lease, or None."""
         try:
             return self._read()
         except (OSError, MervCacheError):
             return None
 
-    def _read(self) -> dict | None:
+    def _read(self) -> dict[str, Any] | None:
         """The holder; None without a lease, and for one that is not whole.
 
         Leases are put whole: a file without its content, as a power cut may leave, is no lease.
@@ -99,7 +102,7 @@ class StoreLease:
             holder = json.loads(self._objects.get(LEASE_KEY))
         except (FileNotFoundError, ValueError):
             return None
-        return holder if isinstance(holder, dict) else None
+        return holder if is_json_object(holder) else None
 
     def _touched(self) -> tuple[float, float | None]:
         """(time of the last touch, seconds since then or None without a lease), by the clock of the store's place."""
@@ -113,7 +116,7 @@ class StoreLease:
         finally:
             self._objects.delete(probe)
 
-    def _has_exited(self, holder: dict) -> bool:
+    def _has_exited(self, holder: Mapping[str, Any]) -> bool:
         """True if the holder was a process of this host that has exited: no need to wait then."""
         if holder.get("host") != self._owner["host"] or not isinstance(holder.get("pid"), int) or holder["pid"] < 1:
             return False

@@ -31,8 +31,7 @@ def place_of(given: Place) -> Place:
 
 def check_room_for_store(place: Place) -> None:
     """UserError where no store can be made; creates nothing, so it can run before anything is loaded."""
-    place = place_of(place)
-    if not is_url(place):
+    if isinstance(place := place_of(place), Path):
         check_room(place, "store", "--store")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from featurestore.layout import NEWEST, SNAPSHOTS, TOMBSTONES, snapshot_ids, tombstone_key, tombstone_names
 from featurestore.objects.base import Objects, get_bounded, put_if_absent
 from mervcache.errors import StoreError, StoreFormatError
-from mervcache.files import canonical_json, load_json, record_digest
+from mervcache.files import canonical_json, is_json_list, is_json_object, load_json, record_digest
 
 MAX_NEWEST_BYTES = 16 << 20
 _VERSION = 1
@@ -37,15 +37,14 @@ class Newest:
     def parse(cls, data: bytes) -> Newest:
         """StoreFormatError unless these are the bytes of `to_bytes` and every name is one that a store has."""
         record = load_json(data, NEWEST)
-        record = record if isinstance(record, dict) else {}
+        record = record if is_json_object(record) else {}
         snapshot, tombstones = record.get("snapshot"), record.get("tombstones")
-        is_sound = (
+        if (
             (snapshot is None or (isinstance(snapshot, str) and snapshot_ids([f"{snapshot}.json"]) == [snapshot]))
-            and isinstance(tombstones, list)
+            and is_json_list(tombstones)
             and all(isinstance(name, str) for name in tombstones)
             and tombstone_names([tombstone_key(name).split("/")[1] for name in tombstones]) == tombstones
-        )
-        if is_sound:
+        ):
             newest = cls(snapshot=snapshot, tombstones=tuple(tombstones))
             if newest.to_bytes() == data:
                 return newest

@@ -98,9 +98,9 @@ def _repeated_bytes(data: bytes, path: str, limit: int) -> int:
     ):
         array = batch.column(0)
         while not isinstance(array, pa.DictionaryArray):
-            if pa.types.is_list(array.type):
+            if isinstance(array, pa.ListArray):
                 array = array.flatten()
-            elif pa.types.is_struct(array.type):
+            elif isinstance(array, pa.StructArray):
                 array = array.field(0)
             else:
                 return total + array.nbytes
@@ -210,7 +210,7 @@ def _list(data: bytes, place: int, depth: int) -> tuple[list[Any], int]:
         size, place = _varint(data, place)
     if size > len(data) - place:  # every element takes a byte
         raise ValueError("a list past the end")
-    found = []
+    found: list[Any] = []
     for _ in range(size):
         if kind in (_TRUE, _FALSE):
             value, place = data[place] == _TRUE, place + 1

@@ -21,7 +21,7 @@ from featurestore.storage_dtypes import STORAGE_DTYPES
 from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
 from mervcache.errors import StoreError, StoreFormatError
-from mervcache.files import record_digest
+from mervcache.files import is_json_list, is_json_object, record_digest
 
 FORMAT = 1
 PARITY_PREFIX, DISTORTION_PREFIX = "parity-", "distortion-"  # of the journal's names
@@ -176,7 +176,7 @@ def read_records(store: FeatureStore, prefix: str) -> list[Any]:
         journal = store.journal(prefix)
     except StoreError:
         return []
-    records = []
+    records: list[Any] = []
     for name, record in journal:
         with suppress(StoreFormatError):
             records.append(parse_record(record, name))
@@ -191,15 +191,15 @@ def parse_record(record: Mapping[str, Any], name: str) -> Any:
     kind, row_kind, _ = RECORDS[measure]
     values = {key: value for key, value in record.items() if key not in ("format", "measure")}
     rows = values.get("rows")
-    if not isinstance(rows, list) or len(rows) > MAX_ROWS:
+    if not is_json_list(rows) or len(rows) > MAX_ROWS:
         raise StoreFormatError(f"journal {name} must list at most {MAX_ROWS} rows")
     rows = tuple(_parse_fields(row_kind, row, name) for row in rows)
     return _parse_fields(kind, values | {"rows": rows}, name)
 
 
-def _parse_fields(kind: type, values: Any, name: str) -> Any:
-    types = {field.name: field.type for field in fields(kind)}
-    if not isinstance(values, dict) or set(values) != set(types):
+def _parse_fields(kind: type[Any], values: Any, name: str) -> Any:
+    types = {field.name: str(field.type) for field in fields(kind)}
+    if not is_json_object(values) or set(values) != set(types):
         raise StoreFormatError(f"journal {name} does not have the fields of a {kind.__name__}")
     for key, value in values.items():
         if not (_OF_FIELD.get(key) or _OF_TYPE[types[key]])(value):
@@ -224,11 +224,11 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_versions(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(_is_plain, [*value, *value.values()]))
+    return is_json_object(value) and all(map(_is_plain, [*value, *value.values()]))
 
 
 def _is_losses(value: Any) -> bool:
-    return isinstance(value, dict) and set(value) <= set(MODALITIES) and all(map(is_number, value.values()))
+    return is_json_object(value) and set(value) <= set(MODALITIES) and all(map(is_number, value.values()))
 
 
 _OF_TYPE: dict[str, Callable[[Any], bool]] = {  # by annotation
@@ -297,7 +297,7 @@ class Distortion:
 
 def read_distortion(store: FeatureStore) -> Distortion:
     """The newest records about what this store holds; encoders that it lacks (a partial pull) are left out."""
-    newest = {type(record): record for record in read_records(store, DISTORTION_PREFIX)}
+    newest: dict[type[Any], Any] = {type(record): record for record in read_records(store, DISTORTION_PREFIX)}
     tokens, stored = newest.get(TokenRecord), {identity.id for identity in store.encoders.values()}
     if tokens is not None:
         tokens = replace(tokens, rows=tuple(row for row in tokens.rows if row.identity in stored))
@@ -311,7 +311,7 @@ def token_table(record: TokenRecord) -> Table:
     """One line per encoder, kind and dtype."""
     columns = ("encoder", "clips", "dtype", "bytes/clip", "clips/s", "MB/s", "of raw read")
     columns += ("max abs error", "relative RMS", "min cosine")
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for row in record.rows:
         label = f"{row.clips} {row.kind}" + (f", {row.refused} overflow" if row.refused else "")
         dtype = f"{row.dtype} (stored)" if row.is_stored else row.dtype
@@ -336,7 +336,7 @@ def loss_table(record: LossRecord) -> Table:
     """One line per dtype, with the change from what is stored."""
     names = list(dict.fromkeys(name for row in record.rows for name in row.by_modality))
     own = next((row.loss for row in record.rows if row.dtype == STORED), None)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for row in record.rows:
         change = None if row.loss is None or own is None else row.loss - own
         texts = (_number(row.loss, ".5f"), _number(change, "+.5f"))

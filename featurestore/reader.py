@@ -192,11 +192,12 @@ def encoder_keys(groups: Iterable[str]) -> dict[str, str]:
     return keys
 
 
-def time_steps(time: int, frames: Frames) -> np.ndarray:
+def time_steps(time: int, frames: slice | Sequence[int] | np.ndarray) -> np.ndarray:
     """Indices of the time steps that `frames` picks of `time`; UserError where one is outside."""
+    if isinstance(frames, slice):
+        return np.atleast_1d(np.arange(time)[frames])
+    steps = np.atleast_1d(np.asarray(frames, dtype=np.int64))
     try:
-        return np.atleast_1d(
-            np.arange(time)[frames if isinstance(frames, slice) else np.asarray(frames, dtype=np.int64)]
-        )
+        return np.arange(time)[steps]
     except IndexError:
-        raise UserError(f"frames must be 0..{time - 1}, got {list(frames)}") from None
+        raise UserError(f"frames must be 0..{time - 1}, got {steps.tolist()}") from None

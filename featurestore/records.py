@@ -12,6 +12,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -33,7 +34,7 @@ from featurestore.layout import (
 from featurestore.newest import update_newest
 from featurestore.objects.base import Objects, get_bounded, put_if_absent
 from mervcache.errors import StoreDamagedError, StoreError, StoreFormatError, UserError
-from mervcache.files import canonical_json, load_json, record_digest
+from mervcache.files import canonical_json, is_json_list, is_json_object, load_json, record_digest
 
 State = Literal["ok", "failed", "skipped", "empty"]
 STATES: tuple[State, ...] = ("ok", "failed", "skipped", "empty")
@@ -94,7 +95,8 @@ class Receipt:
     group: str  # ENCODER-IDENTITY12
     block: int
     rows: tuple[RowOutcome, ...]  # one per row of the block
-    shards: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # array -> {"sha256": hex, "bytes": int}
+    # array -> {"sha256": hex, "bytes": int}
+    shards: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     generation: int = 1  # `number` on disk; only `repair` and `tombstone` replace a receipt
     replaces: str | None = None  # digest of the receipt before, where generation > 1
 
@@ -170,15 +172,15 @@ class Receipt:
 
 
 def _parse_rows(record: Any, what: str, block_rows: int) -> tuple[RowOutcome, ...]:
-    columns = record.get("rows") if isinstance(record, dict) else None
-    if isinstance(record, dict) and record.get("format") != _RECEIPT_VERSION:
+    columns = record.get("rows") if is_json_object(record) else None
+    if is_json_object(record) and record.get("format") != _RECEIPT_VERSION:
         raise StoreFormatError(
             f"{what} has format {record.get('format')!r}, this version reads {_RECEIPT_VERSION}; update"
         )
-    if not isinstance(columns, dict) or set(columns) != set(COLUMNS):
+    if not is_json_object(columns) or set(columns) != set(COLUMNS):
         raise StoreFormatError(f"{what} lacks its columns {', '.join(COLUMNS)}")
     for name, values in columns.items():
-        if not isinstance(values, list) or len(values) != min(block_rows, MAX_BLOCK_ROWS):
+        if not is_json_list(values) or len(values) != min(block_rows, MAX_BLOCK_ROWS):
             raise StoreFormatError(f"{what}: column {name} must list {block_rows} rows")
         if not set(map(type, values)) <= {str, type(None)}:
             raise StoreFormatError(f"{what}: column {name} must hold text or null")
@@ -190,10 +192,10 @@ def _parse_rows(record: Any, what: str, block_rows: int) -> tuple[RowOutcome, ..
 
 def _parse_shards(record: dict[str, Any], what: str) -> dict[str, dict[str, Any]]:
     shards = record.get("shards")
-    if not isinstance(shards, dict) or not set(shards) <= set(ARRAYS) or "tokens" not in shards:
+    if not is_json_object(shards) or not set(shards) <= set(ARRAYS) or "tokens" not in shards:
         raise StoreFormatError(f"{what} must list the shards of its arrays ({', '.join(ARRAYS)})")
     for name, shard in shards.items():
-        if not isinstance(shard, dict) or set(shard) != {"sha256", "bytes"}:
+        if not is_json_object(shard) or set(shard) != {"sha256", "bytes"}:
             raise StoreFormatError(f"{what}: shard {name} must have sha256 and bytes")
         size = shard["bytes"]
         if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < 1 << 48:
@@ -325,21 +327,18 @@ def journal_bytes(record: Mapping[str, Any]) -> bytes:
 def parse_journal(data: bytes, name: str) -> dict[str, Any]:
     """The record of a journal file; StoreDamagedError if it is not whole."""
     document = load_json(data, f"journal {name}")
-    record = document.get("record") if isinstance(document, dict) else None
-    try:
-        is_whole = isinstance(record, dict) and journal_bytes(record) == data
-    except (ValueError, RecursionError):  # NaN, or nested without end
-        is_whole = False
-    if not is_whole:
-        raise StoreDamagedError(
-            f"journal {name} does not match its own digest; it holds provenance, no tokens depend on it"
-        )
-    return record
+    record = document.get("record") if is_json_object(document) else None
+    with suppress(ValueError, RecursionError):  # NaN, or nested without end
+        if is_json_object(record) and journal_bytes(record) == data:
+            return record
+    raise StoreDamagedError(
+        f"journal {name} does not match its own digest; it holds provenance, no tokens depend on it"
+    )
 
 
 def driver_runs(objects: Objects) -> list[dict[str, Any]]:
     """Records of the store's extractions, oldest first; damaged ones and records of other things are skipped."""
-    runs = []
+    runs: list[dict[str, Any]] = []
     for name in journal_names(objects.list_names(JOURNAL)):
         if name.endswith("-driver"):
             try:
@@ -389,6 +388,6 @@ def _is_run(record: Mapping[str, Any]) -> bool:
         return False
     summary, stage_s = record["summary"], record["summary"].get("stage_s")
     numbers = [summary.get(name) for name in ("clips", "failed", "bytes", "elapsed_s")]
-    if not isinstance(stage_s, dict) or type(summary.get("run")) is not str:
+    if not is_json_object(stage_s) or type(summary.get("run")) is not str:
         return False
     return all(type(number) in (int, float) for number in [*numbers, *stage_s.values()])

@@ -151,7 +151,8 @@ def _arrays(data: memoryview, kind: str, identity: FeatureIdentity, count: int) 
     specs = _specs(kind, identity)
     if count > MAX_CANARIES or len(data) != count * sum(spec.row_bytes for spec in specs.values()):
         raise ValueError(f"{count} clips in {len(data)} bytes")
-    arrays, offset = {}, 0
+    arrays: dict[str, np.ndarray] = {}
+    offset = 0
     for name in (name for name in ARRAYS if name in specs):
         spec = specs[name]
         stop = offset + count * spec.row_bytes

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from operator import attrgetter
+from typing import Any
 
 import pyarrow as pa
 
@@ -48,7 +49,7 @@ SAMPLE_SCHEMA = pa.schema(
 def clips_to_table(rows: Iterable[tuple[int, Clip]]) -> pa.Table:
     """(row, clip) pairs -> a table of `CLIP_SCHEMA`."""
     pairs = list(rows)
-    columns: dict[str, list] = {"row": [row for row, _ in pairs]}
+    columns: dict[str, list[Any]] = {"row": [row for row, _ in pairs]}
     for name in CLIP_SCHEMA.names[1:]:  # column by column: a dict per clip takes three times as long
         value_of = attrgetter(name)
         columns[name] = [value_of(clip) for _, clip in pairs]
@@ -57,7 +58,7 @@ def clips_to_table(rows: Iterable[tuple[int, Clip]]) -> pa.Table:
 
 def table_to_clips(table: pa.Table) -> list[tuple[int, Clip]]:
     """A table of `CLIP_SCHEMA` -> (row, clip) pairs, every clip checked."""
-    pairs = []
+    pairs: list[tuple[int, Clip]] = []
     try:
         columns = [table[name].to_pylist() for name in CLIP_SCHEMA.names]  # a dict per clip takes three times as long
         for row, clip_id, dataset, path, start_s, end_s, end_frame, kind in zip(*columns, strict=True):

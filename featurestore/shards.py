@@ -117,7 +117,7 @@ class Shard:
             return True
         # Items as they are go straight into `out`: a copy would double the time of an uncompressed read.
         items, crc = out.reshape(-1).view(np.uint8), np.empty(CRC_BYTES, dtype=np.uint8)
-        if self._source.read_into(offset, [memoryview(items), memoryview(crc)]) != length:
+        if self._source.read_into(offset, [items.data, crc.data]) != length:
             raise self._cut_short()
         _check_crc(spec, items, crc)
         return True
@@ -139,12 +139,19 @@ class Shard:
 
     def _read(self, offset: int, length: int, scratch: Scratch | None = None) -> np.ndarray:
         buffer = np.empty(length, dtype=np.uint8) if scratch is None else scratch.take(length)
-        if self._source.read_into(offset, [memoryview(buffer)]) != length:
+        if self._source.read_into(offset, [buffer.data]) != length:
             raise self._cut_short()
         return buffer
 
     def _cut_short(self) -> StoreDamagedError:
         return StoreDamagedError(f"{self.spec.name}: a shard ends before its last row; run `merv-pipeline verify`")
+
+
+def decode_all(shards: Mapping[str, Shard], row: int) -> dict[str, np.ndarray] | None:
+    """A row's stored items by array; None unless every shard has the row."""
+    stored = {name: shard.decode(row) for name, shard in shards.items()}
+    present = {name: items for name, items in stored.items() if items is not None}
+    return present if len(present) == len(stored) else None
 
 
 def check_shard(spec: ArraySpec, source: OpenObject) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featurestore.clips import KINDS, Clip
+from featurestore.clips import KINDS, Clip, Kind
 from featurestore.layout import (
     CANARIES,
     GROUP_NAME,
@@ -68,7 +68,7 @@ _COLUMNS_OF_STATE = {
 class GroupSummary(GroupRecord):
     """One kind/group in a snapshot: what made it, its receipts, and their sums."""
 
-    receipts: Mapping[str, str] = field(default_factory=dict)  # block number as text -> receipt digest
+    receipts: Mapping[str, str] = field(default_factory=dict[str, str])  # block number as text -> receipt digest
     counts: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(STATES, 0))  # rows by state
     stored_bytes: int = 0  # of all shards
 
@@ -85,7 +85,8 @@ class Snapshot:
     block_rows: Mapping[str, int]  # kind -> rows, as in the root's zarr.json
     table_sha256: str
     tombstones: tuple[str, ...] = ()  # ids of the removals that it applies
-    canaries: Mapping[str, str] = field(default_factory=dict)  # "kind/group" -> sha256 of its reference clips' file
+    # "kind/group" -> sha256 of its reference clips' file
+    canaries: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
     def digest(self) -> str:
@@ -322,8 +323,6 @@ class SnapshotTable:
     def extend(cls, parent: pa.Table | None, clips: pa.Table) -> SnapshotTable:
         """The parent's table made longer by the clips that are new; clip parts only grow, so lines keep their place."""
         encoded = clips["clip_id"].combine_chunks().dictionary_encode()
-        if isinstance(encoded, pa.ChunkedArray):
-            encoded = encoded.combine_chunks()
         lines = encoded.indices.to_numpy()
         clip_ids = encoded.dictionary
         _, first = np.unique(lines, return_index=True)
@@ -458,7 +457,7 @@ class ClipIndex:
         return sorted(set(self.table["dataset"].unique().to_pylist()))
 
 
-def allocate(clips: Iterable[Clip], first_rows: dict[str, int]) -> list[tuple[int, Clip]]:
+def allocate(clips: Iterable[Clip], first_rows: Mapping[Kind, int]) -> list[tuple[int, Clip]]:
     """Rows for clips, per kind from its first row on, in the order given."""
     following = dict(first_rows)
     rows: list[tuple[int, Clip]] = []

@@ -11,6 +11,7 @@ and snapshot; data-loader workers open it anew on first use.
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -131,7 +132,7 @@ class FeatureStore:
             )
         return cls(str(path), snapshot, cache, cache_bytes, objects=objects, newest=newest)
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type[FeatureStore], tuple[Any, ...]]:
         return (FeatureStore, (self.path, self.snapshot, *self._cache_settings))
 
     def __repr__(self) -> str:
@@ -165,7 +166,7 @@ class FeatureStore:
     def quarantine(self) -> pa.Table:
         """clip_id, path, encoder, reason, scope of every clip whose newest attempt failed and that has no tokens."""
         paths = self._clip_columns()["path"]
-        tables = []
+        tables: list[pa.Table] = []
         for key, group in self._groups.items():
             names = [column(group, suffix) for suffix in ("failed_row", "failed_reason", "failed_scope")]
             table = read_snapshot_table(self._objects, self._record, names)
@@ -272,7 +273,7 @@ class FeatureStore:
     def to_pandas(self) -> pd.DataFrame:
         """`clips` as a pandas DataFrame; UserError where pandas is not installed."""
         try:
-            import pandas  # noqa: F401
+            importlib.import_module("pandas")  # pyarrow's own message does not say what to install
         except ModuleNotFoundError as error:
             raise UserError(missing_extra(error) or str(error)) from error
         return self.clips.to_pandas()
@@ -307,7 +308,8 @@ class FeatureStore:
 
     def media_sha256(self, *, encoder: str) -> dict[str, str]:
         """Clip id -> sha256 of the media that its tokens of an encoder were made from, where receipts record it."""
-        group, found = self._groups[self._key(encoder)], {}
+        group = self._groups[self._key(encoder)]
+        found: dict[str, str] = {}
         for kind, is_kind in (("image", self._is_image), ("video", ~self._is_image)):
             rows = self._rows[group]
             lines = np.flatnonzero(is_kind & (rows >= 0))
@@ -333,11 +335,12 @@ class FeatureStore:
         lines = self._lines(distinct)
         parts: list[str] = []
         names = {key: column(self._groups[key], "digest") for key in map(self._key, encoders)}
-        table = read_snapshot_table(self._objects, self._record, list(names.values())) if names else None
-        for key, name in names.items():
-            digests = table[name].take(pa.array(lines)).to_pylist()
-            identity = self.encoders[key].id
-            parts += [f"clip\t{c}\t{identity}\t{d}" for c, d in zip(distinct, digests, strict=True)]
+        if names:
+            table = read_snapshot_table(self._objects, self._record, list(names.values()))
+            for key, name in names.items():
+                digests = table[name].take(pa.array(lines)).to_pylist()
+                identity = self.encoders[key].id
+                parts += [f"clip\t{c}\t{identity}\t{d}" for c, d in zip(distinct, digests, strict=True)]
         parts += [f"sample\t{sample.digest}" for sample in samples]
         return sha256_hex("\n".join(sorted(parts)).encode())
 
@@ -419,7 +422,7 @@ class FeatureStore:
 
     def _clip_columns(self) -> pa.Table:
         """`CLIP_SCHEMA` lines in the snapshot's order: each clip as it was first listed."""
-        tables = []
+        tables: list[pa.Table] = []
         for key, sha256 in self._record.parts.items():
             tables.append(read_table(self._read_digested(key, sha256), CLIP_SCHEMA, key))
         table = pa.concat_tables(tables) if tables else CLIP_SCHEMA.empty_table()
@@ -460,7 +463,7 @@ def clips_named(known: Collection[str], names: Iterable[str]) -> list[str]:
     >>> clips_named(["d/films/v1.mp4", "d/films/v11.mp4"], ["films/v1.mp4"])
     ['d/films/v1.mp4']
     """
-    ids = known if isinstance(known, set | frozenset | dict) else dict.fromkeys(known)
+    ids: Collection[str] = dict.fromkeys(known) if isinstance(known, Sequence) else known
     return [name if name in ids else _clip_that_ends_with(name, ids) for name in names]
 
 

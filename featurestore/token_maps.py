@@ -74,7 +74,8 @@ def plot_maps(clips: Mapping[str, Mapping[str, NDArray[Any]]]) -> Figure:
     }
     rows = [(clip, encoder, tokens) for clip, of_clip in clips.items() for encoder, tokens in of_clip.items()]
     num_columns = max(len(tokens_THWD) for _, _, tokens_THWD in rows)
-    figure = pyplot.figure(figsize=(1.2 * num_columns + 1.5, 1.2 * len(rows) + 0.6), layout="constrained")
+    size = (1.2 * num_columns + 1.5, 1.2 * len(rows) + 0.6)
+    figure = pyplot.figure(figsize=size, layout="constrained")  # pyright: ignore[reportUnknownMemberType]: matplotlib's
     pyplot.close(figure)  # it belongs to the caller; pyplot would show it a second time
     axes = figure.subplots(len(rows), num_columns, squeeze=False)
     for row, (clip, encoder, tokens_THWD) in enumerate(rows):

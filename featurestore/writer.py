@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from featurestore.clips import KINDS, Clip, Sample
+from featurestore.clips import KINDS, Clip, Kind, Sample
 from featurestore.group_writer import GroupWriter
 from featurestore.identity import FeatureIdentity
 from featurestore.layout import (
@@ -127,7 +127,9 @@ class StoreWriter:
             index = self._index.refresh()
             known = index.clip_ids(from_part=seen)
             new = [clip for clip_id, clip in distinct.items() if clip_id not in known]
-            first = {kind: first_row_of_next_block(index.max_row(kind), self.block_rows[kind]) for kind in KINDS}
+            first: dict[Kind, int] = {
+                kind: first_row_of_next_block(index.max_row(kind), self.block_rows[kind]) for kind in KINDS
+            }
             rows = allocate(new, first)
             if not rows or put_if_absent(self.objects, part_key(len(index.tables)), part_bytes(rows)):
                 break
@@ -201,7 +203,7 @@ class StoreWriter:
         """
         if not new_identity:
             self.check_identity(identity)
-        if not isinstance(batch_shape, int) or batch_shape < 1:
+        if not isinstance(batch_shape, int) or batch_shape < 1:  # pyright: ignore[reportUnnecessaryIsInstance]: untyped calls
             raise UserError(f"batch shape must be at least 1 clip, got {batch_shape!r}")
         name, block_rows = identity.group_name, self.block_rows[kind]
         specs = array_specs(identity, kind, blocks=0, block_rows=block_rows, codec=codec or DEFAULT_CODEC)

@@ -28,7 +28,7 @@ from featurestore.layout import (
 from featurestore.objects.base import Objects, get_bounded
 from featurestore.storage_dtypes import SIDECAR_DTYPE, STORAGE_DTYPES, item_facts, prefix_dtype, storage_dtype
 from mervcache.errors import StoreFormatError, UserError
-from mervcache.files import load_json, record_digest
+from mervcache.files import is_json_list, is_json_object, load_json, record_digest
 
 MAX_CHUNK_BYTES = 128 << 20  # a clip's raw grid is under 20 MiB; a larger claim is hostile
 MAX_DOCUMENT_BYTES = 4 << 20  # of a zarr.json
@@ -285,8 +285,8 @@ def parse_group(data: bytes, kind: str, group: str) -> GroupRecord:
     """A group's attributes from its zarr.json."""
     key = group_metadata_key(kind, group)
     document = load_json(data, key)
-    attributes = document.get("attributes") if isinstance(document, dict) else None
-    if not isinstance(attributes, dict):
+    attributes = document.get("attributes") if is_json_object(document) else None
+    if not is_json_object(attributes):
         raise StoreFormatError(f"{key} has no attributes")
     identity = parse_identity(attributes.get("identity"), key)
     if identity.group_name != group:
@@ -334,20 +334,20 @@ def root_document(*, datasets: list[str], block_rows: Mapping[str, int]) -> byte
 def parse_root(data: bytes) -> dict[str, Any]:
     """{"datasets": [...], "block_rows": {...}} of a store's own zarr.json, checked."""
     document = load_json(data, "the store's zarr.json")
-    attributes = document.get("attributes") if isinstance(document, dict) else None
-    record = attributes.get("merv_cache") if isinstance(attributes, dict) else None
-    if not isinstance(record, dict):
+    attributes = document.get("attributes") if is_json_object(document) else None
+    record = attributes.get("merv_cache") if is_json_object(attributes) else None
+    if not is_json_object(record):
         raise StoreFormatError(
             "zarr.json has no merv_cache attribute: this Zarr group is not a feature store; "
             "give the path of one that `merv-pipeline extract` made"
         )
     version = record.get("format")
-    if version != FORMAT_VERSION or isinstance(version, bool):
+    if type(version) is bool or version != FORMAT_VERSION:
         raise StoreFormatError(
             f"the store has format {version!r}, this version reads format {FORMAT_VERSION}; update merv-pipeline"
         )
     datasets, block_rows = record.get("datasets"), record.get("block_rows")
-    if not isinstance(datasets, list) or not all(isinstance(name, str) for name in datasets):
+    if not is_json_list(datasets) or not all(isinstance(name, str) for name in datasets):
         raise StoreFormatError("merv_cache.datasets in zarr.json must be a list of names")
     try:
         return {"datasets": datasets, "block_rows": check_block_rows(block_rows)}

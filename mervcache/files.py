@@ -14,7 +14,7 @@ import stat
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from mervcache.errors import StoreFormatError
 
@@ -27,6 +27,16 @@ def load_json(data: bytes, what: str) -> Any:
         raise StoreFormatError(
             f"{what} is not readable JSON ({type(error).__name__}); restore it from a copy"
         ) from error
+
+
+def is_json_object(value: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether a parsed JSON value is an object, whose values are anything."""
+    return isinstance(value, dict)
+
+
+def is_json_list(value: Any) -> TypeGuard[list[Any]]:
+    """Whether a parsed JSON value is a list, whose items are anything."""
+    return isinstance(value, list)
 
 
 def canonical_json(value: Any) -> str:

@@ -13,17 +13,17 @@ def brief(value: object, text: str) -> str:
     return one_line(redact(f"<{type(value).__name__} {text}>"))
 
 
-def changed_fields(value: Any) -> str:
+def changed_fields(self: Any) -> str:
     """`Class(field=value, ...)` with the fields of a dataclass that differ from their defaults, nested ones alike.
 
     A class that wants it sets `__repr__ = changed_fields`.
     """
     shown = [
         f"{field.name}={_shown(current)}"
-        for field in dataclasses.fields(value)
-        if field.repr and (current := getattr(value, field.name)) != _default(field)
+        for field in dataclasses.fields(self)
+        if field.repr and (current := getattr(self, field.name)) != _default(field)
     ]
-    return one_line(redact(f"{type(value).__name__}({', '.join(shown)})"))
+    return one_line(redact(f"{type(self).__name__}({', '.join(shown)})"))
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -22,7 +22,7 @@ from featurestore.objects.base import Objects
 from featurestore.parquet import read_table, table_file
 from featurestore.records import Receipt, RowOutcome, row_digest
 from featurestore.schemas import CLIP_SCHEMA
-from featurestore.shards import Shard
+from featurestore.shards import Shard, decode_all
 from featurestore.snapshots import Snapshot, allocate, column, part_bytes, read_snapshot_table
 from featurestore.zarr_metadata import (
     CODECS,
@@ -75,7 +75,7 @@ def _derive_array(objects: Objects, kind: str, group: str, array: str, check: Ve
     identity, block_rows = read_group(objects, kind, group).identity, check.block_rows[kind]
     if check.index is None:
         raise StoreFormatError("the clip parts that give its number of rows are damaged themselves")
-    codecs = []
+    codecs: list[str] = []
     for name in ARRAYS:
         with suppress(MervCacheError, FileNotFoundError):
             stored = read_document(objects, array_metadata_key(kind, group, name)) if name != array else None
@@ -122,7 +122,7 @@ def derive_receipt(group: GroupWriter, block: int, named: str, check: Verificati
             known[failed_row] = RowOutcome(state="failed", scope=scope, reason=reason)
         if kind == group.kind and row in rows:
             known[row] = RowOutcome(state="ok", digest=digest)
-    planned = set(check.index.rows_between(group.kind, rows.start, rows.stop)) if check.index else set()
+    planned = set(check.index.rows_between(group.kind, rows.start, rows.stop) if check.index else ())
     shards = open_shards(group.objects, group.kind, group.name, block, group.specs)
     if set(shards) != set(group.specs):
         raise StoreFormatError("shards of the block are missing as well; give a copy with --from")
@@ -131,8 +131,8 @@ def derive_receipt(group: GroupWriter, block: int, named: str, check: Verificati
         if row not in planned:
             return RowOutcome(state="empty")
         expected = known.get(row)
-        stored = {name: shard.decode(row - rows.start) for name, shard in shards.items()}
-        if any(array is None for array in stored.values()):
+        stored = decode_all(shards, row - rows.start)
+        if stored is None:
             if expected is not None and expected.state == "ok":
                 raise StoreFormatError(f"the shards lack row {row}, which the snapshot has")
             return expected or RowOutcome(state="skipped")

@@ -143,6 +143,7 @@ class _Repair:
 
         Full verification, which reads every byte, comes last; returns the last one.
         """
+        check = None
         for is_full in (False, True):
             for _ in range(_MAX_PASSES):
                 check = Verification(self._objects, is_full=is_full, progress=progress if is_full else SILENT)
@@ -153,6 +154,7 @@ class _Repair:
                 first = min(map(_order, keys))[0]
                 for key in sorted(key for key in keys if _order(key)[0] == first):
                     self._add(self._repair_document(key, check))
+        assert check is not None
         return check
 
     def shards(self, check: Verification, recompute: Recompute | None, new_bytes: bool) -> None:
@@ -186,14 +188,14 @@ class _Repair:
             return _left(key, f"cannot be made again: {error}")
         return repaired or _left(key, "is no file of a store: move it elsewhere")
 
-    def _tombstone(self, key: str, check: Verification) -> Repaired | None:
+    def tombstone(self, key: str, check: Verification) -> Repaired | None:
         if (name := record_name(key)) is None:
             return None
         fetched = self._fetch(key, MAX_TOMBSTONE_BYTES, lambda data: Tombstone.parse(data, name))
         advice = "give a copy with --from, or repeat `merv-pipeline tombstone`"
         return fetched or _left(key, f"cannot be restored and must not be lost: {advice}")
 
-    def _snapshot(self, key: str, check: Verification) -> Repaired | None:
+    def snapshot(self, key: str, check: Verification) -> Repaired | None:
         if (snapshot_id := record_name(key)) is None:
             return None
         table_key, record_key = snapshot_keys(snapshot_id)
@@ -212,7 +214,7 @@ class _Repair:
         self._objects.delete(table_key)
         return Repaired(key=key, done="removed, the whole snapshot: a new one is made from the receipts")
 
-    def _table(self, key: str, check: Verification) -> Repaired:
+    def table(self, key: str, check: Verification) -> Repaired:
         """A clip part or samples file, by the digest that a snapshot or the file itself holds."""
         sha256, snapshot = check.digests.get(key), check.newest
 
@@ -233,11 +235,11 @@ class _Repair:
             return self._remove(key, ", no snapshot names it: run the same extract again, it is written anew")
         return _left(key, f"{advice}, or run the same extract again for a new version")
 
-    def _metadata(self, key: str, check: Verification) -> Repaired:
+    def metadata(self, key: str, check: Verification) -> Repaired:
         data = derive_metadata(self._objects, self._other, key, check)
         return self._put(key, data, "made again from what it describes")
 
-    def _receipt(self, key: str, check: Verification) -> Repaired | None:
+    def receipt(self, key: str, check: Verification) -> Repaired | None:
         if (place := receipt_place(key)) is None:
             return None
         kind, group, block = place
@@ -264,7 +266,7 @@ class _Repair:
         words = "made again from the shards and the snapshot, number 2; media digests and decoders are lost"
         return self._put(key, data, words)
 
-    def _reference_clips(self, key: str, check: Verification) -> Repaired | None:
+    def reference_clips(self, key: str, check: Verification) -> Repaired | None:
         """By the snapshot's digest and the file's own; no tokens depend on it."""
         kind, group = reference_clip_place(key) or ("", "")
         if (identity := check.identities.get((kind, group))) is None:
@@ -281,10 +283,15 @@ class _Repair:
             return self._put(key, data, "computed again")
         return self._remove(key, ", no whole copy is known: the next extract with this encoder computes it again")
 
-    def _journal(self, key: str, check: Verification) -> Repaired | None:
+    def journal(self, key: str, check: Verification) -> Repaired | None:
         if (name := record_name(key)) is None:
             return None
-        fetched = self._fetch(key, MAX_JOURNAL_BYTES, lambda data: parse_journal(data, name) is not None)
+
+        def is_whole(data: bytes) -> bool:
+            parse_journal(data, name)  # raises otherwise
+            return True
+
+        fetched = self._fetch(key, MAX_JOURNAL_BYTES, is_whole)
         return fetched or self._remove(key, ": it recorded a run, no tokens depend on it")
 
     def _fetch(self, key: str, max_bytes: int, is_whole: Callable[[bytes], object]) -> Repaired | None:
@@ -326,7 +333,7 @@ class _Repair:
             restored = correct_shard(restored, group.specs[name]) if restored is not None else None
             if not is_whole(name, restored):
                 restored, words = _read(self._other, keys[name], size), _FETCHED
-            if is_whole(name, restored):
+            if restored is not None and is_whole(name, restored):
                 self._objects.replace(keys[name], restored)
                 done.append(Repaired(key=keys.pop(name), done=words))
         if not keys:
@@ -368,14 +375,14 @@ class _Repair:
 
 
 _CLASSES = {  # folder of a file, or zarr.json -> how it is restored, in the order of repair
-    TOMBSTONES: _Repair._tombstone,  # fetch
-    SNAPSHOTS: _Repair._snapshot,  # fetch, else remove: a new one is made from the receipts
-    PARTS: _Repair._table,  # fetch, else derive from the snapshot
-    SAMPLES: _Repair._table,  # fetch, else remove what no snapshot names
-    ROOT_METADATA: _Repair._metadata,  # derive
-    RECEIPTS: _Repair._receipt,  # fetch, else derive from shards and snapshot
-    CANARIES: _Repair._reference_clips,  # fetch, else recompute, else remove
-    JOURNAL: _Repair._journal,  # fetch, else remove
+    TOMBSTONES: _Repair.tombstone,  # fetch
+    SNAPSHOTS: _Repair.snapshot,  # fetch, else remove: a new one is made from the receipts
+    PARTS: _Repair.table,  # fetch, else derive from the snapshot
+    SAMPLES: _Repair.table,  # fetch, else remove what no snapshot names
+    ROOT_METADATA: _Repair.metadata,  # derive
+    RECEIPTS: _Repair.receipt,  # fetch, else derive from shards and snapshot
+    CANARIES: _Repair.reference_clips,  # fetch, else recompute, else remove
+    JOURNAL: _Repair.journal,  # fetch, else remove
 }
 
 

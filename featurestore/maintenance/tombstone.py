@@ -33,7 +33,7 @@ from featurestore.records import (
     tombstoned_clips,
 )
 from featurestore.schemas import SAMPLE_SCHEMA
-from featurestore.shards import Shard, build_shard
+from featurestore.shards import Shard, build_shard, decode_all
 from featurestore.snapshots import ClipIndex
 from featurestore.store import clips_named
 from featurestore.writer import StoreWriter
@@ -178,7 +178,8 @@ def _erase_samples(objects: Objects, removed: Mapping[str, Tombstone], known: Co
 
 def _samples_with(objects: Objects, clips: Collection[str]) -> dict[str, str]:
     """File name -> sha256 of every version of every samples file with conversations about any of the clips."""
-    wanted, holding = pa.array(sorted(clips), pa.string()), {}
+    wanted = pa.array(sorted(clips), pa.string())
+    holding: dict[str, str] = {}
     for file in samples_files(objects.list_names(SAMPLES)):
         data = table_file(objects, f"{SAMPLES}/{file}")
         table = read_table(data, SAMPLE_SCHEMA, f"{SAMPLES}/{file}", columns=["clip_id"])
@@ -236,9 +237,8 @@ def _check_other_rows(receipt: Receipt, shards: Mapping[str, Shard], slots: Coll
     for slot, outcome in enumerate(receipt.rows):
         if outcome.state != "ok" or slot in slots:
             continue
-        stored = {name: shard.decode(slot) for name, shard in shards.items()}
-        is_whole = set(stored) == set(receipt.shards) and all(array is not None for array in stored.values())
-        if not is_whole or row_digest(stored) != outcome.digest:
+        stored = decode_all(shards, slot)
+        if stored is None or set(stored) != set(receipt.shards) or row_digest(stored) != outcome.digest:
             raise StoreDamagedError(
                 f"block {receipt.block} of {receipt.kind}/{receipt.group} is damaged at row "
                 f"{receipt.first_row() + slot}: run `merv-pipeline repair` first, then the same command again"

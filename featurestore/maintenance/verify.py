@@ -8,8 +8,7 @@ reference clips by their own digest and by a snapshot; a snapshot by its own dig
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -68,7 +67,7 @@ from featurestore.records import (
 )
 from featurestore.reference_clips import ReferenceClips, max_reference_clip_bytes
 from featurestore.schemas import SAMPLE_SCHEMA
-from featurestore.shards import CRC_BYTES, Shard, check_shard
+from featurestore.shards import CRC_BYTES, Shard, check_shard, decode_all
 from featurestore.snapshots import ClipIndex, Snapshot, load_snapshot, read_snapshot_table
 from featurestore.zarr_metadata import (
     ArraySpec,
@@ -122,20 +121,31 @@ class Findings:
     def add_orphan(self, key: str, problem: str, advice: str) -> None:
         self._all.add(Finding(key, problem, "orphan", advice))
 
-    @contextmanager
-    def reading(self, key: str) -> Iterator[None]:
+    def reading(self, key: str) -> _Reading:
         """Count the key as checked, and turn any error of reading it into damage."""
         self.checked.add(key)
-        try:
-            yield
-        except FileNotFoundError:
-            self.add_damage(key, "is missing")
-        except (MervCacheError, OSError, pa.ArrowException) as error:
-            self.add_damage(key, str(error))
+        return _Reading(self, key)
 
     def sorted(self) -> list[Finding]:
         """Damage first."""
         return sorted(self._all, key=lambda finding: (finding.severity, finding.key, finding.problem))
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A context that ends where reading an object fails; a class, so that a type checker knows that it does."""
+
+    findings: Findings
+    key: str
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> bool:
+        if not isinstance(error, MervCacheError | OSError | pa.ArrowException):
+            return False
+        self.findings.add_damage(self.key, "is missing" if isinstance(error, FileNotFoundError) else str(error))
+        return True
 
 
 def is_damaged(findings: list[Finding]) -> bool:
@@ -214,7 +224,8 @@ class Verification:
             with self.findings.reading(record_key):
                 snapshot = load_snapshot(self.objects, snapshot_id)
                 self.newest = snapshot
-                self.digests |= snapshot.parts | {entry["key"]: entry["sha256"] for entry in snapshot.samples.values()}
+                self.digests |= snapshot.parts
+                self.digests |= {entry["key"]: entry["sha256"] for entry in snapshot.samples.values()}
                 with self.findings.reading(table_key):
                     if sha256_hex(table_file(self.objects, table_key)) != snapshot.table_sha256:
                         self.findings.add_damage(table_key, "does not match the digest that its snapshot holds")
@@ -316,7 +327,8 @@ class Verification:
 
     def _check_arrays(self, kind: str, identity: FeatureIdentity) -> dict[str, ArraySpec]:
         """The sound arrays of a group. Lengths may be the newest snapshot's, or grown by parts that came since."""
-        size, lengths = self.block_rows[kind], set()
+        size = self.block_rows[kind]
+        lengths: set[int] = set()
         if self.index is not None:
             since = len(self.newest.parts) if self.newest else 0
             for stop in range(since, len(self.index.tables) + 1):
@@ -377,8 +389,8 @@ class Verification:
                 for slot, outcome in enumerate(receipt.rows):
                     if outcome.state != "ok":
                         continue
-                    stored = {name: shard.decode(slot) for name, shard in shards.items()}
-                    if any(array is None for array in stored.values()) or row_digest(stored) != outcome.digest:
+                    stored = decode_all(shards, slot)
+                    if stored is None or row_digest(stored) != outcome.digest:
                         problem = f"row {first + slot} has another digest than its shards' bytes"
                         self.findings.add_damage(receipt_key(receipt.kind, receipt.group, receipt.block), problem)
                 for name, shard in shards.items():
@@ -399,12 +411,15 @@ class Verification:
 
     def _check_named_receipts(self) -> None:
         """The receipts that the newest snapshot names must be there, and be those."""
-        for name, summary in self.newest.groups.items() if self.newest else ():
+        if self.newest is None:
+            return
+        block_rows = self.newest.block_rows
+        for name, summary in self.newest.groups.items():
             kind, group = name.split("/")
             for block, digest in summary.receipts.items():
                 key = receipt_key(kind, group, int(block))
                 with self.findings.reading(key):
-                    data = get_bounded(self.objects, key, max_receipt_bytes(self.newest.block_rows[kind]))
+                    data = get_bounded(self.objects, key, max_receipt_bytes(block_rows[kind]))
                     if f'"digest":"{digest}"'.encode() not in data:
                         self.findings.add_damage(key, "is not the receipt that the newest snapshot names")
 

@@ -7,7 +7,7 @@ Every failure of the machine or of a service (disk full, share unmounted, creden
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from featurestore.clips import check_relative_path
 from featurestore.layout import LISTING
 from mervcache.errors import AlreadyExistsError, RunStoppedError, StoreFormatError, UserError
-from mervcache.files import canonical_json, load_json, sha256_hex
+from mervcache.files import canonical_json, is_json_object, load_json, sha256_hex
 
 Buffer = bytes | bytearray | memoryview
 
@@ -158,10 +158,8 @@ def listing_bytes(sizes: Mapping[str, int]) -> bytes:
 def parse_listing(data: bytes) -> dict[str, int]:
     """Key -> bytes of an untrusted `listing.json`, every name and size checked."""
     document = load_json(data, LISTING)
-    sizes = (
-        document.get("objects") if isinstance(document, dict) and document.get("format") == _LISTING_FORMAT else None
-    )
-    if not isinstance(sizes, dict):
+    sizes = document.get("objects") if is_json_object(document) and document.get("format") == _LISTING_FORMAT else None
+    if not is_json_object(sizes):
         raise StoreFormatError(f"{LISTING} is not a listing of this version: push the store again")
     try:
         for key, size in sizes.items():
@@ -193,7 +191,7 @@ _CRAFTED = {errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.EINVAL}
 
 
 @contextmanager
-def machine_faults(what: str) -> Iterator[None]:
+def machine_faults(what: str) -> Generator[None]:
     """Turn errors of the machine into RunStoppedError with a next step; let the others pass."""
     try:
         yield
@@ -286,7 +284,7 @@ _SERVICE_FAULTS = (  # the first that matches; the last matches all
 
 
 @contextmanager
-def service_faults(what: str, url: str, errors: tuple[type[Exception], ...], **names: str) -> Iterator[None]:
+def service_faults(what: str, url: str, errors: tuple[type[Exception], ...], **names: str) -> Generator[None]:
     """Turn a client library's `errors` into errors that name the next step; `names` are fields of the messages.
 
     A missing key stays FileNotFoundError, and a lost condition (AlreadyExistsError, PreconditionError of obstore) the
@@ -303,9 +301,11 @@ def service_faults(what: str, url: str, errors: tuple[type[Exception], ...], **n
         if not isinstance(error, errors) and not any(word in text for word in _NO_BUCKET):  # a missing key
             raise FileNotFoundError(f"cannot {what}: it is not there") from error
         status = getattr(getattr(cause, "response", None), "status_code", None)
-        for fault in _SERVICE_FAULTS:
-            if classes & {*fault.classes} or status in fault.statuses or any(word in text for word in fault.words):
-                break
+        fault = next(  # the last one fits every error
+            fault
+            for fault in _SERVICE_FAULTS
+            if classes & {*fault.classes} or status in fault.statuses or any(word in text for word in fault.words)
+        )
         parts = urlsplit(url)
         message = fault.message.format(
             what=what,

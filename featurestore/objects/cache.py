@@ -159,7 +159,7 @@ class CacheFolder:
 
     def make_room(self) -> None:
         """Remove the least recently used files until the rest fits; a process that reads one keeps its open file."""
-        files = []
+        files: list[tuple[float, int, Path]] = []
         for path in self.folder.glob("??/*"):
             with suppress(OSError):
                 status = path.stat()

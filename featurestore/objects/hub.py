@@ -138,11 +138,13 @@ class HubObjects(Objects):
 
         with self._faults("list the store"):
             self._head = self._api.repo_info(self._repo, repo_type="dataset", revision=self._branch).sha
-            at_head = {"repo_type": "dataset", "revision": self._head}
-            if self._api.get_paths_info(self._repo, [".gitignore"], **at_head):
+            if self._api.get_paths_info(self._repo, [".gitignore"], repo_type="dataset", revision=self._head):
                 raise UserError(f"{self._repo} has a .gitignore, by which the Hub leaves files out: delete it there")
             try:
-                entries = list(self._api.list_repo_tree(self._repo, self._folder or None, recursive=True, **at_head))
+                tree = self._api.list_repo_tree(
+                    self._repo, self._folder or None, recursive=True, repo_type="dataset", revision=self._head
+                )
+                entries = list(tree)
             except EntryNotFoundError:
                 entries = []
         start = len(self._path(""))
@@ -199,7 +201,7 @@ class HubObjects(Objects):
         return f"{self._folder}/{key}" if self._folder else key
 
     def _faults(self, what: str) -> AbstractContextManager[None]:
-        from huggingface_hub.errors import HTTPError
+        from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]: httpx's or httpx2's
 
         errors = (HTTPError, OSError, RuntimeError, ValueError)
         return service_faults(what, self.root, errors, repo=self._repo, branch=self._branch)

@@ -13,7 +13,7 @@ import stat
 import time
 import uuid
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -39,7 +39,7 @@ class LocalObjects(Objects):
         weakref.finalize(self, _remove_if_empty, os.path.join(self.root, TEMPORARY, self._run))
         self._checked_folders: set[str] = set()
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type[LocalObjects], tuple[str]]:
         return (LocalObjects, (self.root,))  # a new process gets a temporary folder of its own
 
     def put_exclusive(self, key: str, data: Buffer | Sequence[Buffer]) -> None:
@@ -123,7 +123,7 @@ class LocalObjects(Objects):
         return [f"{TEMPORARY}/{name}" for name in names]
 
     def non_regular_files(self) -> list[str]:
-        found = []
+        found: list[str] = []
         for folder, folders, names in os.walk(self.root):
             for path in (os.path.join(folder, name) for name in (*folders, *names)):
                 if not stat.S_ISREG(mode := os.lstat(path).st_mode) and not stat.S_ISDIR(mode):
@@ -197,7 +197,7 @@ class LocalObjects(Objects):
                 os.rename(temporary, path)
 
     @contextmanager
-    def _locked(self, name: str) -> Iterator[None]:
+    def _locked(self, name: str) -> Generator[None]:
         """Hold an advisory lock among processes that share the folder; no lock where they are not supported."""
         import fcntl  # POSIX only
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 from featurestore.locate import Place, is_url, place_of
@@ -12,8 +12,11 @@ from featurestore.objects.base import Objects
 from featurestore.objects.local import LocalObjects
 from mervcache.text import check_not_redacted
 
+if TYPE_CHECKING:
+    from featurestore.objects.remote import RemoteObjects
 
-def open_objects(place: Place) -> Objects:
+
+def open_objects(place: Place) -> LocalObjects | RemoteObjects:
     """A folder, or a URL after one request to its server, so that a wrong URL or credential fails fast."""
     place = place_of(place)
     check_not_redacted(str(place))
@@ -47,11 +50,12 @@ def check_writable(place: Place) -> None:
 def open_cached(place: Place, cache: Place | bool, cache_bytes: int | None) -> Objects:
     """Like `open_objects`; what is read from a URL is cached on this machine, unless `cache` is False."""
     objects = open_objects(place)
-    if not is_url(place_of(place)) or cache is False:
+    if isinstance(objects, LocalObjects) or cache is False:
         return objects
     from featurestore.objects.cache import CachedObjects, cache_bound, cache_folder
 
-    return CachedObjects(objects, cache_folder(None if cache is True else cache), cache_bound(cache_bytes))
+    cached = CachedObjects(objects, cache_folder(None if cache is True else cache), cache_bound(cache_bytes))
+    return cast("Objects", cached)  # by its __getattr__
 
 
 def in_parallel(call: Callable[[Any], Any], items: Iterable[Any], width: int) -> list[Any]:

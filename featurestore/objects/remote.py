@@ -34,12 +34,12 @@ from mervcache.errors import AlreadyExistsError, RunStoppedError, UserError, unk
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
-    from obstore.store import ObjectStore
+    from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 HUB = "https://huggingface.co"
 MAX_PUT_BYTES = 5 << 30  # of one request, by S3's rule; a conditional put cannot be split
 _MARK = "mervput"  # metadata of an object: who put it (no dashes: Azure allows none)
-_CLIENT: dict[str, Any] = {  # obstore's default ends any request after 30 s, also one that carries a whole shard
+_CLIENT: ClientConfig = {  # obstore's default ends any request after 30 s, also one that carries a whole shard
     "timeout": timedelta(minutes=15),
     "connect_timeout": timedelta(seconds=10),
     "read_timeout": timedelta(seconds=60),
@@ -65,8 +65,8 @@ def connect(url: str, *, max_retries: int = 10) -> ObjectStore:
     if not parts.netloc:
         raise UserError(f"{url} names no bucket or host; write {parts.scheme}://NAME/FOLDER")
     _check_credentials(parts.scheme)
-    retry = {"max_retries": max_retries, "retry_timeout": timedelta(minutes=3)}
-    client = {**_CLIENT}
+    retry: RetryConfig = {"max_retries": max_retries, "retry_timeout": timedelta(minutes=3)}
+    client: ClientConfig = {**_CLIENT}
     try:
         from obstore.store import HTTPStore, from_url
 
@@ -164,7 +164,7 @@ class RemoteObjects(Objects):
         self.root = url.rstrip("/")
         self._store = connect(self.root) if store is None else store
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type[RemoteObjects], tuple[str]]:
         return (type(self), (self.root,))
 
     def ping(self) -> None:

@@ -62,7 +62,7 @@ from featurestore.transfer.selection import Selection
 from featurestore.zarr_metadata import CODECS, ArraySpec, array_specs, parse_identity
 from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import StoreDamagedError, StoreFormatError, UserError, unknown_name
-from mervcache.files import canonical_json, load_json, sha256_hex
+from mervcache.files import canonical_json, is_json_object, load_json, sha256_hex
 from mervcache.text import redact
 
 RECORD, CLIPS, SUMS = "export.json", "clips.parquet", "SHA256SUMS"
@@ -151,7 +151,7 @@ def _export_group(
     kind = name.split("/")[0]
     group, size = source.groups()[name], source.block_rows[kind]
     specs = array_specs(group.identity, kind, blocks=0, block_rows=size, codec=group.codec)
-    lines: list[dict] = []
+    lines: list[dict[str, Any]] = []
     for start in range(0, len(numbered), size):
         part = numbered[start : start + size]
         loaded = in_parallel(lambda pair: source.load(name, pair[1].clip_id, specs), part, source.parallel_reads)
@@ -248,7 +248,7 @@ class ExportCells:
         self._files = LocalObjects(folder)  # refuses links and names that lead out of the folder
         self._sums = self._read_sums()
         record = load_json(self._read(RECORD, MAX_RECORD_BYTES), RECORD)
-        record = record if isinstance(record, dict) else {}
+        record = record if is_json_object(record) else {}
         self._format = str(record.get("as"))
         if record.get("format") != FORMAT or self._format not in FORMATS:
             raise StoreFormatError(f"{folder}: {RECORD} is of another version; import it with a newer merv-pipeline")
@@ -256,7 +256,7 @@ class ExportCells:
             self.block_rows = check_block_rows(record.get("block_rows"))
         except (UserError, TypeError, ValueError, AttributeError) as error:
             raise StoreFormatError(f"{self.name}: {RECORD} has no usable block rows: {error}") from error
-        if not isinstance(groups := record.get("groups"), dict):
+        if not is_json_object(groups := record.get("groups")):
             raise StoreFormatError(f"{self.name}: {RECORD} lists no groups")
         self._groups = {name: _parse_group(name, entry) for name, entry in groups.items()}
         table = read_table(self._read(CLIPS, MAX_TABLE_BYTES), CLIP_SCHEMA, CLIPS)
@@ -351,7 +351,7 @@ class ExportCells:
             lines = read_table(self._read(path, MAX_TABLE_BYTES), CELL_SCHEMA, path).to_pylist()
             outcomes: dict[int, tuple[int, RowOutcome]] = {}
             for position, line in enumerate(lines):
-                number = line.pop("number")
+                number: int = line.pop("number")
                 if not 0 <= number < len(self._clips) or self._clips[number].kind != kind or number in outcomes:
                     raise StoreFormatError(f"{self.name}: {path} lists clip {number}, which is none of its kind")
                 if line["state"] not in ("ok", "failed"):
@@ -415,12 +415,18 @@ def _npy(data: memoryview, spec: ArraySpec, path: str) -> np.ndarray:
 
 def _parse_group(name: str, entry: Any) -> CellGroup:
     kind, _, group = name.partition("/")
-    if kind not in KINDS or not GROUP_NAME.fullmatch(group) or not isinstance(entry, dict):
+    if kind not in KINDS or not GROUP_NAME.fullmatch(group) or not is_json_object(entry):
         raise StoreFormatError(f"{RECORD} names the group {name[:100]!r}")
     identity = parse_identity(entry.get("identity"), name)
     weights, batch, codec = entry.get("weights"), entry.get("batch_shape"), entry.get("codec")
-    good = type(weights) is str and len(weights) < 1000 and type(batch) is int and 1 <= batch <= 1 << 20
-    if not good or codec not in CODECS or identity.group_name != group:
+    if (
+        type(weights) is not str
+        or len(weights) >= 1000
+        or type(batch) is not int
+        or not 1 <= batch <= 1 << 20
+        or codec not in CODECS
+        or identity.group_name != group
+    ):
         raise StoreFormatError(f"{RECORD}: {name} must have its identity, weights, batch_shape and codec")
     array_specs(identity, kind, blocks=0, block_rows=1)  # refuses rows of impossible size
     return CellGroup(identity=identity, weights=weights, batch_shape=batch, codec=codec)

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import pyarrow as pa
@@ -486,7 +486,7 @@ def _write_journal(writer: StoreWriter, sources: Sequence[CellSource], selection
     combined: dict[str, Any] = {
         "combined from": [source.provenance() for source in sources],
         "selection": {
-            name: sorted(value) if isinstance(value, frozenset) else value
+            name: sorted(cast("frozenset[str]", value)) if isinstance(value, frozenset) else value
             for name, value in asdict(selection).items()
             if value is not None or name not in ("split", "spoken_of")  # absent in the first such journals
         },

@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from featurestore.layout import (
@@ -311,7 +312,7 @@ def _send_blocks(plan: TransferPlan, done: Transferred, *, workers: int, check: 
     moving = [block.num_bytes() if check else block.num_bytes(without=sizes) for block in plan.blocks]
     progress.start(sum(moving))
     with ThreadPoolExecutor(workers, thread_name_prefix="transfer") as pool:
-        sending = pool.map(lambda block: _send_block(plan.origin, plan.target, sizes, check, block), plan.blocks)
+        sending = pool.map(partial(_send_block, plan.origin, plan.target, sizes, check), plan.blocks)
         try:
             for num_bytes, sent in zip(moving, sending, strict=True):
                 progress.advance(num_bytes)
@@ -372,7 +373,7 @@ def _copy_reference_clips(plan: TransferPlan) -> None:
     """Reference clips of the transferred groups; those that are there must have the same digest."""
     target, groups = plan.target, {f"{block.kind}/{block.group}" for block in plan.blocks}
     newest = newest_snapshot_id(target)
-    known = load_snapshot(target, newest).canaries if newest else {}
+    known: Mapping[str, str] = load_snapshot(target, newest).canaries if newest else {}
     for name, sha256 in plan.snapshot.canaries.items():
         if not plan.selection.is_whole and name not in groups:
             continue

@@ -83,9 +83,10 @@ def test_a_batch_can_be_read_into_memory_that_is_there(filled, storage_dtype):
         store.read(ids, encoder="dinov2", out=np.empty((1, 4, 2, 2, 8), dtype=expected_BTHWD.dtype))
 
 
-def test_frames_outside_the_grid_are_an_error(filled):
+@pytest.mark.parametrize("frames", [[4], 4])
+def test_frames_outside_the_grid_are_an_error(filled, frames):
     with pytest.raises(UserError, match=r"frames must be 0\.\.3, got \[4\]"):
-        filled().read(VIDEOS[:1], encoder="dinov2", frames=[4])
+        filled().read(VIDEOS[:1], encoder="dinov2", frames=frames)
 
 
 def test_prefix_tokens_are_read_beside(filled, make, storage_dtype):
