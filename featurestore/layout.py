@@ -18,17 +18,19 @@ DEFAULT_BLOCK_ROWS: dict[str, int] = {"video": 64, "image": 256}
 MAX_BLOCK_ROWS = 65_536  # a shard's index is 16 bytes a row and must stay small
 
 ROOT_METADATA = "zarr.json"
-PARTS, SAMPLES, RECEIPTS, SNAPSHOTS, JOURNAL, TOMBSTONES, CANARIES, TEMPORARY = (
+PARTS, SAMPLES, RECEIPTS, SNAPSHOTS, TAGS, JOURNAL, TOMBSTONES, CANARIES, TEMPORARY = (
     "clips",
     "samples",
     "receipts",
     "snapshots",
+    "tags",
     "journal",
     "tombstones",
     "canaries",
     "tmp",
 )
 CARD, LISTING = "README.md", "listing.json"  # written by `push`: for people, and for places that cannot list
+VIEWER = "viewer"  # tables written by `push` for the Hub's dataset viewer
 NEWEST = "newest.json"  # in a bucket: what is newest, for readers; see newest.py
 # Arrays of a group, in the order in which their shards are put and their rows digested: tokens last, see writer.py.
 ARRAYS: tuple[str, ...] = ("prefix", "scale", "offset", "tokens")
@@ -43,11 +45,15 @@ _SAMPLES_FILE = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]{0,99})(?:\.([1-9]\d{0,5})
 _RECEIPT_FILE = re.compile(r"(\d{8})\.json")
 _JOURNAL_FILE = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]{0,209})\.json")
 _TOMBSTONE_FILE = re.compile(r"([0-9a-f]{16})\.json")
+_TAG = r"[A-Za-z0-9][A-Za-z0-9_-]*(?:\.[A-Za-z0-9_-]+)*"  # also a tag of git
+MAX_TAG_CHARACTERS = 100
+_TAG_FILE = re.compile(rf"({_TAG})\.json")
 _SNAPSHOT_ID = r"\d{8}-[0-9a-f]{12}"
 _CANARY_FILE = re.compile(rf"({GROUP_NAME.pattern})\.safetensors")
 _SNAPSHOT_FILE = re.compile(rf"({_SNAPSHOT_ID})\.json")
 _RECORD_FILES = {
     SNAPSHOTS: re.compile(rf"({_SNAPSHOT_ID})\.(?:json|parquet)"),
+    TAGS: _TAG_FILE,
     JOURNAL: _JOURNAL_FILE,
     TOMBSTONES: _TOMBSTONE_FILE,
 }
@@ -221,8 +227,33 @@ def snapshot_ids(names: list[str]) -> list[str]:
     return sorted(match[1] for name in names if (match := _SNAPSHOT_FILE.fullmatch(name)))
 
 
+def is_snapshot_id(text: str) -> bool:
+    return re.fullmatch(_SNAPSHOT_ID, text) is not None
+
+
+def tag_key(name: str) -> str:
+    """`tags/NAME.json`; UserError for a name that is no tag."""
+    if len(name) > MAX_TAG_CHARACTERS or not re.fullmatch(_TAG, name) or is_snapshot_id(name):
+        raise UserError(
+            f"a tag is letters, digits, '_', '-' and single dots, at most {MAX_TAG_CHARACTERS} characters and no "
+            f"snapshot id, got {name!r}"
+        )
+    return f"{TAGS}/{name}.json"
+
+
+def tag_names(names: list[str]) -> list[str]:
+    """Sorted tags among file names."""
+    tags = sorted(match[1] for name in names if (match := _TAG_FILE.fullmatch(name)))
+    return [tag for tag in tags if len(tag) <= MAX_TAG_CHARACTERS and not is_snapshot_id(tag)]
+
+
+def viewer_key(name: str) -> str:
+    """A table that `push` writes for the Hub's dataset viewer."""
+    return f"{VIEWER}/{name}.parquet"
+
+
 def record_name(key: str) -> str | None:
-    """The id or name in the key of a snapshot, journal or tombstone; None of any other key."""
+    """The id or name in the key of a snapshot, tag, journal or tombstone; None of any other key."""
     folder, _, file = key.partition("/")
     match = _RECORD_FILES[folder].fullmatch(file) if folder in _RECORD_FILES else None
     return match[1] if match else None

@@ -181,6 +181,11 @@ class FeatureStore:
     def sample_names(self) -> list[str]:
         return sorted(self._record.samples)
 
+    @property
+    def sample_keys(self) -> dict[str, str]:
+        """Samples name -> key of the Parquet file that holds its current version."""
+        return {name: self._record.samples[name]["key"] for name in self.sample_names}
+
     def samples(self, name: str | None = None) -> list[Sample]:
         """Conversations of one name, or of all names in order."""
         if name is not None and name not in self._record.samples:

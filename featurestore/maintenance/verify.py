@@ -28,6 +28,7 @@ from featurestore.layout import (
     SAMPLES,
     SNAPSHOTS,
     TEMPORARY,
+    VIEWER,
     allocated_blocks,
     array_metadata_key,
     group_metadata_key,
@@ -472,8 +473,9 @@ class Verification:
             problem = "is a link or device; a store holds plain files"
             self.findings.add_damage(key, problem, "put the file in its place, or delete it")
         for key in sorted(self.objects.list_tree()):
-            if key in self.findings.checked or key in (CARD, LISTING, NEWEST) or key.split("/")[0] == TEMPORARY:
-                continue  # card and listing are written again by every push, NEWEST is checked where it is used
+            top = key.split("/")[0]
+            if key in self.findings.checked or key in (CARD, LISTING, NEWEST) or top in (TEMPORARY, VIEWER):
+                continue  # every push writes card, listing and viewer again, NEWEST is checked where it is used
             if place := shard_place(key):
                 kind, group, array, _ = place
                 self.findings.add_orphan(

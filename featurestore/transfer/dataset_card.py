@@ -15,6 +15,7 @@ import numpy as np
 from featurestore.layout import CARD
 from featurestore.locate import is_url
 from featurestore.objects.base import Objects, put_if_absent
+from featurestore.objects.remote import hub_parts
 from featurestore.quality import (
     loss_notes,
     loss_table,
@@ -25,6 +26,7 @@ from featurestore.quality import (
     token_table,
 )
 from featurestore.store import FeatureStore
+from featurestore.transfer.viewer import configs_lines, viewer_configs
 from mervcache.errors import UserError
 from mervcache.text import one_line, redact
 
@@ -42,8 +44,7 @@ tags:
 - feature-extraction
 - zarr
 - merv
-viewer: false
----"""
+{configs}---"""
 _LOAD = """## Load
 
 ```python
@@ -53,6 +54,13 @@ tokens_BTHWD = store.read(store.clips["clip_id"].to_pylist()[:8], encoder={encod
 ```
 
 Copy it with `merv-pipeline pull {place} FOLDER`, check it with `merv-pipeline verify --full FOLDER`."""
+_LOAD_TABLES = """
+Clips, samples and quarantine without tokens, for `datasets`; the viewer of the Hub shows the same tables:
+
+```python
+from datasets import load_dataset
+clips = load_dataset({name!r}, "clips", split="clips")
+```"""
 
 
 def write_card(objects: Objects, store: FeatureStore, *, place: str, license: str | None = None) -> bool:
@@ -77,12 +85,12 @@ def card(store: FeatureStore, *, place: str, license: str = DEFAULT_LICENSE) -> 
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,63}", license):
         raise UserError(f"a license is an identifier such as cc-by-4.0, apache-2.0, other or unknown, got {license!r}")
     size = next((name for bound, name in _SIZES if len(store) < bound), "1M<n<10M")
-    info = store.info()
+    info, configs = store.info(), "".join(f"{line}\n" for line in configs_lines(viewer_configs(store)))
     kinds = ", ".join(f"{number} {kind} clips" for kind, number in info["clips"].items() if number)
     datasets = sorted(Counter(store.clips["dataset"].to_pylist()).items())
     samples = [f"{_cell(name)} ({len(store.samples(name))})" for name in store.sample_names]
     lines = [
-        *(_FRONT_MATTER.format(license=license, size=size), MARK, "", "# A feature store", ""),
+        *(_FRONT_MATTER.format(license=license, size=size, configs=configs), MARK, "", "# A feature store", ""),
         f"Tokens of frozen encoders over {kinds or 'no clips'}, {info['stored_bytes'] / 1e6:.1f} MB,",
         f"at snapshot `{store.snapshot}`. Plain Zarr v3, Parquet and JSON; every byte is covered by a digest.",
         *("", "| dataset | clips |", "|---|--:|", *(f"| {_cell(name)} | {number} |" for name, number in datasets)),
@@ -96,7 +104,20 @@ def card(store: FeatureStore, *, place: str, license: str = DEFAULT_LICENSE) -> 
     lines += [*_encoders(store), *_distortion(store), *_quarantine(store)]
     encoder = next(iter(store.encoders), "dinov2")
     place = _line(place if is_url(place) else Path(place).name)  # not the path to it on this machine
-    return "\n".join([*lines, _LOAD.format(place=place, encoder=encoder), ""])
+    lines.append(_LOAD.format(place=place, encoder=encoder))
+    if "configs:" in configs and (name := _dataset_name(place)):
+        lines.append(_LOAD_TABLES.format(name=name))
+    return "\n".join([*lines, ""])
+
+
+def _dataset_name(place: str) -> str | None:
+    """What `datasets.load_dataset` takes for the place; None of a bucket, a web server and a folder of a repository."""
+    if not is_url(place):
+        return place
+    if not place.startswith("hf://datasets/"):
+        return None
+    repo, _, folder = hub_parts(place)
+    return None if folder else repo
 
 
 def _encoders(store: FeatureStore) -> list[str]:

@@ -23,6 +23,7 @@ from featurestore.layout import (
     NEWEST,
     ROOT_METADATA,
     TEMPORARY,
+    VIEWER,
     block_of,
     journal_key,
     journal_names,
@@ -55,6 +56,7 @@ from featurestore.snapshots import Snapshot, load_snapshot, newest_snapshot_id, 
 from featurestore.store import FeatureStore
 from featurestore.transfer.dataset_card import write_card
 from featurestore.transfer.selection import Selection
+from featurestore.transfer.viewer import put_viewer_tables
 from featurestore.writer import StoreWriter
 from featurestore.zarr_metadata import read_arrays
 from mervcache.console import SILENT, ProgressLine
@@ -145,11 +147,12 @@ def push(
             destination,
             len(shared),
         )
+    put_viewer_tables(target, store)
     done.card = write_card(target, store, place=str(destination), license=license)
     sizes = {
         key: size
         for key, size in target.list_tree().items()
-        if key not in (LISTING, CARD, NEWEST) and not key.startswith((f"{TEMPORARY}/", "."))
+        if key not in (LISTING, CARD, NEWEST) and not key.startswith((f"{TEMPORARY}/", f"{VIEWER}/", "."))
     }
     listing = listing_bytes(sizes)
     if not put_if_absent(target, LISTING, listing) and target.get(LISTING) != listing:

@@ -49,7 +49,8 @@ def stored(kit) -> dict[str, bytes]:
 
 def arrived(hub, folder: str = "") -> dict[str, bytes]:
     own = ("README.md", "listing.json", ".gitattributes")
-    return {key.removeprefix(folder): data for key, data in hub.files.items() if key.removeprefix(folder) not in own}
+    files = {key.removeprefix(folder): data for key, data in hub.files.items()}
+    return {key: data for key, data in files.items() if key not in own and not key.startswith("viewer/")}
 
 
 def test_a_store_on_the_hub_has_the_same_bytes_reads_the_same_and_comes_back(full, hub, tmp_path):
@@ -67,13 +68,15 @@ def test_a_store_on_the_hub_has_the_same_bytes_reads_the_same_and_comes_back(ful
 
 
 def test_the_last_commit_has_the_snapshot_the_card_and_the_listing_and_earlier_ones_are_bounded(full, hub, monkeypatch):
-    monkeypatch.setattr(hub_objects, "MAX_FILES", 5)
+    monkeypatch.setattr(hub_objects, "MAX_FILES", 6)
     push(full.path, URL)
-    assert all(len(paths) <= 5 for paths in hub.commits)
+    assert all(len(paths) <= 6 for paths in hub.commits)
     newest = full.open().snapshot
     assert set(hub.commits[-1]) == {
         f"snapshots/{newest}.json",
         f"snapshots/{newest}.parquet",
+        "viewer/clips.parquet",
+        "viewer/quarantine.parquet",
         "README.md",
         "listing.json",
     }
