@@ -6,7 +6,6 @@ is printed without markup and with control characters escaped.
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
 import logging
@@ -16,19 +15,17 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar, cast
 
 from mervcache.errors import MervCacheError, missing_extra
+from mervcache.logs import echo, emit, is_json, is_shown, log_to_stderr
 from mervcache.text import redact_all, safe
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from rich.console import Console
     from rich.text import Text
 
@@ -37,7 +34,6 @@ Decorator = Callable[[Command], Command]
 Item = TypeVar("Item")
 
 CONTEXT = {"show_default": True, "help_option_names": ["-h", "--help"], "max_content_width": 110}  # click settings
-PACKAGES = ("mervcache", "featurestore", "jobs", "pipeline", "trainer")
 PIPED_WIDTH = 160  # characters of a sentence where stdout is not a terminal; rich would fold it at 80
 LOG_INTERVAL_S = 10.0  # between log lines; in long runs a 60th of the elapsed time, up to the maximum
 MAX_LOG_INTERVAL_S = 300.0
@@ -46,35 +42,6 @@ RATE_WINDOW_S = 300.0  # rates and ETA cover the last five minutes, because work
 RATE_STEP_S = 5.0  # between two samples of the window
 LOG_WIDTH = 120  # characters of a log line
 BAR_WIDTH = 24
-
-
-def echo(line: str) -> None:
-    """Print a line on stderr, without credentials and control characters; stdout is for results."""
-    try:
-        print(safe(line), file=sys.stderr, flush=True)
-    except OSError as error:
-        if error.errno != errno.EIO:  # a terminal that hung up: the run ends in order nevertheless
-            raise
-
-
-class _EchoHandler(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        echo(self.format(record))  # looks up sys.stderr each time: a live progress line replaces it
-
-
-def log_to_stderr() -> None:
-    """Print the INFO messages of our packages on stderr, as plain lines; tracebacks of bugs are redacted too."""
-    sys.excepthook = _print_traceback
-    logging.lastResort = _EchoHandler(logging.WARNING)  # warnings of libraries
-    for name in PACKAGES:
-        logger = logging.getLogger(name)
-        logger.setLevel(logging.INFO)
-        if not any(isinstance(handler, _EchoHandler) for handler in logger.handlers):
-            logger.addHandler(_EchoHandler())
-
-
-def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    echo("".join(traceback.format_exception(kind, error, trace)).rstrip())
 
 
 def handle_errors(*, interrupted: str) -> Decorator:
@@ -91,20 +58,24 @@ def handle_errors(*, interrupted: str) -> Decorator:
             try:
                 return command(*args, **kwargs)
             except MervCacheError as error:
-                echo(f"Error: {error}")
-                sys.exit(1)
+                _exit_with_error(error, str(error))
             except ModuleNotFoundError as error:
                 if (message := missing_extra(error)) is None:
                     raise
-                echo(f"Error: {message}")
-                sys.exit(1)
+                _exit_with_error(error, message)
             except KeyboardInterrupt:
-                echo(f"\n{interrupted}")
+                echo(f"\n{interrupted}", event="interrupted", level=logging.WARNING, exit_code=130)
                 sys.exit(130)
 
         return wrapped
 
     return decorate
+
+
+def _exit_with_error(error: Exception, message: str) -> NoReturn:
+    fields = {"message": message, "type": type(error).__name__, "exit_code": 1}
+    echo(f"Error: {message}", event="error", level=logging.ERROR, **fields)
+    sys.exit(1)
 
 
 @contextmanager
@@ -116,7 +87,7 @@ def handle_interrupts(message: str) -> Generator[None, None, None]:
 
     def interrupt(number: int, frame: Any) -> None:
         signal.signal(number, signal.default_int_handler)
-        echo(f"\n{message}")
+        echo(f"\n{message}", event="interrupted", level=logging.WARNING, signal=signal.Signals(number).name)
         raise KeyboardInterrupt
 
     is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
@@ -300,6 +271,7 @@ class ProgressLine:
         self._running: dict[str, tuple[str, Counts]] = {}  # part -> its newest attempt and what that has done
         self._over: set[str] = set()  # finished parts, and attempts that were replaced
         self._waiting = self._postfix = ""
+        self._fields: dict[str, Any] = {}
         self._logged = (self._final, self._waiting)  # in the newest log line
         self._is_closed = False
         self._started = self._last_line = time.monotonic()
@@ -354,9 +326,9 @@ class ProgressLine:
         self._waiting = reason
         self._show()
 
-    def set_postfix(self, postfix: str) -> None:
-        """Text after the ETA, in place of the rates: loss, learning rate."""
-        self._postfix = postfix
+    def set_postfix(self, postfix: str, **fields: Any) -> None:
+        """Text after the ETA, in place of the rates: loss, learning rate; `fields` are the figures in it, by name."""
+        self._postfix, self._fields = postfix, fields
         if self._live is not None:
             self._show()
 
@@ -370,8 +342,8 @@ class ProgressLine:
     def elapsed_s(self) -> float:
         return time.monotonic() - self._started
 
-    def text(self, width: int = LOG_WIDTH) -> str:
-        """`84/120 clips, 1 failed, ETA 0:00:12, 3.1 clips/s, 99 frames/s; dinov2 61%`: the parts that fit."""
+    def figures(self) -> dict[str, Any]:
+        """What the line shows, as JSON values: rates are per second over the last five minutes, times in seconds."""
         counts, now = self.counts, time.monotonic()
         with self._lock:
             if now - self._window[-1][0] >= RATE_STEP_S:
@@ -381,20 +353,39 @@ class ProgressLine:
             began, before = self._window[0]
         seconds, done = max(now - began, 1e-9), self._first + counts.done
         rate = max(0, counts.done - before.done) / seconds  # a part that began anew does not count down
-        amounts = {name: max(0, n - before.amounts.get(name, 0)) / seconds for name, n in counts.amounts.items()}
-        eta = f"ETA {_clock((self.total - done) / rate)}" if rate else "ETA unknown"
+        total_s = sum(counts.seconds.values()) or 1.0
+        return {
+            "label": self.label,
+            "done": math.ceil(done / self._scale),
+            "total": math.ceil(self.total / self._scale),
+            "unit": self.unit,
+            "failed": counts.failed,
+            "rate": rate / self._scale,
+            "rates": {name: max(0, n - before.amounts.get(name, 0)) / seconds for name, n in counts.amounts.items()},
+            "eta_s": (self.total - done) / rate if rate else None,
+            "elapsed_s": self.elapsed_s,
+            "is_done": done >= self.total,
+            "shares": {name: spent_s / total_s for name, spent_s in counts.seconds.items()},
+            "notes": {name: number for name, number in counts.notes.items() if number},
+            "waiting": self._waiting or None,
+            **self._fields,
+        }
+
+    def text(self, width: int = LOG_WIDTH) -> str:
+        """`84/120 clips, 1 failed, ETA 0:00:12, 3.1 clips/s, 99 frames/s; dinov2 61%`: the parts that fit."""
+        now = self.figures()
+        eta = "ETA unknown" if now["eta_s"] is None else f"ETA {_clock(now['eta_s'])}"
         parts = [
             *filter(None, [self._waiting]),
-            f"{math.ceil(done / self._scale)}/{math.ceil(self.total / self._scale)} {self.unit}",
-            *(f"{number} {name}" for name, number in {"failed": counts.failed, **counts.notes}.items() if number),
-            f"took {_clock(self.elapsed_s)}" if done >= self.total else eta,
+            f"{now['done']}/{now['total']} {self.unit}",
+            *(f"{number} {name}" for name, number in {"failed": now["failed"], **now["notes"]}.items() if number),
+            f"took {_clock(now['elapsed_s'])}" if now["is_done"] else eta,
         ]
         if self._postfix:
             return ", ".join([*parts, self._postfix])
-        parts += [f"{_short(r)} {name}/s" for name, r in {self.unit: rate / self._scale, **amounts}.items()]
-        spent = sorted(counts.seconds.items(), key=lambda item: -item[1])
-        total_s = sum(counts.seconds.values()) or 1.0
-        shares = [f"{name} {spent_s / total_s:.0%}" for name, spent_s in spent if spent_s / total_s >= 0.01]
+        parts += [f"{_short(rate)} {name}/s" for name, rate in {self.unit: now["rate"], **now["rates"]}.items()]
+        spent = sorted(now["shares"].items(), key=lambda item: -item[1])
+        shares = [f"{name} {share:.0%}" for name, share in spent if share >= 0.01]
         line, separators = parts[0], [*[", "] * (len(parts) - 1), "; ", *[", "] * len(shares)]
         for separator, part in zip(separators, parts[1:] + shares, strict=False):
             if len(line + separator + part) > width:
@@ -404,12 +395,12 @@ class ProgressLine:
 
     @property
     def _is_shown(self) -> bool:
-        return not self.quiet and self.total > self._first
+        return not self.quiet and self.total > self._first and is_shown(logging.INFO)
 
     def _open(self) -> None:
         if not self._is_shown:
             return
-        if not self._stream.isatty() or os.environ.get("TERM") in ("dumb", "unknown"):
+        if is_json() or not self._stream.isatty() or os.environ.get("TERM") in ("dumb", "unknown"):
             self._closed = threading.Event()
             threading.Thread(target=self._show_regularly, args=(self._closed,), daemon=True).start()
             return
@@ -450,6 +441,9 @@ class ProgressLine:
 
     def _write_line(self) -> None:
         self._last_line, self._logged = time.monotonic(), (self.counts, self._waiting)
+        if is_json():
+            emit("progress", **self.figures(), message=self.text())
+            return
         head = f"{self.label}: "
         print(safe(head + self.text(LOG_WIDTH - len(head))), file=self._stream, flush=True)
 
@@ -461,7 +455,8 @@ def log_while_running(label: str, *, quiet: bool = False) -> Generator[None]:
 
     def log_regularly() -> None:
         while not done.wait(LOG_INTERVAL_S - PULSE_S):
-            echo(f"{label}: {_clock(time.monotonic() - began)}")
+            elapsed_s = time.monotonic() - began
+            echo(f"{label}: {_clock(elapsed_s)}", event="progress", label=label, elapsed_s=elapsed_s)
 
     if not quiet:
         threading.Thread(target=log_regularly, daemon=True).start()

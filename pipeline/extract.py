@@ -446,6 +446,7 @@ def _count(outcome: Outcome, summary: ExtractSummary, progress: ProgressLine) ->
     error = outcome.error
     if error is None:
         summary.add(outcome.result)
+        outcome.result.emit()
         progress.finish(outcome.task.key, _counts(outcome.result))
         return
     if isinstance(error, RunStoppedError):

@@ -20,6 +20,7 @@ from mervcache.completion import complete_dataset, complete_encoders, complete_s
 from mervcache.config import load_yaml, parse_pairs
 from mervcache.console import CONTEXT, echo, handle_errors, print_result, report_saved, stacked
 from mervcache.errors import StoreNotFoundError, UserError, no_file
+from mervcache.program import Program, ProgramCommand
 from mervcache.text import printable
 from trainer.cli_evaluate import (
     answer_options,
@@ -106,7 +107,7 @@ live_options = stacked(  # of --end-to-end, named as in `merv-pipeline extract`
 )
 
 
-@click.command(context_settings=CONTEXT, epilog=EXAMPLES["train"])
+@click.command(cls=ProgramCommand, context_settings=CONTEXT, epilog=EXAMPLES["train"])
 @handle_cli_errors
 @click.version_option(package_name="merv-pipeline")
 @click.option(
@@ -304,7 +305,7 @@ CHECKPOINT = click.option("--checkpoint", type=click.Path(path_type=Path), requi
 OWN_STORE = "the one the run was trained on"
 
 
-@click.group(context_settings=CONTEXT, epilog=EXAMPLES["eval"])
+@click.group(cls=Program, context_settings=CONTEXT, epilog=EXAMPLES["eval"])
 @click.version_option(package_name="merv-pipeline")
 def eval_main() -> None:
     """Score trained runs, export them, import official checkpoints."""

@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 from mervcache.errors import UserError
+from mervcache.program import Program
 from trainer import cli
 from trainer.ablation.cli import COMMANDS
 from trainer.ablation.cli_probe import probe_command
@@ -37,7 +38,7 @@ def _train_or_command(**options: Any) -> None:
         )
 
 
-train_main = click.Group(
+train_main = Program(
     "merv-train",
     commands=[sweep],
     params=cli.train_main.params,

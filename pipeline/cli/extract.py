@@ -16,6 +16,7 @@ from featurestore.locate import Place, find_store, store_first
 from jobs.slurm import TEMPLATES, submit_script
 from mervcache.completion import SHELLS, complete_dataset, complete_store, completion_script
 from mervcache.console import CONTEXT, ProgressLine, examples, handle_interrupts
+from mervcache.program import Program
 from pipeline.cli.explore import EXPLORE_COMMANDS
 from pipeline.cli.options import (
     AS_JSON,
@@ -38,6 +39,7 @@ PROGRAMS = ("merv-pipeline", "merv-train", "merv-eval")  # of the distribution
 
 
 @click.group(
+    cls=Program,
     context_settings=CONTEXT,
     epilog=examples(
         "merv-pipeline extract --dataset demo --config pipeline/demo.yaml", "merv-pipeline report features/demo.zarr"

@@ -6,6 +6,7 @@ An option that is not given is None, so that the config file's value or the defa
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -195,7 +196,8 @@ def _grid(text: str) -> tuple[int, ...]:
 def exit_with_failures(summaries: Sequence[ExtractSummary]) -> None:
     """Print what is missing as the last line and exit with its code; return if nothing is."""
     if failures := [summary.failures for summary in summaries if summary.failures]:
-        echo(f"finished with failures (exit code {EXIT_WITH_FAILURES}): {'; '.join(failures)}")
+        line = f"finished with failures (exit code {EXIT_WITH_FAILURES}): {'; '.join(failures)}"
+        echo(line, event="finished", level=logging.WARNING, exit_code=EXIT_WITH_FAILURES)
         click.get_current_context().exit(EXIT_WITH_FAILURES)
 
 

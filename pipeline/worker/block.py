@@ -326,6 +326,7 @@ class _Block:
                 for name, receipt in receipts.items()
             },
             reasons=dict(Counter(reasons.values())),
+            failures={self._clips[row].clip_id: reason for row, reason in reasons.items()},
             seconds=dict(self.seconds),
         )
 

@@ -6,11 +6,13 @@ the driver imports this module too.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from featurestore.identity import FeatureIdentity
+from mervcache.logs import emit
 
 DECODING = "decode (in its processes)"
 COMPRESSING, COMMITTING = "compress (in its threads)", "commit (in its thread)"  # "commit" was a part of "total" once
@@ -71,11 +73,19 @@ class BlockReport(BlockCounts):
     reused: int  # cells (clip and encoder) copied from another store
     made: Mapping[str, EncoderWork]  # by encoder
     reasons: Mapping[str, int]  # why clips failed -> how many
+    failures: Mapping[str, str] = field(default_factory=dict)  # clip id -> why it failed
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> BlockReport:
         made = {name: EncoderWork(**work) for name, work in record["made"].items()}
         return cls(**{**record, "made": made})
+
+    def emit(self) -> None:
+        """A JSON line per quarantined clip and one for the block, with `--log-json`; text has the progress line."""
+        where = {"kind": self.kind, "block": self.block}
+        for clip_id, reason in self.failures.items():
+            emit("quarantined", level=logging.WARNING, **where, clip=clip_id, reason=reason)
+        emit("block", **where, clips=self.clips, failed=self.failed, bytes=self.bytes, seconds=self.seconds)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -281,7 +281,7 @@ def test_a_call_without_steps_shows_life(monkeypatch):
     monkeypatch.setattr("mervcache.console.PULSE_S", 0.0)
     monkeypatch.setattr("mervcache.console.LOG_INTERVAL_S", 0.01)
     lines = queue.Queue()
-    monkeypatch.setattr("mervcache.console.echo", lines.put)
+    monkeypatch.setattr("mervcache.console.echo", lambda line, **fields: lines.put(line))
     with log_while_running("loading llm"):
         assert lines.get(timeout=60).startswith("loading llm: 0:00:00")
 

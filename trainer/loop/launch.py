@@ -18,6 +18,7 @@ from typing import Literal
 
 from mervcache.console import echo
 from mervcache.errors import EXIT_WITH_FAILURES, UserError
+from mervcache.logs import restore_stderr, start_json_if_given
 
 Launch = Literal["ddp", "fsdp"]
 LAUNCH_FILES: dict[Launch, Path] = {
@@ -87,6 +88,7 @@ def relaunch(
     num_gpus = torch.cuda.device_count()
     command = launch_command(launch, num_processes(launch, processes, num_gpus), arguments, program, machines)
     echo(f"running {shlex.join(command)}")
+    restore_stderr()  # the launcher makes its own pipe
     os.execve(command[0], command, launch_environment(os.environ, num_gpus))
 
 
@@ -119,6 +121,7 @@ def run_launcher() -> None:
     """Run accelerate's launcher in this process and exit with the code that the first rank has left, else 0."""
     from accelerate.commands.launch import main
 
+    start_json_if_given(sys.argv)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "exit_code"
         os.environ[EXIT_FILE_VARIABLE] = str(file)

@@ -112,7 +112,8 @@ class MetricsWriter:
         skipped = f"  {plural(self._num_skipped, 'step')} skipped" if self._num_skipped else ""
         self._line.set_postfix(
             f"loss {_shown(last['loss'], 4)}{skipped}  lr {rate:.1e}  {last['samples_per_s']:.1f} samples/s"
-            f"  {last['tokens_per_s']:.0f} tokens/s  waits {last['wait_share']:.0%}{self._validation}"
+            f"  {last['tokens_per_s']:.0f} tokens/s  waits {last['wait_share']:.0%}{self._validation}",
+            metrics=last,
         )
 
 

@@ -69,6 +69,15 @@ def test_two_launched_processes_have_the_losses_of_one_and_one_of_them_prints(he
         assert together[-1][name] == pytest.approx(alone[-1][name], rel=1e-4), name
 
 
+def test_every_line_of_two_launched_processes_and_their_launcher_is_json(here):
+    done = merv_train(here, "--out", "logged", "--log-json", "--launch", "ddp", "--processes", "2")
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert all({"time", "level", "event"} <= line.keys() for line in lines)
+    progress = [line for line in lines if line["event"] == "progress" and line["label"] == "train"][-1]
+    assert (progress["done"], progress["total"], progress["metrics"]["step"]) == (4, 4, 3)
+    assert progress["metrics"]["loss"] > 0
+
+
 def test_two_machines_of_one_process_have_the_losses_of_one(here, free_port):
     """Both are this machine: each runs the command with its number, and the first one's address."""
     merv_train(here, "--out", "alone")
