@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
 from jobs.event_loop import event_loop
@@ -48,7 +48,7 @@ def connect(request: ClusterRequest) -> Iterator[Client]:
     if request.num_workers < 0:
         raise ClusterError(f"a run needs at least one worker, got {request.num_workers}")
     check_scheduler(request.scheduler)
-    import dask  # here, for --help: 0.1 s
+    import dask.config  # here, for --help: 0.1 s
     from distributed.gc import disable_gc_diagnosis  # loads Dask's defaults, which come before our settings
 
     with dask.config.set(DASK_SETTINGS), _cluster(request).open(request) as client:
@@ -79,7 +79,8 @@ def _check_gpus(client: Client, device: str, *, required: bool, workers: list[st
     `workers`: query only these; earlier answers are remembered, because a busy worker may not answer.
     """
     known = _UUIDS.setdefault(client, {})
-    for worker, uuid in client.run(device_uuid, device, workers=workers, on_error="return").items():
+    answers = client.run(device_uuid, device, workers=workers, on_error="return")
+    for worker, uuid in cast("dict[str, Any]", answers).items():
         if isinstance(uuid, OSError):
             continue  # it has just left
         if isinstance(uuid, Exception):
@@ -133,7 +134,7 @@ def visible_gpus() -> list[str]:
 @contextmanager
 def local(request: ClusterRequest) -> Iterator[Client]:
     """Workers on this machine: one lives in this process, which costs no start-up time, more are processes."""
-    import dask
+    import dask.config
     from distributed import Nanny, Worker
 
     num_workers = request.num_workers or 1
@@ -157,13 +158,14 @@ def cuda(request: ClusterRequest) -> Iterator[Client]:
     dask-cuda starts them where it is installed, and binds each to the cores next to its GPU. Its releases pin Dask to
     one version, so where it is not installed, and for groups, nannies set CUDA_VISIBLE_DEVICES before a worker starts.
     """
-    import dask
+    import dask.config
     from distributed import Client, Nanny
 
     gpus = _selected_gpus(request)
     groups = [",".join(gpus[first : first + request.ranks]) for first in range(0, len(gpus), request.ranks)]
     try:
-        from dask_cuda import LocalCUDACluster  # optional, and slow to import
+        # optional, and slow to import
+        from dask_cuda import LocalCUDACluster  # pyright: ignore[reportMissingImports]: goes with one Dask only
     except ImportError:
         LocalCUDACluster = None
         log.info("dask-cuda is not installed: %d worker processes, one pinned to each GPU, all cores shared", len(gpus))
@@ -219,7 +221,7 @@ def _start_cluster(
             workers={number: {"cls": cls, "options": each | own} for number, (cls, own) in enumerate(workers)},
             scheduler={"cls": Scheduler, "options": scheduler},
             security=security,
-            silence_logs=50,
+            silence_logs=50,  # pyright: ignore[reportArgumentType]: a level of logging, as documented
             loop=loop,
         ) as cluster,
         Client(cluster) as client,
@@ -271,7 +273,7 @@ def attach(request: ClusterRequest) -> Iterator[Client]:
     from distributed import Client
 
     by_file = Path(request.scheduler).is_file()
-    address = {"scheduler_file": request.scheduler} if by_file else {"address": request.scheduler}
+    address: dict[str, Any] = {"scheduler_file": request.scheduler} if by_file else {"address": request.scheduler}
     with event_loop() as loop:
         try:
             client = Client(**address, loop=loop, timeout="10 s")

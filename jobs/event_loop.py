@@ -28,10 +28,12 @@ def event_loop() -> Iterator[IOLoop]:
 
     runner = LoopRunner()
     runner.start()
+    loop = runner.loop
+    assert loop is not None
     try:
-        yield runner.loop
+        yield loop
     finally:
-        sync(runner.loop, _finish)
+        sync(loop, _finish)
         runner.stop()
 
 

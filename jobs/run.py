@@ -16,12 +16,13 @@ from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from jobs.settings import WORKER_WAIT_S
 from mervcache.errors import ClusterError
 
 if TYPE_CHECKING:
+    from dask.typing import Key
     from distributed import Client, Future
 
 TOPIC = "task-reports"  # of events in Dask's scheduler
@@ -129,7 +130,7 @@ def run_tasks(
         while True:
             window.fill(function, remaining)
             if not window.running:
-                if not deadly:
+                if not deadly or after_deaths is None:
                     return
                 window.submit(after_deaths, deadly.popleft(), attempts)
             if (ended := window.next()) is None:
@@ -197,7 +198,7 @@ class _Window:
         self._client, self._workers, self._on_report = client, workers, listener.report
         self._per_worker = per_worker
         self._finished: SimpleQueue[Future] = SimpleQueue()
-        self.running: dict[str, _Attempt] = {}  # by the future's key
+        self.running: dict[Key, _Attempt] = {}  # by the future's key
 
     def __enter__(self) -> _Window:
         if self._on_report is not None:
@@ -213,7 +214,8 @@ class _Window:
 
     def _handle_event(self, event: tuple[float, Any]) -> None:
         _, message = event
-        if found := self.running.get(message["key"]):  # not a task of another driver
+        found = self.running.get(message["key"])  # None: a task of another driver
+        if found is not None and self._on_report is not None:
             self._on_report(found.task, message["attempt"], message["counts"])
 
     def fill(self, function: Callable[..., Any], remaining: Iterator[Task]) -> None:
@@ -247,7 +249,7 @@ class _Window:
         if future.cancelled():  # not by us: cancelled futures are not watched
             raise ClusterError(SCHEDULER_LOST)
         try:
-            error = future.exception(timeout=RECOUNT_S)
+            error = cast("BaseException | None", future.exception(timeout=RECOUNT_S))  # a coroutine elsewhere
             result = None if error is not None else future.result(timeout=RECOUNT_S)
         except CancelledError:  # between the look above and this one
             raise ClusterError(SCHEDULER_LOST) from None
@@ -261,15 +263,15 @@ class _Window:
         return attempt, Outcome(task=attempt.task, result=result, error=error, failed_on=failed_on)
 
 
-def _failed_on(client: Client, key: str) -> tuple[str, ...]:
+def _failed_on(client: Client, key: Key) -> tuple[str, ...]:
     """Addresses of the workers that raised the task's error; none for a task whose workers died."""
 
-    def erred_on(dask_scheduler: Any, key: str) -> tuple[str, ...]:
+    def erred_on(dask_scheduler: Any, key: Key) -> tuple[str, ...]:
         task = dask_scheduler.tasks.get(key)
         return tuple(task.erred_on or ()) if task else ()
 
     with suppress(OSError):  # the scheduler has gone meanwhile
-        return client.run_on_scheduler(erred_on, key=key)
+        return cast("tuple[str, ...]", client.run_on_scheduler(erred_on, key=key))
     return ()
 
 
@@ -282,7 +284,8 @@ def check_workers(client: Client, distribution: str, workers: list[str] | None =
     from importlib.metadata import version
 
     expected = version(distribution)
-    for worker, found in client.run(version, distribution, on_error="return", workers=workers).items():
+    answers = client.run(version, distribution, on_error="return", workers=workers)
+    for worker, found in cast("dict[str, Any]", answers).items():
         if found != expected and not isinstance(found, OSError):  # an OSError: it has just left
             problem = f"has version {found}" if isinstance(found, str) else "does not have it"
             raise ClusterError(

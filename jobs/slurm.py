@@ -20,7 +20,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from jobs.event_loop import event_loop
 from jobs.pin import GPUS_VARIABLE
@@ -35,7 +35,7 @@ from jobs.settings import (
 from mervcache.errors import ClusterError, unknown_name
 
 if TYPE_CHECKING:
-    from dask_jobqueue import SLURMCluster
+    from dask_jobqueue.slurm import SLURMCluster
     from distributed import Client
 
 TEMPLATES = {
@@ -59,7 +59,7 @@ def slurm(request: ClusterRequest) -> Iterator[Client]:
     A job has a worker per GPU; where tasks start several processes, one for as many GPUs, on one node.
     """
     try:
-        from dask_jobqueue import SLURMCluster  # optional
+        from dask_jobqueue.slurm import SLURMCluster  # optional
     except ImportError as error:
         raise ClusterError("--scheduler slurm needs dask-jobqueue: pip install 'merv-pipeline[slurm]'") from error
     from distributed import Client
@@ -74,9 +74,10 @@ def slurm(request: ClusterRequest) -> Iterator[Client]:
             **job_options(settings, ranks=request.ranks, dashboard=request.dashboard),
             security=security_in(credentials),
             loop=loop,
-        ) as cluster,
-        Client(cluster) as client,
+        ) as started,
+        Client(started) as client,
     ):
+        cluster = cast("SLURMCluster", started)  # in a coroutine it would be another value
         _check_submits(cluster.job_script())
         replacer = _JobReplacer(cluster, num_jobs, logs)
         cluster.scale(jobs=num_jobs)
@@ -200,10 +201,13 @@ class _JobReplacer(threading.Thread):
         self._is_over = threading.Event()
         from distributed import SchedulerPlugin
 
-        class NoteNames(SchedulerPlugin):
-            def add_worker(plugin, scheduler: Any, worker: str) -> None:
-                self._seen.add(str(scheduler.workers[worker].name))
+        seen = self._seen
 
+        class NoteNames(SchedulerPlugin):
+            def add_worker(self, scheduler: Any, worker: str) -> None:
+                seen.add(str(scheduler.workers[worker].name))
+
+        assert cluster.scheduler is not None  # the cluster has been started
         cluster.scheduler.add_plugin(NoteNames())
 
     @property
