@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from featurestore.locate import Place, is_url, place_of
 from featurestore.objects.base import Objects
 from featurestore.objects.local import LocalObjects
 from mervcache.text import check_not_redacted
+
+if TYPE_CHECKING:
+    from featurestore.objects.hub import HubObjects
 
 
 def open_objects(place: Place) -> Objects:
@@ -24,7 +27,7 @@ def open_objects(place: Place) -> Objects:
     return open_remote(str(place))
 
 
-def open_hub(place: Place) -> Objects | None:
+def open_hub(place: Place) -> HubObjects | None:
     """A repository of the Hub, to push to; None for any other place."""
     place = place_of(place)
     if not is_url(place) or urlsplit(str(place)).scheme != "hf":
