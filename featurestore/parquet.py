@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from featurestore.objects.base import Objects, get_bounded
 from featurestore.parquet_guard import check_expansion, column_sizes, open_table
-from mervcache.errors import StoreFormatError
+from mervcache.errors import StoreDamagedError, StoreFormatError
 from mervcache.files import sha256_hex
 
 MAX_TABLE_BYTES = 2 << 30  # of a file; ten million clips take 1 GB
@@ -67,6 +67,14 @@ def _digest_place(data: bytes) -> int | None:
 def table_file(objects: Objects, key: str, *, sha256: str | None = None) -> bytes:
     """The bytes of a Parquet file of plausible size; the caller checks that they have `sha256`."""
     return get_bounded(objects, key, MAX_TABLE_BYTES, sha256=sha256)
+
+
+def digested_file(objects: Objects, key: str, sha256: str) -> bytes:
+    """The bytes of a file of plausible size that must have this sha256; StoreDamagedError for others."""
+    data = get_bounded(objects, key, MAX_TABLE_BYTES)
+    if sha256_hex(data) != sha256:
+        raise StoreDamagedError(f"{key} does not match the snapshot's digest; run `merv-pipeline verify` on the source")
+    return data
 
 
 def read_table(

@@ -49,6 +49,7 @@ from featurestore.records import (
 from featurestore.schemas import CLIP_SCHEMA, SAMPLE_SCHEMA, table_to_samples
 from featurestore.snapshots import column, load_snapshot, read_snapshot_table
 from featurestore.store_html import store_html
+from featurestore.tags import read_tags, resolve_snapshot
 from featurestore.token_maps import plot_maps
 from featurestore.zarr_metadata import parse_root, read_document
 from mervcache.errors import (
@@ -112,7 +113,9 @@ class FeatureStore:
         cache: Place | bool = True,
         cache_bytes: int | None = None,
     ) -> FeatureStore:
-        """Open a store's newest snapshot, or the one named; `path` is a folder or a URL (s3, gs, az, https, hf).
+        """Open a store's newest snapshot, or the one named by id or tag; `path` is a folder or a URL.
+
+        URLs are s3, gs, az, https and hf.
 
         Reads from a URL are cached in the folder `cache` (default: MERV_CACHE_DIR, else ~/.cache/merv-cache), bounded
         to `cache_bytes` (default: MERV_CACHE_BYTES, else 50 GB); False caches nothing.
@@ -124,7 +127,7 @@ class FeatureStore:
         except FileNotFoundError:
             raise StoreNotFoundError(no_store_at(path)) from None
         newest = read_newest(objects)
-        snapshot = snapshot or newest.snapshot
+        snapshot = resolve_snapshot(objects, snapshot) if snapshot else newest.snapshot
         if snapshot is None:
             raise StoreError(
                 f"{path} has no snapshot yet: extraction makes one every few minutes and at its end; wait for it, or "
@@ -180,6 +183,11 @@ class FeatureStore:
     @property
     def sample_names(self) -> list[str]:
         return sorted(self._record.samples)
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """Tag -> id of the snapshot that it names, of the whole store."""
+        return {name: tag.snapshot for name, tag in read_tags(self._objects).items()}
 
     @property
     def sample_keys(self) -> dict[str, str]:

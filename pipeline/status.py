@@ -50,6 +50,7 @@ def store_status(path: str | Path) -> dict[str, Any]:
     return {
         "store": str(path),
         "snapshot": store.snapshot,
+        "tags": store.tags,
         "clips": dict(Counter(clips.column("kind").to_pylist())),
         "datasets": dict(Counter(clips.column("dataset").to_pylist())),
         "samples": {name: len(store.samples(name)) for name in store.sample_names},

@@ -257,7 +257,7 @@ class TrainConfig:
     samples: tuple[str, ...] = ()  # sample sets of the store; empty: all
     clips_with: tuple[str, ...] = ()  # only clips that have tokens of these encoders too: runs of unlike encoders then
     # read the same samples, and are scored on the same questions
-    snapshot: str = ""  # of the store, by id; empty: the newest when the run starts
+    snapshot: str = ""  # of the store, by id or tag; empty: the newest when the run starts
     stage: str = "finetune"  # samples of this stage only
     split: str = "train"  # samples of this split only
     fraction: float = 1.0  # share of the samples, chosen by their ids: a smaller share is a subset of a larger one

@@ -118,7 +118,7 @@ def open_store_for(run: LoadedRun, path: str, *, names: Sequence[str] = ()) -> t
         store = FeatureStore.open(path, snapshot=config.snapshot or None)
     else:
         store = _at_snapshot(path, config.snapshot)
-        is_own = store.snapshot == config.snapshot  # its name holds a digest of the content
+        is_own = bool(config.snapshot) and store.snapshot == run.record.snapshot  # an id holds a digest of the content
     keys = {identity.id: key for key, identity in store.encoders.items()}
     wanted = {encoder: keys.get(shape.identity, encoder) for encoder, shape in run.record.shapes.items()}
     wanted = wanted or {key: key for key in store.encoders}  # text only: the clips of all encoders

@@ -25,6 +25,7 @@ from featurestore.layout import (
     ROOT_METADATA,
     SAMPLES,
     SNAPSHOTS,
+    TAGS,
     TOMBSTONES,
     receipt_key,
     receipt_place,
@@ -55,6 +56,7 @@ from featurestore.reference_clips import ReferenceClips, max_reference_clip_byte
 from featurestore.shards import ABSENT
 from featurestore.snapshots import MAX_RECORD_BYTES as MAX_SNAPSHOT_BYTES
 from featurestore.snapshots import ClipIndex, Snapshot, load_snapshot
+from featurestore.tags import MAX_TAG_BYTES, Tag
 from featurestore.writer import StoreWriter
 from featurestore.zarr_metadata import (
     ArraySpec,
@@ -213,6 +215,28 @@ class _Repair:
         self._objects.delete(record_key)
         self._objects.delete(table_key)
         return Repaired(key=key, done="removed, the whole snapshot: a new one is made from the receipts")
+
+    def tag(self, key: str, check: Verification) -> Repaired | None:
+        """A tag, or with it the snapshot that it names."""
+        if (name := record_name(key)) is None:
+            return None
+        stored = _read(self._objects, key, MAX_TAG_BYTES)
+        if stored is not None and _is_accepted(lambda data: Tag.parse(data, name), stored):
+            return self._tagged_snapshot(key, Tag.parse(stored, name).snapshot)
+        fetched = self._fetch(key, MAX_TAG_BYTES, lambda data: Tag.parse(data, name))
+        return fetched or self._remove(
+            key, ", no whole copy is known: name the snapshot again with `merv-pipeline tag`"
+        )
+
+    def _tagged_snapshot(self, key: str, snapshot_id: str) -> Repaired:
+        table_key, record_key = snapshot_keys(snapshot_id)
+        record = _read(self._other, record_key, MAX_SNAPSHOT_BYTES)
+        if record is None or not _is_accepted(lambda data: Snapshot.parse(data, snapshot_id), record):
+            return _left(key, f"names snapshot {snapshot_id}, which no copy has: give one with --from, or move the tag")
+        sha256 = Snapshot.parse(record, snapshot_id).table_sha256
+        if not self._fetch(table_key, MAX_TABLE_BYTES, lambda data: sha256_hex(data) == sha256):
+            return _left(key, f"names snapshot {snapshot_id}, whose table no copy has")
+        return self._put(record_key, record, _FETCHED)
 
     def table(self, key: str, check: Verification) -> Repaired:
         """A clip part or samples file, by the digest that a snapshot or the file itself holds."""
@@ -377,6 +401,7 @@ class _Repair:
 _CLASSES = {  # folder of a file, or zarr.json -> how it is restored, in the order of repair
     TOMBSTONES: _Repair.tombstone,  # fetch
     SNAPSHOTS: _Repair.snapshot,  # fetch, else remove: a new one is made from the receipts
+    TAGS: _Repair.tag,  # fetch, else remove; a missing snapshot is fetched
     PARTS: _Repair.table,  # fetch, else derive from the snapshot
     SAMPLES: _Repair.table,  # fetch, else remove what no snapshot names
     ROOT_METADATA: _Repair.metadata,  # derive

@@ -27,6 +27,7 @@ from featurestore.layout import (
     ROOT_METADATA,
     SAMPLES,
     SNAPSHOTS,
+    TAGS,
     TEMPORARY,
     VIEWER,
     allocated_blocks,
@@ -47,6 +48,8 @@ from featurestore.layout import (
     shard_place,
     snapshot_ids,
     snapshot_keys,
+    tag_key,
+    tag_names,
     tombstone_key,
 )
 from featurestore.locate import Place, no_store_at
@@ -70,6 +73,7 @@ from featurestore.reference_clips import ReferenceClips, max_reference_clip_byte
 from featurestore.schemas import SAMPLE_SCHEMA
 from featurestore.shards import CRC_BYTES, Shard, check_shard, decode_all
 from featurestore.snapshots import ClipIndex, Snapshot, load_snapshot, read_snapshot_table
+from featurestore.tags import read_tag
 from featurestore.zarr_metadata import (
     ArraySpec,
     GroupRecord,
@@ -197,6 +201,7 @@ class Verification:
     def run(self) -> None:
         self._check_tombstones()
         self._check_snapshots()
+        self._check_tags()
         self._check_clip_parts()
         self._check_samples()
         self._check_root()
@@ -235,6 +240,15 @@ class Verification:
         for tombstone_id in self.newest.tombstones if self.newest else ():
             if tombstone_id not in self.tombstones:
                 self.findings.add_damage(tombstone_key(tombstone_id), _NOT_NAMED)
+
+    def _check_tags(self) -> None:
+        for name in tag_names(self.objects.list_names(TAGS)):
+            key = tag_key(name)
+            with self.findings.reading(key):
+                snapshot = read_tag(self.objects, name).snapshot
+                if not self.objects.exists(snapshot_keys(snapshot)[1]):
+                    advice = "fetch the snapshot from a copy, or move the tag with `merv-pipeline tag --force`"
+                    self.findings.add_damage(key, f"names snapshot {snapshot}, which is missing", advice)
 
     def _check_clip_parts(self) -> None:
         names = self.objects.list_names(PARTS)

@@ -131,6 +131,26 @@ class HubObjects(Objects):
             self._pending = {}
             self._reader = self._reader_at_head()
 
+    @property
+    def is_whole_repository(self) -> bool:
+        """Whether the store is the repository, not a folder in it."""
+        return not self._folder
+
+    def tag_revision(self, name: str, *, moved: bool) -> bool:
+        """Have a tag of the repository name the commit of the last `flush`.
+
+        Returns False where one of that name is there, which stays unless `moved`.
+        """
+        with self._lock, self._faults(f"tag {name}"):
+            refs = self._api.list_repo_refs(self._repo, repo_type="dataset")
+            is_there = any(tag.name == name for tag in refs.tags)
+            if is_there and not moved:
+                return False
+            if is_there:
+                self._api.delete_tag(self._repo, tag=name, repo_type="dataset")
+            self._api.create_tag(self._repo, tag=name, revision=self._head, repo_type="dataset")
+            return True
+
     def _list_head(self) -> dict[str, RemoteFile]:
         """The files below the folder at the head of the branch, which is the first commit's parent."""
         from huggingface_hub import RepoFile

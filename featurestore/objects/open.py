@@ -13,6 +13,7 @@ from featurestore.objects.local import LocalObjects
 from mervcache.text import check_not_redacted
 
 if TYPE_CHECKING:
+    from featurestore.objects.hub import HubObjects
     from featurestore.objects.remote import RemoteObjects
 
 
@@ -27,7 +28,7 @@ def open_objects(place: Place) -> LocalObjects | RemoteObjects:
     return open_remote(str(place))
 
 
-def open_hub(place: Place) -> Objects | None:
+def open_hub(place: Place) -> HubObjects | None:
     """A repository of the Hub, to push to; None for any other place."""
     place = place_of(place)
     if not is_url(place) or urlsplit(str(place)).scheme != "hf":

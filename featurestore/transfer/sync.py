@@ -40,7 +40,7 @@ from featurestore.newest import update_newest
 from featurestore.objects.base import Objects, digest_of, get_bounded, listing_bytes, put_if_absent
 from featurestore.objects.local import LocalObjects
 from featurestore.objects.open import check_writable, in_parallel, open_hub, open_objects
-from featurestore.parquet import MAX_TABLE_BYTES, read_table
+from featurestore.parquet import digested_file, read_table
 from featurestore.quality import DISTORTION_PREFIX, PARITY_PREFIX
 from featurestore.reader import encoder_keys
 from featurestore.records import (
@@ -54,8 +54,10 @@ from featurestore.records import (
 from featurestore.schemas import CLIP_SCHEMA, table_to_clips
 from featurestore.snapshots import Snapshot, load_snapshot, newest_snapshot_id, publish
 from featurestore.store import FeatureStore
+from featurestore.tags import Tag
 from featurestore.transfer.dataset_card import write_card
 from featurestore.transfer.selection import Selection
+from featurestore.transfer.tags import copy_tagged_snapshots, copy_tags, tag_revisions, tags_to_send
 from featurestore.transfer.viewer import put_viewer_tables
 from featurestore.writer import StoreWriter
 from featurestore.zarr_metadata import read_arrays
@@ -84,6 +86,7 @@ class Transferred:
     sent_bytes: int = 0
     overhead: float = 1.0  # rows of the blocks over rows of the requested clips
     encoders: list[str] = field(default_factory=list)
+    tags: dict[str, bool] = field(default_factory=dict)  # that were written; True: one of that name was moved
     card: bool | None = None  # written; False: a README.md written by hand was left; None: only `push` writes one
 
     __repr__ = changed_fields
@@ -122,6 +125,7 @@ class TransferPlan:
     selection: Selection
     blocks: list[BlockTransfer]
     check: bool  # read everything back
+    tags: list[Tag]  # of the source, with snapshots that are there
 
     @property
     def target(self) -> Objects:
@@ -158,6 +162,8 @@ def push(
     if not put_if_absent(target, LISTING, listing) and target.get(LISTING) != listing:
         target.replace(LISTING, listing)
     target.flush()
+    if hub is not None:
+        tag_revisions(hub, newest, done.tags)
     return done
 
 
@@ -192,7 +198,13 @@ def transfer(
     blocks = blocks_to_send(origin, snapshot, selection)  # read and checked before the destination is made
     writer = StoreWriter.open_or_create(destination, block_rows=dict(snapshot.block_rows), objects=target)
     plan = TransferPlan(
-        origin=origin, writer=writer, snapshot=snapshot, selection=selection, blocks=blocks, check=check
+        origin=origin,
+        writer=writer,
+        snapshot=snapshot,
+        selection=selection,
+        blocks=blocks,
+        check=check,
+        tags=tags_to_send(origin, writer.objects, selection),
     )
     requested = sum(block.requested_rows for block in blocks)
     done = Transferred(
@@ -217,7 +229,9 @@ def transfer(
     _copy_journals(plan, with_journal=with_journal)
     erase_tombstoned(writer)  # clips of earlier transfers that were removed since
     plan.target.flush()  # so that the last commit has the snapshot, and what describes it
+    copy_tagged_snapshots(origin, plan.target, plan.tags, newest=snapshot.id)
     done.snapshot = _publish(plan)
+    done.tags = copy_tags(plan.target, plan.tags)
     return done
 
 
@@ -227,7 +241,7 @@ def blocks_to_send(origin: Objects, snapshot: Snapshot, selection: Selection) ->
     requested: dict[tuple[str, int], set[int]] | None = None  # (kind, block) -> rows of requested clips; None: all
     if not selection.takes_all_clips:
         tables = [
-            read_table(_digested(origin, key, sha256), CLIP_SCHEMA, key) for key, sha256 in snapshot.parts.items()
+            read_table(digested_file(origin, key, sha256), CLIP_SCHEMA, key) for key, sha256 in snapshot.parts.items()
         ]
         clips = [pair for table in tables for pair in table_to_clips(table)]
         selection.check(clip for _, clip in clips)
@@ -270,20 +284,12 @@ def blocks_to_send(origin: Objects, snapshot: Snapshot, selection: Selection) ->
     return in_parallel(read, wanted, origin.parallel_reads)
 
 
-def _digested(origin: Objects, key: str, sha256: str) -> bytes:
-    """The bytes of an object that must have this sha256."""
-    data = get_bounded(origin, key, MAX_TABLE_BYTES)
-    if sha256_hex(data) != sha256:
-        raise StoreDamagedError(f"{key} does not match the snapshot's digest; run `merv-pipeline verify` on the source")
-    return data
-
-
 def _copy_tables(plan: TransferPlan) -> None:
     """Clip parts and samples; one that is there must be the same, or the destination is another store."""
     snapshot, target = plan.snapshot, plan.target
     named = dict(snapshot.parts) | {entry["key"]: entry["sha256"] for entry in snapshot.samples.values()}
     for key, sha256 in named.items():
-        if not target.exists(key) and put_if_absent(target, key, _digested(plan.origin, key, sha256)):
+        if not target.exists(key) and put_if_absent(target, key, digested_file(plan.origin, key, sha256)):
             continue
         if digest_of(target, key) != sha256:
             raise UserError(
@@ -354,7 +360,7 @@ def _send_block(origin: Objects, target: Objects, sizes: Mapping[str, int], chec
                 f"{shard} arrived with other bytes than its receipt says; delete it there, push again"
             )
     if key not in sizes or is_replaced:
-        receipt = _digested(origin, key, block.receipt_sha256)
+        receipt = digested_file(origin, key, block.receipt_sha256)
         if is_replaced:
             target.replace(key, receipt)
         elif not put_if_absent(target, key, receipt) and target.get(key) != receipt:
@@ -382,7 +388,7 @@ def _copy_reference_clips(plan: TransferPlan) -> None:
             continue
         key = reference_clip_key(*name.split("/"))
         if not target.exists(key):
-            put_if_absent(target, key, _digested(plan.origin, key, sha256))
+            put_if_absent(target, key, digested_file(plan.origin, key, sha256))
             if plan.check:
                 target.flush()
         elif known.get(name) == sha256 and not plan.check:  # by the digest in the snapshot there
@@ -429,7 +435,7 @@ def _publish(plan: TransferPlan) -> str:
     if not target.exists(record_key):
         near = target if isinstance(target, LocalObjects) else plan.origin  # of 15,000 receipts, read on a disk
         check_table(near, snapshot, source=plan.origin)
-    put_if_absent(target, table_key, _digested(plan.origin, table_key, snapshot.table_sha256))
+    put_if_absent(target, table_key, digested_file(plan.origin, table_key, snapshot.table_sha256))
     put_if_absent(target, record_key, snapshot.to_bytes())
     update_newest(target)
     newest = newest_snapshot_id(target)

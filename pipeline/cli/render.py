@@ -114,6 +114,8 @@ def status(result: Mapping[str, Any], quarantine: Sequence[Mapping[str, Any]]) -
     """What a store holds, and failures by reason: those of a clip itself count once, not per encoder."""
     out = console()
     out.print(bold(result["store"]), f"  snapshot {result['snapshot']}, {format_bytes(result['bytes'])}", sep="")
+    for name, snapshot in result["tags"].items():
+        out.print(f"tag {name}: snapshot {snapshot}")
     out.print(", ".join(plural(n, f"{kind} clip") for kind, n in result["clips"].items()) or "no clips")
     columns = ("encoder", "identity", "weights", "grid", "width", "storage", "committed", "failed", "to_do")
     rows = [[_cell(entry[name]) for name in columns] for entry in result["encoders"]]
@@ -323,6 +325,8 @@ def transferred(done: Transferred) -> None:
         f"{plural(done.sent_blocks, 'block')} of {done.blocks} moved, {format_bytes(done.sent_bytes)} of "
         f"{format_bytes(done.bytes)}; the rest was already there"
     )
+    if done.tags:
+        out.print(f"tags: {', '.join(done.tags)}")
     if done.card is False:
         out.print("no card was written: the README.md there was not made by this program")
     if done.overhead > 1:

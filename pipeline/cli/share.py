@@ -35,6 +35,8 @@ ENCODERS = click.option(
 )
 DATASETS = click.option(
     "--datasets",
+    "--dataset",
+    "datasets",
     metavar="LIST",
     shell_complete=complete_dataset,
     show_default="all",
@@ -97,7 +99,10 @@ def push(
 
 
 @click.command(
-    epilog=examples("merv-pipeline pull s3://BUCKET/lab.zarr features/lab.zarr --encoders dinov2,siglip")
+    epilog=examples(
+        "merv-pipeline pull s3://BUCKET/lab.zarr features/lab.zarr --encoders dinov2,siglip",
+        "merv-pipeline pull hf://datasets/USER/NAME features/msvd.zarr --dataset msvd",
+    )
     + f"\n\n{URLS}"
 )
 @handle_cli_errors
@@ -108,7 +113,11 @@ def push(
 def pull(
     url: str, store: str, encoders: str | None, datasets: str | None, clips: str | None, as_json: bool, **options: Any
 ) -> None:
-    """Fetch a store, or some encoders of it. Run it again to resume, or to fetch what is new."""
+    """Fetch a store, or some encoders or datasets of it. Run it again to resume, or to fetch what is new.
+
+    Of clips and datasets, the whole blocks that contain them are fetched, and the store goes on listing the others
+    without tokens. `merv-pipeline subset URL STORE --dataset NAME` makes a store of exactly those clips.
+    """
     from featurestore.transfer.sync import transfer
     from pipeline.cli import render
 

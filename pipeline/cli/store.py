@@ -1,4 +1,4 @@
-"""Commands that check and change a store: verify, repair, quarantine, tombstone, distortion."""
+"""Commands that check and change a store: verify, repair, quarantine, tag, tombstone, distortion."""
 
 from __future__ import annotations
 
@@ -263,6 +263,36 @@ def tombstone(
     print_result(result, as_json, lambda: render.details(result))
 
 
+@click.command(
+    epilog=examples(
+        "merv-pipeline tag features/lab.zarr paper-v1",
+        "merv-pipeline tag features/lab.zarr paper-v1 --snapshot 00000003-0123456789ab --force",
+    )
+)
+@handle_cli_errors
+@click.argument("names", nargs=-1, required=True, shell_complete=complete_store, metavar="[STORE] NAME")
+@click.option("--snapshot", metavar="ID|TAG", show_default="the newest", help="Snapshot to name.")
+@click.option("--force", is_flag=True, help="Move a tag that names another snapshot.")
+@STORE_OPTION
+@AS_JSON
+def tag(names: tuple[str, ...], snapshot: str | None, force: bool, store_option: str | None, as_json: bool) -> None:
+    """Give a snapshot a name that stays, such as paper-v1.
+
+    The name can be given wherever a snapshot is: `merv-train --snapshot paper-v1`. `status` lists the tags; `push` and
+    `pull` copy them with the snapshots that they name. A tag keeps no clip from being removed by `tombstone`.
+    """
+    from featurestore.tags import tag_snapshot
+    from pipeline.cli import render
+
+    *stores, name = names
+    if len(stores) + (store_option is not None) > 1:
+        raise click.UsageError(f"give a store and one tag, got {', '.join(names)}")
+    place = find_store(stores[0] if stores else store_option)
+    made = tag_snapshot(place, name, snapshot=snapshot, force=force)
+    result = {"store": str(place), "tag": made.name, "snapshot": made.snapshot}
+    print_result(result, as_json, lambda: render.details(result))
+
+
 @click.command(epilog=examples("merv-pipeline distortion features/lab.zarr --sample 32"))
 @handle_cli_errors
 @takes_store
@@ -317,4 +347,4 @@ def distortion(
     print_result(record, as_json, lambda: render.distortion(measured))
 
 
-STORE_COMMANDS: tuple[click.Command, ...] = (verify, repair, quarantine, tombstone, distortion)
+STORE_COMMANDS: tuple[click.Command, ...] = (verify, repair, quarantine, tag, tombstone, distortion)

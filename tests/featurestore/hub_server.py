@@ -28,6 +28,7 @@ class Hub:
         self.lock = threading.RLock()
         self.trees: dict[str, dict[str, bytes]] = {}
         self.heads: dict[str, str] = {}
+        self.tags: dict[str, str] = {}
         self.large: dict[str, bytes] = {}
         self.uploads: list[str] = []  # sha256 of each large file that was sent
         self.lfs_paths: dict[str, set[str]] = {}  # commit -> paths of large files
@@ -69,16 +70,39 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.refuse(401, "RepoNotFound", "Repository not found")
         if token == READER and self.command == "POST" and "paths-info" not in path:
             return self.refuse(403, "", "you may only read")
+        if path == f"/api/datasets/{REPO}/refs":
+            return self.refs(hub)
+        if found := re.fullmatch(rf"/api/datasets/{REPO}/tag/([^/]+)", path):
+            return self.tag(hub, found[1])
         found = re.fullmatch(rf"/(?:api/)?datasets/{REPO}(?:\.git)?/(\w+[-\w]*)/([^/]+)/?(.*)", path)
         if not found:
             return self.refuse(404, "RepoNotFound", "Repository not found")
         with hub.lock:
-            revision = hub.heads.get(found[2], found[2])
+            revision = hub.heads.get(found[2]) or hub.tags.get(found[2], found[2])
             if revision not in hub.trees and found[1] != "info":
                 return self.refuse(404, "RevisionNotFound", "no such revision")
         return getattr(self, found[1].replace("-", "_"))(hub, revision, found[3])
 
-    do_GET = do_HEAD = do_POST = do_PUT = route
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = route
+
+    def refs(self, hub: Hub) -> None:
+        listed = {
+            kind: [{"name": name, "ref": f"refs/{place}/{name}", "targetCommit": sha} for name, sha in names.items()]
+            for kind, place, names in (("branches", "heads", hub.heads), ("tags", "tags", hub.tags))
+        }
+        self.reply(200, {**listed, "converts": [], "pullRequests": []})
+
+    def tag(self, hub: Hub, named: str) -> None:
+        """Make a tag of the commit named, or delete the tag named."""
+        with hub.lock:
+            if self.command == "DELETE":
+                del hub.tags[named]
+                return self.reply(200, {})
+            name = json.loads(self.body)["tag"]
+            if name in hub.tags:
+                return self.refuse(409, "", "the tag exists")
+            hub.tags[name] = named
+        return self.reply(200, {})
 
     def revision(self, hub: Hub, revision: str, _: str) -> None:
         self.reply(200, {"id": REPO, "sha": revision, "private": True, "tags": [], "siblings": []})

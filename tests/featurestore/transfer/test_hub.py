@@ -17,6 +17,7 @@ from featurestore.objects import hub as hub_objects
 from featurestore.objects.hub import HubObjects
 from featurestore.objects.open import open_objects
 from featurestore.store import FeatureStore
+from featurestore.tags import tag_snapshot
 from featurestore.transfer.selection import Selection
 from featurestore.transfer.sync import push, transfer
 from mervcache.errors import RunStoppedError, StoreDamagedError, UserError
@@ -232,3 +233,32 @@ def test_the_hub_is_not_written_in_place(tmp_path, hub):
             write(open_objects(URL))
     with pytest.raises(UserError, match="not written in place"):
         transfer(tmp_path / "no store here", URL)
+
+
+def test_a_tag_of_the_newest_snapshot_is_a_tag_of_the_repository(full, hub, make, caplog):
+    first = tag_snapshot(full.path, "v1").snapshot
+    push(full.path, URL)
+    commit = hub.tags["v1"]
+    assert commit == hub.heads["main"]
+    full.writer().add_clips([make.video(20)])
+    full.fill()
+    push(full.path, URL)  # v1 is older now and stays where it was
+    assert hub.tags == {"v1": commit} != hub.heads
+    for place, snapshot in ((f"{URL}@v1", None), (URL, "v1")):
+        assert FeatureStore.open(place, snapshot=snapshot, cache=False).snapshot == first
+    tag_snapshot(full.path, "v1", force=True)
+    push(full.path, URL)
+    assert hub.tags == {"v1": hub.heads["main"]}
+    with hub.lock:
+        hub.tags["mine"] = commit
+    tag_snapshot(full.path, "mine")
+    push(full.path, URL)
+    assert hub.tags["mine"] == commit
+    assert "has a tag mine already" in caplog.text
+
+
+def test_a_store_in_a_folder_tags_no_repository(full, hub):
+    tag_snapshot(full.path, "v1")
+    push(full.path, f"{URL}/stores/one")
+    assert hub.tags == {}
+    assert FeatureStore.open(f"{URL}/stores/one", snapshot="v1", cache=False).tags == full.open().tags

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from featurestore import FeatureStore
+from featurestore import Clip, FeatureStore
 from pipeline.cli.extract import main
 
 
@@ -63,6 +64,50 @@ def test_subset_union_export_and_import(extracted, tmp_path):
     ids = FeatureStore.open(a).clips["clip_id"].to_pylist()
     digests = {FeatureStore.open(s).data_digest(ids, ["siglip"]) for s in (extracted.store, a, tmp_path / "again.zarr")}
     assert len(digests) == 1
+
+
+def test_one_dataset_is_pulled_in_the_blocks_that_hold_it_or_cut_out(write_store, toy_identity, tmp_path, s3):
+    """Two datasets of two blocks each."""
+    store, identity = tmp_path / "both.zarr", toy_identity()
+    clips = [Clip(dataset=name, path=f"{n}.mp4", kind="video") for name in ("msvd", "other") for n in range(4)]
+    tokens = np.ones((*identity.grid, identity.width), np.float16)
+    cells = {("toy", clip.clip_id): {"tokens": tokens} for clip in clips}
+    writer = write_store(store, clips, {"toy": identity}, cells, block_rows=2)
+    writer.publish_snapshot()
+    answer("push", store, s3)
+    pulled = answer("pull", s3, tmp_path / "msvd.zarr", "--dataset", "msvd")
+    assert (pulled["blocks"], pulled["overhead"]) == (2, 1.0)
+    assert pulled["sent_bytes"] == pulled["bytes"] == answer("status", store)["bytes"] // 2
+    assert answer("status", tmp_path / "msvd.zarr")["encoders"][0]["committed"] == 4
+    cut = answer("subset", s3, tmp_path / "cut.zarr", "--dataset", "msvd")
+    assert (cut["clips"], cut["cells"]) == (4, 4)
+    assert answer("status", tmp_path / "cut.zarr")["datasets"] == {"msvd": 4}
+    code, printed = run("pull", s3, tmp_path / "none.zarr", "--dataset", "msvdd")
+    assert code == 1
+    assert "unknown dataset 'msvdd', the nearest known one is 'msvd'" in printed
+
+
+def test_a_tag_is_made_listed_and_read(write_store, toy_identity, tmp_path):
+    store, identity = tmp_path / "toy.zarr", toy_identity()
+    for number in range(2):
+        clip = Clip(dataset="toy", path=f"{number}.mp4", kind="video")
+        tokens = np.ones((*identity.grid, identity.width), np.float16)
+        write_store(store, [clip], {"toy": identity}, {("toy", clip.clip_id): {"tokens": tokens}}).publish_snapshot()
+        if number == 0:
+            made = answer("tag", store, "paper-v1")
+    assert answer("status", store)["tags"] == {"paper-v1": made["snapshot"]}
+    assert f"tag paper-v1: snapshot {made['snapshot']}" in run("status", store)[1]
+    assert len(FeatureStore.open(store, snapshot="paper-v1")) == 1
+    for words, message in (
+        (("tag", store, "paper-v1"), "move it with --force"),
+        (("tag", store, "a/b"), "a tag is letters, digits"),
+        (("tag", store, "one", "two"), "give a store and one tag"),
+        (("tag", tmp_path / "no.zarr", "v1"), "there is no feature store at"),
+    ):
+        code, printed = run(*words)
+        assert code != 0
+        assert message in printed.replace("\n", " ")
+    assert answer("tag", store, "paper-v1", "--force")["snapshot"] == FeatureStore.open(store).snapshot
 
 
 @pytest.mark.parametrize(
