@@ -11,6 +11,7 @@ import os
 import struct
 import sys
 import time
+import zlib
 
 LENGTHS = struct.Struct(">II")
 QUANTUM_S = 0.1  # after which a core goes to who waits for it; long beside what it takes this machine to wake a process
@@ -52,6 +53,11 @@ def send(header: dict, body: memoryview) -> None:
             part = part[os.write(1, part) :]
 
 
+def spread(path: str) -> float:
+    """Between 0.5 and 1.5, 1 in the mean: with equal times all decoders would deliver at once, batch after batch."""
+    return 0.5 + zlib.crc32(path.encode()) / 2**32
+
+
 def main() -> None:
     cores, decode_s = Cores(sys.argv[1], float(sys.argv[2])), float(sys.argv[3])
     send({"ready": os.getpid()}, memoryview(b""))
@@ -68,10 +74,11 @@ def main() -> None:
         num_bytes = sum(shape[0] * shape[1] * shape[2] * shape[3] for shape in shapes)
         if len(frames) != num_bytes:
             frames = memoryview(bytes(num_bytes))
-        cores.hold(decode_s)
+        this_s = decode_s * spread(job["clip"]["path"])
+        cores.hold(this_s)
         decoded = {"media_sha256": "0" * 64, "decoder": "frames/1", "num_frames": 300, "fps": 30.0}
         began = time.process_time()
-        send({"decoded": decoded | {"seconds": decode_s + last_send_s}, "shapes": shapes}, frames)
+        send({"decoded": decoded | {"seconds": this_s + last_send_s}, "shapes": shapes}, frames)
         last_send_s = time.process_time() - began
         cores.hold(last_send_s)
 

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
 
 from jobs.settings import WORKER_WAIT_S
 from mervcache.errors import ClusterError
@@ -35,6 +36,8 @@ SCHEDULER_LOST = (
 )
 
 Report = Mapping[str, Any]  # plain values that msgpack can encode
+
+_worker_s: WeakKeyDictionary[Client, float] = WeakKeyDictionary()
 
 
 class TaskReporter:
@@ -148,6 +151,11 @@ def run_tasks(
             yield outcome
 
 
+def worker_seconds(client: Client) -> float:
+    """Time that workers were held while this client's tasks ran, idle time included, summed over the workers."""
+    return _worker_s.get(client, 0.0)
+
+
 class _Workers:
     """Addresses of the workers, counted every `RECOUNT_S`, and for how long there has been none."""
 
@@ -161,6 +169,7 @@ class _Workers:
         now = time.monotonic()
         if now - self._counted < RECOUNT_S:
             return
+        self.add_time(now)
         self._counted, before, self.addresses = now, self.addresses, _addresses(self._client)
         if new := sorted(self.addresses - before):
             self._listener.workers_came(new)
@@ -175,6 +184,11 @@ class _Workers:
                 f"the cluster has had no worker for {now - self._seen:.0f} s; what was committed is kept: start "
                 "workers again and run the same command again (to wait longer: --cluster worker_wait=HH:MM:SS)"
             )
+
+    def add_time(self, now: float) -> None:
+        """Count the time since the last count, for `worker_seconds`."""
+        _worker_s[self._client] = worker_seconds(self._client) + (now - self._counted) * len(self.addresses)
+        self._counted = now
 
 
 def _addresses(client: Client) -> frozenset[str]:
@@ -206,6 +220,7 @@ class _Window:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._workers.add_time(time.monotonic())
         if self._on_report is not None:
             with suppress(Exception):  # the scheduler may be gone, and the subscription with it
                 self._client.unsubscribe_topic(TOPIC)

@@ -5,6 +5,7 @@ An unknown key is an error that names the nearest known one: an ignored misspell
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -152,6 +153,7 @@ class ExtractConfig:
     max_failed: float = 0.5  # stop when more than this share failed, and at least 32 clips
     forecast: str | None = None  # output file of `plan --json`, recorded in the journal
     dashboard: bool = False  # start Dask's dashboard
+    gpu_cost: float | None = None  # of a GPU's hour, in any currency; on CPUs of a worker's hour
     performance_report: str | None = None  # HTML file; None: next to the store with a dashboard, else none
 
     def __post_init__(self) -> None:
@@ -188,6 +190,8 @@ class ExtractConfig:
             check_weights_spec(settings.weights)
         check_block_rows(self.block_rows)
         _ = self.cluster_request  # checked where it is made
+        if self.gpu_cost is not None and not 0 <= self.gpu_cost < math.inf:
+            raise UserError(f"gpu_cost is the price of an hour, at least 0, got {self.gpu_cost}")
         if not 0 <= self.max_failed <= 1:
             raise UserError(f"max_failed is a share between 0 and 1, got {self.max_failed}")
 

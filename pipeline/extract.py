@@ -32,8 +32,8 @@ from featurestore.writer import StoreWriter, check_holds_nothing_else
 from featurestore.zarr_metadata import clip_bytes
 from jobs.clusters import check_cluster, check_scheduler, connect
 from jobs.metrics import dashboard_lines, performance_report
-from jobs.run import Listener, Outcome, Task, run_tasks
-from mervcache.console import Counts, ProgressLine
+from jobs.run import Listener, Outcome, Task, run_tasks, worker_seconds
+from mervcache.console import ProgressLine
 from mervcache.errors import MervCacheError, RunStoppedError
 from pipeline.config import ExtractConfig
 from pipeline.datasets import DatasetListing, check_has_clips, list_clips
@@ -45,14 +45,13 @@ from pipeline.run_encoders import describe, on_a_worker, remembered_encoders
 from pipeline.summary import ExtractSummary, predict_from_first_blocks, read_forecast, run_record
 from pipeline.worker.admission import MAX_BLOCKS, QUEUED_TASKS
 from pipeline.worker.crash_marks import remove_all_marks
-from pipeline.worker.reports import PARALLEL_STAGES, BlockCounts, EncoderDescription
+from pipeline.worker.reports import BlockCounts, EncoderDescription
 
 if TYPE_CHECKING:
     from distributed import Client
 
 log = logging.getLogger(__name__)
 
-NOT_STAGES = ("total", *PARALLEL_STAGES)  # not counted as a worker's stages
 SNAPSHOT_INTERVAL_S = 180.0
 MIN_FAILED = 32  # clips; below this the share is not judged: the run goes on and reports `failures` at its end
 
@@ -183,6 +182,7 @@ class Extraction:
     def open(self, encoders: Mapping[str, EncoderDescription]) -> Iterator[None]:
         """Make the store if there is none and hold its lease: a second driver would be safe, and waste its work."""
         self.encoders = encoders
+        self.summary.device = next(iter(encoders.values())).device
         if self.view is None:
             self.view = StoreView(
                 StoreWriter.open_or_create(
@@ -214,7 +214,10 @@ class Extraction:
         self.check_space(blocks)
         total, tasks = sum(block.num_clips for block in blocks), self.tasks(blocks)
         with self.recording():
-            run_blocks(client, self.view.writer, tasks, self.summary, self.config, total=total, quiet=quiet)
+            try:
+                run_blocks(client, self.view.writer, tasks, self.summary, self.config, total=total, quiet=quiet)
+            finally:
+                self.summary.worker_s = worker_seconds(client)
 
     def register(self) -> None:
         """Make the encoders' groups, allocate rows and write samples: all that must exist before the first block.
@@ -399,7 +402,7 @@ def run_blocks(
     """Submit the tasks and count their results; snapshots are published meanwhile, so that readers see progress."""
     from pipeline.worker.isolate import compute_block, extract_isolated
 
-    request, published = config.cluster_request, time.monotonic()
+    request, published, loading_s = config.cluster_request, time.monotonic(), worker_seconds(client)
     progress = ProgressLine("extract", total=total, unit="clips", quiet=quiet)
 
     def show_waiting(seconds: float) -> None:
@@ -407,7 +410,7 @@ def run_blocks(
         progress.wait(f"no worker for {seconds:.0f} s, stops after {limit_s:.0f} s" if seconds else "")
 
     listener = Listener(
-        report=lambda task, attempt, report: progress.report(task.key, attempt, _counts(BlockCounts(**report))),
+        report=lambda task, attempt, report: progress.report(task.key, attempt, BlockCounts(**report).progress),
         waiting=show_waiting,
         workers_came=lambda addresses: check_cluster(client, request, addresses),
     )
@@ -426,7 +429,12 @@ def run_blocks(
             _count(outcome, summary, progress)
             if summary.predicted is None:
                 predicted = predict_from_first_blocks(
-                    done=summary.clips, total=total, seconds=progress.elapsed_s, num_bytes=summary.bytes
+                    done=summary.clips,
+                    total=total,
+                    seconds=progress.elapsed_s,
+                    num_bytes=summary.bytes,
+                    worker_s=worker_seconds(client),
+                    loading_s=loading_s,
                 )
                 summary.predicted = predicted and predicted.to_dict()
             if summary.failed >= MIN_FAILED and summary.failed > config.max_failed * summary.clips:
@@ -447,7 +455,7 @@ def _count(outcome: Outcome, summary: ExtractSummary, progress: ProgressLine) ->
     if error is None:
         summary.add(outcome.result)
         outcome.result.emit()
-        progress.finish(outcome.task.key, _counts(outcome.result))
+        progress.finish(outcome.task.key, outcome.result.progress)
         return
     if isinstance(error, RunStoppedError):
         raise error
@@ -457,17 +465,6 @@ def _count(outcome: Outcome, summary: ExtractSummary, progress: ProgressLine) ->
         f"block {outcome.task.key} failed twice: {type(error).__name__}: {error}{where}; "
         "everything committed so far is kept, run the same command again after fixing the cause"
     ) from error
-
-
-def _counts(block: BlockCounts) -> Counts:
-    """A block's counts, so far or at its end, for the progress line."""
-    return Counts(
-        done=block.clips,
-        failed=block.failed,
-        amounts={"frames": block.frames, "MB": block.bytes / 1e6},
-        seconds={name.removeprefix("encode:"): s for name, s in block.seconds.items() if name not in NOT_STAGES},
-        notes={"batches halved": block.halvings},
-    )
 
 
 def add_listed_samples(store: StoreWriter, listing: DatasetListing, *, is_whole: bool) -> None:

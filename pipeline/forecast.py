@@ -93,6 +93,8 @@ class Forecast:
     balance: Balance | None = None  # decoding alongside encoding; None without a probe
     startup_s: float = 0.0  # until a worker has loaded the encoders; a part of `seconds`
     seconds: float | None = None  # wall time of the whole run
+    worker_s: float | None = None  # time that all workers are held
+    gpu_cost: float | None = None  # of a worker's hour
     interval_s: tuple[float, float] | None = None
     interval: str = INTERVAL  # what the interval is
 
@@ -149,6 +151,8 @@ def forecast(config: ExtractConfig, *, probe: int = 4) -> Forecast:
         balance=balance(rows, probed.clips),
         startup_s=startup_s,
         seconds=startup_s + total / workers if total else None,
+        worker_s=startup_s * workers + total if total else None,
+        gpu_cost=config.gpu_cost,
         interval_s=(startup_s + max(0.0, total - spread) / workers, startup_s + (total + spread) / workers)
         if total
         else None,

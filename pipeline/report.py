@@ -33,7 +33,7 @@ from mervcache.errors import MervCacheError, UserError
 from mervcache.page import Markup, cards, escaped, make_page, note, table
 from pipeline.media import Root
 from pipeline.status import store_status
-from pipeline.summary import media_roots, prediction_text
+from pipeline.summary import hours_text, media_roots, prediction_text
 from pipeline.worker.reports import PARALLEL_STAGES
 
 STEPS = 8  # time steps pictured per clip
@@ -188,6 +188,7 @@ def _runs_table(runs: Sequence[dict]) -> str:
         total = stages.pop("total", 0) or 1
         for name in PARALLEL_STAGES:
             stages.pop(name, None)
+        device = summary.get("device", "")
         shares = ", ".join(f"{name} {s / total:.0%}" for name, s in stages.most_common())
         rows.append(
             [
@@ -197,11 +198,12 @@ def _runs_table(runs: Sequence[dict]) -> str:
                 format_duration(seconds),
                 f"{summary['clips'] / seconds:.2f}",
                 f"{format_bytes(summary['bytes'] / seconds)}/s",
-                prediction_text(summary.get("predicted")),
+                hours_text(worker_s, device, summary["gpu_cost"]) if (worker_s := summary.get("worker_s")) else "-",
+                prediction_text(summary.get("predicted"), device),
                 shares,
             ]
         )
-    columns = ("run", "clips", "failed", "time", "clips/s", "written", "predicted", "share of block time")
+    columns = ("run", "clips", "failed", "time", "clips/s", "written", "spent", "predicted", "share of block time")
     return table(columns, rows) if rows else "<p>No run has finished yet.</p>"
 
 

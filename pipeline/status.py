@@ -23,7 +23,7 @@ from featurestore.store import FeatureStore, clips_named
 from featurestore.writer import StoreWriter
 from mervcache.console import RATE_WINDOW_S
 from mervcache.errors import UserError
-from pipeline.summary import last_run
+from pipeline.summary import last_run, spent
 
 
 def store_status(path: str | Path) -> dict[str, Any]:
@@ -62,6 +62,7 @@ def store_status(path: str | Path) -> dict[str, Any]:
             for name, tombstone in sorted(store.tombstones.items(), key=lambda item: (item[1].date, item[0]))
         ],
         "last run": last_run(store),
+        "spent": spent(store),
         "unpublished_blocks": store.unpublished_blocks(),
     }
 

@@ -57,6 +57,9 @@ class ExtractSummary:
     predicted: dict[str, Any] | None = None  # a `Prediction`, for comparison with elapsed_s and bytes
     halvings: int = 0  # batches cut for lack of device memory
     elapsed_s: float = 0.0
+    worker_s: float = 0.0  # time that workers were held, idle or not, summed over them; from the first task on
+    device: str = ""  # of the workers; on "cuda" each holds one GPU
+    gpu_cost: float | None = None  # of a worker's hour
     stage_s: dict[str, float] = field(default_factory=dict)  # summed over workers
     made: dict[str, dict[str, float]] = field(default_factory=dict)  # "kind/encoder" -> clips, seconds, bytes
     refreshed: int = 0  # clips given new rows because their media changed
@@ -75,6 +78,7 @@ class ExtractSummary:
             store=str(config.store_path),
             run=f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:8]}",
             dataset=config.dataset,
+            gpu_cost=config.gpu_cost,
             listed=len(listing.clips),
             samples=sum(len(samples) for samples in listing.samples.values()),
             missing=dict(listing.missing),
@@ -166,12 +170,25 @@ class Prediction:
     seconds: float | None  # None: a forecast without a probe
     interval_s: tuple[float, float] | None  # None: unknown
     bytes: int
+    worker_s: float | None = None  # time that workers are held, summed over them
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def prediction_text(prediction: Mapping[str, Any] | None) -> str:
+def hours_text(worker_s: float, device: str, gpu_cost: float | None = None) -> str:
+    """`12.30 GPU-hours, cost 30.75 at 2.5 an hour`; workers without a GPU are counted by worker-hours.
+
+    >>> hours_text(3600.0, "cpu")
+    '1.00 worker-hours'
+    """
+    hours = worker_s / 3600
+    amount = f"{hours:.2f}" if hours >= 0.1 else f"{hours:.4f}"
+    text = f"{amount} {'GPU-hours' if device.startswith('cuda') else 'worker-hours'}"
+    return text if gpu_cost is None else f"{text}, cost {hours * gpu_cost:.2f} at {gpu_cost:g} an hour"
+
+
+def prediction_text(prediction: Mapping[str, Any] | None, device: str = "") -> str:
     """`2.1 h (1.9 h to 2.4 h), 512.0 GB for 81000 clips, by plan` of a recorded `Prediction`."""
     if not prediction:
         return "-"
@@ -179,6 +196,8 @@ def prediction_text(prediction: Mapping[str, Any] | None) -> str:
     if prediction["interval_s"]:
         low, high = map(format_duration, prediction["interval_s"])
         time += f" ({low} to {high})"
+    if (worker_s := prediction.get("worker_s")) is not None:
+        time += f", {hours_text(worker_s, device)}"
     clips = plural(prediction["clips"], "clip")
     return f"{time}, {format_bytes(prediction['bytes'])} for {clips}, by {prediction['by']}"
 
@@ -199,6 +218,7 @@ def read_forecast(path: str | Path) -> Prediction:
             seconds=None if forecast["seconds"] is None else float(forecast["seconds"]) - startup_s,
             interval_s=interval and (float(interval[0]) - startup_s, float(interval[1]) - startup_s),
             bytes=int(forecast["bytes"]),
+            worker_s=forecast.get("worker_s") and float(forecast["worker_s"]),
         )
     except OSError as error:
         raise UserError(f"forecast {path} cannot be read: {error.strerror}") from error
@@ -206,8 +226,13 @@ def read_forecast(path: str | Path) -> Prediction:
         raise UserError(f"{path} holds no forecast: save one with `merv-pipeline plan --json > {path}`") from error
 
 
-def predict_from_first_blocks(*, done: int, total: int, seconds: float, num_bytes: int) -> Prediction | None:
-    """The whole run at the pace and size of the clips so far; None before `FIRST_SHARE` is done, and when all is."""
+def predict_from_first_blocks(
+    *, done: int, total: int, seconds: float, num_bytes: int, worker_s: float = 0.0, loading_s: float = 0.0
+) -> Prediction | None:
+    """The whole run at the pace and size of the clips so far; None before `FIRST_SHARE` is done, and when all is.
+
+    Of `worker_s`, the workers' time so far, `loading_s` passed before the first clip.
+    """
     if not FIRST_SHARE * total <= done < total:
         return None
     scale = total / done
@@ -217,6 +242,7 @@ def predict_from_first_blocks(*, done: int, total: int, seconds: float, num_byte
         seconds=seconds * scale,
         interval_s=None,
         bytes=round(num_bytes * scale),
+        worker_s=loading_s + (worker_s - loading_s) * scale,
     )
 
 
@@ -232,7 +258,22 @@ def last_run(store: FeatureStore) -> dict[str, Any] | None:
         "seconds": newest["elapsed_s"],
         "bytes": newest["bytes"],
         "predicted": newest.get("predicted"),
+        **{name: newest[name] for name in ("worker_s", "device", "gpu_cost") if newest.get(name)},
     }
+
+
+def spent(store: FeatureStore) -> list[dict[str, Any]]:
+    """What the store's runs held, by device: runs, worker_s, and cost, as far as they recorded a price."""
+    totals: dict[str, dict[str, Any]] = {}
+    for summary in (run["summary"] for run in store.runs()):
+        if worker_s := summary.get("worker_s"):
+            device = summary["device"].partition(":")[0]
+            total = totals.setdefault(device, {"device": device, "runs": 0, "worker_s": 0.0, "cost": None})
+            total["runs"] += 1
+            total["worker_s"] += worker_s
+            if (price := summary["gpu_cost"]) is not None:
+                total["cost"] = (total["cost"] or 0.0) + worker_s / 3600 * price
+    return list(totals.values())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from pipeline.cli.explore import EXPLORE_COMMANDS
 from pipeline.cli.options import (
     AS_JSON,
     CLUSTER_OPTION,
+    GPU_COST,
     ROOT,
     STORE_OPTION,
     config_from_options,
@@ -74,6 +75,7 @@ def main() -> None:
     type=click.Path(dir_okay=False),
     help="Output of `plan --json`: recorded in the store's journal alongside what the run took.",
 )
+@GPU_COST
 @click.option("--dashboard", is_flag=True, default=None, help="Start Dask's dashboard; print how to reach it over ssh.")
 @click.option(
     "--performance-report",
@@ -106,12 +108,14 @@ def extract(config_file: str | None, print_config: bool, as_json: bool, **option
 
 @click.command(
     epilog=examples(
-        "merv-pipeline plan --dataset videollava", "merv-pipeline plan --dataset videollava --json > plan.json"
+        "merv-pipeline plan --dataset videollava --gpu-cost 2.50",
+        "merv-pipeline plan --dataset videollava --json > plan.json",
     )
 )
 @handle_cli_errors
 @extraction_options
 @click.option("--probe", type=click.IntRange(0), default=4, help="Clips of each kind to encode for the time estimate.")
+@GPU_COST
 @AS_JSON
 def plan(config_file: str | None, probe: int, as_json: bool, **options: Any) -> None:
     """Estimate the cost of an extraction. Clips, bytes, files and hours, by stage, kind and encoder."""

@@ -44,6 +44,13 @@ WEIGHTS = click.option(
     "--weights", metavar="SPEC", multiple=True, show_default="as at extraction", help="As for extract. Repeatable."
 )
 DEVICE = click.option("--device", show_default="cuda if available, else cpu", help="cpu, cuda, cuda:1, ...")
+GPU_COST = click.option(
+    "--gpu-cost",
+    type=click.FloatRange(min=0),
+    metavar="PRICE",
+    show_default="no cost is shown",
+    help="Price of a GPU-hour in any currency, such as 2.50; on CPUs of a worker-hour.",
+)
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 DATASET_OPTION = click.option(
     "--option",

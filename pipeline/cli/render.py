@@ -16,7 +16,7 @@ from pipeline.datasets import link_advice, options_of
 from pipeline.duplicates import Duplicates
 from pipeline.explain import EncoderChange, Explanation
 from pipeline.status import EncoderProgress, StoreProgress
-from pipeline.summary import prediction_text
+from pipeline.summary import hours_text, prediction_text
 from pipeline.worker.reports import PARALLEL_STAGES
 
 NUM_SHOWN = 5  # clip ids; --json has all
@@ -75,12 +75,14 @@ def summary(result) -> None:
         out.print(f"nothing to do: all {result.listed} clips listed are committed or quarantined, `status` counts them")
     else:
         if result.predicted:
-            out.print(f"predicted: {prediction_text(result.predicted)}")
+            out.print(f"predicted: {prediction_text(result.predicted, result.device)}")
         out.print(
             f"{plural(committed, 'clip')} committed, {result.failed} quarantined, {plural(result.blocks, 'block')}, "
             f"{format_bytes(result.bytes)} in {format_duration(seconds)}: {result.clips / seconds:.2f} clips/s, "
             f"{result.frames / seconds:.0f} frames/s, {format_bytes(result.bytes / seconds)}/s"
         )
+        if result.worker_s:
+            out.print(f"spent: {hours_text(result.worker_s, result.device, result.gpu_cost)}")
         total = result.stage_s["total"]
         stages = {name: s for name, s in result.stage_s.items() if name not in ("total", *PARALLEL_STAGES)}
         stages["rest"] = max(0.0, total - sum(stages.values()))
@@ -123,9 +125,14 @@ def status(result: Mapping[str, Any], quarantine: Sequence[Mapping[str, Any]]) -
     table(headings, rows, right=("width", "committed", "failed", "to do"))
     if run := result["last run"]:
         took = f"{format_duration(run['seconds'])}, {format_bytes(run['bytes'])}"
+        if run.get("worker_s"):
+            took += f", {hours_text(run['worker_s'], run['device'], run.get('gpu_cost'))},"
         out.print(f"last run: {took} for {plural(run['clips'], 'clip')}")
         if run["predicted"]:
-            out.print(f"predicted: {prediction_text(run['predicted'])}")
+            out.print(f"predicted: {prediction_text(run['predicted'], run.get('device', ''))}")
+    for total in result["spent"]:
+        cost = "" if total["cost"] is None else f", cost {total['cost']:.2f}"
+        out.print(f"spent in {plural(total['runs'], 'run')}: {hours_text(total['worker_s'], total['device'])}{cost}")
     if result["unpublished_blocks"]:
         out.print(
             f"{plural(result['unpublished_blocks'], 'block')} committed after this snapshot, by a run that is active "
@@ -212,6 +219,7 @@ def forecast(result) -> None:
         low, high = map(format_duration, result.interval_s)
         workers = plural(result.workers, "worker")
         out.print(bold(format_duration(result.seconds)), f" with {workers} like this one ({low} to {high})", sep="")
+        out.print(bold(hours_text(result.worker_s, result.device, result.gpu_cost)), " of all workers", sep="")
         out.print(
             f"from a probe of {plural(result.probed, 'clip')} on {plural(result.probed_workers, 'worker')} "
             f"({result.device}); the range is {result.interval}. The rows are the encoders alone; decoding, "

@@ -12,11 +12,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from featurestore.identity import FeatureIdentity
+from mervcache.console import Counts
 from mervcache.logs import emit
 
 DECODING = "decode (in its processes)"
 COMPRESSING, COMMITTING = "compress (in its threads)", "commit (in its thread)"  # "commit" was a part of "total" once
 PARALLEL_STAGES = (DECODING, COMPRESSING, COMMITTING)  # beside the encoders; the other stages add up to "total"
+NOT_STAGES = ("total", *PARALLEL_STAGES)  # not counted as a worker's stages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,17 @@ class BlockCounts:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
         return asdict(self)
+
+    @property
+    def progress(self) -> Counts:
+        """The same for the progress line."""
+        return Counts(
+            done=self.clips,
+            failed=self.failed,
+            amounts={"frames": self.frames, "MB": self.bytes / 1e6},
+            seconds={name.removeprefix("encode:"): s for name, s in self.seconds.items() if name not in NOT_STAGES},
+            notes={"batches halved": self.halvings},
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

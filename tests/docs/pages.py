@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +36,7 @@ class Block:
     def commands(self) -> list[list[str]]:
         """The words of each line that calls one of our programs, without comments and redirections."""
         lines = [shlex.split(line, comments=True) for line in self.code.splitlines() if line.startswith(PROGRAMS)]
-        return [line[: line.index(">")] if ">" in line else line for line in lines]
+        return [list(takewhile(lambda word: word not in (">", "2>"), line)) for line in lines]
 
 
 def blocks_of(page: str) -> list[Block]:
