@@ -18,8 +18,8 @@ from featurestore.group_writer import GroupWriter
 from featurestore.identity import FeatureIdentity
 from featurestore.layout import ROOT_METADATA, array_metadata_key, group_metadata_key, receipt_key, rows_of, shard_key
 from featurestore.locate import Place
+from featurestore.maintenance.findings import Finding
 from featurestore.maintenance.repair import Recomputed
-from featurestore.maintenance.verify import Finding
 from featurestore.objects.open import open_objects
 from featurestore.records import Receipt, maker_of
 from featurestore.schemas import table_to_clips

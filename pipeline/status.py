@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
+from featurestore.clip_names import clips_named
 from featurestore.clips import KINDS
 from featurestore.layout import receipt_blocks, receipt_key, receipts_prefix
 from featurestore.lease import StoreLease
 from featurestore.locate import Place, is_url, place_of
-from featurestore.store import FeatureStore, clips_named
+from featurestore.store import FeatureStore
 from featurestore.writer import StoreWriter
 from mervcache.console import RATE_WINDOW_S
 from mervcache.errors import UserError

@@ -142,7 +142,6 @@ live_options = stacked(  # of --end-to-end, named as in `merv-pipeline extract`
     type=click.Choice(get_args(Quantisation)),
     help="Quantise the untrained weights of the LLM. Not tested on a GPU; needs CUDA and the extra `quant`.",
 )
-@click.option("--snapshot", metavar="ID|TAG", help="Read the store as it was at this snapshot.")
 @click.option(
     "--stage",
     help="Train on the samples of this stage, align or finetune; of a recipe with two stages, run only this one.",

@@ -6,6 +6,7 @@ from mervcache.console import stacked
 
 BY_SAMPLES = "by the number of samples"
 size_options = stacked(
+    click.option("--snapshot", metavar="ID|TAG", help="Read the store as it was at this snapshot."),
     click.option("--fraction", type=click.FloatRange(0, 1, min_open=True), help="Train on this share of the samples."),
     click.option("--limit", type=click.IntRange(min=1), help="Train on at most this many samples."),
     click.option("--batch-size", type=click.IntRange(min=1), show_default=BY_SAMPLES, help="Samples of a step."),

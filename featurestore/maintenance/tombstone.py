@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from featurestore.clip_names import clips_named
 from featurestore.clips import KINDS
 from featurestore.group_writer import GroupWriter
 from featurestore.layout import SAMPLES, block_of, receipt_key, samples_files, samples_key, shard_key, slot_of
@@ -35,7 +36,6 @@ from featurestore.records import (
 from featurestore.schemas import SAMPLE_SCHEMA
 from featurestore.shards import Shard, build_shard, decode_all
 from featurestore.snapshots import ClipIndex
-from featurestore.store import clips_named
 from featurestore.writer import StoreWriter
 from featurestore.zarr_metadata import ArraySpec, encoder_groups
 from mervcache.console import SILENT, ProgressLine
@@ -56,7 +56,7 @@ def tombstone(
 ) -> dict[str, object]:
     """Remove clips from a store for good; returns what was done.
 
-    Clips are named as in `featurestore.store.clips_named`. Where other clips were made from the same media,
+    Clips are named as in `featurestore.clip_names.clips_named`. Where other clips were made from the same media,
     `all_copies` decides whether they go too: a consent is about the video, a licence may be about one dataset's copy.
     Neither can be undone or is safe to guess, so with None nothing is removed and an error names them.
     """

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
-
-import pyarrow as pa
 
 from featurestore.clips import KINDS
 from featurestore.identity import FeatureIdentity
@@ -54,6 +52,7 @@ from featurestore.layout import (
 )
 from featurestore.locate import Place, no_store_at
 from featurestore.maintenance.derived_table import check_table
+from featurestore.maintenance.findings import Finding, Findings
 from featurestore.newest import MAX_NEWEST_BYTES, Newest, list_newest
 from featurestore.objects.base import Objects, get_bounded
 from featurestore.objects.open import in_parallel, open_objects
@@ -88,73 +87,15 @@ from featurestore.zarr_metadata import (
     without_digest,
 )
 from mervcache.console import SILENT, ProgressLine
-from mervcache.errors import MervCacheError, StoreError, StoreNotFoundError, UserError
+from mervcache.errors import StoreError, StoreNotFoundError, UserError
 from mervcache.files import sha256_hex
 
 Level = Literal["quick", "full"]
 LEVELS: tuple[Level, ...] = ("quick", "full")
 WORKERS = 2  # blocks checked at once: hashing and decompressing release the GIL
 _PIECE_BYTES = 8 << 20
-_REPAIR = "run `merv-pipeline repair`"
 _NOT_NAMED = "is missing though the newest snapshot names it"
 _EMPTY_GROUP = document_bytes({"zarr_format": 3, "node_type": "group", "attributes": {}})
-
-# damage: a digest does not hold or a file is missing; orphan: nothing depends on the file; notice: about media.
-Severity = Literal["damage", "orphan", "notice"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something that is not as it should be."""
-
-    key: str  # the object, relative to the store
-    problem: str
-    severity: Severity = "damage"
-    advice: str = _REPAIR  # what to do
-
-
-class Findings:
-    """A growing set of findings, and the keys that were checked; threads may share one."""
-
-    def __init__(self) -> None:
-        self._all: set[Finding] = set()
-        self.checked: set[str] = set()  # keys that belong to the store
-
-    def add_damage(self, key: str, problem: str, advice: str = _REPAIR) -> None:
-        self._all.add(Finding(key, problem, advice=advice))
-
-    def add_orphan(self, key: str, problem: str, advice: str) -> None:
-        self._all.add(Finding(key, problem, "orphan", advice))
-
-    def reading(self, key: str) -> _Reading:
-        """Count the key as checked, and turn any error of reading it into damage."""
-        self.checked.add(key)
-        return _Reading(self, key)
-
-    def sorted(self) -> list[Finding]:
-        """Damage first."""
-        return sorted(self._all, key=lambda finding: (finding.severity, finding.key, finding.problem))
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """A context that ends where reading an object fails; a class, so that a type checker knows that it does."""
-
-    findings: Findings
-    key: str
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> bool:
-        if not isinstance(error, MervCacheError | OSError | pa.ArrowException):
-            return False
-        self.findings.add_damage(self.key, "is missing" if isinstance(error, FileNotFoundError) else str(error))
-        return True
-
-
-def is_damaged(findings: list[Finding]) -> bool:
-    return any(finding.severity == "damage" for finding in findings)
 
 
 def verify_store(

@@ -80,7 +80,8 @@ def verify(
     With --parity, also whether this machine's libraries, decoder and encoders reproduce the stored tokens: exit code 1
     if they are outside the tolerance. The result is saved in the store's journal.
     """
-    from featurestore.maintenance.verify import is_damaged, verify_store
+    from featurestore.maintenance.findings import is_damaged
+    from featurestore.maintenance.verify import verify_store
     from pipeline.cli import render
 
     if not parity and any(parity_options.values()):

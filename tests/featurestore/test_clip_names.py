@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from featurestore.store import clips_named
+from featurestore.clip_names import clips_named
 from mervcache.errors import UserError
 
 IDS = ["d/films/v1.mp4", "d/films/v11.mp4", "d/old/1.mp4", "d/old/xv1.mp4", "d/old/v1.mp4#t=0.0,2.0"]

@@ -20,8 +20,9 @@ from pathlib import Path
 
 import click
 
+from featurestore.maintenance.findings import is_damaged
 from featurestore.maintenance.repair import repair_store
-from featurestore.maintenance.verify import is_damaged, verify_store
+from featurestore.maintenance.verify import verify_store
 from tests.featurestore.sound_store import add_unpublished, build
 
 

@@ -14,8 +14,9 @@ import pytest
 
 from featurestore.clips import Clip
 from featurestore.maintenance.derive import clip_of_id
+from featurestore.maintenance.findings import is_damaged
 from featurestore.maintenance.repair import Recomputed, repair_store
-from featurestore.maintenance.verify import is_damaged, verify_store
+from featurestore.maintenance.verify import verify_store
 from featurestore.objects.local import LocalObjects
 from featurestore.records import MAX_JOURNAL_BYTES, journal_bytes
 from featurestore.store import FeatureStore

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from featurestore.clips import Sample, Turn
-from featurestore.maintenance.verify import is_damaged, verify_store
+from featurestore.maintenance.findings import is_damaged
+from featurestore.maintenance.verify import verify_store
 from mervcache.errors import StoreNotFoundError, UserError
 
 pytestmark = pytest.mark.slow
