@@ -89,7 +89,7 @@ def config_of(settings: Mapping[str, Any], *, projector_lr: float, fusion_lr: fl
         "micro_batch_size": settings["batch_size"],
         "max_steps": settings["steps"],
         "keep_checkpoints": 1,
-        "by_samples": [],
+        "by_samples": {},
     }
     return overlay(get_recipe("merv-frozen"), changes)
 

@@ -104,6 +104,7 @@ class Forecast:
         return brief(self, f"{self.store}: {to_do} clips by encoder to do, {size}, {time} on {self.workers} workers")
 
     missing: dict[str, int] = field(default_factory=dict)  # folder -> media listed but absent
+    missing_files: tuple[str, ...] = ()  # their paths
     rejected: dict[str, int] = field(default_factory=dict)  # reason -> annotation records refused
     skipped: dict[str, int] = field(default_factory=dict)  # what the dataset does not read by its rules -> files
 
@@ -157,6 +158,7 @@ def forecast(config: ExtractConfig, *, probe: int = 4) -> Forecast:
         if total
         else None,
         missing=dict(listing.missing),
+        missing_files=listing.missing_files,
         rejected={reason: records.count for reason, records in listing.rejected.items()},
         skipped=dict(listing.skipped),
     )

@@ -44,6 +44,7 @@ class ExtractSummary:
     clips: int = 0  # computed or failed in this run
     failed: int = 0
     missing: dict[str, int] = field(default_factory=dict)  # folder -> media listed but absent
+    missing_files: tuple[str, ...] = field(default=(), repr=False)  # their paths
     rejected: dict[str, int] = field(default_factory=dict)  # reason -> annotation records refused
     skipped: dict[str, int] = field(default_factory=dict)  # what the dataset does not read by its rules -> files
     quarantined: int = 0  # listed clips that some encoder of this run has no tokens of, since this run or earlier ones
@@ -82,6 +83,7 @@ class ExtractSummary:
             listed=len(listing.clips),
             samples=sum(len(samples) for samples in listing.samples.values()),
             missing=dict(listing.missing),
+            missing_files=listing.missing_files,
             rejected={reason: records.count for reason, records in listing.rejected.items()},
             skipped=dict(listing.skipped),
         )
@@ -144,7 +146,7 @@ def run_record(
         "versions": software_versions(),
         "encoders": {name: dict(entry) for name, entry in encoders.items()},
         "blocks": summary.block_spans,
-        "summary": summary.to_dict(),
+        "summary": {name: value for name, value in summary.to_dict().items() if name != "missing_files"},
     }
 
 
@@ -337,7 +339,14 @@ def settings_of(run: Mapping[str, Any], *, without: Collection[str] = ()) -> dic
 
 
 def media_roots(runs: Iterable[Mapping], root: str | None) -> dict[str, Root]:
-    """Dataset -> folder of its media: as given, else as in its newest run; "" is the key for every other dataset."""
+    """Dataset -> folder of its media: as given, else as in its newest run; "" is the key for every other dataset.
+
+    UserError where no folder has the name that is given.
+    """
+    if root and not os.path.isdir(root):
+        raise UserError(
+            f"there is no folder {root}: give that of the media, or leave it out for the one of the extraction"
+        )
     newest = {run["config"]["dataset"]: run for run in runs}
     if not root:
         return {dataset: media_root(run) for dataset, run in newest.items()}

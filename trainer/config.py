@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from math import inf, isqrt
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -286,9 +287,10 @@ class TrainConfig:
     token_budget: int | None = None
     device_memory: str | None = None  # of each process, such as 80GB; None: that of its GPU, of a CPU no limit
     epochs: float = 1.0  # passes over the samples
-    # Settings that a run decides by its number of samples when it begins, at most batch_size and at least epochs and
-    # optimizer.*_lr as they are here. One that is given in a file or as an option is not among them.
-    by_samples: tuple[str, ...] = ()
+    # Settings that a run decides by its number of samples when it begins, and their published values: at most that
+    # batch_size, at least those epochs and optimizer.*_lr. One that has another value, or that is given in a file or
+    # as an option, stays as it is.
+    by_samples: Mapping[str, float] = field(default_factory=dict)
     max_steps: int | None = None  # instead of epochs
     seed: int = 7  # of fresh weights, the order of samples, masks and dropout
     precision: Precision = "bf16"  # matrix products; trained weights stay in fp32
@@ -380,6 +382,11 @@ class TrainConfig:
             )
 
     __repr__ = changed_fields
+
+    @property
+    def undecided(self) -> tuple[str, ...]:
+        """Settings that the number of samples decides: those of `by_samples` that have their published values."""
+        return tuple(name for name, value in self.by_samples.items() if attrgetter(name)(self) == value)
 
     @property
     def has_fresh_llm(self) -> bool:

@@ -5,7 +5,8 @@ Imports no torch, because `--help` reads this module.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import attrgetter
 
 from mervcache.errors import UserError, unknown_name
 from trainer.config import SIZED_BY_SAMPLES, FusionConfig, OptimizerConfig, ProjectorConfig, TrainConfig
@@ -21,14 +22,21 @@ class Stage:
 
 Stages = tuple[Stage, ...]
 
-RELEASED_FINETUNE = TrainConfig(
-    train_llm="full",
-    fusion=FusionConfig(name="cross_attention_released"),
-    optimizer=OptimizerConfig(weight_decay=0.1),
-    loss="micro_batch_means",
-    sampler="split_modality",
-    activation_checkpointing=True,
-    by_samples=SIZED_BY_SAMPLES,
+
+def published(config: TrainConfig) -> TrainConfig:
+    """The settings, of which sizes and rates give way to the number of samples."""
+    return replace(config, by_samples={name: attrgetter(name)(config) for name in SIZED_BY_SAMPLES})
+
+
+RELEASED_FINETUNE = published(
+    TrainConfig(
+        train_llm="full",
+        fusion=FusionConfig(name="cross_attention_released"),
+        optimizer=OptimizerConfig(weight_decay=0.1),
+        loss="micro_batch_means",
+        sampler="split_modality",
+        activation_checkpointing=True,
+    )
 )
 
 # Sizes and rates of a recipe from a publication are those for its hundreds of thousands of samples; `by_samples` lets
@@ -40,9 +48,7 @@ RECIPES: dict[str, Stages] = {
     "merv-frozen": (
         Stage(
             name="finetune",
-            config=TrainConfig(
-                optimizer=OptimizerConfig(projector_lr=1e-3, fusion_lr=1e-3), by_samples=SIZED_BY_SAMPLES
-            ),
+            config=published(TrainConfig(optimizer=OptimizerConfig(projector_lr=1e-3, fusion_lr=1e-3))),
         ),
     ),
     # What the released code does under the same name: its fusion, and the LLM is trained too, from the first step. Its
@@ -53,22 +59,21 @@ RECIPES: dict[str, Stages] = {
     "merv-full": (
         Stage(
             name="align",
-            config=TrainConfig(
-                stage="align",
-                prompt="caption",
-                train_llm="full",
-                optimizer=OptimizerConfig(projector_lr=1e-4, fusion_lr=1e-4, llm_lr=1e-4),
-                batch_size=256,
-                micro_batch_size=16,
-                activation_checkpointing=True,
-                by_samples=SIZED_BY_SAMPLES,
+            config=published(
+                TrainConfig(
+                    stage="align",
+                    prompt="caption",
+                    train_llm="full",
+                    optimizer=OptimizerConfig(projector_lr=1e-4, fusion_lr=1e-4, llm_lr=1e-4),
+                    batch_size=256,
+                    micro_batch_size=16,
+                    activation_checkpointing=True,
+                )
             ),
         ),
         Stage(
             name="finetune",
-            config=TrainConfig(
-                train_llm="full", sampler="split_modality", activation_checkpointing=True, by_samples=SIZED_BY_SAMPLES
-            ),
+            config=published(TrainConfig(train_llm="full", sampler="split_modality", activation_checkpointing=True)),
         ),
     ),
     # The same stages with the numbers, the loss and the fusion of the released code, whose second stage is that of
@@ -76,17 +81,18 @@ RECIPES: dict[str, Stages] = {
     "merv-full-released": (
         Stage(
             name="align",
-            config=TrainConfig(
-                stage="align",
-                prompt="caption",
-                train_llm="full",
-                fusion=FusionConfig(name="cross_attention_released"),
-                optimizer=OptimizerConfig(projector_lr=1e-4, fusion_lr=1e-4, llm_lr=1e-4),
-                batch_size=256,
-                micro_batch_size=16,
-                loss="micro_batch_means",
-                activation_checkpointing=True,
-                by_samples=SIZED_BY_SAMPLES,
+            config=published(
+                TrainConfig(
+                    stage="align",
+                    prompt="caption",
+                    train_llm="full",
+                    fusion=FusionConfig(name="cross_attention_released"),
+                    optimizer=OptimizerConfig(projector_lr=1e-4, fusion_lr=1e-4, llm_lr=1e-4),
+                    batch_size=256,
+                    micro_batch_size=16,
+                    loss="micro_batch_means",
+                    activation_checkpointing=True,
+                )
             ),
         ),
         Stage(name="finetune", config=RELEASED_FINETUNE),
@@ -105,7 +111,7 @@ RECIPES: dict[str, Stages] = {
                 batch_size=4,
                 micro_batch_size=4,
                 epochs=10,
-                by_samples=("epochs",),
+                by_samples={"epochs": 10},
                 precision="fp32",
                 log_every=5,
                 checkpoint_every=100,

@@ -38,7 +38,10 @@ STORE_OPTION = click.option(
     help="The store, as for extract.",
 )
 ROOT = click.option(
-    "--root", type=click.Path(file_okay=False), show_default="as at extraction", help="Folder of the media."
+    "--root",
+    type=click.Path(exists=True, file_okay=False),
+    show_default="as at extraction",
+    help="Folder of the media.",
 )
 WEIGHTS = click.option(
     "--weights", metavar="SPEC", multiple=True, show_default="as at extraction", help="As for extract. Repeatable."

@@ -12,7 +12,7 @@ from featurestore.quality import VERDICTS, ParityRecord, TokenRecord, token_note
 from featurestore.transfer.merge import Combined
 from featurestore.transfer.sync import Transferred
 from mervcache.console import bold, console, format_bytes, format_duration, plural, table
-from pipeline.datasets import link_advice, options_of
+from pipeline.datasets import FILES_NAMED, link_advice, missing_lines, options_of
 from pipeline.duplicates import Duplicates
 from pipeline.explain import EncoderChange, Explanation
 from pipeline.status import EncoderProgress, StoreProgress
@@ -39,6 +39,19 @@ def counted(title: str, unit: str, counts: Mapping[str, int]) -> None:
     """A table of counts, largest first; nothing where there are none."""
     if counts:
         table((title, unit), sorted(counts.items(), key=lambda item: -item[1]), right=(unit,))
+
+
+def _left_out(result) -> None:
+    """What a listing left out, of an `ExtractSummary` or a `Forecast`."""
+    counted("listed but absent", "media", result.missing)
+    for line in missing_lines(result.missing_files):
+        console().print(line, soft_wrap=True)
+    if len(result.missing_files) > FILES_NAMED:
+        console().print("--json names all of them")
+    counted("refused at listing", "records", result.rejected)
+    counted("not read", "count", result.skipped)
+    for line in link_advice(result.rejected):
+        console().print(line, soft_wrap=True)
 
 
 def details(result: Mapping[str, Any]) -> None:
@@ -91,11 +104,7 @@ def summary(result) -> None:
         beside = ", ".join(f"{name} {result.stage_s.get(name, 0.0):.1f} s" for name in PARALLEL_STAGES)
         out.print(f"in parallel with these stages: {beside}")
     counted("quarantined", "clips", result.reasons)
-    counted("listed but absent", "media", result.missing)
-    counted("refused at listing", "records", result.rejected)
-    counted("not read", "count", result.skipped)
-    for line in link_advice(result.rejected):
-        out.print(line, soft_wrap=True)
+    _left_out(result)
     if result.reused:
         out.print(f"{result.reused} (clip, encoder) pairs were copied from another store")
     if result.halvings:
@@ -234,11 +243,7 @@ def forecast(result) -> None:
             f"{bound}; a {kind} here has {balance.decoders} for decoding, and wants {cores} to decode and compress at "
             "the encoders' pace"
         )
-    counted("listed but absent", "media", result.missing)
-    counted("refused at listing", "records", result.rejected)
-    counted("not read", "count", result.skipped)
-    for line in link_advice(result.rejected):
-        out.print(line, soft_wrap=True)
+    _left_out(result)
 
 
 def encoder_row(spec) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from mervcache.errors import UserError, unknown_name
 from mervcache.plugins import PlugInTable
 from pipeline.datasets import demo, evaluation, folder, videollava, webdataset
 from pipeline.datasets.base import (
+    FILES_NAMED,
     DatasetListing,
     DatasetSpec,
     ListingBuilder,
@@ -27,6 +28,7 @@ from pipeline.datasets.base import (
     check_has_clips,
     link_advice,
     loss_lines,
+    missing_lines,
 )
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ LINKS = Option(
 __all__ = [
     "BUILT_IN",
     "DATASETS",
+    "FILES_NAMED",
     "DatasetListing",
     "DatasetSpec",
     "ListingBuilder",
@@ -58,6 +61,7 @@ __all__ = [
     "list_clips",
     "load_dataset",
     "loss_lines",
+    "missing_lines",
     "options_of",
 ]
 

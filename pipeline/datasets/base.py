@@ -11,7 +11,7 @@ import errno
 import math
 import os
 import posixpath
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from mervcache.reprs import brief
 from pipeline.media import MediaRoot, allowed_folders, is_inside
 
 EXAMPLES_KEPT = 5  # of refused records, per reason
+FILES_NAMED = 10  # of absent media, in text
 REASONS_KEPT = 100  # a reason may quote a key of the record
 OTHER_REASONS = "other reasons"
 OUTSIDE_FILE = "a linked file whose target is outside the root"
@@ -56,6 +57,7 @@ class DatasetListing:
     clips: tuple[Clip, ...]  # unique, present, in annotation order
     samples: Mapping[str, tuple[Sample, ...]]  # NAME of samples/NAME.parquet -> samples of listed clips or of none
     missing: Mapping[str, int] = field(default_factory=dict)  # folder -> clips whose media are not there
+    missing_files: tuple[str, ...] = ()  # paths of these media, sorted
     rejected: Mapping[str, Rejected] = field(default_factory=dict)  # reason -> records refused for it
     skipped: Mapping[str, int] = field(default_factory=dict)  # what a dataset does not read by its rules -> files
     notes: tuple[str, ...] = ()  # what was chosen on the user's behalf
@@ -77,6 +79,13 @@ def loss_lines(listing: DatasetListing) -> list[str]:
     return lines + link_advice(listing.rejected)
 
 
+def missing_lines(files: Sequence[str]) -> list[str]:
+    """The first few media that are not there, a line each."""
+    lines = [f"absent: {path}" for path in files[:FILES_NAMED]]
+    rest = len(files) - FILES_NAMED
+    return [*lines, f"and {rest} more"] if rest > 0 else lines
+
+
 def link_advice(reasons: Iterable[str]) -> list[str]:
     """The next step where links were refused."""
     return [LINK_ADVICE] if {OUTSIDE_FILE, OUTSIDE_FOLDER, NOT_FOLLOWED} & set(reasons) else []
@@ -85,7 +94,8 @@ def link_advice(reasons: Iterable[str]) -> list[str]:
 def check_has_clips(listing: DatasetListing) -> None:
     """Raise `UserError` for a listing without a clip, with what was left out."""
     if not listing.clips:
-        lines = "".join(f"\n  {line}" for line in loss_lines(listing)[:20])
+        lost = [*loss_lines(listing)[:20], *missing_lines(listing.missing_files)]
+        lines = "".join(f"\n  {line}" for line in lost)
         raise UserError(f"dataset {listing.name} lists no clip under {listing.root}: there is nothing to encode{lines}")
 
 
@@ -126,6 +136,7 @@ class ListingBuilder:
         self.stage = stage  # None: all
         self.notes: list[str] = []
         self.missing: dict[str, int] = {}
+        self._missing_files: set[str] = set()
         self.skipped: dict[str, int] = {}
         self._clips: dict[str, Clip] = {}  # clip id -> clip
         self._known: dict[tuple, str] = {}  # what names a clip -> clip id: building a Clip costs ten times a look-up
@@ -206,20 +217,22 @@ class ListingBuilder:
             what = "other files"
         self.skipped[what] = self.skipped.get(what, 0) + count
 
-    def miss(self, folder: str, count: int = 1) -> None:
-        """Count clips whose media are not there and whose very names are unknown."""
+    def miss(self, path: str, count: int = 1) -> None:
+        """Count clips of a file that is not there; the path lacks the extension where the annotations do."""
+        folder = path.rpartition("/")[0] or "."
         self.missing[folder] = self.missing.get(folder, 0) + count
+        self._missing_files.add(path)
 
     def finish(self, *, kind: str | None = None, limit: int | None = None, look: bool = True) -> DatasetListing:
         """Filter, drop what has no media on disk (`look`), and freeze."""
         clips = [clip for clip in self._clips.values() if kind in (None, clip.kind)]
         if look:
             absent, refused = find_missing(self.media_root, clips)
-            for folder, paths in absent.items():
-                self.miss(folder or ".", sum(paths.values()))
+            absent_paths = {path: count for paths in absent.values() for path, count in paths.items()}
+            for path, count in absent_paths.items():
+                self.miss(path, count)
             for path, reason in refused.items():
                 self.reject(reason, path)
-            absent_paths = {path for paths in absent.values() for path in paths}
             clips = [clip for clip in clips if clip.path not in absent_paths and clip.path not in refused]
         clips = clips[:limit]
         return DatasetListing(
@@ -228,6 +241,7 @@ class ListingBuilder:
             clips=tuple(clips),
             samples=self._kept_samples({clip.clip_id for clip in clips}, kind, limit),
             missing=dict(sorted(self.missing.items())),
+            missing_files=tuple(sorted(self._missing_files)),
             rejected={why: Rejected(count=n, examples=tuple(seen)) for why, (n, seen) in self._rejected.items()},
             skipped=dict(sorted(self.skipped.items())),
             notes=tuple(self.notes),

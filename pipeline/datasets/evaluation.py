@@ -93,7 +93,8 @@ def _collect_benchmark(builder: ListingBuilder, folder: Path, found: Format, opt
         except RecordError as error:
             builder.reject(str(error), f"{origin} record {position} (id {_name_of(row)!r})")
     for place, names in videos.unknown.items():
-        builder.miss(place, len(names))
+        for name in names:
+            builder.miss(f"{place}/{name}")
 
 
 def _fields(source: str, question: Question) -> dict[str, Any]:

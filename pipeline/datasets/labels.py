@@ -78,7 +78,7 @@ def _labels_of_table(builder: ListingBuilder, given: str, clips: Sequence[Clip])
         if not label:
             builder.reject("row without a label", where)
         elif path not in known:
-            builder.miss(path.rpartition("/")[0] or ".")
+            builder.miss(path)
         elif found.setdefault(path, label) != label:
             raise UserError(f"{where} labels {path} {label!r}, an earlier row {found[path]!r}: keep one of them")
     return found

@@ -56,7 +56,7 @@ def collect(builder: ListingBuilder, options: Mapping[str, Any]) -> None:
             _collect_shard(builder, shard, options)
         except MediaError as error:
             if str(error) == MISSING_REASON:
-                builder.miss(shard.rpartition("/")[0] or ".")
+                builder.miss(shard)
             else:
                 builder.reject(str(error), shard)
 

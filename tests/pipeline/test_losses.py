@@ -9,10 +9,11 @@ import yaml
 from click.testing import CliRunner
 
 from featurestore import FeatureStore
-from mervcache.errors import EXIT_WITH_FAILURES
+from mervcache.errors import EXIT_WITH_FAILURES, UserError
 from pipeline.cli.extract import main
 from pipeline.datasets import load_dataset
 from pipeline.decode.sampling import DecodeJob
+from pipeline.explorer import Explorer
 from pipeline.media import MediaRoot
 from pipeline.recompute import verify_media
 from pipeline.summary import media_root
@@ -41,12 +42,27 @@ def test_a_refused_record_is_shown_recorded_and_in_the_exit_code_of_every_run(la
     assert FeatureStore.open(lab.store).runs()[-1]["summary"]["rejected"] == {reason: 1}
 
 
-def test_absent_media_are_shown_and_in_the_exit_code(lab):
+def test_absent_media_are_named_and_in_the_exit_code(lab):
     root = lab.copy_of_root()
     (root / "valley/v8.mp4").unlink()
     done = run(lab, "extract", limit=2)
     assert done.exit_code == EXIT_WITH_FAILURES, done.output
     assert "absent: media of 1 clip in valley" in done.stderr
+    assert "absent: valley/v8.mp4" in done.stdout
+    assert "missing_files" not in FeatureStore.open(lab.store).runs()[-1]["summary"]  # a million names of a part
+
+
+@pytest.mark.parametrize("command", ["extract", "plan"])
+def test_of_many_absent_media_ten_are_named_and_json_has_all(lab, command):
+    path = lab.copy_of_root() / "valley_llavaimage.json"
+    records = json.loads(path.read_text())
+    gone = [f"valley/gone{number:02}.mp4" for number in range(12)]
+    path.write_text(json.dumps([*records, *(records[0] | {"id": name, "video": name} for name in gone)]))
+    probe = {"plan": ["--probe", "0"]}.get(command, [])
+    shown = run(lab, command, *probe, limit=2).stdout
+    assert [name for name in gone if f"absent: {name}" in shown] == gone[:10]
+    assert "and 2 more" in shown
+    assert json.loads(run(lab, command, *probe, "--json", limit=2).stdout)["missing_files"] == gone
 
 
 @pytest.mark.parametrize("command", ["extract", "plan"])
@@ -94,3 +110,20 @@ def test_a_job_keeps_the_folder_of_links_across_processes(tmp_path):
 def test_a_run_without_links_has_a_plain_root():
     run = {"root": "/media", "config": {"dataset": "folder", "options": {}}}
     assert (media_root(run), media_root(run, "/now")) == ("/media", "/now")
+
+
+@pytest.mark.parametrize("command", ["view", "report", "verify"])
+def test_a_mistyped_folder_of_media_is_an_error(lab, command):
+    run(lab, "extract", limit=2)
+    out = lab.folder / "page"
+    given = {"view": ["--out", str(out)], "report": ["--out", str(out)], "verify": ["--media", "quick"]}[command]
+    done = CliRunner().invoke(main, [command, str(lab.store), "--root", str(lab.folder / "typo"), *given])
+    assert done.exit_code == 2
+    assert "typo' does not exist" in done.stderr
+    assert not out.exists()
+
+
+def test_a_mistyped_folder_of_media_is_an_error_in_python(lab):
+    run(lab, "extract", limit=2)
+    with pytest.raises(UserError, match="there is no folder"):
+        Explorer(FeatureStore.open(lab.store), root=str(lab.folder / "typo"))

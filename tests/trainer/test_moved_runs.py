@@ -12,9 +12,13 @@ from click.testing import CliRunner
 
 from featurestore import FeatureStore, StoreWriter
 from featurestore.clips import Sample, Turn
+from mervcache.config import overlay
+from trainer.ablation.execute import open_recorded, open_sweep
+from trainer.ablation.sweep import SweepConfig, add_to_record, read_sweep
 from trainer.cli import eval_main, train_main
-from trainer.config import read_config
+from trainer.config import TrainConfig, read_config
 from trainer.paths import found_path, recorded_path
+from trainer.recipes import Stage
 from trainer.runs.load import load_run
 from trainer.runs.run_record import RunRecord, read_metrics
 
@@ -116,6 +120,26 @@ def test_the_card_of_a_local_llm_says_that_it_is_not_here(project):
     assert "The LLM's weights are not here" in cards["named"]
     assert "where they are published" not in cards["named"]
     assert "The LLM's weights are in `llm/`" in cards["whole"]
+
+
+def test_a_sweep_is_moved_with_its_store_and_llm(project, tmp_path, monkeypatch):
+    settings = Path("settings.yaml")
+    stages = (Stage(name="finetune", config=overlay(TrainConfig(), yaml.safe_load(settings.read_text()))),)
+    axes, out = SweepConfig(subsets=("alone",), split="heldout"), Path("runs/sweep")
+    begun = open_sweep(axes, stages, STORE, out)
+    add_to_record(out, begun.pins, begun.axes, begun.runs, store=STORE)
+    written = (out / "sweep.json").read_text()
+    assert str(project) not in written
+    assert (begun.store, read_sweep(out)["store"]) == (STORE, STORE)
+    home = shutil.move(project, tmp_path / "renamed")
+    (tmp_path / "desk").mkdir()
+    monkeypatch.chdir(tmp_path / "desk")
+    found = open_recorded(home / out)
+    assert found.store == str(home / STORE)
+    assert {run.stages[0].config.llm for run in found.runs} == {str(home / LLM)}
+    assert {run.name for run in found.runs} == {run.name for run in begun.runs}
+    add_to_record(home / out, found.pins, found.axes, found.runs, store=found.store)
+    assert json.loads((home / out / "sweep.json").read_text()) == json.loads(written)
 
 
 def test_what_is_no_local_relative_path_stays(project):

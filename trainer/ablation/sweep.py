@@ -1,6 +1,7 @@
 """A sweep: which runs it has, and what pins all of them to the same samples and questions.
 
-SWEEP/sweep.json    what the runs share, each run's place on the axes, and the axes and settings that gave them
+SWEEP/sweep.json    what the runs share, each run's place on the axes, and the axes and settings that gave them; its
+                    paths are those of `trainer/paths.py`, so a sweep can be moved with its store and LLM
 SWEEP/runs/NAME/    a complete run, with the usual contract for resuming
 
 Runs of unlike encoders are comparable only on the same clips. So every run gets the settings `clips_with`, all encoders
@@ -12,9 +13,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from math import isqrt, prod
 from pathlib import Path
@@ -25,6 +27,7 @@ from mervcache.errors import UserError, unknown_name
 from mervcache.files import load_json, replace_text
 from trainer.config import FUSIONS, PROJECTORS, SINGLE_ENCODER_FUSIONS, MaskRule, OptimizerConfig, TrainConfig
 from trainer.loop.stages import STAGES_KEY, merge_settings
+from trainer.paths import PATH_SETTINGS, found_path, recorded_path
 from trainer.recipes import Stage, Stages
 from trainer.runs.stage_folders import settings_by_stage
 
@@ -232,15 +235,15 @@ def _nested(run: SweepRun, grids: tuple[int, ...], time: int) -> SweepRun:
 
 
 def scale_rates(stages: Stages, factor: float) -> Stages:
-    """The stages with every learning rate times `factor`."""
+    """The stages with every learning rate times `factor`, and the published ones that the samples decide."""
 
-    def scaled(optimizer: OptimizerConfig) -> OptimizerConfig:
-        names = [field.name for field in fields(optimizer) if field.name.endswith("_lr")]
-        return replace(optimizer, **{name: factor * getattr(optimizer, name) for name in names})
+    def scaled(config: TrainConfig) -> TrainConfig:
+        names = [field.name for field in fields(OptimizerConfig) if field.name.endswith("_lr")]
+        optimizer = replace(config.optimizer, **{name: factor * getattr(config.optimizer, name) for name in names})
+        rates = {name: factor * rate for name, rate in config.by_samples.items() if name.startswith("optimizer.")}
+        return replace(config, optimizer=optimizer, by_samples={**config.by_samples, **rates})
 
-    if factor == 1:
-        return stages
-    return tuple(replace(s, config=replace(s.config, optimizer=scaled(s.config.optimizer))) for s in stages)
+    return stages if factor == 1 else tuple(replace(stage, config=scaled(stage.config)) for stage in stages)
 
 
 def run_folder(sweep: Path, run: SweepRun | str) -> Path:
@@ -249,17 +252,37 @@ def run_folder(sweep: Path, run: SweepRun | str) -> Path:
 
 
 def read_sweep(sweep: Path) -> dict[str, Any]:
-    """The record of a sweep; UserError for a folder that holds none, or one whose runs cannot be compared."""
+    """The record of a sweep, its paths as `found_path`.
+
+    UserError for a folder that holds none, or one whose runs cannot be compared.
+    """
     path = Path(sweep) / SWEEP_FILE
     if not path.is_file():
         raise UserError(f"{sweep} is no sweep: it has no {SWEEP_FILE}; give the folder of merv-train sweep --out")
     record = load_json(path.read_bytes(), str(path))
     try:
         _check_record(record)
+        return _with_paths(record, lambda path: found_path(path, Path(sweep)))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         reason = f"entry {error} is missing" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{path} is no record of a sweep that can be compared: {reason}") from error
-    return record
+
+
+def _with_paths(record: Mapping[str, Any], path_of: Callable[[str], str]) -> dict[str, Any]:
+    """A record with the paths in it changed: of the store, and in the settings of every stage."""
+
+    def changed(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+        return {**values, **{name: path_of(values[name]) for name in names if isinstance(values.get(name), str)}}
+
+    def by_stage(stages: Mapping[str, Any]) -> dict[str, Any]:
+        return {stage: changed(settings, PATH_SETTINGS) for stage, settings in stages.items()}
+
+    found = changed(record, ["store"])
+    if "settings" in record:
+        found["settings"] = by_stage(record["settings"])
+    if "axes" in record:
+        found["axes"] = [{**entry, STAGES_KEY: by_stage(entry[STAGES_KEY])} for entry in record["axes"]]
+    return found
 
 
 def _check_record(record: Any) -> None:
@@ -310,10 +333,11 @@ def add_to_record(
     Runs that are in the record stay in it, whether they are in `runs` or not. `store` is where the store is now: the
     snapshot among the pins decides which one it is.
     """
+    path, recorded = Path(sweep) / SWEEP_FILE, dict[str, str]()  # a path as it is found now -> as the file has it
     record: dict[str, Any] = {"format": FORMAT, "store": store, **pins, "axes": [], "runs": {}}
-    if (Path(sweep) / SWEEP_FILE).exists():
+    if path.exists():
         record = {"axes": [], **read_sweep(sweep)}
-        before, now = ({name: values.get(name) for name in pins} for values in (record, pins))
+        before, now = (_comparable({name: values.get(name) for name in pins}) for values in (record, pins))
         if before != now:
             old, new = _leaves(before), _leaves(now)
             changed = [name for name in old | new if old.get(name) != new.get(name)]
@@ -322,12 +346,20 @@ def add_to_record(
                 f"{sweep} was begun with other values ({values}), and runs of one sweep are compared with each other:"
                 " give the same, or another --out"
             )
+        as_written = load_json(path.read_bytes(), str(path))
+        _with_paths(as_written, lambda old: recorded.setdefault(found_path(old, Path(sweep)), old))
     record["store"] = store
     record["axes"] += [entry for entry in axes if entry not in record["axes"]]
     record["runs"] |= {run.name: run.to_record() for run in runs}
-    Path(sweep).mkdir(parents=True, exist_ok=True)
-    replace_text(Path(sweep) / SWEEP_FILE, json.dumps(record, indent=1) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = _with_paths(record, lambda found: recorded.get(found) or recorded_path(found, Path(sweep)))
+    replace_text(path, json.dumps(written, indent=1) + "\n")
     return record
+
+
+def _comparable(pins: Mapping[str, Any]) -> dict[str, Any]:
+    """The pins with one spelling of each file and folder."""
+    return _with_paths(pins, lambda path: os.path.realpath(path) if os.path.exists(path) else path)
 
 
 def shared_settings(stages: Stages) -> dict[str, Any]:
@@ -339,6 +371,7 @@ def shared_settings(stages: Stages) -> dict[str, Any]:
             del shared[name]
         for name in ("resampler", "grid", "frame_divisor", "nested_grids"):
             del shared["projector"][name]
+        shared["by_samples"] = list(stage.config.undecided)
         settings[stage.name] = shared
     return settings
 

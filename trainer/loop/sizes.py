@@ -1,7 +1,7 @@
 """Batch size, epochs and learning rates that follow from the number of samples, where nobody has chosen them.
 
 A recipe has the values that were published for hundreds of thousands of samples. For a few dozen they would make one
-step of repeated samples. The settings in `TrainConfig.by_samples` give way then: the batch becomes smaller and the
+step of repeated samples. The settings in `TrainConfig.undecided` give way then: the batch becomes smaller and the
 epochs more until a run has `SHORT_STEPS` steps, and below `LONG_STEPS` steps rates rise with the square root of the
 steps that are missing, at most by `MOST_RATE`: under a frozen LLM, 160 steps learned more at 4e-3 than at the 1e-3 of a
 long run (benchmarks/README.md, learning rates).
@@ -24,35 +24,34 @@ FEW_STEPS = 50  # fewer are reported
 
 
 def fit_to_samples(config: TrainConfig, per_epoch: int, num_processes: int = 1) -> TrainConfig:
-    """The settings with those of `by_samples` decided for `per_epoch` samples an epoch; `by_samples` is empty then."""
+    """The settings with the undecided ones decided for `per_epoch` samples an epoch; `by_samples` is empty then."""
+    undecided = config.undecided
     chosen: dict[str, Any] = {}
-    if "batch_size" in config.by_samples:
-        readings = (
-            per_epoch if config.max_steps is not None or "epochs" in config.by_samples else config.epochs * per_epoch
-        )
+    if "batch_size" in undecided:
+        readings = per_epoch if config.max_steps is not None or "epochs" in undecided else config.epochs * per_epoch
         size = max(_power_of_two(readings / SHORT_STEPS), min(LEAST_BATCH, _power_of_two(per_epoch)))
         size = num_processes * ceil(size / num_processes)  # ranks take equal shares
         chosen["batch_size"] = min(size, config.batch_size)
     batch = chosen.get("batch_size", config.batch_size)
-    if "epochs" in config.by_samples and config.max_steps is None:
+    if "epochs" in undecided and config.max_steps is None:
         chosen["epochs"] = max(config.epochs, float(ceil(SHORT_STEPS * batch / per_epoch)))
     steps = config.max_steps or max(1, int(chosen.get("epochs", config.epochs) * per_epoch) // batch)
     factor = min(MOST_RATE, max(1.0, sqrt(LONG_STEPS / steps)))
-    rates = [name.removeprefix("optimizer.") for name in config.by_samples if name.startswith("optimizer.")]
+    rates = [name.removeprefix("optimizer.") for name in undecided if name.startswith("optimizer.")]
     raised = {name: float(f"{factor * getattr(config.optimizer, name):.2g}") for name in rates if factor > 1}
     optimizer = replace(config.optimizer, **raised)
-    return replace(config, **chosen, optimizer=optimizer, by_samples=())
+    return replace(config, **chosen, optimizer=optimizer, by_samples={})
 
 
 def as_begun(config: TrainConfig, run: Path) -> TrainConfig:
-    """The settings with those of `by_samples` as they were decided when `run` began; unchanged for a new run."""
+    """The settings with the undecided ones as they were decided when `run` began; unchanged for a new run."""
     if not config.by_samples or not (run / CONFIG_FILE).is_file():
         return config
     before = read_config(run)
-    rates = [name.removeprefix("optimizer.") for name in config.by_samples if name.startswith("optimizer.")]
+    rates = [name.removeprefix("optimizer.") for name in config.undecided if name.startswith("optimizer.")]
     optimizer = replace(config.optimizer, **{name: getattr(before.optimizer, name) for name in rates})
-    names = {field.name for field in fields(config)}.intersection(config.by_samples)
-    return replace(config, **{name: getattr(before, name) for name in names}, optimizer=optimizer, by_samples=())
+    names = {field.name for field in fields(config)}.intersection(config.undecided)
+    return replace(config, **{name: getattr(before, name) for name in names}, optimizer=optimizer, by_samples={})
 
 
 def size_warnings(config: TrainConfig, per_epoch: int, num_steps: int) -> list[str]:

@@ -58,7 +58,7 @@ def merge_settings(stages: Stages, settings: Mapping[str, Any], options: Mapping
             fixed = {"stage", *(["init"] if index else []), *(["prompt"] if stage.config.prompt == "caption" else [])}
         layers = [_without(common, fixed), by_stage.get(stage.name, {}), _without(options, fixed)]
         config = overlay(stage.config, _merge(layers))
-        merged.append(replace(stage, config=replace(config, by_samples=_undecided(stage.config.by_samples, layers))))
+        merged.append(replace(stage, config=replace(config, by_samples=_not_given(stage.config.by_samples, layers))))
     return tuple(merged)
 
 
@@ -188,15 +188,14 @@ def _merge(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return merged
 
 
-def _undecided(by_samples: tuple[str, ...], layers: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+def _not_given(by_samples: Mapping[str, float], layers: Sequence[Mapping[str, Any]]) -> Mapping[str, float]:
     """`by_samples` without the settings that a layer has; one that has `by_samples` itself, as a printed config does,
     decides for itself."""
     for layer in layers:
         given = {*layer, *(f"optimizer.{name}" for name in layer.get("optimizer") or {})}
-        if "max_steps" in given and layer["max_steps"] is not None:
-            given.add("epochs")
-        by_samples = layer.get("by_samples", tuple(name for name in by_samples if name not in given))
-    return tuple(by_samples)
+        rest = {name: value for name, value in by_samples.items() if name not in given}
+        by_samples = overlay(TrainConfig(), {"by_samples": layer.get("by_samples", rest)}).by_samples
+    return by_samples
 
 
 def _prepare_folder(out: Path, stages: Stages, only: str | None, resume: bool) -> None:

@@ -3,18 +3,18 @@
 from dataclasses import replace
 
 import pytest
+import yaml
 
 from mervcache.errors import UserError
-from trainer.config import SIZED_BY_SAMPLES, OptimizerConfig, TrainConfig, read_config
+from trainer.ablation.sweep import scale_rates
+from trainer.config import OptimizerConfig, TrainConfig, read_config
 from trainer.loop.plan import make_plan
 from trainer.loop.sizes import fit_to_samples, size_warnings
-from trainer.loop.stages import merge_settings
+from trainer.loop.stages import merge_settings, to_yaml
 from trainer.loop.train import train
-from trainer.recipes import get_recipe, get_stages
+from trainer.recipes import get_recipe, get_stages, published
 
-PUBLISHED = TrainConfig(
-    optimizer=OptimizerConfig(projector_lr=1e-3, fusion_lr=1e-3, llm_lr=2e-5), by_samples=SIZED_BY_SAMPLES
-)
+PUBLISHED = published(TrainConfig(optimizer=OptimizerConfig(projector_lr=1e-3, fusion_lr=1e-3, llm_lr=2e-5)))
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ PUBLISHED = TrainConfig(
 )
 def test_few_samples_make_small_batches_many_epochs_and_higher_rates(samples, batch, epochs, rate):
     sized = fit_to_samples(PUBLISHED, samples)
-    assert (sized.batch_size, sized.epochs, sized.by_samples) == (batch, epochs, ())
+    assert (sized.batch_size, sized.epochs, sized.by_samples) == (batch, epochs, {})
     assert sized.optimizer.projector_lr == pytest.approx(rate, rel=1e-9)
     assert sized.optimizer.llm_lr == 2e-5
 
@@ -54,6 +54,22 @@ def test_a_named_size_stays_and_the_others_follow_from_it():
     assert rate.optimizer.fusion_lr > 1e-3
 
 
+def test_a_value_changed_in_python_is_a_named_one():
+    config = get_recipe("merv-frozen")
+    sized = fit_to_samples(replace(config, batch_size=6), 12)
+    assert (sized.batch_size, sized.epochs) == (6, 50)
+    assert sized.optimizer.projector_lr == 3.2e-3  # for 100 steps
+    optimizer = replace(config.optimizer, projector_lr=5e-4)
+    assert fit_to_samples(replace(config, optimizer=optimizer), 12).optimizer.projector_lr == 5e-4
+
+
+def test_a_factor_of_all_rates_leaves_them_to_the_number_of_samples():
+    (stage,) = scale_rates(get_stages("merv-frozen"), 3.0)
+    tripled, plain = fit_to_samples(stage.config, 12).optimizer, fit_to_samples(get_recipe("merv-frozen"), 12).optimizer
+    assert tripled.projector_lr == pytest.approx(3 * plain.projector_lr, rel=0.05)  # both are rounded to two digits
+    assert tripled.llm_lr == pytest.approx(3 * plain.llm_lr)
+
+
 def test_a_recipe_that_names_its_sizes_keeps_them(samples, tokens):
     config = replace(get_recipe("demo"), llm="fresh:mini", projector=replace(get_recipe("demo").projector, grid=None))
     assert fit_to_samples(config, 12) == config
@@ -66,18 +82,16 @@ def test_ranks_take_equal_shares():
 
 def test_a_printed_config_is_decided_again():
     stages = get_stages("merv-frozen")
-    printed = {"batch_size": 128, "epochs": 1.0, "by_samples": list(SIZED_BY_SAMPLES)}
+    printed = yaml.safe_load(to_yaml(stages))
     assert merge_settings(stages, printed, {}) == stages
-    assert merge_settings(stages, printed, {"batch_size": 16})[0].config.by_samples == (
-        "epochs",
-        "optimizer.projector_lr",
-        "optimizer.fusion_lr",
-    )
+    others = ("epochs", "optimizer.projector_lr", "optimizer.fusion_lr")
+    assert merge_settings(stages, printed, {"batch_size": 16})[0].config.undecided == others
+    assert merge_settings(stages, printed | {"batch_size": 16}, {})[0].config.undecided == others
 
 
 def test_only_known_settings_follow_from_the_samples():
     with pytest.raises(UserError, match="batch_size"):
-        TrainConfig(by_samples=("batch_siz",))
+        TrainConfig(by_samples={"batch_siz": 4})
 
 
 def test_warnings_name_what_to_change():
@@ -91,21 +105,21 @@ def test_warnings_name_what_to_change():
 
 
 def test_a_run_records_what_was_decided_and_resumes_with_it(tmp_path, config, samples, tokens):
-    undecided = replace(config, batch_size=128, epochs=1.0, max_steps=None, by_samples=SIZED_BY_SAMPLES)
+    undecided = published(replace(config, batch_size=128, epochs=1.0, max_steps=None))
     first = train(undecided, samples, tokens, tmp_path / "run", stop_at=2, quiet=True)
     assert first.num_steps == 103  # 23 epochs of 18 samples, by 4
     recorded = read_config(tmp_path / "run")
-    assert (recorded.batch_size, recorded.epochs, recorded.by_samples) == (4, 23, ())
+    assert (recorded.batch_size, recorded.epochs, recorded.by_samples) == (4, 23, {})
     done = train(undecided, samples, tokens, tmp_path / "run", resume=True, stop_at=4, quiet=True)
     assert (done.steps, done.num_steps) == (4, 103)
     assert read_config(tmp_path / "run") == recorded
-    named = replace(undecided, batch_size=2, by_samples=())
+    named = replace(undecided, batch_size=2)
     with pytest.raises(UserError, match="batch_size was 4, is 2"):
         train(named, samples, tokens, tmp_path / "run", resume=True, quiet=True)
 
 
 def test_two_runs_by_samples_are_equal_and_equal_to_one_that_names_the_sizes(tmp_path, config, samples, tokens):
-    undecided = replace(config, batch_size=128, max_steps=6, by_samples=("batch_size",))
+    undecided = replace(config, batch_size=128, max_steps=6, by_samples={"batch_size": 128})
     losses = []
     for name, settings in {"a": undecided, "b": undecided, "c": replace(config, batch_size=4, max_steps=6)}.items():
         losses.append(train(settings, samples, tokens, tmp_path / name, quiet=True).loss)
