@@ -25,7 +25,7 @@ from collections.abc import Iterable
 EXTRA_OF = {  # module that an extra brings -> the extras that have it
     **dict.fromkeys(("torch", "transformers", "accelerate", "safetensors", "PIL"), "extract,train"),
     **dict.fromkeys(("dask", "distributed", "cryptography"), "extract,train"),
-    **dict.fromkeys(("av", "fsspec", "webdataset"), "extract"),
+    **dict.fromkeys(("av", "webdataset"), "extract"),
     "peft": "train",
     "pandas": "pandas",
     "matplotlib": "plot",

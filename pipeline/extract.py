@@ -39,6 +39,7 @@ from pipeline.config import ExtractConfig
 from pipeline.datasets import DatasetListing, check_has_clips, list_clips
 from pipeline.plan import NOTHING_STALE, PlannedBlock, StoreView, plan_blocks
 from pipeline.refresh import StaleMedia, clips_without_rows, identity_notes, scan_media
+from pipeline.remote_shards import narrowed
 from pipeline.retry import plan_retry
 from pipeline.reuse import OtherStore
 from pipeline.run_encoders import describe, on_a_worker, remembered_encoders
@@ -340,7 +341,6 @@ class Extraction:
         of_this_run = partial(
             BlockTask,
             store=str(self.config.store_path),
-            root=self.listing.root,
             groups={name: identity.group_name for name, identity in identities.items()},
             accept_damaged=self.config.accept_damaged,
             engine=self.config.engine_settings,
@@ -348,6 +348,7 @@ class Extraction:
         other = OtherStore(self.config.reuse) if self.config.reuse and blocks else None
         for block in blocks:
             task = of_this_run(
+                root=narrowed(self.listing.root, block.clips["path"].to_pylist()),
                 kind=block.kind,
                 block=block.block,
                 rows=block.rows,

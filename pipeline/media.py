@@ -4,7 +4,7 @@ Paths come from untrusted annotations, so nothing outside the real root is ever 
 may lead only into it (the root itself may be a link) or into the one folder that the user names (`MediaRoot.links`),
 and devices, pipes and sockets are refused. A fault of one clip is a `MediaError` whose text holds no absolute path; a
 root that is gone or a share that stopped responding is a `RunStoppedError`, because it would otherwise quarantine the
-whole dataset.
+whole dataset. Below a URL, paths name members of tar shards, which are fetched into the host's spool to be read.
 """
 
 from __future__ import annotations
@@ -14,20 +14,18 @@ import hashlib
 import io
 import os
 import re
-import sqlite3
 import stat
-import threading
-from collections.abc import Iterable
-from contextlib import closing, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from featurestore.clips import check_relative_path
 from mervcache.errors import MediaError, RunStoppedError, UserError
-from mervcache.files import record_digest, user_cache
-from pipeline.tar_index import tar_index
+from pipeline.remote_shards import RemoteRoot, RemoteShard, remote_root, split_member, spooled
+from pipeline.tar_index import TarIndex, tar_index
 
 VIDEO_EXTENSIONS = frozenset(  # of the formats that the decoder opens; .ogg and .m4a are mostly sound alone
     f".{name}"
@@ -70,7 +68,14 @@ class MediaRoot:
         return self.path
 
 
-Root = str | Path | MediaRoot
+Root = str | Path | MediaRoot | RemoteRoot  # text may be a URL
+
+
+def root_from_record(record: str | Mapping[str, Any]) -> Root:
+    """A root from its JSON form."""
+    if isinstance(record, str):
+        return record
+    return RemoteRoot(**record) if "url" in record else MediaRoot(**record)
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,19 @@ class TarMember:
     name: str  # inside the archive; its extension gives the kind of media
 
 
-Media = LocalFile | FrameFolder | TarMember
+@dataclass(frozen=True)
+class RemoteMember:
+    """A regular file inside a tar shard below a URL; `Source.fetched` makes a local file of it."""
+
+    shard: str  # key below the root
+    offset: int
+    size: int
+    name: str
+    version: str  # of the shard that was indexed
+    modified_s: float  # Unix time of the shard's last put
+
+
+Media = LocalFile | FrameFolder | TarMember | RemoteMember
 
 
 def resolve_media(root: Root, path: str) -> Media:
@@ -109,6 +126,8 @@ def resolve_media(root: Root, path: str) -> Media:
         raise MediaError(
             "media path is refused: it is absolute, climbs out of the root or cannot be a file name"
         ) from None
+    if (remote := remote_root(root)) is not None:
+        return _find_remote(remote, path)
     try:
         return _resolve(allowed_folders(root), path)
     except OSError as error:
@@ -139,6 +158,8 @@ def is_inside(real_path: str, folders: Iterable[str]) -> bool:
 
 def folder_has_gone(root: Root, path: str) -> bool:
     """True if the folder that should hold the clip's file is missing or empty, as after its share was unmounted."""
+    if remote_root(root) is not None:
+        return False  # a shard that is gone stops the run where it is fetched
     root = os.path.realpath(root)
     folder = os.path.dirname(os.path.join(root, _split_tar(root, path)[0]))
     try:
@@ -207,7 +228,22 @@ def _check_regular(status: os.stat_result) -> None:
 
 
 def _find_member(tar_path: str, name: str) -> TarMember:
-    index = tar_index(tar_path)
+    return TarMember(Path(tar_path), *_place_of(tar_index(tar_path), name), name)
+
+
+def _find_remote(root: RemoteRoot, path: str) -> RemoteMember:
+    key, name = split_member(path)
+    if not name:
+        raise MediaError("media path names no member of a tar shard, and other files are not read from a URL")
+    try:
+        index = RemoteShard(root, key).index()
+    except FileNotFoundError as error:
+        raise MediaError(MISSING_REASON) from error
+    return RemoteMember(key, *_place_of(index, name), name, index.version, index.modified_s)
+
+
+def _place_of(index: TarIndex, name: str) -> tuple[int, int]:
+    """Offset and size of a member."""
     if name in index.refused:
         raise MediaError(f"tar member is {index.refused[name]}, not a regular file")
     if name not in index.members:
@@ -215,7 +251,7 @@ def _find_member(tar_path: str, name: str) -> TarMember:
     offset, size = index.members[name]
     if size == 0:
         raise MediaError("media file is empty")
-    return TarMember(Path(tar_path), offset, size, name)
+    return offset, size
 
 
 def _check_root(root: Root) -> RunStoppedError | None:
@@ -243,9 +279,25 @@ class Source:
         """Resolve a clip's path; `MediaError` if nothing readable is there, `RunStoppedError` if the root is gone."""
         return cls(root, path, resolve_media(root, path))
 
+    @contextmanager
+    def fetched(self, on_wait: Callable[[], None] = lambda: None) -> Iterator[Source]:
+        """The source with its media on this host: itself, or while the block runs a copy in the spool.
+
+        `on_wait` is called every few seconds while a full spool makes it wait.
+        """
+        if not isinstance(self.media, RemoteMember):
+            yield self
+            return
+        media, root = self.media, remote_root(self.root)
+        assert root is not None, "a remote member has a remote root"
+        with spooled(root, media.shard, media.offset, media.size, media.version, on_wait) as copy:
+            yield replace(self, media=LocalFile(copy))
+
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files that hold the bytes: the file, the frames, or the archive."""
+        """The files on this host that hold the bytes: the file, the frames, or the archive."""
+        if isinstance(self.media, RemoteMember):
+            return ()
         if isinstance(self.media, FrameFolder):
             return self.media.paths
         return (self.media.tar_path if isinstance(self.media, TarMember) else self.media.path,)
@@ -253,13 +305,13 @@ class Source:
     @property
     def num_bytes(self) -> int:
         """Size of everything that decoding may read."""
-        if isinstance(self.media, TarMember):
+        if isinstance(self.media, TarMember | RemoteMember):
             return self.media.size
         return sum(os.stat(path).st_size for path in self.files)
 
     def open(self) -> BinaryIO:
-        """The bytes of a file or tar member, readable and seekable."""
-        assert not isinstance(self.media, FrameFolder), "a folder of frames has no bytes of its own"
+        """The bytes of a file or tar member on this host, readable and seekable."""
+        assert isinstance(self.media, LocalFile | TarMember), "a folder has no bytes of its own, and a URL is fetched"
         if isinstance(self.media, LocalFile):
             return open(self.media.path, "rb")
         window = FileWindow(self.media.tar_path, self.media.offset, self.media.size)
@@ -276,6 +328,9 @@ class Source:
         Taken before decoding, of the whole file: it warms the page cache, and a failing disk shows here, through plain
         reads, where it cannot be mistaken for a damaged clip.
         """
+        if isinstance(self.media, RemoteMember):
+            with self.fetched() as local:
+                return local.sha256()
         if isinstance(self.media, TarMember):
             with self.open() as file:
                 return _digest(file)
@@ -286,6 +341,10 @@ class Source:
 
     def read_through(self) -> None:
         """Read every byte once more, to distinguish a failing disk from a damaged clip."""
+        if isinstance(self.media, RemoteMember):
+            with self.fetched() as local:
+                local.read_through()
+            return
         is_folder = isinstance(self.media, FrameFolder)
         for opener in [partial(open, path, "rb") for path in self.files] if is_folder else [self.open]:
             with opener() as file:
@@ -355,77 +414,14 @@ def _digest(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-class DigestCache:
-    """Digests of media from earlier runs, so that a file that was not touched is not read again. A context manager.
-
-    Kept in a SQLite file by location, size and times (the change time too: it reveals a file that replaced another and
-    kept its old date); new digests are saved on exit. Without that file every digest is taken anew, which costs time
-    and nothing else. Safe to use from several threads.
-    """
-
-    _CREATE = "CREATE TABLE IF NOT EXISTS media (place TEXT PRIMARY KEY, stamp TEXT, sha256 TEXT) WITHOUT ROWID"
-    _LOCK_WAIT_S = 5.0  # another process may be writing
-
-    def __init__(self, file: Path | None = None) -> None:
-        self._file = file or user_cache() / "merv-pipeline" / "media.sqlite"
-        self._database: sqlite3.Connection | None = None  # None: nothing is known
-        self._new: dict[str, tuple[str, str]] = {}  # location -> stamp, sha256
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> DigestCache:
-        if self._file.is_file():
-            with suppress(sqlite3.Error, OSError):
-                self._database = sqlite3.connect(
-                    self._file, timeout=self._LOCK_WAIT_S, check_same_thread=False
-                )  # guarded by the lock
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._database is not None:
-            self._database.close()
-        if self._new:
-            with suppress(sqlite3.Error, OSError):
-                self._file.parent.mkdir(parents=True, exist_ok=True)
-                with closing(sqlite3.connect(self._file, timeout=self._LOCK_WAIT_S)) as database, database:
-                    database.execute(self._CREATE)
-                    rows = [(location, *entry) for location, entry in self._new.items()]
-                    database.executemany("INSERT OR REPLACE INTO media VALUES (?, ?, ?)", rows)
-
-    def known(self, source: Source) -> str | None:
-        """The sha256 from an earlier run, if the media were not touched since; None if there is none."""
-        with self._lock, suppress(sqlite3.Error):
-            query, location = "SELECT stamp, sha256 FROM media WHERE place = ?", self._location(source)
-            row = self._database and self._database.execute(query, (location,)).fetchone()
-            return row[1] if row and row[0] == self._stamp(source) else None
-        return None
-
-    def sha256(self, source: Source, *, anew: bool = False) -> str:
-        """The sha256 of the media's bytes as they are now; `anew` reads them even if it is known."""
-        if not anew and (sha256 := self.known(source)):
-            return sha256
-        stamp = self._stamp(source)  # before the bytes: what changes while they are read is not saved as read
-        sha256 = source.sha256()
-        with self._lock:
-            self._new[self._location(source)] = (stamp, sha256)
-        return sha256
-
-    @staticmethod
-    def _location(source: Source) -> str:
-        if isinstance(source.media, TarMember):
-            return f"{source.media.tar_path}#{source.media.offset}"
-        return str(_files_and_folders(source)[-1])  # of frames, their folder
-
-    @staticmethod
-    def _stamp(source: Source) -> str:
-        found = map(os.stat, _files_and_folders(source))
-        return record_digest([[s.st_size, s.st_mtime_ns, s.st_ctime_ns] for s in found])[:32]
-
-
 def newest_touch_s(source: Source) -> float:
     """When the newest of a clip's files was last written or moved to its location, in Unix seconds."""
-    return max(max(status.st_mtime, status.st_ctime) for status in map(os.stat, _files_and_folders(source)))
+    if isinstance(source.media, RemoteMember):
+        return source.media.modified_s
+    return max(max(status.st_mtime, status.st_ctime) for status in map(os.stat, files_and_folders(source)))
 
 
-def _files_and_folders(source: Source) -> list[Path]:
+def files_and_folders(source: Source) -> list[Path]:
+    """What a change of the media touches: its files, and the folder of frames, which comes last."""
     folders = {path.parent for path in source.files} if isinstance(source.media, FrameFolder) else ()
     return [*source.files, *sorted(folders)]

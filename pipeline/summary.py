@@ -25,6 +25,7 @@ from mervcache.reprs import brief
 from pipeline.config import ExtractConfig
 from pipeline.datasets import LINKS_OPTION, DatasetListing
 from pipeline.media import MediaRoot, Root
+from pipeline.remote_shards import remote_root
 from pipeline.worker.reports import BlockReport
 
 FIRST_SHARE = 0.05  # of the clips: then the pace is known, and most of the run is still to come
@@ -358,9 +359,12 @@ def media_root(run: Mapping, root: str | None = None) -> Root:
 
     A folder of links that the run named relative to its root is looked for relative to the root of now.
     """
+    given = root or run["root"]
+    if (remote := remote_root(given, run["config"].get("options"))) is not None:
+        return remote
     links = run.get("media_links", "")
     if not links:
-        return root or run["root"]
+        return given
     if root:
         links = os.path.normpath(os.path.join(os.path.abspath(root), run["config"]["options"][LINKS_OPTION]))
     return MediaRoot(os.path.abspath(root) if root else run["root"], links)

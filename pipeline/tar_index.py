@@ -1,5 +1,7 @@
 """Index of an uncompressed tar (ustar, GNU, pax): name -> offset and size of its regular files, from headers alone.
 
+The archive is read through a function, so that it may be a file or an object in a bucket.
+
 Python's `tarfile` is not used, because archives are untrusted: it reads a pax header of any claimed size into memory,
 and some versions loop on negative sizes. Here an extended header has at most `MAX_EXTENDED_BYTES`, offsets only grow,
 and nothing is extracted: links, devices, sparse files and names that climb out have no entry.
@@ -10,7 +12,7 @@ from __future__ import annotations
 import functools
 import os
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from featurestore.clips import check_relative_path
@@ -18,6 +20,7 @@ from mervcache.errors import MediaError, UserError
 
 BLOCK_BYTES = 512  # unit of the tar format
 MAX_EXTENDED_BYTES = 1 << 20  # of one long-name or pax header
+MAX_OCTAL_BYTES = 8 << 30  # of a size in the header itself; of larger files an extended header may give it
 MAX_MEMBERS = 2_000_000  # of one archive: about 400 MB of index
 MAX_EXAMPLES = 5  # of names that no clip can have
 CACHED_ARCHIVES = 32  # indexes kept in a process; one of 10,000 members is about 2 MB
@@ -35,6 +38,9 @@ OTHER_KINDS = {
     b"6": "a pipe",
     SPARSE: "a sparse file",
 }
+
+
+ReadAt = Callable[[int, int], bytes]  # (number of bytes, offset) -> the bytes, fewer at the end of the archive
 
 
 @dataclass(frozen=True)
@@ -67,20 +73,27 @@ def tar_index(path: str) -> TarIndex:
 def _cached_index(path: str, size: int, mtime_ns: int, inode: int) -> TarIndex:
     del mtime_ns, inode  # parts of the cache key only
     with open(path, "rb", buffering=0) as file:
-        return _read_index(file.fileno(), size)
+        return read_index(functools.partial(os.pread, file.fileno()), size)
 
 
-def _read_index(descriptor: int, archive_bytes: int) -> TarIndex:
+def read_index(
+    read_at: ReadAt, archive_bytes: int, on_member: Callable[[str, int, int], None] = lambda name, offset, size: None
+) -> TarIndex:
+    """The index of an archive, by walking its headers from the first to the last.
+
+    `on_member` is called with name, offset and size of every regular file, in archive order. Raises `MediaError` for
+    what is no plain tar.
+    """
     members: dict[str, tuple[int, int]] = {}
     refused: dict[str, str] = {}
     unusable: list[str] = []
     num_unusable = num_replaced = 0
     is_damaged = False
     try:
-        for header, offset in _walk(descriptor, archive_bytes):
+        for header, offset in _walk(read_at, archive_bytes):
             if header.kind == FOLDER:
                 continue
-            name = _clip_name(header.name)
+            name = clip_name(header.name)
             if name is None:
                 num_unusable += 1
                 if len(unusable) < MAX_EXAMPLES:
@@ -92,6 +105,7 @@ def _read_index(descriptor: int, archive_bytes: int) -> TarIndex:
             refused.pop(name, None)
             if header.kind in REGULAR and not header.is_sparse:
                 members[name] = (offset, header.size)
+                on_member(name, offset, header.size)
             else:
                 refused[name] = "a sparse file" if header.is_sparse else OTHER_KINDS.get(header.kind, "of unknown type")
     except _DamagedTarError:
@@ -101,7 +115,7 @@ def _read_index(descriptor: int, archive_bytes: int) -> TarIndex:
     return TarIndex(members, refused, tuple(unusable), num_unusable, num_replaced, is_damaged)
 
 
-def _clip_name(name: str | None) -> str | None:
+def clip_name(name: str | None) -> str | None:
     """A member's name as a clip's path has it: "./v//a.mp4" is "v/a.mp4"; None for a name that no clip can have."""
     if name is None or ".." in name.split("/"):
         return None
@@ -117,11 +131,11 @@ class _DamagedTarError(Exception):
     """The archive cannot be followed further."""
 
 
-def _walk(descriptor: int, archive_bytes: int) -> Iterator[tuple[_Header, int]]:
+def _walk(read_at: ReadAt, archive_bytes: int) -> Iterator[tuple[_Header, int]]:
     """Yield every member's header, extended headers applied, with the offset of its data."""
     offset, overrides = 0, {}
     while True:
-        block = os.pread(descriptor, BLOCK_BYTES, offset)
+        block = read_at(BLOCK_BYTES, offset)
         if not block.strip(b"\0"):
             if len(block) < BLOCK_BYTES and offset == 0:
                 raise _DamagedTarError
@@ -130,14 +144,14 @@ def _walk(descriptor: int, archive_bytes: int) -> Iterator[tuple[_Header, int]]:
         data = offset + BLOCK_BYTES
         has_more = header.kind == SPARSE and block[482]  # blocks that map the holes of GNU's sparse files
         while has_more:
-            extension = os.pread(descriptor, BLOCK_BYTES, data)
+            extension = read_at(BLOCK_BYTES, data)
             if len(extension) < BLOCK_BYTES:
                 raise _DamagedTarError
             data, has_more = data + BLOCK_BYTES, extension[504]
         if header.kind in EXTENDED:
             if header.size > MAX_EXTENDED_BYTES or data + header.size > archive_bytes:
                 raise _DamagedTarError
-            content = os.pread(descriptor, header.size, data)
+            content = read_at(header.size, data)
             if header.kind == b"L":
                 overrides["path"] = _decode(content.split(b"\0", 1)[0])
             elif header.kind == b"x":
@@ -149,6 +163,15 @@ def _walk(descriptor: int, archive_bytes: int) -> Iterator[tuple[_Header, int]]:
                 raise _DamagedTarError
             yield header, data
         offset = data + -(-header.size // BLOCK_BYTES) * BLOCK_BYTES
+
+
+def is_header_of(block: bytes, size: int) -> bool:
+    """Whether a block is the header of a regular file of `size` bytes; a size in an extended header is not checked."""
+    try:
+        header = _parse_header(block)
+    except _DamagedTarError:
+        return False
+    return header.kind in REGULAR and (header.size == size or size >= MAX_OCTAL_BYTES)
 
 
 def _parse_header(block: bytes) -> _Header:

@@ -261,7 +261,10 @@ _SERVICE_FAULTS = (  # the first that matches; the last matches all
         "{credentials} and run the same command again; what was committed is kept, nothing was quarantined",
         classes=("PermissionDeniedError", "UnauthenticatedError"),
         statuses=(401, 403),
-        words=("ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestTimeTooSkewed"),
+        words=(
+            *("ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestTimeTooSkewed"),
+            *("401 Unauthorized", "403 Forbidden"),  # of requests for which obstore has no exception, such as a listing
+        ),
     ),
     _ServiceFault(
         UserError,

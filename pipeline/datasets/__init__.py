@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featurestore.clips import KINDS
+from featurestore.locate import is_url
 from mervcache.errors import UserError, unknown_name
 from mervcache.plugins import PlugInTable
+from mervcache.text import redact
 from pipeline.datasets import demo, evaluation, folder, videollava, webdataset
 from pipeline.datasets.base import (
     FILES_NAMED,
@@ -101,8 +103,13 @@ def load_dataset(
             raise UserError(f"{what} must be one of {known}, got {value!r}")
     if limit is not None and limit < 1:
         raise UserError(f"limit is a number of clips of at least 1, got {limit}")
-    folder = Path(os.path.abspath(root if root is not None else spec.default_root))
-    if not spec.makes_root and not folder.is_dir():
+    remote = spec.remote_root(None if root is None else str(root), settings)
+    if remote is None and root is not None and is_url(root):
+        raise UserError(
+            f"dataset {name} reads a folder, and {root} is a URL: from URLs, dataset webdataset reads tar shards"
+        )
+    folder = Path(os.path.abspath(root if root is not None and remote is None else spec.default_root))
+    if remote is None and not spec.makes_root and not folder.is_dir():
         state = "is not a folder" if folder.exists() else "does not exist"
         if root is not None:  # probably a typing mistake: one line, not the download guide
             raise UserError(
@@ -113,7 +120,10 @@ def load_dataset(
             f"the root of dataset {name}, {folder}, {state}.\n{spec.download}\n"
             "Give another place with --root DIR, or try everything without a download: --dataset demo"
         )
-    builder = ListingBuilder(name, folder, stage, _links_folder(folder, settings.pop(LINKS_OPTION, "")))
+    links = settings.pop(LINKS_OPTION, "")
+    if remote is not None and links:
+        raise UserError(f"option {LINKS_OPTION} is about links in a folder, and the media are at {redact(remote.url)}")
+    builder = ListingBuilder(name, folder, stage, _links_folder(folder, links), remote)
     with _gc_paused():
         spec.collect(builder, settings)
         return builder.finish(kind=kind, limit=limit, look=not spec.lists_media)

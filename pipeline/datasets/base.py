@@ -21,6 +21,7 @@ from mervcache.console import plural
 from mervcache.errors import UserError
 from mervcache.reprs import brief
 from pipeline.media import MediaRoot, allowed_folders, is_inside
+from pipeline.remote_shards import RemoteRoot
 
 EXAMPLES_KEPT = 5  # of refused records, per reason
 FILES_NAMED = 10  # of absent media, in text
@@ -53,7 +54,7 @@ class DatasetListing:
     """A dataset as extraction reads it: clips to encode, and their samples."""
 
     name: str
-    root: str | MediaRoot  # absolute folder that clip paths are relative to
+    root: str | MediaRoot | RemoteRoot  # absolute folder, or URL, that clip paths are relative to
     clips: tuple[Clip, ...]  # unique, present, in annotation order
     samples: Mapping[str, tuple[Sample, ...]]  # NAME of samples/NAME.parquet -> samples of listed clips or of none
     missing: Mapping[str, int] = field(default_factory=dict)  # folder -> clips whose media are not there
@@ -120,6 +121,8 @@ class DatasetSpec:
     options: Mapping[str, Option] = field(default_factory=dict)
     makes_root: bool = False  # renders its own media
     lists_media: bool = False  # clips come from listing the media: none of them can be missing
+    remote_root: Callable[[str | None, Mapping[str, Any]], RemoteRoot | None] = lambda root, options: None
+    """The URL below which the media of a request (root as given, options) are; None for a folder."""
 
 
 class RecordError(Exception):
@@ -129,9 +132,12 @@ class RecordError(Exception):
 class ListingBuilder:
     """Gathers clips and samples in annotation order; `finish` filters them and looks for their media."""
 
-    def __init__(self, name: str, root: Path, stage: str | None = None, links: str = "") -> None:
+    def __init__(
+        self, name: str, root: Path, stage: str | None = None, links: str = "", remote: RemoteRoot | None = None
+    ) -> None:
         self.name = name
         self.root = root
+        self.remote = remote  # where the media are, if not under a folder
         self.links = links  # absolute folder that links under the root may lead into; "": none
         self.stage = stage  # None: all
         self.notes: list[str] = []
@@ -145,8 +151,10 @@ class ListingBuilder:
         self._rejected: dict[str, list] = {}
 
     @property
-    def media_root(self) -> str | MediaRoot:
+    def media_root(self) -> str | MediaRoot | RemoteRoot:
         """The root, with the folder that its links may lead into."""
+        if self.remote is not None:
+            return self.remote
         return MediaRoot(str(self.root), self.links) if self.links else str(self.root)
 
     def wants(self, stage: str) -> bool:

@@ -42,16 +42,23 @@ OLDEST_FFMPEG = (5, 1)
 VideoReader = Callable[..., Reading]  # (source, collector, *, accept_damaged) -> Reading
 
 
-def decode_clip(job: DecodeJob, *, on_read: Callable[[], None] = lambda: None) -> Decoded:
+def decode_clip(
+    job: DecodeJob, *, on_read: Callable[[], None] = lambda: None, on_wait: Callable[[], None] = lambda: None
+) -> Decoded:
     """Decode one clip in this process; `on_read` is called once every byte has been read, before it is decoded.
 
+    `on_wait` is called every few seconds while there is no room in the spool for the media.
     Raises `FailedClipError` (a `MediaError`) for the clip's own faults, `RunStoppedError` for the machine's,
     `UserError` for an unknown or missing decoder.
     """
     started = time.perf_counter()
     if job.decoder not in DECODERS:
         raise UserError(unknown_name("decoder", job.decoder, DECODERS))
-    source = Source.find(job.root, job.clip.path)
+    with Source.find(job.root, job.clip.path).fetched(on_wait) as source:
+        return _decode(job, source, on_read, started)
+
+
+def _decode(job: DecodeJob, source: Source, on_read: Callable[[], None], started: float) -> Decoded:
     media_sha256 = None
     try:
         media_sha256 = source.sha256()

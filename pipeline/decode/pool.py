@@ -28,10 +28,16 @@ import numpy as np
 from mervcache.errors import MediaError, RunStoppedError, UserError
 from pipeline.decode import worker
 from pipeline.decode.sampling import Decoded, DecodeJob, FailedClipError
-from pipeline.media import Source
+from pipeline.media import Source, resolve_media
+from pipeline.remote_shards import remote_root
 
 WORKER_COMMAND = (sys.executable, "-P", "-m", "pipeline.decode.worker")
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYAV_LOGGING": "off"}
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "PYAV_LOGGING": "off",
+    "TOKIO_WORKER_THREADS": "1",  # of the client of buckets
+}
 TRIES = 2  # a timeout or a crash may come from a busy machine; the second one counts against the clip
 START_TIMEOUT_S = 120.0  # imports from a slow share
 EXIT_GRACE_S = 5.0  # until the status of a crashed process is available
@@ -172,6 +178,9 @@ class _WorkerThread(threading.Thread):
         A clip that ends two children fails with the digest of its bytes, taken here: the children are gone.
         """
         path, root = job.clip.path, job.root
+        if remote_root(root) is not None:
+            with contextlib.suppress(MediaError):  # the child finds the same fault, and reports it
+                resolve_media(root, path)  # may have to index the shard, for which no clip's deadline is made
         for _ in range(TRIES):
             child = self._ready_child()
             try:

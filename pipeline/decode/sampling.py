@@ -15,7 +15,7 @@ import numpy as np
 from featurestore.clips import Clip
 from mervcache.errors import MediaError, UserError
 from pipeline.decode.resize import NativeFrame, resize
-from pipeline.media import MediaRoot, Root
+from pipeline.media import Root, root_from_record
 from pipeline.views import FrameRule, ResizeRule, View
 
 DEFAULT_DECODER = "frames/1"
@@ -50,8 +50,9 @@ class DecodeJob:
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> DecodeJob:
         views = tuple(View(**{**view, "rule": ResizeRule(**view["rule"])}) for view in record["views"])
-        root = MediaRoot(**record["root"]) if isinstance(record["root"], dict) else record["root"]
-        return cls(**{**record, "root": root, "clip": Clip(**record["clip"]), "views": views})
+        return cls(
+            **{**record, "root": root_from_record(record["root"]), "clip": Clip(**record["clip"]), "views": views}
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -128,7 +128,11 @@ def _serve(record: dict[str, Any], results: int, decode_clip: Callable[..., Deco
         media_bytes = Source.find(job.root, job.clip.path).num_bytes
         send(results, {"started": media_bytes})
         _limit_processor_time(CPU_SLACK * allowed_s(record["timeout_s"], media_bytes))
-        decoded = decode_clip(job, on_read=lambda: send(results, {"read": True}))
+        decoded = decode_clip(
+            job,
+            on_read=lambda: send(results, {"read": True}),
+            on_wait=lambda: send(results, {"started": media_bytes}),  # the deadline is of the media, not of the wait
+        )
     except PipeClosedError:
         raise
     except Exception as error:

@@ -23,6 +23,7 @@ from pipeline.config import EngineSettings, default_batch
 from pipeline.decode.pool import DecodePool
 from pipeline.decode.sampling import DecodeJob
 from pipeline.media import Root
+from pipeline.remote_shards import narrowed
 from pipeline.views import View, distinct_views
 from pipeline.worker.cores import free_cores, sharing_workers
 from pipeline.worker.encode import Staging, TokenEncoder, staging_for
@@ -98,7 +99,9 @@ def decode_job(root: Root, clip: Clip, encoders: Collection[HasView], *, accept_
     """The job for the frames that the encoders see of a clip; they must have one decoder, part of their identity."""
     (decoder,) = {encoder.identity.decode for encoder in encoders}
     views = distinct_views(encoder.view for encoder in encoders)
-    return DecodeJob(root=root, clip=clip, views=views, decoder=decoder, accept_damaged=accept_damaged)
+    return DecodeJob(
+        root=narrowed(root, [clip.path]), clip=clip, views=views, decoder=decoder, accept_damaged=accept_damaged
+    )
 
 
 _engines: dict[str, Engine] = {}  # one per process in practice: a run has one setting

@@ -3,10 +3,12 @@
     python s3_server.py PORT [LATENCY_S]    # each answer waits so long, like one from afar
 
 moto looks and then writes, while S3's conditional puts are atomic: requests are let in one at a time.
+`counts(ENDPOINT)` gives the requests and the bytes of their answers since the last call.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -19,6 +21,7 @@ from contextlib import suppress
 
 import pytest
 
+COUNTS = "/request-counts"
 KEYS = {
     "AWS_ACCESS_KEY_ID": "tests",
     "AWS_SECRET_ACCESS_KEY": "tests",
@@ -58,6 +61,12 @@ def put_bucket(endpoint: str, bucket: str) -> None:
     urllib.request.urlopen(request, timeout=10).close()
 
 
+def counts(endpoint: str) -> dict[str, list[int]]:
+    """Kind of request (GET, HEAD, PUT, LIST, ...) -> [requests, bytes of the answers] since the last call."""
+    with urllib.request.urlopen(f"{endpoint}{COUNTS}", timeout=10) as answer:
+        return json.load(answer)
+
+
 @pytest.fixture(scope="session")
 def s3_endpoint():
     port = free_port()
@@ -91,11 +100,23 @@ def serve(port: int, latency_s: float = 0.0) -> None:
     from werkzeug.serving import run_simple
 
     app, turn = DomainDispatcherApplication(create_backend_app), threading.Lock()
+    seen: dict[str, list[int]] = {}
 
     def one_at_a_time(environ, start_response):
+        if environ["PATH_INFO"] == COUNTS:
+            body = json.dumps(seen).encode()
+            seen.clear()
+            start_response("200 OK", [("Content-Type", "application/json")])
+            return [body]
         time.sleep(latency_s)
         with turn:
-            return [b"".join(app(environ, start_response))]
+            body = b"".join(app(environ, start_response))
+            method = environ["REQUEST_METHOD"]
+            kind = "LIST" if method == "GET" and "list-type" in environ["QUERY_STRING"] else method
+            count = seen.setdefault(kind, [0, 0])
+            count[0] += 1
+            count[1] += len(body)
+            return [body]
 
     run_simple("127.0.0.1", port, one_at_a_time, threaded=True)
 

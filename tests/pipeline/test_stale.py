@@ -9,7 +9,8 @@ import pytest
 from featurestore.clips import Clip
 from featurestore.records import driver_runs
 from featurestore.writer import StoreWriter
-from pipeline.media import DigestCache, Source, newest_touch_s
+from pipeline.media import Source, newest_touch_s
+from pipeline.media_digests import DigestCache
 from pipeline.plan import StoreView
 from pipeline.refresh import CLOCK_SLACK_S, RunStarts, _file_touch_s, _NewestRows
 from pipeline.summary import ExtractSummary

@@ -1,22 +1,16 @@
-import http.server
 import io
 import json
-import re
 import tarfile
-import threading
 from pathlib import Path
-from typing import ClassVar
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
 
 from featurestore.clips import Turn
-from mervcache.errors import RunStoppedError, UserError
+from mervcache.errors import UserError
 from pipeline.datasets import load_dataset
-from pipeline.datasets.webdataset import copy_name
 from pipeline.media import TarMember, resolve_media
 from tests.pipeline.datasets.conftest import add_to_tar
 
@@ -265,182 +259,3 @@ def test_a_parquet_that_is_broken_is_an_error_that_says_what_to_do(tmp_path):
 def test_a_root_without_shards_says_what_to_get(tmp_path):
     with pytest.raises(UserError, match=r"no \*\.tar under .*\n.*video2dataset"):
         load_dataset("webdataset", tmp_path)
-
-
-@pytest.fixture
-def remote():
-    """A folder in memory behind the address memory://shards."""
-    files = fsspec.filesystem("memory")
-    files.makedirs("/shards", exist_ok=True)
-    yield files
-    files.rm("/shards", recursive=True)
-
-
-@pytest.fixture
-def root(tmp_path) -> Path:
-    (tmp_path / "root").mkdir()
-    return tmp_path / "root"
-
-
-def put(remote, tmp_path: Path, name: str, key: str) -> bytes:
-    data = write_shard(tmp_path / name, [sample(key)]).read_bytes()
-    remote.pipe(f"/shards/{name}", data)
-    return data
-
-
-def test_remote_shards_need_room_that_is_stated(remote, tmp_path, root):
-    put(remote, tmp_path, "0.tar", "a")
-    with pytest.raises(UserError, match="spool_gb=NUMBER"):
-        load_dataset("webdataset", root, shards="memory://shards/0.tar")
-    with pytest.raises(UserError, match=r"1 remote shards take 0\.0 GB, spool_gb allows 1e-09"):
-        load_dataset("webdataset", root, shards="memory://shards/0.tar", spool_gb=1e-9)
-    assert list(root.iterdir()) == []
-
-
-def test_remote_shards_are_copied_once_and_listed_like_local_ones(remote, tmp_path, root, monkeypatch):
-    data = put(remote, tmp_path, "0.tar", "a")
-    put(remote, tmp_path, "1.tar", "b")
-    options = {"shards": "memory://shards/{0..1}.tar", "spool_gb": "1"}
-    listing = load_dataset("webdataset", root, **options)
-    assert [clip.path.split("/")[-1] for clip in listing.clips] == ["a.mp4", "b.mp4"]
-    copy = root / Path(listing.clips[0].path).parent
-    assert copy.read_bytes() == data
-    assert copy.parent.name == "spool"
-    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda *_: pytest.fail("a shard that is there was looked up again"))
-    assert load_dataset("webdataset", root, **options) == listing
-
-
-def test_an_interrupted_copy_leaves_no_shard_and_is_made_anew(remote, tmp_path, root, monkeypatch):
-    data = put(remote, tmp_path, "0.tar", "a")
-    options = {"shards": "memory://shards/0.tar", "spool_gb": 1}
-    monkeypatch.setattr("pipeline.datasets.webdataset.READ_BYTES", 1000)
-    real_open = type(remote).open
-
-    class Broken:
-        def __init__(self, file):
-            self.file = file
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
-        def read(self, size):
-            if self.file.tell() >= 3000:
-                raise OSError("connection lost")
-            return self.file.read(size)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(type(remote), "open", lambda self, *a, **k: Broken(real_open(self, *a, **k)))
-        with pytest.raises(RunStoppedError, match="connection lost"):
-            load_dataset("webdataset", root, **options)
-    assert [path.suffix for path in (root / "spool").iterdir()] == [".part"]
-    listing = load_dataset("webdataset", root, **options)
-    assert (root / Path(listing.clips[0].path).parent).read_bytes() == data
-    assert [path.suffix for path in (root / "spool").iterdir()] == [".tar"]
-
-
-@pytest.mark.parametrize("difference", [-1, 1])
-def test_a_shard_of_another_size_than_was_stated_is_no_whole_copy(difference, remote, tmp_path, root, monkeypatch):
-    data = put(remote, tmp_path, "0.tar", "a")
-    monkeypatch.setattr(type(remote), "info", lambda *_, **__: {"size": len(data) - difference, "type": "file"})
-    options = {"shards": "memory://shards/0.tar", "spool_gb": 1}
-    if difference < 0:
-        with pytest.raises(RunStoppedError, match=f"ended after {len(data)} of {len(data) + 1} bytes"):
-            load_dataset("webdataset", root, **options)
-        assert [path.suffix for path in (root / "spool").iterdir()] == [".part"]
-    else:  # never more than was counted
-        load_dataset("webdataset", root, **options)
-        assert [path.stat().st_size for path in (root / "spool").iterdir()] == [len(data) - 1]
-
-
-def test_a_remote_shard_that_is_not_there_is_an_error(remote, root):
-    with pytest.raises(UserError, match="does not exist"):
-        load_dataset("webdataset", root, shards="memory://shards/9.tar", spool_gb=1)
-    with pytest.raises(UserError, match="cannot be reached"):
-        load_dataset("webdataset", root, shards="nonsense://shards/9.tar", spool_gb=1)
-    with pytest.raises(UserError, match=r"must be called NAME\.tar"):
-        load_dataset("webdataset", root, shards="memory://shards/..", spool_gb=1)
-    with pytest.raises(UserError, match="spool_gb must be a number"):
-        load_dataset("webdataset", root, shards="memory://shards/9.tar", spool_gb="lots")
-
-
-def test_shards_of_one_name_in_two_places_are_two_copies(remote, tmp_path, root):
-    for place, key in (("x", "a"), ("y", "b")):
-        remote.pipe(f"/shards/{place}/0.tar", write_shard(tmp_path / place / "0.tar", [sample(key)]).read_bytes())
-    listing = load_dataset("webdataset", root, shards="memory://shards/{x,y}/0.tar", spool_gb=1)
-    assert [clip.path.split("/")[-1] for clip in listing.clips] == ["a.mp4", "b.mp4"]
-
-
-def test_a_token_in_the_address_does_not_name_another_copy():
-    assert copy_name("https://host/a/0.tar?token=1") == copy_name("https://host/a/0.tar?token=2")
-    assert copy_name("https://host/a/0.tar") != copy_name("https://host/b/0.tar")
-    with pytest.raises(UserError, match=r"must be called NAME\.tar"):
-        copy_name("https://host/a/%2e%2e%2f.tar")
-
-
-class RangeServer(http.server.BaseHTTPRequestHandler):
-    """A web server as those in front of archives: HEAD, GET, and ranges."""
-
-    files: ClassVar[dict[str, bytes]] = {}
-
-    def do_HEAD(self):
-        self._answer(with_body=False)
-
-    def do_GET(self):
-        self._answer(with_body=True)
-
-    def _answer(self, with_body):
-        data = self.files.get(self.path)
-        if data is None:
-            self.send_error(404)
-            return
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        start, end = (int(wanted[1]), int(wanted[2] or len(data) - 1)) if wanted else (0, len(data) - 1)
-        body = data[start : end + 1]
-        self.send_response(206 if wanted else 200)
-        if wanted:
-            self.send_header("Content-Range", f"bytes {start}-{start + len(body) - 1}/{len(data)}")
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("Last-Modified", "Sun, 01 Nov 2026 00:00:00 GMT")
-        self.end_headers()
-        if with_body:
-            self.wfile.write(body)
-
-    def log_message(self, *arguments):
-        """Silence."""
-
-
-@pytest.fixture
-def web():
-    """A web server on this machine: its address, and the files it serves."""
-    RangeServer.files = {}
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), RangeServer)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", RangeServer.files
-    server.shutdown()
-    thread.join()
-
-
-def test_shards_are_read_over_http(web, tmp_path, root):
-    address, files = web
-    files["/cc/0.tar"] = write_shard(tmp_path / "0.tar", [sample("a"), sample("b")]).read_bytes()
-    listing = load_dataset("webdataset", root, shards=f"{address}/cc/0.tar", spool_gb=1)
-    assert [clip.path.split("/")[-1] for clip in listing.clips] == ["a.mp4", "b.mp4"]
-    assert (root / Path(listing.clips[0].path).parent).read_bytes() == files["/cc/0.tar"]
-    with pytest.raises(UserError, match=r"cc/9\.tar does not exist"):
-        load_dataset("webdataset", root, shards=f"{address}/cc/9.tar", spool_gb=1)
-
-
-def test_a_download_that_was_cut_goes_on_over_http(web, tmp_path, root):
-    address, files = web
-    files["/0.tar"] = write_shard(tmp_path / "0.tar", [sample("a")]).read_bytes()
-    load_dataset("webdataset", root, shards=f"{address}/0.tar", spool_gb=1)
-    (copy,) = root.rglob("*.tar")
-    copy.with_name(copy.name + ".part").write_bytes(copy.read_bytes()[:100])
-    copy.unlink()
-    load_dataset("webdataset", root, shards=f"{address}/0.tar", spool_gb=1)
-    assert copy.read_bytes() == files["/0.tar"]

@@ -1,0 +1,83 @@
+"""Digests of media from earlier runs, in the user's cache folder."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from contextlib import closing, suppress
+from pathlib import Path
+
+from mervcache.files import record_digest, user_cache
+from pipeline.media import RemoteMember, Source, TarMember, files_and_folders
+from pipeline.remote_shards import address_of
+
+
+class DigestCache:
+    """Digests of media from earlier runs, so that a file that was not touched is not read again. A context manager.
+
+    Kept in a SQLite file by location, size and times (the change time too: it reveals a file that replaced another and
+    kept its old date); new digests are saved on exit. Without that file every digest is taken anew, which costs time
+    and nothing else. Safe to use from several threads.
+    """
+
+    _CREATE = "CREATE TABLE IF NOT EXISTS media (place TEXT PRIMARY KEY, stamp TEXT, sha256 TEXT) WITHOUT ROWID"
+    _LOCK_WAIT_S = 5.0  # another process may be writing
+
+    def __init__(self, file: Path | None = None) -> None:
+        self._file = file or user_cache() / "merv-pipeline" / "media.sqlite"
+        self._database: sqlite3.Connection | None = None  # None: nothing is known
+        self._new: dict[str, tuple[str, str]] = {}  # location -> stamp, sha256
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> DigestCache:
+        if self._file.is_file():
+            with suppress(sqlite3.Error, OSError):
+                self._database = sqlite3.connect(
+                    self._file, timeout=self._LOCK_WAIT_S, check_same_thread=False
+                )  # guarded by the lock
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._database is not None:
+            self._database.close()
+        if self._new:
+            with suppress(sqlite3.Error, OSError):
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                with closing(sqlite3.connect(self._file, timeout=self._LOCK_WAIT_S)) as database, database:
+                    database.execute(self._CREATE)
+                    rows = [(location, *entry) for location, entry in self._new.items()]
+                    database.executemany("INSERT OR REPLACE INTO media VALUES (?, ?, ?)", rows)
+
+    def known(self, source: Source) -> str | None:
+        """The sha256 from an earlier run, if the media were not touched since; None if there is none."""
+        with self._lock, suppress(sqlite3.Error):
+            query, location = "SELECT stamp, sha256 FROM media WHERE place = ?", self._location(source)
+            row = self._database and self._database.execute(query, (location,)).fetchone()
+            return row[1] if row and row[0] == self._stamp(source) else None
+        return None
+
+    def sha256(self, source: Source, *, anew: bool = False) -> str:
+        """The sha256 of the media's bytes as they are now; `anew` reads them even if it is known."""
+        if not anew and (sha256 := self.known(source)):
+            return sha256
+        stamp = self._stamp(source)  # before the bytes: what changes while they are read is not saved as read
+        sha256 = source.sha256()
+        with self._lock:
+            self._new[self._location(source)] = (stamp, sha256)
+        return sha256
+
+    @staticmethod
+    def _location(source: Source) -> str:
+        if isinstance(source.media, RemoteMember):
+            return f"{address_of(str(source.root), source.media.shard)}#{source.media.offset}"
+        if isinstance(source.media, TarMember):
+            return f"{source.media.tar_path}#{source.media.offset}"
+        return str(files_and_folders(source)[-1])  # of frames, their folder
+
+    @staticmethod
+    def _stamp(source: Source) -> str:
+        if isinstance(source.media, RemoteMember):
+            return record_digest([source.media.version, source.media.size])[:32]
+        found = map(os.stat, files_and_folders(source))
+        return record_digest([[s.st_size, s.st_mtime_ns, s.st_ctime_ns] for s in found])[:32]
