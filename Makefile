@@ -10,11 +10,13 @@ LLM := models/smollm2-135m
 .PHONY: setup demo demo-sweep check test lint docs wheel bench bench-extraction bench-floors smollm2 gpu-check
 setup: $(STAMP)
 
-# torch goes first, so that nothing else pulls another build of it.
+# torch goes first, so that nothing else pulls another build of it; timm without torchvision, which has to match torch's
+# build and is not used.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps timm
 	touch $@
 
 # The main job on synthetic clips: extract, look, train with and without the visual tokens, score what was held out.

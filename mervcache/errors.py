@@ -29,6 +29,7 @@ EXTRA_OF = {  # module that an extra brings -> the extras that have it
     "peft": "train",
     "pandas": "pandas",
     "matplotlib": "plot",
+    "timm": "timm",
 }
 EXIT_WITH_FAILURES = 3  # exit code of a command that finished and left something out, such as clips that failed
 

@@ -22,7 +22,7 @@ from mervcache.errors import ClusterError, UserError, unknown_name
 from mervcache.reprs import changed_fields
 from mervcache.text import redact_all
 from pipeline.encoders.base import EncoderSpec, feature_identity
-from pipeline.encoders.registry import ENCODERS, MERV_ENCODERS, encoder_spec
+from pipeline.encoders.registry import ENCODERS, MERV_ENCODERS, encoder_name, encoder_spec
 from pipeline.encoders.weights import check_weights_spec
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
@@ -32,6 +32,7 @@ RUN_ONLY_SETTINGS = frozenset(  # of one run and its cluster; not reused when a 
     "new_identity refresh retry_quarantine retry_reason reuse forecast dashboard performance_report".split()
     + "scheduler workers cluster".split()
 )
+BY_ENCODER = ("weights", "architecture", "crop", "frame_rule", "frame_dtype")  # settings by name of encoder
 DEFAULT_BATCH = {"cpu": {"video": 2, "image": 8}, "cuda": {"video": 8, "image": 64}}  # clips per forward
 
 
@@ -168,13 +169,7 @@ class ExtractConfig:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UserError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        for setting in (
-            "weights",
-            "architecture",
-            "crop",
-            "frame_rule",
-            "frame_dtype",
-        ):  # may name encoders that this run does not use
+        for setting in BY_ENCODER:  # may name encoders that this run does not use
             for name in getattr(self, setting):
                 if name != "" and name not in ENCODERS:
                     raise UserError(f"{setting}: {unknown_name('encoder', name, ENCODERS)}")
@@ -299,6 +294,11 @@ def _normalized(settings: Mapping[str, Any]) -> dict[str, Any]:
             long[name] = {"": long[name]}
     if isinstance(long.get("encoders"), str):
         long["encoders"] = names_of(long["encoders"])
+    if isinstance(names := long.get("encoders"), list | tuple):
+        long["encoders"] = [encoder_name(name) if isinstance(name, str) else name for name in names]
+    for name in BY_ENCODER:
+        if isinstance(values := long.get(name), Mapping) and any(str(key).startswith("timm:") for key in values):
+            long[name] = {encoder_name(str(key)): value for key, value in values.items()}
     if isinstance(grid := long.get("grid"), str):
         numbers = grid.split(",")
         if grid == "raw":

@@ -168,8 +168,8 @@ def load_as_stored(
     spec = weights.get(identity.encoder, weights.get("", made_with))
     settings = EncoderSettings.of_identity(identity, spec)
     sizes = settings.spec.architecture  # untrusted, and a network is allocated before its weights can be compared
-    width, layers = sizes["hidden_size"], sizes["num_layers"]
-    if layers * width * (4 * width + 2 * sizes["mlp_size"]) > MAX_PARAMETERS:
+    width, layers = sizes["hidden_size"], sizes.get("num_layers", 1)
+    if layers * width * (4 * width + 2 * sizes.get("mlp_size", 4 * width)) > MAX_PARAMETERS:
         raise StoreFormatError(f"{key}: {layers} layers of width {width} are more than any encoder has: not built")
     run = TokenEncoder(settings, device)
     differences = run.identity.differences(identity)

@@ -81,6 +81,7 @@ class ResizeRule:
     fit: Literal["squash", "centre-crop"] = "squash"  # squash ignores the aspect ratio
     dtype: Literal["uint8", "float32"] = "uint8"  # of the small frame; float32 is not rounded, without antialias only
     exif: Literal["ignore", "apply"] = "ignore"  # whether a picture is turned by its EXIF orientation
+    crop_pct: float = 1.0  # share of the resized side that the centre crop keeps: side = floor(size / crop_pct)
 
     def __post_init__(self) -> None:
         if self.dtype not in ("uint8", "float32"):
@@ -89,11 +90,13 @@ class ResizeRule:
             raise UserError("with antialias frames are resized by Pillow, whose result is uint8, as in the reference")
         if self.exif not in ("ignore", "apply"):
             raise UserError(f"EXIF orientation is a choice of ignore and apply, got {self.exif!r}")
+        if not 0.1 <= self.crop_pct <= 1.0:
+            raise UserError(f"crop_pct is a share from 0.1 to 1, got {self.crop_pct!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The rule as identities hold it: `dtype` and `exif` came later and are left out where they change nothing."""
+        """The rule as identities hold it: fields that came later are left out where they change nothing."""
         record = asdict(self)
-        for name, unchanged in (("dtype", "uint8"), ("exif", "ignore")):
+        for name, unchanged in (("dtype", "uint8"), ("exif", "ignore"), ("crop_pct", 1.0)):
             if record[name] == unchanged:
                 del record[name]
         return record

@@ -250,6 +250,8 @@ def encoder_row(spec) -> dict[str, Any]:
     return {
         "encoder": spec.name,
         "weights": spec.hub_id,
+        "licence": spec.licence or "not stated",
+        "gated": spec.gated,
         "frames": spec.num_frames,
         "grid": list(spec.grid),
         "width": spec.width,
@@ -259,9 +261,19 @@ def encoder_row(spec) -> dict[str, Any]:
 
 
 def encoders(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Two tables: names of weights and of layers are too long for one."""
-    for columns in (("encoder", "frames", "grid", "width", "summary"), ("encoder", "weights", "layer")):
-        rows_of([{name: row[name] for name in columns} for row in rows], right=("frames", "width"))
+    """Three tables: names of weights and of layers are too long for one."""
+    shown = [{**row, "licence": f"{row['licence']}{' (gated)' * row['gated']}"} for row in rows]
+    for columns in (
+        ("encoder", "frames", "grid", "width", "summary"),
+        ("encoder", "weights", "licence"),
+        ("encoder", "layer"),
+    ):
+        rows_of([{name: row[name] for name in columns} for row in shown], right=("frames", "width"))
+    out = console()
+    out.print("Licences are those of the weights. Check them before you share tokens; nc allows no commercial use.")
+    if any(row["gated"] for row in rows):
+        out.print("gated: accept the licence on the weights' page of huggingface.co, then run `hf auth login`.")
+    out.print("Any model of timm is an encoder too: --encoders timm:NAME, with timm's own licence and preprocessing.")
 
 
 def dataset_row(spec) -> dict[str, Any]:

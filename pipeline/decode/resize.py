@@ -42,20 +42,21 @@ def resize(frame: NativeFrame, rule: ResizeRule) -> np.ndarray:
     - squash: the whole frame, aspect ratio ignored: torchvision's `Resize((S, S))`
     - centre-crop: short side to S, centre S x S, without making the part that is cut off. With antialias torchvision's
       `Resize(S)` and `CenterCrop(S)` on a PIL image; without, LanguageBind's video transform
+
+    With `crop_pct` below 1, sides are floor(S / crop_pct) before the centre S x S is cut, as in timm's data config.
     """
     height, width = frame.frame_HWC.shape[:2]
     size = rule.size
     if rule.fit not in ("squash", "centre-crop"):
         raise UserError(f"no resize with fit={rule.fit!r}; use squash or centre-crop")
-    (scaled_height, scaled_width), (top, left) = (size, size), (0, 0)
-    if rule.fit == "centre-crop":
-        scaled_height, scaled_width = scaled_size(height, width, size)
-        top, left = crop_corner(scaled_height, scaled_width, size)
+    side = math.floor(size / rule.crop_pct)
+    scaled_height, scaled_width = scaled_size(height, width, side) if rule.fit == "centre-crop" else (side, side)
+    top, left = crop_corner(scaled_height, scaled_width, size)
     if not rule.antialias:
         rows, columns = _taps(height, scaled_height, top, size), _taps(width, scaled_width, left, size)
         return _interpolate(frame.frame_HWC, rows, columns, rule)
     box = None  # in pixels of the frame; None is the whole of it
-    if rule.fit == "centre-crop":
+    if (scaled_height, scaled_width) != (size, size) or rule.fit == "centre-crop":
         y_scale, x_scale = height / scaled_height, width / scaled_width
         box = (left * x_scale, top * y_scale, (left + size) * x_scale, (top + size) * y_scale)
     return np.asarray(frame.image.resize((size, size), PILLOW_FILTERS[rule.filter], box=box))

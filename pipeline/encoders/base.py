@@ -27,11 +27,9 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 HALF = (0.5, 0.5, 0.5)
 
 ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "gelu_fast", "quick_gelu")
-_SIZES = (
-    *("image_size", "patch_size", "num_frames", "tubelet_frames"),
-    *("hidden_size", "num_layers", "num_heads", "mlp_size"),
-)
-_REQUIRED = (*_SIZES, "activation", "norm_eps")
+_REQUIRED = ("image_size", "patch_size", "num_frames", "tubelet_frames", "hidden_size")
+_OPTIONAL = ("num_layers", "num_heads", "mlp_size", "frames_per_chunk", "position_grid")
+_BLOCK = ("num_heads", "mlp_size", "activation", "norm_eps")  # of transformer blocks: all of them, or none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +42,8 @@ class EncoderSpec:
     hub_id: str  # where `hub` weights come from
     builder: str  # "module:function", EncoderSpec -> EncoderNetwork; resolved only when weights are loaded
     architecture: Mapping[str, Any] = field(hash=False)
-    # image_size, patch_size in pixels; num_frames seen; tubelet_frames per time step; hidden_size D; num_layers as
-    # published; num_heads; mlp_size; activation (one of ACTIVATIONS); norm_eps; and what else a family needs
+    # image_size, patch_size in pixels; num_frames seen; tubelet_frames per time step; hidden_size D; of transformers
+    # num_layers as published; num_heads; mlp_size; activation (one of ACTIVATIONS); norm_eps; and what a family needs
     temporal_reach: TemporalReach  # which frames see each other: one, architecture["frames_per_chunk"], or all
     resize: ResizeRule  # its size follows image_size
     mean: tuple[float, float, float]
@@ -54,6 +52,8 @@ class EncoderSpec:
     skipped_blocks: int = 0  # blocks at the end that are never run (1: features are the second to last block's)
     final_norm: bool = False  # whether the network's last LayerNorm is applied
     frames: FrameRule | None = None  # how frames are chosen; None: those of a model with several encoders
+    licence: str = ""  # of the weights at `hub_id`; "": not stated
+    gated: bool = False  # whether the Hub gives the weights only to accounts that accepted the licence
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "architecture", dict(self.architecture))
@@ -99,6 +99,8 @@ class EncoderSpec:
     @property
     def layer(self) -> str:
         """Which output the features are, in words."""
+        if "num_layers" not in self.architecture:
+            return "last feature map"
         norm = "then the final norm" if self.final_norm else "no final norm"
         return f"output of block {self.used_layers} of {self.architecture['num_layers']}, {norm}"
 
@@ -134,7 +136,8 @@ class EncoderSpec:
             if key not in self.architecture:
                 raise UserError(unknown_name(f"architecture key of {self.name}", key, sorted(self.architecture)))
         merged = {**self.architecture, **overrides}
-        if "hidden_size" in overrides and "mlp_size" not in overrides and _is_size(merged["hidden_size"]):
+        has_mlp = "mlp_size" in self.architecture and "mlp_size" not in overrides
+        if "hidden_size" in overrides and has_mlp and _is_size(merged["hidden_size"]):
             ratio = self.architecture["mlp_size"] / self.architecture["hidden_size"]
             merged["mlp_size"] = round(merged["hidden_size"] * ratio)
         return replace(self, architecture=merged)
@@ -143,7 +146,7 @@ class EncoderSpec:
         """The same encoder with another way to make frames square; `squash` makes grids cover the same pixels."""
         if fit not in ("squash", "centre-crop"):
             raise UserError(f"crop of {self.name} must be squash or centre-crop, got {fit!r}")
-        return replace(self, resize=replace(self.resize, fit=fit))
+        return self if fit == self.resize.fit else replace(self, resize=replace(self.resize, fit=fit, crop_pct=1.0))
 
     def with_frame_rule(self, text: str) -> EncoderSpec:
         """The same encoder with frames chosen by another rule; "+times" alone is added to the encoder's own."""
@@ -167,19 +170,16 @@ class EncoderSpec:
 def _check_architecture(spec: EncoderSpec) -> None:
     """Refuse sizes that the network cannot have."""
     sizes = spec.architecture
-    if missing := [key for key in _REQUIRED if key not in sizes]:
+    has_blocks = any(key in sizes for key in _BLOCK)
+    required = (*_REQUIRED, "num_layers", *_BLOCK) if has_blocks else _REQUIRED
+    if missing := [key for key in required if key not in sizes]:
         raise UserError(f"architecture of {spec.name} lacks {', '.join(missing)}")
-    for key in (*_SIZES, *(key for key in ("frames_per_chunk", "position_grid") if key in sizes)):
+    for key in (*_REQUIRED, *(key for key in _OPTIONAL if key in sizes)):
         if not _is_size(sizes[key]):
             raise UserError(f"{key} of {spec.name} must be a whole number >= 1, got {sizes[key]!r}")
-    if not isinstance(sizes["norm_eps"], float) or not (math.isfinite(sizes["norm_eps"]) and sizes["norm_eps"] > 0):
-        raise UserError(f"norm_eps of {spec.name} must be a number > 0 such as 1e-6, got {sizes['norm_eps']!r}")
-    if sizes["activation"] not in ACTIVATIONS:
-        raise UserError(
-            f"activation of {spec.name} must be one of {', '.join(ACTIVATIONS)}, got {sizes['activation']!r}"
-        )
     _check_multiple(spec, "image_size", "patch_size", "so that patches tile the image")
-    _check_multiple(spec, "hidden_size", "num_heads", "so that heads have equal width")
+    if has_blocks:
+        _check_blocks(spec)
     if sizes["num_frames"] > BASE_FRAMES or BASE_FRAMES % sizes["num_frames"]:
         raise UserError(
             f"num_frames of {spec.name} must divide the {BASE_FRAMES} frames sampled per clip, got "
@@ -192,11 +192,23 @@ def _check_architecture(spec: EncoderSpec) -> None:
     if spec.temporal_reach == "chunk":
         reason = "because it attends within chunks of that many frames; a partial chunk has no meaning"
         _check_multiple(spec, "num_frames", "frames_per_chunk", reason)
-    if sizes["num_layers"] <= spec.skipped_blocks:
+    if "num_layers" in sizes and sizes["num_layers"] <= spec.skipped_blocks:
         raise UserError(
             f"num_layers of {spec.name} must be at least {spec.skipped_blocks + 1}, got {sizes['num_layers']}: its "
             f"last {spec.skipped_blocks} are never run"
         )
+
+
+def _check_blocks(spec: EncoderSpec) -> None:
+    """Refuse sizes that transformer blocks cannot have."""
+    sizes = spec.architecture
+    if not isinstance(sizes["norm_eps"], float) or not (math.isfinite(sizes["norm_eps"]) and sizes["norm_eps"] > 0):
+        raise UserError(f"norm_eps of {spec.name} must be a number > 0 such as 1e-6, got {sizes['norm_eps']!r}")
+    if sizes["activation"] not in ACTIVATIONS:
+        raise UserError(
+            f"activation of {spec.name} must be one of {', '.join(ACTIVATIONS)}, got {sizes['activation']!r}"
+        )
+    _check_multiple(spec, "hidden_size", "num_heads", "so that heads have equal width")
 
 
 def _check_multiple(spec: EncoderSpec, whole: str, part: str, reason: str) -> None:

@@ -40,6 +40,7 @@ class HuggingFaceNetwork(EncoderNetwork):
         unused: tuple[str, ...] = (),  # parameters and modules that do not touch the features
         published_names: Mapping[str, str] | None = None,  # regular expressions: library's name -> checkpoint's
         finish: Callable[[nn.Module], None] | None = None,
+        part: str | None = None,  # the name under which a checkpoint of a larger model holds this one: "backbone"
     ) -> None:
         super().__init__(spec)
         if final_norm is None:
@@ -57,7 +58,7 @@ class HuggingFaceNetwork(EncoderNetwork):
         values = {**self._sizes, **self._choices, "num_hidden_layers": spec.used_layers}
         self._config = config_class(**values, attn_implementation="sdpa")
         self._final_norm, self._unused = final_norm, unused
-        self._published_names, self._finish = dict(published_names or {}), finish
+        self._published_names, self._finish, self._part = dict(published_names or {}), finish, part
         self.model = self._trim(model_class(self._config, **self._options))
 
     def forward(self, pixels_BTCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -76,7 +77,7 @@ class HuggingFaceNetwork(EncoderNetwork):
         return features_BTHWD, prefix_BTKD if self.spec.prefix_tokens else None
 
     def load_published(self, folder: Path) -> None:
-        published = type(self._config).from_pretrained(folder, local_files_only=True)
+        published = self._published_config(folder)
         expected = {**self._sizes, "num_hidden_layers": self.spec.architecture["num_layers"]}
         expected = {key: value for key, value in expected.items() if key not in self._choices}
         found = {key: getattr(published, key, None) for key in expected}
@@ -89,6 +90,7 @@ class HuggingFaceNetwork(EncoderNetwork):
                 attn_implementation="sdpa",
                 local_files_only=True,
                 output_loading_info=True,
+                key_mapping={rf"^{self._part}\.": ""} if self._part else None,
                 **self._options,
             )
         self.model = self._trim(model)
@@ -98,11 +100,18 @@ class HuggingFaceNetwork(EncoderNetwork):
                 f"the published checkpoint is {self.spec.hub_id}"
             )
 
+    def _published_config(self, folder: Path) -> Any:
+        if not self._part:
+            return type(self._config).from_pretrained(folder, local_files_only=True)
+        from transformers import AutoConfig
+
+        return getattr(AutoConfig.from_pretrained(folder, local_files_only=True), f"{self._part}_config", None)
+
     def weight_name(self, name: str) -> str:
         published = name.removeprefix("model.")
         for pattern, replacement in self._published_names.items():
             published = re.sub(pattern, replacement, published)
-        return published
+        return f"{self._part}.{published}" if self._part else published
 
     def finish(self) -> None:
         if self._finish:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from mervcache.errors import UserError
 from pipeline.encoders.base import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, EncoderSpec
 from pipeline.views import ResizeRule
 
@@ -47,6 +48,7 @@ LANGUAGEBIND = EncoderSpec(
     summary="LanguageBind video ViT-L/14: clip features aligned with language",
     model="languagebind-video",
     hub_id="LanguageBind/LanguageBind_Video_merge",
+    licence="mit",
     builder=f"{__name__}:build_languagebind",
     architecture={"image_size": 224, "patch_size": 14, "num_frames": 16, "frames_per_chunk": 8, "tubelet_frames": 1}
     | VIT_LARGE
@@ -74,6 +76,7 @@ DINOV2 = EncoderSpec(
     summary="DINOv2 ViT-L/14 with registers: self-supervised image features, spatial detail",
     model="dinov2-with-registers",
     hub_id="facebook/dinov2-with-registers-large",
+    licence="apache-2.0",
     builder=f"{__name__}:build_dinov2",
     # position_grid: patches per side of the published position embeddings (518 pixels)
     architecture={"image_size": 224, "patch_size": 14, "position_grid": 37, "num_frames": 16, "tubelet_frames": 1}
@@ -106,10 +109,10 @@ def build_dinov2(spec: EncoderSpec) -> EncoderNetwork:
     )
 
 
-def _resample_positions(model: nn.Module, side: int) -> None:
+def _resample_positions(model: nn.Module, side: int, *, antialias: bool = True) -> None:
     """Position embeddings [1, 1 + P, D] -> [1, 1 + side * side, D]; the first is the class token's.
 
-    Once, at load, the way both timm and transformers do: bicubic, antialiased, in float32.
+    Once, at load, the way transformers does: bicubic, in float32, antialiased for DINOv2 with registers only.
     """
     import torch
 
@@ -118,7 +121,7 @@ def _resample_positions(model: nn.Module, side: int) -> None:
     if old_side == side:
         return
     maps_1DHW = from_patches.unflatten(1, (old_side, old_side)).permute(0, 3, 1, 2)
-    maps_1DHW = torch.nn.functional.interpolate(maps_1DHW, (side, side), mode="bicubic", antialias=True)
+    maps_1DHW = torch.nn.functional.interpolate(maps_1DHW, (side, side), mode="bicubic", antialias=antialias)
     resampled = maps_1DHW.permute(0, 2, 3, 1).flatten(1, 2)
     model.embeddings.position_embeddings = torch.nn.Parameter(torch.cat([from_class, resampled], dim=1))
 
@@ -131,6 +134,7 @@ VIVIT = EncoderSpec(
     summary="ViViT-B/16x2, Kinetics-400: motion and actions",
     model="vivit",
     hub_id="google/vivit-b-16x2-kinetics400",
+    licence="mit",
     builder=f"{__name__}:build_vivit",
     architecture={"image_size": 224, "patch_size": 16, "num_frames": 32, "tubelet_frames": 2}
     | VIT_BASE
@@ -170,6 +174,7 @@ SIGLIP = EncoderSpec(
     summary="SigLIP ViT-B/16: image features aligned with language, good at text in images",
     model="siglip",
     hub_id="google/siglip-base-patch16-224",
+    licence="apache-2.0",
     builder=f"{__name__}:build_siglip",
     architecture={"image_size": 224, "patch_size": 16, "num_frames": 16, "tubelet_frames": 1}
     | VIT_BASE
@@ -194,6 +199,7 @@ CLIP = EncoderSpec(
     summary="CLIP ViT-L/14: image features aligned with language",
     model="clip",
     hub_id="openai/clip-vit-large-patch14",
+    licence="mit",
     builder=f"{__name__}:build_clip",
     architecture={"image_size": 224, "patch_size": 14, "num_frames": 16, "tubelet_frames": 1}
     | VIT_LARGE
@@ -220,6 +226,7 @@ VIDEOMAE = EncoderSpec(
     summary="VideoMAE ViT-B/16, Kinetics-400: masked video modelling, 8 time steps",
     model="videomae",
     hub_id="MCG-NJU/videomae-base-finetuned-kinetics",
+    licence="cc-by-nc-4.0",
     builder=f"{__name__}:build_videomae",
     architecture={"image_size": 224, "patch_size": 16, "num_frames": 16, "tubelet_frames": 2}
     | VIT_BASE
@@ -257,9 +264,11 @@ SIGLIP2 = replace(
 # last block through the final norm, which is what its authors evaluate dense features with.
 DINOV3 = EncoderSpec(
     name="dinov3",
-    summary="DINOv3 ViT-L/16: self-supervised image features; the Hub gives the weights to who accepts Meta's licence",
+    summary="DINOv3 ViT-L/16: self-supervised image features, spatial detail",
     model="dinov3",
     hub_id="facebook/dinov3-vitl16-pretrain-lvd1689m",
+    licence="dinov3-license",
+    gated=True,
     builder=f"{__name__}:build_dinov3",
     architecture={"image_size": 224, "patch_size": 16, "num_frames": 16, "tubelet_frames": 1}
     | VIT_LARGE
@@ -299,6 +308,7 @@ VJEPA2 = EncoderSpec(
     summary="V-JEPA 2 ViT-L/16: self-supervised video features, motion",
     model="vjepa2",
     hub_id="facebook/vjepa2-vitl-fpc64-256",
+    licence="mit",
     builder=f"{__name__}:build_vjepa2",
     architecture={"image_size": 256, "patch_size": 16, "num_frames": 32, "tubelet_frames": 2}
     | VIT_LARGE
@@ -333,6 +343,94 @@ def build_vjepa2(spec: EncoderSpec) -> EncoderNetwork:
     )
 
 
+# Perception Encoder PE-Lang L/14 at 448 pixels (arXiv 2504.13181): every frame by itself, rotary and learned positions.
+# It was aligned with a language model after contrastive training, and its 23rd block, without a norm, is what the
+# Perception Language Model reads. transformers takes it from timm, so this does too.
+PE = EncoderSpec(
+    name="pe",
+    summary="Perception Encoder PE-Lang L/14: image features aligned with a language model; needs timm",
+    model="timm/vit_pe_lang_large_patch14_448",
+    hub_id="timm/vit_pe_lang_large_patch14_448.fb",
+    licence="apache-2.0",
+    builder=f"{__name__}:build_pe",
+    architecture={"image_size": 448, "patch_size": 14, "position_grid": 32, "num_frames": 16, "tubelet_frames": 1}
+    | VIT_LARGE
+    | {"num_layers": 23, "activation": "gelu", "norm_eps": 1e-5},
+    temporal_reach="frame",
+    resize=ResizeRule(filter="bicubic"),
+    mean=HALF,
+    std=HALF,
+    prefix_tokens=1,
+)
+
+
+def build_pe(spec: EncoderSpec) -> EncoderNetwork:
+    from pipeline.encoders.timm_network import TimmNetwork
+
+    for key in ("activation", "norm_eps"):
+        if spec.architecture[key] != PE.architecture[key]:
+            raise UserError(f"{key} of {spec.name} is {PE.architecture[key]!r}, got {spec.architecture[key]!r}")
+    return TimmNetwork(spec)
+
+
+# Depth Anything V2's encoder (arXiv 2406.09414): DINOv2 ViT-L/14 trained on for depth in single images, so its features
+# describe geometry. It is read behind the last block and the final norm, as the depth head reads it, and at 224 pixels,
+# where it sees the frames of DINOv2; its authors use 518.
+DEPTHANYTHING = EncoderSpec(
+    name="depthanything",
+    summary="Depth Anything V2 ViT-L/14: DINOv2 trained on for depth, geometry of single images",
+    model="depth-anything-v2",
+    licence="cc-by-nc-4.0",
+    hub_id="depth-anything/Depth-Anything-V2-Large-hf",
+    builder=f"{__name__}:build_depthanything",
+    architecture={"image_size": 224, "patch_size": 14, "position_grid": 37, "num_frames": 16, "tubelet_frames": 1}
+    | VIT_LARGE
+    | {"activation": "gelu", "norm_eps": 1e-6},
+    temporal_reach="frame",
+    resize=ResizeRule(filter="bicubic"),
+    mean=IMAGENET_MEAN,
+    std=IMAGENET_STD,
+    prefix_tokens=1,
+    final_norm=True,
+)
+
+
+def build_depthanything(spec: EncoderSpec) -> EncoderNetwork:
+    sizes = spec.architecture
+    return _build(
+        spec,
+        "Dinov2",
+        {
+            "image_size": sizes["position_grid"] * sizes["patch_size"],
+            "patch_size": sizes["patch_size"],
+            "mlp_ratio": sizes["mlp_size"] // sizes["hidden_size"],
+        },
+        unused=("embeddings.mask_token",),
+        published_names=ATTENTION_NAMES,
+        finish=lambda model: _resample_positions(model, spec.grid[1], antialias=False),
+        part="backbone",
+    )
+
+
+# VideoMAE v2 ViT-B/16 pre-trained on UnlabeledHybrid (arXiv 2303.16727): VideoMAE's encoder with other weights, read
+# where VideoMAE is. transformers has no class of that name; the checkpoint has the names of the authors' code, with
+# query, key and value in one matrix, and is loaded into transformers' VideoMAE.
+VIDEOMAE2 = replace(
+    VIDEOMAE,
+    name="videomae2",
+    summary="VideoMAE v2 ViT-B/16: masked video modelling on a million clips, 8 time steps",
+    hub_id="OpenGVLab/VideoMAEv2-Base",
+    builder=f"{__name__}:build_videomae2",
+    architecture=VIDEOMAE.architecture | {"norm_eps": 1e-6},
+)
+
+
+def build_videomae2(spec: EncoderSpec) -> EncoderNetwork:
+    from pipeline.encoders.videomae2 import VideoMAE2Network
+
+    return VideoMAE2Network(spec, build_videomae(spec))
+
+
 def _image_sizes(spec: EncoderSpec) -> dict[str, Any]:
     sizes = spec.architecture
     return {
@@ -342,4 +440,5 @@ def _image_sizes(spec: EncoderSpec) -> dict[str, Any]:
     }
 
 
-PUBLISHED = {spec.name: spec for spec in (LANGUAGEBIND, DINOV2, VIVIT, SIGLIP, CLIP, VIDEOMAE, SIGLIP2, DINOV3, VJEPA2)}
+_ALL = (LANGUAGEBIND, DINOV2, VIVIT, SIGLIP, CLIP, VIDEOMAE, SIGLIP2, DINOV3, VJEPA2, PE, VIDEOMAE2, DEPTHANYTHING)
+PUBLISHED = {spec.name: spec for spec in _ALL}

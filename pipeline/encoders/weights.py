@@ -39,7 +39,7 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in order of prefere
 HUB_TIMEOUT_S = 10.0  # of the first request to the Hub
 EMBEDDING_STD = 0.1  # of random class, register, position and time embeddings; patches have about 1
 LOADER_VERSION = 1  # counts changes of what is hashed: `weights.py`, `network.py` and the families
-LIBRARIES = ("merv-pipeline", "torch", "transformers", "numpy")
+LIBRARIES = ("merv-pipeline", "torch", "transformers", "timm", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +122,10 @@ def download(spec: EncoderSpec) -> Path:
             fetch(WEIGHT_FILES[1])
     except (LocalEntryNotFoundError, EntryNotFoundError, OSError) as error:
         why = "which does not respond" if is_cache_only else str(error).splitlines()[0]
+        accept = f"Its licence is accepted at https://huggingface.co/{spec.hub_id}, then `hf auth login` gives access. "
         raise UserError(
             f"cannot get {spec.hub_id} for {spec.name} from the Hugging Face Hub ({why}), nor from its cache. "
-            f"Instead name a local folder or random weights: {THREE_CHOICES}"
+            f"{accept if spec.gated else ''}Instead name a local folder or random weights: {THREE_CHOICES}"
         ) from error
     return folder
 
@@ -173,7 +174,8 @@ def fill_random(network: EncoderNetwork, seed: int) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
             full_name = network.weight_name(f"{module_name}.{name}")
             shape = tuple(parameter.shape)
-            if isinstance(module, nn.LayerNorm) or name == "bias" or name.startswith("lambda"):
+            is_scale = name.startswith(("lambda", "gamma")) or (name == "weight" and parameter.ndim == 1)  # norms, too
+            if isinstance(module, nn.LayerNorm) or name == "bias" or is_scale:
                 values = torch.full(shape, 0.0 if name == "bias" else 1.0)
             else:
                 is_matrix = isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d)

@@ -16,7 +16,7 @@ import yaml
 from featurestore import verify_store
 from jobs import slurm
 from jobs.clusters import ClusterError, ClusterRequest, ClusterSettings, connect
-from pipeline.encoders.registry import ENCODERS, encoder_table
+from pipeline.encoders.registry import ENCODERS, EncoderTable
 from tests.stress import fault_lab
 
 pytestmark = pytest.mark.slow
@@ -94,7 +94,7 @@ def tiny(tmp_path, monkeypatch) -> Tiny:
     lab.install(tmp_path / "plugins")
     monkeypatch.syspath_prepend(tmp_path / "plugins")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "plugins"), prepend=os.pathsep)
-    monkeypatch.setattr(ENCODERS, "_plug_ins", encoder_table({})._plug_ins)
+    monkeypatch.setattr(ENCODERS, "_plug_ins", EncoderTable({})._plug_ins)
     return Tiny(tmp_path, lab)
 
 

@@ -9,6 +9,7 @@ import torch
 from pipeline.encoders import ENCODERS, load_encoder
 
 BUILT_IN = ("languagebind", "dinov2", "vivit", "siglip", "clip", "videomae", "siglip2", "dinov3", "vjepa2")
+BUILT_IN += ("pe", "videomae2", "depthanything")
 TOY = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_layers": 3, "num_heads": 4}
 TEXT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99}
 
@@ -97,6 +98,15 @@ def _plain_model(spec):
             model = hf.SiglipModel(hf.SiglipConfig(vision_config=image, text_config=TEXT))
         elif spec.name == "clip":
             model = hf.CLIPModel(hf.CLIPConfig(vision_config=image, text_config=TEXT))
+        elif spec.name == "depthanything":
+            backbone = common | {"image_size": sizes["position_grid"] * sizes["patch_size"], "mlp_ratio": 4}
+            backbone |= {"model_type": "dinov2", "patch_size": sizes["patch_size"], "reshape_hidden_states": False}
+            backbone |= {"out_indices": [0, 1, 2, 3], "apply_layernorm": True}
+            model = hf.DepthAnythingForDepthEstimation(
+                hf.DepthAnythingConfig(backbone_config=backbone, reassemble_hidden_size=sizes["hidden_size"])
+            )
+        elif spec.name == "pe":
+            model = _plain_pe(sizes)
         elif spec.name == "vivit":
             tubelet = [2, sizes["patch_size"], sizes["patch_size"]]
             values = common | {"tubelet_size": tubelet, "intermediate_size": sizes["mlp_size"]}
@@ -108,6 +118,14 @@ def _plain_model(spec):
         for parameter in model.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
     return model.eval()
+
+
+def _plain_pe(sizes):
+    from pipeline.encoders.timm_models import import_timm
+
+    options = {"embed_dim": sizes["hidden_size"], "depth": sizes["num_layers"], "num_heads": sizes["num_heads"]}
+    options |= {"patch_size": sizes["patch_size"], "img_size": sizes["position_grid"] * sizes["patch_size"]}
+    return import_timm().create_model("vit_pe_lang_large_patch14_448", **options)
 
 
 @pytest.fixture(scope="session")
@@ -128,7 +146,15 @@ def checkpoint(published_model, tmp_path_factory):
 def _write_checkpoint(spec, layout, folder, published_model):
     from safetensors.torch import load_file, save_file
 
-    if spec.name == "languagebind":
+    if spec.name == "pe":
+        from pipeline.encoders.timm_models import import_timm
+
+        import_timm().models.save_for_hf(published_model(spec), folder, safe_serialization=True)
+    elif spec.name == "videomae2":
+        config, weights = videomae2_checkpoint(spec)
+        (folder / "config.json").write_text(json.dumps(config))
+        save_file(weights, folder / "model.safetensors")
+    elif spec.name == "languagebind":
         weights = languagebind_weights(spec)
         (folder / "config.json").write_text(json.dumps({"vision_config": languagebind_config(spec)}))
         save_file(weights, folder / "model.safetensors")
@@ -198,3 +224,27 @@ def languagebind_weights(spec):
 def languagebind_names():
     """languagebind_names(sizes) -> name -> shape of the published vision tower."""
     return languagebind_shapes
+
+
+def videomae2_checkpoint(spec):
+    """config.json and weights as in OpenGVLab/VideoMAEv2-Base: the authors' names, query, key and value fused."""
+    sizes, generator = spec.architecture, torch.Generator().manual_seed(5)
+    width, mlp, patch = sizes["hidden_size"], sizes["mlp_size"], sizes["patch_size"]
+    shapes = {"patch_embed.proj.weight": (width, 3, 2, patch, patch), "patch_embed.proj.bias": (width,)}
+    block = {"attn.qkv.weight": (3 * width, width), "attn.q_bias": (width,), "attn.v_bias": (width,)}
+    block |= {"attn.proj.weight": (width, width), "attn.proj.bias": (width,)}
+    block |= {f"norm{n}.{part}": (width,) for n in (1, 2) for part in ("weight", "bias")}
+    block |= {"mlp.fc1.weight": (mlp, width), "mlp.fc1.bias": (mlp,)}
+    block |= {"mlp.fc2.weight": (width, mlp), "mlp.fc2.bias": (width,)}
+    for layer in range(sizes["num_layers"]):
+        shapes |= {f"blocks.{layer}.{name}": shape for name, shape in block.items()}
+    shapes |= {"fc_norm.weight": (width,), "fc_norm.bias": (width,)}
+    weights = {}
+    for name, shape in shapes.items():
+        scale = torch.Size(shape[1:]).numel() ** -0.5 if len(shape) > 1 else 0.2
+        values = torch.randn(shape, generator=generator) * scale
+        weights[f"model.{name}"] = values + 1 if "norm" in name and name.endswith("weight") else values
+    config = {"img_size": sizes["image_size"], "patch_size": patch, "embed_dim": width, "mlp_ratio": 4}
+    config |= {"depth": sizes["num_layers"], "num_heads": sizes["num_heads"], "layer_norm_eps": 1e-6}
+    config |= {"init_values": 0.0, "use_learnable_pos_emb": False, "tubelet_size": 2, "cos_attn": False}
+    return {"model_type": "VideoMAEv2_Base", "model_config": config}, weights

@@ -29,6 +29,9 @@ FACTS = {
     "siglip2": ((16, 14, 14), 768, 16, 1, 1, 0, "output of block 11 of 12, no final norm"),
     "dinov3": ((16, 14, 14), 1024, 16, 1, 1, 5, "output of block 24 of 24, then the final norm"),
     "vjepa2": ((16, 16, 16), 1024, 32, 16, 32, 0, "output of block 24 of 24, then the final norm"),
+    "depthanything": ((16, 16, 16), 1024, 16, 1, 1, 1, "output of block 24 of 24, then the final norm"),
+    "pe": ((16, 32, 32), 1024, 16, 1, 1, 1, "output of block 23 of 23, no final norm"),
+    "videomae2": ((8, 14, 14), 768, 16, 8, 16, 0, "output of block 12 of 12, no final norm"),
 }
 SQUASH_BICUBIC = ResizeRule(size=224, filter="bicubic", antialias=True, fit="squash")
 SQUASH_BILINEAR = ResizeRule(size=224, filter="bilinear", antialias=True, fit="squash")

@@ -32,6 +32,8 @@ def plain_features(name, model, frames_THWC):
     """[T, H, W, D] of one clip by the whole published model."""
     if name == "dinov2":
         hidden = model(plain_pixels(frames_THWC, *IMAGENET), output_hidden_states=True).hidden_states[-2][:, 5:]
+    elif name == "depthanything":  # what the depth head reads, last of its four feature maps
+        hidden = model.backbone(plain_pixels(frames_THWC, *IMAGENET)).feature_maps[-1][:, 1:]
     elif name == "dinov3":
         hidden = model(plain_pixels(frames_THWC, *IMAGENET)).last_hidden_state[:, 5:]
     elif name == "vjepa2":
@@ -49,7 +51,7 @@ def plain_features(name, model, frames_THWC):
     return hidden.reshape(-1, 4, 4, 32)
 
 
-FAMILIES = ("dinov2", "siglip", "clip", "vivit", "videomae", "siglip2", "dinov3", "vjepa2")
+FAMILIES = ("dinov2", "siglip", "clip", "vivit", "videomae", "siglip2", "dinov3", "vjepa2", "depthanything")
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -12,7 +12,7 @@ import torch
 from mervcache.errors import UserError
 from pipeline.encoders import ENCODERS, MERV_ENCODERS, encoder_spec, load_encoder
 from pipeline.encoders.base import feature_identity
-from pipeline.encoders.registry import encoder_table
+from pipeline.encoders.registry import EncoderTable
 
 PLUG_IN = Path(__file__).with_name("vit_plugin.py")
 
@@ -29,7 +29,7 @@ def install(tmp_path, monkeypatch):
         (metadata / "entry_points.txt").write_text(f"[merv.encoders]\n{entry_points}\n")
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.delitem(sys.modules, module_name, raising=False)
-        return encoder_table({name: ENCODERS[name] for name in ("dinov2", "siglip")})
+        return EncoderTable({name: ENCODERS[name] for name in ("dinov2", "siglip")})
 
     return make
 
