@@ -52,7 +52,7 @@ def test_a_command_shows_examples_that_can_be_typed(words, command, tmp_path, mo
         for word in typed:  # what must exist
             if re.fullmatch(r"[\w-]+\.(json|yaml|csv)", word):
                 Path(word).write_text("{}")
-            elif word == "exported" or word.startswith("runs/"):
+            elif word in ("exported", "MY_VIDEOS") or word.startswith("runs/"):
                 Path(word).mkdir(parents=True, exist_ok=True)
         parse(COMMANDS[words[0]], typed)
 
