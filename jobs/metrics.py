@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import getpass
 import logging
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from prometheus_client.core import CounterMetricFamily
 
 PREFIX = "merv"
+_LINKS = re.compile(r"<link\b[^>]*>")  # in Dask's template: an icon on a web server
 
 Labels = tuple[tuple[str, str], ...]  # sorted
 
@@ -110,7 +112,10 @@ def _http_host(dask_scheduler: Any) -> str:
 
 @contextmanager
 def performance_report(path: Path | None) -> Iterator[None]:
-    """Save Dask's report of the block as one HTML page, also if the block fails; None: no report."""
+    """Save Dask's report of the block as one HTML page, also if the block fails; None: no report.
+
+    The page holds Bokeh's scripts and loads nothing, so that it opens on a machine without network.
+    """
     if path is None:
         yield
         return
@@ -121,12 +126,13 @@ def performance_report(path: Path | None) -> Iterator[None]:
     from distributed import performance_report as dask_report
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    report = dask_report(filename=str(path))
+    report = dask_report(filename=str(path), mode="inline")
     report.__enter__()
     try:
         yield
     finally:
         try:
             report.__exit__(None, None, None)
+            path.write_text(_LINKS.sub("", path.read_text()))
         except Exception as error:  # a scheduler that left or has no bokeh; the run's own result is what counts
             log.warning("no performance report: %s: %s", type(error).__name__, error)

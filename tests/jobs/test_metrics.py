@@ -1,6 +1,7 @@
 """Counters of the work at a worker's own endpoint, read as Prometheus reads it."""
 
 import urllib.request
+from html.parser import HTMLParser
 
 from jobs import metrics
 from jobs.clusters import ClusterRequest, connect
@@ -35,7 +36,22 @@ def test_a_run_with_a_dashboard_reports_how_to_reach_it_and_leaves_its_report(tm
     assert hint.endswith(f"http://localhost:{port}/status")
     assert f":{port}/metrics" in scrape
     assert not [record for record in caplog.records if record.name == "jobs.metrics"]
-    assert "<title>Dask Performance Report</title>" in (tmp_path / "new" / "report.html").read_text()
+    page = (tmp_path / "new" / "report.html").read_text()
+    assert "<title>Dask Performance Report</title>" in page
+    assert loaded_by(page) == []
+    assert len(page) > 1_000_000  # Bokeh's own scripts are in it
+
+
+def loaded_by(page: str) -> list[str]:
+    """Addresses of scripts, styles, pictures and frames that a browser fetches for a page."""
+    found = []
+
+    class Parser(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            found.extend(value for name, value in attrs if name == "src" or (tag == "link" and name == "href"))
+
+    Parser().feed(page)
+    return found
 
 
 def test_a_report_that_cannot_be_made_costs_the_run_nothing(tmp_path, caplog):

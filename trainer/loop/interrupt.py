@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+
+from mervcache.console import echo
 
 
 @contextlib.contextmanager
@@ -21,7 +22,11 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     def stop(number: int, frame: object) -> None:
         received.set()
         if number == signal.SIGINT:
-            print("\nstopping after this step, which is saved (once more to stop at once)", file=sys.stderr, flush=True)
+            echo(
+                "\nstopping after this step, which is saved (once more to stop at once)",
+                event="interrupted",
+                signal="SIGINT",
+            )
             signal.signal(signal.SIGINT, before[signal.SIGINT])
 
     # A shell starts background processes with SIGINT ignored, nohup with SIGHUP: it is meant for another process.
