@@ -6,7 +6,7 @@ Ranges are read over HTTP, as from any web server: the Hub answers them for file
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,7 +49,7 @@ def uses_xet() -> bool:
 
 def hub_faults(what: str, url: str) -> AbstractContextManager[None]:
     """Turn errors of huggingface_hub and hf_xet into errors that name the next step."""
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]: httpx's or httpx2's
 
     place = HubPlace.of(url)
     errors = (HTTPError, OSError, RuntimeError, ValueError)
@@ -79,8 +79,9 @@ def _download(place: HubPlace, key: str, folder: str) -> Path | None:
             file = Path(folder) / "shard"
             hub_api().download_bucket_files(place.repo, [(place.path(key), file)], raise_on_missing_files=True)
             return file
-        where = {"repo_type": "dataset", "revision": place.revision, "local_dir": folder}
-        return Path(hub_api().hf_hub_download(place.repo, place.path(key), **where))
+        name, revision = place.path(key), place.revision
+        download: Callable[..., str] = hub_api().hf_hub_download  # pyright: ignore[reportUnknownMemberType]: tqdm's
+        return Path(download(place.repo, name, repo_type="dataset", revision=revision, local_dir=folder))
     except LocalEntryNotFoundError:  # no answer
         raise
     except EntryNotFoundError:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from featurestore.clips import KINDS
-from featurestore.locate import find_store
+from featurestore.locate import find_store, is_url
 from featurestore.storage_dtypes import STORAGE_DTYPES
 from mervcache import console
 from mervcache.completion import complete_dataset, complete_encoders, complete_store
@@ -37,11 +37,20 @@ STORE_OPTION = click.option(
     show_default="the only one under features/",
     help="The store, as for extract.",
 )
+
+
+class MediaRoot(click.Path):
+    """A folder that exists, or a URL below which the media are."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if is_url(value) else super().convert(value, param, ctx)
+
+
 ROOT = click.option(
     "--root",
-    type=click.Path(exists=True, file_okay=False),
+    type=MediaRoot(exists=True, file_okay=False),
     show_default="as at extraction",
-    help="Folder of the media.",
+    help="Folder of the media, or the URL of tar shards.",
 )
 WEIGHTS = click.option(
     "--weights", metavar="SPEC", multiple=True, show_default="as at extraction", help="As for extract. Repeatable."
