@@ -52,6 +52,7 @@ _API = {  # public name -> where it is defined
     "vectors": "pipeline.vectors:pool_store",
     "verify_store": "featurestore.maintenance.verify:verify_store",
     "write_explorer": "pipeline.explorer.server:write_site",
+    "write_fiftyone": "pipeline.fiftyone:write_fiftyone",
     "write_vectors": "pipeline.vectors:write_vectors",
 }
 __all__ = [*_API]  # pyright: ignore[reportUnsupportedDunderAll]: names are loaded on first use

@@ -19,6 +19,7 @@ from pipeline.explorer.content import Explorer as Explorer
 from pipeline.explorer.server import serve as serve_explorer
 from pipeline.explorer.server import write_site as write_explorer
 from pipeline.extract import extract as extract
+from pipeline.fiftyone import write_fiftyone as write_fiftyone
 from pipeline.forecast import forecast as forecast
 from pipeline.vectors import pool_clips as pool_clips
 from pipeline.vectors import pool_store as vectors
@@ -72,5 +73,6 @@ __all__ = [
     "vectors",
     "verify_store",
     "write_explorer",
+    "write_fiftyone",
     "write_vectors",
 ]

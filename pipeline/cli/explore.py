@@ -1,4 +1,4 @@
-"""Commands that look at a store's clips: view, vectors, duplicates."""
+"""Commands that look at a store's clips: view, vectors, fiftyone, duplicates."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import click
 from featurestore.locate import Place, names_of
 from mervcache.completion import complete_encoders
 from mervcache.console import ProgressLine, echo, examples
+from mervcache.errors import EXIT_WITH_FAILURES
 from pipeline.cli.options import AS_JSON, ROOT, handle_cli_errors, print_result, takes_store
 
 ENCODERS = click.option(
@@ -104,6 +105,32 @@ def vectors(place: Place, encoders: str | None, pooling: Any, out: Path | None) 
     click.echo(write_vectors(table, out or vectors_path(store)))
 
 
+@click.command(epilog=examples("merv-pipeline fiftyone features/demo.zarr --out fiftyone/demo"))
+@handle_cli_errors
+@takes_store
+@ENCODERS
+@ROOT
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="New folder to write.")
+def fiftyone(place: Place, encoders: str | None, root: str | None, out: Path) -> None:
+    """Write clips and their vectors for FiftyOne.
+
+    OUT/video and OUT/image are datasets of the type FiftyOneDataset: paths of the media, conversations, and the mean
+    tokens of each encoder. Nothing is copied. Exit code 3: clips without a media file of their own were left out.
+    """
+    from featurestore import FeatureStore
+    from pipeline.fiftyone import write_fiftyone
+
+    store = FeatureStore.open(place)
+    chosen = names_of(encoders) if encoders else list(store.encoders)
+    with ProgressLine("pool", unit="clips", total=len(store) * len(chosen)) as progress:
+        written = write_fiftyone(store, out, chosen, root=root, progress=progress)
+    for folder in written.folders.values():
+        click.echo(folder)
+    if written.left_out:
+        echo(f"{written.left_out} of {len(store)} clips have no media file of their own and are left out")
+        click.get_current_context().exit(EXIT_WITH_FAILURES)
+
+
 @click.command(epilog=examples("merv-pipeline duplicates features/demo.zarr --threshold 0.95 --json"))
 @handle_cli_errors
 @takes_store
@@ -131,4 +158,4 @@ def duplicates(place: Place, encoders: str | None, threshold: float, as_json: bo
     print_result(found.to_dict(), as_json, lambda: render.duplicates(found))
 
 
-EXPLORE_COMMANDS: tuple[click.Command, ...] = (view, vectors, duplicates)
+EXPLORE_COMMANDS: tuple[click.Command, ...] = (view, vectors, fiftyone, duplicates)
