@@ -15,7 +15,7 @@ from featurestore.objects.base import Objects, get_bounded, put_if_absent
 from featurestore.objects.open import check_writable, open_objects
 from featurestore.snapshots import load_snapshot, newest_snapshot_id
 from mervcache.errors import StoreDamagedError, StoreError, StoreFormatError, StoreNotFoundError, UserError
-from mervcache.files import canonical_json, load_json, record_digest
+from mervcache.files import canonical_json, is_json_object, load_json, record_digest
 
 MAX_TAG_BYTES = 4096
 MAX_NUMBER = 1_000_000
@@ -41,11 +41,10 @@ class Tag:
         """A tag from its file, whole and undamaged."""
         what = f"tag {name}"
         record = load_json(data, what)
-        record = record if isinstance(record, dict) else {}
-        snapshot, number = record.get("snapshot"), record.get("number")
-        is_sound = isinstance(snapshot, str) and is_snapshot_id(snapshot) and type(number) is int
-        if not is_sound or not 1 <= number <= MAX_NUMBER:
-            raise StoreFormatError(f"{what} must name a snapshot and have a number, got {str(record)[:200]}")
+        fields = record if is_json_object(record) else {}
+        snapshot, number = str(fields.get("snapshot")), fields.get("number") or 0
+        if not is_snapshot_id(snapshot) or type(number) is not int or not 1 <= number <= MAX_NUMBER:
+            raise StoreFormatError(f"{what} must name a snapshot and have a number, got {str(fields)[:200]}")
         tag = cls(name=name, snapshot=snapshot, number=number)
         if tag.to_bytes() != data:
             raise StoreDamagedError(f"{what} does not match its own digest; run `merv-pipeline repair`")

@@ -12,10 +12,21 @@ from hypothesis import settings
 from tests.featurestore.hub_server import hub
 from tests.featurestore.s3_server import s3, s3_endpoint
 from tests.featurestore.web_server import web
+from tests.featurestore.xet_hub import xet_hub
 from tests.terminals import stepped_clock, terminal
 from tests.toy_stores import toy_identity, write_store
 
-__all__ = ["hub", "s3", "s3_endpoint", "stepped_clock", "terminal", "toy_identity", "web", "write_store"]  # fixtures
+__all__ = [  # fixtures
+    "hub",
+    "s3",
+    "s3_endpoint",
+    "stepped_clock",
+    "terminal",
+    "toy_identity",
+    "web",
+    "write_store",
+    "xet_hub",
+]
 
 # The same cases every time: a test fails because of what was changed. New cases are tests/stress/fuzz.py's to find.
 settings.register_profile("same", deadline=None, derandomize=True)

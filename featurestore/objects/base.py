@@ -233,6 +233,11 @@ _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound")
 _SERVICE_FAULTS = (  # the first that matches; the last matches all
     _ServiceFault(
         UserError,
+        "there is no bucket {repo} on the Hub that this token can see; `push` creates none: `hf buckets create {repo}`",
+        classes=("BucketNotFoundError",),
+    ),
+    _ServiceFault(
+        UserError,
         "there is no dataset {repo} on the Hub that this token can see; `push` creates none: create it with the owner "
         "and visibility you want, `hf repos create {repo} --repo-type dataset --private`",
         classes=("RepositoryNotFoundError",),

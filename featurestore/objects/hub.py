@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from featurestore.layout import shard_place
-from featurestore.objects.base import Buffer, Objects, check_key, service_faults
-from featurestore.objects.remote import RemoteObject, RemoteObjects, hub_endpoint, hub_parts, hub_token, join
+from featurestore.objects.base import Buffer, Objects, check_key
+from featurestore.objects.hub_client import check_token, hub_api, hub_faults
+from featurestore.objects.hub_place import HubPlace
+from featurestore.objects.remote import RemoteObject, RemoteObjects, join
 from mervcache.errors import AlreadyExistsError, UserError
 
 if TYPE_CHECKING:
@@ -42,16 +44,11 @@ class HubObjects(Objects):
     defers_visibility = True
 
     def __init__(self, url: str) -> None:
-        from huggingface_hub import HfApi
-        from huggingface_hub.utils import disable_progress_bars
-
         self.root = url.rstrip("/")
-        self._repo, self._branch, self._folder = hub_parts(self.root)
-        token = hub_token()
-        if not token:
-            raise UserError(f"no token to write to {self.root} with: set HF_TOKEN, or run `hf auth login` once")
-        disable_progress_bars()  # `push` has its own
-        self._api = HfApi(endpoint=hub_endpoint(), token=token, library_name="merv-pipeline")
+        self._place = place = HubPlace.of(self.root)
+        self._repo, self._branch, self._folder = place.repo, place.revision, place.folder
+        check_token(self.root)
+        self._api = hub_api()
         self._lock = threading.RLock()
         self._pending: dict[str, CommitOperationAdd | CommitOperationDelete] = {}
         self._head: str | None = None  # the commit that `_committed` lists
@@ -218,10 +215,7 @@ class HubObjects(Objects):
             raise AlreadyExistsError(f"{key} exists already at {self.root}: read what is there")
 
     def _path(self, key: str) -> str:
-        return f"{self._folder}/{key}" if self._folder else key
+        return self._place.path(key)
 
     def _faults(self, what: str) -> AbstractContextManager[None]:
-        from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]: httpx's or httpx2's
-
-        errors = (HTTPError, OSError, RuntimeError, ValueError)
-        return service_faults(what, self.root, errors, repo=self._repo, branch=self._branch)
+        return hub_faults(what, self.root)

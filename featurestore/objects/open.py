@@ -14,6 +14,7 @@ from mervcache.text import check_not_redacted
 
 if TYPE_CHECKING:
     from featurestore.objects.hub import HubObjects
+    from featurestore.objects.hub_client import BucketObjects
     from featurestore.objects.remote import RemoteObjects
 
 
@@ -23,19 +24,26 @@ def open_objects(place: Place) -> LocalObjects | RemoteObjects:
     check_not_redacted(str(place))
     if not is_url(place):
         return LocalObjects(place)
-    from featurestore.objects.remote import open_remote  # needs obstore, which a folder does not
+    from featurestore.objects.hub_client import HubReader  # needs obstore, which a folder does not
+    from featurestore.objects.remote import READ_ONLY, RemoteObjects, WebObjects
 
-    return open_remote(str(place))
+    scheme = urlsplit(str(place)).scheme
+    readers = {"hf": HubReader, **dict.fromkeys(set(READ_ONLY) - {"hf"}, WebObjects)}
+    objects = readers.get(scheme, RemoteObjects)(str(place))
+    objects.ping()
+    return objects
 
 
-def open_hub(place: Place) -> HubObjects | None:
-    """A repository of the Hub, to push to; None for any other place."""
+def open_hub(place: Place) -> HubObjects | BucketObjects | None:
+    """A repository or a bucket of the Hub, to push to; None for any other place."""
     place = place_of(place)
     if not is_url(place) or urlsplit(str(place)).scheme != "hf":
         return None
     from featurestore.objects.hub import HubObjects  # needs huggingface_hub
+    from featurestore.objects.hub_client import BucketObjects
+    from featurestore.objects.hub_place import HubPlace
 
-    return HubObjects(str(place))
+    return (BucketObjects if HubPlace.of(str(place)).kind == "buckets" else HubObjects)(str(place))
 
 
 def check_writable(place: Place) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 from featurestore.layout import LISTING, TEMPORARY
 from featurestore.objects.base import (
@@ -30,13 +30,13 @@ from featurestore.objects.base import (
     scatter,
     service_faults,
 )
+from featurestore.objects.hub_place import HubPlace, hub_token
 from mervcache.errors import AlreadyExistsError, RunStoppedError, UserError, unknown_name
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
-HUB = "https://huggingface.co"
 MAX_PUT_BYTES = 5 << 30  # of one request, by S3's rule; a conditional put cannot be split
 _MARK = "mervput"  # metadata of an object: who put it (no dashes: Azure allows none)
 _CLIENT: ClientConfig = {  # obstore's default ends any request after 30 s, also one that carries a whole shard
@@ -74,7 +74,7 @@ def connect(url: str, *, max_retries: int = 10) -> ObjectStore:
             client["allow_http"] = True
             if parts.scheme == "hf" and (token := hub_token()):
                 client["default_headers"] = {"authorization": f"Bearer {token}"}
-            address = hub_address(url) if parts.scheme == "hf" else url
+            address = HubPlace.of(url).address if parts.scheme == "hf" else url
             return HTTPStore.from_url(address, client_options=client, retry_config=retry)
         endpoint = next(filter(None, map(os.environ.get, _ENDPOINTS[parts.scheme])), "")
         if endpoint.startswith("http://"):
@@ -110,37 +110,6 @@ def _check_credentials(scheme: str) -> None:
         '`eval "$(aws configure export-credentials --format env)"`), or AWS_SKIP_SIGNATURE=true for a public bucket; '
         "AWS_ENDPOINT_URL and AWS_REGION choose the server"
     )
-
-
-def hub_address(url: str) -> str:
-    """The web address of a folder on the Hub."""
-    repo, revision, folder = hub_parts(url)
-    address = f"{hub_endpoint()}/datasets/{repo}/resolve/{quote(revision, safe='')}"
-    return f"{address}/{folder}" if folder else address
-
-
-def hub_endpoint() -> str:
-    return os.environ.get("HF_ENDPOINT", HUB).rstrip("/")
-
-
-def hub_parts(url: str) -> tuple[str, str, str]:
-    """`hf://datasets/USER/REPO[@REVISION][/FOLDER]` -> (USER/REPO, revision, folder)."""
-    kind, _, rest = url.removeprefix("hf://").partition("/")
-    user, _, rest = rest.partition("/")
-    repo, _, folder = rest.partition("/")
-    name, _, revision = repo.partition("@")
-    if kind != "datasets" or not user or not name:
-        raise UserError(f"{url}: stores on the Hub are hf://datasets/USER/REPO, optionally with @REVISION and /FOLDER")
-    return f"{user}/{name}", revision or "main", folder
-
-
-def hub_token() -> str | None:
-    """From HF_TOKEN, or stored by `hf auth login`."""
-    if token := os.environ.get("HF_TOKEN"):
-        return token
-    from huggingface_hub import get_token
-
-    return get_token()
 
 
 def read_only_error(url: str) -> UserError:
@@ -360,13 +329,6 @@ class RemoteObject:
 
     def close(self) -> None:
         """Nothing to close."""
-
-
-def open_remote(url: str) -> RemoteObjects:
-    """The objects behind a URL, after one request to its server."""
-    objects = (WebObjects if urlsplit(url).scheme in READ_ONLY else RemoteObjects)(url)
-    objects.ping()
-    return objects
 
 
 def join(data: Buffer | Sequence[Buffer]) -> bytes:

@@ -15,7 +15,7 @@ import numpy as np
 from featurestore.layout import CARD
 from featurestore.locate import is_url
 from featurestore.objects.base import Objects, put_if_absent
-from featurestore.objects.remote import hub_parts
+from featurestore.objects.hub_place import HubPlace
 from featurestore.quality import (
     loss_notes,
     loss_table,
@@ -116,8 +116,8 @@ def _dataset_name(place: str) -> str | None:
         return place
     if not place.startswith("hf://datasets/"):
         return None
-    repo, _, folder = hub_parts(place)
-    return None if folder else repo
+    at = HubPlace.of(place)
+    return None if at.folder else at.repo
 
 
 def _encoders(store: FeatureStore) -> list[str]:

@@ -38,6 +38,7 @@ from featurestore.maintenance.derived_table import check_table
 from featurestore.maintenance.tombstone import erase_tombstoned
 from featurestore.newest import update_newest
 from featurestore.objects.base import Objects, digest_of, get_bounded, listing_bytes, put_if_absent
+from featurestore.objects.hub import HubObjects
 from featurestore.objects.local import LocalObjects
 from featurestore.objects.open import check_writable, in_parallel, open_hub, open_objects
 from featurestore.parquet import digested_file, read_table
@@ -162,7 +163,7 @@ def push(
     if not put_if_absent(target, LISTING, listing) and target.get(LISTING) != listing:
         target.replace(LISTING, listing)
     target.flush()
-    if hub is not None:
+    if isinstance(hub, HubObjects):
         tag_revisions(hub, newest, done.tags)
     return done
 

@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from featurestore.transfer.selection import Selection
 
 URLS = """URLs: s3://BUCKET/FOLDER, gs://, az:// and file:// to read and write; hf://datasets/USER/REPO[@BRANCH][/FOLDER]
-to read and push to, in commits, the snapshot in the last; https:// to read. Endpoint, region and credentials come from
-the environment: AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, ..., GOOGLE_APPLICATION_CREDENTIALS,
-AZURE_STORAGE_..., HF_TOKEN (or `hf auth login`). az:// is tested against Azurite, gs:// against a server that answers
-as its documentation says; hf:// is tested against a server of our own that speaks its protocol, not against the Hub
-itself (nor is Xet); none was tried against the service itself. No repository is made by itself, and the history of one
-keeps what a tombstone removes until it is squashed.
+to read and push to, in commits, the snapshot in the last; hf://buckets/USER/BUCKET[/FOLDER] to read and push to, by one
+push at a time; https:// to read. Endpoint, region and credentials come from the environment: AWS_ENDPOINT_URL,
+AWS_REGION, AWS_ACCESS_KEY_ID, ..., GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_..., HF_TOKEN (or `hf auth login`).
+az:// is tested against Azurite, gs:// against a server that answers as its documentation says; hf:// is tested against
+a server of our own that speaks its protocol, with the real hf_xet and its local content store, not against the Hub
+itself; none was tried against the service itself. No repository and no bucket is made by itself, and the history of a
+repository keeps what a tombstone removes until it is squashed.
 """
 ENCODERS = click.option(
     "--encoders",

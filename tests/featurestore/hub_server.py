@@ -12,6 +12,8 @@ import http.server
 import json
 import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
@@ -223,21 +225,28 @@ def git_oid(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-@pytest.fixture
-def hub(monkeypatch):
-    """An empty repository, `hf://datasets/lab/feats`, and a token that may write to it."""
+@contextmanager
+def serve(hub: Hub, handler: type[Handler], monkeypatch: pytest.MonkeyPatch, *, disable_xet: bool) -> Iterator[Hub]:
+    """The server of a hub, with a token that may write to it in the environment."""
     from huggingface_hub import constants
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
-    server.hub, server.url = Hub(), f"http://127.0.0.1:{server.server_port}"
+    server.hub, server.url = hub, f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()  # seconds until it sees its end
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("HF_TOKEN", WRITER)
-    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")  # of processes that a test starts; it is read at the import
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", str(int(disable_xet)))  # of processes that a test starts, at the import
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", disable_xet)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    yield server.hub
-    server.hub.released.set()
+    yield hub
+    hub.released.set()
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """An empty repository, `hf://datasets/lab/feats`, and a token that may write to it; large files without Xet."""
+    with serve(Hub(), Handler, monkeypatch, disable_xet=True) as hub:
+        yield hub

@@ -17,9 +17,10 @@ import pytest
 from featurestore.lease import StoreLease
 from featurestore.locate import place_of
 from featurestore.objects.base import listing_bytes, put_if_absent
+from featurestore.objects.hub_place import HubPlace
 from featurestore.objects.local import LocalObjects
 from featurestore.objects.open import open_objects
-from featurestore.objects.remote import RemoteObjects, WebObjects, hub_address
+from featurestore.objects.remote import RemoteObjects, WebObjects
 from featurestore.store import FeatureStore
 from mervcache.errors import AlreadyExistsError, RunStoppedError, StoreFormatError, StoreNotFoundError, UserError
 
@@ -262,10 +263,16 @@ def test_a_file_url_is_a_folder(tmp_path):
 
 def test_addresses_on_the_hub(monkeypatch):
     monkeypatch.delenv("HF_ENDPOINT", raising=False)
-    assert hub_address("hf://datasets/lab/feats") == "https://huggingface.co/datasets/lab/feats/resolve/main"
-    assert hub_address("hf://datasets/lab/feats@refs/x".replace("refs/x", "v1") + "/a.zarr").endswith(
-        "/datasets/lab/feats/resolve/v1/a.zarr"
-    )
+    for url, address in (
+        ("datasets/lab/feats", "datasets/lab/feats/resolve/main"),
+        ("datasets/lab/feats@v1/a.zarr", "datasets/lab/feats/resolve/v1/a.zarr"),
+        ("buckets/lab/feats", "buckets/lab/feats/resolve"),
+        ("buckets/lab/feats/a.zarr", "buckets/lab/feats/resolve/a.zarr"),
+    ):
+        assert HubPlace.of(f"hf://{url}").address == f"https://huggingface.co/{address}"
+    for url in ("datasets/lab", "models/lab/feats", "buckets/lab/feats@v1"):
+        with pytest.raises(UserError, match="stores on the Hub are"):
+            HubPlace.of(f"hf://{url}")
 
 
 def test_a_web_server_is_read_by_the_listing_and_never_written(web):

@@ -129,5 +129,5 @@ def test_mistakes_are_told_without_a_traceback(words, message, tmp_path, monkeyp
 
 def test_the_help_says_what_was_not_tried():
     printed = " ".join(run("push", "--help")[1].split())
-    assert "hf:// is tested against a server of our own that speaks its protocol, not against the Hub itself" in printed
+    assert "with the real hf_xet and its local content store, not against the Hub itself" in printed
     assert "none was tried against the service itself" in printed
