@@ -6,12 +6,12 @@ Ranges are read over HTTP, as from any web server: the Hub answers them for file
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from featurestore.layout import shard_place
 from featurestore.objects.base import Buffer, Objects, check_key, service_faults
@@ -79,9 +79,9 @@ def _download(place: HubPlace, key: str, folder: str) -> Path | None:
             file = Path(folder) / "shard"
             hub_api().download_bucket_files(place.repo, [(place.path(key), file)], raise_on_missing_files=True)
             return file
-        name, revision = place.path(key), place.revision
-        download: Callable[..., str] = hub_api().hf_hub_download  # pyright: ignore[reportUnknownMemberType]: tqdm's
-        return Path(download(place.repo, name, repo_type="dataset", revision=revision, local_dir=folder))
+        where = {"repo_type": "dataset", "revision": place.revision, "local_dir": folder}
+        api: Any = hub_api()  # its download has a type of tqdm, which has none
+        return Path(api.hf_hub_download(place.repo, place.path(key), **where))
     except LocalEntryNotFoundError:  # no answer
         raise
     except EntryNotFoundError:
