@@ -11,14 +11,14 @@ import shutil
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featurestore.clips import KINDS, Sample
+from featurestore.clips import KINDS
 from featurestore.identity import FeatureIdentity
 from featurestore.layout import ROOT_METADATA
 from featurestore.lease import StoreLease
@@ -37,6 +37,7 @@ from mervcache.console import ProgressLine
 from mervcache.errors import MervCacheError, RunStoppedError
 from pipeline.config import ExtractConfig
 from pipeline.datasets import DatasetListing, check_has_clips, list_clips
+from pipeline.listed_samples import add_listed_samples
 from pipeline.plan import NOTHING_STALE, PlannedBlock, StoreView, plan_blocks
 from pipeline.refresh import StaleMedia, clips_without_rows, identity_notes, scan_media
 from pipeline.remote_shards import narrowed
@@ -472,32 +473,3 @@ def _count(outcome: Outcome, summary: ExtractSummary, progress: ProgressLine) ->
         f"block {outcome.task.key} failed twice: {type(error).__name__}: {error}{where}; "
         "everything committed so far is kept, run the same command again after fixing the cause"
     ) from error
-
-
-def add_listed_samples(store: StoreWriter, listing: DatasetListing, *, is_whole: bool) -> None:
-    """Write a dataset's samples; `is_whole`: nothing was left out of the listing by request.
-
-    A listing decides about the clips that it lists; samples of every other clip in the store stay, as its tokens do.
-    Stored samples are read only where there are such clips.
-    """
-    listed = {clip.clip_id for clip in listing.clips}
-    is_growing_only = is_whole and listed.issuperset(store.clips()["clip_id"].to_pylist())
-
-    def stays(sample: Sample) -> bool:
-        return not is_whole if sample.clip_id is None else sample.clip_id not in listed
-
-    for name, samples in listing.samples.items():
-        store.add_samples(name, samples if is_growing_only else merged(store.samples(name), samples, stays))
-
-
-def merged(stored: Iterable[Sample], listed: Sequence[Sample], stays: Callable[[Sample], bool]) -> list[Sample]:
-    """Listed samples, and of the stored ones those that stay, in the stored order; new ones follow."""
-
-    def key(sample: Sample) -> tuple[str, str | None]:
-        return sample.sample_id, sample.clip_id  # an edited annotation file may give one clip's record id to another
-
-    fresh = {key(sample): sample for sample in listed}
-    kept = [sample for sample in stored if key(sample) in fresh or stays(sample)]
-    if all(key(sample) in fresh for sample in kept):
-        return list(listed)
-    return [*(fresh.pop(key(sample), sample) for sample in kept), *fresh.values()]

@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 from featurestore.locate import is_url
 from featurestore.objects.base import service_faults
 from featurestore.objects.cache import cache_folder
+from featurestore.objects.open import open_objects
 from mervcache.errors import MediaError, MervCacheError, RunStoppedError, UserError
 from mervcache.files import record_digest, sha256_hex
 from mervcache.text import check_not_redacted
@@ -384,11 +385,8 @@ def connection(url: str) -> ObjectStore:
 @lru_cache(64)
 def is_reachable(url: str) -> bool:
     """Whether the server of a root answers, asked for once in a process."""
-    from featurestore.objects.remote import open_remote
-
     try:
-        check_not_redacted(url)
-        open_remote(url)
+        open_objects(url)
     except MervCacheError:
         return False
     return True
