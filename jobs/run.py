@@ -11,7 +11,7 @@ import sys
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -117,7 +117,7 @@ def run_tasks(
     worker_wait_s: float = WORKER_WAIT_S[""],
     listener: Listener = Listener(),
     per_worker: int = WINDOW_PER_WORKER,
-) -> Iterator[Outcome]:
+) -> Generator[Outcome]:
     """Yield every task's outcome as it finishes; a failed task is tried again unless `is_final(error)`.
 
     Another worker tries it again, if there is one: a broken device fails at once, is idle and would be given every

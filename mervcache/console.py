@@ -111,7 +111,7 @@ def stacked(*decorators: Decorator) -> Decorator:
     return lambda command: functools.reduce(lambda inner, outer: outer(inner), reversed(decorators), command)
 
 
-def print_result(result: Any, as_json: bool, show: Callable[[], None], *, indent: int | None = None) -> None:
+def print_result(result: Any, as_json: bool, show: Callable[[], object], *, indent: int | None = None) -> None:
     """Print `result` as JSON on stdout, or call `show`, which prints it as text."""
     if as_json:
         print(json.dumps(redact_all(json.loads(json.dumps(result, default=str))), indent=indent), flush=True)

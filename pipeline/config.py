@@ -21,6 +21,7 @@ from mervcache.config import check_names, check_types, load_yaml
 from mervcache.errors import ClusterError, UserError, unknown_name
 from mervcache.reprs import changed_fields
 from mervcache.text import redact_all
+from pipeline.align import DEFAULT_GRID
 from pipeline.encoders.base import EncoderSpec, feature_identity
 from pipeline.encoders.registry import ENCODERS, MERV_ENCODERS, encoder_name, encoder_spec
 from pipeline.encoders.weights import check_weights_spec
@@ -47,7 +48,7 @@ class EncoderSettings:
     frame_rule: str | None = None  # "linspace-16"; None: that of a model with several encoders, "linspace-32/K"
     frame_dtype: str = "uint8"  # float32: frames are not rounded after an interpolation without antialias
     exif: str = "ignore"  # apply: rotate still pictures by their EXIF orientation
-    grid: tuple[int, int, int] | None = (16, 8, 8)  # T, H, W of the stored tokens; None: the encoder's own grid
+    grid: tuple[int, int, int] | None = DEFAULT_GRID  # T, H, W of the stored tokens; None: the encoder's own grid
     prefix_tokens: bool = False  # also store class and register tokens
     compute_dtype: str = "bfloat16"  # as princetonvisualai/merv runs them
     storage_dtype: str = "float16"
@@ -130,7 +131,7 @@ class ExtractConfig:
     frame_dtype: Mapping[str, str] = field(default_factory=dict)  # encoder -> uint8 | float32
     exif: str = "ignore"  # apply: rotate still pictures by their EXIF orientation
     upsample: bool = False  # let rows and columns of the grid be more than an encoder's own: adaptive windows overlap
-    grid: tuple[int, int, int] | None = (16, 8, 8)  # T, H, W of the stored tokens; raw: each encoder's own grid
+    grid: tuple[int, int, int] | None = DEFAULT_GRID  # T, H, W of the stored tokens; raw: each encoder's own grid
     prefix_tokens: bool = False  # store class and register tokens too, of the encoders that have them
     compute_dtype: str = "bfloat16"  # as princetonvisualai/merv runs them
     storage_dtype: str = "float16"  # float16 | bfloat16 | uint8
@@ -245,7 +246,9 @@ class ExtractConfig:
 
     def check_grids(self) -> None:
         """UserError for a grid that would repeat places of an encoder's own, unless `upsample` is set."""
-        for settings in self.encoder_settings if self.grid is not None and not self.upsample else ():
+        if self.grid is None or self.upsample:
+            return
+        for settings in self.encoder_settings:
             own = settings.spec.grid
             if self.grid[1] > own[1] or self.grid[2] > own[2]:
                 wanted, has = ("x".join(map(str, grid)) for grid in (self.grid, own))

@@ -253,7 +253,7 @@ def encoded_again(
                 encoded = encode_clips(engine, loaded[key], batch, clips, roots, media)
                 for number, (clip, arrays) in enumerate(zip(clips, encoded, strict=True), start=start):
                     files[clip.clip_id] = folder / f"{number}.npz"
-                    np.savez(files[clip.clip_id], **arrays)
+                    np.savez(files[clip.clip_id], allow_pickle=False, **arrays)
 
             def floats(clip: Clip) -> dict[str, np.ndarray]:
                 with np.load(files[clip.clip_id], allow_pickle=False) as arrays:

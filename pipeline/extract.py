@@ -71,7 +71,7 @@ def extract(config: ExtractConfig, *, quiet: bool = False) -> ExtractSummary:
         summary.predicted = read_forecast(config.forecast).to_dict()
     for note in listing.notes:
         log.info(note)
-    extraction = Extraction(config=config, listing=listing, summary=summary, objects=objects, view=view)
+    extraction = Extraction(config=config, listing=listing, summary=summary, objects=objects, existing=view)
     if (encoders := extraction.up_to_date_encoders()) is not None:
         with extraction.open(encoders):
             extraction.finish_without_work()
@@ -141,10 +141,16 @@ class Extraction:
     listing: DatasetListing
     summary: ExtractSummary  # filled in as the run proceeds
     objects: Objects  # of the store's place
-    view: StoreView | None  # None until `open` has made the store
+    existing: StoreView | None  # None until `open` has made the store
     encoders: Mapping[str, EncoderDescription] = field(default_factory=dict)
     _scanned: tuple[Any, StaleMedia] | None = None  # the state that it is of, and the last scan
     _planned: tuple[Any, list[PlannedBlock]] | None = None  # the state that it is of, and the last plan
+
+    @property
+    def view(self) -> StoreView:
+        """The store, which is there once `open` was called."""
+        assert self.existing is not None
+        return self.existing
 
     @property
     def identities(self) -> dict[str, FeatureIdentity]:
@@ -157,7 +163,7 @@ class Extraction:
 
     def up_to_date_encoders(self) -> Mapping[str, EncoderDescription] | None:
         """The encoders, if the store lacks nothing of the listing under their remembered digests; else None."""
-        if self.view is None or self.config.retry_quarantine:
+        if self.existing is None or self.config.retry_quarantine:
             return None
         encoders = remembered_encoders(self.config, self.view.runs)
         if encoders is None:
@@ -184,8 +190,8 @@ class Extraction:
         """Make the store if there is none and hold its lease: a second driver would be safe, and waste its work."""
         self.encoders = encoders
         self.summary.device = next(iter(encoders.values())).device
-        if self.view is None:
-            self.view = StoreView(
+        if self.existing is None:
+            self.existing = StoreView(
                 StoreWriter.open_or_create(
                     self.config.store_path, block_rows=self.config.block_rows, objects=self.objects
                 )

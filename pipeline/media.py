@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from featurestore.clips import check_relative_path
+from featurestore.clips import Kind, check_relative_path
 from mervcache.errors import MediaError, RunStoppedError, UserError
 from pipeline.remote_shards import RemoteRoot, RemoteShard, remote_root, split_member, spooled
 from pipeline.tar_index import TarIndex, tar_index
@@ -144,7 +144,7 @@ def resolve_media(root: Root, path: str) -> Media:
 
 def allowed_folders(root: Root) -> tuple[str, ...]:
     """The real folders that hold media: the root, and the one that its links may lead into."""
-    return tuple(map(os.path.realpath, _named_folders(root)))
+    return tuple(os.path.realpath(folder) for folder in _named_folders(root))
 
 
 def _named_folders(root: Root) -> list[str | Path | MediaRoot]:
@@ -169,7 +169,7 @@ def folder_has_gone(root: Root, path: str) -> bool:
         return True
 
 
-def kind_of_path(path: str) -> str | None:
+def kind_of_path(path: str) -> Kind | None:
     """ "video" or "image" by the extension, None for anything else."""
     extension = os.path.splitext(path)[1].lower()
     if extension in VIDEO_EXTENSIONS:
@@ -309,7 +309,7 @@ class Source:
             return self.media.size
         return sum(os.stat(path).st_size for path in self.files)
 
-    def open(self) -> BinaryIO:
+    def open(self) -> io.BufferedReader:
         """The bytes of a file or tar member on this host, readable and seekable."""
         assert isinstance(self.media, LocalFile | TarMember), "a folder has no bytes of its own, and a URL is fetched"
         if isinstance(self.media, LocalFile):
@@ -353,7 +353,7 @@ class Source:
 
     def explain(self, error: OSError) -> MediaError | RunStoppedError:
         """The error to raise for a failed read: `MediaError` (the clip) or `RunStoppedError` (the machine)."""
-        if error.errno in MACHINE_ERRNOS:
+        if error.errno is not None and error.errno in MACHINE_ERRNOS:
             return RunStoppedError(f"cannot read {self.path} under {self.root}: {os.strerror(error.errno)}")
         try:
             Source.find(self.root, self.path)

@@ -213,7 +213,9 @@ def _check_reference_clips(
     made = encode_reference_clips(run, kind, batch, decoded)
     frames = {clip.name: clip.frames_sha256 for clip in made.clips}
     same = all(frames[clip.name] == clip.frames_sha256 for clip in stored.clips if clip.name in frames)
-    pairs = [(stored.stored(clip.name), made.stored(clip.name)) for clip in stored.clips]
+    pairs = [
+        (arrays, made.stored(clip.name)) for clip in stored.clips if (arrays := stored.stored(clip.name)) is not None
+    ]
     sha256 = store.canaries[f"{kind}/{run.identity.group_name}"]
     return replace(compare(key, kind, run.identity, pairs), canaries=sha256, frames="equal" if same else "differ")
 
@@ -319,7 +321,7 @@ def _differences(identity: FeatureIdentity, stored: Arrays, made: Arrays) -> tup
     for name in stored:  # in float64, where differences of float16 numbers are exact
         a, b = stored[name].astype(np.float64), made[name].astype(np.float64)
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
-            return (math.nan,) * 3
+            return math.nan, math.nan, math.nan
         largest = max(largest, float(np.abs(a - b).max()))
         squares, total = squares + float(((a - b) ** 2).sum()), total + float((a**2).sum())
         norms = np.sqrt((a**2).sum(-1) * (b**2).sum(-1))

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from featurestore.clips import Clip
+from featurestore.clips import Clip, Kind
 from featurestore.identity import FeatureIdentity
 from featurestore.layout import CANARIES, reference_clip_groups
 from featurestore.reference_clips import ReferenceClip, ReferenceClips, put_reference_clips
@@ -44,7 +44,9 @@ FILES = {"scene": "scene.avi", "noise": "noise.avi", "still": "still.ppm"}
 def media_bytes(name: str) -> bytes:
     """The media file of a reference clip."""
     with files("pipeline").joinpath(ARCHIVE).open("rb") as archive, tarfile.open(fileobj=archive, mode="r:xz") as tar:
-        return tar.extractfile(FILES[name]).read()
+        member = tar.extractfile(FILES[name])
+        assert member is not None
+        return member.read()
 
 
 def decode_reference_clips(engine: Engine, runs: Sequence[TokenEncoder], kind: str) -> dict[str, Decoded]:
@@ -55,7 +57,7 @@ def decode_reference_clips(engine: Engine, runs: Sequence[TokenEncoder], kind: s
         futures = {}
         for name in CLIPS[kind]:
             (Path(root) / FILES[name]).write_bytes(media_bytes(name))
-            clip = Clip(dataset="canaries", path=FILES[name], kind=kind)
+            clip = Clip(dataset="canaries", path=FILES[name], kind=cast("Kind", kind))
             futures[name] = engine.pool.submit(decode_job(root, clip, runs))
         return {name: future.result() for name, future in futures.items()}
 

@@ -255,6 +255,7 @@ class _Scanner:
 
     def sha256(self, scan: _Scan) -> str | None:
         """Of touched media; None where they cannot be read after all."""
+        assert scan.source is not None
         try:
             return self.cache.sha256(scan.source, anew=self.full)
         except (MervCacheError, OSError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from featurestore.token_maps import principal_maps
 from mervcache.errors import MediaError
 from pipeline.decode.pool import DecodePool, decode_ahead
 from pipeline.decode.sampling import DecodeJob
+from pipeline.media import Root
 from pipeline.properties import DEFINITIONS, LUMA, SIDE, ClipProperties, clip_of, properties_of, root_of
 from pipeline.report import png_url, thumbnails
 from pipeline.summary import media_roots
@@ -58,7 +60,7 @@ class StoreMedia:
         view = View(rule=ResizeRule(size=SIDE), num_frames=BASE_FRAMES)
         rows = [self._rows[clip_id] for clip_id in clip_ids]
         jobs = (
-            (place, DecodeJob(root=root_of(row, self._roots), clip=clip_of(row), views=(view,)))
+            (place, DecodeJob(root=cast("Root", root_of(row, self._roots)), clip=clip_of(row), views=(view,)))
             for place, row in enumerate(rows)
         )
         processes = min(MAX_PROCESSES, len(os.sched_getaffinity(0)))

@@ -253,7 +253,7 @@ class ExportCells:
         if record.get("format") != FORMAT or self._format not in FORMATS:
             raise StoreFormatError(f"{folder}: {RECORD} is of another version; import it with a newer merv-pipeline")
         try:
-            self.block_rows = check_block_rows(record.get("block_rows"))
+            self.block_rows: Mapping[str, int] = check_block_rows(record.get("block_rows"))
         except (UserError, TypeError, ValueError, AttributeError) as error:
             raise StoreFormatError(f"{self.name}: {RECORD} has no usable block rows: {error}") from error
         if not is_json_object(groups := record.get("groups")):

@@ -169,6 +169,8 @@ def explain(
 
 _INHERITED = "dataset root encoders weights stage kind limit decoder compute_dtype storage_dtype grid upsample".split()
 for parameter in explain.params:  # each command has its own copy of shared options
+    if not isinstance(parameter, click.Option):
+        continue
     if parameter.name in _INHERITED:
         parameter.show_default = "as in the store's newest run"
     elif parameter.name == "store":

@@ -21,6 +21,7 @@ from mervcache.completion import complete_dataset, complete_encoders, complete_s
 from mervcache.config import parse_pairs
 from mervcache.console import Command, echo, handle_errors, stacked
 from mervcache.errors import EXIT_WITH_FAILURES
+from pipeline.align import DEFAULT_GRID
 from pipeline.config import COMPUTE_DTYPES, DECODER_NAMES, ExtractConfig, read_config
 from pipeline.encoders.weights import weights_by_encoder
 
@@ -145,7 +146,7 @@ extraction_options = stacked(  # what would be extracted, from where, with what,
     click.option(
         "--grid",
         metavar="T,H,W",
-        show_default=",".join(map(str, ExtractConfig.grid)),
+        show_default=",".join(map(str, DEFAULT_GRID)),
         help="Stored tokens per clip, or raw: each encoder's own grid.",
     ),
     click.option(

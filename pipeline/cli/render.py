@@ -402,7 +402,7 @@ def _encoder_change(change: EncoderChange) -> None:
     state = f" {change.identity}: {_STATES[change.state]} ({_WEIGHTS[change.weights]})"
     out.print("\n", bold(change.encoder), state, sep="")
     if change.fields:
-        rows = [(name, _short(old), _short(new)) for name, (old, new) in change.fields.items()]
+        rows: list[tuple[str, ...]] = [(name, _short(old), _short(new)) for name, (old, new) in change.fields.items()]
         if "weights_sha256" in change.fields:
             rows.append(("weights", *map(str, change.labels)))
         table(("field", "stored", "requested"), rows)

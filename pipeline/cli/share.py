@@ -128,15 +128,18 @@ def pull(
     print_result(vars(done), as_json, lambda: render.transferred(done))
 
 
-def _select(*, encoders: str | None, datasets: str | None, clips: str | None, **others: str | None) -> Selection:
-    """Options as a `Selection`; `others` are its kind and split."""
+def _select(
+    *, encoders: str | None, datasets: str | None, clips: str | None, kind: str | None = None, split: str | None = None
+) -> Selection:
+    """Options as a `Selection`."""
     from featurestore.transfer.selection import Selection, read_clip_list
 
     return Selection(
         encoders=tuple(names_of(encoders)) if encoders else None,
         datasets=tuple(names_of(datasets)) if datasets else None,
         clips=read_clip_list(clips) if clips else None,
-        **others,
+        kind=kind,
+        split=split,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -26,6 +26,9 @@ from pipeline.cli.options import (
     takes_store,
 )
 from pipeline.config import ExtractConfig
+
+if TYPE_CHECKING:
+    from pipeline.recompute import MediaLevel
 
 
 @click.command(
@@ -68,7 +71,7 @@ from pipeline.config import ExtractConfig
 def verify(
     place: Place,
     full: bool,
-    media: str | None,
+    media: MediaLevel | None,
     root: str | None,
     workers: int,
     parity: bool,

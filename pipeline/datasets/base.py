@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from featurestore.clips import Clip, Kind, Sample, Turn, check_relative_path
+from featurestore.clips import Clip, Kind, Role, Sample, Turn, check_relative_path
 from mervcache.console import plural
 from mervcache.errors import UserError
 from mervcache.reprs import brief
@@ -38,7 +38,7 @@ FOLDER_FAULTS = {  # of one folder: they cost its clips and not the listing
     errno.EACCES: "media folder may not be listed: permission denied",
     errno.EPERM: "media folder may not be listed: permission denied",
 }
-ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+ROLES: dict[str, Role] = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 
 
 @dataclass(frozen=True, kw_only=True)

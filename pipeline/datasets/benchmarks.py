@@ -157,7 +157,8 @@ def _merv(source: Source) -> tuple[Iterable[object], Parse]:
         named = (value for key in ("category", "type") if isinstance(value := row.get(key), str) and value.strip())
         category = next(named, None)
         if category is None and is_activitynet:
-            category = ACTIVITYNET_TYPES.get(whole_number(answer.get("type")))
+            number = whole_number(answer.get("type"))
+            category = None if number is None else ACTIVITYNET_TYPES.get(number)
         video = number_or_text(row.get("video_name"))
         return Question(
             question_id=question_id,

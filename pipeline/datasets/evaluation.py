@@ -72,10 +72,12 @@ def collect(builder: ListingBuilder, options: Mapping[str, Any]) -> None:
 
 def _collect_benchmark(builder: ListingBuilder, folder: Path, found: Format, options: Mapping[str, Any]) -> None:
     name = f"{builder.name}-{folder.name}"
-    source = Source(builder=builder, folder=folder, file=found.find(folder, builder.notes), options=options)
+    file = found.find(folder, builder.notes)
+    assert file is not None  # by which the format was found
+    source = Source(builder=builder, folder=folder, file=file, options=options)
     builder.declare_samples(name)
     records, parse = found.open(source)
-    if others := [each.find(folder).name for each in FORMATS if each is not found and each.find(folder)]:
+    if others := [path.name for each in FORMATS if each is not found and (path := each.find(folder))]:
         builder.notes.append(f"{', '.join(others)} passed over in {folder}, {source.file.name} is read")
     if found.note:
         builder.notes.append(f"{folder.name}: {found.note}")

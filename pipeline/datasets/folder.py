@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from featurestore.clips import Kind
 from mervcache.errors import UserError
 from pipeline.datasets.base import DatasetSpec, ListingBuilder, Option, RecordError
 from pipeline.datasets.labels import collect_labels
@@ -18,23 +19,23 @@ from pipeline.media import kind_of_path
 
 def collect(builder: ListingBuilder, options: Mapping[str, Any]) -> None:
     """Add every media file; a name that cannot be a clip's path is refused and counted."""
-    paths: list[str] = []
+    kinds: dict[str, Kind] = {}
     for path in walk_files(builder):
-        if kind_of_path(path):
-            paths.append(path)
+        if kind := kind_of_path(path):
+            kinds[path] = kind
         else:
             builder.skip(f"files that end in {ending(path)}")
-    if not paths and not builder.has_rejected:
+    if not kinds and not builder.has_rejected:
         others = ", ".join(f"{count} {what}" for what, count in builder.skipped.items())
         raise UserError(
             f"no video or image under {builder.root}{f' ({others})' if others else ''}: give --root the folder that "
             "holds them"
         )
-    for path in sorted(paths):
+    for path, kind in sorted(kinds.items()):
         if not check_link(builder, path):
             continue
         try:
-            builder.add_clip(path, kind_of_path(path))
+            builder.add_clip(path, kind)
         except RecordError as error:
             builder.reject(str(error), path)
     if options["labels"]:

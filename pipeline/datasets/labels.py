@@ -12,6 +12,7 @@ import csv
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from featurestore.clips import Clip, Turn
 from mervcache.errors import UserError
@@ -47,7 +48,7 @@ def collect_labels(builder: ListingBuilder, given: str, clips: Sequence[Clip]) -
         if (label := label_of.get(clip.path)) is None:
             continue
         is_heldout = clip.path.split("/")[0].lower() in HELDOUT
-        fields = {"stage": "finetune", "split": "train"}
+        fields: dict[str, Any] = {"stage": "finetune", "split": "train"}
         if is_heldout:
             fields = {"stage": "eval", "split": "heldout"}
             if options:

@@ -95,6 +95,7 @@ def _collect_file(builder: ListingBuilder, stage: str, file_name: str) -> None:
     samples_name = f"{builder.name}-{stage}"
     builder.declare_samples(samples_name)
     path = find_annotations(builder.root, file_name, builder.notes)
+    assert path is not None  # the caller has found it
     for position, record in each_record(builder, read_records(path), path.name):
         try:
             if "conversations" not in record:

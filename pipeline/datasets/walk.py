@@ -21,7 +21,7 @@ def walk_files(builder: ListingBuilder) -> Iterator[str]:
     """
 
     def cannot_list(error: OSError) -> None:
-        reason = TOO_LONG if error.errno == errno.ENAMETOOLONG else FOLDER_FAULTS.get(error.errno)
+        reason = TOO_LONG if error.errno == errno.ENAMETOOLONG else FOLDER_FAULTS.get(error.errno or 0)
         if reason is None:
             raise UserError(f"media folder {error.filename} cannot be listed: {error.strerror}") from error
         builder.reject(reason, os.path.relpath(error.filename, builder.root))

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from featurestore.clips import KINDS, Turn
+from featurestore.clips import KINDS, Kind, Turn
 from featurestore.locate import is_url
 from mervcache.console import plural
 from mervcache.errors import MediaError, UserError
@@ -285,7 +285,7 @@ def _collect_shard(builder: ListingBuilder, shard: str, opened: _OpenShard, opti
     captions = _Captions(opened, options)
     for key, sample in samples.items():
         # an image of a video's key is its thumbnail
-        kind = next((kind for kind in KINDS if sample.media[kind]), None)
+        kind: Kind | None = next((kind for kind in KINDS if sample.media[kind]), None)
         if kind is None:
             builder.skip("captions without a video or image", len(sample.texts))
             continue
@@ -366,10 +366,10 @@ class _Captions:
             caption = self._text(texts["txt"])
         if is_absent(caption):
             caption = next((self._table[name] for name in names if name in self._table), None)
-        if is_absent(caption) or not check_text(caption).strip():
+        if is_absent(caption) or not (text := check_text(caption).strip()):
             return None
         prompt = check_text(self.prompt) if self.prompt else PROMPTS[kind]
-        return Turn(role="human", text=prompt), Turn(role="gpt", text=caption.strip())
+        return Turn(role="human", text=prompt), Turn(role="gpt", text=text)
 
     def _text(self, name: str) -> str:
         if self.shard.index.members[name][1] > MAX_TEXT_BYTES:

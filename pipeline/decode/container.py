@@ -10,6 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import av
+import av.container
+import av.error
+import av.filter
 import numpy as np
 from av.stream import Disposition
 
@@ -55,8 +58,9 @@ class OpenVideo:
         if graph is None:
             graph = av.filter.Graph()
             graph.threads = 1
-            size = {"width": frame.width, "height": frame.height}
-            buffer = graph.add_buffer(**size, format=frame.format, time_base=self.stream.time_base)
+            buffer = graph.add_buffer(
+                width=frame.width, height=frame.height, format=frame.format, time_base=self.stream.time_base
+            )
             nodes = [graph.add(name, arguments or None) for name, arguments in filters]
             graph.link_nodes(buffer, *nodes, graph.add("format", "pix_fmts=rgb24"), graph.add("buffersink")).configure()
             self._graphs[key] = graph
@@ -65,9 +69,10 @@ class OpenVideo:
 
     def times(self, pts: Sequence[int | None]) -> np.ndarray | None:
         """Seconds from the first frame at which each is shown; None where the times are missing or do not rise."""
-        if not pts or None in pts or self.stream.time_base is None:
+        known = [time for time in pts if time is not None]
+        if not known or len(known) < len(pts) or self.stream.time_base is None:
             return None
-        ticks = np.array([time - pts[0] for time in pts], dtype=np.float64)
+        ticks = np.array([time - known[0] for time in known], dtype=np.float64)
         if (np.diff(ticks) <= 0).any():
             return None
         return ticks * self.stream.time_base.numerator / self.stream.time_base.denominator
@@ -80,14 +85,14 @@ def open_video(source: Source, *, is_strict: bool = False) -> Iterator[OpenVideo
     One thread per process: many processes decode at once, and skipping single packets is defined only without
     frame threads. `is_strict` makes an error of every fault that the decoder would pass over.
     """
-    is_local = isinstance(source.media, LocalFile)
+    media = source.media
     # known formats alone: a playlist or concat script named clip.mp4 could make FFmpeg read other files or the network
     options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "file"}
-    with nullcontext() if is_local else source.open() as file:
+    with nullcontext(str(media.path)) if isinstance(media, LocalFile) else source.open() as file:
         # FFmpeg has a buffer of its own: one of 1 MiB below it would be filled after every seek
-        place = str(source.media.path) if file is None else file.raw
+        place = file if isinstance(file, str) else file.raw
         try:
-            container = av.open(place, container_options=options, metadata_errors="ignore")
+            container = av.open(place, "r", container_options=options, metadata_errors="ignore")
         except av.error.FFmpegError as error:
             raise MediaError(f"not a video: {reason(error)}") from error
         with container:
@@ -98,7 +103,7 @@ def open_video(source: Source, *, is_strict: bool = False) -> Iterator[OpenVideo
             if not streams:
                 raise MediaError("file has no video stream")
             best = container.streams.best("video")
-            stream = best if best in streams else streams[0]
+            stream = best if isinstance(best, av.VideoStream) and best in streams else streams[0]
             codec = stream.codec_context
             if codec is None:
                 raise MediaError("not a video: the codec of its stream is unknown")

@@ -13,9 +13,10 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from functools import cache
-from typing import BinaryIO
+from typing import IO
 
 import av
+import av.error
 import numpy as np
 
 from mervcache.errors import MediaError, MervCacheError, UserError, unknown_name
@@ -135,9 +136,10 @@ def read_with_decord(source: Source, collector: FrameCollector, *, accept_damage
         raise MediaError("decord cannot show the display matrix of the file: it turns by quarters only")
     decord.logging.set_level(decord.logging.QUIET)
     decord.bridge.set_bridge("native")
-    is_local = isinstance(source.media, LocalFile)
+    media = source.media
     try:
-        with nullcontext(str(source.media.path)) if is_local else source.open() as file:  # a file object is read whole
+        # a file object is read whole
+        with nullcontext(str(media.path)) if isinstance(media, LocalFile) else source.open() as file:
             reader = decord.VideoReader(file, ctx=decord.cpu(0), num_threads=1)
         fps, num_frames, times = float(reader.get_avg_fps()), len(reader), None
         if collector.needs_times and num_frames:
@@ -175,6 +177,7 @@ def read_with_ffmpeg(source: Source, collector: FrameCollector, *, accept_damage
         index = scan_packets(video)
         times = video.times(index.pts[index.shown].tolist()) if NO_TIME not in index.pts else None
     media = source.media
+    assert not isinstance(media, FrameFolder)  # whose frames are read as pictures
     if isinstance(media, TarMember):
         url = f"subfile,,start,{media.offset},end,{media.offset + media.size},,:{media.tar_path}"
     else:
@@ -197,6 +200,7 @@ def read_with_ffmpeg(source: Source, collector: FrameCollector, *, accept_damage
     command += ["-vf", "select='" + "+".join(f"eq(n,{number})" for number in wanted) + "'"]
     command += ["-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
         try:
             for number in wanted:
                 if (frame_HWC := _read_ppm(process.stdout)) is None:
@@ -219,7 +223,7 @@ def _check_ffmpeg_version(program: str) -> None:
         )
 
 
-def _read_ppm(pipe: BinaryIO) -> np.ndarray | None:
+def _read_ppm(pipe: IO[bytes]) -> np.ndarray | None:
     """One binary PPM, uint8 [H, W, 3]; None at the end. Header: "P6", width, height, 255, separated by whitespace."""
     header: list[bytes] = []
     while len(header) < 4:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Mapping
+from typing import Any, cast
 
 import av
 from av.sidedata.sidedata import Type
@@ -23,7 +25,8 @@ UNTURNED: Filters = ()
 
 def display_filters(frame: av.VideoFrame) -> Filters:
     """The filters that show the frame; none where it is shown as it is stored."""
-    data = frame.side_data.get(Type.DISPLAYMATRIX) if len(frame.side_data) else None
+    side_data = cast("Mapping[Any, Any]", frame.side_data)  # its stub knows no keys but text
+    data = side_data.get(Type.DISPLAYMATRIX) if len(side_data) else None
     return UNTURNED if data is None else matrix_filters(MATRIX.unpack(bytes(data)[: MATRIX.size]))
 
 

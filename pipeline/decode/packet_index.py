@@ -25,6 +25,7 @@ from functools import cached_property
 from typing import BinaryIO
 
 import av
+import av.error
 import numpy as np
 
 from pipeline.decode.container import OpenVideo, reason

@@ -181,6 +181,7 @@ class _WorkerThread(threading.Thread):
         if remote_root(root) is not None:
             with contextlib.suppress(MediaError):  # the child finds the same fault, and reports it
                 resolve_media(root, path)  # may have to index the shard, for which no clip's deadline is made
+        child = failure = None
         for _ in range(TRIES):
             child = self._ready_child()
             try:
@@ -203,6 +204,8 @@ class _WorkerThread(threading.Thread):
                         "it was for lack of memory, give the job more or use fewer decode_processes, and run the same "
                         "command again; nothing was quarantined"
                     )
+        assert child is not None
+        assert failure is not None
         if isinstance(failure, MediaError) and child.has_read:  # else the bytes may not arrive here either
             with contextlib.suppress(MediaError, RunStoppedError, OSError):
                 failure = FailedClipError(str(failure), Source.find(root, path).sha256())
@@ -249,8 +252,11 @@ class _DecodeChild:
         except OSError as error:
             self._stderr.close()
             raise RunStoppedError(f"cannot start a decode process: {error}") from error
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
         with contextlib.suppress(OSError, AttributeError):  # a user may have no more pages for pipes; Linux only
-            fcntl.fcntl(self._process.stdout, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+            fcntl.fcntl(self._stdout, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         self._is_ready = False
         self.has_read = False  # the job's media, to the last byte: a later timeout is the decoder's
 
@@ -259,7 +265,7 @@ class _DecodeChild:
         if self._is_ready:
             return
         try:
-            header, _ = worker.receive(self._process.stdout.fileno(), time.monotonic() + START_TIMEOUT_S)
+            header, _ = worker.receive(self._stdout.fileno(), time.monotonic() + START_TIMEOUT_S)
         except (worker.PipeClosedError, worker.DeadlineError) as error:
             size = os.fstat(self._stderr.fileno()).st_size
             output = os.pread(self._stderr.fileno(), 2000, max(0, size - 2000)).decode(errors="replace").strip()
@@ -277,9 +283,9 @@ class _DecodeChild:
             self._stderr.truncate(0)
         self.has_read = False
         deadline = time.monotonic() + timeout_s
-        worker.send(self._process.stdin.fileno(), {"job": job.to_record(), "timeout_s": timeout_s})
+        worker.send(self._stdin.fileno(), {"job": job.to_record(), "timeout_s": timeout_s})
         while True:
-            header, body = worker.receive(self._process.stdout.fileno(), deadline)
+            header, body = worker.receive(self._stdout.fileno(), deadline)
             if "started" in header:
                 deadline = time.monotonic() + worker.allowed_s(timeout_s, header["started"])
             elif "read" in header:
@@ -295,13 +301,13 @@ class _DecodeChild:
 
     def end(self, *, hangs: bool) -> int:
         """Reap what has ended, kill what runs on, close; returns the exit status, below zero for a signal."""
-        self._process.stdin.close()
+        self._stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(0 if hangs else EXIT_GRACE_S)  # after its pipe closed: its own exit status counts
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)  # the programs it had started go too
         status = self._process.wait()
-        for stream in (self._process.stdout, self._stderr):
+        for stream in (self._stdout, self._stderr):
             stream.close()
         return status
 

@@ -25,6 +25,7 @@ EIGHT_BIT = frozenset(("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX",
 SIXTEEN_BIT = frozenset(("I;16", "I;16B", "I;16L", "I;16N"))  # unsigned
 SCALED_TO_16_BIT = frozenset(("PPM", "PNG"))  # formats whose mode I holds 0 to 65535
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
+UPRIGHT = 1  # EXIF orientation of a picture that needs no turn
 TURNS = {  # EXIF orientation -> the picture as it was taken
     2: lambda stored_HWC: stored_HWC[:, ::-1],
     3: lambda stored_HWC: stored_HWC[::-1, ::-1],
@@ -49,7 +50,7 @@ def read_image(source: Source, collector: FrameCollector) -> Reading:
 def read_gif(source: Source, collector: FrameCollector) -> Reading:
     """Every frame of a GIF, composed as it is shown; a frame depends on those before, so they are read in order."""
     with source.open() as file, _open_image(file) as image:
-        num_frames = image.n_frames
+        num_frames: int = image.n_frames  # pyright: ignore[reportAttributeAccessIssue]: of the classes of Pillow's formats
         for number in collector.choose(num_frames, 0.0):
             image.seek(number)
             collector.add(number, _to_rgb(image))
@@ -58,6 +59,7 @@ def read_gif(source: Source, collector: FrameCollector) -> Reading:
 
 def read_folder(source: Source, collector: FrameCollector) -> Reading:
     """A folder's images in natural order: frame_2 before frame_10."""
+    assert isinstance(source.media, FrameFolder)
     paths = sorted(source.media.paths, key=lambda path: frame_order(path.name))
     for number in collector.choose(len(paths), FOLDER_FPS):
         with open(paths[number], "rb") as file:
@@ -70,7 +72,7 @@ def _add_picture(collector: FrameCollector, number: int, file: BinaryIO) -> None
     with _open_image(file) as image:
         stored_HWC = _to_rgb(image)
         if collector.applies_exif:  # read after the pixels: a TIFF has then been turned by Pillow, a PNG has it last
-            turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+            turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, UPRIGHT))
             upright_HWC = turn(stored_HWC) if turn else None
     collector.add(number, stored_HWC, upright_HWC=upright_HWC)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from featurestore.identity import FeatureIdentity
 from mervcache.errors import UserError, unknown_name
@@ -142,7 +142,7 @@ class EncoderSpec:
             merged["mlp_size"] = round(merged["hidden_size"] * ratio)
         return replace(self, architecture=merged)
 
-    def with_crop(self, fit: Literal["squash", "centre-crop"]) -> EncoderSpec:
+    def with_crop(self, fit: str) -> EncoderSpec:
         """The same encoder with another way to make frames square; `squash` makes grids cover the same pixels."""
         if fit not in ("squash", "centre-crop"):
             raise UserError(f"crop of {self.name} must be squash or centre-crop, got {fit!r}")
@@ -158,11 +158,11 @@ class EncoderSpec:
             )
         return replace(self, frames=rule)
 
-    def with_frame_dtype(self, dtype: Literal["uint8", "float32"]) -> EncoderSpec:
+    def with_frame_dtype(self, dtype: str) -> EncoderSpec:
         """The same encoder with small frames rounded to uint8 or, where no antialias is used, left as they are."""
         return replace(self, resize=replace(self.resize, dtype=dtype))
 
-    def with_exif(self, exif: Literal["ignore", "apply"]) -> EncoderSpec:
+    def with_exif(self, exif: str) -> EncoderSpec:
         """The same encoder with still pictures as they are stored, or turned by their EXIF orientation."""
         return replace(self, resize=replace(self.resize, exif=exif))
 
@@ -236,7 +236,7 @@ def feature_identity(
     storage_dtype: str = "float16",
 ) -> FeatureIdentity:
     """Everything that decides the bytes, and nothing else."""
-    stored_grid = spec.grid if grid is None else tuple(grid)
+    stored_grid = spec.grid if grid is None else cast("Grid", tuple(grid))
     check_grid(spec.grid, stored_grid)
     if prefix_tokens and not spec.prefix_tokens:
         raise UserError(f"{spec.name} has no class or register tokens to store; leave them out for this encoder")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -87,7 +88,7 @@ class _VisionTower(nn.Module):
 
     def forward(self, pixels_XCHW: torch.Tensor) -> torch.Tensor:
         hidden_XND = self.pre_layrnorm(self.embeddings(pixels_XCHW))
-        for block in self.encoder.layers:
+        for block in cast("nn.ModuleList", self.encoder.layers):
             hidden_XND = block(hidden_XND)
         return hidden_XND
 

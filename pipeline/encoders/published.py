@@ -14,8 +14,6 @@ from pipeline.encoders.base import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMA
 from pipeline.views import ResizeRule
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from pipeline.encoders.network import EncoderNetwork
 
 VIT_BASE = {"hidden_size": 768, "num_layers": 12, "num_heads": 12, "mlp_size": 3072}
@@ -109,7 +107,7 @@ def build_dinov2(spec: EncoderSpec) -> EncoderNetwork:
     )
 
 
-def _resample_positions(model: nn.Module, side: int, *, antialias: bool = True) -> None:
+def _resample_positions(model: Any, side: int, *, antialias: bool = True) -> None:
     """Position embeddings [1, 1 + P, D] -> [1, 1 + side * side, D]; the first is the class token's.
 
     Once, at load, the way transformers does: bicubic, in float32, antialiased for DINOv2 with registers only.

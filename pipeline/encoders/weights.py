@@ -87,10 +87,10 @@ def check_weights_spec(text: str) -> None:
 def fill_weights(network: EncoderNetwork, source: WeightSource) -> None:
     """Give every parameter of a freshly built network its float32 values."""
     spec = network.spec
-    if source.kind == "random":
+    if source.seed is not None:
         fill_random(network, source.seed)
         return
-    folder = source.folder if source.kind == "folder" else download(spec)
+    folder = source.folder or download(spec)
     if not any((folder / name).is_file() for name in WEIGHT_FILES):
         raise UserError(f"{folder} holds none of {', '.join(WEIGHT_FILES)} for {spec.name}; {THREE_CHOICES}")
     from safetensors import SafetensorError
@@ -133,7 +133,10 @@ def download(spec: EncoderSpec) -> Path:
 def _hub_responds(hub_id: str) -> bool:
     """One request with a short timeout: by itself the Hub's client retries six times for every file, half a minute."""
     from huggingface_hub import model_info
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HTTPError,  # pyright: ignore[reportPrivateImportUsage]: httpx's or httpx2's
+    )
 
     try:
         model_info(hub_id, timeout=HUB_TIMEOUT_S)
@@ -202,7 +205,7 @@ def weights_sha256(weights: Mapping[str, torch.Tensor]) -> str:
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()
         digest.update(f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{list(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

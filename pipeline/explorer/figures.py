@@ -38,7 +38,7 @@ def table_and_map(columns: Mapping[str, Sequence[Any]], *, with_answers: bool) -
 
     count = len(columns["clip"])
     source = ColumnDataSource({**columns, "x": [0.0] * count, "y": [0.0] * count}, name="clips")
-    view = CDSView(filter=BooleanFilter([True] * count))
+    view = CDSView(filter=BooleanFilter(booleans=[True] * count))
     shown = [name for name in WIDTHS if with_answers or name not in ("questions", "wrong")]
     table = DataTable(
         source=source,

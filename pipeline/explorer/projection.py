@@ -25,7 +25,7 @@ def pca(vectors_CD: Floats) -> Floats:
 def umap(vectors_CD: Floats) -> Floats:
     """UMAP with cosine distance and a fixed seed [C, 2]; UserError where umap-learn is not installed."""
     try:
-        from umap import UMAP
+        from umap import UMAP  # pyright: ignore[reportMissingImports]: of no extra, the user installs it
     except ModuleNotFoundError as error:
         raise UserError("UMAP is not installed: pip install umap-learn, or leave the projection at pca") from error
     if len(vectors_CD) < 4:

@@ -19,7 +19,7 @@ from concurrent.futures import CancelledError, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -125,7 +125,7 @@ class _Block:
 
     def __init__(self, task: BlockTask, engine: Engine, probe: CrashProbe | None) -> None:
         self.task, self.engine, self._probe = task, engine, probe
-        self.seconds: Counter[str] = Counter()
+        self.seconds = cast("dict[str, float]", Counter())  # by stage, 0 where it has not been
         self.counts: Counter[str] = Counter()
         self._clips = dict(task.rows)
         store = StoreWriter.open(task.store)
@@ -217,7 +217,7 @@ class _Block:
                 if self._probe is None:
                     self._encode_together(batch)
                 else:
-                    self._encode_one_by_one(batch)
+                    self._encode_one_by_one(batch, self._probe)
         except BaseException as error:
             self._fail(error)
         finally:
@@ -238,15 +238,15 @@ class _Block:
             self._count(cells=len(self.task.wanted[name].intersection(batch.rows)))
             self._reporter.report(lambda: self._counts_so_far().to_dict())
 
-    def _encode_one_by_one(self, batch: _Batch) -> None:
+    def _encode_one_by_one(self, batch: _Batch, probe: CrashProbe) -> None:
         """Each clip in a forward of its own, announced first; a clip that crashed this encoder before fails with it."""
         for name, to_encode in self._to_encode.items():
             for row in sorted(to_encode.intersection(batch.frames)):
                 cell = EncoderRow(name, row)
-                if reason := self._probe.crashed.get(cell):
+                if reason := probe.crashed.get(cell):
                     self.writers[name].fail(row, reason, scope="encoder", **batch.about[row])
                     continue
-                self._probe.announce(cell, self._counts_so_far())
+                probe.announce(cell, self._counts_so_far())
                 frames = self._upload(batch, self.engine.encoders[name].view, {row: batch.frames[row]})
                 self._launch(name, batch, [row], frames)
                 wait(self._writes)  # a crash while it is compressed is this clip's as well
@@ -309,7 +309,8 @@ class _Block:
             for row in sorted(self.task.wanted[name]):
                 outcome = receipt.outcome(row)
                 if outcome.state == "failed":
-                    reasons[row] = outcome.reason if outcome.scope == "clip" else f"{name}: {outcome.reason}"
+                    reason = outcome.reason or ""
+                    reasons[row] = reason if outcome.scope == "clip" else f"{name}: {reason}"
         return BlockReport(
             kind=self.task.kind,
             block=self.task.block,

@@ -7,6 +7,7 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, cast
 
 CGROUPS = Path("/sys/fs/cgroup")
 _PROCESS_CGROUPS = Path("/proc/self/cgroup")
@@ -67,7 +68,8 @@ def sharing_workers() -> int:
 
     try:
         worker = get_worker()
-        info = sync(worker.loop, worker.scheduler.identity, n_workers=-1, callback_timeout=10)
+        identity: Any = worker.scheduler.identity
+        info = cast("dict[str, Any]", sync(worker.loop, identity, n_workers=-1, callback_timeout=10))
         host = info["workers"][worker.address]["host"]
         workers = sum(other["host"] == host for other in info["workers"].values())
         bound = len(os.sched_getaffinity(0)) / len(os.sched_getaffinity(os.getppid()))

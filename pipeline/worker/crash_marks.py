@@ -95,6 +95,7 @@ class _CrashLog:
             if self._blocks:
                 return
             file, self._file = self._file, None
+            assert file is not None  # opened by `enter`
             faulthandler.disable()
             if self._was_enabled:
                 with suppress(AttributeError, OSError, ValueError):  # standard error may be no file

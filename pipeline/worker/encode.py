@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -142,11 +142,11 @@ class Staging(Protocol):
 
     def upload(self, frames_by_row: Mapping[int, np.ndarray], slots: Sequence[int | None]) -> torch.Tensor: ...
 
-    def mark(self) -> object:
+    def mark(self) -> Any:
         """A point of time on the device."""
         ...
 
-    def download(self, tensors: Tensors, checks: Tensors, began: object, halvings: int) -> PendingTokens: ...
+    def download(self, tensors: Tensors, checks: Tensors, began: Any, halvings: int) -> PendingTokens: ...
 
 
 def as_arrays(tensors: Tensors, storage_dtype: str) -> dict[str, np.ndarray]:
@@ -220,10 +220,11 @@ class CudaStaging:
         computed = self.mark()
         self._downloads.wait_event(computed)
         with torch.cuda.stream(self._downloads):
-            on_host = [{name: self._pinned_copy(tensor) for name, tensor in each.items()} for each in (tensors, checks)]
+            copies = {name: self._pinned_copy(tensor) for name, tensor in tensors.items()}
+            checks = {name: self._pinned_copy(check) for name, check in checks.items()}
             copied = torch.cuda.Event()
             copied.record(self._downloads)
-        return _OnDevice(*on_host, began, computed, copied, halvings)
+        return _OnDevice(copies, checks, began, computed, copied, halvings)
 
     def _pinned_copy(self, tensor: torch.Tensor) -> torch.Tensor:
         pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -270,7 +271,7 @@ def fill_slots(
         first = next(iter(frames_by_row.values()))
         batch = np.empty((len(slots), *first.shape), first.dtype)
     for slot, row in enumerate(slots):
-        batch[slot] = frames_by_row.get(row, 0)
+        batch[slot] = 0 if row is None else frames_by_row.get(row, 0)
     return batch
 
 

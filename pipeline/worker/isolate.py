@@ -124,11 +124,13 @@ def _run_child(
     pipes = {"stdin": subprocess.PIPE, "stdout": sys.stderr, "pass_fds": (writing_end,)}
     with subprocess.Popen(command, **pipes, env=environment) as child:
         os.close(writing_end)
+        stdin = child.stdin
+        assert stdin is not None
 
         def send_task() -> None:
             with suppress(OSError):  # it died at once; its exit status is what counts
-                child.stdin.write(pickle.dumps((task, crashed)))  # between two processes of this program, as Dask does
-                child.stdin.close()
+                stdin.write(pickle.dumps((task, crashed)))  # between two processes of this program, as Dask does
+                stdin.close()
 
         threading.Thread(target=send_task, daemon=True).start()
         with open(reading_end) as lines:

@@ -37,7 +37,11 @@ class EncoderDescription:
     @property
     def journal_entry(self) -> dict[str, str | int]:
         """The encoder in a run's record: the group of its tokens, and what they were made on."""
-        entry = {"group": self.identity.group_name, "device": self.device, "threads": self.threads}
+        entry: dict[str, str | int] = {
+            "group": self.identity.group_name,
+            "device": self.device,
+            "threads": self.threads,
+        }
         return entry | ({"compiled": True} if self.compiled else {})
 
 

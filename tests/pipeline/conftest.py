@@ -146,7 +146,7 @@ class Lab:
         objects, view = check_request(config)
         listing = list_clips(config)
         summary = ExtractSummary.begin(config, listing)
-        return Extraction(config=config, listing=listing, summary=summary, objects=objects, view=view)
+        return Extraction(config=config, listing=listing, summary=summary, objects=objects, existing=view)
 
     def plan(self, **changes):
         """What a run does before its first block: (extraction, blocks, tasks); rows are allocated."""
