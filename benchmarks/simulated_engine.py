@@ -177,6 +177,7 @@ class SimulatedEngine(engines.Engine):
         self.settings, self.device = settings, "cuda"
         self.host, self.clock = Host(setup), Device(setup.dilation)
         self.encoders = {name: SimulatedEncoder(name, setup, self.clock, self.host) for name in setup.encoders}
+        self.forwards = tuple((name,) for name in self.encoders)
         self.cores = setup.cores
         self.num_decoders = setup.decoders
         script = Path(__file__).with_name("simulated_decoder.py")

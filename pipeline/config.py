@@ -6,8 +6,9 @@ An unknown key is an error that names the nearest known one: an ignored misspell
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ from featurestore.layout import check_block_rows
 from featurestore.locate import Place, names_of, place_of
 from featurestore.storage_dtypes import STORAGE_DTYPES
 from jobs.settings import ClusterRequest, ClusterSettings
-from mervcache.config import check_names, check_types, load_yaml
+from mervcache.config import check_names, check_types, load_yaml, to_builtin
 from mervcache.errors import ClusterError, UserError, unknown_name
 from mervcache.reprs import changed_fields
 from mervcache.text import redact_all
 from pipeline.align import DEFAULT_GRID
-from pipeline.encoders.base import EncoderSpec, feature_identity
+from pipeline.encoders.base import EncoderSpec, Grid, feature_identity, layer_text
 from pipeline.encoders.registry import ENCODERS, MERV_ENCODERS, encoder_name, encoder_spec
 from pipeline.encoders.weights import check_weights_spec
 
@@ -33,7 +34,7 @@ RUN_ONLY_SETTINGS = frozenset(  # of one run and its cluster; not reused when a 
     "new_identity refresh retry_quarantine retry_reason reuse forecast dashboard performance_report".split()
     + "scheduler workers cluster".split()
 )
-BY_ENCODER = ("weights", "architecture", "crop", "frame_rule", "frame_dtype")  # settings by name of encoder
+BY_ENCODER = ("weights", "architecture", "crop", "frame_rule", "frame_dtype", "grids", "layers")  # keys: encoders
 DEFAULT_BATCH = {"cpu": {"video": 2, "image": 8}, "cuda": {"video": 8, "image": 64}}  # clips per forward
 
 
@@ -53,6 +54,13 @@ class EncoderSettings:
     compute_dtype: str = "bfloat16"  # as princetonvisualai/merv runs them
     storage_dtype: str = "float16"
     decoder: str = "frames/1"
+    layer: str | None = None  # "12", "-1" or "12+norm"; None: the encoder's own
+    label: str = ""  # in a run with several grids or layers of the encoder: "dinov2@16x8x8"
+
+    @property
+    def key(self) -> str:
+        """What a run calls this encoder: its name, where it has one grid and one layer."""
+        return self.label or self.name
 
     @classmethod
     def of_identity(cls, identity: FeatureIdentity, weights: str) -> EncoderSettings:
@@ -70,6 +78,7 @@ class EncoderSettings:
             compute_dtype=identity.compute_dtype,
             storage_dtype=identity.storage_dtype,
             decoder=identity.decode,
+            layer=layer_text(identity.layer),
         )
 
     @property
@@ -78,6 +87,7 @@ class EncoderSettings:
         spec = encoder_spec(self.name).with_architecture(self.architecture)
         spec = spec.with_crop(self.crop) if self.crop else spec
         spec = spec.with_frame_rule(self.frame_rule) if self.frame_rule else spec
+        spec = spec.with_layer(self.layer) if self.layer else spec
         return spec.with_frame_dtype(self.frame_dtype).with_exif(self.exif)
 
     def identity(self, weights_sha256: str) -> FeatureIdentity:
@@ -111,7 +121,8 @@ class ExtractConfig:
     """Every setting of `merv-pipeline extract`; the first part decides bytes, the rest only speed and place.
 
     Short forms are those of a config file: `weights="random:0"` for all encoders, likewise `crop`, `frame_rule` and
-    `frame_dtype`; `encoders="dinov2,siglip"`; `grid="raw"`, `"8,4,4"` or a list. The fields hold the long forms.
+    `frame_dtype`; `encoders="dinov2,siglip"`; `grid="raw"`, `"8,4,4"` or a list, and `grid="8x8,4x4,raw"` for `grids`.
+    The fields hold the long forms.
     """
 
     dataset: str  # by name; `merv-pipeline datasets` lists them
@@ -132,6 +143,8 @@ class ExtractConfig:
     exif: str = "ignore"  # apply: rotate still pictures by their EXIF orientation
     upsample: bool = False  # let rows and columns of the grid be more than an encoder's own: adaptive windows overlap
     grid: tuple[int, int, int] | None = DEFAULT_GRID  # T, H, W of the stored tokens; raw: each encoder's own grid
+    grids: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # encoder -> several: 16x8x8, 4x4, raw; "": all
+    layers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # encoder -> one or several: 12, -1, 12+norm
     prefix_tokens: bool = False  # store class and register tokens too, of the encoders that have them
     compute_dtype: str = "bfloat16"  # as princetonvisualai/merv runs them
     storage_dtype: str = "float16"  # float16 | bfloat16 | uint8
@@ -200,24 +213,34 @@ class ExtractConfig:
 
     @property
     def encoder_settings(self) -> tuple[EncoderSettings, ...]:
-        """One value per encoder, in the order of `encoders`."""
-        return tuple(
-            EncoderSettings(
-                name=name,
-                weights=self.weights.get(name, self.weights.get("", "hub")),
-                architecture=self.architecture.get(name, {}),
-                crop=self.crop.get(name, self.crop.get("")),
-                frame_rule=self.frame_rule.get(name, self.frame_rule.get("")),
-                frame_dtype=self.frame_dtype.get(name, self.frame_dtype.get("", "uint8")),
-                exif=self.exif,
-                grid=self.grid,
-                prefix_tokens=self.prefix_tokens,
-                compute_dtype=self.compute_dtype,
-                storage_dtype=self.storage_dtype,
-                decoder=self.decoder,
-            )
-            for name in self.encoders
+        """One value per identity: the encoders in their order, each with its layers and grids."""
+        return tuple(variant for name in self.encoders for variant in self._variants(name))
+
+    def _variants(self, name: str) -> list[EncoderSettings]:
+        base = EncoderSettings(
+            name=name,
+            weights=self.weights.get(name, self.weights.get("", "hub")),
+            architecture=self.architecture.get(name, {}),
+            crop=self.crop.get(name, self.crop.get("")),
+            frame_rule=self.frame_rule.get(name, self.frame_rule.get("")),
+            frame_dtype=self.frame_dtype.get(name, self.frame_dtype.get("", "uint8")),
+            exif=self.exif,
+            grid=self.grid,
+            prefix_tokens=self.prefix_tokens,
+            compute_dtype=self.compute_dtype,
+            storage_dtype=self.storage_dtype,
+            decoder=self.decoder,
         )
+        layers = self.layers.get(name, self.layers.get("", ()))
+        texts = self.grids.get(name, self.grids.get("", ()))
+        grids = [_grid_of(text, base.spec) for text in texts] or [self.grid]
+        variants = [replace(base, layer=layer, grid=grid) for layer in layers or (None,) for grid in grids]
+        if len(variants) == 1:
+            return variants
+        specs = [(each.spec.layer, each.grid) for each in variants]
+        if twice := [each for each in specs if specs.count(each) > 1]:
+            raise UserError(f"{name} is asked for twice: {twice[0][0]}, grid {grid_text(twice[0][1])}")
+        return [replace(each, label=_label(each, len(layers) > 1, len(grids) > 1)) for each in variants]
 
     @property
     def engine_settings(self) -> EngineSettings:
@@ -247,16 +270,13 @@ class ExtractConfig:
 
     def check_grids(self) -> None:
         """UserError for a grid that would repeat places of an encoder's own, unless `upsample` is set."""
-        if self.grid is None or self.upsample:
-            return
-        for settings in self.encoder_settings:
-            own = settings.spec.grid
-            if self.grid[1] > own[1] or self.grid[2] > own[2]:
-                wanted, has = ("x".join(map(str, grid)) for grid in (self.grid, own))
+        for settings in self.encoder_settings if not self.upsample else ():
+            own, grid = settings.spec.grid, settings.grid
+            if grid is not None and (grid[1] > own[1] or grid[2] > own[2]):
                 raise UserError(
-                    f"grid {wanted} is finer than the {has} of {settings.name}: it would hold places twice. Store the"
-                    " encoders' own grids with --grid raw, from which merv-train --projector 2d-average-upsampled makes"
-                    " the same tokens; or give --upsample"
+                    f"grid {grid_text(grid)} is finer than the {grid_text(own)} of {settings.name}: it would hold"
+                    " places twice. Store the encoders' own grids with --grid raw, from which merv-train --projector"
+                    " 2d-average-upsampled makes the same tokens; or give --upsample"
                 )
 
     def to_dict(self) -> dict[str, Any]:
@@ -267,7 +287,7 @@ class ExtractConfig:
         """Every setting, as `read_config` takes it back; addresses without their credentials."""
         import yaml
 
-        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in self.to_dict().items()}
+        plain = to_builtin(self.to_dict())
         if self.grid is None:
             plain["grid"] = "raw"
         return yaml.safe_dump(redact_all(plain), sort_keys=False)
@@ -279,8 +299,10 @@ def read_config(path: str | Path | Mapping[str, Any] | None, overrides: Mapping[
     None as `path`: the overrides alone; None as a value: not given. UserError for unknown keys and wrong values.
     """
     settings = _normalized(path if isinstance(path, Mapping) else load_yaml(path)) if path else {}
-    given = {name: value for name, value in overrides.items() if value is not None}
-    for name, value in _normalized(given).items():
+    given = _normalized({name: value for name, value in overrides.items() if value is not None})
+    if "grid" in given or "grids" in given:  # one grid replaces several, and several replace one
+        settings = {name: value for name, value in settings.items() if name not in ("grid", "grids")}
+    for name, value in given.items():
         merges = isinstance(value, Mapping) and isinstance(settings.get(name), Mapping)
         settings[name] = {**settings[name], **value} if merges else value
     check_names(ExtractConfig, settings, source=f"{path}: " if isinstance(path, str | Path) else "settings: ")
@@ -307,13 +329,49 @@ def _normalized(settings: Mapping[str, Any]) -> dict[str, Any]:
     for name in BY_ENCODER:
         if isinstance(values := long.get(name), Mapping) and any(str(key).startswith("timm:") for key in values):
             long[name] = {encoder_name(str(key)): value for key, value in values.items()}
+    for name in ("grids", "layers"):
+        if isinstance(values := long.get(name), str | int | list | tuple):
+            values = {"": values}
+        if isinstance(values, Mapping):
+            long[name] = {key: _texts(value) for key, value in values.items()}
     if isinstance(grid := long.get("grid"), str):
-        numbers = grid.split(",")
+        parts = names_of(grid)
         if grid == "raw":
             long["grid"] = None
-        elif all(number.strip().isdecimal() for number in numbers):
-            long["grid"] = [int(number) for number in numbers]
+        elif parts and all(number.isdecimal() for number in parts):
+            long["grid"] = [int(number) for number in parts]
+        elif parts and all(_GRID.fullmatch(part) for part in parts):
+            long["grids"] = {**long.get("grids", {}), "": tuple(parts)}
+            del long["grid"]
     return long
+
+
+def _texts(value: Any) -> Any:
+    """A list of texts from one, from numbers, or from a list of either."""
+    listed = names_of(value) if isinstance(value, str) else list(value) if isinstance(value, list | tuple) else [value]
+    return tuple(str(each) if isinstance(each, int) and not isinstance(each, bool) else each for each in listed)
+
+
+_GRID = re.compile(r"raw|(?:([1-9]\d{0,3})x)?([1-9]\d{0,3})x([1-9]\d{0,3})")
+
+
+def _grid_of(text: str, spec: EncoderSpec) -> Grid | None:
+    """The grid of `16x8x8`, of `8x8` with all of the encoder's time steps, or of `raw`, which is None."""
+    match = _GRID.fullmatch(text)
+    if match is None:
+        raise UserError(f"a grid is TxHxW such as 16x8x8, HxW such as 8x8, or raw, got {text!r}")
+    return None if text == "raw" else (int(match[1] or spec.grid[0]), int(match[2]), int(match[3]))
+
+
+def grid_text(grid: Grid | None) -> str:
+    """`16x8x8`, or `raw` for the encoder's own grid."""
+    return "raw" if grid is None else "x".join(map(str, grid))
+
+
+def _label(settings: EncoderSettings, has_layers: bool, has_grids: bool) -> str:
+    parts = [grid_text(settings.grid)] if has_grids else []
+    parts += [f"layer{settings.layer}"] if has_layers else []
+    return "@".join([settings.name, *parts]) if parts else ""
 
 
 def _checked_grid(grid: Any) -> tuple[int, int, int] | None:
@@ -321,7 +379,9 @@ def _checked_grid(grid: Any) -> tuple[int, int, int] | None:
         return None
     numbers = tuple(grid) if isinstance(grid, list | tuple) else ()
     if len(numbers) != 3 or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in numbers):
-        raise UserError(f"grid is three whole numbers T, H, W of at least 1, or raw, got {grid!r}")
+        raise UserError(
+            f"grid is three whole numbers T, H, W of at least 1, or raw, got {grid!r}; several are 16x8x8,4x4,raw"
+        )
     return numbers
 
 

@@ -139,7 +139,7 @@ def explain(
     else:
         # Compare with tokens that are stored as wanted, else with whatever is stored.
         ids = {identity.id for identity in store.encoders.values()}
-        same = {one.settings.name: one.identity for one in wanted if one.identity.id in ids}
+        same = {one.settings.key: one.identity for one in wanted if one.identity.id in ids}
         media = stale_media(view, listing, same or store.encoders, full=full, progress=progress)
         probed = {}
         if probe:
@@ -209,9 +209,9 @@ def _change(
     stored = {key: known for key, known in store.encoders.items() if known.encoder == name}
     nearest = min(stored.values(), key=lambda known: len(known.changes(identity)), default=None)
     changes = nearest.changes(identity) if nearest else {}
-    costs = _costs(identity, store, view, probed, clips, media)
+    costs = _costs(wanted.settings.key, identity, store, view, probed, clips, media)
     return EncoderChange(
-        encoder=name,
+        encoder=wanted.settings.key,
         state="new" if nearest is None else "changed" if changes else "same",
         identity=identity.id,
         stored=tuple(known.id for known in stored.values()),
@@ -225,6 +225,7 @@ def _change(
 
 
 def _costs(
+    name: str,  # of the encoder in the config's run
     identity: FeatureIdentity,
     store: FeatureStore,
     view: StoreView,
@@ -239,7 +240,7 @@ def _costs(
         quarantine = store.quarantine
         held = set(store.clips.filter(store.clips[key])["clip_id"].to_pylist())
         failed = set(quarantine.filter(pc.equal(quarantine["encoder"], key))["clip_id"].to_pylist())
-        stale = media.changed.get(identity.encoder, frozenset())
+        stale = media.changed.get(name, frozenset())
     costs = []
     for kind in KINDS:
         ids = {clip.clip_id for clip in clips if clip.kind == kind} - view.removed
@@ -247,9 +248,9 @@ def _costs(
         if not any(counts.values()):
             continue
         to_do = counts["missing"] + counts["stale"]
-        records = [record for record in probed.get(kind, ()) if identity.encoder in record.encoders]
-        per_clip, bytes_from = _bytes_per_clip(store, identity, kind, records)
-        seconds, seconds_from = _seconds_per_clip(store, view.runs, identity, kind, records)
+        records = [record for record in probed.get(kind, ()) if name in record.encoders]
+        per_clip, bytes_from = _bytes_per_clip(store, name, identity, kind, records)
+        seconds, seconds_from = _seconds_per_clip(store, view.runs, name, identity, kind, records)
         costs.append(
             Cost(
                 kind=kind,
@@ -264,11 +265,11 @@ def _costs(
 
 
 def _bytes_per_clip(
-    store: FeatureStore, identity: FeatureIdentity, kind: str, probed: Sequence[ProbeRecord]
+    store: FeatureStore, name: str, identity: FeatureIdentity, kind: str, probed: Sequence[ProbeRecord]
 ) -> tuple[float, str]:
     """Stored bytes, and their source; stored clips of another identity are scaled by the sizes before compression."""
     if probed:
-        sizes = [record.encoders[identity.encoder].stored_bytes for record in probed]
+        sizes = [record.encoders[name].stored_bytes for record in probed]
         return statistics.fmean(sizes), f"a probe of {len(sizes)} clips"
     stored = [known for known in store.encoders.values() if known.encoder == identity.encoder]
     for known in sorted(stored, key=lambda known: len(known.changes(identity))):
@@ -283,6 +284,7 @@ def _bytes_per_clip(
 def _seconds_per_clip(
     store: FeatureStore,
     runs: Sequence[Mapping[str, Any]],
+    name: str,
     identity: FeatureIdentity,
     kind: str,
     probed: Sequence[ProbeRecord],
@@ -293,7 +295,7 @@ def _seconds_per_clip(
         for record in probed:  # the encoder's own time, and its share of decoding that takes longer than all encoders
             encode_s = sum(cost.seconds for cost in record.encoders.values())
             scale = max(1.0, record.wall_s / encode_s if encode_s else 1.0)
-            shares.append(record.encoders[identity.encoder].seconds * scale)
+            shares.append(record.encoders[name].seconds * scale)
         return statistics.fmean(shares), f"a probe of {len(shares)} clips"
     rate = past_rate(runs, {known.group_name: known for known in store.encoders.values()}, identity, kind)
     return (rate.seconds, rate.source) if rate else (None, "no run of this store computed it: give --probe 4")

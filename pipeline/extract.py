@@ -43,7 +43,7 @@ from pipeline.refresh import StaleMedia, clips_without_rows, identity_notes, sca
 from pipeline.remote_shards import narrowed
 from pipeline.retry import plan_retry
 from pipeline.reuse import OtherStore
-from pipeline.run_encoders import describe, on_a_worker, remembered_encoders
+from pipeline.run_encoders import describe, encoders_with_several, on_a_worker, remembered_encoders
 from pipeline.summary import ExtractSummary, predict_from_first_blocks, read_forecast, run_record
 from pipeline.worker.admission import MAX_BLOCKS, QUEUED_TASKS
 from pipeline.worker.crash_marks import remove_all_marks
@@ -105,10 +105,11 @@ def check_request(config: ExtractConfig) -> tuple[Objects, StoreView | None]:
     if not objects.exists(ROOT_METADATA):
         return objects, None
     writer = StoreWriter.open_or_create(config.store_path, block_rows=config.block_rows, objects=objects)
-    for settings in config.encoder_settings if not config.new_identity else ():
+    for name in config.encoders if not config.new_identity else ():
         # All of an identity but the digest of the weights is known by now: compare as if they were the stored ones.
-        stored = writer.stored_identities(settings.name)
-        requested = [settings.identity(identity.weights_sha256) for identity in stored]
+        stored = writer.stored_identities(name)
+        variants = [settings for settings in config.encoder_settings if settings.name == name]
+        requested = [settings.identity(known.weights_sha256) for settings in variants for known in stored]
         if stored and not {identity.id for identity in requested} & {identity.id for identity in stored}:
             writer.check_identity(requested[0])
     return objects, StoreView(writer)
@@ -234,6 +235,7 @@ class Extraction:
         Groups come first: where they are refused, nothing has been written.
         """
         writer = self.view.writer
+        several = encoders_with_several(writer, self.identities, new_identity=self.config.new_identity)
         for kind in self.kinds:
             stored = writer.encoder_groups(kind)
             for encoder in self.encoders.values():
@@ -247,7 +249,7 @@ class Extraction:
                     encoder.identity,
                     batch_shape=batch_shape,
                     weights_label=encoder.weights_label,
-                    new_identity=self.config.new_identity,
+                    new_identity=self.config.new_identity or encoder.identity.encoder in several,
                 )
         writer.add_clips(self.listing.clips)
         self.add_samples()

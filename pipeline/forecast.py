@@ -13,7 +13,7 @@ import statistics
 import time
 import uuid
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,11 +40,12 @@ from pipeline.extract import check_place
 from pipeline.media import Root
 from pipeline.run_encoders import LoadingLog
 from pipeline.worker.admission import run_alone
-from pipeline.worker.encode import TokenEncoder, encode_batch
+from pipeline.worker.encode import TokenEncoder, encode_batch_together
 from pipeline.worker.engine import Engine, decode_job, reporting_engine
 from pipeline.worker.reports import EncoderProbe, Probe, ProbeRecord
 
 if TYPE_CHECKING:
+    import numpy as np
     from distributed import Client
 
 log = logging.getLogger(__name__)
@@ -233,12 +234,14 @@ def _probe_kind(engine: Engine, root: Root, kind: str, clips: Sequence[Clip], ba
         except MediaError:
             continue
     if engine.device != "cpu" and decoded:
-        for run in engine.encoders.values():
-            _probe_encoder(run, kind, decoded[:1], batch)  # the first forward on a device selects kernels
+        for keys in engine.forwards:
+            _probe_encoders(engine, keys, kind, decoded[:1], batch)  # the first forward on a device selects kernels
     records = []
     for start in range(0, len(decoded), batch):
         clips_of_batch = decoded[start : start + batch]
-        encoders = {name: _probe_encoder(run, kind, clips_of_batch, batch) for name, run in engine.encoders.items()}
+        encoders: dict[str, EncoderProbe] = {}
+        for keys in engine.forwards:
+            encoders |= _probe_encoders(engine, keys, kind, clips_of_batch, batch)
         encode_s = sum(probed.seconds for probed in encoders.values())
         for clip in clips_of_batch:
             # Decoding runs in parallel with the encoders: it costs wall time only where it is the slower of the two.
@@ -249,22 +252,38 @@ def _probe_kind(engine: Engine, root: Root, kind: str, clips: Sequence[Clip], ba
     return records
 
 
-def _probe_encoder(run: TokenEncoder, kind: str, clips: Sequence[Decoded], batch: int) -> EncoderProbe:
-    """Encode these clips in one forward of a full batch; a clip that would be quarantined counts no bytes."""
-    frames = {slot: decoded.frames[run.view] for slot, decoded in enumerate(clips)}
-    started = time.perf_counter()
-    arrays, _ = encode_batch(run, frames, range(batch))
-    seconds = (time.perf_counter() - started) / batch
+def _probe_encoders(
+    engine: Engine, keys: Sequence[str], kind: str, clips: Sequence[Decoded], batch: int
+) -> dict[str, EncoderProbe]:
+    """Encode these clips in one forward of a full batch, for all encoders that it serves; the first one's seconds
+    hold the forward. A clip that would be quarantined counts no bytes.
+    """
+    runs = {key: engine.encoders[key] for key in keys}
+    frames = {slot: decoded.frames[runs[keys[0]].view] for slot, decoded in enumerate(clips)}
+    probes, started = {}, time.perf_counter()
+    for key, arrays in encode_batch_together(runs, frames, range(batch)):
+        seconds = (time.perf_counter() - started) / batch
+        stored_bytes, write_s = _stored_bytes(runs[key], kind, frames, arrays)
+        probes[key] = EncoderProbe(
+            seconds=seconds, stored_bytes=stored_bytes / len(frames), write_s=write_s / len(frames)
+        )
+        started = time.perf_counter()
+    return probes
+
+
+def _stored_bytes(
+    run: TokenEncoder, kind: str, slots: Iterable[int], arrays: Mapping[str, np.ndarray]
+) -> tuple[int, float]:
+    """Bytes of the clips' compressed tokens, and the processor time of compressing them."""
     specs, stored_bytes = array_specs(run.identity, kind, blocks=1, block_rows=1), 0
     began = time.thread_time()
-    for slot in frames:
+    for slot in slots:
         try:
             stored = to_stored({name: items[slot] for name, items in arrays.items()}, run.identity.storage_dtype)
         except OverflowedTokens:
             continue
         stored_bytes += sum(len(encode_row(specs[name], array)) for name, array in stored.items())
-    write_s = (time.thread_time() - began) / len(frames)
-    return EncoderProbe(seconds=seconds, stored_bytes=stored_bytes / len(frames), write_s=write_s)
+    return stored_bytes, time.thread_time() - began
 
 
 def standard_error(records: Sequence[ProbeRecord]) -> float:

@@ -158,7 +158,7 @@ def load_as_stored(
 
     if maker := maker_of(objects, identity.group_name):
         given = maker.run["config"]["weights"]
-        made_with, threads = given.get(maker.encoder, given.get("", "hub")), maker.threads
+        made_with, threads = given.get(identity.encoder, given.get("", "hub")), maker.threads
     else:
         kind = next(kind for kind in KINDS if identity.group_name in objects.list_names(kind))
         label = read_group(objects, kind, identity.group_name).weights

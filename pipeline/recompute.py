@@ -51,8 +51,8 @@ class Recompute:
             raise UserError(f"no journal records how {group.name} was made: fetch the block with --from OTHER_STORE")
         overrides = {"weights": self._weights or None, "device": self._device}
         config = read_config(None, settings_of(maker.run) | {name: v for name, v in overrides.items() if v is not None})
-        name, kind, block = group.identity.encoder, group.kind, receipt.block
-        settings = next(entry for entry in config.encoder_settings if entry.name == name)
+        name, kind, block = maker.encoder, group.kind, receipt.block
+        settings = next(entry for entry in config.encoder_settings if entry.key == name)
         engine = replace(  # as many decode processes as suit this machine: they decide no byte
             config.engine_settings, encoders=(settings,), threads=maker.threads or AUTO, decode_processes=AUTO
         )

@@ -113,10 +113,12 @@ def identity_notes(store: StoreWriter, identities: Mapping[str, FeatureIdentity]
     """A line for each encoder that is now stored under several identities."""
     groups = [f"{kind}/{name}" for kind in KINDS for name in store.encoder_groups(kind)]
     keys = {group: key for key, group in encoder_keys(groups).items()}
-    lines = []
-    for name, identity in identities.items():
-        own = keys[identity.group_name]
-        others = sorted(key for group, key in keys.items() if group.rpartition("-")[0] == name and key != own)
+    lines, of_this_run = [], {identity.group_name for identity in identities.values()}
+    for identity in identities.values():
+        name, own = identity.encoder, keys[identity.group_name]
+        others = sorted(
+            key for group, key in keys.items() if group.rpartition("-")[0] == name and group not in of_this_run
+        )
         if others:
             lines.append(
                 f"{name} is stored under several identities: this run's is {own}; {', '.join(others)} stays as it is, "

@@ -25,6 +25,8 @@ from pipeline.worker.reports import EncoderDescription
 if TYPE_CHECKING:
     from distributed import Client
 
+    from featurestore.writer import StoreWriter
+
 log = logging.getLogger(__name__)
 
 
@@ -53,10 +55,10 @@ def describe(client: Client, config: ExtractConfig) -> dict[str, EncoderDescript
     for name, encoder in encoders.items():
         loading.loaded(name, encoder.load_s)  # a report may come late or never
     for settings in config.encoder_settings:
-        encoder = encoders[settings.name]
+        encoder = encoders[settings.key]
         files = weights_fingerprint(settings.spec, settings.weights)  # on this machine
         if files == encoder.fingerprint and cache_weights_digest(files, encoder.identity.weights_sha256):
-            log.info("the remembered digest of %s's weights was wrong: replaced by the loaded one", settings.name)
+            log.info("the remembered digest of %s's weights was wrong: replaced by the loaded one", settings.key)
     return encoders
 
 
@@ -105,12 +107,30 @@ def remembered_encoders(
         identity = settings.identity(sha256)
         if identity.group_name not in last:
             return None
-        encoders[settings.name] = EncoderDescription(
+        encoders[settings.key] = EncoderDescription(
             identity=identity,
             weights_label=parse_weights(settings.weights).label,
             **last[identity.group_name],
         )
     return encoders
+
+
+def encoders_with_several(
+    writer: StoreWriter, identities: Mapping[str, FeatureIdentity], *, new_identity: bool
+) -> set[str]:
+    """Encoders of which a run asks for several identities, which needs no `--new-identity`.
+
+    `IdentityConflictError` where the store holds such an encoder and none of these identities.
+    """
+    by_encoder: dict[str, list[FeatureIdentity]] = {}
+    for identity in identities.values():
+        by_encoder.setdefault(identity.encoder, []).append(identity)
+    several = {name: requested for name, requested in by_encoder.items() if len(requested) > 1}
+    for name, requested in several.items() if not new_identity else ():
+        stored = {identity.id for identity in writer.stored_identities(name)}
+        if not stored.intersection(identity.id for identity in requested):
+            writer.check_identity(requested[0])
+    return set(several)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +163,7 @@ def resolve_weights(settings: EncoderSettings, store: FeatureStore, runs: Sequen
         stored = {identity.group_name: identity for identity in store.encoders.values()}
         for run in reversed(runs):
             named = run["config"].get("weights", {})
-            group = run["encoders"].get(settings.name, {}).get("group")
+            group = run["encoders"].get(settings.key, {}).get("group")
             if named.get(settings.name, named.get("", "hub")) == settings.weights and group in stored:
                 sha256 = stored[group].weights_sha256
                 return WantedEncoder(settings=settings, weights_sha256=sha256, known="assumed")

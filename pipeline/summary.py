@@ -299,17 +299,20 @@ def past_rate(
     """
     measured: list[tuple[str, float, float]] = []  # device, clips, seconds
     for run in runs:
-        entry, summary = run["encoders"].get(wanted.encoder, {}), run["summary"]
-        made = summary.get("made", {}).get(f"{kind}/{wanted.encoder}", {})
+        # several grids of the encoder share forwards, whose seconds are counted to the first of them
+        keys = [key for key in run["encoders"] if key.partition("@")[0] == wanted.encoder]
+        entry, summary = (run["encoders"][keys[0]] if keys else {}), run["summary"]
+        works = [summary.get("made", {}).get(f"{kind}/{key}", {}) for key in keys]
+        made = {name: [work.get(name) or 0 for work in works] for name in ("clips", "seconds")}
         identity = stored.get(entry.get("group", ""))
-        if not (identity and made.get("clips") and made.get("seconds")):
+        if not (identity and any(made["clips"]) and any(made["seconds"])):
             continue
         ran, needed = identity.to_dict(), wanted.to_dict()
         if any(ran[name] != needed[name] for name in DECIDES_COST):
             continue
         encode_s = sum(seconds for name, seconds in summary["stage_s"].items() if name.startswith("encode:"))
         overhead = max(1.0, summary["stage_s"].get("total", 0.0) / encode_s) if encode_s else 1.0
-        measured.append((str(entry.get("device", "?")), made["clips"], made["seconds"] * overhead))
+        measured.append((str(entry.get("device", "?")), max(made["clips"]), sum(made["seconds"]) * overhead))
     if not measured:
         return None
     device = measured[-1][0]

@@ -73,6 +73,8 @@ def live_source(
 ) -> Iterator[tuple[list[Sample], LiveTokens]]:
     """Samples and tokens of a dataset; `settings` and `config_file` are those of `merv-pipeline extract`."""
     extract = _extract_config(config, settings, config_file, recorded)
+    if several := [settings.key for settings in extract.encoder_settings if settings.label]:
+        raise UserError(f"end-to-end training takes one grid and one layer of each encoder, got {', '.join(several)}")
     listing = list_clips(extract)
     samples = named_samples(config.samples, sorted(listing.samples), listing.samples.__getitem__)
     extract, parts = replace(extract, root=str(listing.root)), parts_of(config.projector)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -147,7 +148,15 @@ extraction_options = stacked(  # what would be extracted, from where, with what,
         "--grid",
         metavar="T,H,W",
         show_default=",".join(map(str, DEFAULT_GRID)),
-        help="Stored tokens per clip, or raw: each encoder's own grid.",
+        help="Stored tokens per clip, or raw: each encoder's own grid. 16x16,8x8,raw stores several from one forward.",
+    ),
+    click.option(
+        "--layer",
+        "layers",
+        metavar="NAME=N",
+        multiple=True,
+        show_default="each encoder's own",
+        help="Block whose output is stored: 12, -1 (the last), -1+norm; several with commas. Repeatable.",
     ),
     click.option(
         "--upsample",
@@ -201,16 +210,13 @@ def given_options(options: dict[str, Any]) -> dict[str, Any]:
         given["options"] = parse_pairs("--option", given["options"])
     if "cluster" in given:
         given["cluster"] = parse_pairs("--cluster", given["cluster"])
-    if given.get("grid", "raw") != "raw":
-        given["grid"] = _grid(given["grid"])
+    parts = [part.strip() for part in str(given.get("grid", "raw")).split(",")]
+    if not all(re.fullmatch(r"raw|\d+(x\d+){0,2}", part) for part in parts):
+        example = "16,8,8, raw, or several such as 16x16,8x8,raw"
+        raise click.BadParameter(f"--grid is T,H,W such as {example}; got {given['grid']!r}")
+    if "layers" in given:
+        given["layers"] = weights_by_encoder(given["layers"])  # NAME=N,N or N,N for all, as weights are given
     return given
-
-
-def _grid(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(n) for n in text.split(","))
-    except ValueError as error:
-        raise click.BadParameter(f"--grid is T,H,W such as 16,8,8, or raw; got {text!r}") from error
 
 
 def exit_with_failures(summaries: Sequence[ExtractSummary]) -> None:

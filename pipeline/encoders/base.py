@@ -10,6 +10,7 @@ T time steps, H W patch rows and columns, D width, K prefix tokens (class and re
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
@@ -20,6 +21,7 @@ from pipeline.align import DEFAULT_GRID, aligned_period, check_grid
 from pipeline.views import BASE_FRAMES, FrameRule, ResizeRule, View, every_nth
 
 Grid = tuple[int, int, int]
+Layer = tuple[int, bool]  # number of the block, and whether the final norm follows
 TemporalReach = Literal["frame", "chunk", "clip"]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -97,6 +99,11 @@ class EncoderSpec:
         return self.architecture["num_layers"] - self.skipped_blocks
 
     @property
+    def chosen_layer(self) -> Layer:
+        """The block that features are read behind, (0, False) for a network without numbered blocks."""
+        return (self.used_layers, self.final_norm) if "num_layers" in self.architecture else (0, False)
+
+    @property
     def layer(self) -> str:
         """Which output the features are, in words."""
         if "num_layers" not in self.architecture:
@@ -157,6 +164,19 @@ class EncoderSpec:
                 " num_frames under architecture, or choose another rule"
             )
         return replace(self, frames=rule)
+
+    def with_layer(self, text: str) -> EncoderSpec:
+        """The same encoder read behind another block: `12`, `-1` (the last), `12+norm` for the final norm after it."""
+        match = re.fullmatch(r"(-?[1-9]\d{0,3})(\+norm)?", text)
+        if match is None:
+            raise UserError(f"layer {text!r} of {self.name} is no block such as 12, -1 (the last), or -1+norm")
+        if "num_layers" not in self.architecture:
+            raise UserError(f"{self.name} has no numbered blocks of tokens, so no layer of it can be chosen")
+        num_layers, block = self.architecture["num_layers"], int(match[1])
+        block = block if block > 0 else num_layers + 1 + block
+        if not 1 <= block <= num_layers:
+            raise UserError(f"layer {text} of {self.name}: it has {num_layers} blocks, 1 to {num_layers}")
+        return replace(self, skipped_blocks=num_layers - block, final_norm=match[2] is not None)
 
     def with_frame_dtype(self, dtype: str) -> EncoderSpec:
         """The same encoder with small frames of `dtype`.
@@ -226,6 +246,16 @@ def _check_multiple(spec: EncoderSpec, whole: str, part: str, reason: str) -> No
 
 def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def layer_text(layer: str) -> str | None:
+    """An identity's layer as `with_layer` takes it; None for one that is not in these words.
+
+    >>> layer_text("output of block 23 of 24, no final norm"), layer_text("last feature map")
+    ('23', None)
+    """
+    match = re.fullmatch(r"output of block (\d+) of \d+, (no final norm|then the final norm)", layer)
+    return match and match[1] + ("+norm" if match[2].startswith("then") else "")
 
 
 def feature_identity(

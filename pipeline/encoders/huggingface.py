@@ -10,7 +10,7 @@ B batch, T time steps, H W patch rows and columns, N all tokens, K prefix tokens
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class HuggingFaceNetwork(EncoderNetwork):
         model_options: Mapping[str, Any] | None = None,  # keyword arguments of the model class
         call_options: Mapping[str, Any] | None = None,  # keyword arguments of each call
         final_norm: str | None = "layernorm",  # attribute of the last LayerNorm, if it takes all tokens
+        blocks: str | None = None,  # attribute of the list of blocks; None: several layers share no forward
         unused: tuple[str, ...] = (),  # parameters and modules that do not touch the features
         published_names: Mapping[str, str] | None = None,  # regular expressions: library's name -> checkpoint's
         finish: Callable[[nn.Module], None] | None = None,
@@ -57,24 +58,34 @@ class HuggingFaceNetwork(EncoderNetwork):
         self._choices = dict(choices or {})
         values = {**self._sizes, **self._choices, "num_hidden_layers": spec.used_layers}
         self._config = config_class(**values, attn_implementation="sdpa")
-        self._final_norm, self._unused = final_norm, unused
+        self._final_norm, self._blocks, self._unused = final_norm, blocks, unused
         self._published_names, self._finish, self._part = dict(published_names or {}), finish, part
         self.model = self._trim(model_class(self._config, **self._options))
 
     def forward(self, pixels_BTCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        batch, num_frames = pixels_BTCHW.shape[:2]
-        _, height, width = self.spec.grid
+        is_image = self.spec.temporal_reach == "frame"
+        pixels = pixels_BTCHW.flatten(0, 1) if is_image else pixels_BTCHW
+        return self.sort_tokens(self.model(pixels, **self._call_options).last_hidden_state, len(pixels_BTCHW))
+
+    def sort_tokens(self, tokens: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        height, width = self.spec.grid[1:]
         if self.spec.temporal_reach == "frame":
-            tokens_XND = self.model(pixels_BTCHW.flatten(0, 1), **self._call_options).last_hidden_state
-            tokens_BTND = tokens_XND.unflatten(0, (batch, num_frames))  # [(B T), K + H W, D]
+            tokens_BTND = tokens.unflatten(0, (batch, -1))  # [(B T), K + H W, D]
             prefix_BTKD, patches_BTPD = tokens_BTND.tensor_split([self.spec.prefix_tokens], dim=2)
             features_BTHWD = patches_BTPD.unflatten(2, (height, width))
-        else:
-            tokens_BND = self.model(pixels_BTCHW, **self._call_options).last_hidden_state  # [B, K + T H W, D]
-            prefix_BKD, patches_BPD = tokens_BND.tensor_split([self.spec.prefix_tokens], dim=1)
+        else:  # [B, K + T H W, D]
+            prefix_BKD, patches_BPD = tokens.tensor_split([self.spec.prefix_tokens], dim=1)
             features_BTHWD = patches_BPD.unflatten(1, (-1, height, width))
             prefix_BTKD = prefix_BKD.unsqueeze(1).expand(-1, features_BTHWD.shape[1], -1, -1)
         return features_BTHWD, prefix_BTKD if self.spec.prefix_tokens else None
+
+    @property
+    def blocks(self) -> Sequence[nn.Module] | None:
+        return self.model.get_submodule(self._blocks) if self._blocks else None
+
+    @property
+    def last_norm(self) -> nn.Module | None:
+        return self.model.get_submodule(self._final_norm) if self._final_norm else None
 
     def load_published(self, folder: Path) -> None:
         published = self._published_config(folder)

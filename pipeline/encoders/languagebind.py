@@ -40,10 +40,15 @@ class LanguageBindTower(EncoderNetwork):
         self.vision_model = _VisionTower(spec)
 
     def forward(self, pixels_BTCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        batch, num_frames = pixels_BTCHW.shape[:2]
-        hidden_BTND = self.vision_model(pixels_BTCHW.flatten(0, 1)).unflatten(0, (batch, num_frames))
-        features_BTHWD = hidden_BTND[:, :, 1:].unflatten(2, self.spec.grid[1:])
-        return features_BTHWD, hidden_BTND[:, :, :1]
+        return self.sort_tokens(self.vision_model(pixels_BTCHW.flatten(0, 1)), len(pixels_BTCHW))
+
+    def sort_tokens(self, tokens: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        hidden_BTND = tokens.unflatten(0, (batch, -1))
+        return hidden_BTND[:, :, 1:].unflatten(2, self.spec.grid[1:]), hidden_BTND[:, :, :1]
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.vision_model.encoder.layers
 
     def load_published(self, folder: Path) -> None:
         path = folder / "config.json"

@@ -10,12 +10,15 @@ B batch, T frames or time steps, H W C rows, columns and channels, K prefix toke
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
 import numpy as np
 import torch
 
 from mervcache.errors import UserError
 from pipeline.align import DEFAULT_GRID, Grid, align, align_time
-from pipeline.encoders.base import EncoderSpec
+from pipeline.encoders.base import EncoderSpec, Layer
 from pipeline.encoders.network import EncoderNetwork, build_network
 from pipeline.encoders.weights import fill_weights, parse_weights, weights_sha256
 
@@ -34,8 +37,9 @@ class Encoder:
         weights_label: str,
         device: torch.device,
         compute_dtype: str,
+        spec: EncoderSpec | None = None,  # with another layer than the network's own, of those that it computes
     ) -> None:
-        self.spec: EncoderSpec = network.spec
+        self.spec: EncoderSpec = spec or network.spec
         self.weights_sha256, self.weights_label = weights_sha256, weights_label
         self.device, self.compute_dtype = device, compute_dtype
         self.network = network.to(device=device, dtype=COMPUTE_DTYPES[compute_dtype]).eval().requires_grad_(False)
@@ -47,20 +51,43 @@ class Encoder:
     @classmethod
     def load(cls, spec: EncoderSpec, weights: str, *, device: str = "cpu", compute_dtype: str = "float32") -> Encoder:
         """Build, fill and hash in float32 on the CPU, then cast and move."""
+        (encoder,) = cls.load_layers([spec], weights, device=device, compute_dtype=compute_dtype)
+        return encoder
+
+    @classmethod
+    def load_layers(
+        cls, specs: Sequence[EncoderSpec], weights: str, *, device: str = "cpu", compute_dtype: str = "float32"
+    ) -> list[Encoder]:
+        """Encoders that differ in their layers only: one network, with the blocks that any of them needs.
+
+        The digest of each is over the weights that it uses, as if it were loaded by itself. A family whose layers share
+        no forward gets a network for each.
+        """
         if compute_dtype not in COMPUTE_DTYPES:
             raise UserError(f"compute dtype must be one of {', '.join(COMPUTE_DTYPES)}, got {compute_dtype!r}")
         source = parse_weights(weights)
-        network = build_network(spec)
+        skipped, has_norm = min(spec.skipped_blocks for spec in specs), any(spec.final_norm for spec in specs)
+        network = build_network(replace(specs[0], skipped_blocks=skipped, final_norm=has_norm))
+        if len({spec.chosen_layer for spec in specs}) > 1 and network.blocks is None:
+            return [cls.load(spec, weights, device=device, compute_dtype=compute_dtype) for spec in specs]
         fill_weights(network, source)
-        sha256 = weights_sha256({network.weight_name(name): w for name, w in network.state_dict().items()})
+        held = {network.weight_name(name): w for name, w in network.state_dict().items()}
+        digests: dict[Layer, str] = {}
+        for spec in specs:
+            if spec.chosen_layer not in digests:
+                digests[spec.chosen_layer] = weights_sha256(_used_weights(spec, network, held))
         network.finish()
-        return cls(
-            network,
-            weights_sha256=sha256,
-            weights_label=source.label,
-            device=torch.device(device),
-            compute_dtype=compute_dtype,
-        )
+        return [
+            cls(
+                network,
+                weights_sha256=digests[spec.chosen_layer],
+                weights_label=source.label,
+                device=torch.device(device),
+                compute_dtype=compute_dtype,
+                spec=spec,
+            )
+            for spec in specs
+        ]
 
     def encode(self, frames_BTHWC: Frames, *, prefix_tokens: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
         """RGB frames, 0 to 255 -> (features_BTHWD, prefix_BTKD or None) on the device, in the compute dtype.
@@ -68,13 +95,24 @@ class Encoder:
         T is the spec's num_frames for videos. T = 1 is a still image: it is repeated to one period, and the features
         have the spec's still_period time steps.
         """
+        layer = self.spec.chosen_layer
+        return self.encode_layers(frames_BTHWC, [layer], prefix_tokens=prefix_tokens)[layer]
+
+    def encode_layers(
+        self, frames_BTHWC: Frames, layers: Sequence[Layer], *, prefix_tokens: bool = False
+    ) -> dict[Layer, tuple[torch.Tensor, torch.Tensor | None]]:
+        """`encode` for several layers of the network, which runs once."""
         frames_BTHWC = self._check_frames(frames_BTHWC)
         # cudnn would run float32 convolutions in TF32 and choose kernels by timing them
         deterministic = torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=False)
         with torch.inference_mode(), deterministic:
-            features_BTHWD, prefix_BTKD = self.network(self._normalise(frames_BTHWC.to(self.device)))
-        features_BTHWD, prefix_BTKD = keep_steps(self.spec, features_BTHWD, prefix_BTKD)
-        return features_BTHWD, prefix_BTKD if prefix_tokens else None
+            pixels_BTCHW = self._normalise(frames_BTHWC.to(self.device))
+            if tuple(layers) == (self.network.spec.chosen_layer,):
+                found = {layers[0]: self.network(pixels_BTCHW)}
+            else:
+                found = self.network.forward_layers(pixels_BTCHW, layers)
+        kept = {layer: keep_steps(self.spec, *features) for layer, features in found.items()}
+        return {layer: (features, prefix if prefix_tokens else None) for layer, (features, prefix) in kept.items()}
 
     def encode_tokens(
         self, frames_BTHWC: Frames, *, grid: Grid | None = DEFAULT_GRID, prefix_tokens: bool = False
@@ -83,7 +121,12 @@ class Encoder:
 
         The time steps are those that are stored: `grid_of(kind)` of the identity.
         """
-        features_BTHWD, prefix_BTKD = self.encode(frames_BTHWC, prefix_tokens=prefix_tokens)
+        return self.align_features(*self.encode(frames_BTHWC, prefix_tokens=prefix_tokens), grid=grid)
+
+    def align_features(
+        self, features_BTHWD: torch.Tensor, prefix_BTKD: torch.Tensor | None, *, grid: Grid | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Features of `encode` -> float32 tokens on the grid, and prefix tokens of as many time steps."""
         native_time = self.spec.grid[0]
         with torch.inference_mode():
             tokens_BTHWD = align(features_BTHWD, grid, native_time=native_time)
@@ -115,6 +158,16 @@ class Encoder:
         if frames_BTHWC.shape[1] == 1:
             pixels_BTCHW = pixels_BTCHW.expand(-1, self.spec.still_frames, -1, -1, -1).contiguous()
         return pixels_BTCHW
+
+
+def _used_weights(
+    spec: EncoderSpec, network: EncoderNetwork, held: Mapping[str, torch.Tensor]
+) -> Mapping[str, torch.Tensor]:
+    """Of a network's weights, those that the encoder alone would have."""
+    if spec.chosen_layer == network.spec.chosen_layer:
+        return held
+    alone = build_network(spec)
+    return {name: held[name] for name in map(alone.weight_name, alone.state_dict())}
 
 
 def keep_steps(

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from mervcache.errors import UserError
-from pipeline.encoders.base import EncoderSpec
+from pipeline.encoders.base import EncoderSpec, Layer
 
 
 class EncoderNetwork(nn.Module, ABC):
@@ -33,6 +35,45 @@ class EncoderNetwork(nn.Module, ABC):
 
         T is the encoder's num_frames, or its still_frames; a prefix token of a whole clip is repeated at every step.
         """
+
+    @property
+    def blocks(self) -> Sequence[nn.Module] | None:
+        """The computed blocks in order, each giving tokens that `sort_tokens` takes; None: layers share no forward."""
+        return None
+
+    @property
+    def last_norm(self) -> nn.Module | None:
+        """The norm that follows the last block, where the network has one."""
+        return None
+
+    def sort_tokens(self, tokens: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Tokens of a block, or of the norm after it -> (features_BTHWD, prefix_BTKD or None)."""
+        raise NotImplementedError
+
+    def forward_layers(
+        self, pixels_BTCHW: torch.Tensor, layers: Sequence[Layer]
+    ) -> dict[Layer, tuple[torch.Tensor, torch.Tensor | None]]:
+        """`forward`, which also keeps the outputs of earlier blocks: the features of several layers."""
+        own = self.spec.chosen_layer
+        kept: dict[int, torch.Tensor] = {}
+
+        def keep(block: int) -> Callable[..., None]:
+            def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                kept[block] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        wanted = {layer[0] for layer in layers if layer != own}
+        hooks = [self.blocks[block - 1].register_forward_hook(keep(block)) for block in sorted(wanted)]
+        try:
+            features = {own: self(pixels_BTCHW)}
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for block, has_norm in (layer for layer in layers if layer not in features):
+            tokens = self.last_norm(kept[block]) if has_norm else kept[block]
+            features[block, has_norm] = self.sort_tokens(tokens, len(pixels_BTCHW))
+        return {layer: features[layer] for layer in layers}
 
     @abstractmethod
     def load_published(self, folder: Path) -> None:

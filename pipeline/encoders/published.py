@@ -101,6 +101,7 @@ def build_dinov2(spec: EncoderSpec) -> EncoderNetwork:
         spec,
         "Dinov2WithRegisters",
         config,
+        blocks="encoder.layer",
         unused=("embeddings.mask_token",),
         published_names=ATTENTION_NAMES,
         finish=lambda model: _resample_positions(model, spec.grid[1]),
@@ -159,6 +160,7 @@ def build_vivit(spec: EncoderSpec) -> EncoderNetwork:
         spec,
         "Vivit",
         config,
+        blocks="layers",
         model_options={"add_pooling_layer": False},
         published_names={r"^layers\.": "encoder.layer."} | ATTENTION_NAMES | mlp_names,
     )
@@ -187,7 +189,9 @@ SIGLIP = EncoderSpec(
 
 def build_siglip(spec: EncoderSpec) -> EncoderNetwork:
     choices = {"hidden_act": spec.architecture["activation"], "vision_use_head": False}
-    return _build(spec, "SiglipVision", _image_sizes(spec), choices=choices, final_norm="post_layernorm")
+    return _build(
+        spec, "SiglipVision", _image_sizes(spec), choices=choices, final_norm="post_layernorm", blocks="encoder.layers"
+    )
 
 
 # CLIP ViT-L/14 (arXiv 2103.00020): every frame by itself; features of the second to last block without a final norm, as
@@ -213,7 +217,9 @@ CLIP = EncoderSpec(
 
 def build_clip(spec: EncoderSpec) -> EncoderNetwork:
     # post_layernorm is applied to the class token only
-    return _build(spec, "CLIPVision", _image_sizes(spec), final_norm=None, unused=("post_layernorm",))
+    return _build(
+        spec, "CLIPVision", _image_sizes(spec), final_norm=None, blocks="encoder.layers", unused=("post_layernorm",)
+    )
 
 
 # VideoMAE ViT-B/16 fine-tuned on Kinetics-400 (arXiv 2203.12602): 16 frames become 8 time steps of tubelets, no class
@@ -243,6 +249,7 @@ def build_videomae(spec: EncoderSpec) -> EncoderNetwork:
         "VideoMAE",
         _image_sizes(spec) | tubelets,
         final_norm=None,
+        blocks="encoder.layer",
         choices={"num_frames": spec.architecture["num_frames"]},
         published_names={r"query\.bias": "q_bias", r"value\.bias": "v_bias"},
     )
@@ -293,6 +300,7 @@ def build_dinov3(spec: EncoderSpec) -> EncoderNetwork:
         sizes,
         choices=choices,
         final_norm="norm",
+        blocks="model.layer",
         unused=("embeddings.mask_token",),
         published_names={r"^model\.layer\.": "layer."},
     )
@@ -336,6 +344,7 @@ def build_vjepa2(spec: EncoderSpec) -> EncoderNetwork:
             "pred_num_hidden_layers": 1,
         },
         final_norm="encoder.layernorm",
+        blocks="encoder.layer",
         unused=("predictor",),
         call_options={"skip_predictor": True},
     )
@@ -403,6 +412,7 @@ def build_depthanything(spec: EncoderSpec) -> EncoderNetwork:
             "patch_size": sizes["patch_size"],
             "mlp_ratio": sizes["mlp_size"] // sizes["hidden_size"],
         },
+        blocks="encoder.layer",
         unused=("embeddings.mask_token",),
         published_names=ATTENTION_NAMES,
         finish=lambda model: _resample_positions(model, spec.grid[1], antialias=False),

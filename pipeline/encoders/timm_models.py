@@ -17,6 +17,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -103,7 +104,9 @@ def timm_spec(name: str) -> EncoderSpec:
     timm, model_name = import_timm(), name.removeprefix(PREFIX)
     architecture, _, tag = model_name.partition(".")
     if not timm.is_model(architecture):
-        raise UserError(unknown_name("timm model", architecture, timm.list_models()))
+        near = get_close_matches(architecture, timm.list_models(), n=5)
+        advice = f"; near it: {', '.join(near)}" if near else ""
+        raise UserError(f"timm {timm.__version__} has no model {architecture!r}{advice}; timm.list_models() lists all")
     tags = [each.partition(".")[2] for each in timm.list_pretrained(f"{architecture}.*")]
     if tag and tag not in tags:
         raise UserError(unknown_name(f"weights of timm model {architecture}", tag, tags))

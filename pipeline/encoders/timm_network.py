@@ -40,16 +40,23 @@ class TimmNetwork(EncoderNetwork):
         self.model = self._trim(import_timm().create_model(self._name, num_classes=0, **self._options))
 
     def forward(self, pixels_BTCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        features = self.model.forward_features(pixels_BTCHW.flatten(0, 1))
-        if features.ndim == 4:
+        return self.sort_tokens(self.model.forward_features(pixels_BTCHW.flatten(0, 1)), len(pixels_BTCHW))
+
+    def sort_tokens(self, tokens: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if tokens.ndim == 4:  # a feature map
             is_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
-            features_XHWD = features if is_last else features.permute(0, 2, 3, 1)
-            return features_XHWD.unflatten(0, pixels_BTCHW.shape[:2]), None
-        prefix_XKD, patches_XPD = features.tensor_split([self.spec.prefix_tokens], dim=1)
-        features_XHWD = patches_XPD.unflatten(1, self.spec.grid[1:])
-        batch = pixels_BTCHW.shape[:2]
-        prefix_BTKD = prefix_XKD.unflatten(0, batch) if self.spec.prefix_tokens else None
-        return features_XHWD.unflatten(0, batch), prefix_BTKD
+            return (tokens if is_last else tokens.permute(0, 2, 3, 1)).unflatten(0, (batch, -1)), None
+        prefix_XKD, patches_XPD = tokens.tensor_split([self.spec.prefix_tokens], dim=1)
+        features_BTHWD = patches_XPD.unflatten(1, self.spec.grid[1:]).unflatten(0, (batch, -1))
+        return features_BTHWD, prefix_XKD.unflatten(0, (batch, -1)) if self.spec.prefix_tokens else None
+
+    @property
+    def blocks(self) -> nn.Sequential | nn.ModuleList | None:
+        return self.model.blocks if "num_layers" in self.spec.architecture else None
+
+    @property
+    def last_norm(self) -> nn.Module | None:
+        return self.model.norm if "num_layers" in self.spec.architecture else None
 
     def load_published(self, folder: Path) -> None:
         expected = {"architecture": self._name, "num_features": self.spec.width}

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from mervcache.errors import UserError
 from pipeline.encoders.base import EncoderSpec
@@ -42,6 +44,13 @@ class VideoMAE2Network(EncoderNetwork):
 
     def forward(self, pixels_BTCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self.videomae(pixels_BTCHW)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module] | None:
+        return self.videomae.blocks
+
+    def sort_tokens(self, tokens: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.videomae.sort_tokens(tokens, batch)
 
     def weight_name(self, name: str) -> str:
         return self.videomae.weight_name(name.removeprefix("videomae."))

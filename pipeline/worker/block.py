@@ -35,7 +35,7 @@ from pipeline.decode.sampling import Decoded
 from pipeline.media import UNREACHABLE, Root, folder_has_gone, resolve_media
 from pipeline.reuse import ReuseTask, copy_cells
 from pipeline.views import View, distinct_views
-from pipeline.worker.encode import PendingTokens, TokenEncoder
+from pipeline.worker.encode import PendingTokens, TokenEncoder, launch_together
 from pipeline.worker.engine import Engine, decode_job, engine_for
 from pipeline.worker.reports import COMMITTING, COMPRESSING, DECODING, BlockCounts, BlockReport, EncoderWork
 from pipeline.worker.stages import Countdown
@@ -226,16 +226,19 @@ class _Block:
             self._left.down()
 
     def _encode_together(self, batch: _Batch) -> None:
-        """One forward of each encoder; each row keeps its fixed slot even where other rows are missing."""
+        """One forward of each network; each row keeps its fixed slot even where other rows are missing."""
         on_device: dict[View, torch.Tensor] = {}  # encoders that share a view share the copy
-        for name, to_encode in self._to_encode.items():
-            rows = [row for row in batch.rows if row in to_encode and row in batch.frames]
+        for keys in self.engine.forwards:
+            wanted = {name: self._to_encode[name] for name in keys if name in self._to_encode}
+            rows = {name: [row for row in batch.rows if row in wanted[name] and row in batch.frames] for name in wanted}
+            rows = {name: some for name, some in rows.items() if some}
             if rows:
-                view = self.engine.encoders[name].view
+                view = self.engine.encoders[keys[0]].view
                 if view not in on_device:
                     on_device[view] = self._upload(batch, view, batch.frames)
-                self._launch(name, batch, rows, on_device[view])
-            self._count(cells=len(self.task.wanted[name].intersection(batch.rows)))
+                self._launch(batch, rows, on_device[view])
+            for name in wanted:
+                self._count(cells=len(self.task.wanted[name].intersection(batch.rows)))
             self._reporter.report(lambda: self._counts_so_far().to_dict())
 
     def _encode_one_by_one(self, batch: _Batch, probe: CrashProbe) -> None:
@@ -248,7 +251,7 @@ class _Block:
                     continue
                 probe.announce(cell, self._counts_so_far())
                 frames = self._upload(batch, self.engine.encoders[name].view, {row: batch.frames[row]})
-                self._launch(name, batch, [row], frames)
+                self._launch(batch, {name: [row]}, frames)
                 wait(self._writes)  # a crash while it is compressed is this clip's as well
             self._count(cells=len(self.task.wanted[name].intersection(batch.rows)))
 
@@ -256,23 +259,34 @@ class _Block:
         slots = [*batch.rows, *[None] * (self.task.batch - len(batch.rows))]
         return self.engine.staging.upload({row: views[view] for row, views in frames.items()}, slots)
 
-    def _launch(self, name: str, batch: _Batch, rows: Sequence[int], frames_BTHWC: torch.Tensor) -> None:
-        """Start a forward, and have its rows compressed when their tokens are on the host."""
-        encoder, stages = self.engine.encoders[name], self.engine.stages
-        began = time.monotonic()
-        stages.behind.acquire()
-        self._spent("write wait", stages.idle(time.monotonic() - began))
-        try:
-            tokens = stages.launched = encoder.launch(frames_BTHWC, self.engine.staging)
-        except BaseException:
-            stages.behind.release()
-            raise
-        self._count(halvings=tokens.halvings)
-        storage_dtype = encoder.identity.storage_dtype
-        write = partial(self._write, name, batch, tokens, storage_dtype)
-        self._writes += stages.compress(
-            rows, write, lambda: self._spent(f"encode:{name}", tokens.wait(storage_dtype).seconds)
-        )
+    def _launch(self, batch: _Batch, rows: Mapping[str, Sequence[int]], frames_BTHWC: torch.Tensor) -> None:
+        """Start the forward of encoders, and have their rows compressed when their tokens are on the host."""
+        encoders, stages = {name: self.engine.encoders[name] for name in rows}, self.engine.stages
+        launches = self._launches(encoders, frames_BTHWC)
+        for name in rows:
+            began = time.monotonic()
+            stages.behind.acquire()
+            self._spent("write wait", stages.idle(time.monotonic() - began))
+            try:
+                tokens = stages.launched = next(launches)
+            except BaseException:
+                stages.behind.release()
+                raise
+            self._count(halvings=tokens.halvings)
+            storage_dtype = encoders[name].identity.storage_dtype
+            write = partial(self._write, name, batch, tokens, storage_dtype)
+            self._writes += stages.compress(rows[name], write, partial(self._encoded_in, name, tokens, storage_dtype))
+
+    def _launches(self, encoders: Mapping[str, TokenEncoder], frames_BTHWC: torch.Tensor) -> Iterator[PendingTokens]:
+        """The tokens of each encoder in turn, all from one forward."""
+        if len(encoders) > 1:
+            yield from launch_together(encoders, frames_BTHWC, self.engine.staging)
+        else:
+            (encoder,) = encoders.values()
+            yield encoder.launch(frames_BTHWC, self.engine.staging)
+
+    def _encoded_in(self, name: str, tokens: PendingTokens, storage_dtype: str) -> None:
+        self._spent(f"encode:{name}", tokens.wait(storage_dtype).seconds)
 
     def _write(self, name: str, batch: _Batch, tokens: PendingTokens, storage_dtype: str, row: int) -> None:
         """Compress one row; called by a compressor thread."""

@@ -9,8 +9,8 @@ writer on the host.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,8 +19,7 @@ import torch
 from featurestore.identity import FeatureIdentity
 from featurestore.storage_dtypes import overflow_reason
 from pipeline.config import EncoderSettings
-from pipeline.encoders import load_encoder
-from pipeline.encoders.loading import Frames
+from pipeline.encoders.loading import Encoder, Frames
 from pipeline.encoders.weights import weights_fingerprint
 from pipeline.views import View
 
@@ -40,30 +39,37 @@ Tensors = dict[str, torch.Tensor]  # "tokens" [B, T, H, W, D], maybe "prefix" [B
 class TokenEncoder:
     """A loaded `Encoder` with the settings of a run: small frames in, aligned tokens to store out."""
 
-    def __init__(self, settings: EncoderSettings, device: str, *, compiled: bool = False) -> None:
+    def __init__(
+        self, settings: EncoderSettings, device: str, *, compiled: bool = False, loaded: LoadedNetwork | None = None
+    ) -> None:
+        loaded = loaded or load_network([settings], device, compiled=compiled)
         spec = settings.spec
         self.settings = settings
-        self._prefix = settings.prefix_tokens and spec.prefix_tokens > 0  # SigLIP, for one, has none
-        started, before = time.monotonic(), weights_fingerprint(spec, settings.weights)
-        self.loaded = load_encoder(spec, settings.weights, device=device, compute_dtype=settings.compute_dtype)
-        after = weights_fingerprint(spec, settings.weights)
-        self.fingerprint = after if before in (None, after) else None  # None: files that changed meanwhile have no name
-        if compiled:
-            self.loaded.network.compile(dynamic=False, options=COMPILE_OPTIONS)
-        self.load_s = time.monotonic() - started
+        self.stores_prefix = settings.prefix_tokens and spec.prefix_tokens > 0  # SigLIP, for one, has none
+        self.loaded = loaded.encoders[settings.key]
+        self.fingerprint = loaded.fingerprints[settings.key]
+        self.load_s = loaded.seconds
         self.view: View = self.loaded.spec.view
         self.weights_label: str = self.loaded.weights_label
         self.identity: FeatureIdentity = settings.identity(self.loaded.weights_sha256)
 
-    def blank(self, kind: str) -> Callable[[int], object]:
-        """A function that runs one forward of a given number of black clips."""
+    def blank_frames(self, kind: str, clips: int) -> np.ndarray:
+        """Frames of black clips."""
         num_frames, size = self.view.num_frames if kind == "video" else 1, self.view.rule.size
-        return lambda clips: self.tokens(np.zeros((clips, num_frames, size, size, 3), self.view.rule.dtype))
+        return np.zeros((clips, num_frames, size, size, 3), self.view.rule.dtype)
 
     def encode(self, frames_BTHWC: Frames) -> Tensors:
         """Frames of a batch -> float32 tokens, and prefix tokens where they are stored, on the device."""
         tokens_BTHWD, prefix_BTKD = self.loaded.encode_tokens(
-            frames_BTHWC, grid=self.settings.grid, prefix_tokens=self._prefix
+            frames_BTHWC, grid=self.settings.grid, prefix_tokens=self.stores_prefix
+        )
+        return {"tokens": tokens_BTHWD} | ({} if prefix_BTKD is None else {"prefix": prefix_BTKD})
+
+    def align(self, features: Tensors) -> Tensors:
+        """`encode`, given the layer's "features" and "prefix" tokens of a forward."""
+        prefix_BTKD = features.get("prefix") if self.stores_prefix else None
+        tokens_BTHWD, prefix_BTKD = self.loaded.align_features(
+            features["features"], prefix_BTKD, grid=self.settings.grid
         )
         return {"tokens": tokens_BTHWD} | ({} if prefix_BTKD is None else {"prefix": prefix_BTKD})
 
@@ -74,9 +80,87 @@ class TokenEncoder:
     def launch(self, frames_BTHWC: torch.Tensor, staging: Staging) -> PendingTokens:
         """Encode frames that are on the device; the tokens, cast as they are stored, are on their way to the host."""
         began = staging.mark()
-        floats, halvings = _halve_until_it_fits(self.encode, frames_BTHWC)
+        floats, halvings = _halve_until_it_fits(lambda part: self.encode(part["frames"]), {"frames": frames_BTHWC})
         tensors, checks = storable(floats, self.identity.storage_dtype)
         return staging.download(tensors, checks, began, halvings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedNetwork:
+    """Encoders by key that differ in layer and grid only, of one network where the family allows it."""
+
+    encoders: Mapping[str, Encoder]
+    fingerprints: Mapping[str, str | None]  # of the files; None: files that changed meanwhile have no name
+    seconds: float
+
+
+def load_network(settings: Sequence[EncoderSettings], device: str, *, compiled: bool = False) -> LoadedNetwork:
+    """Load the encoders of settings that `same_forward` puts together."""
+    first, started = settings[0], time.monotonic()
+    before = {each.key: weights_fingerprint(each.spec, each.weights) for each in settings}
+    loaded = Encoder.load_layers(
+        [each.spec for each in settings], first.weights, device=device, compute_dtype=first.compute_dtype
+    )
+    after = {each.key: weights_fingerprint(each.spec, each.weights) for each in settings}
+    if compiled:
+        for network in {id(encoder.network): encoder.network for encoder in loaded}.values():
+            network.compile(dynamic=False, options=COMPILE_OPTIONS)
+    return LoadedNetwork(
+        encoders={each.key: encoder for each, encoder in zip(settings, loaded, strict=True)},
+        fingerprints={key: after[key] if before[key] in (None, after[key]) else None for key in after},
+        seconds=time.monotonic() - started,
+    )
+
+
+def same_forward(settings: Sequence[EncoderSettings], *, compiled: bool = False) -> list[list[EncoderSettings]]:
+    """Settings that one network and one forward serve: they differ in grid and, unless it is compiled, in layer."""
+    groups: list[list[EncoderSettings]] = []
+    for each in settings:
+        shared = replace(each, grid=None, label="", layer=each.layer if compiled else None)
+        for group in groups:
+            if replace(group[0], grid=None, label="", layer=group[0].layer if compiled else None) == shared:
+                group.append(each)
+                break
+        else:
+            groups.append([each])
+    return groups
+
+
+def launch_together(
+    encoders: Mapping[str, TokenEncoder], frames_BTHWC: torch.Tensor, staging: Staging
+) -> Iterator[PendingTokens]:
+    """`launch` of encoders that share a network, in their order: one forward, then the pooling of each as it is taken.
+
+    The forward counts to the seconds of the first.
+    """
+    began = staging.mark()
+    for name, floats, halvings in _encode_together(encoders, frames_BTHWC):
+        tensors, checks = storable(floats, encoders[name].identity.storage_dtype)
+        yield staging.download(tensors, checks, began, halvings)
+        began = staging.mark()
+
+
+def _encode_together(
+    encoders: Mapping[str, TokenEncoder], frames_BTHWC: torch.Tensor
+) -> Iterator[tuple[str, Tensors, int]]:
+    """(key, float32 tensors, halvings) of encoders that share a network, from one forward."""
+    first = next(iter(encoders.values())).loaded
+    layers = list(dict.fromkeys(encoder.loaded.spec.chosen_layer for encoder in encoders.values()))
+    with_prefix = any(encoder.stores_prefix for encoder in encoders.values())
+
+    def forward(part: Tensors) -> Tensors:
+        found = first.encode_layers(part["frames"], layers, prefix_tokens=with_prefix)
+        features = {f"{layers.index(layer)} features": features for layer, (features, _) in found.items()}
+        prefix = {f"{layers.index(layer)} prefix": tokens for layer, (_, tokens) in found.items() if tokens is not None}
+        return features | prefix
+
+    found, halvings = _halve_until_it_fits(forward, {"frames": frames_BTHWC})
+    for name, encoder in encoders.items():
+        number = f"{layers.index(encoder.loaded.spec.chosen_layer)} "
+        own = {part.removeprefix(number): tensor for part, tensor in found.items() if part.startswith(number)}
+        floats, more = _halve_until_it_fits(encoder.align, own)
+        yield name, floats, halvings + more
+        halvings = 0
 
 
 def storable(floats: Tensors, storage_dtype: str) -> tuple[Tensors, Tensors]:
@@ -282,17 +366,33 @@ def encode_batch(
 
     Returns float32 arrays, first axis in the order of `rows`, and how often the batch was halved for lack of memory.
     """
-    tensors, halvings = _halve_until_it_fits(run.encode, torch.from_numpy(fill_slots(frames_by_row, rows)))
+    frames_BTHWC = torch.from_numpy(fill_slots(frames_by_row, rows))
+    tensors, halvings = _halve_until_it_fits(lambda part: run.encode(part["frames"]), {"frames": frames_BTHWC})
     return {name: tensor.cpu().numpy() for name, tensor in tensors.items()}, halvings
 
 
-def _halve_until_it_fits(encode: Callable[[torch.Tensor], Tensors], frames_BTHWC: torch.Tensor) -> tuple[Tensors, int]:
+def encode_batch_together(
+    runs: Mapping[str, TokenEncoder], frames_by_row: Mapping[int, np.ndarray], rows: Sequence[int | None]
+) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """`encode_batch` of encoders that share a network: (key, float32 arrays), each pooled as it is taken."""
+    if len(runs) == 1:
+        ((name, run),) = runs.items()
+        yield name, encode_batch(run, frames_by_row, rows)[0]
+        return
+    for name, tensors, _ in _encode_together(runs, torch.from_numpy(fill_slots(frames_by_row, rows))):
+        yield name, {part: tensor.cpu().numpy() for part, tensor in tensors.items()}
+
+
+def _halve_until_it_fits(encode: Callable[[Tensors], Tensors], batch: Tensors) -> tuple[Tensors, int]:
+    """`encode` of tensors whose first axis is the batch, in halves where the device's memory is short."""
     try:
-        return encode(frames_BTHWC), 0
+        return encode(batch), 0
     except torch.OutOfMemoryError:
-        if len(frames_BTHWC) == 1:
+        size = min(map(len, batch.values()))
+        if size == 1:
             raise
-    half = len(frames_BTHWC) // 2
-    parts = [_halve_until_it_fits(encode, part) for part in (frames_BTHWC[:half], frames_BTHWC[half:])]
+    half = size // 2
+    halves = ({name: tensor[part] for name, tensor in batch.items()} for part in (slice(half), slice(half, None)))
+    parts = [_halve_until_it_fits(encode, part) for part in halves]
     tensors = {name: torch.cat([part[0][name] for part in parts]) for name in parts[0][0]}
     return tensors, 1 + sum(part[1] for part in parts)

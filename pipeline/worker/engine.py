@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import gc
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from typing import Protocol
 
@@ -26,7 +26,14 @@ from pipeline.media import Root
 from pipeline.remote_shards import narrowed
 from pipeline.views import View, distinct_views
 from pipeline.worker.cores import free_cores, sharing_workers
-from pipeline.worker.encode import Staging, TokenEncoder, staging_for
+from pipeline.worker.encode import (
+    Staging,
+    TokenEncoder,
+    encode_batch_together,
+    load_network,
+    same_forward,
+    staging_for,
+)
 from pipeline.worker.reports import EncoderDescription
 from pipeline.worker.stages import Stages
 
@@ -44,13 +51,23 @@ class Engine:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self.encoders: dict[str, TokenEncoder] = {}
-        for each in settings.encoders:
-            self.encoders[each.name] = TokenEncoder(each, self.device, compiled=settings.compiled)
-            on_loaded(each.name, self.encoders[each.name].load_s)
+        for group in same_forward(settings.encoders, compiled=settings.compiled):
+            loaded = load_network(group, self.device, compiled=settings.compiled)
+            self.encoders |= {each.key: TokenEncoder(each, self.device, loaded=loaded) for each in group}
+            on_loaded(group[0].key, loaded.seconds)
+        self.encoders = {each.key: self.encoders[each.key] for each in settings.encoders}
         self.cores = free_cores(sharing_workers())  # counted now: workers that start together have all joined
         self.num_decoders = settings.decode_processes or default_decoders(self.device, self.cores)
         self.pool = DecodePool(self.num_decoders, timeout_s=settings.decode_timeout_s)
         self._batches: dict[str, int] = {}
+
+    @cached_property
+    def forwards(self) -> tuple[tuple[str, ...], ...]:
+        """Keys of the encoders, together where one forward gives the tokens of several."""
+        keys: dict[int, tuple[str, ...]] = {}
+        for key, run in self.encoders.items():
+            keys[id(run.loaded.network)] = (*keys.get(id(run.loaded.network), ()), key)
+        return tuple(keys.values())
 
     @cached_property
     def staging(self) -> Staging:
@@ -78,9 +95,15 @@ class Engine:
             fitting = [most]
             if meter:
                 memory = meter(self.device)
-                fitting += [clips_that_fit(run.blank(kind), most, memory) for run in self.encoders.values()]
+                fitting += [clips_that_fit(self._blank(keys, kind), most, memory) for keys in self.forwards]
             self._batches[kind] = min(fitting)
         return self._batches[kind]
+
+    def _blank(self, keys: Sequence[str], kind: str) -> Callable[[int], object]:
+        """A function that runs one forward of a given number of black clips, for all of these encoders."""
+        runs = {key: self.encoders[key] for key in keys}
+        frames = runs[keys[0]].blank_frames
+        return lambda clips: dict(encode_batch_together(runs, dict(enumerate(frames(kind, clips))), range(clips)))
 
     def close(self) -> None:
         self.pool.close()

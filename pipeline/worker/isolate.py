@@ -55,7 +55,7 @@ def compute_block(task: BlockTask) -> BlockReport:
 
 def block_bytes(task: BlockTask) -> int:
     """Bytes of a block's tokens as they are stored, uncompressed."""
-    identities = {settings.name: settings.identity(NO_DIGEST) for settings in task.engine.encoders}
+    identities = {settings.key: settings.identity(NO_DIGEST) for settings in task.engine.encoders}
     return sum(len(rows) * clip_bytes(identities[name], task.kind) for name, rows in task.wanted.items())
 
 

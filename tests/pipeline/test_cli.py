@@ -225,7 +225,7 @@ def test_a_mistake_is_told_with_the_next_step_and_exits_with_1(arguments, messag
 USAGE = [
     (["extract", "--decoder", "opencv"], "'opencv' is not one of 'frames/1', 'decord', 'ffmpeg'"),
     (["extract", "--storage-dtype", "int4"], "'int4' is not one of"),
-    (["extract", "--grid", "16x8x8"], "--grid is T,H,W such as 16,8,8, or raw; got '16x8x8'"),
+    (["extract", "--grid", "16 by 8"], "several such as 16x16,8x8,raw; got '16 by 8'"),
     (["extract", "--workers", "0"], "0 is not in the range x>=1"),
     (["extract", "--max-failed", "2"], "2.0 is not in the range"),
     (["extrakt"], "No such command 'extrakt'"),

@@ -212,7 +212,7 @@ def test_short_forms_reach_every_encoder():
     ]
 
 
-@pytest.mark.parametrize("grid", ["8,4", "8x4x4", "8,4,0", "", "8,4,-4"])
+@pytest.mark.parametrize("grid", ["8,4", "8 by 4", "8,4,0", "", "8,4,-4"])
 def test_a_grid_as_text_that_is_none_is_an_error_with_the_text(grid):
     with pytest.raises(UserError, match="three whole numbers"):
         ExtractConfig(dataset="demo", grid=grid)
