@@ -60,6 +60,9 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+RENDERED_FOLDER = "merv-pipeline/rendered"  # in the user's cache: conversations as token ids
+
+
 def user_cache() -> Path:
     """XDG_CACHE_HOME, else ~/.cache; it may be absent or read-only. Its content can be made again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

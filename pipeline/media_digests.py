@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
+from collections.abc import Iterable
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -66,6 +67,13 @@ class DigestCache:
         with self._lock:
             self._new[self._location(source)] = (stamp, sha256)
         return sha256
+
+    def forget(self, files: Iterable[str]) -> None:
+        """Remove what is saved of these files, and of the members of these archives."""
+        if self._database is not None:
+            query = "DELETE FROM media WHERE place = ? OR substr(place, 1, length(?)) = ?"
+            with self._lock, suppress(sqlite3.Error), self._database:
+                self._database.executemany(query, [(file, f"{file}#", f"{file}#") for file in files])
 
     @staticmethod
     def _location(source: Source) -> str:

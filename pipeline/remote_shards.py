@@ -143,7 +143,7 @@ class RemoteShard:
         `state` saves the request that asks for the version. Raises FileNotFoundError where there is no shard and
         `MediaError` for another version and for what is no plain tar.
         """
-        file = self._cache_file("index")
+        file = self.cache_file("index")
         version = state.version if state else self.root.versions.get(self.key) or _version_now(self.root.url, self.key)
         if (found := _load_index(file, self.url)) is not None and found.version == version:
             return found
@@ -160,7 +160,7 @@ class RemoteShard:
 
     def texts(self, index: ShardIndex) -> Mapping[str, bytes]:
         """Contents of the captions and JSON members of a version, by name; those over `MAX_TEXT_BYTES` are absent."""
-        file = self._cache_file("texts")
+        file = self.cache_file("texts")
         found = _read_cached(file, self.url)
         if found is None or found["version"] != index.version:
             reader = _ReadAhead(self, ShardState(index.version, index.num_bytes, index.modified_s))
@@ -208,11 +208,11 @@ class RemoteShard:
         record |= {"version": state.version, "num_bytes": state.num_bytes, "modified_s": state.modified_s}
         if texts is not None:  # else read when somebody wants them
             self._save_texts(state.version, texts)
-        _write_cached(self._cache_file("index"), self.url, record)
+        _write_cached(self.cache_file("index"), self.url, record)
 
     def _save_texts(self, version: str, texts: Mapping[str, bytes]) -> None:
         content = {name: text.decode("latin-1") for name, text in texts.items()}
-        _write_cached(self._cache_file("texts"), self.url, {"version": version, "texts": content})
+        _write_cached(self.cache_file("texts"), self.url, {"version": version, "texts": content})
 
     def _index_of_sidecar(self, reader: _ReadAhead, num_bytes: int) -> TarIndex | None:
         """The index in NAME.idx, if it fits the shard: its last member has a header, and no other one follows."""
@@ -265,7 +265,8 @@ class RemoteShard:
 
         return service_faults(f"read {self.url}", self.root.url, (BaseError,))
 
-    def _cache_file(self, what: str) -> Path:
+    def cache_file(self, what: str) -> Path:
+        """Where this host keeps the shard's "index" or "texts"."""
         name = sha256_hex(self.url.encode())
         return cache_folder() / "shards" / name[:2] / f"{name}.{what}.gz"
 
@@ -342,17 +343,33 @@ def spooled(
 
 def copy_name(shard_url: str, offset: int, version: str) -> str:
     """The name of a member's copy in a spool; all copies of a shard begin alike."""
-    return f"{sha256_hex(shard_url.encode())[:16]}-{offset}-{record_digest([version])[:16]}"
+    return f"{_copies_prefix(shard_url)}{offset}-{record_digest([version])[:16]}"
+
+
+def _copies_prefix(shard_url: str) -> str:
+    return f"{sha256_hex(shard_url.encode())[:16]}-"
+
+
+def forget_shard(root: RemoteRoot, key: str) -> int:
+    """Remove what this host keeps of a shard, of any version: members, captions, index; returns how many files."""
+    shard, removed = RemoteShard(root, key), 0
+    for file in (shard.cache_file("index"), shard.cache_file("texts")):
+        removed += file.exists()
+        file.unlink(missing_ok=True)
+    folder = _spool_folder(root)
+    return removed + (Spool(folder, root.spool_bytes).remove(_copies_prefix(shard.url)) if folder.is_dir() else 0)
 
 
 def spool_of(root: RemoteRoot) -> Spool:
     """The spool of a root on this host; one of this process."""
-    return _spool(root.spool or str(cache_folder() / "spool"), root.spool_bytes)
+    return _spool(_spool_folder(root), root.spool_bytes)
 
 
-@lru_cache(8)
-def _spool(folder: str, num_bytes: int) -> Spool:
-    return Spool(Path(folder), num_bytes)
+def _spool_folder(root: RemoteRoot) -> Path:
+    return Path(root.spool) if root.spool else cache_folder() / "spool"
+
+
+_spool = lru_cache(8)(Spool)
 
 
 @lru_cache(8)

@@ -12,7 +12,7 @@ import fcntl
 import os
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -69,16 +69,14 @@ class Spool:
         with self._counter() as counter:
             counter.value = self._make_room(self.bound)
 
-    def remove(self, names: Collection[str]) -> int:
-        """Remove these copies, also where they are in use; returns how many there were."""
-        removed = 0
+    def remove(self, prefix: str) -> int:
+        """Remove the copies whose names begin so, also those in use; returns how many there were."""
         with self._counter() as counter:
+            names = [name for name in os.listdir(self.folder) if name.startswith(prefix) and name != COUNTER]
             for name in names:
-                with suppress(FileNotFoundError):
-                    (self.folder / name).unlink()
-                    removed += 1
+                (self.folder / name).unlink(missing_ok=True)
             counter.value = self._make_room(self.bound)
-        return removed
+        return len(names)
 
     def _fetched(self, path: Path, size: int, fetch: Callable[[BinaryIO], None], on_wait: Callable[[], None]) -> int:
         """Write the copy under a temporary name and give it its own; returns its locked descriptor."""

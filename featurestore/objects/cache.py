@@ -52,6 +52,19 @@ def cache_bound(given: int | None = None) -> int:
     return bound
 
 
+def clear_cache(folder: Path) -> int:
+    """Remove everything that is cached of remote stores, in use or not; returns how many files.
+
+    Their names do not tell what they hold, so this is how to be certain that a removed clip is in none of them.
+    """
+    removed = 0
+    for path in folder.glob("??/*"):
+        with suppress(OSError):
+            path.unlink()
+            removed += 1
+    return removed
+
+
 class CachedObjects:
     """Remote objects whose `get` and `open` go through the cache; everything else goes to the objects directly."""
 

@@ -252,15 +252,16 @@ def tombstone(
 
     Give a clip id or a unique ending of one. Its tokens and conversations are erased from the files;
     its id stays, in the clip parts and in the tombstone, so that it is never computed again. Other copies of the store
-    apply the removal when they are pushed to or pull from it. Where the same video has other ids (of another dataset,
-    another span), they are listed: remove them with --all-copies, or keep them with --exact-ids.
+    apply the removal when they are pushed to or pull from it. Copies in spools and caches of this machine are
+    removed as well, and the result names the copies that the command cannot reach. Where the same video has other ids
+    (of another dataset, another span), they are listed: remove them with --all-copies, or keep them with --exact-ids.
     """
-    from featurestore.maintenance.tombstone import tombstone as remove
     from pipeline.cli import render
+    from pipeline.removal import remove_clips
 
     place, names = store_first(clips, store_option)
     with ProgressLine("erase", unit="blocks") as progress:
-        result = remove(place, names, reason=reason, all_copies=all_copies, progress=progress)
+        result = remove_clips(place, names, reason=reason, all_copies=all_copies, progress=progress)
     print_result(result, as_json, lambda: render.details(result))
 
 

@@ -12,9 +12,11 @@ import pytest
 
 from featurestore import FeatureStore, verify_store
 from featurestore.objects.remote import connect
+from featurestore.transfer.sync import transfer
 from pipeline.media import Source
 from pipeline.recompute import verify_media
 from pipeline.remote_shards import connection
+from pipeline.removal import remove_clips
 from tests.featurestore.s3_server import counts
 from tests.pipeline.datasets.conftest import add_to_tar
 
@@ -97,3 +99,30 @@ def test_what_happens_to_a_shard_between_listing_and_reading_is_counted_or_stops
     assert (report.clips, report.reasons) == (4, {"tar shard changed after it was listed": 3})
     root = lab.plan(encoders=ONE, dataset="webdataset", root=url)[0].listing.root
     assert Source.find(root, "0.tar/v3.mp4").num_bytes == (lab.root / "videochatgpt_tune/v3.mp4").stat().st_size
+
+
+def test_a_removed_clip_is_in_no_spool_and_no_cache_and_what_is_left_is_named(lab, shards, s3, tmp_path):
+    _, url = shards
+    lab.extract(encoders=ONE, dataset="webdataset", root=url)
+    transfer(lab.store, s3)
+    gone = "webdataset/1.tar/v3.mp4"
+    FeatureStore.open(s3).read([gone], encoder="siglip")  # through the cache of remote stores
+    FeatureStore.open(s3).samples()
+    cache = tmp_path / "cache"
+    held = [path for path in cache.rglob("*") if path.is_file()]
+    done = remove_clips(s3, [gone], reason="consent withdrawn", all_copies=True)
+    left = [path for path in cache.rglob("*") if path.is_file()]
+    video = (lab.root / "videochatgpt_tune/v3.mp4").read_bytes()
+    assert any(video in path.read_bytes() for path in held if path.exists()) is False
+    assert done["files removed from spools and caches"] == len(held) - len(left) > 0
+    assert not list(cache.glob("??/*"))
+    assert len(list((cache / "spool").glob("*-*"))) == 6  # the other shards' members
+    assert len(list((cache / "shards").rglob("*.texts.gz"))) == 2
+    assert [line.split(":")[0] for line in done["not reached"][:2]] == [
+        "the media",
+        "older versions of objects below s3",
+    ]
+    assert f"{url}/1.tar" in done["not reached"][0]
+    assert "history of a copy on the Hub" in " ".join(done["not reached"])
+    again = remove_clips(s3, [gone], reason="consent withdrawn", all_copies=True)
+    assert (again["already removed"], again["files removed from spools and caches"]) == (1, 0)

@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 
 from featurestore.clips import Turn
-from mervcache.files import record_digest, user_cache
+from mervcache.files import RENDERED_FOLDER, record_digest, user_cache
 from trainer.data.prompts import IGNORE_INDEX, Rendered, Renderer
 
-FOLDER = "merv-pipeline/rendered"  # in the user's cache
 VERSION = 1  # of rows, and of how a conversation becomes ids: raise it where `Renderer` gives other ones
 PENDING = 256  # rows that are written together
 BUSY_S = 1.0  # for another process to finish its rows; then these are left out
@@ -40,7 +39,7 @@ class RenderedCache:
         self._pending: dict[bytes, tuple[bytes, int, int, bytes, bytes]] = {}
         self._database: sqlite3.Connection | None = None
         if key is not None:
-            self.path = user_cache() / FOLDER / f"{key}.sqlite"
+            self.path = user_cache() / RENDERED_FOLDER / f"{key}.sqlite"
             self._open()
 
     def __call__(self, turns: Sequence[Turn], *, has_clip: bool = True) -> Rendered:

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 from featurestore.clips import Turn
+from mervcache.files import RENDERED_FOLDER
 from trainer.data.prompts import Renderer
-from trainer.data.rendered_cache import FOLDER, RenderedCache, renderer_key
+from trainer.data.rendered_cache import RenderedCache, renderer_key
 from trainer.loop.train import train
 from trainer.model.llm import word_tokenizer
 
@@ -18,7 +19,7 @@ TEXTS = ["In: What colour is it? Out: red green"]
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / FOLDER
+    return tmp_path / "cache" / RENDERED_FOLDER
 
 
 def renderer(texts=TEXTS, **options):
