@@ -44,6 +44,7 @@ from pipeline.remote_shards import narrowed
 from pipeline.retry import plan_retry
 from pipeline.reuse import OtherStore
 from pipeline.run_encoders import describe, encoders_with_several, on_a_worker, remembered_encoders
+from pipeline.same_media import same_media_tasks
 from pipeline.summary import ExtractSummary, predict_from_first_blocks, read_forecast, run_record
 from pipeline.worker.admission import MAX_BLOCKS, QUEUED_TASKS
 from pipeline.worker.crash_marks import remove_all_marks
@@ -356,6 +357,7 @@ class Extraction:
             engine=self.config.engine_settings,
         )
         other = OtherStore(self.config.reuse) if self.config.reuse and blocks else None
+        same_media = same_media_tasks(self.view.writer, blocks, identities, self.listing.name, self._state[1])
         for block in blocks:
             task = of_this_run(
                 root=narrowed(self.listing.root, block.clips["path"].to_pylist()),
@@ -365,6 +367,7 @@ class Extraction:
                 wanted=block.wanted,
                 batch=block.batch,
                 reuse=other and other.task(block, identities),
+                same_media=same_media[block.kind],
             )
             yield Task(key=f"{block.kind}-{block.block:08d}-of-{block.batch}-{self.summary.run}", arguments=(task,))
 

@@ -64,7 +64,9 @@ class ForecastRow:
     encoder: str
     clips: int
     to_do: int  # not committed in the store yet
-    reusable: int  # of these, clips whose tokens --reuse seems to hold; the media's bytes are compared at extraction
+    reusable: int
+    """Of these, clips whose tokens --reuse or other datasets of the store seem to hold, by file name and span. Bytes
+    are compared at extraction, which may find more under other names."""
     bytes: int  # of what is to do
     files: int
     seconds: float | None  # on one worker; None without a probe
@@ -315,6 +317,12 @@ def _rows(config: ExtractConfig, objects: Objects, listing: DatasetListing, prob
 
         other = OtherStore(config.reuse)
         reusable = {name: set(other.proposals(one, listing.clips)) for name, one in probed.identities.items()}
+    if newest_snapshot_id(objects) is not None:
+        from pipeline.same_media import seem_held
+
+        store = FeatureStore.open(config.store_path)
+        for name, identity in probed.identities.items():
+            reusable[name] |= seem_held(store, identity, listing.name, listing.clips)
     used_by: dict[str, set[str]] = {}  # clip id -> the stages whose samples use it
     for samples in listing.samples.values():
         for sample in samples:

@@ -56,6 +56,7 @@ class ExtractSummary:
     blocks: int = 0
     canaries: list[str] = field(default_factory=list)  # "kind/group" whose reference clips this run wrote
     reused: int = 0  # cells (clip and encoder) copied from another store
+    same_media: int = 0  # cells copied from clips of the same media in other datasets of this store
     predicted: dict[str, Any] | None = None  # a `Prediction`, for comparison with elapsed_s and bytes
     halvings: int = 0  # batches cut for lack of device memory
     elapsed_s: float = 0.0
@@ -92,7 +93,7 @@ class ExtractSummary:
     def add(self, block: BlockReport) -> None:
         """Count a committed block."""
         self.blocks += 1
-        for name in ("clips", "failed", "frames", "bytes", "reused", "halvings"):
+        for name in ("clips", "failed", "frames", "bytes", "reused", "same_media", "halvings"):
             setattr(self, name, getattr(self, name) + getattr(block, name))
         self.reasons = dict(Counter(self.reasons) + Counter(block.reasons))
         self.stage_s = dict(Counter(self.stage_s) + Counter(block.seconds))

@@ -105,8 +105,10 @@ def summary(result) -> None:
         out.print(f"in parallel with these stages: {beside}")
     counted("quarantined", "clips", result.reasons)
     _left_out(result)
-    if result.reused:
-        out.print(f"{result.reused} (clip, encoder) pairs were copied from another store")
+    copied = {"another store": result.reused, "other datasets' clips of the same media": result.same_media}
+    for source, count in copied.items():
+        if count:
+            out.print(f"{count} (clip, encoder) pairs were copied from {source}")
     if result.halvings:
         out.print(f"{result.halvings} batches were halved for lack of device memory: give a smaller batch")
     if result.unchanged:
@@ -218,10 +220,8 @@ def forecast(result) -> None:
     table(columns, rows, right=columns[3:])
     if reusable := sum(row.reusable for row in result.rows):
         to_do = sum(row.to_do for row in result.rows)
-        out.print(
-            f"the other store saves {reusable} of {to_do} (clip, encoder) pairs ({reusable / to_do:.0%}), where the "
-            "media are the same"
-        )
+        share = f"{reusable} of {to_do} (clip, encoder) pairs ({reusable / to_do:.0%})"
+        out.print(f"{share} seem to be stored, by file name and span: copied where the media are the same bytes")
     free = "" if result.free_bytes is None else f", {format_bytes(result.free_bytes)} free"
     out.print(bold(format_bytes(result.bytes)), f" to write at {result.store}{free}", sep="")
     if result.seconds:

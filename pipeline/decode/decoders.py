@@ -44,10 +44,11 @@ VideoReader = Callable[..., Reading]  # (source, collector, *, accept_damaged) -
 
 
 def decode_clip(
-    job: DecodeJob, *, on_read: Callable[[], None] = lambda: None, on_wait: Callable[[], None] = lambda: None
+    job: DecodeJob, *, on_read: Callable[[str], bool] = lambda sha256: True, on_wait: Callable[[], None] = lambda: None
 ) -> Decoded:
     """Decode one clip in this process; `on_read` is called once every byte has been read, before it is decoded.
 
+    It gets the sha256 of the media and returns whether to decode them; if not, the result has no frames.
     `on_wait` is called every few seconds while there is no room in the spool for the media.
     Raises `FailedClipError` (a `MediaError`) for the clip's own faults, `RunStoppedError` for the machine's,
     `UserError` for an unknown or missing decoder.
@@ -59,11 +60,13 @@ def decode_clip(
         return _decode(job, source, on_read, started)
 
 
-def _decode(job: DecodeJob, source: Source, on_read: Callable[[], None], started: float) -> Decoded:
+def _decode(job: DecodeJob, source: Source, on_read: Callable[[str], bool], started: float) -> Decoded:
     media_sha256 = None
     try:
         media_sha256 = source.sha256()
-        on_read()
+        if not on_read(media_sha256):
+            seconds = time.perf_counter() - started
+            return Decoded(frames={}, media_sha256=media_sha256, decoder="", num_frames=0, fps=0.0, seconds=seconds)
         collector = FrameCollector(job)
         if job.clip.kind == "image":  # by what the media is, not by its name's extension
             reading = read_image(source, collector)

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
@@ -31,6 +31,7 @@ from pipeline.decode.sampling import Decoded, DecodeJob, FailedClipError
 from pipeline.media import Source, resolve_media
 from pipeline.remote_shards import remote_root
 
+IsKnown = Callable[[str], bool]  # of the sha256 of media: whether they need no decoding
 WORKER_COMMAND = (sys.executable, "-P", "-m", "pipeline.decode.worker")
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
@@ -73,7 +74,7 @@ class DecodePool:
     ) -> None:
         if num_processes < 1 or timeout_s <= 0:
             raise UserError(f"a decode pool needs processes and time, got {num_processes} and {timeout_s} s")
-        self._jobs: queue.SimpleQueue[tuple[DecodeJob, Future] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[DecodeJob, Future, IsKnown | None] | None] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._lock = threading.Lock()
         command = (*worker_command, "--memory-bytes", str(memory_bytes), "--parent", str(os.getpid()))
@@ -81,13 +82,16 @@ class DecodePool:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, job: DecodeJob) -> Future[Decoded]:
-        """Decode one clip in the next free process."""
+    def submit(self, job: DecodeJob, is_known: IsKnown | None = None) -> Future[Decoded]:
+        """Decode one clip in the next free process; with an empty result where `is_known` says so of its media.
+
+        `is_known` is called on a thread of the pool.
+        """
         future: Future[Decoded] = Future()
         with self._lock:
             if self._closed.is_set():
                 raise RunStoppedError("the decode pool is closed")
-            self._jobs.put((job, future))
+            self._jobs.put((job, future, is_known))
         return future
 
     def close(self) -> None:
@@ -155,12 +159,12 @@ class _WorkerThread(threading.Thread):
 
     def run(self) -> None:
         while (item := self._jobs.get()) is not None:
-            job, future = item
+            job, future, is_known = item
             if self._closed.is_set():
                 future.cancel()
             elif future.set_running_or_notify_cancel():
                 try:
-                    future.set_result(self._decode(job))
+                    future.set_result(self._decode(job, is_known))
                 except Exception as error:
                     is_closed = self._closed.is_set()
                     future.set_exception(RunStoppedError("the decode pool was closed") if is_closed else error)
@@ -172,7 +176,7 @@ class _WorkerThread(threading.Thread):
             if self._child:
                 self._child.kill()
 
-    def _decode(self, job: DecodeJob) -> Decoded:
+    def _decode(self, job: DecodeJob, is_known: IsKnown | None) -> Decoded:
         """Decode in the child; once more, in a new child, if it hangs or dies.
 
         A clip that ends two children fails with the digest of its bytes, taken here: the children are gone.
@@ -185,7 +189,7 @@ class _WorkerThread(threading.Thread):
         for _ in range(TRIES):
             child = self._ready_child()
             try:
-                return child.decode(job, self._timeout_s)
+                return child.decode(job, self._timeout_s, is_known)
             except worker.DeadlineError:
                 self._end_child(hangs=True)
                 failure = MediaError("decoding timed out twice")
@@ -272,7 +276,7 @@ class _DecodeChild:
             raise RunStoppedError(f"a decode process did not start; its output: {output or 'none'}") from error
         self._is_ready = "ready" in header
 
-    def decode(self, job: DecodeJob, timeout_s: float) -> Decoded:
+    def decode(self, job: DecodeJob, timeout_s: float, is_known: IsKnown | None) -> Decoded:
         """Send one job and wait for its result.
 
         Raises the job's error, `worker.DeadlineError` when time is up and `worker.PipeClosedError` when the process
@@ -282,14 +286,20 @@ class _DecodeChild:
         if os.fstat(self._stderr.fileno()).st_size > STDERR_BYTES:
             self._stderr.truncate(0)
         self.has_read = False
-        deadline = time.monotonic() + timeout_s
-        worker.send(self._stdin.fileno(), {"job": job.to_record(), "timeout_s": timeout_s})
+        allowed_s = timeout_s
+        deadline = time.monotonic() + allowed_s
+        asks = is_known is not None
+        worker.send(self._stdin.fileno(), {"job": job.to_record(), "timeout_s": timeout_s, "asks": asks})
         while True:
             header, body = worker.receive(self._stdout.fileno(), deadline)
             if "started" in header:
-                deadline = time.monotonic() + worker.allowed_s(timeout_s, header["started"])
+                allowed_s = worker.allowed_s(timeout_s, header["started"])
+                deadline = time.monotonic() + allowed_s
             elif "read" in header:
                 self.has_read = True
+                if is_known is not None:
+                    worker.send(self._stdin.fileno(), {"decode": not is_known(header["read"])})
+                    deadline = time.monotonic() + allowed_s  # the answer may have taken its time
             else:
                 return _parse_result(header, body, job)
 
@@ -319,6 +329,8 @@ def _parse_result(header: dict[str, Any], body: bytearray, job: DecodeJob) -> De
             raise FailedClipError(header["message"], header.get("media_sha256"))
         raise {"stopped": RunStoppedError, "user": UserError}[header["error"]](header["message"])
     dtypes = [np.dtype(view.rule.dtype) for view in job.views]
+    if not header["shapes"]:
+        return Decoded(frames={}, **header["decoded"])
     if len(header["shapes"]) != len(job.views):
         raise worker.PipeClosedError
     sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in zip(header["shapes"], dtypes, strict=True)]

@@ -30,7 +30,7 @@ from pipeline.decode.packet_index import (
     read_moov,
     scan_packets,
 )
-from pipeline.decode.sampling import FrameCollector, Reading
+from pipeline.decode.sampling import DAMAGED, FrameCollector, Reading
 from pipeline.media import Source
 
 INDEXED_NAME = "frames/1"
@@ -216,7 +216,7 @@ def _read_damaged(source: Source, index: PacketIndex, collector: FrameCollector)
                 frame_HWC = video.to_rgb(frame)
                 for wanted_number in sources.pop(number):
                     collector.add(wanted_number, frame_HWC)
-    return Reading(num_frames=num_frames, fps=fps, decoder=f"{SEQUENTIAL_NAME}+damaged:{substituted}-substituted")
+    return Reading(num_frames=num_frames, fps=fps, decoder=f"{SEQUENTIAL_NAME}{DAMAGED}{substituted}-substituted")
 
 
 def _numbered(video: OpenVideo, numbers: dict[int, int]) -> Iterator[tuple[int, av.VideoFrame]]:

@@ -19,6 +19,7 @@ from pipeline.media import Root, root_from_record
 from pipeline.views import FrameRule, ResizeRule, View
 
 DEFAULT_DECODER = "frames/1"
+DAMAGED = "+damaged:"  # in the decoder of a receipt: frames of damaged media were substituted
 ROUNDING = 1e-6  # of a frame: what floating point may take from the reference's expression
 CUT_ELSEWHERE = 2.0  # frames between the ends by average rate and by time: rounding explains less
 UNEVEN = 0.25  # of the mean interval: a frame this far from an even spacing makes a video variable-rate
@@ -61,7 +62,7 @@ class Decoded:
 
     frames: dict[View, np.ndarray] = field(repr=False)
     """[view.num_frames, S, S, 3] RGB, 0 to 255, in the dtype of the view's rule; [1, S, S, 3] for a still, which the
-    encoder repeats."""
+    encoder repeats. Empty if the clip was not decoded because its cells are known."""
     media_sha256: str  # of the media's bytes: see `media.Source.sha256`
     decoder: str  # what made the pixels, for the receipt: no versions, the same on every machine
     num_frames: int  # N of the whole media as the reader counts; 1 for a still

@@ -6,7 +6,8 @@ because media can make a decoder use any amount of both. The pool imports this m
 decoders are imported in `main`.
 
     8 bytes   lengths of header and body, two big-endian uint32
-    header    JSON
+    header    JSON: a job, answered by "started", "read" with the media's sha256, and the result; if the job asks, the
+              parent replies to "read" with "decode"
     body      frames, one view after the other, each in its rule's dtype
 
 No pickle: a decode process reads untrusted files, and what it sends back must not be able to run code.
@@ -116,21 +117,26 @@ def main() -> None:
         send(results, {"ready": os.getpid()})
         while True:
             record, _ = receive(jobs)
-            _serve(record, results, decode_clip)
+            _serve(record, jobs, results, decode_clip)
     except PipeClosedError:
         return
 
 
-def _serve(record: dict[str, Any], results: int, decode_clip: Callable[..., Decoded]) -> None:
+def _serve(record: dict[str, Any], jobs: int, results: int, decode_clip: Callable[..., Decoded]) -> None:
     """Decode one job and send its result; every outcome but a crash is a result."""
     job = DecodeJob.from_record(record["job"])
+
+    def on_read(sha256: str) -> bool:
+        send(results, {"read": sha256})
+        return receive(jobs)[0]["decode"] if record["asks"] else True
+
     try:
         media_bytes = Source.find(job.root, job.clip.path).num_bytes
         send(results, {"started": media_bytes})
         _limit_processor_time(CPU_SLACK * allowed_s(record["timeout_s"], media_bytes))
         decoded = decode_clip(
             job,
-            on_read=lambda: send(results, {"read": True}),
+            on_read=on_read,
             on_wait=lambda: send(results, {"started": media_bytes}),  # the deadline is of the media, not of the wait
         )
     except PipeClosedError:
@@ -152,7 +158,7 @@ def _serve(record: dict[str, Any], results: int, decode_clip: Callable[..., Deco
                 kind, message = "media", f"decoder failed: {exception_name(error)}"
         send(results, {"error": kind, "message": message, "media_sha256": getattr(error, "media_sha256", None)})
         return
-    frames = [decoded.frames[view] for view in job.views]
+    frames = [decoded.frames[view] for view in job.views] if decoded.frames else []
     header = {
         "decoded": {
             "media_sha256": decoded.media_sha256,

@@ -26,6 +26,7 @@ import torch
 
 from featurestore.clips import Clip
 from featurestore.group_writer import BlockWriter
+from featurestore.transfer.merge import LoadedCell, copy_cell
 from featurestore.writer import StoreWriter
 from jobs import metrics
 from jobs.run import TaskReporter, metered
@@ -34,6 +35,7 @@ from pipeline.config import EngineSettings
 from pipeline.decode.sampling import Decoded
 from pipeline.media import UNREACHABLE, Root, folder_has_gone, resolve_media
 from pipeline.reuse import ReuseTask, copy_cells
+from pipeline.same_media import SameMediaTask, stored_media
 from pipeline.views import View, distinct_views
 from pipeline.worker.encode import PendingTokens, TokenEncoder, launch_together
 from pipeline.worker.engine import Engine, decode_job, engine_for
@@ -56,6 +58,7 @@ class BlockTask:
     accept_damaged: bool
     engine: EngineSettings
     reuse: ReuseTask | None = None  # cells of another store that may be copied
+    same_media: SameMediaTask | None = None  # cells of other datasets of this store, likewise
 
 
 class EncoderRow(NamedTuple):
@@ -153,6 +156,13 @@ class _Block:
             for row in self._clips.keys() - task.wanted[name]:
                 writer.skip(row)
         self._to_decode = frozenset().union(*self._to_encode.values())
+        self._stored = None
+        if task.same_media is not None and self._to_decode:
+            with self._stage("read digests of the store"):
+                self._stored = stored_media(task.store, task.kind, task.same_media)
+            self.seconds["total"] += self.seconds["read digests of the store"]
+        self._found: dict[int, dict[str, LoadedCell]] = {}  # by row, until the clip has arrived
+        self._copied: set[EncoderRow] = set()  # from clips of the same media
 
     def feed(self) -> None:
         """Have the block's clips decoded, batch by batch, as far as frames fit the budget."""
@@ -176,29 +186,48 @@ class _Block:
     def _decode(self, row: int, encoders: Sequence[TokenEncoder], arrived: Callable[[Future[Decoded]], object]) -> None:
         try:
             job = decode_job(self.task.root, self._clips[row], encoders, accept_damaged=self.task.accept_damaged)
-            future = self.engine.pool.submit(job)
+            look_up = () if self._stored is None else (partial(self._is_known, row),)
+            future = self.engine.pool.submit(job, *look_up)
         except Exception as error:  # the pool was closed
             future = Future()
             future.set_exception(error)
         self._decodes.add(future)
         future.add_done_callback(arrived)
 
+    def _is_known(self, row: int, sha256: str) -> bool:
+        """Look for cells of the same media in the store; True if they are all that the row wants."""
+        encoders = {name for name, to_encode in self._to_encode.items() if row in to_encode}
+        self._found[row] = self._stored.cells(
+            sha256, self._clips[row], encoders, accept_damaged=self.task.accept_damaged
+        )
+        return self._found[row].keys() == encoders
+
+    def _copy_found(self, row: int) -> None:
+        cells = self._found.pop(row, {})
+        for name, cell in cells.items():
+            copy_cell(self.writers[name], row, cell)
+            self._copied.add(EncoderRow(name, row))
+        self._count(same_media=len(cells))
+
     def _arrived(self, batch: _Batch, row: int, arrivals: Countdown, future: Future[Decoded]) -> None:
         """Take a decoded clip; one that failed is recorded for every encoder that was to encode it."""
         self._decodes.discard(future)
         try:
             decoded = future.result()
+            self._copy_found(row)
+            self._spent(DECODING, decoded.seconds)
+            if not decoded.frames:
+                return
             batch.about[row] = {"media_sha256": decoded.media_sha256, "decoder": decoded.decoder}
             batch.frames[row] = decoded.frames
             self._count(frames=max(len(frames) for frames in decoded.frames.values()))
-            self._spent(DECODING, decoded.seconds)
         except MediaError as reason:
             sha256 = getattr(reason, "media_sha256", None)  # of a FailedClipError: the bytes that failed
             if str(reason) in UNREACHABLE:
                 self._unreachable.append(row)
             self._count(failed=1)
             for name, to_encode in self._to_encode.items():
-                if row in to_encode:
+                if row in to_encode and EncoderRow(name, row) not in self._copied:
                     self.writers[name].fail(row, str(reason), scope="clip", media_sha256=sha256)
         except CancelledError:
             self._fail(RunStoppedError("the decode pool was closed"))
@@ -229,8 +258,11 @@ class _Block:
         """One forward of each network; each row keeps its fixed slot even where other rows are missing."""
         on_device: dict[View, torch.Tensor] = {}  # encoders that share a view share the copy
         for keys in self.engine.forwards:
-            wanted = {name: self._to_encode[name] for name in keys if name in self._to_encode}
-            rows = {name: [row for row in batch.rows if row in wanted[name] and row in batch.frames] for name in wanted}
+            wanted = [name for name in keys if name in self._to_encode]
+            rows = {
+                name: [row for row in batch.rows if row in batch.frames and self._is_to_encode(name, row)]
+                for name in wanted
+            }
             rows = {name: some for name, some in rows.items() if some}
             if rows:
                 view = self.engine.encoders[keys[0]].view
@@ -243,8 +275,8 @@ class _Block:
 
     def _encode_one_by_one(self, batch: _Batch, probe: CrashProbe) -> None:
         """Each clip in a forward of its own, announced first; a clip that crashed this encoder before fails with it."""
-        for name, to_encode in self._to_encode.items():
-            for row in sorted(to_encode.intersection(batch.frames)):
+        for name in self._to_encode:
+            for row in sorted(row for row in batch.frames if self._is_to_encode(name, row)):
                 cell = EncoderRow(name, row)
                 if reason := probe.crashed.get(cell):
                     self.writers[name].fail(row, reason, scope="encoder", **batch.about[row])
@@ -254,6 +286,9 @@ class _Block:
                 self._launch(batch, {name: [row]}, frames)
                 wait(self._writes)  # a crash while it is compressed is this clip's as well
             self._count(cells=len(self.task.wanted[name].intersection(batch.rows)))
+
+    def _is_to_encode(self, name: str, row: int) -> bool:
+        return row in self._to_encode[name] and EncoderRow(name, row) not in self._copied
 
     def _upload(self, batch: _Batch, view: View, frames: Mapping[int, Mapping[View, np.ndarray]]) -> torch.Tensor:
         slots = [*batch.rows, *[None] * (self.task.batch - len(batch.rows))]
@@ -334,9 +369,12 @@ class _Block:
             bytes=sum(receipt.stored_bytes for receipt in receipts.values()),
             halvings=self.counts["halvings"],
             reused=self.counts["reused"],
+            same_media=self.counts["same_media"],
             made={
                 name: EncoderWork(
-                    clips=len(self._to_encode[name]), seconds=self.seconds[f"encode:{name}"], bytes=receipt.stored_bytes
+                    clips=sum(self._is_to_encode(name, row) for row in self._to_encode[name]),
+                    seconds=self.seconds[f"encode:{name}"],
+                    bytes=receipt.stored_bytes,
                 )
                 for name, receipt in receipts.items()
             },

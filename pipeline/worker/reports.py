@@ -88,6 +88,7 @@ class BlockReport(BlockCounts):
     kind: str
     block: int
     reused: int  # cells (clip and encoder) copied from another store
+    same_media: int = 0  # cells copied from clips of other datasets in this store that were made of the same bytes
     made: Mapping[str, EncoderWork]  # by encoder
     reasons: Mapping[str, int]  # why clips failed -> how many
     failures: Mapping[str, str] = field(default_factory=dict)  # clip id -> why it failed

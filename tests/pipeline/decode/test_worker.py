@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import signal
 import subprocess
 import sys
@@ -30,8 +31,8 @@ def receive(process) -> dict:
     return header
 
 
-def ask(process, job, timeout_s: float = 60.0) -> None:
-    protocol.send(process.stdin.fileno(), {"job": job.to_record(), "timeout_s": timeout_s})
+def ask(process, job, timeout_s: float = 60.0, *, asks: bool = False) -> None:
+    protocol.send(process.stdin.fileno(), {"job": job.to_record(), "timeout_s": timeout_s, "asks": asks})
 
 
 def test_worker_reports_ready_then_the_size_of_the_media_then_that_it_is_read_then_the_result(worker, studio) -> None:
@@ -39,10 +40,25 @@ def test_worker_reports_ready_then_the_size_of_the_media_then_that_it_is_read_th
     assert receive(worker) == {"ready": worker.pid}
     ask(worker, studio.job(path))
     assert receive(worker) == {"started": path.stat().st_size}
-    assert receive(worker) == {"read": True}
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert receive(worker) == {"read": sha256}
     answer = receive(worker)
     assert answer["shapes"] == [[32, 48, 48, 3]]
     assert answer["decoded"]["num_frames"] == 60
+
+
+def test_worker_that_asks_decodes_what_is_wanted_and_nothing_else(worker, studio) -> None:
+    path = studio.film("a.mp4")
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    receive(worker)
+    for is_wanted in (False, True):
+        ask(worker, studio.job(path), asks=True)
+        assert "started" in receive(worker)
+        assert receive(worker) == {"read": sha256}
+        protocol.send(worker.stdin.fileno(), {"decode": is_wanted})
+        answer = receive(worker)
+        assert answer["decoded"]["media_sha256"] == sha256
+        assert answer["shapes"] == ([[32, 48, 48, 3]] if is_wanted else [])
 
 
 def test_worker_ends_when_its_pipe_closes(worker) -> None:
