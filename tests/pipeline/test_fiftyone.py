@@ -1,4 +1,4 @@
-"""The export for FiftyOne, by the rules of FiftyOneDataset; docs/explorer.md names the version it was loaded in."""
+"""The export for FiftyOne, by the rules of its type FiftyOneDataset; docs/explorer.md says what it was tried with."""
 
 from __future__ import annotations
 
