@@ -27,6 +27,7 @@ from featurestore.shards import encode_row
 from featurestore.snapshots import newest_snapshot_id
 from featurestore.storage_dtypes import OverflowedTokens, to_stored
 from featurestore.store import FeatureStore
+from featurestore.writer import StoreWriter
 from featurestore.zarr_metadata import array_specs, clip_bytes, parse_root
 from jobs.clusters import connect
 from jobs.run import Task, run_tasks
@@ -90,6 +91,7 @@ class Forecast:
     free_bytes: int | None  # None in a bucket, which reports none
     workers: int
     probed: int = 0  # clips encoded for the forecast
+    probed_stored: int = 0  # of these, clips whose media other datasets of the store hold under any name: to be copied
     probed_workers: int = 0  # on so many workers
     device: str = ""
     decode_s: float = 0.0  # per clip, in a decode process
@@ -110,6 +112,19 @@ class Forecast:
     missing_files: tuple[str, ...] = ()  # their paths
     rejected: dict[str, int] = field(default_factory=dict)  # reason -> annotation records refused
     skipped: dict[str, int] = field(default_factory=dict)  # what the dataset does not read by its rules -> files
+
+    @property
+    def stored_notes(self) -> list[str]:
+        """What seems to be stored already, under other names or elsewhere, in words."""
+        to_do, reusable = (sum(getattr(row, name) for row in self.rows) for name in ("to_do", "reusable"))
+        notes = []
+        if reusable:
+            share = f"{reusable} of {to_do} (clip, encoder) pairs ({reusable / to_do:.0%})"
+            notes.append(f"{share} seem to be stored, by file name and span: copied where the media are the same bytes")
+        if self.probed_stored:
+            share = f"{self.probed_stored} of {self.probed} probed clips"
+            notes.append(f"{share} are stored by other datasets of the store, under any name: such clips are copied")
+        return notes
 
     @property
     def bytes(self) -> int:
@@ -151,6 +166,7 @@ def forecast(config: ExtractConfig, *, probe: int = 4) -> Forecast:
         workers=workers,
         probed_workers=probed.workers,
         probed=len(decode_s),
+        probed_stored=_probed_stored(config, objects, listing.name, probed),
         device=probed.device,
         decode_s=statistics.fmean(decode_s or [0.0]),
         balance=balance(rows, probed.clips),
@@ -230,9 +246,11 @@ def probe_clips(
 def _probe_kind(engine: Engine, root: Root, kind: str, clips: Sequence[Clip], batch: int) -> list[ProbeRecord]:
     """One forward of each encoder per batch: at full size on a CPU a forward is half a minute, so none is repeated."""
     decoded: list[Decoded] = []
+    clips_of: list[Clip] = []
     for clip in clips:
         try:
             decoded.append(engine.pool.submit(decode_job(root, clip, engine.encoders.values())).result())
+            clips_of.append(clip)
         except MediaError:
             continue
     if engine.device != "cpu" and decoded:
@@ -245,11 +263,18 @@ def _probe_kind(engine: Engine, root: Root, kind: str, clips: Sequence[Clip], ba
         for keys in engine.forwards:
             encoders |= _probe_encoders(engine, keys, kind, clips_of_batch, batch)
         encode_s = sum(probed.seconds for probed in encoders.values())
-        for clip in clips_of_batch:
+        for number, clip in enumerate(clips_of_batch, start):
             # Decoding runs in parallel with the encoders: it costs wall time only where it is the slower of the two.
             wall_s = max(encode_s, clip.seconds / engine.num_decoders)
             records.append(
-                ProbeRecord(decode_s=clip.seconds, wall_s=wall_s, encoders=encoders, decoders=engine.num_decoders)
+                ProbeRecord(
+                    decode_s=clip.seconds,
+                    wall_s=wall_s,
+                    encoders=encoders,
+                    decoders=engine.num_decoders,
+                    clip=clips_of[number],
+                    media_sha256=clip.media_sha256,
+                )
             )
     return records
 
@@ -355,6 +380,24 @@ def _rows(config: ExtractConfig, objects: Objects, listing: DatasetListing, prob
                 )
             )
     return rows
+
+
+def _probed_stored(config: ExtractConfig, objects: Objects, dataset: str, probed: Probe) -> int:
+    """Probed clips whose media and span other datasets of the store hold for all encoders; bytes are compared."""
+    if newest_snapshot_id(objects) is None:
+        return 0
+    from pipeline.same_media import StoredMedia, same_media_task  # only where there is something to find
+
+    count = 0
+    for kind, records in probed.clips.items():
+        task = same_media_task(StoreWriter.open(config.store_path), kind, probed.identities, dataset, None)
+        stored = StoredMedia(str(config.store_path), kind, task) if task and records else None
+        for record in records if stored else ():
+            found = stored.cells(
+                record.media_sha256, record.clip, probed.identities, accept_damaged=config.accept_damaged
+            )
+            count += found.keys() == probed.identities.keys()
+    return count
 
 
 def _done(config: ExtractConfig, objects: Objects, identities: Mapping[str, FeatureIdentity]) -> dict[str, set[str]]:

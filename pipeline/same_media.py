@@ -52,18 +52,23 @@ def same_media_tasks(
     snapshot: str | None,
 ) -> dict[str, SameMediaTask | None]:
     """Kind -> its task, given encoder -> identity; None where no other dataset has cells of any of the identities."""
-    return {kind: _task(store, kind, identities, dataset, snapshot) for kind in {block.kind for block in blocks}}
+    return {
+        kind: same_media_task(store, kind, identities, dataset, snapshot) for kind in {block.kind for block in blocks}
+    }
 
 
-def _task(
+def same_media_task(
     store: StoreWriter, kind: str, identities: Mapping[str, FeatureIdentity], dataset: str, snapshot: str | None
 ) -> SameMediaTask | None:
+    """The task of one kind."""
     table = store.clips()
     rows = table.filter(pc.and_(pc.equal(table["kind"], kind), pc.not_equal(table["dataset"], dataset)))["row"]
     if not len(rows):
         return None
     blocks = set(np.unique(rows.to_numpy() // store.block_rows[kind]).tolist())
     groups = {name: identity.group_name for name, identity in identities.items()}
+    stored = store.encoder_groups(kind)  # a new encoder has none
+    groups = {name: group for name, group in groups.items() if group in stored}
     held = {name: group for name, group in groups.items() if blocks & store.open_group(kind, group).committed_blocks()}
     return SameMediaTask(dataset, tuple(held.items()), snapshot) if held else None
 

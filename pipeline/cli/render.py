@@ -218,10 +218,8 @@ def forecast(result) -> None:
         counts = (row.clips, row.to_do, row.reusable, format_bytes(row.bytes), row.files)
         rows.append((row.stage, row.kind, row.encoder, *counts, format_duration(row.seconds) if row.seconds else "-"))
     table(columns, rows, right=columns[3:])
-    if reusable := sum(row.reusable for row in result.rows):
-        to_do = sum(row.to_do for row in result.rows)
-        share = f"{reusable} of {to_do} (clip, encoder) pairs ({reusable / to_do:.0%})"
-        out.print(f"{share} seem to be stored, by file name and span: copied where the media are the same bytes")
+    for note in result.stored_notes:
+        out.print(note)
     free = "" if result.free_bytes is None else f", {format_bytes(result.free_bytes)} free"
     out.print(bold(format_bytes(result.bytes)), f" to write at {result.store}{free}", sep="")
     if result.seconds:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from featurestore.clips import Clip
 from featurestore.identity import FeatureIdentity
 from mervcache.console import Counts
 from mervcache.logs import emit
@@ -123,6 +124,8 @@ class ProbeRecord:
     wall_s: float  # on a worker that decodes while it encodes
     encoders: Mapping[str, EncoderProbe]
     worker: int = 0  # which of the probed workers it was
+    clip: Clip | None = None
+    media_sha256: str | None = None
     decoders: int = 1  # decode processes of that worker
 
 

@@ -117,7 +117,12 @@ def test_a_span_is_part_of_what_must_be_the_same(lab):
     assert path
 
 
-def test_the_plan_says_what_other_datasets_seem_to_hold(lab, tmp_path):
+def test_the_plan_says_what_other_datasets_seem_to_hold_and_what_a_probe_finds_under_other_names(lab, other_names):
     lab.extract(encoders=ONE, kind="video")
     plan = forecast(lab.config(encoders=ONE, dataset="folder"), probe=0)
     assert {row.kind: (row.to_do, row.reusable) for row in plan.rows} == {"video": (9, 9), "image": (5, 0)}
+    plan = forecast(lab.config(encoders=ONE, dataset="folder", root=str(other_names)), probe=10)
+    assert [(row.to_do, row.reusable) for row in plan.rows] == [(10, 0)]
+    assert (plan.probed, plan.probed_stored) == (10, 9)
+    plan = forecast(lab.config(encoders=["siglip", "dinov2"], dataset="folder", root=str(other_names)), probe=1)
+    assert plan.probed_stored == 0  # one encoder has to see the clip

@@ -21,9 +21,11 @@ from pipeline.datasets import load_dataset
 from pipeline.media import Source, resolve_media
 from pipeline.media_digests import DigestCache
 from pipeline.remote_shards import RemoteRoot, connection, parse_sidecar
+from tests.featurestore.gcs_server import gcs
 from tests.featurestore.s3_server import counts
 from tests.pipeline.datasets.conftest import add_to_tar
 
+__all__ = ["gcs"]  # a fixture
 ALIGN = "webdataset-align"
 VIDEO_BYTES = 300_000  # far enough apart that no read of headers goes through one
 
@@ -294,6 +296,16 @@ def test_a_request_that_cannot_be_met_says_why(bucket, root, options, message):
 def test_other_datasets_say_that_they_read_folders(bucket):
     with pytest.raises(UserError, match="dataset folder reads a folder"):
         load_dataset("folder", bucket.url)
+
+
+def test_shards_are_read_from_google_storage(gcs, tmp_path, monkeypatch):
+    monkeypatch.setenv("MERV_CACHE_DIR", str(tmp_path / "cache"))
+    connection.cache_clear()  # of another server
+    url = f"{gcs.rpartition('/')[0]}/shards"
+    obstore.put(connect(url), "0.tar", shard("a", "b"))
+    listing = load_dataset("webdataset", url)
+    assert [clip.path for clip in listing.clips] == ["0.tar/a.mp4", "0.tar/b.mp4"]
+    assert data_of(listing.root, "0.tar/b.mp4") == content("b")
 
 
 class PlainServer(http.server.BaseHTTPRequestHandler):
