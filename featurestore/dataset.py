@@ -1,12 +1,14 @@
 """`FeatureDataset`: a torch dataset over a store, in its own module because torch is heavy.
 
 The store is opened in each loader worker on first use. Start workers by spawn or forkserver
-(`multiprocessing_context="spawn"`); a dataset pickles as its store's path, snapshot and the list of items.
+(`multiprocessing_context="spawn"`); a dataset pickles as its store's path, snapshot and the list of items. In a
+StatefulDataLoader the loader keeps the place in the epoch, and the dataset checks that it is still the same data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch.utils.data import Dataset
 from featurestore.clips import Sample
 from featurestore.store import FeatureStore
 from mervcache.errors import UserError
+from mervcache.files import record_digest, sha256_hex
 from mervcache.reprs import brief
 
 
@@ -44,6 +47,37 @@ class FeatureDataset(Dataset[dict[str, Any]]):
         if self._store is None:
             self._store = FeatureStore(*self._place)
         return self._store
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the items are: the snapshot, and a digest of the items in their order and of the encoders' identities.
+
+        torchdata's StatefulDataLoader saves it with its own place in the epoch.
+        """
+        return dict(self._state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Check that a saved state is that of this dataset; a place in other items would mean nothing.
+
+        Raises
+        ------
+        UserError
+            For the state of another snapshot, of other items or in another order, or of other encoders.
+        """
+        if dict(state) == self._state:
+            return
+        if state.get("snapshot") != self._state["snapshot"]:
+            raise UserError(
+                f"the loader's state is of snapshot {state.get('snapshot')} and this dataset reads "
+                f"{self._state['snapshot']}: open the store with FeatureStore.open(..., snapshot=...) to go on"
+            )
+        raise UserError("the loader's state is of other items, another order or other encoders: make the same dataset")
+
+    @cached_property
+    def _state(self) -> dict[str, Any]:
+        items = [item.digest if isinstance(item, Sample) else item for item in self._items]
+        identities = {name: self.store.encoders[name].id for name in self._encoders}
+        digest = record_digest({"items": sha256_hex("\n".join(items).encode()), "encoders": identities})
+        return {"snapshot": self.store.snapshot, "digest": digest}
 
     def __len__(self) -> int:
         return len(self._items)

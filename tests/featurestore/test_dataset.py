@@ -64,3 +64,44 @@ def test_a_spawned_loader_worker_reads_what_the_process_itself_reads(store):
 def test_unknown_encoders_are_refused_at_once(store):
     with pytest.raises(UserError, match=r"\['clip'\] are not in this store; it has: dinov2, vivit"):
         FeatureDataset(store, IDS, ["clip"])
+
+
+def stateful(dataset, **options):
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    generator = torch.Generator().manual_seed(7)
+    return StatefulDataLoader(dataset, batch_size=2, shuffle=True, collate_fn=ids_of, generator=generator, **options)
+
+
+def ids_of(records):
+    return [record["clip_id"] for record in records]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stateful_loader_goes_on_where_it_was(store, workers):
+    options = {"num_workers": workers} | ({"multiprocessing_context": "spawn"} if workers else {})
+    loader = stateful(FeatureDataset(store, IDS, ["dinov2"]), **options)
+    batches = iter(loader)
+    first, state = next(batches), loader.state_dict()
+    second = stateful(FeatureDataset(store, IDS, ["dinov2"]), **options)
+    second.load_state_dict(pickle.loads(pickle.dumps(state)))
+    rest = list(second)
+    assert rest == list(batches)
+    assert sorted([*first, *(clip_id for batch in rest for clip_id in batch)]) == IDS
+
+
+def test_a_state_of_other_data_is_refused(store, kit, make):
+    loader = stateful(FeatureDataset(store, IDS, ["dinov2"]))
+    next(iter(loader))
+    state = loader.state_dict()
+    kit.writer().add_clips([make.video(9)])
+    kit.fill()
+    for other, message in (
+        (FeatureDataset(store, IDS[::-1], ["dinov2"]), "other items, another order or other encoders"),
+        (FeatureDataset(store, IDS, ["vivit"]), "other items, another order or other encoders"),
+        (FeatureDataset(kit.open(), IDS, ["dinov2"]), rf"is of snapshot {store.snapshot} and this dataset reads"),
+    ):
+        again = stateful(other)
+        again.load_state_dict(state)
+        with pytest.raises(UserError, match=message):
+            next(iter(again))
