@@ -31,6 +31,7 @@ from trainer.cli_evaluate import (
     share_questions,
 )
 from trainer.cli_examples import EXAMPLES
+from trainer.cli_export import export_options, model_line, options_of, prompts_line, write_export
 from trainer.cli_launch import launch_options, pop_processes, sbatch_script
 from trainer.cli_sizes import size_options
 from trainer.config import (
@@ -381,24 +382,22 @@ def eval_distortion(checkpoint: Path, store: str | None, as_json: bool, **option
 @eval_main.command("export", epilog=EXAMPLES["export"])
 @handle_cli_errors
 @CHECKPOINT
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to make; it must not exist.")
-@click.option("--best", is_flag=True, help="The best checkpoint by validation instead of the newest.")
-@click.option("--name", show_default="the folder's name", help="Title of the model card.")
-@click.option("--license", default="unknown", help="Licence in the card's head, such as apache-2.0.")
-@click.option("--with-llm", is_flag=True, help="Copy a frozen LLM's weights too, instead of naming the LLM.")
-@click.option("--merge-lora", is_flag=True, help="Add LoRA adapters to the LLM's weights, instead of a peft folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
-def eval_export(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> None:
-    """Export a run as a folder: safetensors, settings, tokenizer, model card."""
+@export_options
+def eval_export(checkpoint: Path, out: Path, kind: str, as_json: bool, **options: Any) -> None:
+    """Export a run as a folder: safetensors, settings, tokenizer, model card.
+
+    With --format prompt-embeds, the prompts of a store's questions as embeddings. Exit code 3: questions were left out,
+    because their clips have no tokens.
+    """
+    given = options_of(kind, options)
     check_are_runs(checkpoint)
     load_torch_modules()
-    from trainer.runs.export import export_run
-
-    result = export_run(checkpoint, out, **options)
-    for note in result.get("notes", ()):
+    found = write_export(kind, checkpoint, out, given)
+    for note in found.get("notes", ()):
         echo(note)
-    line = f"{result['out']}: step {result['step']}, {result['bytes'] / 1e6:.1f} MB; fill in the licence in README.md"
-    print_result(result, as_json, lambda: click.echo(line))
+    print_result(found, as_json, lambda: click.echo((model_line if kind == "model" else prompts_line)(found)))
+    if found.get("without_tokens"):
+        end_with_failures()
 
 
 @eval_main.command("import-official", epilog=EXAMPLES["import-official"])

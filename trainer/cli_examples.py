@@ -13,7 +13,10 @@ EXAMPLES = {
         "merv-eval run --checkpoint runs/live --dataset eval --root eval_data",
     ),
     "distortion": examples("merv-eval distortion --checkpoint runs/first --limit 64"),
-    "export": examples("merv-eval export --checkpoint runs/first --out exports/first --license apache-2.0"),
+    "export": examples(
+        "merv-eval export --checkpoint runs/first --out exports/first --license apache-2.0",
+        "merv-eval export --checkpoint runs/first --out exports/prompts --format prompt-embeds --limit 100",
+    ),
     "import-official": examples(
         "merv-eval import-official latest.pt --config config.json --llm meta-llama/Llama-2-7b-hf --out runs/official"
     ),
