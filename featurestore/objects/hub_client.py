@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from featurestore.layout import shard_place
 from featurestore.objects.base import Buffer, Objects, check_key, service_faults
@@ -80,7 +80,8 @@ def _download(place: HubPlace, key: str, folder: str) -> Path | None:
             hub_api().download_bucket_files(place.repo, [(place.path(key), file)], raise_on_missing_files=True)
             return file
         name, revision = place.path(key), place.revision
-        download: Callable[..., str] = hub_api().hf_hub_download  # pyright: ignore[reportUnknownMemberType]: tqdm's
+        api: Any = hub_api()  # the type of its download holds a class of tqdm, which has no types
+        download: Callable[..., str] = api.hf_hub_download
         return Path(download(place.repo, name, repo_type="dataset", revision=revision, local_dir=folder))
     except LocalEntryNotFoundError:  # no answer
         raise
