@@ -163,7 +163,7 @@ class Sample:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Sample:
-        """Inverse of `to_record`; checks the sample again."""
+        """Inverse of `to_record`; checks the sample of the `record` again."""
         turns = tuple(Turn(**turn) for turn in record["turns"])
         values: dict[str, Any] = {**record, "turns": turns, "options": tuple(record["options"] or ())}
         return cls(**values)

@@ -19,9 +19,19 @@ from mervcache.reprs import brief
 
 
 class FeatureDataset(Dataset[dict[str, Any]]):
-    """Item i is {"clip_id": str, ENCODER: tokens_THWD, ...}, and "sample" where samples were given.
+    """A torch dataset: item i is {"clip_id": str, ENCODER: tokens_THWD, ...}, and "sample" where samples were given.
 
-    Tokens are float16, or float32 where the storage dtype is another. Text-only samples carry no tokens.
+    Tokens are float16, or float32 where the storage dtype is another. Text-only samples carry no tokens. It can be
+    pickled to workers of a DataLoader, which open the store themselves.
+
+    Parameters
+    ----------
+    store
+        The open store.
+    items
+        Clip ids, or samples.
+    encoders
+        Keys of the store; UserError for others and for none.
     """
 
     def __init__(self, store: FeatureStore, items: Sequence[str] | Sequence[Sample], encoders: Sequence[str]) -> None:
@@ -41,6 +51,7 @@ class FeatureDataset(Dataset[dict[str, Any]]):
 
     @property
     def store(self) -> FeatureStore:
+        """The open store; opened again in a process that received the dataset by pickle."""
         if self._store is None:
             self._store = FeatureStore(*self._place)
         return self._store

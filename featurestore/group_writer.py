@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 
 class GroupWriter:
-    """The Zarr group of one encoder and kind, open for committing blocks."""
+    """The Zarr group of one encoder and kind, open for committing blocks; make one with `StoreWriter.open_group`."""
 
     def __init__(self, objects: Objects, index: ClipIndex, kind: str, group: str) -> None:
         record = read_group(objects, kind, group)
@@ -70,11 +70,14 @@ class GroupWriter:
         return sorted(set(range(self._index.allocated_blocks(self.kind))) - self.committed_blocks())
 
     def receipt(self, block: int) -> Receipt:
-        """The receipt of a committed block, checked; FileNotFoundError if there is none."""
+        """The receipt of a committed `block`, checked; FileNotFoundError if there is none."""
         return read_receipt(self.objects, self.kind, self.name, block, self.block_rows)
 
     def begin(self, block: int, rows: Iterable[int] | None = None) -> BlockWriter:
-        """Start a block; `rows` are its planned rows where the caller knows them (saves reading the clip parts)."""
+        """Start a `block`; `rows` are its planned rows where the caller knows them, which saves reading the clip parts.
+
+        UserError for a block without clips.
+        """
         return BlockWriter(self, block, self._index.planned_rows(self.kind, block) if rows is None else rows)
 
     def grow(self) -> None:
@@ -98,7 +101,7 @@ class GroupWriter:
 
 
 class BlockWriter:
-    """Collects the outcome of every planned row of one block, then commits it.
+    """Collects the outcome of every planned row of one block, then commits it; make one with `GroupWriter.begin`.
 
     Several threads may add rows at once: a shard is sorted by row when it is built. Memory is bounded by the block's
     encoded bytes. Shards are put in the order of layout.ARRAYS, tokens last, and a row
@@ -127,9 +130,16 @@ class BlockWriter:
         return sum(len(chunk) for chunks in self._chunks.values() for chunk in list(chunks.values()))
 
     def add(self, row: int, arrays: Mapping[str, np.ndarray], *, media_sha256: str | None, decoder: str | None) -> None:
-        """Keep a clip's floats {"tokens": [T, H, W, D], "prefix": [T, K, D] if the identity has prefix tokens}.
+        """Keep a clip's floats; tokens that do not fit the storage dtype fail the row, nothing is raised.
 
-        Tokens that do not fit the storage dtype fail the row for this encoder; nothing is raised.
+        Parameters
+        ----------
+        row
+            A planned row of the block without an outcome yet; UserError for others.
+        arrays
+            {"tokens": [T, H, W, D], "prefix": [T, K, D] if the identity has prefix tokens}, floats.
+        media_sha256, decoder
+            What the receipt records of the media; None where unknown.
         """
         self._check_free(row)
         wanted = {name: spec.row_shape for name, spec in self.specs.items() if name in ("tokens", "prefix")}
@@ -145,7 +155,10 @@ class BlockWriter:
     def add_stored(
         self, row: int, stored: Mapping[str, np.ndarray], *, media_sha256: str | None, decoder: str | None
     ) -> None:
-        """Keep a clip's items as they are stored, of every array: what `to_stored` gives for its floats."""
+        """Keep a clip's items as they are stored, every array of the group: what `to_stored` gives for its floats.
+
+        `row`, `media_sha256` and `decoder` are those of `add`, `stored` is array name -> item.
+        """
         self._check_free(row)
         chunks = {name: encode_row(spec, stored[name]) for name, spec in self.specs.items()}
         self._keep(row, chunks, row_digest(stored), media_sha256=media_sha256, decoder=decoder)
@@ -153,7 +166,10 @@ class BlockWriter:
     def add_chunks(
         self, row: int, chunks: Mapping[str, bytes], *, media_sha256: str | None, decoder: str | None
     ) -> None:
-        """Keep a clip's rows as another store encoded them, of every array, in this group's codec."""
+        """Keep a clip's rows as another store encoded them, every array, in this group's codec.
+
+        `row`, `media_sha256` and `decoder` are those of `add`, `chunks` is array name -> bytes.
+        """
         self._check_free(row)
         if set(chunks) != set(self.specs):
             raise UserError(f"row {row} of {self._group.name} must have {sorted(self.specs)}, got {sorted(chunks)}")
@@ -178,7 +194,10 @@ class BlockWriter:
         decoder: str | None = None,
         scope: str = "clip",
     ) -> None:
-        """Quarantine a clip ("clip") or one encoder on it ("encoder")."""
+        """Quarantine the clip of a `row`, or with `scope="encoder"` this encoder on it.
+
+        `reason` is stored, so it holds no paths and no measured values; `media_sha256` and `decoder` as in `add`.
+        """
         self._check_free(row)
         text = shareable(reason)[:MAX_REASON_LENGTH] or "no reason given"
         self._outcomes[row] = RowOutcome(
@@ -186,7 +205,7 @@ class BlockWriter:
         )
 
     def skip(self, row: int) -> None:
-        """Leave a row empty because the clip has tokens in another one."""
+        """Leave a `row` empty because the clip has tokens in another one."""
         self._check_free(row)
         self._outcomes[row] = RowOutcome(state="skipped")
 

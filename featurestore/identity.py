@@ -70,7 +70,7 @@ class FeatureIdentity:
         return f"{self.encoder}-{self.id}"
 
     def grid_of(self, kind: str) -> tuple[int, int, int]:
-        """Stored T, H, W: a still holds one period of the time axis only, the reader repeats it."""
+        """Stored T, H, W of a `kind`: a still holds one period of the time axis only, the reader repeats it."""
         time, height, width = self.grid
         return (time if kind == "video" else min(self.still_period, time), height, width)
 
@@ -87,17 +87,19 @@ class FeatureIdentity:
         return (self.num_frames // tubelet, image // patch, image // patch)
 
     def to_dict(self) -> dict[str, Any]:
+        """Every field as plain JSON values."""
         return json.loads(json.dumps(asdict(self)))
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> FeatureIdentity:
+        """The identity of a `record` of `to_dict`; StoreFormatError for unknown fields, which a newer version wrote."""
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(record) - known):
             raise StoreFormatError(f"identity has unknown fields {', '.join(unknown)}; a newer version wrote it")
         return cls(**record)
 
     def differences(self, other: FeatureIdentity) -> dict[str, tuple[Any, Any]]:
-        """Fields that differ: name -> (value here, value there)."""
+        """Fields that differ from the `other` identity: name -> (value here, value there)."""
         here, there = self.to_dict(), other.to_dict()
         return {name: (here[name], there[name]) for name in here if here[name] != there[name]}
 

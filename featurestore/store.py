@@ -112,12 +112,25 @@ class FeatureStore:
         cache: Place | bool = True,
         cache_bytes: int | None = None,
     ) -> FeatureStore:
-        """Open a store's newest snapshot, or the one named by id or tag; `path` is a folder or a URL.
+        """Open a store read-only at its newest snapshot.
 
-        URLs are s3, gs, az, https and hf.
+        Parameters
+        ----------
+        path
+            A folder, or a URL: s3, gs, az, https or hf.
+        snapshot
+            Id or tag of another snapshot.
+        cache
+            Folder for reads from a URL (default: MERV_CACHE_DIR, else ~/.cache/merv-cache); False caches nothing.
+        cache_bytes
+            Bound of that folder (default: MERV_CACHE_BYTES, else 50 GB).
 
-        Reads from a URL are cached in the folder `cache` (default: MERV_CACHE_DIR, else ~/.cache/merv-cache), bounded
-        to `cache_bytes` (default: MERV_CACHE_BYTES, else 50 GB); False caches nothing.
+        Raises
+        ------
+        StoreNotFoundError
+            No store is there.
+        StoreError
+            The store has no such snapshot, or none yet.
         """
         path = place_of(path)
         objects = open_cached(path, cache, cache_bytes)
@@ -181,6 +194,7 @@ class FeatureStore:
 
     @property
     def sample_names(self) -> list[str]:
+        """Names of the sets of conversations, sorted."""
         return sorted(self._record.samples)
 
     @property
@@ -194,7 +208,10 @@ class FeatureStore:
         return {name: self._record.samples[name]["key"] for name in self.sample_names}
 
     def samples(self, name: str | None = None) -> list[Sample]:
-        """Conversations of one name, or of all names in order."""
+        """Conversations of one `name`, or of all names in order.
+
+        UserError for an unknown name, StoreDamagedError for a file that differs from the snapshot's digest.
+        """
         if name is not None and name not in self._record.samples:
             raise UserError(f"samples {name!r} are not in this store; it has: {', '.join(self.sample_names) or 'none'}")
         samples: list[Sample] = []
@@ -211,7 +228,10 @@ class FeatureStore:
         return [sample for sample in samples if sample.clip_id not in self._removed]
 
     def journal(self, prefix: str = "") -> list[tuple[str, dict[str, Any]]]:
-        """(name, record) of runs, workers and measurements whose name starts so; provenance, never in a digest."""
+        """(name, record) of runs, workers and measurements whose name starts with `prefix`.
+
+        Records are provenance and part of no digest.
+        """
         names = [name for name in journal_names(self._objects.list_names(JOURNAL)) if name.startswith(prefix)]
         texts = ((name, get_bounded(self._objects, journal_key(name), MAX_JOURNAL_BYTES)) for name in names)
         return [(name, parse_journal(text, name)) for name, text in texts]
@@ -226,7 +246,10 @@ class FeatureStore:
         return dict(self._record.canaries)
 
     def rows(self, clip_ids: Sequence[str], *, encoder: str) -> np.ndarray:
-        """int64 [B]: the row of each clip in its kind's array, -1 where it has no tokens; clips of one kind only."""
+        """int64 [B]: the row of each of `clip_ids` in the array of its kind, -1 where it has no tokens.
+
+        UserError for an unknown `encoder` and for clips of several kinds, ClipUnavailableError for an unknown clip.
+        """
         lines = self._lines(clip_ids)
         if len(set(self._is_image[lines].tolist())) > 1:
             raise UserError("rows count in one array, and these clips are in several (image, video)")
@@ -250,6 +273,10 @@ class FeatureStore:
 
         Parameters
         ----------
+        clip_ids
+            B clips, videos or stills.
+        encoder
+            A key of `encoders`.
         frames
             Time steps to read, a slice or indices; a still's steps repeat.
         out
@@ -293,7 +320,7 @@ class FeatureStore:
     def plot(
         self, clip_ids: str | Sequence[str], *, encoders: Sequence[str] | None = None, num_steps: int = 8
     ) -> Figure:
-        """Token maps of one clip or a few as a matplotlib figure: a row per encoder, a column per time step.
+        """Token maps of the clips `clip_ids` as a matplotlib figure: a row per encoder, a column per time step.
 
         Colours are the first three principal components of an encoder's tokens of these clips. A store holds no
         frames: `merv-pipeline view` shows them next to the maps. By default all encoders that have the clips are shown,
@@ -313,13 +340,16 @@ class FeatureStore:
         return plot_maps(maps)
 
     def read_prefix(self, clip_ids: Sequence[str], *, encoder: str, frames: Frames = None) -> np.ndarray:
-        """Class and register tokens as floats [B, T, K, D], for encoders that store them."""
+        """Class and register tokens of B clips as floats [B, T, K, D]; `frames` chooses time steps as in `read`.
+
+        UserError for an `encoder` stored without them, ClipUnavailableError if one of `clip_ids` has no tokens.
+        """
         if not self.encoders[self._key(encoder)].prefix_tokens:
             raise UserError(f"{encoder} was stored without prefix tokens; extract it with prefix tokens to have them")
         return self._batches.read("prefix", *self._locate(clip_ids, encoder), frames)
 
     def media_sha256(self, *, encoder: str) -> dict[str, str]:
-        """Clip id -> sha256 of the media that its tokens of an encoder were made from, where receipts record it."""
+        """Clip id -> sha256 of the media behind its tokens of `encoder`, where receipts record it."""
         group = self._groups[self._key(encoder)]
         found: dict[str, str] = {}
         for kind, is_kind in (("image", self._is_image), ("video", ~self._is_image)):
@@ -339,9 +369,10 @@ class FeatureStore:
         return found
 
     def data_digest(self, clip_ids: Iterable[str], encoders: Sequence[str], samples: Iterable[Sample] = ()) -> str:
-        """64 hex digits over the (clip, identity, row digest) and samples that a run reads, in any order.
+        """64 hex digits over (clip, identity, row digest) of `clip_ids` with `encoders`, and over `samples`.
 
-        Equal for copies, pulls and unions of the same data.
+        Their order does not matter. Equal for copies, pulls and unions of the same data. ClipUnavailableError for
+        an unknown clip.
         """
         distinct = sorted(set(clip_ids))
         lines = self._lines(distinct)
@@ -375,7 +406,7 @@ class FeatureStore:
         }
 
     def stored_bytes(self, identity: FeatureIdentity, kind: str) -> tuple[int, int]:
-        """(bytes of the shards, clips that they hold) of one encoder and kind."""
+        """(bytes of the shards, clips that they hold) of an encoder, given by its `identity`, and a kind."""
         summary = self._record.groups.get(f"{kind}/{identity.group_name}")
         return (summary.stored_bytes, summary.counts["ok"]) if summary else (0, 0)
 

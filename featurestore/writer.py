@@ -55,7 +55,10 @@ from mervcache.text import redact_all
 
 
 class StoreWriter:
-    """A store that may be extended. Cheap to open; safe to use from several processes at once."""
+    """A store that may be extended; make one with `open_or_create` or `open`.
+
+    Safe to use from several processes at once.
+    """
 
     def __init__(self, objects: Objects, block_rows: dict[str, int]) -> None:
         self.objects = objects
@@ -66,9 +69,14 @@ class StoreWriter:
     def open_or_create(
         cls, path: Place, *, block_rows: Mapping[str, int] | None = None, objects: Objects | None = None
     ) -> StoreWriter:
-        """Open the store in a folder or bucket, or create one, which fixes its block rows.
+        """Open the store at `path`, a folder or a bucket's URL, or create one.
 
-        `objects` are those of the path, where the caller has opened them.
+        Parameters
+        ----------
+        block_rows
+            Kind ("video", "image") -> clips per block; fixed when the store is created, UserError for others later.
+        objects
+            The opened place, where the caller has it.
         """
         wanted, path = check_block_rows(block_rows), place_of(path)
         if not is_url(path):
@@ -90,7 +98,10 @@ class StoreWriter:
 
     @classmethod
     def open(cls, path: Place) -> StoreWriter:
-        """Open an existing store; a worker must not create one where a share is not mounted."""
+        """Open the store at `path`; StoreNotFoundError where there is none.
+
+        A worker must not create one where a share is not mounted.
+        """
         objects = open_objects(path)
         if not objects.exists(ROOT_METADATA):
             raise StoreNotFoundError(
@@ -99,7 +110,7 @@ class StoreWriter:
         return cls(objects, parse_root(objects.get(ROOT_METADATA))["block_rows"])
 
     def check_block_rows(self, wanted: Mapping[str, int]) -> None:
-        """UserError for other numbers of rows per block than the store was made with."""
+        """UserError if `wanted`, kind -> clips per block, differs from what the store was made with."""
         for kind, rows in wanted.items():
             if self.block_rows[kind] != rows:
                 raise UserError(
@@ -114,7 +125,7 @@ class StoreWriter:
         return self._index.refresh().table
 
     def add_clips(self, clips: Iterable[Clip], *, retry: bool = False) -> list[tuple[int, Clip]]:
-        """Allocate rows: returns (row, clip) of what this call added, in order; rows count per kind.
+        """Allocate rows to `clips`: returns (row, clip) of what this call added, in order; rows count per kind.
 
         A clip that has a row already gets none, unless `retry` asks for a new one. Each call starts new blocks.
         """
@@ -143,8 +154,8 @@ class StoreWriter:
     def add_samples(self, name: str, samples: Iterable[Sample]) -> str:
         """Keep conversations as `samples/NAME.parquet`; returns the key.
 
-        Files never change: the same content again is a no-op, other content becomes NAME.2.parquet and so on, and
-        readers take the newest.
+        Files never change: the same `samples` again are a no-op, others become NAME.2.parquet and so on, and readers
+        take the newest of a `name`.
         """
         samples_key(name)  # checks the name
         removed = tombstoned_clips(self.objects)
@@ -165,7 +176,7 @@ class StoreWriter:
                 return key
 
     def samples(self, name: str) -> list[Sample]:
-        """The newest conversations of a name; none if there are none yet."""
+        """The newest conversations of a `name`; none if there are none yet."""
         newest = samples_versions(self.objects.list_names(SAMPLES)).get(name, 0)
         if not newest:
             return []
@@ -175,15 +186,15 @@ class StoreWriter:
     # Blocks and groups
 
     def allocated_blocks(self, kind: str) -> int:
-        """Blocks allocated so far: work exists for 0..n-1."""
+        """Number n of blocks allocated to a `kind` ("video" or "image"): work exists for 0..n-1."""
         return self._index.allocated_blocks(kind)
 
     def planned_rows(self, kind: str, block: int) -> list[int]:
-        """Rows of a block that belong to a clip; the rest of the block is unused."""
+        """Rows of a `block` of a `kind` that belong to a clip; the rest of the block is unused."""
         return self._index.planned_rows(kind, block)
 
     def encoder_groups(self, kind: str) -> dict[str, FeatureIdentity]:
-        """Identities by group name."""
+        """Identities of the encoders of a `kind`, by group name."""
         return encoder_groups(self.objects, kind)
 
     def ensure_group(
@@ -198,8 +209,27 @@ class StoreWriter:
     ) -> GroupWriter:
         """The group of an encoder, created if need be, its arrays grown to all allocated rows.
 
-        Raises IdentityConflictError if the store holds this encoder under another identity, unless `new_identity`, and
-        UserError if the group exists with another batch shape or codec.
+        Parameters
+        ----------
+        kind
+            "video" or "image".
+        identity
+            What decides the tokens' bytes.
+        batch_shape
+            Clips per forward: it can decide the last bits, so a group keeps its own.
+        weights_label
+            "pretrained" or "random:SEED", for readers.
+        codec
+            Compression of a new group; None: the default, or the group's own.
+        new_identity
+            Allow an identity beside another one of the same encoder.
+
+        Raises
+        ------
+        IdentityConflictError
+            The store holds this encoder under another identity.
+        UserError
+            The group exists with another batch shape or codec.
         """
         if not new_identity:
             self.check_identity(identity)
@@ -227,7 +257,7 @@ class StoreWriter:
         return group
 
     def open_group(self, kind: str, group: str) -> GroupWriter:
-        """A group that exists, by its name: what a worker needs to write a block."""
+        """An existing `group` of a `kind`, by name: what a worker needs to write a block."""
         return GroupWriter(self.objects, self._index, kind, group)
 
     def grow_groups(self) -> None:
@@ -237,7 +267,7 @@ class StoreWriter:
                 self.open_group(kind, group).grow()
 
     def stored_identities(self, encoder: str) -> list[FeatureIdentity]:
-        """Every identity that the store holds of an encoder, for videos or stills; more than one by --new-identity."""
+        """Every identity that the store holds of an `encoder`; more than one by --new-identity."""
         identities = {
             identity.id: identity
             for kind in KINDS
@@ -247,7 +277,7 @@ class StoreWriter:
         return [identities[name] for name in sorted(identities)]
 
     def check_identity(self, identity: FeatureIdentity) -> None:
-        """Raise `IdentityConflictError` if the store holds the encoder, and under other identities only."""
+        """Raise `IdentityConflictError` if the store holds the encoder of `identity`, and only under others."""
         stored = self.stored_identities(identity.encoder)
         if not stored or any(known.id == identity.id for known in stored):
             return
@@ -271,9 +301,10 @@ class StoreWriter:
         return publish(self.objects, self.block_rows, anew=anew)
 
     def journal(self, name: str, record: Mapping[str, Any]) -> str:
-        """Keep provenance (times, hosts, versions, rates) with its own digest; returns the key.
+        """Keep a `record` of provenance (times, hosts, versions, rates) under `name`; returns the key.
 
-        Addresses are kept without credentials.
+        It gets its own digest, and addresses lose their credentials. UserError for a name with characters besides
+        letters, digits, _, - and dots.
         """
         if not JOURNAL_NAME.fullmatch(name):
             raise UserError(f"journal names are letters, digits, '_', '-' and '.', got {name!r}")

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def connect(request: ClusterRequest) -> Iterator[Client]:
-    """A client of the requested cluster; a cluster that was started is stopped at the end, an existing one is not.
+    """A client of the cluster of a `request`; one that was started is stopped at the end, an existing one is not.
 
     Raises `ClusterError` where it cannot be started or reached, for workers of another version, and for two workers on
     one GPU.

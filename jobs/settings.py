@@ -69,7 +69,7 @@ class ClusterSettings:
 
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any]) -> ClusterSettings:
-        """Settings as YAML or a command line gives them, every name and type checked."""
+        """Settings as YAML or a command line gives them; ClusterError for a wrong name or type in `given`."""
         settings = {name: _spelled_out(name, value) for name, value in given.items()}
         return from_settings(cls, settings, where="cluster.", error=ClusterError, see="jobs/settings.py lists all")
 

@@ -195,6 +195,7 @@ class ExtractConfig:
 
     @property
     def store_path(self) -> Place:
+        """The store: a folder, or the URL as it was given."""
         return place_of(self.store or f"features/{self.dataset}.zarr")
 
     @property
@@ -259,6 +260,7 @@ class ExtractConfig:
                 )
 
     def to_dict(self) -> dict[str, Any]:
+        """Every setting as plain values."""
         return asdict(self)
 
     def to_yaml(self) -> str:
@@ -272,7 +274,10 @@ class ExtractConfig:
 
 
 def read_config(path: str | Path | Mapping[str, Any] | None, overrides: Mapping[str, Any]) -> ExtractConfig:
-    """An `ExtractConfig` from a YAML file, or a mapping of its content, with `overrides` merged in; None: not given."""
+    """An `ExtractConfig` from a YAML file at `path`, or a mapping of its content, with `overrides` merged in.
+
+    None as `path`: the overrides alone; None as a value: not given. UserError for unknown keys and wrong values.
+    """
     settings = _normalized(path if isinstance(path, Mapping) else load_yaml(path)) if path else {}
     given = {name: value for name, value in overrides.items() if value is not None}
     for name, value in _normalized(given).items():

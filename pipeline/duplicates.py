@@ -58,6 +58,7 @@ class Duplicates:
 
     @property
     def leaks(self) -> tuple[DuplicatePair, ...]:
+        """The pairs between a clip with trained and one with scored conversations."""
         return tuple(pair for pair in self.pairs if pair.is_leak)
 
     def groups(self) -> list[list[str]]:
@@ -71,6 +72,7 @@ class Duplicates:
         return list({id(group): group for group in group_of.values()}.values())
 
     def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values, as `--json` prints it."""
         return asdict(self) | {"leaks": len(self.leaks), "groups": self.groups()}
 
 
@@ -81,9 +83,26 @@ def find_duplicates(
     threshold: float = THRESHOLD,
     progress: ProgressLine = SILENT,
 ) -> Duplicates:
-    """Compare every clip with every other: time grows with the square of the clips, memory with their number.
+    """Compare every clip with every other by the vectors of each encoder, less their mean.
 
-    100,000 clips of width 1,024 are 10^13 multiplications, minutes on one machine, and 400 MB per encoder.
+    Time grows with the square of the clips, memory with their number: 100,000 clips of width 1,024 are 10^13
+    multiplications, minutes on one machine, and 400 MB per encoder.
+
+    Parameters
+    ----------
+    store
+        An open store.
+    encoders
+        Keys that must all agree on a pair; default: all.
+    threshold
+        Least cosine of a pair, in each encoder.
+    progress
+        Counts clips.
+
+    Raises
+    ------
+    UserError
+        The store lacks an encoder, or tokens are not finite.
     """
     chosen = chosen_encoders(store, encoders)
     if not -1 <= threshold <= 1:

@@ -59,10 +59,11 @@ MIN_FAILED = 32  # clips; below this the share is not judged: the run goes on an
 
 
 def extract(config: ExtractConfig, *, quiet: bool = False) -> ExtractSummary:
-    """Bring the store up to the config: compute what is missing, touch nothing that is there.
+    """Bring the store up to the `config`: compute what is missing, touch nothing that is there. `quiet`: no progress.
 
-    Raises `IdentityConflictError` where an encoder is stored under another identity, and `RunStoppedError` where the
-    environment failed; in both cases everything committed so far stays.
+    Raises `UserError` for a request that cannot be met or a store that another run works on, `IdentityConflictError`
+    where an encoder is stored under another identity, `ClusterError` without workers, and `RunStoppedError` where the
+    environment failed; everything committed so far stays.
     """
     objects, view = check_request(config)
     listing = list_clips(config)

@@ -117,9 +117,10 @@ class Forecast:
 
 
 def forecast(config: ExtractConfig, *, probe: int = 4) -> Forecast:
-    """Predict bytes, files and time of what is left to do.
+    """Predict bytes, files, time and workers' hours of what is left to do for a `config`; nothing is written.
 
-    `probe` clips of each kind are encoded on each of up to `MAX_WORKERS` workers.
+    `probe` clips of each kind are encoded on each of up to `MAX_WORKERS` workers; 0: no times. Errors are those of
+    `extract`.
     """
     objects = check_place(config.store_path)
     listing = list_clips(config)

@@ -60,7 +60,24 @@ def pool_clips(
     pooling: Pool = "mean",
     progress: ProgressLine = SILENT,
 ) -> ClipVectors:
-    """The pooled tokens of clips that have them, by default all, in their order. UserError for tokens not finite."""
+    """One vector per clip of an encoder, float32 [C, D], in the order of the store.
+
+    Parameters
+    ----------
+    store, encoder
+        An open store and a key of it.
+    clip_ids
+        Clips to choose; those without tokens are left out. None: all.
+    pooling
+        "mean" or "max" over time, height and width.
+    progress
+        Counts clips.
+
+    Raises
+    ------
+    UserError
+        Tokens are infinite or NaN.
+    """
     chosen = None if clip_ids is None else set(clip_ids)
     table = store.clips
     is_stored = table[encoder].to_pylist()
@@ -95,7 +112,10 @@ def pool_store(
     pooling: Pool = "mean",
     progress: ProgressLine = SILENT,
 ) -> pa.Table:
-    """A row per clip of the store with its vectors, in the layout that the module describes."""
+    """A row per clip of the `store` with a vector of each of `encoders` (default: all), in the layout of this module.
+
+    `pooling` is "mean" or "max", `progress` counts clips. UserError for an encoder that the store lacks.
+    """
     chosen = chosen_encoders(store, encoders)
     clips = store.clips.select(["clip_id", "dataset", "kind"])
     place_of_clip = {clip: place for place, clip in enumerate(clips["clip_id"].to_pylist())}
@@ -125,7 +145,7 @@ def vectors_path(store: FeatureStore) -> Path:
 
 
 def write_vectors(table: pa.Table, path: Path) -> Path:
-    """Write the table at once or not at all."""
+    """Write the `table` as Parquet to `path`, at once or not at all; returns the path."""
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
         pq.write_table(table, temporary, compression="zstd")

@@ -41,7 +41,7 @@ class FrameRule:
 
     @classmethod
     def parse(cls, text: str) -> FrameRule:
-        """The rule of a text; `UserError` for what is none."""
+        """The rule of a `text`; `UserError` for what is none."""
         match = cls._TEXT.fullmatch(text)
         if match is None:
             raise UserError(

@@ -31,10 +31,19 @@ MAX_NEW_TOKENS = 64
 
 
 class Asker:
-    """A run ready to answer; encoders and a decode process are held from the first media file until `close`."""
+    """A run ready to answer; encoders and a decode process are held from the first media file until `close`.
+
+    Parameters
+    ----------
+    run
+        Folder of a run or an export, or a loaded one.
+    weights
+        SPEC or NAME=SPEC, where encoders' weights are if they have moved since training.
+    device
+        "auto" is cuda where torch sees one, else cpu.
+    """
 
     def __init__(self, run: LoadedRun | Path | str, *, weights: Sequence[str] = (), device: str = "auto") -> None:
-        """`weights`: SPEC or NAME=SPEC, where encoders' weights are if they have moved since training."""
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.run = run if isinstance(run, LoadedRun) else load_run(Path(run))
@@ -58,7 +67,7 @@ class Asker:
         return [f"encoders with random weights: {', '.join(seeded)}"] if seeded else []
 
     def answer(self, question: str, **media: Any) -> str:
-        """One answer; see `answers`."""
+        """The answer to one `question`; `media` are the keywords of `answers`."""
         return self.answers([question], **media)[0]
 
     def answers(
@@ -70,7 +79,24 @@ class Asker:
         span: Span = WHOLE,
         max_new_tokens: int = MAX_NEW_TOKENS,
     ) -> list[str]:
-        """An answer to each question about one video or image, which is decoded and encoded once."""
+        """An answer to each of `questions` about one video or image, which is decoded and encoded once.
+
+        Parameters
+        ----------
+        video, image
+            A file, or for a video a folder of frames; one of the two. A text-only run takes none.
+        span
+            (start, end) of the video in seconds, None for an end that is open.
+        max_new_tokens
+            Longest answer.
+
+        Raises
+        ------
+        UserError
+            The medium does not exist or does not fit, or the run's output is not finite.
+        MediaError
+            The file cannot be decoded.
+        """
         clip_id, source = None, MemoryTokens([], {})
         if self.looks:
             root, clip = parse_clip(video, image, span)
@@ -118,7 +144,10 @@ class Asker:
 
 
 def ask(run: Path | str, question: str, *, weights: Sequence[str] = (), device: str = "auto", **media: Any) -> str:
-    """A run's answer to one question about a `video` or an `image`; keep an `Asker` open for several."""
+    """A run's answer to one `question` about a `video` or an `image`; keep an `Asker` open for several.
+
+    `run`, `weights` and `device` are those of `Asker`, `media` the keywords of `Asker.answers`.
+    """
     with Asker(run, weights=weights, device=device) as asker:
         return asker.answer(question, **media)
 

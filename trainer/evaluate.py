@@ -87,9 +87,26 @@ class EvaluationRequest:
 def evaluate_run(
     run: Path, request: EvaluationRequest, baselines: Sequence[Path] = (), *, llm: LoadedLLM | None = None
 ) -> dict[str, Any]:
-    """Score `run`, and every baseline on the same questions; predictions and scores are saved in the run's folder.
+    """Score a run, and every baseline on the same questions.
 
-    `llm` is the run's LLM where it is loaded already and was not trained.
+    Predictions and scores are also saved in the run's folder.
+
+    Parameters
+    ----------
+    run
+        Folder of a run or an export.
+    request
+        Questions, and where their clips are.
+    baselines
+        Folders of runs that answer the same questions.
+    llm
+        The run's LLM where it is loaded already and was not trained.
+
+    Returns
+    -------
+    dict
+        What `merv-eval run --json` prints: scores by category with chance, those of the baselines, answers, and the
+        number of questions without tokens.
     """
     template = _template(run, baselines, request)
     meet()

@@ -141,14 +141,14 @@ MODE_FULL, FULL_RECIPE = "full", "merv-full"  # `--mode full` is another way to 
 
 
 def get_stages(name: str) -> Stages:
-    """The recipe of that name."""
+    """The recipe of that `name`, as a tuple of stages; UserError for an unknown one."""
     if name not in RECIPES:
         raise UserError(unknown_name("recipe", name, list(RECIPES)))
     return RECIPES[name]
 
 
 def get_recipe(name: str) -> TrainConfig:
-    """The settings of a recipe of one stage."""
+    """The settings of the recipe `name`; UserError for an unknown one and one of several stages."""
     stages = get_stages(name)
     if len(stages) > 1:
         raise UserError(f"recipe {name} has stages {', '.join(s.name for s in stages)}; choose one of one stage")

@@ -107,7 +107,21 @@ def verify_store(
 ) -> list[Finding]:
     """Everything that is damaged, missing or orphaned, damage first; [] for a sound store.
 
-    `progress` counts blocks, and their MB.
+    Parameters
+    ----------
+    path
+        A folder or a URL.
+    level
+        "quick" checks names, sizes and digests of metadata; "full" reads every byte.
+    workers
+        Blocks read at once.
+    progress
+        Counts blocks, and their MB.
+
+    Raises
+    ------
+    StoreNotFoundError
+        No store is there.
     """
     if level not in LEVELS:
         raise UserError(f"level must be one of {', '.join(LEVELS)}, got {level!r}")

@@ -136,9 +136,16 @@ class TransferPlan:
 def push(
     source: Place, destination: Place, *, license: str | None = None, with_journal: bool = False, **options: Any
 ) -> Transferred:
-    """`transfer`, then the card for readers and the listing for web servers, of what the destination holds now.
+    """`transfer` from `source` to `destination`, then its dataset card and the listing for web servers.
 
-    Journals of runs stay at home unless `with_journal`: they hold host names, paths and options.
+    Parameters
+    ----------
+    license
+        Of the data, for the card, such as "cc-by-4.0".
+    with_journal
+        Send the journals of runs too: they hold host names, paths and options.
+    options
+        Those of `transfer`.
     """
     hub = open_hub(destination)
     done = transfer(source, destination, target=hub, with_journal=with_journal, **options)
@@ -181,8 +188,29 @@ def transfer(
 ) -> Transferred:
     """Bring a destination up to the source's newest snapshot; resumable, and a no-op where nothing is new.
 
-    `target` is the destination where the caller has opened it, as `push` does at the Hub: what is put last may then
-    wait for its `flush`. `progress` counts bytes, and starts a second time if all is read back after all is sent.
+    Parameters
+    ----------
+    source, destination
+        Folders or URLs; UserError where a destination cannot be written or is the source.
+    target
+        The destination where the caller has opened it: what is put last may then wait for its `flush`.
+    selection
+        Encoders, datasets or clips to send; whole blocks are sent. None: all.
+    workers
+        Blocks in flight, each about 100 MB.
+    check
+        Read everything back afterwards and compare digests.
+    with_journal
+        Send the journals of runs too.
+    progress
+        Counts bytes, and starts a second time with `check`.
+
+    Raises
+    ------
+    StoreDamagedError
+        Bytes of the source, or those that arrived, differ from their digest.
+    RunStoppedError
+        The destination is full, refuses the credentials or does not answer.
     """
     selection = selection or Selection()
     if selection.split is not None:

@@ -87,9 +87,23 @@ def load_dataset(
     limit: int | None = None,
     **options: Any,
 ) -> DatasetListing:
-    """List a dataset: `limit` keeps its first clips and their samples, `None` means all.
+    """List the dataset of that `name`: its clips and samples.
 
-    Raises `UserError` for a request that cannot be met; a record that is malformed is counted in `rejected` instead.
+    Parameters
+    ----------
+    root
+        Folder of media and annotations; None: the dataset's own default.
+    stage, kind
+        Records of this training stage, clips of this kind ("video", "image") only.
+    limit
+        Keep the first clips of the listing, and their samples.
+    options
+        The dataset's own; `merv-pipeline datasets NAME` lists them.
+
+    Raises
+    ------
+    UserError
+        The request cannot be met. A malformed record is counted in `rejected` instead.
     """
     spec = dataset_spec(name)
     known_options = options_of(spec)

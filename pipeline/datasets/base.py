@@ -130,7 +130,21 @@ class RecordError(Exception):
 
 
 class ListingBuilder:
-    """Gathers clips and samples in annotation order; `finish` filters them and looks for their media."""
+    """Gathers clips and samples in annotation order; `finish` filters them and looks for their media.
+
+    Parameters
+    ----------
+    name
+        Of the dataset: the first part of clip ids.
+    root
+        Folder of its media.
+    stage
+        The training stage that is requested; None: all.
+    links
+        Folder outside the root that links may lead into; "": none.
+    remote
+        Where the media are, if not under a folder.
+    """
 
     def __init__(
         self, name: str, root: Path, stage: str | None = None, links: str = "", remote: RemoteRoot | None = None
@@ -170,7 +184,10 @@ class ListingBuilder:
         end_s: float | None = None,
         end_frame: int | None = None,
     ) -> str:
-        """The id of the clip, listed once however often it is named; `RecordError` for an unsafe path or span."""
+        """The id of the clip at `path`, a "video" or "image" (`kind`), listed once however often it is named.
+
+        `start_s` and `end_s` cut it in seconds, `end_frame` in frames. `RecordError` for an unsafe path or span.
+        """
         key = (path, start_s, end_s, end_frame, kind)
         if key in self._known:
             return self._known[key]
@@ -188,7 +205,11 @@ class ListingBuilder:
     def add_sample(
         self, name: str, record_id: str, clip_id: str | None, turns: tuple[Turn, ...], **fields: Any
     ) -> None:
-        """Add to samples/NAME; the id is `STAGE/RECORD_ID`, with `#2`, `#3`, ... where records share one."""
+        """Add a conversation of `turns` to samples/`name`, about the clip `clip_id`, or about none.
+
+        Its id is `STAGE/RECORD_ID` of `record_id`, with `#2`, `#3`, ... where records share one; `fields` are further
+        ones of `Sample`, such as stage and split.
+        """
         sample_id = wanted = f"{fields['stage']}/{record_id}"
         number = 1
         while sample_id in self._sample_ids:
@@ -198,11 +219,11 @@ class ListingBuilder:
         self._samples.setdefault(name, []).append(Sample(sample_id=sample_id, clip_id=clip_id, turns=turns, **fields))
 
     def declare_samples(self, name: str) -> None:
-        """Let samples/NAME exist even if no record survives."""
+        """Let samples/`name` exist even if no record survives."""
         self._samples.setdefault(name, [])
 
     def reject(self, reason: str, example: object, count: int = 1) -> None:
-        """Count refused records."""
+        """Count `count` refused records under a `reason`, with an `example` that helps to find them."""
         if len(self._rejected) >= REASONS_KEPT and reason not in self._rejected:
             reason = OTHER_REASONS
         entry = self._rejected.setdefault(reason, [0, []])
@@ -220,19 +241,22 @@ class ListingBuilder:
         return bool(self._rejected)
 
     def skip(self, what: str, count: int = 1) -> None:
-        """Count files that the dataset does not read by its rules."""
+        """Count `count` files that the dataset does not read by its rules; `what` they are, in words."""
         if len(self.skipped) >= REASONS_KEPT and what not in self.skipped:
             what = "other files"
         self.skipped[what] = self.skipped.get(what, 0) + count
 
     def miss(self, path: str, count: int = 1) -> None:
-        """Count clips of a file that is not there; the path lacks the extension where the annotations do."""
+        """Count `count` clips of a file that is not there; `path` lacks the extension where the annotations do."""
         folder = path.rpartition("/")[0] or "."
         self.missing[folder] = self.missing.get(folder, 0) + count
         self._missing_files.add(path)
 
     def finish(self, *, kind: str | None = None, limit: int | None = None, look: bool = True) -> DatasetListing:
-        """Filter, drop what has no media on disk (`look`), and freeze."""
+        """Freeze the listing, less the clips of other kinds than `kind` and those behind the first `limit`.
+
+        With `look` clips without media on disk are dropped and counted.
+        """
         clips = [clip for clip in self._clips.values() if kind in (None, clip.kind)]
         if look:
             absent, refused = find_missing(self.media_root, clips)

@@ -21,7 +21,24 @@ __all__ = ["ENCODERS", "MERV_ENCODERS", "EncoderSpec", "encoder_spec", "load_enc
 
 
 def load_encoder(spec: EncoderSpec, weights: str, *, device: str = "cpu", compute_dtype: str = "float32") -> Encoder:
-    """An encoder ready to run; `weights` is `hub`, a folder or `random:SEED`, compute dtype float32 or bfloat16."""
+    """An encoder ready to run.
+
+    Parameters
+    ----------
+    spec
+        The encoder, such as `ENCODERS["dinov2"]`.
+    weights
+        "hub", a folder, or "random:SEED".
+    device
+        "cpu", "cuda", "cuda:1", ...
+    compute_dtype
+        "float32" or "bfloat16".
+
+    Raises
+    ------
+    UserError
+        Weights that are missing or of another architecture, and a device that cannot be used.
+    """
     from pipeline.encoders.loading import Encoder  # torch
 
     return Encoder.load(spec, weights, device=device, compute_dtype=compute_dtype)

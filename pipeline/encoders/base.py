@@ -125,7 +125,7 @@ class EncoderSpec:
         return self.resize.to_dict() | {"mean": list(self.mean), "std": list(self.std)}
 
     def with_architecture(self, overrides: Mapping[str, Any]) -> EncoderSpec:
-        """The same family at other sizes; grid, width, view and layer follow, and mlp_size follows hidden_size.
+        """The same family at the sizes of `overrides`; grid, width, view, layer follow, mlp_size follows hidden_size.
 
         >>> from pipeline.encoders import ENCODERS
         >>> toy = ENCODERS["vivit"].with_architecture({"image_size": 64, "hidden_size": 48, "num_layers": 2})
@@ -143,13 +143,13 @@ class EncoderSpec:
         return replace(self, architecture=merged)
 
     def with_crop(self, fit: str) -> EncoderSpec:
-        """The same encoder with another way to make frames square; `squash` makes grids cover the same pixels."""
+        """The same encoder with frames made square by `fit`; with `squash` all grids cover the same pixels."""
         if fit not in ("squash", "centre-crop"):
             raise UserError(f"crop of {self.name} must be squash or centre-crop, got {fit!r}")
         return self if fit == self.resize.fit else replace(self, resize=replace(self.resize, fit=fit, crop_pct=1.0))
 
     def with_frame_rule(self, text: str) -> EncoderSpec:
-        """The same encoder with frames chosen by another rule; "+times" alone is added to the encoder's own."""
+        """The same encoder with frames chosen by the rule of `text`; "+times" alone is added to its own."""
         rule = replace(self.chosen_frames, by_times=True) if text == "+times" else FrameRule.parse(text)
         if rule.num_frames != self.num_frames:
             raise UserError(
@@ -159,11 +159,14 @@ class EncoderSpec:
         return replace(self, frames=rule)
 
     def with_frame_dtype(self, dtype: str) -> EncoderSpec:
-        """The same encoder with small frames rounded to uint8 or, where no antialias is used, left as they are."""
+        """The same encoder with small frames of `dtype`.
+
+        uint8 rounds them; float32 leaves them as they are where no antialias is used.
+        """
         return replace(self, resize=replace(self.resize, dtype=dtype))
 
     def with_exif(self, exif: str) -> EncoderSpec:
-        """The same encoder with still pictures as they are stored, or turned by their EXIF orientation."""
+        """The same encoder with stills as they are stored, or with `exif="apply"` turned by their EXIF orientation."""
         return replace(self, resize=replace(self.resize, exif=exif))
 
 

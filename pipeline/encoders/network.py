@@ -18,7 +18,10 @@ from pipeline.encoders.base import EncoderSpec
 
 
 class EncoderNetwork(nn.Module, ABC):
-    """Pixels to features; a family implements the two abstract methods."""
+    """Pixels to features; a family implements the two abstract methods.
+
+    `spec` declares the sizes that the network is built with.
+    """
 
     def __init__(self, spec: EncoderSpec) -> None:
         super().__init__()
@@ -26,7 +29,7 @@ class EncoderNetwork(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, pixels_BTCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Normalised pixels in the compute dtype -> (features_BTHWD, prefix_BTKD or None), time-major token order.
+        """Normalised `pixels_BTCHW` in the compute dtype -> (features_BTHWD, prefix_BTKD or None), time-major.
 
         T is the encoder's num_frames, or its still_frames; a prefix token of a whole clip is repeated at every step.
         """

@@ -69,12 +69,25 @@ class Response:
 
 
 class Explorer:
-    """The page over a store's clips, or over `max_clips` of them, evenly spaced over the store.
+    """The page over a store's clips. Close it, or use it as a context.
 
-    `root` is the folder of the media, by default where the extractions found them; without media the page has no
-    pictures but those of tokens. `run` is the folder of a training run, whose answers and fusion weights are shown.
-    `projection` is pca, or umap where umap-learn is installed. Without `plays_media` the page has frames of the media
-    alone, no copies of them. Close it, or use it as a context.
+    Parameters
+    ----------
+    store
+        An open store.
+    root
+        Folder of the media; default: where the extractions found them. Without media the page has no pictures but those
+        of tokens.
+    run
+        Folder of a training run, whose answers and fusion weights are shown.
+    projection
+        "pca", or "umap" where umap-learn is installed.
+    max_clips
+        Clips shown, evenly spaced over the store.
+    plays_media
+        False: frames of the media alone, no copies of them.
+    quiet
+        Show no progress on stderr.
     """
 
     def __init__(

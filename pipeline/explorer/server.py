@@ -132,14 +132,17 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def serve(explorer: Explorer, port: int = 0) -> ExplorerServer:
-    """A server that is ready: call `serve_forever()`, and `server_close()` afterwards."""
+    """A server of an `explorer` on 127.0.0.1 that is ready: call `serve_forever()`, and `server_close()` afterwards.
+
+    `port` 0 takes any free one.
+    """
     return ExplorerServer(explorer, port)
 
 
 def write_site(explorer: Explorer, out: Path, *, quiet: bool = False) -> Path:
-    """Write the page as files into a new folder, and return its index.html; it works without a server.
+    """Write the page of an `explorer` as files into a new folder `out`; returns its index.html, which needs no server.
 
-    Media are copied with it, unless the explorer was made without `plays_media`.
+    Media are copied with it, unless the explorer was made without `plays_media`. `quiet` shows no progress.
     """
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; give --out a new folder")

@@ -179,9 +179,21 @@ def train_sweep(
 ) -> list[RunOutcome]:
     """Train and score every combination of `axes` from one store; an outcome for each, in the order of the sweep.
 
-    The runs go one after another in this process, or side by side on the workers of `cluster`. Called again with the
-    same `out` it goes on where it ended and tries again what failed; other axes add runs. Raises UserError for
-    encoders, grids or settings that the store does not serve, before anything is trained.
+    Called again with the same `out` it goes on where it ended and tries again what failed; other axes add runs.
+
+    Parameters
+    ----------
+    stages
+        The recipe that all runs start from, such as `get_stages("demo")`.
+    store
+        Path or URL of the store with all encoders of the sweep.
+    cluster
+        Workers that train side by side; None: one run after another in this process.
+
+    Raises
+    ------
+    UserError
+        Encoders, grids or settings that the store does not serve; before anything is trained.
     """
     pinned = open_sweep(axes, stages, str(store), Path(out))
     outcomes = run_sweep(pinned) if cluster is None else run_sweep_on(pinned, cluster)

@@ -140,8 +140,18 @@ def probe(
     grids
         Tokens per frame to read, exact ones only, or "all"; by default a linear probe reads the mean of the stored
         tokens and an attentive one all of them.
+    probes
+        "linear", "attentive" or both.
+    folds, seed
+        Parts of the clips for cross-validation, and the seed that draws them.
+    draws
+        Bootstrap draws of an interval.
+    max_memory
+        Bytes of tokens to hold at once.
     sweep
         Folder of a sweep on this store, whose retrained scores the probes' ranking is compared with.
+    progress
+        Counts steps.
 
     Raises
     ------

@@ -72,7 +72,33 @@ def to_yaml(stages: Stages) -> str:
 def train_in_stages(
     stages: Stages, place: TokenPlace, out: Path | str, *, resume: bool = False, only: str | None = None
 ) -> list[dict[str, Any]]:
-    """Train a recipe's stages with the tokens of a place; a `TrainResult` of each as a dict."""
+    """Train a recipe's stages in turn.
+
+    Parameters
+    ----------
+    stages
+        Stages and their settings, such as `get_stages("demo")`.
+    place
+        Where tokens come from: a store's path or URL, or a `LiveRequest` to encode while training.
+    out
+        Folder of the run; with several stages each has a folder in it.
+    resume
+        Continue from the newest checkpoint; finished stages are skipped.
+    only
+        Name of the one stage to train.
+
+    Returns
+    -------
+    list of dict
+        A `TrainResult` of each stage: run, steps, loss, checkpoint, skipped, ...
+
+    Raises
+    ------
+    UserError
+        Settings, samples and store do not fit, or the folder holds another run.
+    RunStoppedError
+        Memory or disk ran out; `resume` continues.
+    """
     from trainer.sources import opened, store_of
 
     out = Path(out)

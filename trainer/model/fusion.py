@@ -24,10 +24,19 @@ MASKED = float("-inf")  # score of a masked encoder before the softmax
 
 
 class Fusion(nn.Module):
-    """Base class: one embeddings_BNM per encoder, in the order of the encoders -> fused_BNM and weights_BE.
+    """Base class of fusions: one embeddings_BNM per encoder, in the order of the encoders -> fused_BNM and weights_BE.
 
     Weights are None where the formula has none; `concat_sequence` gives E x N tokens, all others N. `shown_BE` is True
     for the encoders that a sample shows, at least one each: a masked one has no influence, and gets no gradient.
+
+    Parameters
+    ----------
+    num_encoders
+        E.
+    width
+        M, that of the embeddings and of the fused tokens.
+    config
+        The section `fusion` of the settings.
     """
 
     leaves_out_masked = False  # whether masked encoders' tokens are dropped from the sequence by the caller
@@ -46,9 +55,9 @@ class Fusion(nn.Module):
         raise NotImplementedError
 
     def contributions(self, embeddings: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Each encoder's part of what comes out, one after the other: their sum, and a bias if there is one, is it.
+        """Each encoder's part of what becomes of its `embeddings`: their sum, and a bias if any, is the result.
 
-        Of `concat_sequence` they are the encoders' own tokens, which follow each other instead.
+        They come one after the other. Of `concat_sequence` they are the encoders' own tokens, which follow each other.
         """
         _, weights_BE = self(embeddings)
         for index in range(weights_BE.shape[1]):

@@ -74,10 +74,28 @@ def export_run(
     best: bool = False,
     license: str = UNKNOWN_LICENSE,
 ) -> dict[str, Any]:
-    """Write the newest (or best) checkpoint of `run` to the folder `out`, whole or not at all.
+    """Write a checkpoint of `run` to the folder `out`, whole or not at all.
 
-    Returns the folder, step, where the LLM's weights are, size in bytes and the files. Raises UserError if `out` exists
-    or the options do not fit the run.
+    Parameters
+    ----------
+    name, license
+        Title and licence of the model card.
+    with_llm
+        Copy a frozen LLM's weights too, instead of naming the LLM.
+    merge_lora
+        Add LoRA adapters to the LLM's weights, instead of a peft folder.
+    best
+        The best checkpoint by validation instead of the newest.
+
+    Returns
+    -------
+    dict
+        The folder, step, where the LLM's weights are, size in bytes and the files.
+
+    Raises
+    ------
+    UserError
+        `out` exists, or the options do not fit the run.
     """
     run, out = last_stage(Path(run)), Path(out)
     if out.exists():
