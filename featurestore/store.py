@@ -45,11 +45,18 @@ from featurestore.records import (
     read_receipt,
     read_tombstone,
 )
-from featurestore.schemas import CLIP_SCHEMA, SAMPLE_SCHEMA, table_to_samples
+from featurestore.schemas import (
+    CLIP_SCHEMA,
+    EMPTY_QUARANTINE,
+    SAMPLE_SCHEMA,
+    table_to_samples,
+    windows_to_table,
+)
 from featurestore.snapshots import column, load_snapshot, read_snapshot_table
 from featurestore.store_html import store_html
 from featurestore.tags import read_tags, resolve_snapshot
 from featurestore.token_maps import plot_maps
+from featurestore.windows import WindowIndexes, spread_windows
 from featurestore.zarr_metadata import parse_root, read_document
 from mervcache.errors import (
     ClipUnavailableError,
@@ -90,6 +97,7 @@ class FeatureStore:
         names = [column(group, "row") for group in self._groups.values()]
         table = read_snapshot_table(self._objects, self._record, ["clip_id", "kind", *names])
         self._clip_ids = table["clip_id"].combine_chunks()
+        self._windows = WindowIndexes(self._clip_ids.to_pylist)
         self._is_image = table["kind"].to_numpy(zero_copy_only=False) == "image"
         self._rows = {group: table[column(group, "row")].to_numpy() for group in self._groups.values()}
         # Removals apply to every snapshot, also to those that were made before; lines keep their place.
@@ -190,7 +198,7 @@ class FeatureStore:
             columns = [self._clip_ids.take(lines), paths.take(lines), pa.array([key] * len(lines), pa.string())]
             columns += [table[names[1]].take(lines), table[names[2]].take(lines)]
             tables.append(pa.table(columns, names=["clip_id", "path", "encoder", "reason", "scope"]))
-        return pa.concat_tables(tables) if tables else _EMPTY_QUARANTINE
+        return pa.concat_tables(tables) if tables else EMPTY_QUARANTINE
 
     @property
     def sample_names(self) -> list[str]:
@@ -339,6 +347,40 @@ class FeatureStore:
                 maps[clip_id][encoder] = self.read([clip_id], encoder=encoder, frames=steps)[0]
         return plot_maps(maps)
 
+    def windows(self, clip_id: str, *, encoder: str) -> pa.Table:
+        """`WINDOW_SCHEMA`: the windows of a video, in their order; `clip_id` is that of the video or of a span of it.
+
+        Empty where the store has none of it; UserError for an encoder whose tokens are of whole clips.
+        """
+        key = self._key(encoder)
+        found = self._windows.of(key, self.encoders[key].frame_rule).windows(clip_id)
+        rows = self._rows[self._groups[key]][self._line_of.find(list(found.values()))]
+        return windows_to_table(found, (rows >= 0).tolist())
+
+    def read_windows(
+        self,
+        clip_id: str,
+        *,
+        encoder: str,
+        limit: int | None = None,
+        skip_failed: bool = False,
+        frames: Frames = None,
+        dtype: FloatDtype | None = None,
+    ) -> np.ndarray:
+        """Tokens of a video's windows as floats [windows, T, H, W, D], in their order; `frames`, `dtype` as in `read`.
+
+        Of more than `limit` windows, so many spread evenly over the video. Windows without tokens are left out with
+        `skip_failed`; else they are a ClipUnavailableError, as is a video that has no windows here.
+        """
+        windows = self.windows(clip_id, encoder=encoder)
+        if not windows.num_rows:
+            raise ClipUnavailableError(f"the store has no windows of {clip_id!r}; see store.clips for its clips")
+        chosen = spread_windows(windows["clip_id"].to_pylist(), limit)
+        if skip_failed:
+            has_tokens = set(windows.filter(windows["has_tokens"])["clip_id"].to_pylist())
+            chosen = [window for window in chosen if window in has_tokens]
+        return self.read(chosen, encoder=encoder, frames=frames, dtype=dtype)
+
     def read_prefix(self, clip_ids: Sequence[str], *, encoder: str, frames: Frames = None) -> np.ndarray:
         """Class and register tokens of B clips as floats [B, T, K, D]; `frames` chooses time steps as in `read`.
 
@@ -486,8 +528,3 @@ class FeatureStore:
         if sha256_hex(data) != sha256:
             raise StoreDamagedError(f"{key} does not match the snapshot's digest; run `merv-pipeline verify`")
         return data
-
-
-_EMPTY_QUARANTINE = pa.schema(
-    [(name, pa.string()) for name in ("clip_id", "path", "encoder", "reason", "scope")]
-).empty_table()
