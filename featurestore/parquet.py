@@ -102,3 +102,14 @@ def read_table(
     except _UNREADABLE as error:
         raise StoreFormatError(f"{what} is not readable Parquet; restore it from a copy ({error})") from error
     return table
+
+
+def named_table_file(objects: Objects, key: str, sha256: str) -> bytes:
+    """The bytes of a table that a snapshot names with their digest; StoreDamagedError where they are not there."""
+    try:
+        data = table_file(objects, key, sha256=sha256)
+    except FileNotFoundError:
+        raise StoreDamagedError(f"{key} is missing though the snapshot names it; restore it from a copy") from None
+    if sha256_hex(data) != sha256:
+        raise StoreDamagedError(f"{key} does not match the snapshot's digest; run `merv-pipeline verify`")
+    return data

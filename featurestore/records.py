@@ -11,10 +11,10 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +24,7 @@ from featurestore.layout import (
     JOURNAL,
     MAX_BLOCK_ROWS,
     TOMBSTONES,
+    block_of,
     journal_key,
     journal_names,
     receipt_key,
@@ -33,6 +34,7 @@ from featurestore.layout import (
 )
 from featurestore.newest import update_newest
 from featurestore.objects.base import Objects, get_bounded, put_if_absent
+from featurestore.objects.open import in_parallel
 from mervcache.errors import StoreDamagedError, StoreError, StoreFormatError, UserError
 from mervcache.files import canonical_json, is_json_list, is_json_object, load_json, record_digest
 
@@ -213,6 +215,15 @@ def read_receipt(objects: Objects, kind: str, group: str, block: int, block_rows
     """The receipt of a committed block, checked; FileNotFoundError if there is none."""
     data = get_bounded(objects, receipt_key(kind, group, block), max_receipt_bytes(block_rows))
     return Receipt.parse(data, kind=kind, group=group, block=block, block_rows=block_rows)
+
+
+def media_of_rows(objects: Objects, kind: str, group: str, rows: Sequence[int], block_rows: int) -> list[str | None]:
+    """The media's sha256 of each row, from the receipts; None where a row is not ok or records none."""
+    blocks = sorted({block_of(row, block_rows) for row in rows})
+    read = partial(read_receipt, objects, kind, group, block_rows=block_rows)
+    receipts = dict(zip(blocks, in_parallel(read, blocks, objects.parallel_reads), strict=True))
+    outcomes = [receipts[block_of(row, block_rows)].outcome(row) for row in rows]
+    return [outcome.media_sha256 if outcome.state == "ok" else None for outcome in outcomes]
 
 
 def row_digest(arrays: Mapping[str, np.ndarray]) -> str:

@@ -38,7 +38,7 @@ from featurestore.layout import (
 )
 from featurestore.newest import update_newest
 from featurestore.objects.base import Objects, get_bounded, put_if_absent
-from featurestore.parquet import read_table, table_bytes, table_file
+from featurestore.parquet import named_table_file, read_table, table_bytes, table_file
 from featurestore.records import STATES, Receipt, read_receipt, tombstone_ids
 from featurestore.reference_clips import reference_clip_digest
 from featurestore.schemas import CLIP_SCHEMA, clips_to_table
@@ -469,3 +469,17 @@ def allocate(clips: Iterable[Clip], first_rows: Mapping[Kind, int]) -> list[tupl
 
 def part_bytes(rows: Sequence[tuple[int, Clip]]) -> bytes:
     return table_bytes(clips_to_table(rows))
+
+
+def read_clip_parts(objects: Objects, record: Snapshot, clip_ids: pa.Array) -> pa.Table:
+    """`CLIP_SCHEMA` lines of a snapshot's clips, whose ids are given in its order: each as it was first listed."""
+    tables = [
+        read_table(named_table_file(objects, key, sha256), CLIP_SCHEMA, key) for key, sha256 in record.parts.items()
+    ]
+    table = pa.concat_tables(tables) if tables else CLIP_SCHEMA.empty_table()
+    ids = table["clip_id"].combine_chunks().dictionary_encode()
+    _, first = np.unique(ids.indices.to_numpy(), return_index=True)
+    table = table.take(pa.array(np.sort(first)))
+    if not table["clip_id"].combine_chunks().equals(clip_ids):
+        raise StoreDamagedError("the snapshot's table and the clip parts list different clips; publish a new snapshot")
+    return table

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +24,6 @@ from featurestore.identity import FeatureIdentity
 from featurestore.layout import (
     JOURNAL,
     ROOT_METADATA,
-    block_of,
     journal_key,
     journal_names,
     receipt_blocks,
@@ -33,34 +32,32 @@ from featurestore.layout import (
 from featurestore.locate import Place, no_store_at, place_of
 from featurestore.newest import Newest, read_newest
 from featurestore.objects.base import Objects, get_bounded
-from featurestore.objects.open import in_parallel, open_cached
-from featurestore.parquet import read_table, table_file
+from featurestore.objects.open import open_cached
+from featurestore.parquet import named_table_file, read_table
 from featurestore.pooling import FloatDtype, Pool, clips_at_once, float_dtype, pool_tokens
 from featurestore.reader import BatchReader, ClipLines, Frames, encoder_keys
 from featurestore.records import (
     MAX_JOURNAL_BYTES,
     Tombstone,
     driver_runs,
+    media_of_rows,
     parse_journal,
-    read_receipt,
     read_tombstone,
 )
 from featurestore.schemas import (
-    CLIP_SCHEMA,
     EMPTY_QUARANTINE,
     SAMPLE_SCHEMA,
     table_to_samples,
     windows_to_table,
 )
-from featurestore.snapshots import column, load_snapshot, read_snapshot_table
+from featurestore.snapshots import column, load_snapshot, read_clip_parts, read_snapshot_table
 from featurestore.store_html import store_html
 from featurestore.tags import read_tags, resolve_snapshot
-from featurestore.token_maps import plot_maps
+from featurestore.token_maps import plot_maps, spread_steps
 from featurestore.windows import WindowIndexes, spread_windows
 from featurestore.zarr_metadata import parse_root, read_document
 from mervcache.errors import (
     ClipUnavailableError,
-    StoreDamagedError,
     StoreError,
     StoreNotFoundError,
     UserError,
@@ -177,7 +174,9 @@ class FeatureStore:
     @cached_property
     def clips(self) -> pa.Table:
         """clip_id, dataset, path, start_s, end_s, end_frame, kind, and a column per encoder key: True if committed."""
-        return self._visible(self._with_encoders(self._clip_columns().drop_columns(["row"])))
+        return self._visible(
+            self._with_encoders(read_clip_parts(self._objects, self._record, self._clip_ids).drop_columns(["row"]))
+        )
 
     @cached_property
     def committed(self) -> pa.Table:
@@ -188,7 +187,7 @@ class FeatureStore:
     @property
     def quarantine(self) -> pa.Table:
         """clip_id, path, encoder, reason, scope of every clip whose newest attempt failed and that has no tokens."""
-        paths = self._clip_columns()["path"]
+        paths = read_clip_parts(self._objects, self._record, self._clip_ids)["path"]
         tables: list[pa.Table] = []
         for key, group in self._groups.items():
             names = [column(group, suffix) for suffix in ("failed_row", "failed_reason", "failed_scope")]
@@ -231,7 +230,7 @@ class FeatureStore:
                         f"the samples {each!r} of snapshot {self.snapshot} held conversations about clips removed on "
                         f"{tombstone.date} ({tombstone.reason}); open the newest snapshot, which has the others"
                     )
-            data = self._read_digested(entry["key"], entry["sha256"])
+            data = named_table_file(self._objects, entry["key"], entry["sha256"])
             samples.extend(table_to_samples(read_table(data, SAMPLE_SCHEMA, entry["key"])))
         return [sample for sample in samples if sample.clip_id not in self._removed]
 
@@ -339,12 +338,13 @@ class FeatureStore:
             raise UserError(f"plot needs at least one clip and one step, got {len(ids)} and num_steps={num_steps}")
         lines = self._lines(ids)
         complete = [key for key, group in self._groups.items() if (self._rows[group][lines] >= 0).all()]
+        shown = (complete or list(self._groups)) if encoders is None else [self._key(encoder) for encoder in encoders]
         maps: dict[str, dict[str, np.ndarray]] = {clip_id: {} for clip_id in ids}
-        for encoder in (complete or list(self._groups)) if encoders is None else encoders:
-            for clip_id, is_image in zip(ids, self._is_image[lines], strict=True):
-                stored = self.encoders[self._key(encoder)].grid_of("image" if is_image else "video")[0]
-                steps = np.unique(np.linspace(0, stored - 1, min(num_steps, stored)).astype(int))
-                maps[clip_id][encoder] = self.read([clip_id], encoder=encoder, frames=steps)[0]
+        for clip_id, is_image in zip(ids, self._is_image[lines], strict=True):
+            for key in shown:
+                stored = self.encoders[key].grid_of("image" if is_image else "video")[0]
+                steps = spread_steps(stored, num_steps)
+                maps[clip_id][key] = self.read([clip_id], encoder=key, frames=steps)[0]
         return plot_maps(maps)
 
     def windows(self, clip_id: str, *, encoder: str) -> pa.Table:
@@ -367,10 +367,11 @@ class FeatureStore:
         frames: Frames = None,
         dtype: FloatDtype | None = None,
     ) -> np.ndarray:
-        """Tokens of a video's windows as floats [windows, T, H, W, D], in their order; `frames`, `dtype` as in `read`.
+        """Tokens of the windows of `clip_id` as floats [windows, T, H, W, D], in their order.
 
-        Of more than `limit` windows, so many spread evenly over the video. Windows without tokens are left out with
-        `skip_failed`; else they are a ClipUnavailableError, as is a video that has no windows here.
+        `encoder`, `frames` and `dtype` are as in `read`. Of more than `limit` windows, so many are read, spread evenly
+        over the video. Windows without tokens are left out with `skip_failed`; else they are a ClipUnavailableError, as
+        is a video that has no windows here.
         """
         windows = self.windows(clip_id, encoder=encoder)
         if not windows.num_rows:
@@ -395,19 +396,11 @@ class FeatureStore:
         group = self._groups[self._key(encoder)]
         found: dict[str, str] = {}
         for kind, is_kind in (("image", self._is_image), ("video", ~self._is_image)):
-            rows = self._rows[group]
-            lines = np.flatnonzero(is_kind & (rows >= 0))
-            size = self._record.block_rows[kind]
-            blocks = sorted({block_of(int(row), size) for row in rows[lines]})
-            read = partial(read_receipt, self._objects, kind, group, block_rows=size)
-            receipts = in_parallel(read, blocks, self._objects.parallel_reads)
-            of_block = dict(zip(blocks, receipts, strict=True))
-            for clip_id, row in zip(
-                self._clip_ids.take(pa.array(lines)).to_pylist(), rows[lines].tolist(), strict=True
-            ):
-                outcome = of_block[block_of(row, size)].outcome(row)
-                if outcome.state == "ok" and outcome.media_sha256:
-                    found[clip_id] = outcome.media_sha256
+            lines = np.flatnonzero(is_kind & (self._rows[group] >= 0))
+            rows = self._rows[group][lines].tolist()
+            media = media_of_rows(self._objects, kind, group, rows, self._record.block_rows[kind])
+            ids = self._clip_ids.take(pa.array(lines)).to_pylist()
+            found |= {clip_id: sha256 for clip_id, sha256 in zip(ids, media, strict=True) if sha256}
         return found
 
     def data_digest(self, clip_ids: Iterable[str], encoders: Sequence[str], samples: Iterable[Sample] = ()) -> str:
@@ -504,27 +497,3 @@ class FeatureStore:
                 f"clip {gone!r} was removed from this store on {tombstone.date}: {tombstone.reason}; leave it out"
             )
         return lines
-
-    def _clip_columns(self) -> pa.Table:
-        """`CLIP_SCHEMA` lines in the snapshot's order: each clip as it was first listed."""
-        tables: list[pa.Table] = []
-        for key, sha256 in self._record.parts.items():
-            tables.append(read_table(self._read_digested(key, sha256), CLIP_SCHEMA, key))
-        table = pa.concat_tables(tables) if tables else CLIP_SCHEMA.empty_table()
-        ids = table["clip_id"].combine_chunks().dictionary_encode()
-        _, first = np.unique(ids.indices.to_numpy(), return_index=True)
-        table = table.take(pa.array(np.sort(first)))
-        if not table["clip_id"].combine_chunks().equals(self._clip_ids):
-            raise StoreDamagedError(
-                "the snapshot's table and the clip parts list different clips; publish a new snapshot"
-            )
-        return table
-
-    def _read_digested(self, key: str, sha256: str) -> bytes:
-        try:
-            data = table_file(self._objects, key, sha256=sha256)
-        except FileNotFoundError:
-            raise StoreDamagedError(f"{key} is missing though the snapshot names it; restore it from a copy") from None
-        if sha256_hex(data) != sha256:
-            raise StoreDamagedError(f"{key} does not match the snapshot's digest; run `merv-pipeline verify`")
-        return data

@@ -15,6 +15,7 @@ from mervcache.text import one_line, redact
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+
 CLIPPED = (1.0, 99.0)  # percentiles that become black and full colour: outlier tokens must not grey out the rest
 
 
@@ -52,6 +53,11 @@ class PrincipalColours:
 def principal_maps(tokens_BTHWD: np.ndarray) -> np.ndarray:
     """float tokens [B, T, H, W, D] -> uint8 RGB maps [B, T, H, W, 3], in the colours of these tokens alone."""
     return PrincipalColours.fit(tokens_BTHWD).maps(tokens_BTHWD)
+
+
+def spread_steps(stored: int, num_steps: int) -> NDArray[np.int64]:
+    """At most `num_steps` of so many stored time steps, evenly spaced."""
+    return np.unique(np.linspace(0, stored - 1, min(num_steps, stored)).astype(np.int64))
 
 
 def plot_maps(clips: Mapping[str, Mapping[str, NDArray[Any]]]) -> Figure:

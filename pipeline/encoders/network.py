@@ -47,13 +47,16 @@ class EncoderNetwork(nn.Module, ABC):
         return None
 
     def sort_tokens(self, tokens: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Tokens of a block, or of the norm after it -> (features_BTHWD, prefix_BTKD or None)."""
+        """Features of a block's output: (features_BTHWD, prefix_BTKD or None).
+
+        `tokens` come from a block of the network or the norm after it, in the network's own shape; `batch` is B.
+        """
         raise NotImplementedError
 
     def forward_layers(
         self, pixels_BTCHW: torch.Tensor, layers: Sequence[Layer]
     ) -> dict[Layer, tuple[torch.Tensor, torch.Tensor | None]]:
-        """`forward`, which also keeps the outputs of earlier blocks: the features of several layers."""
+        """Features of `layers` of `pixels_BTCHW` from one `forward`: of each (features_BTHWD, prefix_BTKD or None)."""
         own = self.spec.chosen_layer
         kept: dict[int, torch.Tensor] = {}
 
