@@ -36,7 +36,7 @@ Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "
 OptimizerName = Literal["adamw", "adamw8bit"]
 Sampler = Literal["shuffled", "split_modality"]
 LossName = Literal["per_token", "micro_batch_means"]
-Tracker = Literal["tensorboard", "wandb"]
+Tracker = Literal["tensorboard", "wandb", "trackio"]
 Precision = Literal["fp32", "bf16"]
 PromptName = Literal[
     "pure",

@@ -159,7 +159,8 @@ def check_trackers(config: TrainConfig) -> None:
     """Raise UserError for a tracker that is not installed: accelerate leaves it out with a warning."""
     for name in config.trackers:
         if find_spec(name) is None:
-            raise UserError(f"tracker {name} is not installed: pip install 'merv-pipeline[track]', or leave it out")
+            extra = "trackio" if name == "trackio" else "track"
+            raise UserError(f"tracker {name} is not installed: pip install 'merv-pipeline[{extra}]', or leave it out")
 
 
 def start_trackers(accelerator: Accelerator, config: TrainConfig, run: Path, start: int) -> None:
@@ -167,7 +168,11 @@ def start_trackers(accelerator: Accelerator, config: TrainConfig, run: Path, sta
     accelerator.init_trackers(
         PROJECT,
         config=flat(dataclasses.asdict(config)),
-        init_kwargs={"tensorboard": {"purge_step": start}, "wandb": {"name": run.name, "dir": str(run)}},
+        init_kwargs={
+            "tensorboard": {"purge_step": start},
+            "wandb": {"name": run.name, "dir": str(run)},
+            "trackio": {"name": run.name, "resume": "allow", "embed": False},
+        },
     )
 
 

@@ -33,12 +33,13 @@ def test_a_resumed_run_is_one_curve(tmp_path, config, samples, tokens):
     assert sorted(logged(run)["loss"]) == list(range(6))
 
 
+@pytest.mark.parametrize(("name", "extra"), [("wandb", "track"), ("trackio", "trackio")])
 def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_written(
-    tmp_path, config, samples, tokens, monkeypatch
+    tmp_path, config, samples, tokens, monkeypatch, name, extra
 ):
     monkeypatch.setattr("trainer.loop.distributed.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"tracker wandb is not installed: pip install 'merv-pipeline\[track\]'"):
-        train(replace(config, trackers=("wandb",)), samples, tokens, tmp_path / "run", quiet=True)
+    with pytest.raises(UserError, match=rf"tracker {name} is not installed: pip install 'merv-pipeline\[{extra}\]'"):
+        train(replace(config, trackers=(name,)), samples, tokens, tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
 
 
