@@ -65,14 +65,14 @@ class HubReader(WebObjects):
         with TemporaryDirectory(prefix="merv-hub-") as folder:
             with hub_faults(f"read {key}", self.root):
                 file = _download(HubPlace.of(self.root), check_key(key), folder)
-            if file is None:
-                raise FileNotFoundError(f"{key} is not at {self.root}")
-            return file.read_bytes()
+            if file is not None:
+                return file.read_bytes()
+        return super().get(key, max_bytes=max_bytes)
 
 
 def _download(place: HubPlace, key: str, folder: str) -> Path | None:
-    """The file of a key, fetched into a folder; None where there is none."""
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    """The file of a key, fetched into a folder; None where there is none, or the server is a plain web server."""
+    from huggingface_hub.errors import EntryNotFoundError
 
     try:
         if place.kind == "buckets":
@@ -82,8 +82,6 @@ def _download(place: HubPlace, key: str, folder: str) -> Path | None:
         where = {"repo_type": "dataset", "revision": place.revision, "local_dir": folder}
         api: Any = hub_api()  # its download has a type of tqdm, which has none
         return Path(api.hf_hub_download(place.repo, place.path(key), **where))
-    except LocalEntryNotFoundError:  # no answer
-        raise
     except EntryNotFoundError:
         return None
 

@@ -77,7 +77,7 @@ def ids_of(records):
     return [record["clip_id"] for record in records]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_stateful_loader_goes_on_where_it_was(store, workers):
     options = {"num_workers": workers} | ({"multiprocessing_context": "spawn"} if workers else {})
     loader = stateful(FeatureDataset(store, IDS, ["dinov2"]), **options)
