@@ -67,29 +67,55 @@ def encode_reference_clips(run: TokenEncoder, kind: str, batch: int, decoded: Ma
 
     A clip whose tokens overflow the storage dtype is left out: a dataset's clip would be quarantined.
     """
-    from pipeline.worker.encode import encode_batch
+    (made,) = _encode_together({"": run}, kind, batch, decoded).values()
+    return made
 
-    names, clips = list(decoded), []
-    specs = array_specs(run.identity, kind, blocks=0, block_rows=1)
-    rows: dict[str, list[np.ndarray]] = {name: [] for name in specs}
+
+def _encode_together(
+    runs: Mapping[str, TokenEncoder], kind: str, batch: int, decoded: Mapping[str, Decoded]
+) -> dict[str, ReferenceClips]:
+    """`encode_reference_clips` of encoders that share a network, by key, from one forward of each batch."""
+    from pipeline.worker.encode import encode_batch_together
+
+    made = {key: _Rows(run, kind) for key, run in runs.items()}
+    view, names = next(iter(runs.values())).view, list(decoded)
     for start in range(0, len(names), batch):
         part = names[start : start + batch]
-        frames = {slot: decoded[name].frames[run.view] for slot, name in enumerate(part)}
-        arrays, _ = encode_batch(run, frames, range(batch))
-        for slot, name in enumerate(part):
-            try:
-                stored = to_stored({key: items[slot] for key, items in arrays.items()}, run.identity.storage_dtype)
-            except OverflowedTokens:
-                continue
-            for key in specs:
-                rows[key].append(stored[key])
-            shaped = f"{frames[slot].shape}\n".encode() + np.ascontiguousarray(frames[slot]).tobytes()
-            media_sha256 = decoded[name].media_sha256
-            clips.append(ReferenceClip(name=name, media_sha256=media_sha256, frames_sha256=sha256_hex(shaped)))
-    stacked = {
-        key: np.stack(rows[key]) if clips else np.empty((0, *spec.row_shape), spec.dtype) for key, spec in specs.items()
-    }
-    return ReferenceClips(kind=kind, identity=run.identity, rendering=RENDERING, clips=tuple(clips), arrays=stacked)
+        frames = {slot: decoded[name].frames[view] for slot, name in enumerate(part)}
+        for key, arrays in encode_batch_together(runs, frames, range(batch)):
+            for slot, name in enumerate(part):
+                items = {array: values[slot] for array, values in arrays.items()}
+                made[key].add(name, decoded[name].media_sha256, frames[slot], items)
+    return {key: rows.reference_clips() for key, rows in made.items()}
+
+
+class _Rows:
+    """The reference clips of one group, as they are encoded."""
+
+    def __init__(self, run: TokenEncoder, kind: str) -> None:
+        self._identity, self._kind = run.identity, kind
+        self._specs = array_specs(run.identity, kind, blocks=0, block_rows=1)
+        self._rows: dict[str, list[np.ndarray]] = {name: [] for name in self._specs}
+        self._clips: list[ReferenceClip] = []
+
+    def add(self, name: str, media_sha256: str, frames: np.ndarray, items: Mapping[str, np.ndarray]) -> None:
+        try:
+            stored = to_stored(items, self._identity.storage_dtype)
+        except OverflowedTokens:
+            return
+        for key in self._specs:
+            self._rows[key].append(stored[key])
+        shaped = f"{frames.shape}\n".encode() + np.ascontiguousarray(frames).tobytes()
+        self._clips.append(ReferenceClip(name=name, media_sha256=media_sha256, frames_sha256=sha256_hex(shaped)))
+
+    def reference_clips(self) -> ReferenceClips:
+        arrays = {
+            key: np.stack(self._rows[key]) if self._clips else np.empty((0, *spec.row_shape), spec.dtype)
+            for key, spec in self._specs.items()
+        }
+        return ReferenceClips(
+            kind=self._kind, identity=self._identity, rendering=RENDERING, clips=tuple(self._clips), arrays=arrays
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +156,12 @@ def write_reference_clips(task: ReferenceClipTask) -> dict[str, list[str]]:
         except MediaError as error:
             problems.append(f"{kind}: {error}")
             continue
-        for name, run in runs.items():
-            if put_reference_clips(objects, encode_reference_clips(run, kind, batches[name], decoded)):
-                written.append(f"{kind}/{run.identity.group_name}")
+        groups: dict[tuple[tuple[str, ...], int], dict[str, TokenEncoder]] = {}  # by forward and batch shape
+        for keys in engine.forwards:
+            for name in runs.keys() & set(keys):
+                groups.setdefault((keys, batches[name]), {})[name] = runs[name]
+        for (_, batch), shared in groups.items():
+            for made in _encode_together(shared, kind, batch, decoded).values():
+                if put_reference_clips(objects, made):
+                    written.append(f"{kind}/{made.identity.group_name}")
     return {"written": written, "problems": problems}

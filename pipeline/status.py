@@ -25,6 +25,7 @@ from featurestore.windows import videos_in_windows, window_length
 from featurestore.writer import StoreWriter
 from mervcache.console import RATE_WINDOW_S
 from mervcache.errors import UserError
+from pipeline.encoders.base import layer_text
 from pipeline.summary import last_run, spent
 
 
@@ -42,6 +43,7 @@ def store_status(path: str | Path) -> dict[str, Any]:
                 "identity": identity.id,
                 "weights": info["groups"][identity.group_name]["weights"],
                 "grid": list(identity.grid),
+                "layer": layer_text(identity.layer) or identity.layer,
                 "width": identity.width,
                 "storage": identity.storage_dtype,
                 "committed": committed,

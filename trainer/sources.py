@@ -160,6 +160,11 @@ def _snapshot_of(run: Path | None) -> str:
 def _check_stored(wanted: Sequence[str], stored: Sequence[str]) -> None:
     """Refuse an encoder without tokens; which encoders exist is known to the pipeline, not here."""
     if missing := [name for name in wanted if name not in stored]:
+        if several := [key for key in stored if key.partition("@")[0] == missing[0]]:
+            raise UserError(
+                f"the store holds {missing[0]} under several identities: name one of {', '.join(several)}, whose grids"
+                " and layers `merv-pipeline status` lists"
+            )
         raise UserError(
             f"{unknown_name('encoder', missing[0], stored)}. This store has no {missing[0]} tokens; `merv-pipeline"
             f" encoders` lists what can be added, with `merv-pipeline extract ... --encoders {missing[0]}` and the"

@@ -131,6 +131,8 @@ def status(result: Mapping[str, Any], quarantine: Sequence[Mapping[str, Any]]) -
         out.print(f"tag {name}: snapshot {snapshot}")
     out.print(", ".join(plural(n, f"{kind} clip") for kind, n in result["clips"].items()) or "no clips")
     columns = ("encoder", "identity", "weights", "grid", "width", "storage", "committed", "failed", "to_do")
+    if any("@" in entry["encoder"] for entry in result["encoders"]):  # several identities of an encoder
+        columns = (*columns[:4], "layer", *columns[4:])
     rows = [[_cell(entry[name]) for name in columns] for entry in result["encoders"]]
     headings = tuple(column.replace("_", " ") for column in columns)
     table(headings, rows, right=("width", "committed", "failed", "to do"))

@@ -81,7 +81,7 @@ class HuggingFaceNetwork(EncoderNetwork):
 
     @property
     def blocks(self) -> Sequence[nn.Module] | None:
-        return self.model.get_submodule(self._blocks) if self._blocks else None
+        return tuple(self.model.get_submodule(self._blocks).children()) if self._blocks else None
 
     @property
     def last_norm(self) -> nn.Module | None:

@@ -13,6 +13,7 @@ B batch, T frames, G chunks, t frames per chunk, N = 1 + H W positions, H W patc
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -47,8 +48,8 @@ class LanguageBindTower(EncoderNetwork):
         return hidden_BTND[:, :, 1:].unflatten(2, self.spec.grid[1:]), hidden_BTND[:, :, :1]
 
     @property
-    def blocks(self) -> nn.ModuleList:
-        return self.vision_model.encoder.layers
+    def blocks(self) -> Sequence[nn.Module]:
+        return tuple(self.vision_model.encoder.get_submodule("layers").children())
 
     def load_published(self, folder: Path) -> None:
         path = folder / "config.json"

@@ -107,11 +107,12 @@ class Encoder:
         deterministic = torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=False)
         with torch.inference_mode(), deterministic:
             pixels_BTCHW = self._normalise(frames_BTHWC.to(self.device))
+            found: dict[Layer, tuple[torch.Tensor, torch.Tensor | None]]
             if tuple(layers) == (self.network.spec.chosen_layer,):
                 found = {layers[0]: self.network(pixels_BTCHW)}
             else:
                 found = self.network.forward_layers(pixels_BTCHW, layers)
-        kept = {layer: keep_steps(self.spec, *features) for layer, features in found.items()}
+        kept = {layer: keep_steps(self.spec, features, prefix) for layer, (features, prefix) in found.items()}
         return {layer: (features, prefix if prefix_tokens else None) for layer, (features, prefix) in kept.items()}
 
     def encode_tokens(

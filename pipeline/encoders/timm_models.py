@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import runpy
 import sys
 import threading
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from mervcache.errors import UserError, unknown_name
 from pipeline.encoders.base import EncoderSpec
@@ -30,7 +31,10 @@ from pipeline.views import ResizeRule
 PREFIX = "timm."  # of the names of these encoders in identities and stores; a command line may have `timm:` instead
 INSTALL = "pip install timm, or `pip install --no-deps timm` for a torch that no torchvision is built for"
 FILTERS = ("bicubic", "bilinear")
-FITS = {"center": "centre-crop", "squash": "squash"}  # timm's crop mode -> ours
+FITS: dict[str, Literal["squash", "centre-crop"]] = {
+    "center": "centre-crop",
+    "squash": "squash",
+}  # timm's crop mode -> ours
 FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError, ImportError)
 _lock = threading.Lock()
 
@@ -68,14 +72,13 @@ def _without_torchvision() -> Iterator[None]:
         sys.modules[name] = ModuleType(name)
         sys.modules[name].__path__ = []
     sys.modules[names[-1]].FrozenBatchNorm2d = FrozenBatchNorm2d  # type: ignore[attr-defined]
-    folder = Path(importlib.util.find_spec("timm").origin).parent / "data"
+    library = importlib.util.find_spec("timm")
+    folder = Path((library and library.origin) or "").parent / "data"
     data = ModuleType("timm.data")
     data.__path__ = [str(folder)]
-    spec = importlib.util.spec_from_file_location("timm.data.constants", folder / "constants.py")
-    constants = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(constants)
-    vars(data).update({name: value for name, value in vars(constants).items() if name.isupper()})
-    sys.modules |= {"timm.data": data, "timm.data.constants": constants}
+    constants = runpy.run_path(str(folder / "constants.py"))
+    vars(data).update({name: value for name, value in constants.items() if name.isupper()})
+    sys.modules["timm.data"] = data
     try:
         yield
     finally:
@@ -177,7 +180,7 @@ def _measure(model_name: str, image_size: int) -> Layout:
         side=sides[0],
         width=shape[2] if len(shape) == 3 else model.num_features,
         prefix_tokens=prefix,
-        num_blocks=len(blocks) if is_list else None,
+        num_blocks=len(blocks) if is_list and blocks is not None else None,
         has_norm=is_list and not isinstance(norm, torch.nn.Identity),
         has_positions=hasattr(model, "set_input_size"),
     )

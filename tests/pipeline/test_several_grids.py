@@ -151,3 +151,37 @@ def test_settings_of_a_run_survive_a_file_and_the_journal(lab):
 def test_grids_and_layers_that_cannot_be_are_refused(changes, message, lab):
     with pytest.raises(UserError, match=message):
         lab.extract(encoders=ONE, **changes)
+
+
+def test_status_training_and_repair_know_each_identity_by_its_key(lab, monkeypatch):
+    from pipeline.cli import render
+    from pipeline.encoders.loading import Encoder
+    from pipeline.parity import check_parity
+    from pipeline.recompute import Recompute
+    from pipeline.status import store_status
+    from trainer.sources import _check_stored
+
+    whole, runs = Encoder.encode_layers, []
+
+    def counted(self, *arguments, **options):
+        runs.append(1)
+        return whole(self, *arguments, **options)
+
+    monkeypatch.setattr(Encoder, "encode_layers", counted)
+    lab.extract(encoders=ONE, kind="image", limit=4, grid="4x4,raw", layers={"dinov2": "1,2"}, canaries=True)
+    assert len(runs) == 1 + 2  # a reference clip, and four stills in batches of two
+    status = store_status(lab.store)
+    keys = {entry["encoder"]: (tuple(entry["grid"]), entry["layer"]) for entry in status["encoders"]}
+    assert sorted(layer for _, layer in keys.values()) == ["1", "1", "2", "2"]
+    render.status(status, [])
+    assert {row.verdict for row in check_parity(lab.store).rows} == {"equal"}
+    from featurestore.writer import StoreWriter
+
+    writer = StoreWriter.open(lab.store)
+    for name in writer.encoder_groups("image"):
+        group = writer.open_group("image", name)
+        receipt = group.receipt(0)
+        again = Recompute(lab.store, root=str(lab.root), weights=None, device="cpu")(group, receipt)
+        assert [row.digest for row in again.receipt.rows] == [row.digest for row in receipt.rows]
+    with pytest.raises(UserError, match="under several identities: name one of dinov2@"):
+        _check_stored(["dinov2"], list(keys))

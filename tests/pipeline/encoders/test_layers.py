@@ -19,8 +19,10 @@ def layers_of(name):
     return ("1", "-2", "-1") if name in WITHOUT_NORM else ("1", "2+norm", "-1", "-1+norm")
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
-@pytest.mark.parametrize("weights", ["random:0", "published"])
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [*((name, "random:0") for name in BUILT_IN), *((name, "published") for name in ("dinov2", "pe", "videomae2"))],
+)
 def test_layers_of_one_network_equal_encoders_loaded_one_by_one(name, weights, spec_of, noise, checkpoint):
     spec = spec_of(name)
     source = str(checkpoint(spec)) if weights == "published" else weights

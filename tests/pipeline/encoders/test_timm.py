@@ -77,7 +77,14 @@ def test_features_equal_timms_own_forward(name, published):
         torch.testing.assert_close(own_prefix[0], prefix, rtol=1e-5, atol=5e-5)
 
 
-@pytest.mark.parametrize(("name", "size"), [(VIT, 96), (DINO, 56), ("vit_small_patch16_dinov3.lvd1689m", 64)])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        (VIT, 96),
+        pytest.param(DINO, 56, marks=pytest.mark.slow),
+        pytest.param("vit_small_patch16_dinov3.lvd1689m", 64, marks=pytest.mark.slow),
+    ],
+)
 def test_other_image_sizes_resample_positions_as_timm_does(name, size, published):
     model, folder = published(name)
     spec = encoder_spec(f"timm.{name}").with_architecture({"num_frames": 1, "image_size": size})
@@ -94,6 +101,7 @@ def test_other_image_sizes_resample_positions_as_timm_does(name, size, published
     assert own_size.weights_sha256 == encoder.weights_sha256  # of the weights as published
 
 
+@pytest.mark.slow
 def test_a_feature_map_with_channels_last_is_read_as_rows_and_columns():
     spec = encoder_spec(f"timm.{SWIN}").with_architecture({"num_frames": 1})
     encoder, frames = load_encoder(spec, "random:0"), frames_for(spec)
