@@ -272,8 +272,7 @@ def _probe_kind(engine: Engine, root: Root, kind: str, clips: Sequence[Clip], ba
                     wall_s=wall_s,
                     encoders=encoders,
                     decoders=engine.num_decoders,
-                    clip=clips_of[number],
-                    media_sha256=clip.media_sha256,
+                    media=(clips_of[number], clip.media_sha256),
                 )
             )
     return records
@@ -392,11 +391,12 @@ def _probed_stored(config: ExtractConfig, objects: Objects, dataset: str, probed
     for kind, records in probed.clips.items():
         task = same_media_task(StoreWriter.open(config.store_path), kind, probed.identities, dataset, None)
         stored = StoredMedia(str(config.store_path), kind, task) if task and records else None
-        for record in records if stored else ():
-            found = stored.cells(
-                record.media_sha256, record.clip, probed.identities, accept_damaged=config.accept_damaged
-            )
-            count += found.keys() == probed.identities.keys()
+        for record in records:
+            if stored is None or record.media is None:
+                continue
+            clip, sha256 = record.media
+            wanted = probed.identities.keys()
+            count += stored.cells(sha256, clip, wanted, accept_damaged=config.accept_damaged).keys() == wanted
     return count
 
 

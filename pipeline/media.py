@@ -68,7 +68,8 @@ class MediaRoot:
         return self.path
 
 
-Root = str | Path | MediaRoot | RemoteRoot  # text may be a URL
+LocalRoot = str | Path | MediaRoot
+Root = LocalRoot | RemoteRoot  # text may be a URL
 
 
 def root_from_record(record: str | Mapping[str, Any]) -> Root:
@@ -128,6 +129,7 @@ def resolve_media(root: Root, path: str) -> Media:
         ) from None
     if (remote := remote_root(root)) is not None:
         return _find_remote(remote, path)
+    assert not isinstance(root, RemoteRoot)
     try:
         return _resolve(allowed_folders(root), path)
     except OSError as error:
@@ -142,12 +144,12 @@ def resolve_media(root: Root, path: str) -> Media:
         ) from error
 
 
-def allowed_folders(root: Root) -> tuple[str, ...]:
+def allowed_folders(root: LocalRoot) -> tuple[str, ...]:
     """The real folders that hold media: the root, and the one that its links may lead into."""
     return tuple(os.path.realpath(folder) for folder in _named_folders(root))
 
 
-def _named_folders(root: Root) -> list[str | Path | MediaRoot]:
+def _named_folders(root: LocalRoot) -> list[LocalRoot]:
     return [root, root.links] if isinstance(root, MediaRoot) else [root]
 
 
@@ -160,6 +162,7 @@ def folder_has_gone(root: Root, path: str) -> bool:
     """True if the folder that should hold the clip's file is missing or empty, as after its share was unmounted."""
     if remote_root(root) is not None:
         return False  # a shard that is gone stops the run where it is fetched
+    assert not isinstance(root, RemoteRoot)
     root = os.path.realpath(root)
     folder = os.path.dirname(os.path.join(root, _split_tar(root, path)[0]))
     try:
@@ -254,7 +257,7 @@ def _place_of(index: TarIndex, name: str) -> tuple[int, int]:
     return offset, size
 
 
-def _check_root(root: Root) -> RunStoppedError | None:
+def _check_root(root: LocalRoot) -> RunStoppedError | None:
     """The error for a root that is gone; an empty folder is what an unmounted share leaves behind."""
     for folder in _named_folders(root):
         try:

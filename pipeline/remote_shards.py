@@ -258,8 +258,9 @@ class RemoteShard:
     def _get(self, key: str, **options: Any) -> GetResult:
         import obstore
 
+        given: Any = options or None
         with self._faults():
-            return obstore.get(self._store, key, options=options or None)
+            return obstore.get(self._store, key, options=given)
 
     def _faults(self) -> Any:
         from obstore.exceptions import BaseError

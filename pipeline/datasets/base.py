@@ -265,7 +265,9 @@ class ListingBuilder:
         """
         clips = [clip for clip in self._clips.values() if kind in (None, clip.kind)]
         if look:
-            absent, refused = find_missing(self.media_root, clips)
+            root = self.media_root
+            assert not isinstance(root, RemoteRoot), "datasets of remote media list them"
+            absent, refused = find_missing(root, clips)
             absent_paths = {path: count for paths in absent.values() for path, count in paths.items()}
             for path, count in absent_paths.items():
                 self.miss(path, count)

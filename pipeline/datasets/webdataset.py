@@ -390,11 +390,10 @@ class _Captions:
 
         source = pa.BufferReader(given) if isinstance(given, bytes) else given
         try:
-            with pq.ParquetFile(source) as file:
-                names = file.schema_arrow.names
-                if "key" not in names or self.caption_key not in names:
-                    return {}
-                table = file.read(columns=["key", self.caption_key])
+            names = pq.read_schema(source).names
+            if "key" not in names or self.caption_key not in names:
+                return {}
+            table = pq.read_table(source, columns=["key", self.caption_key])
         except (pa.ArrowException, OSError) as error:
             place = "the Parquet file of a shard" if isinstance(given, bytes) else given
             raise UserError(

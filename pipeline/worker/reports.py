@@ -124,8 +124,7 @@ class ProbeRecord:
     wall_s: float  # on a worker that decodes while it encodes
     encoders: Mapping[str, EncoderProbe]
     worker: int = 0  # which of the probed workers it was
-    clip: Clip | None = None
-    media_sha256: str | None = None
+    media: tuple[Clip, str] | None = None  # the clip, and the sha256 of its media
     decoders: int = 1  # decode processes of that worker
 
 
