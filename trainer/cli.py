@@ -154,7 +154,7 @@ live_options = stacked(  # of --end-to-end, named as in `merv-pipeline extract`
 )
 @click.option("--eval-every", type=click.IntRange(min=1), help="Steps between validations on held-out samples.")
 @click.option(
-    "--track", "trackers", multiple=True, type=click.Choice(get_args(Tracker)), help="Also log to. Repeatable."
+    "--track", "trackers", multiple=True, type=click.Choice(get_args(Tracker)), help="Log to this too. Repeatable."
 )
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/merv"), help="Folder of the run.")
 @click.option(
@@ -318,7 +318,7 @@ def eval_main() -> None:
 @click.option("--store", shell_complete=complete_store, show_default=OWN_STORE, help="Store of the questions' clips.")
 @dataset_options
 @click.option(
-    "--weights", metavar="SPEC", multiple=True, help="Of encoders that run now: where they are; as in ask. Repeatable."
+    "--weights", metavar="SPEC", multiple=True, help="Weights of encoders that run now, as in ask. Repeatable."
 )
 @click.option("--split", default="heldout", help="Split whose questions are scored.")
 @click.option(
@@ -327,7 +327,7 @@ def eval_main() -> None:
     type=click.Path(path_type=Path),
     help="Another run that answers the same questions, such as a text-only one. Repeatable.",
 )
-@click.option("--best", is_flag=True, help="Of every run, the best checkpoint by validation instead of the newest.")
+@click.option("--best", is_flag=True, help="Use the best checkpoint of every run by validation, not the newest.")
 @click.option("--limit", type=click.IntRange(min=1), help="Score at most this many questions.")
 @protocol_options
 @answer_options
@@ -359,7 +359,7 @@ def eval_run(checkpoint: Path, store: str | None, baseline: tuple[Path, ...], as
 @handle_cli_errors
 @CHECKPOINT
 @click.option("--store", shell_complete=complete_store, show_default=OWN_STORE, help="Store of the tokens.")
-@click.option("--split", default="heldout", help="Split whose samples the loss is of.")
+@click.option("--split", default="heldout", help="Split of the samples that the loss is measured on.")
 @click.option("--limit", type=click.IntRange(min=1), default=256, help="Samples, at most.")
 @click.option("--best", is_flag=True, help="The best checkpoint by validation instead of the newest.")
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")

@@ -21,7 +21,12 @@ launch_options = stacked(
         help="Train on several processes through accelerate: ddp, or fsdp for models too large for one GPU. After a"
         " SIGTERM they have 10 minutes to write a checkpoint.",
     ),
-    click.option("--processes", type=click.IntRange(min=1), show_default="one per GPU", help="Of --launch."),
+    click.option(
+        "--processes",
+        type=click.IntRange(min=1),
+        show_default="one per GPU",
+        help="Processes that --launch starts on each machine.",
+    ),
     click.option("--machines", type=click.IntRange(min=1), default=1, help="Machines that run this command."),
     click.option("--machine-rank", type=click.IntRange(min=0), default=0, help="Index of this machine, from 0."),
     click.option("--main-machine", metavar="HOST:PORT", help="Address of the first of --machines."),

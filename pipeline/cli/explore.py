@@ -34,7 +34,10 @@ ENCODERS = click.option(
     "--run", type=click.Path(file_okay=False, path_type=Path), help="A training run: its answers and fusion weights."
 )
 @click.option(
-    "--projection", type=click.Choice(["pca", "umap"]), default="pca", help="Of the map; umap needs umap-learn."
+    "--projection",
+    type=click.Choice(["pca", "umap"]),
+    default="pca",
+    help="Projection of the map; umap needs umap-learn.",
 )
 @click.option(
     "--max-clips",

@@ -80,7 +80,7 @@ MB = 1e6
     help="Send the journals of runs too; they contain host names, paths and options.",
 )
 @click.option(
-    "--license", show_default="as before, else unknown", help="Of the data, for the card: cc-by-4.0, other, ..."
+    "--license", show_default="as before, else unknown", help="Licence of the data, for the card: cc-by-4.0, other, ..."
 )
 def push(
     store: str, url: str, encoders: str | None, datasets: str | None, clips: str | None, as_json: bool, **options: Any

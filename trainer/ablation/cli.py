@@ -72,7 +72,7 @@ TEXT_TOKENS = click.option(
     "--questions", is_flag=True, help="One row per question with its score in every run, instead of the table."
 )
 @click.option("--draws", type=click.IntRange(min=100), default=10_000, help="Bootstrap draws of the intervals.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of these draws.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the draws.")
 @click.option("--costs/--no-costs", default=True, help="Tokens, parameters, FLOPs, step time and bytes of every run.")
 @RANKS
 @TEXT_TOKENS
@@ -153,12 +153,15 @@ def end_if_incomplete(missing: Sequence[str], what: str) -> None:
     show_default="NAME-report.html next to the folder",
     help="File to write.",
 )
-@click.option("--split", show_default="heldout", help="Of a run: split whose scores are shown.")
+@click.option("--split", show_default="heldout", help="With a run: split whose scores are shown.")
 @click.option(
-    "--protocol", type=click.Choice(get_args(Protocol)), show_default="that of its scores", help="Of a run's scores."
+    "--protocol",
+    type=click.Choice(get_args(Protocol)),
+    show_default="that of its scores",
+    help="With a run: protocol of the scores.",
 )
 @click.option("--draws", type=click.IntRange(min=100), default=10_000, help="Bootstrap draws of the intervals.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of these draws.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the draws.")
 @RANKS
 @TEXT_TOKENS
 @click.option(
@@ -200,7 +203,10 @@ QUESTIONS = stacked(  # one checkpoint, and the questions that it answers in sev
     ),
     click.option("--split", default="heldout", help="Split whose questions are scored."),
     click.option(
-        "--protocol", type=click.Choice(get_args(Protocol)), show_default="as in merv-eval run", help="Of scores."
+        "--protocol",
+        type=click.Choice(get_args(Protocol)),
+        show_default="as in merv-eval run",
+        help="Protocol of the scores.",
     ),
     click.option("--limit", type=click.IntRange(min=1), help="Score at most this many questions."),
     click.option("--json", "as_json", is_flag=True, help="Print the answers as JSON."),
@@ -290,11 +296,11 @@ def flops_command(text_tokens: int, format_: str, as_json: bool) -> None:
     "--encoders",
     metavar="LIST",
     shell_complete=complete_encoders,
-    help="Of a store alone: encoders, comma separated; all by default.",
+    help="With a store alone: encoders, comma separated; all by default.",
 )
 @click.option("--clips", type=click.IntRange(min=1), default=64, help="Clips in the sample.")
 @click.option("--seed", type=int, default=0, help="Chooses the sample.")
-@click.option("--best", is_flag=True, help="Of a run, the best checkpoint by validation instead of the newest.")
+@click.option("--best", is_flag=True, help="With a run: the best checkpoint by validation instead of the newest.")
 @FORMAT
 @JSON
 def rank_command(
@@ -389,7 +395,7 @@ def print_costs(costs: RunCosts) -> None:
     "--decode", type=click.IntRange(min=0), default=512, help="Clips whose motion, edges and length are measured."
 )
 @click.option("--draws", type=click.IntRange(min=100), default=10_000, help="Bootstrap draws of the intervals.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of samples and draws.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of samples and draws.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), show_default="next to the table", help="Page.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def atlas_command(run: Path, as_json: bool, out: Path | None, **options: Any) -> None:

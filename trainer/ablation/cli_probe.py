@@ -57,9 +57,12 @@ PROBES = ("linear", "attentive")  # as in trainer/ablation/probe_features.py, wh
     help="Tokens per frame that probes read, such as 1,4,16; only averages that the store holds exactly.",
 )
 @click.option(
-    "--folds", type=click.IntRange(min=2), default=5, help="Of the cross-validation; a video is in one of them."
+    "--folds",
+    type=click.IntRange(min=2),
+    default=5,
+    help="Folds of the cross-validation; each video is in one of them.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of folds, attentive probes and bootstrap.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of folds, attentive probes and bootstrap.")
 @click.option("--draws", type=click.IntRange(min=100), default=10_000, help="Bootstrap draws of the intervals.")
 @click.option(
     "--max-memory", type=click.FloatRange(min=0, min_open=True), default=8.0, help="Gigabytes that may be used."

@@ -112,13 +112,15 @@ SETTINGS = ("recipe", "config_file", "llm", "head", "train_llm", "llm_quant", "f
     type=click.IntRange(min=1),
     help="With --scheduler: runs at once.  [default: one per GPU, or per --processes GPUs]",
 )
-@click.option("--cluster", metavar="KEY=VALUE", multiple=True, help="Its setting, as in extract. Repeatable.")
+@click.option(
+    "--cluster", metavar="KEY=VALUE", multiple=True, help="A setting of the cluster, as in extract. Repeatable."
+)
 @click.option(
     "--launch",
     type=click.Choice(get_args(Launch)),
     help="With --scheduler: every run in several processes, on the GPUs of one node; with slurm in a job of its own.",
 )
-@click.option("--processes", type=click.IntRange(min=1), help="Of --launch.")
+@click.option("--processes", type=click.IntRange(min=1), help="With --launch: processes of each run.")
 @click.option(
     "--dry-run",
     is_flag=True,
@@ -139,7 +141,7 @@ SETTINGS = ("recipe", "config_file", "llm", "head", "train_llm", "llm_quant", "f
     type=click.FloatRange(0, 1, min_open=True),
     default=0.2,
     show_default=True,
-    help="Of --check-rates: share of the steps.",
+    help="With --check-rates: share of the steps to run.",
 )
 @click.option("--print-config", is_flag=True, help="Print the axes and every setting as YAML for --config; do nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
