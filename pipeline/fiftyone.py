@@ -64,8 +64,8 @@ def write_fiftyone(
 ) -> FiftyOneExport:
     """Write all clips whose media are files, with the mean tokens of `encoders`, by default all, into a new folder.
 
-    `root` is the folder of the media, by default where the extractions found them. UserError if `out` exists, for an
-    encoder that the store lacks, or if no clip has its media.
+    `root` is the folder of the media, by default where the extractions found them; `progress` counts clips. UserError
+    if `out` exists, for an encoder that the `store` lacks, or if no clip has its media.
     """
     out, roots = Path(out), media_roots(store.runs(), root)
     chosen = chosen_encoders(store, encoders)
