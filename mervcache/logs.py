@@ -102,13 +102,10 @@ def _plain(value: Any) -> Any:
 
 
 def _write(descriptor: int, line: bytes) -> None:
-    with _Output.lock:
-        try:
-            while line:
-                line = line[os.write(descriptor, line) :]
-        except OSError as error:
-            if error.errno != errno.EIO:
-                raise
+    """Write a line; a log that cannot be written, such as a pipe whose reader is gone, ends no run."""
+    with _Output.lock, suppress(OSError):
+        while line:
+            line = line[os.write(descriptor, line) :]
 
 
 def log_to_stderr() -> None:

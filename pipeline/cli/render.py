@@ -228,7 +228,7 @@ def forecast(result) -> None:
         low, high = map(format_duration, result.interval_s)
         workers = plural(result.workers, "worker")
         out.print(bold(format_duration(result.seconds)), f" with {workers} like this one ({low} to {high})", sep="")
-        out.print(bold(hours_text(result.worker_s, result.device, result.gpu_cost)), " of all workers", sep="")
+        out.print("all workers together: ", bold(hours_text(result.worker_s, result.device, result.gpu_cost)), sep="")
         out.print(
             f"from a probe of {plural(result.probed, 'clip')} on {plural(result.probed_workers, 'worker')} "
             f"({result.device}); the range is {result.interval}. The rows are the encoders alone; decoding, "

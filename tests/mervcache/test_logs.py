@@ -160,3 +160,12 @@ def test_lines_of_programs_within_programs_pass_unchanged():
     inner = PROGRAM.format(body="echo('inner')")
     body = f"subprocess.run([sys.executable, '-c', {inner!r}, '--log-json', 'work', 'it'])\necho('outer')"
     assert [(line["event"], line["message"]) for line in run(body)] == [("message", "inner"), ("message", "outer")]
+
+
+def test_a_reader_of_the_log_that_leaves_ends_no_run():
+    body = "[os.write(2, bytes([120] * 99 + [10])) for _ in range(30_000)]; echo('done'); print('result', flush=True)"
+    command = [sys.executable, "-c", PROGRAM.format(body=body), "--log-json", "work", "it"]
+    with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stderr.close()
+        assert process.stdout.read() == "result\n"
+        assert process.wait(timeout=120) == 0
