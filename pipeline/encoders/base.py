@@ -166,7 +166,10 @@ class EncoderSpec:
         return replace(self, frames=rule)
 
     def with_layer(self, text: str) -> EncoderSpec:
-        """The same encoder read behind another block: `12`, `-1` (the last), `12+norm` for the final norm after it."""
+        """The same encoder read behind the block of `text`: `12`, `-1` (the last), `12+norm` for the norm after it.
+
+        UserError for a block that it does not have.
+        """
         match = re.fullmatch(r"(-?[1-9]\d{0,3})(\+norm)?", text)
         if match is None:
             raise UserError(f"layer {text!r} of {self.name} is no block such as 12, -1 (the last), or -1+norm")

@@ -47,13 +47,13 @@ class EncoderNetwork(nn.Module, ABC):
         return None
 
     def sort_tokens(self, tokens: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Tokens of a block, or of the norm after it -> (features_BTHWD, prefix_BTKD or None)."""
+        """`tokens` of a block, or of the norm after it, of `batch` clips -> (features_BTHWD, prefix_BTKD or None)."""
         raise NotImplementedError
 
     def forward_layers(
         self, pixels_BTCHW: torch.Tensor, layers: Sequence[Layer]
     ) -> dict[Layer, tuple[torch.Tensor, torch.Tensor | None]]:
-        """`forward`, which also keeps the outputs of earlier blocks: the features of several layers."""
+        """`forward` of `pixels_BTCHW` that also keeps outputs of earlier blocks: the features of several `layers`."""
         own = self.spec.chosen_layer
         kept: dict[int, torch.Tensor] = {}
 
