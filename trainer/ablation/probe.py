@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from featurestore import FeatureIdentity, FeatureStore
 from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import UserError, unknown_name
+from mervcache.reprs import brief
 from trainer.ablation.probe_features import (
     CHUNK_BYTES,
     Plan,
@@ -102,12 +103,17 @@ class ProbeReport:
     rows: tuple[ProbeRow, ...]
     agreement: tuple[Agreement, ...] = ()
 
+    def __repr__(self) -> str:
+        best = f"; best {'+'.join(self.rows[0].encoders)} {self.rows[0].accuracy:.3f}" if self.rows else ""
+        clips = f"{len(self.rows)} probes of {len(self.clips)} clips in {len(self.classes)} classes"
+        return brief(self, f"in {self.store}: {clips}, chance {self.majority:.3f}{best}")
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def probe(
-    store: str | Path,
+    store: FeatureStore | str | Path,
     labels: Mapping[str, str] | str | Path | None = None,
     *,
     category: str | None = None,
@@ -158,7 +164,7 @@ def probe(
     UserError
         Labels that name no two classes, or too little memory.
     """
-    opened = FeatureStore.open(store)
+    opened = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
     found = _labels(opened, labels, category, samples)
     keys = _encoders(opened, encoders)
     source = StoreTokens(opened, keys)
@@ -166,7 +172,7 @@ def probe(
     readouts = _readouts(probes, grids, source.shapes)
     used = [key for key in keys if any(key in subset for subset in chosen)]
     plan, not_computed = _plan(readouts, used, source.shapes)
-    results = None if sweep is None else read_results(Path(sweep), store=str(store))
+    results = None if sweep is None else read_results(Path(sweep), store=opened.path)
     kept, left_out = _available(found, opened, source)
     classes, rare = classes_of(kept, left_out)
     left_out |= rare
@@ -227,7 +233,7 @@ def probe(
         agreement = compare_with_sweep(scores, places, results, draws=draws, seed=seed)
     order = sorted(range(len(rows)), key=lambda k: (-rows[k].accuracy, len(rows[k].encoders), k))
     return ProbeReport(
-        store=str(store),
+        store=opened.path,
         snapshot=opened.snapshot,
         labels=found.source,
         classes=classes.counts,

@@ -70,7 +70,7 @@ def to_yaml(stages: Stages) -> str:
 
 
 def train_in_stages(
-    stages: Stages, place: TokenPlace, out: Path | str, *, resume: bool = False, only: str | None = None
+    stages: Stages, place: TokenPlace | Path, out: Path | str, *, resume: bool = False, only: str | None = None
 ) -> list[dict[str, Any]]:
     """Train a recipe's stages in turn.
 
@@ -101,7 +101,7 @@ def train_in_stages(
     """
     from trainer.sources import opened, store_of
 
-    out = Path(out)
+    out, place = Path(out), str(place) if isinstance(place, Path) else place
     with opened(place, out) as open_tokens:
         results = train_stages(stages, open_tokens, out, store=store_of(place), resume=resume, only=only)
     return [asdict(result) for result in results]
