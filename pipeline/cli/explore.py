@@ -34,7 +34,7 @@ ENCODERS = click.option(
     "--run", type=click.Path(file_okay=False, path_type=Path), help="A training run: its answers and fusion weights."
 )
 @click.option(
-    "--projection", type=click.Choice(["pca", "umap"]), default="pca", help="Of the map; umap needs umap-learn."
+    "--projection", type=click.Choice(["pca", "umap"]), default="pca", help="Of the map; umap needs the extra `umap`."
 )
 @click.option(
     "--max-clips",
