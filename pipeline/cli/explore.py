@@ -37,7 +37,7 @@ ENCODERS = click.option(
     "--projection",
     type=click.Choice(["pca", "umap"]),
     default="pca",
-    help="Projection of the map; umap needs umap-learn.",
+    help="Projection of the map; umap needs the extra `umap`.",
 )
 @click.option(
     "--max-clips",

@@ -195,6 +195,7 @@ class Explorer:
             clip_id, samples = row["clip_id"], self._samples[row["clip_id"]]
             credits = [right[sample.digest] for sample in samples if sample.digest in right]
             columns["clip"].append(safe(clip_id))
+            columns["path"].append(safe(clip_id.removeprefix(f"{row['dataset']}/")))
             columns["dataset"].append(safe(row["dataset"]))
             columns["kind"].append(row["kind"])
             columns["caption"].append(safe(_caption(samples)))

@@ -9,7 +9,8 @@ from typing import Any
 from mervcache.errors import UserError
 
 PALETTE = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2", "#65a30d", "#dc2626", "#4b5563")
-WIDTHS = {"clip": 220, "dataset": 80, "kind": 55, "caption": 280, "tokens": 80, "questions": 75, "wrong": 50}
+# The path is the clip's id without its dataset, which has a column: the end of a name tells clips apart.
+WIDTHS = {"path": 300, "dataset": 80, "kind": 55, "caption": 280, "tokens": 80, "questions": 75, "wrong": 50}
 MISSING = "the explorer draws with Bokeh, which is not installed: pip install 'merv-pipeline[view]'"
 
 
@@ -44,7 +45,9 @@ def table_and_map(columns: Mapping[str, Sequence[Any]], *, with_answers: bool) -
         source=source,
         view=view,
         name="table",
-        columns=[TableColumn(field=name, title=name, width=WIDTHS[name]) for name in shown],
+        columns=[
+            TableColumn(field=name, title="clip" if name == "path" else name, width=WIDTHS[name]) for name in shown
+        ],
         height=340,
         sizing_mode="stretch_width",
         index_position=None,

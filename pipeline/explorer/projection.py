@@ -27,7 +27,9 @@ def umap(vectors_CD: Floats) -> Floats:
     try:
         from umap import UMAP  # pyright: ignore[reportMissingImports]: of no extra, the user installs it
     except ModuleNotFoundError as error:
-        raise UserError("UMAP is not installed: pip install umap-learn, or leave the projection at pca") from error
+        raise UserError(
+            "UMAP is not installed: pip install 'merv-pipeline[umap]', or leave the projection at pca"
+        ) from error
     if len(vectors_CD) < 4:
         return pca(vectors_CD)
     neighbours = min(15, len(vectors_CD) - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import importlib.util
 import io
 import json
 import threading
@@ -19,6 +20,7 @@ from featurestore import Clip, FeatureStore
 from featurestore.clips import Sample, Turn
 from mervcache.errors import UserError
 from pipeline.explorer import Explorer, serve, write_site
+from pipeline.explorer.projection import project
 from tests.browser import WIDTHS, needs_browser, open_page, read_page
 from trainer.runs.predictions import RecordLog
 
@@ -80,6 +82,17 @@ def hostile_store(tmp_path, toy_identity, write_store):
     writer.add_samples("toy", [question])
     writer.publish_snapshot()
     return FeatureStore.open(tmp_path / "toy.zarr"), question
+
+
+def test_umap_is_a_map_or_an_error_that_names_its_extra():
+    vectors_CD = np.random.default_rng(0).standard_normal((12, 6)).astype(np.float32)
+    if importlib.util.find_spec("umap") is None:
+        with pytest.raises(UserError, match=r"merv-pipeline\[umap\]"):
+            project(vectors_CD, "umap")
+    else:
+        assert project(vectors_CD, "umap").shape == (12, 2)
+    with pytest.raises(UserError, match="tsne"):
+        project(vectors_CD, "tsne")
 
 
 @needs_browser
