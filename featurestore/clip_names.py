@@ -1,10 +1,12 @@
-"""Clips by the names that people type: a whole id, or an end of one."""
+"""Clips by name: an id as a value, and the ids that a person's shorter names stand for."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Iterable, Sequence
 
+from featurestore.clips import Clip
 from mervcache.errors import UserError
 
 MAX_SHOWN = 3  # ids in an error
@@ -45,3 +47,19 @@ def _clip_that_ends_with(name: str, ids: Collection[str]) -> str:
 
 def _some(ids: Sequence[str]) -> str:
     return ", ".join(ids[:MAX_SHOWN]) + (", ..." if ids[MAX_SHOWN:] else "")
+
+
+def clip_of_id(clip_id: str, kind: str) -> Clip:
+    """The clip that an id names; the inverse of `Clip.clip_id`."""
+    dataset, _, rest = clip_id.partition("/")
+    fragment = re.search(r"#(?:end_frame=(\d+)|t=([^,]*),([^,]*))\Z", rest)
+    path = (rest[: fragment.start()] if fragment else rest).replace("%23", "#").replace("%25", "%")
+    frame, start, end = fragment.groups() if fragment else (None, None, None)
+    return Clip(
+        dataset=dataset,
+        path=path,
+        kind=kind,  # type: ignore[arg-type] - Clip checks it
+        start_s=float(start) if start else None,
+        end_s=float(end) if end else None,
+        end_frame=int(frame) if frame else None,
+    )

@@ -5,12 +5,13 @@ Apart from `clips` because pyarrow takes half a second to import and `--help` ne
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
 import pyarrow as pa
 
+from featurestore.clip_names import clip_of_id
 from featurestore.clips import Clip, Sample
 from mervcache.errors import StoreFormatError, UserError
 
@@ -44,6 +45,24 @@ SAMPLE_SCHEMA = pa.schema(
         pa.field("answer_index", pa.int64()),
     ]
 )
+
+WINDOW_SCHEMA = pa.schema(
+    [
+        pa.field("window", pa.int64(), nullable=False),  # its number in the video, from 0
+        pa.field("clip_id", pa.string(), nullable=False),
+        pa.field("start_s", pa.float64(), nullable=False),
+        pa.field("end_s", pa.float64(), nullable=False),
+        pa.field("has_tokens", pa.bool_(), nullable=False),
+    ]
+)
+
+
+def windows_to_table(windows: Mapping[int, str], has_tokens: Sequence[bool]) -> pa.Table:
+    """Number -> clip id of a video's windows, and which have tokens -> a table of `WINDOW_SCHEMA`."""
+    spans = [clip_of_id(clip_id, "video") for clip_id in windows.values()]
+    starts, ends = [clip.start_s for clip in spans], [clip.end_s for clip in spans]
+    columns = (list(windows), list(windows.values()), starts, ends, list(has_tokens))
+    return pa.Table.from_pydict(dict(zip(WINDOW_SCHEMA.names, columns, strict=True)), schema=WINDOW_SCHEMA)
 
 
 def clips_to_table(rows: Iterable[tuple[int, Clip]]) -> pa.Table:

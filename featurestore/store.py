@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -45,11 +46,12 @@ from featurestore.records import (
     read_receipt,
     read_tombstone,
 )
-from featurestore.schemas import CLIP_SCHEMA, SAMPLE_SCHEMA, table_to_samples
+from featurestore.schemas import CLIP_SCHEMA, SAMPLE_SCHEMA, table_to_samples, windows_to_table
 from featurestore.snapshots import column, load_snapshot, read_snapshot_table
 from featurestore.store_html import store_html
 from featurestore.tags import read_tags, resolve_snapshot
 from featurestore.token_maps import plot_maps
+from featurestore.windows import WindowIndex, spread_windows, window_length
 from featurestore.zarr_metadata import parse_root, read_document
 from mervcache.errors import (
     ClipUnavailableError,
@@ -87,6 +89,7 @@ class FeatureStore:
         self._record = load_snapshot(self._objects, snapshot)
         self._batches = BatchReader(self._objects)
         self._groups = encoder_keys(self._record.groups)  # encoder key -> group name
+        self._indexes: dict[Fraction, WindowIndex] = {}  # by the length of a window
         names = [column(group, "row") for group in self._groups.values()]
         table = read_snapshot_table(self._objects, self._record, ["clip_id", "kind", *names])
         self._clip_ids = table["clip_id"].combine_chunks()
@@ -339,6 +342,39 @@ class FeatureStore:
                 maps[clip_id][encoder] = self.read([clip_id], encoder=encoder, frames=steps)[0]
         return plot_maps(maps)
 
+    def windows(self, clip_id: str, *, encoder: str) -> pa.Table:
+        """`WINDOW_SCHEMA`: the windows of a video, in their order; `clip_id` is that of the video or of a span of it.
+
+        Empty where the store has none of it; UserError for an encoder whose tokens are of whole clips.
+        """
+        found = self._window_index(encoder).windows(clip_id)
+        rows = self._rows[self._groups[self._key(encoder)]][self._line_of.find(list(found.values()))]
+        return windows_to_table(found, (rows >= 0).tolist())
+
+    def read_windows(
+        self,
+        clip_id: str,
+        *,
+        encoder: str,
+        limit: int | None = None,
+        skip_failed: bool = False,
+        frames: Frames = None,
+        dtype: FloatDtype | None = None,
+    ) -> np.ndarray:
+        """Tokens of a video's windows as floats [windows, T, H, W, D], in their order; `frames`, `dtype` as in `read`.
+
+        Of more than `limit` windows, so many spread evenly over the video. Windows without tokens are left out with
+        `skip_failed`; else they are a ClipUnavailableError, as is a video that has no windows here.
+        """
+        windows = self.windows(clip_id, encoder=encoder)
+        if not windows.num_rows:
+            raise ClipUnavailableError(f"the store has no windows of {clip_id!r}; see store.clips for its clips")
+        chosen = spread_windows(windows["clip_id"].to_pylist(), limit)
+        if skip_failed:
+            has_tokens = set(windows.filter(windows["has_tokens"])["clip_id"].to_pylist())
+            chosen = [window for window in chosen if window in has_tokens]
+        return self.read(chosen, encoder=encoder, frames=frames, dtype=dtype)
+
     def read_prefix(self, clip_ids: Sequence[str], *, encoder: str, frames: Frames = None) -> np.ndarray:
         """Class and register tokens of B clips as floats [B, T, K, D]; `frames` chooses time steps as in `read`.
 
@@ -429,6 +465,14 @@ class FeatureStore:
                 f"{first!r}; see store.clips for what is committed and store.quarantine for why not"
             )
         return self.encoders[key], rows, self._is_image[lines]
+
+    def _window_index(self, encoder: str) -> WindowIndex:
+        length = window_length(self.encoders[self._key(encoder)].frame_rule)
+        if length is None:
+            raise UserError(f"{encoder} has tokens of whole clips, not of windows: they are extracted with --fps 1")
+        if length not in self._indexes:
+            self._indexes[length] = WindowIndex(self._clip_ids.to_pylist(), length)
+        return self._indexes[length]
 
     def _with_encoders(self, table: pa.Table) -> pa.Table:
         for key, group in self._groups.items():

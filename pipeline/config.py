@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from pipeline.encoders.weights import check_weights_spec
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 DECODER_NAMES = ("frames/1", "decord", "ffmpeg")  # of `decode.decoders.DECODERS`, which loads too much for --help
+WINDOW, MAX_WINDOW, MAX_FPS = 16, 4096, 1000  # frames of a window by default; limits
 AUTO = 0  # "choose for the machine"
 RUN_ONLY_SETTINGS = frozenset(  # of one run and its cluster; not reused when a run is repeated from its journal
     "new_identity refresh retry_quarantine retry_reason reuse forecast dashboard performance_report".split()
@@ -140,6 +142,8 @@ class ExtractConfig:
     crop: Mapping[str, str] = field(default_factory=dict)  # encoder -> squash | centre-crop; "" is for all
     frame_rule: Mapping[str, str] = field(default_factory=dict)  # encoder -> linspace-16, +times, ...; "" is for all
     frame_dtype: Mapping[str, str] = field(default_factory=dict)  # encoder -> uint8 | float32
+    fps: float | None = None  # split videos into windows of frames at this rate; None: one clip per video, evenly
+    window: int | None = None  # frames of a window, which is window / fps seconds long; None: 16 with fps
     exif: str = "ignore"  # apply: rotate still pictures by their EXIF orientation
     upsample: bool = False  # let rows and columns of the grid be more than an encoder's own: adaptive windows overlap
     grid: tuple[int, int, int] | None = DEFAULT_GRID  # T, H, W of the stored tokens; raw: each encoder's own grid
@@ -194,6 +198,7 @@ class ExtractConfig:
         for kind, clips in self.batch.items():
             if not isinstance(clips, int) or isinstance(clips, bool) or clips < 1:
                 raise UserError(f"batch of {kind} must be a whole number of clips of at least 1, got {clips!r}")
+        self._check_windows()
         for settings in self.encoder_settings:  # fail on a misspelt size now, not after listing a million clips
             _ = settings.spec
             check_weights_spec(settings.weights)
@@ -211,6 +216,34 @@ class ExtractConfig:
         """The store: a folder, or the URL as it was given."""
         return place_of(self.store or f"features/{self.dataset}.zarr")
 
+    def _check_windows(self) -> None:
+        if self.fps is None:
+            if self.window is not None:
+                raise UserError(f"window {self.window} is a number of frames at a rate: give fps too, such as --fps 1")
+            if by_rate := [text for text in self.frame_rule.values() if text.startswith("rate-")]:
+                raise UserError(
+                    f"frame rule {by_rate[0]} is that of windows, which fps and window make: --fps 1 --window 16"
+                )
+            return
+        if not 0 < self.fps <= MAX_FPS or Fraction(str(self.fps)).denominator > 10**6:
+            raise UserError(f"fps is above 0, up to {MAX_FPS}, of at most 6 decimals, got {self.fps}")
+        if self.window is not None and not 1 <= self.window <= MAX_WINDOW:
+            raise UserError(f"window is a number of frames from 1 to {MAX_WINDOW}, got {self.window}")
+        if self.frame_rule:
+            raise UserError("frame_rule and fps both choose the frames: leave one of them out")
+
+    @property
+    def window_length(self) -> Fraction | None:
+        """Seconds of a window; None where videos are not split."""
+        return None if self.fps is None else (self.window or WINDOW) / Fraction(str(self.fps))
+
+    def _frame_rule(self, name: str) -> str | None:
+        """The rule that the config names; with windows the encoder's own number of frames, evenly over a window."""
+        if self.window_length is None:
+            return self.frame_rule.get(name, self.frame_rule.get(""))
+        own = encoder_spec(name).with_architecture(self.architecture.get(name, {}))
+        return str(own.chosen_frames.at_rate(own.num_frames / self.window_length))
+
     @property
     def encoder_settings(self) -> tuple[EncoderSettings, ...]:
         """One value per identity: the encoders in their order, each with its layers and grids."""
@@ -222,7 +255,7 @@ class ExtractConfig:
             weights=self.weights.get(name, self.weights.get("", "hub")),
             architecture=self.architecture.get(name, {}),
             crop=self.crop.get(name, self.crop.get("")),
-            frame_rule=self.frame_rule.get(name, self.frame_rule.get("")),
+            frame_rule=self._frame_rule(name),
             frame_dtype=self.frame_dtype.get(name, self.frame_dtype.get("", "uint8")),
             exif=self.exif,
             grid=self.grid,

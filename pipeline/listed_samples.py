@@ -15,7 +15,7 @@ def add_listed_samples(store: StoreWriter, listing: DatasetListing, *, is_whole:
     A listing decides about the clips that it lists; samples of every other clip in the store stay, as its tokens do.
     Stored samples are read only where there are such clips.
     """
-    listed = {clip.clip_id for clip in listing.clips}
+    listed = listing.clip_ids
     is_growing_only = is_whole and listed.issuperset(store.clips()["clip_id"].to_pylist())
 
     def stays(sample: Sample) -> bool:

@@ -317,6 +317,14 @@ class Source:
         window = FileWindow(self.media.tar_path, self.media.offset, self.media.size)
         return io.BufferedReader(window, buffer_size=READ_BYTES)
 
+    @property
+    def version(self) -> Version:
+        """What changes when a file or tar member does."""
+        assert not isinstance(self.media, FrameFolder), "a folder of frames is many files"
+        if isinstance(self.media, TarMember):
+            return _version(self.media.tar_path, self.media.offset, self.media.size)
+        return _version(self.media.path)
+
     def head(self, num_bytes: int = 16) -> bytes:
         """The first bytes, which identify the format."""
         with self.open() as file:
@@ -331,11 +339,8 @@ class Source:
         if isinstance(self.media, RemoteMember):
             with self.fetched() as local:
                 return local.sha256()
-        if isinstance(self.media, TarMember):
-            with self.open() as file:
-                return _digest(file)
-        if isinstance(self.media, LocalFile):
-            return _file_sha256(self.media.path)
+        if not isinstance(self.media, FrameFolder):
+            return _known_sha256(self.version, self.open)
         lines = sorted(f"{p.name}\0{os.stat(p).st_size}\0{_file_sha256(p)}\n" for p in self.media.paths)
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -394,17 +399,25 @@ class FileWindow(io.RawIOBase):
         super().close()
 
 
-_KNOWN_SHA256: dict[tuple[str, int, int], str] = {}  # (path, bytes, mtime in ns) -> sha256, for this process
+Version = tuple[str, int, int, int, int]  # path, bytes and date of a file; offset and bytes of a tar member, or zeros
+_KNOWN_SHA256: dict[Version, str] = {}  # for this process
+
+
+def _version(path: Path, offset: int = 0, size: int = 0) -> Version:
+    status = os.stat(path)
+    return str(path), status.st_size, status.st_mtime_ns, offset, size
+
+
+def _known_sha256(version: Version, opener: Callable[[], BinaryIO]) -> str:
+    """Digest of a file; clips of one file (spans) take it once per process, until it changes."""
+    if version not in _KNOWN_SHA256:
+        with opener() as file:
+            _KNOWN_SHA256[version] = _digest(file)
+    return _KNOWN_SHA256[version]
 
 
 def _file_sha256(path: Path) -> str:
-    """Digest of a file; clips of one file (spans) take it once per process, until it changes."""
-    status = os.stat(path)
-    key = (str(path), status.st_size, status.st_mtime_ns)
-    if key not in _KNOWN_SHA256:
-        with open(path, "rb") as file:
-            _KNOWN_SHA256[key] = _digest(file)
-    return _KNOWN_SHA256[key]
+    return _known_sha256(_version(path), partial(open, path, "rb"))
 
 
 def _digest(file: BinaryIO) -> str:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from typing import Any, Literal
 
+from featurestore.windows import RATE_RULE
 from mervcache.errors import UserError
 
 BASE_FRAMES = 32  # sampled per clip; an encoder with n frames takes every (32 // n)-th (princetonvisualai/merv)
@@ -26,32 +28,47 @@ class FrameRule:
     | `linspace-16` | 16 evenly spaced indices: a released model with one encoder of 16 frames; also `linspace-8` |
     | `+steps/2` added | every 2nd of the encoder's time steps is kept: ViViT's 8-step form, `linspace-32/1+steps/2` |
     | `+times` added | spans in seconds of variable-rate video are cut by presentation time, not by the average rate |
+    | `rate-1x16` | 16 frames at 1 per second from the clip's start: a window of a video; also `rate-1/2x8` |
     """
 
-    samples: int = BASE_FRAMES  # evenly spaced indices
+    samples: int = BASE_FRAMES  # evenly spaced indices; with a rate, times
     every: int = 1  # of these, every n-th is seen
     every_step: int = 1  # of the encoder's time steps, every n-th is kept
     by_times: bool = False
+    rate: Fraction | None = None  # frames per second from the clip's start, by presentation time; None: evenly spaced
 
     _TEXT = re.compile(r"linspace-([1-9]\d{0,3})(?:/([1-9]\d{0,3}))?(?:\+steps/([1-9]\d{0,3}))?(\+times)?")
+    _RATE_TEXT = re.compile(rf"{RATE_RULE.pattern}(?:\+steps/([1-9]\d{{0,3}}))?")
 
     def __post_init__(self) -> None:
         if min(self.samples, self.every, self.every_step) < 1 or self.samples % self.every:
             raise UserError(f"a frame rule takes every n-th of a multiple of n frames, got {self}")
+        if self.rate is not None and (self.rate <= 0 or self.every > 1 or self.by_times):
+            raise UserError(f"a frame rule by rate takes every frame at a rate above 0, got {self}")
 
     @classmethod
     def parse(cls, text: str) -> FrameRule:
         """The rule of a `text`; `UserError` for what is none."""
+        if (match := cls._RATE_TEXT.fullmatch(text)) is not None:
+            rate, samples, every_step = Fraction(match[1]), int(match[2]), int(match[3] or 1)
+            return cls(samples=samples, every_step=every_step, rate=rate)
         match = cls._TEXT.fullmatch(text)
         if match is None:
             raise UserError(
                 f"unknown frame rule {text!r}; known: linspace-N (N evenly spaced frames) and linspace-N/K (every K-th"
-                " of them), either with +steps/K (every K-th time step) and +times (spans by presentation time)"
+                " of them), either with +steps/K (every K-th time step) and +times (spans by presentation time); and"
+                " rate-RxN (N frames at R per second), the rule of windows"
             )
         samples, every, every_step = (int(match[group] or 1) for group in (1, 2, 3))
         return cls(samples=samples, every=every, every_step=every_step, by_times=match[4] is not None)
 
+    def at_rate(self, rate: Fraction) -> FrameRule:
+        """The same number of frames and of time steps, at `rate` frames per second from the clip's start."""
+        return replace(self, samples=self.num_frames, every=1, by_times=False, rate=rate)
+
     def __str__(self) -> str:
+        if self.rate is not None:
+            return f"rate-{self.rate}x{self.samples}" + (f"+steps/{self.every_step}" if self.every_step > 1 else "")
         text = f"linspace-{self.samples}"
         if self.every > 1 or self.samples == BASE_FRAMES:  # the form that identities of format 1 hold
             text += f"/{self.every}"

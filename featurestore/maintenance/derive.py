@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import suppress
 
-from featurestore.clips import KINDS, Clip
+from featurestore.clip_names import clip_of_id
+from featurestore.clips import KINDS
 from featurestore.group_writer import GroupWriter
 from featurestore.layout import (
     ARRAYS,
@@ -182,19 +182,3 @@ def derive_part(objects: Objects, snapshot: Snapshot, key: str) -> bytes | None:
             if sha256_hex(data) == snapshot.parts[key]:
                 return data
     return None
-
-
-def clip_of_id(clip_id: str, kind: str) -> Clip:
-    """The clip that an id names; the inverse of `Clip.clip_id`."""
-    dataset, _, rest = clip_id.partition("/")
-    fragment = re.search(r"#(?:end_frame=(\d+)|t=([^,]*),([^,]*))\Z", rest)
-    path = (rest[: fragment.start()] if fragment else rest).replace("%23", "#").replace("%25", "%")
-    frame, start, end = fragment.groups() if fragment else (None, None, None)
-    return Clip(
-        dataset=dataset,
-        path=path,
-        kind=kind,  # type: ignore[arg-type] - Clip checks it
-        start_s=float(start) if start else None,
-        end_s=float(end) if end else None,
-        end_frame=int(frame) if frame else None,
-    )

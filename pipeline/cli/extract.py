@@ -167,7 +167,8 @@ def explain(
     print_result(found.to_dict(), as_json, lambda: render.explanation(found))
 
 
-_INHERITED = "dataset root encoders weights stage kind limit decoder compute_dtype storage_dtype grid upsample".split()
+_INHERITED = "dataset root encoders weights stage kind limit fps window decoder".split()
+_INHERITED += "compute_dtype storage_dtype grid upsample".split()
 for parameter in explain.params:  # each command has its own copy of shared options
     if not isinstance(parameter, click.Option):
         continue

@@ -23,7 +23,7 @@ from mervcache.config import parse_pairs
 from mervcache.console import Command, echo, handle_errors, stacked
 from mervcache.errors import EXIT_WITH_FAILURES
 from pipeline.align import DEFAULT_GRID
-from pipeline.config import COMPUTE_DTYPES, DECODER_NAMES, ExtractConfig, read_config
+from pipeline.config import COMPUTE_DTYPES, DECODER_NAMES, WINDOW, ExtractConfig, read_config
 from pipeline.encoders.weights import weights_by_encoder
 
 if TYPE_CHECKING:
@@ -126,6 +126,15 @@ extraction_options = stacked(  # what would be extracted, from where, with what,
     click.option("--stage", type=click.Choice(STAGES), show_default="all", help="Records of this training stage only."),
     click.option("--kind", type=click.Choice(KINDS), show_default="both", help="Clips of this kind only."),
     click.option("--limit", type=click.IntRange(1), show_default="all", help="Only the first clips of the listing."),
+    click.option(
+        "--fps",
+        type=click.FloatRange(0, min_open=True),
+        show_default="each video is one clip, whatever its length",
+        help="Split videos into windows of frames at this rate: docs/long-videos.md.",
+    ),
+    click.option(
+        "--window", type=click.IntRange(1), show_default=f"{WINDOW} with --fps", help="Frames of a window of --fps."
+    ),
     click.option(
         "--decoder",
         type=click.Choice(DECODER_NAMES),

@@ -1,7 +1,8 @@
 """Datasets by name: from annotation files to clips and samples.
 
 A plug-in is an entry point in the group `merv.datasets` whose value is a DatasetSpec; see docs/extending.md.
-Listing opens no media, and importing this package nothing heavy: the command line's help reads the table.
+Listing opens no media, except to find how long videos are that are split into windows. Importing this package imports
+nothing heavy: the command line's help reads the table.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from featurestore.clips import KINDS
 from featurestore.locate import is_url
+from mervcache.console import ProgressLine
 from mervcache.errors import UserError, unknown_name
 from mervcache.plugins import PlugInTable
 from mervcache.text import redact
@@ -41,6 +43,7 @@ log = logging.getLogger(__name__)
 BUILT_IN = {spec.name: spec for spec in (demo.SPEC, videollava.SPEC, webdataset.SPEC, folder.SPEC, evaluation.SPEC)}
 DATASETS: PlugInTable[DatasetSpec] = PlugInTable(BUILT_IN, group="merv.datasets", what="dataset", kind=DatasetSpec)
 
+MAX_LENGTH_PROCESSES = 8  # of the driver, that find out how long videos are
 LINKS_OPTION = "media_links"
 LINKS = Option(
     default="",
@@ -72,6 +75,17 @@ def list_clips(config: ExtractConfig) -> DatasetListing:
     """List the clips of an extraction and log what is left out; errors are those of `load_dataset`."""
     filters = {"stage": config.stage, "kind": config.kind, "limit": config.limit}
     listing = load_dataset(config.dataset, config.root, **filters, **config.options)
+    if config.window_length is not None:
+        from pipeline.datasets.windows import in_windows  # decode processes, only where they are wanted
+
+        with ProgressLine("lengths of videos", unit="videos") as progress:
+            listing = in_windows(
+                listing,
+                config.window_length,
+                processes=config.decode_processes or min(MAX_LENGTH_PROCESSES, len(os.sched_getaffinity(0))),
+                timeout_s=config.decode_timeout_s,
+                progress=progress,
+            )
     if listing.clips or any(listing.samples.values()):  # else `check_has_clips` has the same lines
         for line in loss_lines(listing):
             log.warning(line)

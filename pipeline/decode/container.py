@@ -67,12 +67,12 @@ class OpenVideo:
         graph.push(frame)
         return graph.pull().to_ndarray()
 
-    def times(self, pts: Sequence[int | None]) -> np.ndarray | None:
+    def times(self, pts: Sequence[int | None] | np.ndarray) -> np.ndarray | None:
         """Seconds from the first frame at which each is shown; None where the times are missing or do not rise."""
-        known = [time for time in pts if time is not None]
-        if not known or len(known) < len(pts) or self.stream.time_base is None:
+        if not len(pts) or (not isinstance(pts, np.ndarray) and None in pts) or self.stream.time_base is None:
             return None
-        ticks = np.array([time - known[0] for time in known], dtype=np.float64)
+        shown_at = np.asarray(pts, dtype=np.int64)
+        ticks = (shown_at - shown_at[0]).astype(np.float64)
         if (np.diff(ticks) <= 0).any():
             return None
         return ticks * self.stream.time_base.numerator / self.stream.time_base.denominator

@@ -21,13 +21,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
 from mervcache.errors import MediaError, RunStoppedError, UserError
 from pipeline.decode import worker
-from pipeline.decode.sampling import Decoded, DecodeJob, FailedClipError
+from pipeline.decode.sampling import AnyJob, Decoded, DecodeJob, FailedClipError, LengthJob
 from pipeline.media import Source, resolve_media
 from pipeline.remote_shards import remote_root
 
@@ -74,7 +74,7 @@ class DecodePool:
     ) -> None:
         if num_processes < 1 or timeout_s <= 0:
             raise UserError(f"a decode pool needs processes and time, got {num_processes} and {timeout_s} s")
-        self._jobs: queue.SimpleQueue[tuple[DecodeJob, Future, IsKnown | None] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[AnyJob, Future, IsKnown | None] | None] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._lock = threading.Lock()
         command = (*worker_command, "--memory-bytes", str(memory_bytes), "--parent", str(os.getpid()))
@@ -82,12 +82,16 @@ class DecodePool:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, job: DecodeJob, is_known: IsKnown | None = None) -> Future[Decoded]:
-        """Decode one clip in the next free process; with an empty result where `is_known` says so of its media.
+    @overload
+    def submit(self, job: DecodeJob, is_known: IsKnown | None = None) -> Future[Decoded]: ...
+    @overload
+    def submit(self, job: LengthJob) -> Future[float]: ...
+    def submit(self, job: AnyJob, is_known: IsKnown | None = None) -> Future[Any]:
+        """Decode one clip in the next free process, with an empty result where `is_known` says so of its media.
 
-        `is_known` is called on a thread of the pool.
+        Or find the seconds that a video takes. `is_known` is called on a thread of the pool.
         """
-        future: Future[Decoded] = Future()
+        future: Future[Any] = Future()
         with self._lock:
             if self._closed.is_set():
                 raise RunStoppedError("the decode pool is closed")
@@ -118,12 +122,18 @@ class DecodePool:
         self.close()
 
 
+@overload
 def decode_ahead(
     jobs: Iterable[tuple[int, DecodeJob]], pool: DecodePool, lookahead: int
-) -> Iterator[tuple[int, Decoded | MediaError]]:
-    """(row, frames or why there are none) in the order of the jobs, with `lookahead` further jobs submitted."""
+) -> Iterator[tuple[int, Decoded | MediaError]]: ...
+@overload
+def decode_ahead(
+    jobs: Iterable[tuple[int, LengthJob]], pool: DecodePool, lookahead: int
+) -> Iterator[tuple[int, float | MediaError]]: ...
+def decode_ahead(jobs: Iterable[tuple[int, AnyJob]], pool: DecodePool, lookahead: int) -> Iterator[tuple[int, Any]]:
+    """(row, result or why there is none) in the order of the jobs, with `lookahead` further jobs submitted."""
 
-    def result(row: int, future: Future) -> tuple[int, Decoded | MediaError]:
+    def result(row: int, future: Future) -> tuple[int, Any]:
         try:
             return row, future.result()
         except MediaError as reason:
@@ -176,8 +186,8 @@ class _WorkerThread(threading.Thread):
             if self._child:
                 self._child.kill()
 
-    def _decode(self, job: DecodeJob, is_known: IsKnown | None) -> Decoded:
-        """Decode in the child; once more, in a new child, if it hangs or dies.
+    def _decode(self, job: AnyJob, is_known: IsKnown | None) -> Decoded | float:
+        """Do a job in the child; once more, in a new child, if it hangs or dies.
 
         A clip that ends two children fails with the digest of its bytes, taken here: the children are gone.
         """
@@ -189,7 +199,7 @@ class _WorkerThread(threading.Thread):
         for _ in range(TRIES):
             child = self._ready_child()
             try:
-                return child.decode(job, self._timeout_s, is_known)
+                return child.answer(job, self._timeout_s, is_known)
             except worker.DeadlineError:
                 self._end_child(hangs=True)
                 failure = MediaError("decoding timed out twice")
@@ -276,7 +286,7 @@ class _DecodeChild:
             raise RunStoppedError(f"a decode process did not start; its output: {output or 'none'}") from error
         self._is_ready = "ready" in header
 
-    def decode(self, job: DecodeJob, timeout_s: float, is_known: IsKnown | None) -> Decoded:
+    def answer(self, job: AnyJob, timeout_s: float, is_known: IsKnown | None) -> Decoded | float:
         """Send one job and wait for its result.
 
         Raises the job's error, `worker.DeadlineError` when time is up and `worker.PipeClosedError` when the process
@@ -289,7 +299,8 @@ class _DecodeChild:
         allowed_s = timeout_s
         deadline = time.monotonic() + allowed_s
         asks = is_known is not None
-        worker.send(self._stdin.fileno(), {"job": job.to_record(), "timeout_s": timeout_s, "asks": asks})
+        what = "length" if isinstance(job, LengthJob) else "job"
+        worker.send(self._stdin.fileno(), {what: job.to_record(), "timeout_s": timeout_s, "asks": asks})
         while True:
             header, body = worker.receive(self._stdout.fileno(), deadline)
             if "started" in header:
@@ -322,12 +333,14 @@ class _DecodeChild:
         return status
 
 
-def _parse_result(header: dict[str, Any], body: bytearray, job: DecodeJob) -> Decoded:
-    """A `Decoded`, or the error that was sent, raised."""
+def _parse_result(header: dict[str, Any], body: bytearray, job: AnyJob) -> Decoded | float:
+    """A `Decoded` or a length, or the error that was sent, raised."""
     if "error" in header:
         if header["error"] == "media":
             raise FailedClipError(header["message"], header.get("media_sha256"))
         raise {"stopped": RunStoppedError, "user": UserError}[header["error"]](header["message"])
+    if isinstance(job, LengthJob):
+        return float(header["length_s"])
     dtypes = [np.dtype(view.rule.dtype) for view in job.views]
     if not header["shapes"]:
         return Decoded(frames={}, **header["decoded"])

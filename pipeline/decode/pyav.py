@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import suppress
 from functools import partial
 from typing import BinaryIO
@@ -39,6 +39,7 @@ TRUSTED_FORMATS = ("mov,mp4", "matroska")  # AVI has no presentation times; TS a
 UNTRUSTED_CODECS = ("vp8",)  # its hidden frames have packets of their own
 MAX_SUBSTITUTED = 0.5  # of the wanted frames; a clip with more is not accepted as damaged
 EBML_ID, SEGMENT_ID = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
+MAX_KNOWN_INDEXES = 4  # of 8 MB each for a video of 3 hours
 MAX_EBML_HEADER_BYTES = 4096  # real ones have 40; where the segment is not found behind it, no length is known
 
 
@@ -51,12 +52,12 @@ def read_frames(source: Source, collector: FrameCollector, *, accept_damaged: bo
         moov = read_moov(file)
     if moov is not None:
         with open_video(source) as video:
-            index = index_from_tables(video, moov)
+            index = _remembered("tables", source, partial(index_from_tables, video, moov))
             reading = _try_indexed(video, index, collector) if index is not None else None
         if reading is not None:
             return reading
     with open_video(source) as video:
-        index = scan_packets(video)
+        index = _remembered("scan", source, partial(scan_packets, video))
         if not accept_damaged:
             if index.damage:
                 raise MediaError(f"damaged file: {index.damage}")
@@ -68,6 +69,20 @@ def read_frames(source: Source, collector: FrameCollector, *, accept_damaged: bo
     if reading is not None:
         return reading
     return read_in_order(source, index, collector, accept_damaged=accept_damaged)
+
+
+_KNOWN_INDEXES: dict[tuple, PacketIndex | None] = {}  # of the files read last; a process reads one at a time
+
+
+def _remembered(way: str, source: Source, make: Callable[[], PacketIndex | None]) -> PacketIndex | None:
+    """The packet index of a file, made once for all spans of it that a process reads one after the other."""
+    key = (way, *source.version)
+    if key not in _KNOWN_INDEXES:
+        made = make()
+        while len(_KNOWN_INDEXES) >= MAX_KNOWN_INDEXES:
+            del _KNOWN_INDEXES[next(iter(_KNOWN_INDEXES))]
+        _KNOWN_INDEXES[key] = made
+    return _KNOWN_INDEXES[key]
 
 
 class CorruptFrameError(Exception):
@@ -88,9 +103,9 @@ def _read_indexed(video: OpenVideo, index: PacketIndex, collector: FrameCollecto
     if not video.container.format.name.startswith(TRUSTED_FORMATS) or video.codec.name in UNTRUSTED_CODECS:
         raise UntrustedIndexError("times of this format are not reliable")
     index.check_trust()
-    pts = index.pts[index.shown].tolist()  # of frame 0, 1, 2, ...
+    pts = index.pts[index.shown]  # of frame 0, 1, 2, ...
     numbers = collector.choose(len(pts), video.fps, video.times(pts) if collector.needs_times else None)
-    wanted = {pts[number]: number for number in numbers}
+    wanted = dict(zip(pts[numbers].tolist(), numbers, strict=True))
     for first, last in index.segments(index.shown[numbers].tolist()):
         for frame in _decode_segment(video, index, first, last, wanted):
             if frame.pts in wanted and not frame.is_corrupt:

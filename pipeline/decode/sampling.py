@@ -27,6 +27,8 @@ VARIABLE_RATE = (
     "span in seconds of video whose frames do not come at its average rate; "
     "a frame rule with +times cuts it by presentation time"
 )
+TICK_S = 6e-4  # Matroska rounds times to milliseconds: a frame shown so little after a time counts as shown at it
+NO_RATE = "frames by rate of media that has no frame rate"
 OUT_OF_MEMORY = "decoding needs more memory than a decode process may use"
 
 
@@ -54,6 +56,25 @@ class DecodeJob:
         return cls(
             **{**record, "root": root_from_record(record["root"]), "clip": Clip(**record["clip"]), "views": views}
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthJob:
+    """One video whose length is wanted; nothing of it is decoded."""
+
+    root: Root
+    clip: Clip
+
+    def to_record(self) -> dict[str, Any]:
+        """JSON-able form; inverse of `from_record`."""
+        return asdict(self)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> LengthJob:
+        return cls(root=root_from_record(record["root"]), clip=Clip(**record["clip"]))
+
+
+AnyJob = DecodeJob | LengthJob
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +135,13 @@ def frame_indices(
     `times`, by the rule.
 
     fps 0.0 means that the media has no clock (a GIF): the whole of it is sampled, and a span is an error.
+
+    A rule by rate has its own definition: `_indices_at_rate`.
     """
     if num_frames < 1:
         raise MediaError("video holds no frames")
+    if rule.rate is not None:
+        return _indices_at_rate(clip, num_frames, fps, rule, times)
     is_span = clip.start_s is not None or clip.end_s is not None
     if clip.end_frame is not None:
         first, last = 0, min(num_frames - 1, clip.end_frame)
@@ -138,6 +163,28 @@ def frame_indices(
     if indices.min() < 0:
         raise MediaError("span is shorter than one frame")
     return indices[:: rule.every]
+
+
+def _indices_at_rate(clip: Clip, num_frames: int, fps: float, rule: FrameRule, times: np.ndarray | None) -> np.ndarray:
+    """The frame on screen at start + j / rate seconds, j = 0, 1, ...; the last one of the clip is repeated at its end.
+
+    Without the frames' times they come at the average rate. A clip that ends sooner than its frames (the last window of
+    a video) is not stretched: a time step stands for the same number of seconds in every window.
+    """
+    assert rule.rate is not None
+    if clip.end_frame is not None:
+        raise MediaError("frames by rate of a clip that ends at a frame's number")
+    if not fps > 0:
+        raise MediaError(NO_RATE)
+    if times is None:
+        times = np.arange(num_frames) / fps
+    first, last = _ends_by_times(clip, num_frames, fps, times)
+    if first >= num_frames:
+        raise MediaError("span begins beyond the end of the video")
+    start = 0.0 if clip.start_s is None else clip.start_s
+    wanted_s = np.array([start + float(j / rule.rate) for j in range(rule.samples)])
+    indices = np.searchsorted(times, wanted_s + TICK_S, side="right") - 1
+    return np.minimum(indices, max(last, int(indices[0])))
 
 
 def _span_by_rate(clip: Clip, num_frames: int, fps: float) -> tuple[float, float]:
@@ -207,10 +254,11 @@ class FrameCollector:
 
     @property
     def needs_times(self) -> bool:
-        """Whether `choose` depends on when each frame is shown: for spans in seconds."""
+        """Whether `choose` depends on when each frame is shown: for spans in seconds, and for frames by rate."""
         clip = self._job.clip
         is_span = clip.start_s is not None or clip.end_s is not None
-        return clip.kind == "video" and is_span and clip.end_frame is None
+        is_by_rate = any(view.frames.rate is not None for view in self._job.views)
+        return clip.kind == "video" and (is_span or is_by_rate) and clip.end_frame is None
 
     def choose(self, num_frames: int, fps: float, times: np.ndarray | None = None) -> list[int]:
         """Frame indices wanted of media with `num_frames` frames: distinct, ascending.

@@ -6,8 +6,8 @@ because media can make a decoder use any amount of both. The pool imports this m
 decoders are imported in `main`.
 
     8 bytes   lengths of header and body, two big-endian uint32
-    header    JSON: a job, answered by "started", "read" with the media's sha256, and the result; if the job asks, the
-              parent replies to "read" with "decode"
+    header    JSON: a job, or under "length" a video whose length is wanted, answered by "started", "read" with the
+              media's sha256, and the result; if the job asks, the parent replies to "read" with "decode"
     body      frames, one view after the other, each in its rule's dtype
 
 No pickle: a decode process reads untrusted files, and what it sends back must not be able to run code.
@@ -28,10 +28,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from mervcache.errors import MediaError, RunStoppedError, UserError
-from pipeline.decode.sampling import OUT_OF_MEMORY, Decoded, DecodeJob, exception_name
+from pipeline.decode.sampling import OUT_OF_MEMORY, AnyJob, Decoded, DecodeJob, LengthJob, exception_name
 from pipeline.media import Source
 
 LENGTHS = struct.Struct(">II")
@@ -102,7 +103,9 @@ def main() -> None:
     parser.add_argument("--parent", type=int, default=0, help="process id of the parent")
     arguments = parser.parse_args()
     die_with_parent(arguments.parent)
-    from pipeline.decode.decoders import decode_clip  # FFmpeg's libraries; before "ready", so that no job pays for it
+    # FFmpeg's libraries; before "ready", so that no job pays for them
+    from pipeline.decode.decoders import decode_clip
+    from pipeline.decode.length import length_s
 
     if arguments.memory_bytes:
         _limit_memory(arguments.memory_bytes)
@@ -117,28 +120,23 @@ def main() -> None:
         send(results, {"ready": os.getpid()})
         while True:
             record, _ = receive(jobs)
-            _serve(record, jobs, results, decode_clip)
+            if "length" in record:
+                length_job = LengthJob.from_record(record["length"])
+                _serve(record, results, length_job, partial(_send_length, length_s, length_job, results))
+            else:
+                job = DecodeJob.from_record(record["job"])
+                _serve(record, results, job, partial(_send_frames, decode_clip, job, jobs, results, record["asks"]))
     except PipeClosedError:
         return
 
 
-def _serve(record: dict[str, Any], jobs: int, results: int, decode_clip: Callable[..., Decoded]) -> None:
-    """Decode one job and send its result; every outcome but a crash is a result."""
-    job = DecodeJob.from_record(record["job"])
-
-    def on_read(sha256: str) -> bool:
-        send(results, {"read": sha256})
-        return receive(jobs)[0]["decode"] if record["asks"] else True
-
+def _serve(record: dict[str, Any], results: int, job: AnyJob, answer: Callable[[int], None]) -> None:
+    """Do one job and send its result; every outcome but a crash is a result."""
     try:
         media_bytes = Source.find(job.root, job.clip.path).num_bytes
         send(results, {"started": media_bytes})
         _limit_processor_time(CPU_SLACK * allowed_s(record["timeout_s"], media_bytes))
-        decoded = decode_clip(
-            job,
-            on_read=on_read,
-            on_wait=lambda: send(results, {"started": media_bytes}),  # the deadline is of the media, not of the wait
-        )
+        answer(media_bytes)
     except PipeClosedError:
         raise
     except Exception as error:
@@ -157,7 +155,26 @@ def _serve(record: dict[str, Any], jobs: int, results: int, decode_clip: Callabl
                 traceback.print_exception(error)
                 kind, message = "media", f"decoder failed: {exception_name(error)}"
         send(results, {"error": kind, "message": message, "media_sha256": getattr(error, "media_sha256", None)})
-        return
+
+
+def _send_length(length_s: Callable[[Source], float], job: LengthJob, results: int, media_bytes: int) -> None:
+    with Source.find(job.root, job.clip.path).fetched(lambda: send(results, {"started": media_bytes})) as source:
+        send(results, {"read": ""})  # a file that makes FFmpeg hang is at fault, not its disk: little is read
+        send(results, {"length_s": length_s(source)})
+
+
+def _send_frames(
+    decode_clip: Callable[..., Decoded], job: DecodeJob, jobs: int, results: int, asks: bool, media_bytes: int
+) -> None:
+    def on_read(sha256: str) -> bool:
+        send(results, {"read": sha256})
+        return receive(jobs)[0]["decode"] if asks else True
+
+    decoded = decode_clip(
+        job,
+        on_read=on_read,
+        on_wait=lambda: send(results, {"started": media_bytes}),  # the deadline is of the media, not of the wait
+    )
     frames = [decoded.frames[view] for view in job.views] if decoded.frames else []
     header = {
         "decoded": {

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from featurestore.clip_names import clip_of_id
 from featurestore.clips import Clip
-from featurestore.maintenance.derive import clip_of_id
 from featurestore.maintenance.findings import is_damaged
 from featurestore.maintenance.repair import Recomputed, repair_store
 from featurestore.maintenance.verify import verify_store
