@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from fractions import Fraction
 
@@ -92,3 +92,28 @@ class WindowIndex:
             if window_id in spans:
                 found[number] = window_id
         return found
+
+
+def videos_in_windows(named: Iterable[str | None], clip_ids: Collection[str]) -> dict[str, set[str]]:
+    """Ids that are no clips themselves, as conversations name videos, -> the clips that are spans within them."""
+    videos = {name for name in named if name is not None and name not in clip_ids}
+    if not videos:
+        return {}
+    spans: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
+    media = {video.partition("#")[0] for video in videos}
+    for clip_id in clip_ids:
+        of_media, mark, _ = clip_id.partition("#t=")
+        if mark and of_media in media:
+            spans[of_media].append((*_span(clip_id), clip_id))
+    found: dict[str, set[str]] = {}
+    for video in videos:
+        first, last = _span(video)
+        inside = {each for start, end, each in spans[video.partition("#")[0]] if first <= start and end <= last}
+        if inside:
+            found[video] = inside
+    return found
+
+
+def _span(clip_id: str) -> tuple[float, float]:
+    clip = clip_of_id(clip_id, "video")
+    return clip.start_s or 0.0, math.inf if clip.end_s is None else clip.end_s

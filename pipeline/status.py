@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from featurestore.layout import receipt_blocks, receipt_key, receipts_prefix
 from featurestore.lease import StoreLease
 from featurestore.locate import Place, is_url, place_of
 from featurestore.store import FeatureStore
+from featurestore.windows import videos_in_windows, window_length
 from featurestore.writer import StoreWriter
 from mervcache.console import RATE_WINDOW_S
 from mervcache.errors import UserError
@@ -78,10 +79,28 @@ def inspect_store(path: str | Path, name: str) -> dict[str, Any]:
     if twins := [key for key in store.encoders if key.split("@")[0] == name]:
         raise UserError(f"{name} is stored under several identities, give one: {', '.join(twins)}")
     try:
-        (clip_id,) = clips_named(store.clips["clip_id"].to_pylist(), [name])
+        known = set(store.clips["clip_id"].to_pylist())
+        videos = _videos(store, known)
+        (clip_id,) = clips_named(known | videos.keys(), [name])
     except UserError as error:
         raise UserError(f"{error}; its encoders: {', '.join(store.encoders) or 'none'}") from None
-    return _clip_details(store, clip_id)
+    return _video_details(store, clip_id) if clip_id in videos else _clip_details(store, clip_id)
+
+
+def _videos(store: FeatureStore, known: Collection[str]) -> dict[str, set[str]]:
+    """Whole videos that are stored as windows -> their windows."""
+    if all(window_length(identity.frame_rule) is None for identity in store.encoders.values()):
+        return {}
+    return videos_in_windows({clip_id.partition("#t=")[0] for clip_id in known if "#t=" in clip_id}, known)
+
+
+def _video_details(store: FeatureStore, clip_id: str) -> dict[str, Any]:
+    details: dict[str, Any] = {"video": clip_id}
+    for key, identity in store.encoders.items():
+        if (length := window_length(identity.frame_rule)) is not None:
+            has_tokens = store.windows(clip_id, encoder=key)["has_tokens"].to_pylist()
+            details[key] = f"{sum(has_tokens)} of {len(has_tokens)} windows of {float(length):g} s have tokens"
+    return details | {"samples": _sample_lines(store, clip_id)}
 
 
 def _clip_details(store: FeatureStore, clip_id: str) -> dict[str, Any]:
@@ -101,9 +120,13 @@ def _clip_details(store: FeatureStore, clip_id: str) -> dict[str, Any]:
             }
     failures = [row for row in store.quarantine.to_pylist() if row["clip_id"] == clip_id]
     details |= {f"{row['encoder']} failed": row["reason"] for row in failures}
-    samples = [s for name in store.sample_names for s in store.samples(name) if s.clip_id == clip_id]
-    details["samples"] = [f"{s.stage}: {s.turns[0].text.strip()!r} -> {s.turns[1].text.strip()!r}" for s in samples]
+    details["samples"] = _sample_lines(store, clip_id)
     return details
+
+
+def _sample_lines(store: FeatureStore, clip_id: str) -> list[str]:
+    samples = [s for name in store.sample_names for s in store.samples(name) if s.clip_id == clip_id]
+    return [f"{s.stage}: {s.turns[0].text.strip()!r} -> {s.turns[1].text.strip()!r}" for s in samples]
 
 
 @dataclass(frozen=True, kw_only=True)

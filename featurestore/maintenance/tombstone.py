@@ -36,6 +36,7 @@ from featurestore.records import (
 from featurestore.schemas import SAMPLE_SCHEMA
 from featurestore.shards import Shard, build_shard, decode_all
 from featurestore.snapshots import ClipIndex
+from featurestore.windows import videos_in_windows, window_length
 from featurestore.writer import StoreWriter
 from featurestore.zarr_metadata import ArraySpec, encoder_groups
 from mervcache.console import SILENT, ProgressLine
@@ -56,13 +57,17 @@ def tombstone(
 ) -> dict[str, object]:
     """Remove clips from a store for good; returns what was done.
 
-    Clips are named as in `featurestore.clip_names.clips_named`. Where other clips were made from the same media,
-    `all_copies` decides whether they go too: a consent is about the video, a licence may be about one dataset's copy.
+    Clips are named as in `featurestore.clip_names.clips_named`; a video that is stored as windows names all of them.
+    Where other clips were made from the same media, `all_copies` decides whether they go too: a consent is about the
+    video, a licence may be about one dataset's copy.
     Neither can be undone or is safe to guess, so with None nothing is removed and an error names them.
     """
     writer = StoreWriter.open(path)
     with StoreLease(path, "tombstone"):
-        clips = sorted(set(clips_named(writer.clips()["clip_id"].to_pylist(), names)))
+        stored = set(writer.clips()["clip_id"].to_pylist())
+        videos = _videos(writer, stored)
+        named = clips_named(stored | videos.keys(), names)
+        clips = sorted({clip for name in named for clip in videos.get(name, {name})})
         if not clips:
             raise UserError("name at least one clip id; `merv-pipeline inspect` finds ids by path")
         known = tombstoned_clips(writer.objects)
@@ -72,8 +77,10 @@ def tombstone(
             raise UserError(_undecided(same))
         removed = [*new, *same] if all_copies else new
         if removed:
+            gone = {*known, *removed}  # conversations about a video go with the last of its windows
+            entries = [*removed, *sorted(video for video, windows in videos.items() if windows <= gone)]
             date = date or datetime.now(UTC).strftime("%Y-%m-%d")
-            put_tombstone(writer.objects, removed, reason, date, _samples_with(writer.objects, set(removed)).values())
+            put_tombstone(writer.objects, entries, reason, date, _samples_with(writer.objects, set(entries)).values())
         blocks = erase_tombstoned(writer, progress)
         snapshot = writer.publish_snapshot()
     return {
@@ -83,6 +90,19 @@ def tombstone(
         "blocks rewritten": blocks,
         "snapshot": snapshot,
     }
+
+
+def _videos(writer: StoreWriter, stored: Collection[str]) -> dict[str, set[str]]:
+    """Videos that are stored as windows -> their windows: whole files, and what conversations name."""
+    rules = {identity.frame_rule for identity in writer.encoder_groups("video").values()}
+    if all(window_length(rule) is None for rule in rules):
+        return {}
+    named = {clip_id.partition("#t=")[0] for clip_id in stored if "#t=" in clip_id}
+    for file in samples_files(writer.objects.list_names(SAMPLES)):
+        key = f"{SAMPLES}/{file}"
+        table = read_table(table_file(writer.objects, key), SAMPLE_SCHEMA, key, columns=["clip_id"])
+        named.update(filter(None, table["clip_id"].to_pylist()))
+    return videos_in_windows(named, stored)
 
 
 def _undecided(same: Sequence[str]) -> str:

@@ -58,7 +58,7 @@ from featurestore.schemas import (
 )
 from featurestore.shards import encode_row
 from featurestore.transfer.merge import Cell, CellGroup, CellSource, LoadedCell, check_cell, decoded_cell
-from featurestore.transfer.selection import Selection
+from featurestore.transfer.selection import Selection, windowed_videos
 from featurestore.zarr_metadata import CODECS, ArraySpec, array_specs, parse_identity
 from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import StoreDamagedError, StoreFormatError, UserError, unknown_name
@@ -102,8 +102,9 @@ def export(
     """Write the selected cells into an empty folder."""
     if format not in FORMATS:
         raise UserError(unknown_name("format", format, FORMATS))
+    videos = windowed_videos([source])
     selection = (selection or Selection()).with_samples(
-        sample for samples in source.samples().values() for sample in samples
+        (sample for samples in source.samples().values() for sample in samples), videos
     )
     clips = source.clips()
     selection.check(clips)
@@ -122,6 +123,7 @@ def export(
     for tombstone in source.tombstones():
         files.put(tombstone_key(tombstone.id), tombstone.to_bytes())
     ids = {clip.clip_id for clip in clips}
+    ids |= {video for video, windows in videos.items() if windows & ids}
     for name, samples in source.samples().items():
         of_split = [sample for sample in samples if selection.split in (None, sample.split)]
         kept = [sample for sample in of_split if sample.clip_id is None or sample.clip_id in ids]

@@ -29,7 +29,7 @@ from featurestore.schemas import CLIP_SCHEMA, table_to_clips
 from featurestore.shards import ShardCache, decode_row, encode_row
 from featurestore.snapshots import ClipIndex, SnapshotTable, column, load_snapshot, read_snapshot_table
 from featurestore.store import FeatureStore
-from featurestore.transfer.selection import Selection
+from featurestore.transfer.selection import Selection, windowed_videos
 from featurestore.writer import StoreWriter
 from featurestore.zarr_metadata import ArraySpec, GroupRecord, read_arrays
 from mervcache.console import SILENT, ProgressLine
@@ -345,8 +345,9 @@ def combine(
     for source in sources:
         check_is_another(source.name, out)
     requested = selection or Selection()
+    videos = windowed_videos(sources)
     samples = (sample for source in sources for named in source.samples().values() for sample in named)
-    selection = requested.with_samples(samples)
+    selection = requested.with_samples(samples, videos)
     tombstones = [tombstone for source in sources for tombstone in source.tombstones()]
     removed = frozenset(clip for tombstone in tombstones for clip in tombstone.clips)
     clips = _selected_clips(sources, selection, removed)
@@ -375,7 +376,8 @@ def combine(
             if name in source.groups() and (reference_clips := source.reference_clips(name)):
                 put_reference_clips(writer.objects, reference_clips)
                 break
-    done.samples = _copy_samples(writer, sources, clips, selection)
+    taken = clips.keys() | {video for video, windows in videos.items() if windows & clips.keys()}
+    done.samples = _copy_samples(writer, sources, taken, selection)
     _write_journal(writer, sources, requested)
     done.snapshot = writer.publish_snapshot()
     return done
@@ -467,7 +469,7 @@ def _fill_group(
 
 
 def _copy_samples(
-    writer: StoreWriter, sources: Sequence[CellSource], clips: Mapping[str, Clip], selection: Selection
+    writer: StoreWriter, sources: Sequence[CellSource], clips: Container[str], selection: Selection
 ) -> dict[str, int]:
     """Conversations that the selection takes, the first source's where several have one; returns counts by name."""
     merged: dict[str, dict[tuple[str, str | None], Sample]] = defaultdict(dict)

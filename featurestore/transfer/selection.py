@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Protocol
 
 from featurestore.clips import KINDS, Clip, Sample
+from featurestore.windows import videos_in_windows, window_length
 from mervcache.errors import UserError, unknown_name
+
+NO_VIDEOS: Mapping[str, set[str]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +38,18 @@ class Selection:
     def is_whole(self) -> bool:
         return self.encoders is None and self.takes_all_clips and self.split is None
 
-    def with_samples(self, samples: Iterable[Sample]) -> Selection:
-        """This selection, knowing which clips the conversations of its split are about."""
+    def with_samples(self, samples: Iterable[Sample], videos: Mapping[str, set[str]] = NO_VIDEOS) -> Selection:
+        """This selection, knowing which clips the conversations of its split are about.
+
+        `videos` are those that conversations name and that are stored as windows -> their windows.
+        """
         if self.split is None:
             return self
         splits: dict[str, set[str]] = {}
         for sample in samples:
-            splits.setdefault(sample.split, set()).update([sample.clip_id] if sample.clip_id else [])
+            about = splits.setdefault(sample.split, set())
+            if sample.clip_id:
+                about |= videos.get(sample.clip_id, {sample.clip_id})
         if self.split not in splits:
             raise UserError(unknown_name("split", self.split, sorted(splits)))
         return replace(self, spoken_of=frozenset(splits[self.split]))
@@ -78,6 +88,24 @@ class Selection:
                 raise UserError(unknown_name("dataset", name, known))
         if self.clips is not None and (absent := self.clips - {clip.clip_id for clip in clips}):
             raise UserError(f"{len(absent)} of the {len(self.clips)} clips are not there, one is {min(absent)!r}")
+
+
+class SampleSource(Protocol):
+    """What knows clips, conversations and encoders of a store."""
+
+    def clips(self) -> list[Clip]: ...
+    def samples(self) -> dict[str, list[Sample]]: ...
+    def groups(self) -> Mapping[str, Any]: ...  # values with an `identity`
+
+
+def windowed_videos(sources: Sequence[SampleSource]) -> dict[str, set[str]]:
+    """Videos that conversations name and that are stored as windows -> their windows; reads nothing where none are."""
+    rules = {group.identity.frame_rule for source in sources for group in source.groups().values()}
+    if all(window_length(rule) is None for rule in rules):
+        return {}
+    clip_ids = {clip.clip_id for source in sources for clip in source.clips()}
+    named = {sample.clip_id for source in sources for found in source.samples().values() for sample in found}
+    return videos_in_windows(named, clip_ids)
 
 
 def read_clip_list(path: str | Path) -> frozenset[str]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 import tarfile
 
 import numpy as np
 import pytest
 
 from featurestore import FeatureStore, verify_store
+from featurestore.maintenance.tombstone import tombstone
+from featurestore.transfer.export import ExportCells, export
+from featurestore.transfer.merge import StoreCells, combine
+from featurestore.transfer.selection import Selection
 from mervcache.errors import ClipUnavailableError, IdentityConflictError, UserError
 from pipeline.config import ExtractConfig
+from pipeline.status import inspect_store
 from pipeline.worker.block import extract_block
 
 TWO = ("siglip", "vivit")  # 16 and 32 frames
@@ -139,3 +145,36 @@ def test_an_encoder_sees_its_own_number_of_frames_over_the_length_of_a_window():
     assert config.window_length == 16
     assert [settings.frame_rule for settings in config.encoder_settings] == ["rate-1/2x8", "rate-2x32"]
     assert [settings.spec.grid[0] for settings in config.encoder_settings] == [8, 16]
+
+
+def test_a_video_is_inspected_and_removed_by_its_own_name(lab, windowed):
+    shutil.copytree(windowed.store, lab.store)
+    details = inspect_store(lab.store, "v3.mp4")
+    assert details["siglip"] == "6 of 6 windows of 0.5 s have tokens"
+    assert len(details["samples"]) == 1
+    done = tombstone(lab.store, ["v3.mp4"], reason="consent withdrawn")
+    assert len(done["clips"]) == 6
+    store = FeatureStore.open(lab.store)
+    assert V3 not in {sample.clip_id for sample in store.samples()}
+    assert not any(store.windows(V3, encoder="siglip")["has_tokens"].to_pylist())
+    assert verify_store(lab.store, "full") == []
+    window = "videollava/videochatgpt_tune/v0.mp4#t=0.5,1.0"
+    tombstone(lab.store, [window], reason="by mistake", all_copies=False)
+    assert "videollava/videochatgpt_tune/v0.mp4" in {s.clip_id for s in FeatureStore.open(lab.store).samples()}
+    tombstone(lab.store, ["v0.mp4"], reason="consent withdrawn", all_copies=False)
+    assert "videollava/videochatgpt_tune/v0.mp4" not in {s.clip_id for s in FeatureStore.open(lab.store).samples()}
+
+
+def test_conversations_are_copied_with_the_windows_of_their_video(lab, windowed):
+    few = Selection(clips=frozenset({f"{V3}#t=0.0,0.5", f"{V3}#t=0.5,1.0"}))
+    combine([StoreCells(windowed.store)], lab.store, selection=few)
+    store = FeatureStore.open(lab.store)
+    assert [sample.clip_id for sample in store.samples()] == [V3]
+    assert store.read_windows(V3, encoder="siglip").shape[0] == 2
+    export(StoreCells(windowed.store), lab.folder / "files", format="safetensors", selection=few)
+    combine([ExportCells(lab.folder / "files")], lab.folder / "back.zarr")
+    back = FeatureStore.open(lab.folder / "back.zarr").samples()
+    assert [sample for sample in back if sample.clip_id] == store.samples()
+    of_split = Selection(split="train")
+    combine([StoreCells(windowed.store)], lab.folder / "split.zarr", selection=of_split)
+    assert len(FeatureStore.open(lab.folder / "split.zarr")) == len(FeatureStore.open(windowed.store))
