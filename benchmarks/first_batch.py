@@ -79,7 +79,8 @@ def measured(place: str, environ: dict[str, str]) -> dict:
 
 def first_batch(place: str) -> dict:
     """Seconds of each part; imports and the model are not among them."""
-    from trainer.data.batches import collate, distinct_clips, order_digest, select, streams
+    from trainer.data.batches import order_digest, select, streams
+    from trainer.data.collate import collate, distinct_clips
     from trainer.data.order import Order
     from trainer.data.prompts import Rendered
     from trainer.sources import open_store

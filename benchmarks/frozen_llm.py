@@ -19,7 +19,8 @@ import torch
 
 from featurestore.clips import Sample
 from trainer.config import TrainConfig
-from trainer.data.batches import Batch, collate, make_batch, select
+from trainer.data.batches import select
+from trainer.data.collate import Batch, collate, make_batch
 from trainer.data.prompts import Renderer
 from trainer.data.tokens import TokenSource
 from trainer.model.video_llm import Built, VideoLLM, new_llm

@@ -14,7 +14,7 @@ import torch
 
 from pipeline.encoders import MERV_ENCODERS, encoder_spec
 from trainer.config import TrainConfig
-from trainer.data.batches import Batch, collate
+from trainer.data.collate import Batch, collate
 from trainer.data.prompts import IGNORE_INDEX, Rendered
 from trainer.data.tokens import TokenShape
 from trainer.loop.optimizer import build_optimizer, set_rates

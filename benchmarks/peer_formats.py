@@ -162,7 +162,7 @@ def write_merv(place: str, codec: str, num_clips: int) -> None:
 def read_merv(place: str, codec: str, num_clips: int, workers: int) -> Callable[[], Iterator[torch.Tensor]]:
     """The training loader: batches collated in its prefetching thread."""
     from featurestore import FeatureStore
-    from trainer.data.batches import collate
+    from trainer.data.collate import collate
     from trainer.data.order import permutation
     from trainer.data.prefetch import Prefetch
     from trainer.data.prompts import Rendered

@@ -101,7 +101,7 @@ def seconds(reader: Callable, ids: list[str]) -> float:
 
 def loader_of(store: FeatureStore) -> Callable:
     """What a step does to read: tokens as tensors, collated with a text of 32 tokens."""
-    from trainer.data.batches import collate
+    from trainer.data.collate import collate
     from trainer.data.prompts import Rendered
     from trainer.data.tokens import StoreTokens
 

@@ -56,6 +56,10 @@ WINDOW_SCHEMA = pa.schema(
     ]
 )
 
+EMPTY_QUARANTINE = pa.schema(
+    [(name, pa.string()) for name in ("clip_id", "path", "encoder", "reason", "scope")]
+).empty_table()
+
 
 def windows_to_table(windows: Mapping[int, str], has_tokens: Sequence[bool]) -> pa.Table:
     """Number -> clip id of a video's windows, and which have tokens -> a table of `WINDOW_SCHEMA`."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Sequence
-from fractions import Fraction
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -46,12 +45,18 @@ from featurestore.records import (
     read_receipt,
     read_tombstone,
 )
-from featurestore.schemas import CLIP_SCHEMA, SAMPLE_SCHEMA, table_to_samples, windows_to_table
+from featurestore.schemas import (
+    CLIP_SCHEMA,
+    EMPTY_QUARANTINE,
+    SAMPLE_SCHEMA,
+    table_to_samples,
+    windows_to_table,
+)
 from featurestore.snapshots import column, load_snapshot, read_snapshot_table
 from featurestore.store_html import store_html
 from featurestore.tags import read_tags, resolve_snapshot
 from featurestore.token_maps import plot_maps
-from featurestore.windows import WindowIndex, spread_windows, window_length
+from featurestore.windows import WindowIndexes, spread_windows
 from featurestore.zarr_metadata import parse_root, read_document
 from mervcache.errors import (
     ClipUnavailableError,
@@ -89,10 +94,10 @@ class FeatureStore:
         self._record = load_snapshot(self._objects, snapshot)
         self._batches = BatchReader(self._objects)
         self._groups = encoder_keys(self._record.groups)  # encoder key -> group name
-        self._indexes: dict[Fraction, WindowIndex] = {}  # by the length of a window
         names = [column(group, "row") for group in self._groups.values()]
         table = read_snapshot_table(self._objects, self._record, ["clip_id", "kind", *names])
         self._clip_ids = table["clip_id"].combine_chunks()
+        self._windows = WindowIndexes(self._clip_ids.to_pylist)
         self._is_image = table["kind"].to_numpy(zero_copy_only=False) == "image"
         self._rows = {group: table[column(group, "row")].to_numpy() for group in self._groups.values()}
         # Removals apply to every snapshot, also to those that were made before; lines keep their place.
@@ -193,7 +198,7 @@ class FeatureStore:
             columns = [self._clip_ids.take(lines), paths.take(lines), pa.array([key] * len(lines), pa.string())]
             columns += [table[names[1]].take(lines), table[names[2]].take(lines)]
             tables.append(pa.table(columns, names=["clip_id", "path", "encoder", "reason", "scope"]))
-        return pa.concat_tables(tables) if tables else _EMPTY_QUARANTINE
+        return pa.concat_tables(tables) if tables else EMPTY_QUARANTINE
 
     @property
     def sample_names(self) -> list[str]:
@@ -347,8 +352,9 @@ class FeatureStore:
 
         Empty where the store has none of it; UserError for an encoder whose tokens are of whole clips.
         """
-        found = self._window_index(encoder).windows(clip_id)
-        rows = self._rows[self._groups[self._key(encoder)]][self._line_of.find(list(found.values()))]
+        key = self._key(encoder)
+        found = self._windows.of(key, self.encoders[key].frame_rule).windows(clip_id)
+        rows = self._rows[self._groups[key]][self._line_of.find(list(found.values()))]
         return windows_to_table(found, (rows >= 0).tolist())
 
     def read_windows(
@@ -466,14 +472,6 @@ class FeatureStore:
             )
         return self.encoders[key], rows, self._is_image[lines]
 
-    def _window_index(self, encoder: str) -> WindowIndex:
-        length = window_length(self.encoders[self._key(encoder)].frame_rule)
-        if length is None:
-            raise UserError(f"{encoder} has tokens of whole clips, not of windows: they are extracted with --fps 1")
-        if length not in self._indexes:
-            self._indexes[length] = WindowIndex(self._clip_ids.to_pylist(), length)
-        return self._indexes[length]
-
     def _with_encoders(self, table: pa.Table) -> pa.Table:
         for key, group in self._groups.items():
             table = table.append_column(key, pa.array(self._rows[group] >= 0))
@@ -530,8 +528,3 @@ class FeatureStore:
         if sha256_hex(data) != sha256:
             raise StoreDamagedError(f"{key} does not match the snapshot's digest; run `merv-pipeline verify`")
         return data
-
-
-_EMPTY_QUARANTINE = pa.schema(
-    [(name, pa.string()) for name in ("clip_id", "path", "encoder", "reason", "scope")]
-).empty_table()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from fractions import Fraction
 
@@ -92,6 +92,23 @@ class WindowIndex:
             if window_id in spans:
                 found[number] = window_id
         return found
+
+
+class WindowIndexes:
+    """An index of a store's clips for each length of its windows, made on first use."""
+
+    def __init__(self, clip_ids: Callable[[], Iterable[str]]) -> None:
+        self._clip_ids = clip_ids
+        self._made: dict[Fraction, WindowIndex] = {}
+
+    def of(self, encoder: str, frame_rule: str) -> WindowIndex:
+        """The index for an encoder's windows; UserError where its tokens are of whole clips."""
+        length = window_length(frame_rule)
+        if length is None:
+            raise UserError(f"{encoder} has tokens of whole clips, not of windows: they are extracted with --fps 1")
+        if length not in self._made:
+            self._made[length] = WindowIndex(self._clip_ids(), length)
+        return self._made[length]
 
 
 def videos_in_windows(named: Iterable[str | None], clip_ids: Collection[str]) -> dict[str, set[str]]:

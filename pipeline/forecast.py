@@ -326,8 +326,8 @@ def _rows(config: ExtractConfig, objects: Objects, listing: DatasetListing, prob
     used_by: dict[str, set[str]] = {}  # clip id -> the stages whose samples use it
     for samples in listing.samples.values():
         for sample in samples:
-            if sample.clip_id:
-                used_by.setdefault(sample.clip_id, set()).add(sample.stage)
+            for clip_id in listing.videos.get(sample.clip_id, (sample.clip_id,)) if sample.clip_id else ():
+                used_by.setdefault(clip_id, set()).add(sample.stage)
     clip_ids: dict[tuple[str, str], set[str]] = {}  # (stages, kind) -> clips
     for clip in listing.clips:
         clip_ids.setdefault(("+".join(sorted(used_by.get(clip.clip_id, ()))) or "-", clip.kind), set()).add(

@@ -173,11 +173,17 @@ def stale_media(
         chunks = [stored[first : first + CHUNK] for first in range(0, len(stored), CHUNK)]
         scans = [scan for chunk in pool.map(scanner.scan_all, chunks) for scan in chunk]
         to_read, skipped = [], []
-        total = 0
+        total, counted = 0, set()
         for scan in sorted((scan for scan in scans if scan.state == "touched"), key=lambda scan: scan.num_bytes):
-            total += scan.num_bytes
-            (to_read if budget_bytes is None or total <= budget_bytes else skipped).append(scan)
-        on_compare(len(to_read), sum(scan.num_bytes for scan in to_read))
+            path = scan.stored.clip.path  # spans of one file read it once
+            num_bytes = 0 if path in counted else scan.num_bytes
+            if budget_bytes is not None and total + num_bytes > budget_bytes:
+                skipped.append(scan)
+                continue
+            total += num_bytes
+            counted.add(path)
+            to_read.append(scan)
+        on_compare(len(to_read), total)
         digests = dict(zip((scan.stored for scan in to_read), pool.map(scanner.sha256, to_read), strict=True))
     changed, failed = _classify(digests, view.writer, identities)
     gone = [scan.stored for scan in scans if scan.state == "gone"]

@@ -19,7 +19,7 @@ import torch
 
 from featurestore.clips import Clip, Turn
 from mervcache.errors import UserError, no_file
-from trainer.data.batches import make_batch
+from trainer.data.collate import make_batch
 from trainer.data.tokens import MemoryTokens, TokenSource
 from trainer.model.generate import generate_texts
 from trainer.runs.load import LoadedRun, load_run

@@ -263,6 +263,7 @@ class TrainConfig:
     split: str = "train"  # samples of this split only
     fraction: float = 1.0  # share of the samples, chosen by their ids: a smaller share is a subset of a larger one
     limit: int | None = None  # at most this many samples, the first by sample id
+    max_windows: int | None = None  # of a store of windows: at most so many of each video, spread evenly over it
     source_weights: Mapping[str, float] = field(default_factory=dict)  # source -> times per epoch; 0.5: half, in turn
     sampler: Sampler = "shuffled"  # split_modality: batches of one modality, ranks of like length
     init: str | None = None  # run whose weights this one starts from
@@ -334,6 +335,8 @@ class TrainConfig:
             raise UserError(f"fraction is a share of the samples in (0, 1], got {self.fraction}")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"limit is at least 1, or null for all samples, got {self.limit}")
+        if self.max_windows is not None and self.max_windows < 1:
+            raise UserError(f"max_windows is at least 1, got {self.max_windows}")
         if odd := {name: weight for name, weight in self.source_weights.items() if not 0 <= weight < 1000}:
             raise UserError(f"source_weights are times per epoch, 0 leaves a source out; got {odd}")
         if self.mode == "text-only" and self.train_llm == "none":

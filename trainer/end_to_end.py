@@ -32,6 +32,7 @@ from mervcache.files import canonical_json
 from pipeline.align import align, align_time
 from pipeline.config import EncoderSettings, EngineSettings, ExtractConfig, read_config
 from pipeline.datasets import list_clips
+from pipeline.datasets.windows import split_long
 from pipeline.decode.sampling import Decoded
 from pipeline.encoders.loading import keep_steps
 from pipeline.encoders.network import EncoderNetwork, build_network
@@ -46,6 +47,7 @@ from trainer.config import LISTING, TrainConfig, in_paper_order, used_encoders
 from trainer.data.batches import named_samples
 from trainer.data.tokens import ClipTokens, MemoryTokens, Part, PrefixedTokens, TokenShape, TokenSource
 from trainer.data.wanted_tokens import made_otherwise
+from trainer.data.windows import ShownWindows
 from trainer.media_check import ClipPrefetch, MediaCheck
 from trainer.model.projectors import parts_of
 
@@ -104,6 +106,7 @@ def live_source(
             accept_damaged=extract.accept_damaged,
             check=None if is_trusted else _kept_check(out, extract),
             live=yaml.safe_load(extract.to_yaml()) | {"trust_media": is_trusted},
+            max_windows=config.max_windows,
         )
         source.include(listing.root, listing.clips)
         yield samples, source
@@ -160,6 +163,7 @@ def source_like(
             batch = _batch_sizes(extract, engine)
             check = MediaCheck(None)
             options = {"num_ahead": 2 * batch["video"], "accept_damaged": extract.accept_damaged, "check": check}
+        options["max_windows"] = config.max_windows or 1
         frozen = {
             name: _recorded_encoder(record, name, given.get(name, given.get("")), engine.device)
             for name in record.shapes
@@ -224,6 +228,7 @@ class LiveTokens(TokenSource):
         accept_damaged: bool = False,
         check: MediaCheck | None = None,  # None: the media are trusted
         live: Mapping[str, Any] | None = None,  # settings that a resumed run starts from
+        max_windows: int | None = None,  # shown of a video in windows; None: all
     ) -> None:
         encoders: dict[str, TokenEncoder | TrainableEncoder] = {**frozen, **trained}
         decoders = sorted({encoder.identity.decode for encoder in encoders.values()})
@@ -255,11 +260,22 @@ class LiveTokens(TokenSource):
         self._clips: dict[str, tuple[str, Clip]] = {}  # clip id -> root folder, clip
         self._num_ahead = num_ahead + engine.num_decoders
         self._prefetch = ClipPrefetch(self._submit, self._num_ahead)
+        self._frame_rules = [encoder.identity.frame_rule for encoder in self._encoders.values()]
+        self._max_windows = max_windows
+        self._windows = ShownWindows((), self._frame_rules, max_windows)
+        self.has_windows = self._windows.exist
         self._lock = threading.Lock()  # one fetch at a time: a device runs one encoder at a time anyway
 
     def include(self, root: Root, clips: Iterable[Clip]) -> None:
-        """Add clips that may be fetched; their paths are relative to `root`."""
+        """Add clips that may be fetched, long videos as windows if tokens are of windows; paths are below `root`."""
+        if self.has_windows:
+            clips = split_long(root, clips, self._windows.length, self._engine.pool)
         self._clips.update((clip.clip_id, (root, clip)) for clip in clips)
+        self._windows = ShownWindows(self._clips, self._frame_rules, self._max_windows)
+
+    def windows(self, clip_id: str) -> tuple[str, ...]:
+        broken = self._check.broken if self._check is not None else {}
+        return tuple(each for each in self._windows.of(clip_id) if each in self._clips and each not in broken)
 
     def fetch(self, clip_ids: Sequence[str]) -> dict[str, ClipTokens]:
         """Tokens by encoder; for a trained encoder frames_BTHWC, which the model encodes itself."""
@@ -281,15 +297,15 @@ class LiveTokens(TokenSource):
         return tokens
 
     def expect(self, clip_ids: Iterable[str]) -> None:
-        self._prefetch.expect(clip_ids)
+        self._prefetch.expect(window for clip_id in clip_ids for window in self.windows(clip_id))
 
     def available(self, clip_ids: Iterable[str]) -> set[str]:
         """The clips that are listed and can be decoded; decodes those that were not checked before."""
-        listed = sorted({clip_id for clip_id in clip_ids if clip_id in self._clips})
+        wanted = set(clip_ids)
         if self._check is not None:
-            self._check.scan(listed, self._submit, limit=self._num_ahead)
-            listed = [clip_id for clip_id in listed if clip_id not in self._check.broken]
-        return set(listed)
+            shown = {window for clip_id in wanted for window in self._windows.of(clip_id)}
+            self._check.scan(sorted(shown & self._clips.keys()), self._submit, limit=self._num_ahead)
+        return {clip_id for clip_id in wanted if self.windows(clip_id)}
 
     def stills(self, clip_ids: Iterable[str]) -> set[str]:
         return {clip_id for clip_id in clip_ids if clip_id in self._clips and self._clips[clip_id][1].kind == "image"}
@@ -301,7 +317,8 @@ class LiveTokens(TokenSource):
             self._encoders, key=lambda name: self._encoders[name].identity.group_name
         )  # whatever the run's
         identities = " ".join(self.shapes[name].identity for name in ordered)
-        parts = [f"clip\t{clip_id}\t{media.get(clip_id, 'trusted')}\t{identities}" for clip_id in set(clip_ids)]
+        shown = {window for clip_id in clip_ids for window in self.windows(clip_id)}
+        parts = [f"clip\t{clip_id}\t{media.get(clip_id, 'trusted')}\t{identities}" for clip_id in shown]
         parts += [f"sample\t{sample.digest}" for sample in samples]
         return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()
 

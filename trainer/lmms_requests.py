@@ -26,7 +26,7 @@ from PIL import Image
 from featurestore.clips import Sample, Turn
 from mervcache.console import ProgressLine, plural
 from mervcache.errors import UserError
-from trainer.data.batches import make_batch
+from trainer.data.collate import make_batch
 from trainer.media_tokens import WHOLE, MediaTokens, Span
 from trainer.model.generate import generate_texts
 from trainer.model.multiple_choice import batch_of

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from featurestore.clips import Clip, Kind
+from featurestore.windows import window_length
 from mervcache.errors import StoreNotFoundError, UserError, no_file
 from trainer.data.tokens import ClipTokens, PrefixedTokens, StoreTokens, TokenSource
 from trainer.runs.load import LoadedRun
@@ -41,6 +42,12 @@ class MediaTokens(TokenSource):
         weights: Sequence[str] = (),
         device: str = "cpu",
     ) -> None:
+        rules = [facts.get("identity", {}).get("frame_rule", "") for facts in run.record.encoders.values()]
+        if any(window_length(rule) is not None for rule in rules):
+            raise UserError(
+                "the run reads videos in windows, and media files are found here as whole clips: score it with"
+                " `merv-eval run`, or ask about a file with `merv-eval ask`"
+            )
         self.shapes, self.trained = run.record.shapes, MappingProxyType(run.built.model.trained)
         self.from_store: set[str] = set()  # clips found by their bytes
         self.by_path: set[str] = set()  # clips of the store whose media are not there to compare

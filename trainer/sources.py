@@ -89,7 +89,14 @@ def open_store(
     samples = named_samples(config.samples, store.sample_names, store.samples)
     _check_stored([*(config.encoders or encoders), *config.clips_with], list(store.encoders))
     used = used_encoders(config, list(encoders) or in_paper_order(store.encoders))
-    return samples, StoreTokens(store, used, parts=parts_of(config.projector), clips_with=config.clips_with)
+    source = StoreTokens(
+        store,
+        used,
+        parts=parts_of(config.projector),
+        clips_with=config.clips_with,
+        max_windows=config.max_windows,
+    )
+    return samples, source
 
 
 def recorded_encoders(config: TrainConfig, run: Path | None) -> tuple[str, ...]:
@@ -129,7 +136,8 @@ def open_store_for(run: LoadedRun, path: str, *, names: Sequence[str] = ()) -> t
             " use the store it was trained on, or extract them"
         )
     clips_with = config.clips_with if is_own else ()
-    source = StoreTokens(store, stored, parts=parts_of(config.projector), clips_with=clips_with)
+    parts, windows = parts_of(config.projector), config.max_windows or 1
+    source = StoreTokens(store, stored, parts=parts, clips_with=clips_with, max_windows=windows)
     check_identities(run, source)
     return named_samples(names, store.sample_names, store.samples), source
 

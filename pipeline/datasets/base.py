@@ -62,12 +62,12 @@ class DatasetListing:
     rejected: Mapping[str, Rejected] = field(default_factory=dict)  # reason -> records refused for it
     skipped: Mapping[str, int] = field(default_factory=dict)  # what a dataset does not read by its rules -> files
     notes: tuple[str, ...] = ()  # what was chosen on the user's behalf
-    videos: frozenset[str] = frozenset()  # ids of the clips that were split into windows; samples name these
+    videos: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # id of a clip that was split -> its windows
 
     @property
     def clip_ids(self) -> set[str]:
         """What samples may be about: the clips, and the videos whose windows are among them."""
-        return {clip.clip_id for clip in self.clips} | self.videos
+        return {clip.clip_id for clip in self.clips} | self.videos.keys()
 
     def __repr__(self) -> str:
         samples = sum(len(each) for each in self.samples.values())

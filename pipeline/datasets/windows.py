@@ -7,18 +7,20 @@ naming the video that they are about; `featurestore.windows` finds its windows.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from fractions import Fraction
 
 from featurestore.clips import Clip
 from featurestore.windows import SHORTEST_S, count_windows, window_of
-from mervcache.console import ProgressLine, plural
+from mervcache.console import SILENT, ProgressLine, plural
 from mervcache.errors import MediaError
 from pipeline.datasets.base import EXAMPLES_KEPT, DatasetListing, Rejected
 from pipeline.decode.pool import DecodePool, decode_ahead
 from pipeline.decode.sampling import LengthJob
 from pipeline.media import Root
 
+LOOKAHEAD = 64  # videos given to the decode processes ahead of their turn
 ENDS_AT_FRAME = "a clip that ends at a frame's number has no windows in seconds"
 
 
@@ -31,8 +33,12 @@ def in_windows(
     at a frame's number is refused and counted. Raises `RunStoppedError` where the media are not there any more.
     """
     videos = [clip for clip in listing.clips if clip.kind == "video" and clip.end_frame is None]
-    lengths_s = media_lengths(listing.root, videos, processes=processes, timeout_s=timeout_s, progress=progress)
+    lengths_s: dict[str, float] = {}
+    if videos:
+        with DecodePool(min(processes, len(videos)), timeout_s=timeout_s) as pool:
+            lengths_s = media_lengths(listing.root, videos, pool, progress)
     clips: dict[str, Clip] = {}
+    split: dict[str, tuple[str, ...]] = {}
     refused: list[str] = []
     counts: Counter[str] = Counter()
     for clip in listing.clips:
@@ -44,7 +50,8 @@ def in_windows(
         else:
             number = 1 if media_s is None else count_windows(clip, length, media_s)
             windows = [window_of(clip, length, place) for place in range(number)]
-            clips.update((window.clip_id, window) for window in windows)
+            split[clip.clip_id] = tuple(window.clip_id for window in windows)
+            clips.update(zip(split[clip.clip_id], windows, strict=True))
             end_s = media_s if media_s is None or clip.end_s is None else min(media_s, clip.end_s)
             short = end_s is not None and end_s < (windows[-1].start_s or 0.0) + float(length) - SHORTEST_S
             counts.update(videos=1, windows=number, short=int(short), unknown=int(media_s is None))
@@ -55,28 +62,44 @@ def in_windows(
     return replace(
         listing,
         clips=tuple(clips.values()),
-        videos=frozenset(clip.clip_id for clip in videos),
+        videos=split,
         samples={name: tuple(s for s in found if s.clip_id not in dropped) for name, found in listing.samples.items()},
         rejected=rejected,
         notes=(*listing.notes, *_notes(counts, length)),
     )
 
 
+def split_long(root: Root, clips: Iterable[Clip], length: Fraction, pool: DecodePool) -> list[Clip]:
+    """The clips, those of videos that are longer than a window as windows; media of unknown length have one."""
+    found = list(clips)
+    long = [clip for clip in found if clip.kind == "video" and clip.end_frame is None and not _fits(clip, length)]
+    lengths_s, is_long = media_lengths(root, long, pool), {clip.clip_id for clip in long}
+    split: list[Clip] = []
+    for clip in found:
+        if clip.clip_id in is_long:
+            number = count_windows(clip, length, lengths_s.get(clip.path, 0.0))
+            split += [window_of(clip, length, place) for place in range(number)]
+        else:
+            split.append(clip)
+    return split
+
+
+def _fits(clip: Clip, length: Fraction) -> bool:
+    return clip.end_s is not None and clip.end_s - (clip.start_s or 0.0) <= float(length) + SHORTEST_S
+
+
 def media_lengths(
-    root: Root, clips: list[Clip], *, processes: int, timeout_s: float, progress: ProgressLine
+    root: Root, clips: Iterable[Clip], pool: DecodePool, progress: ProgressLine = SILENT
 ) -> dict[str, float]:
     """Path -> seconds of the clips' media; without those whose length cannot be found."""
     of_path = list({clip.path: clip for clip in clips}.values())
-    if not of_path:
-        return {}
     progress.start(len(of_path))
     found: dict[str, float] = {}
-    with DecodePool(min(processes, len(of_path)), timeout_s=timeout_s) as pool:
-        jobs = ((place, LengthJob(root=root, clip=clip)) for place, clip in enumerate(of_path))
-        for place, seconds in decode_ahead(jobs, pool, 4 * processes):
-            progress.advance()
-            if not isinstance(seconds, MediaError):
-                found[of_path[place].path] = seconds
+    jobs = ((place, LengthJob(root=root, clip=clip)) for place, clip in enumerate(of_path))
+    for place, seconds in decode_ahead(jobs, pool, LOOKAHEAD):
+        progress.advance()
+        if not isinstance(seconds, MediaError):
+            found[of_path[place].path] = seconds
     return found
 
 

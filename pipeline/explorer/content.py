@@ -24,6 +24,7 @@ import numpy as np
 from featurestore.clips import Sample
 from featurestore.store import FeatureStore
 from featurestore.token_maps import PrincipalColours
+from featurestore.windows import videos_in_windows, window_length
 from mervcache.console import ProgressLine
 from mervcache.errors import MediaError, MervCacheError, UserError
 from mervcache.text import safe
@@ -112,7 +113,8 @@ class Explorer:
         self._roots = media_roots(store.runs(), root)
         self._results = None if run is None else RunResults.read(run)
         self._place = {row["clip_id"]: place for place, row in enumerate(self.rows)}
-        self._samples = _samples_by_clip(store.samples(), self._place)
+        in_windows = any(window_length(identity.frame_rule) is not None for identity in store.encoders.values())
+        self._samples = _samples_by_clip(store.samples(), self._place, in_windows=in_windows)
         self._reasons = _reasons_by_clip(store)
         self._lock = threading.Lock()  # requests come in threads; what follows is made once
         self._pool: DecodePool | None = None
@@ -317,11 +319,16 @@ class Explorer:
         return Response(type="image/png", body=image_bytes(np.concatenate(list(maps_THWC), axis=1), "PNG"))
 
 
-def _samples_by_clip(samples: Sequence[Sample], wanted: Mapping[str, int]) -> dict[str, list[Sample]]:
+def _samples_by_clip(
+    samples: Sequence[Sample], wanted: Mapping[str, int], *, in_windows: bool
+) -> dict[str, list[Sample]]:
+    """Conversations about each clip; about a window those about its video."""
     found: dict[str, list[Sample]] = {clip_id: [] for clip_id in wanted}
+    videos = videos_in_windows((sample.clip_id for sample in samples), wanted) if in_windows else {}
     for sample in samples:
-        if sample.clip_id in found:
-            found[sample.clip_id].append(sample)
+        for clip_id in videos.get(sample.clip_id, (sample.clip_id,)) if sample.clip_id else ():
+            if clip_id in found:
+                found[clip_id].append(sample)
     return found
 
 

@@ -125,6 +125,21 @@ def test_killed_at_any_moment_a_store_ends_with_the_bytes_of_an_undisturbed_one(
     check_finished(lab, store, expected)
 
 
+def test_windows_of_videos_survive_a_kill_as_clips_do(lab, server, spoilt_root):
+    settings = lab.settings(
+        root=spoilt_root, store=lab.folder / "undisturbed.zarr", kind="video", encoders=["siglip"], fps=8, window=2
+    )
+    server.run(settings)
+    store = lab.folder / "killed.zarr"
+    pid = server.start(settings | {"store": str(store)})
+    until(lambda: receipts(store) > 2)
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    server.wait()
+    server.run(settings | {"store": str(store)})
+    check_finished(lab, store, lab.hashes(lab.folder / "undisturbed.zarr"))
+
+
 def check_finished(lab, store: Path, expected: dict) -> None:
     assert lab.hashes(store) == expected
     assert verify_store(store, "full") == []

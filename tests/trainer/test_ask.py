@@ -16,7 +16,7 @@ from trainer import cli
 from trainer.ask import Asker, parse_clip
 from trainer.cli import eval_main, parse_span
 from trainer.config import OptimizerConfig, ProjectorConfig, TrainConfig
-from trainer.data.batches import make_batch
+from trainer.data.collate import make_batch
 from trainer.data.tokens import TokenShape
 from trainer.end_to_end import source_like
 from trainer.loop.train import train

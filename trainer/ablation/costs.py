@@ -212,13 +212,14 @@ def step_reading(run: Path, store: str | None = None) -> StepReading:
     identities = [opened.encoders[keys[shape.identity]] for shape in record.shapes.values() if shape.identity in keys]
     if len(identities) < len(record.shapes):
         raise UserError(f"{path} does not hold the tokens that {run} was trained on; give its own store with --store")
-    return _reading(config, batch_order, [s.clip_id for s in data.samples], opened, identities, record.num_steps)
+    clips = [() if s.clip_id is None else source.windows(s.clip_id) for s in data.samples]
+    return _reading(config, batch_order, clips, opened, identities, record.num_steps)
 
 
 def _reading(
     config: TrainConfig,
     batch_order: Order,
-    clip_ids: Sequence[str | None],
+    clip_ids: Sequence[Sequence[str]],  # of each sample: the windows of its video, its clip, or none
     store: FeatureStore,
     identities: Sequence[FeatureIdentity],
     num_steps: int,
@@ -233,7 +234,7 @@ def _reading(
     }
     clips = distinct = arrays = stored = 0.0
     for step in range(num_steps):
-        read = [clip for index in batch_order.batch(step) if (clip := clip_ids[index]) is not None]
+        read = [clip for index in batch_order.batch(step) for clip in clip_ids[index]]
         clips, distinct = clips + len(read), distinct + len(set(read))
         arrays += sum(array_bytes[kinds[clip]] for clip in read)
         stored += sum(stored_bytes[kinds[clip]] for clip in read)

@@ -129,7 +129,7 @@ def open_sweep(sweep: SweepConfig, stages: Stages, store_path: str, out: Path) -
         )
     time_steps = store.encoders[encoders[0]].grid[0]
     runs = tuple(plan_runs(sweep, stages, encoders=encoders, snapshot=store.snapshot, time_steps=time_steps))
-    source = StoreTokens(store, encoders, parts=parts_of(config.projector))
+    source = StoreTokens(store, encoders, parts=parts_of(config.projector), max_windows=config.max_windows)
     for run in runs:
         _check_grids(run, source)
     known = named_samples(config.samples, store.sample_names, store.samples)

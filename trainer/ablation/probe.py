@@ -162,6 +162,8 @@ def probe(
     found = _labels(opened, labels, category, samples)
     keys = _encoders(opened, encoders)
     source = StoreTokens(opened, keys)
+    if source.has_windows:
+        raise UserError("a probe reads one clip per label, these tokens are of windows: probe a store of whole clips")
     chosen = _subsets(subsets, keys, opened.encoders)
     readouts = _readouts(probes, grids, source.shapes)
     used = [key for key in keys if any(key in subset for subset in chosen)]

@@ -1,10 +1,7 @@
-"""Training data: which samples a run reads, the batches of every step, and collating.
+"""Training data: which samples a run reads, and the batches of every step.
 
 Batches of a step follow from its number alone, so resuming costs the same at any step. A clip without tokens drops its
-samples, which are counted and never replaced. Label positions and masks come from lengths, not from `id != pad`
-(otherwise EOS would be masked where pad == eos).
-
-B samples, C distinct clips, L padded text length, S padded length with visual tokens, N visual tokens.
+samples, which are counted and never replaced.
 """
 
 from __future__ import annotations
@@ -17,143 +14,18 @@ from functools import lru_cache
 from itertools import chain
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from featurestore.clips import Sample
 from mervcache.errors import UserError, unknown_name
 from trainer.config import TrainConfig
+from trainer.data.collate import Batch, make_batch
 from trainer.data.grids import draw_grid
 from trainer.data.masks import Mask, draw_mask
 from trainer.data.order import Group, Order, Stream, balanced_shares, rank_shares
 from trainer.data.partition import Limit, padding_share, partition
 from trainer.data.prompts import IGNORE_INDEX, Rendered, Renderer, reason_to_refuse
 from trainer.data.rendered_cache import RenderedCache
-from trainer.data.tokens import ClipTokens, TokenSource
-
-MOVED = (
-    "input_ids_BL",
-    "labels_BS",
-    "attention_mask_BS",
-    "supervised_K",
-    "shown_CE",
-)  # of a batch, on the device with its tokens
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """What one forward reads; `clip_rows`, `lengths` and `visual_at` stay on the CPU, so nothing waits for a device."""
-
-    input_ids_BL: Tensor  # int64, right-padded with 0
-    labels_BS: Tensor  # int64 in the layout with visual tokens; IGNORE_INDEX everywhere but on answers
-    attention_mask_BS: Tensor  # int64, 1 on real positions
-    supervised_K: Tensor  # int64, places in labels_BS.flatten() that hold a label; not a sequence's first, which no
-    # position predicts
-    lengths: tuple[int, ...]  # text tokens of each sample
-    visual_at: tuple[int, ...]  # text position before which a sample's visual tokens are inserted
-    clip_rows: tuple[int, ...]  # row of the sample's clip in `tokens`; -1 for text only
-    tokens: Mapping[str, ClipTokens]  # encoder -> tokens_CTHWD, maybe with prefix; empty if no sample has a clip
-    first_label: int  # smallest labelled position, S if there is none: no logits are needed before
-    masks: tuple[Mask, ...] | None = None  # of each row of `tokens`, on the CPU; None: every encoder is shown
-    shown_CE: Tensor | None = None  # bool, the same
-    tokens_per_frame: int | None = None  # of nested grids; None: the grid of the run
-
-    @property
-    def supervised_B(self) -> Tensor:
-        """Supervised tokens of each sample."""
-        return (self.labels_BS != IGNORE_INDEX).sum(1)
-
-    @property
-    def num_supervised(self) -> int:
-        return int(self.supervised_B.sum())
-
-    def pinned(self) -> Batch:
-        """The same batch in page-locked memory: a GPU copies from it while it computes."""
-        moved = {name: value.pin_memory() for name in MOVED if (value := getattr(self, name)) is not None}
-        tokens = {encoder: value.pin_memory() for encoder, value in self.tokens.items()}
-        return replace(self, **moved, tokens=tokens)
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on `device`."""
-        values = {name: value for name in MOVED if (value := getattr(self, name)) is not None}
-        moved = {name: value.to(device, non_blocking=True) for name, value in values.items()}
-        tokens = {encoder: value.to(device, non_blocking=True) for encoder, value in self.tokens.items()}
-        return replace(self, **moved, tokens=tokens)
-
-
-def collate(
-    rendered: Sequence[Rendered],
-    clip_rows: Sequence[int],
-    tokens: Mapping[str, ClipTokens],
-    *,
-    num_visual_tokens: int,
-    context: int | None = None,
-    masks: Sequence[Mask] | None = None,
-    leaves_out_masked: bool = False,
-    tokens_per_frame: int | None = None,
-) -> Batch:
-    """One batch; `context` is the longest sequence that the LLM takes: in training texts have been cut to fit it.
-
-    `masks` are those of the rows of `tokens`. With `leaves_out_masked` a row has the visual tokens of the encoders that
-    it shows alone, else `num_visual_tokens` whatever it shows; that is their number at `tokens_per_frame`.
-    """
-    visual = [_num_visual(row, num_visual_tokens, masks if leaves_out_masked else None) for row in clip_rows]
-    totals = [len(sample.input_ids) + count for sample, count in zip(rendered, visual, strict=True)]
-    if context is not None and max(totals) > context:
-        raise UserError(
-            f"{num_visual_tokens} visual tokens and {max(len(s.input_ids) for s in rendered)} text tokens exceed the"
-            f" LLM's context of {context}; shorten the text"
-        )
-    labels_BS = _labels(rendered, visual)
-    is_labelled_BS = labels_BS != IGNORE_INDEX
-    labelled = is_labelled_BS.any(0).nonzero()
-    supervised = torch.arange(labels_BS.numel()).view(labels_BS.shape)[:, 1:][is_labelled_BS[:, 1:]]
-    return Batch(
-        input_ids_BL=_pad([sample.input_ids for sample in rendered], fill=0),
-        labels_BS=labels_BS,
-        attention_mask_BS=(torch.arange(max(totals))[None] < torch.tensor(totals)[:, None]).long(),
-        supervised_K=supervised,
-        lengths=tuple(len(sample.input_ids) for sample in rendered),
-        visual_at=tuple(sample.visual_at for sample in rendered),
-        clip_rows=tuple(clip_rows),
-        tokens=dict(tokens),
-        first_label=int(labelled[0]) if len(labelled) else max(totals),
-        masks=None if masks is None else tuple(masks),
-        shown_CE=None if masks is None else torch.tensor(masks),
-        tokens_per_frame=tokens_per_frame,
-    )
-
-
-def _num_visual(row: int, num_visual_tokens: int, masks: Sequence[Mask] | None) -> int:
-    """Visual tokens of a sample, of which `num_visual_tokens` would be those of all encoders."""
-    if row < 0:
-        return 0
-    return num_visual_tokens if masks is None else num_visual_tokens * sum(masks[row]) // len(masks[row])
-
-
-def distinct_clips(clip_ids: Sequence[str | None]) -> tuple[list[str], list[int]]:
-    """Clips in order of first use, and for every sample the row of its clip, -1 for none."""
-    rows = {clip_id: row for row, clip_id in enumerate(dict.fromkeys(c for c in clip_ids if c is not None))}
-    return list(rows), [-1 if clip_id is None else rows[clip_id] for clip_id in clip_ids]
-
-
-def _labels(rendered: Sequence[Rendered], visual: Sequence[int]) -> Tensor:
-    """labels_BS with unsupervised positions for the visual tokens of each sample, padded at the right."""
-    longest = max(len(sample.labels) + count for sample, count in zip(rendered, visual, strict=True))
-    labels_BS = np.full((len(rendered), longest), IGNORE_INDEX, dtype=np.int64)
-    for row_S, sample, count in zip(labels_BS, rendered, visual, strict=True):
-        row_S[: sample.visual_at] = sample.labels[: sample.visual_at]
-        row_S[sample.visual_at + count : len(sample.labels) + count] = sample.labels[sample.visual_at :]
-    return torch.from_numpy(labels_BS)
-
-
-def _pad(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-    """int64 [rows, longest], padded at the right."""
-    padded = np.full((len(rows), max(map(len, rows))), fill, dtype=np.int64)
-    for row, values in zip(padded, rows, strict=True):
-        row[: len(values)] = values
-    return torch.from_numpy(padded)
-
+from trainer.data.tokens import TokenSource
 
 VISUAL, TEXT = "visual", "text"  # streams of the split_modality sampler: a cached image costs what a cached video costs
 # Rendered samples that stay in memory, about 48 bytes per token: a small set from epoch to epoch, of a large one what a
@@ -196,8 +68,19 @@ def select(samples: Sequence[Sample], source: TokenSource, config: TrainConfig) 
         kept += [] if reason else [sample]
     if not kept:
         raise UserError(f"no sample is left to train on: {dict(dropped)}")
+    _check_windows(kept, source, config)
     digest = source.data_digest({sample.clip_id for sample in kept if sample.clip_id is not None}, kept)
     return TrainingData(samples=tuple(kept), digest=digest, dropped=dict(dropped))
+
+
+def _check_windows(samples: Sequence[Sample], source: TokenSource, config: TrainConfig) -> None:
+    if not source.has_windows or config.max_windows is not None or config.mode == "text-only":
+        return
+    most = max((len(source.windows(sample.clip_id)) for sample in samples if sample.clip_id is not None), default=0)
+    if most > 1:
+        raise UserError(
+            f"a sample would be shown up to {most} windows of its video: set max_windows, such as 4, in --config"
+        )
 
 
 def _available(wanted: Sequence[Sample], source: TokenSource, config: TrainConfig) -> set[str]:
@@ -304,7 +187,7 @@ class Batches:
             divisors=tuple(self._divisor(part, num_supervised, len(parts)) for part in parts),
             num_supervised=num_supervised,
             num_tokens=sum(len(self.rendered(index).input_ids) for index in batch)
-            + self._num_visual_tokens(tokens_per_frame) * len(self._clips(batch)),
+            + self._num_visual_tokens(tokens_per_frame) * sum(map(self._num_windows, batch)),
             padding_share=padding_share(list(chain(*shares)), {index: self.length(index, step) for index in batch}),
             limit=limit,
             tokens_per_frame=tokens_per_frame,
@@ -317,7 +200,9 @@ class Batches:
             lengths = [self.length(index, step) for index in batch]
             shares = partition(lengths, self.num_ranks, limit.tokens)
             return [[[batch[place] for place in part] for part in share] for share in shares]
-        texts = {index: len(self.rendered(index).input_ids) for index in batch}
+        # Samples of one window are ordered by their text alone; each further window is as long as its visual tokens.
+        further = {index: max(0, self._num_windows(index) - 1) * self.num_visual_tokens for index in batch}
+        texts = {index: len(self.rendered(index).input_ids) + further[index] for index in batch}
         if self.config.sampler == "split_modality":
             shares = balanced_shares(batch, [texts[index] for index in batch], self.num_ranks)
         else:
@@ -336,7 +221,7 @@ class Batches:
         text = len(self.rendered(index).input_ids)
         if self._clip_id(index) is None:
             return text
-        visual = self._num_visual_tokens(self.tokens_per_frame(step))
+        visual = self._num_visual_tokens(self.tokens_per_frame(step)) * self._num_windows(index)
         if self.config.mask_encoders == "none":
             return text + visual
         mask = self.mask(index, self._epoch(step))
@@ -399,6 +284,10 @@ class Batches:
             may_be_empty=config.train_llm != "none",
         )
 
+    def _num_windows(self, index: int) -> int:
+        clip_id = self._clip_id(index)
+        return 0 if clip_id is None else len(self.source.windows(clip_id))
+
     def _clip_id(self, index: int) -> str | None:
         return self.data.samples[index].clip_id if self.config.mode != "text-only" else None
 
@@ -420,43 +309,6 @@ def order_digest(samples: Sequence[Sample]) -> str:
     """Names the samples and not their tokens: a cache, live encoders and another encoder have the same batches."""
     lines = (f"{sample.sample_id}\t{sample.clip_id}\n" for sample in samples)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def make_batch(
-    rendered: Sequence[Rendered],
-    clip_ids: Sequence[str | None],
-    source: TokenSource,
-    num_visual_tokens: int,
-    context: int | None,
-    *,
-    masks: Sequence[Mask | None] | None = None,
-    leaves_out_masked: bool = False,
-    tokens_per_frame: int | None = None,
-) -> Batch:
-    """Fetch the tokens of the samples' clips, each once, and collate.
-
-    `masks` are those of the samples; a sample that shows no encoder has no visual tokens. `num_visual_tokens` are those
-    at `tokens_per_frame`, where grids are nested.
-    """
-    options = {"num_visual_tokens": num_visual_tokens, "context": context, "tokens_per_frame": tokens_per_frame}
-    if masks is None:
-        clips, rows = distinct_clips(clip_ids)
-        tokens = source.fetch(clips) if clips else {}
-        return collate(rendered, rows, tokens, **options)
-    pairs = [(c, m) if c is not None and m and any(m) else None for c, m in zip(clip_ids, masks, strict=True)]
-    places = {pair: row for row, pair in enumerate(dict.fromkeys(pair for pair in pairs if pair is not None))}
-    clips, of_rows = distinct_clips([clip_id for clip_id, _ in places])
-    tokens = source.fetch(clips) if clips else {}
-    if len(of_rows) > len(clips):
-        tokens = {encoder: value[of_rows] for encoder, value in tokens.items()}
-    return collate(
-        rendered,
-        [-1 if pair is None else places[pair] for pair in pairs],
-        tokens,
-        masks=[mask for _, mask in places] or None,
-        leaves_out_masked=leaves_out_masked,
-        **options,
-    )
 
 
 def _reason_to_drop(sample: Sample, available: set[str], config: TrainConfig) -> str | None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from featurestore import Clip, FeatureStore, Sample
 from featurestore.quality import read_parity
 from mervcache.errors import UserError
+from trainer.data.windows import ShownWindows
 
 Part = Literal["tokens", "prefix"]  # of what a store holds of an encoder: its grid, or class and register tokens
 
@@ -81,6 +82,11 @@ class TokenSource(Protocol):
     live: Mapping[str, Any] | None = None  # settings of the live extraction; None: tokens are stored
     facts: Mapping[str, Mapping[str, Any]] = MappingProxyType({})  # encoder -> `identity`, `weights` label, where known
     snapshot: str = ""  # of a store: the id of the snapshot that is read
+    has_windows: bool = False  # whether videos are windows, which are clips of their own
+
+    def windows(self, clip_id: str) -> tuple[str, ...]:
+        """The clips whose tokens a sample about a clip is shown: the windows of a video that have some, else itself."""
+        return (clip_id,)
 
     def fetch(self, clip_ids: Sequence[str]) -> dict[str, ClipTokens]:
         """encoder -> tokens_BTHWD on the CPU, B in the given order; safe to call from several threads."""
@@ -114,8 +120,12 @@ class StoreTokens(TokenSource):
         *,
         parts: Sequence[Part] = ("tokens",),
         clips_with: Sequence[str] = (),
+        max_windows: int | None = None,
     ) -> None:
-        """Only clips that have tokens of the `clips_with` encoders too are available; these are keys of the store."""
+        """Only clips that have tokens of the `clips_with` encoders too are available; these are keys of the store.
+
+        Of a video in windows at most `max_windows` are shown, None: all.
+        """
         self._store, self._parts = store, parts
         self._keys = dict(encoders) if isinstance(encoders, Mapping) else {encoder: encoder for encoder in encoders}
         self.snapshot = store.snapshot
@@ -134,6 +144,9 @@ class StoreTokens(TokenSource):
         clips, wanted = store.committed, dict.fromkeys([*self._keys.values(), *clips_with])
         has_all = np.logical_and.reduce([clips[key].to_numpy(zero_copy_only=False) for key in wanted])
         self._available = set(clips["clip_id"].filter(pa.array(has_all)).to_pylist())
+        rules = [identity.frame_rule for identity in identities.values()]
+        self._windows = ShownWindows(clips["clip_id"].to_pylist(), rules, max_windows)
+        self.has_windows = self._windows.exist
 
     @cached_property
     def facts(self) -> dict[str, dict[str, Any]]:
@@ -152,15 +165,21 @@ class StoreTokens(TokenSource):
     def fetch(self, clip_ids: Sequence[str]) -> dict[str, ClipTokens]:
         return {encoder: self._read(clip_ids, encoder) for encoder in self.shapes}
 
+    def windows(self, clip_id: str) -> tuple[str, ...]:
+        return tuple(window for window in self._windows.of(clip_id) if window in self._available)
+
     def available(self, clip_ids: Iterable[str]) -> set[str]:
-        return self._available.intersection(clip_ids)
+        if not self.has_windows:
+            return self._available.intersection(clip_ids)
+        return {clip_id for clip_id in clip_ids if self.windows(clip_id)}
 
     def stills(self, clip_ids: Iterable[str]) -> set[str]:
         clips = self._store.committed
         return set(clips.filter(pc.equal(clips["kind"], "image"))["clip_id"].to_pylist()).intersection(clip_ids)
 
     def data_digest(self, clip_ids: Iterable[str], samples: Iterable[Sample]) -> str:
-        return self._store.data_digest(clip_ids, list(self._keys.values()), samples)
+        shown = {window for clip_id in clip_ids for window in self.windows(clip_id)} if self.has_windows else clip_ids
+        return self._store.data_digest(shown, list(self._keys.values()), samples)
 
     def media_sha256(self) -> dict[str, str]:
         """Available clip -> sha256 of its media, where receipts record the same for every encoder."""

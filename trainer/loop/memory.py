@@ -219,10 +219,11 @@ def memory_by_part(
     """
     config, model, llm = built.config, built.model, built.model.llm
     activations = activations or measure(built, shapes)
-    limit, visual, checkpointed = Limit.of(config), model.num_visual_tokens, is_checkpointed(llm, config)
+    limit, visual, checkpointed = Limit.of(config), built.most_visual_tokens, is_checkpointed(llm, config)
     longest = longest_text + visual
     positions = limit.samples * longest if limit.tokens is None else max(limit.tokens, longest)
     clips = 0 if not visual else limit.samples if limit.tokens is None else -(-positions // (visual + 1))
+    clips *= config.max_windows or 1
     has_texts_alone = config.train_llm != "none" and limit.tokens is not None
     text = positions if has_texts_alone else positions - positions // longest * visual
     layers = activations.per_position(is_checkpointed=checkpointed)
@@ -281,7 +282,7 @@ def fit(
     if device.memory is None:
         return built
     activations = measure(built, shapes)
-    config, longest = built.config, longest_text + built.model.num_visual_tokens
+    config, longest = built.config, longest_text + built.most_visual_tokens
     best = memory = memory_by_part(built, shapes, longest_text, device, activations)
     for candidate in _candidates(config, longest, has_layers=bool(decoder_layers(built.model.llm))):
         tried = replace(built, config=candidate)

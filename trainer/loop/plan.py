@@ -183,7 +183,7 @@ def _num_questions(samples: Sequence[Sample], source: TokenSource, *, has_visual
 
 def _check_context(built: Built, samples: Sequence[Sample], *, is_first_rank: bool) -> None:
     """Refuse visual tokens that leave too little of the LLM's context to text; report where the context cuts texts."""
-    config, visual, context = built.config, built.model.num_visual_tokens, built.model.context
+    config, visual, context = built.config, built.most_visual_tokens, built.model.context
     least = min(MIN_TEXT_TOKENS, config.max_text_tokens)
     if context is not None and context - visual < least:
         raise UserError(
@@ -227,7 +227,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "batch_size": config.batch_size,
         "visual_tokens": plan.record.num_visual_tokens,
         "text_tokens": {"median": lengths[len(lengths) // 2], "longest": lengths[-1]},
-        "longest_sequence": lengths[-1] + plan.record.num_visual_tokens,
+        "longest_sequence": lengths[-1] + plan.built.most_visual_tokens,
         "context": plan.built.model.context,
         "parameters": plan.record.parameters,
         "micro_batch": str(plan.batches.limit),
@@ -290,7 +290,7 @@ def fit_standardisation(plan: Plan, source: TokenSource, *, quiet: bool = True) 
     steps = range(-(-order.num_per_epoch // order.batch_size))
     ordered = (plan.data.samples[index].clip_id for step in steps for index in order.batch(step))
     found = islice((clip_id for clip_id in ordered if clip_id is not None), 8 * STANDARDISE_CLIPS)
-    clips = list(dict.fromkeys(found))[:STANDARDISE_CLIPS]
+    clips = list(dict.fromkeys(window for clip_id in found for window in source.windows(clip_id)))[:STANDARDISE_CLIPS]
     moments = [Moments() for _ in standardised]
     with ProgressLine("measure scales", total=len(clips), unit="clips", quiet=quiet) as progress:
         for start in range(0, len(clips), STANDARDISE_BATCH):

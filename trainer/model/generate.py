@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from mervcache.errors import UserError
-from trainer.data.batches import Batch
+from trainer.data.collate import Batch
 from trainer.model.video_llm import Built
 
 

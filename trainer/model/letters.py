@@ -20,7 +20,7 @@ import torch
 from featurestore.clips import Sample, Turn
 from mervcache.errors import UserError, unknown_name
 from mervcache.files import sha256_hex
-from trainer.data.batches import make_batch
+from trainer.data.collate import make_batch
 from trainer.data.prompts import Rendered
 from trainer.data.tokens import TokenSource
 from trainer.model.generate import generate_texts
@@ -92,7 +92,7 @@ def render(built: Built, sample: Sample, template: Template) -> Rendered:
 def fits(built: Built, sample: Sample, template: Template) -> bool:
     """Whether the model reads the whole prompt and has room for an answer."""
     length, model = len(render(built, sample, template).input_ids), built.model
-    has_room = model.context is None or model.num_visual_tokens + length < model.context
+    has_room = model.context is None or built.most_visual_tokens + length < model.context
     return has_room and length <= built.renderer.max_tokens
 
 

@@ -17,7 +17,7 @@ import torch
 from featurestore.clips import Sample, Turn
 from mervcache.errors import UserError
 from trainer.config import Protocol, TrainConfig
-from trainer.data.batches import Batch, make_batch
+from trainer.data.collate import Batch, make_batch
 from trainer.data.prompts import Rendered
 from trainer.data.tokens import TokenSource
 from trainer.model import letters, shared_prefix

@@ -16,7 +16,7 @@ import torch
 
 from featurestore.clips import Sample, without_outer_placeholders
 from mervcache.errors import UserError
-from trainer.data.batches import make_batch
+from trainer.data.collate import make_batch
 from trainer.data.prompts import Rendered
 from trainer.data.tokens import TokenSource
 from trainer.model.generate import generate
@@ -103,7 +103,7 @@ def check_fits(built: Built, samples: Sequence[Sample]) -> None:
     model, cut = built.model, []
     for sample in samples:
         length = len(render(built, sample).input_ids)
-        has_room = model.context is None or model.num_visual_tokens + length < model.context
+        has_room = model.context is None or built.most_visual_tokens + length < model.context
         if not has_room or length > built.renderer.max_tokens:
             cut.append(sample.sample_id)
     if cut:

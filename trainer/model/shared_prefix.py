@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from trainer.data.batches import Batch
+from trainer.data.collate import Batch
 from trainer.data.prompts import IGNORE_INDEX, Rendered
 from trainer.model.video_llm import VideoLLM
 

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from featurestore.clips import Sample
 from mervcache.errors import UserError
 from trainer.config import TrainConfig, used_encoders
-from trainer.data.batches import Batch
+from trainer.data.collate import Batch
 from trainer.data.masks import mask_of
 from trainer.data.order import derive_seed
 from trainer.data.prompts import IGNORE_INDEX, PROMPTS, Renderer, without_placeholder
@@ -185,10 +185,11 @@ class VideoLLM(nn.Module):
         elif self.training:
             text_BLM = text_BLM + self._nothing(text_BLM.dtype)
         rows = []
-        for index, (length, at, row) in enumerate(zip(batch.lengths, batch.visual_at, batch.clip_rows, strict=True)):
+        places = zip(batch.lengths, batch.visual_at, batch.clip_rows, batch.num_rows, strict=True)
+        for index, (length, at, row, count) in enumerate(places):
             text_LM = text_BLM[index, :length]
-            visual_NM = self._of_row(visual_CNM, batch, row) if row >= 0 else text_LM[:0]
-            rows.append(torch.cat([text_LM[:at], visual_NM, text_LM[at:]]))
+            visual = [self._of_row(visual_CNM, batch, window) for window in range(row, row + count)]
+            rows.append(torch.cat([text_LM[:at], *visual, text_LM[at:]]))
         return pad_sequence(rows, batch_first=True)
 
     def _of_row(self, visual_CNM: Tensor, batch: Batch, row: int) -> Tensor:
@@ -277,6 +278,11 @@ class Built:
         """Whether the LLM's weights exist only in this run."""
         return self.llm.is_fresh or self.config.train_llm == "full"
 
+    @property
+    def most_visual_tokens(self) -> int:
+        """Of a sample: those of every window that it may be shown."""
+        return self.model.num_visual_tokens * (self.config.max_windows or 1)
+
     def autocast(self, device: torch.device | str) -> torch.autocast:
         """The precision of the run's training, for a forward of the model; tokens are fetched outside of it."""
         is_half = self.config.precision == "bf16"
@@ -316,7 +322,7 @@ def build(config: TrainConfig, shapes: Mapping[str, TokenShape], llm: LoadedLLM)
         num_embeddings=num_embeddings(llm.model),
         max_tokens=_text_limit(config, model),
     )
-    model.settle(renderer.max_tokens + model.num_visual_tokens)
+    model.settle(renderer.max_tokens + model.num_visual_tokens * (config.max_windows or 1))
     if config.fused_loss:
         model.fuse_loss()
     return Built(model=model, llm=llm, renderer=renderer, config=config)
@@ -334,7 +340,8 @@ def _exceeds_context(config: TrainConfig, llm: LoadedLLM) -> bool:
 
 def _text_limit(config: TrainConfig, model: VideoLLM) -> int:
     """Text tokens per sample: one limit for the whole run, with or without a clip."""
-    left = config.max_text_tokens if model.context is None else model.context - model.num_visual_tokens
+    visual = model.num_visual_tokens * (config.max_windows or 1)
+    left = config.max_text_tokens if model.context is None else model.context - visual
     return max(1, min(config.max_text_tokens, left))
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mervcache.errors import UserError
-from trainer.data.batches import collate, distinct_clips
+from trainer.data.collate import collate, distinct_clips
 from trainer.data.prompts import IGNORE_INDEX, Rendered
 from trainer.data.tokens import PrefixedTokens
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mervcache.errors import UserError
-from trainer.data.batches import Batches, make_batch, select
+from trainer.data.batches import Batches, select
+from trainer.data.collate import make_batch
 from trainer.data.masks import draw_mask, mask_of
 from trainer.data.prompts import IGNORE_INDEX, Rendered
 

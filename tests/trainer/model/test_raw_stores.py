@@ -10,7 +10,7 @@ import torch
 from featurestore import Clip, FeatureStore
 from mervcache.errors import UserError
 from trainer.config import PROJECTORS
-from trainer.data.batches import make_batch
+from trainer.data.collate import make_batch
 from trainer.data.tokens import PrefixedTokens, StoreTokens
 from trainer.loop.train import train
 from trainer.model.llm import FRESH_LLMS, FreshLLM

@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from mervcache.errors import UserError
 from trainer.config import FusionConfig, ProjectorConfig
-from trainer.data.batches import collate
+from trainer.data.collate import collate
 from trainer.data.prompts import IGNORE_INDEX, Rendered
 from trainer.data.tokens import TokenShape
 from trainer.model.fusion import build_fusion

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from featurestore.clips import Turn
-from trainer.data.batches import make_batch
+from trainer.data.collate import make_batch
 from trainer.loop.plan import describe, make_plan
 from trainer.loop.train import train
 from trainer.model.multiple_choice import answer_all

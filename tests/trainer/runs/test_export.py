@@ -12,7 +12,7 @@ from safetensors import safe_open
 from mervcache.errors import StoreDamagedError, UserError
 from trainer.cli import eval_main
 from trainer.config import FusionConfig, LoraConfig
-from trainer.data.batches import make_batch
+from trainer.data.collate import make_batch
 from trainer.evaluate import EvaluationRequest, evaluate_run
 from trainer.loop.train import train
 from trainer.model.llm import load_llm

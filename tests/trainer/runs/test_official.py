@@ -12,7 +12,7 @@ from torch import nn
 from mervcache.errors import UserError
 from trainer.cli import eval_main
 from trainer.config import FusionConfig
-from trainer.data.batches import make_batch
+from trainer.data.collate import make_batch
 from trainer.data.tokens import MemoryTokens
 from trainer.evaluate import EvaluationRequest, evaluate_run
 from trainer.loop.plan import make_plan
