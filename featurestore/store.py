@@ -50,13 +50,12 @@ from featurestore.schemas import (
     EMPTY_QUARANTINE,
     SAMPLE_SCHEMA,
     table_to_samples,
-    windows_to_table,
 )
 from featurestore.snapshots import column, load_snapshot, read_snapshot_table
 from featurestore.store_html import store_html
 from featurestore.tags import read_tags, resolve_snapshot
 from featurestore.token_maps import plot_maps
-from featurestore.windows import WindowIndexes, spread_windows
+from featurestore.window_reading import WindowReading
 from featurestore.zarr_metadata import parse_root, read_document
 from mervcache.errors import (
     ClipUnavailableError,
@@ -74,7 +73,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class FeatureStore:
+class FeatureStore(WindowReading):
     """A read-only store at one snapshot; make one with `FeatureStore.open`."""
 
     def __init__(
@@ -97,7 +96,6 @@ class FeatureStore:
         names = [column(group, "row") for group in self._groups.values()]
         table = read_snapshot_table(self._objects, self._record, ["clip_id", "kind", *names])
         self._clip_ids = table["clip_id"].combine_chunks()
-        self._windows = WindowIndexes(self._clip_ids.to_pylist)
         self._is_image = table["kind"].to_numpy(zero_copy_only=False) == "image"
         self._rows = {group: table[column(group, "row")].to_numpy() for group in self._groups.values()}
         # Removals apply to every snapshot, also to those that were made before; lines keep their place.
@@ -346,40 +344,6 @@ class FeatureStore:
                 steps = np.unique(np.linspace(0, stored - 1, min(num_steps, stored)).astype(int))
                 maps[clip_id][encoder] = self.read([clip_id], encoder=encoder, frames=steps)[0]
         return plot_maps(maps)
-
-    def windows(self, clip_id: str, *, encoder: str) -> pa.Table:
-        """`WINDOW_SCHEMA`: the windows of a video, in their order; `clip_id` is that of the video or of a span of it.
-
-        Empty where the store has none of it; UserError for an encoder whose tokens are of whole clips.
-        """
-        key = self._key(encoder)
-        found = self._windows.of(key, self.encoders[key].frame_rule).windows(clip_id)
-        rows = self._rows[self._groups[key]][self._line_of.find(list(found.values()))]
-        return windows_to_table(found, (rows >= 0).tolist())
-
-    def read_windows(
-        self,
-        clip_id: str,
-        *,
-        encoder: str,
-        limit: int | None = None,
-        skip_failed: bool = False,
-        frames: Frames = None,
-        dtype: FloatDtype | None = None,
-    ) -> np.ndarray:
-        """Tokens of a video's windows as floats [windows, T, H, W, D], in their order; `frames`, `dtype` as in `read`.
-
-        Of more than `limit` windows, so many spread evenly over the video. Windows without tokens are left out with
-        `skip_failed`; else they are a ClipUnavailableError, as is a video that has no windows here.
-        """
-        windows = self.windows(clip_id, encoder=encoder)
-        if not windows.num_rows:
-            raise ClipUnavailableError(f"the store has no windows of {clip_id!r}; see store.clips for its clips")
-        chosen = spread_windows(windows["clip_id"].to_pylist(), limit)
-        if skip_failed:
-            has_tokens = set(windows.filter(windows["has_tokens"])["clip_id"].to_pylist())
-            chosen = [window for window in chosen if window in has_tokens]
-        return self.read(chosen, encoder=encoder, frames=frames, dtype=dtype)
 
     def read_prefix(self, clip_ids: Sequence[str], *, encoder: str, frames: Frames = None) -> np.ndarray:
         """Class and register tokens of B clips as floats [B, T, K, D]; `frames` chooses time steps as in `read`.
