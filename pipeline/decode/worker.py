@@ -160,7 +160,7 @@ def _serve(record: dict[str, Any], results: int, job: AnyJob, answer: Callable[[
 
 def _send_length(length_s: Callable[[Source], float], job: LengthJob, results: int, media_bytes: int) -> None:
     with Source.find(job.root, job.clip.path).fetched(lambda: send(results, {"started": media_bytes})) as source:
-        send(results, {"read": True})  # a file that makes FFmpeg hang is at fault, not its disk: little is read
+        send(results, {"read": ""})  # a file that makes FFmpeg hang is at fault, not its disk: little is read
         send(results, {"length_s": length_s(source)})
 
 
