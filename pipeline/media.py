@@ -148,6 +148,7 @@ def allowed_folders(root: Root) -> tuple[str, ...]:
 
 
 def _named_folders(root: Root) -> list[str | Path | MediaRoot]:
+    assert not isinstance(root, RemoteRoot)
     return [root, root.links] if isinstance(root, MediaRoot) else [root]
 
 
@@ -160,8 +161,9 @@ def folder_has_gone(root: Root, path: str) -> bool:
     """True if the folder that should hold the clip's file is missing or empty, as after its share was unmounted."""
     if remote_root(root) is not None:
         return False  # a shard that is gone stops the run where it is fetched
-    root = os.path.realpath(root)
-    folder = os.path.dirname(os.path.join(root, _split_tar(root, path)[0]))
+    assert not isinstance(root, RemoteRoot)
+    real_root = os.path.realpath(root)
+    folder = os.path.dirname(os.path.join(real_root, _split_tar(real_root, path)[0]))
     try:
         with os.scandir(folder) as entries:
             return next(entries, None) is None

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from featurestore.clips import Clip
 from pipeline.media import Root
-from pipeline.remote_shards import is_reachable, remote_root
+from pipeline.remote_shards import RemoteRoot, is_reachable, remote_root
 from pipeline.views import BASE_FRAMES
 
 SIDE = 224  # pixels per side
@@ -86,4 +86,5 @@ def root_of(row: Mapping[str, Any], roots: Mapping[str, Root]) -> Root | None:
     root = roots.get(row["dataset"], roots.get(""))
     if root is None or (remote := remote_root(root)) is not None:
         return root if root is not None and is_reachable(remote.url) else None
+    assert not isinstance(root, RemoteRoot)
     return root if Path(os.fspath(root)).is_dir() else None

@@ -32,7 +32,7 @@ from pipeline.datasets import DatasetListing
 from pipeline.media import Root, Source, newest_touch_s
 from pipeline.media_digests import DigestCache
 from pipeline.plan import PlannedBlock, StoreView
-from pipeline.remote_shards import remote_root
+from pipeline.remote_shards import RemoteRoot, remote_root
 
 log = logging.getLogger(__name__)
 
@@ -270,6 +270,7 @@ def _file_touch_s(root: Root, path: str) -> float | None:
     """`newest_touch_s` of a file, or of the link to one, in one or two system calls: a million clips are checked."""
     if remote_root(root) is not None:
         return None
+    assert not isinstance(root, RemoteRoot)
     try:
         full_path = os.path.join(root, path)
         found = [os.lstat(full_path)]

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
 from featurestore.locate import is_url
@@ -32,7 +32,7 @@ from pipeline.spool import Spool
 from pipeline.tar_index import BLOCK_BYTES, MAX_MEMBERS, TarIndex, clip_name, is_header_of, read_index
 
 if TYPE_CHECKING:
-    from obstore import GetResult
+    from obstore import GetOptions, GetResult
     from obstore.store import ObjectStore
 
 DEFAULT_SPOOL_GB = 10
@@ -259,7 +259,7 @@ class RemoteShard:
         import obstore
 
         with self._faults():
-            return obstore.get(self._store, key, options=options or None)
+            return obstore.get(self._store, key, options=cast("GetOptions", options) or None)
 
     def _faults(self) -> Any:
         from obstore.exceptions import BaseError

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 from featurestore.locate import Place, is_url
@@ -43,7 +43,7 @@ def remove_clips(
     """
     done = tombstone(place, names, reason=reason, all_copies=all_copies, progress=progress)
     writer = StoreWriter.open(place)
-    removed = set(done["clips"])
+    removed = set(cast("list[str]", done["clips"]))
     table = writer.clips()
     paths = {
         (dataset, path)

@@ -180,7 +180,7 @@ def read_with_ffmpeg(source: Source, collector: FrameCollector, *, accept_damage
         index = scan_packets(video)
         times = video.times(index.pts[index.shown].tolist()) if NO_TIME not in index.pts else None
     media = source.media
-    assert not isinstance(media, FrameFolder)  # whose frames are read as pictures
+    assert isinstance(media, LocalFile | TarMember)  # frames of a folder are read as pictures, a URL is fetched first
     if isinstance(media, TarMember):
         url = f"subfile,,start,{media.offset},end,{media.offset + media.size},,:{media.tar_path}"
     else:

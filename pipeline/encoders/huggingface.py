@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -81,7 +81,7 @@ class HuggingFaceNetwork(EncoderNetwork):
 
     @property
     def blocks(self) -> Sequence[nn.Module] | None:
-        return self.model.get_submodule(self._blocks) if self._blocks else None
+        return cast("Sequence[nn.Module]", self.model.get_submodule(self._blocks)) if self._blocks else None
 
     @property
     def last_norm(self) -> nn.Module | None:

@@ -48,7 +48,7 @@ class LanguageBindTower(EncoderNetwork):
 
     @property
     def blocks(self) -> nn.ModuleList:
-        return self.vision_model.encoder.layers
+        return cast("nn.ModuleList", self.vision_model.encoder.layers)
 
     def load_published(self, folder: Path) -> None:
         path = folder / "config.json"

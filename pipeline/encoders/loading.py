@@ -107,6 +107,7 @@ class Encoder:
         deterministic = torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=False)
         with torch.inference_mode(), deterministic:
             pixels_BTCHW = self._normalise(frames_BTHWC.to(self.device))
+            found: dict[Layer, tuple[torch.Tensor, torch.Tensor | None]]
             if tuple(layers) == (self.network.spec.chosen_layer,):
                 found = {layers[0]: self.network(pixels_BTCHW)}
             else:

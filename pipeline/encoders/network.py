@@ -64,14 +64,18 @@ class EncoderNetwork(nn.Module, ABC):
             return hook
 
         wanted = {layer[0] for layer in layers if layer != own}
-        hooks = [self.blocks[block - 1].register_forward_hook(keep(block)) for block in sorted(wanted)]
+        blocks: Sequence[nn.Module] = self.blocks or ()
+        hooks = [blocks[block - 1].register_forward_hook(keep(block)) for block in sorted(wanted)]
         try:
             features = {own: self(pixels_BTCHW)}
         finally:
             for hook in hooks:
                 hook.remove()
         for block, has_norm in (layer for layer in layers if layer not in features):
-            tokens = self.last_norm(kept[block]) if has_norm else kept[block]
+            tokens, norm = kept[block], self.last_norm
+            if has_norm:
+                assert norm is not None
+                tokens = norm(tokens)
             features[block, has_norm] = self.sort_tokens(tokens, len(pixels_BTCHW))
         return {layer: features[layer] for layer in layers}
 

@@ -429,7 +429,7 @@ VIDEOMAE2 = replace(
     summary="VideoMAE v2 ViT-B/16: masked video modelling on a million clips, 8 time steps",
     hub_id="OpenGVLab/VideoMAEv2-Base",
     builder=f"{__name__}:build_videomae2",
-    architecture=VIDEOMAE.architecture | {"norm_eps": 1e-6},
+    architecture={**VIDEOMAE.architecture, "norm_eps": 1e-6},
 )
 
 

@@ -21,7 +21,7 @@ from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from mervcache.errors import UserError, unknown_name
 from pipeline.encoders.base import EncoderSpec
@@ -30,7 +30,7 @@ from pipeline.views import ResizeRule
 PREFIX = "timm."  # of the names of these encoders in identities and stores; a command line may have `timm:` instead
 INSTALL = "pip install timm, or `pip install --no-deps timm` for a torch that no torchvision is built for"
 FILTERS = ("bicubic", "bilinear")
-FITS = {"center": "centre-crop", "squash": "squash"}  # timm's crop mode -> ours
+FITS: dict[str, Any] = {"center": "centre-crop", "squash": "squash"}  # timm's crop mode -> ours
 FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError, ImportError)
 _lock = threading.Lock()
 
@@ -68,10 +68,15 @@ def _without_torchvision() -> Iterator[None]:
         sys.modules[name] = ModuleType(name)
         sys.modules[name].__path__ = []
     sys.modules[names[-1]].FrozenBatchNorm2d = FrozenBatchNorm2d  # type: ignore[attr-defined]
-    folder = Path(importlib.util.find_spec("timm").origin).parent / "data"
+    found = importlib.util.find_spec("timm")
+    assert found is not None
+    assert found.origin is not None
+    folder = Path(found.origin).parent / "data"
     data = ModuleType("timm.data")
     data.__path__ = [str(folder)]
     spec = importlib.util.spec_from_file_location("timm.data.constants", folder / "constants.py")
+    assert spec is not None
+    assert spec.loader is not None
     constants = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(constants)
     vars(data).update({name: value for name, value in vars(constants).items() if name.isupper()})
@@ -177,7 +182,7 @@ def _measure(model_name: str, image_size: int) -> Layout:
         side=sides[0],
         width=shape[2] if len(shape) == 3 else model.num_features,
         prefix_tokens=prefix,
-        num_blocks=len(blocks) if is_list else None,
+        num_blocks=len(cast("list[Any]", blocks)) if is_list else None,
         has_norm=is_list and not isinstance(norm, torch.nn.Identity),
         has_positions=hasattr(model, "set_input_size"),
     )

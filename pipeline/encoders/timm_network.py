@@ -9,6 +9,7 @@ B batch, T frames, H W rows and columns of tokens, N all tokens, K prefix tokens
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,7 +38,7 @@ class TimmNetwork(EncoderNetwork):
             self._options = {"embed_dim": spec.width, "depth": sizes["num_layers"], "num_heads": sizes["num_heads"]}
             self._options |= {"patch_size": sizes["patch_size"], "mlp_ratio": sizes["mlp_size"] / spec.width}
             self._options |= {"img_size": self._side * sizes["patch_size"]}
-        self.model = self._trim(import_timm().create_model(self._name, num_classes=0, **self._options))
+        self.model: Any = self._trim(import_timm().create_model(self._name, num_classes=0, **self._options))
 
     def forward(self, pixels_BTCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self.sort_tokens(self.model.forward_features(pixels_BTCHW.flatten(0, 1)), len(pixels_BTCHW))
@@ -83,7 +84,7 @@ class TimmNetwork(EncoderNetwork):
         if self._side and (is_incomplete or self._side * self.spec.architecture["patch_size"] != size):
             self.model.set_input_size(img_size=size)
 
-    def _trim(self, model: nn.Module) -> nn.Module:
+    def _trim(self, model: Any) -> nn.Module:
         """Drop heads, and blocks and the norm after the features' layer: neither computed nor hashed."""
         for name in HEADS:
             if isinstance(getattr(model, name, None), nn.Module):
