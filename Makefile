@@ -57,7 +57,7 @@ check: setup lint
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/basedpyright --pythonpath $(BIN)/python mervcache featurestore jobs pipeline
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 # The site in build/site: warnings are errors, and nothing is loaded from the network. The variable silences a notice of mkdocs-material.
 docs: setup

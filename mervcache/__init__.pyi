@@ -1,5 +1,3 @@
-# pyright: reportUnknownVariableType=false
-# (pyarrow and torch have no complete types)
 """What editors and type checkers see: the names of `__init__.py`, from where they are defined."""
 
 from featurestore.clips import Clip as Clip

@@ -144,12 +144,13 @@ def resolve_media(root: Root, path: str) -> Media:
         ) from error
 
 
-def allowed_folders(root: LocalRoot) -> tuple[str, ...]:
+def allowed_folders(root: Root) -> tuple[str, ...]:
     """The real folders that hold media: the root, and the one that its links may lead into."""
     return tuple(os.path.realpath(folder) for folder in _named_folders(root))
 
 
-def _named_folders(root: LocalRoot) -> list[LocalRoot]:
+def _named_folders(root: Root) -> list[LocalRoot]:
+    assert not isinstance(root, RemoteRoot), "links are of folders"
     return [root, root.links] if isinstance(root, MediaRoot) else [root]
 
 
@@ -323,7 +324,7 @@ class Source:
     @property
     def version(self) -> Version:
         """What changes when a file or tar member does."""
-        assert not isinstance(self.media, FrameFolder), "a folder of frames is many files"
+        assert isinstance(self.media, LocalFile | TarMember), "a folder of frames is many files, a URL is fetched first"
         if isinstance(self.media, TarMember):
             return _version(self.media.tar_path, self.media.offset, self.media.size)
         return _version(self.media.path)

@@ -276,6 +276,7 @@ def _file_touch_s(root: Root, path: str) -> float | None:
     """`newest_touch_s` of a file, or of the link to one, in one or two system calls: a million clips are checked."""
     if isinstance(root, RemoteRoot) or remote_root(root) is not None:
         return None
+    assert not isinstance(root, RemoteRoot)
     try:
         full_path = os.path.join(root, path)
         found = [os.lstat(full_path)]

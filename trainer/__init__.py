@@ -15,7 +15,7 @@ from typing import Any
 
 _PUBLIC = {"Asker": "trainer.ask", "load_run": "trainer.runs.load"}
 
-__all__ = ["Asker", "load_run"]
+__all__ = ["Asker", "load_run"]  # pyright: ignore[reportUnsupportedDunderAll]: they are loaded on first use
 
 
 def __getattr__(name: str) -> Any:

@@ -13,16 +13,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from featurestore.clips import Clip, Turn
 from mervcache.errors import UserError, no_file
 from trainer.data.collate import make_batch
-from trainer.data.tokens import MemoryTokens, TokenSource
+from trainer.data.tokens import MemoryTokens
 from trainer.model.generate import generate_texts
 from trainer.runs.load import LoadedRun, load_run
+
+if TYPE_CHECKING:
+    from trainer.end_to_end import LiveTokens
 
 Span = tuple[float | None, float | None]  # seconds; None: the file's start or end
 WHOLE: Span = (None, None)
@@ -50,7 +53,7 @@ class Asker:
         self.model = self.run.built.model.to(device).eval()
         self._weights, self._device = tuple(weights), device
         self._opened = ExitStack()
-        self._source: TokenSource | None = None
+        self._source: LiveTokens | None = None
 
     @property
     def looks(self) -> bool:
@@ -111,11 +114,12 @@ class Asker:
         except UserError as error:  # sources name clips, the user gave a path
             raise UserError(str(error).replace(str(clip_id), str(video or image))) from error
         texts = generate_texts(self.run.built, batch, max_new_tokens=max_new_tokens, device=self._device)
-        if None in texts:
+        found = [text for text in texts if text is not None]
+        if len(found) < len(texts):
             raise UserError(
                 "the run's output is not finite (NaN or infinite), so it has no answer; use an older checkpoint"
             )
-        return texts
+        return found
 
     def close(self) -> None:
         """Stop the decode process and release the encoders."""
@@ -128,7 +132,7 @@ class Asker:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _opened_source(self) -> TokenSource:
+    def _opened_source(self) -> LiveTokens:
         if self._source is None:
             from trainer.end_to_end import source_like  # the pipeline, only where it runs
 
@@ -159,7 +163,7 @@ def parse_clip(video: Path | str | None, image: Path | str | None, span: Span = 
     """
     if (video is None) == (image is None):
         raise UserError("this run reads visual tokens: give one video or one image")
-    typed = video if image is None else image
+    typed = image or video or ""
     path = Path(typed).resolve()
     if not path.exists():
         raise UserError(no_file(typed))

@@ -43,13 +43,15 @@ def open_report(
     verdicts: dict[str, Verdicts | None] = dict.fromkeys(runs)
     identity = None
     if judge is not None:
-        verdicts = {run: _judged(found, judge, folders[run]) for run, found in runs.items()}
-        given = [verdict for of_run in verdicts.values() for part in of_run.values() for verdict in part]
+        judged = {run: _judged(found, judge, folders[run]) for run, found in runs.items()}
+        verdicts |= judged
+        given = [verdict for of_run in judged.values() for part in of_run.values() for verdict in part]
         identity = {**judge.facts, "version": one_version(given, judge)}
     tables = {
-        run: {name: _rows(texts, verdicts[run] and verdicts[run][name]) for name, texts in found.texts.items()}
+        run: {name: _rows(texts, (verdicts[run] or {}).get(name)) for name, texts in found.texts.items()}
         for run, found in runs.items()
     }
+    own = verdicts[""]
     return {
         "max_new_tokens": max_new_tokens,
         "normalisation": NORMALISATION,
@@ -62,7 +64,7 @@ def open_report(
                 **asdict(answer),
                 "exact": answer.is_exact,
                 "normalised": answer.is_match,
-                "verdict": verdicts[""] and asdict(verdicts[""][name][number]),
+                "verdict": own and asdict(own[name][number]),
             }
             for name, texts in answers.texts.items()
             for number, answer in enumerate(texts)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from trainer.loop.plan import Validation
 from trainer.model.video_llm import Built
 from trainer.runs.load import load_run
 from trainer.sources import open_store_for
+
+if TYPE_CHECKING:
+    from trainer.loop.plan import Plan
 
 _LOSS = "val_loss"
 
@@ -57,6 +60,9 @@ class CastTokens(TokenSource):
     def available(self, clip_ids: Iterable[str]) -> set[str]:
         return self._source.available(clip_ids)
 
+    def data_digest(self, clip_ids: Iterable[str], samples: Iterable[Sample]) -> str:
+        raise NotImplementedError  # no run is trained from these
+
     def stills(self, clip_ids: Iterable[str]) -> set[str]:
         return self._source.stills(clip_ids)
 
@@ -66,7 +72,7 @@ def cast_tokens(tokens: ClipTokens, dtype: str) -> ClipTokens:
     if isinstance(tokens, PrefixedTokens):
         grid = tokens.tokens_BTHWD
         return PrefixedTokens(
-            tokens_BTHWD=None if grid is None else cast_tokens(grid, dtype),
+            tokens_BTHWD=None if grid is None else _cast(grid, dtype),
             prefix_BTKD=_cast(tokens.prefix_BTKD, prefix_dtype(dtype)),
         )
     return _cast(tokens, dtype)
@@ -118,7 +124,7 @@ def _rows(
     """A row per dtype, and how many samples were measured."""
     stored = {encoder: facts["identity"]["storage_dtype"] for encoder, facts in source.facts.items()}
     accelerator = make_accelerator(replace(subject.config, trackers=()), run)
-    validation = Validation(subject, samples, source, accelerator)
+    validation = Validation(cast("Plan", subject), samples, source, accelerator)
     validation.questions = []  # the loss alone: answers cost several forwards a question
     rows = [_row(STORED, validation())]
     for dtype in STORAGE_DTYPES:

@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -57,10 +57,17 @@ Arrays = dict[str, np.ndarray]
 class TokenRecord(Protocol):
     """What a run's record says about its tokens; `trainer.runs` imports this module, so its class is not named here."""
 
-    shapes: Mapping[str, TokenShape]
-    encoders: Mapping[str, Mapping[str, Any]]  # of each: identity, weights label, weights_from
-    live: Mapping[str, Any] | None  # of an end-to-end run: the extraction's settings
-    wanted: Mapping[str, Mapping[str, str]]  # encoder -> what an imported checkpoint wants of its tokens
+    @property
+    def shapes(self) -> Mapping[str, TokenShape]: ...
+
+    @property
+    def encoders(self) -> Mapping[str, Mapping[str, Any]]: ...  # of each: identity, weights label, weights_from
+
+    @property
+    def live(self) -> Mapping[str, Any] | None: ...  # of an end-to-end run: the extraction's settings
+
+    @property
+    def wanted(self) -> Mapping[str, Mapping[str, str]]: ...  # encoder -> what an imported checkpoint wants
 
 
 @contextmanager
@@ -118,7 +125,7 @@ def dataset_like(
     record: TokenRecord,
     media: Mapping[str, Any],
     *,
-    trained: Mapping[str, TrainableEncoder],
+    trained: Mapping[str, nn.Module],  # each a `TrainableEncoder`
     weights: Sequence[str] = (),
     device: str = "auto",
 ) -> Iterator[tuple[list[Sample], TokenSource]]:
@@ -145,7 +152,7 @@ def source_like(
     config: TrainConfig,
     record: TokenRecord,
     *,
-    trained: Mapping[str, TrainableEncoder],
+    trained: Mapping[str, nn.Module],  # each a `TrainableEncoder`
     weights: Sequence[str] = (),
     device: str = "auto",
     extract: ExtractConfig | None = None,
@@ -158,7 +165,8 @@ def source_like(
     given = weights_by_encoder(tuple(weights))
     settings = EngineSettings(encoders=(), decode_processes=1) if extract is None else extract.engine_settings
     with closing(Engine(replace(settings, encoders=(), device=device))) as engine:
-        batch, options = dict.fromkeys(KINDS, 1), {}
+        batch: Mapping[str, int] = dict.fromkeys(map(str, KINDS), 1)
+        options: dict[str, Any] = {}
         if extract is not None:
             batch = _batch_sizes(extract, engine)
             check = MediaCheck(None)
@@ -170,7 +178,8 @@ def source_like(
             if name not in trained
         }
         order, parts = tuple(record.shapes), parts_of(config.projector)
-        yield LiveTokens(engine, frozen, trained, batch, order=order, parts=parts, **options)
+        joined = cast("Mapping[str, TrainableEncoder]", trained)
+        yield LiveTokens(engine, frozen, joined, batch, order=order, parts=parts, **options)
 
 
 def media_of(path: Path) -> tuple[Kind, str]:
@@ -249,7 +258,9 @@ class LiveTokens(TokenSource):
         self.facts = {
             name: {
                 "weights": encoder.weights_label,
-                "weights_from": encoder.weights_from if name in trained else encoder.settings.weights,
+                "weights_from": encoder.weights_from
+                if isinstance(encoder, TrainableEncoder)
+                else encoder.settings.weights,
                 "identity": encoder.identity.to_dict(),
             }
             for name, encoder in self._encoders.items()
@@ -257,7 +268,7 @@ class LiveTokens(TokenSource):
         self.trained, self.live = trained, live
         self._engine, self._parts, self._check, self._accept_damaged = engine, parts, check, accept_damaged
         self._batch = batch if frozen else {}
-        self._clips: dict[str, tuple[str, Clip]] = {}  # clip id -> root folder, clip
+        self._clips: dict[str, tuple[Root, Clip]] = {}  # clip id -> root folder, clip
         self._num_ahead = num_ahead + engine.num_decoders
         self._prefetch = ClipPrefetch(self._submit, self._num_ahead)
         self._frame_rules = [encoder.identity.frame_rule for encoder in self._encoders.values()]
@@ -268,8 +279,8 @@ class LiveTokens(TokenSource):
 
     def include(self, root: Root, clips: Iterable[Clip]) -> None:
         """Add clips that may be fetched, long videos as windows if tokens are of windows; paths are below `root`."""
-        if self.has_windows:
-            clips = split_long(root, clips, self._windows.length, self._engine.pool)
+        if (length := self._windows.length) is not None:
+            clips = split_long(root, clips, length, self._engine.pool)
         self._clips.update((clip.clip_id, (root, clip)) for clip in clips)
         self._windows = ShownWindows(self._clips, self._frame_rules, self._max_windows)
 
@@ -345,7 +356,7 @@ class LiveTokens(TokenSource):
         """Of each clip what a store would return, or the frames for a trained encoder."""
         encoder = self._encoders[name]
         frames = [clip.frames[encoder.view] for clip in decoded]
-        if name in self.trained:  # a still becomes a clip of equal frames, so that both fit one tensor
+        if isinstance(encoder, TrainableEncoder):  # a still becomes a clip of equal frames, so that both fit one tensor
             return [{"frames": _repeat(frames_THWC, encoder.view.num_frames)} for frames_THWC in frames]
         # Batches of one shape, padded with zeros, so that neighbours never change a clip's bits.
         slots = [*range(len(frames)), *[None] * (self._batch[kind] - len(frames))]
@@ -362,6 +373,9 @@ class TrainableEncoder(nn.Module):
     Without dropout, like a frozen one. Its weights stay float32; under a run's bf16 its matrix products are bfloat16.
     Its tokens are cast to no storage dtype: nothing is stored, and the cast has no gradient.
     """
+
+    mean_C: Tensor
+    std_C: Tensor
 
     def __init__(
         self,
@@ -417,6 +431,7 @@ def _select_parts(tokens: Tensor, prefix: Tensor | None = None, *, parts: Sequen
     """tokens_BTHWD and prefix_BTKD as a resampler that reads `parts` takes them."""
     if "prefix" not in parts:
         return tokens
+    assert prefix is not None
     return PrefixedTokens(tokens_BTHWD=tokens if "tokens" in parts else None, prefix_BTKD=prefix)
 
 

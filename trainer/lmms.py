@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from lmms_eval.api.instance import GenerationResult
-from lmms_eval.api.model import lmms
-from lmms_eval.models.registry_v2 import ModelManifest
+from lmms_eval.api.instance import GenerationResult  # pyright: ignore[reportMissingImports]: installed by hand
+from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]: installed by hand
+from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[reportMissingImports]: installed by hand
 
 from mervcache.console import echo, log_to_stderr
 from mervcache.errors import UserError

@@ -27,6 +27,7 @@ from featurestore.clips import Sample, Turn
 from mervcache.console import ProgressLine, plural
 from mervcache.errors import UserError
 from trainer.data.collate import make_batch
+from trainer.data.tokens import MemoryTokens, TokenSource
 from trainer.media_tokens import WHOLE, MediaTokens, Span
 from trainer.model.generate import generate_texts
 from trainer.model.multiple_choice import batch_of
@@ -114,6 +115,10 @@ class Requests:
             asked = following
         return answers
 
+    @property
+    def _source(self) -> TokenSource:
+        return MemoryTokens([], {}) if self._tokens is None else self._tokens
+
     def loglikelihood(self, requests: Sequence[Arguments], docs: Docs) -> list[tuple[float, bool]]:
         """How likely each continuation is, with its end token, and whether the model would write it.
 
@@ -125,7 +130,7 @@ class Requests:
         found: dict[int, tuple[float, bool]] = {}
         for part in self._batches(questions, "score"):
             samples = [_sample(questions[place]) for place in part]
-            batch = batch_of(self._built, samples, self._tokens).to(self._device)
+            batch = batch_of(self._built, samples, self._source).to(self._device)
             with self._built.autocast(self._device):
                 sums_B, is_greedy_B = self._model.likelihood(batch)
             means = (sums_B / batch.supervised_B).tolist()
@@ -210,7 +215,7 @@ class Requests:
             rendered = [built.renderer.question(each.turns, has_clip=each.clip_id is not None) for each in batch]
             clips = [each.clip_id if model.has_visual else None for each in batch]
             made = make_batch(
-                rendered, clips, self._tokens, model.num_visual_tokens, model.context, **shown_to(built, len(batch))
+                rendered, clips, self._source, model.num_visual_tokens, model.context, **shown_to(built, len(batch))
             )
             texts = generate_texts(built, made, max_new_tokens=batch[0].max_new_tokens, device=self._device)
             for place, question, text in zip(part, batch, texts, strict=True):
@@ -321,5 +326,5 @@ def _flat(visuals: Any) -> list[Any]:
 
 def _described(visual: Mapping[str, Any]) -> tuple[Any, Span]:
     """File and span of a video that a task describes by `path` or `url`, `video_start` and `video_end`."""
-    span = tuple(None if visual.get(key) is None else float(visual[key]) for key in ("video_start", "video_end"))
-    return visual.get("path") or visual.get("url"), span
+    start, end = (None if visual.get(key) is None else float(visual[key]) for key in ("video_start", "video_end"))
+    return visual.get("path") or visual.get("url"), (start, end)

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import click
 from click.core import ParameterSource
@@ -27,7 +28,7 @@ for command in (*COMMANDS, probe_command):
 def _train_or_command(**options: Any) -> None:
     context = click.get_current_context()
     if context.invoked_subcommand is None:
-        cli.train_main.callback(**options)
+        cast("Callable[..., Any]", cli.train_main.callback)(**options)
         return
     typed = [name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     if typed:

@@ -12,16 +12,19 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from featurestore.clips import Clip, Kind
+from featurestore.clips import Clip, Kind, Sample
 from featurestore.windows import window_length
 from mervcache.errors import StoreNotFoundError, UserError, no_file
-from trainer.data.tokens import ClipTokens, PrefixedTokens, StoreTokens, TokenSource
+from trainer.data.tokens import ClipTokens, PrefixedTokens, StoreTokens, TokenSource, grid_of
 from trainer.runs.load import LoadedRun
 from trainer.sources import open_store_for
+
+if TYPE_CHECKING:
+    from trainer.end_to_end import LiveTokens
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +58,7 @@ class MediaTokens(TokenSource):
         self.store = ""  # where tokens are read
         self._run, self._root, self._weights, self._device = run, root, tuple(weights), device
         self._opened = ExitStack()
-        self._live: TokenSource | None = None
+        self._live: LiveTokens | None = None
         self._recent: dict[str, dict[str, ClipTokens]] = {}  # live clips of the last fetch
         self._stored = self._open(store)
         self._by_bytes: dict[tuple[str, Span], str] = {}
@@ -78,15 +81,19 @@ class MediaTokens(TokenSource):
             return clip_id
         return self._include(path.resolve(), kind or of_extension, span)
 
+    def _of_store(self, clip_ids: Sequence[str]) -> dict[str, ClipTokens]:
+        assert self._stored is not None  # the clips were found in it
+        return self._stored.fetch(clip_ids)
+
     def fetch(self, clip_ids: Sequence[str]) -> dict[str, ClipTokens]:
         live = [clip_id for clip_id in clip_ids if clip_id in self.encoded]
         stored = [clip_id for clip_id in clip_ids if clip_id not in self.encoded]
         self._recent = {clip_id: self._recent.get(clip_id) or self._encode(clip_id) for clip_id in live}
         if not live:
-            return self._stored.fetch(stored)
+            return self._of_store(stored)
         parts = [self._recent[clip_id] for clip_id in live]
         if stored:
-            parts.append(self._stored.fetch(stored))
+            parts.append(self._of_store(stored))
         places = [(live + stored).index(clip_id) for clip_id in clip_ids]
         return {encoder: _joined([part[encoder] for part in parts])[places] for encoder in self.shapes}
 
@@ -96,6 +103,9 @@ class MediaTokens(TokenSource):
 
     def available(self, clip_ids: Iterable[str]) -> set[str]:
         return {clip_id for clip_id in clip_ids if clip_id in self.from_store | self.by_path | self.encoded.keys()}
+
+    def data_digest(self, clip_ids: Iterable[str], samples: Iterable[Sample]) -> str:
+        raise NotImplementedError  # no run is trained from these
 
     def close(self) -> None:
         """Stop the decode process and release the encoders."""
@@ -155,7 +165,7 @@ class MediaTokens(TokenSource):
         except UserError as error:  # sources name clips, the task gave a path
             raise UserError(str(error).replace(clip_id, self.encoded[clip_id])) from error
 
-    def _opened_live(self) -> TokenSource:
+    def _opened_live(self) -> LiveTokens:
         if self._live is None:
             from trainer.end_to_end import source_like  # the pipeline, only where it runs
 
@@ -169,7 +179,8 @@ class MediaTokens(TokenSource):
 
 def _joined(parts: Sequence[ClipTokens]) -> ClipTokens:
     """Clips of several fetches as one."""
-    if isinstance(parts[0], Tensor):
-        return torch.cat(list(parts))
-    tokens = None if parts[0].tokens_BTHWD is None else torch.cat([part.tokens_BTHWD for part in parts])
-    return PrefixedTokens(tokens_BTHWD=tokens, prefix_BTKD=torch.cat([part.prefix_BTKD for part in parts]))
+    grids = [grid for grid in map(grid_of, parts) if grid is not None]
+    prefixes = [part.prefix_BTKD for part in parts if isinstance(part, PrefixedTokens)]
+    if not prefixes:
+        return torch.cat(grids)
+    return PrefixedTokens(tokens_BTHWD=torch.cat(grids) if grids else None, prefix_BTKD=torch.cat(prefixes))

@@ -150,6 +150,7 @@ def get_stages(name: str) -> Stages:
 def get_recipe(name: str) -> TrainConfig:
     """The settings of the recipe `name`; UserError for an unknown one and one of several stages."""
     stages = get_stages(name)
-    if len(stages) > 1:
+    first, *others = stages
+    if others:
         raise UserError(f"recipe {name} has stages {', '.join(s.name for s in stages)}; choose one of one stage")
-    return stages[0].config
+    return first.config

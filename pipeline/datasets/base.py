@@ -20,7 +20,7 @@ from featurestore.clips import Clip, Kind, Role, Sample, Turn, check_relative_pa
 from mervcache.console import plural
 from mervcache.errors import UserError
 from mervcache.reprs import brief
-from pipeline.media import MediaRoot, allowed_folders, is_inside
+from pipeline.media import MediaRoot, Root, allowed_folders, is_inside
 from pipeline.remote_shards import RemoteRoot
 
 EXAMPLES_KEPT = 5  # of refused records, per reason
@@ -313,9 +313,7 @@ def is_safe(path: str) -> bool:
     return True
 
 
-def find_missing(
-    root: str | Path | MediaRoot, clips: Iterable[Clip]
-) -> tuple[dict[str, dict[str, int]], dict[str, str]]:
+def find_missing(root: Root, clips: Iterable[Clip]) -> tuple[dict[str, dict[str, int]], dict[str, str]]:
     """Folder -> media path -> clips of it, for media that are not on disk; and media path -> why it is refused.
 
     One scandir per folder and no stat per file, except for links: on a network share a stat costs a round trip, and the
@@ -328,6 +326,7 @@ def find_missing(
         paths[clip.path] = paths.get(clip.path, 0) + 1
     missing: dict[str, dict[str, int]] = {}
     refused: dict[str, str] = {}
+    assert not isinstance(root, RemoteRoot)  # whose shards are listed from their archives
     allowed = allowed_folders(root)
     for folder, paths in wanted.items():
         place = os.path.join(root, folder)

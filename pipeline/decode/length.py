@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import av
+from av.error import FFmpegError
 
 from mervcache.errors import MediaError
 from pipeline.decode.container import OpenVideo, open_video, reason
@@ -36,7 +37,7 @@ def length_s(source: Source) -> float:
         with open_video(source) as video:  # from its start
             if (seconds := _of_index(video, scan_packets(video))) is not None:
                 return seconds
-    except av.error.FFmpegError as error:
+    except FFmpegError as error:
         raise MediaError(f"damaged file: {reason(error)}") from error
     raise MediaError(NO_RATE)
 

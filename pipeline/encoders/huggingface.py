@@ -116,7 +116,8 @@ class HuggingFaceNetwork(EncoderNetwork):
             return type(self._config).from_pretrained(folder, local_files_only=True)
         from transformers import AutoConfig
 
-        return getattr(AutoConfig.from_pretrained(folder, local_files_only=True), f"{self._part}_config", None)
+        whole = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return getattr(whole, f"{self._part}_config", None)
 
     def weight_name(self, name: str) -> str:
         published = name.removeprefix("model.")

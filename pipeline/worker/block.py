@@ -198,6 +198,7 @@ class _Block:
         """Look for cells of the same media in the store; True if they are all that the row wants."""
         assert self._stored is not None
         encoders = {name for name, to_encode in self._to_encode.items() if row in to_encode}
+        assert self._stored is not None
         self._found[row] = self._stored.cells(
             sha256, self._clips[row], encoders, accept_damaged=self.task.accept_damaged
         )

@@ -91,7 +91,7 @@ class Atlas:
         found = {"norm": self.norm_CE}
         if len(self.encoders) > 1:
             found["share"] = self.share_CE
-        if self.has_clip_weights:
+        if self.has_clip_weights and self.weight_CE is not None:
             found["weight"] = self.weight_CE
         return found
 

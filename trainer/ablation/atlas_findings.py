@@ -49,7 +49,7 @@ class Correlation:
     @property
     def is_away(self) -> bool:
         """Whether the interval is away from 0."""
-        return self.low is not None and (self.low > 0 or self.high < 0)
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
     @property
     def is_away_after_holm(self) -> bool:

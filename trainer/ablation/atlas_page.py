@@ -219,8 +219,9 @@ def published_findings(atlas: Atlas, found: Sequence[Correlation]) -> list[tuple
             ),
             None,
         )
-        if each is None or each.low is None:
-            rows.append((claim, "-" if each is None else f"rho {each.rho:+.2f}", "not tested: too few clips"))
+        if each is None or each.rho is None or each.low is None:
+            rho = "-" if each is None or each.rho is None else f"rho {each.rho:+.2f}"
+            rows.append((claim, rho, "not tested: too few clips"))
         else:
             agrees = "seen here" if each.rho * sign > 0 else "the opposite is seen here"
             verdict = agrees if each.is_away else "not seen here: the interval holds 0"
@@ -300,7 +301,7 @@ def _galleries(result: AtlasResult, media: StoreMedia, keys: Mapping[str, str]) 
                 f"<b>{each.ratio:.2f} x mean</b> {escaped(_values(atlas, each))}"
                 f"<div class='quiet'>{escaped(clip_id)}{escaped(_seen_properties(result, clip_id))}</div></div>"
             )
-        parts.append(f"<h3>{escaped(encoder)}</h3><div class='gallery'>{''.join(shown)}</div>")
+        parts.append(Markup(f"<h3>{escaped(encoder)}</h3><div class='gallery'>{''.join(shown)}</div>"))
     if result.properties.gone:
         parts.append(
             note(
@@ -315,7 +316,9 @@ def _values(atlas: Atlas, each: Activation) -> str:
     """Shares, and weights, of all encoders of a clip."""
     texts = []
     for place, encoder in enumerate(atlas.encoders):
-        weight = f" ({atlas.weight_CE[each.row, place]:.2f})" if atlas.has_clip_weights else ""
+        weight = ""
+        if atlas.has_clip_weights and atlas.weight_CE is not None:
+            weight = f" ({atlas.weight_CE[each.row, place]:.2f})"
         texts.append(f"{encoder} {atlas.share_CE[each.row, place]:.0%}{weight}")
     return f"{'shares (weights)' if atlas.has_clip_weights else 'shares'}: {', '.join(texts)}"
 
@@ -375,6 +378,7 @@ def _range(each: Spread, low: float, high: float) -> str:
 
 def _changes(result: AtlasResult) -> str:
     before, atlas = result.before, result.atlas
+    assert before is not None
     names = [f"{each.run} at step {each.step:,}" for each in (before, atlas)]
     rows = []
     for change in result.changes:

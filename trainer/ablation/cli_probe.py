@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -19,6 +19,7 @@ from trainer.cli import load_torch_modules
 if TYPE_CHECKING:
     from trainer.ablation.document import Document, Section
     from trainer.ablation.probe import ProbeReport
+    from trainer.ablation.probe_features import ProbeName
     from trainer.ablation.probe_sweep import Agreement
 
 PROBES = ("linear", "attentive")  # as in trainer/ablation/probe_features.py, which loads torch
@@ -116,7 +117,7 @@ def probe_command(
             samples=names_of(samples),
             encoders=names_of(encoders),
             subsets=names_of(subsets),
-            probes=names_of(probes),
+            probes=cast("list[ProbeName]", names_of(probes)),  # each is checked there
             grids=_grids(grids),
             max_memory=round(max_memory * 1e9),
             progress=progress,

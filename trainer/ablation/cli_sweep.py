@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import click
 import yaml
@@ -182,12 +182,12 @@ def sweep(
     request = resolve_cluster(scheduler, workers, cluster, launch, processes)
     place = None
     if store is not None or not is_recorded:
-        place = cli.resolve_source(store, dict.fromkeys(cli.LIVE_OPTIONS))
+        place = cast("str", cli.resolve_source(store, dict.fromkeys(cli.LIVE_OPTIONS)))  # no live option is given
     cli.load_torch_modules()
     from trainer.ablation.execute import open_recorded, open_sweep, run_sweep, run_sweep_on, write_times
     from trainer.ablation.wall_time import read_times
 
-    pinned = open_recorded(out, place) if is_recorded else open_sweep(*planned[0], place, out)
+    pinned = open_recorded(out, place) if is_recorded else open_sweep(*planned[0], place or "", out)
     if dry_run:
         from trainer.ablation.forecast import forecast
 

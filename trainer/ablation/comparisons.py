@@ -136,7 +136,7 @@ def _is_control(place: tuple[Setting, Subset], other: tuple[Setting, Subset]) ->
     return its_subset == subset and setting.get("fusion") != its_setting.get("fusion") and grids[0] != grids[1]
 
 
-def _front(levels: Mapping[Hashable, Cell]) -> dict[Hashable, str]:
+def _front(levels: Mapping[Any, Cell]) -> dict[Any, str]:
     """Whether a number of tokens is on the Pareto front of tokens and score."""
     points = {key: cell.value for key, cell in levels.items() if key is not None and isinstance(cell, Estimate)}
     return {

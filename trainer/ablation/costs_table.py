@@ -109,7 +109,7 @@ class SweepCosts:
         found: list[Row] = []
         for (_, setting, subset), row in rows.items():
             for encoder, ranks in row.ranks.items():
-                enters, leaves = ranks[0].enters, [each.leaves for each in ranks]
+                enters, leaves = ranks[0].enters, [each.leaves for each in ranks if each.leaves is not None]
                 found.append(
                     (
                         str(setting),
@@ -124,19 +124,19 @@ class SweepCosts:
                         leaves[0].tokens,
                     )
                 )
+        assert self.ranks is not None
         notes = (*self.ranks.notes, *(f"Not measured: {run}: {why}." for run, why in self.ranks.missing.items()))
         return Section(title="Effective rank", block=block, columns=columns, rows=tuple(found), notes=notes)
 
 
 def _cost_row(place: Place, row: RowCosts) -> Row:
     _, setting, subset = place
-    cost = [row.cost] * 3
-    if isinstance(row.cost, Cost):
-        cost = [row.cost.parameters, row.cost.macs, row.cost.flops]
+    counted, measured = row.cost, row.reading
+    is_counted = isinstance(counted, Cost)
+    cost: list[Cell] = [counted.parameters, counted.macs, counted.flops] if is_counted else [counted] * 3
     step = [row.step] * 2 if isinstance(row.step, NotComputed) else [row.step.seconds, row.step.wait_share]
-    reading: list[Cell] = [row.reading] * 2
-    if isinstance(row.reading, StepReading):
-        reading = [row.reading.array_bytes, row.reading.stored_bytes]
+    is_read = isinstance(measured, StepReading)
+    reading: list[Cell] = [measured.array_bytes, measured.stored_bytes] if is_read else [measured] * 2
     return (str(setting), subset_name(subset), seeds_text(row.seeds), row.visual_tokens, *cost, *step, *reading)
 
 

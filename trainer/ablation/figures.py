@@ -36,6 +36,12 @@ class Score:
     estimate: Estimate | None  # None: without answers
 
     @property
+    def value(self) -> float:
+        """The accuracy of a score that has answers."""
+        assert self.estimate is not None
+        return self.estimate.value
+
+    @property
     def summary(self) -> str:
         """`dinov2+vivit, retrained: 41.3 [38.0, 44.6] %, seeds 0 1`."""
         return f"{subset_name(self.subset)}, {self.method}: {percent(self.estimate)} %, seed {self.seeds}"
@@ -65,7 +71,7 @@ def percent(cell: Estimate | None) -> str:
     """`41.3 [38.0, 44.6]`, in percent."""
     if cell is None:
         return "–"
-    interval = "" if cell.low is None else f" [{100 * cell.low:.1f}, {100 * cell.high:.1f}]"
+    interval = "" if cell.low is None or cell.high is None else f" [{100 * cell.low:.1f}, {100 * cell.high:.1f}]"
     return f"{100 * cell.value:.1f}{interval}"
 
 
@@ -202,7 +208,7 @@ def lattice(scores: Iterable[Score], encoders: Sequence[str]) -> Markup:
         for row, level in enumerate(levels)
         for index, subset in enumerate(level)
     }
-    known = [score.estimate.value for score in values.values()]
+    known = [score.value for score in values.values()]
     low, span = min(known), (max(known) - min(known)) or 1
     edges, nodes = [], []
     steps = {
@@ -211,11 +217,7 @@ def lattice(scores: Iterable[Score], encoders: Sequence[str]) -> Markup:
         for encoder in encoders
         if (big := _with(small, encoder, encoders)) != small
     }
-    gains = {
-        edge: values[edge[1]].estimate.value - values[edge[0]].estimate.value
-        for edge in steps
-        if {*edge} <= values.keys()
-    }
+    gains = {edge: values[edge[1]].value - values[edge[0]].value for edge in steps if {*edge} <= values.keys()}
     largest = max(map(abs, gains.values()), default=0) or 1
     for (small, big), gain in sorted(gains.items(), key=lambda item: abs(item[1])):
         (x1, y1), (x2, y2) = place[small], place[big]
@@ -224,13 +226,13 @@ def lattice(scores: Iterable[Score], encoders: Sequence[str]) -> Markup:
         edges.append(line(x1, y1 - 20, x2, y2 + 20, "up" if gain >= 0 else "down", extra=width, title=about))
     for subset, (x, y) in place.items():
         score = values.get(subset)
-        shade = 0.06 + 0.4 * (score.estimate.value - low) / span if score else 0
+        shade = 0.06 + 0.4 * (score.value - low) / span if score else 0
         about = score.summary if score else f"{subset_name(subset)}: no answers"
         nodes.append(
             f"<svg x='{x}' y='{y}' class='mark'><g><rect x='-28' y='-20' width='56' height='40' rx='6' class='back'/>"
             f"<rect x='-28' y='-20' width='56' height='40' rx='6' class='node{'' if score else ' absent'}'"
             f" fill-opacity='{shade:.2f}'/><svg x='{-6 * n + 1}' y='-14'>{chips(subset, encoders)}</svg>"
-            f"{text('0', 13, f'{100 * score.estimate.value:.1f}' if score else '–', 'num', anchor='middle')}"
+            f"{text('0', 13, f'{100 * score.value:.1f}' if score else '–', 'num', anchor='middle')}"
             f"<title>{escaped(about)}</title></g></svg>"
         )
     label = f"Lattice of the subsets of {', '.join(encoders)} with their accuracy"
@@ -266,16 +268,16 @@ def cost_plot(points: Sequence[Costed], *, unit: str, without: Sequence[Score]) 
     `without` are scores that need no encoder, which would stretch the axis: a line each.
     """
     height = 280
-    values = [point.score.estimate.value for point in points]
-    x, y = scale_of([p.cost for p in points], log=True), scale_of([*values, *(s.estimate.value for s in without)])
+    values = [point.score.value for point in points]
+    x, y = scale_of([p.cost for p in points], log=True), scale_of([*values, *(s.value for s in without)])
     on_front = [p for p, is_on in zip(points, pareto_set([p.cost for p in points], values), strict=True) if is_on]
-    places = sorted({(point.cost, point.score.estimate.value) for point in on_front})
-    numbers = {p.score: str(1 + places.index((p.cost, p.score.estimate.value))) for p in on_front}
+    places = sorted({(point.cost, point.score.value) for point in on_front})
+    numbers = {p.score: str(1 + places.index((p.cost, p.score.value))) for p in on_front}
     costs = sorted({point.cost for point in points})
     ticks = costs if min(x(b) - x(a) for a, b in pairwise(costs)) > 1 / (2 * TICKS) else ()  # else they would overlap
     parts = [axes(x, y, height=height, x_text=short, y_text=lambda value: f"{100 * value:g}", x_ticks=ticks)]
     for score in without:
-        level = height * (1 - y(score.estimate.value))
+        level = height * (1 - y(score.value))
         parts.append(line("0", level, "100%", level, "chance", title=score.summary))
         parts.append(text("4", level - 4, subset_name(score.subset), "quiet"))
     for one, other in pairwise(places):
@@ -289,7 +291,7 @@ def cost_plot(points: Sequence[Costed], *, unit: str, without: Sequence[Score]) 
 
 def _point(point: Costed, x: Scale, y: Scale, height: int, unit: str, number: str = "") -> str:
     about = f"{point.score.summary}; {point.score.setting}; {short(point.cost)} {unit}"
-    place = height * (1 - y(point.score.estimate.value))
+    place = height * (1 - y(point.score.value))
     kind = "onfront" if number else f"size{min(len(point.score.subset), LARGEST)}"
     shape = "number" if number else SHAPES[point.score.block]
     return mark(x.percent(point.cost), place, kind, shape=shape, title=about, content=number)

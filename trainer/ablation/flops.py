@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mervcache.errors import UserError
 from trainer.config import TrainConfig, read_config
 from trainer.data.tokens import ClipTokens, Part, PrefixedTokens, TokenShape
+from trainer.model.causal_lm import CausalLM
 from trainer.model.llm import LoadedLLM, holds_shape, hub_options, load_saved_shape, reason_not_loaded
 from trainer.model.video_llm import Built, build
 from trainer.runs.run_record import LLM_FOLDER, RunRecord, read_metrics
@@ -73,15 +74,15 @@ def count(built: Built, shapes: Mapping[str, TokenShape], text_tokens: int) -> C
                     projector(empty_tokens(shapes[encoder], projector.resampler.reads))
                     for encoder, projector in zip(model.encoders, model.projectors, strict=True)
                 ]
-            length += model.fusion(projected)[0].shape[1]
+            length += model.fuse(projected)[0].shape[1]
         run_llm(llm, length)
 
-    parts = [model.projectors, llm, *([model.fusion] if model.has_visual else [])]
+    parts = [*model.projectors, llm, *([] if model.fusion is None else [model.fusion])]
     macs = multiply_adds(forward).total
     return Cost(parameters=num_parameters(*parts), macs=macs, flops=2 * macs, visual_tokens=model.num_visual_tokens)
 
 
-def run_llm(llm: nn.Module, length: int) -> None:
+def run_llm(llm: CausalLM, length: int) -> None:
     """A forward of a causal LM over a sequence of that length, with logits at every position."""
     weight = llm.get_input_embeddings().weight
     llm(
@@ -128,6 +129,7 @@ def run_cost(run: Path, text_tokens: int, *, tokens_per_frame: int | None = None
     if config.train_encoders:
         raise UserError(f"{run} trains encoders, which are not counted")
     if tokens_per_frame is not None:
+        assert config.projector.grid is not None
         time, side = config.projector.grid[0], isqrt(tokens_per_frame)
         config = replace(config, projector=replace(config.projector, nested_grids=(), grid=(time, side, side)))
     llm = llm_without_weights(config, folder / LLM_FOLDER)

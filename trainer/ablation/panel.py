@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -44,8 +45,8 @@ class Choice:
 class Panel:
     """Values per question of each key (a subset of encoders, a fusion, ...) and seed; and what is missing, why."""
 
-    values: dict[Hashable, dict[int, Floats]] = field(default_factory=dict)
-    missing: dict[Hashable, dict[int, str]] = field(default_factory=dict)
+    values: dict[Any, dict[int, Floats]] = field(default_factory=dict)
+    missing: dict[Any, dict[int, str]] = field(default_factory=dict)
 
     def add(self, key: Hashable, seed: int, value_Q: Floats) -> None:
         self.values.setdefault(key, {})[seed] = value_Q
@@ -62,7 +63,7 @@ class Panel:
             self.mark_missing(key, seed, reason)
 
     @property
-    def keys(self) -> list[Hashable]:
+    def keys(self) -> list[Any]:
         """All keys, also those without answers."""
         return list(dict.fromkeys([*self.values, *self.missing]))
 

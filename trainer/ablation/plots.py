@@ -147,6 +147,8 @@ def curves(
     parts.append(area)
     for curve, points in drawn if has_marks else ():
         for step, value in points:
+            if value is None:
+                continue
             about = f"{curve.name}, {step:,} {x_name}: {y_text(value)}"
             parts.append(mark(x.percent(step), height * (1 - y(value)), f"{curve.kind} dot", title=about))
     parts.append(text("100%", height + 34, x_name, "quiet", anchor="end"))

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from math import isqrt
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -180,11 +180,9 @@ def probe(
     left_out |= rare
 
     num_clips = len(classes.clip_ids)
-    memory = [
-        held_bytes(plan, source.shapes, num_clips, read_dtypes(opened)),
-        working_bytes(plan, chosen, num_clips),
-    ]
-    check_memory(*memory, max_memory, num_clips)
+    held = held_bytes(plan, source.shapes, num_clips, read_dtypes(opened))
+    working = working_bytes(plan, chosen, num_clips)
+    check_memory(held, working, max_memory, num_clips)
     tasks = [(r, s) for r in readouts for s in chosen if all((encoder, r) in plan for encoder in s)]
     if not tasks:
         raise UserError(f"nothing can be probed: {'; '.join(f'{w}: {r}' for w, r in not_computed.items())}")
@@ -245,7 +243,7 @@ def probe(
         folds=folds,
         seed=seed,
         draws=draws,
-        memory_bytes=sum(memory) + CHUNK_BYTES,
+        memory_bytes=held + working + CHUNK_BYTES,
         left_out=left_out,
         not_computed=not_computed,
         identities=_identities(used, opened.encoders),
@@ -311,7 +309,8 @@ def _readouts(probes: Sequence[str], grids: Sequence[int] | str, shapes: Mapping
     if odd := [grid for grid in grids if grid < 1 or isqrt(grid) ** 2 != grid]:
         raise UserError(f"--grids are tokens per frame, squares such as 1, 4, 16, 64; got {odd[0]}")
     levels: Sequence[int | None] = list(dict.fromkeys(grids)) or [None]
-    return [Readout(probe=name, tokens_per_frame=level) for name in dict.fromkeys(probes) for level in levels]
+    names = cast("list[ProbeName]", list(dict.fromkeys(probes)))
+    return [Readout(probe=name, tokens_per_frame=level) for name in names for level in levels]
 
 
 def _plan(

@@ -257,7 +257,7 @@ class _AttentiveFit:
     def _objective(self) -> Tensor:
         self._optimizer.zero_grad()
         weights = [self._model.head.weight, *self._model.queries]
-        total = ATTENTIVE_L2 / 2 * sum(each.square().sum() for each in weights)
+        total = ATTENTIVE_L2 / 2 * sum((each.square().sum() for each in weights), start=torch.zeros(()))
         total.backward()
         total = total.detach()
         for rows, tokens in self._batches(self._train):

@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
 
 from trainer.ablation.document import Column, Document, Section
 from trainer.ablation.flops import NOT_COUNTED, MultiplyAdds, empty_tokens, multiply_adds, num_parameters, run_llm
 from trainer.config import PROJECTORS, RESAMPLERS, FusionConfig, ProjectorConfig, import_choice
-from trainer.data.tokens import TokenShape
+from trainer.data.tokens import ClipTokens, TokenShape
+from trainer.model.causal_lm import CausalLM
 from trainer.model.fusion import build_fusion
 from trainer.model.projectors import build_projectors
 
@@ -233,7 +233,7 @@ def _published_projectors() -> list[tuple[str, str, ProjectorConfig, int, tuple[
     ]
 
 
-def llama_2_7b() -> nn.Module:
+def llama_2_7b() -> CausalLM:
     """LLaMA-2-7B by its public sizes, with `<PAD>` and embeddings padded to a multiple of 64."""
     from transformers import LlamaConfig, LlamaForCausalLM  # seconds
 
@@ -246,10 +246,10 @@ def llama_2_7b() -> nn.Module:
         max_position_embeddings=4096,
         tie_word_embeddings=False,
     )
-    return LlamaForCausalLM(config).eval()
+    return cast("CausalLM", LlamaForCausalLM(config).eval())
 
 
-def _on_meta(shape: TokenShape) -> torch.Tensor:
+def _on_meta(shape: TokenShape) -> ClipTokens:
     with torch.device("meta"):
         return empty_tokens(shape)
 

@@ -23,7 +23,7 @@ from mervcache.errors import MervCacheError, UserError
 from trainer.ablation.document import Column, Document, Section
 from trainer.ablation.visual import load_visual, open_tokens
 from trainer.data.order import derive_seed
-from trainer.data.tokens import ClipTokens, Part, PrefixedTokens, StoreTokens, TokenSource
+from trainer.data.tokens import ClipTokens, Part, PrefixedTokens, StoreTokens, TokenSource, grid_of
 from trainer.model.projectors import Projector
 from trainer.runs.run_record import RunRecord
 
@@ -184,7 +184,7 @@ class DrawnClips:
         return RankReport(rows=rows, run=run, step=step, clips=len(self.clip_ids), **self.facts)
 
 
-def draw_clips(path: str, source: StoreTokens, clips: int, seed: int) -> DrawnClips:
+def draw_clips(path: str, source: StoreTokens, clips: int | None, seed: int) -> DrawnClips:
     """Clips with tokens of every encoder, in an order that follows from seed and ids alone."""
     listed = FeatureStore.open(path, snapshot=source.snapshot).clips["clip_id"].to_pylist()
     available = source.available(listed)
@@ -242,9 +242,8 @@ def _entering(tokens: ClipTokens) -> Iterable[Tensor]:
     """tokens_PD as a source gives them: the grid, the class tokens, or both; no projector reads registers."""
     if isinstance(tokens, PrefixedTokens):
         yield tokens.prefix_BTKD[:, :, 0].flatten(0, 1)
-        tokens = tokens.tokens_BTHWD
-    if tokens is not None:
-        yield tokens.flatten(0, 3)
+    if (grid_BTHWD := grid_of(tokens)) is not None:
+        yield grid_BTHWD.flatten(0, 3)
 
 
 def rank_document(report: RankReport) -> Document:

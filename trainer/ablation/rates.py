@@ -117,7 +117,8 @@ def shortened(stages: Stages, share: float) -> Stages:
 def held_back(samples: Sequence[Sample], split: str, seed: int) -> list[Sample]:
     """The samples, with those about a part of the training videos in the split `rate-check`; spans share a video."""
 
-    videos = {_video(sample) for sample in samples if sample.clip_id is not None and sample.split == split}
+    found = (_video(sample) for sample in samples if sample.split == split)
+    videos = {video for video in found if video is not None}
     if len(videos) < 2:
         raise UserError(f"a rate check leaves some training videos out, and there are {len(videos)} of split {split!r}")
     drawn = sorted(videos, key=lambda video: (derive_seed(CHECK_SPLIT, seed, video), video))
@@ -135,9 +136,9 @@ def _video(sample: Sample) -> str | None:
 
 def best_by_size(results: Sequence[RateResult]) -> dict[int, float]:
     """Number of encoders -> the factor with the lowest validation loss; sizes without a finite loss are left out."""
-    best: dict[int, RateResult] = {}
+    best: dict[int, tuple[float, RateResult]] = {}
     for result in results:
         size = len(result.encoders)
-        if result.val_loss is not None and (size not in best or result.val_loss < best[size].val_loss):
-            best[size] = result
-    return {size: result.factor for size, result in best.items()}
+        if result.val_loss is not None and (size not in best or result.val_loss < best[size][0]):
+            best[size] = (result.val_loss, result)
+    return {size: result.factor for size, (_, result) in best.items()}

@@ -63,9 +63,14 @@ def to_markdown(document: Document) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _questions(document: Document) -> Section:
+    assert document.questions is not None
+    return document.questions
+
+
 def questions_to_markdown(document: Document) -> str:
     """The question x run table."""
-    section = document.questions
+    section = _questions(document)
     return "\n".join([f"# {_markdown(section.title)}", "", *_pipe_table(section)]) + "\n"
 
 
@@ -84,7 +89,8 @@ def to_latex(document: Document) -> str:
 
 def questions_to_latex(document: Document) -> str:
     """The question x run table."""
-    return _latex_table(document.questions, document.questions.title) + "\n"
+    section = _questions(document)
+    return _latex_table(section, section.title) + "\n"
 
 
 def to_csv(document: Document) -> str:
@@ -106,7 +112,7 @@ def to_csv(document: Document) -> str:
 
 def questions_to_csv(document: Document) -> str:
     """The question x run table."""
-    section = document.questions
+    section = _questions(document)
     return _csv_text([column.name for column in section.columns], section.rows)
 
 
@@ -127,7 +133,7 @@ def to_json(document: Document) -> str:
 
 def questions_to_json(document: Document) -> str:
     """The question x run table."""
-    return json.dumps({"format": 1, **_json_section(document.questions)}, indent=1, allow_nan=False) + "\n"
+    return json.dumps({"format": 1, **_json_section(_questions(document))}, indent=1, allow_nan=False) + "\n"
 
 
 def read_json(path: Path) -> Document:
@@ -140,7 +146,9 @@ def read_json(path: Path) -> Document:
             title=str(record["title"]),
             facts={str(name): str(value) for name, value in record["facts"].items()},
             sections=tuple(map(_section_of_json, record["sections"])),
-            **{name: tuple(map(str, record[name])) for name in ("missing", "methods", "footnotes")},
+            missing=tuple(map(str, record["missing"])),
+            methods=tuple(map(str, record["methods"])),
+            footnotes=tuple(map(str, record["footnotes"])),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"entry {error} is missing" if isinstance(error, KeyError) else str(error)
@@ -251,14 +259,15 @@ def cell_text(cell: Cell, column: Column) -> str:
         return f"{cell:,}"
     if column.unit == "change":
         return f"{cell:+.1%}"
-    if column.unit == "tera":
-        return f"{cell / 1e12:.2f}"
     if column.unit == "seconds":
         return f"{cell:.3g} s"
-    if column.unit == "bytes":
-        return format_bytes(cell)
-    if column.unit == "size":
-        return next((f"{cell / scale:.2f} {name}" for name, scale in SIZES if cell >= scale), f"{cell:,}")
+    if not isinstance(cell, Estimate):
+        if column.unit == "tera":
+            return f"{cell / 1e12:.2f}"
+        if column.unit == "bytes":
+            return format_bytes(cell)
+        if column.unit == "size":
+            return next((f"{cell / scale:.2f} {name}" for name, scale in SIZES if cell >= scale), f"{cell:,}")
     scale = 100 if column.unit in PERCENT else 1
 
     def number(value: float) -> str:
@@ -282,7 +291,8 @@ def section_notes(section: Section) -> list[str]:
     if not has_seeds and not any(note.startswith("Seeds: ") for note in section.notes):
         by_seeds: dict[tuple[int, ...], list[str]] = {}
         for index, column in enumerate(section.columns):
-            for seeds in {row[index].seeds for row in section.rows if isinstance(row[index], Estimate)} - {()}:
+            cells = (row[index] for row in section.rows)
+            for seeds in {cell.seeds for cell in cells if isinstance(cell, Estimate)} - {()}:
                 by_seeds.setdefault(seeds, []).append(column.name)
         for seeds, names in by_seeds.items():
             columns = f" ({', '.join(names)})" if len(by_seeds) > 1 else ""

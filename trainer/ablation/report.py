@@ -169,10 +169,10 @@ def _cards(subject: Subject, document: Document | None) -> dict[str, str]:
         return found
     results = subject.results
     scored = [s for s in read_scores(document, results, methods_of(subject)) if s.estimate and s.block == RETRAINED]
-    whole = [s.estimate.value for s in scored if s.subset == results.encoders]
+    whole = [s.value for s in scored if s.subset == results.encoders]
     if whole:
         found["best of all encoders" if len(whole) > 1 else "all encoders"] = f"{100 * max(whole):.1f} %"
-    if none := [s.estimate.value for s in scored if not s.subset and results.encoders]:
+    if none := [s.value for s in scored if not s.subset and results.encoders]:
         found["text only"] = f"{100 * max(none):.1f} %"
     found["chance"] = f"{100 * results.questions.chance:.1f} %"
     found["questions"] = f"{len(results.questions):,}"

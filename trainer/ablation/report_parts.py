@@ -233,9 +233,10 @@ def section_plot(section: Section) -> Markup:
     x, y, *lines = (names.index(name) for name in (section.plot.x, section.plot.y, *section.plot.lines))
     points: dict[str, list[tuple[float, float]]] = {}
     for row in section.rows:
-        value = row[y].value if isinstance(row[y], Estimate) else row[y]
-        if isinstance(value, int | float) and isinstance(row[x], int | float):
-            points.setdefault(", ".join(str(row[index]) for index in lines), []).append((row[x], value))
+        place, cell = row[x], row[y]
+        value = cell.value if isinstance(cell, Estimate) else cell
+        if isinstance(value, int | float) and isinstance(place, int | float):
+            points.setdefault(", ".join(str(row[index]) for index in lines), []).append((place, value))
     kinds = {name: f"e{index % NUM_COLOURS}" for index, name in enumerate(points)}
     drawn = [Curve(name=name, kind=kinds[name], points=sorted(found)) for name, found in points.items()]
     if len({place for curve in drawn for place, _ in curve.points}) < 2:

@@ -342,6 +342,7 @@ class _Reader:
 
     def _align(self, by_id: Mapping[str, _Answer], where: str) -> Answers:
         asked = self.questions
+        assert asked is not None
         if differing := by_id.keys() ^ set(asked.sample_ids):
             raise UserError(
                 f"{where} and {self._first} answer different questions ({len(by_id)} and {len(asked)}); only one of"
@@ -392,7 +393,7 @@ def _parse_answer(answer: Any, where: str, protocol: str) -> _Answer:
         if scores and (len(scores) != options or not all(map(math.isfinite, scores))):
             raise ValueError(f"scores are {scores}, {options} finite ones are needed")
         is_unreadable = predicted is None or predicted < 0
-        credit = 0.0 if is_unreadable else _credit(answer, predicted, correct, scores, protocol)
+        credit = 0.0 if predicted is None or is_unreadable else _credit(answer, predicted, correct, scores, protocol)
         if not 0 <= credit <= 1:
             raise ValueError(f"credit is {credit}")
     except KeyError as error:

@@ -92,12 +92,13 @@ def make_table(
 
 def _adjust(sections: list[Section]) -> list[Section]:
     """Holm's correction over all tests of these sections."""
-    tested = [c for s in sections for row in s.rows for c in row if isinstance(c, Estimate) and c.p is not None]
-    adjusted = iter(holm([cell.p for cell in tested]))
+    cells = [cell for s in sections for row in s.rows for cell in row if isinstance(cell, Estimate)]
+    adjusted = iter(holm([cell.p for cell in cells if cell.p is not None]))
 
     def change(cell: Cell) -> Cell:
-        is_tested = isinstance(cell, Estimate) and cell.p is not None
-        return replace(cell, p_holm=next(adjusted)) if is_tested else cell
+        if isinstance(cell, Estimate) and cell.p is not None:
+            return replace(cell, p_holm=next(adjusted))
+        return cell
 
     return [section.map_cells(change) for section in sections]
 

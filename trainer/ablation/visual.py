@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors.torch import load_file
@@ -26,6 +27,9 @@ from trainer.runs.run_record import RunRecord
 from trainer.runs.stage_folders import last_stage, no_checkpoint
 from trainer.runs.weight_names import to_model_names
 from trainer.sources import open_store_for
+
+if TYPE_CHECKING:
+    from trainer.runs.load import LoadedRun
 
 _HEAD_BIAS = re.compile(r"projectors\.0\.head\.(?:(\d+)\.)?bias")  # that of the last layer has the LLM's width
 
@@ -82,7 +86,8 @@ def open_tokens(part: VisualPart, store: str | None) -> tuple[str, list[Sample],
     path = store or part.record.store
     if not path:
         raise UserError(f"{part.folder} names no store of its own; give the one whose tokens it reads with --store")
-    return path, *open_store_for(_Run(built=_Config(config=part.config), record=part.record), path)
+    run = cast("LoadedRun", _Run(built=_Config(config=part.config), record=part.record))
+    return path, *open_store_for(run, path)
 
 
 @dataclass(frozen=True, kw_only=True)

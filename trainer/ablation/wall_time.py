@@ -13,12 +13,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mervcache.console import format_duration
 from mervcache.errors import UserError
 from mervcache.files import load_json, replace_text
-from trainer.ablation.document import TIME, Cell, Column, NotComputed, Section
+from trainer.ablation.document import TIME, Cell, Column, NotComputed, Section, Unit
 from trainer.ablation.supervise import RunTime
 
 FORMAT = 1
@@ -50,7 +50,7 @@ def add_run_time(sweep: Path, run: str, time: RunTime) -> None:
     write_times(sweep, times)
 
 
-def totals(times: Mapping[str, Any]) -> dict[str, float | None]:
+def totals(times: Mapping[str, Any]) -> dict[str, Any]:
     """Seconds of all runs that have ended: from the store, and end to end where that is computed."""
     runs = times["runs"].values()
     cached = sum(entry["train_s"] + entry["score_s"] for entry in runs)
@@ -83,12 +83,13 @@ def time_section(sweep: Path) -> Section | None:
         computed = NotComputed(reason) if added is None else elapsed + added
         rows.append((name, entry.get("steps"), entry.get("steps_s"), entry["train_s"], entry["score_s"], computed))
     found = totals(times)
-    sums = [sum(row[index] or 0 for row in rows) for index in range(1, len(COLUMNS) - 1)]
+    sums = [sum(cast("float", row[index] or 0) for row in rows) for index in range(1, len(COLUMNS) - 1)]
     end_to_end = NotComputed(reason) if found["end_to_end_s"] is None else found["end_to_end_s"]
     rows.append(("all runs", *sums, end_to_end))
     if times.get("extraction_s") is not None:
         rows.append(("extraction of the store", None, None, times["extraction_s"], None, 0.0))
-    units = ("text", "count", *["decimal"] * (len(COLUMNS) - 2))
+    times_in: list[Unit] = ["decimal"]
+    units: list[Unit] = ["text", "count", *times_in * (len(COLUMNS) - 2)]
     return Section(
         title="Wall time of the sweep and of its runs end to end",
         columns=tuple(Column(name=name, unit=unit) for name, unit in zip(COLUMNS, units, strict=True)),

@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ class Prefetch(Generic[T]):
             self.waited_s += time.perf_counter() - began
             if error is not None:
                 raise error
-            yield made
+            yield cast("T", made)
 
     def _run(self, make: Callable[[int], T], start: int, stop: int) -> None:
         for step in range(start, stop):

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from featurestore.clips import PLACEHOLDERS, Sample, Turn, without_outer_placeholders
 from mervcache.errors import UserError, unknown_name
@@ -210,7 +210,7 @@ class Renderer:
         if self.released is not None:
             return list(turns)  # these formats keep and remove placeholders by themselves
         if self.placeholder != "removed":
-            return as_released(turns, self.prompt)
+            return as_released(turns, cast("PromptName", self.prompt))
         return without_placeholder(turns, has_clip)
 
     def _tokenise(self, piece: Piece) -> list[int]:

@@ -148,10 +148,9 @@ def _row(rendered: Rendered) -> tuple[bytes, int, int, bytes, bytes]:
 
 def _rendered(row: tuple[bytes, int, int, bytes, bytes]) -> Rendered | None:
     """None for a row that differs from its digest."""
-    digest, *values = row
-    if digest != _digest(*values):
+    digest, visual_at, is_cut, ids, supervised = row
+    if digest != _digest(visual_at, is_cut, ids, supervised):
         return None
-    visual_at, is_cut, ids, supervised = values
     input_ids = np.frombuffer(ids, dtype="<i4")
     is_label = np.unpackbits(np.frombuffer(supervised, dtype=np.uint8), count=len(input_ids)).astype(bool)
     labels = np.where(is_label, input_ids, IGNORE_INDEX)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 import pyarrow as pa
@@ -56,6 +56,11 @@ class PrefixedTokens:
 ClipTokens = Tensor | PrefixedTokens  # a tensor is tokens_BTHWD
 
 
+def grid_of(tokens: ClipTokens) -> Tensor | None:
+    """tokens_BTHWD; None where only the prefix was read."""
+    return tokens.tokens_BTHWD if isinstance(tokens, PrefixedTokens) else tokens
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenShape:
     """What a source gives for one encoder."""
@@ -90,12 +95,14 @@ class TokenSource(Protocol):
 
     def fetch(self, clip_ids: Sequence[str]) -> dict[str, ClipTokens]:
         """encoder -> tokens_BTHWD on the CPU, B in the given order; safe to call from several threads."""
+        ...
 
     def expect(self, clip_ids: Iterable[str]) -> None:
         """Announce what will be fetched soon, in that order, so that a live source can start on it."""
 
     def available(self, clip_ids: Iterable[str]) -> set[str]:
         """Those of the clips that have tokens of every encoder."""
+        ...
 
     def stills(self, clip_ids: Iterable[str]) -> set[str]:
         """Those of the clips that are images, where the source knows; validation reports their loss separately."""
@@ -103,6 +110,7 @@ class TokenSource(Protocol):
 
     def data_digest(self, clip_ids: Iterable[str], samples: Iterable[Sample]) -> str:
         """64 hex digits over the clips' tokens of every encoder and the samples, whatever their order."""
+        ...
 
 
 class StoreTokens(TokenSource):
@@ -197,12 +205,12 @@ class StoreTokens(TokenSource):
         return [Clip(**row) for row in rows if row.pop("clip_id") in self._available]
 
     def _read(self, clip_ids: Sequence[str], encoder: str) -> ClipTokens:
-        tokens_BTHWD = None
-        if "tokens" in self._parts:
-            tokens_BTHWD = torch.from_numpy(self._store.read(clip_ids, encoder=self._keys[encoder]))
+        key = self._keys[encoder]
         if "prefix" not in self._parts:
-            return tokens_BTHWD
-        prefix_BTKD = torch.from_numpy(self._store.read_prefix(clip_ids, encoder=self._keys[encoder]))
+            return torch.from_numpy(self._store.read(clip_ids, encoder=key))
+        has_grid = "tokens" in self._parts
+        tokens_BTHWD = torch.from_numpy(self._store.read(clip_ids, encoder=key)) if has_grid else None
+        prefix_BTKD = torch.from_numpy(self._store.read_prefix(clip_ids, encoder=key))
         return PrefixedTokens(tokens_BTHWD=tokens_BTHWD, prefix_BTKD=prefix_BTKD)
 
 
@@ -234,7 +242,7 @@ class MemoryTokens(TokenSource):
         self._tokens, self._prefix = dict(tokens), dict(prefix)
         self.shapes = {
             encoder: TokenShape(
-                grid=tuple(tokens_BTHWD.shape[1:4]),
+                grid=cast("tuple[int, int, int]", tuple(tokens_BTHWD.shape[1:4])),
                 width=tokens_BTHWD.shape[4],
                 is_pooled=is_pooled,
                 identity=f"memory:{encoder}",
@@ -247,7 +255,7 @@ class MemoryTokens(TokenSource):
         rows = torch.tensor([self._rows[clip_id] for clip_id in clip_ids])
         found: dict[str, ClipTokens] = {encoder: values[rows] for encoder, values in self._tokens.items()}
         for encoder, prefix_BTKD in self._prefix.items():
-            found[encoder] = PrefixedTokens(tokens_BTHWD=found[encoder], prefix_BTKD=prefix_BTKD[rows])
+            found[encoder] = PrefixedTokens(tokens_BTHWD=self._tokens[encoder][rows], prefix_BTKD=prefix_BTKD[rows])
         return found
 
     def available(self, clip_ids: Iterable[str]) -> set[str]:

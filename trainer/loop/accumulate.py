@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -91,7 +91,7 @@ class Gradients:
     def _join(self, model: nn.Module, number: int, step: Step) -> Tensor:
         """Give zeros to the gradients that the other ranks sum up, so that they come to the decision about the step."""
         # DDP broadcasts buffers at the first forward of a step, which this rank has begun already.
-        model.require_forward_param_sync = False
+        cast("Any", model).require_forward_param_sync = False
         filler = replace(step, micro_batches=[self.plan.batches.filler(number)], divisors=(1,))
         try:
             return accumulate(self.accelerator, model, filler)

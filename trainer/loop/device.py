@@ -8,9 +8,10 @@ checkpointing computes again and what padding costs is not counted, so both lowe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trainer.model.video_llm import VideoLLM
 
@@ -83,6 +84,7 @@ def _linear_flops(module: nn.Module) -> float:
     """FLOPs of a linear layer for a position; 0 of any other module."""
     if not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D":  # GPT-2's transposed one
         return 0.0
-    packed = isinstance(module, nn.Linear)  # quantised weights have other shapes than the layer
-    count = module.in_features * module.out_features if packed else module.weight.numel()
-    return count * (6.0 if module.weight.requires_grad else 4.0)
+    weight = cast("Tensor", module.weight)
+    # quantised weights have other shapes than the layer
+    count = module.in_features * module.out_features if isinstance(module, nn.Linear) else weight.numel()
+    return count * (6.0 if weight.requires_grad else 4.0)

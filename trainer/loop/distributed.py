@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -84,7 +84,8 @@ def prepare(accelerator: Accelerator, model: VideoLLM, optimizer: torch.optim.Op
     from torch.distributed.fsdp import register_fsdp_forward_method
 
     layers = sorted({type(layer).__name__ for layer in decoder_layers(model.llm)})
-    accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = layers  # one unit per layer, the rest is the root
+    plugin: Any = accelerator.state.fsdp_plugin
+    plugin.transformer_cls_names_to_wrap = layers  # one unit per layer, the rest is the root
     prepared, optimizer = accelerator.prepare(model, optimizer)
     register_fsdp_forward_method(model, "sample_losses")  # validation calls it: weights are gathered for it too
     return prepared, optimizer
@@ -106,7 +107,7 @@ def any_rank(accelerator: Accelerator, *flags: bool | Tensor) -> list[bool]:
     if accelerator.num_processes == 1:
         return [bool(flag) for flag in flags]
     counts = torch.stack([torch.as_tensor(flag, device=accelerator.device).float() for flag in flags])
-    return [count > 0 for count in accelerator.reduce(counts, "sum").tolist()]
+    return [count > 0 for count in cast("Tensor", accelerator.reduce(counts, "sum")).tolist()]
 
 
 def on_first_rank(accelerator: Accelerator, action: Callable[[], Result]) -> Result | None:

@@ -28,6 +28,7 @@ from trainer.config import TrainConfig, parse_bytes
 from trainer.data.partition import Limit
 from trainer.data.tokens import ClipTokens, PrefixedTokens, TokenShape
 from trainer.loop.launch import Launch, num_processes
+from trainer.model.causal_lm import CausalLM
 from trainer.model.llm import checkpoint_layers, decoder_layers, is_checkpointed
 from trainer.model.projectors import Projector
 from trainer.model.video_llm import Built
@@ -125,7 +126,7 @@ def measure(built: Built, shapes: Mapping[str, TokenShape]) -> Activations:
         model.train(was_training)
 
 
-def _layer_bytes(llm: nn.Module, length: int) -> int:
+def _layer_bytes(llm: CausalLM, length: int) -> int:
     """What autograd keeps of the first decoder layer at so many positions, without what all layers share."""
     layer = (decoder_layers(llm) or [llm])[0]
     embeddings = llm.get_input_embeddings().weight
@@ -159,12 +160,11 @@ def _clip_bytes(built: Built, shapes: Mapping[str, TokenShape]) -> int:
     kept.is_on = True
     with kept.counting():
         pairs = zip(model.encoders, model.projectors, strict=True)
-        model.fusion(
+        model.fuse(
             [
                 projector(_clip_tokens(projector, shapes[encoder], model.llm.device), None)
                 for encoder, projector in pairs
-            ],
-            None,
+            ]
         )
     return kept.num_bytes
 

@@ -93,8 +93,9 @@ class MetricsWriter:
             self._file.flush()
             if is_synced:
                 os.fsync(self._file.fileno())
-        for row in rows if self._log is not None else ():
-            self._log({name: value for name, value in row.items() if value is not None})
+        if self._log is not None:
+            for row in rows:
+                self._log({name: value for name, value in row.items() if value is not None})
         self._show(rows)
         self._rows, self._waited_s, self._started = [], waited_s, time.perf_counter()
         return rows

@@ -66,7 +66,7 @@ def _adamw8bit(groups: list[dict[str, Any]], config: OptimizerConfig, is_sharded
         raise UserError(
             "optimizer.name adamw8bit needs bitsandbytes: pip install 'merv-pipeline[quant]', or set it to adamw"
         )
-    from bitsandbytes.optim import AdamW8bit
+    from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]: wants a GPU, not in the test extra
 
     return AdamW8bit(groups, betas=config.betas, eps=config.eps)
 

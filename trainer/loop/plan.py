@@ -13,7 +13,7 @@ from itertools import islice
 from math import isfinite
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -124,7 +124,7 @@ def make_plan(
         config,
         num_visual_tokens=model.num_visual_tokens,
         context=model.context,
-        leaves_out_masked=model.has_visual and model.fusion.leaves_out_masked,
+        leaves_out_masked=model.fusion is not None and model.fusion.leaves_out_masked,
         rank=rank,
         num_ranks=device.num_processes,
     )
@@ -342,7 +342,8 @@ class Validation:
         self._add_share(self.samples, self._losses, sums[:-2])
         self._add_share(self.questions, self._answers, sums[-2:])
         # float32, which every device has: a few hundred sums lose nothing that is shown
-        sums = self.accelerator.reduce(sums.float().to(self.accelerator.device), "sum").tolist()
+        summed = self.accelerator.reduce(sums.float().to(self.accelerator.device), "sum")
+        sums = cast("Tensor", summed).tolist()
         losses, counts, correct, chance = sums[: len(MODALITIES)], sums[len(MODALITIES) : -2], sums[-2], sums[-1]
         row = {"val_loss": sum(losses) / max(sum(counts), 1)}
         for name, loss, count in zip(MODALITIES, losses, counts, strict=True):

@@ -196,7 +196,7 @@ def describe_stages(
         reports[stage.name] = describe(plan)
         if index and stage.config.init is None:
             reports[stage.name]["init"] = f"all weights of stage {stages[index - 1].name}"
-    return {STAGES_KEY: reports} if len(stages) > 1 else reports[stages[0].name]
+    return {STAGES_KEY: reports} if len(stages) > 1 else next(iter(reports.values()))
 
 
 def _without(settings: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
@@ -209,8 +209,9 @@ def _merge(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for layer in layers:
         for name, value in layer.items():
             before = merged.get(name)
-            both = isinstance(before, Mapping) and isinstance(value, Mapping)
-            merged[name] = _merge([before, value]) if both else value
+            if isinstance(before, Mapping) and isinstance(value, Mapping):
+                value = _merge([before, value])
+            merged[name] = value
     return merged
 
 

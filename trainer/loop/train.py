@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -262,7 +262,8 @@ class _Loop:
                     raise self.gradients.end(number, step)
                 done = number + 1
                 validated: dict[str, float] = {}
-                if self.validation and not self.is_stopped and (done % config.eval_every == 0 or done == num_steps):
+                is_due = done == num_steps or (config.eval_every is not None and done % config.eval_every == 0)
+                if self.validation and not self.is_stopped and is_due:
                     with metrics.paused():
                         validated = self.validation()
                 metrics.advance(row | validated)
@@ -354,7 +355,8 @@ class _Loop:
         with self.trace or contextlib.nullcontext():
             total, step = self.gradients(model, optimizer, number, step)
         norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm or float("inf"))
-        norm, total = full_tensor(norm.detach()), accelerator.reduce(total, "sum")
+        norm = full_tensor(cast("Tensor", norm).detach())
+        total = cast("Tensor", accelerator.reduce(total, "sum"))
         is_skipped = self._update(optimizer, total, norm)
         optimizer.zero_grad()
         return {
@@ -380,7 +382,7 @@ class _Loop:
         # The first rank's clock says when it is time for a checkpoint.
         flags = self.is_stop_requested(), self.accelerator.is_main_process and self.timer.is_due()
         if self.is_deferred:
-            self.optimizer.found_inf = is_odd.float()  # as GradScaler sets it
+            cast("Any", self.optimizer).found_inf = is_odd.float()  # as GradScaler sets it
         if self.is_deferred and self.trace is None:
             optimizer.step()
             self.is_stopped, self.is_time = any_rank(self.accelerator, *flags)

@@ -38,6 +38,7 @@ def generate(built: Built, batch: Batch, *, max_new_tokens: int, device: torch.d
             pad_token_id=tokenizer.eos_token_id,  # a padding token of its own may have no embedding
             logits_processor=LogitsProcessorList([check]),
         )
+    assert check.is_finite_B is not None
     rows = sequences_BL.tolist()
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
     return [

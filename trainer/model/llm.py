@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from mervcache.errors import UserError, unknown_name
 from trainer.config import CHECKPOINTING_PARAMETERS, Attention, LoraConfig, TrainConfig
 from trainer.data.prompts import beyond_embeddings
+from trainer.model.causal_lm import CausalLM
 
 FRESH_PREFIX = "fresh:"
 HUB_TIMEOUT_S = 10.0  # of one request to the Hub
@@ -61,7 +62,7 @@ FRESH_LLMS: dict[str, FreshLLM] = {
 class LoadedLLM:
     """A causal LM with its tokenizer."""
 
-    model: nn.Module
+    model: CausalLM
     tokenizer: Any
     is_fresh: bool  # its weights are nowhere but in this run
 
@@ -105,8 +106,9 @@ def load_llm(
         raise UserError(no_attention(attention, error)) from error
     except (OSError, ValueError) as error:
         raise UserError(_no_llm(name, reason_not_loaded(error))) from error
-    check_vocabulary(name, tokenizer, model)
-    return LoadedLLM(model=model, tokenizer=tokenizer, is_fresh=False)
+    llm = cast("CausalLM", model)
+    check_vocabulary(name, tokenizer, llm)
+    return LoadedLLM(model=llm, tokenizer=tokenizer, is_fresh=False)
 
 
 def no_attention(attention: str | None, error: Exception) -> str:
@@ -121,19 +123,19 @@ def reason_not_loaded(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def num_embeddings(model: nn.Module) -> int:
+def num_embeddings(model: CausalLM) -> int:
     """Token ids that the model can read and predict."""
     rows = model.get_input_embeddings().weight.shape[0]
     return min(rows, getattr(model.get_output_embeddings(), "out_features", rows))
 
 
-def end_ids(model: nn.Module) -> tuple[int, ...]:
+def end_ids(model: CausalLM) -> tuple[int, ...]:
     """Tokens that end a generation by the model's own settings: one, several or none."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return tuple(ends) if isinstance(ends, list | tuple) else () if ends is None else (ends,)
 
 
-def check_vocabulary(name: str, tokenizer: Any, model: nn.Module) -> None:
+def check_vocabulary(name: str, tokenizer: Any, model: CausalLM) -> None:
     """UserError where the tokenizer's own words, or its special roles, have ids that the model has no row for.
 
     Published tokenizers have added tokens beyond the model (CodeLlama's infilling, a padding token): these are refused
@@ -153,6 +155,7 @@ def _fresh_llm(size: str, texts: Iterable[str], attention: Attention | None) -> 
     if size not in FRESH_LLMS:
         raise UserError(unknown_name("fresh LLM", size, list(FRESH_LLMS)))
     tokenizer, sizes = word_tokenizer(texts), FRESH_LLMS[size]
+    options: dict[str, Any] = {"attn_implementation": attention}  # of every config, and in no signature
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=sizes.hidden_size,
@@ -164,13 +167,13 @@ def _fresh_llm(size: str, texts: Iterable[str], attention: Attention | None) -> 
         eos_token_id=2,
         pad_token_id=2,
         tie_word_embeddings=False,
-        attn_implementation=attention,
+        **options,
     )
     try:
         model = LlamaForCausalLM(config)
     except ImportError as error:
         raise UserError(no_attention(attention, error)) from error
-    return LoadedLLM(model=model, tokenizer=tokenizer, is_fresh=True)
+    return LoadedLLM(model=cast("CausalLM", model), tokenizer=tokenizer, is_fresh=True)
 
 
 def word_tokenizer(texts: Iterable[str]) -> Any:
@@ -195,7 +198,10 @@ def hub_options(name: str) -> dict[str, bool]:
     minute for an LLM that is there, and as long for one that is not. Offline mode (HF_HUB_OFFLINE) is no answer.
     """
     from huggingface_hub import model_info, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HTTPError,  # pyright: ignore[reportPrivateImportUsage]: httpx's or httpx2's
+    )
 
     if Path(name).is_dir():
         return {}
@@ -262,7 +268,7 @@ def load_saved_shape(folder: Path, dtype: torch.dtype = torch.float32, attention
             f"the LLM's sizes and tokenizer in {folder} cannot be read: {reason_not_loaded(error)}"
         ) from error
     check_vocabulary(str(folder), tokenizer, model)
-    return LoadedLLM(model=model, tokenizer=tokenizer, is_fresh=True)
+    return LoadedLLM(model=cast("CausalLM", model), tokenizer=tokenizer, is_fresh=True)
 
 
 def save_shape(llm: LoadedLLM, folder: Path) -> None:
@@ -276,7 +282,7 @@ def save_shape(llm: LoadedLLM, folder: Path) -> None:
             GenerationConfig(eos_token_id=list(ends)).save_pretrained(folder)
 
 
-def adapt(llm: nn.Module, config: TrainConfig) -> None:
+def adapt(llm: CausalLM, config: TrainConfig) -> None:
     """Freeze or unfreeze the LLM, add LoRA adapters and activation checkpointing, in place, as the config says.
 
     Fresh adapters follow torch's seed.
@@ -287,7 +293,7 @@ def adapt(llm: nn.Module, config: TrainConfig) -> None:
     checkpoint_layers(llm, is_on=is_checkpointed(llm, config))
 
 
-def add_adapters(llm: nn.Module, config: LoraConfig) -> None:
+def add_adapters(llm: CausalLM, config: LoraConfig) -> None:
     """Inject fp32 LoRA adapters into linear layers, whose own weights keep their dtype and stay frozen.
 
     Every target must be the name, or the end of the name, of a linear layer; UserError names the known ones.
@@ -306,7 +312,7 @@ def add_adapters(llm: nn.Module, config: LoraConfig) -> None:
             raise UserError(unknown_name("linear layer in lora.targets", target, short))
     settings = PeftLoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,
+        lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]: peft divides it by the rank
         lora_dropout=config.dropout,
         target_modules=list(config.targets) or "all-linear",  # all but the output layer
     )
@@ -314,7 +320,7 @@ def add_adapters(llm: nn.Module, config: LoraConfig) -> None:
     for module in llm.modules():
         if hasattr(module, "cast_input_dtype_enabled"):
             # Autocast casts the adapters' small weights; peft would cast, and autograd keep, every activation in fp32.
-            module.cast_input_dtype_enabled = False
+            cast("Any", module).cast_input_dtype_enabled = False
     for name, parameter in llm.named_parameters():
         if is_adapter(name):
             parameter.data = parameter.data.float()
@@ -325,14 +331,14 @@ def is_adapter(name: str) -> bool:
     return ".lora_" in name
 
 
-def is_checkpointed(llm: nn.Module, config: TrainConfig) -> bool:
+def is_checkpointed(llm: CausalLM, config: TrainConfig) -> bool:
     """Whether the config wants activation checkpointing; where it does not say so, the LLM's size decides."""
     if config.activation_checkpointing is not None:
         return config.activation_checkpointing
     return bool(decoder_layers(llm)) and llm.num_parameters() >= CHECKPOINTING_PARAMETERS
 
 
-def checkpoint_layers(llm: nn.Module, *, is_on: bool = True) -> None:
+def checkpoint_layers(llm: CausalLM, *, is_on: bool = True) -> None:
     """Activation checkpointing: every decoder layer keeps only its input and is computed again in the backward pass.
 
     transformers' own switch does nothing in evaluation mode, which a frozen LLM is in. Here the layer's `forward` is
@@ -350,7 +356,7 @@ def checkpoint_layers(llm: nn.Module, *, is_on: bool = True) -> None:
             layer.forward = plain
 
 
-def decoder_layers(llm: nn.Module) -> list[nn.Module]:
+def decoder_layers(llm: CausalLM) -> list[nn.Module]:
     """The decoder layers of an LLM of transformers."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 

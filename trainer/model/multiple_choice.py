@@ -11,6 +11,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 
@@ -247,8 +248,9 @@ def _shared_scores(
     renderings: list[list[Rendered]] = [[] for _ in samples]
     for choice, owner in zip(choices, owners, strict=True):
         renderings[owner].append(_rendered(built, choice))
-    questions = [shared_prefix.split(found) for found in renderings]
-    if None in questions:
+    split = [shared_prefix.split(found) for found in renderings]
+    questions = [each for each in split if each is not None]
+    if len(questions) < len(split):
         return None
     prefixes = _batch([one.prefix for one in questions], built, samples, source)
     with built.autocast(device):
@@ -337,13 +339,13 @@ def _unanswered(sample: Sample) -> Answer:
         category=sample.category or UNNAMED,
         num_options=len(sample.options),
         predicted=None,
-        correct=sample.answer_index,
+        correct=cast("int", sample.answer_index),  # a sample with options has it
         clip_id=sample.clip_id,
     )
 
 
 def _score(category: str, answers: Sequence[Answer]) -> Score:
-    protocols = sorted({answer.protocol for answer in answers})
+    protocols: list[Protocol] = sorted({answer.protocol for answer in answers})
     if len(protocols) > 1:
         raise ValueError(f"answers of protocols {', '.join(protocols)} have no common score")
     return Score(

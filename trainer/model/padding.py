@@ -14,12 +14,14 @@ B samples, S positions, M LLM width, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from trainer.model.causal_lm import CausalLM
 
 LENGTH, SHORTER = 12, 7  # positions of the measured batch: of its first sample, and of its second before the padding
 # Largest difference of a logit, as a share of the largest one, between kernels with a mask and without. In fp32 it is
@@ -39,14 +41,14 @@ class Padding:
     rotary_length: int | None = None  # the length by which rescaled rotary positions are computed; None: no such ones
 
 
-def settle_padding(llm: nn.Module, longest: int) -> Padding:
+def settle_padding(llm: CausalLM, longest: int) -> Padding:
     """Measure the LLM, and compute rescaled rotary positions for sequences of up to `longest`, in place."""
     rotary_length = longest if pin_rotary(llm, longest) else None
     reason = _reason_to_keep(llm, longest)
     return Padding(keeps_mask=bool(reason), reason=reason, rotary_length=rotary_length)
 
 
-def pin_rotary(llm: nn.Module, length: int) -> bool:
+def pin_rotary(llm: CausalLM, length: int) -> bool:
     """Fix rotary positions that transformers rescales by the longest position of each batch, to those of `length`.
 
     Returns whether there are any. Up to the length that an LLM was first trained with they are its unscaled ones.
@@ -54,7 +56,7 @@ def pin_rotary(llm: nn.Module, length: int) -> bool:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     is_pinned = False
-    for module in llm.modules():
+    for module in cast("Iterable[Any]", llm.modules()):
         kinds = getattr(module, KIND, getattr(module, "rope_type", None))
         named = kinds if isinstance(kinds, Mapping) else {None: kinds}  # by type of layer, where there are several
         rescaled = {layer: kind for layer, kind in named.items() if kind in RESCALED}
@@ -67,11 +69,11 @@ def pin_rotary(llm: nn.Module, length: int) -> bool:
             is_pinned = True
         if rescaled:  # transformers leaves what it calls default as it is
             setattr(module, KIND, kinds)
-            module.rope_type = "default" if None in rescaled else {**kinds, **dict.fromkeys(rescaled, "default")}
+            module.rope_type = "default" if None in rescaled else {**named, **dict.fromkeys(rescaled, "default")}
     return is_pinned
 
 
-def _reason_to_keep(llm: nn.Module, longest: int) -> str:
+def _reason_to_keep(llm: CausalLM, longest: int) -> str:
     text_config = llm.config.get_text_config() if hasattr(llm.config, "get_text_config") else llm.config
     for name in WINDOWS:
         window = getattr(text_config, name, None)
@@ -83,7 +85,7 @@ def _reason_to_keep(llm: nn.Module, longest: int) -> str:
 
 
 @torch.no_grad()
-def without_mask(llm: nn.Module) -> bool:
+def without_mask(llm: CausalLM) -> bool:
     """Whether a right-padded batch without an attention mask has the same logits at all real positions.
 
     They must be those with a mask, within `TOLERANCE`, and must not change with what stands at later positions: by less
@@ -112,12 +114,12 @@ def without_mask(llm: nn.Module) -> bool:
     return bool((by_mask <= allowed) & (by_later <= allowed / 10))  # False where a number is not finite
 
 
-def _logits(llm: nn.Module, embeddings_BSM: Tensor, mask_BS: Tensor | None = None) -> Tensor:
+def _logits(llm: CausalLM, embeddings_BSM: Tensor, mask_BS: Tensor | None = None) -> Tensor:
     return llm(inputs_embeds=embeddings_BSM, attention_mask=mask_BS, use_cache=False).logits.float()
 
 
 @torch.no_grad()
-def has_plain_head(llm: nn.Module) -> bool:
+def has_plain_head(llm: CausalLM) -> bool:
     """Whether the logits are the output layer of the decoder's last hidden states, to the bit, and nothing else.
 
     Then the output layer can run at the supervised positions alone. LLMs that scale or cap their logits are no such.
@@ -136,13 +138,13 @@ def has_plain_head(llm: nn.Module) -> bool:
         return torch.equal(head(hidden_BSM).float(), _logits(llm, embeddings_BSM))
 
 
-def decoder_of(llm: nn.Module) -> nn.Module:
+def decoder_of(llm: CausalLM) -> nn.Module:
     """The LLM without its output layer; the LLM itself where transformers names no such part."""
     return getattr(llm, "base_model", llm)
 
 
 @contextlib.contextmanager
-def evaluating(llm: nn.Module) -> Iterator[Any]:
+def evaluating(llm: CausalLM) -> Iterator[Any]:
     """Evaluation mode, without dropout, and products as in training; every module gets its own mode back."""
     modes = {module: module.training for module in llm.modules()}
     table = llm.get_input_embeddings().weight

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import isqrt, prod, sqrt
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 
 from mervcache.errors import UserError
 from trainer.config import HEADS, RESAMPLERS, ProjectorConfig, import_choice, row_of
-from trainer.data.tokens import ClipTokens, Part, PrefixedTokens, TokenShape
+from trainer.data.tokens import ClipTokens, Part, PrefixedTokens, TokenShape, grid_of
 
 Grid = tuple[int, int, int]
 TRAINED_GRID = (8, 8)  # H, W behind a trained resampler where the config names none: 64 tokens per frame
@@ -123,7 +124,7 @@ class Attention(Resampler):
         self.apply(_start_small)
         with torch.no_grad():
             self.out.weight /= sqrt(2)
-            self.mlp[-1].weight /= sqrt(2)
+            cast("nn.Linear", self.mlp[-1]).weight /= sqrt(2)
 
     def start_head(self, head: nn.Module) -> None:
         head.apply(_start_small)
@@ -229,6 +230,7 @@ class AllTokens(Resampler):
 
     def forward(self, tokens: PrefixedTokens) -> Tensor:
         # float32 first: under autocast the CPU cannot join halves
+        assert tokens.tokens_BTHWD is not None  # by `reads`
         class_BT1D, patches_BTPD = tokens.prefix_BTKD[:, :, :1].float(), tokens.tokens_BTHWD.flatten(2, 3).float()
         return torch.cat([class_BT1D, patches_BTPD], dim=2).unsqueeze(3)
 
@@ -334,6 +336,9 @@ class Standardise(nn.Module):
     2501.01426. The constants are buffers, applied before the first trained layer: a checkpoint carries them.
     """
 
+    mean_D: Tensor
+    std_D: Tensor
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.register_buffer("mean_D", torch.zeros(width))
@@ -399,17 +404,21 @@ class Projector(nn.Module):
 
     def standardisations(self) -> dict[str, tuple[int | None, Standardise]]:
         """Name of the module -> tokens per frame that it is for, where grids are nested, and the module."""
-        found = {f"standardise_at.{tokens}": (int(tokens), module) for tokens, module in self.standardise_at.items()}
-        return found if self.standardise is None else {"standardise": (None, self.standardise), **found}
+        found: dict[str, tuple[int | None, Standardise]] = {}
+        if self.standardise is not None:
+            found["standardise"] = (None, self.standardise)
+        for tokens, module in self.standardise_at.items():
+            found[f"standardise_at.{tokens}"] = (int(tokens), cast("Standardise", module))
+        return found
 
     def resample(self, tokens: ClipTokens, tokens_per_frame: int | None = None) -> Tensor:
         """Tokens in float32 as the first trained layer finds them: on the target grid, or as stored where the
         resampler itself is trained. What a standardisation is measured on."""
-        if isinstance(tokens, PrefixedTokens) and "prefix" not in self.resampler.reads:
-            tokens = tokens.tokens_BTHWD  # a source may give more than is needed
+        # a source may give more than is needed
+        wanted = tokens if "prefix" in self.resampler.reads else grid_of(tokens)
         if tokens_per_frame is not None:
-            return self.resampler(tokens, tokens_per_frame)
-        return tokens.float() if self.resampler.is_trained else self.resampler(tokens)
+            return self.resampler(wanted, tokens_per_frame)
+        return cast("Tensor", wanted).float() if self.resampler.is_trained else self.resampler(wanted)
 
     def forward(self, tokens: ClipTokens, tokens_per_frame: int | None = None) -> Tensor:
         """Visual tokens; with nested grids those of the finest one, or of one that is named by its tokens per frame."""

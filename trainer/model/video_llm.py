@@ -10,11 +10,11 @@ tokens of a batch.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,8 @@ from trainer.data.collate import Batch
 from trainer.data.masks import mask_of
 from trainer.data.order import derive_seed
 from trainer.data.prompts import IGNORE_INDEX, PROMPTS, Renderer, without_placeholder
-from trainer.data.tokens import TokenShape
+from trainer.data.tokens import ClipTokens, TokenShape
+from trainer.model.causal_lm import CausalLM
 from trainer.model.fusion import Fusion, build_fusion
 from trainer.model.llm import FRESH_PREFIX, LoadedLLM, adapt, end_ids, load_llm, num_embeddings
 from trainer.model.padding import Padding, decoder_of, has_plain_head, settle_padding
@@ -44,7 +45,7 @@ class VideoLLM(nn.Module):
 
     def __init__(
         self,
-        llm: nn.Module,
+        llm: CausalLM,
         projectors: Mapping[str, Projector],
         fusion: Fusion | None,
         *,
@@ -54,7 +55,7 @@ class VideoLLM(nn.Module):
         self.exceeds_context = exceeds_context  # sequences may be longer than the LLM's context
         self.llm = llm
         self.encoders = tuple(projectors)  # module names may not hold a dot, encoder names may
-        self.projectors = nn.ModuleList(projectors.values())
+        self.projectors = cast("Sequence[Projector]", nn.ModuleList(projectors.values()))
         self.fusion = fusion
         self.trained_names: tuple[str, ...] = ()
         self.trained_encoders = nn.ModuleList()  # end to end only, see `join`
@@ -101,7 +102,9 @@ class VideoLLM(nn.Module):
 
     def num_visual_tokens_at(self, tokens_per_frame: int | None) -> int:
         """The same at one of the nested grids; None is the finest, that of every other run."""
-        return self.fusion.num_tokens(self.projectors[0].num_tokens_at(tokens_per_frame)) if self.has_visual else 0
+        if self.fusion is None:
+            return 0
+        return self.fusion.num_tokens(self.projectors[0].num_tokens_at(tokens_per_frame))
 
     @property
     def context(self) -> int | None:
@@ -115,12 +118,12 @@ class VideoLLM(nn.Module):
             self.llm.eval()
         return self
 
-    def encode(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def encode(self, tokens: Mapping[str, ClipTokens]) -> dict[str, ClipTokens]:
         """Frames of the trained encoders -> their tokens_CTHWD; tokens of the frozen ones stay as they are."""
         return {**tokens, **{name: network(tokens[name]) for name, network in self.trained.items()}}
 
     def visual_tokens(
-        self, tokens: Mapping[str, Tensor], shown_CE: Tensor | None = None, tokens_per_frame: int | None = None
+        self, tokens: Mapping[str, ClipTokens], shown_CE: Tensor | None = None, tokens_per_frame: int | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """encoder -> tokens_CTHWD to fused_CNM and the encoders' weights_CE.
 
@@ -131,13 +134,20 @@ class VideoLLM(nn.Module):
             projector(tokens[encoder], tokens_per_frame)
             for encoder, projector in zip(self.encoders, self.projectors, strict=True)
         ]
+        return self.fuse(projected, shown_CE)
+
+    def fuse(self, projected: Sequence[Tensor], shown_CE: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Visual tokens of every encoder -> fused_CNM and the encoders' weights_CE; not for a text-only model."""
+        assert self.fusion is not None
         return self.fusion(projected, shown_CE)
 
     def forward(self, batch: Batch) -> Tensor:
         """Cross-entropy summed over the supervised tokens of the batch."""
         if not self.fuses_loss:
             return self.token_losses(batch).sum()
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+        from liger_kernel.transformers.functional import (  # pyright: ignore[reportMissingImports]: wants a GPU
+            liger_fused_linear_cross_entropy,
+        )
 
         head = self.llm.get_output_embeddings()
         hidden_KM, labels_K = self._supervised(batch)
@@ -188,20 +198,22 @@ class VideoLLM(nn.Module):
         places = zip(batch.lengths, batch.visual_at, batch.clip_rows, batch.num_rows, strict=True)
         for index, (length, at, row, count) in enumerate(places):
             text_LM = text_BLM[index, :length]
-            visual = [self._of_row(visual_CNM, batch, window) for window in range(row, row + count)]
+            windows = () if visual_CNM is None else range(row, row + count)
+            visual = [self._of_row(visual_CNM, batch, window) for window in windows]
             rows.append(torch.cat([text_LM[:at], *visual, text_LM[at:]]))
         return pad_sequence(rows, batch_first=True)
 
     def _of_row(self, visual_CNM: Tensor, batch: Batch, row: int) -> Tensor:
         """A row's visual tokens, without those of masked encoders where the fusion leaves them out."""
-        if batch.shown_CE is None or not self.fusion.leaves_out_masked:
+        if batch.shown_CE is None or batch.masks is None or self.fusion is None or not self.fusion.leaves_out_masked:
             return visual_CNM[row]
         by_encoder = visual_CNM[row].chunk(self.fusion.num_encoders)
         return torch.cat([part for part, is_shown in zip(by_encoder, batch.masks[row], strict=True) if is_shown])
 
     def _nothing(self, dtype: torch.dtype) -> Tensor:
         """Zero that depends on every visual parameter: ranks whose batch is all text still join the gradient sum."""
-        visual = nn.ModuleList([*self.projectors, *self.trained_encoders, *([self.fusion] if self.has_visual else [])])
+        fusions = [] if self.fusion is None else [self.fusion]
+        visual = nn.ModuleList([*self.projectors, *self.trained_encoders, *fusions])
         parts = [parameter.sum() * 0.0 for parameter in visual.parameters() if parameter.requires_grad]
         return sum(parts, start=torch.zeros((), device=self.llm.device)).to(dtype)
 
@@ -250,7 +262,7 @@ def _head_losses(head: nn.Module, hidden_KM: Tensor, labels_K: Tensor) -> Tensor
 
     Of more than one chunk none keeps its logits: they are computed again in the backward pass.
     """
-    width = getattr(head, "out_features", None) or head.weight.shape[0]
+    width = getattr(head, "out_features", None) or cast("Tensor", head.weight).shape[0]
     rows = max(1, LOGIT_BYTES // (4 * width))
     if len(labels_K) <= rows:
         return _row_losses(head, hidden_KM, labels_K)
@@ -296,7 +308,7 @@ def shown_to(built: Built, num_samples: int) -> dict[str, Any]:
     options: dict[str, Any] = {"tokens_per_frame": built.tokens_per_frame}
     if built.shown is not None:
         options["masks"] = [mask_of(built.model.encoders, built.shown)] * num_samples
-        options["leaves_out_masked"] = built.model.fusion.leaves_out_masked
+        options["leaves_out_masked"] = built.model.fusion is not None and built.model.fusion.leaves_out_masked
     return options
 
 

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import inf, isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -247,7 +247,10 @@ def goodness(validation: Mapping[str, float | None]) -> tuple[float, float]:
     """
     if not is_ranked(validation):
         return -inf, -inf
-    return validation.get("val_accuracy", -1.0), -validation["val_loss"]
+    accuracy, loss = validation.get("val_accuracy", -1.0), validation["val_loss"]
+    assert accuracy is not None
+    assert loss is not None
+    return accuracy, -loss
 
 
 def load_state(folder: Path) -> CheckpointState:
@@ -367,12 +370,12 @@ def _load_8bit(folder: Path, optimizer: torch.optim.Optimizer, names: Mapping[in
 
 def full_tensor(value: Tensor) -> Tensor:
     """The tensor itself; a sharded one (FSDP's `DTensor`) gathered from all ranks."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+    return cast("Any", value).full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def local(value: Tensor) -> Tensor:
     """The tensor itself; of a sharded one this rank's part."""
-    return value.to_local() if hasattr(value, "to_local") else value
+    return cast("Any", value).to_local() if hasattr(value, "to_local") else value
 
 
 def placed_like(value: Tensor, parameter: Tensor) -> Tensor:
@@ -385,7 +388,8 @@ def placed_like(value: Tensor, parameter: Tensor) -> Tensor:
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    sharded = cast("Any", parameter)
+    return distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None)
 
 
 def _recorded_encoders(folder: Path) -> tuple[str, ...]:

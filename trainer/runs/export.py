@@ -23,11 +23,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from mervcache.errors import UserError
 from mervcache.files import atomic_directory, file_sha256
 from trainer.config import CONFIG_FILE
+from trainer.model.causal_lm import CausalLM
 from trainer.model.llm import is_adapter
 from trainer.model.video_llm import Built
 from trainer.paths import recorded_path
@@ -180,7 +181,7 @@ def _write_weights(out: Path, built: Built, kind: LLMWeights, *, merge_lora: boo
 
 
 @torch.no_grad()
-def _merge_adapters(llm: nn.Module) -> None:
+def _merge_adapters(llm: CausalLM) -> None:
     """Add every adapter to the weights of its layer, in their dtype, and remove it from the LLM."""
     from peft.tuners.tuners_utils import BaseTunerLayer  # seconds, and most runs have no adapters
 

@@ -169,7 +169,7 @@ def _candidates(origin: Origin, built: Built, source: TokenSource) -> Iterable[t
         old = f"trained_encoders.{old_trained.index(encoder)}." if encoder in old_trained else ""
         reason = None if old else "it was not trained there"
         yield f"encoder {encoder}", f"trained_encoders.{index}.", old, reason
-    if model.has_visual and list(model.fusion.state_dict()):
+    if model.fusion is not None and list(model.fusion.state_dict()):
         reason = None
         if origin.config.fusion != built.config.fusion:
             reason = f"there it is {origin.config.fusion.name}"
@@ -191,7 +191,7 @@ def _left_behind(origin: Origin, built: Built) -> dict[str, str]:
     reason = "the new run does not read that encoder"
     left = {f"projector {name}": reason for name in origin.record.shapes if name not in model.encoders}
     if any(name.startswith("fusion.") for name in origin.weights):
-        if not model.has_visual:
+        if model.fusion is None:
             left["fusion"] = "the new run is text-only"
         elif not list(model.fusion.state_dict()):
             left["fusion"] = f"there it is {origin.config.fusion.name}, here {built.config.fusion.name}"

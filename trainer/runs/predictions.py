@@ -101,7 +101,7 @@ class RecordLog:
     def merge(self, keys: Sequence[str]) -> None:
         """Put the records of several processes into one file, in this order; the others' files are removed."""
         parts = [part for part in self._parts() if part != self.path]
-        if parts:
+        if parts and self.path is not None:
             rest = [key for key in self.records if key not in set(keys)]
             lines = [self._head, *(self.records[key] for key in (*keys, *rest))]
             replace_text(self.path, "".join(map(_line, lines)))

@@ -123,9 +123,10 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     rows = [_parse_row(line) for line in lines]
     if rows and rows[-1] is None:
         rows.pop()
-    if None in rows:
+    whole = [row for row in rows if row is not None]
+    if len(whole) < len(rows):
         raise StoreDamagedError(f"line {rows.index(None) + 1} of {path} is not a row of metrics; remove that line")
-    return rows
+    return whole
 
 
 def _lines(path: Path) -> list[str]:

@@ -72,8 +72,9 @@ def write_shards(tensors: Mapping[str, Tensor], file: Path, group: Any, *, is_wr
     Every rank calls it with the same names; the file is there when it returns. Raises OSError on every rank where one
     cannot write.
     """
-    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     if not tensors:
         if is_writer:

@@ -9,12 +9,14 @@ from pyarrow import BufferReader, RecordBatch, Schema, Table
 class ParquetFile:
     def __init__(
         self,
-        source: BufferReader,
+        source: BufferReader | str | PathLike[str],
         *,
         read_dictionary: list[str] | None = None,
         thrift_string_size_limit: int | None = None,
         thrift_container_size_limit: int | None = None,
     ) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *error: object) -> None: ...
     @property
     def schema_arrow(self) -> Schema: ...
     def iter_batches(
