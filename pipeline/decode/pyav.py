@@ -39,8 +39,7 @@ TRUSTED_FORMATS = ("mov,mp4", "matroska")  # AVI has no presentation times; TS a
 UNTRUSTED_CODECS = ("vp8",)  # its hidden frames have packets of their own
 MAX_SUBSTITUTED = 0.5  # of the wanted frames; a clip with more is not accepted as damaged
 EBML_ID, SEGMENT_ID = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
-MAXIndex = TypeVar("Index", bound=PacketIndex | None)
-_KNOWN_INDEXES = 4  # of 8 MB each for a video of 3 hours
+MAX_KNOWN_INDEXES = 4  # of 8 MB each for a video of 3 hours
 MAX_EBML_HEADER_BYTES = 4096  # real ones have 40; where the segment is not found behind it, no length is known
 
 
@@ -72,6 +71,7 @@ def read_frames(source: Source, collector: FrameCollector, *, accept_damaged: bo
     return read_in_order(source, index, collector, accept_damaged=accept_damaged)
 
 
+Index = TypeVar("Index", bound=PacketIndex | None)
 _KNOWN_INDEXES: dict[tuple[Any, ...], Any] = {}  # of the files read last; a process reads one at a time
 
 

@@ -198,8 +198,7 @@ class VideoLLM(nn.Module):
         places = zip(batch.lengths, batch.visual_at, batch.clip_rows, batch.num_rows, strict=True)
         for index, (length, at, row, count) in enumerate(places):
             text_LM = text_BLM[index, :length]
-            windows = () if visual_CNM is None else range(row, row + count)
-            visual = [self._of_row(visual_CNM, batch, window) for window in windows]
+            visual = [] if visual_CNM is None else [self._of_row(visual_CNM, batch, r) for r in range(row, row + count)]
             rows.append(torch.cat([text_LM[:at], *visual, text_LM[at:]]))
         return pad_sequence(rows, batch_first=True)
 
