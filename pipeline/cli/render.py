@@ -12,6 +12,7 @@ from featurestore.quality import VERDICTS, ParityRecord, TokenRecord, token_note
 from featurestore.transfer.merge import Combined
 from featurestore.transfer.sync import Transferred
 from mervcache.console import bold, console, format_bytes, format_duration, plural, table
+from pipeline.cli.next_step import train_command
 from pipeline.datasets import FILES_NAMED, link_advice, missing_lines, options_of
 from pipeline.duplicates import Duplicates
 from pipeline.explain import EncoderChange, Explanation
@@ -21,7 +22,6 @@ from pipeline.worker.reports import PARALLEL_STAGES
 
 NUM_SHOWN = 5  # clip ids; --json has all
 NUM_PAIRS = 50
-MANY_SAMPLES = 5000  # that teach more than a small LLM's own clips: the user's LLM then
 VALUE_WIDTH = 70  # characters of a setting
 _STATES = {"same": "stored as requested", "changed": "stored with other settings", "new": "not stored"}
 _WEIGHTS = {
@@ -117,10 +117,7 @@ def summary(result) -> None:
         out.print("once the cause is fixed: the same command with --retry-quarantine")
     out.print(f"report: merv-pipeline report {result.store}")
     if result.samples:
-        how = "--recipe demo" if result.dataset == "demo" else "--recipe small"
-        if result.samples > MANY_SAMPLES:
-            how = "--llm FOLDER_OR_HUB_ID"
-        out.print(f"train: merv-train --from-cache {result.store} {how} --out runs/first", soft_wrap=True)
+        out.print(f"train: {train_command(result)}", soft_wrap=True)
 
 
 def status(result: Mapping[str, Any], quarantine: Sequence[Mapping[str, Any]]) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from featurestore import FeatureStore
 from mervcache.errors import IdentityConflictError, UserError
+from pipeline.cli.next_step import train_command
 from pipeline.config import ExtractConfig
 from pipeline.forecast import forecast
 from pipeline.worker.block import extract_block
@@ -29,7 +30,7 @@ def bytes_by_identity(lab, folder):
 
 def test_grids_of_one_run_have_the_ids_and_bytes_of_separate_runs(lab):
     together = lab.folder / "together.zarr"
-    lab.extract(encoders=ONE, grid=",".join(GRIDS), store=together)
+    summary = lab.extract(encoders=ONE, grid=",".join(GRIDS), store=together)
     made = bytes_by_identity(lab, together)
     assert len(made) == len(GRIDS)
     for number, grid in enumerate(GRIDS):
@@ -42,6 +43,8 @@ def test_grids_of_one_run_have_the_ids_and_bytes_of_separate_runs(lab):
     assert all(len(key.partition("@")[2]) == 6 for key in store.encoders)
     assert {identity.grid for identity in store.encoders.values()} == {(16, 4, 4), (8, 2, 2)}
     assert {identity.pooling for identity in store.encoders.values()} == {"none", "adaptive-avg"}
+    words = train_command(summary).split()
+    assert store.encoders[words[words.index("--encoders") + 1]].grid == (16, 4, 4)
 
 
 def test_layers_and_grids_of_several_encoders_equal_separate_runs(lab):

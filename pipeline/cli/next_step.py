@@ -1,0 +1,29 @@
+"""The command that comes after an extraction, one that works as it is printed."""
+
+from __future__ import annotations
+
+import math
+
+from featurestore.store import FeatureStore
+from pipeline.summary import ExtractSummary
+
+MANY_SAMPLES = 5000  # that teach more than a small LLM's own clips: the user's LLM then
+
+
+def train_command(result: ExtractSummary) -> str:
+    """`merv-train` on the store that a run filled; it names encoders where the store has one in several forms."""
+    how = "--recipe demo" if result.dataset == "demo" else "--recipe small"
+    if result.samples > MANY_SAMPLES:
+        how = "--llm FOLDER_OR_HUB_ID"
+    return f"merv-train --from-cache {result.store} {how}{_encoders(result)} --out runs/first"
+
+
+def _encoders(result: ExtractSummary) -> str:
+    """The finest grid of each encoder, where one is stored more than once."""
+    identities = FeatureStore.open(result.store, snapshot=result.snapshot).encoders if result.snapshot else {}
+    finest: dict[str, str] = {}
+    for key, identity in identities.items():
+        best = finest.setdefault(identity.encoder, key)
+        if math.prod(identity.grid) > math.prod(identities[best].grid):
+            finest[identity.encoder] = key
+    return f" --encoders {','.join(finest.values())}" if len(finest) < len(identities) else ""
