@@ -200,7 +200,7 @@ def install(setup: Setup, settings: EngineSettings) -> None:
     """Make this process's engine a simulated one, and charge the work of its writers and of its pipes."""
     engines.close_engines()
     engine = SimulatedEngine(setup, settings)
-    engines._engines[repr(settings)] = engine
+    engines._engines[engines.engine_key(settings)] = engine
     charge_host_work(engine.host, setup.costs)
 
 

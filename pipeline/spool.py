@@ -85,7 +85,8 @@ class Spool:
         try:
             with open(os.dup(handle), "wb") as file:
                 fetch(file)
-            os.replace(partial, path)
+            with self._counter():  # no scan may take the file that goes for the one that comes
+                os.replace(partial, path)
         except BaseException:
             with suppress(OSError):
                 partial.unlink()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import os
 import threading
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
@@ -128,17 +129,23 @@ def decode_job(root: Root, clip: Clip, encoders: Collection[HasView], *, accept_
 
 
 _engines: dict[str, Engine] = {}  # one per process in practice: a run has one setting
+_CREDENTIALS = ("AWS_", "AZURE_", "GOOGLE_")  # variables that a decode process has from its start
 _lock = threading.Lock()
 
 
 def engine_for(settings: EngineSettings, on_loaded: OnLoaded = lambda name, seconds: None) -> Engine:
     """This process's engine for the settings, made on first use; another run's engine is closed first."""
     with _lock:
-        key = repr(settings)
+        key = engine_key(settings)
         if key not in _engines:
             close_engines()
             _engines[key] = Engine(settings, on_loaded)
         return _engines[key]
+
+
+def engine_key(settings: EngineSettings) -> str:
+    """What one engine serves: settings, and the credentials that its decode processes read buckets with."""
+    return repr((settings, sorted(item for item in os.environ.items() if item[0].startswith(_CREDENTIALS))))
 
 
 def reporting_engine(settings: EngineSettings) -> Engine:
