@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from featurestore import FeatureIdentity, FeatureStore, Sample
 from featurestore.clips import KINDS, Clip, Kind
-from featurestore.storage_dtypes import WIDEST, OverflowedTokens, from_stored, to_stored
 from mervcache.errors import MediaError, UserError, unknown_name
 from mervcache.files import canonical_json
 from pipeline.align import align, align_time
@@ -50,8 +49,7 @@ from trainer.data.wanted_tokens import made_otherwise
 from trainer.data.windows import ShownWindows
 from trainer.media_check import ClipPrefetch, MediaCheck
 from trainer.model.projectors import parts_of
-
-Arrays = dict[str, np.ndarray]
+from trainer.storage_cast import Arrays, through_storage
 
 
 class TokenRecord(Protocol):
@@ -404,27 +402,6 @@ class TrainableEncoder(nn.Module):
         if prefix_BTKD is not None and "prefix" in self._parts:
             prefix_BTKD = align_time(prefix_BTKD, self.identity.grid[0])
         return _select_parts(tokens_BTHWD, prefix_BTKD, parts=self._parts)
-
-
-def through_storage(arrays: Mapping[str, np.ndarray], identity: FeatureIdentity) -> Arrays:
-    """Float tokens of one clip -> what a store returns for them: rounded, a still's period repeated.
-
-    Raises UserError for tokens that overflow the identity's storage dtype; a store would leave the clip out.
-    """
-    try:
-        stored = to_stored(arrays, identity.storage_dtype)
-    except OverflowedTokens as error:
-        raise UserError(
-            f"{identity.encoder}: {error}; a store would leave the clip out, a live run ends here:"
-            f" set storage_dtype: {WIDEST} in --extract-config"
-        ) from error
-    floats = from_stored(stored, identity.storage_dtype)
-    return {part: _repeat(floats[part], identity.grid[0]) for part in arrays}
-
-
-def _repeat(values_T: np.ndarray, time: int) -> np.ndarray:
-    """One period of a still -> all time steps."""
-    return values_T if len(values_T) == time else values_T[np.arange(time) % len(values_T)]
 
 
 def _select_parts(tokens: Tensor, prefix: Tensor | None = None, *, parts: Sequence[Part]) -> ClipTokens:

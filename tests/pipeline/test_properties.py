@@ -10,6 +10,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from featurestore import Clip
+from mervcache.errors import UserError
 from pipeline.properties import edge_density, length_s, motion, properties_of
 from pipeline.store_media import StoreMedia
 

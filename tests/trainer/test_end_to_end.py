@@ -15,13 +15,14 @@ from pipeline.config import read_config as read_extract_config
 from pipeline.extract import extract
 from trainer.config import FUSIONS, PROJECTORS, FusionConfig, OptimizerConfig, ProjectorConfig, TrainConfig
 from trainer.data.tokens import PrefixedTokens
-from trainer.end_to_end import live_source, through_storage
+from trainer.end_to_end import live_source
 from trainer.loop.plan import make_plan
 from trainer.loop.train import train
 from trainer.model.llm import FRESH_LLMS, FreshLLM
 from trainer.runs.load import load_run
 from trainer.runs.run_record import RunRecord, read_metrics
 from trainer.sources import open_store
+from trainer.storage_cast import through_storage
 
 pytestmark = pytest.mark.slow
 
