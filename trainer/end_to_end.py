@@ -49,7 +49,7 @@ from trainer.data.wanted_tokens import made_otherwise
 from trainer.data.windows import ShownWindows
 from trainer.media_check import ClipPrefetch, MediaCheck
 from trainer.model.projectors import parts_of
-from trainer.storage_cast import Arrays, through_storage
+from trainer.storage_cast import Arrays, repeat_steps, through_storage
 
 
 class TokenRecord(Protocol):
@@ -355,7 +355,7 @@ class LiveTokens(TokenSource):
         encoder = self._encoders[name]
         frames = [clip.frames[encoder.view] for clip in decoded]
         if isinstance(encoder, TrainableEncoder):  # a still becomes a clip of equal frames, so that both fit one tensor
-            return [{"frames": _repeat(frames_THWC, encoder.view.num_frames)} for frames_THWC in frames]
+            return [{"frames": repeat_steps(frames_THWC, encoder.view.num_frames)} for frames_THWC in frames]
         # Batches of one shape, padded with zeros, so that neighbours never change a clip's bits.
         slots = [*range(len(frames)), *[None] * (self._batch[kind] - len(frames))]
         arrays, _ = encode_batch(encoder, dict(enumerate(frames)), slots)

@@ -26,9 +26,9 @@ def through_storage(arrays: Mapping[str, np.ndarray], identity: FeatureIdentity)
             f" set storage_dtype: {WIDEST} in --extract-config"
         ) from error
     floats = from_stored(stored, identity.storage_dtype)
-    return {part: _repeat(floats[part], identity.grid[0]) for part in arrays}
+    return {part: repeat_steps(floats[part], identity.grid[0]) for part in arrays}
 
 
-def _repeat(values_T: np.ndarray, time: int) -> np.ndarray:
+def repeat_steps(values_T: np.ndarray, time: int) -> np.ndarray:
     """One period of a still -> all time steps."""
     return values_T if len(values_T) == time else values_T[np.arange(time) % len(values_T)]
