@@ -132,8 +132,8 @@ class Sample:
 
     def __post_init__(self) -> None:
         expected = ("human", "gpt")
-        roles = tuple(turn.role for turn in self.turns)
-        if not roles or len(roles) % 2 or any(role != expected[i % 2] for i, role in enumerate(roles)):
+        roles = tuple([turn.role for turn in self.turns])
+        if not roles or roles != expected * (len(roles) // 2):
             raise UserError(f"sample {self.sample_id!r}: turns must alternate human, gpt, got {list(roles)}")
         texts: list[Any] = [turn.text for turn in self.turns]  # of a file, and so of any type
         if not all(isinstance(text, str) for text in texts):

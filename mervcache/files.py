@@ -39,9 +39,13 @@ def is_json_list(value: Any) -> TypeGuard[list[Any]]:
     return isinstance(value, list)
 
 
+# Made once: json.dumps makes an encoder for each call.
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
 def canonical_json(value: Any) -> str:
     """The one text of a JSON value: sorted keys, no spaces, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return _CANONICAL.encode(value)
 
 
 def sha256_hex(data: bytes | bytearray | memoryview) -> str:

@@ -56,7 +56,8 @@ def select(samples: Sequence[Sample], source: TokenSource, config: TrainConfig) 
     wanted = [sample for sample in samples if sample.split == config.split and sample.stage == config.stage]
     if not wanted:
         raise UserError(_nothing_there(samples, config))
-    wanted.sort(key=lambda sample: (sample.sample_id, sample.digest))
+    uses = Counter(sample.sample_id for sample in wanted)
+    wanted.sort(key=lambda sample: (sample.sample_id, sample.digest if uses[sample.sample_id] > 1 else ""))
     available = _available(wanted, source, config)
     dropped: Counter[str] = Counter()
     kept = []
@@ -327,6 +328,8 @@ def _reason_to_drop(sample: Sample, available: set[str], config: TrainConfig) ->
 
 def lies_in_fraction(sample_id: str, fraction: float) -> bool:
     """Whether a share of the samples holds this one: by its id alone, so shares nest and stay when a store grows."""
+    if fraction >= 1:
+        return True
     place = int.from_bytes(hashlib.sha256(sample_id.encode()).digest()[:8], "big")
     return place < fraction * 2**64
 
