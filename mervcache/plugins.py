@@ -6,7 +6,7 @@ looked up.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
@@ -55,6 +55,16 @@ class PlugInTable(Mapping[str, Value]):
                 " one"
             )
         return self._load(entries[0])
+
+    def usable(self, on_broken: Callable[[str], object]) -> list[Value]:
+        """The values in order, without those of broken plug-ins: `on_broken` is called with the reason of each."""
+        values: list[Value] = []
+        for name in self:
+            try:
+                values.append(self[name])
+            except UserError as error:
+                on_broken(str(error))
+        return values
 
     def _load(self, entry: EntryPoint) -> Any:
         if self._kind is None:

@@ -15,7 +15,7 @@ import click
 from featurestore.locate import Place, find_store, store_first
 from jobs.slurm import TEMPLATES, submit_script
 from mervcache.completion import SHELLS, complete_dataset, complete_store, completion_script
-from mervcache.console import CONTEXT, ProgressLine, examples, handle_interrupts
+from mervcache.console import CONTEXT, ProgressLine, echo, examples, handle_interrupts
 from mervcache.program import Program
 from pipeline.cli.explore import EXPLORE_COMMANDS
 from pipeline.cli.options import (
@@ -262,7 +262,7 @@ def encoders(as_json: bool) -> None:
     from pipeline.cli import render
     from pipeline.encoders import ENCODERS
 
-    rows = [render.encoder_row(spec) for spec in ENCODERS.values()]
+    rows = [render.encoder_row(spec) for spec in ENCODERS.usable(echo)]
     print_result(rows, as_json, lambda: render.encoders(rows))
 
 
@@ -280,7 +280,7 @@ def datasets(name: str | None, as_json: bool) -> None:
         lines = details["what to get"].split("\n")
         print_result(details, as_json, lambda: render.details(details | {"what to get": lines}))
     else:
-        rows = [render.dataset_row(spec) for spec in DATASETS.values()]
+        rows = [render.dataset_row(spec) for spec in DATASETS.usable(echo)]
         print_result(rows, as_json, lambda: render.rows_of(rows))
 
 

@@ -102,6 +102,10 @@ def test_a_plug_in_that_fails_to_import_is_named_and_harms_nobody_else(install):
     assert table["siglip"].name == "siglip"
     with pytest.raises(UserError, match=r"plug-in broken = broken_plugin:SPEC cannot be loaded: No module named 'no_s"):
         table["broken"]
+    reasons = []
+    assert [spec.name for spec in table.usable(reasons.append)] == ["dinov2", "siglip"]
+    assert len(reasons) == 1
+    assert "broken_plugin:SPEC cannot be loaded" in reasons[0]
 
 
 def test_a_plug_in_must_be_a_spec_of_its_own_name(install):
