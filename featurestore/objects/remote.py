@@ -13,11 +13,12 @@ from __future__ import annotations
 import os
 import socket
 import uuid
+from base64 import b64encode
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from featurestore.layout import LISTING, TEMPORARY
 from featurestore.objects.base import (
@@ -75,6 +76,10 @@ def connect(url: str, *, max_retries: int = 10) -> ObjectStore:
             if parts.scheme == "hf" and (token := hub_token()):
                 client["default_headers"] = {"authorization": f"Bearer {token}"}
             address = HubPlace.of(url).address if parts.scheme == "hf" else url
+            if "@" in parts.netloc:  # obstore sends no password that is part of an address
+                login, _, host = parts.netloc.rpartition("@")
+                client["default_headers"] = {"authorization": f"Basic {b64encode(unquote(login).encode()).decode()}"}
+                address = parts._replace(netloc=host).geturl()
             return HTTPStore.from_url(address, client_options=client, retry_config=retry)
         endpoint = next(filter(None, map(os.environ.get, _ENDPOINTS[parts.scheme])), "")
         if endpoint.startswith("http://"):
@@ -213,7 +218,7 @@ class RemoteObjects(Objects):
     def delete(self, key: str) -> None:
         import obstore
 
-        with self._faults(f"delete {key}"):
+        with suppress(FileNotFoundError), self._faults(f"delete {key}"):
             obstore.delete(self._store, check_key(key))
 
     def _check_is_exclusive(self) -> None:

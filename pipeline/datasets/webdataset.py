@@ -25,7 +25,7 @@ from featurestore.clips import KINDS, Kind, Turn
 from featurestore.locate import is_url
 from mervcache.console import plural
 from mervcache.errors import MediaError, UserError
-from mervcache.text import check_not_redacted, redact
+from mervcache.text import HIDDEN, check_not_redacted, redact
 from pipeline.datasets.base import (
     DatasetSpec,
     ListingBuilder,
@@ -79,7 +79,8 @@ def collect(builder: ListingBuilder, options: Mapping[str, Any]) -> None:
 
 def remote_root_of(root: str | None, options: Mapping[str, Any]) -> RemoteRoot | None:
     """The URL below which the shards are: the root if it is one, else the bucket or host that the shards name."""
-    if root is not None and is_url(root):
+    names_places = any("://" in pattern for pattern in _patterns(options))
+    if root is not None and is_url(root) and not (HIDDEN in root and names_places):  # a journal's, without its secrets
         return remote_root(root, options)
     places = {_bucket(pattern) for pattern in _patterns(options) if "://" in pattern}
     if not places:

@@ -45,12 +45,19 @@ def server(lab) -> Iterator[str]:
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            if not self.path.startswith("/x.tar"):
+                self.send_error(404)
+                return
             is_allowed = self.headers.get("Authorization") == expected and SIGNATURE in self.path
-            self.send_response(200 if is_allowed else 403)
-            self.send_header("Content-Length", str(len(data) if is_allowed else 0))
+            part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            start, stop = (int(part[1]), min(int(part[2]) + 1, len(data))) if part else (0, len(data))
+            self.send_response((206 if part else 200) if is_allowed else 403)
+            self.send_header("Content-Length", str(stop - start if is_allowed else 0))
+            if part:
+                self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
             self.end_headers()
             if is_allowed and self.command == "GET":
-                self.wfile.write(data)
+                self.wfile.write(data[start:stop])
 
         do_HEAD = do_GET
 
@@ -108,11 +115,6 @@ def test_credentials_of_addresses_are_written_nowhere_and_a_retry_still_works(la
     assert list((tmp_path / "with-journal").glob("journal/*-driver.json"))
     assert texts(tmp_path / "with-journal", secrets) == []
 
-    code, output = run("quarantine", "retry", store)  # with the copy of the shard that is there
-    assert code in (0, 3), output
-    assert "fail" in output
-    for copy in root.rglob("*.tar"):
-        copy.unlink()
     code, output = run("quarantine", "retry", store)
     assert code == 1
     assert "was recorded without its credentials" in output

@@ -274,8 +274,8 @@ def test_what_an_earlier_atlas_has_measured_is_kept_when_the_media_go(moving_run
     measured = first.result.properties.measured
     assert measured == 12 - len(first.result.properties.failed)
     media.rename(tmp_path / "elsewhere")
-    again = make_atlas(run, AtlasRequest(root=str(media), draws=100), quiet=True)  # the same file
-    earlier = make_atlas(run, AtlasRequest(root=str(media), step=2, draws=100), quiet=True)  # another one
+    again = make_atlas(run, AtlasRequest(draws=100), quiet=True)  # the same file
+    earlier = make_atlas(run, AtlasRequest(step=2, draws=100), quiet=True)  # another one
     assert pq.read_table(again.table)["motion"].null_count == MOVING - measured
     assert first.result.properties.values == again.result.properties.values == earlier.result.properties.values
     assert f"({measured} have them from an earlier atlas of this run)" in again.page.read_text()
