@@ -188,7 +188,7 @@ def parse_verdict(text: str) -> tuple[bool, int] | None:
 
 def _ask_all(judge: Judge, missing: Mapping[str, OpenAnswer], records: RecordLog, line: ProgressLine) -> None:
     """Ask about what is missing; what was answered is kept, whatever becomes of the rest."""
-    asker, failure = _Asker(judge), None
+    asker = _Asker(judge)
     with ThreadPoolExecutor(judge.concurrency, thread_name_prefix="judge") as pool:
         futures = {pool.submit(asker.ask, answer): key for key, answer in missing.items()}
         try:
@@ -200,12 +200,11 @@ def _ask_all(judge: Judge, missing: Mapping[str, OpenAnswer], records: RecordLog
                     line.advance(1)
                 elif not isinstance(error, MervCacheError):
                     raise error
-                elif failure is None:
-                    failure = error
+                else:
                     asker.end(futures)
         finally:
             asker.end(futures)
-    if failure is not None:
+    if (failure := asker.failure) is not None:
         kept = sum(key in records.records for key in missing)
         raise type(failure)(f"{failure}; {kept} of {len(missing)} answers were judged and are kept") from failure
 
@@ -215,6 +214,7 @@ class _Asker:
 
     def __init__(self, judge: Judge) -> None:
         self.judge, self.stop = judge, threading.Event()
+        self.failure: MervCacheError | None = None  # the first, which is why no further request is sent
         self._key = os.environ.get(KEY_VARIABLE, "").strip()
         handlers: list[Any] = [_NoRedirect()]
         if _is_loopback(urlsplit(judge.url).hostname or ""):
@@ -228,7 +228,16 @@ class _Asker:
             future.cancel()
 
     def ask(self, answer: OpenAnswer) -> dict[str, Any]:
-        """The judge's record of one answer."""
+        """The judge's record of one answer; an error stops the other threads before it is raised."""
+        try:
+            return self._ask(answer)
+        except MervCacheError as error:
+            if not self.stop.is_set():
+                self.failure = error
+                self.stop.set()
+            raise
+
+    def _ask(self, answer: OpenAnswer) -> dict[str, Any]:
         version, text = "", ""
         for _ in range(ASK_AGAIN):
             version, text = self._reply(answer)
