@@ -90,25 +90,32 @@ DINOV2 = EncoderSpec(
 
 
 def build_dinov2(spec: EncoderSpec) -> EncoderNetwork:
+    return _build_dinov2(spec, "Dinov2WithRegisters", {"num_register_tokens": spec.prefix_tokens - 1}, antialias=True)
+
+
+def _build_dinov2(
+    spec: EncoderSpec, family: str, config: dict[str, Any], *, antialias: bool, **options: Any
+) -> EncoderNetwork:
+    """DINOv2 as `family` of transformers; `antialias` is how that class resamples its position embeddings."""
     sizes = spec.architecture
-    config = {
+    common = {
         "image_size": sizes["position_grid"] * sizes["patch_size"],
         "patch_size": sizes["patch_size"],
         "mlp_ratio": sizes["mlp_size"] // sizes["hidden_size"],
-        "num_register_tokens": spec.prefix_tokens - 1,
     }
     return _build(
         spec,
-        "Dinov2WithRegisters",
-        config,
+        family,
+        common | config,
         blocks="encoder.layer",
         unused=("embeddings.mask_token",),
         published_names=ATTENTION_NAMES,
-        finish=lambda model: _resample_positions(model, spec.grid[1]),
+        finish=lambda model: _resample_positions(model, spec.grid[1], antialias=antialias),
+        **options,
     )
 
 
-def _resample_positions(model: Any, side: int, *, antialias: bool = True) -> None:
+def _resample_positions(model: Any, side: int, *, antialias: bool) -> None:
     """Position embeddings [1, 1 + P, D] -> [1, 1 + side * side, D]; the first is the class token's.
 
     Once, at load, the way transformers does: bicubic, in float32, antialiased for DINOv2 with registers only.
@@ -383,41 +390,22 @@ def build_pe(spec: EncoderSpec) -> EncoderNetwork:
 # Depth Anything V2's encoder (arXiv 2406.09414): DINOv2 ViT-L/14 trained on for depth in single images, so its features
 # describe geometry. It is read behind the last block and the final norm, as the depth head reads it, and at 224 pixels,
 # where it sees the frames of DINOv2; its authors use 518.
-DEPTHANYTHING = EncoderSpec(
+DEPTHANYTHING = replace(
+    DINOV2,
     name="depthanything",
     summary="Depth Anything V2 ViT-L/14: DINOv2 trained on for depth, geometry of single images",
     model="depth-anything-v2",
     licence="cc-by-nc-4.0",
     hub_id="depth-anything/Depth-Anything-V2-Large-hf",
     builder=f"{__name__}:build_depthanything",
-    architecture={"image_size": 224, "patch_size": 14, "position_grid": 37, "num_frames": 16, "tubelet_frames": 1}
-    | VIT_LARGE
-    | {"activation": "gelu", "norm_eps": 1e-6},
-    temporal_reach="frame",
-    resize=ResizeRule(filter="bicubic"),
-    mean=IMAGENET_MEAN,
-    std=IMAGENET_STD,
     prefix_tokens=1,
+    skipped_blocks=0,
     final_norm=True,
 )
 
 
 def build_depthanything(spec: EncoderSpec) -> EncoderNetwork:
-    sizes = spec.architecture
-    return _build(
-        spec,
-        "Dinov2",
-        {
-            "image_size": sizes["position_grid"] * sizes["patch_size"],
-            "patch_size": sizes["patch_size"],
-            "mlp_ratio": sizes["mlp_size"] // sizes["hidden_size"],
-        },
-        blocks="encoder.layer",
-        unused=("embeddings.mask_token",),
-        published_names=ATTENTION_NAMES,
-        finish=lambda model: _resample_positions(model, spec.grid[1], antialias=False),
-        part="backbone",
-    )
+    return _build_dinov2(spec, "Dinov2", {}, antialias=False, part="backbone")
 
 
 # VideoMAE v2 ViT-B/16 pre-trained on UnlabeledHybrid (arXiv 2303.16727): VideoMAE's encoder with other weights, read
