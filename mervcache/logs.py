@@ -1,7 +1,7 @@
 """Messages on stderr: plain lines, or with `--log-json` one JSON object per line.
 
 With `--log-json` file descriptor 2 becomes a pipe, so that lines of libraries, decoders and child processes are wrapped
-too: every line on stderr parses, whoever wrote it.
+too: every line on stderr parses, whatever wrote it.
 """
 
 from __future__ import annotations

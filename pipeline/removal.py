@@ -1,6 +1,6 @@
 """Remove clips for good: from the store, and from the copies that this machine keeps in spools and caches.
 
-What no command can reach is named in the result, so that whoever has to delete a video knows what is left to do.
+What no command can reach is named in the result, so that the rest of a deletion can be done by hand.
 """
 
 from __future__ import annotations

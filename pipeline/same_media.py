@@ -106,7 +106,7 @@ class StoredMedia:
     def cells(
         self, sha256: str, clip: Clip, encoders: Collection[str], *, accept_damaged: bool
     ) -> dict[str, LoadedCell]:
-        """Encoder -> a whole cell that was made of these bytes and this span; without those that nobody has.
+        """Encoder -> a whole cell made of these bytes and this span; encoders without such a cell are left out.
 
         Cells of damaged media, with substituted frames, are taken only where such frames are accepted.
         """

@@ -2,7 +2,7 @@
 
 Files alone hold its state, so that nothing has to be repaired after a kill. A process locks (`flock`) the copy that it
 uses, and the kernel releases the lock when the process ends: a locked copy is never evicted, and a partial copy that
-nobody locks was left by a kill and is removed at the next scan. Bytes are reserved in a counter before they are
+is not locked was left by a kill and is removed at the next scan. Bytes are reserved in a counter before they are
 written, so that the bound holds however many processes write; a scan sets the counter right.
 """
 
@@ -115,7 +115,7 @@ class Spool:
             time.sleep(POLL_S)
 
     def _make_room(self, wanted: int) -> int:
-        """Remove partial copies that nobody writes, then unused copies until `wanted` bytes are left; returns bytes."""
+        """Remove abandoned partial copies, then unused copies until `wanted` bytes are left; returns bytes."""
         copies, total = [], 0
         with os.scandir(self.folder) as entries:
             for entry in entries:

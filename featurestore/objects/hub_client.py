@@ -90,7 +90,7 @@ class BucketObjects(Objects):
     """`hf://buckets/USER/BUCKET[/FOLDER]`, opened to push. Threads may share it.
 
     A bucket takes whatever is put last, and the Hub has no conditional put for it: what is there is listed once, so two
-    pushes into one bucket at the same time are not told apart. Every put is a request of its own, in order.
+    pushes into one bucket at the same time cannot detect each other. Every put is a request of its own, in order.
     """
 
     parallel_reads = 16
