@@ -4,7 +4,8 @@
 
 Same cores, same torch threads, same batch shape, seeded weights. Bare decode: every clip through `decode_clip` in one
 process per core, nothing else running. Bare forward: every batch of those frames through each encoder, tokens thrown
-away. Pipeline: a whole run, decoding, encoding, compressing and committing, models loaded.
+away. Pipeline: a whole run, decoding, encoding, compressing and committing, models loaded; without the reference clips,
+which a store encodes once.
 
 Wall time is worthless where other work shares the cores; `cpu ratio` compares processor time, of this process and all
 that it starts, and rounds of bare and pipeline alternate because a machine drifts.
@@ -65,6 +66,7 @@ def main(
         weights={"": "random:0"},
         threads=CORES,
         decode_processes=decoders,
+        canaries=False,
     )
     listing = load_dataset(dataset, root, kind=kind, limit=limit)
     measured = [one_round(config, listing) for _ in range(rounds)]
