@@ -14,6 +14,7 @@ import pyarrow as pa
 from featurestore.clip_names import clip_of_id
 from featurestore.clips import Clip, Sample
 from mervcache.errors import StoreFormatError, UserError
+from mervcache.memory import gc_paused
 
 CLIP_SCHEMA = pa.schema(
     [
@@ -83,14 +84,15 @@ def table_to_clips(table: pa.Table) -> list[tuple[int, Clip]]:
     """A table of `CLIP_SCHEMA` -> (row, clip) pairs, every clip checked."""
     pairs: list[tuple[int, Clip]] = []
     try:
-        columns = [table[name].to_pylist() for name in CLIP_SCHEMA.names]  # a dict per clip takes three times as long
-        for row, clip_id, dataset, path, start_s, end_s, end_frame, kind in zip(*columns, strict=True):
-            clip = Clip(dataset=dataset, path=path, kind=kind, start_s=start_s, end_s=end_s, end_frame=end_frame)
-            if clip.clip_id != clip_id:
-                raise UserError(
-                    f"clip id {clip_id!r} does not belong to its own path and span, expected {clip.clip_id!r}"
-                )
-            pairs.append((row, clip))
+        with gc_paused():
+            columns = [table[name].to_pylist() for name in CLIP_SCHEMA.names]  # a dict per clip: three times as long
+            for row, clip_id, dataset, path, start_s, end_s, end_frame, kind in zip(*columns, strict=True):
+                clip = Clip(dataset=dataset, path=path, kind=kind, start_s=start_s, end_s=end_s, end_frame=end_frame)
+                if clip.clip_id != clip_id:
+                    raise UserError(
+                        f"clip id {clip_id!r} does not belong to its own path and span, expected {clip.clip_id!r}"
+                    )
+                pairs.append((row, clip))
     except (TypeError, KeyError, UserError) as error:
         raise StoreFormatError(f"clip parts hold something that is no clip: {error}") from error
     return pairs
@@ -104,6 +106,7 @@ def samples_to_table(samples: Iterable[Sample]) -> pa.Table:
 def table_to_samples(table: pa.Table) -> list[Sample]:
     """A table of `SAMPLE_SCHEMA` -> samples."""
     try:
-        return [Sample.from_record(record) for record in table.to_pylist()]
+        with gc_paused():
+            return [Sample.from_record(record) for record in table.to_pylist()]
     except (TypeError, KeyError, AttributeError, UserError) as error:
         raise StoreFormatError(f"samples hold something that is no conversation: {error}") from error

@@ -7,11 +7,8 @@ nothing heavy: the command line's help reads the table.
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +16,7 @@ from featurestore.clips import KINDS
 from featurestore.locate import is_url
 from mervcache.console import ProgressLine
 from mervcache.errors import UserError, unknown_name
+from mervcache.memory import gc_paused
 from mervcache.plugins import PlugInTable
 from mervcache.text import redact
 from pipeline.datasets import demo, evaluation, folder, videollava, webdataset
@@ -152,7 +150,7 @@ def load_dataset(
     if remote is not None and links:
         raise UserError(f"option {LINKS_OPTION} is about links in a folder, and the media are at {redact(remote.url)}")
     builder = ListingBuilder(name, folder, stage, _links_folder(folder, links), remote)
-    with _gc_paused():
+    with gc_paused():
         spec.collect(builder, settings)
         return builder.finish(kind=kind, limit=limit, look=not spec.lists_media)
 
@@ -176,15 +174,3 @@ def dataset_spec(name: str) -> DatasetSpec:
     if name not in DATASETS:
         raise UserError(unknown_name("dataset", name, DATASETS))
     return DATASETS[name]
-
-
-@contextmanager
-def _gc_paused() -> Iterator[None]:
-    """Millions of small values without a cycle among them: the cyclic collector would walk them again and again."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
