@@ -232,7 +232,7 @@ def test_a_decode_process_that_dies_while_it_starts_is_started_again(media_root,
 
 
 def test_with_two_workers_one_of_them_killed_the_bytes_are_those_of_one(lab, tmp_path):
-    """From a folder with rooms of the project's names: neither the script nor what it starts may import those."""
+    """From a folder with folders of the names of our packages: neither the script nor what it starts may import those."""
     for name in ("featurestore", "jobs", "pipeline", "trainer"):
         (tmp_path / "here" / name).mkdir(parents=True)
         (tmp_path / "here" / name / "__init__.py").write_text("raise ImportError('not the installed one')")
@@ -267,7 +267,7 @@ def test_with_two_workers_one_of_them_killed_the_bytes_are_those_of_one(lab, tmp
 def small_disk(folder: Path, num_bytes: int) -> Iterator[tuple[str, Callable[[], None]]]:
     """A place that runs full: a RAM disk where we may mount one, else a limit on the size of files.
 
-    Yields the reason that a person must be told, and what makes room.
+    Yields the reason that must be shown, and what makes room.
     """
 
     def mount(options: str) -> bool:
