@@ -232,7 +232,7 @@ def test_a_decode_process_that_dies_while_it_starts_is_started_again(media_root,
 
 
 def test_with_two_workers_one_of_them_killed_the_bytes_are_those_of_one(lab, tmp_path):
-    """From a folder with folders of the names of our packages: neither the script nor what it starts may import those."""
+    """In a folder that holds packages of our names: neither the script nor what it starts may import those."""
     for name in ("featurestore", "jobs", "pipeline", "trainer"):
         (tmp_path / "here" / name).mkdir(parents=True)
         (tmp_path / "here" / name / "__init__.py").write_text("raise ImportError('not the installed one')")
