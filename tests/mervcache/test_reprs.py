@@ -9,7 +9,7 @@ import pytest
 
 from featurestore import Clip, FeatureDataset, FeatureStore, Sample
 from featurestore.clips import Turn
-from mervcache.reprs import brief, changed_fields
+from mervcache.reprs import brief, changed_fields, was_and_is
 from pipeline.config import ExtractConfig
 from pipeline.datasets.base import DatasetListing
 from pipeline.summary import ExtractSummary
@@ -33,6 +33,14 @@ class Outer:
     numbers: list[int] = field(default_factory=list)
 
     __repr__ = changed_fields
+
+
+def test_of_a_long_list_the_number_is_shown_and_how_two_of_them_differ():
+    long = [*range(21)]
+    assert repr(Outer(place="here", numbers=long)) == "Outer(place='here', numbers=21 values)"
+    assert was_and_is("numbers", long, [*long[1:], 30, 31]) == "numbers was 21 values, is 22 values: 2 new, 1 gone"
+    assert was_and_is("numbers", None, long) == "numbers was None, is 21 values: 21 new, 0 gone"
+    assert was_and_is("numbers", [1], [2]) == "numbers was [1], is [2]"
 
 
 def test_fields_that_are_their_defaults_are_left_out_nested_ones_too():

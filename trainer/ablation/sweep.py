@@ -25,6 +25,7 @@ from typing import Any, Literal, get_args
 from mervcache.config import overlay, to_builtin
 from mervcache.errors import UserError, unknown_name
 from mervcache.files import load_json, replace_text
+from mervcache.reprs import was_and_is
 from trainer.config import FUSIONS, PROJECTORS, SINGLE_ENCODER_FUSIONS, MaskRule, OptimizerConfig, TrainConfig
 from trainer.loop.stages import STAGES_KEY, merge_settings
 from trainer.paths import PATH_SETTINGS, found_path, recorded_path
@@ -341,7 +342,7 @@ def add_to_record(
         if before != now:
             old, new = _leaves(before), _leaves(now)
             changed = [name for name in old | new if old.get(name) != new.get(name)]
-            values = "; ".join(f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in changed)
+            values = "; ".join(was_and_is(name, old.get(name), new.get(name)) for name in changed)
             raise UserError(
                 f"{sweep} was begun with other values ({values}), and runs of one sweep are compared with each other:"
                 " give the same, or another --out"

@@ -21,6 +21,7 @@ from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 
 from mervcache.errors import MervCacheError, RunStoppedError, UserError
+from mervcache.reprs import shown
 from trainer.config import TrainConfig
 from trainer.loop.memory import Device, device_memory
 from trainer.model.llm import decoder_layers
@@ -184,7 +185,7 @@ def flat(settings: Mapping[str, Any], where: str = "") -> dict[str, bool | int |
         if isinstance(value, Mapping) and value:
             flattened |= flat(value, f"{where}{name}.")
         else:
-            flattened[f"{where}{name}"] = value if isinstance(value, bool | int | float | str) else str(value)
+            flattened[f"{where}{name}"] = value if isinstance(value, bool | int | float | str) else shown(value)
     return flattened
 
 

@@ -33,6 +33,7 @@ from featurestore.locate import check_room
 from mervcache.config import load_yaml
 from mervcache.errors import NonFiniteError, StoreDamagedError, UserError
 from mervcache.files import apply_umask, file_sha256, replace_text
+from mervcache.reprs import was_and_is
 from trainer.config import CONFIG_FILE, TrainConfig, read_config
 from trainer.model.llm import save_shape
 from trainer.model.video_llm import Built, VideoLLM
@@ -86,7 +87,7 @@ def checkpoint_to_resume(out: Path, config: TrainConfig, resume: bool) -> Path |
     paths = {name for name in PATH_SETTINGS if is_same_path(getattr(before, name), getattr(config, name))}
     names = [name for name in names if name not in paths]
     if changed := [name for name in names if getattr(before, name) != getattr(config, name)]:
-        values = "; ".join(f"{name} was {getattr(before, name)!r}, is {getattr(config, name)!r}" for name in changed)
+        values = "; ".join(was_and_is(name, getattr(before, name), getattr(config, name)) for name in changed)
         raise UserError(
             f"{out} was started with other settings ({values}); resume with the same, or choose another --out"
         )

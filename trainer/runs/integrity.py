@@ -15,6 +15,7 @@ from typing import Any
 from mervcache.config import load_yaml, overlay
 from mervcache.errors import StoreDamagedError, UserError
 from mervcache.files import file_sha256, record_digest
+from mervcache.reprs import was_and_is
 from trainer.config import CONFIG_FILE, RECORD_FILE, TrainConfig
 from trainer.paths import found_path
 from trainer.runs.run_record import IMPORT_FILE, LLM_FOLDER
@@ -68,7 +69,7 @@ class RunFiles:
         check_digests(run, self.sha256, run_file_names(run), "the run")
         found = fixed_settings(run)
         if changed := [name for name in self.settings if not _is_same(name, self.settings, found)]:
-            values = "; ".join(f"{name} was {self.settings[name]!r}, is {found.get(name)!r}" for name in changed)
+            values = "; ".join(was_and_is(name, self.settings[name], found.get(name)) for name in changed)
             raise StoreDamagedError(
                 f"{run / CONFIG_FILE} was changed after the run began ({values}); put the values back, or start a new"
                 " run with another --out"
