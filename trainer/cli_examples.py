@@ -6,6 +6,7 @@ EXAMPLES = {
     "train": examples(
         "merv-train --from-cache features/lab.zarr --llm FOLDER_OR_HUB_ID --out runs/first --resume auto",
         "merv-train --from-cache features/demo.zarr --recipe demo --out runs/demo --dry-run",
+        "merv-train --from-cache features/demo.zarr --recipe demo --exclude exclude.txt --out runs/clean",
     ),
     "eval": examples("merv-eval run --checkpoint runs/first"),
     "run": examples(

@@ -263,6 +263,7 @@ class TrainConfig:
     split: str = "train"  # samples of this split only
     fraction: float = 1.0  # share of the samples, chosen by their ids: a smaller share is a subset of a larger one
     limit: int | None = None  # at most this many samples, the first by sample id
+    exclude: tuple[str, ...] = ()  # clips whose samples are not trained on: clip ids, or a file with one id a line
     max_windows: int | None = None  # of a store of windows: at most so many of each video, spread evenly over it
     source_weights: Mapping[str, float] = field(default_factory=dict)  # source -> times per epoch; 0.5: half, in turn
     sampler: Sampler = "shuffled"  # split_modality: batches of one modality, ranks of like length
@@ -333,6 +334,8 @@ class TrainConfig:
             raise UserError(f"eval_split must not be what is trained on, split {self.split!r}")
         if not 0 < self.fraction <= 1:
             raise UserError(f"fraction is a share of the samples in (0, 1], got {self.fraction}")
+        if isinstance(self.exclude, str):
+            raise UserError(f"exclude must be a list of clip ids, got the text {self.exclude!r}")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"limit is at least 1, or null for all samples, got {self.limit}")
         if self.max_windows is not None and self.max_windows < 1:

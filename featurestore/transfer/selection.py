@@ -108,12 +108,17 @@ def windowed_videos(sources: Sequence[SampleSource]) -> dict[str, set[str]]:
     return videos_in_windows(named, clip_ids)
 
 
-def read_clip_list(path: str | Path) -> frozenset[str]:
-    """Clip ids, one a line; empty lines are skipped."""
+def read_clip_list(path: str | Path, *, may_be_empty: bool = False) -> frozenset[str]:
+    """Clip ids, one a line; empty lines are skipped.
+
+    Raises UserError for a file that cannot be read, is not text, or has no id unless it `may_be_empty`.
+    """
     try:
         lines = Path(path).read_text().splitlines()
     except OSError as error:
         raise UserError(f"the list of clips {path} cannot be read: {error.strerror}") from error
-    if not any(lines):
+    except UnicodeDecodeError as error:
+        raise UserError(f"the list of clips {path} is not text: give one clip id a line") from error
+    if not may_be_empty and not any(lines):
         raise UserError(f"the list of clips {path} is empty: give one clip id a line, as in `store.clips`")
     return frozenset(line.strip() for line in lines if line.strip())

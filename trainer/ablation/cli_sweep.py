@@ -49,7 +49,18 @@ LISTS = {  # axes that are lists -> the type of an entry
     "seeds": int,
 }
 AXES = (*LISTS, "text_only", "one_shot", "post_hoc", "split")
-SETTINGS = ("recipe", "config_file", "llm", "head", "train_llm", "llm_quant", "fraction", "limit", "trackers")
+SETTINGS = (
+    "recipe",
+    "config_file",
+    "llm",
+    "head",
+    "train_llm",
+    "llm_quant",
+    "fraction",
+    "limit",
+    "exclude",
+    "trackers",
+)
 
 
 @click.command(

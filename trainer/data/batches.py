@@ -16,6 +16,7 @@ from itertools import chain
 import numpy as np
 
 from featurestore.clips import Sample
+from mervcache.console import plural
 from mervcache.errors import UserError, unknown_name
 from trainer.config import TrainConfig
 from trainer.data.collate import Batch, make_batch
@@ -27,6 +28,7 @@ from trainer.data.prompts import IGNORE_INDEX, Rendered, Renderer, reason_to_ref
 from trainer.data.rendered_cache import RenderedCache
 from trainer.data.tokens import TokenSource
 
+EXCLUDED = "clip listed in exclude"  # a reason to drop a sample
 VISUAL, TEXT = "visual", "text"  # streams of the split_modality sampler: a cached image costs what a cached video costs
 # Rendered samples that stay in memory, about 48 bytes per token: a small set from epoch to epoch, of a large one what a
 # step and the next one need.
@@ -40,6 +42,7 @@ class TrainingData:
     samples: tuple[Sample, ...]
     digest: str  # 64 hex digits over every kept sample and its clip's tokens
     dropped: Mapping[str, int] = field(default_factory=dict)  # reason -> samples
+    excluded: str = ""  # what the setting `exclude` left out; empty: it lists no clip
 
 
 def named_samples(wanted: Sequence[str], known: Sequence[str], read: Callable[[str], Sequence[Sample]]) -> list[Sample]:
@@ -56,10 +59,13 @@ def select(samples: Sequence[Sample], source: TokenSource, config: TrainConfig) 
     wanted = [sample for sample in samples if sample.split == config.split and sample.stage == config.stage]
     if not wanted:
         raise UserError(_nothing_there(samples, config))
+    listed = frozenset(config.exclude)
+    left_out = [sample for sample in wanted if sample.clip_id in listed]
+    wanted = [sample for sample in wanted if sample.clip_id not in listed]
     uses = Counter(sample.sample_id for sample in wanted)
     wanted.sort(key=lambda sample: (sample.sample_id, sample.digest if uses[sample.sample_id] > 1 else ""))
     available = _available(wanted, source, config)
-    dropped: Counter[str] = Counter()
+    dropped = Counter({EXCLUDED: len(left_out)} if left_out else {})
     kept = []
     for sample in wanted:
         reason = _reason_to_drop(sample, available, config)
@@ -68,10 +74,20 @@ def select(samples: Sequence[Sample], source: TokenSource, config: TrainConfig) 
         dropped.update([reason] if reason else [])
         kept += [] if reason else [sample]
     if not kept:
-        raise UserError(f"no sample is left to train on: {dict(dropped)}")
+        advice = "; shorten the list of clips in `exclude`" if left_out else ""
+        raise UserError(f"no sample is left to train on: {dict(dropped)}{advice}")
     _check_windows(kept, source, config)
     digest = source.data_digest({sample.clip_id for sample in kept if sample.clip_id is not None}, kept)
-    return TrainingData(samples=tuple(kept), digest=digest, dropped=dict(dropped))
+    excluded = _excluded(left_out, listed, samples) if listed else ""
+    return TrainingData(samples=tuple(kept), digest=digest, dropped=dict(dropped), excluded=excluded)
+
+
+def _excluded(left_out: Sequence[Sample], listed: frozenset[str], samples: Sequence[Sample]) -> str:
+    """What `exclude` left out, and how many of its ids no sample of any stage and split is about."""
+    clips = plural(len({sample.clip_id for sample in left_out}), "clip")
+    unknown = len(listed - {sample.clip_id for sample in samples})
+    rest = f"; not found among the samples: {unknown:,} of {len(listed):,} listed" if unknown else ""
+    return f"exclude left out {plural(len(left_out), 'sample')} of {clips}{rest}"
 
 
 def _check_windows(samples: Sequence[Sample], source: TokenSource, config: TrainConfig) -> None:

@@ -23,7 +23,7 @@ from featurestore.clips import Sample
 from mervcache.console import ProgressLine, log_while_running
 from mervcache.errors import UserError
 from trainer.config import TrainConfig
-from trainer.data.batches import Batches, TrainingData, samples_per_epoch, select
+from trainer.data.batches import EXCLUDED, Batches, TrainingData, samples_per_epoch, select
 from trainer.data.order import derive_seed
 from trainer.data.partition import Limit, useful_share
 from trainer.data.prompts import Rendered, num_placeholders, reason_to_refuse
@@ -88,6 +88,8 @@ def make_plan(
     trained on.
     """
     data = select(samples, source, config)
+    if data.excluded and rank == 0:
+        (logger.info if EXCLUDED in data.dropped else logger.warning)(data.excluded)
     config = _sized(config, data.samples, device, is_first_rank=rank == 0)
     origin = read_origin(config.init) if config.init and run is None else None
     with log_while_running(f"loading {config.llm}", quiet=llm is not None or rank != 0):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from featurestore.locate import check_room
+from featurestore.transfer.selection import read_clip_list
 from mervcache.config import overlay
 from mervcache.errors import UserError, unknown_name
 from trainer.config import CONFIG_FILE, TrainConfig, read_config
@@ -37,8 +38,8 @@ def merge_settings(stages: Stages, settings: Mapping[str, Any], options: Mapping
     """A recipe, then a file's settings, then those the file has for one stage, then options: later ones win.
 
     Of settings for a whole chain, `init` is where its first stage starts, and `prompt` leaves a caption stage as it
-    is. All layers are merged before they are checked: a file may name a frozen LLM that is valid only with an option
-    such as `--train-llm full`.
+    is. The file of clip ids that `exclude` may name is read here. All layers are merged before they are checked: a file
+    may name a frozen LLM that is valid only with an option such as `--train-llm full`.
     """
     by_stage = settings.get(STAGES_KEY) or {}
     if not isinstance(by_stage, Mapping) or not all(isinstance(value, Mapping) for value in by_stage.values()):
@@ -57,6 +58,7 @@ def merge_settings(stages: Stages, settings: Mapping[str, Any], options: Mapping
         if len(stages) > 1:
             fixed = {"stage", *(["init"] if index else []), *(["prompt"] if stage.config.prompt == "caption" else [])}
         layers = [_without(common, fixed), by_stage.get(stage.name, {}), _without(options, fixed)]
+        layers = [_with_clip_list(layer) for layer in layers]
         config = overlay(stage.config, _merge(layers))
         merged.append(replace(stage, config=replace(config, by_samples=_not_given(stage.config.by_samples, layers))))
     return tuple(merged)
@@ -197,6 +199,20 @@ def describe_stages(
         if index and stage.config.init is None:
             reports[stage.name]["init"] = f"all weights of stage {stages[index - 1].name}"
     return {STAGES_KEY: reports} if len(stages) > 1 else next(iter(reports.values()))
+
+
+def _with_clip_list(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings with the clip ids of the file that `exclude` names: a run records them and not its path."""
+    path = settings.get("exclude")
+    if not isinstance(path, str):
+        return settings
+    try:
+        clip_ids = read_clip_list(path, may_be_empty=True)
+    except UserError as error:
+        raise UserError(
+            f"exclude: {error}; a run that has begun has its list and goes on with merv-train --resume RUN"
+        ) from error
+    return {**settings, "exclude": sorted(clip_ids)}
 
 
 def _without(settings: Mapping[str, Any], names: set[str]) -> dict[str, Any]:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from featurestore.quality import parity_words
+from mervcache.config import to_builtin
+from mervcache.console import plural
 from mervcache.text import one_line, redact
 from trainer.config import TrainConfig, TrainLLM
 from trainer.model.llm import FRESH_PREFIX
@@ -85,7 +87,7 @@ def model_card(facts: CardFacts) -> str:
             ]
         )
         or "Not evaluated: `merv-eval run --checkpoint RUN` before the export puts its scores here.",
-        "Settings": f"```yaml\n{facts.config.to_yaml()}```",
+        "Settings": f"```yaml\n{_settings(facts.config)}```",
         "Software": _table(
             ("package", "in training", "at export"),
             (
@@ -194,6 +196,14 @@ def _encoders(record: RunRecord) -> str:
         return "None: this is the text-only baseline."
     table = _table(("encoder", "identity of its tokens", "output", "weights", "tokens T x H x W", "parity"), rows)
     return f"{table}\n\nEvery field of the identities, preprocessing included, is in `encoders.json`."
+
+
+def _settings(config: TrainConfig) -> str:
+    """Every setting as YAML; of clips left out their number, since config.yaml lists them."""
+    settings = to_builtin(asdict(config))
+    if config.exclude:
+        settings["exclude"] = f"{plural(len(config.exclude), 'clip')}, listed in config.yaml"
+    return yaml.safe_dump(settings, sort_keys=False)
 
 
 def _training(facts: CardFacts) -> str:
