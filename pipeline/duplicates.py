@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,8 @@ class Duplicates:
     without: int  # clips that lack tokens of one, which were not compared
     shared: int  # clips that are themselves both trained on and scored
     pairs: tuple[DuplicatePair, ...]
+    leaked: tuple[str, ...]  # clips trained on that are scored too, or alike to one that is
+    repeated: tuple[str, ...]  # further clips trained on: of those alike all but the first
 
     def __repr__(self) -> str:
         found = f"{len(self.pairs)} pairs, {len(self.leaks)} leaks among {self.clips} clips"
@@ -63,13 +66,7 @@ class Duplicates:
 
     def groups(self) -> list[list[str]]:
         """Clips connected by pairs, each group in the order of the pairs: keep one of each to have no duplicates."""
-        group_of: dict[str, list[str]] = {}
-        for pair in self.pairs:
-            one, other = group_of.get(pair.first, [pair.first]), group_of.get(pair.second, [pair.second])
-            if one is not other:
-                one = one + other
-            group_of |= dict.fromkeys(one, one)
-        return list({id(group): group for group in group_of.values()}.values())
+        return _groups(self.pairs)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values, as `--json` prints it."""
@@ -126,6 +123,15 @@ def find_duplicates(
             )
         )
     pairs.sort(key=lambda pair: -min(pair.cosines.values()))
+    alike_to_scored = {
+        clip
+        for pair in pairs
+        for clip, other in ((pair.first, pair.second), (pair.second, pair.first))
+        if clip in trained and other in scored
+    }
+    leaked = (trained & scored) | alike_to_scored
+    others = trained - leaked
+    repeated = [[clip for clip in group if clip in others][1:] for group in _groups(pairs)]
     return Duplicates(
         store=store.path,
         snapshot=store.snapshot,
@@ -135,7 +141,19 @@ def find_duplicates(
         without=len(table) - len(clip_ids),
         shared=len(trained & scored),
         pairs=tuple(pairs),
+        leaked=tuple(sorted(leaked)),
+        repeated=tuple(sorted(chain.from_iterable(repeated))),
     )
+
+
+def _groups(pairs: Iterable[DuplicatePair]) -> list[list[str]]:
+    group_of: dict[str, list[str]] = {}
+    for pair in pairs:
+        one, other = group_of.get(pair.first, [pair.first]), group_of.get(pair.second, [pair.second])
+        if one is not other:
+            one = one + other
+        group_of |= dict.fromkeys(one, one)
+    return list({id(group): group for group in group_of.values()}.values())
 
 
 def _alike(vectors: Sequence[NDArray[np.float32]], threshold: float) -> Iterable[tuple[int, int, list[float]]]:

@@ -11,6 +11,7 @@ from featurestore.locate import Place, names_of
 from mervcache.completion import complete_encoders
 from mervcache.console import ProgressLine, echo, examples
 from mervcache.errors import EXIT_WITH_FAILURES
+from mervcache.files import replace_text
 from pipeline.cli.options import AS_JSON, ROOT, handle_cli_errors, print_result, takes_store
 
 ENCODERS = click.option(
@@ -134,7 +135,12 @@ def fiftyone(place: Place, encoders: str | None, root: str | None, out: Path) ->
         click.get_current_context().exit(EXIT_WITH_FAILURES)
 
 
-@click.command(epilog=examples("merv-pipeline duplicates features/demo.zarr --threshold 0.95 --json"))
+@click.command(
+    epilog=examples(
+        "merv-pipeline duplicates features/demo.zarr --threshold 0.95 --json",
+        "merv-pipeline duplicates features/demo.zarr --out exclude.txt",
+    )
+)
 @handle_cli_errors
 @takes_store
 @ENCODERS
@@ -144,21 +150,36 @@ def fiftyone(place: Place, encoders: str | None, root: str | None, out: Path) ->
     default=0.98,
     help="Smallest cosine similarity of centred mean tokens, for every encoder.",
 )
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the training clips of leaks, one clip id a line, for merv-train --exclude.",
+)
+@click.option("--dedup", is_flag=True, help="With --out: also all but one of training clips alike.")
 @AS_JSON
-def duplicates(place: Place, encoders: str | None, threshold: float, as_json: bool) -> None:
+def duplicates(
+    place: Place, encoders: str | None, threshold: float, out: Path | None, dedup: bool, as_json: bool
+) -> None:
     """List near-duplicates, and leaks into training.
 
     Near-duplicates are similar for every encoder; a leak is a pair of an evaluation clip and a training clip.
     """
     from featurestore import FeatureStore
     from pipeline.cli import render
+    from pipeline.cli.next_step import exclude_command
     from pipeline.duplicates import find_duplicates
 
+    if dedup and out is None:
+        raise click.UsageError("--dedup is of --out: add --out FILE")
     store = FeatureStore.open(place)
     chosen = names_of(encoders) if encoders else list(store.encoders)
     with ProgressLine("pool", unit="clips", total=len(store) * len(chosen)) as progress:
         found = find_duplicates(store, chosen, threshold=threshold, progress=progress)
-    print_result(found.to_dict(), as_json, lambda: render.duplicates(found))
+    clip_ids = [*found.leaked, *(found.repeated if dedup else ())]
+    if out is not None:
+        replace_text(out, "".join(f"{clip_id}\n" for clip_id in clip_ids))
+    next_command = exclude_command(found, encoders, out if clip_ids else None)
+    print_result(found.to_dict(), as_json, lambda: render.duplicates(found, next_command))
 
 
 EXPLORE_COMMANDS: tuple[click.Command, ...] = (view, vectors, fiftyone, duplicates)

@@ -468,8 +468,8 @@ def _changed_media(found: Explanation) -> None:
         )
 
 
-def duplicates(found: Duplicates) -> None:
-    """Pairs, leaks first, and what was compared."""
+def duplicates(found: Duplicates, next_command: str) -> None:
+    """Pairs, leaks first, what was compared, and the command that leaves the training clips of leaks out."""
     pairs = sorted(found.pairs, key=lambda pair: not pair.is_leak)
     rows = [
         (
@@ -493,3 +493,6 @@ def duplicates(found: Duplicates) -> None:
         print(f"{plural(found.shared, 'clip')} have both trained and scored conversations")
     if found.without:
         print(f"{plural(found.without, 'clip')} not compared: tokens of an encoder are missing")
+    if found.leaked or found.repeated:
+        print(f"training clips to leave out: {len(found.leaked):,} of leaks, {len(found.repeated):,} more with --dedup")
+        print(next_command)

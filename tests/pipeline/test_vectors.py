@@ -135,3 +135,52 @@ def test_the_command_prints_what_the_function_finds(store):
     assert printed["leaks"] == 1
     shown = CliRunner().invoke(main, ["duplicates", opened.path, "--threshold", "0.95"])
     assert clips[1].clip_id in shown.stdout
+
+
+@pytest.fixture
+def leaky(tmp_path, toy_identity, write_store):
+    """Seven clips: 0 to 2 alike and 1 scored, 3 trained and scored, 4 to 6 alike and trained on."""
+    rng = np.random.default_rng(0)
+    clips = [Clip(dataset="toy", path=f"{number}.mp4", kind="video") for number in range(7)]
+    identity = toy_identity("one", width=6)
+    tokens = [rng.standard_normal((*identity.grid, identity.width)).astype(np.float16) for _ in clips]
+    tokens[1] = tokens[2] = tokens[0]
+    tokens[5] = tokens[6] = tokens[4]
+    arrays = {("one", clip.clip_id): {"tokens": found} for clip, found in zip(clips, tokens, strict=True)}
+    writer = write_store(tmp_path / "leaky.zarr", clips, {"one": identity}, arrays)
+    trained = [sample(number, clips[number], "finetune") for number in (0, 2, 3, 4, 5, 6)]
+    writer.add_samples("toy", [*trained, sample(7, clips[1], "eval"), sample(8, clips[3], "eval")])
+    writer.publish_snapshot()
+    return FeatureStore.open(tmp_path / "leaky.zarr")
+
+
+def test_what_to_leave_out_is_the_trained_side_of_leaks_and_of_repeats_all_but_one(leaky):
+    found = find_duplicates(leaky)
+    assert found.leaked == ("toy/0.mp4", "toy/2.mp4", "toy/3.mp4")
+    assert found.repeated == ("toy/5.mp4", "toy/6.mp4")
+
+
+def test_the_list_is_a_clip_a_line_and_the_next_command_reads_it(leaky, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*options):
+        result = CliRunner().invoke(main, ["duplicates", leaky.path, *options])
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    last = run("--threshold", "0.9").splitlines()[-1]
+    assert last.endswith(f"merv-pipeline duplicates {leaky.path} --threshold 0.9 --out exclude.txt")
+    printed = run("--out", "exclude.txt")
+    assert "training clips to leave out: 3 of leaks, 2 more with --dedup" in printed
+    assert f"merv-train --from-cache {leaky.path} --exclude exclude.txt" in printed
+    assert (tmp_path / "exclude.txt").read_text() == "toy/0.mp4\ntoy/2.mp4\ntoy/3.mp4\n"
+    as_json = json.loads(run("--out", "exclude.txt", "--dedup", "--json"))
+    listed = (tmp_path / "exclude.txt").read_text().splitlines()
+    assert listed == as_json["leaked"] + as_json["repeated"]
+    assert len(listed) == 5
+
+
+def test_dedup_without_a_file_is_an_error(leaky):
+    result = CliRunner().invoke(main, ["duplicates", leaky.path, "--dedup"])
+    assert result.exit_code == 2
+    assert "add --out FILE" in result.stderr
