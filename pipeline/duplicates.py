@@ -2,7 +2,7 @@
 
 Two clips are near-duplicates where the cosine of their centred mean tokens reaches a threshold for every encoder that
 holds both. Exact ones have media of equal sha256. Leakage is a pair of which one clip has questions to score and the
-other is trained on.
+other is trained on. Conversations name videos, so a window is trained on or scored where its video is.
 
 C clips, D width of an encoder.
 """
@@ -10,9 +10,9 @@ C clips, D width of an encoder.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from featurestore.clips import Sample
 from featurestore.store import FeatureStore
+from featurestore.windows import videos_in_windows, window_length
 from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import UserError
 from mervcache.reprs import brief
@@ -52,7 +53,7 @@ class Duplicates:
     without: int  # clips that lack tokens of one, which were not compared
     shared: int  # clips that are themselves both trained on and scored
     pairs: tuple[DuplicatePair, ...]
-    leaked: tuple[str, ...]  # clips trained on that are scored too, or alike to one that is
+    leaked: tuple[str, ...]  # clips or videos trained on that are scored too, or alike to one that is
     repeated: tuple[str, ...]  # further clips trained on: of those alike all but the first
 
     def __repr__(self) -> str:
@@ -66,7 +67,7 @@ class Duplicates:
 
     def groups(self) -> list[list[str]]:
         """Clips connected by pairs, each group in the order of the pairs: keep one of each to have no duplicates."""
-        return _groups(self.pairs)
+        return _groups((pair.first, pair.second) for pair in self.pairs)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values, as `--json` prints it."""
@@ -110,6 +111,13 @@ def find_duplicates(
     vectors = [pool_clips(store, name, clip_ids, progress=progress).normalised() for name in chosen]
     spans = _span_keys(table.filter(is_complete).to_pylist(), store.media_sha256(encoder=chosen[0]))
     trained, scored = _uses(store.samples())
+    videos = _videos_of_windows(store, trained | scored)
+
+    def named(first: str, second: str) -> list[tuple[str, str]]:
+        """Two clips as conversations name them, in both orders; none for two windows of one video."""
+        pairs = product(videos.get(first, [first]), videos.get(second, [second]))
+        return [sides for one, other in pairs if one != other for sides in ((one, other), (other, one))]
+
     pairs = []
     for first, second, cosines in _alike(vectors, threshold):
         one, other = clip_ids[first], clip_ids[second]
@@ -119,19 +127,14 @@ def find_duplicates(
                 second=other,
                 cosines=dict(zip(chosen, cosines, strict=True)),
                 is_exact=spans[first] is not None and spans[first] == spans[second],
-                is_leak=(one in trained and other in scored) or (other in trained and one in scored),
+                is_leak=any(clip in trained and alike in scored for clip, alike in named(one, other)),
             )
         )
     pairs.sort(key=lambda pair: -min(pair.cosines.values()))
-    alike_to_scored = {
-        clip
-        for pair in pairs
-        for clip, other in ((pair.first, pair.second), (pair.second, pair.first))
-        if clip in trained and other in scored
-    }
-    leaked = (trained & scored) | alike_to_scored
+    sides = [sides for pair in pairs for sides in named(pair.first, pair.second)]
+    leaked = (trained & scored) | {clip for clip, alike in sides if clip in trained and alike in scored}
     others = trained - leaked
-    repeated = [[clip for clip in group if clip in others][1:] for group in _groups(pairs)]
+    repeated = [[clip for clip in group if clip in others][1:] for group in _groups(sides)]
     return Duplicates(
         store=store.path,
         snapshot=store.snapshot,
@@ -146,10 +149,21 @@ def find_duplicates(
     )
 
 
-def _groups(pairs: Iterable[DuplicatePair]) -> list[list[str]]:
+def _videos_of_windows(store: FeatureStore, named: Collection[str]) -> dict[str, list[str]]:
+    """Window -> the videos among `named` that it is of; {} in a store of whole clips."""
+    if all(window_length(identity.frame_rule) is None for identity in store.encoders.values()):
+        return {}
+    found: dict[str, list[str]] = defaultdict(list)
+    for video, windows in sorted(videos_in_windows(named, set(store.clips["clip_id"].to_pylist())).items()):
+        for window in windows:
+            found[window].append(video)
+    return dict(found)
+
+
+def _groups(pairs: Iterable[tuple[str, str]]) -> list[list[str]]:
     group_of: dict[str, list[str]] = {}
-    for pair in pairs:
-        one, other = group_of.get(pair.first, [pair.first]), group_of.get(pair.second, [pair.second])
+    for first, second in pairs:
+        one, other = group_of.get(first, [first]), group_of.get(second, [second])
         if one is not other:
             one = one + other
         group_of |= dict.fromkeys(one, one)

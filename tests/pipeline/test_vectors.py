@@ -184,3 +184,33 @@ def test_dedup_without_a_file_is_an_error(leaky):
     result = CliRunner().invoke(main, ["duplicates", leaky.path, "--dedup"])
     assert result.exit_code == 2
     assert "add --out FILE" in result.stderr
+
+
+def test_windows_leak_between_the_videos_that_conversations_name(tmp_path, toy_identity, write_store):
+    """Windows of 16 s: one of a trained video is like one of a scored video, and one like another of its own video."""
+    rng = np.random.default_rng(0)
+    windows = [("a", 0), ("a", 1), ("b", 0), ("b", 1), ("c", 0), ("d", 0)]
+    clips = [
+        Clip(dataset="toy", path=f"{name}.mp4", kind="video", start_s=16.0 * number, end_s=16.0 * (number + 1))
+        for name, number in windows
+    ]
+    identity = toy_identity("one", width=6, frame_rule="rate-1x16")
+    tokens = [rng.standard_normal((*identity.grid, identity.width)).astype(np.float16) for _ in clips]
+    tokens[1] = tokens[0]  # within video a
+    tokens[3] = tokens[0]  # of video b, which is scored
+    tokens[5] = tokens[4]  # of two trained videos
+    arrays = {("one", clip.clip_id): {"tokens": found} for clip, found in zip(clips, tokens, strict=True)}
+    writer = write_store(tmp_path / "long.zarr", clips, {"one": identity}, arrays)
+    videos = {name: Clip(dataset="toy", path=f"{name}.mp4", kind="video") for name in "abcd"}
+    stages = {"a": "finetune", "b": "eval", "c": "finetune", "d": "finetune"}
+    writer.add_samples("toy", [sample(n, videos[name], stage) for n, (name, stage) in enumerate(stages.items())])
+    writer.publish_snapshot()
+    found = find_duplicates(FeatureStore.open(tmp_path / "long.zarr"))
+    is_leak = {frozenset((pair.first, pair.second)): pair.is_leak for pair in found.pairs}
+    assert is_leak == {
+        frozenset((clips[0].clip_id, clips[1].clip_id)): False,
+        frozenset((clips[0].clip_id, clips[3].clip_id)): True,
+        frozenset((clips[1].clip_id, clips[3].clip_id)): True,
+        frozenset((clips[4].clip_id, clips[5].clip_id)): False,
+    }
+    assert (found.leaked, found.repeated) == (("toy/a.mp4",), ("toy/d.mp4",))
