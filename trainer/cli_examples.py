@@ -1,4 +1,4 @@
-"""Examples at the end of the help of `merv-train` and of the commands of `merv-eval` in `trainer.cli`."""
+"""Examples at the end of the help of `merv-train`, and of the commands of `merv-eval` in `trainer.cli_eval`."""
 
 from mervcache.console import examples
 

@@ -1,4 +1,4 @@
-"""Entry points `merv-train` and `merv-eval`: the commands of `trainer.cli`, and those of the ablations.
+"""Entry points `merv-train` and `merv-eval`: `trainer.cli` and `trainer.cli_eval`, with the commands of the ablations.
 
 `merv-train` trains one run when it is called without a command, so its own options stand before none.
 """
@@ -18,8 +18,8 @@ from trainer import cli
 from trainer.ablation.cli import COMMANDS
 from trainer.ablation.cli_probe import probe_command
 from trainer.ablation.cli_sweep import sweep
+from trainer.cli_eval import eval_main
 
-eval_main = cli.eval_main
 for command in (*COMMANDS, probe_command):
     eval_main.add_command(command)
 

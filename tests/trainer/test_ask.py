@@ -12,9 +12,9 @@ from click.testing import CliRunner
 
 import trainer
 from mervcache.errors import UserError
-from trainer import cli
+from trainer import cli_eval
 from trainer.ask import Asker, parse_clip
-from trainer.cli import eval_main, parse_span
+from trainer.cli_eval import eval_main, parse_span
 from trainer.config import OptimizerConfig, ProjectorConfig, TrainConfig
 from trainer.data.collate import make_batch
 from trainer.data.tokens import TokenShape
@@ -182,7 +182,7 @@ def test_without_a_question_a_terminal_is_asked_and_a_pipe_is_an_error(run, medi
     assert refused.exit_code == 1
     assert "what is the question?" in refused.stderr
 
-    monkeypatch.setattr(cli, "is_terminal", lambda: True)
+    monkeypatch.setattr(cli_eval, "is_terminal", lambda: True)
     answered = ask(*command, input=f"{QUESTION}\n{QUESTION}\n\n")
     assert answered.exit_code == 0, answered.output
     assert answered.stdout == "red\nred\n"

@@ -6,7 +6,8 @@ import yaml
 from click.testing import CliRunner
 
 from mervcache.config import overlay
-from trainer.cli import eval_main, train_main
+from trainer.cli import train_main
+from trainer.cli_eval import eval_main
 from trainer.recipes import get_recipe
 
 SMALL = {
@@ -138,7 +139,7 @@ def test_a_place_that_is_wrong_is_said_before_anything_is_loaded(here, monkeypat
 def test_a_folder_without_a_run_is_said_before_anything_is_loaded(here, monkeypatch, words):
     (here / "run").mkdir()
     (here / "run" / "config.yaml").touch()
-    monkeypatch.setattr("trainer.cli.load_torch_modules", lambda: pytest.fail("loaded"))
+    monkeypatch.setattr("trainer.cli_eval.load_torch_modules", lambda: pytest.fail("loaded"))
     assert "nothing holds no run; give the folder" in error_of(call(eval_main, *words))
 
 

@@ -145,5 +145,5 @@ def test_a_name_that_no_table_has_is_an_error_with_the_nearest_one(make, message
 
 
 def test_config_recipes_and_command_line_import_no_torch():
-    code = "import sys, trainer.cli, trainer.config; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    code = "import sys, trainer.main, trainer.config; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -14,7 +14,7 @@ from featurestore import Clip, FeatureStore, StoreWriter
 from featurestore.quality import STORED, read_distortion
 from featurestore.storage_dtypes import OverflowedTokens
 from mervcache.errors import UserError
-from trainer.cli import eval_main
+from trainer.cli_eval import eval_main
 from trainer.data.tokens import MemoryTokens, PrefixedTokens
 from trainer.distortion import cast_tokens, measure_losses
 from trainer.loop.distributed import make_accelerator

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from mervcache.errors import RunStoppedError, UserError
 from tests.trainer.judge_server import VERSION, JudgeServer
-from trainer.cli import eval_main
+from trainer.cli_eval import eval_main
 from trainer.judge import DEFAULT_TEMPLATE, Judge, JudgeTemplate, Verdict, judge_answers, one_version, parse_verdict
 from trainer.model.open_ended import OpenAnswer
 

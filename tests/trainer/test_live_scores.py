@@ -15,7 +15,7 @@ from pipeline.config import EncoderSettings
 from pipeline.config import read_config as read_extract_config
 from pipeline.encoders.network import build_network
 from pipeline.extract import extract
-from trainer.cli import eval_main
+from trainer.cli_eval import eval_main
 from trainer.config import OptimizerConfig, ProjectorConfig, TrainConfig
 from trainer.end_to_end import live_source
 from trainer.evaluate import EvaluationRequest, evaluate_run

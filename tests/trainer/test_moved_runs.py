@@ -15,7 +15,8 @@ from featurestore.clips import Sample, Turn
 from mervcache.config import overlay
 from trainer.ablation.execute import open_recorded, open_sweep
 from trainer.ablation.sweep import SweepConfig, add_to_record, read_sweep
-from trainer.cli import eval_main, train_main
+from trainer.cli import train_main
+from trainer.cli_eval import eval_main
 from trainer.config import TrainConfig, read_config
 from trainer.paths import found_path, recorded_path
 from trainer.recipes import Stage

@@ -16,7 +16,8 @@ from featurestore import FeatureStore, StoreWriter
 from featurestore.transfer.merge import StoreCells, combine
 from featurestore.transfer.sync import push
 from mervcache.errors import UserError
-from trainer.cli import eval_main, train_main
+from trainer.cli import train_main
+from trainer.cli_eval import eval_main
 from trainer.data.tokens import MemoryTokens
 from trainer.runs import checkpoint
 from trainer.runs.run_record import RunRecord, read_metrics

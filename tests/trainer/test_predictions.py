@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from mervcache.errors import StoreDamagedError, UserError
-from trainer.cli import eval_main
+from trainer.cli_eval import eval_main
 from trainer.evaluate import EvaluationRequest, evaluate_run
 from trainer.model import multiple_choice, open_ended
 from trainer.runs.predictions import RecordLog

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from featurestore import FeatureStore
 from mervcache.errors import UserError
-from trainer.cli import eval_main
+from trainer.cli_eval import eval_main
 from trainer.loop.train import train
 from trainer.model.open_ended import answer_batch
 from trainer.prompt_embeds import export_prompt_embeds

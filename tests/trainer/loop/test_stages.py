@@ -11,7 +11,8 @@ from click.testing import CliRunner
 from featurestore import StoreWriter
 from featurestore.clips import Turn
 from mervcache.errors import UserError
-from trainer.cli import eval_main, train_main
+from trainer.cli import train_main
+from trainer.cli_eval import eval_main
 from trainer.config import OptimizerConfig, read_config
 from trainer.data.tokens import MemoryTokens
 from trainer.loop import train as train_rooms

@@ -7,7 +7,8 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from trainer.cli import eval_main, train_main
+from trainer.cli import train_main
+from trainer.cli_eval import eval_main
 from trainer.runs import checkpoint
 from trainer.runs.export import export_run
 from trainer.runs.run_record import METRICS_FILE, read_metrics

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 
 from mervcache.errors import StoreDamagedError, UserError
-from trainer.cli import eval_main
+from trainer.cli_eval import eval_main
 from trainer.config import FusionConfig, LoraConfig
 from trainer.data.collate import make_batch
 from trainer.evaluate import EvaluationRequest, evaluate_run

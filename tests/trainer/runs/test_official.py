@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from torch import nn
 
 from mervcache.errors import UserError
-from trainer.cli import eval_main
+from trainer.cli_eval import eval_main
 from trainer.config import FusionConfig
 from trainer.data.collate import make_batch
 from trainer.data.tokens import MemoryTokens

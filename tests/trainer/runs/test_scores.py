@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from featurestore import FeatureStore, StoreWriter
 from mervcache.errors import UserError
 from mervcache.files import file_sha256
-from trainer.cli import eval_main
+from trainer.cli_eval import eval_main
 from trainer.evaluate import EvaluationRequest, evaluate_run
 from trainer.loop.train import train
 from trainer.runs import checkpoint
