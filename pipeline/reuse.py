@@ -1,7 +1,8 @@
 """`--reuse`: copy cells that another store holds under the same identity instead of computing them.
 
 The driver proposes clips of the same id, else of the same file name and span. The worker hashes the media that it would
-decode and takes a cell only if the other store's was made of exactly these bytes.
+decode and takes a cell only if the other store's was made of exactly these bytes; without `accept_damaged` also only if
+no frames were substituted.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from featurestore.clips import Clip
 from featurestore.identity import FeatureIdentity
 from featurestore.transfer.merge import StoreCells, copy_cell
 from mervcache.errors import MediaError
+from pipeline.decode.sampling import has_substitutes
 from pipeline.media import Root
 
 if TYPE_CHECKING:
@@ -82,8 +84,13 @@ def copy_cells(
     kind: str,
     writers: Mapping[str, BlockWriter],
     groups: Mapping,
+    *,
+    accept_damaged: bool,
 ) -> dict[str, frozenset[int]]:
-    """Copy what was made of the same bytes; returns the rows that need no computing, by encoder."""
+    """Copy what was made of the same bytes; returns the rows that need no computing, by encoder.
+
+    Cells of damaged media, with substituted frames, are taken only where such frames are accepted.
+    """
     from pipeline.media import Source
 
     source = _source(task.store, task.snapshot)
@@ -96,7 +103,8 @@ def copy_cells(
             except (MediaError, OSError):
                 continue  # decoding reports what is wrong with it
             loaded = source.load(name, clip_id, writer.specs)
-            if loaded.outcome.media_sha256 == digest:
+            is_allowed = accept_damaged or not has_substitutes(loaded.outcome.decoder)
+            if is_allowed and loaded.outcome.media_sha256 == digest:
                 copy_cell(writer, row, loaded)
                 done.add(row)
         copied[encoder] = frozenset(done)

@@ -28,7 +28,7 @@ from featurestore.store import FeatureStore
 from featurestore.transfer.merge import LoadedCell, check_cell
 from featurestore.writer import StoreWriter
 from mervcache.errors import StoreDamagedError
-from pipeline.decode.sampling import DAMAGED
+from pipeline.decode.sampling import has_substitutes
 from pipeline.plan import PlannedBlock
 
 MAX_RECEIPTS = 64  # kept in memory
@@ -118,7 +118,7 @@ class StoredMedia:
                 continue
             for name in set(encoders).intersection(self._groups) - found.keys():
                 cell = self._cell(name, row, sha256)
-                if cell is not None and (accept_damaged or DAMAGED not in (cell.outcome.decoder or "")):
+                if cell is not None and (accept_damaged or not has_substitutes(cell.outcome.decoder)):
                     found[name] = cell
         return found
 

@@ -114,6 +114,11 @@ class Reading:
     decoder: str  # for the receipt
 
 
+def has_substitutes(decoder: str | None) -> bool:
+    """Whether a receipt's decoder records frames of damaged media that their neighbours stand in for."""
+    return DAMAGED in (decoder or "")
+
+
 def frame_indices(
     clip: Clip, num_frames: int, fps: float, rule: FrameRule = FrameRule(), times: np.ndarray | None = None
 ) -> np.ndarray:

@@ -147,7 +147,15 @@ class _Block:
         self._to_encode = dict(task.wanted)  # less the rows that are copied from another store
         if task.reuse is not None:
             with self._stage("copy from another store"):
-                copied = copy_cells(task.reuse, task.root, self._clips, task.kind, self.writers, task.groups)
+                copied = copy_cells(
+                    task.reuse,
+                    task.root,
+                    self._clips,
+                    task.kind,
+                    self.writers,
+                    task.groups,
+                    accept_damaged=task.accept_damaged,
+                )
             for name, rows in copied.items():
                 self._to_encode[name] -= rows
                 self.counts["reused"] += len(rows)

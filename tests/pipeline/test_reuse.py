@@ -39,6 +39,21 @@ def test_other_bytes_under_the_same_name_are_computed(lab, extracted):
     assert not np.array_equal(mine, theirs)
 
 
+def test_tokens_of_a_damaged_file_are_copied_only_where_damaged_files_are_accepted(lab):
+    path = lab.copy_of_root() / "valley/v8.mp4"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3 : len(data) // 3 + 400] = bytes(400)
+    path.write_bytes(data)
+    theirs = str(lab.folder / "theirs.zarr")
+    made = lab.extract(encoders=ONE, kind="video", store=theirs, accept_damaged=True)
+    assert made.failed == 0
+    kept_out = lab.extract(encoders=ONE, kind="video", reuse=theirs)
+    assert (kept_out.reused, kept_out.failed) == (made.clips - 1, 1)
+    assert "damaged file" in FeatureStore.open(lab.store).quarantine["reason"][0].as_py()
+    accepted = lab.extract(encoders=ONE, kind="video", reuse=theirs, accept_damaged=True, retry_quarantine=True)
+    assert (accepted.reused, accepted.failed) == (1, 0)
+
+
 def test_another_identity_saves_nothing(lab, extracted):
     summary = lab.extract(encoders=ONE, reuse=str(extracted.store), storage_dtype="bfloat16", limit=2)
     assert summary.reused == 0
