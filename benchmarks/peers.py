@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from peer_formats import FORMATS, SHAPE, WITHOUT_CODEC
+from peer_clips import SHAPE
+from peer_formats import FORMATS, WITHOUT_CODEC
 
 from featurestore.layout import NEWEST
 from featurestore.newest import list_newest
