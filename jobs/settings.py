@@ -41,7 +41,7 @@ class ClusterSettings:
     partition: str | None = None  # slurm
     account: str | None = None  # slurm
     gpus: int = 1  # slurm: GPUs of a job, 0 for none; a job runs one worker per GPU
-    cpus: int = 8  # slurm: cores of a job; decoding needs about eight per GPU
+    cpus: int = 8  # slurm: cores of a job, for all its GPUs; `plan` prints how many a GPU wants
     memory: str | None = None  # slurm: "64GB"; None: the partition's default
     exclusive: bool = False  # slurm: whole nodes
     directives: tuple[str, ...] = ()  # slurm: further #SBATCH options, such as "--constraint=a100"
