@@ -94,6 +94,7 @@ class Forecast:
     probed_stored: int = 0  # of these, clips whose media other datasets of the store hold under any name: to be copied
     probed_workers: int = 0  # on so many workers
     device: str = ""
+    batch: dict[str, int] = field(default_factory=dict)  # kind -> clips per forward, as given or as fits the device
     decode_s: float = 0.0  # per clip, in a decode process
     balance: Balance | None = None  # decoding alongside encoding; None without a probe
     startup_s: float = 0.0  # until a worker has loaded the encoders; a part of `seconds`
@@ -168,6 +169,7 @@ def forecast(config: ExtractConfig, *, probe: int = 4) -> Forecast:
         probed=len(decode_s),
         probed_stored=_probed_stored(config, objects, listing.name, probed),
         device=probed.device,
+        batch={kind: probed.batch[kind] for kind, records in probed.clips.items() if records},
         decode_s=statistics.fmean(decode_s or [0.0]),
         balance=balance(rows, probed.clips),
         startup_s=startup_s,
@@ -232,14 +234,13 @@ def probe_clips(
     started = time.monotonic()
     engine = reporting_engine(settings)
     startup_s = time.monotonic() - started
+    sizes = {kind: batch.get(kind) or engine.batch_of(kind) for kind in chosen}
     return Probe(
         device=engine.device,
         startup_s=startup_s,
         identities={name: run.identity for name, run in engine.encoders.items()},
-        clips={
-            kind: _probe_kind(engine, root, kind, clips, batch.get(kind) or engine.batch_of(kind))
-            for kind, clips in chosen.items()
-        },
+        clips={kind: _probe_kind(engine, root, kind, clips, sizes[kind]) for kind, clips in chosen.items()},
+        batch=sizes,
     )
 
 

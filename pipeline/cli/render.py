@@ -226,11 +226,12 @@ def forecast(result) -> None:
         workers = plural(result.workers, "worker")
         out.print(bold(format_duration(result.seconds)), f" with {workers} like this one ({low} to {high})", sep="")
         out.print("all workers together: ", bold(hours_text(result.worker_s, result.device, result.gpu_cost)), sep="")
+        batch = " or ".join(plural(clips, f"{kind} clip") for kind, clips in result.batch.items())
         out.print(
             f"from a probe of {plural(result.probed, 'clip')} on {plural(result.probed_workers, 'worker')} "
-            f"({result.device}); the range is {result.interval}. The rows are the encoders alone; decoding, "
-            f"{result.decode_s:.3f} s per clip, runs in parallel and counts where it is slower; "
-            f"{format_duration(result.startup_s)} of the whole is a worker's start."
+            f"({result.device}), a batch is {batch}; the range is {result.interval}. The rows are the "
+            f"encoders alone; decoding, {result.decode_s:.3f} s per clip, runs in parallel and counts where it is "
+            f"slower; {format_duration(result.startup_s)} of the whole is a worker's start."
         )
     if balance := result.balance:
         kind = "GPU" if result.device.startswith("cuda") else "worker"

@@ -136,4 +136,5 @@ class Probe:
     startup_s: float  # until a worker has loaded the encoders
     identities: Mapping[str, FeatureIdentity]  # by encoder
     clips: Mapping[str, Sequence[ProbeRecord]]  # by kind; clips that cannot be decoded are left out
+    batch: Mapping[str, int]  # clips per forward, by kind
     workers: int = 1

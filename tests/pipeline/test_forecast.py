@@ -22,7 +22,7 @@ def test_predicted_bytes_are_within_a_tenth_of_what_is_then_written(storage, lab
 
 
 def test_rows_are_by_stage_kind_and_encoder(lab):
-    result = forecast(lab.config(encoders=TWO), probe=1)
+    result = forecast(lab.config(encoders=TWO, batch={"video": 3}), probe=1)
     rows = {(row.stage, row.kind, row.encoder): row for row in result.rows}
     # three clips have a caption and a question, the other six films and five stills a question
     counts = {("align+finetune", "video"): 3, ("finetune", "video"): 6, ("finetune", "image"): 5}
@@ -36,6 +36,7 @@ def test_rows_are_by_stage_kind_and_encoder(lab):
         ("finetune", "image"): 4,
     }
     assert result.probed == 2
+    assert result.batch == {"video": 3, "image": 8}  # the second is the default of a CPU
     assert all(row.seconds > 0 for row in rows.values())
     assert 0 < result.startup_s < result.seconds
     low, high = result.interval_s
