@@ -26,6 +26,7 @@ EXTRA_OF = {  # module that an extra brings -> the extras that have it
     **dict.fromkeys(("torch", "transformers", "accelerate", "safetensors", "PIL"), "extract,train"),
     **dict.fromkeys(("dask", "distributed", "cryptography"), "extract,train"),
     **dict.fromkeys(("av", "webdataset"), "extract"),
+    **dict.fromkeys(("huggingface_hub", "obstore"), "remote"),
     "peft": "train",
     "pandas": "pandas",
     "matplotlib": "plot",

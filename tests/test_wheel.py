@@ -114,11 +114,19 @@ def test_reading_a_store_needs_no_extra(tmp_path, write_store, toy_identity):
     assert (done.stdout, done.stderr) == (f"{float(tokens.sum())}\n", "")
 
 
-def test_a_command_without_its_extra_names_it(tmp_path):
-    words = ["extract", "--dataset", "demo", "--weights", "random:0"]
+@pytest.mark.parametrize(
+    ("words", "extra"),
+    [
+        (("extract", "--dataset", "demo", "--weights", "random:0"), "extract"),
+        (("push", "toy.zarr", "hf://datasets/user/name"), "remote"),
+        (("status", "hf://datasets/user/name"), "remote"),
+        (("status", "s3://bucket/name"), "remote"),
+    ],
+)
+def test_a_command_without_its_extra_names_it(tmp_path, words, extra):
     code = f"{WITHOUT_EXTRAS}from pipeline.cli.extract import main\nmain({words})"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
     assert done.returncode == 1
-    assert re.search(r"Error: \w+ is not installed: pip install 'merv-pipeline\[extract", done.stderr), done.stderr
+    assert re.search(rf"Error: .*: pip install 'merv-pipeline\[{extra}[,\]]", done.stderr), done.stderr
