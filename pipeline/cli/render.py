@@ -110,7 +110,7 @@ def summary(result) -> None:
         if count:
             out.print(f"{count} (clip, encoder) pairs were copied from {source}")
     if result.halvings:
-        out.print(f"{result.halvings} batches were halved for lack of device memory: give a smaller batch")
+        out.print(f"{result.halvings} batches were halved for lack of device memory; see what else uses the device")
     if result.unchanged:
         out.print(f"{plural(result.unchanged, 'clip')} failed as before and stay quarantined")
     if result.reasons:

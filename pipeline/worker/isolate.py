@@ -95,8 +95,8 @@ def _extract_isolated(task: BlockTask) -> BlockReport:
         if -status in EXTERNAL_SIGNALS:
             at = f", while {last.encoder} encoded {dict(task.rows)[last.row].clip_id}" if last else ""
             raise RunStoppedError(
-                f"{name} was killed from outside ({describe_exit(status)}){at}; if it was for lack of memory, give a "
-                "smaller --batch in the config or a larger machine, and run the same command again"
+                f"{name} was killed from outside ({describe_exit(status)}){at}; if it was for lack of memory, give "
+                "the job more or use fewer decode_processes, and run the same command again"
             )
         crashes[last] += 1
         if crashes[last] < TRIES:

@@ -171,7 +171,7 @@ def test_an_encoder_short_of_device_memory_halves_its_batches_and_every_account_
     printed = io.StringIO()
     monkeypatch.setattr("sys.stdout", printed)
     render.summary(summary)
-    assert "8 batches were halved for lack of device memory: give a smaller batch" in printed.getvalue()
+    assert "8 batches were halved for lack of device memory; see what else" in printed.getvalue()
     ids = store.clips["clip_id"].to_pylist()
     ours, theirs = (FeatureStore.open(place).read(ids, encoder="siglip") for place in (lab.store, extracted.store))
     np.testing.assert_allclose(ours, theirs, atol=2e-3)
