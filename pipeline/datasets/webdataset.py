@@ -59,7 +59,8 @@ PROMPTS = {"video": "<video>\nDescribe the video.", "image": "<image>\nDescribe 
 DOWNLOAD = """\
 Tar shards as video2dataset writes them (video2dataset --url_list=... --output_format=webdataset --output_folder=ROOT),
 anywhere under the root, a folder or a URL such as s3://BUCKET/FOLDER; or name them:
---option shards='https://HOST/{00000..00099}.tar'"""
+--option shards='https://HOST/{00000..00099}.tar'
+By URL, listing sends about one request per video, and with --fps it fetches every video whole."""
 
 
 def collect(builder: ListingBuilder, options: Mapping[str, Any]) -> None:
