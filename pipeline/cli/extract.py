@@ -134,7 +134,7 @@ def plan(config_file: str | None, probe: int, as_json: bool, **options: Any) -> 
     "--media",
     type=click.Choice(["quick", "full"]),
     default="quick",
-    help="quick hashes media modified since extraction, full hashes all.",
+    help="quick hashes media modified since their tokens were made, full hashes all.",
 )
 @click.option("--probe", type=click.IntRange(0), default=0, help="Clips of each kind to encode for the time estimate.")
 @click.option("--print-config", is_flag=True, help="Print the settings that are explained, for extract --config.")

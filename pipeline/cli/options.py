@@ -186,7 +186,10 @@ extraction_options = stacked(  # what would be extracted, from where, with what,
         help="local, cuda (this machine's GPUs), slurm, tcp://HOST:PORT, or a scheduler file.",
     ),
     click.option(
-        "--workers", type=click.IntRange(1), show_default="1, with cuda one per GPU", help="Worker processes."
+        "--workers",
+        type=click.IntRange(1),
+        show_default="1; with cuda one per GPU; with slurm one per GPU of a job",
+        help="Worker processes.",
     ),
     CLUSTER_OPTION,
     DEVICE,

@@ -30,7 +30,7 @@ _WEIGHTS = {
     "assumed": "weights are not here: assumed to be the stored ones",
 }
 _MEDIA = {
-    "quick": "media that were touched since the first run are compared, --media full compares all",
+    "quick": "media modified since their tokens were made are compared, --media full compares all",
     "full": "all media compared",
 }
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     "--media",
     type=click.Choice(["quick", "full"]),
     show_default="not checked",
-    help="Look for media that changed: quick hashes those touched since the first run, full hashes all.",
+    help="Look for media that changed: quick hashes those modified since their tokens were made, full hashes all.",
 )
 @click.option(
     "--parity",
