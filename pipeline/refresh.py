@@ -30,7 +30,7 @@ from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import MediaError, MervCacheError
 from pipeline.datasets import DatasetListing
 from pipeline.media import Root, Source, newest_touch_s
-from pipeline.media_digests import DigestCache
+from pipeline.media_cache import MediaCache
 from pipeline.plan import PlannedBlock, StoreView
 from pipeline.remote_shards import RemoteRoot, remote_root
 
@@ -168,7 +168,7 @@ def stale_media(
     """
     stored = _stored_clips(view, listing.clips, identities)
     progress.start(len(stored))
-    with DigestCache() as cache, ThreadPoolExecutor(4) as pool:
+    with MediaCache() as cache, ThreadPoolExecutor(4) as pool:
         scanner = _Scanner(root=listing.root, cache=cache, starts=RunStarts(view), full=full, progress=progress)
         chunks = [stored[first : first + CHUNK] for first in range(0, len(stored), CHUNK)]
         scans = [scan for chunk in pool.map(scanner.scan_all, chunks) for scan in chunk]
@@ -232,7 +232,7 @@ class _Scanner:
     """Checks the media under a root, from several threads."""
 
     root: Root
-    cache: DigestCache
+    cache: MediaCache
     starts: RunStarts
     full: bool  # ignore dates and cached digests
     progress: ProgressLine  # advanced once for each clip that is done

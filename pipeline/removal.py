@@ -22,7 +22,7 @@ from mervcache.errors import UserError
 from mervcache.files import RENDERED_FOLDER, user_cache
 from mervcache.text import redact
 from pipeline.media import Root
-from pipeline.media_digests import DigestCache
+from pipeline.media_cache import MediaCache
 from pipeline.remote_shards import RemoteRoot, address_of, forget_shard, split_member
 from pipeline.summary import media_root
 
@@ -72,7 +72,7 @@ def forget_copies(paths: Collection[tuple[str, str]], roots: Mapping[str, Collec
     for root, path in found:
         if isinstance(root, RemoteRoot):
             removed += forget_shard(root, split_member(path)[0])
-    with DigestCache() as cache:
+    with MediaCache() as cache:
         cache.forget({address(root, path) for root, path in found})
     return removed
 

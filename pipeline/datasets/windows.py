@@ -1,13 +1,14 @@
 """Long videos as windows: every video of a listing becomes clips of equal length, as soon as its own length is known.
 
-Lengths come from the headers of the media, in decode processes that can be killed: media are untrusted. Samples go on
-naming the video that they are about; `featurestore.windows` finds its windows.
+Lengths come from the headers of the media, in decode processes that can be killed: media are untrusted. They are kept
+for later runs. Samples go on naming the video that they are about; `featurestore.windows` finds its windows.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
 
@@ -18,7 +19,8 @@ from mervcache.errors import MediaError
 from pipeline.datasets.base import EXAMPLES_KEPT, DatasetListing, Rejected
 from pipeline.decode.pool import DecodePool, decode_ahead
 from pipeline.decode.sampling import LengthJob
-from pipeline.media import Root
+from pipeline.media import Root, Source
+from pipeline.media_cache import MediaCache
 
 LOOKAHEAD = 64  # videos given to the decode processes ahead of their turn
 ENDS_AT_FRAME = "a clip that ends at a frame's number has no windows in seconds"
@@ -91,15 +93,33 @@ def _fits(clip: Clip, length: Fraction) -> bool:
 def media_lengths(
     root: Root, clips: Iterable[Clip], pool: DecodePool, progress: ProgressLine = SILENT
 ) -> dict[str, float]:
-    """Path -> seconds of the clips' media; without those whose length cannot be found."""
-    of_path = list({clip.path: clip for clip in clips}.values())
+    """Path -> seconds of the clips' media; without those whose length cannot be found.
+
+    Media that were not touched since an earlier run found their length are not opened.
+    """
+    of_path = {clip.path: clip for clip in clips}
     progress.start(len(of_path))
     found: dict[str, float] = {}
-    jobs = ((place, LengthJob(root=root, clip=clip)) for place, clip in enumerate(of_path))
-    for place, seconds in decode_ahead(jobs, pool, LOOKAHEAD):
-        progress.advance()
-        if not isinstance(seconds, MediaError):
-            found[of_path[place].path] = seconds
+    unknown: list[Clip] = []
+    stamped: dict[str, tuple[Source, str]] = {}  # path -> media and what shows that they were touched
+    with MediaCache() as cache:
+        for path, clip in of_path.items():
+            with suppress(MediaError, OSError):  # the decode process finds the same fault, and reports it
+                source = Source.find(root, path)
+                stamped[path] = source, cache.stamp(source)
+                if (known_s := cache.known_length_s(source)) is not None:
+                    found[path] = known_s
+                    progress.advance()
+                    continue
+            unknown.append(clip)
+        jobs = ((place, LengthJob(root=root, clip=clip)) for place, clip in enumerate(unknown))
+        for place, seconds in decode_ahead(jobs, pool, LOOKAHEAD):
+            progress.advance()
+            if not isinstance(seconds, MediaError):
+                path = unknown[place].path
+                found[path] = seconds
+                if path in stamped:
+                    cache.save_length_s(*stamped[path], seconds)
     return found
 
 

@@ -10,7 +10,7 @@ from featurestore.clips import Clip
 from featurestore.records import driver_runs
 from featurestore.writer import StoreWriter
 from pipeline.media import Source, newest_touch_s
-from pipeline.media_digests import DigestCache
+from pipeline.media_cache import MediaCache
 from pipeline.plan import StoreView
 from pipeline.refresh import CLOCK_SLACK_S, RunStarts, _file_touch_s, _NewestRows
 from pipeline.summary import ExtractSummary
@@ -116,12 +116,12 @@ def test_a_folder_of_frames_is_remembered_until_one_of_them_is_touched(tmp_path)
     (tmp_path / "frames").mkdir()
     for number in range(3):
         (tmp_path / "frames" / f"{number}.png").write_bytes(b"%d" % number)
-    with DigestCache(tmp_path / "m.sqlite") as cache:
+    with MediaCache(tmp_path / "m.sqlite") as cache:
         source = Source.find(str(tmp_path), "frames")
         assert newest_touch_s(source) > 0
         assert cache.known(source) is None
         assert cache.sha256(source) == source.sha256()
-    with DigestCache(tmp_path / "m.sqlite") as cache:
+    with MediaCache(tmp_path / "m.sqlite") as cache:
         assert cache.known(source) == source.sha256()
         os.utime(tmp_path / "frames" / "1.png", (5, 5))
         assert cache.known(source) is None
@@ -131,5 +131,5 @@ def test_a_memory_that_is_no_database_remembers_nothing_and_ends_nothing(tmp_pat
     (tmp_path / "m.sqlite").write_bytes(b"no database at all" * 100)
     (tmp_path / "a.mp4").write_bytes(b"a")
     source = Source.find(str(tmp_path), "a.mp4")
-    with DigestCache(tmp_path / "m.sqlite") as cache:
+    with MediaCache(tmp_path / "m.sqlite") as cache:
         assert cache.sha256(source) == source.sha256()

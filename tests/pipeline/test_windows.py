@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import shutil
+import struct
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +21,9 @@ from featurestore.transfer.merge import StoreCells, combine
 from featurestore.transfer.selection import Selection
 from mervcache.errors import ClipUnavailableError, IdentityConflictError, UserError
 from pipeline.config import ExtractConfig
+from pipeline.datasets import list_clips
+from pipeline.media import Source
+from pipeline.media_cache import MediaCache
 from pipeline.status import inspect_store
 from pipeline.worker.block import extract_block
 
@@ -75,6 +84,54 @@ def test_the_same_command_again_does_nothing(windowed):
     summary = windowed.extract(encoders=TWO, **WINDOWS)
     assert (summary.clips, summary.blocks) == (0, 0)
     assert windowed.hashes(windowed.store) == before
+
+
+@contextmanager
+def opened_files(root: Path) -> Iterator[list[str]]:
+    """Names of the files below `root` that any process opens in the block, filled at its end (inotify)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    events, names = libc.inotify_init1(os.O_NONBLOCK), []
+    assert events >= 0
+    for folder in [root, *(path for path in root.rglob("*") if path.is_dir())]:
+        assert libc.inotify_add_watch(events, os.fsencode(folder), 0x20) >= 0  # IN_OPEN
+    try:
+        yield names
+        with suppress(BlockingIOError):
+            while data := os.read(events, 1 << 16):
+                while data:
+                    _, mask, _, length = struct.unpack_from("iIII", data)
+                    if not mask & 0x40000000:  # IN_ISDIR: a listed folder
+                        names.append(os.fsdecode(data[16 : 16 + length].rstrip(b"\0")))
+                    data = data[16 + length :]
+    finally:
+        os.close(events)
+
+
+def test_a_repeated_run_opens_no_video_that_was_not_touched(lab):
+    lab.copy_of_root()
+    videos = {path.name for path in lab.root.rglob("*.mp4")}
+    with opened_files(lab.root) as opened:
+        first = list_clips(lab.config(encoders=TWO, **WINDOWS))
+    assert videos <= set(opened)
+    with opened_files(lab.root) as opened:
+        assert list_clips(lab.config(encoders=TWO, **WINDOWS)) == first
+    assert not videos & set(opened)
+
+    lab.film(lab.root / "videochatgpt_tune/v3.mp4", "libx264", 30, 25, 48, 48)  # 1.2 s in place of 2.57 s
+    with opened_files(lab.root) as opened:
+        again = list_clips(lab.config(encoders=TWO, **WINDOWS))
+    assert videos & set(opened) == {"v3.mp4"}
+    assert (len(first.videos[V3]), len(again.videos[V3])) == (6, 3)
+
+
+def test_a_removed_video_leaves_no_length_behind(lab):
+    lab.copy_of_root()
+    list_clips(lab.config(encoders=TWO, **WINDOWS))
+    source = Source.find(str(lab.root), "videochatgpt_tune/v3.mp4")
+    with MediaCache() as cache:
+        assert cache.known_length_s(source) == pytest.approx(2.57, abs=0.01)
+        cache.forget([os.path.realpath(lab.root / source.path)])
+        assert cache.known_length_s(source) is None
 
 
 def test_whole_clips_and_windows_are_two_identities(windowed):

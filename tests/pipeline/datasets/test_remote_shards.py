@@ -19,7 +19,7 @@ from featurestore.objects.remote import connect
 from mervcache.errors import MediaError, RunStoppedError, UserError
 from pipeline.datasets import load_dataset
 from pipeline.media import Source, resolve_media
-from pipeline.media_digests import DigestCache
+from pipeline.media_cache import MediaCache
 from pipeline.remote_shards import RemoteRoot, connection, parse_sidecar
 from tests.featurestore.gcs_server import gcs
 from tests.featurestore.s3_server import counts
@@ -257,9 +257,9 @@ def test_captions_come_from_the_table_beside_a_shard_where_its_members_have_none
 def test_digests_of_remote_media_are_known_until_the_shard_changes(bucket, tmp_path):
     bucket.put("data/0.tar", shard("a", "b"))
     root = load_dataset("webdataset", f"{bucket.url}/data").root
-    with DigestCache(tmp_path / "digests") as cache:
+    with MediaCache(tmp_path / "digests") as cache:
         digest = cache.sha256(Source.find(root, "0.tar/a.mp4"))
-    with DigestCache(tmp_path / "digests") as cache:
+    with MediaCache(tmp_path / "digests") as cache:
         assert cache.known(Source.find(root, "0.tar/a.mp4")) == digest
         bucket.put("data/0.tar", shard("a", "c"))
         root = load_dataset("webdataset", f"{bucket.url}/data").root
