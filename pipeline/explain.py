@@ -31,6 +31,7 @@ from pipeline.plan import StoreView
 from pipeline.refresh import StaleMedia, stale_media
 from pipeline.run_encoders import WantedEncoder, resolve_weights
 from pipeline.summary import changed_versions, past_rate, settings_of
+from pipeline.worker.forwards import SharedForwards, same_forward
 from pipeline.worker.reports import ProbeRecord
 
 State = Literal["same", "changed", "new"]
@@ -47,12 +48,19 @@ class Cost:
     quarantined: int  # failed before; left alone but with --retry-quarantine, and in no other figure here
     bytes: int  # of missing and stale clips
     bytes_from: str
+    forwards: int
+    """Clips whose forward these seconds hold: fewer than missing and stale ones where encoders above share it."""
     seconds: float | None  # of one worker; None: unknown
     seconds_from: str
 
     @property
     def clips(self) -> int:
         return self.missing + self.stale
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the seconds of other encoders hold forwards of this one."""
+        return self.forwards < self.clips
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,22 +143,27 @@ def explain(
     records = store.clips.select(("dataset", "path", "kind", "start_s", "end_s", "end_frame")).to_pylist()
     in_dataset = [Clip(**r) for r in records if r["dataset"] == config.dataset and config.kind in (None, r["kind"])]
     if listing is None:
-        media, probed, clips, counts = StaleMedia(), {}, in_dataset, {}
+        media, probed, clips, counts = StaleMedia(), None, in_dataset, {}
     else:
         # Compare with tokens that are stored as wanted, else with whatever is stored.
         ids = {identity.id for identity in store.encoders.values()}
         same = {one.settings.key: one.identity for one in wanted if one.identity.id in ids}
         media = stale_media(view, listing, same or store.encoders, full=full, progress=progress)
-        probed = {}
+        probed = None
         if probe:
             from jobs.clusters import connect
             from pipeline.forecast import probe_workers, spread_clips
 
             chosen = {kind: spread_clips([c for c in listing.clips if c.kind == kind], probe) for kind in KINDS}
             with connect(config.cluster_request) as client:
-                probed = probe_workers(client, config, listing.root, chosen, workers=1).clips
+                probed = probe_workers(client, config, listing.root, chosen, workers=1)
         clips, counts = listing.clips, _media_counts(config, listing, in_dataset, media, view.removed)
-    changes = tuple(_change(one, store, view, probed, clips, media) for one in wanted)
+    together = same_forward(config.encoder_settings, compiled=config.compiled)
+    forwards = probed.forwards if probed else [[settings.key for settings in group] for group in together]
+    prices = _Prices(
+        store=store, runs=view.runs, probed=probed.clips if probed else {}, shared=SharedForwards(forwards)
+    )
+    changes = tuple(_change(one, store, view, prices, clips, media) for one in wanted)
     named = {one.identity.id for one in wanted} | set(config.encoders)
     return Explanation(
         store=str(path),
@@ -200,7 +213,7 @@ def _change(
     wanted: WantedEncoder,
     store: FeatureStore,
     view: StoreView,
-    probed: Mapping[str, Sequence[ProbeRecord]],
+    prices: _Prices,
     clips: Sequence[Clip],
     media: StaleMedia,
 ) -> EncoderChange:
@@ -209,7 +222,7 @@ def _change(
     stored = {key: known for key, known in store.encoders.items() if known.encoder == name}
     nearest = min(stored.values(), key=lambda known: len(known.changes(identity)), default=None)
     changes = nearest.changes(identity) if nearest else {}
-    costs = _costs(wanted.settings.key, identity, store, view, probed, clips, media)
+    costs = _costs(wanted.settings.key, identity, store, view, prices, clips, media)
     return EncoderChange(
         encoder=wanted.settings.key,
         state="new" if nearest is None else "changed" if changes else "same",
@@ -229,7 +242,7 @@ def _costs(
     identity: FeatureIdentity,
     store: FeatureStore,
     view: StoreView,
-    probed: Mapping[str, Sequence[ProbeRecord]],
+    prices: _Prices,
     clips: Sequence[Clip],
     media: StaleMedia,
 ) -> list[Cost]:
@@ -244,61 +257,65 @@ def _costs(
     costs = []
     for kind in KINDS:
         ids = {clip.clip_id for clip in clips if clip.kind == kind} - view.removed
-        counts = {"missing": len(ids - held - failed), "stale": len(ids & stale), "quarantined": len(ids & failed)}
+        missing, changed = ids - held - failed, ids & stale
+        counts = {"missing": len(missing), "stale": len(changed), "quarantined": len(ids & failed)}
         if not any(counts.values()):
             continue
-        to_do = counts["missing"] + counts["stale"]
-        records = [record for record in probed.get(kind, ()) if name in record.encoders]
-        per_clip, bytes_from = _bytes_per_clip(store, name, identity, kind, records)
-        seconds, seconds_from = _seconds_per_clip(store, view.runs, name, identity, kind, records)
+        per_clip, bytes_from = prices.bytes_per_clip(name, identity, kind)
+        forwards = prices.shared.add(name, missing | changed)
+        seconds, seconds_from = prices.seconds(name, identity, kind, forwards, len(missing) + len(changed))
         costs.append(
             Cost(
                 kind=kind,
                 **counts,
-                bytes=round(to_do * per_clip),
+                bytes=round((len(missing) + len(changed)) * per_clip),
                 bytes_from=bytes_from,
-                seconds=None if seconds is None else to_do * seconds,
+                forwards=forwards,
+                seconds=seconds,
                 seconds_from=seconds_from,
             )
         )
     return costs
 
 
-def _bytes_per_clip(
-    store: FeatureStore, name: str, identity: FeatureIdentity, kind: str, probed: Sequence[ProbeRecord]
-) -> tuple[float, str]:
-    """Stored bytes, and their source; stored clips of another identity are scaled by the sizes before compression."""
-    if probed:
-        sizes = [record.encoders[name].stored_bytes for record in probed]
-        return statistics.fmean(sizes), f"a probe of {len(sizes)} clips"
-    stored = [known for known in store.encoders.values() if known.encoder == identity.encoder]
-    for known in sorted(stored, key=lambda known: len(known.changes(identity))):
-        stored_bytes, clips = store.stored_bytes(known, kind)
-        if clips:
-            scale = clip_bytes(identity, kind) / clip_bytes(known, kind)
-            source = f"its {clips} stored clips" + ("" if scale == 1 else f", times {scale:.3g}")
-            return stored_bytes / clips * scale, source
-    return float(clip_bytes(identity, kind)), "before compression"
+@dataclass(frozen=True, kw_only=True)
+class _Prices:
+    """Bytes and seconds of clips, each with its source."""
 
+    store: FeatureStore
+    runs: Sequence[Mapping[str, Any]]
+    probed: Mapping[str, Sequence[ProbeRecord]]  # by kind
+    shared: SharedForwards
 
-def _seconds_per_clip(
-    store: FeatureStore,
-    runs: Sequence[Mapping[str, Any]],
-    name: str,
-    identity: FeatureIdentity,
-    kind: str,
-    probed: Sequence[ProbeRecord],
-) -> tuple[float | None, str]:
-    """Seconds of one worker, and their source."""
-    if probed:
-        shares = []
-        for record in probed:  # the encoder's own time, and its share of decoding that takes longer than all encoders
-            encode_s = sum(cost.seconds for cost in record.encoders.values())
-            scale = max(1.0, record.wall_s / encode_s if encode_s else 1.0)
-            shares.append(record.encoders[name].seconds * scale)
-        return statistics.fmean(shares), f"a probe of {len(shares)} clips"
-    rate = past_rate(runs, {known.group_name: known for known in store.encoders.values()}, identity, kind)
-    return (rate.seconds, rate.source) if rate else (None, "no run of this store computed it: give --probe 4")
+    def bytes_per_clip(self, name: str, identity: FeatureIdentity, kind: str) -> tuple[float, str]:
+        """Stored bytes; stored clips of another identity are scaled by the sizes before compression."""
+        if probed := self.probed.get(kind):
+            sizes = [record.encoders[name].stored_bytes for record in probed]
+            return statistics.fmean(sizes), f"a probe of {len(sizes)} clips"
+        stored = [known for known in self.store.encoders.values() if known.encoder == identity.encoder]
+        for known in sorted(stored, key=lambda known: len(known.changes(identity))):
+            stored_bytes, clips = self.store.stored_bytes(known, kind)
+            if clips:
+                scale = clip_bytes(identity, kind) / clip_bytes(known, kind)
+                source = f"its {clips} stored clips" + ("" if scale == 1 else f", times {scale:.3g}")
+                return stored_bytes / clips * scale, source
+        return float(clip_bytes(identity, kind)), "before compression"
+
+    def seconds(
+        self, name: str, identity: FeatureIdentity, kind: str, forwards: int, clips: int
+    ) -> tuple[float | None, str]:
+        """Seconds of one worker for an encoder's clips, of which `forwards` need a forward of their own."""
+        if probed := self.probed.get(kind):
+            shares = []
+            for record in probed:  # the encoder's time, and its share of decoding that takes longer than all encoders
+                encode_s = sum(cost.seconds for cost in record.encoders.values())
+                scale = max(1.0, record.wall_s / encode_s if encode_s else 1.0)
+                shares.append(self.shared.seconds(record, name, forwards=forwards, clips=clips) * scale)
+            return statistics.fmean(shares), f"a probe of {len(shares)} clips"
+        groups = {known.group_name: known for known in self.store.encoders.values()}
+        if rate := past_rate(self.runs, groups, identity, kind):
+            return forwards * rate.seconds, rate.source
+        return None, "no run of this store computed it: give --probe 4"
 
 
 def _stays(

@@ -43,6 +43,7 @@ from pipeline.run_encoders import LoadingLog
 from pipeline.worker.admission import run_alone
 from pipeline.worker.encode import TokenEncoder, encode_batch_together
 from pipeline.worker.engine import Engine, decode_job, reporting_engine
+from pipeline.worker.forwards import SharedForwards
 from pipeline.worker.reports import EncoderProbe, Probe, ProbeRecord
 
 if TYPE_CHECKING:
@@ -70,7 +71,14 @@ class ForecastRow:
     are compared at extraction, which may find more under other names."""
     bytes: int  # of what is to do
     files: int
+    forwards: int
+    """Clips whose forward these seconds hold: fewer than are to compute where rows above share it."""
     seconds: float | None  # on one worker; None without a probe
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the seconds of other rows hold forwards of this one."""
+        return self.forwards < self.to_do - self.reusable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +162,7 @@ def forecast(config: ExtractConfig, *, probe: int = 4) -> Forecast:
         chosen = {kind: spread_clips(clips, probe * num_probed) for kind, clips in chosen.items()}
         probed = probe_workers(client, config, listing.root, chosen, workers=num_probed)
     rows = tuple(_rows(config, objects, listing, probed))
-    total, spread = _total_seconds(rows, probed.clips)
+    total, spread = total_seconds(rows, probed.clips, probed.forwards)
     decode_s = [record.decode_s for records in probed.clips.values() for record in records]
     startup_s, free_bytes = probed.startup_s, None
     if not is_url(config.store_path):  # the nearest folder that exists is on the disk it will be on
@@ -241,6 +249,7 @@ def probe_clips(
         identities={name: run.identity for name, run in engine.encoders.items()},
         clips={kind: _probe_kind(engine, root, kind, clips, sizes[kind]) for kind, clips in chosen.items()},
         batch=sizes,
+        forwards=engine.forwards,
     )
 
 
@@ -358,14 +367,15 @@ def _rows(config: ExtractConfig, objects: Objects, listing: DatasetListing, prob
         clip_ids.setdefault(("+".join(sorted(used_by.get(clip.clip_id, ()))) or "-", clip.kind), set()).add(
             clip.clip_id
         )
-    rows = []
+    rows, shared = [], SharedForwards(probed.forwards)
     for (stage, kind), ids in sorted(clip_ids.items()):
         for name, identity in probed.identities.items():
             to_do = ids - done[name]
-            num_reusable = len(to_do & reusable[name])
-            costs = [record.encoders[name] for record in probed.clips[kind]]
+            to_compute = to_do - reusable[name]
+            forwards, records = shared.add(name, to_compute), probed.clips[kind]
+            costs = [record.encoders[name] for record in records]
             per_clip = statistics.fmean([cost.stored_bytes for cost in costs]) if costs else clip_bytes(identity, kind)
-            seconds = statistics.fmean([cost.seconds for cost in costs]) if costs else None
+            seconds = [shared.seconds(record, name, forwards=forwards, clips=len(to_compute)) for record in records]
             rows.append(
                 ForecastRow(
                     stage=stage,
@@ -373,10 +383,11 @@ def _rows(config: ExtractConfig, objects: Objects, listing: DatasetListing, prob
                     encoder=name,
                     clips=len(ids),
                     to_do=len(to_do),
-                    reusable=num_reusable,
+                    reusable=len(to_do) - len(to_compute),
                     bytes=round(len(to_do) * per_clip),
                     files=FILES_PER_BLOCK * math.ceil(len(to_do) / block_rows[kind]),
-                    seconds=None if seconds is None else (len(to_do) - num_reusable) * seconds,
+                    forwards=forwards,
+                    seconds=statistics.fmean(seconds) if seconds else None,
                 )
             )
     return rows
@@ -422,8 +433,8 @@ def balance(rows: Sequence[ForecastRow], probed: Mapping[str, Sequence[ProbeReco
         to_do = Counter()
         for row in (row for row in rows if row.kind == kind and records):
             to_do[row.encoder] += row.to_do - row.reusable
+            encode_s += row.seconds or 0.0
         for name, clips in to_do.items():
-            encode_s += clips * statistics.fmean(record.encoders[name].seconds for record in records)
             write_s += clips * statistics.fmean(record.encoders[name].write_s for record in records)
         if to_do:
             decode_s += max(to_do.values()) * statistics.fmean(record.decode_s for record in records)
@@ -437,16 +448,27 @@ def balance(rows: Sequence[ForecastRow], probed: Mapping[str, Sequence[ProbeReco
     )
 
 
-def _total_seconds(rows: Sequence[ForecastRow], probed: Mapping[str, Sequence[ProbeRecord]]) -> tuple[float, float]:
-    """Wall seconds of one worker for all kinds, and two standard errors of them."""
-    total = variance = 0.0
+def total_seconds(
+    rows: Sequence[ForecastRow], probed: Mapping[str, Sequence[ProbeRecord]], forwards: Sequence[Sequence[str]]
+) -> tuple[float, float]:
+    """Wall seconds of one worker for all kinds, and two standard errors of them.
+
+    `probed` is by kind; `forwards` are the encoders, together where they share a forward.
+    """
+    total, variance, shared = 0.0, 0.0, SharedForwards(forwards)
     for kind, records in probed.items():
-        to_do = Counter()
+        to_do, to_forward = Counter[str](), Counter[str]()
         for row in (row for row in rows if row.kind == kind):
             to_do[row.encoder] += row.to_do - row.reusable
-        if not records or not to_do:
+            to_forward[row.encoder] += row.forwards
+        clips = max(to_do.values(), default=0)
+        if not records or not clips:
             continue
-        clips = max(to_do.values())
-        total += clips * statistics.fmean(record.wall_s for record in records)
-        variance += (clips * standard_error(records)) ** 2
+        per_clip = []  # records of what is to do, where `wall_s` is of all encoders
+        for record in records:
+            encode_s = sum(shared.seconds(record, name, forwards=to_forward[name], clips=to_do[name]) for name in to_do)
+            wall_s = max(encode_s / clips, record.decode_s / record.decoders)
+            per_clip.append(replace(record, wall_s=wall_s))
+        total += clips * statistics.fmean(record.wall_s for record in per_clip)
+        variance += (clips * standard_error(per_clip)) ** 2
     return total, 2 * math.sqrt(variance)

@@ -119,11 +119,11 @@ def extract(config_file: str | None, print_config: bool, as_json: bool, **option
 @AS_JSON
 def plan(config_file: str | None, probe: int, as_json: bool, **options: Any) -> None:
     """Estimate the cost of an extraction. Clips, bytes, files and hours, by stage, kind and encoder."""
-    from pipeline.cli import render
+    from pipeline.cli import render_costs
     from pipeline.forecast import forecast
 
     result = forecast(config_from_options(config_file, options), probe=probe)
-    print_result(result.to_dict(), as_json, lambda: render.forecast(result))
+    print_result(result.to_dict(), as_json, lambda: render_costs.forecast(result))
 
 
 @click.command(epilog=examples("merv-pipeline explain features/lab.zarr --grid 16,4,4"))
@@ -153,7 +153,7 @@ def explain(
     Options are those of `extract`. An option that is not given has the value of the store's newest run, or with
     --config that of the file, else the default. Nothing is written to the store.
     """
-    from pipeline.cli import render
+    from pipeline.cli import render_costs
     from pipeline.explain import explain as run_explain
     from pipeline.explain import explained_config
 
@@ -164,7 +164,7 @@ def explain(
         return
     with ProgressLine("media", unit="clips") as progress:
         found = run_explain(store, config, settings=settings, full=media == "full", probe=probe, progress=progress)
-    print_result(found.to_dict(), as_json, lambda: render.explanation(found))
+    print_result(found.to_dict(), as_json, lambda: render_costs.explanation(found))
 
 
 _INHERITED = "dataset root encoders weights stage kind limit fps window decoder".split()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,20 +14,11 @@ from mervcache.console import bold, console, format_bytes, format_duration, plur
 from pipeline.cli.next_step import train_command
 from pipeline.datasets import FILES_NAMED, link_advice, missing_lines, options_of
 from pipeline.duplicates import Duplicates
-from pipeline.explain import EncoderChange, Explanation
 from pipeline.status import EncoderProgress, StoreProgress
 from pipeline.summary import hours_text, prediction_text
 from pipeline.worker.reports import PARALLEL_STAGES
 
-NUM_SHOWN = 5  # clip ids; --json has all
 NUM_PAIRS = 50
-VALUE_WIDTH = 70  # characters of a setting
-_STATES = {"same": "stored as requested", "changed": "stored with other settings", "new": "not stored"}
-_WEIGHTS = {
-    "remembered": "digest remembered",
-    "loaded": "digest of the weights loaded now",
-    "assumed": "weights are not here: assumed to be the stored ones",
-}
 _MEDIA = {
     "quick": "media modified since their tokens were made are compared, --media full compares all",
     "full": "all media compared",
@@ -41,7 +31,7 @@ def counted(title: str, unit: str, counts: Mapping[str, int]) -> None:
         table((title, unit), sorted(counts.items(), key=lambda item: -item[1]), right=(unit,))
 
 
-def _left_out(result) -> None:
+def left_out(result) -> None:
     """What a listing left out, of an `ExtractSummary` or a `Forecast`."""
     counted("listed but absent", "media", result.missing)
     for line in missing_lines(result.missing_files):
@@ -104,7 +94,7 @@ def summary(result) -> None:
         beside = ", ".join(f"{name} {result.stage_s.get(name, 0.0):.1f} s" for name in PARALLEL_STAGES)
         out.print(f"in parallel with these stages: {beside}")
     counted("quarantined", "clips", result.reasons)
-    _left_out(result)
+    left_out(result)
     copied = {"another store": result.reused, "other datasets' clips of the same media": result.same_media}
     for source, count in copied.items():
         if count:
@@ -206,42 +196,6 @@ def _left(encoder: EncoderProgress) -> str:
     if encoder.is_done:
         return "done"
     return "time left unknown" if encoder.seconds_left is None else f"{format_duration(encoder.seconds_left)} left"
-
-
-def forecast(result) -> None:
-    """What an extraction would cost."""
-    out = console()
-    columns = ("stage", "kind", "encoder", "clips", "to do", "reusable", "bytes", "files", "time")
-    rows = []
-    for row in result.rows:
-        counts = (row.clips, row.to_do, row.reusable, format_bytes(row.bytes), row.files)
-        rows.append((row.stage, row.kind, row.encoder, *counts, format_duration(row.seconds) if row.seconds else "-"))
-    table(columns, rows, right=columns[3:])
-    for note in result.stored_notes:
-        out.print(note)
-    free = "" if result.free_bytes is None else f", {format_bytes(result.free_bytes)} free"
-    out.print(bold(format_bytes(result.bytes)), f" to write at {result.store}{free}", sep="")
-    if result.seconds:
-        low, high = map(format_duration, result.interval_s)
-        workers = plural(result.workers, "worker")
-        out.print(bold(format_duration(result.seconds)), f" with {workers} like this one ({low} to {high})", sep="")
-        out.print("all workers together: ", bold(hours_text(result.worker_s, result.device, result.gpu_cost)), sep="")
-        batch = " or ".join(plural(clips, f"{kind} clip") for kind, clips in result.batch.items())
-        out.print(
-            f"from a probe of {plural(result.probed, 'clip')} on {plural(result.probed_workers, 'worker')} "
-            f"({result.device}), a batch is {batch}; the range is {result.interval}. The rows are the "
-            f"encoders alone; decoding, {result.decode_s:.3f} s per clip, runs in parallel and counts where it is "
-            f"slower; {format_duration(result.startup_s)} of the whole is a worker's start."
-        )
-    if balance := result.balance:
-        kind = "GPU" if result.device.startswith("cuda") else "worker"
-        cores = plural(balance.cores_wanted, "core")
-        bound = "bound by decoding: the encoders wait for frames" if balance.decode_bound else "not bound by decoding"
-        out.print(
-            f"{bound}; a {kind} here has {balance.decoders} for decoding, and wants {cores} to decode and compress at "
-            "the encoders' pace"
-        )
-    _left_out(result)
 
 
 def encoder_row(spec) -> dict[str, Any]:
@@ -375,98 +329,6 @@ def combined(done: Combined) -> None:
     if done.removed:
         out.print(f"{plural(done.removed, 'clip')} left out: removed by tombstones, which the new store has as well")
     counted("samples", "count", done.samples)
-
-
-def explanation(found: Explanation) -> None:
-    """Encoders, what differs, what it costs, the media, and the next commands."""
-    out = console()
-    out.print(bold(found.store), f"  snapshot {found.snapshot}, dataset {found.dataset}", sep="")
-    out.print(f"settings that were not given: those of {found.settings}")
-    for change in found.encoders:
-        _encoder_change(change)
-    if any(change.costs for change in found.encoders):
-        _costs(found.encoders)
-    if found.untouched:
-        out.print(f"not requested, and unchanged: {', '.join(found.untouched)}")
-    for name, count in found.other_datasets.items():
-        out.print(f"not looked at: {plural(count, 'clip')} of {name} (--dataset {name})")
-    _changed_media(found)
-    for command in found.next:
-        out.print(f"next: {command}", soft_wrap=True)
-
-
-def _encoder_change(change: EncoderChange) -> None:
-    out = console()
-    state = f" {change.identity}: {_STATES[change.state]} ({_WEIGHTS[change.weights]})"
-    out.print("\n", bold(change.encoder), state, sep="")
-    if change.fields:
-        rows: list[tuple[str, ...]] = [(name, _short(old), _short(new)) for name, (old, new) in change.fields.items()]
-        if "weights_sha256" in change.fields:
-            rows.append(("weights", *map(str, change.labels)))
-        table(("field", "stored", "requested"), rows)
-    for reason in change.stays:
-        out.print(f"stays: {reason}", soft_wrap=True)
-    for name, versions in change.versions.items():
-        out.print(
-            f"made with {name} {', '.join(versions['made with'])}, here {versions['here']}: not part of the identity",
-            soft_wrap=True,
-        )
-
-
-def _short(value: Any) -> str:
-    text = "x".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    if re.fullmatch(r"[0-9a-f]{64}", text):
-        return f"{text[:12]}..."
-    return text if len(text) <= VALUE_WIDTH else text[: VALUE_WIDTH - 3] + "..."
-
-
-def _costs(changes: Sequence[EncoderChange]) -> None:
-    """What is to compute, and below it the sources of bytes and times: in the table they would fold every row."""
-    out, rows, sources = console(), [], {}
-    for encoder, cost in [(change.encoder, cost) for change in changes for cost in change.costs]:
-        time_text = "-" if cost.seconds is None else format_duration(cost.seconds)
-        amounts = (format_bytes(cost.bytes), time_text) if cost.clips else ("-", "-")
-        rows.append((encoder, cost.kind, cost.missing, cost.stale, cost.quarantined, *amounts))
-        if cost.clips:
-            source = f"bytes: {cost.bytes_from}; time: {cost.seconds_from}"
-            sources.setdefault(source, []).append(f"{encoder} {cost.kind}")
-    columns = ("to compute", "kind", "missing", "changed media", "quarantined", "bytes", "time")
-    table(columns, rows, right=columns[2:])
-    for source, names in sources.items():
-        out.print(f"{', '.join(names)}: {source}", soft_wrap=True)
-    costs = [cost for change in changes for cost in change.costs]
-    if any(cost.quarantined for cost in costs):
-        out.print("quarantined clips are in no other figure: --retry-quarantine tries them")
-    if costs := [cost for cost in costs if cost.clips]:
-        known = [cost.seconds for cost in costs if cost.seconds is not None]
-        total = f"{format_duration(sum(known))} on one worker" if known else "an unknown time"
-        if known and len(known) < len(costs):
-            total += f", and {plural(len(costs) - len(known), 'row')} of unknown time"
-        out.print("in all ", bold(f"{format_bytes(sum(cost.bytes for cost in costs))} and {total}"), sep="")
-
-
-def _changed_media(found: Explanation) -> None:
-    out = console()
-    if found.problem:
-        out.print(f"\nmedia not looked at: {found.problem}", soft_wrap=True)
-        return
-    none = "" if found.changed or found.failed else ", none of them changed"
-    looked = f"{plural(found.looked_at, 'clip')} with tokens looked at{none}"
-    out.print(f"\nmedia under {found.root}: {looked}", soft_wrap=True)
-    for problem, clips in (
-        ("changed since their tokens were made", found.changed),
-        ("changed, and the new content failed: the old tokens stay", found.failed),
-        ("missing or not readable: their tokens stay valid", found.gone),
-    ):
-        if clips:
-            more = ", ..." if clips[NUM_SHOWN:] else ""
-            out.print(f"{len(clips)} {problem}: {', '.join(clips[:NUM_SHOWN])}{more}", soft_wrap=True, markup=False)
-    if found.new:
-        out.print(f"{plural(found.new, 'clip')} listed that the store has never seen")
-    if found.unlisted:
-        out.print(
-            f"{plural(found.unlisted, 'clip')} of the store that the dataset lists no more: their tokens stay valid"
-        )
 
 
 def duplicates(found: Duplicates, next_command: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -110,20 +110,6 @@ def load_network(settings: Sequence[EncoderSettings], device: str, *, compiled: 
         fingerprints={key: after[key] if before[key] in (None, after[key]) else None for key in after},
         seconds=time.monotonic() - started,
     )
-
-
-def same_forward(settings: Sequence[EncoderSettings], *, compiled: bool = False) -> list[list[EncoderSettings]]:
-    """Settings that one network and one forward serve: they differ in grid and, unless it is compiled, in layer."""
-    groups: list[list[EncoderSettings]] = []
-    for each in settings:
-        shared = replace(each, grid=None, label="", layer=each.layer if compiled else None)
-        for group in groups:
-            if replace(group[0], grid=None, label="", layer=group[0].layer if compiled else None) == shared:
-                group.append(each)
-                break
-        else:
-            groups.append([each])
-    return groups
 
 
 def launch_together(

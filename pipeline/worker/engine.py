@@ -32,9 +32,9 @@ from pipeline.worker.encode import (
     TokenEncoder,
     encode_batch_together,
     load_network,
-    same_forward,
     staging_for,
 )
+from pipeline.worker.forwards import same_forward
 from pipeline.worker.reports import EncoderDescription
 from pipeline.worker.stages import Stages
 

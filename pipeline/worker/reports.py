@@ -111,7 +111,7 @@ class BlockReport(BlockCounts):
 class EncoderProbe:
     """What a probed clip costs with one encoder."""
 
-    seconds: float  # per clip of a full batch
+    seconds: float  # per clip of a full batch; a forward that several share is the first one's
     stored_bytes: float  # the mean over the clips that were encoded together
     write_s: float = 0.0  # core seconds per clip, to compress its tokens
 
@@ -137,4 +137,5 @@ class Probe:
     identities: Mapping[str, FeatureIdentity]  # by encoder
     clips: Mapping[str, Sequence[ProbeRecord]]  # by kind; clips that cannot be decoded are left out
     batch: Mapping[str, int]  # clips per forward, by kind
+    forwards: Sequence[Sequence[str]]  # the encoders, together where they share a forward
     workers: int = 1

@@ -6,7 +6,8 @@ import statistics
 
 import pytest
 
-from pipeline.forecast import ForecastRow, balance, forecast, standard_error
+from pipeline.forecast import ForecastRow, balance, forecast, standard_error, total_seconds
+from pipeline.worker.forwards import SharedForwards
 from pipeline.worker.reports import EncoderProbe, ProbeRecord
 
 TWO = ("languagebind", "siglip")
@@ -89,6 +90,36 @@ def test_workers_that_differ_widen_the_interval_though_each_is_sure_of_itself():
     assert standard_error(records[:1]) == 0
 
 
+def row(**changes) -> ForecastRow:
+    return ForecastRow(**{"stage": "-", "kind": "video", "reusable": 0, "bytes": 0, "files": 0} | changes)
+
+
+def test_a_shared_forward_is_counted_once_in_the_total():
+    """By hand: a forward takes 2 s and the pooling of the second grid 0.5 s; six of ten clips have the first grid."""
+    encoders = {name: EncoderProbe(seconds=s, stored_bytes=0) for name, s in (("a@4x4", 2.0), ("a@2x2", 0.5))}
+    records = {"video": [ProbeRecord(decode_s=0.1, wall_s=2.5, encoders=encoders)]}
+    forwards = [["a@4x4", "a@2x2"]]
+    shared = SharedForwards(forwards)
+    clips = {f"v{number}" for number in range(10)}
+    to_do = {"a@4x4": clips - {f"v{number}" for number in range(6)}, "a@2x2": clips}
+    rows = []
+    for name, ids in to_do.items():
+        count = shared.add(name, ids)
+        seconds = shared.seconds(records["video"][0], name, forwards=count, clips=len(ids))
+        rows.append(row(encoder=name, clips=10, to_do=len(ids), forwards=count, seconds=seconds))
+    assert [(one.forwards, one.seconds, one.is_shared) for one in rows] == [(4, 8.0, False), (6, 17.0, True)]
+    assert total_seconds(rows, records, forwards) == (pytest.approx(25.0), 0.0)  # 10 x 2.0 + 10 x 0.5
+
+
+def test_the_total_is_without_encoders_that_are_stored():
+    """By hand: one encoder of 3 s is stored, the other takes 1 s; decoding takes 0.5 s on each of two processes."""
+    encoders = {name: EncoderProbe(seconds=s, stored_bytes=0) for name, s in (("a", 3.0), ("b", 1.0))}
+    record = ProbeRecord(decode_s=1.0, wall_s=4.0, encoders=encoders, decoders=2)
+    rows = [row(encoder="a", clips=10, to_do=0, forwards=0, seconds=0.0)]
+    rows += [row(encoder="b", clips=10, to_do=10, forwards=10, seconds=10.0)]
+    assert total_seconds(rows, {"video": [record]}, [["a"], ["b"]]) == (pytest.approx(10.0), 0.0)
+
+
 @pytest.mark.parametrize(("decoders", "is_bound"), [(8, True), (18, True), (19, False), (24, False)])
 def test_a_run_is_bound_by_decoding_where_its_decoders_give_less_than_its_encoders_take(decoders, is_bound):
     """By hand: 100 videos take 1.7 s of a GPU, 31.6 core seconds of decoding and 2.1 of compressing."""
@@ -98,10 +129,8 @@ def test_a_run_is_bound_by_decoding_where_its_decoders_give_less_than_its_encode
     }
     record = ProbeRecord(decode_s=0.316, wall_s=0.04, encoders=encoders, decoders=decoders)
     rows = [
-        ForecastRow(
-            stage="-", kind="video", encoder=name, clips=120, to_do=100, reusable=0, bytes=0, files=0, seconds=1.0
-        )
-        for name in encoders
+        row(encoder=name, clips=120, to_do=100, forwards=100, seconds=100 * probe.seconds)
+        for name, probe in encoders.items()
     ]
     found = balance(rows, {"video": [record, record], "image": []})
     assert (found.decoders, found.decode_bound) == (decoders, is_bound)

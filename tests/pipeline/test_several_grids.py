@@ -10,6 +10,7 @@ from featurestore import FeatureStore
 from mervcache.errors import IdentityConflictError, UserError
 from pipeline.cli.next_step import train_command
 from pipeline.config import ExtractConfig
+from pipeline.explain import explain
 from pipeline.forecast import forecast
 from pipeline.worker.block import extract_block
 from pipeline.worker.engine import close_engines, engine_for
@@ -112,8 +113,27 @@ def test_the_plan_prices_one_forward(lab, monkeypatch):
         config = lab.config(encoders=ONE, grid=grid, stage="finetune", kind="video", store=lab.folder / "none.zarr")
         result = forecast(config, probe=2)
         assert (len(result.rows), len(runs)) == (rows, 1)
+        assert [row.forwards for row in result.rows] == [9, 0, 0][:rows]
+        assert [row.is_shared for row in result.rows] == [False, True, True][:rows]
         assert sum(row.bytes for row in result.rows) > 0
         close_engines()
+
+
+def test_the_time_of_a_shared_forward_is_the_same_in_plan_and_explain(lab):
+    lab.extract(encoders=ONE, grid="4x4", kind="video", limit=2)
+    grids = {"encoders": ONE, "grid": "4x4,2x2,raw", "kind": "video"}
+    rows = forecast(lab.config(**grids), probe=1).rows
+    counts = {"dinov2@16x4x4": (7, 7), "dinov2@16x2x2": (9, 2), "dinov2@raw": (9, 0)}  # to do, forwards
+    by_encoder = {name: [row for row in rows if row.encoder == name] for name in counts}
+    assert {n: (sum(r.to_do for r in of), sum(r.forwards for r in of)) for n, of in by_encoder.items()} == counts
+    for probe in (0, 1):
+        found = explain(lab.store, lab.config(**grids), probe=probe)
+        costs = {change.encoder: change.costs[0] for change in found.encoders}
+        assert {name: (cost.clips, cost.forwards) for name, cost in costs.items()} == counts
+    (one,) = explain(lab.store, lab.config(encoders=ONE, grid="2x2", kind="video")).encoders
+    past = explain(lab.store, lab.config(**grids))
+    # nine clips need a forward each, whatever the number of grids
+    assert sum(change.costs[0].seconds for change in past.encoders) == pytest.approx(one.costs[0].seconds)
 
 
 def test_settings_of_a_run_survive_a_file_and_the_journal(lab):
