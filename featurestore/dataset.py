@@ -34,13 +34,14 @@ class FeatureDataset(Dataset[dict[str, Any]]):
     items
         Clip ids, or samples.
     encoders
-        Keys of the store; UserError for others and for none.
+        Encoders as for `FeatureStore.encoder_key`, by which items name their tokens; UserError for others and for none.
     """
 
     def __init__(self, store: FeatureStore, items: Sequence[str] | Sequence[Sample], encoders: Sequence[str]) -> None:
-        unknown = [name for name in encoders if name not in store.encoders]
-        if unknown or not encoders:
-            raise UserError(f"encoders {unknown or '[]'} are not in this store; it has: {', '.join(store.encoders)}")
+        if not encoders:
+            raise UserError(f"a dataset reads at least one encoder; this store has: {', '.join(store.encoders)}")
+        for name in encoders:
+            store.encoder_key(name)
         self._place = store.__reduce__()[1]
         self._store: FeatureStore | None = store
         self._items = list(items)
@@ -86,7 +87,7 @@ class FeatureDataset(Dataset[dict[str, Any]]):
     @cached_property
     def _state(self) -> dict[str, Any]:
         items = [item.digest if isinstance(item, Sample) else item for item in self._items]
-        identities = {name: self.store.encoders[name].id for name in self._encoders}
+        identities = {name: self.store.encoders[self.store.encoder_key(name)].id for name in self._encoders}
         digest = record_digest({"items": sha256_hex("\n".join(items).encode()), "encoders": identities})
         return {"snapshot": self.store.snapshot, "digest": digest}
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -177,19 +176,6 @@ class ClipLines:
                     f"clip {wanted[number]!r} is not in this store's snapshot; see store.clips for those that are"
                 )
         return lines
-
-
-def encoder_keys(groups: Iterable[str]) -> dict[str, str]:
-    """Key -> group name."""
-    names = sorted({name.split("/")[1] for name in groups})
-    count = Counter(name.rsplit("-", 1)[0] for name in names)
-    keys: dict[str, str] = {}
-    for name in names:
-        encoder, identity = name.rsplit("-", 1)
-        keys[encoder if count[encoder] == 1 else f"{encoder}@{identity[:6]}"] = name
-    if len(keys) != len(names):
-        raise StoreFormatError("two identities of one encoder share their first six digits; keep one of them per store")
-    return keys
 
 
 def time_steps(time: int, frames: slice | Sequence[int] | np.ndarray) -> np.ndarray:

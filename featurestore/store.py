@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featurestore.clips import Sample
+from featurestore.encoder_keys import encoder_keys, find_key
 from featurestore.identity import FeatureIdentity
 from featurestore.layout import (
     JOURNAL,
@@ -35,7 +36,7 @@ from featurestore.objects.base import Objects, get_bounded
 from featurestore.objects.open import open_cached
 from featurestore.parquet import named_table_file, read_table
 from featurestore.pooling import FloatDtype, Pool, clips_at_once, float_dtype, pool_tokens
-from featurestore.reader import BatchReader, ClipLines, Frames, encoder_keys
+from featurestore.reader import BatchReader, ClipLines, Frames
 from featurestore.records import (
     MAX_JOURNAL_BYTES,
     Tombstone,
@@ -90,7 +91,7 @@ class FeatureStore:
         self._objects = open_cached(path, cache, cache_bytes) if objects is None else objects
         self._record = load_snapshot(self._objects, snapshot)
         self._batches = BatchReader(self._objects)
-        self._groups = encoder_keys(self._record.groups)  # encoder key -> group name
+        self._groups = {key: identity.group_name for key, identity in self.encoders.items()}
         names = [column(group, "row") for group in self._groups.values()]
         table = read_snapshot_table(self._objects, self._record, ["clip_id", "kind", *names])
         self._clip_ids = table["clip_id"].combine_chunks()
@@ -167,9 +168,15 @@ class FeatureStore:
 
     @cached_property
     def encoders(self) -> dict[str, FeatureIdentity]:
-        """Identities by key: the encoder's name where unique, else `name@id6`."""
-        by_group = {name.split("/")[1]: group.identity for name, group in self._record.groups.items()}
-        return {key: by_group[group] for key, group in self._groups.items()}
+        """Identities by key: the encoder's name where unique, else `name@TxHxW` where grids differ, else `name@id6`."""
+        return encoder_keys(group.identity for group in self._record.groups.values())
+
+    def encoder_key(self, encoder: str) -> str:
+        """The key in `encoders` of `encoder`: a name, `name@TxHxW`, or `name@` and at least six digits of the id.
+
+        UserError lists the choices where it is unknown or fits several identities.
+        """
+        return find_key(encoder, self.encoders)
 
     @cached_property
     def clips(self) -> pa.Table:
@@ -260,7 +267,7 @@ class FeatureStore:
         lines = self._lines(clip_ids)
         if len(set(self._is_image[lines].tolist())) > 1:
             raise UserError("rows count in one array, and these clips are in several (image, video)")
-        return self._rows[self._groups[self._key(encoder)]][lines]
+        return self._rows[self._groups[self.encoder_key(encoder)]][lines]
 
     def read(
         self,
@@ -338,7 +345,7 @@ class FeatureStore:
             raise UserError(f"plot needs at least one clip and one step, got {len(ids)} and num_steps={num_steps}")
         lines = self._lines(ids)
         complete = [key for key, group in self._groups.items() if (self._rows[group][lines] >= 0).all()]
-        shown = (complete or list(self._groups)) if encoders is None else [self._key(encoder) for encoder in encoders]
+        shown = (complete or list(self._groups)) if encoders is None else list(map(self.encoder_key, encoders))
         maps: dict[str, dict[str, np.ndarray]] = {clip_id: {} for clip_id in ids}
         for clip_id, is_image in zip(ids, self._is_image[lines], strict=True):
             for key in shown:
@@ -352,7 +359,7 @@ class FeatureStore:
 
         Empty where the store has none of it; UserError for an encoder whose tokens are of whole clips.
         """
-        key = self._key(encoder)
+        key = self.encoder_key(encoder)
         found = self._windows.of(key, self.encoders[key].frame_rule).windows(clip_id)
         rows = self._rows[self._groups[key]][self._line_of.find(list(found.values()))]
         return windows_to_table(found, (rows >= 0).tolist())
@@ -387,13 +394,13 @@ class FeatureStore:
 
         UserError for an `encoder` stored without them, ClipUnavailableError if one of `clip_ids` has no tokens.
         """
-        if not self.encoders[self._key(encoder)].prefix_tokens:
+        if not self.encoders[self.encoder_key(encoder)].prefix_tokens:
             raise UserError(f"{encoder} was stored without prefix tokens; extract it with prefix tokens to have them")
         return self._batches.read("prefix", *self._locate(clip_ids, encoder), frames)
 
     def media_sha256(self, *, encoder: str) -> dict[str, str]:
         """Clip id -> sha256 of the media behind its tokens of `encoder`, where receipts record it."""
-        group = self._groups[self._key(encoder)]
+        group = self._groups[self.encoder_key(encoder)]
         found: dict[str, str] = {}
         for kind, is_kind in (("image", self._is_image), ("video", ~self._is_image)):
             lines = np.flatnonzero(is_kind & (self._rows[group] >= 0))
@@ -412,7 +419,7 @@ class FeatureStore:
         distinct = sorted(set(clip_ids))
         lines = self._lines(distinct)
         parts: list[str] = []
-        names = {key: column(self._groups[key], "digest") for key in map(self._key, encoders)}
+        names = {key: column(self._groups[key], "digest") for key in map(self.encoder_key, encoders)}
         if names:
             table = read_snapshot_table(self._objects, self._record, list(names.values()))
             for key, name in names.items():
@@ -455,7 +462,7 @@ class FeatureStore:
 
     def _locate(self, clip_ids: Sequence[str], encoder: str) -> tuple[FeatureIdentity, np.ndarray, np.ndarray]:
         """(identity, rows, which are stills) of clips that all have tokens; ClipUnavailableError otherwise."""
-        key, lines = self._key(encoder), self._lines(clip_ids)
+        key, lines = self.encoder_key(encoder), self._lines(clip_ids)
         rows = self._rows[self._groups[key]][lines]
         if (rows < 0).any():
             first = clip_ids[int(np.flatnonzero(rows < 0)[0])]
@@ -472,15 +479,6 @@ class FeatureStore:
 
     def _visible(self, table: pa.Table) -> pa.Table:
         return table.filter(pa.array(~self._is_hidden)) if self._removed else table
-
-    def _key(self, encoder: str) -> str:
-        """The key of an encoder; UserError lists the choices for ambiguous and unknown names."""
-        if encoder in self._groups:
-            return encoder
-        same = [key for key in self._groups if key.split("@")[0] == encoder]
-        if same:
-            raise UserError(f"encoder {encoder!r} is stored under several identities; name one of: {', '.join(same)}")
-        raise UserError(f"encoder {encoder!r} is not in this store; it has: {', '.join(self._groups) or 'none'}")
 
     @cached_property
     def _line_of(self) -> ClipLines:

@@ -119,7 +119,7 @@ def _samples_by_clip(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
 
 
 def _field_of(encoder: str) -> str:
-    """A field's name of an encoder's key, which may be `name@identity`."""
+    """A field's name of an encoder's key, which may be `name@grid` or `name@identity`."""
     return encoder.replace("@", "_").replace("-", "_")
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from featurestore.clips import KINDS, Clip
+from featurestore.encoder_keys import keys_of
 from featurestore.identity import FeatureIdentity
 from featurestore.locate import Place
 from featurestore.objects.base import Objects
@@ -111,14 +112,14 @@ def check_parity(
 
 def _chosen_encoders(store: FeatureStore, encoders: Sequence[str] | None) -> dict[str, FeatureIdentity]:
     """Identities by key; a bare name means every identity of it."""
-    for name in encoders or ():
-        if not any(name in (key, key.split("@")[0]) for key in store.encoders):
+    if encoders is None:
+        return dict(store.encoders)
+    chosen: set[str] = set()
+    for name in encoders:
+        if not (found := keys_of(name, store.encoders)):
             raise UserError(unknown_name("encoder", name, store.encoders))
-    return {
-        key: identity
-        for key, identity in store.encoders.items()
-        if encoders is None or key in encoders or key.split("@")[0] in encoders
-    }
+        chosen.update(found)
+    return {key: identity for key, identity in store.encoders.items() if key in chosen}
 
 
 def clips_by_kind(store: FeatureStore, clip_ids: Collection[str]) -> dict[str, list[str]]:

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from featurestore.encoder_keys import keys_of
 from featurestore.locate import Place
 from featurestore.store import FeatureStore
 from mervcache.errors import UserError
@@ -26,14 +27,13 @@ _NOT_REPEATED = (RUN_ONLY_SETTINGS | {"stage", "kind", "limit", "samples", "acce
 def quarantined(path: Place, *, encoder: str | None = None, reason: str | None = None) -> list[dict[str, Any]]:
     """clip_id, path, encoder, reason, scope of what failed; `reason` is a part of the text, `encoder` a key or name."""
     store = FeatureStore.open(path)
-    known = {key: key.split("@")[0] for key in store.encoders}
-    if encoder is not None and encoder not in known and encoder not in known.values():
-        raise UserError(f"encoder {encoder!r} is not in this store; it has: {', '.join(known) or 'none'}")
+    chosen = list(store.encoders) if encoder is None else keys_of(encoder, store.encoders)
+    if encoder is not None and not chosen:
+        raise UserError(f"encoder {encoder!r} is not in this store; it has: {', '.join(store.encoders) or 'none'}")
     return [
         row
         for row in store.quarantine.to_pylist()
-        if encoder in (None, row["encoder"], known[row["encoder"]])
-        and (reason is None or reason.lower() in row["reason"].lower())
+        if row["encoder"] in chosen and (reason is None or reason.lower() in row["reason"].lower())
     ]
 
 

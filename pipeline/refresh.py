@@ -20,9 +20,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from featurestore.clips import KINDS, Clip
+from featurestore.encoder_keys import encoder_keys
 from featurestore.identity import FeatureIdentity
 from featurestore.layout import JOURNAL, block_of, journal_names
-from featurestore.reader import encoder_keys
 from featurestore.records import RowOutcome
 from featurestore.snapshots import column, load_snapshot, newest_snapshot_id, read_snapshot_table
 from featurestore.writer import StoreWriter
@@ -111,8 +111,8 @@ def clips_without_rows(clips: Iterable[Clip], media: StaleMedia, planned: Iterab
 
 def identity_notes(store: StoreWriter, identities: Mapping[str, FeatureIdentity]) -> list[str]:
     """A line for each encoder that is now stored under several identities."""
-    groups = [f"{kind}/{name}" for kind in KINDS for name in store.encoder_groups(kind)]
-    keys = {group: key for key, group in encoder_keys(groups).items()}
+    stored = encoder_keys(identity for kind in KINDS for identity in store.encoder_groups(kind).values())
+    keys = {identity.group_name: key for key, identity in stored.items()}
     lines, of_this_run = [], {identity.group_name for identity in identities.values()}
     for identity in identities.values():
         name, own = identity.encoder, keys[identity.group_name]

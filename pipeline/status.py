@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from featurestore.clip_names import clips_named
 from featurestore.clips import KINDS
+from featurestore.encoder_keys import keys_of
 from featurestore.layout import receipt_blocks, receipt_key, receipts_prefix
 from featurestore.lease import StoreLease
 from featurestore.locate import Place, is_url, place_of
@@ -74,12 +75,10 @@ def store_status(path: str | Path) -> dict[str, Any]:
 def inspect_store(path: str | Path, name: str) -> dict[str, Any]:
     """Details of an encoder, by its key, or of a clip, by its id or an end of it that no other clip has."""
     store = FeatureStore.open(path)
-    if name in store.encoders:
-        identity = store.encoders[name]
+    if keys_of(name, store.encoders):
+        identity = store.encoders[key := store.encoder_key(name)]
         weights = store.info()["groups"][identity.group_name]["weights"]
-        return {"encoder": name, "id": identity.id, "weights": weights, **identity.to_dict()}
-    if twins := [key for key in store.encoders if key.split("@")[0] == name]:
-        raise UserError(f"{name} is stored under several identities, give one: {', '.join(twins)}")
+        return {"encoder": key, "id": identity.id, "weights": weights, **identity.to_dict()}
     try:
         known = set(store.clips["clip_id"].to_pylist())
         videos = _videos(store, known)

@@ -79,7 +79,7 @@ def pool_clips(
         Tokens are infinite or NaN.
     """
     chosen = None if clip_ids is None else set(clip_ids)
-    table = store.clips
+    table, encoder = store.clips, store.encoder_key(encoder)
     is_stored = table[encoder].to_pylist()
     known = [clip for clip, is_in in zip(table["clip_id"].to_pylist(), is_stored, strict=True) if is_in]
     wanted = known if chosen is None else [clip for clip in known if clip in chosen]
@@ -99,10 +99,7 @@ def pool_clips(
 
 def chosen_encoders(store: FeatureStore, encoders: Sequence[str] | None) -> list[str]:
     """Keys of the encoders named, by default all of the store; UserError for one that it lacks."""
-    chosen = list(store.encoders if encoders is None else encoders)
-    if unknown := [name for name in chosen if name not in store.encoders]:
-        raise UserError(f"no encoder {unknown[0]!r} in {store.path}; it has: {', '.join(store.encoders)}")
-    return chosen
+    return list(store.encoders) if encoders is None else [store.encoder_key(name) for name in encoders]
 
 
 def pool_store(

@@ -435,7 +435,8 @@ def read_config(run: Path) -> TrainConfig:
 def in_paper_order(encoders: Iterable[str]) -> list[str]:
     """The default order: that of `ENCODER_ORDER`, then all others by name.
 
-    A store that holds an encoder under two identities has keys `name@identity`; they take their name's place.
+    A store that holds an encoder under two identities has keys `name@grid` or `name@identity`; they take their name's
+    place.
     """
     places = {encoder: place for place, encoder in enumerate(ENCODER_ORDER)}
     return sorted(encoders, key=lambda key: (places.get(key.partition("@")[0], len(places)), key))

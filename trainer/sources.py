@@ -5,12 +5,14 @@ The pipeline is imported only for live tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 
 from featurestore import FeatureStore
 from featurestore.clips import Sample
+from featurestore.encoder_keys import keys_of
 from mervcache.errors import StoreError, UserError, unknown_name
 from trainer.config import RECORD_FILE, LiveRequest, TrainConfig, in_paper_order, used_encoders
 from trainer.data.batches import named_samples
@@ -25,6 +27,7 @@ from trainer.runs.unbound import is_unbound, why_unreadable
 TokenPlace = str | LiveRequest  # a store's path, or a live extraction
 # Settings, and the folder of a run that may have begun with them -> its samples and tokens.
 OpenTokens = Callable[[TrainConfig, Path | None], tuple[Sequence[Sample], TokenSource]]
+NO_ENCODERS: Mapping[str, str] = MappingProxyType({})
 
 
 def store_of(place: TokenPlace) -> str:
@@ -55,7 +58,7 @@ def opened(place: TokenPlace, out: Path | None = None) -> Iterator[OpenTokens]:
                 place.config_file,
                 out=out,
                 is_trusted=place.is_trusted,
-                recorded=recorded_encoders(config, run),
+                recorded=tuple(recorded_encoders(config, run)),
             )
             return stack.enter_context(source)
 
@@ -78,39 +81,45 @@ def opened_for(
 
 
 def open_store(
-    path: str, config: TrainConfig, *, snapshot: str = "", encoders: Sequence[str] = ()
+    path: str, config: TrainConfig, *, snapshot: str = "", encoders: Mapping[str, str] = NO_ENCODERS
 ) -> tuple[list[Sample], StoreTokens]:
     """The samples the config asks for, and a source of the encoders it uses; at a snapshot, where it is there.
 
-    `encoders` are those of `recorded_encoders`, in the recorded order; without them and without a choice in the config
-    all of the store are used, in the paper's order.
+    `encoders` are those of `recorded_encoders`, found by identity and in the recorded order; without them and without a
+    choice in the config all of the store are used, in the paper's order.
     """
     store = FeatureStore.open(path, snapshot=config.snapshot) if config.snapshot else _at_snapshot(path, snapshot)
     samples = named_samples(config.samples, store.sample_names, store.samples)
-    _check_stored([*(config.encoders or encoders), *config.clips_with], list(store.encoders))
-    used = used_encoders(config, list(encoders) or in_paper_order(store.encoders))
+    stored = {identity.id: key for key, identity in store.encoders.items()}
+
+    def key(encoder: str) -> str:
+        return stored.get(encoders.get(encoder, "")) or _stored_key(store, encoder)
+
+    used = used_encoders(config, list(encoders or config.encoders) or in_paper_order(store.encoders))
     source = StoreTokens(
         store,
-        used,
+        {encoder: key(encoder) for encoder in used},
         parts=parts_of(config.projector),
-        clips_with=config.clips_with,
+        clips_with=[key(encoder) for encoder in config.clips_with],
         max_windows=config.max_windows,
     )
     return samples, source
 
 
-def recorded_encoders(config: TrainConfig, run: Path | None) -> tuple[str, ...]:
-    """The encoders, in order, of the run that is resumed, else of the run that `config.init` names; () without both.
+def recorded_encoders(config: TrainConfig, run: Path | None) -> dict[str, str]:
+    """Encoder -> identity, in order, of the run that is resumed, else of the run that `config.init` names.
 
-    Weights of a fusion may depend on the order, and runs of version 0.1 have another one than new runs.
+    Weights of a fusion may depend on the order, and runs of version 0.1 have another one than new runs. A store that
+    has grown since may have other keys for these identities.
     """
+    record = None
     if run is not None and checkpoint.newest(run) is not None:
-        return RunRecord.read(run).encoder_order
-    if config.init is not None and not config.encoders:
+        record = RunRecord.read(run)
+    elif config.init is not None and not config.encoders:
         origin = last_stage(Path(config.init))
         if (origin / RECORD_FILE).is_file():  # `read_origin` reports one that is missing
-            return RunRecord.read(origin).encoder_order
-    return ()
+            record = RunRecord.read(origin)
+    return {} if record is None else {encoder: record.shapes[encoder].identity for encoder in record.encoder_order}
 
 
 def open_store_for(run: LoadedRun, path: str, *, names: Sequence[str] = ()) -> tuple[list[Sample], StoreTokens]:
@@ -157,19 +166,15 @@ def _snapshot_of(run: Path | None) -> str:
     return RunRecord.read(run).snapshot
 
 
-def _check_stored(wanted: Sequence[str], stored: Sequence[str]) -> None:
-    """Refuse an encoder without tokens; which encoders exist is known to the pipeline, not here."""
-    if missing := [name for name in wanted if name not in stored]:
-        if several := [key for key in stored if key.partition("@")[0] == missing[0]]:
-            raise UserError(
-                f"the store holds {missing[0]} under several identities: name one of {', '.join(several)}, whose grids"
-                " and layers `merv-pipeline status` lists"
-            )
+def _stored_key(store: FeatureStore, encoder: str) -> str:
+    """The store's key of an encoder; which encoders exist is known to the pipeline, not here."""
+    if not keys_of(encoder, store.encoders):
         raise UserError(
-            f"{unknown_name('encoder', missing[0], stored)}. This store has no {missing[0]} tokens; `merv-pipeline"
-            f" encoders` lists what can be added, with `merv-pipeline extract ... --encoders {missing[0]}` and the"
+            f"{unknown_name('encoder', encoder, store.encoders)}. This store has no {encoder} tokens; `merv-pipeline"
+            f" encoders` lists what can be added, with `merv-pipeline extract ... --encoders {encoder}` and the"
             " settings the store was made with"
         )
+    return store.encoder_key(encoder)
 
 
 def check_has_a_store(run: LoadedRun) -> None:

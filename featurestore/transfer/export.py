@@ -45,7 +45,6 @@ from featurestore.objects.base import get_bounded, machine_faults
 from featurestore.objects.local import LocalObjects
 from featurestore.objects.open import in_parallel
 from featurestore.parquet import read_table, table_bytes
-from featurestore.reader import encoder_keys
 from featurestore.records import RowOutcome, Tombstone
 from featurestore.reference_clips import ReferenceClips, max_reference_clip_bytes
 from featurestore.schemas import (
@@ -109,7 +108,7 @@ def export(
     clips = source.clips()
     selection.check(clips)
     clips = [clip for clip in clips if selection.takes(clip)]
-    selected = set(selection.groups(encoder_keys(source.groups())))
+    selected = selection.groups(group.identity for group in source.groups().values())
     groups = {name: group for name, group in source.groups().items() if name.split("/")[1] in selected}
     files = _FileWriter(Path(out))
     record = {

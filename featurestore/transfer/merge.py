@@ -22,7 +22,6 @@ from featurestore.layout import block_of, journal_key, slot_of, tombstone_key
 from featurestore.locate import Place, check_is_another
 from featurestore.objects.base import put_if_absent
 from featurestore.objects.open import in_parallel, open_objects
-from featurestore.reader import encoder_keys
 from featurestore.records import Receipt, RowOutcome, Tombstone, journal_bytes, read_receipt, row_digest
 from featurestore.reference_clips import ReferenceClips, put_reference_clips, read_reference_clips
 from featurestore.schemas import CLIP_SCHEMA, table_to_clips
@@ -397,7 +396,7 @@ def _selected_groups(sources: Sequence[CellSource], selection: Selection) -> dic
     for source in sources:
         for name, group in source.groups().items():
             groups.setdefault(name, group)
-    selected = set(selection.groups(encoder_keys(groups)))
+    selected = selection.groups(group.identity for group in groups.values())
     kinds = (selection.kind,) if selection.kind else KINDS
     kind_and_group = {name: tuple(name.split("/")) for name in groups}
     return {

@@ -9,6 +9,8 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from featurestore.clips import KINDS, Clip, Sample
+from featurestore.encoder_keys import encoder_keys, keys_of
+from featurestore.identity import FeatureIdentity
 from featurestore.windows import videos_in_windows, window_length
 from mervcache.errors import UserError, unknown_name
 
@@ -19,7 +21,7 @@ NO_VIDEOS: Mapping[str, set[str]] = MappingProxyType({})
 class Selection:
     """Which encoders, datasets, clips, kind and split of a store; None means all of them."""
 
-    encoders: tuple[str, ...] | None = None  # keys as in `FeatureStore.encoders`; a bare name: every identity
+    encoders: tuple[str, ...] | None = None  # as for `FeatureStore.encoder_key`; a bare name: every identity
     datasets: tuple[str, ...] | None = None
     clips: frozenset[str] | None = None  # clip ids
     kind: str | None = None
@@ -67,17 +69,16 @@ class Selection:
             and (self.spoken_of is None or clip.clip_id in self.spoken_of)
         )
 
-    def groups(self, keys: dict[str, str]) -> list[str]:
-        """Group names of the selected encoders; `keys` is encoder key -> group name."""
-        if self.encoders is None:
-            return list(keys.values())
-        selected: dict[str, str] = {}
-        for encoder in self.encoders:
-            matching = {key: group for key, group in keys.items() if encoder in (key, key.split("@")[0])}
+    def groups(self, identities: Iterable[FeatureIdentity]) -> set[str]:
+        """Group names of the selected encoders among `identities`."""
+        keys = encoder_keys(identities)
+        selected = set(keys) if self.encoders is None else set[str]()
+        for encoder in self.encoders or ():
+            matching = keys_of(encoder, keys)
             if not matching:
                 raise UserError(unknown_name("encoder", encoder, keys))
-            selected |= matching
-        return list(selected.values())
+            selected.update(matching)
+        return {keys[key].group_name for key in selected}
 
     def check(self, clips: Iterable[Clip]) -> None:
         """Refuse names that no clip has: a typing mistake would otherwise give an empty store."""

@@ -43,7 +43,6 @@ from featurestore.objects.local import LocalObjects
 from featurestore.objects.open import check_writable, in_parallel, open_hub, open_objects
 from featurestore.parquet import digested_file, read_table
 from featurestore.quality import DISTORTION_PREFIX, PARITY_PREFIX
-from featurestore.reader import encoder_keys
 from featurestore.records import (
     MAX_JOURNAL_BYTES,
     Receipt,
@@ -266,7 +265,7 @@ def transfer(
 
 def blocks_to_send(origin: Objects, snapshot: Snapshot, selection: Selection) -> list[BlockTransfer]:
     """The blocks to send, every receipt read and checked against the snapshot."""
-    groups = set(selection.groups(encoder_keys(snapshot.groups)))
+    groups = selection.groups(group.identity for group in snapshot.groups.values())
     requested: dict[tuple[str, int], set[int]] | None = None  # (kind, block) -> rows of requested clips; None: all
     if not selection.takes_all_clips:
         tables = [

@@ -19,7 +19,7 @@ ENCODERS = click.option(
     metavar="LIST",
     shell_complete=complete_encoders,
     show_default="all",
-    help="Only these, comma separated.",
+    help="Only these, comma separated, such as dinov2 or dinov2@16x4x4.",
 )
 
 

@@ -62,7 +62,7 @@ def test_a_spawned_loader_worker_reads_what_the_process_itself_reads(store):
 
 
 def test_unknown_encoders_are_refused_at_once(store):
-    with pytest.raises(UserError, match=r"\['clip'\] are not in this store; it has: dinov2, vivit"):
+    with pytest.raises(UserError, match="encoder 'clip' is not in this store; it has: dinov2, vivit"):
         FeatureDataset(store, IDS, ["clip"])
 
 

@@ -128,7 +128,7 @@ def test_what_cannot_be_read_is_named(filled):
         store.read(VIDEOS[0], encoder="dinov2")
 
 
-def test_two_identities_of_an_encoder_get_keys_with_their_id(filled, kit, make):
+def test_two_identities_that_grids_do_not_tell_apart_get_keys_with_their_id(filled, kit, make):
     filled()
     raw = make.identity(pooling="none")
     kit.fill(raw, new_identity=True)
@@ -137,10 +137,53 @@ def test_two_identities_of_an_encoder_get_keys_with_their_id(filled, kit, make):
     keys = sorted(f"dinov2@{identity.id[:6]}" for identity in (raw, make.identity()))
     assert list(store.encoders) == [*keys, "vivit"]
     assert store.encoders[f"dinov2@{raw.id[:6]}"] == raw
-    with pytest.raises(UserError, match=f"several identities; name one of: {keys[0]}, {keys[1]}"):
-        store.read(VIDEOS[:1], encoder="dinov2")
+    for several in ("dinov2", "dinov2@4x2x2"):
+        with pytest.raises(UserError, match=f"'{several}' is .*several identities; name one of: {keys[0]}, {keys[1]}"):
+            store.read(VIDEOS[:1], encoder=several)
     assert store.read(VIDEOS[:1], encoder=keys[0]).shape == (1, 4, 2, 2, 8)
     assert set(keys) <= set(store.clips.column_names)
+
+
+def test_two_grids_of_an_encoder_get_keys_with_their_grid_and_are_found_by_their_id_too(filled, kit, make):
+    filled()
+    fine, coarse = make.identity(), make.identity(grid=(4, 1, 1))
+    kit.fill(coarse, new_identity=True)
+    store = kit.open()
+    assert dict(store.encoders) == {"dinov2@4x2x2": fine, "dinov2@4x1x1": coarse}
+    assert {"dinov2@4x2x2", "dinov2@4x1x1"} <= set(store.clips.column_names)
+    stored = store.read(VIDEOS[:2], encoder="dinov2@4x1x1")
+    assert stored.shape == (2, 4, 1, 1, 8)
+    for digits in (coarse.id[:6], coarse.id):
+        assert np.array_equal(store.read(VIDEOS[:2], encoder=f"dinov2@{digits}"), stored)
+    digests = {store.data_digest(VIDEOS, [name]) for name in ("dinov2@4x1x1", f"dinov2@{coarse.id[:6]}")}
+    assert len(digests) == 1
+    for unknown in ("dinov2@4x4x4", f"dinov2@{coarse.id[:5]}", "dinov2@", f"vivit@{coarse.id[:6]}"):
+        with pytest.raises(UserError, match="is not in this store; it has: dinov2@4x"):
+            store.read(VIDEOS[:1], encoder=unknown)
+
+
+def test_a_text_means_the_same_identity_or_is_refused_when_the_store_has_grown(filled, kit, make):
+    """By a grid, an id or the name alone: one identity, then another grid, then another layer at the second grid."""
+    filled()
+    fine, coarse = make.identity(), make.identity(grid=(4, 1, 1))
+    deep = make.identity(grid=(4, 1, 1), layer="output of block 12 of 24")
+    texts = ("dinov2", "dinov2@4x2x2", "dinov2@4x1x1", *(f"dinov2@{one.id[:6]}" for one in (fine, coarse, deep)))
+
+    def meaning():
+        store, found = kit.open(), []
+        for text in texts:
+            try:
+                found.append(store.encoders[store.encoder_key(text)])
+            except UserError as error:
+                found.append("several" if "several identities" in str(error) else None)
+        return found
+
+    assert meaning() == [fine, fine, None, fine, None, None]
+    kit.fill(coarse, new_identity=True)
+    assert meaning() == ["several", fine, coarse, fine, coarse, None]
+    kit.fill(deep, new_identity=True)
+    assert meaning() == ["several", fine, "several", fine, coarse, deep]
+    assert set(kit.open().encoders) == {f"dinov2@{one.id[:6]}" for one in (fine, coarse, deep)}
 
 
 def test_quarantine_lists_failures_of_clips_and_of_one_encoder(filled, kit, make):

@@ -7,11 +7,17 @@ import json
 import pytest
 
 from featurestore import FeatureStore
+from featurestore.transfer.merge import StoreCells, combine
+from featurestore.transfer.selection import Selection
 from mervcache.errors import IdentityConflictError, UserError
 from pipeline.cli.next_step import train_command
 from pipeline.config import ExtractConfig
 from pipeline.explain import explain
 from pipeline.forecast import forecast
+from pipeline.parity import check_parity
+from pipeline.quarantine import quarantined
+from pipeline.status import inspect_store, store_status
+from pipeline.vectors import pool_store
 from pipeline.worker.block import extract_block
 from pipeline.worker.engine import close_engines, engine_for
 
@@ -176,13 +182,38 @@ def test_grids_and_layers_that_cannot_be_are_refused(changes, message, lab):
         lab.extract(encoders=ONE, **changes)
 
 
+def test_every_command_takes_an_encoder_by_its_grid_or_its_id(lab):
+    (lab.copy_of_root() / "llava_image_tune/coco/0.png").write_bytes(b"no picture")
+    lab.extract(encoders=ONE, grid="4x4,2x2", kind="image", canaries=True)
+    store = FeatureStore.open(lab.store)
+    keys = ["dinov2@16x2x2", "dinov2@16x4x4"]
+    assert sorted(store.encoders) == sorted(entry["encoder"] for entry in store_status(lab.store)["encoders"]) == keys
+    coarse = store.encoders[keys[0]]
+    for name in (keys[0], f"dinov2@{coarse.id[:6]}"):
+        assert inspect_store(lab.store, name)["id"] == coarse.id
+        assert {row.encoder for row in check_parity(lab.store, encoders=[name]).rows} == {keys[0]}
+        assert {row["encoder"] for row in quarantined(lab.store, encoder=name)} == {keys[0]}
+        assert pool_store(store, [name]).column_names == pool_store(store, [keys[0]]).column_names
+        part = lab.folder / f"{name}.zarr"
+        combine([StoreCells(lab.store)], part, selection=Selection(encoders=(name,)))
+        assert list(FeatureStore.open(part).encoders.values()) == [coarse]
+        assert FeatureStore.open(part).encoder_key(name) == "dinov2"
+    for name in ("dinov2@16x8x8", "dinov2@000000"):
+        for use in (
+            lambda name: inspect_store(lab.store, name),
+            lambda name: check_parity(lab.store, encoders=[name]),
+            lambda name: quarantined(lab.store, encoder=name),
+            lambda name: pool_store(store, [name]),
+            lambda name: combine([StoreCells(lab.store)], lab.folder / "x.zarr", selection=Selection(encoders=(name,))),
+        ):
+            with pytest.raises(UserError, match="dinov2@16x2x2"):
+                use(name)
+
+
 def test_status_training_and_repair_know_each_identity_by_its_key(lab, monkeypatch):
     from pipeline.cli import render
     from pipeline.encoders.loading import Encoder
-    from pipeline.parity import check_parity
     from pipeline.recompute import Recompute
-    from pipeline.status import store_status
-    from trainer.sources import _check_stored
 
     whole, runs = Encoder.encode_layers, []
 
@@ -206,5 +237,5 @@ def test_status_training_and_repair_know_each_identity_by_its_key(lab, monkeypat
         receipt = group.receipt(0)
         again = Recompute(lab.store, root=str(lab.root), weights=None, device="cpu")(group, receipt)
         assert [row.digest for row in again.receipt.rows] == [row.digest for row in receipt.rows]
-    with pytest.raises(UserError, match="under several identities: name one of dinov2@"):
-        _check_stored(["dinov2"], list(keys))
+    with pytest.raises(UserError, match="under several identities; name one of: dinov2@"):
+        inspect_store(lab.store, "dinov2")

@@ -44,7 +44,11 @@ PROBES = ("linear", "attentive")  # as in trainer/ablation/probe_features.py, wh
     "--samples", default="", show_default="all", metavar="LIST", help="Sets of samples whose --category is read."
 )
 @click.option(
-    "--encoders", default="", show_default="all", metavar="LIST", help="Encoders of the store, or NAME@IDENTITY."
+    "--encoders",
+    default="",
+    show_default="all",
+    metavar="LIST",
+    help="Encoders of the store: NAME, NAME@TxHxW or NAME@ID.",
 )
 @click.option(
     "--subsets", default="all", metavar="|".join([*SUBSET_RULES, "LIST"]), help="Sets of encoders, as for sweep."

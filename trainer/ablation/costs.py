@@ -332,7 +332,7 @@ def run_costs(
     folder = last_stage(Path(run))
     record = RunRecord.read(folder)
     opened = FeatureStore.open(store or record.store)
-    names = {encoder.partition("@")[0] for encoder in record.shapes}  # a store that holds one twice calls it NAME@ID
+    names = {encoder.partition("@")[0] for encoder in record.shapes}  # without the grid or id of one stored twice
     extraction = extraction_cost(opened.runs(), encoders=names)
     live_s = extraction.worker_s_per_clip
     source = "a worker's time in the store's extraction, for the encoders of this run"

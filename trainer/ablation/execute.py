@@ -25,7 +25,7 @@ from featurestore.locate import is_url
 from jobs.clusters import ClusterRequest, connect
 from jobs.run import Task, run_tasks
 from mervcache.console import ProgressLine
-from mervcache.errors import MervCacheError, StoreError, UserError, unknown_name
+from mervcache.errors import MervCacheError, StoreError, UserError
 from mervcache.files import replace_text
 from trainer.ablation.live_time import add_end_to_end
 from trainer.ablation.supervise import RunJob, RunTime, checkpoints_of, supervise
@@ -42,6 +42,7 @@ from trainer.ablation.sweep import (
     recorded_axes,
     run_folder,
     shared_settings,
+    with_keys,
 )
 from trainer.ablation.wall_time import add_run_time
 from trainer.config import Protocol, TrainConfig, in_paper_order
@@ -118,9 +119,8 @@ def open_sweep(sweep: SweepConfig, stages: Stages, store_path: str, out: Path) -
     """
     store = _open_pinned(store_path, out)
     config = stages[-1].config
-    if unknown := [name for name in sweep.encoders if name not in store.encoders]:
-        raise UserError(unknown_name("encoder", unknown[0], list(store.encoders)))
-    encoders = sweep.encoders or tuple(in_paper_order(store.encoders))
+    encoders = tuple(map(store.encoder_key, sweep.encoders)) or tuple(in_paper_order(store.encoders))
+    sweep = replace(sweep, subsets=with_keys(sweep.subsets, store))
     protocol = default_protocol(config)
     if config.eval_every is not None and config.eval_split == sweep.split:
         raise UserError(

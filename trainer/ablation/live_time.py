@@ -17,7 +17,7 @@ from trainer.runs.stage_folders import last_stage
 
 
 def names_in(encoders: Iterable[str]) -> set[str]:
-    """Names in a store's journal: a store that holds an encoder twice calls it NAME@ID."""
+    """Names in a store's journal: a store that holds an encoder twice calls it NAME@GRID or NAME@ID."""
     return {encoder.partition("@")[0] for encoder in encoders}
 
 

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featurestore import FeatureIdentity, FeatureStore
+from featurestore.encoder_keys import keys_of
 from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import UserError, unknown_name
 from mervcache.reprs import brief
@@ -50,7 +51,7 @@ from trainer.ablation.probe_models import ATTENTIVE_FORMULA, LINEAR_FORMULA, pre
 from trainer.ablation.probe_sweep import Agreement, compare_with_sweep
 from trainer.ablation.results import read_results
 from trainer.ablation.statistics import DRAWS, LEVEL, Resampling
-from trainer.ablation.sweep import ALL, expand_subsets
+from trainer.ablation.sweep import ALL, expand_subsets, with_keys
 from trainer.config import in_paper_order
 from trainer.data.batches import named_samples
 from trainer.data.tokens import StoreTokens, TokenShape
@@ -170,7 +171,7 @@ def probe(
     source = StoreTokens(opened, keys)
     if source.has_windows:
         raise UserError("a probe reads one clip per label, these tokens are of windows: probe a store of whole clips")
-    chosen = _subsets(subsets, keys, opened.encoders)
+    chosen = _subsets(with_keys(subsets, opened), keys, opened.encoders)
     readouts = _readouts(probes, grids, source.shapes)
     used = [key for key in keys if any(key in subset for subset in chosen)]
     plan, not_computed = _plan(readouts, used, source.shapes)
@@ -274,7 +275,7 @@ def _encoders(store: FeatureStore, names: Sequence[str]) -> list[str]:
         return list(keys)
     found: dict[str, None] = {}
     for name in names:
-        same = [key for key in keys if name in (key, key.split("@")[0])]
+        same = [key for key in keys if key in keys_of(name, store.encoders)]
         if not same:
             raise UserError(unknown_name("encoder", name, keys))
         found.update(dict.fromkeys(same))

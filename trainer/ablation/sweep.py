@@ -22,6 +22,8 @@ from math import isqrt, prod
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from featurestore import FeatureStore
+from featurestore.encoder_keys import keys_of
 from mervcache.config import overlay, to_builtin
 from mervcache.errors import UserError, unknown_name
 from mervcache.files import load_json, replace_text
@@ -126,6 +128,17 @@ def expand_subsets(rules: Sequence[str], encoders: Sequence[str]) -> list[tuple[
                 raise UserError(unknown_name("subset or encoder in --subsets", unknown[0], [*SUBSET_RULES, *whole]))
             found.add(tuple(encoder for encoder in whole if encoder in names))
     return sorted(found, key=lambda subset: (len(subset), [whole.index(encoder) for encoder in subset]))
+
+
+def with_keys(rules: Sequence[str], store: FeatureStore) -> tuple[str, ...]:
+    """Rules for subsets with every encoder by its key in the store; a name that stands for no or several stays."""
+
+    def key(name: str) -> str:
+        found = keys_of(name, store.encoders)
+        return found[0] if len(found) == 1 else name
+
+    named = ["+".join(key(name.strip()) for name in rule.split("+")) for rule in rules]
+    return tuple(rule if rule in SUBSET_RULES else given for rule, given in zip(rules, named, strict=True))
 
 
 def plan_runs(
@@ -293,7 +306,7 @@ def _check_record(record: Any) -> None:
     if not names or len(set(names)) != len(names) or not all(isinstance(name, str) for name in [*names, split]):
         raise ValueError(f"encoders are different names and the split is one, got {names} and {split!r}")
     for run, entry in record["runs"].items():
-        if not re.fullmatch(r"[\w+.,=-]+", run) or set(run) == {"."}:
+        if not re.fullmatch(r"[\w@+.,=-]+", run) or set(run) == {"."}:
             raise ValueError(f"{run!r} is no name of a run's folder")
         if unknown := [name for name in entry["encoders"] if name not in names]:
             raise ValueError(f"run {run} has encoder {unknown[0]!r}, the sweep has {', '.join(names)}")

@@ -116,9 +116,8 @@ class TokenSource(Protocol):
 class StoreTokens(TokenSource):
     """Tokens that a feature store holds, of some of its encoders.
 
-    `encoders` are the store's keys, or the run's names for them: a store that holds an encoder twice has other keys.
-    `parts` is what is read of each clip, which a projector's `parts_of` says: one class token per frame is a small
-    fraction of a raw grid's bytes.
+    `encoders` are as for `FeatureStore.encoder_key`, or from a run's names for them to such. `parts` is what is read of
+    each clip, which a projector's `parts_of` says: one class token per frame is a small fraction of a raw grid's bytes.
     """
 
     def __init__(
@@ -130,12 +129,15 @@ class StoreTokens(TokenSource):
         clips_with: Sequence[str] = (),
         max_windows: int | None = None,
     ) -> None:
-        """Only clips that have tokens of the `clips_with` encoders too are available; these are keys of the store.
+        """Only clips that have tokens of the `clips_with` encoders too are available.
 
         Of a video in windows at most `max_windows` are shown, None: all.
         """
         self._store, self._parts = store, parts
-        self._keys = dict(encoders) if isinstance(encoders, Mapping) else {encoder: encoder for encoder in encoders}
+        keys = encoders if isinstance(encoders, Mapping) else {encoder: encoder for encoder in encoders}
+        self._keys = {encoder: store.encoder_key(key) for encoder, key in keys.items()}
+        if len(set(self._keys.values())) < len(self._keys):
+            raise UserError(f"two of the encoders {', '.join(self._keys)} are the same in this store; name each once")
         self.snapshot = store.snapshot
         identities = {encoder: store.encoders[key] for encoder, key in self._keys.items()}
         self.shapes = {
@@ -149,7 +151,7 @@ class StoreTokens(TokenSource):
             )
             for encoder, identity in identities.items()
         }
-        clips, wanted = store.committed, dict.fromkeys([*self._keys.values(), *clips_with])
+        clips, wanted = store.committed, dict.fromkeys([*self._keys.values(), *map(store.encoder_key, clips_with)])
         has_all = np.logical_and.reduce([clips[key].to_numpy(zero_copy_only=False) for key in wanted])
         self._available = set(clips["clip_id"].filter(pa.array(has_all)).to_pylist())
         rules = [identity.frame_rule for identity in identities.values()]

@@ -272,6 +272,18 @@ def test_the_stores_samples_give_classes_but_answers_are_none(make_store):
     assert "give labels of clips" in call(store).stderr
 
 
+def test_grids_of_one_encoder_are_named_by_them_and_found_by_their_id(make_store):
+    clips, labels = clips_of(24), [KINDS[index % 2] for index in range(24)]
+    fine = with_label(noise(0, 24), labels)
+    store = make_store(clips, {("toy", "last"): fine, ("toy", "same"): fine[:, :, :1, :1]})
+    coarse = FeatureStore.open(store).encoders["toy@2x1x1"].id
+    by_clip = dict(zip((clip.clip_id for clip in clips), labels, strict=True))
+    report = probe(store, by_clip, subsets=[f"toy@{coarse[:6]}", "toy@2x1x1+toy@2x2x2"], probes=["linear"], draws=DRAWS)
+    assert {row.encoders for row in report.rows} == {("toy@2x1x1",), ("toy@2x1x1", "toy@2x2x2")}
+    (row,) = probe(store, by_clip, encoders=[f"toy@{coarse}"], probes=["linear"], draws=DRAWS).rows
+    assert row.encoders == ("toy@2x1x1",)
+
+
 def test_layers_of_one_encoder_are_ranked_and_named(make_store):
     clips = clips_of(30)
     labels = {clip.clip_id: KINDS[index % 3] for index, clip in enumerate(clips)}
