@@ -1,6 +1,7 @@
-"""Hooks of the site: pages that include a file of the repository, with its links as links between pages.
+"""Hooks of the site: files of the repository as pages, and links to these files as links to their pages.
 
-A notebook is included with the outputs that are saved in it.
+The pages do not exist in the repository: there, a link leads to the file itself. A notebook is shown with the outputs
+that are saved in it.
 """
 
 from __future__ import annotations
@@ -12,37 +13,59 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
 ROOT = Path(__file__).resolve().parents[1]
-INCLUDE = re.compile(r'^--8<-- "(.+)"$', re.MULTILINE)
 LINK = re.compile(r"\[([^\]]*)\]\(([^)\s:]+)\)")
-PAGES = {  # files of the repository -> their pages
-    "README.md": "index.md",
-    "CONTRIBUTING.md": "contributing.md",
-    "CHANGELOG.md": "changelog.md",
-    "jobs/README.md": "clusters.md",
-    "benchmarks/README.md": "measurements.md",
+FILES = {  # pages of the site -> files of the repository, which are their text
+    "contributing.md": "CONTRIBUTING.md",
+    "changelog.md": "CHANGELOG.md",
+    "clusters.md": "jobs/README.md",
+    "measurements.md": "benchmarks/README.md",
+    "notebooks/ablate.md": "docs/notebooks/ablate.ipynb",
+    "notebooks/own-videos.md": "docs/notebooks/own-videos.ipynb",
+    "notebooks/train-and-ask.md": "docs/notebooks/train-and-ask.ipynb",
 }
+PAGES = {file: page for page, file in FILES.items()} | {"README.md": "index.md"}
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Called by mkdocs for every page."""
-    return INCLUDE.sub(lambda match: included(match[1]), markdown)
+def on_files(files: Files, *, config: MkDocsConfig) -> Files:
+    """Add the pages of files; called by mkdocs before it reads the navigation."""
+    for page, file in FILES.items():
+        files.append(File.generated(config, page, content=page_text(file)))
+    return files
 
 
-def included(file: str) -> str:
-    """The text of a file; a link to what is no page keeps its text alone."""
-    if file.endswith(".ipynb"):
-        return notebook(json.loads((ROOT / file).read_text()))
+def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
+    """Rewrite the links of a page; called by mkdocs for every page."""
+    uri = page.file.src_uri
+    return with_links_to_pages(markdown, uri, FILES.get(uri, f"docs/{uri}"))
+
+
+def with_links_to_pages(markdown: str, page: str, file: str) -> str:
+    """The text of `file` for `page`; a link to what is neither page nor below docs/ keeps its text alone."""
 
     def linked(match: re.Match[str]) -> str:
         path, _, anchor = match[2].partition("#")
-        if not path:
-            return match[0]
         target = posixpath.normpath(posixpath.join(posixpath.dirname(file), path))
-        page = PAGES.get(target) or (target.removeprefix("docs/") if target.startswith("docs/") else None)
-        return f"[{match[1]}]({page}{'#' + anchor if anchor else ''})" if page else match[1]
+        if not path or target == file:  # within the page, or from the page of a notebook to the notebook
+            return match[0]
+        to = PAGES.get(target) or (target.removeprefix("docs/") if target.startswith("docs/") else None)
+        if not to:
+            return match[1]
+        return f"[{match[1]}]({posixpath.relpath(to, posixpath.dirname(page))}{'#' + anchor if anchor else ''})"
 
-    return LINK.sub(linked, (ROOT / file).read_text())
+    return LINK.sub(linked, markdown)
+
+
+def page_text(file: str) -> str:
+    """The text of a file of the repository as Markdown; that of a notebook ends in a link to it."""
+    text = (ROOT / file).read_text()
+    if not file.endswith(".ipynb"):
+        return text
+    return f"{notebook(json.loads(text))}\n[The notebook]({posixpath.basename(file)}) as a file.\n"
 
 
 def notebook(content: dict[str, Any]) -> str:

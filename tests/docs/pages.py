@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
-    ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "jobs/README.md"]
+    ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "jobs/README.md", "benchmarks/README.md"]
     + [path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md")]
 )
 RUN, NOT_RUN = "<!-- run -->", "<!-- not run:"  # on the line before a fence

@@ -42,4 +42,8 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_
         loaded.feed(page.read_text())
         assert loaded.addresses == [], page
     assert "FeatureStore" in (tmp_path / "site/api/featurestore.html").read_text()
+    assert 'id="extraction"' in (tmp_path / "site/measurements.html").read_text()
+    assert 'href="measurements.html#extraction"' in (tmp_path / "site/extraction.html").read_text()
+    assert 'href="notebooks/ablate.html"' in (tmp_path / "site/python.html").read_text()
+    assert 'href="ablate.ipynb"' in (tmp_path / "site/notebooks/ablate.html").read_text()
     assert (tmp_path / "site/llms.txt").read_text() == (ROOT / "docs/llms.txt").read_text()
