@@ -222,8 +222,8 @@ def hub_options(name: str) -> dict[str, bool]:
 def _no_llm(name: str, reason: object) -> str:
     return (
         f"LLM {name!r} cannot be loaded: {str(reason).splitlines()[0]}; give a Hub id, a local folder of a causal LM"
-        f" with safetensors (`make smollm2` makes one without the Hub), or {FRESH_PREFIX}NAME with NAME one of"
-        f" {', '.join(FRESH_LLMS)}"
+        " with safetensors (one without the Hub: `make smollm2`, or docs/install.md in an environment of your own), or"
+        f" {FRESH_PREFIX}NAME with NAME one of {', '.join(FRESH_LLMS)}"
     )
 
 
