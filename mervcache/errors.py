@@ -28,6 +28,7 @@ EXTRA_OF = {  # module that an extra brings -> the extras that have it
     **dict.fromkeys(("av", "webdataset"), "extract"),
     **dict.fromkeys(("huggingface_hub", "obstore"), "remote"),
     "peft": "train",
+    "bokeh": "view",
     "pandas": "pandas",
     "matplotlib": "plot",
     "timm": "timm",

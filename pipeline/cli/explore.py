@@ -60,6 +60,8 @@ def view(place: Place, out: Path | None, port: int, opens: bool, with_media: boo
     A map by pooled features, a table to search and filter, videos next to what each encoder sees, conversations,
     nearest clips, and with --run answers and fusion weights. The server listens on 127.0.0.1 only and writes nothing.
     """
+    import bokeh  # noqa: F401 - first: the extra that brings it also brings everything else that is used here
+
     from featurestore import FeatureStore
     from pipeline.explorer import Explorer, serve, write_site
 

@@ -6,6 +6,8 @@ import http.client
 import importlib.util
 import io
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -226,3 +228,11 @@ def test_a_page_of_some_clips_says_so(hostile_store):
     with Explorer(store, max_clips=2, quiet=True) as explorer:
         assert len(explorer.rows) == 2
         assert "2 of 4 clips" in explorer.respond("data.js").body.decode()
+
+
+def test_view_names_its_own_extra_where_nothing_is_installed():
+    without = "import sys; sys.modules.update(PIL=None, av=None, bokeh=None)"  # None: the import fails
+    code = f"{without}; from pipeline.cli.extract import main; main(['view', 'lab.zarr'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "Error: bokeh is not installed: pip install 'merv-pipeline[view]'\n"
