@@ -374,7 +374,7 @@ class ProgressLine:
     def text(self, width: int = LOG_WIDTH) -> str:
         """`84/120 clips, 1 failed, ETA 0:00:12, 3.1 clips/s, 99 frames/s; dinov2 61%`: the parts that fit."""
         now = self.figures()
-        eta = "ETA unknown" if now["eta_s"] is None else f"ETA {_clock(now['eta_s'])}"
+        eta = f"ETA unknown after {_clock(now['elapsed_s'])}" if now["eta_s"] is None else f"ETA {_clock(now['eta_s'])}"
         parts = [
             *filter(None, [self._waiting]),
             f"{now['done']}/{now['total']} {self.unit}",

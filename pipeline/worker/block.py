@@ -42,6 +42,7 @@ from pipeline.worker.engine import Engine, decode_job, engine_for
 from pipeline.worker.reports import COMMITTING, COMPRESSING, DECODING, BlockCounts, BlockReport, EncoderWork
 from pipeline.worker.stages import Countdown
 
+REPORT_S = 1.0  # between looks whether a report is due, while a forward takes longer
 
 @dataclass(frozen=True, kw_only=True)
 class BlockTask:
@@ -59,6 +60,15 @@ class BlockTask:
     engine: EngineSettings
     reuse: ReuseTask | None = None  # cells of another store that may be copied
     same_media: SameMediaTask | None = None  # cells of other datasets of this store, likewise
+
+
+@dataclass(kw_only=True, eq=False)
+class _Forward:
+    """A forward whose seconds are not counted yet: it is computed, or its rows are being compressed."""
+
+    encoder: str
+    began: float
+    ended: float | None = None  # when the encoding thread was done with it; a GPU may still compute
 
 
 class EncoderRow(NamedTuple):
@@ -136,7 +146,8 @@ class _Block:
             name: store.open_group(task.kind, task.groups[name]).begin(task.block, list(self._clips))
             for name in task.wanted
         }
-        self._lock = threading.Lock()  # over counts, seconds and the error
+        self._lock = threading.Lock()  # over counts, seconds, forwards and the error
+        self._forwards: set[_Forward] = set()
         self._error: BaseException | None = None
         self._decodes: set[Future[Decoded]] = set()  # that have not arrived
         self._writes: list[Future[None]] = []
@@ -312,15 +323,20 @@ class _Block:
             began = time.monotonic()
             stages.behind.acquire()
             self._spent("write wait", stages.idle(time.monotonic() - began))
+            forward = _Forward(encoder=name, began=time.monotonic())
+            with self._lock:
+                self._forwards.add(forward)
             try:
                 tokens = stages.launched = next(launches)
             except BaseException:
                 stages.behind.release()
                 raise
+            finally:
+                forward.ended = time.monotonic()
             self._count(halvings=tokens.halvings)
             storage_dtype = encoders[name].identity.storage_dtype
             write = partial(self._write, name, batch, tokens, storage_dtype)
-            self._writes += stages.compress(rows[name], write, partial(self._encoded_in, name, tokens, storage_dtype))
+            self._writes += stages.compress(rows[name], write, partial(self._encoded_in, forward, tokens, storage_dtype))
 
     def _launches(self, encoders: Mapping[str, TokenEncoder], frames_BTHWC: torch.Tensor) -> Iterator[PendingTokens]:
         """The tokens of each encoder in turn, all from one forward."""
@@ -330,8 +346,11 @@ class _Block:
             (encoder,) = encoders.values()
             yield encoder.launch(frames_BTHWC, self.engine.staging)
 
-    def _encoded_in(self, name: str, tokens: PendingTokens, storage_dtype: str) -> None:
-        self._spent(f"encode:{name}", tokens.wait(storage_dtype).seconds)
+    def _encoded_in(self, forward: _Forward, tokens: PendingTokens, storage_dtype: str) -> None:
+        seconds = tokens.wait(storage_dtype).seconds
+        with self._lock:
+            self._forwards.remove(forward)
+            self.seconds[f"encode:{forward.encoder}"] += seconds
 
     def _write(self, name: str, batch: _Batch, tokens: PendingTokens, storage_dtype: str, row: int) -> None:
         """Compress one row; called by a compressor thread."""
@@ -353,7 +372,8 @@ class _Block:
     def wait(self) -> None:
         """Wait until every row has its outcome; raises what went wrong in any stage."""
         with metered("decode, encode, compress"):
-            self._encoded.wait()
+            while not self._encoded.wait(REPORT_S):
+                self._reporter.report(lambda: self._counts_so_far().to_dict())
             wait(self._writes)
         if self._error is not None:
             raise self._error
@@ -394,15 +414,22 @@ class _Block:
         )
 
     def _counts_so_far(self) -> BlockCounts:
-        """Counts so far, with the keys of the final report; clips are estimated from the share of cells done."""
-        cells = sum(map(len, self.task.wanted.values()))
+        """Counts so far, with the keys of the final report; clips are estimated from the share of cells done.
+
+        A forward that is being computed counts as encoding: with a slow encoder it takes minutes.
+        """
+        cells, now = sum(map(len, self.task.wanted.values())), time.monotonic()
+        with self._lock:
+            seconds = cast("dict[str, float]", Counter(self.seconds))
+            for forward in self._forwards:
+                seconds[f"encode:{forward.encoder}"] += (forward.ended or now) - forward.began
         return BlockCounts(
             clips=self.counts["cells"] * len(self._all_wanted) // max(1, cells),
             failed=self.counts["failed"],
             frames=self.counts["frames"],
             bytes=sum(writer.encoded_bytes for writer in self.writers.values()),
             halvings=self.counts["halvings"],
-            seconds=dict(self.seconds),
+            seconds=dict(seconds),
         )
 
     @property
