@@ -380,6 +380,7 @@ class Extraction:
         except BaseException:
             with suppress(MervCacheError):  # the first error is the one to report: on a full disk this fails as well
                 self.write_record(started)
+                log.info("stopped: %d of %d clips listed are committed", self._count_committed(), self.summary.listed)
             raise
         self.write_record(started)
 
@@ -395,12 +396,22 @@ class Extraction:
 
     def _count_quarantined(self, snapshot: str) -> int:
         """Listed clips that failed for an encoder of this run, whenever that was."""
-        store = FeatureStore(str(self.config.store_path), snapshot, objects=self.view.objects)
-        wanted = {identity.id for identity in self.identities.values()}
-        keys = [key for key, identity in store.encoders.items() if identity.id in wanted]
+        store, keys = self._snapshot(snapshot)
         failed = store.quarantine.select(["clip_id", "encoder"]).to_pylist()
         listed = {clip.clip_id for clip in self.listing.clips}
         return len({row["clip_id"] for row in failed if row["encoder"] in keys} & listed)
+
+    def _count_committed(self) -> int:
+        """Listed clips that have tokens of every encoder of this run, made now or earlier."""
+        store, keys = self._snapshot(self.summary.snapshot)
+        listed = {clip.clip_id for clip in self.listing.clips}
+        return sum(row["clip_id"] in listed and all(row[key] for key in keys) for row in store.clips.to_pylist())
+
+    def _snapshot(self, snapshot: str | None) -> tuple[FeatureStore, list[str]]:
+        """A snapshot of the store, and its keys of the encoders of this run."""
+        store = FeatureStore(str(self.config.store_path), snapshot, objects=self.view.objects)
+        wanted = {identity.id for identity in self.identities.values()}
+        return store, [key for key, identity in store.encoders.items() if identity.id in wanted]
 
 
 def run_blocks(

@@ -153,8 +153,10 @@ def test_an_interrupt_ends_with_130_and_a_store_that_opens_and_can_be_gone_on_wi
         settings = interrupted(server, lab, spoilt_root, number)
         assert "What was committed is kept; run the same command again to go on." in server.output
         assert "Traceback" not in server.output
-        committed = FeatureStore.open(settings["store"]).clips
-        assert any(any(committed[name].to_pylist()) for name in lab.ENCODERS)
+        clips = FeatureStore.open(settings["store"]).clips
+        assert any(any(clips[name].to_pylist()) for name in lab.ENCODERS)
+        committed = sum(all(row[name] for name in lab.ENCODERS) for row in clips.to_pylist())
+        assert f"stopped: {committed} of {len(clips)} clips listed are committed" in server.output
         server.run(settings)
         assert lab.hashes(Path(settings["store"])) == undisturbed[0]
 
