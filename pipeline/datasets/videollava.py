@@ -52,15 +52,18 @@ SOURCE_OF_FOLDER = {"videochatgpt_tune": "videochatgpt"}  # other folders are na
 NESTED_FOLDER = "llava_image_tune"  # its sub-folders (coco, gqa, ocr_vqa, textvqa, vg) are the sources
 
 DOWNLOAD = """\
-1. Media, from the dataset LanguageBind/Video-LLaVA on the Hugging Face hub (about 735 GB; any part will do):
+Records of your own go into annotations.json (or .jsonl, .json.gz, .jsonl.gz) under the root, each with one medium under
+"video" or "image" (also videos, video_path, images, image_path, media, file_name, ...) or with none:
+   [{"id": "1", "video": "clips/a.mp4", "conversations": [{"from": "human", "value": "<video>\\nWhat happens?"},
+                                                          {"from": "gpt", "value": "A cup falls."}]}]
+The published data, about 735 GB (any part will do):
+1. Media, from the dataset LanguageBind/Video-LLaVA on the Hugging Face hub:
    videochatgpt_tune_2.zip.* (172 GB), llava_image_tune_2.zip.* (72 GB), valley_2.zip.* (463 GB),
    llava_image.zip (27 GB).
    Join the parts before unpacking: cat NAME.zip.* > NAME.zip
 2. Annotations, from the links in TRAIN_AND_VALIDATE.md of PKU-YuanGroup/Video-LLaVA:
    valley_llavaimage.json and videochatgpt_llavaimage_tune.json, or the newer file per source.
-3. Under the root: the JSON files, and the folders valley/, llava_image/, videochatgpt_tune/ and llava_image_tune/.
-Records of your own go into annotations.json (or .jsonl, .json.gz, .jsonl.gz), each with one medium under
-"video" or "image" (also videos, video_path, images, image_path, media, file_name, ...) or with none."""
+3. Under the root: the JSON files, and the folders valley/, llava_image/, videochatgpt_tune/ and llava_image_tune/."""
 
 
 def collect(builder: ListingBuilder, options: Mapping[str, Any]) -> None:
@@ -68,6 +71,7 @@ def collect(builder: ListingBuilder, options: Mapping[str, Any]) -> None:
     del options
     stages = [stage for stage in ANNOTATIONS if builder.wants(stage)]
     has_annotations = False
+    has_own = find_annotations(builder.root, OWN) is not None
     for stage in stages:
         present = [
             tuple(name for name in files if find_annotations(builder.root, name)) for files in ANNOTATIONS[stage]
@@ -80,14 +84,14 @@ def collect(builder: ListingBuilder, options: Mapping[str, Any]) -> None:
                 builder.notes.append(f"{stage}: {listed} passed over, {', '.join(chosen)} {same}")
             elif files and (lacking := [name for name in expected if name not in files]):
                 builder.notes.append(f"{stage}: {', '.join(lacking)} is not there, only {listed} is read")
-        if not chosen:
+        if not chosen and not has_own:
             builder.notes.append(f"{stage}: no annotations, expected {', '.join(ANNOTATIONS[stage][0])}")
         for name in chosen:
             has_annotations = True
             _collect_file(builder, stage, name)
     if not has_annotations:
-        expected = [name for stage in stages for name in ANNOTATIONS[stage][0]]
-        expected += [OWN] if "finetune" in stages else []
+        expected = [OWN] if "finetune" in stages else []
+        expected += [name for stage in stages for name in ANNOTATIONS[stage][0]]
         raise UserError(f"no annotations under {builder.root}: expected {' or '.join(expected)}\n{DOWNLOAD}")
 
 

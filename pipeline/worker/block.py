@@ -44,6 +44,7 @@ from pipeline.worker.stages import Countdown
 
 REPORT_S = 1.0  # between looks whether a report is due, while a forward takes longer
 
+
 @dataclass(frozen=True, kw_only=True)
 class BlockTask:
     """Everything a worker needs to compute one block of one kind."""
@@ -336,7 +337,9 @@ class _Block:
             self._count(halvings=tokens.halvings)
             storage_dtype = encoders[name].identity.storage_dtype
             write = partial(self._write, name, batch, tokens, storage_dtype)
-            self._writes += stages.compress(rows[name], write, partial(self._encoded_in, forward, tokens, storage_dtype))
+            self._writes += stages.compress(
+                rows[name], write, partial(self._encoded_in, forward, tokens, storage_dtype)
+            )
 
     def _launches(self, encoders: Mapping[str, TokenEncoder], frames_BTHWC: torch.Tensor) -> Iterator[PendingTokens]:
         """The tokens of each encoder in turn, all from one forward."""

@@ -64,7 +64,11 @@ def test_a_terminal_that_cannot_draw_over_a_line_gets_a_log(terminal, monkeypatc
 
 
 def test_before_anything_is_done_the_time_left_is_unknown():
-    assert ProgressLine("x", total=3, unit="clips", stream=io.StringIO()).text().endswith("ETA unknown after 0:00:00, 0 clips/s")
+    assert (
+        ProgressLine("x", total=3, unit="clips", stream=io.StringIO())
+        .text()
+        .endswith("ETA unknown after 0:00:00, 0 clips/s")
+    )
 
 
 def test_in_a_log_file_a_line_is_written_now_and_then_and_at_the_end(clock):

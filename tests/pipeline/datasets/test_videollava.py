@@ -98,8 +98,26 @@ def test_the_merged_packaging_is_preferred_and_said(tmp_path):
 
 
 def test_a_root_without_annotations_says_what_is_expected(tmp_path):
-    with pytest.raises(UserError, match=r"expected valley_llavaimage.json or videochatgpt_llavaimage_tune.json"):
+    with pytest.raises(UserError) as raised:
         load_dataset("videollava", tmp_path)
+    first, *advice = str(raised.value).splitlines()
+    names = "annotations.json or valley_llavaimage.json or videochatgpt_llavaimage_tune.json"
+    assert first == f"no annotations under {tmp_path}: expected {names}"
+    own, published = (next(n for n, line in enumerate(advice) if text in line) for text in ("of your own", "735 GB"))
+    assert own < published
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips/a.mp4").write_bytes(b"x")
+    (tmp_path / "annotations.json").write_text("".join(advice[own + 2 : published]))  # the example is a whole file
+    (sample,) = load_dataset("videollava", tmp_path).samples[FINETUNE]
+    assert sample.clip_id == "videollava/clips/a.mp4"
+    assert [turn.text for turn in sample.turns] == ["<video>\nWhat happens?", "A cup falls."]
+
+
+def test_records_of_ones_own_are_the_whole_dataset_and_no_other_stage_is_missed(tmp_path):
+    write_records(tmp_path, [text_record("own")], "annotations.json")
+    listing = load_dataset("videollava", tmp_path)
+    assert [sample.sample_id for sample in listing.samples[FINETUNE]] == ["finetune/own"]
+    assert listing.notes == ()
 
 
 def test_one_id_in_many_records_gets_running_numbers(tmp_path):
