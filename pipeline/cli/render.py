@@ -12,7 +12,7 @@ from featurestore.transfer.merge import Combined
 from featurestore.transfer.sync import Transferred
 from mervcache.console import bold, console, format_bytes, format_duration, plural, table
 from pipeline.cli.next_step import train_command
-from pipeline.datasets import FILES_NAMED, link_advice, missing_lines, options_of
+from pipeline.datasets import FILES_NAMED, folder_name, link_advice, missing_lines, options_of
 from pipeline.duplicates import Duplicates
 from pipeline.status import EncoderProgress, StoreProgress
 from pipeline.summary import hours_text, prediction_text
@@ -33,7 +33,7 @@ def counted(title: str, unit: str, counts: Mapping[str, int]) -> None:
 
 def left_out(result) -> None:
     """What a listing left out, of an `ExtractSummary` or a `Forecast`."""
-    counted("listed but absent", "media", result.missing)
+    counted("listed but absent", "media", {folder_name(name): count for name, count in result.missing.items()})
     for line in missing_lines(result.missing_files):
         console().print(line, soft_wrap=True)
     if len(result.missing_files) > FILES_NAMED:

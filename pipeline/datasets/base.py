@@ -18,13 +18,15 @@ from typing import Any
 
 from featurestore.clips import Clip, Kind, Role, Sample, Turn, check_relative_path
 from mervcache.console import plural
-from mervcache.errors import UserError
+from mervcache.errors import UserError, nearest_name
 from mervcache.reprs import brief
-from pipeline.media import MediaRoot, Root, allowed_folders, is_inside
+from pipeline.media import MediaRoot, Root, allowed_folders, is_inside, kind_of_path
 from pipeline.remote_shards import RemoteRoot
 
 EXAMPLES_KEPT = 5  # of refused records, per reason
 FILES_NAMED = 10  # of absent media, in text
+UNLISTED_NAMED = 3  # media that no record names, in text
+MAX_COMPARED = 20_000  # names in a folder that are searched for one similar to an absent file's
 REASONS_KEPT = 100  # a reason may quote a key of the record
 OTHER_REASONS = "other reasons"
 OUTSIDE_FILE = "a linked file whose target is outside the root"
@@ -59,6 +61,7 @@ class DatasetListing:
     samples: Mapping[str, tuple[Sample, ...]]  # NAME of samples/NAME.parquet -> samples of listed clips or of none
     missing: Mapping[str, int] = field(default_factory=dict)  # folder -> clips whose media are not there
     missing_files: tuple[str, ...] = ()  # paths of these media, sorted
+    nearest: Mapping[str, str] = field(default_factory=dict)  # of the first of a folder: the most similar file there
     rejected: Mapping[str, Rejected] = field(default_factory=dict)  # reason -> records refused for it
     skipped: Mapping[str, int] = field(default_factory=dict)  # what a dataset does not read by its rules -> files
     notes: tuple[str, ...] = ()  # what was chosen on the user's behalf
@@ -81,9 +84,18 @@ def loss_lines(listing: DatasetListing) -> list[str]:
         f"refused: {plural(records.count, 'record')}, {reason}; such as {', '.join(records.examples[:2])}"
         for reason, records in listing.rejected.items()
     ]
-    lines += [f"absent: media of {plural(count, 'clip')} in {folder}" for folder, count in listing.missing.items()]
+    nearest = {path.rpartition("/")[0] or ".": f"; {path}, nearest: {found}" for path, found in listing.nearest.items()}
+    lines += [
+        f"absent: media of {plural(count, 'clip')} in {folder_name(folder)}{nearest.get(folder, '')}"
+        for folder, count in listing.missing.items()
+    ]
     lines += [f"not read: {count} {what}" for what, count in listing.skipped.items()]
     return lines + link_advice(listing.rejected)
+
+
+def folder_name(folder: str) -> str:
+    """A folder under the root, in words where it is the root itself."""
+    return "the root" if folder == "." else folder
 
 
 def missing_lines(files: Sequence[str]) -> list[str]:
@@ -264,10 +276,14 @@ class ListingBuilder:
         With `look` clips without media on disk are dropped and counted.
         """
         clips = [clip for clip in self._clips.values() if kind in (None, clip.kind)]
+        nearest: dict[str, str] = {}
         if look:
             root = self.media_root
             assert not isinstance(root, RemoteRoot), "datasets of remote media list them"
-            absent, refused = find_missing(root, clips)
+            absent, refused, nearest, unlisted = find_missing(root, clips)
+            if unlisted and (kind, self.stage) == (None, None):  # else they may be of records left out by request
+                named = ", ".join(unlisted[:UNLISTED_NAMED]) + ", ..." * (len(unlisted) > UNLISTED_NAMED)
+                self.notes.append(f"of no record: {plural(len(unlisted), 'media file')} under {self.root}: {named}")
             absent_paths = {path: count for paths in absent.values() for path, count in paths.items()}
             for path, count in absent_paths.items():
                 self.miss(path, count)
@@ -282,6 +298,7 @@ class ListingBuilder:
             samples=self._kept_samples({clip.clip_id for clip in clips}, kind, limit),
             missing=dict(sorted(self.missing.items())),
             missing_files=tuple(sorted(self._missing_files)),
+            nearest=nearest,
             rejected={why: Rejected(count=n, examples=tuple(seen)) for why, (n, seen) in self._rejected.items()},
             skipped=dict(sorted(self.skipped.items())),
             notes=tuple(self.notes),
@@ -313,8 +330,13 @@ def is_safe(path: str) -> bool:
     return True
 
 
-def find_missing(root: Root, clips: Iterable[Clip]) -> tuple[dict[str, dict[str, int]], dict[str, str]]:
-    """Folder -> media path -> clips of it, for media that are not on disk; and media path -> why it is refused.
+def find_missing(
+    root: Root, clips: Iterable[Clip]
+) -> tuple[dict[str, dict[str, int]], dict[str, str], dict[str, str], list[str]]:
+    """What clips lack, and what their folders hold besides.
+
+    Folder -> media path -> clips of it, for media that are not on disk; media path -> why it is refused; for the first
+    absent path of a few folders, the most similar one that exists; and media in these folders of no clip, sorted.
 
     One scandir per folder and no stat per file, except for links: on a network share a stat costs a round trip, and the
     whole training set has 0.4 million files. Members of tar archives are not for here: their datasets list them from
@@ -326,6 +348,8 @@ def find_missing(root: Root, clips: Iterable[Clip]) -> tuple[dict[str, dict[str,
         paths[clip.path] = paths.get(clip.path, 0) + 1
     missing: dict[str, dict[str, int]] = {}
     refused: dict[str, str] = {}
+    nearest: dict[str, str] = {}
+    unlisted: list[str] = []
     assert not isinstance(root, RemoteRoot)  # whose shards are listed from their archives
     allowed = allowed_folders(root)
     for folder, paths in wanted.items():
@@ -355,9 +379,16 @@ def find_missing(root: Root, clips: Iterable[Clip]) -> tuple[dict[str, dict[str,
                     refused[path] = OUTSIDE_FILE
                 elif not os.path.exists(real):
                     absent[path] = count
+        here = f"{folder}/" if folder else ""
+        unlisted += [here + name for name in is_link if here + name not in paths and kind_of_path(name)]
         if absent:
             missing[folder] = absent
-    return missing, refused
+            if len(nearest) < FILES_NAMED:
+                first = min(absent).rpartition("/")[2]
+                present = [name for name in is_link if here + name not in absent]
+                if found := nearest_name(first, present[:MAX_COMPARED]):
+                    nearest[here + first] = here + found
+    return missing, refused, nearest, sorted(unlisted)
 
 
 def parse_turns(conversation: object) -> tuple[Turn, ...]:

@@ -143,6 +143,20 @@ def test_a_whole_folder_that_is_not_there_is_counted_as_one(tmp_path):
     assert load_dataset("videollava", root).missing == {"videochatgpt_tune": 2}
 
 
+def test_an_absent_file_is_shown_with_the_nearest_one_and_media_of_no_record_are_counted(tmp_path):
+    records = [
+        {"id": name, "video": name, "conversations": layouts.talk("What?", "That.")}
+        for name in ("yogaa.mp4", "cups.mp4")
+    ]
+    layouts.write(tmp_path / "annotations.json", records)
+    for name in ("cups.mp4", "yoga.mp4", "z1.mp4", "z2.mp4", "z3.jpg", "readme.txt"):
+        layouts.write(tmp_path / name)
+    listing = load_dataset("videollava", tmp_path)
+    assert loss_lines(listing) == ["absent: media of 1 clip in the root; yogaa.mp4, nearest: yoga.mp4"]
+    assert listing.notes == (f"of no record: 4 media files under {tmp_path}: yoga.mp4, z1.mp4, z2.mp4, ...",)
+    assert load_dataset("videollava", tmp_path, stage="finetune").notes == ()  # other stages may have the others
+
+
 def test_a_media_folder_that_links_out_of_the_root_costs_its_clips_and_not_the_listing(tmp_path):
     root = layouts.make_videollava(tmp_path / "root")
     (root / "videochatgpt_tune").rename(tmp_path / "elsewhere")
