@@ -51,6 +51,7 @@ class ExtractSummary:
     quarantined: int = 0  # listed clips that some encoder of this run has no tokens of, since this run or earlier ones
     unchanged: int = 0  # quarantined clips that were tried again and fail as before
     reasons: dict[str, int] = field(default_factory=dict)  # why clips were quarantined
+    examples: dict[str, str] = field(default_factory=dict)  # such a reason -> one of the clips
     frames: int = 0
     bytes: int = 0
     blocks: int = 0
@@ -96,6 +97,7 @@ class ExtractSummary:
         for name in ("clips", "failed", "frames", "bytes", "reused", "same_media", "halvings"):
             setattr(self, name, getattr(self, name) + getattr(block, name))
         self.reasons = dict(Counter(self.reasons) + Counter(block.reasons))
+        self.examples = {reason: clip for clip, reason in block.failures.items()} | self.examples
         self.stage_s = dict(Counter(self.stage_s) + Counter(block.seconds))
         self.blocks_of.setdefault(block.kind, []).append(block.block)
         for encoder, work in block.made.items():

@@ -21,6 +21,12 @@ def train_command(result: ExtractSummary) -> str:
     return f"merv-train --from-cache {result.store} {how}{_encoders(result)} --out runs/first"
 
 
+def quarantine_advice(result: ExtractSummary) -> str:
+    """How to list the clips that failed, and how to retry them."""
+    command = f"merv-pipeline quarantine list {shlex.quote(result.store)}"
+    return f"each clip: {command}\nonce the cause is fixed: the same command with --retry-quarantine"
+
+
 def exclude_command(found: Duplicates, encoders: str | None, out: Path | None) -> str:
     """`merv-train` without the clips in the file `out`, or the command that writes such a file where there is none."""
     store = shlex.quote(found.store)

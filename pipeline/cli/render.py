@@ -11,7 +11,7 @@ from featurestore.quality import VERDICTS, ParityRecord, TokenRecord, token_note
 from featurestore.transfer.merge import Combined
 from featurestore.transfer.sync import Transferred
 from mervcache.console import bold, console, format_bytes, format_duration, plural, table
-from pipeline.cli.next_step import train_command
+from pipeline.cli.next_step import quarantine_advice, train_command
 from pipeline.datasets import FILES_NAMED, folder_name, link_advice, missing_lines, options_of
 from pipeline.duplicates import Duplicates
 from pipeline.status import EncoderProgress, StoreProgress
@@ -93,7 +93,8 @@ def summary(result) -> None:
         table(("stage", "seconds", "share"), rows, right=("seconds", "share"))
         beside = ", ".join(f"{name} {result.stage_s.get(name, 0.0):.1f} s" for name in PARALLEL_STAGES)
         out.print(f"in parallel with these stages: {beside}")
-    counted("quarantined", "clips", result.reasons)
+    reasons = {f"{why}; such as {result.examples[why]}": count for why, count in result.reasons.items()}
+    counted("quarantined", "clips", reasons)
     left_out(result)
     copied = {"another store": result.reused, "other datasets' clips of the same media": result.same_media}
     for source, count in copied.items():
@@ -104,7 +105,7 @@ def summary(result) -> None:
     if result.unchanged:
         out.print(f"{plural(result.unchanged, 'clip')} failed as before and stay quarantined")
     if result.reasons:
-        out.print("once the cause is fixed: the same command with --retry-quarantine")
+        out.print(quarantine_advice(result), soft_wrap=True)
     out.print(f"report: merv-pipeline report {result.store}")
     if result.samples:
         out.print(f"train: {train_command(result)}", soft_wrap=True)

@@ -183,7 +183,17 @@ def repair(
         click.get_current_context().exit(1)
 
 
-@click.group(epilog=examples("merv-pipeline quarantine list features/lab.zarr"))
+class _QuarantineGroup(click.Group):
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in self.commands and not ctx.resilient_parsing:
+            words = " ".join(args)
+            ctx.fail(f"No such command {args[0]!r}; a command comes before the store: {ctx.command_path} list {words}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_QuarantineGroup, epilog=examples("merv-pipeline quarantine list features/lab.zarr"))
 def quarantine() -> None:
     """List clips that failed, or retry them."""
 

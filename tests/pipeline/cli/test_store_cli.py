@@ -143,6 +143,24 @@ def test_the_quarantine_is_listed_and_tried_again_by_reason(lab):
     )
 
 
+def test_a_summary_names_a_clip_of_each_reason_and_the_command_that_lists_all(lab, capsys):
+    media = lab.copy_of_root()
+    (media / BROKEN).write_bytes(b"not a film")
+    summary = lab.extract(encoders=["siglip"])
+    render.summary(summary)
+    (reason,) = summary.reasons
+    shown = capsys.readouterr().out
+    assert f"{reason}; such as videollava/{BROKEN}" in shown
+    assert f"each clip: merv-pipeline quarantine list {lab.store}\n" in shown
+
+
+def test_a_store_in_place_of_a_command_of_the_quarantine_is_explained():
+    failed = call("quarantine", "features/lab.zarr", "--json")
+    assert failed.exit_code == 2
+    assert "No such command 'features/lab.zarr'" in failed.stderr
+    assert "quarantine list features/lab.zarr --json" in failed.stderr
+
+
 def test_a_retry_that_fails_as_before_writes_nothing_but_its_journal(lab, caplog):
     media = lab.copy_of_root()
     good = (media / BROKEN).read_bytes()
