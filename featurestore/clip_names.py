@@ -26,9 +26,14 @@ def clips_named(known: Collection[str], names: Iterable[str]) -> list[str]:
     return [name if name in ids else _clip_that_ends_with(name, ids) for name in names]
 
 
+def ids_that_end_with(name: str, ids: Iterable[str]) -> list[str]:
+    """The `ids` that end with /`name`, else those that end with `name` anywhere."""
+    ends = [clip_id for clip_id in ids if name and clip_id.endswith(name)]
+    return [clip_id for clip_id in ends if clip_id.endswith("/" + name)] or ends
+
+
 def _clip_that_ends_with(name: str, ids: Collection[str]) -> str:
-    matches = [clip_id for clip_id in ids if clip_id.endswith("/" + name)] if name else []
-    matches = matches or [clip_id for clip_id in ids if name and clip_id.endswith(name)]
+    matches = ids_that_end_with(name, ids)
     if len(matches) == 1:
         return matches[0]
     if matches:

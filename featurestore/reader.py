@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from featurestore.buffers import BufferPool
+from featurestore.clip_names import ids_that_end_with
 from featurestore.identity import FeatureIdentity
 from featurestore.layout import ROOT_METADATA, array_metadata_key, shard_key
 from featurestore.objects.base import Objects
@@ -172,9 +173,9 @@ class ClipLines:
                     break
                 position += 1  # another clip of the same hash
             else:
-                raise ClipUnavailableError(
-                    f"clip {wanted[number]!r} is not in this store's snapshot; see store.clips for those that are"
-                )
+                matches = ids_that_end_with(wanted[number], self._clip_ids.to_pylist())
+                hint = f"did you mean {matches[0]!r}?" if len(matches) == 1 else "see store.clips for those that are"
+                raise ClipUnavailableError(f"clip {wanted[number]!r} is not in this store's snapshot; {hint}")
         return lines
 
 

@@ -122,6 +122,10 @@ def test_what_cannot_be_read_is_named(filled):
         store.read(VIDEOS[1:3], encoder="dinov2")
     with pytest.raises(ClipUnavailableError, match=r"'tiny/videos/99\.mp4' is not in this store's snapshot"):
         store.read(["tiny/videos/99.mp4"], encoder="dinov2")
+    with pytest.raises(ClipUnavailableError, match=r"'videos/1\.mp4' .* did you mean 'tiny/videos/1\.mp4'\?"):
+        store.read(["videos/1.mp4"], encoder="dinov2")
+    with pytest.raises(ClipUnavailableError, match=r"'mp4' is not in this store's snapshot; see store\.clips"):
+        store.read(["mp4"], encoder="dinov2")
     with pytest.raises(UserError, match="encoder 'vivit' is not in this store; it has: dinov2"):
         store.read(VIDEOS[:1], encoder="vivit")
     with pytest.raises(UserError, match="clip_ids must be a list"):
