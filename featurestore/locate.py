@@ -101,7 +101,8 @@ def no_store_at(path: Place) -> str:
             "endpoint and region too), or put one there with `merv-pipeline push STORE URL`"
         )
     path = Path(path)
+    shown = path if path.is_absolute() else f"{path} ({path.absolute()})"
     nearby = [str(store) for folder in (path.parent, FEATURES) for store in stores_under(folder)]
     if nearby:
-        return f"there is no feature store at {path}; nearby: {', '.join(dict.fromkeys(nearby))}"
-    return f"there is no feature store at {path}; make one with `merv-pipeline extract --dataset NAME --store PATH`"
+        return f"there is no feature store at {shown}; nearby: {', '.join(dict.fromkeys(nearby))}"
+    return f"there is no feature store at {shown}; make one with `merv-pipeline extract --dataset NAME --store PATH`"

@@ -56,10 +56,10 @@ def test_two_stores_are_listed_and_none_says_how_to_make_one(features, tmp_path,
 
 
 def test_a_mistyped_path_is_answered_with_the_stores_nearby(features):
-    assert (
-        no_store_at("features/onne.zarr")
-        == "there is no feature store at features/onne.zarr; nearby: features/one.zarr"
-    )
+    absolute = features.resolve() / "onne.zarr"
+    expected = f"there is no feature store at features/onne.zarr ({absolute}); nearby: features/one.zarr"
+    assert no_store_at("features/onne.zarr") == expected
+    assert no_store_at(absolute).startswith(f"there is no feature store at {absolute}; nearby: ")
     assert no_store_at("onne.zarr").endswith("nearby: features/one.zarr")
 
 

@@ -123,7 +123,8 @@ def test_a_place_that_is_wrong_is_said_before_anything_is_loaded(here, monkeypat
     monkeypatch.setattr("trainer.cli.load_torch_modules", lambda: pytest.fail("loaded"))
     assert "run holds a run already; go on with --resume auto" in error_of(train("--out", "run"))
     message = error_of(call(train_main, "--from-cache", "features/ty.zarr"))
-    assert "no feature store at features/ty.zarr; nearby: features/toy.zarr" in message
+    assert "no feature store at features/ty.zarr (" in message
+    assert "/features/ty.zarr); nearby: features/toy.zarr" in message
 
 
 @pytest.mark.parametrize(
