@@ -125,7 +125,8 @@ def download(spec: EncoderSpec) -> Path:
         accept = f"Its licence is accepted at https://huggingface.co/{spec.hub_id}, then `hf auth login` gives access. "
         raise UserError(
             f"cannot get {spec.hub_id} for {spec.name} from the Hugging Face Hub ({why}), nor from its cache. "
-            f"{accept if spec.gated else ''}Instead name a local folder or random weights: {THREE_CHOICES}"
+            f"{accept if spec.gated else ''}Instead name a local folder or random weights: {THREE_CHOICES}; to try it "
+            "without any, --weights random:0, or in a checkout the toy encoders of --config pipeline/demo.yaml"
         ) from error
     return folder
 

@@ -222,8 +222,8 @@ def hub_options(name: str) -> dict[str, bool]:
 def _no_llm(name: str, reason: object) -> str:
     return (
         f"LLM {name!r} cannot be loaded: {str(reason).splitlines()[0]}; give a Hub id, a local folder of a causal LM"
-        " with safetensors (one without the Hub: `make smollm2`, or docs/install.md in an environment of your own), or"
-        f" {FRESH_PREFIX}NAME with NAME one of {', '.join(FRESH_LLMS)}"
+        " with safetensors (--llm FOLDER; one without the Hub: `make smollm2`, or docs/install.md in an environment of"
+        f" your own), or {FRESH_PREFIX}NAME with NAME one of {', '.join(FRESH_LLMS)}"
     )
 
 

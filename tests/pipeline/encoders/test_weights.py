@@ -89,7 +89,9 @@ def test_half_precision_files_mean_their_numbers(name, spec_of, checkpoint, tmp_
 
 def test_the_hub_offline_and_empty_names_what_was_wanted_and_the_three_choices(spec_of, monkeypatch, tmp_path):
     offline_hub(monkeypatch, tmp_path)
-    with pytest.raises(UserError, match=r"cannot get google/siglip-base-patch16-224 .*`hub`, a folder.*random"):
+    with pytest.raises(
+        UserError, match=r"cannot get google/siglip-base-patch16-224 .*`hub`, a folder.*--weights random:0, .*demo.yaml"
+    ):
         load_encoder(spec_of("siglip"), "hub")
 
 
