@@ -254,12 +254,13 @@ class ProgressLine:
         unit: str = "items",
         total: int = 0,
         first: int = 0,  # done before this process, such as the steps of a resumed run; not part of any rate
+        startup_s: float = 0,  # passed before, shown beside the time that all took; not part of any rate
         scale: float = 1,  # items of one displayed unit: 1e6 shows bytes as MB
         quiet: bool = False,
         stream: TextIO | None = None,
     ) -> None:
         self.label, self.unit, self.quiet = label, unit, quiet
-        self._scale, self._stream = scale, stream or sys.stderr
+        self._scale, self._startup_s, self._stream = scale, startup_s, stream or sys.stderr
         self._lock = threading.Lock()
         self._live: Any = None
         self._closed = threading.Event()
@@ -364,6 +365,7 @@ class ProgressLine:
             "rates": {name: max(0, n - before.amounts.get(name, 0)) / seconds for name, n in counts.amounts.items()},
             "eta_s": (self.total - done) / rate if rate else None,
             "elapsed_s": self.elapsed_s,
+            "startup_s": self._startup_s,
             "is_done": done >= self.total,
             "shares": {name: spent_s / total_s for name, spent_s in counts.seconds.items()},
             "notes": {name: number for name, number in counts.notes.items() if number},
@@ -375,11 +377,12 @@ class ProgressLine:
         """`84/120 clips, 1 failed, ETA 0:00:12, 3.1 clips/s, 99 frames/s; dinov2 61%`: the parts that fit."""
         now = self.figures()
         eta = f"ETA unknown after {_clock(now['elapsed_s'])}" if now["eta_s"] is None else f"ETA {_clock(now['eta_s'])}"
+        startup = f" after a start of {_clock(now['startup_s'])}" if now["startup_s"] else ""
         parts = [
             *filter(None, [self._waiting]),
             f"{now['done']}/{now['total']} {self.unit}",
             *(f"{number} {name}" for name, number in {"failed": now["failed"], **now["notes"]}.items() if number),
-            f"took {_clock(now['elapsed_s'])}" if now["is_done"] else eta,
+            f"took {_clock(now['elapsed_s'])}{startup}" if now["is_done"] else eta,
         ]
         if self._postfix:
             return ", ".join([*parts, self._postfix])

@@ -66,6 +66,7 @@ def extract(config: ExtractConfig, *, quiet: bool = False) -> ExtractSummary:
     where an encoder is stored under another identity, `ClusterError` without workers, and `RunStoppedError` where the
     environment failed; everything committed so far stays.
     """
+    began = time.monotonic()
     objects, view = check_request(config)
     listing = list_clips(config)
     check_has_clips(listing)
@@ -77,6 +78,7 @@ def extract(config: ExtractConfig, *, quiet: bool = False) -> ExtractSummary:
     extraction = Extraction(config=config, listing=listing, summary=summary, objects=objects, existing=view)
     if (encoders := extraction.up_to_date_encoders()) is not None:
         with extraction.open(encoders):
+            summary.startup_s = time.monotonic() - began
             extraction.finish_without_work()
         return summary
     log.info("%s: %d clips listed; loading %s", config.dataset, len(listing.clips), ", ".join(config.encoders))
@@ -87,7 +89,7 @@ def extract(config: ExtractConfig, *, quiet: bool = False) -> ExtractSummary:
         for line in dashboard_lines(client) if config.dashboard else ():
             log.info(line)
         with extraction.open(describe(client, config)):
-            extraction.run(client, quiet=quiet)
+            extraction.run(client, began=began, quiet=quiet)
     return summary
 
 
@@ -211,8 +213,8 @@ class Extraction:
         self.add_samples()
         self.write_record(started)
 
-    def run(self, client: Client, *, quiet: bool) -> None:
-        """Allocate rows, plan what is missing, and compute it."""
+    def run(self, client: Client, *, began: float, quiet: bool) -> None:
+        """Allocate rows, plan what is missing, and compute it; `began`: the run, by the monotonic clock."""
         self.register()
         if self.config.retry_quarantine:
             self.retry_quarantine(client)
@@ -224,6 +226,7 @@ class Extraction:
         blocks = self.plan()
         self.check_space(blocks)
         total, tasks = sum(block.num_clips for block in blocks), self.tasks(blocks)
+        self.summary.startup_s = time.monotonic() - began
         with self.recording():
             try:
                 run_blocks(client, self.view.writer, tasks, self.summary, self.config, total=total, quiet=quiet)
@@ -428,7 +431,7 @@ def run_blocks(
     from pipeline.worker.isolate import compute_block, extract_isolated
 
     request, published, loading_s = config.cluster_request, time.monotonic(), worker_seconds(client)
-    progress = ProgressLine("extract", total=total, unit="clips", quiet=quiet)
+    progress = ProgressLine("extract", total=total, unit="clips", startup_s=summary.startup_s, quiet=quiet)
 
     def show_waiting(seconds: float) -> None:
         limit_s = request.worker_wait_s

@@ -51,7 +51,7 @@ class ExtractSummary:
     quarantined: int = 0  # listed clips that some encoder of this run has no tokens of, since this run or earlier ones
     unchanged: int = 0  # quarantined clips that were tried again and fail as before
     reasons: dict[str, int] = field(default_factory=dict)  # why clips were quarantined
-    examples: dict[str, str] = field(default_factory=dict)  # such a reason -> one of the clips
+    examples: dict[str, str] = field(default_factory=dict)  # such a reason -> the first clip by id
     frames: int = 0
     bytes: int = 0
     blocks: int = 0
@@ -60,7 +60,8 @@ class ExtractSummary:
     same_media: int = 0  # cells copied from clips of the same media in other datasets of this store
     predicted: dict[str, Any] | None = None  # a `Prediction`, for comparison with elapsed_s and bytes
     halvings: int = 0  # batches cut for lack of device memory
-    elapsed_s: float = 0.0
+    elapsed_s: float = 0.0  # since `startup_s` was over
+    startup_s: float = 0.0  # before the first block: listing, start of the cluster, loading of encoders, planning
     worker_s: float = 0.0  # time that workers were held, idle or not, summed over them; from the first task on
     device: str = ""  # of the workers; on "cuda" each holds one GPU
     gpu_cost: float | None = None  # of a worker's hour
@@ -97,7 +98,8 @@ class ExtractSummary:
         for name in ("clips", "failed", "frames", "bytes", "reused", "same_media", "halvings"):
             setattr(self, name, getattr(self, name) + getattr(block, name))
         self.reasons = dict(Counter(self.reasons) + Counter(block.reasons))
-        self.examples = {reason: clip for clip, reason in block.failures.items()} | self.examples
+        for clip_id, reason in block.failures.items():
+            self.examples[reason] = min(clip_id, self.examples.get(reason, clip_id))  # blocks end in any order
         self.stage_s = dict(Counter(self.stage_s) + Counter(block.seconds))
         self.blocks_of.setdefault(block.kind, []).append(block.block)
         for encoder, work in block.made.items():
@@ -108,6 +110,11 @@ class ExtractSummary:
 
     def to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if name != "blocks_of"}
+
+    @property
+    def duration_text(self) -> str:
+        """`3.0 s after a start of 22.0 s`."""
+        return f"{format_duration(self.elapsed_s)} after a start of {format_duration(self.startup_s)}"
 
     @property
     def failures(self) -> str:

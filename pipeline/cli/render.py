@@ -81,7 +81,7 @@ def summary(result) -> None:
             out.print(f"predicted: {prediction_text(result.predicted, result.device)}")
         out.print(
             f"{plural(committed, 'clip')} committed, {result.failed} quarantined, {plural(result.blocks, 'block')}, "
-            f"{format_bytes(result.bytes)} in {format_duration(seconds)}: {result.clips / seconds:.2f} clips/s, "
+            f"{format_bytes(result.bytes)} in {result.duration_text}: {result.clips / seconds:.2f} clips/s, "
             f"{result.frames / seconds:.0f} frames/s, {format_bytes(result.bytes / seconds)}/s"
         )
         if result.worker_s:

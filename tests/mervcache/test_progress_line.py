@@ -91,6 +91,14 @@ def test_a_log_ends_with_what_came_after_its_last_line(clock):
     assert log.getvalue().splitlines()[-1] == "extract: 4/4 clips, took 0:00:14, 0.29 clips/s"
 
 
+def test_the_time_before_the_first_item_is_shown_beside_the_time_taken_and_in_no_rate(clock):
+    progress = ProgressLine("extract", total=6, unit="clips", startup_s=22.0, stream=io.StringIO())
+    clock.now += 3
+    progress.advance(6)
+    assert progress.text() == "6/6 clips, took 0:00:03 after a start of 0:00:22, 2.0 clips/s"
+    assert (progress.figures()["elapsed_s"], progress.figures()["startup_s"]) == (3.0, 22.0)
+
+
 def test_a_line_of_a_log_has_120_characters_at_most(clock):
     log = io.StringIO()
     stages = {"languagebind": 336.0, "dinov2": 215.4, "vivit": 182.4, "siglip": 49.1, "decode wait": 2.7}

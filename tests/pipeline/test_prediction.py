@@ -75,6 +75,7 @@ def test_a_plan_made_on_a_cluster_stands_beside_what_the_run_took(lab):
     run = store_status(lab.store)["last run"]
     assert run["predicted"]["seconds"] == pytest.approx(plan.seconds - plan.startup_s)
     assert run["seconds"] == summary.elapsed_s
+    assert FeatureStore.open(lab.store).runs()[-1]["summary"]["startup_s"] == summary.startup_s > 0
     assert run["predicted"]["worker_s"] == pytest.approx(plan.worker_s)
     assert run["worker_s"] == summary.worker_s > 0.9 * summary.elapsed_s  # one worker, held also while it loads
     (spent,) = store_status(lab.store)["spent"]

@@ -147,10 +147,12 @@ def test_a_summary_names_a_clip_of_each_reason_and_the_command_that_lists_all(la
     media = lab.copy_of_root()
     (media / BROKEN).write_bytes(b"not a film")
     summary = lab.extract(encoders=["siglip"])
+    summary.elapsed_s, summary.startup_s = 3.0, 22.0
     render.summary(summary)
     (reason,) = summary.reasons
     shown = capsys.readouterr().out
     assert f"{reason}; such as videollava/{BROKEN}" in shown
+    assert f" in 3.0 s after a start of 22.0 s: {summary.clips / 3:.2f} clips/s" in shown
     assert f"each clip: merv-pipeline quarantine list {lab.store}\n" in shown
 
 
