@@ -383,7 +383,7 @@ class Extraction:
         except BaseException:
             with suppress(MervCacheError):  # the first error is the one to report: on a full disk this fails as well
                 self.write_record(started)
-                log.info("stopped: %d of %d clips listed are committed", self._count_committed(), self.summary.listed)
+                log.info("stopped: %d of %d clips listed are committed", self.summary.committed, self.summary.listed)
             raise
         self.write_record(started)
 
@@ -391,30 +391,24 @@ class Extraction:
         """Publish what is committed and write the run's record; `started` is a Unix time."""
         self.summary.elapsed_s = time.time() - started
         self.summary.snapshot = self.view.writer.publish_snapshot()
-        self.summary.quarantined = self._count_quarantined(self.summary.snapshot)
+        self._count_outcomes(self.summary.snapshot)
         encoders = {name: encoder.journal_entry for name, encoder in self.encoders.items()}
         record = run_record(self.config, self.listing, encoders, self.summary, started)
         self.view.writer.journal(f"{self.summary.run}-driver", record)
         self.view.objects.cleanup_tmp()  # what workers that died were writing
 
-    def _count_quarantined(self, snapshot: str) -> int:
-        """Listed clips that failed for an encoder of this run, whenever that was."""
-        store, keys = self._snapshot(snapshot)
-        failed = store.quarantine.select(["clip_id", "encoder"]).to_pylist()
-        listed = {clip.clip_id for clip in self.listing.clips}
-        return len({row["clip_id"] for row in failed if row["encoder"] in keys} & listed)
-
-    def _count_committed(self) -> int:
-        """Listed clips that have tokens of every encoder of this run, made now or earlier."""
-        store, keys = self._snapshot(self.summary.snapshot)
-        listed = {clip.clip_id for clip in self.listing.clips}
-        return sum(row["clip_id"] in listed and all(row[key] for key in keys) for row in store.clips.to_pylist())
-
-    def _snapshot(self, snapshot: str | None) -> tuple[FeatureStore, list[str]]:
-        """A snapshot of the store, and its keys of the encoders of this run."""
+    def _count_outcomes(self, snapshot: str) -> None:
+        """Listed clips that have tokens of every encoder of this run, or failed for one, now or earlier."""
         store = FeatureStore(str(self.config.store_path), snapshot, objects=self.view.objects)
         wanted = {identity.id for identity in self.identities.values()}
-        return store, [key for key, identity in store.encoders.items() if identity.id in wanted]
+        keys = [key for key, identity in store.encoders.items() if identity.id in wanted]
+        listed = {clip.clip_id for clip in self.listing.clips}
+        clips = store.clips
+        for key in keys:
+            clips = clips.filter(clips[key])
+        self.summary.committed = len(listed.intersection(clips["clip_id"].to_pylist())) if keys else 0
+        failed = store.quarantine.select(["clip_id", "encoder"]).to_pylist()
+        self.summary.quarantined = len({row["clip_id"] for row in failed if row["encoder"] in keys} & listed)
 
 
 def run_blocks(

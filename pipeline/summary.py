@@ -48,6 +48,7 @@ class ExtractSummary:
     missing_files: tuple[str, ...] = field(default=(), repr=False)  # their paths
     rejected: dict[str, int] = field(default_factory=dict)  # reason -> annotation records refused
     skipped: dict[str, int] = field(default_factory=dict)  # what the dataset does not read by its rules -> files
+    committed: int = 0  # listed clips that every encoder of this run has tokens of, since this run or earlier ones
     quarantined: int = 0  # listed clips that some encoder of this run has no tokens of, since this run or earlier ones
     unchanged: int = 0  # quarantined clips that were tried again and fail as before
     reasons: dict[str, int] = field(default_factory=dict)  # why clips were quarantined
@@ -355,13 +356,17 @@ def settings_of(run: Mapping[str, Any], *, without: Collection[str] = ()) -> dic
 def media_roots(runs: Iterable[Mapping], root: str | None) -> dict[str, Root]:
     """Dataset -> folder of its media: as given, else as in its newest run; "" is the key for every other dataset.
 
+    A run that listed no clip with tokens counts only where no other is: it may have been given another folder.
     UserError where no folder has the name that is given.
     """
     if root and not os.path.isdir(root):
         raise UserError(
             f"there is no folder {root}: give that of the media, or leave it out for the one of the extraction"
         )
-    newest = {run["config"]["dataset"]: run for run in runs}
+    newest: dict[str, Mapping] = {}
+    for run in runs:
+        if run["config"]["dataset"] not in newest or run["summary"].get("committed", 1):  # earlier versions count none
+            newest[run["config"]["dataset"]] = run
     if not root:
         return {dataset: media_root(run) for dataset, run in newest.items()}
     return {"": root} | {dataset: media_root(run, root) for dataset, run in newest.items()}

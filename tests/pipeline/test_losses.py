@@ -16,7 +16,7 @@ from pipeline.decode.sampling import DecodeJob
 from pipeline.explorer import Explorer
 from pipeline.media import MediaRoot
 from pipeline.recompute import verify_media
-from pipeline.summary import media_root
+from pipeline.summary import media_root, media_roots
 from pipeline.views import ResizeRule, View
 
 
@@ -105,6 +105,25 @@ def test_a_job_keeps_the_folder_of_links_across_processes(tmp_path):
     clip = load_dataset("folder", tmp_path).clips[0]
     job = DecodeJob(root=root, clip=clip, views=(View(rule=ResizeRule(size=8), num_frames=8),))
     assert DecodeJob.from_record(json.loads(json.dumps(job.to_record()))) == job
+
+
+def test_a_run_whose_clips_have_no_tokens_does_not_say_where_the_media_are(lab):
+    folders = [lab.folder / name for name in ("media", "moved", "other")]
+    for folder in folders:
+        folder.mkdir()
+    for folder in folders[:2]:
+        shutil.copy(lab.root / "valley/v5.mp4", folder / "a.mp4")
+    (folders[2] / "b.mp4").write_bytes(b"not a film")
+    store, settings = str(lab.folder / "own.zarr"), {"dataset": "folder", "encoders": ["siglip"]}
+    committed = [lab.extract(store=store, root=str(folder), **settings).committed for folder in folders]
+    runs = FeatureStore.open(store).runs()
+    assert committed == [run["summary"]["committed"] for run in runs] == [1, 1, 0]
+    assert [media_roots(runs[:number], None) for number in (1, 2, 3)] == [
+        {"folder": str(folders[0])},
+        {"folder": str(folders[1])},  # it had nothing to do, and its media are the same
+        {"folder": str(folders[1])},
+    ]
+    assert media_roots(runs[2:], None) == {"folder": str(folders[2])}
 
 
 def test_a_run_without_links_has_a_plain_root():
