@@ -1,4 +1,4 @@
-"""Opens pages in a real browser, headless: what it logs, and how wide they become."""
+"""Opens pages in a real browser, headless: what it logs, how wide they become, and what they do when used."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,6 +33,23 @@ onload = () => {
              heights: [...root.querySelectorAll('svg')].map(svg => svg.getBoundingClientRect().height) };
   });
   document.getElementById('found').textContent = JSON.stringify(frames);
+};
+</script></body>"""
+
+DRIVER = """<!doctype html><body><iframe src='%s' width=%d height=844 frameborder=0></iframe>
+<pre id=found></pre><script>
+const until = async test => {
+  for (;;) {
+    const found = test();
+    if (found) return found;
+    await new Promise(done => setTimeout(done, 20));
+  }
+};
+onload = async () => {
+  const page = document.querySelector('iframe').contentWindow;
+  const $ = selector => page.document.querySelector(selector);
+  await until(() => $(%s));
+  document.getElementById('found').textContent = JSON.stringify(await (async () => { %s })());
 };
 </script></body>"""
 
@@ -60,10 +78,26 @@ def open_page(
     )
     harness = folder / "harness.html"
     harness.write_text(HARNESS % (frames, json.dumps(ready)))
+    texts, lines = _found(harness, folder)
+    return [Opened(**{**frame, "heights": tuple(frame["heights"])}) for frame in texts], lines
+
+
+def drive_page(page: Path, folder: Path, script: str, *, width: int = 1400, ready: str = "body") -> Any:
+    """What a script returns that acts on the page as a person does, once there is an element `ready`.
+
+    It may use `page`, the page's window; `$`, its `querySelector`; and `await until(test)`.
+    """
+    harness = folder / "driver.html"
+    harness.write_text(DRIVER % (page.as_uri(), width, json.dumps(ready), script))
+    return _found(harness, folder)[0]
+
+
+def _found(harness: Path, folder: Path) -> tuple[Any, list[str]]:
+    """The JSON that the scripts of a page leave in it, and the lines of the console."""
     document, lines = read_page(harness.as_uri(), folder)
     (found,) = re.findall(r"<pre id=\"found\">(.*?)</pre>", document, re.DOTALL)
-    texts = json.loads(found.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
-    return [Opened(**{**frame, "heights": tuple(frame["heights"])}) for frame in texts], lines
+    assert found, f"the page's scripts did not come to an end: {lines}"
+    return json.loads(found.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")), lines
 
 
 def read_page(url: str, folder: Path) -> tuple[str, list[str]]:

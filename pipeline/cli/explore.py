@@ -53,7 +53,12 @@ ENCODERS = click.option(
     type=click.Path(file_okay=False, path_type=Path),
     help="Write the page into this new folder and exit.",
 )
-@click.option("--media", "with_media", is_flag=True, help="With --out: copy the media that a browser plays.")
+@click.option(
+    "--media",
+    "with_media",
+    is_flag=True,
+    help="With --out: copy the media of types that browsers play (.mp4, .webm, .jpg, ...), whatever their codec.",
+)
 def view(place: Place, out: Path | None, port: int, opens: bool, with_media: bool, **options: Any) -> None:
     """Show the clips of a store in a browser.
 

@@ -142,7 +142,8 @@ def serve(explorer: Explorer, port: int = 0) -> ExplorerServer:
 def write_site(explorer: Explorer, out: Path, *, quiet: bool = False) -> Path:
     """Write the page of an `explorer` as files into a new folder `out`; returns its index.html, which needs no server.
 
-    Media are copied with it, unless the explorer was made without `plays_media`. `quiet` shows no progress.
+    Media of types that browsers play are copied with it, unless the explorer was made without `plays_media`. `quiet`
+    shows no progress.
     """
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; give --out a new folder")

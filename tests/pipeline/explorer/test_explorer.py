@@ -23,7 +23,7 @@ from featurestore.clips import Sample, Turn
 from mervcache.errors import UserError
 from pipeline.explorer import Explorer, serve, write_site
 from pipeline.explorer.projection import project
-from tests.browser import WIDTHS, needs_browser, open_page, read_page
+from tests.browser import WIDTHS, drive_page, needs_browser, open_page, read_page
 from trainer.runs.predictions import RecordLog
 
 HOSTILE = "<img src=x onerror=\"document.title='broken in'\"></script><b>bold"
@@ -108,6 +108,22 @@ def test_the_written_page_works_from_a_disk_at_both_widths(explorer, tmp_path):
         assert row["clip_id"] in page.text
         assert f"{len(explorer.rows)} of {len(explorer.rows)} clips" in page.text
         assert all(f"Nearest by {encoder}" in page.text for encoder in explorer.encoders)
+
+
+@needs_browser
+def test_of_a_file_that_the_browser_refuses_no_player_is_left(explorer, tmp_path):
+    index = write_site(explorer, tmp_path / "site", quiet=True)
+    place = next(i for i, row in enumerate(explorer.rows) if row["path"].endswith(".mp4"))
+    (tmp_path / f"site/media/{place}.mp4").write_bytes(b"no video")
+    script = f"""
+      page.location.hash = '{place}';
+      page.location.reload();
+      await until(() => $('video')?.error);
+      const note = [...page.document.querySelectorAll('#details p')].find(p => p.textContent.includes('cannot play'));
+      await until(() => !note.hidden);
+      return [$('video').getBoundingClientRect().height, note.getBoundingClientRect().height > 0];
+    """
+    assert drive_page(index, tmp_path, script, ready=DRAWN) == [0, True]
 
 
 @needs_browser
