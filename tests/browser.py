@@ -45,9 +45,12 @@ const until = async test => {
     await new Promise(done => setTimeout(done, 20));
   }
 };
+const deep = (root, selector) => [...root.querySelectorAll(selector), ...[...root.querySelectorAll('*')].flatMap(
+  element => element.shadowRoot ? deep(element.shadowRoot, selector) : [])];
 onload = async () => {
   const page = document.querySelector('iframe').contentWindow;
   const $ = selector => page.document.querySelector(selector);
+  const all = selector => deep(page.document, selector);
   await until(() => $(%s));
   document.getElementById('found').textContent = JSON.stringify(await (async () => { %s })());
 };
@@ -85,7 +88,8 @@ def open_page(
 def drive_page(page: Path, folder: Path, script: str, *, width: int = 1400, ready: str = "body") -> Any:
     """What a script returns that acts on the page as a person does, once there is an element `ready`.
 
-    It may use `page`, the page's window; `$`, its `querySelector`; and `await until(test)`.
+    It may use `page`, the page's window; `$`, its `querySelector`; `all`, the elements of a
+    selector, also those within Bokeh's figures; and `await until(test)`.
     """
     harness = folder / "driver.html"
     harness.write_text(DRIVER % (page.as_uri(), width, json.dumps(ready), script))

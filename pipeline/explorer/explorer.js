@@ -3,7 +3,8 @@
 // Text from a store is only ever set as text, never as HTML.
 const explorer = (() => {
   const $ = id => document.getElementById(id);
-  let data, source, filter, wanted = null;
+  const narrow = matchMedia("(max-width: 800px)");  // as in the style sheet: one column, the clip below the table
+  let data, source, filter, wanted = null, isFirst = true;
 
   function element(tag, { text, cls, ...properties } = {}, children = []) {
     const made = document.createElement(tag);
@@ -27,7 +28,9 @@ const explorer = (() => {
     $("wrong-label").hidden = !data.columns.questions.some(count => count > 0);
     const [view] = await Bokeh.embed.embed_item(data.figures, "figures");
     source = view.model.document.get_model_by_name("clips");
-    filter = view.model.document.get_model_by_name("table").view.filter;
+    const table = view.model.document.get_model_by_name("table");
+    filter = table.view.filter;
+    fitColumns(table);
     source.selected.properties.indices.change.connect(() => {
       const [first] = source.selected.indices;
       if (first !== undefined) load(first);
@@ -39,6 +42,21 @@ const explorer = (() => {
     applyFilter();
     const named = Number.parseInt(location.hash.slice(1), 10);
     choose(Number.isInteger(named) && named < data.columns.clip.length ? named : 0);
+  }
+
+  // A narrow table has the clip and its caption alone.
+  function fitColumns(table) {
+    const widths = table.columns.map(column => column.width);
+    const fit = () => {
+      const room = $("figures").clientWidth - 12;  // less the margins of the table
+      const shown = narrow.matches ? { path: 0.4 * room, caption: 0.6 * room } : null;
+      table.columns.forEach((column, place) => {
+        column.visible = !shown || column.field in shown;
+        column.width = Math.floor(shown?.[column.field] ?? widths[place]);
+      });
+    };
+    narrow.addEventListener("change", fit);
+    fit();
   }
 
   function options(id, all, values) {
@@ -93,6 +111,8 @@ const explorer = (() => {
     }
     parts.push(...pictures(clip), ...fusion(clip.fusion), ...clip.samples.flatMap(conversation), ...near(clip.near));
     $("details").replaceChildren(...parts);
+    if (narrow.matches && !isFirst) $("details").scrollIntoView();
+    isFirst = false;
   }
 
   // Media, frames and token maps, all at the time of one slider.

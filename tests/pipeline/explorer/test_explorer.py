@@ -127,6 +127,23 @@ def test_of_a_file_that_the_browser_refuses_no_player_is_left(explorer, tmp_path
 
 
 @needs_browser
+def test_on_a_phone_the_table_has_captions_and_a_row_leads_to_its_clip(explorer, tmp_path):
+    index = write_site(explorer, tmp_path / "site", quiet=True)
+    script = """
+      const cells = await until(() => all('.slick-row .slick-cell').length && all('.slick-row .slick-cell'));
+      const titles = all('.slick-column-name').map(title => title.textContent);
+      const isInside = all('.slick-row')[0].getBoundingClientRect().right <= page.innerWidth;
+      const before = page.scrollY;
+      cells.find(cell => cell.textContent === page.NAME).click();
+      await until(() => $('#details h2').textContent.endsWith(page.NAME));
+      return [titles, isInside, before, Math.round($('#details').getBoundingClientRect().top)];
+    """
+    name = explorer.rows[1]["path"]
+    found = drive_page(index, tmp_path, script.replace("page.NAME", json.dumps(name)), width=390, ready=DRAWN)
+    assert found == [["clip", "caption"], True, 0, 0]
+
+
+@needs_browser
 def test_the_served_page_works_under_its_own_policy(server, explorer, tmp_path):
     document, lines = read_page(server.url + "#1", tmp_path)
     assert [line for line in lines if "[bokeh" not in line] == []
