@@ -131,20 +131,24 @@ const explorer = (() => {
     if (clip.frames) add("frames", clip.frames, "photo");
     for (const [encoder, map] of Object.entries(clip.maps)) add(encoder, map, "");
     const isVideo = clip.kind === "video";
-    const slider = element("input", { type: "range", min: 0, max: 1, step: 0.001, value: 0 });
+    // A position of the slider per time step of the finest map, so that an arrow key moves to the next one.
+    const maps = Object.values(clip.maps);
+    const positions = Math.max(1, ...(maps.length ? maps : [clip.frames ?? ["", 1]]).map(([, steps]) => steps));
+    const slider = element("input", { type: "range", min: 0, max: positions - 1, step: 1, value: 0 });
     slider.setAttribute("aria-label", "time");
     const label = element("span", { cls: "quiet" });
+    const stepAt = (share, steps) => Math.min(steps - 1, Math.floor(share * steps + 1e-6));
     const move = share => {
       for (const { strip, steps } of strips) {
-        const step = Math.min(steps - 1, Math.floor(share * steps));
-        strip.style.backgroundPosition = steps > 1 ? `${100 * step / (steps - 1)}% 0` : "0 0";
+        strip.style.backgroundPosition = steps > 1 ? `${100 * stepAt(share, steps) / (steps - 1)}% 0` : "0 0";
       }
       label.textContent = `${Math.round(100 * share)} %`;
     };
-    const player = media(clip, share => { slider.value = share; move(share); });
+    const player = media(clip, share => { slider.value = stepAt(share, positions); move(share); });
     slider.addEventListener("input", () => {
-      move(Number(slider.value));
-      if (player.seek) player.seek(Number(slider.value));
+      const share = Number(slider.value) / positions;
+      move(share);
+      if (player.seek) player.seek(share);
     });
     move(0);
     const row = element("div", { cls: "slider" }, [slider, label]);

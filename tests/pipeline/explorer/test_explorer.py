@@ -144,6 +144,26 @@ def test_on_a_phone_the_table_has_captions_and_a_row_leads_to_its_clip(explorer,
 
 
 @needs_browser
+def test_each_position_of_the_slider_shows_the_next_step_of_the_maps(explorer, tmp_path):
+    index = write_site(explorer, tmp_path / "site", quiet=True)
+    script = """
+      const slider = $('input[type=range]'), strips = [...page.document.querySelectorAll('.strip')];
+      const places = strips.map(() => []);
+      for (let step = 0; step < 20; step++) {
+        strips.forEach((strip, i) => places[i].push(Math.round(parseFloat(strip.style.backgroundPosition))));
+        slider.stepUp();  // as the arrow key does
+        slider.dispatchEvent(new Event('input'));
+      }
+      return Object.fromEntries(strips.map((strip, i) => [strip.ariaLabel, [...new Set(places[i])]]));
+    """
+    found = drive_page(index, tmp_path, script, ready="input[type=range]")
+    steps = {encoder: steps for encoder, (_, steps) in details(explorer, 0)["maps"].items()}
+    for encoder, count in steps.items():
+        assert found[encoder] == [round(100 * step / (count - 1)) for step in range(count)]
+    assert len(found["frames"]) == max(steps.values())
+
+
+@needs_browser
 def test_the_served_page_works_under_its_own_policy(server, explorer, tmp_path):
     document, lines = read_page(server.url + "#1", tmp_path)
     assert [line for line in lines if "[bokeh" not in line] == []
