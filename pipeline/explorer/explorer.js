@@ -32,8 +32,9 @@ const explorer = (() => {
     filter = table.view.filter;
     fitColumns(table);
     source.selected.properties.indices.change.connect(() => {
-      const [first] = source.selected.indices;
-      if (first !== undefined) load(first);
+      const { indices } = source.selected;  // of points on top of each other all; none of an empty part of the map
+      if (indices.length && !indices.includes(wanted)) load(indices[0]);
+      mark();
     });
     for (const id of ["search", "dataset", "kind", "tokens", "wrong"]) $(id).addEventListener("input", applyFilter);
     $("encoder").addEventListener("input", drawMap);
@@ -77,6 +78,7 @@ const explorer = (() => {
         && (!$("wrong").checked || wrong[place] > 0);
     });
     filter.booleans = isShown;
+    mark();
     const count = isShown.filter(Boolean).length;
     $("count").textContent = `${count.toLocaleString("en")} of ${clip.length.toLocaleString("en")} clips`;
   }
@@ -90,8 +92,14 @@ const explorer = (() => {
   }
 
   function choose(place) {
-    source.selected.indices = [place];
     load(place);
+    mark();
+  }
+
+  // The clip of the panel, and no other, is selected in the map and the table, where the filter shows it.
+  function mark() {
+    const wished = filter.booleans[wanted] ? [wanted] : [];
+    if (String(source.selected.indices) !== String(wished)) source.selected.indices = wished;
   }
 
   function load(place) {

@@ -58,7 +58,7 @@ def table_and_map(columns: Mapping[str, Sequence[Any]], *, with_answers: bool) -
         name="map",
         height=340,
         sizing_mode="stretch_width",
-        tools="pan,wheel_zoom,box_select,tap,hover,reset",
+        tools="pan,wheel_zoom,box_zoom,tap,hover,reset",
         tooltips=[("", "@clip"), ("", "@caption")],
         active_scroll="wheel_zoom",
         output_backend="canvas",
@@ -78,6 +78,8 @@ def table_and_map(columns: Mapping[str, Sequence[Any]], *, with_answers: bool) -
         legend_field="dataset",
     )
     plot.axis.visible = plot.grid.visible = False
-    plot.legend.background_fill_alpha = 0.6
+    plot.legend.orientation, plot.legend.ncols = "horizontal", 3
+    plot.add_layout(plot.legend[0], "above")  # within the plot it would cover points
+    plot.legend.visible = len(datasets) > 1
     plot.toolbar.logo = None
     return json_item(column(plot, table, sizing_mode="stretch_width", name="both"))

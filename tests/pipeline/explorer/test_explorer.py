@@ -164,6 +164,32 @@ def test_each_position_of_the_slider_shows_the_next_step_of_the_maps(explorer, t
 
 
 @needs_browser
+def test_table_map_and_panel_have_one_clip_selected(hostile_store, tmp_path):
+    store, _ = hostile_store
+    with Explorer(store, quiet=True) as explorer:
+        index = write_site(explorer, tmp_path / "site", quiet=True)
+    script = """
+      const { selected } = page.Bokeh.documents[0].get_model_by_name('clips');
+      const map = page.Bokeh.documents[0].get_model_by_name('map');
+      const settle = () => new Promise(done => setTimeout(done, 200));
+      const found = [];
+      const look = async () => { await settle(); found.push([[...selected.indices], $('#details h2').textContent]); };
+      const search = text => { $('#search').value = text; $('#search').dispatchEvent(new Event('input')); };
+      await look();
+      selected.indices = []; await look();  // a click on an empty part of the map
+      search('2.mp4'); await look();
+      selected.indices = [2]; await look();
+      search(''); await look();
+      selected.indices = [1, 3]; await look();  // two points at one place
+      return [found, map.center.some(part => part.type === 'Legend')];
+    """
+    found, has_legend_on_points = drive_page(index, tmp_path, script, ready=DRAWN)
+    places = [([0], 0), ([0], 0), ([], 0), ([2], 2), ([2], 2), ([1], 1)]  # selected, shown
+    assert found == [[selected, f"toy/{place}.mp4"] for selected, place in places]
+    assert not has_legend_on_points
+
+
+@needs_browser
 def test_the_served_page_works_under_its_own_policy(server, explorer, tmp_path):
     document, lines = read_page(server.url + "#1", tmp_path)
     assert [line for line in lines if "[bokeh" not in line] == []
