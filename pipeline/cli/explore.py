@@ -9,7 +9,7 @@ import click
 
 from featurestore.locate import Place, names_of
 from mervcache.completion import complete_encoders
-from mervcache.console import ProgressLine, echo, examples
+from mervcache.console import ProgressLine, echo, examples, plural
 from mervcache.errors import EXIT_WITH_FAILURES
 from mervcache.files import replace_text
 from pipeline.cli.options import AS_JSON, ROOT, handle_cli_errors, print_result, takes_store
@@ -73,6 +73,9 @@ def view(place: Place, out: Path | None, port: int, opens: bool, with_media: boo
     if with_media and out is None:
         raise click.UsageError("--media copies media into the folder of --out: add --out DIR")
     with Explorer(FeatureStore.open(place), plays_media=with_media or out is None, **options) as explorer:
+        for folder, number in explorer.missing_media.items():
+            under = f" under {folder}" if folder else ""
+            echo(f"{plural(number, 'clip')} without media{under}; name the folder with --root")
         if out is not None:
             click.echo(write_site(explorer, out))
             return

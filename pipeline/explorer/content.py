@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +25,7 @@ from featurestore.clips import Sample
 from featurestore.store import FeatureStore
 from featurestore.token_maps import PrincipalColours
 from featurestore.windows import videos_in_windows, window_length
-from mervcache.console import ProgressLine
+from mervcache.console import ProgressLine, plural
 from mervcache.errors import MediaError, MervCacheError, UserError
 from mervcache.text import safe
 from pipeline.decode.pool import DecodePool
@@ -33,8 +33,9 @@ from pipeline.decode.sampling import DecodeJob
 from pipeline.explorer.figures import bokeh_scripts, table_and_map
 from pipeline.explorer.projection import project
 from pipeline.explorer.run_results import RunResults
-from pipeline.media import LocalFile, Source, TarMember
+from pipeline.media import FrameFolder, LocalFile, Source, TarMember
 from pipeline.properties import clip_of, root_of
+from pipeline.remote_shards import remote_root
 from pipeline.report import image_bytes
 from pipeline.summary import media_roots
 from pipeline.vectors import ClipVectors, pool_clips
@@ -143,6 +144,16 @@ class Explorer:
                 self._pool.close()
                 self._pool = None
 
+    @cached_property
+    def missing_media(self) -> Mapping[str, int]:
+        """Folder on this machine -> clips of the page whose media are not under it; "" where no folder is known."""
+        found: Counter[str] = Counter()
+        for place, row in enumerate(self.rows):
+            folder = self._roots.get(row["dataset"], self._roots.get("", ""))
+            if remote_root(folder) is None and self._source(place) is None:
+                found[str(folder)] += 1
+        return found
+
     def paths(self) -> Iterator[str]:
         """Every file of the page."""
         yield from self._assets
@@ -208,6 +219,8 @@ class Explorer:
             notices.append("Encoders with seeded random weights: near is not alike in meaning.")
         if len(self.rows) < self.num_clips:
             notices.append(f"{len(self.rows):,} of {self.num_clips:,} clips, evenly spaced; --max-clips shows more.")
+        if without := sum(self.missing_media.values()):
+            notices.append(f"{plural(without, 'clip')} without media: name their folder with --root.")
         found = {}
         for encoder, xy_C2 in self._maps.items():
             full_C2 = np.full((len(self.rows), 2), np.nan)
@@ -241,6 +254,7 @@ class Explorer:
             "span": [row["start_s"], row["end_s"], row["end_frame"]],
             "reasons": {encoder: safe(reason) for encoder, reason in self._reasons.get(clip_id, {}).items()},
             "media": self._media_name(place),
+            "note": self._media_note(place),
             "frames": None if source is None else [f"frames/{place}.jpg", STEPS if row["kind"] == "video" else 1],
             "maps": {encoder: [f"maps/{place}-{number}.png", steps[encoder]] for encoder, number in numbers.items()},
             "near": {encoder: self._neighbours(place, encoder) for encoder in numbers},
@@ -284,6 +298,23 @@ class Explorer:
         source = self._source(place) if self._plays_media and suffix in PLAYABLE else None
         is_one_file = source is not None and isinstance(source.media, LocalFile | TarMember)
         return f"media/{place}{suffix}" if is_one_file else None
+
+    def _media_note(self, place: int) -> str:
+        """Why the page has no player for a clip; empty where it has one."""
+        source, suffix = self._source(place), Path(self.rows[place]["path"]).suffix.lower()
+        if source is None:
+            return "Its media were not found: name their folder with --root."
+        if self._media_name(place):
+            return ""
+        if isinstance(source.media, FrameFolder):
+            reason = "The clip is a folder of frames"
+        elif suffix not in PLAYABLE:
+            reason = f"Browsers do not play {suffix or 'such'} files"
+        elif not self._plays_media:
+            reason = "The page was written without --media"
+        else:
+            reason = "Media at a URL are not played here"
+        return f"{reason}; its frames, as an encoder's crop sees them:"
 
     def _frames(self, place: int) -> Response | None:
         """Frames of a clip next to each other, as an encoder's crop sees them."""

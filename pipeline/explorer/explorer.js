@@ -164,10 +164,7 @@ const explorer = (() => {
   }
 
   function media(clip, moved) {
-    if (!clip.media) {
-      const text = clip.frames ? "Its frames, as an encoder's crop sees them:" : "Its media are not here.";
-      return { parts: [element("p", { text, cls: "quiet" })] };
-    }
+    if (!clip.media) return { parts: [element("p", { text: clip.note, cls: "quiet" })] };
     if (clip.kind !== "video") return { parts: [element("img", { src: clip.media, cls: "still", alt: clip.clip })] };
     const [first, last] = clip.span;
     const player = element("video", { src: clip.media, controls: true, muted: true, preload: "metadata" });

@@ -6,6 +6,7 @@ import http.client
 import importlib.util
 import io
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,11 +17,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
 from featurestore import Clip, FeatureStore
 from featurestore.clips import Sample, Turn
 from mervcache.errors import UserError
+from pipeline.cli.explore import view
 from pipeline.explorer import Explorer, serve, write_site
 from pipeline.explorer.projection import project
 from tests.browser import WIDTHS, drive_page, needs_browser, open_page, read_page
@@ -268,6 +271,34 @@ def test_a_clip_in_quarantine_says_why(hostile_store):
         (place,) = (i for i, row in enumerate(explorer.rows) if row["clip_id"] in reasons)
         assert details(explorer, place)["reasons"] == {"one": reasons[explorer.rows[place]["clip_id"]]}
         assert details(explorer, place)["maps"] == {}
+
+
+def test_clips_without_media_are_counted_with_the_option_that_finds_them(extracted, tmp_path):
+    store, place = FeatureStore.open(extracted.store), 0
+    kept = tmp_path / store.clips["path"][place].as_py()
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(Path(extracted.root, kept.relative_to(tmp_path)).read_bytes())
+    with Explorer(store, root=str(tmp_path), quiet=True) as explorer:
+        assert explorer.missing_media == {str(tmp_path): len(store) - 1}
+        assert f"{len(store) - 1} clips without media" in explorer.respond("data.js").body.decode()
+        assert "--root" in details(explorer, place + 1)["note"]
+        assert details(explorer, place)["note"] == ""
+    done = CliRunner().invoke(view, [str(extracted.store), "--root", str(tmp_path), "--out", str(tmp_path / "site")])
+    assert f"{len(store) - 1} clips without media under {tmp_path}; name the folder with --root" in done.stderr
+
+
+def test_a_clip_that_has_no_player_says_why(lab):
+    lab.copy_of_root()
+    shutil.copy(lab.root / "valley/v5.mp4", lab.root / "valley/v5.avi")
+    lab.annotate(lab.root, ["valley/v5.avi", "valley/v5.mp4"], [])
+    lab.extract(encoders=("siglip",))
+    store = FeatureStore.open(lab.store)
+    for plays_media, reason in ((True, ""), (False, "The page was written without --media; its frames")):
+        with Explorer(store, plays_media=plays_media, quiet=True) as explorer:
+            notes = {Path(row["path"]).suffix: details(explorer, i)["note"] for i, row in enumerate(explorer.rows)}
+        assert notes[".avi"].startswith("Browsers do not play .avi files; its frames")
+        assert notes[".mp4"].startswith(reason)
+        assert bool(notes[".mp4"]) == bool(reason)
 
 
 def test_answers_and_fusion_weights_of_a_run_are_shown_by_clip(hostile_store, tmp_path):
