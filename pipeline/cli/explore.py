@@ -69,9 +69,12 @@ def view(place: Place, out: Path | None, port: int, opens: bool, with_media: boo
 
     from featurestore import FeatureStore
     from pipeline.explorer import Explorer, serve, write_site
+    from pipeline.explorer.server import check_new_folder
 
     if with_media and out is None:
         raise click.UsageError("--media copies media into the folder of --out: add --out DIR")
+    if out is not None:
+        check_new_folder(out)  # pooling the clips takes seconds and more
     with Explorer(FeatureStore.open(place), plays_media=with_media or out is None, **options) as explorer:
         for folder, number in explorer.missing_media.items():
             under = f" under {folder}" if folder else ""

@@ -145,8 +145,7 @@ def write_site(explorer: Explorer, out: Path, *, quiet: bool = False) -> Path:
     Media of types that browsers play are copied with it, unless the explorer was made without `plays_media`. `quiet`
     shows no progress.
     """
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty; give --out a new folder")
+    check_new_folder(out)
     temporary = out.with_name(f".tmp-{out.name}-{os.getpid()}")
     paths = list(explorer.paths())
     try:
@@ -166,6 +165,12 @@ def write_site(explorer: Explorer, out: Path, *, quiet: bool = False) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return out / "index.html"
+
+
+def check_new_folder(out: Path) -> None:
+    """UserError if `out` holds anything."""
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty; give --out a new folder")
 
 
 @contextmanager

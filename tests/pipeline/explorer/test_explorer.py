@@ -331,6 +331,8 @@ def test_a_run_without_anything_to_show_and_a_folder_in_use_are_errors(hostile_s
     with Explorer(store, quiet=True) as explorer, pytest.raises(UserError, match="not empty"):
         write_site(explorer, tmp_path / "used", quiet=True)
     assert (tmp_path / "used/file").read_text() == "mine"
+    done = CliRunner().invoke(view, [str(store.path), "--out", str(tmp_path / "used")])
+    assert (done.exit_code, "not empty" in done.stderr, "pool" in done.stderr) == (1, True, False)
 
 
 def test_a_page_of_some_clips_says_so(hostile_store):
