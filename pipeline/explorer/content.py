@@ -233,7 +233,7 @@ class Explorer:
             "notices": notices,
             "columns": columns,
             "maps": found,
-            "projection": {"pca": "the first two principal components", "umap": "UMAP"}[self._projection],
+            "projection": {"pca": "First two principal components", "umap": "UMAP"}[self._projection],
             "figures": table_and_map(dict(columns), with_answers=self._results is not None),
         }
 
@@ -263,13 +263,13 @@ class Explorer:
         }
 
     def _neighbours(self, place: int, encoder: str) -> list[tuple[int, float]]:
-        """(place, cosine) of the clips nearest by an encoder's mean tokens."""
+        """(place, cosine) of the clips nearest by an encoder's mean tokens; a negative cosine is not near."""
         clip_ids, unit_CD = self.vectors[encoder].clip_ids, self._normalised[encoder]
         own = clip_ids.index(self.rows[place]["clip_id"])
         cosines_C = unit_CD @ unit_CD[own]
         cosines_C[own] = -np.inf
         order = np.argsort(-cosines_C, kind="stable")[: min(NEIGHBOURS, len(clip_ids) - 1)]
-        return [(self._place[clip_ids[i]], round(float(cosines_C[i]), 4)) for i in order]
+        return [(self._place[clip_ids[i]], round(float(cosines_C[i]), 4)) for i in order if cosines_C[i] > 0]
 
     def _conversation(self, sample: Sample) -> dict[str, Any]:
         answers = self._results.answers.get(sample.digest, []) if self._results else []

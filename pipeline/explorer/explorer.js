@@ -4,7 +4,7 @@
 const explorer = (() => {
   const $ = id => document.getElementById(id);
   const narrow = matchMedia("(max-width: 800px)");  // as in the style sheet: one column, the clip below the table
-  let data, source, filter, wanted = null, isFirst = true;
+  let data, source, filter, map, wanted = null, isFirst = true;
 
   function element(tag, { text, cls, ...properties } = {}, children = []) {
     const made = document.createElement(tag);
@@ -28,6 +28,7 @@ const explorer = (() => {
     $("wrong-label").hidden = !data.columns.questions.some(count => count > 0);
     const [view] = await Bokeh.embed.embed_item(data.figures, "figures");
     source = view.model.document.get_model_by_name("clips");
+    map = view.model.document.get_model_by_name("map");
     const table = view.model.document.get_model_by_name("table");
     filter = table.view.filter;
     fitColumns(table);
@@ -88,7 +89,7 @@ const explorer = (() => {
     if (!name) return;
     const [x, y] = data.maps[name].map(axis => axis.map(value => value === null ? NaN : value));
     source.data = { ...source.data, x, y };
-    $("map-note").textContent = `Map: ${data.projection} of ${name}'s mean tokens, a point per clip, coloured by dataset.`;
+    map.title.text = `${data.projection} of ${name}'s mean tokens`;
   }
 
   function choose(place) {
@@ -117,7 +118,7 @@ const explorer = (() => {
     for (const [encoder, reason] of Object.entries(clip.reasons)) {
       parts.push(element("p", { text: `${encoder} failed: ${reason}`, cls: "warn" }));
     }
-    parts.push(...pictures(clip), ...fusion(clip.fusion), ...clip.samples.flatMap(conversation), ...near(clip.near));
+    parts.push(...pictures(clip), ...fusion(clip.fusion), ...conversations(clip.samples), ...near(clip.near));
     $("details").replaceChildren(...parts);
     if (narrow.matches && !isFirst) $("details").scrollIntoView();
     isFirst = false;
@@ -200,8 +201,17 @@ const explorer = (() => {
     return [element("h2", { text: "What each encoder adds to the visual tokens" }), ...rows];
   }
 
+  // One heading above those of the same source, stage, split and category.
+  function conversations(samples) {
+    const headings = [...new Set(samples.map(sample => sample.about))];
+    return headings.flatMap(about => [
+      element("h2", { text: about }),
+      ...samples.filter(sample => sample.about === about).map(sample => element("div", { cls: "talk" }, conversation(sample))),
+    ]);
+  }
+
   function conversation(sample) {
-    const parts = [element("h2", { text: sample.about })];
+    const parts = [];
     for (const [role, text] of sample.turns) parts.push(element("div", { cls: `turn ${role}`, text: `${role}: ${text}` }));
     sample.options.forEach((text, place) => {
       parts.push(element("div", { text: `${place === sample.correct ? "✓" : "·"} ${text}`, cls: place === sample.correct ? "right" : "" }));

@@ -34,7 +34,15 @@ def table_and_map(columns: Mapping[str, Sequence[Any]], *, with_answers: bool) -
     except ModuleNotFoundError as error:
         raise UserError(MISSING) from error
     from bokeh.layouts import column
-    from bokeh.models import BooleanFilter, CategoricalColorMapper, CDSView, ColumnDataSource, DataTable, TableColumn
+    from bokeh.models import (
+        BooleanFilter,
+        CategoricalColorMapper,
+        CDSView,
+        ColumnDataSource,
+        DataTable,
+        TableColumn,
+        Title,
+    )
     from bokeh.plotting import figure
 
     count = len(columns["clip"])
@@ -56,6 +64,8 @@ def table_and_map(columns: Mapping[str, Sequence[Any]], *, with_answers: bool) -
     )
     plot = figure(
         name="map",
+        title=Title(text_font_style="normal", text_color="#6b7280"),  # its text is of the encoder that is chosen
+        title_location="below",
         height=340,
         sizing_mode="stretch_width",
         tools="pan,wheel_zoom,box_zoom,tap,hover,reset",

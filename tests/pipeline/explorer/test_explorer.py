@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -84,7 +85,9 @@ def hostile_store(tmp_path, toy_identity, write_store):
         options=("red", "blue"),
         answer_index=0,
     )
-    writer.add_samples("toy", [question])
+    asked = (Turn(role="human", text="And then?"), Turn(role="gpt", text="blue"))
+    other = replace(question, sample_id="1", turns=asked, source="other")
+    writer.add_samples("toy", [question, other, replace(question, sample_id="2", turns=asked)])
     writer.publish_snapshot()
     return FeatureStore.open(tmp_path / "toy.zarr"), question
 
@@ -193,6 +196,23 @@ def test_table_map_and_panel_have_one_clip_selected(hostile_store, tmp_path):
 
 
 @needs_browser
+def test_conversations_alike_have_one_heading_and_the_map_its_caption(hostile_store, tmp_path):
+    store, _ = hostile_store
+    with Explorer(store, quiet=True) as explorer:
+        index = write_site(explorer, tmp_path / "site", quiet=True)
+        abouts = [sample["about"] for sample in details(explorer, 0)["samples"]]
+    script = """
+      const map = page.Bokeh.documents[0].get_model_by_name('map');
+      return [[...page.document.querySelectorAll('#details h2')].map(found => found.textContent),
+              page.document.querySelectorAll('.turn').length, map.title_location, map.title.text];
+    """
+    headings, turns, location, caption = drive_page(index, tmp_path, script, ready=DRAWN)
+    assert [heading for heading in headings if heading in abouts] == [abouts[0], abouts[1]]
+    assert (len(abouts), abouts[0], turns) == (3, abouts[2], 6)
+    assert (location, caption) == ("below", "First two principal components of one's mean tokens")
+
+
+@needs_browser
 def test_the_served_page_works_under_its_own_policy(server, explorer, tmp_path):
     document, lines = read_page(server.url + "#1", tmp_path)
     assert [line for line in lines if "[bokeh" not in line] == []
@@ -223,8 +243,9 @@ def test_neighbours_are_those_of_plain_numpy(explorer):
         unit = vectors.values_CD.astype(np.float64)
         unit -= unit.mean(axis=0)
         unit /= np.linalg.norm(unit, axis=1, keepdims=True)
-        wanted = np.argsort(-(unit @ unit[0]))[1:4]
-        names = [explorer.rows[place]["clip_id"] for place, _ in details(explorer, 0)["near"][encoder][:3]]
+        cosines = unit @ unit[0]
+        wanted = [place for place in np.argsort(-cosines)[1:9] if cosines[place] > 0]  # a negative one is not near
+        names = [explorer.rows[place]["clip_id"] for place, _ in details(explorer, 0)["near"][encoder]]
         assert names == [vectors.clip_ids[place] for place in wanted]
 
 
