@@ -126,6 +126,7 @@ def _clips_html(store: FeatureStore, num_clips: int, roots: Mapping[str, Root]) 
     """Frames and token maps of clips that are committed for every encoder, spread evenly over the store."""
     clips = [clip for clip in store.clips.to_pylist() if all(clip[key] for key in store.encoders)]
     clips.sort(key=lambda clip: clip["kind"] != "video")  # videos first: stills repeat themselves
+    complete = len(clips)
     if len(clips) > num_clips:
         clips = [clips[i] for i in np.linspace(0, len(clips) - 1, num_clips).astype(int)]
     if not clips:
@@ -133,16 +134,25 @@ def _clips_html(store: FeatureStore, num_clips: int, roots: Mapping[str, Root]) 
     ids = [clip["clip_id"] for clip in clips]
     maps = {key: principal_maps(store.read(ids, encoder=key)) for key in store.encoders}
     parts = []
+    if len(clips) < complete:
+        text = f"{len(clips)} of the {complete:,} clips that have tokens of every encoder, evenly spaced"
+        parts.append(note(f"{text}; --clips sets their number."))
     for number, clip in enumerate(clips):
         steps = STEPS if clip["kind"] == "video" else 1  # a still's tokens repeat
-        cells = ["<div></div>", *(f"<div class='t'>{step / STEPS:.0%}</div>" for step in range(steps))]
+        cells = ["<div class='name'></div>", *(f"<div class='t'>{step / STEPS:.0%}</div>" for step in range(steps))]
         if (frames := thumbnails(clip, roots)) is not None:
-            cells += ["<div>frames</div>", *(f"<img src='{png_url(frame)}' alt='frame'>" for frame in frames[:steps])]
+            cells += [
+                "<div class='name'>frames</div>",
+                *(f"<img src='{png_url(frame)}' alt='frame'>" for frame in frames[:steps]),
+            ]
         for key, maps_BTHWC in maps.items():
             maps_THWC, name = maps_BTHWC[number], escaped(key)
             instants = [step * len(maps_THWC) // STEPS for step in range(steps)]  # those of the frames above
             pictures = (png_url(maps_THWC[instant]) for instant in instants)
-            cells += [f"<div>{name}</div>", *(f"<img class='map' src='{p}' alt='tokens of {name}'>" for p in pictures)]
+            cells += [
+                f"<div class='name'>{name}</div>",
+                *(f"<img class='map' src='{p}' alt='tokens of {name}'>" for p in pictures),
+            ]
         film = f"<div class='scroll'><div class='film' style='--steps: {steps}'>{''.join(cells)}</div></div>"
         parts.append(f"<div class='clip'><h3>{escaped(clip['clip_id'])}</h3>{film}</div>")
     return "".join(parts)

@@ -88,6 +88,13 @@ def test_the_page_warns_of_random_weights_and_tells_sizes_and_runs(page, extract
     assert "8x3x3x32" in text
 
 
+def test_a_page_of_some_clips_says_so(page, extracted, tmp_path):
+    total = len(FeatureStore.open(extracted.store))
+    assert f"3 of the {total} clips that have tokens of every encoder" in page[1].text
+    path = write_report(extracted.store, out=tmp_path / "page.html", num_clips=total)
+    assert "of every encoder, evenly spaced" not in Page(path).text
+
+
 def test_without_the_media_the_frames_are_left_out_and_the_maps_stay(extracted, tmp_path):
     path = write_report(extracted.store, out=tmp_path / "page.html", root=str(tmp_path), num_clips=2)
     images = Page(path).images
