@@ -19,6 +19,7 @@ import torch
 
 from featurestore.clips import Clip, Turn
 from mervcache.errors import UserError, no_file
+from mervcache.reprs import brief
 from trainer.data.collate import make_batch
 from trainer.data.tokens import MemoryTokens
 from trainer.model.generate import generate_texts
@@ -54,6 +55,9 @@ class Asker:
         self._weights, self._device = tuple(weights), device
         self._opened = ExitStack()
         self._source: LiveTokens | None = None
+
+    def __repr__(self) -> str:
+        return brief(self, f"of {self.run!r} on {self._device}")
 
     @property
     def looks(self) -> bool:

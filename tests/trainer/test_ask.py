@@ -74,6 +74,10 @@ def test_a_run_says_the_colours_of_videos_and_images(asker, media_lab, media_roo
         assert asker.answer(QUESTION, image=str(media_root / path)) == colour
 
 
+def test_it_prints_as_one_line_with_its_run_and_device(asker, extracted):
+    assert re.fullmatch(rf"<Asker of <LoadedRun .* step 60, .*{re.escape(str(extracted))}> on (cpu|cuda)>", repr(asker))
+
+
 def test_a_file_with_a_known_name_in_another_folder_is_another_file(asker, media_root, tmp_path):
     shutil.copy(media_root / "films/blue.mp4", tmp_path / "red.mp4")
     assert asker.answer(QUESTION, video=media_root / "films/red.mp4") == "red"
