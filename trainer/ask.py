@@ -43,14 +43,23 @@ class Asker:
         Folder of a run or an export, or a loaded one.
     weights
         SPEC or NAME=SPEC, where encoders' weights are if they have moved since training.
+    llm
+        Where the LLM is, if it has moved since training and is not in the run's folder.
     device
         "auto" is cuda where torch sees one, else cpu.
     """
 
-    def __init__(self, run: LoadedRun | Path | str, *, weights: Sequence[str] = (), device: str = "auto") -> None:
+    def __init__(
+        self,
+        run: LoadedRun | Path | str,
+        *,
+        weights: Sequence[str] = (),
+        llm: str | None = None,
+        device: str = "auto",
+    ) -> None:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.run = run if isinstance(run, LoadedRun) else load_run(Path(run))
+        self.run = run if isinstance(run, LoadedRun) else load_run(Path(run), llm=llm)
         self.model = self.run.built.model.to(device).eval()
         self._weights, self._device = tuple(weights), device
         self._opened = ExitStack()
@@ -151,12 +160,20 @@ class Asker:
         return self._source
 
 
-def ask(run: Path | str, question: str, *, weights: Sequence[str] = (), device: str = "auto", **media: Any) -> str:
+def ask(
+    run: Path | str,
+    question: str,
+    *,
+    weights: Sequence[str] = (),
+    llm: str | None = None,
+    device: str = "auto",
+    **media: Any,
+) -> str:
     """A run's answer to one `question` about a `video` or an `image`; keep an `Asker` open for several.
 
-    `run`, `weights` and `device` are those of `Asker`, `media` the keywords of `Asker.answers`.
+    `run`, `weights`, `llm` and `device` are those of `Asker`, `media` the keywords of `Asker.answers`.
     """
-    with Asker(run, weights=weights, device=device) as asker:
+    with Asker(run, weights=weights, llm=llm, device=device) as asker:
         return asker.answer(question, **media)
 
 

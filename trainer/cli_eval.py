@@ -21,7 +21,7 @@ from trainer.cli_export import export_options, model_line, options_of, prompts_l
 from trainer.config import Protocol
 from trainer.loop.launch import end_with_failures, is_first_rank, is_launched, relaunch
 from trainer.render import import_lines, print_losses, print_scores
-from trainer.runs.stage_folders import check_are_runs
+from trainer.runs.stage_folders import check_are_runs, check_llm_is_there, last_stage
 
 if TYPE_CHECKING:
     from trainer.judge import Judge
@@ -98,6 +98,12 @@ STORE = click.option(
     show_default="the one the run was trained on",
     help="Store of the clips' tokens.",
 )
+LLM = click.option(
+    "--llm",
+    metavar="FOLDER",
+    show_default="as in training",
+    help="Where the LLM is, if it has moved and is not in the run's folder.",
+)
 
 
 @click.group(cls=Program, context_settings=CONTEXT, epilog=EXAMPLES["eval"])
@@ -114,6 +120,7 @@ def eval_main() -> None:
 @click.option(
     "--weights", metavar="SPEC", multiple=True, help="Weights of encoders that run now, as in ask. Repeatable."
 )
+@LLM
 @click.option("--split", default="heldout", help="Split whose questions are scored.")
 @click.option(
     "--baseline",
@@ -137,6 +144,8 @@ def eval_run(checkpoint: Path, store: str | None, baseline: tuple[Path, ...], as
     Exit code 3: questions were left out, because their clips have no tokens.
     """
     check_are_runs(checkpoint, *baseline)
+    if options["llm"] is None:
+        check_llm_is_there(last_stage(checkpoint))
     share_questions(options.pop("processes"))
     load_torch_modules()
     from trainer.evaluate import EvaluationRequest, evaluate_run
@@ -237,6 +246,7 @@ def eval_import_official(checkpoint_file: Path, config_file: Path, as_json: bool
     show_default="as in training",
     help="Where encoders' weights are: hub, a folder or random:SEED; or NAME=SPEC. Repeatable.",
 )
+@LLM
 @click.option("--json", "as_json", is_flag=True, help="Print questions and answers as JSON.")
 def eval_ask(questions: tuple[str, ...], checkpoint: Path, as_json: bool, **options: Any) -> None:
     """Answer QUESTIONS about a video or an image; without any, read them from the terminal, one per line."""
@@ -246,12 +256,14 @@ def eval_ask(questions: tuple[str, ...], checkpoint: Path, as_json: bool, **opti
     for path in (options["video"], options["image"]):
         if path is not None and not path.exists():  # before a run is loaded
             raise UserError(no_file(path))
-    weights = options.pop("weights")
+    weights, llm = options.pop("weights"), options.pop("llm")
     check_are_runs(checkpoint)
+    if llm is None:
+        check_llm_is_there(last_stage(checkpoint))
     load_torch_modules()
     from trainer.ask import Asker  # torch
 
-    with Asker(checkpoint, weights=weights) as asker:
+    with Asker(checkpoint, weights=weights, llm=llm) as asker:
         for note in asker.notes:
             echo(note)
         batches = [questions] if questions else ([line] for line in iter(_next_question, ""))

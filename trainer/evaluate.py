@@ -44,7 +44,7 @@ from trainer.runs.load import LoadedRun, load_run
 from trainer.runs.predictions import PREDICTIONS_FOLDER
 from trainer.runs.run_record import RunRecord, ScoreSource, write_answers, write_open_scores, write_scores
 from trainer.runs.score_files import grid_scores_file, masked_scores_file
-from trainer.runs.stage_folders import last_stage
+from trainer.runs.stage_folders import lacks_llm, last_stage
 from trainer.sources import TokenPlace, opened_for
 
 log = logging.getLogger(__name__)
@@ -59,6 +59,7 @@ class EvaluationRequest:
     root: str | None = None  # folder of the dataset's media and annotations
     options: Mapping[str, Any] = field(default_factory=dict)  # of the dataset, over those of the training
     weights: tuple[str, ...] = ()  # SPEC or NAME=SPEC: where the weights of encoders that run now are
+    llm: str | None = None  # where the LLM is, if it has moved since training and is not in the run's folder
     split: str = "heldout"
     limit: int | None = None  # questions, at most; None: all
     protocol: Protocol | None = None  # None: that of the run's settings, see `default_protocol`
@@ -110,7 +111,7 @@ def evaluate_run(
     """
     template = _template(run, baselines, request)
     meet()
-    loaded = load_run(run, best=request.best, llm=llm)
+    loaded = load_run(run, best=request.best, llm=llm or request.llm)
     place = questions_place(run, loaded, request)
     is_asked = _asked(loaded, request)
     with opened_for(loaded, place, request.weights, default_device()) as (held, source):
@@ -151,7 +152,7 @@ def evaluate_masked(
     The empty subset is the model without visual tokens. The method is "one-shot" for a run that was trained with
     `mask_encoders`, else "post-hoc": such a run has never seen a subset before.
     """
-    loaded = load_run(run, best=request.best, llm=llm)
+    loaded = load_run(run, best=request.best, llm=llm or request.llm)
     if not loaded.built.model.has_visual:
         raise UserError(f"{run} is a text-only run: it has no encoders to mask")
     views = {"+".join(subset): replace(loaded.built, shown=tuple(subset)) for subset in subsets}
@@ -165,7 +166,7 @@ def evaluate_grids(
     run: Path, request: EvaluationRequest, grids: Sequence[int] = (), *, llm: LoadedLLM | None = None
 ) -> dict[str, Any]:
     """Answers of one checkpoint at each of its nested grids, or at some of them; saved in the run's folder."""
-    loaded = load_run(run, best=request.best, llm=llm)
+    loaded = load_run(run, best=request.best, llm=llm or request.llm)
     known = loaded.built.config.projector.nested_grids
     if not known or not loaded.built.model.has_visual:
         raise UserError(f"{run} was trained at one grid: a run of several has the setting projector.nested_grids")
@@ -297,7 +298,7 @@ def _baseline_answers(
     template: Template | None,
 ) -> RunAnswers:
     """A baseline's answers to the same questions."""
-    other = load_run(path, best=request.best)
+    other = load_run(path, best=request.best, llm=request.llm if lacks_llm(last_stage(path)) else None)
     own_place = _baseline_place(other, place, request)
     with opened_for(other, own_place, request.weights, default_device()) as (_, source):
         _check_same_questions(path, other, samples, source)

@@ -42,7 +42,8 @@ from trainer.model.llm import LoadedLLM, hub_options, reason_not_loaded, save_sh
 from trainer.model.video_llm import build, count_parameters
 from trainer.official_config import HEAD_LAYERS, OfficialConfig, parse_settings, read_settings, run_config
 from trainer.runs import checkpoint
-from trainer.runs.run_record import IMPORT_FILE, LLM_FOLDER, UNBOUND, RunRecord, software_versions
+from trainer.runs.run_record import IMPORT_FILE, UNBOUND, RunRecord, software_versions
+from trainer.runs.stage_folders import LLM_FOLDER
 
 SOURCE = "princetonvisualai/merv"
 PARTS = ("projectors", "feature_fusion", "llm_backbone")
@@ -104,7 +105,7 @@ def import_official(
         "bound_to": _bound_to(imported, official, store),
     }
     with atomic_directory(out) as folder:
-        save_shape(imported.llm, folder / LLM_FOLDER)
+        save_shape(imported.llm, folder / LLM_FOLDER, with_sizes=True)
         record.located(out).write(folder)
         (folder / CONFIG_FILE).write_text(imported.config.recorded_yaml(out))
         (folder / IMPORT_FILE).write_text(json.dumps(origin, indent=1) + "\n")

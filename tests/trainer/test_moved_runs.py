@@ -7,14 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 
 from featurestore import FeatureStore, StoreWriter
 from featurestore.clips import Sample, Turn
 from mervcache.config import overlay
+from mervcache.errors import StoreDamagedError, UserError
 from trainer.ablation.execute import open_recorded, open_sweep
 from trainer.ablation.sweep import SweepConfig, add_to_record, read_sweep
+from trainer.ask import Asker
 from trainer.cli import train_main
 from trainer.cli_eval import eval_main
 from trainer.config import TrainConfig, read_config
@@ -95,6 +98,53 @@ def test_a_moved_run_resumes_evaluates_answers_and_is_exported(moved, media_root
     call(eval_main, "export", "--checkpoint", home / RUN, "--out", home / "exports/first")
     assert read_config(home / "exports/first").llm == str(home / LLM)
     assert load_run(home / "exports/first").step == 4
+
+
+def moved_alone(project, train_llm):
+    """The run, moved to another depth without its LLM; its checkpoint's weights of the LLM as they are to be loaded."""
+    settings = yaml.safe_load((project / "settings.yaml").read_text())
+    (project / "settings.yaml").write_text(yaml.safe_dump({**settings, "train_llm": train_llm}))
+    train()
+    before = load_run(project / RUN).built.llm.model.state_dict()
+    (project / "deep/a/b").mkdir(parents=True)
+    shutil.move(RUN, "deep/a/b/mine")
+    return Path("deep/a/b/mine"), before
+
+
+@pytest.mark.slow
+def test_a_run_that_trained_all_of_its_llm_needs_nothing_outside_its_folder(project, media_root):
+    run, before = moved_alone(project, "full")
+    shutil.rmtree(project / LLM)
+    loaded = load_run(run).built.llm
+    assert loaded.model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in loaded.model.state_dict().items())
+    film = media_root / "films/red.mp4"
+    asked = call(eval_main, "ask", "--checkpoint", run, "--video", film, "--json", "What colour is it?")
+    assert len(json.loads(asked.stdout.splitlines()[-1])["answers"]) == 1
+    with pytest.raises(UserError, match="holds its LLM: leave out --llm"):
+        load_run(run, llm=LLM)
+
+
+@pytest.mark.slow
+def test_the_llm_of_a_moved_run_is_named_anew(project, media_root):
+    run, before = moved_alone(project, "none")
+    film = media_root / "films/red.mp4"
+    ask = ("ask", "--checkpoint", run, "--video", film, "What colour is it?")
+    score = ("run", "--checkpoint", run, "--store", STORE)
+    for command in (ask, score):
+        refused = CliRunner().invoke(eval_main, list(map(str, command)))
+        assert refused.exit_code == 1
+        assert "there is no folder deep/a/models/llm" in refused.stderr
+        assert "(recorded as ../../models/llm in config.yaml)" in refused.stderr
+        assert "--llm" in refused.stderr
+        call(eval_main, *command, "--llm", LLM)
+    with Asker(run, llm=LLM) as asker:
+        assert all(torch.equal(value, before[name]) for name, value in asker.model.llm.state_dict().items())
+    other = shutil.copytree(project / LLM, "models/other")
+    settings = json.loads((Path(other) / "config.json").read_text())
+    (Path(other) / "config.json").write_text(json.dumps({**settings, "rms_norm_eps": 1e-3}))
+    with pytest.raises(StoreDamagedError, match=r"config\.json \(changed\)"):
+        load_run(run, llm=str(other))
 
 
 @pytest.mark.slow

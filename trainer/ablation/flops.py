@@ -23,8 +23,8 @@ from trainer.data.tokens import ClipTokens, Part, PrefixedTokens, TokenShape
 from trainer.model.causal_lm import CausalLM
 from trainer.model.llm import LoadedLLM, holds_shape, hub_options, load_saved_shape, reason_not_loaded
 from trainer.model.video_llm import Built, build
-from trainer.runs.run_record import LLM_FOLDER, RunRecord, read_metrics
-from trainer.runs.stage_folders import last_stage
+from trainer.runs.run_record import RunRecord, read_metrics
+from trainer.runs.stage_folders import LLM_FOLDER, last_stage
 
 NOT_COUNTED = (
     "Counted are matrix products, convolutions and both products of attention (the whole square, also where a mask"

@@ -117,7 +117,7 @@ def make_plan(
             built = fit(built, source.shapes, longest_text, device, is_first_rank=rank == 0)
     config = built.config
     # A fresh tokenizer is another one in every run, and quick.
-    key = None if built.llm.is_fresh else renderer_key(built.renderer)
+    key = None if config.has_fresh_llm else renderer_key(built.renderer)
     rendered = RenderedCache(built.renderer, key, writes=rank == 0)
     batches = Batches(
         data,

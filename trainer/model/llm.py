@@ -271,12 +271,12 @@ def load_saved_shape(folder: Path, dtype: torch.dtype = torch.float32, attention
     return LoadedLLM(model=cast("CausalLM", model), tokenizer=tokenizer, is_fresh=True)
 
 
-def save_shape(llm: LoadedLLM, folder: Path) -> None:
-    """Write the tokenizer, and the sizes and end tokens of a fresh LLM, without weights."""
+def save_shape(llm: LoadedLLM, folder: Path, *, with_sizes: bool) -> None:
+    """Write the tokenizer, and `with_sizes` the LLM's sizes and end tokens; no weights."""
     from transformers import GenerationConfig
 
     llm.tokenizer.save_pretrained(folder)
-    if llm.is_fresh:
+    if with_sizes:
         llm.model.config.save_pretrained(folder)
         if ends := end_ids(llm.model):  # alone: published settings of sampling are often such that they cannot be saved
             GenerationConfig(eos_token_id=list(ends)).save_pretrained(folder)

@@ -40,8 +40,9 @@ from trainer.model.video_llm import Built, VideoLLM
 from trainer.paths import PATH_SETTINGS, is_same_path
 from trainer.runs.disk import disk_faults
 from trainer.runs.integrity import RunFiles, fixed_settings, free_settings, seal, unseal
-from trainer.runs.run_record import LLM_FOLDER, RunRecord
+from trainer.runs.run_record import RunRecord
 from trainer.runs.saver import write_shards
+from trainer.runs.stage_folders import LLM_FOLDER
 from trainer.runs.weight_names import check_order, to_file_names, to_model_names
 
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -102,7 +103,7 @@ def write_folder(out: Path, built: Built, record: RunRecord, resumed: Checkpoint
     out.mkdir(parents=True, exist_ok=True)
     with disk_faults(out, "the run's settings"):
         if resumed is None:
-            save_shape(built.llm, out / LLM_FOLDER)
+            save_shape(built.llm, out / LLM_FOLDER, with_sizes=built.saves_llm)
             record.located(out).write(out)
         before = load_yaml(out / CONFIG_FILE) if resumed is not None else None
         replace_text(out / CONFIG_FILE, built.config.recorded_yaml(out, before))

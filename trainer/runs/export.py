@@ -51,13 +51,12 @@ from trainer.runs.load import (
 from trainer.runs.model_card import UNKNOWN_LICENSE, CardFacts, model_card
 from trainer.runs.run_record import (
     IMPORT_FILE,
-    LLM_FOLDER,
     read_metrics,
     read_open_scores,
     read_scores,
     software_versions,
 )
-from trainer.runs.stage_folders import last_stage
+from trainer.runs.stage_folders import LLM_FOLDER, last_stage
 from trainer.runs.weight_names import to_file_names
 
 CARD_FILE, ENCODERS_FILE = "README.md", "encoders.json"

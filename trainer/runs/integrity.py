@@ -18,7 +18,8 @@ from mervcache.files import file_sha256, record_digest
 from mervcache.reprs import was_and_is
 from trainer.config import CONFIG_FILE, RECORD_FILE, TrainConfig
 from trainer.paths import found_path
-from trainer.runs.run_record import IMPORT_FILE, LLM_FOLDER
+from trainer.runs.run_record import IMPORT_FILE
+from trainer.runs.stage_folders import LLM_FOLDER
 
 DIGEST = "digest"  # key of a sealed record: the digest of its other entries
 WEIGHTS = (".safetensors",)
@@ -74,7 +75,10 @@ class RunFiles:
                 f"{run / CONFIG_FILE} was changed after the run began ({values}); put the values back, or start a new"
                 " run with another --out"
             )
-        folder = Path(found_path(str(self.settings.get("llm")), run))
+        self.check_llm(Path(found_path(str(self.settings.get("llm")), run)), run)
+
+    def check_llm(self, folder: Path, run: Path) -> None:
+        """Raise StoreDamagedError for a `folder` with another LLM than the one that `run` was trained with."""
         if self.llm_sha256 and folder.is_dir():
             has_weights = any(name.endswith(WEIGHTS) for name in self.llm_sha256)
             names = llm_file_names(folder, with_weights=has_weights)

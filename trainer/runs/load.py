@@ -24,8 +24,8 @@ from trainer.model.video_llm import Built, build, llm_dtype, new_llm
 from trainer.runs import checkpoint
 from trainer.runs.checkpoint import LLM_PREFIX, load_exactly
 from trainer.runs.integrity import check_digests, llm_file_names, unseal
-from trainer.runs.run_record import LLM_FOLDER, RunRecord
-from trainer.runs.stage_folders import last_stage, no_checkpoint
+from trainer.runs.run_record import RunRecord
+from trainer.runs.stage_folders import LLM_FOLDER, check_llm_is_there, last_stage, no_checkpoint
 from trainer.runs.weight_names import check_order, to_model_names
 
 FORMAT = 1
@@ -79,16 +79,16 @@ class ExportRecord:
     sha256: Mapping[str, str]  # file -> digest; before 0.2 of weights alone
 
 
-def load_run(run: Path, *, best: bool = False, llm: LoadedLLM | None = None) -> LoadedRun:
+def load_run(run: Path, *, best: bool = False, llm: LoadedLLM | str | None = None) -> LoadedRun:
     """The newest checkpoint of a run, or of a chain's last stage, or an export, as a model in evaluation mode.
 
-    `best`: instead of the newest, the checkpoint with the best validation. `llm`: the run's LLM where it is loaded
-    already and was not trained. Raises UserError for a folder without one, StoreDamagedError for weights that differ
-    from their digests.
+    `best`: instead of the newest, the checkpoint with the best validation. `llm`: where the run's LLM is now, if it has
+    moved since training, or the LLM itself if it is loaded already and was not trained. Raises UserError for a folder
+    without one, StoreDamagedError for weights that differ from their digests.
     """
     run = last_stage(Path(run))
     if is_export(run):
-        return load_export(run)
+        return load_export(run, llm=llm if isinstance(llm, str) else None)
     folder = checkpoint.best(run) if best else checkpoint.newest_finite(run)
     if best and folder is None and checkpoint.newest(run):
         raise UserError(f"no checkpoint of {run} was validated: train with --eval-every, or leave out --best")
@@ -97,20 +97,27 @@ def load_run(run: Path, *, best: bool = False, llm: LoadedLLM | None = None) -> 
     state = checkpoint.load_state(folder)
     config = read_config(run)
     record = RunRecord.read(run)
+    if isinstance(llm, str):
+        if state.files is not None:
+            state.files.check_llm(Path(llm), run)
+        llm = _moved_llm(config, run, llm)
     built = _rebuild(config, record, llm or resumed_llm(config, run))
     checkpoint.load_model(folder, built.model, with_llm=built.saves_llm)
     built.model.eval()
     return LoadedRun(built=built, record=record, step=state.step, weights_digest=state.sha256[checkpoint.MODEL_FILE])
 
 
-def load_export(folder: str | Path) -> LoadedRun:
-    """The model in an exported folder, in evaluation mode: equal to `load_run` of the run it was made from."""
+def load_export(folder: str | Path, *, llm: str | None = None) -> LoadedRun:
+    """The model in an exported folder, in evaluation mode: equal to `load_run` of the run it was made from.
+
+    `llm`: where the LLM is now, if it is not in the folder and has moved.
+    """
     folder = Path(folder)
     record = _checked_record(folder)
     config, run_record = read_config(folder), RunRecord.read(folder)
     # Merged adapters are part of a whole LLM; building it as LoRA would add fresh ones.
     built_as = replace(config, train_llm="full") if record.is_merged else config
-    built = _rebuild(built_as, run_record, _load_llm(folder, record, config))
+    built = _rebuild(built_as, run_record, _load_llm(folder, record, config, llm))
     expected = {name for name in built.model.state_dict() if not name.startswith(LLM_PREFIX) or is_adapter(name)}
     check_order(built.model.encoders, run_record.encoder_order, folder)
     load_exactly(built.model, _read_parts(folder, record), expected, folder)
@@ -139,6 +146,7 @@ def resumed_llm(config: TrainConfig, run: Path, device: torch.device | None = No
             ) from error
     if config.llm.startswith(FRESH_PREFIX):  # its words and sizes are nowhere else
         raise StoreDamagedError(f"{run / LLM_FOLDER} has no config.json; put its files back from a copy of the run")
+    check_llm_is_there(run)
     return new_llm(config, (), device=device)
 
 
@@ -179,6 +187,13 @@ def _rebuild(config: TrainConfig, record: RunRecord, llm: LoadedLLM) -> Built:
     return built
 
 
+def _moved_llm(config: TrainConfig, run: Path, llm: str) -> LoadedLLM:
+    """The LLM of a run, read from `llm`; the run's settings keep the name that they recorded."""
+    if holds_shape(run / LLM_FOLDER):
+        raise UserError(f"{run} holds its LLM: leave out --llm {llm}")
+    return new_llm(replace(config, llm=llm), ())
+
+
 def _read_parts(folder: Path, record: ExportRecord) -> dict[str, Tensor]:
     """The parts of the model besides the LLM, and adapters by their names in `VideoLLM`."""
     named = {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
@@ -190,8 +205,11 @@ def _read_parts(folder: Path, record: ExportRecord) -> dict[str, Tensor]:
     return weights
 
 
-def _load_llm(folder: Path, record: ExportRecord, config: TrainConfig) -> LoadedLLM:
+def _load_llm(folder: Path, record: ExportRecord, config: TrainConfig, moved: str | None = None) -> LoadedLLM:
+    if moved is not None:
+        return _moved_llm(config, folder, moved)
     if record.llm != "whole":
+        check_llm_is_there(folder)
         return new_llm(config, ())
     llm = load_llm(
         str(folder / LLM_FOLDER), dtype=getattr(torch, record.llm_dtype), attention=config.attn_implementation

@@ -2,7 +2,7 @@
 
 RUN/config.yaml                   the settings
 RUN/run.json                      the record: data, model and software
-RUN/llm/                          tokenizer, and the sizes of a fresh LLM
+RUN/llm/                          tokenizer, and the sizes of an LLM whose weights the checkpoints hold
 RUN/metrics.jsonl                 a line per step; validation metrics begin with `val_`; `skipped` is 1 where the step
                                   changed nothing, and null is a number that was not finite
 RUN/micro_batch.json              what a micro-batch may hold since memory ran out, see `trainer.loop.accumulate`
@@ -39,7 +39,6 @@ from trainer.runs.score_files import (
 )
 from trainer.runs.stage_folders import no_record, read_record_file
 
-LLM_FOLDER = "llm"
 METRICS_FILE = "metrics.jsonl"
 IMPORT_FILE = "imported.json"  # of a run made of a foreign checkpoint: where its weights come from
 PACKAGES = ("merv-pipeline", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "peft")

@@ -8,6 +8,7 @@ RUN/finetune/
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +24,7 @@ from trainer.paths import found_path, found_settings, recorded_settings
 from trainer.recipes import Stage, Stages
 
 STAGES_FILE = "stages.yaml"  # in the folder of a chain
+LLM_FOLDER = "llm"  # of a run or an export
 DIGEST = "digest"  # the first entry of that file: the digest of the others
 
 
@@ -66,6 +68,24 @@ def write_stages(out: Path, stages: Stages) -> None:
 def settings_by_stage(stages: Stages) -> dict[str, Any]:
     """Name -> settings, as YAML holds them."""
     return {stage.name: to_builtin(asdict(stage.config)) for stage in stages}
+
+
+def lacks_llm(run: Path) -> bool:
+    """Whether the LLM of a run or an export is read from a folder that is not where its settings name it."""
+    recorded = str(load_yaml(run / CONFIG_FILE).get("llm"))
+    is_folder = recorded.startswith(("./", "../")) or os.path.isabs(recorded)
+    holds_llm = (run / LLM_FOLDER / "config.json").is_file()
+    return is_folder and not holds_llm and not os.path.exists(found_path(recorded, run))
+
+
+def check_llm_is_there(run: Path) -> None:
+    """Raise UserError where `lacks_llm`."""
+    if lacks_llm(run):
+        recorded = load_yaml(run / CONFIG_FILE)["llm"]
+        raise UserError(
+            f"there is no folder {found_path(recorded, run)}, the LLM of {run} (recorded as {recorded} in"
+            f" {CONFIG_FILE}); put it there, or name its folder with --llm of merv-eval ask and run"
+        )
 
 
 def check_are_runs(*folders: Path) -> None:

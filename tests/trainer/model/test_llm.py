@@ -191,7 +191,7 @@ def test_the_end_tokens_of_a_generation_are_those_of_the_llm_also_where_only_its
     llm.model.generation_config.eos_token_id = [2, 5]
     llm.model.save_pretrained(pretrained)
     llm.model.generation_config.temperature = 0.9  # of sampling, which is off: transformers refuses to save it
-    save_shape(replace(llm, is_fresh=True), tmp_path / "shape")
+    save_shape(llm, tmp_path / "shape", with_sizes=True)
     assert load_saved_shape(tmp_path / "shape").model.generation_config.eos_token_id == [2, 5]
     train(replace(config, llm=pretrained, max_steps=1), samples, tokens, tmp_path / "run", quiet=True)
     assert load_run(tmp_path / "run").built.renderer.end_ids == (2, 5)
