@@ -18,10 +18,10 @@ from mervcache.text import printable
 from trainer.cli import handle_cli_errors, load_torch_modules
 from trainer.cli_examples import EXAMPLES
 from trainer.cli_export import export_options, model_line, options_of, prompts_line, write_export
-from trainer.config import Protocol
+from trainer.config import Protocol, read_config
 from trainer.loop.launch import end_with_failures, is_first_rank, is_launched, relaunch
 from trainer.render import import_lines, print_losses, print_scores
-from trainer.runs.stage_folders import check_are_runs, check_llm_is_there, last_stage
+from trainer.runs.stage_folders import check_are_trained, check_llm_is_there, last_stage
 
 if TYPE_CHECKING:
     from trainer.judge import Judge
@@ -143,7 +143,7 @@ def eval_run(checkpoint: Path, store: str | None, baseline: tuple[Path, ...], as
 
     Exit code 3: questions were left out, because their clips have no tokens.
     """
-    check_are_runs(checkpoint, *baseline)
+    check_are_trained(checkpoint, *baseline)
     if options["llm"] is None:
         check_llm_is_there(last_stage(checkpoint))
     share_questions(options.pop("processes"))
@@ -171,7 +171,7 @@ def eval_distortion(checkpoint: Path, store: str | None, as_json: bool, **option
 
     The result is saved in the store's journal, as that of `merv-pipeline distortion` is.
     """
-    check_are_runs(checkpoint)
+    check_are_trained(checkpoint)
     load_torch_modules()
     from featurestore.quality import keep_record, to_record
     from trainer.distortion import measure_losses
@@ -193,7 +193,7 @@ def eval_export(checkpoint: Path, out: Path, kind: str, as_json: bool, **options
     because their clips have no tokens.
     """
     given = options_of(kind, options)
-    check_are_runs(checkpoint)
+    check_are_trained(checkpoint)
     load_torch_modules()
     found = write_export(kind, checkpoint, out, given)
     for note in found.get("notes", ()):
@@ -257,7 +257,10 @@ def eval_ask(questions: tuple[str, ...], checkpoint: Path, as_json: bool, **opti
         if path is not None and not path.exists():  # before a run is loaded
             raise UserError(no_file(path))
     weights, llm = options.pop("weights"), options.pop("llm")
-    check_are_runs(checkpoint)
+    check_are_trained(checkpoint)
+    is_blind = read_config(last_stage(checkpoint)).mode == "text-only"
+    if not is_blind and (options["video"] is None) == (options["image"] is None):
+        raise UserError("this run reads visual tokens: give one video with --video or one image with --image")
     if llm is None:
         check_llm_is_there(last_stage(checkpoint))
     load_torch_modules()

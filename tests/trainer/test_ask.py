@@ -128,6 +128,15 @@ def test_a_file_that_is_not_there_is_said_before_the_run_is_loaded(tmp_path):
     assert "there is no file films/nowhere.mp4;" in result.stderr
 
 
+def test_a_medium_that_is_missing_is_said_before_the_run_is_loaded(run, tmp_path):
+    unreadable = shutil.copytree(run, tmp_path / "run")
+    for file in unreadable.glob("checkpoints/*/state.json"):
+        file.unlink()  # loading it would be an error of its own
+    result = ask("--checkpoint", unreadable, QUESTION)
+    assert result.exit_code == 1
+    assert "give one video with --video or one image with --image" in result.stderr
+
+
 def test_other_weights_are_refused_with_the_field_that_differs(run, media_root):
     with (
         Asker(run, weights=["dinov2=random:1"]) as other,

@@ -25,8 +25,8 @@ from trainer.config import TrainConfig, read_config
 from trainer.data.batches import order_digest, select, streams
 from trainer.data.order import Order
 from trainer.model.projectors import parts_of
-from trainer.runs.run_record import METRICS_FILE, RunRecord, read_metrics
-from trainer.runs.stage_folders import last_stage
+from trainer.runs.run_record import RunRecord, read_metrics
+from trainer.runs.stage_folders import METRICS_FILE, last_stage
 from trainer.sources import open_store
 
 _ENCODE = "encode:"  # begins the name of an encoder's stage in the journal

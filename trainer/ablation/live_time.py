@@ -12,8 +12,8 @@ from trainer.ablation.costs import extraction_cost, live_seconds_per_clip, run_s
 from trainer.ablation.sweep import SweepRun, run_folder
 from trainer.ablation.wall_time import read_times, write_times
 from trainer.config import read_config
-from trainer.runs.run_record import METRICS_FILE, RunRecord, read_metrics
-from trainer.runs.stage_folders import last_stage
+from trainer.runs.run_record import RunRecord, read_metrics
+from trainer.runs.stage_folders import METRICS_FILE, last_stage
 
 
 def names_in(encoders: Iterable[str]) -> set[str]:

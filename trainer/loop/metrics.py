@@ -15,7 +15,8 @@ import torch
 
 from mervcache.console import ProgressLine, plural
 from trainer.loop.device import Device, TrainingFlops
-from trainer.runs.run_record import METRICS_FILE, open_metrics
+from trainer.runs.run_record import open_metrics
+from trainer.runs.stage_folders import METRICS_FILE
 
 
 class MetricsWriter:

@@ -50,8 +50,9 @@ from trainer.runs.checkpoint import CheckpointState, checkpoint_to_resume, full_
 from trainer.runs.disk import disk_faults, remove_leftovers
 from trainer.runs.integrity import RunFiles
 from trainer.runs.lock import run_lock
-from trainer.runs.run_record import METRICS_FILE, read_metrics
+from trainer.runs.run_record import read_metrics
 from trainer.runs.saver import BackgroundSaver, staged
+from trainer.runs.stage_folders import METRICS_FILE
 
 logger = logging.getLogger(__name__)
 

@@ -38,7 +38,6 @@ from trainer.runs.load import (
     ADAPTER_FILE,
     ADAPTER_FOLDER,
     ADAPTER_PREFIX,
-    EXPORT_FILE,
     FORMAT,
     LLM_NOTES,
     LOCAL_LLM_NOTES,
@@ -56,7 +55,7 @@ from trainer.runs.run_record import (
     read_scores,
     software_versions,
 )
-from trainer.runs.stage_folders import LLM_FOLDER, last_stage
+from trainer.runs.stage_folders import EXPORT_FILE, LLM_FOLDER, last_stage
 from trainer.runs.weight_names import to_file_names
 
 CARD_FILE, ENCODERS_FILE = "README.md", "encoders.json"

@@ -25,11 +25,11 @@ from trainer.runs import checkpoint
 from trainer.runs.checkpoint import LLM_PREFIX, load_exactly
 from trainer.runs.integrity import check_digests, llm_file_names, unseal
 from trainer.runs.run_record import RunRecord
-from trainer.runs.stage_folders import LLM_FOLDER, check_llm_is_there, last_stage, no_checkpoint
+from trainer.runs.stage_folders import EXPORT_FILE, LLM_FOLDER, check_llm_is_there, last_stage, no_checkpoint
 from trainer.runs.weight_names import check_order, to_model_names
 
 FORMAT = 1
-EXPORT_FILE, ADAPTER_FOLDER = "export.json", "adapter"
+ADAPTER_FOLDER = "adapter"
 ADAPTER_FILE, ADAPTER_PREFIX = "adapter_model.safetensors", "base_model.model."  # peft's names
 LLMWeights = Literal["named", "whole", "adapter"]
 LLM_NOTES: dict[LLMWeights, str] = {  # for the model card

@@ -46,6 +46,21 @@ def run_lock(run: Path, name: str = RUN_LOCK) -> Iterator[None]:
         os.close(descriptor)
 
 
+def lock_holder(run: Path, name: str = RUN_LOCK) -> str | None:
+    """Process, host and start of the trainer that holds the lock of a run's folder; None where there is none."""
+    try:
+        descriptor = os.open(run / name, os.O_RDONLY)
+    except OSError:  # no trainer has ever begun, or the folder may not be read
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return None if error.errno in UNSUPPORTED else _read_owner(run / name)
+    finally:
+        os.close(descriptor)
+    return None
+
+
 def _open_locked(path: Path) -> int:
     """A descriptor that holds the lock on the file at `path`."""
     while True:
@@ -74,8 +89,13 @@ def _owner() -> dict[str, object]:
 
 
 def _refusal(path: Path) -> str:
+    who = _read_owner(path)
+    return f"another trainer works on {path.parent}: {who}; wait for it or stop it, or choose another --out"
+
+
+def _read_owner(path: Path) -> str:
     who = "a process that is about to start"
     with suppress(OSError, ValueError, KeyError, TypeError):
         owner = json.loads(path.read_text())
         who = f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
-    return f"another trainer works on {path.parent}: {who}; wait for it or stop it, or choose another --out"
+    return who

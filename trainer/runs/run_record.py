@@ -37,9 +37,8 @@ from trainer.runs.score_files import (
     open_scores_file,
     scores_file,
 )
-from trainer.runs.stage_folders import no_record, read_record_file
+from trainer.runs.stage_folders import METRICS_FILE, no_record, read_record_file
 
-METRICS_FILE = "metrics.jsonl"
 IMPORT_FILE = "imported.json"  # of a run made of a foreign checkpoint: where its weights come from
 PACKAGES = ("merv-pipeline", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "peft")
 _SCORED = frozenset(("split", "snapshot", "scores", "beside", "step"))  # entries of every record of scores

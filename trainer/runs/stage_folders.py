@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,12 @@ from mervcache.files import record_digest, replace_text
 from trainer.config import CONFIG_FILE, RECORD_FILE, TrainConfig, read_config
 from trainer.paths import found_path, found_settings, recorded_settings
 from trainer.recipes import Stage, Stages
+from trainer.runs.lock import STAGES_LOCK, lock_holder
 
 STAGES_FILE = "stages.yaml"  # in the folder of a chain
 LLM_FOLDER = "llm"  # of a run or an export
+METRICS_FILE = "metrics.jsonl"
+EXPORT_FILE = "export.json"  # of an export
 DIGEST = "digest"  # the first entry of that file: the digest of the others
 
 
@@ -95,13 +99,39 @@ def check_are_runs(*folders: Path) -> None:
             raise UserError(no_checkpoint(run))
 
 
+def check_are_trained(*folders: Path) -> None:
+    """Raise UserError for a folder without a checkpoint or an export in it, before torch is loaded to read it."""
+    check_are_runs(*folders)
+    for folder in folders:
+        run = last_stage(folder)
+        if not any(run.glob("checkpoints/step-*")) and not (run / EXPORT_FILE).is_file():
+            raise UserError(no_checkpoint(run))
+
+
 def no_checkpoint(run: Path) -> str:
     """The message for a folder that holds nothing trained."""
+    # The folder of a later stage is made when its turn comes; the lock of the whole command is in the one above.
+    in_stages = lock_holder(run.parent, STAGES_LOCK) if (run.parent / STAGES_FILE).is_file() else None
+    if holder := lock_holder(run) or lock_holder(run, STAGES_LOCK) or in_stages:
+        return f"{run} is being trained by {holder}, {_progress(run)}; ask again then"
     if (run / CONFIG_FILE).is_file():
         return f"{run} was stopped before its first checkpoint; go on with merv-train --resume {run}"
     if any(run.glob("checkpoints/step-*")):
         return f"{run} has checkpoints and no {CONFIG_FILE}; put it back from a copy of the run"
     return f"{run} holds no run; give the folder that merv-train wrote with --out"
+
+
+def _progress(run: Path) -> str:
+    """How far a run without a checkpoint is, and when its first one comes."""
+    if not (run / CONFIG_FILE).is_file():
+        return "which has not begun its first step; a checkpoint comes later"
+    config, done = read_config(run), 0
+    with suppress(OSError, ValueError, KeyError, TypeError, IndexError):  # nothing is written yet, or half a line
+        done = json.loads((run / METRICS_FILE).read_text().rpartition("\n")[0].splitlines()[-1])["step"] + 1
+    num_steps = read_record_file(run)["num_steps"]
+    minutes = f" or {config.checkpoint_minutes:g} minutes" if config.checkpoint_minutes is not None else ""
+    first = min(config.checkpoint_every, num_steps)
+    return f"at step {done:,} of {num_steps:,}; its first checkpoint comes after step {first:,}{minutes}"
 
 
 def last_stage(run: Path) -> Path:

@@ -25,7 +25,8 @@ from trainer.loop.train import train
 from trainer.model.llm import load_llm
 from trainer.runs import checkpoint
 from trainer.runs.load import load_run
-from trainer.runs.run_record import METRICS_FILE, read_metrics
+from trainer.runs.run_record import read_metrics
+from trainer.runs.stage_folders import METRICS_FILE
 from trainer.runs.weight_names import to_model_names
 
 pytestmark = pytest.mark.slow

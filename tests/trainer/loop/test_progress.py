@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from trainer.loop.metrics import MetricsWriter
-from trainer.runs.run_record import METRICS_FILE, read_metrics
+from trainer.runs.run_record import read_metrics
+from trainer.runs.stage_folders import METRICS_FILE
 
 
 def row(step, **more):

@@ -16,7 +16,8 @@ from trainer.loop.plan import describe, make_plan
 from trainer.loop.train import train
 from trainer.runs import checkpoint
 from trainer.runs.load import load_run
-from trainer.runs.run_record import METRICS_FILE, read_metrics
+from trainer.runs.run_record import read_metrics
+from trainer.runs.stage_folders import METRICS_FILE
 
 pytestmark = pytest.mark.slow
 

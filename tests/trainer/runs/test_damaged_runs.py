@@ -11,7 +11,8 @@ from trainer.cli import train_main
 from trainer.cli_eval import eval_main
 from trainer.runs import checkpoint
 from trainer.runs.export import export_run
-from trainer.runs.run_record import METRICS_FILE, read_metrics
+from trainer.runs.run_record import read_metrics
+from trainer.runs.stage_folders import METRICS_FILE
 
 pytestmark = pytest.mark.slow
 

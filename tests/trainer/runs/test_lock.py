@@ -1,16 +1,22 @@
 """One trainer per run: real processes that hold the lock, and are killed."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mervcache.errors import UserError
+from trainer.config import TrainConfig
 from trainer.loop.train import train
-from trainer.runs.lock import run_lock
+from trainer.recipes import Stage
+from trainer.runs.load import load_run
+from trainer.runs.lock import RUN_LOCK, STAGES_LOCK, run_lock
+from trainer.runs.stage_folders import check_are_trained, write_stages
 
 ROOT = Path(__file__).resolve().parents[3]
 HOLDING = """
@@ -43,6 +49,33 @@ def test_a_second_trainer_is_refused_and_named_until_the_first_was_killed(tmp_pa
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     assert train(config, samples, tokens, tmp_path / "run", stop_at=1, quiet=True).steps == 1
+
+
+def test_a_run_in_training_that_is_evaluated_says_how_far_it_is(tmp_path, holder, config, samples, tokens):
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match=rf"being trained by process {holder.pid} on .*not begun its first step"):
+        check_are_trained(run)
+    train(
+        replace(config, max_steps=30, checkpoint_every=20), samples, tokens, tmp_path / "whole", stop_at=3, quiet=True
+    )
+    shutil.rmtree(tmp_path / "whole/checkpoints")
+    shutil.copytree(tmp_path / "whole", run, ignore=lambda *_: [RUN_LOCK], dirs_exist_ok=True)
+    for refused in (check_are_trained, load_run):
+        with pytest.raises(UserError, match=rf"process {holder.pid} on .*, at step 3 of 30; its first .* step 20; ask"):
+            refused(run)
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with pytest.raises(UserError, match="was stopped before its first checkpoint"):
+        check_are_trained(run)
+
+
+def test_a_later_stage_waits_for_the_command_that_trains_the_first(tmp_path):
+    write_stages(tmp_path, (Stage(name="align", config=TrainConfig()), Stage(name="finetune", config=TrainConfig())))
+    with (
+        run_lock(tmp_path, STAGES_LOCK),
+        pytest.raises(UserError, match=rf"finetune is being trained by process {os.getpid()} on "),
+    ):
+        check_are_trained(tmp_path)
 
 
 def test_a_lock_ends_with_its_block_and_leaves_no_folder_of_a_run_that_did_not_begin(tmp_path):

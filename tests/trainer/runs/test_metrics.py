@@ -1,6 +1,7 @@
 import json
 
-from trainer.runs.run_record import METRICS_FILE, open_metrics, read_metrics
+from trainer.runs.run_record import open_metrics, read_metrics
+from trainer.runs.stage_folders import METRICS_FILE
 
 
 def test_a_resumed_curve_keeps_the_lines_before_its_start(tmp_path):
