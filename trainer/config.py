@@ -28,6 +28,7 @@ from trainer.paths import found_settings, recorded_settings
 
 LISTING = ("dataset", "root", "options", "stage", "kind", "limit")  # extraction settings that decide what is listed
 CONFIG_FILE, RECORD_FILE = "config.yaml", "run.json"  # in a run's folder
+TRAINED_SPLIT = "train"  # its questions measure nothing
 
 Mode = Literal["frozen", "text-only"]
 TrainLLM = Literal["none", "lora", "full"]

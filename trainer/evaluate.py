@@ -124,6 +124,7 @@ def evaluate_run(
     others = {path: _baseline_answers(path, samples, place, request, template) for path in baselines}
     asked = coverage(held, found, samples, request.split, is_asked=is_asked)
     result = report(loaded, answers.all_choices, {str(path): other.all_choices for path, other in others.items()}) | {
+        "split": request.split,
         "questions": asked,
         "lost": sum(outcomes.get(WITHOUT_TOKENS, 0) for outcomes in asked.values()),
         "template": template and asdict(template),

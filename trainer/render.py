@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mervcache.console import plural
+from trainer.config import TRAINED_SPLIT
 
 if TYPE_CHECKING:
     from featurestore.quality import LossRecord
 
 GB = 1e9
+MAX_LISTED = 40  # open-ended answers that are printed one by one
 PROTOCOLS = {
     "letters": "the options are in the prompt, and the first character of the answer is compared",
     "likelihood": "the option with the largest mean log-likelihood of its tokens is the answer",
@@ -74,8 +76,18 @@ def print_scores(result: Mapping[str, Any]) -> None:
     if "open_ended" in result:
         columns, rows = open_table(result["open_ended"])
         table(columns, rows, right=columns[1:])
+        if len(answers := result["open_ended"]["answers"]) <= MAX_LISTED:
+            table(("question", "right answer", "answer", ""), map(_answer_row, answers))
     for line in score_notes(result):
         console().print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _answer_row(answer: Mapping[str, Any]) -> tuple[str, ...]:
+    """An open-ended answer, by the judge's verdict where there is one."""
+    verdict = answer["verdict"]
+    is_right = answer["normalised"] if verdict is None else verdict["is_match"]
+    mark = {True: "right", False: "wrong", None: "unreadable verdict"}[is_right]
+    return answer["question"], answer["correct"], answer["text"], mark
 
 
 def choice_rows(result: Mapping[str, Any]) -> list[tuple[Any, ...]]:
@@ -131,6 +143,10 @@ def score_notes(result: Mapping[str, Any]) -> list[str]:
         if result["protocol"] == "letters":
             share = f"{unreadable / number:.1%}"
             lines.append(f"Unreadable answers{of}: {unreadable:,} of {number:,} ({share}), counted as wrong.")
+    if result.get("split") == TRAINED_SPLIT:
+        lines.append(
+            f"Split {TRAINED_SPLIT}: runs are trained on these questions, so their scores say nothing about others."
+        )
     if "open_ended" in result:
         lines += open_notes(result["open_ended"])
     for benchmark, outcomes in result["questions"].items():

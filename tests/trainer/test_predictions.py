@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from featurestore import FeatureStore, StoreWriter
 from mervcache.errors import StoreDamagedError, UserError
 from trainer.cli_eval import eval_main
 from trainer.evaluate import EvaluationRequest, evaluate_run
@@ -52,6 +53,25 @@ def test_only_multiple_choice_on_request(benchmark_run):
     result = evaluate_run(benchmark_run, replace(REQUEST, open_ended=False))
     assert "open_ended" not in result
     assert result["questions"]["MSVD"] == {"scored": 0, "open-ended, which are not scored": 3}
+
+
+def test_the_conversations_of_a_store_are_asked_one_by_one(benchmark_run, question_store):
+    """Those of its training, whose right answers are their own."""
+    writer = StoreWriter.open_or_create(question_store)
+    trained = FeatureStore.open(question_store).samples("toy-finetune")[:2]
+    own = [replace(one, source="own", options=(), answer_index=None) for one in trained]
+    writer.add_samples("own", own)
+    writer.publish_snapshot()
+    words = ["run", "--checkpoint", str(benchmark_run), "--split", "train", "--open-ended", "--max-new-tokens", "3"]
+    result = json.loads(CliRunner().invoke(eval_main, [*words, "--json"]).stdout)
+    answers = result["open_ended"]["answers"]
+    assert [answer["correct"] for answer in answers] == [one.turns[-1].text for one in own]
+    score = result["open_ended"]["scores"]["own"][0]
+    assert score["normalised"] == sum(answer["normalised"] for answer in answers) / 2
+    shown = CliRunner().invoke(eval_main, words).stdout.splitlines()
+    marks = [line.split()[-1] for line in shown if answers[0]["question"] in line]
+    assert marks == ["right" if answer["normalised"] else "wrong" for answer in answers]
+    assert any(line.startswith("Split train: runs are trained on these questions") for line in shown)
 
 
 def test_scores_of_open_ended_answers_are_kept_apart(benchmark_run):

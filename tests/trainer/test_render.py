@@ -123,6 +123,26 @@ def test_the_last_lines_name_the_protocol_and_all_that_was_lost(capsys):
     assert lines[-1] == "TVQA: 0 of 1,500 questions scored; 1,500 open-ended, which are not scored."
 
 
+def test_a_few_open_answers_are_listed_and_many_are_not(capsys):
+    shared = {"question": "What runs?", "correct": "A dog.", "verdict": None}
+    answers = [{**shared, "text": "a dog", "normalised": True}, {**shared, "text": "a\ncat", "normalised": False}]
+    answers += [{**answers[1], "verdict": {"is_match": True}}, {**answers[0], "verdict": {"is_match": None}}]
+    row = {"category": "all", "questions": 4, "exact": 0.0, "normalised": 0.5, "unfinished": 0}
+    facts = {"scores": {"own": [row]}, "beside": {}, "judge": None, "normalisation": "", "max_new_tokens": 8}
+    shown = {}
+    for times in (1, 11):
+        print_scores(evaluation([], {}, split="train", open_ended={**facts, "answers": answers * times}))
+        shown[times] = capsys.readouterr().out.splitlines()
+    assert [" ".join(line.split()) for line in shown[1] if "A dog." in line] == [
+        "What runs? A dog. a dog right",
+        "What runs? A dog. a\\ncat wrong",
+        "What runs? A dog. a\\ncat right",
+        "What runs? A dog. a dog unreadable verdict",
+    ]
+    assert not any("A dog." in line for line in shown[11])
+    assert any(line.startswith("Split train: ") for line in shown[11])
+
+
 def test_scores_have_a_line_per_category_with_other_runs_beside(capsys):
     beside = [score("colour", 0.5), score("all", 0.375)]  # their order is their own
     print_scores(evaluation([score("all", 0.75), score("colour", 1.0)], {"words": beside}))

@@ -17,7 +17,7 @@ import torch
 
 from featurestore.clips import Sample, Turn
 from mervcache.errors import UserError
-from trainer.config import Protocol, TrainConfig
+from trainer.config import TRAINED_SPLIT, Protocol, TrainConfig
 from trainer.data.collate import Batch, make_batch
 from trainer.data.prompts import Rendered
 from trainer.data.tokens import TokenSource
@@ -27,10 +27,10 @@ from trainer.model.video_llm import Built, shown_to
 
 OVERALL = "all"  # category of the line over all samples
 UNNAMED = "no category"  # that of samples which name none
-TRAINED_SPLIT = "train"  # its questions measure nothing
 FIRST_CLIPS = "it keeps a dataset's first clips, often none of the held-out ones"  # a limit of an extraction
 # Scores that differ by less are equal: the same value for options of unlike length, as float32 sums round it.
 TIE_TOLERANCE = 1e-6
+BENCHMARK_STAGE = "eval"  # of the samples that a benchmark gives
 CAPTION_STAGE = "align"  # its samples ask nothing
 # What became of a split's questions.
 SCORED, OPEN_ENDED = "scored", "open-ended, which are not scored"
@@ -137,8 +137,17 @@ def _no_question(samples: Sequence[Sample], split: str, is_asked: Callable[[Samp
         if outcomes.get(OPEN_ENDED):
             held += f"; {name} has {outcomes[OPEN_ENDED]} open-ended of split {split!r}, which are not scored"
     others = [name for name in counts if name not in (split, TRAINED_SPLIT)]
+    silent = CAPTION_STAGE, BENCHMARK_STAGE
+    conversations = Counter(one.split for one in samples if not one.options and one.stage not in silent)
     if others:
         advice = f"Use --split {others[0]}"
+    elif conversations:
+        name = split if conversations[split] else next(iter(conversations))
+        known = "which the run was trained on, " if name == TRAINED_SPLIT else ""
+        advice = (
+            f"Its {conversations[name]:,} conversations of split {name!r}, {known}are asked with --split {name}"
+            " --open-ended: answers are generated and compared with their own"
+        )
     else:
         advice = (
             f"To measure a run, extract again without --limit if the store was made with it ({FIRST_CLIPS}), or"

@@ -20,10 +20,9 @@ from trainer.data.collate import make_batch
 from trainer.data.prompts import Rendered
 from trainer.data.tokens import TokenSource
 from trainer.model.generate import generate
-from trainer.model.multiple_choice import CAPTION_STAGE, OVERALL, UNNAMED
+from trainer.model.multiple_choice import BENCHMARK_STAGE, CAPTION_STAGE, OVERALL, UNNAMED
 from trainer.model.video_llm import Built, shown_to
 
-BENCHMARK_STAGE = "eval"  # of the samples that a benchmark gives
 MAX_NEW_TOKENS = 512  # of the published evaluation
 NORMALISATION = (
     "lower case, Unicode NFKC, apostrophes removed, other punctuation to blanks (not the point within a number),"

@@ -140,7 +140,12 @@ def test_questions_are_those_of_the_split_with_options_and_tokens(samples, token
     assert questions(everything, tokens, split="heldout", has_visual=False) == heldout
     with pytest.raises(UserError, match=r"no multiple-choice question of split 'test'.* Use --split heldout$"):
         questions(everything, tokens, split="test", has_visual=True)
-    for none_held_out in (samples, [open_ended]):
+    conversation = replace(samples[0], options=(), answer_index=None)
+    command = r"1 conversations of split 'train', which the run was trained on, are asked with --split train --open-en"
+    with pytest.raises(UserError, match=command):
+        questions([conversation], tokens, split="heldout", has_visual=True)
+    benchmark = replace(open_ended, stage="eval")
+    for none_held_out in (samples, [benchmark]):
         with pytest.raises(UserError, match=r"again without --limit.*add questions with `merv-pipeline extract --data"):
             questions(none_held_out, tokens, split="test", has_visual=True)
 
