@@ -275,8 +275,11 @@ def eval_ask(questions: tuple[str, ...], checkpoint: Path, as_json: bool, **opti
             if as_json:
                 pairs = [{"question": q, "answer": a} for q, a in zip(part, answers, strict=True)]
                 click.echo(json.dumps({"answers": pairs, "looked": asker.looks, "notes": asker.notes}))
+            elif len(part) == 1:
+                click.echo(printable(answers[0]))
             else:
-                click.echo(printable("\n".join(answers)))
+                pairs = (f"Q: {question}\nA: {answer}" for question, answer in zip(part, answers, strict=True))
+                click.echo(printable("\n\n".join(pairs)))
 
 
 def is_terminal() -> bool:

@@ -128,6 +128,11 @@ def test_a_file_that_is_not_there_is_said_before_the_run_is_loaded(tmp_path):
     assert "there is no file films/nowhere.mp4;" in result.stderr
 
 
+def test_one_answer_is_printed_alone(run, media_root):
+    film = media_root / "films/red.mp4"
+    assert ask("--checkpoint", run, "--video", film, QUESTION).stdout == "red\n"
+
+
 def test_a_medium_that_is_missing_is_said_before_the_run_is_loaded(run, tmp_path):
     unreadable = shutil.copytree(run, tmp_path / "run")
     for file in unreadable.glob("checkpoints/*/state.json"):
@@ -181,7 +186,7 @@ def test_a_run_with_visual_tokens_at_the_placeholder_answers(extracted, tmp_path
 def test_the_command_answers_and_labels_random_weights(run, media_root):
     result = ask("--checkpoint", run, "--video", media_root / "films/green.mp4", QUESTION, QUESTION)
     assert result.exit_code == 0, result.output
-    assert result.stdout == "green\ngreen\n"
+    assert result.stdout == f"Q: {QUESTION}\nA: green\n\nQ: {QUESTION}\nA: green\n"
     assert "random weights: languagebind, dinov2, vivit, siglip" in result.stderr
     result = ask("--checkpoint", run, "--image", media_root / "pictures/red.png", "--json", QUESTION)
     told = json.loads(result.stdout)
