@@ -115,6 +115,7 @@ RECIPES: dict[str, Stages] = {
                 precision="fp32",
                 log_every=5,
                 checkpoint_every=100,
+                keep_checkpoints=1,
             ),
         ),
     ),

@@ -63,6 +63,10 @@ def dry_run_rows(report: Mapping[str, Any]) -> dict[str, str]:
         rows[f"GB, {part}"] = f"{about}{memory[part] / GB:.3g}"
     if report["device_bytes"] is not None:
         rows["GB, device"] = f"{report['device_bytes'] / GB:.3g}"
+    disk = report["checkpoints"]
+    each = (disk["weights"] + disk["optimizer"]) / GB
+    kept = f"{plural(disk['kept'], 'checkpoint')} of {each:.3g}: weights and optimizer"
+    rows["GB on disk"] = f"{disk['kept'] * each:.3g} ({kept}), at most {disk['at_most'] / GB:.3g} while one is written"
     return rows | ({"starts from": report["init"]} if "init" in report else {})
 
 

@@ -31,6 +31,7 @@ def report(**changes):
             "total": 33_830_000_000,
             "activations_formula": "",
         },
+        "checkpoints": {"weights": 1_000_000_000, "optimizer": 2_000_000_000, "kept": 2, "at_most": 9_000_000_000},
         **changes,
     }
 
@@ -57,6 +58,7 @@ def test_a_stage_in_rows():
         "GB, activations": "about 5",
         "GB, logits": "about 2",
         "GB, total": "about 33.8",
+        "GB on disk": "6 (2 checkpoints of 3: weights and optimizer), at most 9 while one is written",
     }
 
 

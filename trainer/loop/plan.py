@@ -29,13 +29,14 @@ from trainer.data.partition import Limit, useful_share
 from trainer.data.prompts import Rendered, num_placeholders, reason_to_refuse
 from trainer.data.rendered_cache import RenderedCache, renderer_key
 from trainer.data.tokens import TokenSource
-from trainer.loop.memory import ONE_PROCESS, Device, fit, memory_by_part
+from trainer.loop.memory import NUM_MOMENTS, ONE_PROCESS, Device, fit, memory_by_part
 from trainer.loop.sizes import fit_to_samples, size_warnings
 from trainer.model.llm import LoadedLLM, is_checkpointed
 from trainer.model.multiple_choice import FIRST_CLIPS, answer_batch, batch_of, is_whole, showable
 from trainer.model.open_ended import is_open_question
 from trainer.model.projectors import Moments
 from trainer.model.video_llm import Built, build, count_parameters, new_llm, trained_encoders
+from trainer.runs.checkpoint import model_weights
 from trainer.runs.initialise import Loaded, load_parts, read_origin, starting_llm
 from trainer.runs.load import resumed_llm
 from trainer.runs.run_record import RunRecord, software_versions
@@ -237,10 +238,28 @@ def describe(plan: Plan) -> dict[str, Any]:
         "activation_checkpointing": is_checkpointed(plan.built.model.llm, config),
         "device_bytes": plan.device.memory,
         "memory_bytes": memory_by_part(plan.built, plan.record.shapes, lengths[-1], plan.device),
+        "checkpoints": checkpoint_sizes(plan),
         "encoders": {encoder: [*shape.grid, shape.width] for encoder, shape in plan.record.shapes.items()},
         "data_digest": plan.data.digest,
         "warnings": size_warnings(config, order.num_per_epoch, plan.batches.num_steps),
     }
+
+
+def checkpoint_sizes(plan: Plan) -> dict[str, int]:
+    """Bytes of a checkpoint by part, how many the run's folder keeps, and all of their bytes at the most.
+
+    The next one is complete before an older one is removed, so that there is one more than are kept meanwhile.
+    """
+    config, built = plan.config, plan.built
+    weights = sum(value.nbytes for value in model_weights(built.model, with_llm=built.saves_llm).values())
+    optimizer = NUM_MOMENTS * sum(p.nbytes for p in built.model.parameters() if p.requires_grad)
+    written = -(-plan.batches.num_steps // config.checkpoint_every)
+    has_best = config.eval_every is not None
+    kept = config.keep_checkpoints + has_best
+    if config.checkpoint_minutes is None and not has_best:  # else others are written between
+        kept = min(kept, written)
+    at_most = kept if kept == written and not has_best else kept + 1
+    return {"weights": weights, "optimizer": optimizer, "kept": kept, "at_most": at_most * (weights + optimizer)}
 
 
 def useful_shares(plan: Plan) -> dict[str, float]:

@@ -1,6 +1,7 @@
 from dataclasses import replace
 
 import pytest
+from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from featurestore.clips import Turn
@@ -21,6 +22,23 @@ def test_what_fills_no_batch_is_reported(config, samples, tokens, make_sample, s
     assert report["unread"] == ({"all": 2} if sampler == "shuffled" else {"text": 4, "visual": 3})
     assert report["steps"] == (4 if sampler == "shuffled" else 3)
     assert report["steps"] * 5 + sum(report["unread"].values()) == report["samples_per_epoch"] == 22
+
+
+@pytest.mark.parametrize("train_llm", ["none", "full"])
+@pytest.mark.parametrize(("steps", "kept"), [(2, 1), (5, 2)])
+def test_the_size_of_checkpoints_is_that_of_their_files(
+    tmp_path, config, samples, tokens, pretrained, train_llm, steps, kept
+):
+    config = replace(config, llm=pretrained, train_llm=train_llm, max_steps=steps, checkpoint_every=2)
+    config = replace(config, keep_checkpoints=2)
+    sizes = describe(make_plan(config, samples, tokens))["checkpoints"]
+    train(config, samples, tokens, tmp_path / "run", quiet=True)
+    folders = list((tmp_path / "run/checkpoints").iterdir())
+    assert len(folders) == sizes["kept"] == kept
+    for part, name in (("weights", "model.safetensors"), ("optimizer", "optimizer.safetensors")):
+        held = sum(value.nbytes for key, value in load_file(folders[0] / name).items() if not key.endswith("/step"))
+        assert sizes[part] == held
+    assert sizes["at_most"] == (kept + (kept > 1)) * (sizes["weights"] + sizes["optimizer"])
 
 
 def test_adapters_learn_from_text_too(config, samples, tokens, make_sample):
