@@ -42,11 +42,12 @@ def dry_run_rows(report: Mapping[str, Any]) -> dict[str, str]:
         "steps": f"{report['steps']:,} of {report['batch_size']:,} samples",
         "samples": f"{report['samples']:,}",
         "dropped": _counts(report["dropped"]),
-        "unread": _counts(report["unread"]),
         "text tokens": f"median {text['median']:,}, longest {text['longest']:,}",
         "visual tokens": f"{report['visual_tokens']:,}",
         "longest sequence": f"{report['longest_sequence']:,}{context}",
     }
+    if left := {name: count for name, count in report["unread"].items() if count}:
+        rows["left over at the end"] = _counts({"samples" if name == "all" else name: n for name, n in left.items()})
     if report["cut"]:
         rows["texts cut"] = f"{report['cut']:,} at {report['text_limit']:,} tokens"
     if report["without_answer"]:
@@ -56,7 +57,7 @@ def dry_run_rows(report: Mapping[str, Any]) -> dict[str, str]:
     for part, sizes in report["parameters"].items():
         rows[f"trained of {part}"] = f"{sizes['trained']:,} of {sizes['total']:,}"
     rows["micro-batch"] = report["micro_batch"]
-    rows["useful work"] = ", ".join(f"{share:.0%} with {limit}" for limit, share in report["useful_share"].items())
+    rows["besides padding"] = ", ".join(f"{part:.0%} with {limit}" for limit, part in report["useful_share"].items())
     rows["activation checkpointing"] = "on" if report["activation_checkpointing"] else "off"
     for part in MEMORY_PARTS:
         about = "about " if part in ("activations", "logits", "total") else ""  # of the longest texts at once

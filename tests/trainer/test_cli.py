@@ -94,7 +94,7 @@ def test_a_dry_run_is_a_short_table_for_a_person(here):
     assert len(told.splitlines()) < 30
     for name, value in (("steps", "3 of 6 samples"), ("samples", "18"), ("visual tokens", "8"), ("dropped", "none")):
         assert re.search(rf"^{name} +{value}$", told, re.MULTILINE), told
-    for words in ("text tokens", "trained of llm", "GB, total", "unread"):
+    for words in ("text tokens", "trained of llm", "GB, total", "GB on disk"):
         assert words in told
 
 

@@ -41,14 +41,14 @@ def test_a_stage_in_rows():
         "steps": "10 of 128 samples",
         "samples": "1,200",
         "dropped": "3 text only, 1 clip without tokens of every encoder",
-        "unread": "4 text, 3 visual",
+        "left over at the end": "4 text, 3 visual",
         "text tokens": "median 40, longest 92",
         "visual tokens": "1,024",
         "longest sequence": "1,116 of 2,048",
         "trained of projectors": "5,000 of 5,000",
         "trained of llm": "0 of 70,000",
         "micro-batch": "micro_batch_size 8",
-        "useful work": "69% with micro_batch_size 8, 96% with token_budget 9000",
+        "besides padding": "69% with micro_batch_size 8, 96% with token_budget 9000",
         "activation checkpointing": "on",
         "GB, parameters": "26.8",
         "GB, gradients": "0.01",
@@ -60,6 +60,11 @@ def test_a_stage_in_rows():
         "GB, total": "about 33.8",
         "GB on disk": "6 (2 checkpoints of 3: weights and optimizer), at most 9 while one is written",
     }
+
+
+def test_samples_that_fill_no_batch_are_a_row_where_there_are_some():
+    assert "left over at the end" not in dry_run_rows(report(unread={"all": 0}))
+    assert dry_run_rows(report(unread={"all": 3}))["left over at the end"] == "3 samples"
 
 
 def test_the_memory_that_was_planned_for_is_a_row():
