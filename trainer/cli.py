@@ -46,21 +46,12 @@ handle_cli_errors = handle_errors(
 
 
 def load_torch_modules() -> None:
-    """Set what torch and transformers read when they are loaded; commands import what needs them after this call.
+    """Set what torch reads when it is loaded; commands import what needs them after this call.
 
     OpenMP threads that spin while they wait take cores from each other: on two loaded cores, training the demo fell
     from 185 to 20 samples/s, and to 115 with passive waiting. The variable is read once, when torch is loaded.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    keep_bars_to_terminals()
-
-
-def keep_bars_to_terminals() -> None:
-    """Let transformers draw its bars only where a person looks: in a log every update is a line."""
-    if not sys.stderr.isatty():
-        from transformers.utils import logging  # transformers takes seconds
-
-        logging.disable_progress_bar()
 
 
 ONLY_STORE = "-"  # --from-cache without a path: the only store under features/

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -86,6 +87,7 @@ def load_llm(
         return _fresh_llm(name.removeprefix(FRESH_PREFIX), texts, attention)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    keep_bars_to_terminals()
     where = hub_options(name)
     options = quantised_loading(quant) if quant is not None else {}
     if quant is None and device is not None and device.type != "cpu":
@@ -109,6 +111,14 @@ def load_llm(
     llm = cast("CausalLM", model)
     check_vocabulary(name, tokenizer, llm)
     return LoadedLLM(model=llm, tokenizer=tokenizer, is_fresh=False)
+
+
+def keep_bars_to_terminals() -> None:
+    """Let transformers draw its bars only where a person looks: in a log every update is a line."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
 
 
 def no_attention(attention: str | None, error: Exception) -> str:

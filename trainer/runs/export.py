@@ -29,7 +29,7 @@ from mervcache.errors import UserError
 from mervcache.files import atomic_directory, file_sha256
 from trainer.config import CONFIG_FILE
 from trainer.model.causal_lm import CausalLM
-from trainer.model.llm import is_adapter
+from trainer.model.llm import is_adapter, keep_bars_to_terminals
 from trainer.model.video_llm import Built
 from trainer.paths import recorded_path
 from trainer.runs import checkpoint
@@ -175,6 +175,7 @@ def _write_weights(out: Path, built: Built, kind: LLMWeights, *, merge_lora: boo
     elif kind == "whole":
         if merge_lora:
             _merge_adapters(llm)
+        keep_bars_to_terminals()
         llm.save_pretrained(out / LLM_FOLDER, max_shard_size=MAX_SHARD)
 
 
