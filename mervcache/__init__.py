@@ -13,10 +13,11 @@ neither torch nor pyarrow. `__init__.pyi` next to this file gives them to editor
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from pathlib import Path
 from typing import Any
+
+from mervcache.errors import import_with_extra
 
 _API = {  # public name -> where it is defined
     "Asker": "trainer.ask:Asker",
@@ -63,7 +64,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'mervcache' has no attribute {name!r}")
     _check_nothing_hides_our_packages()
     module, _, path = _API[name].partition(":")
-    value: Any = importlib.import_module(module)
+    value: Any = import_with_extra(module)
     for part in path.split("."):
         value = getattr(value, part)
     globals()[name] = value

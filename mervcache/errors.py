@@ -20,7 +20,9 @@ Command lines print the message of a ``MervCacheError`` without a traceback; any
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Iterable
+from types import ModuleType
 
 EXTRA_OF = {  # module that an extra brings -> the extras that have it
     **dict.fromkeys(("torch", "transformers", "accelerate", "safetensors", "PIL"), "extract,train"),
@@ -117,6 +119,16 @@ def missing_extra(error: ModuleNotFoundError) -> str | None:
     """
     module = (error.name or "").partition(".")[0]
     return f"{module} is not installed: pip install 'merv-pipeline[{EXTRA_OF[module]}]'" if module in EXTRA_OF else None
+
+
+def import_with_extra(module: str) -> ModuleType:
+    """The `module`, imported; a ModuleNotFoundError for one that an extra brings names the extra."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if (message := missing_extra(error)) is None:
+            raise
+        raise ModuleNotFoundError(message, name=error.name) from error
 
 
 def no_file(path: object) -> str:

@@ -10,8 +10,9 @@ The two names are imported when they are used: torch takes seconds, and the comm
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
+
+from mervcache.errors import import_with_extra
 
 _PUBLIC = {"Asker": "trainer.ask", "load_run": "trainer.runs.load"}
 
@@ -21,7 +22,7 @@ __all__ = ["Asker", "load_run"]  # pyright: ignore[reportUnsupportedDunderAll]: 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_PUBLIC[name]), name)
+    return getattr(import_with_extra(_PUBLIC[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -50,6 +50,16 @@ def test_an_unknown_name_is_an_attribute_error():
         _ = mervcache.trian
 
 
+@pytest.mark.parametrize("package", ["mervcache", "trainer"])
+def test_a_name_whose_extra_is_not_installed_names_the_extra(package, tmp_path):
+    blocked = "import sys; sys.modules['torch'] = None\n"  # as if it were not installed
+    found = python(f"{blocked}from {package} import Asker", tmp_path)
+    message = "torch is not installed: pip install 'merv-pipeline[extract,train]'"
+    assert found.stderr.splitlines()[-1] == f"ModuleNotFoundError: {message}"
+    mended = f"try:\n    from {package} import Asker\nexcept ImportError as error:\n    print(error.name)"
+    assert python(blocked + mended, tmp_path).stdout == "torch\n"
+
+
 def test_open_store_reads_a_store(tmp_path, write_store, toy_identity):
     clip, identity = mervcache.Clip(dataset="toy", path="a.png", kind="image"), toy_identity()
     tokens = np.ones((1, *identity.grid[1:], identity.width), np.float32)
