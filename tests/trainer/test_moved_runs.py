@@ -121,6 +121,9 @@ def test_a_run_that_trained_all_of_its_llm_needs_nothing_outside_its_folder(proj
     film = media_root / "films/red.mp4"
     asked = call(eval_main, "ask", "--checkpoint", run, "--video", film, "--json", "What colour is it?")
     assert len(json.loads(asked.stdout.splitlines()[-1])["answers"]) == 1
+    call(eval_main, "export", "--checkpoint", run, "--out", "exports/mine")
+    assert read_config(Path("exports/mine")).llm == "llm"
+    assert "the local LLM `llm`" in Path("exports/mine/README.md").read_text()
     with pytest.raises(UserError, match="holds its LLM: leave out --llm"):
         load_run(run, llm=LLM)
 

@@ -55,7 +55,7 @@ from trainer.runs.run_record import (
     read_scores,
     software_versions,
 )
-from trainer.runs.stage_folders import EXPORT_FILE, LLM_FOLDER, last_stage
+from trainer.runs.stage_folders import EXPORT_FILE, LLM_FOLDER, has_local_llm, last_stage
 from trainer.runs.weight_names import to_file_names
 
 CARD_FILE, ENCODERS_FILE = "README.md", "encoders.json"
@@ -105,7 +105,8 @@ def export_run(
     dtype = str(llm.dtype).removeprefix("torch.")
     with atomic_directory(out) as folder:
         _write_weights(folder, loaded.built, kind, merge_lora=merge_lora)
-        published = _without_paths(loaded, kind, out)
+        is_local = has_local_llm(run)
+        published = _without_paths(loaded, kind, out, is_local=is_local)
         _write_facts(folder, run, published)
         record = ExportRecord(
             format=FORMAT,
@@ -118,7 +119,6 @@ def export_run(
             sha256={name: file_sha256(folder / name) for name in export_files(folder)},
         )
         (folder / EXPORT_FILE).write_text(seal(asdict(record)))
-        is_local = Path(loaded.built.config.llm).is_dir()
         facts = _card_facts(run, published, record, name=name or out.name, license=license, is_local=is_local)
         (folder / CARD_FILE).write_text(model_card(facts))
     files = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
@@ -192,7 +192,7 @@ def _merge_adapters(llm: CausalLM) -> None:
     del llm.peft_config
 
 
-def _without_paths(loaded: LoadedRun, kind: LLMWeights, out: Path) -> LoadedRun:
+def _without_paths(loaded: LoadedRun, kind: LLMWeights, out: Path, *, is_local: bool) -> LoadedRun:
     """Settings and record with paths cut to their names, so that no folder of this machine is published.
 
     The one that stays, relative to the export where it was given so, is that of a local LLM whose weights are not in
@@ -201,7 +201,7 @@ def _without_paths(loaded: LoadedRun, kind: LLMWeights, out: Path) -> LoadedRun:
     config, record = loaded.built.config, loaded.record
     settings = {name: getattr(config, name) for name in ("init", "letters_template")}
     paths = {name: Path(path).name for name, path in settings.items() if path is not None}
-    if Path(config.llm).is_dir():
+    if is_local:
         paths["llm"] = Path(config.llm).name if kind == "whole" else recorded_path(config.llm, out)
     encoders = {encoder: dict(facts) for encoder, facts in record.encoders.items()}
     for facts in encoders.values():

@@ -74,12 +74,16 @@ def settings_by_stage(stages: Stages) -> dict[str, Any]:
     return {stage.name: to_builtin(asdict(stage.config)) for stage in stages}
 
 
+def has_local_llm(run: Path) -> bool:
+    """Whether a run or an export was trained with an LLM of a folder, wherever that is now, not of the Hub."""
+    recorded = str(load_yaml(run / CONFIG_FILE).get("llm"))
+    return recorded.startswith(("./", "../")) or os.path.isabs(recorded) or os.path.isdir(found_path(recorded, run))
+
+
 def lacks_llm(run: Path) -> bool:
     """Whether the LLM of a run or an export is read from a folder that is not where its settings name it."""
-    recorded = str(load_yaml(run / CONFIG_FILE).get("llm"))
-    is_folder = recorded.startswith(("./", "../")) or os.path.isabs(recorded)
     holds_llm = (run / LLM_FOLDER / "config.json").is_file()
-    return is_folder and not holds_llm and not os.path.exists(found_path(recorded, run))
+    return has_local_llm(run) and not holds_llm and not os.path.isdir(read_config(run).llm)
 
 
 def check_llm_is_there(run: Path) -> None:
