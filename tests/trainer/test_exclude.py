@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from mervcache.errors import UserError
 from trainer.ablation.execute import open_sweep
 from trainer.ablation.sweep import SweepConfig
-from trainer.cli import eval_main
+from trainer.cli_eval import eval_main
 from trainer.config import TrainConfig, read_config
 from trainer.loop.stages import merge_settings
 from trainer.loop.train import train
