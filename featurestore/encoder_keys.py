@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from featurestore.identity import FeatureIdentity
-from mervcache.errors import StoreFormatError, UserError
+from mervcache.errors import StoreFormatError, UserError, unknown_name
 
 ID_DIGITS = 6  # of an identity, in a key
 
@@ -50,6 +50,16 @@ def keys_of(encoder: str, keys: Mapping[str, FeatureIdentity]) -> list[str]:
         return identity.encoder == name and (encoder == name or is_id or suffix == grid_text(identity))
 
     return [key for key, identity in keys.items() if fits(identity)]
+
+
+def chosen_keys(encoders: Iterable[str], keys: Mapping[str, FeatureIdentity]) -> list[str]:
+    """The keys that texts stand for, each once and in their order; UserError for one that stands for none."""
+    chosen: dict[str, None] = {}
+    for encoder in encoders:
+        if not (found := keys_of(encoder, keys)):
+            raise UserError(unknown_name("encoder", encoder, keys))
+        chosen |= dict.fromkeys(found)
+    return list(chosen)
 
 
 def find_key(encoder: str, keys: Mapping[str, FeatureIdentity]) -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from featurestore.clips import KINDS, Clip
-from featurestore.encoder_keys import keys_of
+from featurestore.encoder_keys import chosen_keys
 from featurestore.identity import FeatureIdentity
 from featurestore.locate import Place
 from featurestore.objects.base import Objects
@@ -114,11 +114,7 @@ def _chosen_encoders(store: FeatureStore, encoders: Sequence[str] | None) -> dic
     """Identities by key; a bare name means every identity of it."""
     if encoders is None:
         return dict(store.encoders)
-    chosen: set[str] = set()
-    for name in encoders:
-        if not (found := keys_of(name, store.encoders)):
-            raise UserError(unknown_name("encoder", name, store.encoders))
-        chosen.update(found)
+    chosen = set(chosen_keys(encoders, store.encoders))
     return {key: identity for key, identity in store.encoders.items() if key in chosen}
 
 

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from featurestore.clips import KINDS, Clip, Sample
-from featurestore.encoder_keys import encoder_keys, keys_of
+from featurestore.encoder_keys import chosen_keys, encoder_keys
 from featurestore.identity import FeatureIdentity
 from featurestore.windows import videos_in_windows, window_length
 from mervcache.errors import UserError, unknown_name
@@ -72,12 +72,7 @@ class Selection:
     def groups(self, identities: Iterable[FeatureIdentity]) -> set[str]:
         """Group names of the selected encoders among `identities`."""
         keys = encoder_keys(identities)
-        selected = set(keys) if self.encoders is None else set[str]()
-        for encoder in self.encoders or ():
-            matching = keys_of(encoder, keys)
-            if not matching:
-                raise UserError(unknown_name("encoder", encoder, keys))
-            selected.update(matching)
+        selected = keys if self.encoders is None else chosen_keys(self.encoders, keys)
         return {keys[key].group_name for key in selected}
 
     def check(self, clips: Iterable[Clip]) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featurestore import FeatureIdentity, FeatureStore
-from featurestore.encoder_keys import keys_of
+from featurestore.encoder_keys import chosen_keys
 from mervcache.console import SILENT, ProgressLine
 from mervcache.errors import UserError, unknown_name
 from mervcache.reprs import brief
@@ -270,16 +270,8 @@ def _labels(
 
 def _encoders(store: FeatureStore, names: Sequence[str]) -> list[str]:
     """Keys of the store, each once; a name that is stored several times stands for all of its keys."""
-    keys = in_paper_order(store.encoders)
-    if not names:
-        return list(keys)
-    found: dict[str, None] = {}
-    for name in names:
-        same = [key for key in keys if key in keys_of(name, store.encoders)]
-        if not same:
-            raise UserError(unknown_name("encoder", name, keys))
-        found.update(dict.fromkeys(same))
-    return list(found)
+    keys = {key: store.encoders[key] for key in in_paper_order(store.encoders)}
+    return chosen_keys(names, keys) if names else list(keys)
 
 
 def _subsets(
